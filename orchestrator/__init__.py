@@ -1,0 +1,1 @@
+"""Distributed experiment orchestration for LoRA-variant studies, on Ray."""

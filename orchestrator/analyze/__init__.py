@@ -1,0 +1,1 @@
+"""From records to an answer: curves, intervals, plots, the report."""

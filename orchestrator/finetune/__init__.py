@@ -1,0 +1,1 @@
+"""Lanes in, reports and records out. torch and transformers; knows no Ray."""

@@ -1,0 +1,72 @@
+"""The seam between the fine-tuning loop and whoever schedules it. Plain Python on both sides.
+
+The loop is handed a `Source`: it leases lanes, reports at evaluations, and asks now and then what has changed.
+Behind it stands the broker on a cluster, or a list in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from orchestrator.record.schema import State
+from orchestrator.study.configuration import Configuration
+
+
+class Answer(StrEnum):
+    GO = "go"
+    """Train on."""
+    PARK = "park"
+    """Keep the lane where it is, train it no further until a later GO."""
+    STOP = "stop"
+    """End it early: keep its checkpoint, write a `stopped` record."""
+    DROP = "drop"
+    """The lane is no longer this seat's: forget it, write nothing."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to train one configuration, once. A new attempt starts from the newest whole checkpoint."""
+
+    configuration: Configuration
+    attempt: int
+    scheduler: str = ""
+    """Settings of the scheduler that may stop it, for the `stopped` record."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a seat is given: at most as many leases as it has room for, all of one shape."""
+
+    leases: tuple[Lease, ...] = ()
+    closed: bool = False
+    """Nothing waits and nothing more will come: the seat may end."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A lane's news at an evaluation. `step` counts optimizer steps; `scores` are the validation split's."""
+
+    fingerprint: str
+    attempt: int
+    step: int
+    scores: Mapping[str, float]
+    train_loss: float
+
+
+class Source(Protocol):
+    def lease(self, shape: str | None, room: int) -> Offer:
+        """Up to `room` lanes of `shape`; of any one shape when `shape` is None (the pack is empty)."""
+        ...
+
+    def report(self, report: Report) -> Answer: ...
+
+    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        """A sign of life with each lane's step (fingerprint -> step); returns changed answers only."""
+        ...
+
+    def done(self, fingerprint: str, attempt: int, state: State) -> None:
+        """The lane has ended and its record, if any, is in the store already."""
+        ...

@@ -1,0 +1,1 @@
+"""What is kept: the store of records and its projections to Parquet and MLflow."""

@@ -1,0 +1,1 @@
+"""Ray: the trial, the broker, the seat, the run of a study."""

@@ -1,0 +1,1 @@
+"""What is to be tried. Plain Python: imports neither torch nor ray."""

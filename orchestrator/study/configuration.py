@@ -1,0 +1,172 @@
+"""A configuration: one point of a study, immutable, and the fingerprint that is its identity everywhere.
+
+Every field is *resolved*: defaults are filled in before a configuration is made, so that two spellings of
+one experiment have one fingerprint. What does not change the numbers (device, pack size, versions) is not
+here; it is provenance, kept in the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class VariantChoice:
+    """A variant with all its hyperparameters.
+
+    `alpha` is None for a variant that has none (HiRA). `targets` is "blocks" (every linear layer inside the
+    model's repeated blocks), a comma-separated list of layer-name endings, or a regular expression behind
+    "re:". `extra` holds what only this variant knows.
+    """
+
+    name: str
+    rank: int = 8
+    alpha: float | None = 16.0
+    dropout: float = 0.0
+    targets: str = "blocks"
+    extra: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    numerics: int = 1
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """A task with its data: `revision` names the data's content, sizes are in examples."""
+
+    name: str
+    revision: str
+    train_size: int
+    validation_size: int
+    test_size: int
+    metric: str
+    floor: float
+    numerics: int = 1
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A base model: `name` is for people, `content` (a SHA-256 or a hub revision) is the identity."""
+
+    name: str
+    content: str
+    dtype: Dtype = "float32"
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. `clip_norm` bounds the global gradient norm of a lane."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate over `steps` optimizer steps: linear warm-up over the fraction `warmup`, then `name`."""
+
+    steps: int
+    name: ScheduleName = "cosine"
+    warmup: float = 0.05
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`batch_size` examples a micro-batch, `accumulation` micro-batches an optimizer step."""
+
+    batch_size: int
+    accumulation: int = 1
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A lane diverges when, after warm-up, its smoothed training loss stays above `loss_ratio` times the
+    untrained base's for the fraction `share` of all steps (or when a loss or gradient is not finite).
+    `smoothing` is the weight of the past in the exponential moving average."""
+
+    loss_ratio: float = 1.5
+    share: float = 0.1
+    smoothing: float = 0.8
+
+
+@dataclass(frozen=True)
+class Configuration:
+    variant: VariantChoice
+    task: TaskChoice
+    model: ModelChoice
+    optimizer: Optimizer
+    schedule: Schedule
+    batches: Batches
+    divergence: Divergence = Divergence()
+    evaluations: int = 4
+    """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
+    seed: int = 0
+    loop_numerics: int = 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the canonical JSON."""
+        return hashlib.sha256(canonical(self.to_json())).hexdigest()
+
+    @cached_property
+    def shape(self) -> str:
+        """Lanes of one shape train in one pack: all but learning rate, decay, alpha, schedule and seed."""
+        alike = replace(
+            self,
+            variant=replace(self.variant, alpha=None),
+            optimizer=Optimizer(learning_rate=1.0),
+            schedule=Schedule(steps=1),
+            divergence=Divergence(),
+            evaluations=1,
+            seed=0,
+        )
+        return hashlib.sha256(canonical(alike.to_json())).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        adapter = _adapter()
+        # Validating first turns 16 into 16.0 where a float is meant: one value, one spelling.
+        return adapter.dump_python(adapter.validate_python(adapter.dump_python(self)), mode="json")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Configuration:
+        """Raises pydantic.ValidationError on data that is not a configuration."""
+        return _adapter().validate_python(data)
+
+    def flat(self) -> dict[str, float | int | str | None]:
+        """One level of named columns for Parquet, MLflow and the analysis."""
+        nested = self.to_json()
+        columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
+        columns |= {"model": self.model.name, "model_content": self.model.content, "dtype": self.model.dtype}
+        columns |= {k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics")}
+        columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
+        columns |= nested["optimizer"]
+        columns |= {"schedule": self.schedule.name, "warmup": self.schedule.warmup, "steps_horizon": self.schedule.steps}
+        columns |= nested["batches"]
+        columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
+        columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
+        columns |= {"evaluations": self.evaluations, "seed": self.seed}
+        columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
+        return columns
+
+
+def canonical(data: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no blanks, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Configuration)

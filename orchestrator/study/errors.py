@@ -1,0 +1,17 @@
+"""What a user gets to read: one line that names the value, the rule and the nearest right choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(Exception):
+    """A wrong value from outside. Its text is one line; commands print it without a traceback, exit code 2."""
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """A suggestion to put behind a message about an unknown name: the nearest choice, or all of them."""
+    choices = sorted(choices)
+    close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
