@@ -1,0 +1,151 @@
+"""The broker as an actor, and what a seat uses to talk to it: thin shells around `BrokerCore`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+
+from orchestrator.finetune.source import Answer, Lease, Offer, Report
+from orchestrator.record.schema import State
+from orchestrator.schedule.broker_core import BrokerCore
+from orchestrator.study.configuration import Configuration
+
+BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
+NAME = "broker"  # one a study, in the study's own Ray namespace
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)
+class Broker:
+    """Every method is a coroutine: the core is only ever touched by one at a time."""
+
+    def __init__(self, checkpoints: str, scheduler: str = "") -> None:
+        folder = Path(checkpoints)
+
+        def newest_attempt(fingerprint: str) -> int:
+            attempts = (folder / fingerprint).glob("*")
+            return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
+
+        self.core = BrokerCore(newest_attempt, scheduler)
+        self.born = uuid.uuid4().hex
+        self.changed: dict[str, asyncio.Event] = {}
+
+    # -- trials
+
+    async def next(self, trial: str, configuration: Configuration, after: int, timeout: float) -> Report | State | None:
+        """Submits (again, after a restart) and waits for the report beyond step `after` or the end."""
+        fingerprint = configuration.fingerprint
+        self.core.submit(trial, configuration, time.monotonic())
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self.core.next(fingerprint, after)
+            left = deadline - time.monotonic()
+            if answer is not None or left <= 0:
+                return answer
+            event = self.changed.setdefault(fingerprint, asyncio.Event())
+            event.clear()
+            try:
+                await asyncio.wait_for(event.wait(), left)
+            except TimeoutError:
+                return None
+
+    async def release(self, trial: str) -> None:
+        self.core.release(trial, time.monotonic())
+
+    # -- seats
+
+    async def lease(self, seat: str, shape: str | None, room: int, held: Mapping[str, tuple[int, Configuration]]) -> tuple[Offer, dict[str, Answer]]:
+        now = time.monotonic()
+        answers = self.core.exchange(seat, held, now)
+        return self.core.lease(seat, shape, room, now), answers
+
+    async def report(self, seat: str, report: Report) -> Answer:
+        answer = self.core.report(seat, report, time.monotonic())
+        self._tell(report.fingerprint)
+        return answer
+
+    async def exchange(self, seat: str, held: Mapping[str, tuple[int, Configuration]]) -> dict[str, Answer]:
+        return self.core.exchange(seat, held, time.monotonic())
+
+    async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
+        self.core.done(seat, fingerprint, attempt, state, time.monotonic())
+        self._tell(fingerprint)
+
+    async def seat_ended(self, name: str) -> None:
+        """All incarnations of the seat called `name` are gone."""
+        for seat in [s for s in self.core.seats if s.rpartition(".")[0] == name]:
+            self.core.seat_gone(seat, time.monotonic())
+
+    # -- the driver
+
+    async def news(self, since: int, born: str) -> dict[str, Any]:
+        """Lanes that ended from number `since` on (all, for a caller who knew another incarnation), the counts."""
+        self.core.tick(time.monotonic())
+        ended = self.core.ended[since if born == self.born else 0 :]
+        return {"born": self.born, "ended": ended, "counts": self.core.counts()}
+
+    async def close(self) -> None:
+        """No more trials will come: seats end when nothing waits."""
+        self.core.closed = True
+
+    def _tell(self, fingerprint: str) -> None:
+        event = self.changed.get(fingerprint)
+        if event is not None:
+            event.set()
+
+
+class BrokerSource:
+    """A seat's side of the broker: the `Source` of the fine-tuning loop.
+
+    It names all that it holds with every call, so that a reply that was lost, or a broker that restarted, is
+    made good by the next one.
+    """
+
+    def __init__(self, seat: str) -> None:
+        self.seat = seat
+        self.broker = ray.get_actor(NAME)
+        self.held: dict[str, tuple[int, Configuration]] = {}
+        self.pending: dict[str, Answer] = {}
+
+    def lease(self, shape: str | None, room: int) -> Offer:
+        offer, answers = self._call("lease", self.seat, shape, room, self.held)
+        self.pending |= answers
+        # A lane that is still in the pack under an older attempt leaves it first; its lease lapses by itself.
+        leases: tuple[Lease, ...] = tuple(x for x in offer.leases if x.configuration.fingerprint not in self.held)
+        for lease in leases:
+            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration)
+        return Offer(leases, offer.closed)
+
+    def report(self, report: Report) -> Answer:
+        answer = self._call("report", self.seat, report)
+        if answer is Answer.DROP:
+            self.held.pop(report.fingerprint, None)
+        return answer
+
+    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        answers = {**self.pending, **self._call("exchange", self.seat, self.held)}
+        self.pending = {}
+        for fingerprint, answer in answers.items():
+            if answer is Answer.DROP:
+                self.held.pop(fingerprint, None)
+        return answers
+
+    def done(self, fingerprint: str, attempt: int, state: State) -> None:
+        self._call("done", self.seat, fingerprint, attempt, state)
+        self.held.pop(fingerprint, None)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        deadline = time.monotonic() + BROKER_LOST_SECONDS
+        while True:
+            try:
+                return ray.get(getattr(self.broker, method).remote(*args), timeout=BROKER_LOST_SECONDS)
+            except (ActorUnavailableError, RayActorError, GetTimeoutError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)

@@ -1,0 +1,161 @@
+"""The Ray that a study runs on: joined where there is one, else started here and ended with the study."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.study.errors import BadInput
+
+OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
+
+
+@dataclass(frozen=True)
+class Cluster:
+    cpus: float
+    gpus: float
+    nodes: int
+    memory: float
+    """Bytes that Ray may promise."""
+    namespace: str
+    local: bool
+
+
+def address() -> str | None:
+    """The running cluster that a study would join: RAY_ADDRESS, else one that `ray start` left word of."""
+    if os.environ.get("RAY_ADDRESS"):
+        return os.environ["RAY_ADDRESS"]
+    word = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
+    with suppress(OSError):
+        found = word.read_text().strip()
+        host, _, port = found.rpartition(":")
+        if found and _listens(host, int(port)):
+            return found
+    return None
+
+
+@contextmanager
+def connect(store: Path) -> Iterator[Cluster]:
+    """Joins or starts Ray; on leaving, whatever the study made is gone. Raises BadInput when it cannot join."""
+    _end_remains()
+    where = address()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about later versions
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
+    import ray
+
+    namespace = f"study-{uuid.uuid4().hex[:12]}"
+    quiet = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    if where is None:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        _write_remains()
+    else:
+        try:
+            ray.init(address=where, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise BadInput(
+                f"RAY_ADDRESS {where!r} cannot be joined ({str(error).splitlines()[0]}); "
+                "start that cluster, or unset RAY_ADDRESS to start Ray here."
+            ) from None
+    try:
+        resources = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if len(nodes) > 1 and not _shared(store):
+            raise BadInput(
+                f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(nodes)} nodes: "
+                "every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
+            )
+        yield Cluster(
+            cpus=resources.get("CPU", 0.0),
+            gpus=resources.get("GPU", 0.0),
+            nodes=len(nodes),
+            memory=resources.get("memory", 0.0),
+            namespace=namespace,
+            local=where is None,
+        )
+    finally:
+        ray.shutdown()
+        _remains_file().unlink(missing_ok=True)
+
+
+def _listens(host: str, port: int) -> bool:
+    import socket
+
+    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+def _shared(folder: Path) -> bool:
+    """Whether the folder is on a file system that other machines can see too."""
+    folder = folder.resolve()
+    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    kind = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
+    return kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs"))
+
+
+# -- what a killed predecessor left ------------------------------------------------------------------------
+# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs, so a
+# driver writes down its Ray's processes and the next one ends those whose driver is gone.
+
+
+def _remains_folder() -> Path:
+    return Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
+
+
+def _remains_file() -> Path:
+    return _remains_folder() / f"{os.getpid()}.json"
+
+
+def _write_remains() -> None:
+    me = psutil.Process()
+    rays = [p for p in me.children(recursive=True) if p.is_running()]
+    _remains_folder().mkdir(mode=0o700, exist_ok=True)
+    identities = [(p.pid, p.create_time()) for p in (me, *rays)]
+    _remains_file().write_text(json.dumps(identities))
+
+
+def _alive(pid: int, created: float) -> psutil.Process | None:
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def _end_remains() -> None:
+    for file in _remains_folder().glob("*.json"):
+        try:
+            (driver, *rays) = json.loads(file.read_text())
+        except (OSError, ValueError):
+            file.unlink(missing_ok=True)
+            continue
+        if _alive(*driver):
+            continue
+        raylets = {str(pid) for pid, _ in rays}
+        doomed = [process for identity in rays if (process := _alive(*identity))]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it
+                if process.environ().get("RAY_RAYLET_PID") in raylets:
+                    doomed.append(process)
+        for process in doomed:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(doomed, timeout=10)
+        file.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""What a study shows while it runs: one live line at a terminal, plain lines elsewhere, all in `study.log`.
+What Ray prints meanwhile goes to `ray.log`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from orchestrator.record.schema import Record
+
+PLAIN_SECONDS = 10.0  # how often a plain line is written where there is no terminal
+
+
+@dataclass
+class Best:
+    score: float
+    variant: str
+    learning_rate: float
+
+
+@dataclass
+class Progress:
+    """`total` configurations are asked for, `known` of them were there before. Times are the wall clock's."""
+
+    folder: Path
+    total: int
+    known: int
+    console: Console
+    """Bound to its file: what others print meanwhile goes to ray.log."""
+    done: int = 0
+    diverged: int = 0
+    failed: int = 0
+    training: int = 0
+    waiting: int = 0
+    seats: int = 0
+    best: Best | None = None
+    started: float = field(default_factory=time.monotonic)
+    first_lane: float | None = None
+    _live: Live | None = None
+    _last_plain: float = 0.0
+
+    def __enter__(self) -> Progress:
+        with ExitStack() as stack:
+            self._log = stack.enter_context((self.folder / "study.log").open("a", buffering=1))
+            noise = stack.enter_context((self.folder / "ray.log").open("a", buffering=1))
+            stack.enter_context(redirect_stdout(noise))
+            stack.enter_context(redirect_stderr(noise))
+            if self.console.is_terminal:
+                live = Live(
+                    console=self.console,
+                    refresh_per_second=4,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self._live = stack.enter_context(live)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def say(self, text: str) -> None:
+        """A line that stays, on the terminal and in the log."""
+        self.console.print(text, markup=False)
+        self._write(text)
+
+    def ended(self, record: Record) -> None:
+        """A lane has ended with this record."""
+        self.done += 1
+        self.diverged += record.state == "diverged"
+        self.failed += record.state == "failed"
+        score = record.score("validation")
+        rate = record.configuration.optimizer.learning_rate
+        name = record.configuration.variant.name
+        if score is not None and (self.best is None or score > self.best.score):
+            self.best = Best(score, name, rate)
+        self._write(
+            f"{record.fingerprint[:12]} {name} lr={rate:g} seed={record.configuration.seed} {record.state}"
+            + ("" if score is None else f" validation={score:.4f}")
+            + (f" ({record.reason})" if record.reason else "")
+        )
+
+    def show(self) -> None:
+        """Refreshes the live line; where there is no terminal, writes one now and then."""
+        if self._live is not None:
+            self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
+        elif time.monotonic() - self._last_plain > PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self.say(self.line())
+
+    def line(self) -> str:
+        """At most 80 columns for up to 99,999 configurations."""
+        parts = [f"{self.known + self.done}/{self.total} done", f"{self.training} training"]
+        if self.seats == 0:
+            parts.append("seats start")
+        if self.diverged:
+            parts.append(f"{self.diverged} diverged")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self.best is not None:
+            parts.append(f"best {self.best.score:.3f} {self.best.variant} {self.best.learning_rate:g}")
+        left = self.seconds_left()
+        if left is not None:
+            parts.append(f"{clock(left)} left")
+        return " | ".join(parts)
+
+    def seconds_left(self) -> float | None:
+        """From the pace since the first lane trained; None until one is done."""
+        if self.first_lane is None or not self.done:
+            return None
+        return (time.monotonic() - self.first_lane) / self.done * (self.total - self.known - self.done)
+
+    def _write(self, text: str) -> None:
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def clock(seconds: float) -> str:
+    """12 s, 3:07, 2:10:00."""
+    whole = max(0, round(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

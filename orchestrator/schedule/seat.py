@@ -1,0 +1,85 @@
+"""A seat: one Ray Train run that holds a base model and trains packs of lanes until none waits."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+
+IDLE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class SeatPlan:
+    """How seats are made. All seats of a study are alike."""
+
+    lanes: int
+    gpus: float
+    store: str
+    """Folder of the store, the same on every node."""
+    scratch: str
+    """Folder for Ray Train's own files."""
+    save_adapters: bool = False
+    start_seconds: float = 300.0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": 1, "GPU": self.gpus} if self.gpus else {"CPU": 1}
+
+
+def work(settings: Mapping[str, Any]) -> None:
+    """Runs in the Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
+    from pathlib import Path
+
+    import torch
+
+    from orchestrator.finetune import loop, models
+    from orchestrator.record import provenance
+    from orchestrator.record.store import Store
+    from orchestrator.schedule.broker import BrokerSource
+
+    plan = SeatPlan(**settings["plan"])
+    gpu = plan.gpus > 0 and torch.cuda.is_available()
+    if not gpu:
+        torch.set_num_threads(1)  # seats share the cores: two threads each made a pretraining 17 times slower
+    store = Store(Path(plan.store))
+    # A new process is a new incarnation: what its predecessor held is not its own.
+    source = BrokerSource(f"{settings['name']}.{uuid.uuid4().hex[:8]}")
+    device = "cuda" if gpu else "cpu"
+    loop.run(
+        source,
+        store,
+        lambda choice: models.load(choice, store.bases, device),
+        lanes=plan.lanes,
+        idle_seconds=IDLE_SECONDS,
+        provenance=provenance.current,
+        save_adapter=plan.save_adapters,
+    )
+
+
+@ray.remote(num_cpus=0)
+class SeatHost:
+    """Starts one Train run and waits for its end: `TorchTrainer.fit` blocks, so each seat has its own host."""
+
+    def run(self, name: str, plan: SeatPlan, namespace: str) -> None:
+        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a finished run is noticed
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, plan.start_seconds))
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={"name": name, "plan": asdict(plan)},
+            scaling_config=ScalingConfig(num_workers=1, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources),
+            torch_config=TorchConfig(backend="gloo"),  # one worker talks to nobody
+            run_config=RunConfig(
+                name=f"{namespace}-{name}",
+                storage_path=plan.scratch,
+                failure_config=FailureConfig(max_failures=0),  # a dead seat is replaced as a whole, by the driver
+            ),
+        )
+        trainer.fit()

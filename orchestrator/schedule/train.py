@@ -1,0 +1,159 @@
+"""Trains configurations on a cluster: Tune's trials on one side, seats on the other, a broker between."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayError
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.schedule.broker import NAME, Broker
+from orchestrator.schedule.cluster import Cluster
+from orchestrator.schedule.progress import Progress
+from orchestrator.schedule.seat import SeatPlan
+from orchestrator.schedule.seats import Seats
+from orchestrator.schedule.trial import MEMORY_BYTES, Trial
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.errors import BadInput
+
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many seats, and the lanes of each."""
+
+    seats: int
+    plan: SeatPlan
+
+    def trials(self, cluster: Cluster) -> int:
+        """Trials at once: the lanes of all seats and a pack each to take next, as far as memory for their
+        processes goes (half of what Ray may promise: the rest is the seats')."""
+        wanted = 2 * self.seats * self.plan.lanes
+        return max(1, min(wanted, int(cluster.memory / 2 / MEMORY_BYTES)))
+
+
+def train(
+    configurations: Sequence[Configuration],
+    cluster: Cluster,
+    room: Room,
+    store: Store,
+    scratch: Path,
+    progress: Progress,
+    ended: Callable[[Record], None],
+) -> None:
+    """Trains all of `configurations`, in this order; `ended` is called with each record, from another thread.
+
+    Raises BadInput when no seat can be had. Whatever happens, seats and broker are gone afterwards.
+    """
+    broker = Broker.options(name=NAME).remote(str(store.checkpoints))
+    watch = _Watch(broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended)
+    watch.start()
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(Trial, tune.PlacementGroupFactory([{"memory": MEMORY_BYTES}])),
+            param_space={"configuration": tune.grid_search([c.to_json() for c in configurations])},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=room.trials(cluster),
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=cluster.namespace,
+                storage_path=str(scratch),
+                verbose=0,
+                callbacks=[_TellBroker(broker)],
+                failure_config=tune.FailureConfig(max_failures=3),  # of trial processes; lanes are the broker's
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        tuner.fit()
+    except KeyboardInterrupt:
+        if not watch.seats.trouble:  # else it was the watch that ended a wait without hope
+            raise
+    finally:
+        watch.finish()
+    if watch.seats.trouble:
+        raise BadInput(watch.seats.trouble)
+
+
+def _name(trial: Any) -> str:
+    return f"{Configuration.from_json(trial.config['configuration']).fingerprint[:12]}-{trial.trial_id}"
+
+
+class _TellBroker(tune.Callback):
+    """A killed trial never runs its cleanup, so the broker hears of every end from here."""
+
+    def __init__(self, broker: Any) -> None:
+        self.broker = broker
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.broker.release.remote(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.broker.release.remote(trial.trial_id)
+
+
+class _Watch(threading.Thread):
+    """Beside `Tuner.fit`, which blocks: keeps the seats, reads the records of ended lanes, shows progress."""
+
+    def __init__(
+        self, broker: Any, seats: Seats, store: Store, progress: Progress, ended: Callable[[Record], None]
+    ) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.broker, self.seats, self.store, self.progress, self.ended = broker, seats, store, progress, ended
+        self.stop = threading.Event()
+        self.read, self.born = 0, ""
+
+    def run(self) -> None:
+        while not self.stop.wait(LOOK_SECONDS):
+            try:
+                self._look()
+            except RayError:
+                continue  # the broker restarts; what ended meanwhile is in the store
+
+    def finish(self) -> None:
+        """Called by the main thread after `fit`, however that ended."""
+        self.stop.set()
+        self.join(timeout=10)
+        try:
+            ray.get(self.broker.close.remote(), timeout=5)
+            self._look()
+        except RayError:
+            pass
+        self.seats.end()
+        ray.kill(self.broker)
+
+    def _look(self) -> None:
+        news = ray.get(self.broker.news.remote(self.read, self.born), timeout=10)
+        if news["born"] != self.born:  # it restarted: its list of the ended began anew
+            self.read, self.born = 0, news["born"]
+        for fingerprint, _ in news["ended"]:
+            record = self.store.get(fingerprint)
+            if record is not None:
+                self.progress.ended(record)
+                self.ended(record)
+            self.seats.lane_ended()
+        self.read += len(news["ended"])
+        progress, counts = self.progress, news["counts"]
+        progress.training = counts.get("leased", 0) + counts.get("parked", 0)
+        progress.waiting = counts.get("waiting", 0)
+        progress.seats = counts["seats"]
+        if progress.training and progress.first_lane is None:
+            progress.first_lane = time.monotonic()
+        if not self.stop.is_set():
+            self.seats.look(progress.training + progress.waiting, counts["seats"])
+            if self.seats.trouble:
+                _thread.interrupt_main()  # `fit` would wait for ever for trials that nobody serves
+                self.stop.set()
+        progress.show()

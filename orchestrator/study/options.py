@@ -1,0 +1,122 @@
+"""The options that every study script shares, and their rules. Plain Python: `--help` imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.study import rates
+from orchestrator.study.errors import BadInput
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    dry_run: bool = False
+    """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is pretrained
+    here once (about half a minute). Ends in a few minutes with a real report."""
+    variants: tuple[str, ...] | None = None
+    """Variants to compare, e.g. `lora pissa`. Default: all that are checked."""
+    task: str | None = None
+    """What to fine-tune on: a task's name, or a path to a .py file with one."""
+    model: str | None = None
+    """The base model: a known name, a folder, or a hub name. Default: the task's own."""
+    learning_rates: tuple[str, ...] | None = None
+    """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
+    seeds: int = 3
+    """How many seeds a point: 0, 1, ... Seed k is the same data order and initial noise for every variant."""
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """LoRA's alpha; the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank)). HiRA has none."""
+    steps: int | None = None
+    """Optimizer steps of a fine-tune. Default: the task's."""
+    batch_size: int | None = None
+    """Examples an optimizer step. Default: the task's."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """The learning rate over the steps, after a linear warm-up."""
+    targets: str = "blocks"
+    """Which layers learn: `blocks` (every linear layer of the model's blocks), a comma-separated list of name
+    endings (`q_proj,v_proj`), or `re:` and a regular expression."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the frozen base; adapters are float32. Default: the task's."""
+    study: str | None = None
+    """The study's name. Default: made of script, task and model. The same name extends a study."""
+    output: Path = Path("results")
+    """Folder for the store and, one folder a study, the reports."""
+    store: Path | None = None
+    """Folder of the records, shared by all studies. Default: `store` in the output folder."""
+    tracking_uri: str | None = None
+    """MLflow tracking server. Default: a SQLite file in the store."""
+    save_adapters: bool = False
+    """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
+    seats: int | None = None
+    """How many Ray Train runs hold the base model. Default: what the cluster has room for."""
+    lanes_per_seat: int | None = None
+    """How many fine-tunes a seat trains at once over one copy of the base. Default: 4."""
+    gpus_per_seat: float | None = None
+    """GPUs of a seat; a fraction lets seats share one. Default: 1 where there are GPUs, else 0."""
+    seat_timeout: float = 300.0
+    """Seconds to wait for the resources of a first seat (a cluster that scales up may need 1800)."""
+    plan: bool = False
+    """Print what would be trained, what is known already and the estimated time; start nothing."""
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for whatever can be seen to be wrong without a model or a cluster."""
+        if self.learning_rates is not None:
+            rates.parse(self.learning_rates)
+        if self.variants is not None and not self.variants:
+            raise BadInput("--variants is empty; name at least one, for example: lora pissa.")
+        _at_least("--seeds", self.seeds, 1)
+        _at_least("--rank", self.rank, 1)
+        for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size), ("--seats", self.seats)):
+            _at_least(name, value, 1)
+        _at_least("--lanes-per-seat", self.lanes_per_seat, 1)
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise BadInput(f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16.")
+        if self.gpus_per_seat is not None:
+            _gpus(self.gpus_per_seat)
+        if not self.seat_timeout > 0:
+            raise BadInput(f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300.")
+        if self.study is not None and (not self.study.strip() or "/" in self.study or self.study.startswith(".")):
+            raise BadInput(f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty.")
+
+    @property
+    def store_folder(self) -> Path:
+        return self.store if self.store is not None else self.output / "store"
+
+    def check_output(self) -> None:
+        """Makes the output folder; raises BadInput if it cannot be written."""
+        for name, folder in (("--output", self.output), ("--store", self.store_folder)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise BadInput(
+                    f"{name} {str(folder)!r} cannot be written ({error.strerror}); name a folder that can."
+                ) from None
+
+
+def parse(description: str | None) -> StudyOptions:
+    """The command line's options; `--help` and mistakes end the process (0 and 2)."""
+    import tyro
+
+    return tyro.cli(StudyOptions, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise BadInput(f"{name} {value}: must be {least} or more.")
+
+
+def _gpus(value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise BadInput(f"--gpus-per-seat {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU.")
+    if value > 1 and value != int(value):
+        raise BadInput(f"--gpus-per-seat {value:g}: must be a fraction below 1 or a whole number; take {int(value)}.")
+    if value > 1:
+        raise BadInput(f"--gpus-per-seat {value:g}: a seat holds its base on one GPU; take 1 and more --seats.")

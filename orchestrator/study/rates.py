@@ -1,0 +1,43 @@
+"""Learning rates as they are typed: a list, or low:high:points-per-decade."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from orchestrator.study.errors import BadInput
+
+EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
+
+
+def parse(words: Sequence[str]) -> tuple[float, ...]:
+    """The rates in ascending order, without repetition. Raises BadInput."""
+    rates = {rate for word in words for rate in (_grid(word) if ":" in word else [_rate(word)])}
+    if not rates:
+        raise BadInput(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
+    return tuple(sorted(rates))
+
+
+def _rate(word: str) -> float:
+    try:
+        rate = float(word)
+    except ValueError:
+        raise BadInput(f"--learning-rates: {word!r} is not a number. {EXAMPLE}") from None
+    if not math.isfinite(rate) or rate <= 0:
+        raise BadInput(f"--learning-rates: {word!r} must be a finite number above 0. {EXAMPLE}")
+    return rate
+
+
+def _grid(word: str) -> list[float]:
+    parts = word.split(":")
+    if len(parts) != 3:
+        raise BadInput(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
+    low, high = _rate(parts[0]), _rate(parts[1])
+    if not parts[2].isdecimal() or int(parts[2]) < 1:
+        raise BadInput(f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}")
+    if low > high:
+        raise BadInput(f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?")
+    density = int(parts[2])
+    count = math.floor(math.log10(high / low) * density + 1e-9) + 1
+    # Three digits: 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
+    return [float(f"{low * 10 ** (i / density):.3g}") for i in range(count)]
