@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on one split after `step` optimizer steps; `scores` always holds "loss" and the task's metric."""
+    """Scores on one split after `step` optimizer steps; `scores` holds "loss" and the task's metric."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
@@ -78,6 +79,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Record:
+    __pydantic_config__: ClassVar = _WITH_NAN
     fingerprint: str
     configuration: Configuration
     state: State
@@ -109,7 +111,8 @@ class Record:
         return last[-1].scores[self.configuration.task.metric] if last else None
 
     def to_json(self) -> dict[str, Any]:
-        return _adapter().dump_python(self, mode="json")
+        # By way of bytes: dump_python(mode="json") leaves NaN and infinities as floats, which JSON has not.
+        return json.loads(_adapter().dump_json(self))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:

@@ -98,6 +98,10 @@ class Progress:
 
     def line(self) -> str:
         """At most 80 columns for up to 99,999 configurations."""
+        line = self._line(long=True)
+        return line if len(line) <= 80 else self._line(long=False)
+
+    def _line(self, long: bool) -> str:
         parts = [f"{self.known + self.done}/{self.total} done", f"{self.training} training"]
         if self.seats == 0:
             parts.append("seats start")
@@ -106,7 +110,8 @@ class Progress:
         if self.failed:
             parts.append(f"{self.failed} failed")
         if self.best is not None:
-            parts.append(f"best {self.best.score:.3f} {self.best.variant} {self.best.learning_rate:g}")
+            where = f" {self.best.variant} {self.best.learning_rate:g}" if long else ""
+            parts.append(f"best {self.best.score:.3f}{where}")
         left = self.seconds_left()
         if left is not None:
             parts.append(f"{clock(left)} left")

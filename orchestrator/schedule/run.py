@@ -154,7 +154,7 @@ def _train(
 def _report(console: Console, folder: Path, study: StudyFile, store: Store, uri: str) -> None:
     """The projections that are files. The table shows the whole study, also what earlier runs of it asked."""
     from orchestrator.analyze.report import write_report
-    from orchestrator.analyze.table import study_table
+    from orchestrator.analyze.table import render
 
     found = [record for f in study.configurations if (record := store.get(f)) is not None]
     write_parquet(store)
@@ -167,8 +167,7 @@ def _report(console: Console, folder: Path, study: StudyFile, store: Store, uri:
         tracking_uri=uri,
         pending=len(study.configurations) - len(found),
     )
-    for part in study_table(summary):
-        console.print(part)
+    console.print(render(summary))
     console.print(f"Report: {folder / 'report.html'}   Picture: {folder / 'curves.png'}", markup=False, soft_wrap=True)
     console.print(f"MLflow: mlflow ui --backend-store-uri {uri}", markup=False, soft_wrap=True)
 

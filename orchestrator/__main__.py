@@ -1,0 +1,112 @@
+"""`python -m orchestrator`: look at what is recorded, rebuild what is derived from it.
+
+python -m orchestrator sync                    # Parquet and MLflow anew from the store
+python -m orchestrator show 3fa9               # one record, by the first digits of its fingerprint
+python -m orchestrator report STUDY            # a study's report anew
+python -m orchestrator fetch-model NAME        # a base model, before a study needs it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from orchestrator.study.command import main
+from orchestrator.study.errors import BadInput
+
+# Nothing heavy at this level: --help has to answer at once.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    output: Path = Path("results")
+    """Folder with a subfolder for each study."""
+    store: Path | None = None
+    """Folder of the records; by default OUTPUT/store."""
+
+    @property
+    def root(self) -> Path:
+        return self.store or self.output / "store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync(Places):
+    """Rebuild records.parquet and the MLflow runs of every study from the store."""
+
+    tracking_uri: str | None = None
+    """Where MLflow keeps its runs; by default what each study used."""
+
+    def run(self) -> int:
+        from orchestrator.record.store import Store
+        from orchestrator.record.sync import sync
+
+        return sync(Store(self.root, create=False), self.output, self.tracking_uri, print)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Places):
+    """Print one record, with its traceback if it failed and the command that runs it again."""
+
+    fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
+    """The fingerprint, or its first digits."""
+
+    def run(self) -> int:
+        from orchestrator.record.show import show
+        from orchestrator.record.store import Store
+
+        print(show(Store(self.root, create=False), self.output, self.fingerprint))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Places):
+    """Write a study's report again."""
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    """The study's name."""
+
+    def run(self) -> int:
+        from orchestrator.analyze.report import write_report
+        from orchestrator.record.store import Store
+        from orchestrator.record.study_file import find_study
+
+        store = Store(self.root, create=False)
+        folder, study = find_study(self.output, self.study)
+        records = [r for r in map(store.get, study.configurations) if r is not None]
+        if not records:
+            raise BadInput(f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}")
+        write_report(records, folder, title=study.name, question=study.question, command=study.command)
+        print(f"{folder}: report of {len(records)} of {len(study.configurations)} configurations")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModel(Places):
+    """Download or make a base model and keep it in the store."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """The model's name."""
+
+    def run(self) -> int:
+        from orchestrator.finetune.models import prepare
+        from orchestrator.record.store import Store
+
+        content = prepare(self.name, Store(self.root).bases, progress=print)
+        print(f"{self.name}: ready, content {content[:12]}")
+        return 0
+
+
+def _command() -> int:
+    command = tyro.cli(
+        Sync | Show | Report | FetchModel,  # type: ignore[arg-type]
+        prog="python -m orchestrator",
+        description="Look at what is recorded, rebuild what is derived from it.",
+    )
+    return command.run()
+
+
+if __name__ == "__main__":
+    main(_command)

@@ -1,0 +1,117 @@
+"""Numbers and answers as people read them; used by the table, the plots and the report."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+from orchestrator.analyze.intervals import Estimate, Figure
+from orchestrator.analyze.results import Panel
+
+HEDGE = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
+
+
+def rate(value: float | None) -> str:
+    """A learning rate in short, 3e-4; three digits at most, for reading (`exact` is for commands)."""
+    if value is None:
+        return "-"
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def exact(value: float) -> str:
+    """A learning rate that reads back as the very same number."""
+    return rate(value) if float(rate(value)) == value else repr(value)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with fixed digits; never "-0.000"; a dash if there is none."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def estimate(value: Estimate, digits: int = 3) -> str:
+    """0.967 ±0.052, or without the interval where one seed gives none."""
+    if value.mean is None or value.interval is None:
+        return number(value.mean, digits)
+    return f"{number(value.mean, digits)} ±{number((value.interval.high - value.interval.low) / 2, digits)}"
+
+
+def figure(value: Figure | None, digits: int = 2) -> str:
+    """0.42, ≥0.42 for a bound, a dash if unknown."""
+    return "-" if value is None else f"{'≥' if value.at_least else ''}{number(value.value, digits)}"
+
+
+def interval(value: Estimate | Figure | None, digits: int = 3) -> str:
+    """[0.915, 1.019], empty where there is none."""
+    if value is None or value.interval is None:
+        return ""
+    return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
+
+
+def settings(varied: Mapping[str, object]) -> str:
+    """What tells a panel from its neighbours: "rank=8, steps_horizon=60"."""
+    return ", ".join(f"{k}={v}" for k, v in varied.items())
+
+
+def title(panel: Panel) -> str:
+    more = settings(panel.varied)
+    return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
+
+
+def answer(panel: Panel) -> str:
+    """The study's question answered in two sentences from the numbers alone, and how far to trust them."""
+    ranked = sorted((c.best_rate, c.label) for c in panel.curves if c.best_rate is not None)
+    if not ranked:
+        return f"No learning rate of {title(panel)} has a score yet."
+    if len(ranked) == 1:
+        text = f"The best rate of {ranked[0][1]} is {rate(ranked[0][0])}."
+        return f"{text} {HEDGE}"
+    low, high = ranked[0], ranked[-1]
+    decades = math.log10(high[0] / low[0])
+    if decades < 0.005:
+        text = f"All {len(ranked)} variants are best at one rate, {rate(low[0])}."
+    else:
+        edges = "" if all(c.bracketed == "yes" for c in panel.curves) else " at least"
+        text = (
+            f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart "
+            f"({low[1]} {rate(low[0])}, {high[1]} {rate(high[0])})."
+        )
+    common, own = panel.spread_at_common, panel.spread_at_best
+    if common is not None and own is not None and panel.common_rate is not None:
+        text += (
+            f" At {panel.common_name} ({rate(panel.common_rate)}) their test scores span "
+            f"{number(common.size, 2)} ({common.worst} {number(common.low, 2)} to {common.best} "
+            f"{number(common.high, 2)}); each at its own best rate, {number(own.size, 2)}."
+        )
+    return f"{text} {HEDGE}"
+
+
+# Columns of a record that a study's command has an option for.
+_OPTIONS = {
+    "rank": "--rank",
+    "alpha": "--alpha",
+    "steps_horizon": "--steps",
+    "task": "--task",
+    "model": "--model",
+}
+
+
+def narrowed(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
+    """The study's command cut down to one variant and some rates (and a panel's own rank, steps, ...)."""
+    options = {"--variants": [variant], "--learning-rates": [exact(r) for r in rates]}
+    options |= {_OPTIONS[k]: [str(v)] for k, v in varied.items() if k in _OPTIONS and v is not None}
+    kept: list[str] = []
+    dropping = False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            dropping = word.split("=")[0] in options
+        if not dropping:
+            kept.append(word)
+    return shlex.join([*kept, *(w for name, values in options.items() for w in (name, *values))])
+
+
+def without_secrets(text: str) -> str:
+    """A URI or command without the user and password that a tracking URI may carry."""
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)

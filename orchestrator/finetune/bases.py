@@ -1,0 +1,162 @@
+"""The folder of base models: made once, never changed, known by content.
+
+    <root>/letters-base-3f9c0a1b2c3d/          a transformers model with its tokenizer
+    <root>/letters-base.<recipe>.json          the pointer: which content this recipe gave here
+
+Two machines may make slightly different weights from one recipe; on shared storage the first pointer wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from orchestrator.study.configuration import canonical
+from orchestrator.study.errors import BadInput
+
+_NOT_CONTENT = {"transformers_version", "_name_or_path"}
+_ABANDONED_SECONDS = 3600.0
+
+
+def content_of(folder: Path) -> str:
+    """SHA-256 (hex) over the files of a model folder: configuration, tokenizer, weights.
+
+    Hidden files, subfolders and *.md do not count, nor does the library version that wrote a JSON file. Raises
+    BadInput when the folder holds no config.json."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(
+            f"Model folder {str(folder)!r} has no config.json: give a folder made by save_pretrained."
+        )
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".md"
+    )
+    # A folder of many gigabytes is read once a process, as long as sizes and times stay as they are.
+    stats = [path.stat() for path in files]
+    return _content(tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats, strict=True)))
+
+
+@lru_cache(maxsize=32)
+def _content(files: tuple[tuple[str, int, int], ...]) -> str:
+    parts = [[Path(name).name, _file_hash(Path(name))] for name, _, _ in files]
+    return hashlib.sha256(canonical(parts)).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    if path.suffix == ".json":
+        # A JSON file that does not parse, or holds NaN, is hashed as bytes below.
+        with contextlib.suppress(ValueError):
+            data = json.loads(path.read_text("utf-8"))
+            if isinstance(data, dict):
+                data = {key: value for key, value in data.items() if key not in _NOT_CONTENT}
+            return hashlib.sha256(canonical(data)).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_of(root: Path, name: str, content: str) -> Path:
+    return root / f"{name}-{content[:12]}"
+
+
+def read_pointer(root: Path, key: str) -> dict[str, Any] | None:
+    """What `write_pointer` kept under `key`, or None."""
+    try:
+        return json.loads((root / f"{key}.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def write_pointer(root: Path, key: str, data: dict[str, Any], replace: bool = False) -> dict[str, Any]:
+    """Keeps `data` under `key`, and returns what is kept there: what was there before unless `replace`."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=root, prefix=".pointer-")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(canonical(data))
+        file.flush()
+        os.fsync(descriptor)
+    target = root / f"{key}.json"
+    if replace:
+        os.replace(name, target)
+        return data
+    try:
+        # link() fails when the target exists, so of two writers exactly one wins and none is half read.
+        os.link(name, target)
+    except FileExistsError:
+        return json.loads(target.read_text("utf-8"))
+    finally:
+        os.unlink(name)
+    return data
+
+
+def made(root: Path, name: str, recipe: str) -> str | None:
+    """The content that this recipe gave, when pointer and folder are both there."""
+    pointer = read_pointer(root, f"{name}.{recipe}")
+    if pointer is None or not folder_of(root, name, pointer["content"]).is_dir():
+        return None
+    return pointer["content"]
+
+
+def make_once(root: Path, name: str, recipe: str, make: Callable[[Path], None]) -> str:
+    """Calls `make(empty folder)` unless it was done before; returns the content. Nothing half made is ever
+    seen under a final name; a second process that wants the same base waits for the first."""
+    from filelock import FileLock
+
+    root.mkdir(parents=True, exist_ok=True)
+    if (content := made(root, name, recipe)) is not None:
+        return content
+    with FileLock(root / f".{name}.lock"):
+        if (content := made(root, name, recipe)) is not None:
+            return content
+        _clear_abandoned(root, name)
+        with _work_folder(root, name) as work:
+            folder = work / "model"
+            folder.mkdir()
+            make(folder)
+            content = content_of(folder)
+            if not folder_of(root, name, content).is_dir():
+                folder.rename(folder_of(root, name, content))
+        # A pointer that outlived its folder is replaced; one that another machine set meanwhile wins.
+        pointer = read_pointer(root, f"{name}.{recipe}")
+        lost = pointer is not None and not folder_of(root, name, pointer["content"]).is_dir()
+        data = {"name": name, "content": content}
+        return write_pointer(root, f"{name}.{recipe}", data, replace=lost)["content"]
+
+
+@contextlib.contextmanager
+def _work_folder(root: Path, name: str) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_abandoned(root: Path, name: str) -> None:
+    for folder in root.glob(f".{name}-*"):
+        if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars for reading and writing weights."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,128 @@
+"""Examples as token tensors: encoded once, drawn in an order that depends on the seed alone, padded to buckets.
+
+Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
+
+Training and scoring pad on the right and pass no attention mask. In a causal model no real token looks at what
+comes after it, and padding carries no loss, so the result is the same, and the attention kernel, which a mask
+would switch, does not depend on whose rows share the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.study.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: `ids` without its last token, `targets` one further, both of one length."""
+
+    ids: tuple[int, ...]
+    targets: tuple[int, ...]
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` and `targets` (rows, length), int64, on the CPU; `tokens`: how many targets carry loss."""
+
+    ids: Tensor
+    targets: Tensor
+    tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+
+def bucket(length: int, cap: int) -> int:
+    """The length that `length` is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k), no more than
+    `cap` unless `length` itself is longer."""
+    size = 8
+    for size in _sizes():
+        if size >= length:
+            break
+    return min(size, max(cap, length))
+
+
+def _sizes() -> Iterator[int]:
+    yield 8
+    size = 16
+    while True:
+        yield from (size, size + size // 2)
+        size *= 2
+
+
+def encode(
+    examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
+) -> list[Row]:
+    """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are left
+    out. Without it (evaluation) all are kept whole. Raises BadInput when nothing is left to learn or to score."""
+    rows = []
+    for number, example in enumerate(examples):
+        encoded = task.encode(example, tokenizer)
+        ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
+        if any(label != NO_LOSS for label in labels[1:]):
+            rows.append(Row(ids[:-1], labels[1:], encoded.ids[: encoded.prompt_length]))
+        elif max_length is None:
+            raise BadInput(
+                f"Task {task.name!r}: example {number} has no token to score (empty answer or prompt)."
+            )
+    if not rows:
+        raise BadInput(
+            f"Task {task.name!r}: no training example keeps a part of its answer within max_length {max_length}. "
+            "Raise it."
+        )
+    return rows
+
+
+def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
+    """Rows to one length, padded on the right."""
+    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows])
+    targets = torch.tensor([[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows])
+    return Batch(ids, targets, int((targets != NO_LOSS).sum()))
+
+
+def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:
+    """Examples `start` .. `start + count - 1` of the seed's endless sequence, padded to their own bucket."""
+    drawn = [rows[number] for number in numbers(seed, len(rows), start, count)]
+    return pad(drawn, bucket(max(len(r.ids) for r in drawn), cap), padding)
+
+
+def numbers(seed: int, size: int, start: int, count: int) -> list[int]:
+    """A piece of the endless sequence of example numbers: one permutation of `size` after another."""
+    return [
+        int(_permutation(seed, size, index // size)[index % size]) for index in range(start, start + count)
+    ]
+
+
+@lru_cache(maxsize=64)
+def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
+    # RandomState, because numpy promises that its streams never change; torch and numpy's newer generators do not.
+    return np.random.RandomState([seed % 2**32, seed // 2**32, epoch]).permutation(size)
+
+
+def scoring_plan(
+    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096
+) -> list[tuple[int, list[int]]]:
+    """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
+    `rows` and about `tokens` tokens, in batches of nearly equal size (small last ones would leave fast kernels).
+    Nothing in it depends on how many lanes are scored at once."""
+    by_bucket: dict[int, list[int]] = {}
+    for item, length in enumerate(lengths):
+        by_bucket.setdefault(bucket(length, cap), []).append(item)
+    plan = []
+    for length, items in sorted(by_bucket.items()):
+        most = min(rows, max(8, tokens // length))
+        batches = -(-len(items) // most)
+        plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
+    return plan

@@ -1,0 +1,58 @@
+"""Base models of the Hugging Face hub: `organisation/model`, or `organisation/model@revision`.
+
+The name is pinned to a commit the first time it is prepared, in a file beside the other bases; every worker
+loads that commit from its own cache or from the hub. Remove the file to move on to a newer commit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.finetune.bases import read_pointer, write_pointer
+from orchestrator.study.errors import BadInput
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def is_hub_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
+def repository_of(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def pinned(name: str, root: Path) -> str | None:
+    """The commit that `name` is pinned to in this store."""
+    pointer = read_pointer(root, _key(name))
+    return None if pointer is None else pointer["commit"]
+
+
+def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
+    """Asks the hub, or its local cache when the hub is out of reach, for the commit and keeps it. Fetching
+    config.json shows at once whether the model may be read. Raises BadInput when it may not."""
+    if (commit := pinned(name, root)) is not None:
+        return commit
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    progress(f"{name}: asking the model hub")
+    try:
+        path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
+    except Exception as error:  # of many kinds: no network, no such model, gated, offline without a cache
+        raise unreachable(name, error) from error
+    # The cache keeps a commit's files in snapshots/<commit>/.
+    return write_pointer(root, _key(name), {"name": name, "commit": path.parent.name})["commit"]
+
+
+def unreachable(name: str, error: Exception) -> BadInput:
+    return BadInput(
+        f"Model {name!r} cannot be read from the model hub ({type(error).__name__}). Set HF_TOKEN if it is "
+        "gated, or HF_HUB_OFFLINE=1 with the model in the local cache, or give a local folder."
+    )
+
+
+def _key(name: str) -> str:
+    return "hub-" + name.replace("/", "--")

@@ -1,0 +1,253 @@
+"""A lane: one configuration in training, with everything that is its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from orchestrator.finetune.checkpoint import Checkpoint
+from orchestrator.finetune.divergence import Watch
+from orchestrator.finetune.evaluate import Scored
+from orchestrator.finetune.learning_rate import factor
+from orchestrator.finetune.source import Lease, Report
+from orchestrator.record.schema import Cost, Evaluation, Items, Step
+from variants.contract import Settings, Variant
+
+if TYPE_CHECKING:
+    from variants.attach import Adapters
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step's backward passes gave: mean loss a token, global gradient norm, tokens with loss."""
+
+    loss: float
+    norm: float
+    tokens: int
+
+
+class Phase(StrEnum):
+    LEASED = "leased"
+    """Ours, not yet on the model."""
+    TRAINING = "training"
+    EVALUATING = "evaluating"
+    """At a step where scores are due."""
+    REPORTING = "reporting"
+    """Has scores that the source has not been told."""
+    PARKED = "parked"
+    """Waits for the source's go-ahead."""
+    ENDED = "ended"
+
+
+_NEXT: Mapping[Phase, frozenset[Phase]] = {
+    # A lane that resumes may owe reports or scores.
+    Phase.LEASED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
+    Phase.TRAINING: frozenset({Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
+    Phase.EVALUATING: frozenset({Phase.REPORTING, Phase.PARKED, Phase.ENDED}),
+    Phase.REPORTING: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
+    Phase.PARKED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
+
+
+class IllegalMove(RuntimeError):
+    """A lane was sent where it cannot go from where it is: a fault of the loop."""
+
+
+def due_steps(steps: int, evaluations: int) -> tuple[int, ...]:
+    """After which steps a lane is evaluated: evenly spaced, the last at the end."""
+    count = max(1, min(evaluations, steps))
+    return tuple(steps * i // count for i in range(1, count + 1))
+
+
+class Lane:
+    """`step` counts the optimizer steps taken. Nothing here knows the other lanes of the pack."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.configuration = lease.configuration
+        self.name = lease.configuration.fingerprint
+        self.phase = Phase.LEASED
+        self.step = 0
+        self.due = due_steps(self.configuration.schedule.steps, self.configuration.evaluations)
+        self.curve: list[Step] = []
+        self.evaluations: list[Evaluation] = []
+        self.items: dict[str, Items] = {}
+        self.to_report: deque[Report] = deque()
+        self.train_seconds = self.evaluate_seconds = 0.0
+        self.tokens = 0
+        self.pack_lanes = 1
+        self.resumed_from: tuple[int, ...] = ()
+        self.started = time.time()
+        self.saved_at = time.monotonic()
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.optimizer: torch.optim.AdamW
+        self.watch: Watch
+
+    # -- where it is ------------------------------------------------------------------------------------
+
+    def move(self, to: Phase) -> None:
+        if to not in _NEXT[self.phase]:
+            raise IllegalMove(
+                f"lane {self.name[:12]} at step {self.step} cannot go from {self.phase} to {to}"
+            )
+        self.phase = to
+
+    def go_on(self) -> None:
+        """To what comes next for a lane that may go on: owed reports, due scores, training."""
+        if self.to_report:
+            if self.phase is not Phase.REPORTING:
+                self.move(Phase.REPORTING)
+        elif self.step in self.due and not self.evaluated:
+            self.move(Phase.EVALUATING)
+        else:
+            self.move(Phase.TRAINING)
+
+    @property
+    def at_end(self) -> bool:
+        return self.step == self.configuration.schedule.steps
+
+    @property
+    def evaluated(self) -> bool:
+        return any(e.step == self.step for e in self.evaluations)
+
+    # -- on and off the model ---------------------------------------------------------------------------
+
+    def open(
+        self, adapters: Adapters, variant: Variant, untrained_loss: float, saved: Checkpoint | None
+    ) -> None:
+        """Puts the lane on the model, at its start or where `saved` left it. Raises what the variant raises."""
+        choice = self.configuration.variant
+        settings = Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
+        if saved is None:
+            adapters.add(self.name, settings, self.configuration.seed)
+        else:
+            adapters.load(self.name, saved.trainable, saved.frozen, settings, self.configuration.seed)
+        self.parameters = adapters.trainable(self.name)
+        self.watch = Watch(self.configuration.divergence, self.configuration.schedule, untrained_loss)
+        self.optimizer = self._optimizer(variant)
+        if saved is not None:
+            self._restore(saved)
+        self.go_on()
+
+    def _optimizer(self, variant: Variant) -> torch.optim.AdamW:
+        options = self.configuration.optimizer
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(variant.learning_rate_scale(name.rpartition(".")[2]), []).append(parameter)
+        return torch.optim.AdamW(
+            [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+
+    # -- a step -----------------------------------------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        return self.configuration.optimizer.learning_rate * factor(self.configuration.schedule, self.step)
+
+    def take_step(self, taken: Taken) -> str | None:
+        """One optimizer step with the gradients that are in the parameters. Returns why the lane has diverged,
+        if it has; the step is not taken then."""
+        loss, norm, rate = taken.loss, taken.norm, self.learning_rate
+        self.curve.append(Step(self.step + 1, loss, rate, norm))
+        self.tokens += taken.tokens
+        reason = self.watch.observe(self.step, loss, norm)
+        if reason is not None:
+            return reason
+        clip = self.configuration.optimizer.clip_norm
+        if norm > clip:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            torch._foreach_mul_(gradients, clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.step in self.due:
+            self.move(Phase.EVALUATING)
+        return None
+
+    # -- scores -----------------------------------------------------------------------------------------
+
+    def scored(self, split: Literal["validation", "test"], scored: Scored) -> None:
+        self.evaluations.append(Evaluation(self.step, split, scored.scores))
+        if self.at_end:
+            self.items[split] = scored.items
+
+    def owe(self, after: int = 0) -> None:
+        """The validation scores beyond step `after` are to be reported, in order."""
+        losses = {s.step: s.loss for s in self.curve}
+        for e in self.evaluations:
+            if e.split == "validation" and e.step > after:
+                self.to_report.append(Report(self.name, self.lease.attempt, e.step, e.scores, losses[e.step]))
+
+    def unsound(self) -> str | None:
+        """A loss on a held-out split that is not finite: why the lane has diverged."""
+        for e in self.evaluations:
+            if e.step == self.step and not math.isfinite(e.scores["loss"]):
+                return f"{e.split} loss {e.scores['loss']} after step {e.step}"
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(
+            self.train_seconds,
+            self.evaluate_seconds,
+            self.tokens,
+            sum(p.numel() for p in self.parameters.values()),
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    def checkpoint(self, frozen: Mapping[str, Tensor]) -> Checkpoint:
+        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                if moment in (kept := self.optimizer.state.get(parameter, {})):
+                    moments[moment][name] = kept[moment]
+        state = {
+            "curve": [asdict(s) for s in self.curve],
+            "evaluations": [asdict(e) for e in self.evaluations],
+            "watch": self.watch.state(),
+            "seconds": [self.train_seconds, self.evaluate_seconds],
+            "tokens": self.tokens,
+            "pack_lanes": self.pack_lanes,
+            "resumed_from": self.resumed_from,
+            "started": self.started,
+        }
+        self.saved_at = time.monotonic()
+        return Checkpoint(self.name, self.lease.attempt, self.step, self.parameters, frozen, moments, state)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        state = saved.state
+        self.step = saved.step
+        self.curve = [Step(**s) for s in state["curve"]]
+        self.evaluations = [Evaluation(**e) for e in state["evaluations"]]
+        self.watch.restore(state["watch"])
+        self.train_seconds, self.evaluate_seconds = state["seconds"]
+        self.tokens, self.pack_lanes, self.started = state["tokens"], state["pack_lanes"], state["started"]
+        self.resumed_from = (*state["resumed_from"], saved.step)
+        for name, parameter in self.parameters.items():
+            if all(name in saved.moments.get(moment, {}) for moment in MOMENTS):
+                # The step counter of fused AdamW is a float32 tensor beside the parameter.
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
+                } | {m: saved.moments[m][name].to(parameter.device) for m in MOMENTS}
+        # Whoever waits may have missed any report, or all (a new driver): they are told again, in order.
+        self.owe()

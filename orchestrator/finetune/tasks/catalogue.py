@@ -1,0 +1,61 @@
+"""Tasks by name: one file in this folder a task. A path to a Python file with a task works as well."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study.errors import BadInput, nearest
+
+_NOT_TASKS = {"__init__", "base", "catalogue"}
+
+
+def names() -> tuple[str, ...]:
+    """The tasks that come with the project. Reads file names only."""
+    return tuple(sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - _NOT_TASKS))
+
+
+@lru_cache
+def get(name: str) -> Task:
+    """The task called `name`, or the one in the file `name` (it ends in .py; every worker needs to reach it
+    under that path, which is then the task's name). Raises BadInput for a name or file that is none."""
+    if name.endswith(".py"):
+        task = _only_task(_load_file(Path(name)))
+        task.name = name
+        return task
+    if name not in names():
+        raise BadInput(
+            f"Unknown task {name!r}. {nearest(name, names())} A path to a .py file with a task works too."
+        )
+    return _only_task(importlib.import_module(f"{__package__}.{name}"))
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise BadInput(f"Task file {str(path)!r} does not exist. {nearest(path.stem, names())}")
+    spec = importlib.util.spec_from_file_location(f"orchestrator_user_task_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"Task file {str(path)!r} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _only_task(module: ModuleType) -> Task:
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise BadInput(
+            f"A task file holds exactly one subclass of Task, {module.__file__!r} has {len(found)}."
+        )
+    return found[0]()

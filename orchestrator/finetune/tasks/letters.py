@@ -1,0 +1,190 @@
+"""Operators on strings of letters: a text generation task small enough for two cores.
+
+A text is `OPERATOR x1 .. x5 = y1 .. y5` over 16 letters. The base is pretrained here, in half a minute, on
+five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth, `unk`, that stands for
+any of the five at random, so that the base is unsure about it and not confidently wrong. Fine-tuning teaches
+`unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.study.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+LETTERS = "abcdefghijklmnop"
+LENGTH = 5
+OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
+MOST = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
+WORDS = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How the base is made. `version` is raised by hand when the code below changes what comes out."""
+
+    steps: int = 600
+    batch_size: int = 96
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    label_smoothing: float = 0.05
+    hidden_size: int = 96
+    intermediate_size: int = 192
+    layers: int = 3
+    heads: int = 4
+    seed: int = 0
+    version: int = 1
+
+
+class Letters(Task):
+    name = "letters"
+    title = "operators on letter strings"
+    metric = "exact_match"
+    floor = 0.0
+    default_model = "letters-base"
+    answers = "forced"
+    max_new_tokens = LENGTH + 1
+    defaults = TaskDefaults(
+        train_size=2000,
+        validation_size=200,
+        test_size=200,
+        steps=60,
+        batch_size=16,
+        max_length=2 * LENGTH + 3,
+        evaluations=3,
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    )
+
+    def __init__(self, pretraining: Pretraining | None = None) -> None:
+        self.pretraining = pretraining or Pretraining()
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        if count > MOST:
+            raise BadInput(f"Task 'letters' has at most {MOST} examples a split, {count} were asked for.")
+        # A string belongs to a split by its own hash; each split has its own order of drawing.
+        generator = random.Random(f"letters/{split}")
+        seen: dict[str, None] = {}
+        while len(seen) < count:
+            word = "".join(LETTERS[generator.randrange(len(LETTERS))] for _ in range(LENGTH))
+            if split_of(word) == split:
+                seen[word] = None
+        return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
+
+    def pretrain_recipe(self) -> str:
+        text = json.dumps([asdict(self.pretraining), WORDS, LENGTH])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        import torch
+
+        threads = torch.get_num_threads()
+        # The order in which threads add up would change the last bits of the weights, and so the content.
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.pretraining.seed)
+                model = _pretrained(self.pretraining, progress)
+        finally:
+            torch.set_num_threads(threads)
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+
+def reverse_next(word: str) -> str:
+    """What `unk` comes to mean: the string backwards, every letter one further (p becomes a)."""
+    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in reversed(word))
+
+
+def tokenizer() -> Any:
+    """One token a word, as a transformers tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=None))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=64,
+    )
+
+
+def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=WORDS.index("<eos>"),
+            pad_token_id=WORDS.index("<pad>"),
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
+    for step, ids in enumerate(_batches(recipe), start=1):
+        # Loss on the answer and <eos> only: what stands before them is random.
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
+        answers = ids[:, LENGTH + 2 :]
+        loss = cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 100 == 0 or step == recipe.steps:
+            progress(f"pretraining letters-base: step {step} of {recipe.steps}, loss {loss.item():.3f}")
+    return model.eval()
+
+
+def _cosine(step: int, recipe: Pretraining) -> float:
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    past = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+
+
+def _batches(recipe: Pretraining) -> Iterator[torch.Tensor]:
+    """Token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
+    import torch
+
+    first_letter, first_operator = WORDS.index(LETTERS[0]), WORDS.index(OPERATORS[0])
+    rows = torch.arange(recipe.batch_size)
+    for _ in range(recipe.steps):
+        x = torch.randint(len(LETTERS), (recipe.batch_size, LENGTH))
+        results = torch.stack(
+            [x, x.flip(1), (x + 1) % len(LETTERS), (x - 1) % len(LETTERS), x.roll(-1, dims=1)]
+        )
+        operator = torch.randint(len(OPERATORS), (recipe.batch_size,))
+        # One sample in six shows `unk` in place of the operator it stands for.
+        hidden = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0
+        shown = torch.where(hidden, WORDS.index("unk"), operator + first_operator)
+        equals = torch.full((recipe.batch_size, 1), WORDS.index("="))
+        end = torch.full((recipe.batch_size, 1), WORDS.index("<eos>"))
+        y = results[operator, rows]
+        yield torch.cat([shown[:, None], x + first_letter, equals, y + first_letter, end], dim=1)

@@ -1,0 +1,105 @@
+"""What stays between lanes: the loaded base, the adapters of the present shape, the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from orchestrator.finetune.models import Bench
+from orchestrator.finetune.pack import Data, Pack
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.study.configuration import Configuration, ModelChoice
+from variants import catalogue as variants
+from variants.attach import attach
+from variants.contract import Kind, Settings, Variant
+
+
+class Workshop:
+    """Keeps the base loaded while the model stays the same, and the adapters attached while the shape does."""
+
+    def __init__(self, load_bench: Callable[[ModelChoice], Bench]) -> None:
+        self._load_bench = load_bench
+        self._bench: tuple[ModelChoice, Bench] | None = None
+        self._data: dict[tuple[object, ...], Data] = {}
+        self._shape = ""
+        self._pack: Pack | None = None
+        self.variant: Variant
+
+    @property
+    def is_open(self) -> bool:
+        return self._pack is not None
+
+    @property
+    def current(self) -> Pack:
+        assert self._pack is not None, "no lane has been opened"
+        return self._pack
+
+    @property
+    def most_lanes(self) -> float:
+        """How many lanes the present variant can have in a pack."""
+        return 1 if self._pack is not None and self.variant.kind is Kind.ALONE else float("inf")
+
+    @property
+    def device(self) -> str:
+        """For people: the GPU's name, or "cpu"."""
+        if self._bench is None:
+            return "none"
+        device = self._bench[1].device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+    def pack(self, configuration: Configuration) -> Pack:
+        """The pack that trains this configuration's shape. Raises what loading, attaching or the task raises."""
+        same = configuration.shape == self._shape and self._pack is not None
+        if same and self.variant.kind is not Kind.ALONE:
+            return self.current
+        self.close()
+        choice = configuration.variant
+        variant, task = variants.get(choice.name), tasks.get(configuration.task.name)
+        for what, here, wanted in (
+            ("variant", variant.numerics, choice.numerics),
+            ("task", task.numerics, configuration.task.numerics),
+        ):
+            if here != wanted:
+                raise RuntimeError(
+                    f"the configuration was made for numerics {wanted} of its {what}, this worker has {here}: "
+                    "install the same version on every machine"
+                )
+        bench = self._load(configuration.model)
+        settings = Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
+        adapters = attach(bench.model, variant, settings, choice.targets)
+        key = (configuration.model, configuration.task, configuration.batches.max_length)
+        try:
+            if key not in self._data:
+                self._data[key] = Data.of(configuration, task, bench, adapters)
+        except BaseException:
+            adapters.detach()
+            raise
+        self._pack, self._shape, self.variant = (
+            Pack(bench, adapters, self._data[key]),
+            configuration.shape,
+            variant,
+        )
+        return self._pack
+
+    def _load(self, choice: ModelChoice) -> Bench:
+        if self._bench is None or self._bench[0] != choice:
+            self._bench = None  # frees the old base before the new one comes
+            self._bench = (choice, self._load_bench(choice))
+        return self._bench[1]
+
+    def remove(self, lane: str) -> None:
+        if self._pack is not None and lane in self._pack.adapters.lanes:
+            self._pack.adapters.remove(lane)
+
+    def save_adapter(self, lane: str, folder: Path, base_name: str) -> None:
+        from variants.storage import save_peft
+
+        save_peft(self.current.adapters, lane, folder, base_name)
+
+    def close(self) -> None:
+        """Takes the adapters off; the base stays loaded."""
+        if self._pack is not None:
+            self._pack.adapters.detach()
+            self._pack = None

@@ -1,0 +1,133 @@
+"""A record in MLflow's terms: what one child run says. Everything here follows from the record alone, times
+too, so that logging it twice writes the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from orchestrator.record.schema import Record
+
+if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput, Metric, Param
+
+STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
+NOTE = "mlflow.note.content"
+_LONGEST = 5000  # characters of a tag; MySQL keeps no more
+_DIGEST = 36  # characters of a dataset's digest that MLflow keeps
+
+
+def identity(record: Record) -> str:
+    """Tells two records of one configuration apart: a child with another identity is out of date."""
+    return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
+
+
+def name(record: Record) -> str:
+    configuration = record.configuration
+    return (
+        f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
+    )
+
+
+def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str]:
+    """All tags of a child. `reused_from` says when and by which code a result was made that this study found
+    in the store."""
+    configuration, provenance = record.configuration, record.provenance
+    found = {
+        "mlflow.parentRunId": parent,
+        "study": study,
+        "fingerprint": record.fingerprint,
+        "record": identity(record),
+        "state": record.state,
+        "variant": configuration.variant.name,
+        "axis": _axis(configuration.variant.name),
+        "task": configuration.task.name,
+        "model": configuration.model.name,
+        "seed": str(configuration.seed),
+        "commit": provenance.commit,
+    }
+    if reused:
+        made = datetime.fromtimestamp(provenance.ended, UTC)
+        found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
+    if record.reason or record.traceback:
+        code = f"\n\n```\n{record.traceback[-(_LONGEST - 1000) :]}\n```" if record.traceback else ""
+        found[NOTE] = record.reason[:900] + code
+    return found
+
+
+def _axis(variant: str) -> str:
+    from variants import catalogue
+
+    try:
+        return catalogue.axis(variant)
+    except ValueError:  # from another tool (peft:...), or since renamed
+        return "unknown"
+
+
+def times(record: Record) -> tuple[int, int]:
+    """Start and end in milliseconds since the epoch; MLflow takes 0 for "now"."""
+    start = max(1, round(record.provenance.started * 1000))
+    return start, max(start, round(record.provenance.ended * 1000))
+
+
+def params(record: Record) -> list[Param]:
+    from mlflow.entities import Param
+
+    return [Param(k, str(v)) for k, v in record.configuration.flat().items() if v is not None]
+
+
+def metrics(record: Record) -> list[Metric]:
+    """The curve step by step, the evaluations, and the end's scores and cost.
+
+    A value that is not finite is logged as NaN, which draws a gap. MLflow's database would turn infinity into
+    1.8e308, and one such point flattens every curve of a chart. The record keeps the difference.
+    """
+    from mlflow.entities import Metric
+
+    start, end = times(record)
+
+    def at(step: int) -> int:  # steps take about equally long
+        return start + round((end - start) * min(1.0, step / max(1, record.steps)))
+
+    return [
+        Metric(key, value if math.isfinite(value) else math.nan, at(step), step)
+        for key, step, value in _values(record)
+    ]
+
+
+def _values(record: Record) -> Iterator[tuple[str, int, float]]:
+    for step in record.curve:
+        yield "train_loss", step.step, step.loss
+        yield "learning_rate", step.step, step.learning_rate
+        yield "gradient_norm", step.step, step.gradient_norm
+    for evaluation in record.evaluations:
+        for key, value in evaluation.scores.items():
+            yield f"{evaluation.split}_{key}", evaluation.step, value
+    metric = record.configuration.task.metric
+    for split, score in (("validation", record.score("validation")), ("test", record.score("test"))):
+        if score is not None:
+            yield f"{split}_score", record.steps, score
+        if metric in (untrained := record.untrained.get(split, {})):
+            yield f"untrained_{split}_score", record.steps, untrained[metric]
+    yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
+    yield "tokens", record.steps, record.cost.tokens
+    yield "trainable_parameters", record.steps, record.cost.trainable_parameters
+
+
+def datasets(record: Record) -> list[DatasetInput]:
+    """The task's three splits as dataset inputs: name "task/split", digest the data's revision."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    task = record.configuration.task
+    inputs = []
+    for split, context in (("train", "training"), ("validation", "validation"), ("test", "test")):
+        source = CodeDatasetSource({"task": task.name, "revision": task.revision, "split": split})
+        name = f"{task.name}/{split}"
+        data = MetaDataset(source, name, task.revision[:_DIGEST])  # type: ignore[abstract]  # mlflow's own slip
+        inputs.append(DatasetInput(Dataset(**data.to_dict()), [InputTag("mlflow.data.context", context)]))
+    return inputs

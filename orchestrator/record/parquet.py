@@ -1,0 +1,133 @@
+"""The Parquet projection: one row a configuration, rebuilt from the store whenever it is wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.record.schema import SCHEMA_VERSION, Record
+from orchestrator.record.store import Store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NAME = "records.parquet"
+
+# Arrow type by column, in the order of the file. Types are stated, never inferred: a column that happens to
+# be empty today has the type it will have tomorrow.
+_CONFIGURATION = {
+    "string": "variant task model model_content dtype targets schedule task_revision",
+    "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
+    "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
+    "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm warmup "
+    "divergence_loss_ratio divergence_share divergence_smoothing",
+}
+_RESULT = {
+    "string": "state reason",
+    "int64": "steps",
+    "float64": "validation_score test_score untrained_validation_score untrained_test_score",
+}
+_PROVENANCE = {
+    "float64": "seconds train_seconds evaluate_seconds",
+    "int64": "tokens trainable_parameters pack_lanes workers attempt",
+    "string": "commit device host versions scheduler",
+    "list<int64>": "resumed_from",
+    "timestamp": "started ended",
+}
+
+
+def write_parquet(store: Store) -> Path:
+    """Writes `store.root`/records.parquet, replacing it at once, and returns its path.
+
+    Columns: `fingerprint`; every hyperparameter under its name in `Configuration.flat()` (a variant's own as
+    `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and `test_score` as
+    the analysis counts them (a diverged one's is the floor, a stopped or failed one's null); the same metric
+    for the untrained base; every score of the last evaluation of a split as `validation_<score>` and
+    `test_<score>`, whatever the state; cost and provenance (`versions` is a JSON object, times are UTC). The
+    schema's version is in the file's metadata under `record_schema_version`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [row(record) for record in store.records()]
+    fields = _fields(rows)
+    schema = pa.schema(fields, metadata={"record_schema_version": str(SCHEMA_VERSION)})
+    path = store.root / NAME
+    temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
+    try:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def row(record: Record) -> dict[str, Any]:
+    """One record as named columns."""
+    metric = record.configuration.task.metric
+    cost, provenance = record.cost, record.provenance
+    columns: dict[str, Any] = {"fingerprint": record.fingerprint, **record.configuration.flat()}
+    for evaluation in record.evaluations:  # in the order of steps: the last one stays
+        columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
+    for split in ("validation", "test"):
+        columns[f"{split}_score"] = record.score(split)  # type: ignore[arg-type]
+        columns[f"untrained_{split}_score"] = record.untrained.get(split, {}).get(metric)
+    columns |= {"state": record.state, "reason": record.reason, "steps": record.steps}
+    columns |= {
+        "seconds": cost.train_seconds + cost.evaluate_seconds,
+        "train_seconds": cost.train_seconds,
+        "evaluate_seconds": cost.evaluate_seconds,
+        "tokens": cost.tokens,
+        "trainable_parameters": cost.trainable_parameters,
+        "commit": provenance.commit,
+        "device": provenance.device,
+        "host": provenance.host,
+        "versions": json.dumps(dict(provenance.versions), sort_keys=True),
+        "pack_lanes": provenance.pack_lanes,
+        "workers": provenance.workers,
+        "attempt": provenance.attempt,
+        "resumed_from": list(provenance.resumed_from),
+        "started": round(provenance.started * 1000),
+        "ended": round(provenance.ended * 1000),
+        "scheduler": record.scheduler,
+    }
+    return columns
+
+
+def _fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
+    import pyarrow as pa
+
+    types = {t: pa.type_for_alias(t) for t in ("string", "int64", "float64", "bool")}
+    types |= {"list<int64>": pa.list_(pa.int64()), "timestamp": pa.timestamp("ms", tz="UTC")}
+
+    def stated(group: Mapping[str, str]) -> list[pa.Field]:
+        return [pa.field(name, types[t]) for t, names in group.items() for name in names.split()]
+
+    fixed = (
+        [pa.field("fingerprint", pa.string()), *stated(_CONFIGURATION)],
+        stated(_RESULT),
+        stated(_PROVENANCE),
+    )
+    known = {field.name for group in fixed for field in group}
+    others: dict[str, set[type]] = {}
+    for columns in rows:
+        for name in columns.keys() - known:
+            others.setdefault(name, set()).add(type(columns[name]))
+    scores: list[pa.Field] = []
+    own: list[pa.Field] = []
+    for name in sorted(others):
+        field = pa.field(name, types[_type(others[name])])
+        (scores if name.startswith(("validation_", "test_")) else own).append(field)
+    return [*fixed[0], *own, *fixed[1], *scores, *fixed[2]]
+
+
+def _type(values: set[type]) -> str:
+    """A number is a float64 even if it is whole in every record so far: the next one may not be."""
+    values = values - {type(None)}
+    if values == {bool}:
+        return "bool"
+    return "float64" if values <= {int, float} else "string"

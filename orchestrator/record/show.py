@@ -1,0 +1,118 @@
+"""One record in words, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, all_studies
+
+
+def show(store: Store, output: Path, prefix: str) -> str:
+    """The record whose fingerprint starts with `prefix`: state, scores, cost, provenance, evaluations, the
+    traceback of a failed one, and the command that runs it again. Raises BadInput when `prefix` names none or
+    several."""
+    fingerprint = store.one(prefix)
+    record = store.get(fingerprint)
+    assert record is not None  # `one` lists only files that can be read
+    studies = [s for _folder, s in all_studies(output).values() if fingerprint in s.configurations]
+    lines = [*_head(record, store.failures(fingerprint)), *_scores(record), *_cost(record)]
+    if record.traceback:
+        lines += ["", record.traceback.rstrip()]
+    return "\n".join([*lines, "", *_again(record, studies, output)])
+
+
+def narrowed(command: str, record: Record) -> str:
+    """A study's command for one of its configurations: the same options, but for variant, rate and seed.
+
+    `--seeds N` asks for the seeds 0..N-1; those before this one are known or wanted by the study anyway.
+    """
+    configuration = record.configuration
+    chosen = {
+        "--variants": configuration.variant.name,
+        "--learning-rates": repr(configuration.optimizer.learning_rate),
+        "--seeds": str(configuration.seed + 1),
+    }
+    kept: list[str] = []
+    dropping = False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            dropping = word.split("=")[0].replace("_", "-") in chosen
+        if not dropping:
+            kept.append(word)
+    return shlex.join([*kept, *(part for option in chosen.items() for part in option)])
+
+
+def _head(record: Record, failures: int) -> Iterator[str]:
+    configuration = record.configuration
+    state = f"{record.state} after {record.steps} of {configuration.schedule.steps} steps"
+    yield f"fingerprint  {record.fingerprint}"
+    yield f"state        {state}{f', {failures} failures' if failures > 1 else ''}"
+    if record.reason:
+        yield f"reason       {record.reason}"
+    yield ""
+    pairs = [f"{k} {_short(v)}" for k, v in configuration.flat().items() if v is not None]
+    yield from _wrapped(pairs)
+
+
+def _scores(record: Record) -> Iterator[str]:
+    metric = record.configuration.task.metric
+    yield ""
+    for split in ("validation", "test"):
+        score = record.score(split)  # type: ignore[arg-type]
+        untrained = record.untrained.get(split, {}).get(metric)
+        before = f" (untrained {untrained:.4f})" if untrained is not None else ""
+        yield f"{split:<12} {metric} {'none' if score is None else f'{score:.4f}'}{before}"
+    if not record.evaluations:
+        return
+    names = list(dict.fromkeys(name for e in record.evaluations for name in e.scores))
+    yield ""
+    yield f"{'step':>8}  {'split':<10}" + "".join(f"  {name:>12}" for name in names)
+    for e in record.evaluations:
+        cells = [f"{e.scores[name]:12.4f}" if name in e.scores else " " * 12 for name in names]
+        yield f"{e.step:>8}  {e.split:<10}" + "".join(f"  {cell}" for cell in cells)
+
+
+def _cost(record: Record) -> Iterator[str]:
+    cost, made = record.cost, record.provenance
+    yield ""
+    yield (
+        f"cost         {cost.train_seconds:.1f} s training, {cost.evaluate_seconds:.1f} s evaluating, "
+        f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
+    )
+    if made.ended:
+        yield f"made         {datetime.fromtimestamp(made.ended, UTC):%Y-%m-%d %H:%M:%S} UTC on {made.host}"
+    yield f"with         {made.device}, commit {made.commit}"
+    if made.versions:
+        yield from _wrapped([f"{k} {v}" for k, v in made.versions.items()])
+    resumed = f", resumed from step {', '.join(map(str, made.resumed_from))}" if made.resumed_from else ""
+    yield f"             attempt {made.attempt}{resumed}, {made.pack_lanes} lanes, {made.workers} workers"
+
+
+def _again(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
+    if not studies:
+        yield f"No study under {output} asks for it, so there is no command to run it again."
+    for study in studies[:1]:
+        yield f"To run it again (study {study.name}):"
+        yield f"  {narrowed(study.command, record)}"
+
+
+def _wrapped(pairs: list[str], indent: str = "             ") -> Iterator[str]:
+    line = indent
+    for pair in pairs:
+        if len(line) + len(pair) > 78 and line.strip():
+            yield line.rstrip().rstrip(",") + ","
+            line = indent
+        line += pair + ", "
+    yield line.rstrip().rstrip(",")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."

@@ -1,0 +1,267 @@
+"""The store: one JSON file a record, under the configuration's fingerprint. The truth; all else is projected.
+
+    root/records/<first two hex digits>/<fingerprint>.json           finished or diverged, created exclusively
+                                       /<fingerprint>.stopped.json   stopped early, replaced by a later one
+                                       /<fingerprint>.failed.json    failed, with the count of failures
+    root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
+    root/adapters/<fingerprint>/                 adapters kept on request
+
+Any number of processes on any number of machines may write at once. A file is written under a temporary name
+in its folder, synced, then linked (final ones: link() fails if the name is taken, so the first wins whatever
+its state) or renamed (the others). A reader thus never meets half a record of ours. A full disk, an editor or
+a copy can still leave one: such a file is skipped with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from orchestrator.record import files
+from orchestrator.record.schema import SCHEMA_VERSION, Record, State
+from orchestrator.study.errors import BadInput
+
+FAILURES_ALLOWED = 3
+"""A configuration that failed is tried again twice, no more."""
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
+# What `_text` puts first, so that the state is known without parsing the file.
+_HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
+_HEAD_BYTES = 256
+
+_Stamp = tuple[str, int, int]  # path, modification time in ns, size
+
+
+class Store:
+    """Records under `root`.
+
+    Raises BadInput when `root` cannot be written or its file system has no hard links; with `create=False`
+    (for commands that only read) when there is no store at `root`.
+    """
+
+    def __init__(self, root: Path | str, create: bool = True) -> None:
+        self.root = Path(root)
+        self.records_folder = self.root / "records"
+        self.bases = self.root / "bases"
+        self.checkpoints = self.root / "checkpoints"
+        self.adapters = self.root / "adapters"
+        self._states: dict[_Stamp, State | None] = {}
+        self._warned: set[str] = set()
+        if create:
+            files.check_writable(self.root)
+            self.records_folder.mkdir(parents=True, exist_ok=True)
+        elif not self.records_folder.is_dir():
+            raise BadInput(f"--store {self.root}: there is no store here; name an earlier study's")
+
+    # -- writing
+
+    def put(self, record: Record) -> bool:
+        """Keeps `record`; False when a final record was there already (then nothing is written).
+
+        A `stopped` record replaces stopped and failed ones. A `failed` one is kept beside a stopped one and
+        counts the failures. Raises OSError when the disk refuses.
+        """
+        final = self._path(record.fingerprint)
+        stopped = self._path(record.fingerprint, "stopped")
+        failed = self._path(record.fingerprint, "failed")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if record.state in ("finished", "diverged"):
+            won = self._create(final, _text(record))
+            if won:
+                stopped.unlink(missing_ok=True)
+                failed.unlink(missing_ok=True)
+            return won
+        if self._read(final) is not None:
+            return False
+        if record.state == "stopped":
+            files.replace_text(stopped, _text(record))
+            failed.unlink(missing_ok=True)
+        else:
+            files.replace_text(failed, _text(record, {"failures": self.failures(record.fingerprint) + 1}))
+        return True
+
+    def clear_checkpoints(self, fingerprint: str) -> None:
+        """Removes all attempts' checkpoints of one configuration; nothing to remove is fine."""
+        if not re.fullmatch(r"\w+", fingerprint):
+            raise ValueError(f"not a fingerprint: {fingerprint!r}")
+        shutil.rmtree(self.checkpoints / fingerprint, ignore_errors=True)
+
+    # -- reading
+
+    def get(self, fingerprint: str) -> Record | None:
+        """The record that counts: the final one, else the failed one, else the stopped one.
+
+        (A failure is newer than the stop beside it: a later `stopped` removes the failed record.)
+        Raises BadInput on a record of an unknown schema version.
+        """
+        for kind in ("", "failed", "stopped"):
+            record = self._read(self._path(fingerprint, kind))
+            if record is not None:
+                return record
+        return None
+
+    def meets(self, fingerprint: str, scheduler: str = "") -> Record | None:
+        """The record that answers a request, if any: finished and diverged answer every request, stopped only
+        one whose scheduler has the same settings."""
+        record = self._read(self._path(fingerprint))
+        if record is None and scheduler:
+            record = self._read(self._path(fingerprint, "stopped"))
+            if record is not None and record.scheduler != scheduler:
+                return None
+        return record
+
+    def failures(self, fingerprint: str) -> int:
+        """How often this configuration has failed since it last ended in another way."""
+        data = self._load(self._path(fingerprint, "failed"))
+        count = data.get("failures", 1) if data else 0
+        return count if isinstance(count, int) else 1
+
+    def records(self) -> Iterator[Record]:
+        """One record a configuration, in the order of fingerprints, read one at a time."""
+        for fingerprint in sorted(self.states()):
+            record = self.get(fingerprint)
+            if record is not None:
+                yield record
+
+    def states(self) -> dict[str, State]:
+        """fingerprint -> state, without parsing records: a file's first bytes hold it, and are read once."""
+        found: dict[str, dict[str, State]] = {}
+        seen: dict[_Stamp, State | None] = {}
+        for entry in self._entries():
+            match = _NAME.fullmatch(entry.name)
+            if match is None:
+                if not entry.name.startswith("."):  # temporary files, and what file systems leave
+                    self._warn(Path(entry.path), "is not a record")
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:  # a stopped one whose final one has just come
+                continue
+            stamp = (entry.path, status.st_mtime_ns, status.st_size)
+            seen[stamp] = self._states[stamp] if stamp in self._states else self._peek(Path(entry.path))
+            state = seen[stamp]
+            if state is not None:
+                found.setdefault(match[1], {})[match[2] or ""] = state
+        self._states = seen
+        order = ("", "failed", "stopped")
+        return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
+
+    def find(self, prefix: str) -> list[str]:
+        """All fingerprints that start with `prefix`, sorted."""
+        return sorted(f for f in self.states() if f.startswith(prefix.lower()))
+
+    def one(self, prefix: str) -> str:
+        """The one fingerprint that starts with `prefix`. Raises BadInput when there is none or several."""
+        if not re.fullmatch(r"[0-9a-fA-F]{1,64}", prefix):
+            raise BadInput(f"fingerprint {prefix!r}: must be up to 64 hexadecimal digits, as in the report")
+        found = self.find(prefix)
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            near = [f[:12] for f in self.find(prefix[:2])][:5]
+            hint = f"nearest: {', '.join(near)}" if near else f"{len(self.states())} records are there"
+            raise BadInput(f"fingerprint {prefix!r}: no record in {self.root} starts so; {hint}")
+        length = next(n for n in range(12, 65) if len({f[:n] for f in found}) == len(found))
+        some = ", ".join(f[:length] for f in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise BadInput(f"fingerprint {prefix!r}: {len(found)} records start so, give more digits: {some}")
+
+    # -- files
+
+    def _path(self, fingerprint: str, kind: str = "") -> Path:
+        if not re.fullmatch(r"\w+", fingerprint):
+            raise ValueError(f"not a fingerprint: {fingerprint!r}")
+        return self.records_folder / fingerprint[:2] / f"{fingerprint}{'.' + kind if kind else ''}.json"
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        for shard in sorted(self.records_folder.glob("[0-9a-f][0-9a-f]")):
+            if shard.is_dir():
+                with os.scandir(shard) as entries:
+                    yield from entries
+
+    def _peek(self, path: Path) -> State | None:
+        """The state in a file's head, if the file is whole (it ends as ours do) or, failing that, parses."""
+        try:
+            with path.open("rb") as file:
+                head = _HEAD.match(file.read(_HEAD_BYTES))
+                file.seek(-2, os.SEEK_END)
+                whole = file.read() == b"}\n"
+        except OSError:  # gone, or empty: `_read` tells these apart
+            head, whole = None, False
+        ours = head and whole and int(head[1]) == SCHEMA_VERSION and path.name.startswith(head[2].decode())
+        if ours and head and (state := head[3].decode()) in get_args(State):
+            return cast(State, state)
+        record = self._read(path)
+        return record.state if record else None
+
+    def _load(self, path: Path) -> dict[str, Any] | None:
+        """The JSON object in `path`; None, with one warning, when there is something else."""
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self._warn(path, f"cannot be read ({error})")
+            return None
+        if not isinstance(data, dict) or "schema_version" not in data:
+            self._warn(path, "is not a record")
+            return None
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise BadInput(
+                f"{path}: record of schema version {data['schema_version']}, this program knows "
+                f"{SCHEMA_VERSION}; update the program or choose another --store"
+            )
+        return data
+
+    def _read(self, path: Path) -> Record | None:
+        data = self._load(path)
+        if data is None:
+            return None
+        from pydantic import ValidationError
+
+        try:
+            record = Record.from_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            self._warn(path, f"is not a record ({where}: {first['msg']})")
+            return None
+        if not path.name.startswith(f"{record.fingerprint}."):
+            self._warn(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
+            return None
+        return record
+
+    def _warn(self, path: Path, what: str) -> None:
+        if str(path) not in self._warned:
+            self._warned.add(str(path))
+            _log.warning("%s %s: skipped", path, what)
+        try:
+            status = path.stat()  # `states` must not count what `get` has found broken
+        except OSError:
+            return
+        self._states[(str(path), status.st_mtime_ns, status.st_size)] = None
+
+    def _create(self, path: Path, text: str) -> bool:
+        with files.temporary(path, text) as temporary:
+            if files.link(temporary, path):
+                return True
+            if self._read(path) is not None:
+                return False
+            # The name is taken by a file that is no record: it must not keep the configuration from ever
+            # being recorded. Under a lock, so that nobody moves the good file of one who just did the same.
+            with files.locked(path.parent):
+                if self._read(path) is None and path.exists():
+                    os.replace(path, path.with_name(f".{path.name}.torn"))
+                return files.link(temporary, path)
+
+
+def _text(record: Record, more: Mapping[str, Any] | None = None) -> str:
+    data = record.to_json()
+    head = {key: data.pop(key) for key in ("schema_version", "fingerprint", "state")}
+    return json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False) + "\n"

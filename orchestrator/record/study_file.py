@@ -1,0 +1,87 @@
+"""`study.json`: what a study asked for, kept in its folder so that everything about it can be rebuilt.
+
+<output>/<study>/study.json
+{"name", "question", "command", "configurations": [fingerprint, ...], "reused": [fingerprint, ...],
+ "tracking_uri"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from orchestrator.record import files
+from orchestrator.study.errors import BadInput, nearest
+
+FILE = "study.json"
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """`command` is the command line as typed. `reused` are the configurations that were known already when
+    the study first asked for them; being kept, it stays true after a crash and a second run."""
+
+    name: str
+    question: str
+    command: str
+    configurations: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+    tracking_uri: str = ""
+    """Empty: the SQLite file of the store."""
+
+    def extended(self, asked: Iterable[str], known: Iterable[str]) -> StudyFile:
+        """This study with more configurations; those new to it that are `known` count as reused."""
+        asked, known, old = list(dict.fromkeys(asked)), set(known), set(self.configurations)
+        new = tuple(f for f in asked if f not in old)
+        return replace(
+            self,
+            configurations=self.configurations + new,
+            reused=self.reused + tuple(f for f in new if f in known),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Replaces `folder`/study.json at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> StudyFile | None:
+        """None when the folder holds no study. Raises BadInput on a file that is not one."""
+        path = folder / FILE
+        try:
+            text = path.read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise BadInput(
+                f"{path}: not a study ({where + ': ' if where else ''}{first['msg']}); "
+                "delete it and run the study's command again"
+            ) from error
+
+
+def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
+    """name -> (folder, study) of every study under `output`, sorted by name."""
+    found = {}
+    for path in sorted(output.glob(f"*/{FILE}")):
+        study = StudyFile.read(path.parent)
+        if study is not None:
+            found[study.name] = (path.parent, study)
+    return found
+
+
+def find_study(output: Path, name: str) -> tuple[Path, StudyFile]:
+    """Raises BadInput with the nearest name when no study under `output` is called `name`."""
+    studies = all_studies(output)
+    if not studies:
+        raise BadInput(f"study {name!r}: there is no study under {output}; name its folder with --output")
+    if name not in studies:
+        raise BadInput(f"study {name!r}: not under {output}. {nearest(name, studies)}")
+    return studies[name]

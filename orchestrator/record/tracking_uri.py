@@ -1,0 +1,137 @@
+"""Where MLflow keeps its runs: the default, and a check that costs seconds at most. Imports no MLflow."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from orchestrator.record.store import Store
+from orchestrator.study.errors import BadInput, nearest
+
+DATABASES = ("postgresql", "mysql", "mssql")
+SCHEMES = ("sqlite", "http", "https", *DATABASES)
+PATIENCE = 4.0
+"""Seconds that a server gets to answer."""
+
+
+def default_uri(store: Store) -> str:
+    """A SQLite file in the store."""
+    return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file behind a sqlite URI; None for another scheme. Three slashes: relative, four: absolute."""
+    return Path(uri.split("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def shown(uri: str) -> str:
+    """The URI for a message: without its password."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+def check_uri(uri: str) -> None:
+    """Raises BadInput when `uri` is malformed, its server does not answer, or its file cannot be written."""
+    scheme, colon, rest = uri.partition("://")
+    scheme = scheme.split("+")[0]  # postgresql+psycopg2
+    if not colon or scheme == "file":
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: must start with sqlite:///, http://, https:// or a database's "
+            f"scheme; say {_meant(rest or uri)}"
+        )
+    if scheme not in SCHEMES:
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: unknown scheme {scheme!r}. {nearest(scheme, SCHEMES)}"
+        )
+    if scheme == "sqlite":
+        _check_sqlite(uri)
+    elif scheme in DATABASES:
+        _within_patience(uri, lambda: _connect(uri))
+    else:
+        _check_host(uri)
+        _within_patience(uri, lambda: _get(uri))
+
+
+def _meant(uri: str) -> str:
+    head, _, tail = uri.partition(":")
+    if head and tail.split("/")[0].isdigit():
+        return f"http://{uri}"
+    return f"sqlite:///{Path(tail or head or 'mlflow').with_suffix('.db')}"
+
+
+def _check_sqlite(uri: str) -> None:
+    path = sqlite_path(uri)
+    if path is None or not path.name:
+        raise BadInput(f"--tracking-uri {shown(uri)!r}: names no file; say sqlite:///folder/mlflow.db")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        if path.exists():
+            with path.open("r+b"):
+                pass
+    except OSError as error:
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: the file and its folder must be writable "
+            f"({error.strerror or error}); name another file"
+        ) from error
+
+
+def _check_host(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        fine = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number, or an unfinished [IPv6] address
+        fine = False
+    if not fine:
+        raise BadInput(f"--tracking-uri {shown(uri)!r}: must be like http://host:5000")
+
+
+def _get(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:  # below, it is there: it wants a login, or a proxy hides /health
+            raise
+        error.close()
+
+
+def _connect(uri: str) -> None:
+    from sqlalchemy import create_engine
+
+    create_engine(uri).connect().close()
+
+
+def _within_patience(uri: str, attempt: Callable[[], None]) -> None:
+    """Runs `attempt` in a thread: looking up a name or connecting may block longer than any timeout says."""
+    ended: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            attempt()
+            ended.append(None)
+        except Exception as error:  # whatever it is, it becomes the user's one line
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE + 1)
+    error = ended[0] if ended else TimeoutError("no answer in time")
+    if isinstance(error, ModuleNotFoundError):
+        raise BadInput(f"--tracking-uri {shown(uri)!r}: needs the Python package {error.name!r}; install it")
+    if error is not None:
+        plain = isinstance(error, urllib.error.HTTPError)  # its `reason` lacks the number
+        reason = str((not plain and getattr(error, "reason", None)) or error or type(error).__name__)
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: cannot be reached ({reason.splitlines()[0]}); "
+            "start that server or leave the option out"
+        ) from error

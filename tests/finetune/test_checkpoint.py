@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.finetune.checkpoint import Checkpoint, discard, newest, read, write
+
+
+def make(step: int, attempt: int = 1, **state: object) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    a, b = torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)
+    return Checkpoint(
+        "f" * 64,
+        attempt,
+        step,
+        trainable={"layers.0.q_proj.A": a, "layers.0.q_proj.B": a.T},  # a view that is not contiguous
+        frozen={"layers.0.q_proj.A0": b.double()},
+        moments={"exp_avg": {"layers.0.q_proj.A": b}, "exp_avg_sq": {"layers.0.q_proj.A": b.bfloat16()}},
+        state=state,
+    )
+
+
+def equal(one: Checkpoint, other: Checkpoint) -> bool:
+    def tensors(c: Checkpoint) -> dict[str, torch.Tensor]:
+        parts = {"t": c.trainable, "f": c.frozen, **c.moments}
+        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+
+    mine, theirs = tensors(one), tensors(other)
+    return (
+        (one.fingerprint, one.attempt, one.step) == (other.fingerprint, other.attempt, other.step)
+        and mine.keys() == theirs.keys()
+        and all(t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]) for name, t in mine.items())
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = make(15, curve=[{"loss": 0.1 + 0.2}], smoothed=None, worst=math.inf)
+    found = read(write(tmp_path, saved))
+    assert equal(found, saved)
+    assert found.state == saved.state
+
+
+def test_a_lane_that_has_not_stepped_has_no_moments(tmp_path: Path) -> None:
+    a = {"q.A": torch.ones(2)}
+    write(tmp_path, Checkpoint("f", 0, 0, a, {}, {"exp_avg": {}, "exp_avg_sq": {}}))
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.trainable["q.A"], a["q.A"])
+    assert found.frozen == found.moments == {}
+
+
+def test_newest_over_all_attempts(tmp_path: Path) -> None:
+    assert newest(tmp_path / "nothing") is None
+    for attempt, step in [(2, 30), (9, 15), (10, 30)]:
+        write(tmp_path, make(step, attempt))
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.attempt) == (30, 10)  # by number: 10 comes after 9 and 2
+
+
+def test_two_are_kept_of_an_attempt(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, make(step))
+    write(tmp_path, make(5, attempt=2))
+    kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
+    assert kept == ["1/step-00000015.safetensors", "1/step-00000020.safetensors", "2/step-00000005.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_a_torn_one_is_skipped_with_a_warning(
+    tmp_path: Path, keep: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, make(5))
+    torn = write(tmp_path, make(10))
+    torn.write_bytes(torn.read_bytes()[:keep])
+    with caplog.at_level(logging.WARNING):
+        found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert torn.name in caplog.text
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    place = write(tmp_path, make(5))
+    (place.parent / ".step-00000009.safetensors.77").write_bytes(b"half")  # a writer died before its rename
+    (place.parent / "step-x.safetensors").write_bytes(b"no number")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "step-00000099.safetensors").write_bytes(b"no attempt")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write(tmp_path, make(5))
+    save_file({"weight": torch.ones(2)}, tmp_path / "1" / "step-00000099.safetensors")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_discard(tmp_path: Path) -> None:
+    write(tmp_path / "lane", make(5))
+    discard(tmp_path / "lane")
+    discard(tmp_path / "lane")
+    assert not (tmp_path / "lane").exists()

@@ -1,0 +1,76 @@
+"""Records to keep: `make_record(seed=1, state="diverged", ...)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.record.schema import Cost, Evaluation, Items, Provenance, Record, Step
+from orchestrator.study.configuration import (
+    Batches,
+    Configuration,
+    ModelChoice,
+    Optimizer,
+    Schedule,
+    TaskChoice,
+    VariantChoice,
+)
+
+MakeRecord = Callable[..., Record]
+
+
+def configuration(seed: int = 0, rate: float = 1e-3, variant: str = "lora", **extra: Any) -> Configuration:
+    return Configuration(
+        variant=VariantChoice(variant, extra=extra),
+        task=TaskChoice("letters", "0123456789abcdef" * 4, 512, 128, 256, "exact_match", 0.05),
+        model=ModelChoice("letters-base", "c0ffee"),
+        optimizer=Optimizer(rate),
+        schedule=Schedule(20),
+        batches=Batches(8),
+        seed=seed,
+    )
+
+
+def record(
+    seed: int = 0, rate: float = 1e-3, state: Any = "finished", steps: int = 20, **changes: Any
+) -> Record:
+    """A record as a lane would leave it; a diverged one ends in losses that are not finite."""
+    own = configuration(seed, rate, changes.pop("variant", "lora"), **changes.pop("extra", {}))
+    bad = state == "diverged"
+    curve = [Step(s, 3.0 / s, rate * s / steps, 1.0 / s) for s in range(1, steps + 1)]
+    if bad:
+        curve[-2] = Step(steps - 1, math.inf, rate, math.inf)
+        curve[-1] = Step(steps, math.nan, rate, -math.inf)
+    evaluations = [
+        Evaluation(s, "validation", {"loss": 2.0 / s, "exact_match": s / 40, "accuracy": s / 30})
+        for s in range(5, steps + 1, 5)
+    ]
+    if state == "finished":
+        evaluations.append(Evaluation(steps, "test", {"loss": 0.2, "exact_match": 0.45, "accuracy": 0.6}))
+    whole = Record(
+        fingerprint=own.fingerprint,
+        configuration=own,
+        state=state,
+        steps=steps,
+        reason="" if state == "finished" else f"{state} for a test",
+        traceback="Traceback: no such tensor" if state == "failed" else "",
+        curve=tuple(curve),
+        evaluations=tuple(evaluations),
+        untrained={"validation": {"loss": math.inf, "exact_match": 0.1}, "test": {"exact_match": 0.125}},
+        items={"validation": Items((1.0, 0.0), (0.5, math.nan), ("a", "b"))},
+        cost=Cost(2.0, 0.5, 4096, 1234),
+        provenance=Provenance(
+            "abc123", {"torch": "2.9", "ray": "2.60"}, "cpu", "box", started=1e9, ended=1e9 + 4
+        ),
+        scheduler="asha 4" if state == "stopped" else "",
+    )
+    return replace(whole, **changes)
+
+
+@pytest.fixture(scope="session")
+def make_record() -> MakeRecord:
+    return record

@@ -1,0 +1,295 @@
+"""Against a real MLflow on SQLite."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory) -> str:
+    """One database for all tests (its tables take a second); each test has a study of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def study(request) -> str:
+    return request.node.name
+
+
+def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
+    """The study's parent and its children by fingerprint; each must be there once."""
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
+    (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
+    children = [r for r in runs if "fingerprint" in r.data.tags]
+    by_fingerprint = {r.data.tags["fingerprint"]: r for r in children}
+    assert len(by_fingerprint) == len(children) == len(runs) - 1
+    for child in children:
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["study"] == study
+    return parent, by_fingerprint
+
+
+def test_a_child_says_what_its_record_says(uri, study, make_record):
+    record = make_record(extra={"ratio": 16})
+    log = MlflowLog(uri)
+    parent_id = log.ensure_study(study, "Which rate is best?", {"task": "letters"})
+    assert log.log_records(study, [record]) == 1
+    log.finish_study(parent_id)
+    parent, children = _runs(uri, study)
+    assert parent.info.status == "FINISHED"
+    assert parent.info.run_name == study
+    assert parent.data.tags["mlflow.note.content"] == "Which rate is best?"
+    child = children[record.fingerprint]
+    assert child.info.status == "FINISHED"
+    assert (child.info.start_time, child.info.end_time) == (10**12, 10**12 + 4000)
+    assert child.info.run_name == "lora lr 0.001 seed 0"
+    expected = {
+        "variant": "lora",
+        "axis": "baseline",
+        "task": "letters",
+        "model": "letters-base",
+        "seed": "0",
+    }
+    expected |= {"state": "finished", "fingerprint": record.fingerprint, "study": study, "commit": "abc123"}
+    assert expected.items() <= child.data.tags.items()
+    assert "reused_from" not in child.data.tags
+    flat = record.configuration.flat()
+    assert child.data.params == {k: str(v) for k, v in flat.items() if v is not None}
+    assert child.data.params["variant_ratio"] == "16"
+    ends = {"validation_score": 0.5, "test_score": 0.45, "untrained_validation_score": 0.1, "seconds": 2.5}
+    assert ends.items() <= child.data.metrics.items()
+    client = MlflowClient(uri, uri)
+    history = client.get_metric_history(child.info.run_id, "train_loss")
+    assert [(m.step, m.value) for m in history] == [(s.step, s.loss) for s in record.curve]
+    assert [m.timestamp for m in history] == [10**12 + 200 * s for s in range(1, 21)]
+    for key in ("learning_rate", "gradient_norm"):
+        assert len(client.get_metric_history(child.info.run_id, key)) == 20
+    steps = [m.step for m in client.get_metric_history(child.info.run_id, "validation_exact_match")]
+    assert steps == [5, 10, 15, 20]
+    inputs = {i.dataset.name: i for i in child.inputs.dataset_inputs}
+    assert set(inputs) == {"letters/train", "letters/validation", "letters/test"}
+    train = inputs["letters/train"]
+    assert train.dataset.digest == record.configuration.task.revision[:36]
+    assert json.loads(train.dataset.source)["tags"]["revision"] == record.configuration.task.revision
+    assert {t.key: t.value for t in train.tags} == {"mlflow.data.context": "training"}
+
+
+def test_what_is_not_finite_is_a_gap(uri, study, make_record):
+    record = make_record(state="diverged")
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [record])
+    child = _runs(uri, study)[1][record.fingerprint]
+    assert child.info.status == "FINISHED"
+    assert child.data.tags["state"] == "diverged"
+    assert child.data.tags["mlflow.note.content"] == record.reason
+    assert child.data.metrics["validation_score"] == 0.05
+    values = [m.value for m in MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")]
+    assert len(values) == 20
+    assert all(map(math.isfinite, values[:-2]))
+    assert all(map(math.isnan, values[-2:]))  # infinity would be drawn as 1.8e308
+
+
+def test_the_states_and_their_status(uri, study, make_record):
+    made = {
+        t: make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))
+    }
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, made.values())
+    children = _runs(uri, study)[1]
+    status = {state: children[r.fingerprint].info.status for state, r in made.items()}
+    assert status == dict.fromkeys(("finished", "diverged", "stopped"), "FINISHED") | {"failed": "FAILED"}
+    assert "no such tensor" in children[made["failed"].fingerprint].data.tags["mlflow.note.content"]
+    assert "validation_score" not in children[made["stopped"].fingerprint].data.metrics
+
+
+def test_logging_again_changes_nothing(uri, study, make_record):
+    records = [make_record(seed=s) for s in range(3)]
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    assert log.log_records(study, records) == 3
+    before = _runs(uri, study)[1]
+    assert log.log_records(study, records, reused={r.fingerprint for r in records}) == 0
+    again = MlflowLog(uri)
+    assert again.ensure_study(study, "") == _runs(uri, study)[0].info.run_id
+    assert again.log_records(study, records) == 0
+    assert {f: r.to_dictionary() for f, r in _runs(uri, study)[1].items()} == {
+        f: r.to_dictionary() for f, r in before.items()
+    }
+
+
+def test_a_reused_result_says_so(uri, study, make_record):
+    old, new = make_record(seed=0), make_record(seed=1)
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [old, new], reused={old.fingerprint})
+    children = _runs(uri, study)[1]
+    assert children[old.fingerprint].data.tags["reused_from"] == "2001-09-09 01:46:44 UTC, commit abc123"
+    assert "reused_from" not in children[new.fingerprint].data.tags
+
+
+def test_what_a_killed_driver_left_is_completed(uri, study, make_record, monkeypatch):
+    record = make_record(seed=3)
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # After the metrics, before the end: the run stays RUNNING with its curve already there.
+        patch.setattr(MlflowClient, "log_inputs", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log.log_records(study, [record])
+    left = _runs(uri, study)[1][record.fingerprint]
+    assert left.info.status == "RUNNING"
+    new = MlflowLog(uri)
+    new.finish_study(new.ensure_study(study, ""))
+    assert new.log_records(study, [record]) == 1
+    parent, children = _runs(uri, study)
+    child = children[record.fingerprint]
+    assert (child.info.run_id, child.info.status) == (left.info.run_id, "FINISHED")
+    assert parent.info.status == "FINISHED"
+    history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")
+    assert [m.step for m in history] == list(range(1, 21))  # no point twice
+    assert len(child.inputs.dataset_inputs) == 3
+
+
+def test_a_newer_record_replaces_its_child(uri, study, make_record):
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    for state, steps in (("failed", 5), ("stopped", 10), ("finished", 20)):
+        record = make_record(state=state, steps=steps)
+        assert log.log_records(study, [record]) == 1
+        child = _runs(uri, study)[1][record.fingerprint]
+        assert child.data.tags["state"] == state
+        history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")
+        assert len(history) == steps
+
+
+def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
+    record = make_record()
+    first, second = MlflowLog(uri), MlflowLog(uri)
+    first.ensure_study(study, "")
+    second.ensure_study(study, "")
+    first.log_records(study, [record])
+    assert second.log_records(study, [record]) == 1  # it looked before the first one wrote
+    MlflowLog(uri).ensure_study(study, "")
+    assert set(_runs(uri, study)[1]) == {record.fingerprint}
+
+
+def test_a_deleted_experiment_comes_back(uri, study, make_record):
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    client = MlflowClient(uri, uri)
+    client.delete_experiment(client.get_experiment_by_name(study).experiment_id)
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    assert log.log_records(study, [make_record()]) == 1
+    assert len(_runs(uri, study)[1]) == 1
+
+
+def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with_one, without = make_record(seed=0), make_record(seed=1)
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    folders = {with_one.fingerprint: adapter, without.fingerprint: tmp_path / "none"}
+    log.log_records(study, [with_one, without], artifacts=folders)
+    children = _runs(uri, study)[1]
+    client = MlflowClient(uri, uri)
+    paths = [f.path for f in client.list_artifacts(children[with_one.fingerprint].info.run_id, "adapter")]
+    assert paths == ["adapter/adapter_config.json"]
+    assert client.list_artifacts(children[without.fingerprint].info.run_id) == []
+
+
+def test_a_long_curve_takes_several_calls(uri, study, make_record):
+    record = make_record(steps=1500)
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [record])
+    child = _runs(uri, study)[1][record.fingerprint]
+    client = MlflowClient(uri, uri)
+    for key in ("train_loss", "learning_rate", "gradient_norm"):
+        assert len(client.get_metric_history(child.info.run_id, key)) == 1500
+
+
+def test_a_hundred_children_in_seconds(uri, study, make_record):
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    records = [make_record(seed=s, steps=60) for s in range(105)]
+    began = time.perf_counter()
+    assert log.log_records(study, records) == 105
+    took = time.perf_counter() - began
+    assert took < 30, f"{took:.1f} s"  # 3 s on a quiet core; the bound only catches a change of kind
+
+
+def test_a_study_has_to_be_opened_first(uri, make_record):
+    with pytest.raises(ValueError, match="ensure_study"):
+        MlflowLog(uri).log_records("never opened", [make_record()])
+
+
+def test_a_database_that_cannot_be_opened_is_down_not_a_crash(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(TrackingDown, match="not a database"):
+        MlflowLog(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
+
+
+def _open(uri: str, number: int) -> None:
+    log = MlflowLog(uri)
+    log.finish_study(log.ensure_study(f"study {number % 2}", ""))
+
+
+def test_processes_that_meet_a_fresh_database_at_once(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_open, args=(uri, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    names = {e.name for e in MlflowClient(uri, uri).search_experiments()}
+    assert names == {"Default", "study 0", "study 1"}
+
+
+def test_a_driver_killed_while_it_makes_the_database(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_open, args=(uri, 0))
+    process.start()
+    while not list(tmp_path.glob(".mlflow.db.new*")):  # its migrations have begun
+        time.sleep(0.01)
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert not (tmp_path / "mlflow.db").exists()
+    _open(uri, 0)
+    assert _runs(uri, "study 0")[0].info.status == "FINISHED"
+
+
+def test_it_says_nothing(tmp_path):
+    code = (
+        "import sys; from orchestrator.record.mlflow_log import MlflowLog\n"
+        "log = MlflowLog(sys.argv[1]); log.finish_study(log.ensure_study('a', 'b'))"
+    )
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    done = subprocess.run([sys.executable, "-c", code, uri], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {f.name for f in Path(tmp_path).iterdir()} <= {"mlflow.db", ".lock", "mlflow-artifacts"}

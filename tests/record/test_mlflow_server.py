@@ -1,0 +1,152 @@
+"""Against a real MLflow server that is killed in the middle and started again."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.tracking_uri import check_uri
+from orchestrator.record.writer import Writer
+from orchestrator.study.errors import BadInput
+
+
+class Server:
+    """`mlflow server` on a free port of this machine, over a SQLite file that outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "server.log").open("ab") as log:
+            # A session of its own: the server has children, and all of them have to be killed.
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
+            )
+        _wait(self._answers, 120, "the server does not start")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _answers(self) -> bool:
+        try:
+            check_uri(self.uri)
+        except BadInput:
+            return False
+        return True
+
+
+def _wait(condition: Callable[[], object], seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def _children(uri: str, study: str) -> dict[str, str]:
+    """fingerprint -> status; asserts that each child is there once, under the one parent."""
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
+    (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
+    children = [r for r in runs if r is not parent]
+    assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in children)
+    found = {r.data.tags["fingerprint"]: r.info.status for r in children}
+    assert len(found) == len(children)
+    return {"parent": parent.info.status, **found}
+
+
+def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make_record):
+    output = tmp_path / "results"
+    store = Store(output / "store")
+    records = [make_record(seed=s, state="diverged" if s % 5 == 0 else "finished") for s in range(12)]
+    names = [r.fingerprint for r in records]
+    study = StudyFile("rates", "Which rate?", "python x.py", tuple(names), (names[0],), server.uri)
+    study.write(output / "rates")
+    for record in records:
+        store.put(record)
+    adapter = store.adapters / names[1]
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    finished = {"parent": "FINISHED", **dict.fromkeys(names, "FINISHED")}
+
+    writer = Writer(MlflowLog(server.uri), store, study, adapters=True)
+    for record in records[:5]:
+        writer.put(record)
+    _wait(lambda: writer.delayed == 0, 60, f"the first five are not logged: {writer.error}")
+    assert _children(server.uri, "rates") == {"parent": "RUNNING", **dict.fromkeys(names[:5], "FINISHED")}
+
+    for name in names[5:8]:
+        writer.put(name)
+    server.kill()  # with some of these under way, or none
+    for name in names[8:10]:
+        writer.put(name)
+    _wait(lambda: writer.error, 60, "the writer has not noticed")
+    assert writer.delayed >= 2
+    with pytest.raises(TrackingDown, match="127.0.0.1"):
+        MlflowLog(server.uri).ensure_study("rates", "")
+
+    server.start()
+    assert writer.close(120) == 0, writer.error
+    assert _children(server.uri, "rates") == {"parent": "FINISHED", **dict.fromkeys(names[:10], "FINISHED")}
+
+    # Infinities and NaN survive the way over HTTP as gaps, and artifacts come to where the server keeps them.
+    client = MlflowClient(server.uri, server.uri)
+    (diverged,) = client.search_runs(["1"], f"tags.fingerprint = '{names[0]}'")
+    values = [m.value for m in client.get_metric_history(diverged.info.run_id, "train_loss")]
+    assert [math.isfinite(v) for v in values] == [True] * 18 + [False] * 2
+    assert diverged.data.tags["reused_from"]
+    assert len(diverged.inputs.dataset_inputs) == 3
+    (kept,) = client.search_runs(["1"], f"tags.fingerprint = '{names[1]}'")
+    artifacts = [f.path for f in client.list_artifacts(kept.info.run_id, "adapter")]
+    assert artifacts == ["adapter/adapter_config.json"]
+
+    # Down until the end: the driver is not kept, and `sync` fills the gap.
+    server.kill()
+    writer = Writer(MlflowLog(server.uri), store, study)
+    for name in names[10:]:
+        writer.put(name)
+    began = time.monotonic()
+    assert writer.close(1.0) == 2
+    assert time.monotonic() - began < 3
+    sync = [sys.executable, "-m", "orchestrator", "sync", "--output", str(output)]
+    down = subprocess.run(sync, capture_output=True, text=True)
+    assert down.returncode == 2
+    assert "cannot be reached" in down.stderr
+    assert down.stderr.count("\n") == 1
+    server.start()
+    for written in (2, 0):
+        done = subprocess.run(sync, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"rates: 12 of 12 configurations in {server.uri}, {written} of them" in done.stdout
+    assert _children(server.uri, "rates") == finished

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator.record import parquet
+from orchestrator.record.parquet import write_parquet
+from orchestrator.record.store import Store
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path)
+
+
+def test_one_row_a_configuration_with_every_hyperparameter(store, make_record):
+    made = [make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))]
+    for record in made:
+        store.put(record)
+    rows = {r["fingerprint"]: r for r in pq.read_table(write_parquet(store)).to_pylist()}
+    assert len(rows) == 4
+    for record in made:
+        row = rows[record.fingerprint]
+        for name, value in record.configuration.flat().items():
+            assert row[name] == value, name
+        assert (row["state"], row["reason"], row["steps"]) == (record.state, record.reason, 20)
+        assert row["untrained_validation_score"] == 0.1
+        assert row["untrained_test_score"] == 0.125
+        assert (row["seconds"], row["tokens"], row["trainable_parameters"]) == (2.5, 4096, 1234)
+        assert json.loads(row["versions"]) == {"torch": "2.9", "ray": "2.60"}
+        assert (row["commit"], row["device"], row["host"]) == ("abc123", "cpu", "box")
+        assert row["ended"] == datetime.fromtimestamp(1e9 + 4, UTC)
+    scores = {r["state"]: (r["validation_score"], r["test_score"]) for r in rows.values()}
+    assert scores == {
+        "finished": (0.5, 0.45),
+        "diverged": (0.05, 0.05),
+        "stopped": (None, None),
+        "failed": (None, None),
+    }
+    assert rows[made[0].fingerprint]["validation_accuracy"] == pytest.approx(20 / 30)
+    assert rows[made[0].fingerprint]["test_loss"] == 0.2
+    assert rows[made[2].fingerprint]["validation_loss"] == 0.1  # where it was when it was stopped
+    assert rows[made[2].fingerprint]["test_loss"] is None
+
+
+def test_types_do_not_depend_on_what_is_there(store, make_record):
+    empty = pq.read_schema(write_parquet(store))
+    store.put(make_record(state="failed", evaluations=(), untrained={}))
+    one = pq.read_schema(write_parquet(store))
+    store.put(make_record(seed=1))
+    more = pq.read_schema(write_parquet(store))
+    for older, newer in ((empty, one), (one, more)):
+        for name in older.names:
+            assert newer.field(name).type == older.field(name).type
+    assert empty.field("test_score").type == pa.float64()
+    assert empty.field("resumed_from").type == pa.list_(pa.int64())
+    assert pa.null() not in more.types
+    assert more.metadata[b"record_schema_version"] == b"1"
+    # The configuration's columns are all stated, so that none of them is left to chance.
+    assert set(make_record().configuration.flat()) <= set(empty.names)
+
+
+def test_a_variants_own_hyperparameters_have_columns(store, make_record):
+    store.put(make_record(seed=0, extra={"ratio": 16, "exact": True, "start": "svd"}))
+    store.put(make_record(seed=1, extra={"ratio": 0.5}))
+    table = pq.read_table(write_parquet(store))
+    assert [table.schema.field(f"variant_{n}").type for n in ("ratio", "exact", "start")] == [
+        pa.float64(),
+        pa.bool_(),
+        pa.string(),
+    ]
+    by_seed = {r["seed"]: r for r in table.to_pylist()}
+    assert [by_seed[s]["variant_ratio"] for s in (0, 1)] == [16.0, 0.5]
+    assert by_seed[1]["variant_exact"] is None
+
+
+def test_scores_that_are_not_finite_are_kept(store, make_record):
+    bad = make_record().evaluations[0]
+    bad = type(bad)(5, "validation", {"loss": math.inf, "exact_match": math.nan})
+    store.put(make_record(state="diverged", evaluations=(bad,)))
+    (row,) = pq.read_table(write_parquet(store)).to_pylist()
+    assert row["validation_loss"] == math.inf
+    assert math.isnan(row["validation_exact_match"])
+
+
+def test_a_failed_write_leaves_the_old_file(store, make_record, monkeypatch):
+    store.put(make_record())
+    path = write_parquet(store)
+    before = path.read_bytes()
+
+    def full(table: pa.Table, where: Path) -> None:
+        Path(where).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="No space"):
+        write_parquet(store)
+    assert path.read_bytes() == before
+    assert not [f for f in store.root.iterdir() if f.name.startswith(f".{parquet.NAME}")]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from orchestrator.record import provenance
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path):
+    source = tmp_path / "orchestrator" / "__init__.py"
+    source.parent.mkdir()
+    source.write_text("")
+    assert provenance.commit_of(tmp_path) == "unknown"  # no repository
+    _git(tmp_path, "init", "-q")
+    assert provenance.commit_of(tmp_path) == "unknown"  # a repository that does not track the sources
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "-q", "-m", "start")
+    head = _git(tmp_path, "rev-parse", "HEAD")
+    assert provenance.commit_of(tmp_path) == head
+    (tmp_path / "results.csv").write_text("not a source")
+    assert provenance.commit_of(tmp_path) == head
+    (tmp_path / "orchestrator" / "new.py").write_text("a new file counts")
+    assert provenance.commit_of(tmp_path) == f"{head}-dirty"
+    (tmp_path / "orchestrator" / "new.py").unlink()
+    source.write_text("changed = True")
+    assert provenance.commit_of(tmp_path) == f"{head}-dirty"
+
+
+def test_current_names_versions_without_importing_them():
+    code = (
+        "import sys; from orchestrator.record.provenance import current\n"
+        "p = current('cpu', pack_lanes=3, workers=2, attempt=1, resumed_from=(5,), started=1.0, ended=2.0)\n"
+        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
+        "print(p.versions['torch'], p.versions['python'], p.pack_lanes, p.workers, p.attempt, p.resumed_from)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{version('torch')} {sys.version.split()[0]} 3 2 1 (5,)"
+
+
+def test_the_nvidia_driver_is_read_from_where_linux_tells_it(tmp_path):
+    file = tmp_path / "version"
+    file.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+        "GCC version:  gcc version 11.4.0\n"
+    )
+    assert provenance._nvidia_driver(file) == "535.104.05"
+    file.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
+    assert provenance._nvidia_driver(file) == "570.86.15"
+    assert provenance._nvidia_driver(tmp_path / "none") == ""

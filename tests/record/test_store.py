@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.errors import BadInput
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def _file(store: Store, record: Record, kind: str = "") -> Path:
+    return store.records_folder / record.fingerprint[:2] / f"{record.fingerprint}{kind}.json"
+
+
+def test_a_record_comes_back_as_it_was_with_what_is_not_finite(store, make_record):
+    for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
+        record = make_record(state=state, seed=seed)
+        assert store.put(record)
+        back = store.get(record.fingerprint)
+        assert repr(back) == repr(record)  # NaN is not equal to itself, its spelling is
+    assert math.isnan(store.get(make_record(seed=1).fingerprint).curve[-1].loss)
+
+
+def test_the_first_final_record_stays(store, make_record):
+    first, second = make_record(state="finished"), make_record(state="diverged")
+    assert store.put(first)
+    assert not store.put(second)
+    assert not store.put(make_record(state="stopped"))
+    assert not store.put(make_record(state="failed"))
+    assert store.get(first.fingerprint).state == "finished"
+    assert [f.name for f in _file(store, first).parent.iterdir()] == [f"{first.fingerprint}.json"]
+
+
+def test_which_record_meets_which_request(store, make_record):
+    stopped = make_record(state="stopped")
+    fingerprint = stopped.fingerprint
+    assert store.meets(fingerprint, "asha 4") is None
+    store.put(stopped)
+    assert store.meets(fingerprint) is None
+    assert store.meets(fingerprint, "asha 2") is None
+    assert store.meets(fingerprint, "asha 4").state == "stopped"
+    store.put(make_record(state="failed"))
+    assert store.get(fingerprint).state == "failed"
+    assert store.meets(fingerprint, "asha 4").state == "stopped"
+    store.put(make_record(state="diverged"))
+    assert {store.meets(fingerprint, s).state for s in ("", "asha 2", "asha 4")} == {"diverged"}
+
+
+def test_a_stopped_record_without_a_scheduler_meets_nothing(store, make_record):
+    store.put(make_record(state="stopped", scheduler=""))
+    assert store.meets(make_record().fingerprint) is None
+
+
+def test_failures_are_counted_until_it_ends_otherwise(store, make_record):
+    fingerprint = make_record().fingerprint
+    counts = [store.failures(fingerprint)]
+    for _ in range(3):
+        store.put(make_record(state="failed"))
+        counts.append(Store(store.root).failures(fingerprint))
+    assert counts == [0, 1, 2, 3]
+    store.put(make_record(state="stopped"))
+    assert store.failures(fingerprint) == 0
+    assert store.states() == {fingerprint: "stopped"}
+
+
+def test_states_and_records_agree(store, make_record):
+    expected = {}
+    for seed, state in enumerate(["finished", "diverged", "stopped", "failed"] * 3):
+        record = make_record(seed=seed, state=state)
+        store.put(record)
+        expected[record.fingerprint] = state
+    assert store.states() == expected
+    assert store.states() == expected  # from what is remembered
+    assert {r.fingerprint: r.state for r in store.records()} == expected
+    assert [r.fingerprint for r in store.records()] == sorted(expected)
+
+
+def test_states_sees_what_another_process_has_changed(store, make_record):
+    store.put(make_record(state="stopped"))
+    assert list(store.states().values()) == ["stopped"]
+    Store(store.root).put(make_record(state="finished"))
+    assert list(store.states().values()) == ["finished"]
+
+
+def test_states_of_a_thousand_is_cheap(store, make_record):
+    text = _text_of(store, make_record())
+    for number in range(1000):
+        fingerprint = f"{number:064x}"[::-1]
+        path = store.records_folder / fingerprint[:2] / f"{fingerprint}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text.replace(make_record().fingerprint, fingerprint))
+    store.states()
+    began = time.perf_counter()
+    assert len(store.states()) == 1001
+    assert time.perf_counter() - began < 0.5  # 8 ms on a quiet machine; parsing takes 400 ms
+
+
+def _text_of(store: Store, record: Record) -> str:
+    store.put(record)
+    return _file(store, record).read_text()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda text: text[: len(text) // 2], id="torn"),
+        pytest.param(lambda text: "", id="empty"),
+        pytest.param(lambda text: "[]\n", id="foreign"),
+        pytest.param(lambda text: text.replace('"steps":20,', '"steps":"x",'), id="edited"),
+        pytest.param(lambda text: text.replace('"curve":[', '"curve":{', 1), id="broken inside"),
+    ],
+)
+def test_a_file_that_is_no_record_is_skipped_with_one_warning(store, make_record, caplog, spoil):
+    good, bad = make_record(seed=1), make_record(seed=2)
+    store.put(good)
+    store.put(bad)
+    path = _file(store, bad)
+    path.write_text(spoil(path.read_text()))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert [r.fingerprint for r in store.records()] == [good.fingerprint]
+            assert store.get(bad.fingerprint) is None
+            assert store.states() == {good.fingerprint: "finished"}
+    assert len([m for m in caplog.messages if path.name in m]) == 1
+    assert store.put(bad)  # such a file must not keep the configuration from being recorded
+    assert store.states() == {good.fingerprint: "finished", bad.fingerprint: "finished"}
+
+
+def test_a_file_under_a_wrong_name_is_skipped(store, make_record, caplog):
+    good, other = make_record(seed=1), make_record(seed=2)
+    store.put(good)
+    path = _file(store, other)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_file(store, good).read_text())
+    (path.parent / "notes.txt").write_text("mine")
+    assert list(store.states()) == [good.fingerprint]
+    assert store.get(other.fingerprint) is None
+    assert sorted(m.split(" ")[0].split("/")[-1] for m in caplog.messages) == sorted([path.name, "notes.txt"])
+
+
+def test_an_unknown_schema_version_is_named(store, make_record):
+    record = make_record()
+    text = _text_of(store, record).replace('"schema_version":1', '"schema_version":7')
+    _file(store, record).write_text(text)
+    for read in (lambda: store.get(record.fingerprint), store.states, lambda: list(store.records())):
+        with pytest.raises(BadInput, match="schema version 7, this program knows 1"):
+            read()
+
+
+def test_find_by_prefix(store, make_record):
+    made = [make_record(seed=seed) for seed in range(40)]
+    for record in made:
+        store.put(record)
+    wanted = made[7].fingerprint
+    assert store.one(wanted[:20].upper()) == wanted
+    first = [r.fingerprint for r in made if r.fingerprint[0] == wanted[0]]
+    assert store.find(wanted[0]) == sorted(first)
+    assert len(first) > 1
+    with pytest.raises(BadInput, match=rf"{len(first)} records start so.*{sorted(first)[0][:12]}"):
+        store.one(wanted[0])
+    with pytest.raises(BadInput, match=r"no record in .* starts so"):
+        store.one("0" * 30)
+    with pytest.raises(BadInput, match="hexadecimal"):
+        store.one("lora")
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/store")):
+        with pytest.raises(BadInput) as caught:
+            Store(root)
+        assert str(root) in str(caught.value)
+        assert "--store" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="no store here"):
+        Store(tmp_path / "nowhere", create=False)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_checkpoints_of_one_configuration_are_cleared(store, make_record):
+    mine, other = make_record(seed=1).fingerprint, make_record(seed=2).fingerprint
+    for fingerprint in (mine, other):
+        (store.checkpoints / fingerprint / "0").mkdir(parents=True)
+        (store.checkpoints / fingerprint / "0" / "lane").write_text("x")
+    store.clear_checkpoints(mine)
+    store.clear_checkpoints(mine)
+    assert [f.name for f in store.checkpoints.iterdir()] == [other]
+    with pytest.raises(ValueError, match="fingerprint"):
+        store.clear_checkpoints("..")
+
+
+def test_nothing_is_left_when_the_disk_refuses(store, make_record, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.put(make_record())
+    assert store.states() == {}
+    assert not list(_file(store, make_record()).parent.iterdir())
+
+
+def _race(root: Path, barrier, wins, number: int, records: list[Record]) -> None:
+    store = Store(root)
+    for index, record in enumerate(records):
+        barrier.wait()
+        # Every process has another state and another number of steps: the file tells who won.
+        mine = replace(record, steps=number, state="finished" if number % 2 else "diverged")
+        if store.put(mine):
+            wins.put((index, number))
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["free", "torn file in the way"])
+def test_of_several_processes_exactly_one_wins(store, make_record, torn):
+    records = [make_record(seed=seed) for seed in range(30)]
+    if torn:
+        for record in records:
+            _file(store, record).parent.mkdir(exist_ok=True)
+            _file(store, record).write_text('{"schema_version":1,')
+    context = multiprocessing.get_context("fork")
+    barrier, wins = context.Barrier(4), context.SimpleQueue()
+    arguments = [(store.root, barrier, wins, number, records) for number in range(4)]
+    processes = [context.Process(target=_race, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    winners: dict[int, list[int]] = {}
+    while not wins.empty():
+        index, number = wins.get()
+        winners.setdefault(index, []).append(number)
+    assert sorted(winners) == list(range(30))
+    for index, record in enumerate(records):
+        (number,) = winners[index]
+        assert store.get(record.fingerprint).steps == number
+    visible = [f for shard in store.records_folder.iterdir() for f in shard.iterdir() if f.name[0] != "."]
+    assert len(visible) == 30
+
+
+def test_the_file_is_plain_json_without_nan(store, make_record):
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = _text_of(store, make_record(state="diverged"))
+    assert json.loads(text, parse_constant=refuse)["curve"][-1]["loss"] == "NaN"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from mlflow import MlflowClient, MlflowException
+
+from orchestrator.record.mlflow_log import MlflowLog
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.writer import Writer
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def _runs(uri: str, name: str):
+    client = MlflowClient(uri, uri)
+    return client.search_runs([client.get_experiment_by_name(name).experiment_id])
+
+
+def test_it_logs_what_is_put_and_ends_the_parent(uri, store, make_record):
+    records = [make_record(seed=s) for s in range(5)]
+    writer = Writer(MlflowLog(uri), store, StudyFile("all", "Why?", "x"), tags={"task": "letters"})
+    for record in records:
+        store.put(record)
+        writer.put(record)
+    assert writer.close(60, "KILLED") == 0
+    parent, *children = sorted(_runs(uri, "all"), key=lambda r: "fingerprint" in r.data.tags)
+    assert parent.info.status == "KILLED"
+    assert (parent.data.tags["command"], parent.data.tags["task"]) == ("x", "letters")
+    assert {c.data.tags["fingerprint"] for c in children} == {r.fingerprint for r in records}
+
+
+def test_a_study_without_records_has_a_parent(uri, store):
+    assert Writer(MlflowLog(uri), store, StudyFile("none", "", "x")).close(60) == 0
+    assert [r.info.status for r in _runs(uri, "none")] == ["FINISHED"]
+
+
+def test_the_newest_state_is_what_is_logged(uri, store, make_record):
+    writer = Writer(MlflowLog(uri), store, StudyFile("newest", "", "x"))
+    for state in ("failed", "stopped", "finished"):
+        store.put(make_record(state=state))
+        writer.put(make_record(state=state))
+    assert writer.close(60) == 0
+    states = [r.data.tags["state"] for r in _runs(uri, "newest") if "fingerprint" in r.data.tags]
+    assert states == ["finished"]
+
+
+def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_record, monkeypatch):
+    records = [make_record(seed=s) for s in range(4)]
+    log_batch = MlflowClient.log_batch
+
+    def picky(self, run_id, metrics=(), params=(), **more):
+        if any(p.key == "seed" and p.value == "1" for p in params):
+            raise MlflowException.invalid_parameter_value("seed 1 is not to my taste")
+        return log_batch(self, run_id, metrics, params, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", picky)
+    writer = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    for record in records:
+        store.put(record)
+        writer.put(record)
+    assert writer.close(60) == 1
+    assert "not to my taste" in writer.error
+    runs = {r.data.tags.get("seed"): r.info.status for r in _runs(uri, "picky")}
+    assert runs == {None: "FINISHED", "0": "FINISHED", "1": "RUNNING", "2": "FINISHED", "3": "FINISHED"}
+    monkeypatch.undo()
+    again = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    again.put(records[1])
+    assert again.close(60) == 0
+    assert [r.info.status for r in _runs(uri, "picky")] == ["FINISHED"] * 5
+
+
+def test_put_does_not_wait(store, make_record):
+    record = make_record()
+    store.put(record)
+    began = time.perf_counter()
+    writer = Writer(MlflowLog("http://127.0.0.1:9"), store, StudyFile("down", "", "x"))
+    for _ in range(1000):
+        writer.put(record)
+    assert time.perf_counter() - began < 1
+    assert writer.close(0.5) == 1
+    assert time.perf_counter() - began < 3

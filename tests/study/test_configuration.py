@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.study.configuration import (
+    Batches,
+    Configuration,
+    Divergence,
+    ModelChoice,
+    Optimizer,
+    Schedule,
+    TaskChoice,
+    VariantChoice,
+    canonical,
+)
+
+POINT = Configuration(
+    VariantChoice("lora", alpha=16.0, extra={"svd": "exact"}),
+    TaskChoice("letters", "r0", 96, 32, 32, "exact_match", 0.0),
+    ModelChoice("letters-base", "c0"),
+    Optimizer(1e-3),
+    Schedule(60),
+    Batches(16),
+)
+
+
+def test_the_fingerprint_is_what_it_was() -> None:
+    """Every record anybody holds is filed under it: a change here orphans them all."""
+    assert POINT.fingerprint == "228cf4910908c7b449087b2be26956df840f8b72da55bed84fddf59d91772a98"
+
+
+def test_it_survives_json_and_pickle() -> None:
+    for copy in (Configuration.from_json(json.loads(canonical(POINT.to_json()))), pickle.loads(pickle.dumps(POINT))):
+        assert copy == POINT
+        assert copy.fingerprint == POINT.fingerprint
+
+
+def test_one_value_has_one_fingerprint_however_it_is_spelt() -> None:
+    spelt = replace(POINT, variant=replace(POINT.variant, alpha=16))  # an int where a float is meant
+    assert spelt.fingerprint == POINT.fingerprint
+
+
+CHANGES = {
+    "learning rate": replace(POINT, optimizer=Optimizer(2e-3)),
+    "decay": replace(POINT, optimizer=Optimizer(1e-3, weight_decay=0.1)),
+    "alpha": replace(POINT, variant=replace(POINT.variant, alpha=8.0)),
+    "schedule": replace(POINT, schedule=Schedule(60, "linear")),
+    "horizon": replace(POINT, schedule=Schedule(30)),
+    "seed": replace(POINT, seed=1),
+    "divergence rule": replace(POINT, divergence=Divergence(2.0)),
+    "evaluations": replace(POINT, evaluations=2),
+    "rank": replace(POINT, variant=replace(POINT.variant, rank=4)),
+    "variant": replace(POINT, variant=replace(POINT.variant, name="rslora")),
+    "its own settings": replace(POINT, variant=replace(POINT.variant, extra={"svd": 16})),
+    "targets": replace(POINT, variant=replace(POINT.variant, targets="q_proj")),
+    "dropout": replace(POINT, variant=replace(POINT.variant, dropout=0.1)),
+    "batch": replace(POINT, batches=Batches(8)),
+    "dtype": replace(POINT, model=replace(POINT.model, dtype="bfloat16")),
+    "base": replace(POINT, model=replace(POINT.model, content="c1")),
+    "data": replace(POINT, task=replace(POINT.task, revision="r1")),
+    "variant numerics": replace(POINT, variant=replace(POINT.variant, numerics=2)),
+    "task numerics": replace(POINT, task=replace(POINT.task, numerics=2)),
+    "loop numerics": replace(POINT, loop_numerics=2),
+}
+MAY_DIFFER_IN_A_PACK = {
+    "learning rate", "decay", "alpha", "schedule", "horizon", "seed", "divergence rule", "evaluations"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_changes_the_numbers_changes_the_fingerprint(what: str) -> None:
+    assert CHANGES[what].fingerprint != POINT.fingerprint
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_pack_holds_what_has_the_same_tensors(what: str) -> None:
+    assert (CHANGES[what].shape == POINT.shape) == (what in MAY_DIFFER_IN_A_PACK)
+
+
+def test_the_flat_view_names_every_hyperparameter_once() -> None:
+    flat = POINT.flat()
+    assert flat["variant"] == "lora"
+    assert flat["learning_rate"] == 1e-3
+    assert flat["variant_svd"] == "exact"
+    for what, changed in CHANGES.items():
+        assert changed.flat() != flat, f"{what} is in no column"

@@ -1,0 +1,1 @@
+"""The reference that the others are compared with."""

@@ -1,0 +1,108 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, with s = alpha / rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.contract import (
+    Checked,
+    Kind,
+    Layer,
+    Params,
+    Settings,
+    Start,
+    Unsupported,
+    Variant,
+    stream,
+    uniform,
+    widened,
+)
+
+
+class LoRA(Variant):
+    """W' = W + s B A. Start: A = U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5), B = 0, so W' = W.
+
+    Parameters: rank * (in + out) a layer.
+
+    A start that is not zero (PiSSA, OLoRA, MiLoRA, LoRA-GA) is handled here: if `start` puts frozen copies
+    A0, B0 beside A, B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
+    s (B (A - A0) + (B - B0) A0): the same, but exactly zero at the start in every dtype, and what was learned
+    is not rounded against the larger B0 A0.
+    """
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    axis: ClassVar[str] = "baseline"
+    paper: ClassVar[str] = "2106.09685"
+    checked: ClassVar[Checked] = Checked.ORACLE
+    kind: ClassVar[Kind] = Kind.STACKED
+
+    def scaling(self, settings: Settings) -> float:
+        return _alpha(settings) / settings.rank
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        out_features, in_features = layer.weight.shape
+        noise = stream(generator, "A")
+        a = uniform((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
+        b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
+        return Start({"A": a, "B": b})
+
+    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+        a, b = widened(*_factors(params))
+        return {"A": a, "sB": b * scaling}
+
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+        a, b = params["A"].to(x.dtype), params["sB"].to(x.dtype)
+        return torch.baddbmm(base, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+
+    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+        a, b = _factors(params)
+        return scaling * (b @ a)
+
+    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
+        return settings.rank * (in_features + out_features)
+
+    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+        a, b = _factors(params)
+        return {"lora_A.weight": a, "lora_B.weight": b}
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "peft_type": "LORA",
+            "r": settings.rank,
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "use_rslora": False,
+            "use_dora": False,
+            "bias": "none",
+        }
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        mine = self.peft_config(Settings())
+        for key in ("peft_type", "use_rslora", "use_dora"):
+            if config.get(key, False) != mine[key]:
+                return None
+        return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
+
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+        return Start({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
+
+
+def _alpha(settings: Settings) -> float:
+    if settings.alpha is None:
+        raise Unsupported("alpha None: this variant needs one, a finite number above 0")
+    return settings.alpha
+
+
+def _factors(params: Params) -> tuple[Tensor, Tensor]:
+    """A and B with W' - W = s B A; of twice the rank when the start is an offset."""
+    a, b = params["A"], params["B"]
+    if "A0" not in params:
+        return a, b
+    a0, b0 = params["A0"], params["B0"]
+    return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)

@@ -1,0 +1,1 @@
+"""Variants that change where training starts."""

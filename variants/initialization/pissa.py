@@ -1,0 +1,78 @@
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the weight's largest singular
+triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.baseline.lora import LoRA
+from variants.contract import Extra, Layer, Settings, Start, Unsupported, number
+
+
+class PiSSA(LoRA):
+    """W' = W + s (B A - B0 A0), s = alpha / rank; W - s B0 A0 is the paper's residual weight.
+
+    Start: with W = U S V^T and its `rank` largest triplets, B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T, and A,
+    B begin as A0, B0, so W' = W. The paper writes the residual into W; here A0 and B0 stay beside it as
+    frozen tensors, exact in bfloat16 and over one base for all lanes. Parameters: rank * (in + out) a layer.
+
+    `svd`: "exact", or the number of power iterations of a randomised one (the paper advises 16 for speed).
+    There is no noise in the start: seeds differ in their data order only.
+    """
+
+    name: ClassVar[str] = "pissa"
+    title: ClassVar[str] = "PiSSA"
+    axis: ClassVar[str] = "initialization"
+    paper: ClassVar[str] = "2404.02948"
+    extra: ClassVar[Extra] = {"svd": "exact"}
+
+    def checked_settings(self, settings: Settings) -> Settings:
+        settings = super().checked_settings(settings)
+        svd = str(settings.extra["svd"])
+        if svd != "exact" and not (svd.isdigit() and int(svd) > 0):
+            raise Unsupported(f"svd {svd!r}: must be 'exact' or a number of power iterations, such as 16")
+        return settings
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        u, s, vh = _triplets(layer, settings.rank, str(settings.extra["svd"]))
+        root = (s / self.scaling(settings)).sqrt()
+        b, a = u * root, root.unsqueeze(1) * vh
+        return Start({"A": a, "B": b}, {"A0": a, "B0": b})
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        """A plain LoRA of twice the rank over the unchanged base, as PEFT advises for sharing."""
+        assert settings.alpha is not None
+        return super().peft_config(Settings(2 * settings.rank, 2 * settings.alpha, settings.dropout))
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        return None  # what was exported is a plain LoRA by then
+
+
+def _triplets(layer: Layer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, rank), S (rank,), V^T (rank, in): the same for all lanes, so taken once a layer."""
+    key = f"svd {svd} {rank}"
+    if key not in layer.memory:
+        weight = layer.weight.to(layer.dtype)
+        u, s, vh = (
+            torch.linalg.svd(weight, full_matrices=False)
+            if svd == "exact"
+            else _randomised(weight, rank, int(svd), number(layer.name, rank))
+        )
+        layer.memory[key] = u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].contiguous()
+    return layer.memory[key]
+
+
+def _randomised(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko, Martinsson and Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1, with ten more columns than
+    asked for. Its own noise, so that torch's global state is left alone."""
+    columns = min(rank + 10, *weight.shape)
+    noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))
+    q = torch.linalg.qr(weight @ noise.to(weight))[0]
+    for _ in range(iterations):
+        q = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ q)[0])[0]
+    u, s, vh = torch.linalg.svd(q.t() @ weight, full_matrices=False)
+    return q @ u, s, vh

@@ -1,0 +1,1 @@
+"""Variants that change how the update is scaled or optimized."""

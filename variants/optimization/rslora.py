@@ -1,0 +1,28 @@
+"""rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): LoRA with s = alpha / sqrt(rank)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from variants.baseline.lora import LoRA
+from variants.contract import Settings
+
+
+class RsLoRA(LoRA):
+    """W' = W + s B A, s = alpha / sqrt(rank): the size of the update does not shrink as the rank grows.
+
+    At rank 8 and alpha 16, s is 5.66 where LoRA's is 2. Start and parameters as LoRA: rank * (in + out) a
+    layer.
+    """
+
+    name: ClassVar[str] = "rslora"
+    title: ClassVar[str] = "rsLoRA"
+    axis: ClassVar[str] = "optimization"
+    paper: ClassVar[str] = "2312.03732"
+
+    def scaling(self, settings: Settings) -> float:
+        return super().scaling(settings) * math.sqrt(settings.rank)
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        return {**super().peft_config(settings), "use_rslora": True}

@@ -1,0 +1,1 @@
+"""Variants that change what updates a layer can express."""

@@ -1,0 +1,134 @@
+"""A lane on disk: exactly as it is, or in the PEFT library's format, there and back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from variants import catalogue
+from variants.attach import Adapters
+from variants.contract import Settings, Unsupported, Variant
+from variants.targets import find, is_conv1d
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_NOT_READ = (
+    "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
+    "trainable_token_indices", "target_parameters", "megatron_config",
+)  # fmt: skip
+_OWN_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts after which PEFT has changed the base: unless converted, such an adapter fits no other base."""
+
+
+def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
+    """Everything of a lane (parameters, frozen tensors, settings, seed), bit for bit, as one safetensors
+    file."""
+    tensors = {f"trainable/{name}": tensor.detach() for name, tensor in adapters.trainable(lane).items()}
+    tensors |= {f"frozen/{name}": tensor for name, tensor in adapters.frozen(lane).items()}
+    about = {
+        "variant": adapters.variant.name,
+        "numerics": str(adapters.variant.numerics),
+        "settings": json.dumps(asdict(adapters.settings_of(lane))),
+        "seed": str(adapters.seed_of(lane)),
+    }
+    save_file(tensors, file, metadata=about)
+
+
+def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
+    """The lane that `save_lane` wrote. Raises Unsupported if it is another variant's or another model's."""
+    with safe_open(file, framework="pt") as opened:
+        about = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    if about.get("variant") != adapters.variant.name:
+        raise Unsupported(f"{file} holds a lane of {about.get('variant')}, not of {adapters.variant.name}")
+    parts: dict[str, dict[str, Tensor]] = {"trainable": {}, "frozen": {}}
+    for name, tensor in tensors.items():
+        part, rest = name.split("/", 1)
+        parts[part][rest] = tensor
+    settings = Settings(**json.loads(about["settings"]))
+    adapters.load(lane, parts["trainable"], parts["frozen"], settings, int(about["seed"]))
+
+
+def save_peft(adapters: Adapters, lane: str, folder: Path, base_name: str) -> None:
+    """Writes `folder` so that PeftModel.from_pretrained(base, folder) computes what the lane computes.
+
+    Raises Unsupported if PEFT has no such method.
+    """
+    settings = adapters.settings_of(lane)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapters.layers.items():
+        own = {key: tensor.detach() for key, tensor in layer.one(lane).items()}
+        parts = adapters.variant.to_peft(own, settings)
+        if parts is None:
+            raise Unsupported(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
+        tensors |= {f"{PREFIX}{name}.{key}": tensor.contiguous().cpu() for key, tensor in parts.items()}
+    config = {
+        **adapters.variant.peft_config(settings),
+        "base_model_name_or_path": base_name,
+        "target_modules": sorted(adapters.layers),
+        "fan_in_fan_out": all(is_conv1d(layer.base) for layer in adapters.layers.values()),
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0) -> Adapters:
+    """Attaches the adapter in `folder` to `model` as one lane of the variant that it belongs to.
+
+    A PiSSA adapter comes back as what it was exported as, a LoRA of twice the rank. Raises Unsupported if no
+    variant is its kind, or if it uses what the variants here do not have.
+    """
+    config = json.loads((folder / CONFIG).read_text())
+    variant, settings = _recognise(config, folder)
+    modules = dict(model.named_modules())
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / TENSORS).items():
+        layer, rest = _split(key.removeprefix(PREFIX), modules)
+        parts.setdefault(layer, {})[rest] = tensor
+    # Past attach(), because a PiSSA export may have a rank above the layer's size.
+    found = find(model, "re:" + "|".join(re.escape(layer) for layer in parts))
+    adapters = Adapters(model, variant, variant.checked_settings(settings), found)
+    trainable: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    for name, adapted in adapters.layers.items():
+        begin = variant.start_from_peft(parts[name], adapted.layer)
+        dtype = adapted.layer.dtype
+        trainable |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in begin.trainable.items()}
+        frozen |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in begin.frozen.items()}
+    adapters.load(lane, trainable, frozen, settings, seed)
+    return adapters
+
+
+def _recognise(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Settings]:
+    for key in _NOT_READ:
+        if config.get(key):
+            raise Unsupported(f"{folder}: PEFT's {key} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_OWN_BASE):
+        raise Unsupported(f"{folder}: a {start} adapter over a changed base; let PEFT save it as plain LoRA")
+    for name in catalogue.names():
+        variant = catalogue.get(name)
+        settings = variant.from_peft(config)
+        if settings is not None:
+            return variant, settings
+    raise Unsupported(f"{folder}: no variant here is PEFT's {config.get('peft_type')} with these settings")
+
+
+def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """ "layers.0.q_proj.lora_A.weight" -> ("layers.0.q_proj", "lora_A.weight")"""
+    path = key.split(".")
+    for end in range(len(path) - 1, 0, -1):
+        if ".".join(path[:end]) in modules:
+            return ".".join(path[:end]), ".".join(path[end:])
+    raise Unsupported(f"the adapter changes {key!r}, which the model does not have")

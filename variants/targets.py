@@ -1,0 +1,126 @@
+"""Which layers of a model carry adapters, and which models are refused because an adapter would not be
+seen."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from variants.contract import Unsupported
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def find(model: nn.Module, targets: str) -> dict[str, nn.Module]:
+    """The linear layers that `targets` names, by dotted path.
+
+    targets: "blocks" (every linear layer inside a ModuleList, so neither head nor embeddings), a
+    comma-separated list of name endings ("q_proj,v_proj"), or "re:" and a regular expression for the whole
+    name. Raises Unsupported if a name fits nothing, or if what it covers cannot be adapted.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if targets == "blocks":
+        scope = _inside_lists(model)
+        if not scope:
+            raise Unsupported(
+                "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
+            )
+        whole = True
+    elif targets.startswith("re:"):
+        scope, whole = _matching(modules, targets), False
+    else:
+        scope, whole = _ending(modules, targets), False
+    for name in scope:
+        _refuse(name, modules, whole)
+    found = {name: modules[name] for name in scope if is_linear(modules[name])}
+    if not found:
+        nearest = _nearest(targets, (name for name, module in modules.items() if is_linear(module)))
+        raise Unsupported(f"targets {targets!r}: no linear layer among what it names. {nearest}")
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear (and subclasses), or transformers' Conv1D, whose weight is stored (in, out)."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Known by name, so that transformers need not be imported."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+        for kind in type(module).__mro__
+    )
+
+
+def _inside_lists(model: nn.Module) -> list[str]:
+    prefixes = tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    )
+    return (
+        [name for name, _ in model.named_modules() if name and name.startswith(prefixes)] if prefixes else []
+    )
+
+
+def _matching(modules: dict[str, nn.Module], targets: str) -> list[str]:
+    try:
+        pattern = re.compile(targets.removeprefix("re:"))
+    except re.error as error:
+        raise Unsupported(f"targets {targets!r}: not a regular expression ({error})") from None
+    return [name for name in modules if pattern.fullmatch(name)]
+
+
+def _ending(modules: dict[str, nn.Module], targets: str) -> list[str]:
+    scope: list[str] = []
+    for ending in (part.strip() for part in targets.split(",")):
+        fits = [name for name in modules if ending and f".{name}".endswith(f".{ending}")]
+        if not fits:
+            nearest = _nearest(ending, (name for name, module in modules.items() if is_linear(module)))
+            raise Unsupported(f"target {ending!r}: no module's name ends so. {nearest}")
+        for name in fits:
+            _refuse(name, modules, whole=False)
+            if not is_linear(modules[name]):
+                kind = type(modules[name]).__name__
+                raise Unsupported(f"target {name!r} is of type {kind}; only Linear and Conv1D carry adapters")
+        scope += [name for name in fits if name not in scope]
+    return scope
+
+
+def _nearest(name: str, layers: Iterable[str]) -> str:
+    choices = sorted({end for layer in layers for end in (layer, layer.rsplit(".", 1)[-1])})
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    ends = sorted({choice for choice in choices if "." not in choice})
+    return f"Did you mean {close[0]!r}?" if close else f"The model's linear layers end in: {', '.join(ends)}."
+
+
+def _refuse(name: str, modules: dict[str, nn.Module], whole: bool) -> None:
+    """Raises for a module that adapters cannot reach. `whole`: every module in scope was meant, so that one
+    without linear layers counts too."""
+    parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
+    for path in [*parents, name]:
+        if isinstance(modules[path], nn.MultiheadAttention):
+            raise Unsupported(f"{path} is an nn.MultiheadAttention, which reads its weights past any adapter")
+    module = modules[name]
+    if "quantized" in type(module).__module__:
+        raise Unsupported(
+            f"{name} is quantised ({type(module).__name__}): a row's output would depend on the others"
+        )
+    if (whole or is_linear(module)) and not isinstance(module, nn.modules.conv._ConvNd):
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and min(parameter.shape) > 1:
+                raise Unsupported(
+                    f"{name}.{key} is a 3-D weight of experts, which adapters do not reach; "
+                    "name the layers to adapt instead of 'blocks'"
+                )
+    if is_linear(module):
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        if weight.dtype not in FLOATS or weight.dim() != 2 or type(weight.data) is not torch.Tensor:
+            raise Unsupported(
+                f"{name} holds a {weight.dtype} {type(weight.data).__name__}, not a plain float weight"
+            )
