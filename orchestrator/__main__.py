@@ -72,14 +72,23 @@ class Report(Places):
         from orchestrator.analyze.report import write_report
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
+        from orchestrator.record.tracking_uri import default_uri
 
         store = Store(self.root, create=False)
         folder, study = find_study(self.output, self.study)
         records = [r for r in map(store.get, study.configurations) if r is not None]
         if not records:
             raise BadInput(f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}")
-        write_report(records, folder, title=study.name, question=study.question, command=study.command)
-        print(f"{folder}: report of {len(records)} of {len(study.configurations)} configurations")
+        write_report(
+            records,
+            folder,
+            name=study.name,
+            question=study.question,
+            command=study.command,
+            tracking_uri=study.tracking_uri or default_uri(store),
+            pending=len(study.configurations) - len(records),
+        )
+        print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 
 

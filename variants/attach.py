@@ -96,11 +96,13 @@ class Adapters:
         dropout."""
         settings = self._fitting(lane, settings)
         parts = _by_layer(trainable), _by_layer(frozen)
-        if set(parts[0]) != set(self.layers) or not set(parts[1]) <= set(self.layers):
-            odd = sorted((set(parts[0]) ^ set(self.layers)) | (set(parts[1]) - set(self.layers)))
-            raise Unsupported(
-                f"lane {lane}: its tensors are of other layers than the model's, such as {odd[0]!r}"
+        foreign = sorted((set(parts[0]) | set(parts[1])) - set(self.layers))
+        missing = sorted(set(self.layers) - set(parts[0]))
+        if foreign or missing:
+            problem = (
+                f"layer {foreign[0]!r} is not adapted" if foreign else f"layer {missing[0]!r} is missing"
             )
+            raise Unsupported(f"lane {lane}: its tensors do not fit the model: {problem}")
         for name, layer in self.layers.items():
             layer.put(lane, parts[0][name], parts[1].get(name, {}))
         self._enter(lane, settings, seed)

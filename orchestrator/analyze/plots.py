@@ -238,7 +238,8 @@ def _count_diverged(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
 def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
     handles = []
     for c in panel.curves:
-        text = f"{c.label}\nbest at {words.rate(c.best_rate)}"
+        best = "no score yet" if c.best_rate is None else f"best at {words.rate(c.best_rate)}"
+        text = f"{c.label}\n{best}"
         if c.bracketed not in ("yes", None):
             text += " (edge)"
         handles.append(

@@ -30,8 +30,8 @@ _ABANDONED_SECONDS = 3600.0
 def content_of(folder: Path) -> str:
     """SHA-256 (hex) over the files of a model folder: configuration, tokenizer, weights.
 
-    Hidden files, subfolders and *.md do not count, nor does the library version that wrote a JSON file. Raises
-    BadInput when the folder holds no config.json."""
+    Hidden files, subfolders and *.md do not count, nor does the library version that wrote a JSON file.
+    Raises BadInput when the folder holds no config.json."""
     if not (folder / "config.json").is_file():
         raise BadInput(
             f"Model folder {str(folder)!r} has no config.json: give a folder made by save_pretrained."

@@ -2,8 +2,8 @@
 
     <folder of the fingerprint>/<attempt>/step-00000015.safetensors
 
-Tensors are named `trainable/..`, `frozen/..` and `moments/<moment>/<parameter>`; everything else is one JSON text in the
-file's metadata. Opening one runs no code.
+Tensors are named `trainable/..`, `frozen/..` and `moments/<moment>/<parameter>`; everything else is one JSON
+text in the file's metadata. Opening one runs no code.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The whole checkpoint with the most steps, over all attempts; of two alike the later attempt's. Those that
-    cannot be read are skipped with a warning in the log."""
+    """The whole checkpoint with the most steps, over all attempts; of two alike the later attempt's. What
+    cannot be read is skipped with a warning in the log."""
     for _, _, path in sorted(_places(folder), reverse=True):
         try:
             return read(path)

@@ -1,10 +1,10 @@
-"""Examples as token tensors: encoded once, drawn in an order that depends on the seed alone, padded to buckets.
+"""Examples as token tensors: encoded once, drawn in an order that the seed alone decides, padded to buckets.
 
 Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
 
-Training and scoring pad on the right and pass no attention mask. In a causal model no real token looks at what
-comes after it, and padding carries no loss, so the result is the same, and the attention kernel, which a mask
-would switch, does not depend on whose rows share the batch.
+Training and scoring pad on the right and pass no attention mask. In a causal model no real token looks at
+what comes after it, and padding carries no loss, so the result is the same, and the attention kernel, which a
+mask would switch, does not depend on whose rows share the batch.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def _sizes() -> Iterator[int]:
 def encode(
     examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
 ) -> list[Row]:
-    """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are left
-    out. Without it (evaluation) all are kept whole. Raises BadInput when nothing is left to learn or to score."""
+    """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
+    left out. Without it (evaluation) all are kept whole. Raises BadInput when nothing is left to learn, or
+    when an example has nothing to score."""
     rows = []
     for number, example in enumerate(examples):
         encoded = task.encode(example, tokenizer)
@@ -79,8 +80,8 @@ def encode(
             )
     if not rows:
         raise BadInput(
-            f"Task {task.name!r}: no training example keeps a part of its answer within max_length {max_length}. "
-            "Raise it."
+            f"Task {task.name!r}: no training example keeps a part of its answer within max_length "
+            f"{max_length}. Raise it."
         )
     return rows
 
@@ -107,7 +108,7 @@ def numbers(seed: int, size: int, start: int, count: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
-    # RandomState, because numpy promises that its streams never change; torch and numpy's newer generators do not.
+    # RandomState, because numpy promises that its streams never change; torch does not.
     return np.random.RandomState([seed % 2**32, seed // 2**32, epoch]).permutation(size)
 
 
@@ -115,8 +116,8 @@ def scoring_plan(
     lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096
 ) -> list[tuple[int, list[int]]]:
     """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
-    `rows` and about `tokens` tokens, in batches of nearly equal size (small last ones would leave fast kernels).
-    Nothing in it depends on how many lanes are scored at once."""
+    `rows` and about `tokens` tokens, in batches of nearly equal size (a small last one would take another
+    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once."""
     by_bucket: dict[int, list[int]] = {}
     for item, length in enumerate(lengths):
         by_bucket.setdefault(bucket(length, cap), []).append(item)

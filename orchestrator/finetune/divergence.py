@@ -13,8 +13,8 @@ class Watch:
     """Looks at every step's training loss and gradient norm before the step is taken.
 
     Diverged: a value that is not finite, at once; or, after warm-up, a smoothed loss
-    m_t = s m_{t-1} + (1 - s) loss_t  (m_0 = loss_0, s = `smoothing`)  above `loss_ratio` times the untrained base's
-    loss for `share` of all steps in a row. Losses in nats a token.
+    m_t = s m_{t-1} + (1 - s) loss_t  (m_0 = loss_0, s = `smoothing`)  above `loss_ratio` times the untrained
+    base's loss for `share` of all steps in a row. Losses in nats a token.
     """
 
     def __init__(self, rule: Divergence, schedule: Schedule, untrained_loss: float) -> None:

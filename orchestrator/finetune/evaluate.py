@@ -39,8 +39,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Scored:
-    """`scores`: "loss" (nats a token), "accuracy" (share of answer tokens that are the argmax, teacher-forced), and
-    the task's metric (mean over items)."""
+    """`scores`: "loss" (nats a token), "accuracy" (share of answer tokens that are the argmax, teacher-forced)
+    and the task's metric (mean over items)."""
 
     scores: Mapping[str, float]
     items: Items
@@ -50,8 +50,10 @@ class Scored:
 def evaluate(
     bench: Bench, task: Task, split: Split, lanes: int, rows: Callable[[], AbstractContextManager[Any]]
 ) -> list[Scored]:
-    """One `Scored` a lane. Inside `rows()` the model takes `lanes` times the rows of a batch, lane by lane."""
-    losses, right, order, tokens = [], [], [], []
+    """One `Scored` a lane. Inside `rows()` the model takes `lanes` times a batch's rows, lane by lane."""
+    losses, right = [], []
+    order: list[int] = []
+    tokens: list[int] = []
     with rows():
         for batch, items in split.batches:
             ids, targets = batch.ids.repeat(lanes, 1), batch.targets.repeat(lanes, 1)

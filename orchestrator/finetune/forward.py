@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,13 @@ from orchestrator.finetune.tasks.base import NO_LOSS
 def answer_logits(model: Any, ids: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(M, vocabulary) logits and (M,) labels of the M positions with loss, row after row.
 
-    `ids` and `targets` (rows, length) lie on the CPU, so that what depends on them needs no wait for the device.
-    The output head is a good part of a small model's cost; where the model takes `logits_to_keep`, it runs over
-    the columns with any label in them only.
+    `ids` and `targets` (rows, length) lie on the CPU, so that what depends on them needs no wait for the
+    device. The output head is a good part of a small model's cost; where the model takes `logits_to_keep`, it
+    runs over the columns with any label in them only.
     """
     labelled = targets != NO_LOSS
     columns = labelled.any(dim=0).nonzero().squeeze(1)
-    if takes_columns(type(model)) and len(columns) < targets.shape[1]:
+    if takes_columns(type(model).forward) and len(columns) < targets.shape[1]:
         logits = model(input_ids=ids.to(device), use_cache=False, logits_to_keep=columns.to(device)).logits
         labelled, targets = labelled[:, columns], targets[:, columns]
     else:
@@ -42,5 +43,5 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @lru_cache
-def takes_columns(model_class: type) -> bool:
-    return "logits_to_keep" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
+def takes_columns(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in inspect.signature(forward).parameters

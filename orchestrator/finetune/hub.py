@@ -35,16 +35,36 @@ def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
     config.json shows at once whether the model may be read. Raises BadInput when it may not."""
     if (commit := pinned(name, root)) is not None:
         return commit
-    from huggingface_hub import hf_hub_download
-
     repository, _, revision = name.partition("@")
     progress(f"{name}: asking the model hub")
     try:
-        path = Path(hf_hub_download(repository, "config.json", revision=revision or None))
-    except Exception as error:  # of many kinds: no network, no such model, gated, offline without a cache
-        raise unreachable(name, error) from error
-    # The cache keeps a commit's files in snapshots/<commit>/.
-    return write_pointer(root, _key(name), {"name": name, "commit": path.parent.name})["commit"]
+        commit = _ask(repository, revision or None)
+    except Exception as error:  # of many kinds: no network, no such model, gated, switched off
+        commit = _cached(repository, revision or None)
+        if commit is None:
+            raise unreachable(name, error) from error
+    return write_pointer(root, _key(name), {"name": name, "commit": commit})["commit"]
+
+
+def _ask(repository: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    # model_info is tried once; a download without a network is tried six times in 23 s.
+    commit = HfApi().model_info(repository, revision=revision, timeout=10).sha
+    assert commit is not None
+    hf_hub_download(repository, "config.json", revision=commit)
+    return commit
+
+
+def _cached(repository: str, revision: str | None) -> str | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(path).parent.name  # the cache keeps a commit's files in snapshots/<commit>/
 
 
 def unreachable(name: str, error: Exception) -> BadInput:

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,6 +16,7 @@ from orchestrator.finetune.checkpoint import Checkpoint
 from orchestrator.finetune.divergence import Watch
 from orchestrator.finetune.evaluate import Scored
 from orchestrator.finetune.learning_rate import factor
+from orchestrator.finetune.phase import NEXT, IllegalMove, Phase, due_steps
 from orchestrator.finetune.source import Lease, Report
 from orchestrator.record.schema import Cost, Evaluation, Items, Step
 from variants.contract import Settings, Variant
@@ -34,40 +34,6 @@ class Taken:
     loss: float
     norm: float
     tokens: int
-
-
-class Phase(StrEnum):
-    LEASED = "leased"
-    """Ours, not yet on the model."""
-    TRAINING = "training"
-    EVALUATING = "evaluating"
-    """At a step where scores are due."""
-    REPORTING = "reporting"
-    """Has scores that the source has not been told."""
-    PARKED = "parked"
-    """Waits for the source's go-ahead."""
-    ENDED = "ended"
-
-
-_NEXT: Mapping[Phase, frozenset[Phase]] = {
-    # A lane that resumes may owe reports or scores.
-    Phase.LEASED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
-    Phase.TRAINING: frozenset({Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
-    Phase.EVALUATING: frozenset({Phase.REPORTING, Phase.PARKED, Phase.ENDED}),
-    Phase.REPORTING: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
-    Phase.PARKED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
-    Phase.ENDED: frozenset(),
-}
-
-
-class IllegalMove(RuntimeError):
-    """A lane was sent where it cannot go from where it is: a fault of the loop."""
-
-
-def due_steps(steps: int, evaluations: int) -> tuple[int, ...]:
-    """After which steps a lane is evaluated: evenly spaced, the last at the end."""
-    count = max(1, min(evaluations, steps))
-    return tuple(steps * i // count for i in range(1, count + 1))
 
 
 class Lane:
@@ -97,7 +63,7 @@ class Lane:
     # -- where it is ------------------------------------------------------------------------------------
 
     def move(self, to: Phase) -> None:
-        if to not in _NEXT[self.phase]:
+        if to not in NEXT[self.phase]:
             raise IllegalMove(
                 f"lane {self.name[:12]} at step {self.step} cannot go from {self.phase} to {to}"
             )
@@ -126,7 +92,7 @@ class Lane:
     def open(
         self, adapters: Adapters, variant: Variant, untrained_loss: float, saved: Checkpoint | None
     ) -> None:
-        """Puts the lane on the model, at its start or where `saved` left it. Raises what the variant raises."""
+        """Puts the lane on the model, at its start or where `saved` left it; raises what the variant does."""
         choice = self.configuration.variant
         settings = Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
         if saved is None:
@@ -162,7 +128,7 @@ class Lane:
         return self.configuration.optimizer.learning_rate * factor(self.configuration.schedule, self.step)
 
     def take_step(self, taken: Taken) -> str | None:
-        """One optimizer step with the gradients that are in the parameters. Returns why the lane has diverged,
+        """One optimizer step with the gradients that are in the parameters. Returns why the lane has diverged
         if it has; the step is not taken then."""
         loss, norm, rate = taken.loss, taken.norm, self.learning_rate
         self.curve.append(Step(self.step + 1, loss, rate, norm))

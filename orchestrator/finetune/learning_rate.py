@@ -16,8 +16,8 @@ def warmup_steps(schedule: Schedule) -> int:
 def factor(schedule: Schedule, step: int) -> float:
     """What the peak learning rate is multiplied by in step 0 .. steps-1.
 
-    With w warm-up steps and n = steps - w after them: (step + 1) / w while step < w, so that no step is wasted
-    at rate zero and the peak is reached; then, at p = (step - w) / n in [0, 1), one of
+    With w warm-up steps and n = steps - w after them: (step + 1) / w while step < w, so that no step is
+    wasted at rate zero and the peak is reached; then, at p = (step - w) / n in [0, 1), one of
     constant: 1, linear: 1 - p, cosine: (1 + cos(pi p)) / 2, the last two on their way to 0 at the end.
     """
     if not 0 <= step < schedule.steps:

@@ -1,7 +1,7 @@
 """The fine-tuning loop: lanes in, reports and records out.
 
-Each round: lease what there is room for, hear what has changed, one optimizer step for every lane that may train,
-then scores for those that are due. Lanes join and leave at any round; none knows of another.
+Each round: lease what there is room for, hear what has changed, one optimizer step for every lane that may
+train, then scores for those that are due. Lanes join and leave at any round; none knows of another.
 """
 
 from __future__ import annotations
@@ -10,33 +10,21 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from orchestrator.finetune import checkpoint
-from orchestrator.finetune.lane import Lane, Phase
+from orchestrator.finetune.lane import Lane
 from orchestrator.finetune.models import Bench
+from orchestrator.finetune.outcome import FINAL, Keeper, record_of
+from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.source import Answer, Lease, Source
 from orchestrator.finetune.workshop import Workshop
-from orchestrator.record.schema import Provenance, Record, State
+from orchestrator.record.schema import Provenance, State
 from orchestrator.study.configuration import ModelChoice
 
 log = logging.getLogger(__name__)
 
-FINAL = ("finished", "diverged")
-
 T = TypeVar("T")
-
-
-class Keeper(Protocol):
-    """What the loop needs of the store."""
-
-    checkpoints: Path
-    adapters: Path
-
-    def put(self, record: Record) -> bool: ...
-
-    def get(self, fingerprint: str) -> Record | None: ...
 
 
 def run(
@@ -56,8 +44,8 @@ def run(
     every `checkpoint_seconds`.
 
     `provenance(device, pack_lanes=, attempt=, resumed_from=, started=, ended=)` makes a record's provenance.
-    A lane that fails ends alone, with a `failed` record. What the source or the store raises ends the loop, and
-    leaves the lanes to their checkpoints.
+    A lane that fails ends alone, with a `failed` record. What the source or the store raises ends the loop
+    and leaves the lanes to their checkpoints.
     """
     loop = _Loop(
         source, store, Workshop(load_bench), lanes, poll_seconds, provenance, save_adapter, checkpoint_seconds
@@ -102,8 +90,9 @@ class _Loop:
         """Leases when there is room: at once after a lane has left, else at most every `poll_seconds`."""
         if time.monotonic() - self.leased_at < self.poll_seconds:
             return
-        shape, room = None, 1  # the first lane decides the shape, and the shape how many have room
-        while room > 0:
+        while True:
+            # The first lane decides the shape, and the shape how many have room.
+            shape, room = None, 1
             if self.lanes:
                 shape = next(iter(self.lanes.values())).configuration.shape
                 room = min(self.room, self.workshop.most_lanes) - len(self.lanes)
@@ -123,6 +112,7 @@ class _Loop:
         known = self.store.get(fingerprint)
         if known is not None and known.state in FINAL:
             self.source.done(fingerprint, lease.attempt, known.state)
+            self.leased_at = -float("inf")
             return
         lane = self.lanes[fingerprint] = Lane(lease)
         self._attempt([lane], self._open)
@@ -192,7 +182,7 @@ class _Loop:
         ended = []
         for lane, taken in self._attempt(lanes, lambda some: self.workshop.current.gradients(some)):
             lane.pack_lanes = max(lane.pack_lanes, together)
-            for _, reason in self._attempt([lane], lambda some, taken=taken: [some[0].take_step(taken)]):  # type: ignore[misc]
+            for _, reason in self._attempt([lane], lambda some, taken=taken: [some[0].take_step(taken)]):
                 ended += [(lane, reason)] if reason else []
         self._share(started, lanes, "train_seconds")
         for lane, reason in ended:
@@ -238,7 +228,7 @@ class _Loop:
 
     def _end(self, lane: Lane, state: State, reason: str = "", trace: str = "") -> None:
         """The record first, then word to the source; a finished lane still owes its last report."""
-        if not self.store.put(self._record(lane, state, reason, trace)):
+        if not self.store.put(record_of(lane, state, self.workshop, self.provenance, reason, trace)):
             first = self.store.get(lane.name)  # somebody else's final record was there first
             state = first.state if first is not None else state
         attempt = lane.lease.attempt
@@ -257,31 +247,6 @@ class _Loop:
         del self.lanes[lane.name]
         self.workshop.remove(lane.name)
         self.leased_at = -float("inf")  # there is room: ask at once
-
-    def _record(self, lane: Lane, state: State, reason: str, trace: str) -> Record:
-        untrained = self.workshop.current.data.untrained if self.workshop.is_open else {}
-        return Record(
-            fingerprint=lane.name,
-            configuration=lane.configuration,
-            state=state,
-            steps=lane.step,
-            reason=reason,
-            traceback=trace,
-            curve=tuple(lane.curve),
-            evaluations=tuple(lane.evaluations),
-            untrained=untrained,
-            items=lane.items,
-            cost=lane.cost,
-            provenance=self.provenance(
-                self.workshop.device,
-                pack_lanes=lane.pack_lanes,
-                attempt=lane.lease.attempt,
-                resumed_from=lane.resumed_from,
-                started=lane.started,
-                ended=time.time(),
-            ),
-            scheduler=lane.lease.scheduler if state == "stopped" else "",
-        )
 
     def _save(self, lane: Lane) -> None:
         frozen = self.workshop.current.adapters.frozen(lane.name)

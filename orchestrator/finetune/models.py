@@ -90,8 +90,8 @@ def prepare_task_base(task: Task, root: Path, progress: Progress) -> str:
 def load(choice: ModelChoice, root: Path, device: str | torch.device | None = None) -> Bench:
     """The base on `device` (by default a CUDA device where there is one, else the CPU).
 
-    Attention is transformers' own choice: PyTorch's scaled dot product where the architecture has it. On a CPU
-    a row's result then does not depend on the other rows (checked to the bit from 8 rows on). Raises BadInput
+    Attention is transformers' own choice: PyTorch's scaled dot product where the architecture has it. On a
+    CPU a row's result then does not depend on the other rows (to the bit, from 8 rows on). Raises BadInput
     when the base is not there or is not the one that `choice` names."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -119,7 +119,7 @@ def load(choice: ModelChoice, root: Path, device: str | torch.device | None = No
 
 
 def skeleton(choice: ModelChoice, root: Path) -> Any:
-    """The base's modules with shapes but no weights (torch's meta device): what options are checked against."""
+    """The base's modules with shapes but no weights (torch's meta device), to check options against."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -29,7 +29,7 @@ class Data:
 
     @classmethod
     def of(cls, configuration: Configuration, task: Task, bench: Bench, adapters: Adapters) -> Data:
-        """Raises BadInput when the task has not the data it should, or `max_length` leaves nothing of them."""
+        """Raises BadInput when the task has not the data it should or `max_length` leaves nothing of them."""
         examples = task.load(configuration.task)
         length = configuration.batches.max_length
         train = encode(examples["train"], task, bench.tokenizer, length)
@@ -47,11 +47,11 @@ class Pack:
         self.bench, self.adapters, self.data = bench, adapters, data
 
     def gradients(self, lanes: Sequence[Lane]) -> list[Taken]:
-        """Leaves every lane's gradients of one optimizer step in its parameters; changes nothing else, so that
-        it can be done again when it raises.
+        """Leaves every lane's gradients of one optimizer step in its parameters; changes nothing else, so it
+        can be done again when it raises.
 
-        The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch; the
-        losses of the lanes are added, and as no two share a parameter, each gets its own gradient.
+        The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch.
+        The lanes' losses are added; as no two share a parameter, each gets its own gradient.
         """
         micros = [self._batches(lane) for lane in lanes]
         totals = [sum(batch.tokens for batch in batches) for batches in micros]

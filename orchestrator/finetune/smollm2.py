@@ -50,8 +50,8 @@ def fetch_smollm2(folder: Path) -> Path:
 
 
 def build(folder: Path, progress: Callable[[str], None]) -> None:
-    """Fetches the model and saves it to `folder`, dequantised to float32: bfloat16 would round four weights in
-    five. Raises BadInput when `gguf` is missing."""
+    """Fetches the model and saves it to `folder`, dequantised to float32: bfloat16 would round four weights
+    in five. Raises BadInput when `gguf` is missing."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:

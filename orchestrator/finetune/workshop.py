@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
 from variants.attach import attach
-from variants.contract import Kind, Settings, Variant
+from variants.contract import Kind, Settings, Unsupported, Variant
+from variants.storage import save_lane, save_peft
 
 
 class Workshop:
-    """Keeps the base loaded while the model stays the same, and the adapters attached while the shape does."""
+    """Keeps the base loaded while the model stays the same, the adapters attached while the shape does."""
 
     def __init__(self, load_bench: Callable[[ModelChoice], Bench]) -> None:
         self._load_bench = load_bench
@@ -37,9 +39,9 @@ class Workshop:
         return self._pack
 
     @property
-    def most_lanes(self) -> float:
+    def most_lanes(self) -> int:
         """How many lanes the present variant can have in a pack."""
-        return 1 if self._pack is not None and self.variant.kind is Kind.ALONE else float("inf")
+        return 1 if self._pack is not None and self.variant.kind is Kind.ALONE else sys.maxsize
 
     @property
     def device(self) -> str:
@@ -50,7 +52,7 @@ class Workshop:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
     def pack(self, configuration: Configuration) -> Pack:
-        """The pack that trains this configuration's shape. Raises what loading, attaching or the task raises."""
+        """The pack for this configuration's shape. Raises what loading, attaching or the task does."""
         same = configuration.shape == self._shape and self._pack is not None
         if same and self.variant.kind is not Kind.ALONE:
             return self.current
@@ -63,7 +65,7 @@ class Workshop:
         ):
             if here != wanted:
                 raise RuntimeError(
-                    f"the configuration was made for numerics {wanted} of its {what}, this worker has {here}: "
+                    f"the configuration is for numerics {wanted} of its {what}, this worker has {here}; "
                     "install the same version on every machine"
                 )
         bench = self._load(configuration.model)
@@ -94,9 +96,12 @@ class Workshop:
             self._pack.adapters.remove(lane)
 
     def save_adapter(self, lane: str, folder: Path, base_name: str) -> None:
-        from variants.storage import save_peft
-
-        save_peft(self.current.adapters, lane, folder, base_name)
+        """In PEFT's format where PEFT has the method, else in ours."""
+        try:
+            save_peft(self.current.adapters, lane, folder, base_name)
+        except Unsupported:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_lane(self.current.adapters, lane, folder / "lane.safetensors")
 
     def close(self) -> None:
         """Takes the adapters off; the base stays loaded."""

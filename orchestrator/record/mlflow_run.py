@@ -5,6 +5,7 @@ too, so that logging it twice writes the same rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -76,7 +77,12 @@ def times(record: Record) -> tuple[int, int]:
 def params(record: Record) -> list[Param]:
     from mlflow.entities import Param
 
-    return [Param(k, str(v)) for k, v in record.configuration.flat().items() if v is not None]
+    return [Param(_key(k), str(v)) for k, v in record.configuration.flat().items() if v is not None]
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes: a task may call its score "hits@10"."""
+    return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
 
 def metrics(record: Record) -> list[Metric]:
@@ -93,7 +99,7 @@ def metrics(record: Record) -> list[Metric]:
         return start + round((end - start) * min(1.0, step / max(1, record.steps)))
 
     return [
-        Metric(key, value if math.isfinite(value) else math.nan, at(step), step)
+        Metric(_key(key), value if math.isfinite(value) else math.nan, at(step), step)
         for key, step, value in _values(record)
     ]
 

@@ -116,8 +116,9 @@ class Configuration:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical JSON."""
-        return hashlib.sha256(canonical(self.to_json())).hexdigest()
+        """SHA-256 (hex) of the canonical JSON, the base by content alone: its name is for people."""
+        nameless = replace(self, model=replace(self.model, name=""))
+        return hashlib.sha256(canonical(nameless.to_json())).hexdigest()
 
     @cached_property
     def shape(self) -> str:
@@ -125,6 +126,7 @@ class Configuration:
         alike = replace(
             self,
             variant=replace(self.variant, alpha=None),
+            model=replace(self.model, name=""),
             optimizer=Optimizer(learning_rate=1.0),
             schedule=Schedule(steps=1),
             divergence=Divergence(),

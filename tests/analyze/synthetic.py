@@ -24,7 +24,15 @@ DIVERGED = (None, None, None)
 # variant -> one triple of seeds a rate; None is a diverged run
 STUDY: dict[str, Sequence[Sequence[float | None]]] = {
     "lora": (NOTHING, (0.01,) * 3, (0.22, 0.25, 0.17), (0.96, 0.95, 0.99), NOTHING, DIVERGED, DIVERGED),
-    "rslora": (NOTHING, (0.12, 0.1, 0.09), (0.58, 0.75, 0.68), (0.89, 0.96, 0.26), NOTHING, DIVERGED, DIVERGED),
+    "rslora": (
+        NOTHING,
+        (0.12, 0.1, 0.09),
+        (0.58, 0.75, 0.68),
+        (0.89, 0.96, 0.26),
+        NOTHING,
+        DIVERGED,
+        DIVERGED,
+    ),
     "lora-plus": (
         (0.17, 0.21, 0.12),
         (0.61, 0.86, 0.66),
@@ -34,7 +42,15 @@ STUDY: dict[str, Sequence[Sequence[float | None]]] = {
         DIVERGED,
         DIVERGED,
     ),
-    "pissa": ((0.0, 0.0, 0.01), (0.32, 0.29, 0.25), (0.96, 0.96, 1.0), (0.65, 1.0, 0.99), NOTHING, DIVERGED, DIVERGED),
+    "pissa": (
+        (0.0, 0.0, 0.01),
+        (0.32, 0.29, 0.25),
+        (0.96, 0.96, 1.0),
+        (0.65, 1.0, 0.99),
+        NOTHING,
+        DIVERGED,
+        DIVERGED,
+    ),
     "hira": (NOTHING, NOTHING, NOTHING, NOTHING, (0.25, 0.35, 0.19), (0.87, 0.99, 1.0), (0.0, 0.0, None)),
 }
 
@@ -58,8 +74,8 @@ def record(
     reason: str = "",
     provenance: Provenance | None = None,
 ) -> Record:
-    """One record. `validation` None: diverged, unless `state` says otherwise. `test` is validation if not given.
-    For a stopped record `validation` is the last score on the way."""
+    """One record. `validation` None: diverged, unless `state` says otherwise. `test` is validation if not
+    given. For a stopped record `validation` is the last score on the way."""
     state = state or ("diverged" if validation is None else "finished")
     configuration = Configuration(
         variant=VariantChoice(variant, rank=rank, alpha=alpha, extra=extra or {}),

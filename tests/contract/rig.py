@@ -13,7 +13,8 @@ from variants.attach import Adapters, attach
 from variants.contract import Settings, Variant
 
 ROWS, LENGTH, WORDS = 8, 5, 64
-"""Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the vocabulary."""
+"""Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the
+vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Case:
     bias: bool = False
     dtype: torch.dtype = torch.float32
     lanes: int = 3
+    device: str = "cpu"
 
     @property
     def tolerance(self) -> float:
@@ -37,14 +39,14 @@ class Case:
         """The same weights at every call."""
         with torch.random.fork_rng():
             torch.manual_seed(7)
-            return _MODELS[self.model](self).to(self.dtype).eval()
+            return _MODELS[self.model](self).to(self.device, self.dtype).eval()
 
     def rows(self, lane: int, step: int = 0) -> Tensor:
         """One lane's input at its own step `step`: its data depends on nothing else."""
         noise = torch.Generator().manual_seed(1000 * lane + step)
         if self.model == "rig":
-            return torch.randn(ROWS, LENGTH, self.inside, generator=noise).to(self.dtype)
-        return torch.randint(0, WORDS, (ROWS, LENGTH), generator=noise)
+            return torch.randn(ROWS, LENGTH, self.inside, generator=noise).to(self.device, self.dtype)
+        return torch.randint(0, WORDS, (ROWS, LENGTH), generator=noise).to(self.device)
 
     def loss(self, output: Tensor, rows: Tensor) -> Tensor:
         """One lane's: regression on the rotated input for the rig, the next token for language models."""
@@ -72,8 +74,8 @@ class Rectangles(nn.Module):
 def _llama(case: Case) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.15,
+            vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
         )
     )  # fmt: skip
 
@@ -117,7 +119,8 @@ def put_on(model: nn.Module, variant: Variant, lanes: int, rank: int = 4, dropou
 
 @torch.no_grad()
 def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
-    """Moves every trainable number of every lane, until each lane's output has left the base's by `change`."""
+    """Moves every trainable number of every lane, until each lane's output has left the base's by
+    `change`."""
     noise = torch.Generator().manual_seed(99)
     with adapters.off():
         base = run(adapters.model, together(case, adapters.lanes)).chunk(len(adapters.lanes))
@@ -127,7 +130,7 @@ def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
             return
         for lane in adapters.lanes:
             for parameter in adapters.trainable(lane).values():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: moving its parameters does not change the output")
 
 

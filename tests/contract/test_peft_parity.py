@@ -1,4 +1,5 @@
-"""Every variant that PEFT has takes the same ten steps as PEFT's, on layers of Linear (Llama) and Conv1D (GPT-2)."""
+"""Every variant that PEFT has takes the same ten steps as PEFT's, on layers of Linear (Llama) and Conv1D
+(GPT-2)."""
 
 from __future__ import annotations
 

@@ -91,8 +91,8 @@ def _choice(task: str, train_size: int) -> TaskChoice:
 class Script:
     """A source in one process. `start_at`: a lane is leased when the first lane has that many steps.
 
-    `answers(report)` says what a report is answered, GO unless told otherwise; a parked lane is told GO at the
-    next exchange. Everything that the loop says is kept.
+    `answers(report)` says what a report is answered, GO unless told otherwise; a parked lane is told GO at
+    the next exchange. Everything that the loop says is kept.
     """
 
     leases: list[Lease]
@@ -110,7 +110,11 @@ class Script:
         given = []
         for lease in list(self.leases):
             ready = furthest >= self.start_at.get(lease.configuration.fingerprint, 0)
-            if ready and len(given) < room and lease.configuration.shape == (shape or lease.configuration.shape):
+            if (
+                ready
+                and len(given) < room
+                and lease.configuration.shape == (shape or lease.configuration.shape)
+            ):
                 shape = lease.configuration.shape
                 given.append(lease)
                 self.leases.remove(lease)

@@ -67,7 +67,11 @@ def test_two_are_kept_of_an_attempt(tmp_path: Path) -> None:
         write(tmp_path, make(step))
     write(tmp_path, make(5, attempt=2))
     kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
-    assert kept == ["1/step-00000015.safetensors", "1/step-00000020.safetensors", "2/step-00000005.safetensors"]
+    assert kept == [
+        "1/step-00000015.safetensors",
+        "1/step-00000020.safetensors",
+        "2/step-00000005.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])

@@ -7,9 +7,6 @@ import pytest
 import torch
 from scripted import WORDS_TASK, tiny_bench
 from torch.nn.functional import cross_entropy
-from variants import catalogue as variants
-from variants.attach import Adapters, attach
-from variants.contract import Settings
 
 from orchestrator.finetune.evaluate import Split, evaluate
 from orchestrator.finetune.forward import answer_logits, takes_columns
@@ -17,6 +14,9 @@ from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import NO_LOSS, Task
 from orchestrator.study.configuration import ModelChoice
+from variants import catalogue as variants
+from variants.attach import Adapters, attach
+from variants.contract import Settings
 
 NAMES = ("x", "y", "z")
 
@@ -122,7 +122,7 @@ def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
 def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     for batch, _ in split_of(task, here).batches:
-        assert takes_columns(type(here.model))
+        assert takes_columns(type(here.model).forward)
         assert (batch.targets != NO_LOSS).any(0).sum() < batch.length
         logits, labels = answer_logits(here.model, batch.ids, batch.targets, here.device)
         full = here.model(input_ids=batch.ids).logits

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
+from orchestrator.record.schema import Evaluation, Record
 
 
 @pytest.fixture(scope="module")
@@ -142,31 +143,48 @@ def test_a_reused_result_says_so(uri, study, make_record):
     assert "reused_from" not in children[new.fingerprint].data.tags
 
 
-def test_what_a_killed_driver_left_is_completed(uri, study, make_record, monkeypatch):
-    record = make_record(seed=3)
+def _log(uri: str, study: str, record: Record) -> None:
     log = MlflowLog(uri)
     log.ensure_study(study, "")
+    log.log_records(study, [record])
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        # After the metrics, before the end: the run stays RUNNING with its curve already there.
-        patch.setattr(MlflowClient, "log_inputs", killed)
-        with pytest.raises(KeyboardInterrupt):
-            log.log_records(study, [record])
-    left = _runs(uri, study)[1][record.fingerprint]
-    assert left.info.status == "RUNNING"
-    new = MlflowLog(uri)
-    new.finish_study(new.ensure_study(study, ""))
-    assert new.log_records(study, [record]) == 1
+def test_what_a_killed_driver_left_is_completed(uri, study, make_record):
+    record = make_record(steps=4000)  # twelve calls: time enough to be killed between two of them
+    MlflowLog(uri).ensure_study(study, "")
+    process = multiprocessing.get_context("spawn").Process(target=_log, args=(uri, study, record))
+    process.start()
+    while not (left := _runs(uri, study)[1]):
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    left = _runs(uri, study)[1]
+    assert left[record.fingerprint].info.status == "RUNNING"
+    log = MlflowLog(uri)
+    parent = log.ensure_study(study, "")
+    assert log.log_records(study, [record]) == 1
+    log.finish_study(parent)
     parent, children = _runs(uri, study)
     child = children[record.fingerprint]
-    assert (child.info.run_id, child.info.status) == (left.info.run_id, "FINISHED")
-    assert parent.info.status == "FINISHED"
-    history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")
-    assert [m.step for m in history] == list(range(1, 21))  # no point twice
+    assert child.info.run_id == left[record.fingerprint].info.run_id
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    for key in ("train_loss", "gradient_norm"):
+        history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, key)
+        assert [m.step for m in history] == list(range(1, 4001))  # none missing, none twice
     assert len(child.inputs.dataset_inputs) == 3
+
+
+def test_names_that_mlflow_does_not_take(uri, study, make_record):
+    record = make_record(
+        extra={"ratio/a%": 2},
+        evaluations=(Evaluation(5, "validation", {"../hits@10": 0.5, "exact_match": 0.1}),),
+    )
+    log = MlflowLog(uri)
+    log.ensure_study(study, "")
+    log.log_records(study, [record])
+    data = _runs(uri, study)[1][record.fingerprint].data
+    assert data.params["variant_ratio_a_"] == "2"
+    assert data.metrics["validation_.._hits_10"] == 0.5
 
 
 def test_a_newer_record_replaces_its_child(uri, study, make_record):
@@ -234,10 +252,9 @@ def test_a_hundred_children_in_seconds(uri, study, make_record):
     log = MlflowLog(uri)
     log.ensure_study(study, "")
     records = [make_record(seed=s, steps=60) for s in range(105)]
-    began = time.perf_counter()
+    began = time.process_time()  # not of the clock: the machine may be busy
     assert log.log_records(study, records) == 105
-    took = time.perf_counter() - began
-    assert took < 30, f"{took:.1f} s"  # 3 s on a quiet core; the bound only catches a change of kind
+    assert time.process_time() - began < 10  # 2.8 s when this was written
 
 
 def test_a_study_has_to_be_opened_first(uri, make_record):

@@ -8,8 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,7 +41,8 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        # Without the server's job queue, which is seven more processes that nothing here needs.
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             # A session of its own: the server has children, and all of them have to be killed.
             self.process = subprocess.Popen(
@@ -66,12 +71,60 @@ def _wait(condition: Callable[[], object], seconds: float, otherwise: str) -> No
         time.sleep(0.1)
 
 
-@pytest.fixture
-def server(tmp_path) -> Iterator[Server]:
-    server = Server(tmp_path)
-    server.start()
+@pytest.fixture(scope="module")
+def _server(tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.kill()
+
+
+@pytest.fixture
+def server(_server: Server) -> Server:
+    """One that runs, whatever the test before has done to it."""
+    if _server.process is None:
+        _server.start()
+    return _server
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to `target`. The answer to the next request whose path ends in `lose` is lost: the
+    server has done what it was asked to, and the client sees the connection end."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Pass)
+        self.target, self.lose, self.lost = target, "", 0
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Pass(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+        request = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                status, content, kind = answer.status, answer.read(), answer.headers["Content-Type"]
+        except urllib.error.HTTPError as error:
+            status, content, kind = error.code, error.read(), error.headers["Content-Type"]
+        if self.server.lose and self.path.endswith(self.server.lose):
+            self.server.lose, self.server.lost = "", self.server.lost + 1
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def _children(uri: str, study: str) -> dict[str, str]:
@@ -113,7 +166,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
         writer.put(name)
     _wait(lambda: writer.error, 60, "the writer has not noticed")
     assert writer.delayed >= 2
-    with pytest.raises(TrackingDown, match="127.0.0.1"):
+    with pytest.raises(TrackingDown, match="127"):
         MlflowLog(server.uri).ensure_study("rates", "")
 
     server.start()
@@ -122,12 +175,13 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
 
     # Infinities and NaN survive the way over HTTP as gaps, and artifacts come to where the server keeps them.
     client = MlflowClient(server.uri, server.uri)
-    (diverged,) = client.search_runs(["1"], f"tags.fingerprint = '{names[0]}'")
+    experiment = [client.get_experiment_by_name("rates").experiment_id]
+    (diverged,) = client.search_runs(experiment, f"tags.fingerprint = '{names[0]}'")
     values = [m.value for m in client.get_metric_history(diverged.info.run_id, "train_loss")]
     assert [math.isfinite(v) for v in values] == [True] * 18 + [False] * 2
     assert diverged.data.tags["reused_from"]
     assert len(diverged.inputs.dataset_inputs) == 3
-    (kept,) = client.search_runs(["1"], f"tags.fingerprint = '{names[1]}'")
+    (kept,) = client.search_runs(experiment, f"tags.fingerprint = '{names[1]}'")
     artifacts = [f.path for f in client.list_artifacts(kept.info.run_id, "adapter")]
     assert artifacts == ["adapter/adapter_config.json"]
 
@@ -150,3 +204,24 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
         assert (done.returncode, done.stderr) == (0, "")
         assert f"rates: 12 of 12 configurations in {server.uri}, {written} of them" in done.stdout
     assert _children(server.uri, "rates") == finished
+
+
+@pytest.mark.parametrize("lose", ["runs/create", "runs/log-batch", "runs/log-inputs", "runs/update"])
+def test_a_lost_answer_makes_no_second_child(server, make_record, lose):
+    proxy = Proxy(server.uri)
+    study = f"lost {lose}"
+    try:
+        log = MlflowLog(proxy.uri)
+        log.ensure_study(study, "")
+        records = [make_record(seed=0), make_record(seed=1)]
+        proxy.lose = lose
+        with pytest.raises(TrackingDown):
+            log.log_records(study, records)
+        assert proxy.lost == 1
+        # The lost update had been made; what the other requests had begun is completed.
+        assert log.log_records(study, records) == (1 if lose == "runs/update" else 2)
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    children = _children(server.uri, study)
+    assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}

@@ -30,7 +30,7 @@ POINT = Configuration(
 
 def test_the_fingerprint_is_what_it_was() -> None:
     """Every record anybody holds is filed under it: a change here orphans them all."""
-    assert POINT.fingerprint == "228cf4910908c7b449087b2be26956df840f8b72da55bed84fddf59d91772a98"
+    assert POINT.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
 
 
 def test_it_survives_json_and_pickle() -> None:
@@ -42,6 +42,12 @@ def test_it_survives_json_and_pickle() -> None:
 def test_one_value_has_one_fingerprint_however_it_is_spelt() -> None:
     spelt = replace(POINT, variant=replace(POINT.variant, alpha=16))  # an int where a float is meant
     assert spelt.fingerprint == POINT.fingerprint
+
+
+def test_a_base_is_known_by_its_content_whatever_it_is_called() -> None:
+    elsewhere = replace(POINT, model=replace(POINT.model, name="/models/letters"))
+    assert elsewhere.fingerprint == POINT.fingerprint
+    assert elsewhere.shape == POINT.shape
 
 
 CHANGES = {

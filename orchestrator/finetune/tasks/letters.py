@@ -1,9 +1,9 @@
 """Operators on strings of letters: a text generation task small enough for two cores.
 
 A text is `OPERATOR x1 .. x5 = y1 .. y5` over 16 letters. The base is pretrained here, in half a minute, on
-five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth, `unk`, that stands for
-any of the five at random, so that the base is unsure about it and not confidently wrong. Fine-tuning teaches
-`unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
+five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth, `unk`, that stands
+for any of the five at random, so that the base is unsure about it and not confidently wrong. Fine-tuning
+teaches `unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Letters(Task):
         batch_size=16,
         max_length=2 * LENGTH + 3,
         evaluations=3,
-        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     )
 
     def __init__(self, pretraining: Pretraining | None = None) -> None:

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import rcParams
+from PIL import Image
+from rich.console import Console
+from synthetic import STUDY, record, study
+
+from orchestrator.analyze import plots, words
+from orchestrator.analyze.report import write_report
+from orchestrator.analyze.results import Summary
+from orchestrator.analyze.sensitivity import summarize
+from orchestrator.analyze.table import render
+from orchestrator.record.schema import Record
+
+ABOUT: dict[str, Any] = {
+    "name": "lr-sensitivity",
+    "question": "How far apart are the best rates?",
+    "command": "python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
+    "--learning-rates=1e-3:1e-1:2 --seeds 3",
+    "tracking_uri": "sqlite:///results/mlflow.db",
+}
+
+
+def printed(records: list[Record]) -> str:
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(render(summarize(records)))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def several_tasks() -> list[Record]:
+    return study() + study({k: STUDY[k] for k in ("lora", "pissa")}, task="digits", model="vit", floor=0.1)
+
+
+# --- the table
+
+
+def test_the_table_fits_80_columns_with_every_number_whole() -> None:
+    text = printed(study())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    row = next(line for line in text.splitlines() if line.strip().startswith("lora "))
+    assert row.split() == ["lora", "1e-2", "0.967", "±0.052", "0.957", "yes", "0.01", "6/21", "0.00"]
+
+
+def test_long_names_and_edges_still_fit() -> None:
+    records = [
+        record("a-variant-with-a-very-long-name", r, s, v)
+        for r, v in ((1e-3, 0.9), (1e-2, 0.2))
+        for s in (0, 1)
+    ]
+    text = printed(records)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "low edge" in text
+    assert "≥" in text
+
+
+def test_one_seed_shows_no_plus_minus_and_an_empty_study_prints() -> None:
+    row = next(line for line in printed([record()]).splitlines() if line.strip().startswith("lora "))
+    assert "0.500" in row
+    assert "±" not in row
+    assert printed([]).strip() == ""
+
+
+def test_the_answer_follows_from_the_numbers() -> None:
+    answer = words.answer(summarize(study()).panels[0])
+    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in answer
+    assert "At LoRA's best rate (1e-2) their test scores span 0.96 (hira 0.00 to lora 0.96)" in answer
+    assert "each at its own best rate, 0.29" in answer
+    assert answer.endswith("a verdict needs fresh seeds.")
+    edge = [
+        record(v, r, 0, s) for v, s1 in (("lora", 0.9), ("hira", 0.1)) for r, s in ((1e-3, s1), (1e-2, 0.5))
+    ]
+    assert "at least 1.0 decades apart" in words.answer(summarize(edge).panels[0])
+
+
+# --- words
+
+
+def test_rates_read_short_and_exactly() -> None:
+    assert [words.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
+    assert words.exact(3e-4) == "3e-4"
+    assert float(words.exact(1.1247e-5)) == 1.1247e-5
+    assert words.number(-1e-9) == "0.000"
+
+
+def test_the_command_is_narrowed_and_other_options_stay() -> None:
+    found = words.narrowed(ABOUT["command"], "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0})
+    expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
+    assert found == f"python experiments/lr_sensitivity.py {expected}"
+
+
+# --- the pictures
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [record(validation=None, state="failed")],
+        [record()],
+        study(),
+        several_tasks(),
+        study({f"{k}{i}": v for k, v in STUDY.items() for i in ("", "-b")}),
+    ],
+    ids=["nothing", "only failed", "one run", "study", "two tasks", "ten variants"],
+)
+def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
+    before = dict(rcParams)
+    summary = summarize(records)
+    for picture in (plots.curves(summary), plots.spread(summary)):
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        assert image.width == 1200
+        assert image.height >= 360
+        assert len(image.getcolors(1 << 24) or []) > (1 if records else 0)
+    assert dict(rcParams) == before
+
+
+def test_the_curves_of_one_panel_are_1200_by_700_and_equal_each_time() -> None:
+    summary = summarize(study())
+    picture = plots.curves(summary)
+    assert Image.open(io.BytesIO(picture)).size == (1200, 700)
+    assert plots.curves(summary) == picture
+
+
+def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
+    records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
+    looks = plots.looks(summarize(records))
+    assert looks["lora"].colour == "#000000"
+    assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 8
+
+
+# --- the report
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, the text, and whether every element is closed in order."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def written(folder: Path, records: list[Record], **more: Any) -> tuple[Summary, Page, dict[str, Any]]:
+    summary = write_report(records, folder, **ABOUT | more)
+    page = Page((folder / "report.html").read_text())
+    assert page.open == []
+    return summary, page, json.loads((folder / "summary.json").read_text())
+
+
+def test_a_report_is_four_whole_files_and_nothing_else(tmp_path: Path) -> None:
+    for _ in range(2):
+        summary, page, numbers = written(tmp_path / "new" / "study", study())
+        names = sorted(p.name for p in (tmp_path / "new" / "study").iterdir())
+        assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
+    assert words.answer(summary.panels[0]) in page.text
+    assert ABOUT["question"] in page.text
+    assert numbers["schema_version"] == 1
+    assert numbers["states"] == {"finished": 76, "diverged": 29, "stopped": 0, "failed": 0}
+    shown = {c["label"]: c for c in numbers["panels"][0]["curves"]}
+    assert shown["lora"]["best_validation"]["mean"] == pytest.approx(2.9 / 3)
+    assert shown["lora"]["width"]["interval"]["low"] > 0
+    assert len(shown["hira"]["points"]) == 7
+    assert "NaN" not in json.dumps(numbers)
+
+
+def test_the_page_asks_no_other_host(tmp_path: Path) -> None:
+    _, page, _ = written(tmp_path, study())
+    assert len(page.links) == 2
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"url\(|@import|<script|<link", (tmp_path / "report.html").read_text())
+
+
+def test_every_row_has_its_command(tmp_path: Path) -> None:
+    _, page, _ = written(tmp_path, study())
+    base = "python experiments/lr_sensitivity.py --dry-run --seeds 3"
+    for variant in STUDY:
+        for rate in ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1"):
+            assert f"{base} --variants {variant} --learning-rates {rate}" in page.text
+
+
+def test_what_ended_badly_is_listed_with_reason_and_fingerprint_and_nothing_is_markup(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {evil}")
+    stopped = record(seed=9, validation=0.1, state="stopped", reason="ASHA at step 30")
+    records = [*study(), failed, stopped]
+    _, page, numbers = written(tmp_path, records, name=evil, notes=[evil], question="a & b < c", pending=12)
+    assert "script" not in page.tags
+    assert "a & b < c" in page.text
+    for text in (f"out of memory {evil}", "ASHA at step 30", "smoothed training loss", "12 pending"):
+        assert text in page.text
+    for ended in (failed, stopped):
+        assert ended.fingerprint[:12] in page.text
+    assert numbers["pending"] == 12
+
+
+def test_a_server_is_linked_without_its_password(tmp_path: Path) -> None:
+    uri = "https://me:secret@mlflow.example:5000/x"
+    _, page, _ = written(tmp_path, [record()], tracking_uri=uri, command=f"run --tracking-uri {uri}")
+    assert "https://mlflow.example:5000/x" in page.links
+    for file in ("report.html", "summary.json"):
+        assert "secret" not in (tmp_path / file).read_text()
+
+
+def test_an_address_that_is_no_web_page_is_no_link(tmp_path: Path) -> None:
+    _, page, _ = written(tmp_path, [record()], tracking_uri="javascript:alert(1)")
+    assert not any(link.startswith("javascript") for link in page.links)
+
+
+def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> None:
+    _, page, numbers = written(tmp_path, [])
+    assert numbers["panels"] == []
+    assert "No run has a record yet" in page.text
+    summary, page, _ = written(tmp_path, several_tasks())
+    assert [words.title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
+    assert all(words.title(p) in page.text for p in summary.panels)
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_report([record()], tmp_path / "file" / "study", **ABOUT)

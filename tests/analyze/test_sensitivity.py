@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from synthetic import RATES, STUDY, record, study
+
+from orchestrator.analyze.results import Curve, Panel
+from orchestrator.analyze.sensitivity import summarize
+from orchestrator.record.schema import Provenance, Record
+
+
+def only(records: list[Record]) -> Panel:
+    (panel,) = summarize(records).panels
+    return panel
+
+
+def curve(panel: Panel, label: str) -> Curve:
+    return next(c for c in panel.curves if c.label == label)
+
+
+def test_the_rehearsed_study_gives_the_means_that_were_measured() -> None:
+    panel = only(study())
+    means = {c.label: [round(p.validation.mean or 0, 2) for p in c.points] for c in panel.curves}
+    assert means["lora"] == [0, 0.01, 0.21, 0.97, 0, 0, 0]
+    assert means["hira"] == [0, 0, 0, 0, 0.26, 0.95, 0]
+    assert {c.label: c.best_rate for c in panel.curves} == {
+        "lora": 1e-2,
+        "rslora": 1e-2,
+        "lora-plus": 1e-3,
+        "pissa": 3e-3,
+        "hira": 1e-1,
+    }
+    assert all(c.bracketed == "yes" for c in panel.curves)
+    assert [c.label for c in panel.curves] == ["pissa", "lora", "hira", "lora-plus", "rslora"]
+
+
+def test_a_diverged_run_counts_as_the_floor_with_its_share_and_the_mean_of_the_rest() -> None:
+    point = (
+        only([record(seed=s, validation=v, floor=0.1) for s, v in enumerate((0.9, None, 0.7))])
+        .curves[0]
+        .points[0]
+    )
+    assert point.validation.mean == pytest.approx((0.9 + 0.1 + 0.7) / 3)
+    assert point.test.n == 3
+    assert point.survivors.mean == pytest.approx(0.8)
+    assert point.diverged_share == pytest.approx(1 / 3)
+    found = stats.binomtest(1, 3).proportion_ci(method="wilson")
+    assert point.diverged_interval is not None
+    assert (point.diverged_interval.low, point.diverged_interval.high) == pytest.approx(
+        (found.low, found.high)
+    )
+
+
+def test_a_stopped_run_enters_no_mean_loses_the_choice_and_bounds_the_width() -> None:
+    records = [record(rate=r, seed=s, validation=v) for r, v in ((1e-3, 0.5), (1e-2, 0.6)) for s in (0, 1)]
+    records += [
+        record(rate=1e-1, seed=0, validation=0.9),
+        record(rate=1e-1, seed=1, validation=0.2, state="stopped"),
+    ]
+    found = only(records).curves[0]
+    last = found.points[-1]
+    assert (last.validation.n, last.validation.mean, last.states) == (1, 0.9, {"finished": 1, "stopped": 1})
+    assert last.runs[1].last_seen == 0.2
+    assert not last.chosen_from
+    assert found.best_rate == 1e-2
+    assert found.bracketed == "yes"  # the neighbour lost
+    assert found.width is not None
+    assert found.width.at_least
+    assert found.width.interval is None
+    assert "not stopped early score higher" in summarize(records).warnings[0]
+
+
+def test_stopped_runs_at_every_rate_leave_a_choice_with_a_warning() -> None:
+    records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
+    records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
+    summary = summarize(records)
+    assert summary.panels[0].curves[0].best_rate == 1e-2
+    assert any("stopped early at every rate" in w for w in summary.warnings)
+
+
+def test_a_failed_run_is_missing_and_a_rate_of_failures_is_drawn_across() -> None:
+    records = [
+        record(rate=r, seed=s, validation=v)
+        for r, v in ((1e-4, 0.0), (1e-2, 0.8), (1e-1, 0.0))
+        for s in (0, 1)
+    ]
+    records += [record(rate=1e-3, seed=s, validation=None, state="failed") for s in (0, 1)]
+    found = only(records).curves[0]
+    assert found.points[1].validation.n == 0
+    assert found.points[1].diverged_interval is None
+    # linear from .8 at 1e-2 over two decades down to 0 at 1e-4, one decade down to 0 at 1e-1
+    assert found.width is not None
+    assert found.width.value == pytest.approx(0.01 / 0.4 + 0.01 / 0.8)
+    assert found.total("failed") == 2
+
+
+def test_of_two_records_of_one_configuration_the_final_one_counts() -> None:
+    states = ("failed", "finished", "stopped")
+    records = [record(validation=0.5, state=state) for state in states]  # type: ignore[arg-type]
+    for order in (records, records[::-1]):
+        assert summarize(order).states == {"finished": 1, "diverged": 0, "stopped": 0, "failed": 0}
+
+
+def test_one_seed_has_figures_and_no_interval_and_is_said_to() -> None:
+    summary = summarize([r for r in study() if r.configuration.seed == 0])
+    for c in summary.panels[0].curves:
+        figures = (
+            c.width,
+            c.width_90,
+            c.half_decade_regret,
+            c.regret_at_reference_best,
+            c.interpolated_best_rate,
+        )
+        assert all(f is not None and f.interval is None for f in figures)
+        assert c.best_validation.interval is None
+        assert c.gain.interval is None
+        assert c.best_rates_leaving_one_out == ()
+    assert any("one seed at the best rate" in w for w in summary.warnings)
+
+
+def test_gain_is_on_test_at_the_rate_chosen_on_validation() -> None:
+    # On test 1e-3 looks better; validation chooses 1e-2.
+    records = [record(rate=1e-3, seed=s, validation=0.5, test=0.99, untrained=0.2) for s in range(3)]
+    tests = (0.6, 0.7, 0.65)
+    records += [record(rate=1e-2, seed=s, validation=0.8, test=t, untrained=0.2) for s, t in enumerate(tests)]
+    found = only(records).curves[0]
+    gains = [t - 0.2 for t in tests]
+    low, high = stats.t.interval(0.95, 2, sum(gains) / 3, stats.sem(gains))
+    assert found.best_rate == 1e-2
+    assert found.gain.mean == pytest.approx(0.45)
+    assert found.gain.interval is not None
+    assert (found.gain.interval.low, found.gain.interval.high) == pytest.approx((low, high))
+
+
+def test_regrets_by_hand() -> None:
+    scores = {"lora": (0.2, 0.8, 0.5), "pissa": (0.9, 0.6, 0.1)}
+    records = [
+        record(v, r, s, score)
+        for v, curve_ in scores.items()
+        for r, score in zip((1e-3, 1e-2, 1e-1), curve_, strict=True)
+        for s in (0, 1)
+    ]
+    panel = only(records)
+    assert (panel.reference, panel.reference_best_rate) == ("lora", 1e-2)
+    assert panel.average_best_rate == 1e-2  # means over variants .55, .7, .3
+    pissa = curve(panel, "pissa")
+    assert pissa.regret_at_reference_best is not None
+    assert pissa.regret_at_reference_best.value == pytest.approx(0.3)
+    assert curve(panel, "lora").regret_at_reference_best.value == 0.0  # type: ignore[union-attr]
+    assert panel.spread_at_common is not None
+    assert panel.spread_at_best is not None
+    assert panel.spread_at_common.size == pytest.approx(0.2)
+    assert (panel.spread_at_common.worst, panel.spread_at_common.best) == ("pissa", "lora")
+    assert panel.spread_at_best.size == pytest.approx(0.1)
+
+
+def test_a_common_rate_between_a_variants_own_is_interpolated_and_outside_unknown() -> None:
+    records = [record("lora", r, validation=v) for r, v in ((1e-3, 0.1), (1e-2, 0.9), (1e-1, 0.2))]
+    records += [record("hira", r, validation=v) for r, v in ((10**-2.5, 0.4), (10**-1.5, 0.6))]
+    records += [record("pissa", r, validation=v) for r, v in ((1e-4, 0.9), (1e-3, 0.7))]
+    panel = only(records)
+    hira = curve(panel, "hira").regret_at_reference_best
+    assert hira is not None
+    assert hira.value == pytest.approx(0.1)
+    assert curve(panel, "pissa").regret_at_reference_best is None
+    assert curve(panel, "pissa").test_at_common_rate is None
+    assert panel.average_best_rate is None
+    assert panel.spread_at_best is not None
+    assert panel.spread_at_best.best == "lora"  # pissa is in neither spread
+
+
+def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
+    panel = only([r for r in study() if r.configuration.variant.name in ("pissa", "rslora")])
+    assert panel.reference is None
+    assert panel.common_rate == panel.average_best_rate == 3e-3
+    assert all(c.regret_at_reference_best is None for c in panel.curves)
+
+
+def test_leaving_one_seed_out_shows_a_shaky_choice() -> None:
+    assert curve(only(study()), "rslora").best_rates_leaving_one_out == (3e-3, 3e-3, 1e-2)
+    assert any("rslora" in w and "without one of the seeds" in w for w in summarize(study()).warnings)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32))
+def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
+    records = study()
+    shuffled = [*records, *records[::7]]
+    random.Random(seed).shuffle(shuffled)
+    assert summarize(shuffled) == summarize(records)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 64), min_size=3, max_size=3), min_size=2, max_size=6),
+    st.sampled_from([-2, 1, 4]),
+)
+def test_a_constant_on_every_score_moves_scores_and_nothing_else(
+    table: list[list[int]], constant: int
+) -> None:
+    def of(shift: int) -> Curve:
+        return only(
+            [
+                record(
+                    rate=rate, seed=s, validation=v / 64 + shift, floor=float(shift), untrained=float(shift)
+                )
+                for rate, row in zip(RATES, table, strict=False)
+                for s, v in enumerate(row)
+            ]
+        ).curves[0]
+
+    plain, moved = of(0), of(constant)
+    assert (moved.best_rate, moved.bracketed, moved.cliff) == (plain.best_rate, plain.bracketed, plain.cliff)
+    assert moved.best_rates_leaving_one_out == plain.best_rates_leaving_one_out
+    assert moved.gain.mean == pytest.approx(plain.gain.mean)
+    assert moved.best_validation.mean == pytest.approx((plain.best_validation.mean or 0) + constant)
+    for name in ("width", "width_90", "half_decade_regret"):
+        before, after = getattr(plain, name), getattr(moved, name)
+        assert (before is None) == (after is None)
+        if before is not None:
+            assert after.value == pytest.approx(before.value, abs=1e-9)
+            assert after.at_least == before.at_least
+
+
+def test_what_differs_beside_rate_seed_and_variant_makes_panels_or_labelled_curves() -> None:
+    records = [record(rate=r, rank=k, steps=n) for r in (1e-3, 1e-2) for k in (8, 16) for n in (60, 80)]
+    panels = summarize(records).panels
+    assert [dict(p.varied) for p in panels] == [
+        {"rank": k, "steps_horizon": n} for k in (8, 16) for n in (60, 80)
+    ]
+    assert all(len(p.curves) == 1 and len(p.curves[0].points) == 2 for p in panels)
+    # alpha and a variant's own hyperparameters stay in one panel, to be compared with LoRA
+    records = [record(), record("lora-plus", extra={"ratio": 4}), record("lora-plus", extra={"ratio": 16})]
+    records += [record("hira", alpha=None), record("dense", rank=192)]
+    panel = only(records)
+    assert sorted(c.label for c in panel.curves) == [
+        "dense",
+        "hira",
+        "lora",
+        "lora-plus ratio=16",
+        "lora-plus ratio=4",
+    ]
+
+
+def test_another_data_revision_or_task_is_another_panel() -> None:
+    panels = summarize([record(), record(floor=0.1), record(task="digits")]).panels
+    assert [(p.task, dict(p.varied)) for p in panels] == [
+        ("digits", {}),
+        ("letters", {"floor": 0.0}),
+        ("letters", {"floor": 0.1}),
+    ]
+
+
+def test_mixed_provenance_is_warned_about_once_a_column() -> None:
+    other = Provenance("fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", pack_lanes=4, host="b")
+    summary = summarize([record(seed=0), record(seed=1, provenance=other)])
+    mixed = [w for w in summary.warnings if "mix" in w]
+    assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "torch"]
+    assert "0123abc (1)" in mixed[0]
+    failed = record(seed=1, validation=None, state="failed", provenance=other)
+    assert not any("mix" in w for w in summarize([record(seed=0), failed]).warnings)
+
+
+def test_a_score_that_is_not_finite_is_missing() -> None:
+    point = only([record(seed=0, validation=math.nan), record(seed=1, validation=0.5)]).curves[0].points[0]
+    assert (point.validation.n, point.validation.mean) == (1, 0.5)
+
+
+def test_nothing_at_all() -> None:
+    assert summarize([]).panels == ()
+    found = only([record(validation=None, state="failed")]).curves[0]
+    assert found.best_rate is None
+    assert found.width is None
+
+
+def test_the_synthetic_study_is_the_dry_runs_size() -> None:
+    assert len(study()) == 105 == sum(len(seeds) for c in STUDY.values() for seeds in c)

@@ -1,0 +1,52 @@
+"""On a GPU a lane in company is the lane alone up to rounding: kernels may add in another order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rig import CASES, Case, distance, output, put_on, run, stir, together
+from torch import Tensor
+
+from variants import catalogue
+from variants.attach import Adapters
+
+SEVERAL = [case for case in CASES if case.lanes > 1]
+
+
+def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of lane "1", after one backward of these lanes together."""
+    x = together(case, lanes)
+    with adapters.rows(lanes, 0):
+        out = run(adapters.model, x).chunk(len(lanes))
+    torch.stack([case.loss(o, r) for o, r in zip(out, x.chunk(len(lanes)), strict=True)]).sum().backward()
+    own = adapters.trainable("1")
+    got = {name: p.grad.clone() for name, p in own.items() if p.grad is not None}
+    for parameter in own.values():
+        parameter.grad = None
+    return got
+
+
+def agree(name: str, case: Case) -> None:
+    adapters = put_on(case.build(), catalogue.get(name), 3, dropout=0.1)
+    stir(case, adapters)
+    alone = output(case, adapters, ["1"])
+    assert distance(output(case, adapters).chunk(3)[1], alone) < case.tolerance
+    mine, company = gradients(case, adapters, ("1",)), gradients(case, adapters, ("0", "1", "2"))
+    assert mine.keys() == company.keys() == adapters.trainable("1").keys()
+    for key, gradient in mine.items():
+        assert distance(company[key], gradient) < case.tolerance, key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("name", catalogue.names())
+def test_lanes_agree_on_a_gpu(name: str, case: Case) -> None:
+    agree(name, replace(case, device="cuda"))
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_the_same_check_on_the_cpu(name: str) -> None:
+    agree(name, SEVERAL[0])

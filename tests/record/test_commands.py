@@ -1,0 +1,197 @@
+"""`python -m orchestrator`, as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from orchestrator.record.show import narrowed
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, all_studies, find_study
+from orchestrator.study.errors import BadInput
+
+COMMAND = (
+    "python experiments/lr_sensitivity.py --dry-run --variants lora rslora --seeds 3 "
+    "--learning-rates=1e-4,1e-2"
+)
+
+
+def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.fixture
+def results(tmp_path, make_record) -> Path:
+    """Two studies over one store: four records, of which the second study asks for one and a missing one."""
+    store = Store(tmp_path / "results" / "store")
+    made = [make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))]
+    for record in made:
+        store.put(record)
+    names = tuple(r.fingerprint for r in made)
+    StudyFile("rates", "Which rate?", COMMAND, names).write(tmp_path / "results" / "rates")
+    second = StudyFile("second", "", "python y.py").extended([names[0], "f" * 64], known=names)
+    second.write(tmp_path / "results" / "second")
+    return tmp_path
+
+
+def test_help_answers_at_once(tmp_path):
+    _run("--help", folder=tmp_path)  # Python's own caches
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = _run("--help", folder=tmp_path)
+        took.append(time.perf_counter() - began)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model"))
+    assert min(took) < 1.0  # 0.16 s on a quiet machine
+    code = (
+        "import sys, orchestrator.__main__\nprint({'torch', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules))"
+    )
+    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert heavy.stdout.strip() == "set()"
+
+
+def test_sync_rebuilds_both_projections(results):
+    for written in (4, 0):
+        done = _run("sync", folder=results)
+        assert (done.returncode, done.stderr) == (0, "")
+        first, rates, second = done.stdout.splitlines()
+        assert first == "results/store/records.parquet: 4 records"
+        assert rates.startswith("rates: 4 of 4 configurations in sqlite:///")
+        assert rates.endswith(f"{written} of them written now")
+        assert second.startswith("second: 1 of 2 configurations")
+    assert len(pq.read_table(results / "results/store/records.parquet")) == 4
+    uri = f"sqlite:///{results}/results/store/mlflow.db"
+    client = MlflowClient(uri, uri)
+    found = {}
+    for name in ("rates", "second"):
+        runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+        found[name] = sorted(r.data.tags.get("state", r.info.status) for r in runs)
+        reused = [r for r in runs if "reused_from" in r.data.tags]
+        assert len(reused) == (name == "second")
+    assert found == {
+        "rates": ["FINISHED", "diverged", "failed", "finished", "stopped"],
+        "second": ["KILLED", "finished"],
+    }
+    (results / "results/store/mlflow.db").unlink()
+    assert "4 of them written now" in _run("sync", folder=results).stdout
+
+
+def test_show_tells_all_about_one_record(results, make_record):
+    record = make_record(seed=0)
+    done = _run("show", record.fingerprint[:10], folder=results)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = ("finished after 20 of 20 steps", "exact_match 0.5000 (untrained 0.1000)", "commit abc123")
+    expected += ("variant lora", "learning_rate 0.001", "2.0 s training, 0.5 s evaluating, 4096 tokens")
+    for text in (record.fingerprint, *expected):
+        assert text in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("5 ", "20 "))]
+    assert rows == [
+        ["5", "validation", "0.4000", "0.1250", "0.1667"],
+        ["20", "validation", "0.1000", "0.5000", "0.6667"],
+        ["20", "test", "0.2000", "0.4500", "0.6000"],
+    ]
+    again = "python experiments/lr_sensitivity.py --dry-run --variants lora --learning-rates 0.001 --seeds 1"
+    assert done.stdout.rstrip().endswith(f"To run it again (study rates):\n  {again}")
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "lr_sensitivity" not in line)
+
+
+def test_show_of_a_failed_record_has_its_traceback(results, make_record):
+    done = _run("show", make_record(seed=3, state="failed").fingerprint, folder=results)
+    assert "failed after" in done.stdout
+    assert "Traceback: no such tensor" in done.stdout
+    assert "exact_match none" in done.stdout
+
+
+def test_report_of_a_study(results):
+    done = _run("report", "rates", folder=results)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "results/rates/report.html: 4 of 4 configurations"
+    assert "Which rate?" in (results / "results/rates/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "0" * 20), "no record in results/store starts so"),
+        (("show", "lora"), "hexadecimal"),
+        (("show", "ab", "--output", "nowhere"), "no store here"),
+        (("sync", "--output", "nowhere"), "no store here"),
+        (("sync", "--tracking-uri", "mlruns"), "say sqlite:///mlruns.db"),
+        (("report", "ratse"), "Did you mean 'rates'?"),
+        (("report", "rates", "--output", "nowhere", "--store", "results/store"), "no study under nowhere"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_code_2(results, arguments, message):
+    done = _run(*arguments, folder=results)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (results / "nowhere").exists()
+
+
+def test_a_wrong_option_is_exit_code_2_without_a_traceback(tmp_path):
+    for arguments in (["shwo"], ["show"], ["sync", "--outptu", "x"]):
+        done = _run(*arguments, folder=tmp_path)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_a_study_file_that_is_none_is_named(results):
+    (results / "results/rates/study.json").write_text('{"name": 3}')
+    done = _run("sync", folder=results)
+    assert done.returncode == 2
+    assert "results/rates/study.json: not a study" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        ("BadInput('x: too big')", 2, "error: x: too big\n"),
+        ("KeyboardInterrupt", 130, "interrupted\n"),
+        ("SystemExit(7)", 7, ""),
+    ],
+)
+def test_how_a_command_ends(raised, code, message):
+    text = (
+        "from orchestrator.study.command import main\nfrom orchestrator.study.errors import BadInput\n"
+        f"def run():\n    raise {raised}\nmain(run)"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    text = "from orchestrator.study.command import main\nmain(lambda: print('x' * 1_000_000))"
+    command = f'"{sys.executable}" -c "{text}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
+
+
+def test_narrowing_keeps_what_it_does_not_know(make_record):
+    record = make_record(seed=4, rate=3e-5)
+    command = "python x.py --seeds=3 --study 'my study' --learning_rates 1e-5 1e-4 --plan"
+    assert narrowed(command, record) == (
+        "python x.py --study 'my study' --plan --variants lora --learning-rates 3e-05 --seeds 5"
+    )
+
+
+def test_a_study_that_grows_remembers_what_it_found(tmp_path):
+    study = StudyFile("s", "", "x").extended(["a", "b", "a"], known=["a"])
+    assert (study.configurations, study.reused) == (("a", "b"), ("a",))
+    # The second time its own results are known: they are not reused ones.
+    study = study.extended(["a", "b", "c", "d"], known=["a", "b", "d"])
+    assert (study.configurations, study.reused) == (("a", "b", "c", "d"), ("a", "d"))
+    study.write(tmp_path / "s")
+    assert find_study(tmp_path, "s") == (tmp_path / "s", study)
+    assert list(all_studies(tmp_path)) == ["s"]
+    with pytest.raises(BadInput, match="no study under"):
+        find_study(tmp_path / "s", "s")

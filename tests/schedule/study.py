@@ -1,0 +1,89 @@
+"""Runs a study as a user does, in a process of its own, and looks at what it leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from orchestrator.record.store import Store
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
+
+
+def start(output: Path, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
+    if address:
+        environment["RAY_ADDRESS"] = address
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--dry-run", "--output", str(output), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"the study did not end within {timeout} s:\n{out}\n{err}") from None
+    return process.returncode, out, err
+
+
+def run(output: Path, *arguments: str, address: str | None = None) -> tuple[int, str, str]:
+    return end(start(output, *arguments, address=address))
+
+
+def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert process is None or process.poll() is None, "the study ended first: " + "\n".join(end(process)[1:])
+        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        time.sleep(0.1)
+
+
+def finals(output: Path) -> int:
+    return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
+
+
+def rays() -> set[int]:
+    """Processes of any Ray on this machine."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if process.status() != psutil.STATUS_ZOMBIE and any(w in line for w in ("raylet", "gcs_server", "ray::")):
+            found.add(process.pid)
+    return found
+
+
+def children(output: Path, study: str) -> Sequence[tuple[str, str]]:
+    """(fingerprint, status) of every MLflow child of the study."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(study)
+    runs = client.search_runs([experiment.experiment_id], max_results=10_000)
+    return [(r.data.tags["fingerprint"], r.info.status) for r in runs if "fingerprint" in r.data.tags]
+
+
+def parents(output: Path, study: str) -> Sequence[str]:
+    """Status of the study's parent runs: one is right."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=10_000)
+    return [r.info.status for r in runs if "fingerprint" not in r.data.tags]

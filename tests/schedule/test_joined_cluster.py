@@ -1,0 +1,104 @@
+"""A study on a cluster that was there before it: it takes no more than there is, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import study
+from ray.cluster_utils import Cluster
+from ray.util.state import list_actors, list_placement_groups
+
+TWENTY = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2", "--seats", "2")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def nothing_left() -> bool:
+    actors = [a for a in list_actors(limit=1000) if a.state not in ("DEAD",)]
+    groups = [g for g in list_placement_groups(limit=1000) if g.state not in ("REMOVED",)]
+    free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
+    return not actors and not groups and free
+
+
+@pytest.mark.timeout(400)
+def test_twenty_configurations_on_two_seats_leave_nothing_ten_seconds_after_they_end(cluster: Cluster, output: Path) -> None:
+    before = study.rays()
+    code, out, err = study.run(output, *TWENTY, "--steps", "12", address=cluster.address)
+    assert code == 0, out + err
+    assert "joined Ray" in out
+    assert study.finals(output) == 20
+    study.wait_for(nothing_left, 10)
+    study.wait_for(lambda: not workers(before), 10)
+
+
+def workers(before: set[int]) -> set[int]:
+    """Ray processes that came with the study, without the idle workers that a cluster keeps."""
+    import psutil
+
+    found = set()
+    for pid in study.rays() - before:
+        try:
+            if "ray::IDLE" not in " ".join(psutil.Process(pid).cmdline()):
+                found.add(pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_interrupted_in_the_middle_it_leaves_nothing_either(
+    cluster: Cluster, output: Path, how: signal.Signals
+) -> None:
+    before = study.rays()
+    process = study.start(output, *TWENTY, "--steps", "400", address=cluster.address)
+    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 200, process)
+    os.kill(process.pid, how)
+    code, _, _ = study.end(process, timeout=40)
+    assert code == (130 if how is signal.SIGINT else -9)
+    study.wait_for(nothing_left, 10)
+    study.wait_for(lambda: not workers(before), 10)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--seats", "3"), ["--seats 3", "2 CPUs", "take --seats 2"]),
+        (("--gpus-per-seat", "1"), ["--gpus-per-seat 1", "0 GPUs"]),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused_before_a_seat_starts(
+    cluster: Cluster, output: Path, arguments: tuple[str, ...], said: list[str]
+) -> None:
+    code, out, err = study.run(output, *arguments, address=cluster.address)
+    assert code == 2, out + err
+    line = err.strip().splitlines()[-1]
+    for part in said:
+        assert part in line
+    assert nothing_left()
+
+
+@pytest.mark.timeout(300)
+def test_a_study_that_fails_leaves_nothing_and_says_so(cluster: Cluster, output: Path) -> None:
+    """Every lane fails (the base's weights vanish between the check and the training)."""
+    process = study.start(output, *TWENTY, "--steps", "12", address=cluster.address)
+    (weights,) = (output / "store" / "bases").glob("letters-base-*/model.safetensors")
+    study.wait_for(lambda: any(output.glob("*/study.json")), 60, process)
+    weights.unlink()
+    code, out, err = study.end(process, timeout=250)
+    assert code == 1, out + err
+    assert "failed" in out
+    study.wait_for(nothing_left, 10)

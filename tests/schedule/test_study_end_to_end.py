@@ -1,0 +1,121 @@
+"""The whole path with real Ray, Tune, Train and MLflow: one study, again, extended, killed, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import study
+
+from orchestrator.record.store import Store
+
+NAME = "lr_sensitivity-letters-letters-base"
+SMALL = ("--variants", "lora", "hira", "--seeds", "1", "--steps", "12")
+
+
+def records(output: Path) -> dict[str, object]:
+    return {record.fingerprint: record for record in Store(output / "store").records()}
+
+
+@pytest.mark.timeout(400)
+def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path) -> None:
+    code, out, err = study.run(output, *SMALL, "--learning-rates", "1e-3", "1e-2")
+    assert code == 0, out + err
+    assert "0 of 4 known" in out
+    assert "4 trained" in out
+    assert max(map(len, out.splitlines())) <= 80 or "Report:" in out
+    folder = output / NAME
+    for file in ("report.html", "curves.png", "summary.json", "study.json", "study.log"):
+        assert (folder / file).stat().st_size > 0
+    first = records(output)
+    assert Counter(r.state for r in first.values()) == {"finished": 4}
+    assert all(len(r.items["validation"].correct) == r.configuration.task.validation_size for r in first.values())
+    assert all(r.provenance.attempt == 1 for r in first.values())
+    assert not list((output / "store" / "checkpoints").iterdir()), "a finished lane's checkpoints go"
+    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in first)
+
+    code, out, _ = study.run(output, *SMALL, "--learning-rates", "1e-3", "1e-2")
+    assert code == 0
+    assert "4 of 4 known, nothing to train" in out
+    assert "Ray started" not in out
+    assert {f: r.provenance.ended for f, r in records(output).items()} == {
+        f: r.provenance.ended for f, r in first.items()
+    }
+
+    code, out, _ = study.run(output, *SMALL, "--learning-rates", "1e-3", "3e-3", "1e-2")
+    assert code == 0
+    assert "4 of 6 known" in out
+    assert "2 trained" in out
+    now = records(output)
+    assert {now[f].provenance.ended for f in first} == {r.provenance.ended for r in first.values()}
+    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
+    assert study.parents(output, NAME) == ["FINISHED"]
+    assert pyarrow.parquet.read_table(output / "store" / "records.parquet").num_rows == 6
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.dumps(summary).count("learning_rate") > 0
+
+
+@pytest.mark.timeout(500)
+def test_kill_9_of_the_driver_loses_nothing(output: Path) -> None:
+    arguments = ("--variants", "lora", "pissa", "--seeds", "2", "--steps", "240", "--learning-rates", "1e-3", "3e-3", "1e-2")
+    before = study.rays()
+    process = study.start(output, *arguments)
+    checkpoints = output / "store" / "checkpoints"
+    # In the middle: some are done, others have a checkpoint.
+    study.wait_for(lambda: study.finals(output) >= 2 and any(checkpoints.glob("*/*/*.safetensors")), 150, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed = time.time()
+    done = {f: r.provenance.ended for f, r in records(output).items() if r.state == "finished"}
+    half = {path.parts[-3] for path in checkpoints.glob("*/*/*.safetensors")} - set(done)
+    assert len(done) < 12
+
+    code, out, err = study.run(output, *arguments)
+    assert code == 0, out + err
+    now = records(output)
+    assert len(now) == 12
+    assert Counter(r.state for r in now.values()) == {"finished": 12}
+    for fingerprint, ended in done.items():
+        assert now[fingerprint].provenance.ended == ended < killed + 1, "finished ones are not trained again"
+    for fingerprint in half:
+        assert now[fingerprint].provenance.resumed_from, "half-trained ones go on from their checkpoints"
+        steps = [step.step for step in now[fingerprint].curve]
+        assert steps == sorted(set(steps))
+        assert len(steps) == 240
+    assert half
+    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
+    assert study.parents(output, NAME) == ["FINISHED"]
+    study.wait_for(lambda: study.rays() <= before, 10)
+
+
+@pytest.mark.timeout(300)
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(output: Path) -> None:
+    before = study.rays()
+    process = study.start(output, "--seeds", "2", "--variants", "lora", "hira", "--steps", "400")
+    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 120, process)
+    os.kill(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    code, out, err = study.end(process, timeout=40)
+    assert code == 130, out + err
+    assert "Traceback" not in err
+    assert "to go on: python" in out.replace("\n", " ")
+    assert time.monotonic() - began < 40
+    study.wait_for(lambda: study.rays() <= before, 10)
+    assert study.parents(output, NAME) == ["KILLED"]
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_larger_than_a_layer_is_refused_before_ray_starts(output: Path) -> None:
+    code, out, err = study.run(output, "--rank", "500")
+    assert code == 2
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "500" in line
+    assert "96" in line, "the largest that fits is named"
+    assert "Ray" not in out

@@ -1,0 +1,234 @@
+"""Lanes come and go, rows know their lane, the model comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from variants import catalogue
+from variants.attach import Adapters, BypassedLayer, RowsWithoutLane, attach
+from variants.baseline.lora import LoRA
+from variants.contract import Layer, MergeRefused, Params, Settings, Unsupported, Variant
+
+SETTINGS = Settings(rank=2, alpha=4.0)
+
+
+class Blocks(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x
+
+
+def adapted(model: nn.Module, lanes: int = 2, name: str = "lora", settings: Settings = SETTINGS) -> Adapters:
+    adapters = attach(model, catalogue.get(name), settings)
+    for lane in range(lanes):
+        adapters.add(f"lane{lane}", settings, seed=lane)
+    return adapters
+
+
+def shake(adapters: Adapters) -> None:
+    with torch.no_grad():
+        for lane in adapters.lanes:
+            for parameter in adapters.trainable(lane).values():
+                parameter.normal_(generator=torch.Generator().manual_seed(len(lane)))
+
+
+def test_rows_without_a_lane_are_refused_by_name() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)))
+    with pytest.raises(RowsWithoutLane, match=r"blocks\.0 was called outside"):
+        adapters.model(torch.randn(4, 6))
+    with adapters.rows(["lane0", "lane1"], None), pytest.raises(RowsWithoutLane, match="3 rows"):
+        adapters.model(torch.randn(3, 6))
+    with adapters.rows(["lane0", "lane1"], None, rows=4), pytest.raises(RowsWithoutLane, match="4 rows"):
+        adapters.model(torch.randn(4, 6))
+    with pytest.raises(KeyError, match="no lane 'x'; there are: lane0, lane1"), adapters.rows(["x"], None):
+        pass
+    with pytest.raises(ValueError, match="each once"), adapters.rows(["lane0", "lane0"], None):
+        pass
+    with pytest.raises(ValueError, match="1 dropout steps for 2 lanes"):
+        adapters.rows(["lane0", "lane1"], [1]).__enter__()
+
+
+def test_contexts_nest_and_close_on_errors() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)))
+    shake(adapters)
+    x = torch.randn(2, 6)
+    with pytest.raises(ZeroDivisionError), adapters.rows(["lane0"], None):
+        raise ZeroDivisionError
+    with pytest.raises(RowsWithoutLane):
+        adapters.model(x)
+    with adapters.off():
+        base = adapters.model(x)
+        with adapters.rows(["lane0"], None):
+            assert not torch.equal(adapters.model(x), base)
+        assert torch.equal(adapters.model(x), base)
+
+
+def test_lanes_come_and_go_and_keep_their_rows() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=3)
+    shake(adapters)
+    x = torch.randn(8, 6)
+    with adapters.rows(["lane2"], None):
+        alone = adapters.model(x)
+    adapters.remove("lane1")
+    assert adapters.lanes == ("lane0", "lane2")
+    with adapters.rows(["lane0", "lane2"], None):
+        assert torch.equal(adapters.model(torch.cat([x, x]))[8:], alone)
+    with pytest.raises(ValueError, match="'lane0' is there already"):
+        adapters.add("lane0", SETTINGS, seed=0)
+    with pytest.raises(Unsupported, match="rank 3 differs from the pack's 2"):
+        adapters.add("lane9", Settings(rank=3, alpha=4.0), seed=0)
+
+
+def test_a_step_inside_rows_is_seen() -> None:
+    """What is prepared once per generation must not outlive a change of the parameters."""
+    adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=1)
+    x = torch.randn(2, 6)
+    with torch.no_grad(), adapters.rows(["lane0"], None):
+        before = adapters.model(x)
+        assert torch.equal(adapters.model(x), before)
+        shake(adapters)
+        assert not torch.equal(adapters.model(x), before)
+
+
+def test_starts_depend_on_seed_layer_and_parameter_only() -> None:
+    first = adapted(Blocks(nn.Linear(6, 6), nn.Linear(6, 6)), lanes=2)
+    again = adapted(Blocks(nn.Linear(6, 6), nn.Linear(6, 6)), lanes=1, name="dora")
+    a = "blocks.0.A"
+    assert torch.equal(first.trainable("lane0")[a], again.trainable("lane0")[a])
+    assert not torch.equal(first.trainable("lane0")[a], first.trainable("lane1")[a])
+    assert not torch.equal(first.trainable("lane0")[a], first.trainable("lane0")["blocks.1.A"])
+
+
+def test_starts_and_masks_leave_torchs_global_state_alone() -> None:
+    model = Blocks(nn.Linear(6, 6))
+    before = torch.get_rng_state()
+    adapters = adapted(model, settings=Settings(2, 4.0, dropout=0.5))
+    with adapters.rows(["lane0", "lane1"], 3):
+        adapters.model(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_shared_layer_is_replaced_everywhere_and_given_back() -> None:
+    layer = nn.Linear(6, 6)
+    model = Blocks(layer, layer)
+    adapters = adapted(model, lanes=1)
+    assert model.blocks[0] is model.blocks[1] is adapters.layers["blocks.0"]
+    adapters.detach()
+    assert model.blocks[0] is model.blocks[1] is layer
+
+
+def test_flags_come_back_as_they_were() -> None:
+    model = Blocks(nn.Linear(6, 6), nn.Linear(6, 6))
+    model.blocks[0].requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    adapters = adapted(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(Unsupported, match="carries adapters already"):
+        adapted(model)
+    adapters.detach()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    adapted(model).detach()
+
+
+def test_merge_is_refused_where_it_would_change_more() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)))
+    with pytest.raises(MergeRefused, match="while lane1 uses the same base"):
+        adapters.merge("lane0")
+    model = Blocks(nn.Linear(6, 6))
+    model.add_module("head", nn.Linear(6, 6))
+    model.head.weight = model.blocks[0].weight
+    adapters = adapted(model, lanes=1)
+    with pytest.raises(MergeRefused, match=r"blocks\.0 shares its weight with head"):
+        adapters.merge("lane0")
+
+
+class Unmergeable(LoRA):
+    name = "unmergeable"
+
+    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+        return Variant.delta(self, params, layer, scaling)
+
+
+def test_a_refused_merge_changes_nothing() -> None:
+    model = Blocks(nn.Linear(6, 6))
+    before = model.blocks[0].weight.clone()
+    adapters = attach(model, Unmergeable(), SETTINGS)
+    adapters.add("a", SETTINGS, 0)
+    with pytest.raises(MergeRefused, match="unmergeable cannot be merged"):
+        adapters.merge("a")
+    assert torch.equal(model.blocks[0].weight, before)
+    assert adapters.lanes == ("a",)
+
+
+class Peeks(nn.Linear):
+    """A layer whose child is read past its forward, as fused kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.inner.weight)
+
+
+def test_a_bypassed_layer_is_named() -> None:
+    adapters = attach(Blocks(Peeks()), catalogue.get("lora"), SETTINGS, "inner")
+    adapters.add("a", SETTINGS, 0)
+    with pytest.raises(BypassedLayer, match=r"blocks\.0\.inner"), adapters.rows(["a"], None):
+        adapters.model(torch.randn(2, 6))
+
+
+def test_models_may_ask_a_layer_for_its_shape_and_dtype() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)))
+    layer = adapters.layers["blocks.0"]
+    assert (layer.in_features, layer.weight.dtype) == (6, torch.float32)
+    with pytest.raises(AttributeError):
+        layer.nothing  # noqa: B018
+
+
+def test_load_names_foreign_tensors() -> None:
+    adapters = adapted(Blocks(nn.Linear(6, 6)))
+    with pytest.raises(Unsupported, match=r"'blocks\.7' is not adapted"):
+        adapters.load("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
+    with pytest.raises(Unsupported, match=r"'blocks\.0' is missing"):
+        adapters.load("new", {}, {}, SETTINGS)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["lora", "hira", "dora"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
+    """Recomputation happens in backward, when rows() is closed, and has to see the same lanes and masks."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+    model.train()
+    ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
+    adapters = adapted(model, name=name, settings=Settings(2, 4.0, dropout=0.3))
+    shake(adapters)
+
+    def gradients() -> list[Tensor]:
+        parameters = [p for lane in adapters.lanes for p in adapters.trainable(lane).values()]
+        for parameter in parameters:
+            parameter.grad = None
+        with adapters.rows(adapters.lanes, [4, 9], rows=8):
+            out = model(ids).logits
+        out.square().mean().backward()
+        assert all(p.grad is not None for p in parameters)
+        return [p.grad.clone() for p in parameters if p.grad is not None]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for once, twice in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,77 @@
+"""A mask is a function of (seed, step, layer, micro-batch), and of nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from variants import catalogue
+from variants.attach import Adapters, attach
+from variants.contract import Settings
+
+SETTINGS = Settings(rank=8, alpha=16.0, dropout=0.25)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(64, 48)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def adapted(name: str = "lora") -> Adapters:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Block()
+    adapters = attach(model, catalogue.get(name), SETTINGS)
+    for lane in range(2):
+        adapters.add(str(lane), SETTINGS, seed=lane)
+        with torch.no_grad():
+            adapters.trainable(str(lane))["blocks.0.B"].normal_(generator=torch.Generator().manual_seed(5))
+            adapters.trainable(str(lane))["blocks.0.A"].normal_(generator=torch.Generator().manual_seed(6))
+    return adapters
+
+
+def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int = 0) -> Tensor:
+    """What the adapter adds for one input of ones."""
+    x = torch.ones(16, 64)
+    with torch.no_grad(), adapters.off():
+        base = adapters.model(x)
+    with torch.no_grad(), adapters.rows([lane], step, micro):
+        return adapters.model(x) - base
+
+
+def test_the_same_again_and_another_elsewhere() -> None:
+    adapters = adapted()
+    first = update(adapters)
+    assert torch.equal(first, update(adapters))
+    assert torch.equal(first, update(adapted()))
+    for other in (update(adapters, step=1), update(adapters, micro=1), update(adapters, "1")):
+        assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])  # each row has its own
+    assert torch.equal(update(adapters, step=None), update(adapters, "1", step=None))  # none in evaluation
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "hira"])
+def test_the_mean_is_kept(name: str) -> None:
+    adapters = adapted(name)
+    clean = update(adapters, step=None)[0]
+    mean = torch.stack([update(adapters, step=step).mean(0) for step in range(150)]).mean(0)
+    assert (mean - clean).norm() / clean.norm() < 0.05
+
+
+def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None:
+    """With W a part of the identity, B = 0 and m doubled, the change is x itself, with its dropout."""
+    adapters = adapted("dora")
+    with torch.no_grad():
+        adapters.layers["blocks.0"].base.weight.copy_(torch.eye(48, 64))
+        adapters.trainable("0")["blocks.0.B"].zero_()
+        adapters.trainable("0")["blocks.0.m"].fill_(2.0)
+    torch.testing.assert_close(update(adapters, step=None), torch.ones(16, 48))
+    change = update(adapters, step=0)
+    kept = change > 0.5
+    torch.testing.assert_close(change, torch.where(kept, 1 / 0.75, 0.0), rtol=0, atol=1e-5)
+    assert 0.65 < kept.float().mean() < 0.85

@@ -1,0 +1,114 @@
+"""Adapters made by PEFT are read, ours are written as PEFT writes them, and what cannot be read says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from variants import catalogue
+from variants.attach import attach
+from variants.contract import Settings, Unsupported
+from variants.storage import load_lane, load_peft, save_lane, save_peft
+
+IDS = torch.randint(0, 16, (8, 5), generator=torch.Generator().manual_seed(0))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8)).eval()
+
+
+def made_by_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.Tensor:
+    """Saves a stirred PEFT adapter and returns its logits."""
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        (LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]), "lora"),
+        (LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], use_rslora=True), "rslora"),
+        (LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True), "dora"),
+        (HiraConfig(r=3, target_modules=["up_proj"]), "hira"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reads_what_peft_wrote(tmp_path: Path, config: PeftConfig, variant: str) -> None:
+    theirs = made_by_peft(tmp_path, config, llama())
+    adapters = load_peft(llama(), tmp_path)
+    assert adapters.variant.name == variant
+    with torch.no_grad(), adapters.rows(["peft"], None):
+        ours = adapters.model(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_reads_conv1d(tmp_path: Path) -> None:
+    theirs = made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), gpt2())
+    adapters = load_peft(gpt2(), tmp_path)
+    with torch.no_grad(), adapters.rows(["peft"], None):
+        torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoHaConfig(r=3, target_modules=["q_proj"]), "no variant here is PEFT's LOHA"),
+        (LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, use_rslora=True), "no variant here is"),
+        (LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"), "a pissa adapter over"),
+        (LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "PEFT's rank_pattern"),
+        (LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path: Path, config: PeftConfig, message: str) -> None:
+    made_by_peft(tmp_path, config, llama())
+    with pytest.raises(Unsupported, match=message):
+        load_peft(llama(), tmp_path)
+
+
+def test_another_models_adapter_is_refused(tmp_path: Path) -> None:
+    made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), llama())
+    with pytest.raises(Unsupported, match="which the model does not have"):
+        load_peft(gpt2(), tmp_path)
+
+
+def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
+    settings = Settings(10, 5.0)  # twice the rank is more than the layers' 16, and still loads
+    adapters = attach(llama(), catalogue.get("pissa"), settings)
+    adapters.add("a", settings, 0)
+    save_peft(adapters, "a", tmp_path, "some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (20, 10.0, "LORA")
+    assert config["base_model_name_or_path"] == "some/base"
+    back = load_peft(llama(), tmp_path)
+    assert (back.variant.name, back.settings.rank) == ("lora", 20)
+
+
+def test_a_lanes_file_knows_its_variant(tmp_path: Path) -> None:
+    adapters = attach(llama(), catalogue.get("lora"), Settings(2))
+    adapters.add("a", Settings(2), seed=5)
+    save_lane(adapters, "a", tmp_path / "a.safetensors")
+    others = attach(llama(), catalogue.get("dora"), Settings(2))
+    with pytest.raises(Unsupported, match="holds a lane of lora, not of dora"):
+        load_lane(others, "b", tmp_path / "a.safetensors")

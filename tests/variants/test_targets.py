@@ -1,0 +1,118 @@
+"""Which layers are found, and which models are refused, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from variants import catalogue
+from variants.attach import attach
+from variants.contract import Settings, Unsupported
+from variants.targets import find
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+
+
+def test_blocks_are_the_default(llama: nn.Module, gpt2: nn.Module) -> None:
+    found = find(llama, "blocks")
+    assert len(found) == 14
+    assert all(name.startswith("model.layers.") for name in found)
+    assert sorted(find(gpt2, "blocks")) == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+    ]
+
+
+def test_endings_and_patterns(llama: nn.Module) -> None:
+    assert len(find(llama, "q_proj, v_proj")) == 4
+    assert list(find(llama, "lm_head")) == ["lm_head"]
+    assert list(find(llama, "1.mlp.up_proj")) == ["model.layers.1.mlp.up_proj"]
+    assert len(find(llama, r"re:.*\.1\.(self_attn|mlp)\..*")) == 7
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("q_prj", r"target 'q_prj': no module's name ends so. Did you mean 'q_proj'\?"),
+        ("q_proj,", "target ''"),
+        ("proj", "target 'proj'"),
+        ("zzz", "linear layers end in: down_proj, gate_proj"),
+        ("embed_tokens", "'model.embed_tokens' is of type Embedding"),
+        ("mlp", "is of type LlamaMLP"),
+        ("re:nothing", "no linear layer among"),
+        ("re:(", "not a regular expression"),
+    ],
+)
+def test_unknown_targets(llama: nn.Module, targets: str, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        find(llama, targets)
+
+
+def test_rank_must_fit_every_layer(llama: nn.Module) -> None:
+    with pytest.raises(
+        Unsupported, match=r"rank 17 is larger than layer model.layers.0.* allows: at most 16"
+    ):
+        attach(llama, catalogue.get("lora"), Settings(rank=17))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(4, 8, 8))
+
+
+class Holder(nn.Module):
+    """A model of one block: what is given, beside a plain linear layer."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"part": part, "plain": nn.Linear(8, 8)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0]["plain"](x)  # type: ignore[index]
+
+
+QUANTISED = torch.ao.nn.quantized.dynamic.Linear
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (nn.MultiheadAttention(8, 2), "blocks.0.part is an nn.MultiheadAttention"),
+        (nn.TransformerEncoderLayer(8, 2), "part.self_attn is an nn.MultiheadAttention"),
+        (Experts(), "blocks.0.part.gate_up is a 3-D weight"),
+        (QUANTISED(8, 8), "blocks.0.part is quantised"),
+        (nn.Linear(8, 8).to(torch.float8_e4m3fn), "blocks.0.part holds a torch.float8_e4m3fn"),
+    ],
+)
+def test_what_adapters_cannot_reach(part: nn.Module, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        find(Holder(part), "blocks")
+
+
+def test_what_is_out_of_scope_does_not_matter() -> None:
+    assert list(find(Holder(Experts()), "plain")) == ["blocks.0.plain"]
+    assert list(find(Holder(nn.Conv1d(4, 4, 3)), "blocks")) == ["blocks.0.plain"]
+    with pytest.raises(Unsupported, match="MultiheadAttention"):
+        find(Holder(nn.MultiheadAttention(8, 2)), "out_proj")
+
+
+def test_a_model_without_blocks_says_so() -> None:
+    with pytest.raises(Unsupported, match="has no ModuleList"):
+        find(nn.Sequential(nn.Linear(4, 4)), "blocks")
