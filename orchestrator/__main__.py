@@ -48,16 +48,19 @@ class Sync(Places):
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Places):
-    """Print one record, with its traceback if it failed and the command that runs it again."""
+    """Print records, with the traceback of one that failed and the command that runs it again."""
 
-    fingerprint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
-    """The fingerprint, or its first digits."""
+    fingerprints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
+    """Fingerprints, or their first digits."""
 
     def run(self) -> int:
         from orchestrator.record.show import show
         from orchestrator.record.store import Store
 
-        print(show(Store(self.root, create=False), self.output, self.fingerprint))
+        if not self.fingerprints:
+            raise BadInput("show: name at least one fingerprint; the report lists them")
+        store = Store(self.root, create=False)
+        print("\n\n".join(show(store, self.output, prefix) for prefix in self.fingerprints))
         return 0
 
 

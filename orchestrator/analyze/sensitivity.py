@@ -142,7 +142,9 @@ def _figures(
         m.rates[m.best],
         shape.parabola_peak(m.x, m.y, m.best),
         shape.width(m.x, m.y, m.best, best - tolerance),
-        shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor)) if best > floor else None,
+        shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
+        if best > floor + shape.ROUNDING
+        else None,
         shape.mean_regret(m.x, m.y, m.best),
         regret(reference),
         regret(average),
@@ -168,7 +170,7 @@ def _average_best(means: Mapping[str, _Means]) -> float | None:
             if score is not None:
                 at.setdefault(rate, []).append(score)
     shared = [rate for rate in sorted(at) if len(at[rate]) == len(scored)]
-    return max(shared, key=lambda rate: (math.fsum(at[rate]), -rate)) if shared else None
+    return max(shared, key=lambda rate: (round(math.fsum(at[rate]), 9), -rate)) if shared else None
 
 
 def _all_figures(

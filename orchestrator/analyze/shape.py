@@ -13,19 +13,25 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal
 
+ROUNDING = 1e-9
+"""Scores closer than this are equal: means of the same numbers may differ in their last bits."""
+
 Scores = Sequence[float | None]
 Bracketed = Literal["yes", "low edge", "high edge", "both edges"]
 
 
 def best_index(y: Scores) -> int | None:
     """The highest known score; among equals the lowest rate, which is the farthest from the cliff."""
-    known = [i for i, v in enumerate(y) if v is not None]
-    return max(known, key=lambda i: (y[i], -i)) if known else None
+    known = [v for v in y if v is not None]
+    if not known:
+        return None
+    return next(i for i, v in enumerate(y) if v is not None and v >= max(known) - ROUNDING)
 
 
 def bracketed(y: Scores, best: int) -> Bracketed:
     """Whether the grid encloses the best. An edge rate that ties with it does not enclose it."""
-    low, high = y[0] == y[best], y[-1] == y[best]
+    peak = y[best]
+    low, high = (peak is not None and v is not None and v >= peak - ROUNDING for v in (y[0], y[-1]))
     if low and high:
         return "both edges"
     return "low edge" if low else "high edge" if high else "yes"
@@ -46,7 +52,7 @@ def parabola_peak(x: Sequence[float], y: Scores, best: int) -> float | None:
     u, v = x[best] - x[best - 1], x[best + 1] - x[best]
     a, b = peak - left, peak - right
     steepness = a * v + b * u
-    return x[best] + (a * v * v - b * u * u) / (2 * steepness) if steepness > 0 else None
+    return x[best] + (a * v * v - b * u * u) / (2 * steepness) if steepness > ROUNDING else None
 
 
 def score_at(x: Sequence[float], y: Scores, point: float) -> float | None:
@@ -83,7 +89,7 @@ def _reach(x: Sequence[float], y: Scores, best: int, threshold: float, side: int
         here, there = y[i], y[i + side]
         if here is None or there is None:
             break
-        if there < threshold - 1e-9:  # rounding is not a fall
+        if there < threshold - ROUNDING:
             share = (here - threshold) / (here - there)
             return abs(x[i] + share * (x[i + side] - x[i]) - x[best]), False
         i += side
@@ -116,10 +122,10 @@ def cliff(y: Scores, diverged_share: Sequence[float], best: int, floor: float) -
     """The first rate above the best where more than half of the seeds diverge or the score is half way down
     to `floor`; None if the grid does not reach it or nothing was learned at the best."""
     peak = y[best]
-    if peak is None or peak <= floor:
+    if peak is None or peak <= floor + ROUNDING:
         return None
     for i in range(best + 1, len(y)):
         score = y[i]
-        if diverged_share[i] > 0.5 or (score is not None and score <= (peak + floor) / 2):
+        if diverged_share[i] > 0.5 or (score is not None and score <= (peak + floor) / 2 + ROUNDING):
             return i
     return None

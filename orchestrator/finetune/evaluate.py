@@ -39,8 +39,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Scored:
-    """`scores`: "loss" (nats a token), "accuracy" (share of answer tokens that are the argmax, teacher-forced)
-    and the task's metric (mean over items)."""
+    """`scores`: "loss" (nats a token), "accuracy" (share of answer tokens that are the argmax,
+    teacher-forced) and the task's metric (mean over items)."""
 
     scores: Mapping[str, float]
     items: Items

@@ -10,10 +10,11 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from orchestrator.finetune import checkpoint
-from orchestrator.finetune.lane import Lane
+from orchestrator.finetune.lane import Lane, Taken
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.outcome import FINAL, Keeper, record_of
 from orchestrator.finetune.phase import Phase
@@ -177,48 +178,45 @@ class _Loop:
         return [found for lane in lanes for found in self._attempt([lane], work)]
 
     def _train(self, lanes: Sequence[Lane]) -> None:
+        if not lanes:
+            return
         started = time.monotonic()
         together = len(self.lanes)
-        ended = []
-        for lane, taken in self._attempt(lanes, lambda some: self.workshop.current.gradients(some)):
+        taken = self._attempt(lanes, self.workshop.current.gradients)
+        diverged = []
+        for lane, step in taken:
             lane.pack_lanes = max(lane.pack_lanes, together)
-            for _, reason in self._attempt([lane], lambda some, taken=taken: [some[0].take_step(taken)]):
-                ended += [(lane, reason)] if reason else []
-        self._share(started, lanes, "train_seconds")
-        for lane, reason in ended:
+            for _, reason in self._attempt([lane], partial(_take_step, step)):
+                diverged += [(lane, reason)] if reason else []
+        _share(started, lanes, "train_seconds")
+        for lane, reason in diverged:
             self._end(lane, "diverged", reason)
         for lane in self._in(Phase.TRAINING):
             if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
                 self._save(lane)
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
+        if not lanes:
+            return
         started = time.monotonic()
-        for split in ("validation", "test"):
-            due = [lane for lane in self._in(Phase.EVALUATING) if split == "validation" or lane.at_end]
-            for lane, scored in self._attempt(
-                due, lambda some, s=split: self.workshop.current.scores(some, s)
-            ):  # type: ignore[misc]
-                lane.scored(split, scored)
-        self._share(started, lanes, "evaluate_seconds")
+        scores = self.workshop.current.scores
+        for lane, scored in self._attempt(lanes, partial(scores, split="validation")):
+            lane.scored("validation", scored)
+        ending = [lane for lane in self._in(Phase.EVALUATING) if lane.at_end]
+        for lane, scored in self._attempt(ending, partial(scores, split="test")):
+            lane.scored("test", scored)
+        _share(started, lanes, "evaluate_seconds")
         for lane in self._in(Phase.EVALUATING):
             if reason := lane.unsound():
                 self._end(lane, "diverged", reason)
                 continue
             lane.owe(after=lane.step - 1)
             lane.move(Phase.REPORTING)
-            if lane.at_end:
-                self._attempt([lane], self._keep_adapter)
-                if lane.phase is not Phase.ENDED:
-                    self._end(lane, "finished")
-            else:
+            if not lane.at_end:
                 self._save(lane)
                 self._report(lane)
-
-    @staticmethod
-    def _share(started: float, lanes: Sequence[Lane], what: str) -> None:
-        """The pack's seconds, in equal parts to the lanes that it worked for."""
-        for lane in lanes:
-            setattr(lane, what, getattr(lane, what) + (time.monotonic() - started) / len(lanes))
+            elif self._attempt([lane], self._keep_adapter):
+                self._end(lane, "finished")
 
     def _report(self, lane: Lane) -> None:
         while lane.phase is Phase.REPORTING:
@@ -259,3 +257,14 @@ class _Loop:
                     lane.name, self.store.adapters / lane.name, lane.configuration.model.name
                 )
         return [None] * len(lanes)
+
+
+def _take_step(taken: Taken, lanes: Sequence[Lane]) -> list[str | None]:
+    return [lane.take_step(taken) for lane in lanes]
+
+
+def _share(started: float, lanes: Sequence[Lane], what: str) -> None:
+    """The seconds since `started`, in equal parts to the lanes that they went to."""
+    seconds = (time.monotonic() - started) / len(lanes)
+    for lane in lanes:
+        setattr(lane, what, getattr(lane, what) + seconds)

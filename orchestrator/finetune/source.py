@@ -1,7 +1,7 @@
 """The seam between the fine-tuning loop and whoever schedules it. Plain Python on both sides.
 
-The loop is handed a `Source`: it leases lanes, reports at evaluations, and asks now and then what has changed.
-Behind it stands the broker on a cluster, or a list in a test.
+The loop is handed a `Source`: it leases lanes, reports at evaluations, and asks now and then what has
+changed. Behind it stands the broker on a cluster, or a list in a test.
 """
 
 from __future__ import annotations

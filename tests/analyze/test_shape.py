@@ -72,6 +72,15 @@ def test_a_point_below_the_best_is_within_a_point_whatever_the_rounding() -> Non
     assert shape.width(X, [0.09, 0.09, 0.1, 0.0], 2, 0.1 - 0.01) == (pytest.approx(2.1), True)
 
 
+def test_rounding_decides_no_tie_no_edge_and_no_cliff() -> None:
+    almost = 0.1 + 0.2  # .30000000000000004
+    assert shape.best_index([0.3, almost, 0.1]) == 0
+    assert shape.bracketed([0.3, almost, 0.1], 1) == "low edge"
+    assert shape.cliff([almost + 0.3, almost], [0.0, 0.0], 0, 0.0) == 1
+    assert shape.cliff([0.6, almost], [0.0, 0.0], 0, 0.0) == 1  # half of .6 is .3, a hair below
+    assert shape.cliff([almost, 0.0], [0.0, 0.0], 0, 0.3) is None  # nothing learned above the floor
+
+
 def test_a_second_hill_beyond_a_dip_does_not_widen() -> None:
     assert shape.width([-4, -3, -2, -1, 0], [0.0, 0.8, 0.0, 0.79, 0.0], 1, 0.4)[0] == pytest.approx(1.0)
 

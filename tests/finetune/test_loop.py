@@ -29,7 +29,7 @@ from orchestrator.finetune.phase import NEXT, IllegalMove, Phase, due_steps
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Divergence
+from orchestrator.study.configuration import Divergence, ModelChoice
 
 
 def get(store: Store, fingerprint: str) -> Record:
@@ -342,7 +342,7 @@ def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path)
 
 
 def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_served(store: Store) -> None:
-    missing = replace(configuration(steps=4), model=replace(configuration().model, name="gone"))
+    missing = replace(configuration(steps=4), model=ModelChoice("gone", "1" * 64))
     good = configuration(steps=4)
 
     def load(choice):  # type: ignore[no-untyped-def]

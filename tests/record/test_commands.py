@@ -104,7 +104,9 @@ def test_show_tells_all_about_one_record(results, make_record):
 
 
 def test_show_of_a_failed_record_has_its_traceback(results, make_record):
-    done = _run("show", make_record(seed=3, state="failed").fingerprint, folder=results)
+    names = [make_record(seed=3, state="failed").fingerprint[:12], make_record(seed=1).fingerprint[:12]]
+    done = _run("show", *names, folder=results)
+    assert "diverged after 20 of 20 steps" in done.stdout  # the second one
     assert "failed after" in done.stdout
     assert "Traceback: no such tensor" in done.stdout
     assert "exact_match none" in done.stdout
@@ -122,6 +124,7 @@ def test_report_of_a_study(results):
     [
         (("show", "0" * 20), "no record in results/store starts so"),
         (("show", "lora"), "hexadecimal"),
+        (("show",), "name at least one fingerprint"),
         (("show", "ab", "--output", "nowhere"), "no store here"),
         (("sync", "--output", "nowhere"), "no store here"),
         (("sync", "--tracking-uri", "mlruns"), "say sqlite:///mlruns.db"),
@@ -139,7 +142,7 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(results, arguments, message):
 
 
 def test_a_wrong_option_is_exit_code_2_without_a_traceback(tmp_path):
-    for arguments in (["shwo"], ["show"], ["sync", "--outptu", "x"]):
+    for arguments in (["shwo"], ["report"], ["sync", "--outptu", "x"]):
         done = _run(*arguments, folder=tmp_path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
