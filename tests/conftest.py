@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two cores: threads of several processes get in each other's way
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two cores: threads of several processes get in each other's way
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,7 @@ def _html(summary: Summary, about: About, records: Sequence[Record], curves: byt
         reproduce=lambda panel, curve, rates: reproduce(about, panel, curve, rates),
         record=lambda run: by_fingerprint[run.fingerprint],
         ended=_ended(summary),
-        opens=_how_to_open(about.tracking_uri),
+        opens=how_to_open(about.tracking_uri),
     )
 
 
@@ -127,7 +127,7 @@ def _ended(summary: Summary) -> dict[str, list[tuple[Panel, Curve, float, Run]]]
     return found
 
 
-def _how_to_open(tracking_uri: str) -> str:
+def how_to_open(tracking_uri: str) -> str:
     """The command that shows the runs in MLflow's pages; empty for a server, which is opened by its
     address."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):

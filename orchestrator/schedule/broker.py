@@ -38,7 +38,9 @@ class Broker:
 
     # -- trials
 
-    async def next(self, trial: str, configuration: Configuration, after: int, timeout: float) -> Report | State | None:
+    async def next(
+        self, trial: str, configuration: Configuration, after: int, timeout: float
+    ) -> Report | State | None:
         """Submits (again, after a restart) and waits for the report beyond step `after` or the end."""
         fingerprint = configuration.fingerprint
         self.core.submit(trial, configuration, time.monotonic())
@@ -60,7 +62,9 @@ class Broker:
 
     # -- seats
 
-    async def lease(self, seat: str, shape: str | None, room: int, held: Mapping[str, tuple[int, Configuration]]) -> tuple[Offer, dict[str, Answer]]:
+    async def lease(
+        self, seat: str, shape: str | None, room: int, held: Mapping[str, tuple[int, Configuration]]
+    ) -> tuple[Offer, dict[str, Answer]]:
         now = time.monotonic()
         answers = self.core.exchange(seat, held, now)
         return self.core.lease(seat, shape, room, now), answers
@@ -117,7 +121,9 @@ class BrokerSource:
         offer, answers = self._call("lease", self.seat, shape, room, self.held)
         self.pending |= answers
         # A lane that is still in the pack under an older attempt leaves it first; its lease lapses by itself.
-        leases: tuple[Lease, ...] = tuple(x for x in offer.leases if x.configuration.fingerprint not in self.held)
+        leases: tuple[Lease, ...] = tuple(
+            x for x in offer.leases if x.configuration.fingerprint not in self.held
+        )
         for lease in leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration)
         return Offer(leases, offer.closed)

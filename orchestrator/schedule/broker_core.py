@@ -30,7 +30,9 @@ class SeatView:
 
 
 class BrokerCore:
-    def __init__(self, newest_attempt: Callable[[str], int] = lambda fingerprint: 0, scheduler: str = "") -> None:
+    def __init__(
+        self, newest_attempt: Callable[[str], int] = lambda fingerprint: 0, scheduler: str = ""
+    ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `scheduler`: the settings of the study's early stopping; with any, lanes park after a report."""
         self.newest_attempt = newest_attempt
@@ -91,9 +93,13 @@ class BrokerCore:
     def report(self, seat: str, report: Report, now: float) -> Answer:
         self._hear(seat, now)
         life = self.lives.get(report.fingerprint)
-        return life.report(seat, report, now) if life else Answer.GO  # unknown: the next exchange announces it
+        return (
+            life.report(seat, report, now) if life else Answer.GO
+        )  # unknown: the next exchange announces it
 
-    def exchange(self, seat: str, held: Mapping[str, tuple[int, Configuration]], now: float) -> dict[str, Answer]:
+    def exchange(
+        self, seat: str, held: Mapping[str, tuple[int, Configuration]], now: float
+    ) -> dict[str, Answer]:
         """The seat names all that it holds: fingerprint -> (attempt, configuration). What it should hold and
         does not name never reached it, and goes back to the queue. What it holds and nobody else was given
         meanwhile (the broker restarted, the seat was silent for a while) it keeps."""
@@ -101,7 +107,9 @@ class BrokerCore:
         for fingerprint, (attempt, configuration) in held.items():
             life = self.lives.get(fingerprint)
             if life is None:
-                life = self.lives[fingerprint] = Life(fingerprint, configuration.shape, now, bool(self.scheduler))
+                life = self.lives[fingerprint] = Life(
+                    fingerprint, configuration.shape, now, bool(self.scheduler)
+                )
                 life.orphan_until = now + ORPHAN_SECONDS
                 self.configurations[fingerprint] = configuration
             if life.phase is Phase.WAITING and life.attempt <= attempt:
@@ -173,7 +181,11 @@ class BrokerCore:
         served = {view.shape for view in self.seats.values() if view.lanes}
         served |= {view.yields_to for view in self.seats.values()}
         for life in self.lives.values():
-            if life.phase is Phase.WAITING and life.shape not in served and now - life.since > UNSERVED_SECONDS:
+            if (
+                life.phase is Phase.WAITING
+                and life.shape not in served
+                and now - life.since > UNSERVED_SECONDS
+            ):
                 busy = [view for view in self.seats.values() if view.lanes and view.yields_to is None]
                 if busy:
                     min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape

@@ -48,7 +48,9 @@ def connect(store: Path) -> Iterator[Cluster]:
     """Joins or starts Ray; on leaving, whatever the study made is gone. Raises BadInput when it cannot join."""
     _end_remains()
     where = address()
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about later versions
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # silences a warning about later versions
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
@@ -107,7 +109,9 @@ def _shared(folder: Path) -> bool:
     folder = folder.resolve()
     mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
     kind = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
-    return kind.startswith(("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs"))
+    return kind.startswith(
+        ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs")
+    )
 
 
 # -- what a killed predecessor left ------------------------------------------------------------------------

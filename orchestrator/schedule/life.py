@@ -67,7 +67,9 @@ class Life:
     # -- seats ------------------------------------------------------------------------------------------
 
     def lease(self, seat: str, attempt: int) -> None:
-        assert self.phase is Phase.WAITING, f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
+        assert self.phase is Phase.WAITING, (
+            f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
+        )
         self.phase, self.seat, self.attempt = Phase.LEASED, seat, attempt
 
     def held_by(self, seat: str, attempt: int) -> bool:

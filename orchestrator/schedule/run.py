@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -60,21 +60,28 @@ def run_study(experiment: Experiment, options: StudyOptions) -> int:
     templates = resolve.templates(options, chosen, content, store.bases)
     wanted = grid(templates, chosen.learning_rates, range(options.seeds))
     known = {c.fingerprint for c in wanted if store.meets(c.fingerprint) or _hopeless(store, c)}
-    pending = order_of_entry([c for c in wanted if c.fingerprint not in known], options.lanes_per_seat or LANES)
+    pending = order_of_entry(
+        [c for c in wanted if c.fingerprint not in known], options.lanes_per_seat or LANES
+    )
     if options.plan:
         _print_plan(console, wanted, pending, store, options, content)
         return 0
 
     model = Path(chosen.model).name
-    name = options.study or "-".join([experiment.script, Path(chosen.task.name).stem, model]).replace("@", "-")
+    name = options.study or "-".join([experiment.script, Path(chosen.task.name).stem, model]).replace(
+        "@", "-"
+    )
     folder = options.output / name
     folder.mkdir(parents=True, exist_ok=True)
     with _only_driver(folder, name):
         command = shlex.join(["python", *sys.argv])
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         study = study.extended([c.fingerprint for c in wanted], known)
+        study = replace(study, command=command, tracking_uri=options.tracking_uri or "")
         study.write(folder)
-        console.print(f"{name}: {len(known)} of {len(wanted)} known" + ("" if pending else ", nothing to train"))
+        console.print(
+            f"{name}: {len(known)} of {len(wanted)} known" + ("" if pending else ", nothing to train")
+        )
         return _run(console, folder, study, store, uri, options, wanted, pending)
 
 
@@ -110,14 +117,14 @@ def _run(
         late = writer.close(LOG_SECONDS if status == "FINISHED" else 5.0, status)
         if late:
             console.print(
-                f"MLflow: {late} runs delayed ({writer.error}); python -m orchestrator sync logs them later.",
+                f"MLflow: {late} runs delayed ({writer.error}); {_ours('sync', options)} logs them later.",
                 markup=False,
             )
     records = [store.get(c.fingerprint) for c in wanted]
     failed = [record for record in records if record is None or record.state == "failed"]
     if failed:
         ids = " ".join(record.fingerprint[:12] for record in failed[:5] if record)
-        console.print(f"{len(failed)} failed; python -m orchestrator show {ids} says why.", markup=False)
+        console.print(f"{len(failed)} failed; {_ours(f'show {ids}', options)} says why.", markup=False)
     return 1 if failed else 0
 
 
@@ -153,7 +160,7 @@ def _train(
 
 def _report(console: Console, folder: Path, study: StudyFile, store: Store, uri: str) -> None:
     """The projections that are files. The table shows the whole study, also what earlier runs of it asked."""
-    from orchestrator.analyze.report import write_report
+    from orchestrator.analyze.report import how_to_open, write_report
     from orchestrator.analyze.table import render
 
     found = [record for f in study.configurations if (record := store.get(f)) is not None]
@@ -168,8 +175,10 @@ def _report(console: Console, folder: Path, study: StudyFile, store: Store, uri:
         pending=len(study.configurations) - len(found),
     )
     console.print(render(summary))
-    console.print(f"Report: {folder / 'report.html'}   Picture: {folder / 'curves.png'}", markup=False, soft_wrap=True)
-    console.print(f"MLflow: mlflow ui --backend-store-uri {uri}", markup=False, soft_wrap=True)
+    console.print(
+        f"Report: {folder / 'report.html'}   Picture: {folder / 'curves.png'}", markup=False, soft_wrap=True
+    )
+    console.print(f"MLflow: {how_to_open(uri)}", markup=False, soft_wrap=True)
 
 
 def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
@@ -183,6 +192,13 @@ def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
         )
 
 
+def _ours(words: str, options: StudyOptions) -> str:
+    """A command of ours that finds what this study left."""
+    places = [] if options.output == Path("results") else ["--output", str(options.output)]
+    places += ["--store", str(options.store)] if options.store else []
+    return " ".join(["python -m orchestrator", words, shlex.join(places)]).strip()
+
+
 def _hopeless(store: Store, configuration: Configuration) -> bool:
     return store.failures(configuration.fingerprint) >= FAILURES_ALLOWED
 
@@ -194,7 +210,9 @@ def _only_driver(folder: Path, name: str) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=2):
             yield
     except Timeout:
-        raise BadInput(f"study {name!r} is running already in {folder}; wait for it, or take another --study.") from None
+        raise BadInput(
+            f"study {name!r} is running already in {folder}; wait for it, or take another --study."
+        ) from None
 
 
 @contextmanager
@@ -221,7 +239,9 @@ def _print_plan(
     variants = list(dict.fromkeys(c.variant.name for c in wanted))
     seats = options.seats or ("one a GPU of the cluster" if ray_cluster.address() else os.cpu_count() or 1)
     base = content if content == resolve.UNPREPARED else content[:12]
-    console.print(f"Task            {first.task.name}, {first.schedule.steps} steps of {first.batches.batch_size}")
+    console.print(
+        f"Task            {first.task.name}, {first.schedule.steps} steps of {first.batches.batch_size}"
+    )
     console.print(f"Base model      {first.model.name} ({base}), {first.model.dtype}")
     console.print(f"Variants        {' '.join(variants)}")
     console.print(f"Learning rates  {' '.join(f'{rate:g}' for rate in rates)}")
@@ -239,7 +259,8 @@ def _estimate(pending: Sequence[Configuration], store: Store, seats: int) -> str
     costs = [
         (r.cost.train_seconds + r.cost.evaluate_seconds) / max(1, r.steps)
         for r in store.records()
-        if r.state == "finished" and (r.configuration.task.name, r.configuration.model) == (first.task.name, first.model)
+        if r.state == "finished"
+        and (r.configuration.task.name, r.configuration.model) == (first.task.name, first.model)
     ]
     if not costs:
         return "unknown until a first lane of this task and model has been trained"

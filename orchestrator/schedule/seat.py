@@ -74,12 +74,16 @@ class SeatHost:
         trainer = TorchTrainer(
             work,
             train_loop_config={"name": name, "plan": asdict(plan)},
-            scaling_config=ScalingConfig(num_workers=1, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources),
+            scaling_config=ScalingConfig(
+                num_workers=1, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
+            ),
             torch_config=TorchConfig(backend="gloo"),  # one worker talks to nobody
             run_config=RunConfig(
                 name=f"{namespace}-{name}",
                 storage_path=plan.scratch,
-                failure_config=FailureConfig(max_failures=0),  # a dead seat is replaced as a whole, by the driver
+                failure_config=FailureConfig(
+                    max_failures=0
+                ),  # a dead seat is replaced as a whole, by the driver
             ),
         )
         trainer.fit()

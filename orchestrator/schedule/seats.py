@@ -39,7 +39,9 @@ def how_many(cluster: Cluster, wanted: int | None, gpus_per_seat: float | None) 
 class Seats:
     """As many seats as `count`, kept so while lanes wait."""
 
-    def __init__(self, plan: SeatPlan, count: int, namespace: str, broker: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: SeatPlan, count: int, namespace: str, broker: Any, say: Callable[[str], None]
+    ) -> None:
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
         self.running: dict[Any, tuple[str, Any]] = {}  # what `run` promised -> seat's name, its host
         self.started = 0
@@ -81,7 +83,11 @@ class Seats:
         self.running[host.run.remote(name, self.plan, self.namespace)] = (name, host)
 
     def _bury(self) -> None:
-        done, _ = ray.wait(list(self.running), num_returns=len(self.running), timeout=0) if self.running else ([], [])
+        done, _ = (
+            ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+            if self.running
+            else ([], [])
+        )
         for promise in done:
             name, host = self.running.pop(promise)
             self.broker.seat_ended.remote(name)
@@ -91,7 +97,9 @@ class Seats:
                 self.deaths += 1
                 self.say(f"{name} died: {_reason(error)}")
                 if self.deaths > DEATHS_ALLOWED:
-                    self.trouble = f"Seats died {self.deaths} times in a row without ending a lane; see above."
+                    self.trouble = (
+                        f"Seats died {self.deaths} times in a row without ending a lane; see above."
+                    )
             ray.kill(host)
 
 

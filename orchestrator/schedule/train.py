@@ -56,7 +56,9 @@ def train(
     Raises BadInput when no seat can be had. Whatever happens, seats and broker are gone afterwards.
     """
     broker = Broker.options(name=NAME).remote(str(store.checkpoints))
-    watch = _Watch(broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended)
+    watch = _Watch(
+        broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended
+    )
     watch.start()
     try:
         tuner = tune.Tuner(
@@ -73,7 +75,9 @@ def train(
                 storage_path=str(scratch),
                 verbose=0,
                 callbacks=[_TellBroker(broker)],
-                failure_config=tune.FailureConfig(max_failures=3),  # of trial processes; lanes are the broker's
+                failure_config=tune.FailureConfig(
+                    max_failures=3
+                ),  # of trial processes; lanes are the broker's
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )

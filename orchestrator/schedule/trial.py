@@ -50,7 +50,11 @@ class Trial(tune.Trainable):
         """A diverged lane is worth the floor: a finite number, since NaN and infinities poison schedulers. So is,
         in Tune's eyes only, a failed one: its record says that it has no score."""
         if state != "finished" or not self.last:
-            self.last = {"step": self.at, "score": self.configuration.task.floor, "loss": self.last.get("loss", 1e9)}
+            self.last = {
+                "step": self.at,
+                "score": self.configuration.task.floor,
+                "loss": self.last.get("loss", 1e9),
+            }
         return {**self.last, "state": state, "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

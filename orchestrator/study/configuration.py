@@ -153,7 +153,11 @@ class Configuration:
         columns |= {k: v for k, v in nested["variant"].items() if k not in ("name", "extra", "numerics")}
         columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
         columns |= nested["optimizer"]
-        columns |= {"schedule": self.schedule.name, "warmup": self.schedule.warmup, "steps_horizon": self.schedule.steps}
+        columns |= {
+            "schedule": self.schedule.name,
+            "warmup": self.schedule.warmup,
+            "steps_horizon": self.schedule.steps,
+        }
         columns |= nested["batches"]
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}

@@ -71,7 +71,11 @@ class StudyOptions:
             raise BadInput("--variants is empty; name at least one, for example: lora pissa.")
         _at_least("--seeds", self.seeds, 1)
         _at_least("--rank", self.rank, 1)
-        for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size), ("--seats", self.seats)):
+        for name, value in (
+            ("--steps", self.steps),
+            ("--batch-size", self.batch_size),
+            ("--seats", self.seats),
+        ):
             _at_least(name, value, 1)
         _at_least("--lanes-per-seat", self.lanes_per_seat, 1)
         if not math.isfinite(self.alpha) or self.alpha <= 0:
@@ -79,9 +83,15 @@ class StudyOptions:
         if self.gpus_per_seat is not None:
             _gpus(self.gpus_per_seat)
         if not self.seat_timeout > 0:
-            raise BadInput(f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300.")
-        if self.study is not None and (not self.study.strip() or "/" in self.study or self.study.startswith(".")):
-            raise BadInput(f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty.")
+            raise BadInput(
+                f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300."
+            )
+        if self.study is not None and (
+            not self.study.strip() or "/" in self.study or self.study.startswith(".")
+        ):
+            raise BadInput(
+                f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty."
+            )
 
     @property
     def store_folder(self) -> Path:
@@ -115,8 +125,14 @@ def _at_least(name: str, value: int | None, least: int) -> None:
 
 def _gpus(value: float) -> None:
     if not math.isfinite(value) or value < 0:
-        raise BadInput(f"--gpus-per-seat {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU.")
+        raise BadInput(
+            f"--gpus-per-seat {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU."
+        )
     if value > 1 and value != int(value):
-        raise BadInput(f"--gpus-per-seat {value:g}: must be a fraction below 1 or a whole number; take {int(value)}.")
+        raise BadInput(
+            f"--gpus-per-seat {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
+        )
     if value > 1:
-        raise BadInput(f"--gpus-per-seat {value:g}: a seat holds its base on one GPU; take 1 and more --seats.")
+        raise BadInput(
+            f"--gpus-per-seat {value:g}: a seat holds its base on one GPU; take 1 and more --seats."
+        )

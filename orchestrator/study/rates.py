@@ -34,9 +34,13 @@ def _grid(word: str) -> list[float]:
         raise BadInput(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
     low, high = _rate(parts[0]), _rate(parts[1])
     if not parts[2].isdecimal() or int(parts[2]) < 1:
-        raise BadInput(f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}")
+        raise BadInput(
+            f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}"
+        )
     if low > high:
-        raise BadInput(f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?")
+        raise BadInput(
+            f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?"
+        )
     density = int(parts[2])
     count = math.floor(math.log10(high / low) * density + 1e-9) + 1
     # Three digits: 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.

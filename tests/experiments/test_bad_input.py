@@ -53,7 +53,10 @@ BAD = {
     "zero seats": ((*DRY, "--seats", "0"), ["--seats 0", "1 or more"]),
     "gpus of a seat": ((*DRY, "--gpus-per-seat", "1.5"), ["--gpus-per-seat 1.5"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
-    "output below a file": ((*DRY, "--output", "/dev/null/x"), ["--output '/dev/null/x'", "cannot be written"]),
+    "output below a file": (
+        (*DRY, "--output", "/dev/null/x"),
+        ["--output '/dev/null/x'", "cannot be written"],
+    ),
     "tracking uri malformed": ((*DRY, "--tracking-uri", "mlflow"), ["'mlflow'", "sqlite:///"]),
     "tracking uri scheme": ((*DRY, "--tracking-uri", "htp://x:5000"), ["'htp", "http"]),
     "tracking server away": (
@@ -107,7 +110,9 @@ def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'ray', 'transformers', 'mlflow', 'pandas', 'scipy') if m in sys.modules])"
     )
-    probed = subprocess.run([sys.executable, "-c", probe % str(SCRIPT)], capture_output=True, text=True, check=True)
+    probed = subprocess.run(
+        [sys.executable, "-c", probe % str(SCRIPT)], capture_output=True, text=True, check=True
+    )
     assert probed.stdout.splitlines()[-1] == "[]"
 
 

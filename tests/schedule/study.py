@@ -48,7 +48,9 @@ def run(output: Path, *arguments: str, address: str | None = None) -> tuple[int,
 def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + seconds
     while not what():
-        assert process is None or process.poll() is None, "the study ended first: " + "\n".join(end(process)[1:])
+        assert process is None or process.poll() is None, "the study ended first: " + "\n".join(
+            end(process)[1:]
+        )
         assert time.monotonic() < deadline, f"did not happen within {seconds} s"
         time.sleep(0.1)
 
@@ -65,7 +67,9 @@ def rays() -> set[int]:
             line = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if process.status() != psutil.STATUS_ZOMBIE and any(w in line for w in ("raylet", "gcs_server", "ray::")):
+        if process.status() != psutil.STATUS_ZOMBIE and any(
+            w in line for w in ("raylet", "gcs_server", "ray::")
+        ):
             found.add(process.pid)
     return found
 

@@ -124,10 +124,20 @@ class Broker(RuleBasedStateMachine):
         for lease in () if reply_lost else offer.leases:
             fingerprint = lease.configuration.fingerprint
             assert fingerprint not in seat.lanes
-            seat.lanes[fingerprint] = [lease.attempt, lease.configuration, self.saved.get(fingerprint, 0), False]
+            seat.lanes[fingerprint] = [
+                lease.attempt,
+                lease.configuration,
+                self.saved.get(fingerprint, 0),
+                False,
+            ]
 
     @precondition(lambda self: any(s.lanes for s in self.seats + self.zombies))
-    @rule(data=st.data(), end=st.sampled_from(["finished", "diverged", "failed"]), told=st.booleans(), whole=st.booleans())
+    @rule(
+        data=st.data(),
+        end=st.sampled_from(["finished", "diverged", "failed"]),
+        told=st.booleans(),
+        whole=st.booleans(),
+    )
     def train(self, data: st.DataObject, end: str, told: bool, whole: bool) -> None:
         """One step of one lane, a zombie's perhaps; then the report, or the end."""
         seat = data.draw(st.sampled_from([s for s in self.seats + self.zombies if s.lanes]))
@@ -206,7 +216,9 @@ class Broker(RuleBasedStateMachine):
         core = self.core
         for fingerprint, life in core.lives.items():
             leased = life.phase in (Phase.LEASED, Phase.PARKED)
-            holders = [name for name, view in core.seats.items() if fingerprint in view.lanes and name == life.seat]
+            holders = [
+                name for name, view in core.seats.items() if fingerprint in view.lanes and name == life.seat
+            ]
             assert len(holders) == leased
             assert life.phase is not Phase.PARKED or life.gated
             assert life.failures <= TRIES
@@ -241,7 +253,9 @@ class Broker(RuleBasedStateMachine):
                 elif answer is not None:
                     self.release(trial)
             shapes = {c.shape for _, c, _, _ in seat.lanes.values()}
-            for lease in self.core.lease("last", next(iter(shapes), None), 3 - len(seat.lanes), self.now).leases:
+            for lease in self.core.lease(
+                "last", next(iter(shapes), None), 3 - len(seat.lanes), self.now
+            ).leases:
                 f = lease.configuration.fingerprint
                 seat.lanes[f] = [lease.attempt, lease.configuration, self.saved.get(f, 0), False]
             held = {f: (lane[0], lane[1]) for f, lane in seat.lanes.items()}
@@ -256,7 +270,9 @@ class Broker(RuleBasedStateMachine):
                     self.final.setdefault(f, "finished")
                     self.core.done("last", f, lane[0], self.final[f], self.now)
                 else:
-                    self.obey(seat, f, self.core.report("last", Report(f, lane[0], lane[2], {}, 1.0), self.now))
+                    self.obey(
+                        seat, f, self.core.report("last", Report(f, lane[0], lane[2], {}, 1.0), self.now)
+                    )
         assert not self.trials, "a trial waits for ever"
 
 
@@ -266,14 +282,19 @@ TestBroker = Broker.TestCase
 
 def test_a_seat_refills_its_shape_then_takes_the_shape_with_most_waiting() -> None:
     core = BrokerCore()
-    for i, (variant, rate) in enumerate([("lora", 1e-3), ("hira", 1e-3), ("hira", 1e-2), ("lora", 1e-2), ("hira", 1e-1)]):
+    for i, (variant, rate) in enumerate(
+        [("lora", 1e-3), ("hira", 1e-3), ("hira", 1e-2), ("lora", 1e-2), ("hira", 1e-1)]
+    ):
         core.submit(f"t{i}", configuration(variant, rate), 0.0)
     first = core.lease("a", None, 2, 0.0)
     assert [lease.configuration.variant.name for lease in first.leases] == ["hira", "hira"]
     shape = first.leases[0].configuration.shape
     assert [lease.configuration.variant.name for lease in core.lease("a", shape, 2, 0.0).leases] == ["hira"]
     assert core.lease("a", shape, 1, 0.0).leases == ()
-    assert [lease.configuration.variant.name for lease in core.lease("b", None, 4, 0.0).leases] == ["lora", "lora"]
+    assert [lease.configuration.variant.name for lease in core.lease("b", None, 4, 0.0).leases] == [
+        "lora",
+        "lora",
+    ]
 
 
 def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
@@ -285,7 +306,9 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
     core.submit("t8", configuration("hira"), 0.0)
     core.submit("t9", configuration("lora", 1e-1), 0.0)
     late = UNSERVED_SECONDS + 1
-    core.exchange("a", {f: (core.lives[f].attempt, core.configurations[f]) for f in core.seats["a"].lanes}, late)
+    core.exchange(
+        "a", {f: (core.lives[f].attempt, core.configurations[f]) for f in core.seats["a"].lanes}, late
+    )
     assert core.lease("b", shape, 1, late).leases == (), "b drains its pack for the unserved shape"
     assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
     (fingerprint,) = core.seats["b"].lanes
@@ -328,7 +351,9 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     assert core.lives[point.fingerprint].failures == 0
     held = {point.fingerprint: (old.attempt, point)}
     assert core.exchange("zombie", held, 2.0) == {point.fingerprint: Answer.DROP}
-    core.done("zombie", point.fingerprint, old.attempt, "finished", 3.0)  # its record is in the store: it counts
+    core.done(
+        "zombie", point.fingerprint, old.attempt, "finished", 3.0
+    )  # its record is in the store: it counts
     assert core.next(point.fingerprint, 0) == "finished"
     held = {point.fingerprint: (new.attempt, point)}
     assert core.exchange("b", held, 3.0) == {point.fingerprint: Answer.DROP}

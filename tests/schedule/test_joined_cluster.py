@@ -13,7 +13,19 @@ import study
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_placement_groups
 
-TWENTY = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2", "--seats", "2")
+TWENTY = (
+    "--variants",
+    "lora",
+    "--seeds",
+    "5",
+    "--learning-rates",
+    "1e-3",
+    "3e-3",
+    "1e-2",
+    "3e-2",
+    "--seats",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,9 @@ def left() -> list[str]:
     found = [f"actor {a.class_name} {a.state}" for a in actors]
     found += [f"placement group {g.state}" for g in list_placement_groups(limit=1000) if g.state != "REMOVED"]
     free, all_of = ray.available_resources(), ray.cluster_resources()
-    return found + [f"{all_of[k] - free.get(k, 0):g} {k}" for k in ("CPU", "memory") if free.get(k, 0) < all_of[k]]
+    return found + [
+        f"{all_of[k] - free.get(k, 0):g} {k}" for k in ("CPU", "memory") if free.get(k, 0) < all_of[k]
+    ]
 
 
 def nothing_left() -> bool:
@@ -44,7 +58,9 @@ def nothing_left() -> bool:
 
 
 @pytest.mark.timeout(400)
-def test_twenty_configurations_on_two_seats_leave_nothing_ten_seconds_after_they_end(cluster: Cluster, output: Path) -> None:
+def test_twenty_configurations_on_two_seats_leave_nothing_ten_seconds_after_they_end(
+    cluster: Cluster, output: Path
+) -> None:
     before = study.rays()
     code, out, err = study.run(output, *TWENTY, "--steps", "12", address=cluster.address)
     assert code == 0, out + err

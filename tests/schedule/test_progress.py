@@ -9,7 +9,9 @@ from rich.console import Console
 from orchestrator.schedule.progress import Best, Progress, clock
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (7384, "2:03:04"), (-3, "0 s")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (7384, "2:03:04"), (-3, "0 s")]
+)
 def test_clock(seconds: float, said: str) -> None:
     assert clock(seconds) == said
 

@@ -35,7 +35,9 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
         assert (folder / file).stat().st_size > 0
     first = records(output)
     assert Counter(r.state for r in first.values()) == {"finished": 4}
-    assert all(len(r.items["validation"].correct) == r.configuration.task.validation_size for r in first.values())
+    assert all(
+        len(r.items["validation"].correct) == r.configuration.task.validation_size for r in first.values()
+    )
     assert all(r.provenance.attempt == 1 for r in first.values())
     assert not list((output / "store" / "checkpoints").iterdir()), "a finished lane's checkpoints go"
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in first)
@@ -63,12 +65,26 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
 
 @pytest.mark.timeout(500)
 def test_kill_9_of_the_driver_loses_nothing(output: Path) -> None:
-    arguments = ("--variants", "lora", "pissa", "--seeds", "2", "--steps", "240", "--learning-rates", "1e-3", "3e-3", "1e-2")
+    arguments = (
+        "--variants",
+        "lora",
+        "pissa",
+        "--seeds",
+        "2",
+        "--steps",
+        "240",
+        "--learning-rates",
+        "1e-3",
+        "3e-3",
+        "1e-2",
+    )
     before = study.rays()
     process = study.start(output, *arguments)
     checkpoints = output / "store" / "checkpoints"
     # In the middle: some are done, others have a checkpoint.
-    study.wait_for(lambda: study.finals(output) >= 2 and any(checkpoints.glob("*/*/*.safetensors")), 150, process)
+    study.wait_for(
+        lambda: study.finals(output) >= 2 and any(checkpoints.glob("*/*/*.safetensors")), 150, process
+    )
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     killed = time.time()

@@ -34,7 +34,10 @@ def test_the_fingerprint_is_what_it_was() -> None:
 
 
 def test_it_survives_json_and_pickle() -> None:
-    for copy in (Configuration.from_json(json.loads(canonical(POINT.to_json()))), pickle.loads(pickle.dumps(POINT))):
+    for copy in (
+        Configuration.from_json(json.loads(canonical(POINT.to_json()))),
+        pickle.loads(pickle.dumps(POINT)),
+    ):
         assert copy == POINT
         assert copy.fingerprint == POINT.fingerprint
 

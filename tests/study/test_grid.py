@@ -51,7 +51,9 @@ def test_a_block_takes_as_many_seeds_as_fill_a_pack() -> None:
 
 
 @given(st.lists(st.integers(0, 23), unique=True), st.integers(1, 9))
-def test_the_order_loses_nothing_and_does_not_depend_on_how_it_was_given(chosen: list[int], lanes: int) -> None:
+def test_the_order_loses_nothing_and_does_not_depend_on_how_it_was_given(
+    chosen: list[int], lanes: int
+) -> None:
     points = grid(TEMPLATES, (1e-3, 1e-2), range(4))
     some = [points[i] for i in chosen]
     ordered = order_of_entry(some, lanes)

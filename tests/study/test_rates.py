@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_grids_are_even_in_the_logarithm(low: int, decades: int, density: int) -
     assert len(rates) == decades * density + 1
     assert rates[0] == float(f"1e{low}")
     assert rates[-1] == float(f"1e{low + decades}")
-    for left, right in zip(rates, rates[1:], strict=False):
+    for left, right in itertools.pairwise(rates):
         assert math.log10(right / left) == pytest.approx(1 / density, abs=0.01)
 
 
