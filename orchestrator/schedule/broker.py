@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from orchestrator.record.schema import State
 from orchestrator.schedule.broker_core import BrokerCore
 from orchestrator.study.configuration import Configuration
 
+BEAT_SECONDS = 10.0
+STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
 NAME = "broker"  # one a study, in the study's own Ray namespace
 
@@ -77,6 +80,9 @@ class Broker:
     async def exchange(self, seat: str, held: Mapping[str, tuple[int, Configuration]]) -> dict[str, Answer]:
         return self.core.exchange(seat, held, time.monotonic())
 
+    async def alive(self, seat: str) -> None:
+        self.core.alive(seat, time.monotonic())
+
     async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
         self.core.done(seat, fingerprint, attempt, state, time.monotonic())
         self._tell(fingerprint)
@@ -89,7 +95,7 @@ class Broker:
     # -- the driver
 
     async def news(self, since: int, born: str) -> dict[str, Any]:
-        """Lanes that ended from number `since` on (all, for a caller who knew another incarnation), the counts."""
+        """Lanes that ended from number `since` on (all, for who knew another incarnation), and the counts."""
         self.core.tick(time.monotonic())
         ended = self.core.ended[since if born == self.born else 0 :]
         return {"born": self.born, "ended": ended, "counts": self.core.counts()}
@@ -116,6 +122,8 @@ class BrokerSource:
         self.broker = ray.get_actor(NAME)
         self.held: dict[str, tuple[int, Configuration]] = {}
         self.pending: dict[str, Answer] = {}
+        self.spoke = time.monotonic()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def lease(self, shape: str | None, room: int) -> Offer:
         offer, answers = self._call("lease", self.seat, shape, room, self.held)
@@ -146,7 +154,16 @@ class BrokerSource:
         self._call("done", self.seat, fingerprint, attempt, state)
         self.held.pop(fingerprint, None)
 
+    def _beat(self) -> None:
+        """Loading a large base or a long evaluation keeps the loop from talking: it is not dead. One that says
+        nothing for STUCK_SECONDS is, whatever this thread could say."""
+        while True:
+            time.sleep(BEAT_SECONDS)
+            if time.monotonic() - self.spoke < STUCK_SECONDS:
+                self.broker.alive.remote(self.seat)
+
     def _call(self, method: str, *args: Any) -> Any:
+        self.spoke = time.monotonic()
         deadline = time.monotonic() + BROKER_LOST_SECONDS
         while True:
             try:

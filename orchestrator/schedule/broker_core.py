@@ -1,7 +1,7 @@
 """The broker's mind: which seat trains which lane. A plain state machine; time comes in as an argument.
 
 Lanes are keyed by fingerprint. A seat is known by its incarnation (a new process is a new seat). Nothing here
-is the truth: records are, in the store. After a restart trials submit again and seats announce what they hold.
+is the truth: records are, in the store. After a restart trials submit again and seats say what they hold.
 """
 
 from __future__ import annotations
@@ -90,6 +90,11 @@ class BrokerCore:
                 leases.append(Lease(self.configurations[life.fingerprint], attempt, self.scheduler))
         return Offer(tuple(leases), closed=self.closed and not waiting)
 
+    def alive(self, seat: str, now: float) -> None:
+        """A sign of life from a seat that is too busy for more."""
+        if seat in self.seats:
+            self.seats[seat].heard = now
+
     def report(self, seat: str, report: Report, now: float) -> Answer:
         self._hear(seat, now)
         life = self.lives.get(report.fingerprint)
@@ -170,7 +175,7 @@ class BrokerCore:
             del self.lives[fingerprint], self.configurations[fingerprint]
 
     def _choose(self, view: SeatView, waiting: list[Life]) -> str | None:
-        """For an empty pack: the shape it drained for, else the one with most waiting lanes (first come first)."""
+        """For an empty pack: the shape it drained for, else the one with most waiting lanes."""
         counts = Counter(life.shape for life in waiting)
         if view.yields_to in counts:
             return view.yields_to

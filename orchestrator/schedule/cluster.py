@@ -45,7 +45,7 @@ def address() -> str | None:
 
 @contextmanager
 def connect(store: Path) -> Iterator[Cluster]:
-    """Joins or starts Ray; on leaving, whatever the study made is gone. Raises BadInput when it cannot join."""
+    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
     _end_remains()
     where = address()
     os.environ.setdefault(
@@ -80,8 +80,8 @@ def connect(store: Path) -> Iterator[Cluster]:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         if len(nodes) > 1 and not _shared(store):
             raise BadInput(
-                f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(nodes)} nodes: "
-                "every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
+                f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(nodes)} "
+                "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
             )
         yield Cluster(
             cpus=resources.get("CPU", 0.0),
@@ -115,8 +115,8 @@ def _shared(folder: Path) -> bool:
 
 
 # -- what a killed predecessor left ------------------------------------------------------------------------
-# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs, so a
-# driver writes down its Ray's processes and the next one ends those whose driver is gone.
+# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs, so
+# a driver writes down its Ray's processes and the next one ends those whose driver is gone.
 
 
 def _remains_folder() -> Path:

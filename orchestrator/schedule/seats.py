@@ -20,8 +20,7 @@ LAST_SECONDS = 5.0  # what seats get to end by themselves
 
 def how_many(cluster: Cluster, wanted: int | None, gpus_per_seat: float | None) -> tuple[int, float]:
     """Seats, and GPUs a seat: what was asked for if the cluster has it, else what it has room for.
-    Raises BadInput for more than there is (a cluster that scales up may have it later: one with no GPU yet and
-    a GPU asked for is left to --seat-timeout)."""
+    Raises BadInput for more than there is."""
     gpus = gpus_per_seat if gpus_per_seat is not None else (1.0 if cluster.gpus else 0.0)
     if gpus:
         room = int(cluster.gpus / gpus + 1e-9)
@@ -52,7 +51,7 @@ class Seats:
         """Why no seat can be had; empty while one may still come."""
 
     def look(self, work_left: int, live: int) -> None:
-        """Called now and then with the lanes that wait or train, and the seats that have announced themselves."""
+        """Called now and then: `work_left` lanes wait or train, `live` seats have announced themselves."""
         if live:
             self.seen = True
         self._bury()

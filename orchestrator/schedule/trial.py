@@ -1,5 +1,5 @@
-"""Tune's trial: one configuration, a thin client of the broker. It imports no torch and asks for memory, not CPU,
-so that trials never take the cores that seats train on."""
+"""Tune's trial: one configuration, a thin client of the broker. It imports no torch and asks for memory,
+not CPU, so that trials never take the cores that seats train on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB 
 
 
 class Trial(tune.Trainable):
-    """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report; the last result
-    has `done` and the state in which the lane ended."""
+    """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report; the last
+    result has `done` and the state in which the lane ended."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.broker = ray.get_actor(NAME)
@@ -47,8 +47,8 @@ class Trial(tune.Trainable):
         return {**self.last, "state": "training"}
 
     def _end(self, state: str) -> dict[str, Any]:
-        """A diverged lane is worth the floor: a finite number, since NaN and infinities poison schedulers. So is,
-        in Tune's eyes only, a failed one: its record says that it has no score."""
+        """A diverged lane is worth the floor: a finite number, since NaN and infinities poison schedulers. So
+        is, in Tune's eyes only, a failed one: its record says that it has no score."""
         if state != "finished" or not self.last:
             self.last = {
                 "step": self.at,

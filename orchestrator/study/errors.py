@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class BadInput(Exception):
-    """A wrong value from outside. Its text is one line; commands print it without a traceback, exit code 2."""
+    """A wrong value from outside. Its text is one line; commands print it, without a traceback."""
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

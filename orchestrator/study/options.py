@@ -1,4 +1,4 @@
-"""The options that every study script shares, and their rules. Plain Python: `--help` imports nothing heavy."""
+"""The options that every study script shares, and their rules. `--help` imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from orchestrator.study.errors import BadInput
 @dataclass(frozen=True)
 class StudyOptions:
     dry_run: bool = False
-    """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is pretrained
-    here once (about half a minute). Ends in a few minutes with a real report."""
+    """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
+    pretrained here once (about half a minute). Ends in a few minutes with a real report."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa`. Default: all that are checked."""
     task: str | None = None

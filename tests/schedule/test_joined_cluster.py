@@ -1,4 +1,4 @@
-"""A study on a cluster that was there before it: it takes no more than there is, and leaves nothing behind."""
+"""A study on a cluster that was there before it: it takes no more than there is and leaves nothing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-# Ray Train 2.60 starts it with the first Train run: one a cluster, detached, without resources. It is the cluster's
-# own from then on, and the Train runs of others may be using it.
+# Ray Train 2.60 starts it with the first Train run: one a cluster, detached, without resources. It is the
+# cluster's own from then on, and the Train runs of others may be using it.
 RAYS_OWN = "_AutoscalingCoordinatorActor"
 
 
