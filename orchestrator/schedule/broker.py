@@ -21,12 +21,11 @@ from orchestrator.study.configuration import Configuration
 BEAT_SECONDS = 10.0
 STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
-NAME = "broker"  # one a study, in the study's own Ray namespace
+NAME = "broker"
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=1000)
 class Broker:
-    """Every method is a coroutine: the core is only ever touched by one at a time."""
+    """An actor. Every method is a coroutine: the core is only ever touched by one at a time."""
 
     def __init__(self, checkpoints: str, scheduler: str = "") -> None:
         folder = Path(checkpoints)
@@ -110,6 +109,14 @@ class Broker:
             event.set()
 
 
+def start_broker(checkpoints: Path) -> Any:
+    """The broker of a study, in the study's own Ray namespace: any process of the study finds it by NAME."""
+    actor: Any = ray.remote(Broker)
+    # Each trial waits in a call of its own; a broker that dies is started again, empty.
+    options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
+    return actor.options(**options).remote(str(checkpoints))
+
+
 class BrokerSource:
     """A seat's side of the broker: the `Source` of the fine-tuning loop.
 
@@ -155,8 +162,8 @@ class BrokerSource:
         self.held.pop(fingerprint, None)
 
     def _beat(self) -> None:
-        """Loading a large base or a long evaluation keeps the loop from talking: it is not dead. One that says
-        nothing for STUCK_SECONDS is, whatever this thread could say."""
+        """Loading a large base or a long evaluation keeps the loop from talking: it is not dead. One that is
+        silent for STUCK_SECONDS is, whatever this thread could say."""
         while True:
             time.sleep(BEAT_SECONDS)
             if time.monotonic() - self.spoke < STUCK_SECONDS:

@@ -80,7 +80,7 @@ class BrokerCore:
             shape, view.yields_to = self._choose(view, waiting), None
         elif view.yields_to is not None:
             return Offer()
-        leases = []
+        leases: list[Lease] = []
         for life in waiting:
             if life.shape == shape and len(leases) < room:
                 attempt = max(life.attempt, self.newest_attempt(life.fingerprint)) + 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -57,7 +58,7 @@ def connect(store: Path) -> Iterator[Cluster]:
     import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
-    quiet = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if where is None:
         ray.init(
             address="local",
@@ -115,8 +116,8 @@ def _shared(folder: Path) -> bool:
 
 
 # -- what a killed predecessor left ------------------------------------------------------------------------
-# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs, so
-# a driver writes down its Ray's processes and the next one ends those whose driver is gone.
+# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs: a
+# driver writes down its Ray's processes and the next one ends those whose driver is gone.
 
 
 def _remains_folder() -> Path:

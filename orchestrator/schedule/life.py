@@ -94,7 +94,7 @@ class Life:
         return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
 
     def done(self, seat: str, attempt: int, state: State, now: float) -> None:
-        """The seat says how it ended. A final record counts whoever wrote it; else the holder alone is heard."""
+        """The seat says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
         if self.phase is Phase.ENDED:
             return
         if state in ("finished", "diverged"):

@@ -188,7 +188,7 @@ def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
     if ray_cluster.address() is None and not Path("/dev/nvidiactl").exists():
         raise BadInput(
             f"the full study ({experiment.task}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
-            "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task to train it on this CPU."
+            "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
         )
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
-
 IDLE_SECONDS = 60.0
 MALLOC = {
     # glibc gives large blocks back to the system at every free; on a CPU each step would fault them in again,
@@ -68,9 +66,8 @@ def work(settings: Mapping[str, Any]) -> None:
     )
 
 
-@ray.remote(num_cpus=0)
 class SeatHost:
-    """Starts one Train run and waits for its end: `fit` blocks, so each seat has a host of its own."""
+    """An actor. Starts one Train run and waits for its end: `fit` blocks, so each seat has its own host."""
 
     def run(self, name: str, plan: SeatPlan, namespace: str) -> None:
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a finished run is noticed
@@ -78,6 +75,7 @@ class SeatHost:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
+        run_config: Any = RunConfig  # its type stubs are those of Train's first version
         trainer = TorchTrainer(
             work,
             train_loop_config={"name": name, "plan": asdict(plan)},
@@ -85,7 +83,7 @@ class SeatHost:
                 num_workers=1, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
             torch_config=TorchConfig(backend="gloo"),  # one worker talks to nobody
-            run_config=RunConfig(
+            run_config=run_config(
                 name=f"{namespace}-{name}",
                 storage_path=plan.scratch,
                 worker_runtime_env={} if plan.gpus else {"env_vars": MALLOC},

@@ -78,7 +78,8 @@ class Seats:
     def _start(self) -> None:
         name = f"seat-{self.started}"
         self.started += 1
-        host = SeatHost.remote()
+        actor: Any = ray.remote(SeatHost)
+        host = actor.options(num_cpus=0).remote()
         self.running[host.run.remote(name, self.plan, self.namespace)] = (name, host)
 
     def _bury(self) -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.schedule.broker import NAME, Broker
+from orchestrator.schedule.broker import start_broker
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.progress import Progress
 from orchestrator.schedule.seat import SeatPlan
@@ -55,7 +55,7 @@ def train(
 
     Raises BadInput when no seat can be had. Whatever happens, seats and broker are gone afterwards.
     """
-    broker = Broker.options(name=NAME).remote(str(store.checkpoints))
+    broker = start_broker(store.checkpoints)
     watch = _Watch(
         broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended
     )

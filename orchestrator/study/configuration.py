@@ -73,7 +73,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over `steps` optimizer steps: linear warm-up for the fraction `warmup`, then `name`."""
+    """The learning rate over `steps` optimizer steps: linear warm-up for the share `warmup`, then `name`."""
 
     steps: int
     name: ScheduleName = "cosine"
