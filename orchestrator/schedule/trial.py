@@ -33,7 +33,7 @@ class Trial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             try:
-                promise = self.broker.next.remote(self.name, self.configuration, self.at, WAIT_SECONDS)
+                promise: Any = self.broker.next.remote(self.name, self.configuration, self.at, WAIT_SECONDS)
                 news: Any = ray.get(promise)  # Report | State | None
             except ActorUnavailableError:  # it restarts, and is told again what this trial wants
                 time.sleep(0.5)
