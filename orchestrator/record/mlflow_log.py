@@ -104,9 +104,11 @@ class MlflowLog:
                 written += self._write(study, record, record.fingerprint in reused, folder)
         return written
 
-    def finish_study(self, parent: str, status: str = "FINISHED") -> None:
-        """Ends the parent run: FINISHED, FAILED or KILLED."""
+    def finish_study(self, parent: str, status: str = "FINISHED", report: Sequence[Path] = ()) -> None:
+        """Ends the parent run: FINISHED, FAILED or KILLED. The files of `report` become its artifacts."""
         with self._answering():
+            for path in report:
+                self._client.log_artifact(parent, str(path))
             self._client.set_terminated(parent, status)
 
     def _write(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:

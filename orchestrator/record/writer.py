@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
 from orchestrator.record.schema import Record
@@ -38,6 +39,7 @@ class Writer:
         self._refused: set[str] = set()
         self._deadline: float | None = None
         self._status = "FINISHED"
+        self._report: Sequence[Path] = ()
         self.error = ""
         """Why something is delayed; kept when it has since been logged."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
@@ -54,11 +56,12 @@ class Writer:
             self._waiting[record if isinstance(record, str) else record.fingerprint] = None
             self._news.notify()
 
-    def close(self, timeout: float, status: str = "FINISHED") -> int:
+    def close(self, timeout: float, status: str = "FINISHED", report: Sequence[Path] = ()) -> int:
         """Gives the writer `timeout` seconds to log what waits and to end the study's parent run with
-        `status` (FINISHED, FAILED, KILLED). Returns the number of records that are not logged."""
+        `status` (FINISHED, FAILED, KILLED) and the files of `report`. Returns the number of records that are
+        not logged."""
         with self._news:
-            self._status = status
+            self._status, self._report = status, report
             self._deadline = time.monotonic() + timeout
             self._news.notify()
         self._thread.join(timeout)
@@ -74,7 +77,7 @@ class Writer:
                 while (fingerprint := self._next()) is not None:
                     self._log_one(fingerprint)
                     pause = _FIRST_PAUSE
-                self._log.finish_study(parent, self._status)
+                self._log.finish_study(parent, self._status, self._report)
                 return
             except TrackingDown as down:
                 parent, self.error = "", str(down)

@@ -114,7 +114,8 @@ def _run(
         if status == "KILLED":
             console.print(f"Stopped. What is done is kept; to go on: {study.command}", markup=False)
         _report(console, folder, study, store, uri)
-        late = writer.close(LOG_SECONDS if status == "FINISHED" else 5.0, status)
+        files = [folder / name for name in ("report.html", "curves.png", "spread.png", "summary.json")]
+        late = writer.close(LOG_SECONDS if status == "FINISHED" else 5.0, status, files)
         if late:
             console.print(
                 f"MLflow: {late} runs delayed ({writer.error}); {_ours('sync', options)} logs them later.",

@@ -1,7 +1,7 @@
 """Numbers do not change unnoticed: every variant's first losses, against those kept in golden_curves.json.
 
-A change that is meant raises `numerics` (the variant's, the task's or the loop's), so that old records no longer
-count, and writes the file anew:  python tests/finetune/test_golden_curves.py
+A change that is meant raises `numerics` (the variant's, the task's or the loop's), so that old records no
+longer count, and writes the file anew:  python tests/finetune/test_golden_curves.py
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def curve(c: Configuration, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("variant", catalogue.names())
-def test_the_losses_are_what_they_were_under_these_numerics(variant: str, store: Store, tmp_path: Path) -> None:
+def test_the_losses_are_what_they_were_under_these_numerics(
+    variant: str, store: Store, tmp_path: Path
+) -> None:
     golden = json.loads(FILE.read_text()).get(variant, {})
     c = point(variant)
     assert numerics(c) in golden, f"no golden curve of {variant} with {numerics(c)}: see the top of this file"

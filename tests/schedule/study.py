@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -74,20 +75,27 @@ def rays() -> set[int]:
     return found
 
 
-def children(output: Path, study: str) -> Sequence[tuple[str, str]]:
-    """(fingerprint, status) of every MLflow child of the study."""
+def _runs(output: Path, study: str) -> tuple[Any, list[Any]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name(study)
-    runs = client.search_runs([experiment.experiment_id], max_results=10_000)
+    return client, list(client.search_runs([experiment.experiment_id], max_results=10_000))
+
+
+def children(output: Path, study: str) -> list[tuple[str, str]]:
+    """(fingerprint, status) of every MLflow child of the study."""
+    runs = _runs(output, study)[1]
     return [(r.data.tags["fingerprint"], r.info.status) for r in runs if "fingerprint" in r.data.tags]
 
 
-def parents(output: Path, study: str) -> Sequence[str]:
+def parents(output: Path, study: str) -> list[str]:
     """Status of the study's parent runs: one is right."""
-    from mlflow import MlflowClient
+    return [r.info.status for r in _runs(output, study)[1] if "fingerprint" not in r.data.tags]
 
-    client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=10_000)
-    return [r.info.status for r in runs if "fingerprint" not in r.data.tags]
+
+def artifacts(output: Path, study: str) -> set[str]:
+    """What the parent run keeps."""
+    client, runs = _runs(output, study)
+    (parent,) = [r for r in runs if "fingerprint" not in r.data.tags]
+    return {file.path for file in client.list_artifacts(parent.info.run_id)}

@@ -41,6 +41,7 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     assert all(r.provenance.attempt == 1 for r in first.values())
     assert not list((output / "store" / "checkpoints").iterdir()), "a finished lane's checkpoints go"
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in first)
+    assert study.artifacts(output, NAME) >= {"report.html", "curves.png"}
 
     code, out, _ = study.run(output, *SMALL, "--learning-rates", "1e-3", "1e-2")
     assert code == 0
