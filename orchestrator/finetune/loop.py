@@ -27,6 +27,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+BROKEN_AFTER = 3
+
+
+class SeatBroken(RuntimeError):
+    """Whatever this process is given fails."""
+
 
 def run(
     source: Source,
@@ -83,6 +89,7 @@ class _Loop:
         self.provenance, self.save_adapter = provenance, save_adapter
         self.lanes: dict[str, Lane] = {}
         self.closed = False
+        self.failed_in_row: set[str] = set()
         self.leased_at = self.exchanged_at = -float("inf")
 
     # -- the source -------------------------------------------------------------------------------------
@@ -188,6 +195,8 @@ class _Loop:
             lane.pack_lanes = max(lane.pack_lanes, together)
             for _, reason in self._attempt([lane], partial(_take_step, step)):
                 diverged += [(lane, reason)] if reason else []
+        if taken:
+            self.failed_in_row.clear()
         _share(started, lanes, "train_seconds")
         for lane, reason in diverged:
             self._end(lane, "diverged", reason)
@@ -238,7 +247,15 @@ class _Loop:
             self.source.done(lane.name, attempt, state)
 
     def _fail(self, lane: Lane, error: Exception) -> None:
+        """The lane's own record says why. When one lane after another fails and none takes a step, it is not
+        the lanes: a lost GPU, a base that is gone. Then this seat ends, before it has spoilt them all."""
         self._end(lane, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
+        self.failed_in_row.add(lane.name)
+        if len(self.failed_in_row) >= BROKEN_AFTER:
+            raise SeatBroken(
+                f"{len(self.failed_in_row)} configurations in a row failed without a step, the last with "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _leave(self, lane: Lane) -> None:
         lane.move(Phase.ENDED)

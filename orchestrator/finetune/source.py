@@ -64,7 +64,7 @@ class Source(Protocol):
     def report(self, report: Report) -> Answer: ...
 
     def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        """A sign of life with each lane's step (fingerprint -> step); returns changed answers only."""
+        """A sign of life with each lane's step (fingerprint -> step); returns what to do with them."""
         ...
 
     def done(self, fingerprint: str, attempt: int, state: State) -> None:

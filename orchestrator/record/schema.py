@@ -12,6 +12,9 @@ from orchestrator.study.configuration import Configuration
 
 SCHEMA_VERSION = 1
 
+FAILURES_ALLOWED = 3
+"""A configuration that failed is tried again twice, no more."""
+
 State = Literal["finished", "diverged", "stopped", "failed"]
 
 # A diverged lane's curve may hold NaN and infinities; JSON has none, so they are written as strings.

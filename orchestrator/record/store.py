@@ -27,9 +27,6 @@ from orchestrator.record import files
 from orchestrator.record.schema import SCHEMA_VERSION, Record, State
 from orchestrator.study.errors import BadInput
 
-FAILURES_ALLOWED = 3
-"""A configuration that failed is tried again twice, no more."""
-
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
 # What `_text` puts first, so that the state is known without parsing the file.
@@ -47,7 +44,7 @@ class Store:
     """
 
     def __init__(self, root: Path | str, create: bool = True) -> None:
-        self.root = Path(root)
+        self.root = Path(root).resolve()  # the same folder for processes that work elsewhere
         self.records_folder = self.root / "records"
         self.bases = self.root / "bases"
         self.checkpoints = self.root / "checkpoints"
@@ -86,6 +83,10 @@ class Store:
         else:
             files.replace_text(failed, _text(record, {"failures": self.failures(record.fingerprint) + 1}))
         return True
+
+    def forget_failures(self, fingerprint: str) -> None:
+        """A configuration that failed counts as new again."""
+        self._path(fingerprint, "failed").unlink(missing_ok=True)
 
     def clear_checkpoints(self, fingerprint: str) -> None:
         """Removes all attempts' checkpoints of one configuration; nothing to remove is fine."""

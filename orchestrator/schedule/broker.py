@@ -7,7 +7,6 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +14,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.record.schema import State
+from orchestrator.record.store import Store
 from orchestrator.schedule.broker_core import BrokerCore
 from orchestrator.study.configuration import Configuration
 
@@ -27,14 +27,15 @@ NAME = "broker"
 class Broker:
     """An actor. Every method is a coroutine: the core is only ever touched by one at a time."""
 
-    def __init__(self, checkpoints: str, scheduler: str = "") -> None:
-        folder = Path(checkpoints)
+    def __init__(self, root: str, scheduler: str = "") -> None:
+        store = Store(root)
 
         def newest_attempt(fingerprint: str) -> int:
-            attempts = (folder / fingerprint).glob("*")
+            attempts = (store.checkpoints / fingerprint).glob("*")
             return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
 
-        self.core = BrokerCore(newest_attempt, scheduler)
+        self.core = BrokerCore(newest_attempt, store.failures, scheduler)
+        self.given_up = False
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
 
@@ -48,7 +49,7 @@ class Broker:
         self.core.submit(trial, configuration, time.monotonic())
         deadline = time.monotonic() + timeout
         while True:
-            answer = self.core.next(fingerprint, after)
+            answer = "failed" if self.given_up else self.core.next(fingerprint, after)
             left = deadline - time.monotonic()
             if answer is not None or left <= 0:
                 return answer
@@ -103,18 +104,24 @@ class Broker:
         """No more trials will come: seats end when nothing waits."""
         self.core.closed = True
 
+    async def give_up(self) -> None:
+        """The study cannot go on: no trial is kept waiting."""
+        self.given_up = True
+        for event in self.changed.values():
+            event.set()
+
     def _tell(self, fingerprint: str) -> None:
         event = self.changed.get(fingerprint)
         if event is not None:
             event.set()
 
 
-def start_broker(checkpoints: Path) -> Any:
+def start_broker(store: Store) -> Any:
     """The broker of a study, in the study's own Ray namespace: any process of the study finds it by NAME."""
     actor: Any = ray.remote(Broker)
     # Each trial waits in a call of its own; a broker that dies is started again, empty.
     options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    return actor.options(**options).remote(str(checkpoints))
+    return actor.options(**options).remote(str(store.root))
 
 
 class BrokerSource:

@@ -31,11 +31,15 @@ class SeatView:
 
 class BrokerCore:
     def __init__(
-        self, newest_attempt: Callable[[str], int] = lambda fingerprint: 0, scheduler: str = ""
+        self,
+        newest_attempt: Callable[[str], int] = lambda fingerprint: 0,
+        failures: Callable[[str], int] = lambda fingerprint: 0,
+        scheduler: str = "",
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
+        `failures`: how often a lane has failed before, whoever trained it.
         `scheduler`: the settings of the study's early stopping; with any, lanes park after a report."""
-        self.newest_attempt = newest_attempt
+        self.newest_attempt, self.failures = newest_attempt, failures
         self.scheduler = scheduler
         self.lives: dict[str, Life] = {}
         self.configurations: dict[str, Configuration] = {}
@@ -52,6 +56,7 @@ class BrokerCore:
         life = self.lives.get(fingerprint)
         if life is None:
             life = self.lives[fingerprint] = Life(fingerprint, configuration.shape, now, bool(self.scheduler))
+            life.failures = self.failures(fingerprint)
         self.configurations[fingerprint] = configuration
         life.trials.add(trial)
         if life.phase is Phase.ENDED and life.state == "stopped":
@@ -128,8 +133,9 @@ class BrokerCore:
 
     def done(self, seat: str, fingerprint: str, attempt: int, state: State, now: float) -> None:
         view = self._hear(seat, now)
-        view.lanes.discard(fingerprint)
         life = self.lives.get(fingerprint)
+        if life is None or not (life.seat == seat and life.attempt != attempt):
+            view.lanes.discard(fingerprint)  # else it has it anew, and only the old lease has ended
         if life is None or life.phase is Phase.ENDED:
             return
         life.done(seat, attempt, state, now)

@@ -8,27 +8,73 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from orchestrator.study.errors import BadInput
 
+SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
+ONE_RAY = (  # two Rays on one machine can end each other's Train runs
+    "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
+)
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Node:
     cpus: float
     gpus: float
-    nodes: int
     memory: float
     """Bytes that Ray may promise."""
-    namespace: str
-    local: bool
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: tuple[Node, ...]
+    namespace: str = ""
+    local: bool = True
+
+    @property
+    def memory(self) -> float:
+        return sum(node.memory for node in self.nodes)
+
+    def seats(self, wanted: int | None, gpus_per_seat: float | None) -> tuple[int, float]:
+        """Seats, and GPUs a seat: what was asked for if there is room, else all there is room for.
+        Raises BadInput for more than there is."""
+        all_gpus = sum(node.gpus for node in self.nodes)
+        gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
+        if gpus:
+            each = int(1 / gpus + 1e-9)  # a seat's share of a GPU lies on one GPU
+            room = sum(min(int(node.cpus), int(node.gpus) * each) for node in self.nodes)
+            needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
+        else:
+            room = sum(min(int(node.cpus), max(1, int(node.memory / SEAT_MEMORY))) for node in self.nodes)
+            needs, there = "a CPU and 2 GiB", f"{sum(node.memory for node in self.nodes) / 2**30:.0f} GiB"
+        if room < 1 or (wanted or 0) > room:
+            asked = f"--seats {wanted}" if wanted else f"--gpus-per-seat {gpus:g}"
+            advice = (
+                f"take --seats {room}" if room else "leave --gpus-per-seat out, or join a cluster with GPUs"
+            )
+            raise BadInput(
+                f"{asked}: there is room for {room} seats (each takes {needs}; there are "
+                f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
+            )
+        return wanted or room, gpus
+
+
+def this_machine() -> Cluster:
+    """What a Ray that is started here would have, about; starts nothing."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
+    memory = 0.7 * psutil.virtual_memory().available
+    return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
 
 
 def address() -> str | None:
@@ -47,8 +93,13 @@ def address() -> str | None:
 @contextmanager
 def connect(store: Path) -> Iterator[Cluster]:
     """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
-    _end_remains()
     where = address()
+    with exclusively(_remains_folder() / "lock", ONE_RAY) if where is None else nullcontext():
+        _end_remains()
+        yield from _connected(where, store)
+
+
+def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
@@ -62,7 +113,6 @@ def connect(store: Path) -> Iterator[Cluster]:
     if where is None:
         ray.init(
             address="local",
-            num_cpus=max(2, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
@@ -77,24 +127,35 @@ def connect(store: Path) -> Iterator[Cluster]:
                 "start that cluster, or unset RAY_ADDRESS to start Ray here."
             ) from None
     try:
-        resources = ray.cluster_resources()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if len(nodes) > 1 and not _shared(store):
             raise BadInput(
                 f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(nodes)} "
                 "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
             )
         yield Cluster(
-            cpus=resources.get("CPU", 0.0),
-            gpus=resources.get("GPU", 0.0),
-            nodes=len(nodes),
-            memory=resources.get("memory", 0.0),
+            tuple(Node(n.get("CPU", 0.0), n.get("GPU", 0.0), n.get("memory", 0.0)) for n in nodes),
             namespace=namespace,
             local=where is None,
         )
     finally:
         ray.shutdown()
         _remains_file().unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusively(file: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock that goes with the process, however it ends. Raises BadInput when another holds it."""
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    lock = FileLock(file, timeout=5)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BadInput(refusal) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _listens(host: str, port: int) -> bool:
@@ -131,7 +192,6 @@ def _remains_file() -> Path:
 def _write_remains() -> None:
     me = psutil.Process()
     rays = [p for p in me.children(recursive=True) if p.is_running()]
-    _remains_folder().mkdir(mode=0o700, exist_ok=True)
     identities = [(p.pid, p.create_time()) for p in (me, *rays)]
     _remains_file().write_text(json.dumps(identities))
 
@@ -153,7 +213,8 @@ def _end_remains() -> None:
             continue
         if _alive(*driver):
             continue
-        raylets = {str(pid) for pid, _ in rays}
+        # A number may be another process's by now.
+        raylets = {str(pid) for pid, created in rays if not psutil.pid_exists(pid) or _alive(pid, created)}
         doomed = [process for identity in rays if (process := _alive(*identity))]
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.finetune.source import Answer, Report
-from orchestrator.record.schema import State
+from orchestrator.record.schema import FAILURES_ALLOWED, State
 
-TRIES = 3  # a failed lane is tried again, twice at most
 ORPHAN_SECONDS = 60.0  # how long a lane announced by a seat waits for its trial after the broker restarted
 
 
@@ -102,7 +101,7 @@ class Life:
         elif self.held_by(seat, attempt):
             if state == "failed":
                 self.failures += 1
-                if self.failures >= TRIES:
+                if self.failures >= FAILURES_ALLOWED:
                     self._end("failed")
                     return
             elif not self.wanted(now):

@@ -43,6 +43,7 @@ class Progress:
     best: Best | None = None
     started: float = field(default_factory=time.monotonic)
     first_lane: float | None = None
+    _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
     _last_plain: float = 0.0
 
@@ -76,6 +77,9 @@ class Progress:
 
     def ended(self, record: Record) -> None:
         """A lane has ended with this record."""
+        if record.fingerprint in self._seen:
+            return
+        self._seen.add(record.fingerprint)
         self.done += 1
         self.diverged += record.state == "diverged"
         self.failed += record.state == "failed"

@@ -48,7 +48,11 @@ def work(settings: Mapping[str, Any]) -> None:
     from orchestrator.schedule.broker import BrokerSource
 
     plan = SeatPlan(**settings["plan"])
-    gpu = plan.gpus > 0 and torch.cuda.is_available()
+    gpu = plan.gpus > 0
+    if gpu and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"Ray gave this seat a GPU that torch {torch.__version__} cannot use; install one for its driver"
+        )
     if not gpu:
         torch.set_num_threads(1)  # seats share the cores: two threads each made a pretraining 17 times slower
     store = Store(Path(plan.store))
@@ -75,7 +79,9 @@ class SeatHost:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        run_config: Any = RunConfig  # its type stubs are those of Train's first version
+        # Type checkers see the signatures of Train's first version.
+        run_config: Any = RunConfig
+        failure_config: Any = FailureConfig
         trainer = TorchTrainer(
             work,
             train_loop_config={"name": name, "plan": asdict(plan)},
@@ -87,9 +93,8 @@ class SeatHost:
                 name=f"{namespace}-{name}",
                 storage_path=plan.scratch,
                 worker_runtime_env={} if plan.gpus else {"env_vars": MALLOC},
-                failure_config=FailureConfig(
-                    max_failures=0
-                ),  # a dead seat is replaced as a whole, by the driver
+                # A dead seat is replaced as a whole, by the driver.
+                failure_config=failure_config(max_failures=0, controller_failure_limit=0),
             ),
         )
         trainer.fit()

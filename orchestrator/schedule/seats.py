@@ -9,30 +9,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.seat import SeatHost, SeatPlan
-from orchestrator.study.errors import BadInput
 
-SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
-DEATHS_ALLOWED = 3  # in a row, without a lane ending in between
+DEATHS_ALLOWED = 3  # in a row, without a lane finishing in between
 LAST_SECONDS = 5.0  # what seats get to end by themselves
-
-
-def how_many(cluster: Cluster, wanted: int | None, gpus_per_seat: float | None) -> tuple[int, float]:
-    """Seats, and GPUs a seat: what was asked for if the cluster has it, else what it has room for.
-    Raises BadInput for more than there is."""
-    gpus = gpus_per_seat if gpus_per_seat is not None else (1.0 if cluster.gpus else 0.0)
-    if gpus:
-        room = int(cluster.gpus / gpus + 1e-9)
-        unit = f"{gpus:g} GPU each and there are {cluster.gpus:g} GPUs"
-    else:
-        room = int(min(cluster.cpus, max(1.0, cluster.memory / SEAT_MEMORY)))
-        unit = f"one CPU and 2 GiB each and there are {cluster.cpus:g} CPUs, {cluster.memory / 2**30:.0f} GiB"
-    if room < 1 or (wanted or 0) > room:
-        asked = f"--seats {wanted}" if wanted else f"--gpus-per-seat {gpus:g}"
-        advice = f"take --seats {room}" if room else "leave --gpus-per-seat out, or join a cluster with GPUs"
-        raise BadInput(f"{asked}: more than the cluster has room for ({unit}); {advice}.")
-    return wanted or room, gpus
 
 
 class Seats:
@@ -45,26 +25,32 @@ class Seats:
         self.running: dict[Any, tuple[str, Any]] = {}  # what `run` promised -> seat's name, its host
         self.started = 0
         self.deaths = 0
-        self.began = time.monotonic()
-        self.seen = False
+        self.without_since: float | None = None
+        self.waited = False
         self.trouble = ""
         """Why no seat can be had; empty while one may still come."""
 
-    def look(self, work_left: int, live: int) -> None:
-        """Called now and then: `work_left` lanes wait or train, `live` seats have announced themselves."""
-        if live:
-            self.seen = True
+    def look(self, waiting: int, training: int, live: int) -> None:
+        """Called now and then: lanes that wait and that train, seats that have announced themselves. A seat
+        that has ended for want of work is replaced when lanes wait for longer than a moment."""
         self._bury()
-        while work_left and not self.trouble and len(self.running) < min(self.count, work_left):
-            self._start()
-        if not self.seen and time.monotonic() - self.began > self.plan.start_seconds:
+        if waiting and (self.waited or not self.started):
+            while not self.trouble and len(self.running) < self.count:
+                self._start()
+        self.waited = bool(waiting)
+        if live or not (waiting or training):
+            self.without_since = None
+        elif self.without_since is None:
+            self.without_since = time.monotonic()
+        elif time.monotonic() - self.without_since > self.plan.start_seconds and not self.trouble:
             need = ", ".join(f"{value:g} {name}" for name, value in self.plan.resources.items())
             self.trouble = (
-                f"No seat started within {self.plan.start_seconds:g} s: a seat needs {need}. "
+                f"No seat for {self.plan.start_seconds:g} s: a seat needs {need}. "
                 "Free or add them, or give the cluster longer with --seat-timeout."
             )
 
-    def lane_ended(self) -> None:
+    def lane_finished(self) -> None:
+        """A seat can train after all."""
         self.deaths = 0
 
     def end(self) -> None:

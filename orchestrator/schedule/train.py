@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from orchestrator.schedule.seat import SeatPlan
 from orchestrator.schedule.seats import Seats
 from orchestrator.schedule.trial import MEMORY_BYTES, Trial
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import Trouble
 
 LOOK_SECONDS = 0.5
 
@@ -53,9 +53,10 @@ def train(
 ) -> None:
     """Trains all of `configurations`, in this order; `ended` is called with each record, from another thread.
 
-    Raises BadInput when no seat can be had. Whatever happens, seats and broker are gone afterwards.
+    Raises Trouble when no seat can be had. Whatever happens, seats and broker are gone afterwards.
     """
-    broker = start_broker(store.checkpoints)
+    _HOPELESS.clear()
+    broker = start_broker(store)
     watch = _Watch(
         broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended
     )
@@ -75,24 +76,41 @@ def train(
                 storage_path=str(scratch),
                 verbose=0,
                 callbacks=[_TellBroker(broker)],
+                stop=_WhenHopeless(),
                 failure_config=tune.FailureConfig(
                     max_failures=3
                 ),  # of trial processes; lanes are the broker's
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        tuner.fit()
-    except KeyboardInterrupt:
-        if not watch.seats.trouble:  # else it was the watch that ended a wait without hope
-            raise
+        results = tuner.fit()
     finally:
         watch.finish()
+    if watch.error is not None:
+        raise watch.error
     if watch.seats.trouble:
-        raise BadInput(watch.seats.trouble)
+        raise Trouble(watch.seats.trouble)
+    for error in results.errors[:1]:
+        progress.say(
+            f"{len(results.errors)} trials failed, the first with: {str(error).strip().splitlines()[-1]}"
+        )
 
 
 def _name(trial: Any) -> str:
     return f"{Configuration.from_json(trial.config['configuration']).fingerprint[:12]}-{trial.trial_id}"
+
+
+_HOPELESS = threading.Event()  # not a part of the stopper, which Tune pickles
+
+
+class _WhenHopeless(tune.Stopper):
+    """Ends Tune's loop when the watch has given up; the broker lets the waiting trials go."""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return _HOPELESS.is_set()
 
 
 class _TellBroker(tune.Callback):
@@ -118,6 +136,7 @@ class _Watch(threading.Thread):
         self.broker, self.seats, self.store, self.progress, self.ended = broker, seats, store, progress, ended
         self.stop = threading.Event()
         self.read, self.born = 0, ""
+        self.error: Exception | None = None
 
     def run(self) -> None:
         while not self.stop.wait(LOOK_SECONDS):
@@ -125,18 +144,28 @@ class _Watch(threading.Thread):
                 self._look()
             except RayError:
                 continue  # the broker restarts; what ended meanwhile is in the store
+            except Exception as error:  # a full disk, a closed pipe: without a watch the study would hang
+                self.error = error
+            if self.error is not None or self.seats.trouble:
+                self._give_up()
+                return
+
+    def _give_up(self) -> None:
+        _HOPELESS.set()
+        self.broker.give_up.remote()
 
     def finish(self) -> None:
         """Called by the main thread after `fit`, however that ended."""
         self.stop.set()
         self.join(timeout=10)
         try:
-            ray.get(self.broker.close.remote(), timeout=5)
-            self._look()
-        except RayError:
-            pass
-        self.seats.end()
-        ray.kill(self.broker)
+            with suppress(RayError):
+                ray.get(self.broker.close.remote(), timeout=5)
+                if self.error is None:
+                    self._look()
+        finally:
+            self.seats.end()
+            ray.kill(self.broker)
 
     def _look(self) -> None:
         news = ray.get(self.broker.news.remote(self.read, self.born), timeout=10)
@@ -147,7 +176,8 @@ class _Watch(threading.Thread):
             if record is not None:
                 self.progress.ended(record)
                 self.ended(record)
-            self.seats.lane_ended()
+                if record.state in ("finished", "diverged"):
+                    self.seats.lane_finished()
         self.read += len(news["ended"])
         progress, counts = self.progress, news["counts"]
         progress.training = counts.get("leased", 0) + counts.get("parked", 0)
@@ -156,8 +186,5 @@ class _Watch(threading.Thread):
         if progress.training and progress.first_lane is None:
             progress.first_lane = time.monotonic()
         if not self.stop.is_set():
-            self.seats.look(progress.training + progress.waiting, counts["seats"])
-            if self.seats.trouble:
-                _thread.interrupt_main()  # `fit` would wait for ever for trials that nobody serves
-                self.stop.set()
+            self.seats.look(progress.waiting, progress.training, counts["seats"])
         progress.show()

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, Trouble
 
 
 def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
-    A `BadInput` is one line on stderr and exit code 2, Ctrl-C is exit code 130, both without a traceback. Any
-    other exception is a bug and shows itself.
+    A `BadInput` is one line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C is exit
+    code 130, all without a traceback. Any other exception is a bug and shows itself.
     """
     try:
         code = run() or 0
@@ -22,6 +22,9 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except Trouble as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

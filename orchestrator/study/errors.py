@@ -10,6 +10,11 @@ class BadInput(Exception):
     """A wrong value from outside. Its text is one line; commands print it, without a traceback."""
 
 
+class Trouble(Exception):
+    """Something outside the user's command went wrong and the study cannot go on. Its text is one line;
+    commands print it without a traceback, exit code 1."""
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """A suggestion to put behind a message about an unknown name: the nearest choice, or all of them."""
     choices = sorted(choices)

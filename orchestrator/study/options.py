@@ -60,6 +60,8 @@ class StudyOptions:
     """GPUs of a seat; a fraction lets seats share one. Default: 1 where there are GPUs, else 0."""
     seat_timeout: float = 300.0
     """Seconds to wait for the resources of a first seat (a cluster that scales up may need 1800)."""
+    retry_failed: bool = False
+    """Train again what failed three times; without it, that counts as known."""
     plan: bool = False
     """Print what would be trained, what is known already and the estimated time; start nothing."""
 

@@ -63,6 +63,8 @@ BAD = {
         (*DRY, "--tracking-uri", "http://127.0.0.1:9"),
         ["'http://127.0.0.1:9'", "cannot be reached"],
     ),
+    "more seats than there are cores": ((*DRY, "--seats", "4000"), ["--seats 4000", "take --seats "]),
+    "a GPU where there is none": ((*DRY, "--gpus-per-seat", "1"), ["--gpus-per-seat 1", "0 GPUs"]),
     "study name": ((*DRY, "--study", "a/b"), ["--study 'a/b'"]),
     "nothing to run on": ((), ["GPU", "--dry-run"]),
 }

@@ -60,6 +60,13 @@ def finals(output: Path) -> int:
     return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
 
 
+def half_trained(output: Path) -> set[str]:
+    """Those that have a checkpoint and no final record."""
+    store = Store(output / "store")
+    found = {path.parts[-3] for path in store.checkpoints.glob("*/*/*.safetensors")}
+    return {f for f in found if store.meets(f) is None}
+
+
 def rays() -> set[int]:
     """Processes of any Ray on this machine."""
     found = set()

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator.finetune.source import Answer, Report
+from orchestrator.record.schema import FAILURES_ALLOWED
 from orchestrator.schedule.broker_core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore
-from orchestrator.schedule.life import TRIES, Phase
+from orchestrator.schedule.life import Phase
 from orchestrator.study.configuration import (
     Batches,
     Configuration,
@@ -221,7 +222,7 @@ class Broker(RuleBasedStateMachine):
             ]
             assert len(holders) == leased
             assert life.phase is not Phase.PARKED or life.gated
-            assert life.failures <= TRIES
+            assert life.failures <= FAILURES_ALLOWED
             steps = [report.step for report in life.reports]
             assert steps == sorted(set(steps))
 
@@ -320,7 +321,7 @@ def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
     core = BrokerCore()
     point = configuration()
     core.submit("t", point, 0.0)
-    for _ in range(TRIES):
+    for _ in range(FAILURES_ALLOWED):
         (lease,) = core.lease("a", None, 1, 0.0).leases
         core.done("a", point.fingerprint, lease.attempt, "failed", 0.0)
     assert core.lease("a", None, 1, 0.0).leases == ()

@@ -29,7 +29,8 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     assert code == 0, out + err
     assert "0 of 4 known" in out
     assert "4 trained" in out
-    assert max(map(len, out.splitlines())) <= 80 or "Report:" in out
+    for line in out.splitlines():
+        assert len(line) <= 80 or line.startswith(("Report", "Picture", "MLflow")), "paths are not cut"
     folder = output / NAME
     for file in ("report.html", "curves.png", "summary.json", "study.json", "study.log"):
         assert (folder / file).stat().st_size > 0
@@ -73,38 +74,38 @@ def test_kill_9_of_the_driver_loses_nothing(output: Path) -> None:
         "--seeds",
         "2",
         "--steps",
-        "240",
+        "1000",
+        "--lanes-per-seat",
+        "2",
         "--learning-rates",
         "1e-3",
-        "3e-3",
         "1e-2",
     )
     before = study.rays()
     process = study.start(output, *arguments)
-    checkpoints = output / "store" / "checkpoints"
     # In the middle: some are done, others have a checkpoint.
-    study.wait_for(
-        lambda: study.finals(output) >= 2 and any(checkpoints.glob("*/*/*.safetensors")), 150, process
-    )
+    study.wait_for(lambda: study.finals(output) >= 2 and bool(study.half_trained(output)), 150, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     killed = time.time()
     done = {f: r.provenance.ended for f, r in records(output).items() if r.state == "finished"}
-    half = {path.parts[-3] for path in checkpoints.glob("*/*/*.safetensors")} - set(done)
-    assert len(done) < 12
+    half = study.half_trained(output)
+    assert len(done) < 8
 
     code, out, err = study.run(output, *arguments)
     assert code == 0, out + err
     now = records(output)
-    assert len(now) == 12
-    assert Counter(r.state for r in now.values()) == {"finished": 12}
+    assert len(now) == 8
+    assert Counter(r.state for r in now.values()) == {"finished": 8}
     for fingerprint, ended in done.items():
         assert now[fingerprint].provenance.ended == ended < killed + 1, "finished ones are not trained again"
+    # Seats outlive their driver by a moment, and may have ended a lane in it.
+    half = {f for f in half if now[f].provenance.ended > killed + 5}
     for fingerprint in half:
         assert now[fingerprint].provenance.resumed_from, "half-trained ones go on from their checkpoints"
         steps = [step.step for step in now[fingerprint].curve]
         assert steps == sorted(set(steps))
-        assert len(steps) == 240
+        assert len(steps) == 1000
     assert half
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
     assert study.parents(output, NAME) == ["FINISHED"]

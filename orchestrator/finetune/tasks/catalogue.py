@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +25,10 @@ def get(name: str) -> Task:
     """The task called `name`, or the one in the file `name` (it ends in .py; every worker needs to reach it
     under that path, which is then the task's name). Raises BadInput for a name or file that is none."""
     if name.endswith(".py"):
-        task = _only_task(_load_file(Path(name)))
-        task.name = name
+        # The full path: Ray's workers have working folders of their own.
+        path = Path(name).resolve()
+        task = _only_task(_load_file(path))
+        task.name = str(path)
         return task
     if name not in names():
         raise BadInput(
@@ -41,6 +44,7 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is made
     try:
         spec.loader.exec_module(module)
     except Exception as error:
