@@ -18,7 +18,9 @@ from orchestrator.record.store import Store
 SCRIPT = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
 
 
-def start(output: Path, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:
+def start(
+    output: Path, *arguments: str, address: str | None = None, cwd: Path | None = None
+) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
     if address:
         environment["RAY_ADDRESS"] = address
@@ -28,6 +30,7 @@ def start(output: Path, *arguments: str, address: str | None = None) -> subproce
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=cwd,
         start_new_session=True,
     )
 
@@ -42,8 +45,10 @@ def end(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str,
     return process.returncode, out, err
 
 
-def run(output: Path, *arguments: str, address: str | None = None) -> tuple[int, str, str]:
-    return end(start(output, *arguments, address=address))
+def run(
+    output: Path, *arguments: str, address: str | None = None, cwd: Path | None = None
+) -> tuple[int, str, str]:
+    return end(start(output, *arguments, address=address, cwd=cwd))
 
 
 def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -63,6 +64,18 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     assert pyarrow.parquet.read_table(output / "store" / "records.parquet").num_rows == 6
     summary = json.loads((folder / "summary.json").read_text())
     assert json.dumps(summary).count("learning_rate") > 0
+
+
+@pytest.mark.timeout(300)
+def test_a_users_own_task_file_runs_and_paths_may_be_relative(output: Path, tmp_path: Path) -> None:
+    shutil.copy(Path(__file__).parents[1] / "finetune" / "words_task.py", tmp_path / "my_task.py")
+    arguments = ("--task", "my_task.py", "--variants", "lora", "--seeds", "1", "--steps", "4")
+    code, out, err = study.run(Path("results"), *arguments, "--learning-rates", "1e-2", cwd=tmp_path)
+    assert code == 0, out + err
+    (record,) = records(output).values()
+    assert record.configuration.task.name == str(tmp_path / "my_task.py")
+    assert len(record.items["test"].answers) == record.configuration.task.test_size
+    assert (output / "lr_sensitivity-my_task-letters-base" / "report.html").exists()
 
 
 @pytest.mark.timeout(500)
