@@ -89,7 +89,8 @@ class _Loop:
         self.provenance, self.save_adapter = provenance, save_adapter
         self.lanes: dict[str, Lane] = {}
         self.closed = False
-        self.failed_in_row: set[str] = set()
+        self.last_failure = ""
+        self.failed_alike: set[str] = set()
         self.leased_at = self.exchanged_at = -float("inf")
 
     # -- the source -------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class _Loop:
             for _, reason in self._attempt([lane], partial(_take_step, step)):
                 diverged += [(lane, reason)] if reason else []
         if taken:
-            self.failed_in_row.clear()
+            self.last_failure = ""
         _share(started, lanes, "train_seconds")
         for lane, reason in diverged:
             self._end(lane, "diverged", reason)
@@ -247,14 +248,17 @@ class _Loop:
             self.source.done(lane.name, attempt, state)
 
     def _fail(self, lane: Lane, error: Exception) -> None:
-        """The lane's own record says why. When one lane after another fails and none takes a step, it is not
-        the lanes: a lost GPU, a base that is gone. Then this seat ends, before it has spoilt them all."""
-        self._end(lane, "failed", f"{type(error).__name__}: {error}", traceback.format_exc())
-        self.failed_in_row.add(lane.name)
-        if len(self.failed_in_row) >= BROKEN_AFTER:
+        """The lane's own record says why. When one lane after another fails with the same words and none is
+        left to take a step, it is not the lanes: a lost GPU, a base that is gone. Then this seat ends, before
+        it has spoilt them all."""
+        reason = f"{type(error).__name__}: {error}"
+        self._end(lane, "failed", reason, traceback.format_exc())
+        if reason != self.last_failure:
+            self.last_failure, self.failed_alike = reason, set()
+        self.failed_alike.add(lane.name)
+        if len(self.failed_alike) >= BROKEN_AFTER and not self.lanes:
             raise SeatBroken(
-                f"{len(self.failed_in_row)} configurations in a row failed without a step, the last with "
-                f"{type(error).__name__}: {error}"
+                f"{len(self.failed_alike)} configurations in a row failed with {reason}"
             ) from error
 
     def _leave(self, lane: Lane) -> None:

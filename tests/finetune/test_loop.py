@@ -25,6 +25,8 @@ from scripted import (
 
 from orchestrator.finetune.checkpoint import newest
 from orchestrator.finetune.lane import Lane
+from orchestrator.finetune.loop import SeatBroken
+from orchestrator.finetune.models import Bench
 from orchestrator.finetune.phase import NEXT, IllegalMove, Phase, due_steps
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.record.schema import Record
@@ -297,6 +299,19 @@ def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
         record = get(store, one.fingerprint)
         assert words in record.reason
         assert "Traceback" in record.traceback
+
+
+def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all(store: Store) -> None:
+    """The base cannot be loaded: the first three say so, the rest is left to other seats."""
+
+    def gone(choice: ModelChoice) -> Bench:
+        raise OSError("the base is gone")
+
+    source = Script(leases(configuration(seed=seed) for seed in range(8)))
+    with pytest.raises(SeatBroken, match=r"3 configurations in a row failed with OSError: the base is gone"):
+        train(source, store, load_bench=gone)
+    assert [state for _, _, state in source.ended] == ["failed"] * 3
+    assert len(source.leases) == 5
 
 
 POISONED = '''

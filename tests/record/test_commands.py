@@ -63,7 +63,7 @@ def test_sync_rebuilds_both_projections(results):
         done = _run("sync", folder=results)
         assert (done.returncode, done.stderr) == (0, "")
         first, rates, second = done.stdout.splitlines()
-        assert first == "results/store/records.parquet: 4 records"
+        assert first == f"{results}/results/store/records.parquet: 4 records"
         assert rates.startswith("rates: 4 of 4 configurations in sqlite:///")
         assert rates.endswith(f"{written} of them written now")
         assert second.startswith("second: 1 of 2 configurations")
@@ -122,7 +122,7 @@ def test_report_of_a_study(results):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "0" * 20), "no record in results/store starts so"),
+        (("show", "0" * 20), "results/store starts so"),
         (("show", "lora"), "hexadecimal"),
         (("show",), "name at least one fingerprint"),
         (("show", "ab", "--output", "nowhere"), "no store here"),

@@ -65,11 +65,14 @@ def finals(output: Path) -> int:
     return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
 
 
-def half_trained(output: Path) -> set[str]:
-    """Those that have a checkpoint and no final record."""
+def half_trained(output: Path, at_most: int) -> set[str]:
+    """Those that have no final record, and a checkpoint after `at_most` steps or less."""
     store = Store(output / "store")
-    found = {path.parts[-3] for path in store.checkpoints.glob("*/*/*.safetensors")}
-    return {f for f in found if store.meets(f) is None}
+    steps: dict[str, int] = {}
+    for path in store.checkpoints.glob("*/*/*.safetensors"):
+        fingerprint, step = path.parts[-3], int(path.stem.rpartition("-")[2])
+        steps[fingerprint] = max(steps.get(fingerprint, 0), step)
+    return {f for f, step in steps.items() if step <= at_most and store.meets(f) is None}
 
 
 def rays() -> set[int]:

@@ -96,13 +96,13 @@ def test_kill_9_of_the_driver_loses_nothing(output: Path) -> None:
     )
     before = study.rays()
     process = study.start(output, *arguments)
-    # In the middle: some are done, others have a checkpoint.
-    study.wait_for(lambda: study.finals(output) >= 2 and bool(study.half_trained(output)), 150, process)
+    # In the middle: some are done, others have a checkpoint and seconds to go.
+    study.wait_for(lambda: study.finals(output) >= 2 and bool(study.half_trained(output, 400)), 150, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     killed = time.time()
     done = {f: r.provenance.ended for f, r in records(output).items() if r.state == "finished"}
-    half = study.half_trained(output)
+    half = study.half_trained(output, 400)
     assert len(done) < 8
 
     code, out, err = study.run(output, *arguments)
