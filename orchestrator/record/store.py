@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -87,12 +86,6 @@ class Store:
     def forget_failures(self, fingerprint: str) -> None:
         """A configuration that failed counts as new again."""
         self._path(fingerprint, "failed").unlink(missing_ok=True)
-
-    def clear_checkpoints(self, fingerprint: str) -> None:
-        """Removes all attempts' checkpoints of one configuration; nothing to remove is fine."""
-        if not re.fullmatch(r"\w+", fingerprint):
-            raise ValueError(f"not a fingerprint: {fingerprint!r}")
-        shutil.rmtree(self.checkpoints / fingerprint, ignore_errors=True)
 
     # -- reading
 

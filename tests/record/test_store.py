@@ -190,18 +190,6 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_checkpoints_of_one_configuration_are_cleared(store, make_record):
-    mine, other = make_record(seed=1).fingerprint, make_record(seed=2).fingerprint
-    for fingerprint in (mine, other):
-        (store.checkpoints / fingerprint / "0").mkdir(parents=True)
-        (store.checkpoints / fingerprint / "0" / "lane").write_text("x")
-    store.clear_checkpoints(mine)
-    store.clear_checkpoints(mine)
-    assert [f.name for f in store.checkpoints.iterdir()] == [other]
-    with pytest.raises(ValueError, match="fingerprint"):
-        store.clear_checkpoints("..")
-
-
 def test_nothing_is_left_when_the_disk_refuses(store, make_record, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
