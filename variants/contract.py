@@ -203,3 +203,13 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] > 1:
         return a, b
     return torch.nn.functional.pad(a, (0, 0, 0, 1)), torch.nn.functional.pad(b, (0, 1))
+
+
+def vanilla_start(layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+    """LoRA's own: A (rank, in) ~ U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt 5; B
+    (out, rank) zero, so that the update is."""
+    out_features, in_features = layer.weight.shape
+    noise = stream(generator, "A")
+    a = uniform((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
+    b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
+    return Start({"A": a, "B": b})

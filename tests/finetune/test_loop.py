@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scripted import (
     WORDS_TASK,
     Script,
@@ -24,10 +21,8 @@ from scripted import (
 )
 
 from orchestrator.finetune.checkpoint import newest
-from orchestrator.finetune.lane import Lane
 from orchestrator.finetune.loop import SeatBroken
 from orchestrator.finetune.models import Bench
-from orchestrator.finetune.phase import NEXT, IllegalMove, Phase, due_steps
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -396,94 +391,3 @@ def test_an_idle_loop_ends(store: Store) -> None:
             return Offer()
 
     train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)
-
-
-# -- the life of a lane -------------------------------------------------------------------------------------
-
-
-def test_due_steps() -> None:
-    assert due_steps(60, 4) == (15, 30, 45, 60)
-    assert due_steps(10, 3) == (3, 6, 10)
-    assert due_steps(2, 4) == (1, 2)
-    assert due_steps(5, 0) == (5,)
-
-
-def test_illegal_moves_are_refused() -> None:
-    for here, there in itertools.product(Phase, Phase):
-        lane = Lane(Lease(configuration(), 1))
-        lane.phase = here
-        if there in NEXT[here]:
-            lane.move(there)
-            assert lane.phase is there
-        else:
-            with pytest.raises(IllegalMove, match=f"from {here} to {there}"):
-                lane.move(there)
-    assert not NEXT[Phase.ENDED]
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_under_any_answers_no_lane_is_lost(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    store = Store(tmp_path_factory.mktemp("store"))
-    count = data.draw(st.integers(1, 4), label="lanes")
-    lanes = [configuration(seed=s, steps=4, evaluations=data.draw(st.integers(1, 4))) for s in range(count)]
-    lanes += [configuration(seed=9, rate=1e36, steps=4)] * data.draw(st.integers(0, 1), label="diverging")
-    answer = st.sampled_from([Answer.GO, Answer.GO, Answer.PARK, Answer.STOP, Answer.DROP])
-    dropped: set[str] = set()
-    parked_at: dict[str, int] = {}
-    seen: dict[str, int] = {}
-
-    def tell(fingerprint: str, step: int, told: Answer) -> Answer:
-        if told is Answer.DROP:
-            dropped.add(fingerprint)
-        if told is Answer.PARK:
-            parked_at[fingerprint] = step
-        elif told is not Answer.DROP:
-            parked_at.pop(fingerprint, None)
-        return told
-
-    def answers(report: Report) -> Answer:
-        assert report.fingerprint not in dropped
-        return tell(report.fingerprint, report.step, data.draw(answer))
-
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        assert not dropped & set(steps), "a dropped lane is still held"
-        for fingerprint, step in steps.items():
-            assert step >= seen.get(fingerprint, 0)
-            if fingerprint in parked_at:
-                assert step == parked_at[fingerprint], "a parked lane has trained"
-            seen[fingerprint] = step
-        told = {f: data.draw(answer) for f in steps if data.draw(st.booleans())}
-        told |= {f: Answer.GO for f in parked_at if f in steps and f not in told and data.draw(st.booleans())}
-        return {f: tell(f, steps[f], a) for f, a in told.items()}
-
-    source = Random(leases(lanes), answers=answers, changes=changes)
-    source.start_at = {c.fingerprint: data.draw(st.integers(0, 3)) for c in lanes[1:]}
-    train(source, store, lanes=data.draw(st.integers(1, 3), label="room"))
-
-    ended = [fingerprint for fingerprint, _, _ in source.ended]
-    assert sorted(ended) == sorted(c.fingerprint for c in lanes if c.fingerprint not in dropped)
-    for fingerprint, _, state in source.ended:
-        assert get(store, fingerprint).state == state
-    for one in lanes:
-        steps = [r.step for r in source.reports if r.fingerprint == one.fingerprint]
-        assert steps == sorted(set(steps))
-        assert set(steps) <= set(due_steps(one.schedule.steps, one.evaluations))
-        record = store.get(one.fingerprint)
-        if record is not None and record.state == "finished":
-            assert steps == list(due_steps(one.schedule.steps, one.evaluations))
-
-
-class Random(Script):
-    """Gives a parked lane its GO only when the test draws one, and leases what waits once nothing trains."""
-
-    def lease(self, shape: str | None, room: int) -> Offer:
-        if shape is None:
-            self.start_at = {}
-        return super().lease(shape, room)
-
-    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        self.parked.clear()
-        return super().exchange(steps)

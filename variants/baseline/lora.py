@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,8 +17,7 @@ from variants.contract import (
     Start,
     Unsupported,
     Variant,
-    stream,
-    uniform,
+    vanilla_start,
     widened,
 )
 
@@ -46,11 +44,7 @@ class LoRA(Variant):
         return _alpha(settings) / settings.rank
 
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        out_features, in_features = layer.weight.shape
-        noise = stream(generator, "A")
-        a = uniform((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
-        b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
-        return Start({"A": a, "B": b})
+        return vanilla_start(layer, settings, generator)
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         a, b = widened(*_factors(params))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from variants.contract import Checked, Kind, Layer, Params, Settings, Start, Variant, stream, uniform, widened
+from variants.contract import (
+    Checked,
+    Kind,
+    Layer,
+    Params,
+    Settings,
+    Start,
+    Variant,
+    vanilla_start,
+    widened,
+)
 
 
 class HiRA(Variant):
@@ -31,11 +40,7 @@ class HiRA(Variant):
         return 1.0
 
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        out_features, in_features = layer.weight.shape
-        noise = stream(generator, "A")
-        a = uniform((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
-        b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
-        return Start({"A": a, "B": b})
+        return vanilla_start(layer, settings, generator)
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         a, b = widened(params["A"], params["B"])
