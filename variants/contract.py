@@ -4,22 +4,22 @@ Orientation everywhere: a weight W is (out, in); A is (rank, in), B is (out, ran
 training, and K lanes share one frozen base.
 
 A variant is one file with one subclass of `Variant`. Only `start`, `forward`, `delta` and `parameter_count`
-are its own business; everything else (which layers, lanes, dropout, merging, storage) is done for it. Room
-that is left, and not built: starts from gradients or activations (a second argument of `start`), hooks after
-backward and after a step, auxiliary losses, parameters shared across layers.
+are its own business; everything else (which layers, lanes, dropout, merging, storage) is done for it. What
+some need besides: a start from gradients or inputs (`evidence`, `distill`), parameters that layers share
+(`group`), an auxiliary loss, hooks around the optimizer's step, ranks that move (`rank_in_use`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Params = Mapping[str, Tensor]
 """A layer's tensors by name, trainable and frozen: (K, ...) for several lanes, (...) where one lane is
@@ -35,6 +35,25 @@ class Kind(StrEnum):
     """Forms a full-size update: on large layers one lane at a time, recomputed in backward."""
     ALONE = "alone"
     """Writes the base or keeps full-size state: packs of one lane."""
+
+
+class Adapts(StrEnum):
+    LAYERS = "layers"
+    """The target layers."""
+    NOTHING = "nothing"
+    """No layer: a task's head learns alone."""
+    MODEL = "model"
+    """Every parameter of the model."""
+
+
+class Evidence(StrEnum):
+    """What a start is computed from, a matrix a layer, over the first batches that the lane will see."""
+
+    NONE = "none"
+    GRADIENT = "gradient"
+    """The mean gradient of the loss by the frozen weight, (out, in)."""
+    INPUTS = "inputs"
+    """The covariance of the layer's inputs, (in, in)."""
 
 
 class Checked(StrEnum):
@@ -77,6 +96,8 @@ class Layer:
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
     """Room for what a variant derives from the frozen weight alone (an SVD, row norms), shared by all
     lanes."""
+    evidence: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """In `start`, for a variant that asks for evidence: what its `distill` made of this layer's."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +111,35 @@ class Start:
 
     trainable: dict[str, Tensor]
     frozen: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One lane's tensors of one layer, in a hook: parameters with their gradients, and what is frozen."""
+
+    layer: Layer
+    trainable: Mapping[str, nn.Parameter]
+    frozen: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LaneView:
+    """One lane in a hook, under no_grad. Tensors are written in place, frozen ones if declared `moving`."""
+
+    layers: Mapping[str, LayerView]
+    settings: Settings
+    scaling: float
+    seed: int
+    step: int
+    """Optimizer steps taken: 0 before the first, 1 after it."""
+    steps: int
+    """The lane's last step: its horizon."""
+    moments: Callable[[Tensor], Mapping[str, Tensor]]
+    """AdamW's exp_avg and exp_avg_sq of a parameter; empty before its first step."""
+
+    def generator(self, layer: str) -> torch.Generator:
+        """New noise for a layer at this step."""
+        return torch.Generator().manual_seed(number(self.seed, layer, self.step))
 
 
 class Variant:
@@ -106,7 +156,21 @@ class Variant:
     kind: ClassVar[Kind] = Kind.STACKED
     numerics: ClassVar[int] = 1
     """Raise it by hand when a change alters results: old records then no longer count."""
+    adapts: ClassVar[Adapts] = Adapts.LAYERS
+    uses_rank: ClassVar[bool] = True
+    rank_limited: ClassVar[bool] = True
+    """Whether a rank above a layer's smaller side makes no sense."""
+    directions: ClassVar[int] = 1
+    """Of the directions along that side, how many each rank takes."""
     uses_alpha: ClassVar[bool] = True
+    uses_dropout: ClassVar[bool] = True
+    """Whether dropout is part of the method; else settings with it are taken as settings without."""
+    evidence: ClassVar[Evidence] = Evidence.NONE
+    """What the start is computed from. Such a variant has `calibration_batches` among its `extra`."""
+    moving: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen tensors that the hooks write; all others stay as they started."""
+    auxiliary: ClassVar[bool] = False
+    """Whether there is an `auxiliary_loss`."""
     extra: ClassVar[Extra] = {}
     """Hyperparameters that only this variant knows, with their defaults."""
     drops_base: ClassVar[bool] = False
@@ -119,6 +183,29 @@ class Variant:
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
         """Draws one lane's tensors. `stream(generator, "A")` is the noise of parameter A: it depends on seed,
         layer and parameter only, so that every variant and rate gets the same."""
+        raise NotImplementedError
+
+    def start_all(
+        self,
+        layers: Mapping[str, Layer],
+        settings: Settings,
+        generator: Callable[[str], torch.Generator],
+    ) -> dict[str, Start]:
+        """All layers' starts: for a variant that weighs layers against each other. `generator(layer)`."""
+        return {name: self.start(layer, settings, generator(name)) for name, layer in layers.items()}
+
+    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
+        """What the start needs of a layer's evidence, which is too large to keep: a few small tensors."""
+        raise NotImplementedError
+
+    def group(self, layer: str) -> str | None:
+        """The name of the group whose tensors this layer shares; they join the layer's own `params`."""
+        return None
+
+    def start_group(
+        self, layers: Mapping[str, Layer], settings: Settings, generator: torch.Generator
+    ) -> Start:
+        """One lane's tensors of a group, for the layers in it."""
         raise NotImplementedError
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
@@ -139,17 +226,49 @@ class Variant:
         matrix."""
         raise MergeRefused(f"{self.name} cannot be merged: its update is no matrix")
 
-    def learning_rate_scale(self, parameter: str) -> float:
+    def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
+        """(K,): each lane's term of this layer, from its input x (K, N, in), `real` (K, N) being 1.0 where a
+        position is no padding, and its tensors (K, ...). A lane's training loss gains the mean over its
+        layers."""
+        raise NotImplementedError
+
+    def learning_rate_scale(self, parameter: str, settings: Settings) -> float:
         """Factor on the lane's learning rate for a parameter of this name (LoRA+)."""
         return 1.0
 
+    def schedule_scale(self, step: int, steps: int, settings: Settings) -> float:
+        """Factor on the lane's learning rate in step 0 .. steps-1, beside its schedule (ReLoRA's warm-up)."""
+        return 1.0
+
+    def before_step(self, lane: LaneView) -> None:
+        """After backward: the step's gradients are complete and clipped. May change them in place."""
+
+    def after_step(self, lane: LaneView) -> None:
+        """The optimizer has taken its step; the gradients are still there."""
+
     def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
-        """Trainable numbers in one layer."""
+        """Trainable numbers in one layer, of which `settings.rank` ranks are in use."""
         raise NotImplementedError
+
+    def group_parameter_count(self, shapes: Mapping[str, tuple[int, int]], settings: Settings) -> int:
+        """Trainable numbers that the layers of a group share; `shapes`: layer -> (out, in)."""
+        return 0
+
+    def rank_in_use(self, params: Params, settings: Settings) -> int:
+        """Ranks of one lane's layer that are not masked, for a variant whose ranks move."""
+        return settings.rank
+
+    def rank_budget(self, layers: int, settings: Settings, step: int, steps: int) -> int:
+        """What `rank_in_use` sums up to over all layers after `step` of `steps` steps."""
+        return layers * settings.rank
 
     def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
         """One layer's tensors under the PEFT library's names, or None where PEFT does not have the method."""
         return None
+
+    def group_to_peft(self, params: Params) -> dict[str, Tensor]:
+        """A group's tensors under PEFT's names, seen from the model."""
+        return {}
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         """The fields of PEFT's adapter_config.json that describe what `to_peft` returns."""
@@ -163,10 +282,14 @@ class Variant:
         """The inverse of `to_peft`."""
         raise NotImplementedError
 
+    def group_from_peft(self, tensors: Mapping[str, Tensor]) -> Start:
+        """The inverse of `group_to_peft`."""
+        raise NotImplementedError
+
     def checked_settings(self, settings: Settings) -> Settings:
         """`settings` with the defaults of `extra` filled in; raises Unsupported on a value that cannot be."""
         rank, alpha, dropout = settings.rank, settings.alpha, settings.dropout
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if self.uses_rank and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise Unsupported(f"rank {rank!r}: must be a whole number of at least 1")
         if self.uses_alpha and (alpha is None or not math.isfinite(alpha) or alpha <= 0):
             raise Unsupported(f"alpha {alpha!r}: must be a finite number above 0")
@@ -176,7 +299,30 @@ class Variant:
         if unknown:
             known = ", ".join(sorted(self.extra)) or "none"
             raise Unsupported(f"{self.name} does not know {sorted(unknown)[0]!r}; its own settings: {known}")
-        return Settings(rank, alpha if self.uses_alpha else None, dropout, {**self.extra, **settings.extra})
+        return replace(
+            settings,
+            rank=rank if self.uses_rank else 0,
+            alpha=alpha if self.uses_alpha else None,
+            dropout=dropout if self.uses_dropout else 0.0,
+            extra={**self.extra, **settings.extra},
+        )
+
+
+def whole_number(settings: Settings, name: str, least: int = 1) -> int:
+    """One of a variant's own settings that has to be a whole number; raises Unsupported."""
+    value = settings.extra[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise Unsupported(f"{name} {value!r}: must be a whole number of at least {least}")
+    return value
+
+
+def real_number(settings: Settings, name: str, least: float = 0.0, below: float = math.inf) -> float:
+    """One of a variant's own settings that has to be a number from `least` up to below `below`; raises
+    Unsupported."""
+    value = settings.extra[name]
+    if isinstance(value, (str, bool)) or not least <= value < below:
+        raise Unsupported(f"{name} {value!r}: must be a number of at least {least:g} and below {below:g}")
+    return float(value)
 
 
 def number(*parts: int | str) -> int:

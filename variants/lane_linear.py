@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from variants.contract import Kind, Layer, Params, Settings, Variant, number
+from variants.lane_tensors import LaneTensors
 from variants.targets import is_conv1d
 
 LARGE = 1 << 20
@@ -35,11 +36,23 @@ class Rows:
     steps: tuple[int, ...] | None = None
     micro: int = 0
     rows: int | None = None
+    part: tuple[int, int] | None = None
+    """(first, of): these are the rows from `first` on of `of` that a lane has on all workers together."""
+    real: Tensor | None = None
+    """(K*R, L), False at padding."""
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """For the frozen base: the weights of its heads."""
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
     prepared: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Without gradients (generation, evaluation) the same parameters serve many calls: a layer's prepared
     ones."""
+    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> (K,), each lane's term of the auxiliary loss."""
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """(K,): the mean over layers, or None where the variant has no such loss."""
+        return torch.stack(list(self.auxiliary.values())).mean(0) if self.auxiliary else None
 
 
 class Board:
@@ -79,15 +92,15 @@ class Board:
 
 
 class LaneLinear(nn.Module):
-    """Stands in the model where the frozen layer `base` stood. Each lane's parameters are separate, so that
-    lanes come and go and each has its own optimizer; they are stacked when the layer is called."""
+    """Stands in the model where the frozen layer `base` stood, and adds each lane's update to its output."""
 
-    def __init__(self, name: str, base: nn.Module, variant: Variant, board: Board) -> None:
+    def __init__(
+        self, name: str, base: nn.Module, variant: Variant, board: Board, group: LaneTensors | None = None
+    ) -> None:
         super().__init__()
         self.name, self.base, self.variant, self.board = name, base, variant, board
-        self.trainable: dict[str, dict[str, nn.Parameter]] = {}
-        self.frozen: dict[str, dict[str, Tensor]] = {}
-        self._stacks: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self.own = LaneTensors(variant.moving)
+        self.group = group
         self._layer: Layer | None = None
         self._seen = (0, 0)
 
@@ -122,39 +135,20 @@ class LaneLinear(nn.Module):
                 raise
             return getattr(self.base, name)  # in_features, nf, and whatever else models look at
 
-    def put(self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> None:
-        """Gives `lane` copies of these tensors."""
-        device = self.layer.weight.device
-        self.trainable[lane] = {
-            name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
-            for name, tensor in trainable.items()
-        }
-        self.frozen[lane] = {name: tensor.detach().to(device).contiguous() for name, tensor in frozen.items()}
-        self._stacks.clear()
-
-    def drop(self, lane: str) -> None:
-        del self.trainable[lane], self.frozen[lane]
-        self._stacks.clear()
-
     def one(self, lane: str) -> dict[str, Tensor]:
-        """A lane's tensors, trainable and frozen, without the lane dimension."""
-        return {**self.trainable[lane], **self.frozen[lane]}
+        """All that a lane has here: its own tensors and its group's."""
+        return {**(self.group.one(lane) if self.group else {}), **self.own.one(lane)}
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.board.rows(self.name)
         rows.called.add(self.name)
         base = self.base(x)
-        lanes = rows.lanes
-        if not lanes or x.numel() == 0:
+        if not rows.lanes or x.numel() == 0:
             return base
-        size = len(lanes) * (rows.rows or 1)
-        if (len(lanes) > 1 or rows.rows) and (x.dim() < 2 or x.shape[0] % size):
-            raise RowsWithoutLane(
-                f"{self.name} was called with {x.shape[0]} rows, not a multiple of "
-                f"{len(lanes)} lanes x {rows.rows or 1} rows: no lane owns the rest"
-            )
-        flat = x.reshape(len(lanes), -1, x.shape[-1])
-        flat_base = base.reshape(len(lanes), -1, base.shape[-1])
+        flat = by_lane(x, rows, self.name)
+        flat_base = base.reshape(len(rows.lanes), -1, base.shape[-1])
+        if rows.steps is not None and self.variant.auxiliary and torch.is_grad_enabled():
+            self._add_auxiliary(flat, rows)
         if rows.steps is None or self.board.dropout == 0:
             return self._adapt(flat, flat_base, rows).view(base.shape)
         dropped = flat * self._mask(flat, rows)
@@ -172,7 +166,7 @@ class LaneLinear(nn.Module):
         if torch.is_grad_enabled():
             params = variant.prepare(self._stack(lanes), layer, scaling)
         else:
-            versions = [p._version for lane in lanes for p in self.trainable[lane].values()]
+            versions = self.own.versions(lanes) + (self.group.versions(lanes) if self.group else [])
             known = rows.prepared.get(self.name)
             if known is None or known[0] != versions:
                 known = versions, variant.prepare(self._stack(lanes), layer, scaling)
@@ -187,32 +181,47 @@ class LaneLinear(nn.Module):
         def run(x: Tensor, base: Tensor, params: Params) -> Tensor:
             return variant.forward(x, base, variant.prepare(params, layer, scaling), layer, scaling)
 
-        params = {name: tensor.unsqueeze(0) for name, tensor in self.one(lane).items()}
+        params = self._stack((lane,))
         if not torch.is_grad_enabled():
             return run(x, base, params)
         return checkpoint(run, x, base, params, use_reentrant=False, preserve_rng_state=False)
 
     def _stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        if len(lanes) == 1:
-            return {name: tensor.unsqueeze(0) for name, tensor in self.one(lanes[0]).items()}
-        parameters = [self.trainable[lane] for lane in lanes]
-        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
-        if not self.frozen[lanes[0]]:
-            return stacked
-        if lanes not in self._stacks:
-            if len(self._stacks) >= 2:  # training's lanes and evaluation's
-                self._stacks.pop(next(iter(self._stacks)))
-            frozen = [self.frozen[lane] for lane in lanes]
-            self._stacks[lanes] = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
-        return {**stacked, **self._stacks[lanes]}
+        return {**(self.group.stack(lanes) if self.group else {}), **self.own.stack(lanes)}
+
+    def _add_auxiliary(self, x: Tensor, rows: Rows) -> None:
+        same = rows.real is not None and rows.real.numel() == x.shape[0] * x.shape[1]
+        real = rows.real.view(x.shape[:2]) if same and rows.real is not None else x.new_ones(x.shape[:2])
+        term = self.variant.auxiliary_loss(x, real.to(x.dtype), self._stack(rows.lanes), self.layer)
+        # Recomputed in backward, it is there already: what is added once counts once.
+        rows.auxiliary.setdefault(self.name, term)
 
     def _mask(self, x: Tensor, rows: Rows) -> Tensor:
-        """(K, N, in): zero or 1 / (1 - p), a function of (seed, step, layer, micro-batch) alone."""
+        """(K, N, in): zero or 1 / (1 - p), a function of (seed, step, layer, micro-batch) alone. A worker
+        that has a part of a lane's rows draws for all of them and keeps its own."""
         assert rows.steps is not None
         keep = 1 - self.board.dropout
+        like, mine = x[0], slice(None)
+        if rows.part is not None and rows.rows is not None:
+            first, of = rows.part
+            each = x.shape[1] // rows.rows
+            like, mine = x.new_empty(of * each, x.shape[2]), slice(first * each, (first + rows.rows) * each)
         masks = []
         for lane, step in zip(rows.lanes, rows.steps, strict=True):
             seed = number(self.board.seeds[lane], step, self.name, rows.micro)
             generator = torch.Generator(x.device).manual_seed(seed)
-            masks.append(torch.empty_like(x[0]).bernoulli_(keep, generator=generator).div_(keep))
+            mask = torch.empty_like(like).bernoulli_(keep, generator=generator).div_(keep)
+            masks.append(mask[mine])
         return torch.stack(masks)
+
+
+def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
+    """x (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
+    lanes = len(rows.lanes)
+    size = lanes * (rows.rows or 1)
+    if (lanes > 1 or rows.rows) and (x.dim() < 2 or x.shape[0] % size):
+        raise RowsWithoutLane(
+            f"{layer} was called with {x.shape[0]} rows, not a multiple of {lanes} lanes x "
+            f"{rows.rows or 1} rows: no lane owns the rest"
+        )
+    return x.reshape(lanes, -1, x.shape[-1])

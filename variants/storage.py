@@ -9,20 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Settings, Unsupported, Variant
+from variants.contract import Settings, Start, Unsupported, Variant
 from variants.targets import find, is_conv1d
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = f"{ROOT}model."
 
 _NOT_READ = (
-    "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication", "use_qalora",
+    "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "use_qalora",
     "trainable_token_indices", "target_parameters", "megatron_config",
 )  # fmt: skip
 _OWN_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -71,10 +73,19 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_name: str) -> No
         if parts is None:
             raise Unsupported(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
         tensors |= {f"{PREFIX}{name}.{key}": tensor.contiguous().cpu() for key, tensor in parts.items()}
+    if not adapters.layers:
+        raise Unsupported(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
+    for group in adapters.groups.values():
+        shared = {key: tensor.detach() for key, tensor in group.one(lane).items()}
+        for key, tensor in adapters.variant.group_to_peft(shared).items():
+            tensors[f"{ROOT}{key}"] = tensor.contiguous().cpu()
+    for name, head in adapters.heads.items():
+        tensors |= {f"{PREFIX}{name}.{key}": t.detach().cpu() for key, t in head.own.one(lane).items()}
     config = {
         **adapters.variant.peft_config(settings),
         "base_model_name_or_path": base_name,
         "target_modules": sorted(adapters.layers),
+        "modules_to_save": sorted({name.partition(".")[0] for name in adapters.heads}) or None,
         "fan_in_fan_out": all(is_conv1d(layer.base) for layer in adapters.layers.values()),
         "inference_mode": True,
     }
@@ -86,24 +97,37 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_name: str) -> No
 def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0) -> Adapters:
     """Attaches the adapter in `folder` to `model` as one lane of the variant that it belongs to.
 
-    A PiSSA adapter comes back as what it was exported as, a LoRA of twice the rank. Raises Unsupported if no
-    variant is its kind, or if it uses what the variants here do not have.
+    What it saved whole (`modules_to_save`) is the lane's head. A PiSSA adapter comes back as what it was
+    exported as, a LoRA of twice the rank. Raises Unsupported if no variant is its kind, or if it uses what
+    the variants here do not have.
     """
     config = json.loads((folder / CONFIG).read_text())
     variant, settings = _recognise(config, folder)
     modules = dict(model.named_modules())
     parts: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
     for key, tensor in load_file(folder / TENSORS).items():
-        layer, rest = _split(key.removeprefix(PREFIX), modules)
-        parts.setdefault(layer, {})[rest] = tensor
+        if key.startswith(PREFIX):
+            layer, rest = _split(key.removeprefix(PREFIX), modules)
+            parts.setdefault(layer, {})[rest] = tensor
+        else:
+            shared[key.removeprefix(ROOT)] = tensor
+    tops = [f".{name}." for name in config.get("modules_to_save") or ()]
+    heads = {name: modules[name] for name in parts if any(top in f".{name}." for top in tops)}
+    for name, module in heads.items():
+        if not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise Unsupported(f"{folder}: modules_to_save has {name}, a {kind}; only linear layers are read")
     # Past attach(), because a PiSSA export may have a rank above the layer's size.
-    found = find(model, "re:" + "|".join(re.escape(layer) for layer in parts))
-    adapters = Adapters(model, variant, variant.checked_settings(settings), found)
+    found = find(model, "re:" + "|".join(re.escape(layer) for layer in parts if layer not in heads))
+    adapters = Adapters(model, variant, variant.checked_settings(settings), found, heads)
+    starts = {n: variant.start_from_peft(parts[n], layer.layer) for n, layer in adapters.layers.items()}
+    starts |= {name: variant.group_from_peft(shared) for name in adapters.groups}
+    starts |= {name: Start(parts[name]) for name in heads}
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
-    for name, adapted in adapters.layers.items():
-        begin = variant.start_from_peft(parts[name], adapted.layer)
-        dtype = adapted.layer.dtype
+    for name, begin in starts.items():
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         trainable |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in begin.trainable.items()}
         frozen |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in begin.frozen.items()}
     adapters.load(lane, trainable, frozen, settings, seed)

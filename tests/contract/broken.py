@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from variants.baseline.lora import LoRA
-from variants.contract import Layer, Params, Settings, Start, stream, widened
+from variants.contract import LaneView, Layer, Params, Settings, Start, stream, widened
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
 
@@ -52,17 +52,16 @@ class RoundsTheBase(LoRA):
 
 
 class MovesFrozen(PiSSA):
-    """Counts in a frozen tensor whenever it computes with gradients."""
+    """Its hook counts in a frozen tensor that it does not declare as moving."""
 
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
         begin = super().start(layer, settings, generator)
         begin.frozen["seen"] = torch.zeros(1, dtype=layer.dtype)
         return begin
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        if torch.is_grad_enabled():
-            params["seen"].add_(1)
-        return super().prepare(params, layer, scaling)
+    def after_step(self, lane: LaneView) -> None:
+        for view in lane.layers.values():
+            view.frozen["seen"].add_(1)
 
 
 class ForgetsFrozen(LoRA):

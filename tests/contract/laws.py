@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,43 +16,40 @@ import torch
 from peft import PeftModel
 from rig import (
     Case,
+    LaneOptimizer,
+    NotApplicable,
     distance,
-    optimizer,
+    evidence,
+    fit,
+    frozen_output,
     output,
     put_on,
     run,
     same,
     state,
     stir,
-    together,
     train,
     train_step,
 )
-from torch import nn
+from torch import Tensor
 
-from variants.attach import Adapters, attach
-from variants.contract import MergeRefused, Settings, Variant
+from variants.attach import Adapters
+from variants.contract import Adapts, Kind, MergeRefused, Settings, Variant
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 Law = Callable[[Variant, Case], None]
 
 
-class NotApplicable(Exception):
-    """The law says nothing about this variant, for the reason in the text."""
-
-
 def starts_at_the_base(variant: Variant, case: Case) -> None:
-    """At step 0 every lane computes what the frozen model computes, bit for bit."""
-    adapters = put_on(case.build(), variant, case.lanes)
-    with torch.no_grad(), adapters.off():
-        base = run(adapters.model, together(case, adapters.lanes))
-    assert torch.equal(output(case, adapters), base)
+    """At step 0 every lane computes what the frozen model with the lane's head computes, bit for bit."""
+    adapters = put_on(case, variant, case.lanes)
+    assert torch.equal(output(case, adapters), frozen_output(case, adapters))
 
 
 def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
     """Within two steps each trainable tensor of each lane has had a gradient that is not zero."""
-    adapters = put_on(case.build(), variant, case.lanes)
-    optimizers = {lane: optimizer(adapters, lane, 0.01) for lane in adapters.lanes}
+    adapters = put_on(case, variant, case.lanes)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes}
     reached = set()
     for step in range(2):
         train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
@@ -59,16 +57,21 @@ def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
             for name, parameter in adapters.trainable(lane).items():
                 if parameter.grad is not None and parameter.grad.count_nonzero():
                     reached.add((lane, name))
-    wanted = {(lane, name) for lane in adapters.lanes for name in adapters.trainable(lane)}
+    wanted = {
+        (lane, name)
+        for lane in adapters.lanes
+        for name in adapters.trainable(lane)
+        if adapters.ranks(lane).get(name.rpartition(".")[0], 1) > 0  # EVA may leave a layer without any
+    }
     assert wanted
     assert reached == wanted, f"without a gradient: {sorted(wanted - reached)}"
 
 
 def merged_equals_forward(variant: Variant, case: Case) -> None:
     """A merged lane computes what it computed beside the base (or merging is refused by name)."""
-    adapters = put_on(case.build(), variant, case.lanes)
+    adapters = put_on(case, variant, case.lanes)
     stir(case, adapters)
-    before = output(case, adapters).chunk(case.lanes)[0]
+    before = output(case, adapters).chunk(len(adapters.lanes))[0]
     for other in adapters.lanes[1:]:
         adapters.remove(other)
     refused = ""
@@ -91,7 +94,7 @@ def off_gives_the_base_back(variant: Variant, case: Case) -> None:
     weights, kinds = state(model), [type(module) for module in model.modules()]
     with torch.no_grad():
         base = run(model, case.rows(0))
-    adapters = put_on(model, variant, case.lanes)
+    adapters = put_on(case, variant, case.lanes, model=model)
     stir(case, adapters)
     assert not torch.equal(output(case, adapters, ["0"]), base)
     with torch.no_grad(), adapters.off():
@@ -105,26 +108,26 @@ def off_gives_the_base_back(variant: Variant, case: Case) -> None:
 
 
 def frozen_stays_frozen(variant: Variant, case: Case) -> None:
-    """Training changes neither the base nor what a lane's start froze."""
-    adapters = put_on(case.build(), variant, case.lanes)
+    """Training changes neither the base nor what a lane's start froze, but for what is declared moving."""
+    adapters = put_on(case, variant, case.lanes)
     assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
     weights = state(adapters.model)
-    frozen = {lane: {n: t.clone() for n, t in adapters.frozen(lane).items()} for lane in adapters.lanes}
+    frozen = {lane: _still(adapters, lane) for lane in adapters.lanes}
     trainable = {lane: {n: t.clone() for n, t in adapters.trainable(lane).items()} for lane in adapters.lanes}
     train(case, adapters, steps=3)
     for lane in adapters.lanes:
         assert not same(adapters.trainable(lane), trainable[lane])  # it did train
-        assert same(adapters.frozen(lane), frozen[lane])
+        assert same(_still(adapters, lane), frozen[lane])
     assert same(state(adapters.model), weights)
 
 
 def saved_is_loaded(variant: Variant, case: Case) -> None:
     """A lane's file, on a fresh copy of the same base, gives the same tensors and outputs, bit for bit."""
-    adapters = put_on(case.build(), variant, case.lanes)
+    adapters = put_on(case, variant, case.lanes)
     stir(case, adapters)
     fresh = case.build()
     fresh.load_state_dict(state(adapters.model))
-    others = attach(fresh, variant, adapters.settings)
+    others = fit(case, variant, adapters.settings, fresh)
     with tempfile.TemporaryDirectory() as folder:
         for lane in adapters.lanes:
             save_lane(adapters, lane, Path(folder, f"{lane}.safetensors"))
@@ -140,54 +143,84 @@ def saved_is_loaded(variant: Variant, case: Case) -> None:
 def lanes_do_not_notice_each_other(variant: Variant, case: Case) -> None:
     """Lanes that start 0, 3 and 7 steps apart, with their own alpha, rate and dropout masks, end where they
     end alone: to the bit, since each has 8 rows."""
+    if variant.kind is Kind.ALONE:
+        raise NotApplicable(f"{variant.name} is alone in its pack")
     begins, steps = {"0": 0, "1": 3, "2": 7}, 5
-    pack = _open(case.build(), variant)
-    optimizers: dict[str, torch.optim.Optimizer] = {}
+    pack = _open(case, variant)
+    optimizers: dict[str, LaneOptimizer] = {}
     for now in range(max(begins.values()) + steps):
         for lane, begin in begins.items():
             if now == begin:
-                optimizers[lane] = _enter(pack, lane)
+                optimizers[lane] = _enter(case, pack, lane, steps)
             if now == begin + steps:
                 del optimizers[lane]
         if optimizers:
             train_step(case, pack, optimizers, {lane: now - begins[lane] for lane in optimizers})
     for lane in begins:
-        alone = _open(case.build(), variant)
-        only: dict[str, torch.optim.Optimizer] = {lane: _enter(alone, lane)}
+        alone = _open(case, variant)
+        only = {lane: _enter(case, alone, lane, steps)}
         for step in range(steps):
             train_step(case, alone, only, {lane: step})
         assert same(pack.trainable(lane), alone.trainable(lane)), f"lane {lane}"
+        assert same(pack.frozen(lane), alone.frozen(lane)), f"lane {lane}"
         assert torch.equal(output(case, pack, list(begins)).chunk(3)[int(lane)], output(case, alone))
 
 
 def counts_its_parameters(variant: Variant, case: Case) -> None:
-    """The trainable numbers are as many as the formula says, before and after training."""
-    adapters = put_on(case.build(), variant, 1)
-    shapes = [layer.layer.weight.shape for layer in adapters.layers.values()]
-    formula = sum(variant.parameter_count(out, inside, adapters.settings) for out, inside in shapes)
-    assert sum(p.numel() for p in adapters.trainable("0").values()) == formula
-    train(case, adapters, steps=2)
-    assert sum(p.numel() for p in adapters.trainable("0").values()) == formula
+    """The trainable numbers are as many as the formula says, before and after training; ranks that move sum
+    up to the budget, and nothing beyond them gets a gradient."""
+    adapters = put_on(case, variant, 1)
+    steps = 12
+    for step in (0, steps):
+        if step:
+            train(case, adapters, steps=steps)
+        ranks = adapters.ranks("0")
+        assert sum(ranks.values()) == variant.rank_budget(len(ranks), adapters.settings, step, steps)
+        assert adapters.parameter_count("0") == _formula(variant, case, adapters, ranks)
+    tensors = adapters.trainable("0").values()
+    if set(ranks.values()) <= {adapters.settings.rank}:
+        assert sum(p.numel() for p in tensors) == adapters.parameter_count("0")
+    else:
+        learnt = sum(int(p.grad.count_nonzero()) for p in tensors if p.grad is not None)
+        assert learnt <= adapters.parameter_count("0")
+
+
+def _formula(variant: Variant, case: Case, adapters: Adapters, ranks: dict[str, int]) -> int:
+    model = case.build()
+    heads = sum(p.numel() for name in adapters.heads for p in model.get_submodule(name).parameters())
+    if variant.adapts is Adapts.MODEL:
+        return sum(p.numel() for p in model.parameters())
+    settings, shapes = adapters.settings, {n: x.layer.weight.shape for n, x in adapters.layers.items()}
+    own = sum(variant.parameter_count(*shapes[n], replace(settings, rank=rank)) for n, rank in ranks.items())
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, (out, inside) in shapes.items():
+        if (group := variant.group(name)) is not None:
+            members.setdefault(group, {})[name] = (out, inside)
+    return heads + own + sum(variant.group_parameter_count(of, settings) for of in members.values())
 
 
 def fits_what_it_can_represent(variant: Variant, case: Case) -> None:
-    """From its start it learns what another setting of its own parameters computes."""
-    teacher = put_on(case.build(), variant, 1)
+    """From its start it learns what another setting of its own parameters computes, its fastest parameters at
+    a rate of 0.02. The loss begins at 1, as an auxiliary loss is meant to stand beside one of a task."""
+    teacher = put_on(case, variant, 1)
     stir(case, teacher)
-    learner = put_on(case.build(), variant, 1)
-    steps = optimizer(learner, "0", 0.02)
+    learner = put_on(case, variant, 1)
+    names = {name.rpartition(".")[2] for name in learner.trainable("0")}
+    rate = 0.02 / max(variant.learning_rate_scale(name, learner.settings) for name in names)
+    steps = LaneOptimizer(learner, "0", rate, 150)
     x = torch.cat([case.rows(0, step) for step in range(8)])
     with torch.no_grad(), teacher.rows(["0"], None):
         wanted = run(teacher.model, x)
+    with torch.no_grad(), learner.rows(["0"], None):
+        unit = (run(learner.model, x) - wanted).square().mean()
     losses = []
     for step in range(150):
-        for group in steps.param_groups:
-            group["lr"] = 0.02 * (1 - step / 150)
-        with learner.rows(["0"], step):
-            loss = (run(learner.model, x) - wanted).square().mean()
         steps.zero_grad()
-        loss.backward()
-        steps.step()
+        with learner.rows(["0"], step) as now:
+            loss = (run(learner.model, x) - wanted).square().mean() / unit
+            extra = now.auxiliary_loss()
+            (loss if extra is None else loss + extra.sum()).backward()
+        steps.step(rate * (1 - step / 150))
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[0], f"loss {losses[0]:.3g} only fell to {losses[-1]:.3g}"
 
@@ -195,11 +228,12 @@ def fits_what_it_can_represent(variant: Variant, case: Case) -> None:
 def export_loads_in_peft(variant: Variant, case: Case) -> None:
     """PEFT computes from the exported files what the lane computes, and so does the lane that is read
     back."""
-    adapters = put_on(case.build(), variant, 1)
+    adapters = put_on(case, variant, 1)
     stir(case, adapters)
     mine = output(case, adapters)
-    own = {key: tensor.detach() for key, tensor in next(iter(adapters.layers.values())).one("0").items()}
-    if variant.to_peft(own, adapters.settings) is None:
+    first = next(iter(adapters.layers.values()), None)
+    own = {key: tensor.detach() for key, tensor in first.one("0").items()} if first else {}
+    if first is None or variant.to_peft(own, adapters.settings) is None:
         raise NotApplicable(f"PEFT does not have {variant.name}")
     with tempfile.TemporaryDirectory() as name:
         save_peft(adapters, "0", Path(name), "base")
@@ -230,7 +264,9 @@ LAWS: dict[str, Law] = {
 
 def concerns(law: Law, case: Case) -> bool:
     """Fitting is about the formula, not about models or rounding: the float32 rig shows it."""
-    return law is not fits_what_it_can_represent or (case.model == "rig" and case.dtype == torch.float32)
+    return law is not fits_what_it_can_represent or (
+        case.model in ("rig", "headed") and case.dtype == torch.float32
+    )
 
 
 def holds(law: Law, variant: Variant, case: Case) -> bool:
@@ -251,11 +287,17 @@ def check(law: Law, variant: Variant, case: Case) -> None:
         pytest.skip(str(reason))
 
 
-def _open(model: nn.Module, variant: Variant) -> Adapters:
-    return attach(model, variant, Settings(rank=4, alpha=8.0, dropout=0.1))
+def _still(adapters: Adapters, lane: str) -> dict[str, Tensor]:
+    moving = adapters.variant.moving
+    return {n: t.clone() for n, t in adapters.frozen(lane).items() if n.rpartition(".")[2] not in moving}
 
 
-def _enter(adapters: Adapters, lane: str) -> torch.optim.Optimizer:
+def _open(case: Case, variant: Variant) -> Adapters:
+    return fit(case, variant, Settings(rank=4, alpha=8.0, dropout=0.1))
+
+
+def _enter(case: Case, adapters: Adapters, lane: str, steps: int) -> LaneOptimizer:
     number = int(lane)
-    adapters.add(lane, Settings(rank=4, alpha=4.0 * (number + 1), dropout=0.1), seed=number)
-    return optimizer(adapters, lane, 0.003 * (number + 1))
+    settings = Settings(rank=4, alpha=4.0 * (number + 1), dropout=0.1)
+    adapters.add(lane, settings, number, evidence(case, adapters, number))
+    return LaneOptimizer(adapters, lane, 0.003 * (number + 1), steps)

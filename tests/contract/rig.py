@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from variants.attach import Adapters, attach
-from variants.contract import Settings, Variant
+from variants.attach import Adapters, Distilled, attach
+from variants.calibrate import calibrate
+from variants.contract import Evidence, Settings, Unsupported, Variant
 
-ROWS, LENGTH, WORDS = 8, 5, 64
-"""Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the
-vocabulary."""
+ROWS, LENGTH, WORDS, CLASSES = 8, 5, 64, 6
+"""Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the vocabulary,
+the outputs of a head."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`model`: "rig" (layers of shape out x in and back), "llama", or "gpt2" (whose layers are Conv1D)."""
+    """`model`: "rig" (layers of shape out x in and back), "headed" (the same with a task's head), "llama", or
+    "gpt2" (whose layers are Conv1D)."""
 
     name: str
     model: str = "rig"
@@ -44,15 +46,16 @@ class Case:
     def rows(self, lane: int, step: int = 0) -> Tensor:
         """One lane's input at its own step `step`: its data depends on nothing else."""
         noise = torch.Generator().manual_seed(1000 * lane + step)
-        if self.model == "rig":
+        if self.model in ("rig", "headed"):
             return torch.randn(ROWS, LENGTH, self.inside, generator=noise).to(self.device, self.dtype)
         return torch.randint(0, WORDS, (ROWS, LENGTH), generator=noise).to(self.device)
 
     def loss(self, output: Tensor, rows: Tensor) -> Tensor:
         """One lane's: regression on the rotated input for the rig, the next token for language models."""
         wide = torch.promote_types(output.dtype, torch.float32)
-        if self.model == "rig":
-            return (output.to(wide) - rows.to(wide).roll(1, dims=-1)).square().mean()
+        if self.model in ("rig", "headed"):
+            wanted = rows.to(wide).roll(1, dims=-1)[..., : output.shape[-1]]
+            return (output.to(wide) - wanted).square().mean()
         logits = output[:, :-1].to(wide).reshape(-1, WORDS)
         return nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1))
 
@@ -69,6 +72,17 @@ class Rectangles(nn.Module):
         for there, back in zip(self.there, self.back, strict=True):
             x = x + back(torch.tanh(there(x)))
         return x
+
+
+class Headed(Rectangles):
+    """With a head of two layers behind, as RoBERTa's."""
+
+    def __init__(self, out: int, inside: int, bias: bool) -> None:
+        super().__init__(out, inside, bias)
+        self.head = nn.Sequential(nn.Linear(inside, inside), nn.Tanh(), nn.Linear(inside, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x))
 
 
 def _llama(case: Case) -> nn.Module:
@@ -89,7 +103,12 @@ def _gpt2(case: Case) -> nn.Module:
     )  # fmt: skip
 
 
-_MODELS = {"rig": lambda case: Rectangles(case.out, case.inside, case.bias), "llama": _llama, "gpt2": _gpt2}
+_MODELS = {
+    "rig": lambda case: Rectangles(case.out, case.inside, case.bias),
+    "headed": lambda case: Headed(case.out, case.inside, case.bias),
+    "llama": _llama,
+    "gpt2": _gpt2,
+}
 
 CASES = (
     Case("tall-bias-float32-one", out=40, inside=24, bias=True, lanes=1),
@@ -99,8 +118,14 @@ CASES = (
     Case("wide-nobias-bfloat16-one", out=24, inside=40, dtype=torch.bfloat16, lanes=1),
     Case("llama-float32-several", model="llama"),
     Case("gpt2-float32-several", model="gpt2"),
+    Case("headed-float32-several", model="headed", out=40, inside=24, bias=True),
+    Case("headed-bfloat16-one", model="headed", out=24, inside=40, dtype=torch.bfloat16, lanes=1),
 )
 """The first five meet every pair of (shape, bias, dtype, number of lanes)."""
+
+
+class NotApplicable(Exception):
+    """A law says nothing about this variant, for the reason in the text."""
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
@@ -108,13 +133,45 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def put_on(model: nn.Module, variant: Variant, lanes: int, rank: int = 4, dropout: float = 0.0) -> Adapters:
-    """Lanes "0", "1", … with seeds 0, 1, …"""
+def put_on(
+    case: Case,
+    variant: Variant,
+    lanes: int,
+    rank: int = 4,
+    dropout: float = 0.0,
+    model: nn.Module | None = None,
+) -> Adapters:
+    """Lanes "0", "1", … with seeds 0, 1, …; fewer where the variant cannot have as many."""
     settings = Settings(rank=rank, alpha=8.0, dropout=dropout)
-    adapters = attach(model, variant, settings)
-    for lane in range(lanes):
-        adapters.add(str(lane), settings, seed=lane)
+    adapters = fit(case, variant, settings, model)
+    for lane in range(min(lanes, adapters.most_lanes or lanes)):
+        adapters.add(str(lane), settings, seed=lane, evidence=evidence(case, adapters, lane))
     return adapters
+
+
+def fit(case: Case, variant: Variant, settings: Settings, model: nn.Module | None = None) -> Adapters:
+    """Raises NotApplicable for a variant that trains a head alone where there is none."""
+    try:
+        heads = ["head"] if case.model == "headed" else []
+        return attach(case.build() if model is None else model, variant, settings, heads=heads)
+    except Unsupported as refusal:
+        if case.model != "headed" and "head alone" in str(refusal):
+            raise NotApplicable(str(refusal)) from None
+        raise
+
+
+def evidence(case: Case, adapters: Adapters, lane: int) -> Distilled | None:
+    """From three batches, as the lane will see them with its own head."""
+    if adapters.variant.evidence is Evidence.NONE:
+        return None
+
+    def losses() -> Iterator[Tensor]:
+        for step in range(3):
+            rows = case.rows(lane, step)
+            with adapters.off(heads=adapters.head_start(lane)):
+                yield case.loss(run(adapters.model, rows), rows)
+
+    return calibrate(adapters, adapters.settings, losses)
 
 
 @torch.no_grad()
@@ -122,8 +179,7 @@ def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
     """Moves every trainable number of every lane, until each lane's output has left the base's by
     `change`."""
     noise = torch.Generator().manual_seed(99)
-    with adapters.off():
-        base = run(adapters.model, together(case, adapters.lanes)).chunk(len(adapters.lanes))
+    base = frozen_output(case, adapters).chunk(len(adapters.lanes))
     for _ in range(50):
         now = output(case, adapters).chunk(len(base))
         if all(distance(out, still) > change for out, still in zip(now, base, strict=True)):
@@ -146,31 +202,68 @@ def together(case: Case, lanes: Sequence[str], steps: Mapping[str, int] | None =
     return torch.cat([case.rows(int(lane), steps[lane] if steps else 0) for lane in lanes])
 
 
-def optimizer(adapters: Adapters, lane: str, rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(adapters.trainable(lane).values(), lr=rate, foreach=False)
+@torch.no_grad()
+def frozen_output(case: Case, adapters: Adapters) -> Tensor:
+    """(K * R, ...) of the frozen model, behind it each lane's head as it started."""
+    outs = []
+    for lane in adapters.lanes:
+        with adapters.off(heads=adapters.head_start(adapters.seed_of(lane))):
+            outs.append(run(adapters.model, case.rows(int(lane))))
+    return torch.cat(outs)
+
+
+class LaneOptimizer:
+    """AdamW for one lane, with what its variant has to say: rates, hooks before and after the step."""
+
+    def __init__(self, adapters: Adapters, lane: str, rate: float, horizon: int) -> None:
+        self.adapters, self.lane, self.rate, self.horizon = adapters, lane, rate, horizon
+        self.settings, self.step_number = adapters.settings_of(lane), 0
+        variant = adapters.variant
+        groups = [
+            {"params": [tensor], "scale": variant.learning_rate_scale(name.rpartition(".")[2], self.settings)}
+            for name, tensor in adapters.trainable(lane).items()
+        ]
+        self.inner = torch.optim.AdamW(groups, lr=rate, foreach=False)
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+    def step(self, rate: float | None = None) -> None:
+        adapters, taken = self.adapters, self.step_number
+        factor = adapters.variant.schedule_scale(taken, self.horizon, self.settings)
+        for group in self.inner.param_groups:
+            group["lr"] = (self.rate if rate is None else rate) * group["scale"] * factor
+        adapters.before_step(self.lane, taken, self.horizon, self._moments)
+        self.inner.step()
+        self.step_number += 1
+        adapters.after_step(self.lane, self.step_number, self.horizon, self._moments)
+
+    def _moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        kept = self.inner.state.get(parameter, {})
+        return {name: kept[name] for name in ("exp_avg", "exp_avg_sq") if name in kept}
 
 
 def train_step(
-    case: Case, adapters: Adapters, optimizers: Mapping[str, torch.optim.Optimizer], steps: Mapping[str, int]
+    case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer], steps: Mapping[str, int]
 ) -> float:
     """One optimizer step of each of these lanes, each at its own step; returns the summed loss."""
     lanes = tuple(optimizers)
     x = together(case, lanes, steps)
-    with adapters.rows(lanes, [steps[lane] for lane in lanes], rows=ROWS):
-        out = run(adapters.model, x)
-    parts = zip(out.chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
-    loss = torch.stack([case.loss(mine, rows) for mine, rows in parts]).sum()
     for each in optimizers.values():
         each.zero_grad()
-    loss.backward()
+    with adapters.rows(lanes, [steps[lane] for lane in lanes], rows=ROWS) as now:
+        parts = zip(run(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
+        losses = torch.stack([case.loss(mine, rows) for mine, rows in parts])
+        extra = now.auxiliary_loss()
+        (losses if extra is None else losses + extra).sum().backward()
     for each in optimizers.values():
         each.step()
-    return loss.item()
+    return losses.sum().item()
 
 
 def train(case: Case, adapters: Adapters, steps: int, rate: float = 0.01) -> None:
     """All lanes, side by side."""
-    optimizers = {lane: optimizer(adapters, lane, rate) for lane in adapters.lanes}
+    optimizers = {lane: LaneOptimizer(adapters, lane, rate, steps) for lane in adapters.lanes}
     for step in range(steps):
         train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import variants.lane_linear as lane_linear
 from variants import catalogue
-from variants.attach import Adapters, attach
+from variants.attach import attach
 from variants.contract import Layer, Settings
 
 
@@ -132,29 +132,3 @@ def test_dense_layers_above_the_limit_give_the_same_bits(monkeypatch: pytest.Mon
     monkeypatch.setattr(lane_linear, "LARGE", 0)
     assert len(at_once) == 5
     assert all(torch.equal(x, y) for x, y in zip(at_once, gradients(), strict=True))
-
-
-def test_rank_one_lanes_do_not_notice_each_other() -> None:
-    """A single column would take another path through the matmul for one lane than for several."""
-    for name in catalogue.names():
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 64)])})
-        adapters = attach(model, catalogue.get(name), Settings(1, 2.0))
-        x = torch.randn(27, 48)
-        for lane in range(3):
-            adapters.add(str(lane), Settings(1, 2.0), seed=lane)
-            with torch.no_grad():
-                adapters.trainable(str(lane))["blocks.0.B"].normal_()
-
-        def gradients(lanes: list[str], rows: Tensor, adapters: Adapters = adapters) -> list[Tensor]:
-            with adapters.rows(lanes, None):
-                adapters.layers["blocks.0"](rows).square().sum().backward()
-            got = [p.grad for p in adapters.trainable("1").values() if p.grad is not None]
-            for lane in lanes:
-                for parameter in adapters.trainable(lane).values():
-                    parameter.grad = None
-            return got
-
-        together, alone = gradients(["0", "1", "2"], x), gradients(["1"], x[9:18])
-        assert alone
-        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)), name

@@ -71,6 +71,20 @@ def test_reads_conv1d(tmp_path: Path) -> None:
         torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_what_peft_saved_whole_is_the_lanes_head(tmp_path: Path, variant: str) -> None:
+    config = LoraConfig(
+        r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=variant == "dora"
+    )
+    theirs = made_by_peft(tmp_path, config, llama())
+    adapters = load_peft(llama(), tmp_path)
+    assert adapters.variant.name == variant
+    assert list(adapters.heads) == ["lm_head"]
+    assert [name for name in adapters.trainable("peft") if adapters.is_head(name)] == ["lm_head.weight"]
+    with torch.no_grad(), adapters.rows(["peft"], None):
+        torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -78,7 +92,10 @@ def test_reads_conv1d(tmp_path: Path) -> None:
         (LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, use_rslora=True), "no variant here is"),
         (LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa"), "a pissa adapter over"),
         (LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "PEFT's rank_pattern"),
-        (LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
+        (
+            LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["norm"]),
+            "modules_to_save has model.norm, a LlamaRMSNorm; only linear layers are read",
+        ),
     ],
 )
 def test_what_cannot_be_read_says_why(tmp_path: Path, config: PeftConfig, message: str) -> None:

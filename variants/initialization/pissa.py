@@ -60,15 +60,15 @@ def _triplets(layer: Layer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor
         u, s, vh = (
             torch.linalg.svd(weight, full_matrices=False)
             if svd == "exact"
-            else _randomised(weight, rank, int(svd), number(layer.name, rank))
+            else randomised_svd(weight, rank, int(svd), number(layer.name, rank))
         )
         layer.memory[key] = u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].contiguous()
     return layer.memory[key]
 
 
-def _randomised(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Halko, Martinsson and Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1, with ten more columns than
-    asked for. Its own noise, so that torch's global state is left alone."""
+def randomised_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of the largest `rank` triplets and up to ten more: Halko, Martinsson and Tropp (2011, arXiv
+    0909.4061), algorithms 4.4 and 5.1. Its own noise, so that torch's global state is left alone."""
     columns = min(rank + 10, *weight.shape)
     noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))
     q = torch.linalg.qr(weight @ noise.to(weight))[0]

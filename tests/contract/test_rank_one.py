@@ -1,0 +1,40 @@
+"""Rank 1: a single column would take another path through the matmul for one lane than for several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rig import Case, NotApplicable, put_on, run, stir, together
+from torch import Tensor
+
+from variants import catalogue
+from variants.attach import Adapters
+from variants.contract import Kind, Unsupported
+
+CASE = Case("rank-one", out=64, inside=48)
+
+
+def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
+    """Of lane "1", after one backward of these lanes together."""
+    for lane in lanes:
+        for parameter in adapters.trainable(lane).values():
+            parameter.grad = None
+    with adapters.rows(lanes, None) as now:
+        loss, extra = run(adapters.model, together(CASE, lanes)).square().sum(), now.auxiliary_loss()
+        (loss if extra is None else loss + extra.sum()).backward()
+    return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_rank_one_lanes_do_not_notice_each_other(name: str) -> None:
+    if catalogue.get(name).kind is Kind.ALONE:
+        pytest.skip(f"{name} is alone in its pack")
+    try:
+        adapters = put_on(CASE, catalogue.get(name), 3, rank=1)
+    except (NotApplicable, Unsupported) as reason:
+        pytest.skip(str(reason))
+    stir(CASE, adapters)
+    alone, company = gradients(adapters, ("1",)), gradients(adapters, ("0", "1", "2"))
+    assert alone
+    assert alone.keys() == company.keys()
+    assert all(torch.equal(gradient, company[key]) for key, gradient in alone.items())

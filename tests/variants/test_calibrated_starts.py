@@ -1,0 +1,279 @@
+"""Starts from gradients or inputs: the evidence itself, and what LoRA-GA and EVA make of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from variants import catalogue
+from variants.attach import Adapters, attach
+from variants.baseline.lora import LoRA
+from variants.calibrate import calibrate
+from variants.contract import Evidence, Layer, Settings, Unsupported
+
+CALIBRATED = [name for name in catalogue.names() if catalogue.get(name).evidence is not Evidence.NONE]
+BATCHES = 3
+
+
+class Gradients(LoRA):
+    """Keeps the matrix as it is."""
+
+    evidence = Evidence.GRADIENT
+
+    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
+        return {"matrix": matrix}
+
+
+class Inputs(Gradients):
+    evidence = Evidence.INPUTS
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Its layers are Conv1D, those of its attention (32, 96)."""
+    torch.manual_seed(5)
+    config = GPT2Config(
+        vocab_size=40, n_positions=8, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def ids(batch: int) -> Tensor:
+    return torch.randint(0, 40, (6, 8), generator=torch.Generator().manual_seed(batch))
+
+
+def loss_of(model: nn.Module, batch: int) -> Tensor:
+    return model(input_ids=ids(batch), labels=ids(batch)).loss
+
+
+def losses(adapters: Adapters, passes: list[int], real: Tensor | None = None) -> Iterator[Tensor]:
+    passes.append(len(passes))
+    for batch in range(BATCHES):
+        with adapters.off(real=real):
+            yield loss_of(adapters.model, batch)
+
+
+def evidence(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """And how many passes over the batches it took."""
+    passes: list[int] = []
+    found = calibrate(adapters, adapters.settings, lambda: losses(adapters, passes), budget)
+    return found, len(passes)
+
+
+@pytest.mark.parametrize("variant", [Gradients(), Inputs(), *map(catalogue.get, CALIBRATED)])
+def test_a_small_budget_takes_more_passes_and_finds_the_same(variant: LoRA) -> None:
+    adapters = attach(gpt2(), variant, Settings(3, 6.0))
+    at_once, one = evidence(adapters)
+    in_groups, several = evidence(adapters, budget=40_000)
+    each, most = evidence(adapters, budget=1)
+    assert (one, most) == (1, len(adapters.layers))
+    assert one < several < most
+    for found in (in_groups, each):
+        assert found.keys() == at_once.keys() == adapters.layers.keys()
+        for name, tensors in at_once.items():
+            assert all(torch.equal(tensor, found[name][key]) for key, tensor in tensors.items()), name
+
+
+@pytest.mark.parametrize("variant", [Gradients(), Inputs()])
+def test_calibration_leaves_nothing_behind(variant: LoRA) -> None:
+    adapters = attach(gpt2(), variant, Settings(3, 6.0))
+    evidence(adapters)
+    assert not any(layer.base._forward_hooks for layer in adapters.layers.values())
+    assert all(parameter.grad is None for parameter in adapters.model.parameters())
+
+
+def test_the_mean_gradient_is_autograds() -> None:
+    """As a plain model gives it, whose weights are learnt: out x in, also if the module stores in x out."""
+    found, _ = evidence(attach(gpt2(), Gradients(), Settings(3, 6.0)))
+    plain = gpt2()
+    for batch in range(BATCHES):
+        (loss_of(plain, batch) / BATCHES).backward()
+    for name, tensors in found.items():
+        module = plain.get_submodule(name)
+        assert isinstance(module, Conv1D)
+        assert module.weight.grad is not None
+        torch.testing.assert_close(tensors["matrix"], module.weight.grad.T, rtol=1e-4, atol=1e-7)
+
+
+def test_the_first_layer_of_a_frozen_model_has_its_gradient() -> None:
+    """Nothing before it needs a gradient, so that the graph begins at its output."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(5, 7)])})
+    adapters = attach(model, Gradients(), Settings(2, 4.0))
+    x = torch.randn(9, 5)
+
+    def one() -> Iterator[Tensor]:
+        with adapters.off():
+            yield adapters.layers["blocks.0"](x).square().sum()
+
+    matrix = calibrate(adapters, adapters.settings, one)["blocks.0"]["matrix"]
+    layer = adapters.layers["blocks.0"].layer
+    assert layer.bias is not None
+    torch.testing.assert_close(matrix, 2 * (x @ layer.weight.T + layer.bias).T @ x)
+
+
+def covariance(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """What `calibrate` finds for a layer with the inputs x (batches, rows, length, in)."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(x.shape[-1], 4)])})
+    adapters = attach(model, Inputs(), Settings(2, 4.0))
+
+    def batches() -> Iterable[Tensor]:
+        for number, rows in enumerate(x):
+            with adapters.off(real=None if real is None else real[number]), torch.no_grad():
+                yield adapters.layers["blocks.0"](rows).sum()
+
+    return calibrate(adapters, adapters.settings, batches)["blocks.0"]["matrix"]
+
+
+def test_inputs_are_centred_over_all_batches() -> None:
+    """Also far from zero, where the mean of x x^T minus that of x would have no digits left."""
+    x = torch.randn(4, 3, 6, 5) * torch.arange(1.0, 6) + 1000
+    wanted = torch.cov(x.double().reshape(-1, 5).T, correction=0)
+    torch.testing.assert_close(covariance(x).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_does_not_count_in_inputs() -> None:
+    x = torch.randn(4, 3, 6, 5)
+    real = torch.arange(6) < torch.tensor([[6], [2], [4]])
+    real = real.expand(4, 3, 6)
+    found = covariance(x, real)
+    torch.testing.assert_close(found, torch.cov(x[real].T, correction=0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, covariance(torch.where(real.unsqueeze(-1), x, 1e6), real))
+    assert not torch.allclose(found, covariance(x))
+
+
+def decaying(out: int, inside: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of a matrix whose singular values are 1, 1/2, 1/4, …"""
+    noise = torch.Generator().manual_seed(3)
+    u = torch.linalg.qr(torch.randn(out, out, generator=noise))[0]
+    v = torch.linalg.qr(torch.randn(inside, inside, generator=noise))[0]
+    least = min(out, inside)
+    return u[:, :least], 0.5 ** torch.arange(least), v[:, :least].T
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row, whatever the signs."""
+    return nn.functional.cosine_similarity(left, right, dim=1).abs()
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, int]) -> None:
+    variant = catalogue.get("lora_ga")
+    settings = variant.checked_settings(Settings(4, 8.0))
+    layer = Layer("layer", torch.zeros(shape), None)
+    u, s, vh = decaying(*shape)
+    found = variant.distill(layer, u * s @ vh, settings)
+    c = shape[0] ** 0.25 / 4
+    torch.testing.assert_close(found["A0"].norm(dim=1), torch.full((4,), c))
+    torch.testing.assert_close(found["B0"].norm(dim=0), torch.full((4,), c))
+    assert cosines(found["A0"], vh[:4]).min() > 0.999
+    assert cosines(found["B0"].T, u[:, 4:8].T).min() > 0.999
+    assert variant.scaling(settings) == pytest.approx(8 / math.sqrt(4))
+
+
+def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
+    settings = Settings(4, 8.0, dropout=0.5)
+    adapters = attach(gpt2(), catalogue.get("lora_ga"), settings)
+    adapters.add("a", settings, seed=0, evidence=evidence(adapters)[0])
+    with torch.no_grad():
+        with adapters.off():
+            base = adapters.model(ids(0)).logits
+        with adapters.rows(["a"], 0):
+            assert torch.equal(adapters.model(ids(0)).logits, base)
+
+
+def test_lora_ga_takes_at_most_half_the_directions() -> None:
+    attach(gpt2(), catalogue.get("lora_ga"), Settings(16, 8.0))
+    with pytest.raises(Unsupported, match=r"rank 17 is larger than layer .* allows: at most 16"):
+        attach(gpt2(), catalogue.get("lora_ga"), Settings(17, 8.0))
+
+
+def eva(rank: int = 3, rho: float = 2.0) -> tuple[Adapters, dict[str, dict[str, Tensor]]]:
+    settings = Settings(rank, 6.0, extra={"rho": rho})
+    adapters = attach(gpt2(), catalogue.get("eva"), settings)
+    found, _ = evidence(adapters)
+    adapters.add("a", settings, seed=0, evidence=found)
+    return adapters, found
+
+
+def test_eva_takes_the_directions_of_most_variance() -> None:
+    """Its shares are the exact eigenvalues', and along a direction there is as much variance as it says."""
+    matrices, _ = evidence(attach(gpt2(), Inputs(), Settings(3, 6.0)))
+    adapters, found = eva()
+    for name, tensors in found.items():
+        covariance, directions = matrices[name]["matrix"], tensors["directions"]
+        exact = torch.linalg.eigvalsh(covariance).flip(0) / covariance.trace()
+        torch.testing.assert_close(tensors["shares"], exact[:6], rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(directions @ directions.T, torch.eye(6), rtol=0, atol=1e-5)
+        along = (directions @ covariance @ directions.T).diagonal() / covariance.trace()
+        torch.testing.assert_close(along, tensors["shares"], rtol=1e-2, atol=1e-5)
+    for name, rank in adapters.ranks("a").items():
+        a = adapters.trainable("a")[f"{name}.A"]
+        assert a.shape == (6, adapters.layers[name].layer.weight.shape[1])
+        assert torch.equal(a[:rank], found[name]["directions"][:rank])
+        assert not a[rank:].any()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_eva_gives_ranks_to_the_largest_shares_of_all(rank: int) -> None:
+    adapters, found = eva(rank)
+    ranks = adapters.ranks("a")
+    assert sum(ranks.values()) == rank * len(ranks)
+    assert max(ranks.values()) <= 2 * rank
+    assert len(set(ranks.values())) > 1
+    taken = [share for name, n in ranks.items() for share in found[name]["shares"][:n].tolist()]
+    left = [share for name, n in ranks.items() for share in found[name]["shares"][n:].tolist()]
+    assert min(taken) >= max(left)
+
+
+def test_eva_with_rho_1_gives_all_the_same() -> None:
+    adapters, _ = eva(rho=1.0)
+    assert set(adapters.ranks("a").values()) == {3}
+
+
+def test_eva_masks_what_is_not_in_use() -> None:
+    """Ranks that a layer was not given stay without effect and without gradients whatever is in them."""
+    adapters, _ = eva()
+    with torch.no_grad():
+        for parameter in adapters.trainable("a").values():
+            parameter.add_(torch.randn_like(parameter))
+    with adapters.rows(["a"], None):
+        loss_of(adapters.model, 0).backward()
+    for name, rank in adapters.ranks("a").items():
+        a, b = (adapters.trainable("a")[f"{name}.{key}"].grad for key in "AB")
+        assert a is not None
+        assert b is not None
+        assert not a[rank:].any()
+        assert not b[:, rank:].any()
+        assert rank == 0 or (a[:rank].any() and b[:, :rank].any())
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        (
+            "lora_ga",
+            {"calibration_batches": 0},
+            "calibration_batches 0: must be a whole number of at least 1",
+        ),
+        ("eva", {"calibration_batches": 2.5}, "calibration_batches 2.5: must be a whole number"),
+        ("lora_ga", {"gamma": 0}, "gamma 0: must be a finite number above 0"),
+        ("eva", {"rho": 0.5}, "rho 0.5: must be a finite number of at least 1"),
+    ],
+)
+def test_settings_that_cannot_be(name: str, extra: dict[str, float], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        catalogue.get(name).checked_settings(Settings(4, 8.0, extra=extra))
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_lane_without_evidence_is_refused(name: str) -> None:
+    adapters = attach(gpt2(), catalogue.get(name), Settings(3, 6.0))
+    with pytest.raises(Unsupported, match=f"{name} starts from .*: calibrate first"):
+        adapters.add("a", Settings(3, 6.0), seed=0)

@@ -1,0 +1,189 @@
+"""LoRAMoE: experts as one product of matrices, the router, the balancing loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from variants import catalogue
+from variants.attach import Adapters, attach
+from variants.contract import Extra, Layer, MergeRefused, Settings, Unsupported
+
+VARIANT = catalogue.get("lora_moe")
+OUT, INSIDE = 20, 12
+
+
+def settings(rank: int = 8, **extra: float | int) -> Settings:
+    return VARIANT.checked_settings(Settings(rank, 16.0, extra=extra))
+
+
+def layer() -> Layer:
+    weight = torch.randn(OUT, INSIDE, generator=torch.Generator().manual_seed(1))
+    return Layer("layer", weight, None)
+
+
+def lanes(of: Settings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
+    """(K, ...) with a B that is not zero and a router that decides."""
+    noise = torch.Generator().manual_seed(seed)
+    starts = [VARIANT.start(layer(), of, torch.Generator().manual_seed(lane)) for lane in range(count)]
+    every = [{**start.trainable, **start.frozen} for start in starts]
+    stacked = {name: torch.stack([each[name] for each in every]) for name in every[0]}
+    stacked["B"] = torch.randn(stacked["B"].shape, generator=noise)
+    stacked["R"] = stacked["R"] * 8
+    return stacked
+
+
+def inputs(count: int = 2) -> Tensor:
+    return torch.randn(count, 7, INSIDE, generator=torch.Generator().manual_seed(4))
+
+
+def computed(x: Tensor, params: dict[str, Tensor], of: Settings) -> Tensor:
+    scaling = torch.full((len(x), 1, 1), VARIANT.scaling(of))
+    prepared = VARIANT.prepare(params, layer(), scaling)
+    return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling)
+
+
+def looped(x: Tensor, params: dict[str, Tensor], lane: int, of: Settings) -> Tensor:
+    """One expert after the other, as the authors' code does it; with `top_k`, over the kept gates alone."""
+    experts, top_k = params["R"].shape[1], int(of.extra["top_k"])
+    each = of.rank // experts
+    logits = x[lane] @ params["R"][lane].T
+    gates = logits.softmax(-1)
+    if top_k:
+        kept = logits.topk(top_k, dim=-1)
+        gates = torch.zeros_like(gates).scatter(-1, kept.indices, kept.values.softmax(-1))
+    y = x[lane] @ layer().weight.T
+    for expert in range(experts):
+        mine = slice(expert * each, (expert + 1) * each)
+        a, b = params["A"][lane, mine], params["B"][lane, :, mine]
+        y = y + gates[:, expert, None] * (x[lane] @ a.T @ b.T) * 16.0 / each
+    return y
+
+
+@pytest.mark.parametrize("rank", [4, 8, 16, 12])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 4])
+def test_one_product_is_the_loop_over_experts(rank: int, top_k: int) -> None:
+    of = settings(rank, top_k=top_k)
+    x, params = inputs(), lanes(of)
+    together = computed(x, params, of)
+    for lane in range(2):
+        torch.testing.assert_close(together[lane], looped(x, params, lane, of), rtol=1e-4, atol=1e-4)
+
+
+def test_even_gates_make_a_lora_of_the_whole_rank() -> None:
+    of = settings(8)
+    x, params = inputs(), lanes(of)
+    params["R"] = torch.zeros_like(params["R"])
+    lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
+    own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling)
+    wanted = lora.forward(x, x @ layer().weight.T, own, layer(), scaling)
+    torch.testing.assert_close(computed(x, params, of), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
+def test_as_many_experts_as_divide_the_rank(rank: int, experts: int) -> None:
+    of = settings(rank)
+    params = lanes(of)
+    assert params["R"].shape == (2, experts, INSIDE)
+    assert params["A"].shape == (2, rank, INSIDE)
+    assert VARIANT.scaling(of) == pytest.approx(16 * experts / rank)
+    assert VARIANT.parameter_count(OUT, INSIDE, of) == rank * (OUT + INSIDE) + experts * INSIDE
+
+
+@pytest.mark.parametrize(
+    ("rank", "extra", "message"),
+    [
+        (1, {}, "rank 1: no number of experts from 2 to 8 divides it"),
+        (11, {}, "rank 11: no number of experts from 2 to 8 divides it"),
+        (8, {"experts": 1}, "experts 1: must be a whole number of at least 2"),
+        (4, {"top_k": 5}, "top_k 5: there are 4 experts"),
+        (8, {"balance": -1.0}, "balance -1.0: must be a finite number of at least 0"),
+    ],
+)
+def test_settings_that_cannot_be(rank: int, extra: Extra, message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        VARIANT.checked_settings(Settings(rank, 16.0, extra=extra))
+
+
+def balance(x: Tensor, params: dict[str, Tensor], real: Tensor | None = None) -> Tensor:
+    real = torch.ones(x.shape[:2]) if real is None else real
+    return VARIANT.auxiliary_loss(x, real, params, layer())
+
+
+def test_balance_is_the_squared_variation_of_the_experts_loads() -> None:
+    x, params = inputs(), lanes(settings(8))
+    for lane, term in enumerate(balance(x, params)):
+        load = (x[lane] @ params["R"][lane].T).softmax(-1).sum(0)
+        torch.testing.assert_close(term, 0.1 * load.var() / load.mean() ** 2)
+        assert term > 0
+    even = {**params, "R": torch.zeros_like(params["R"])}
+    torch.testing.assert_close(balance(x, even), torch.zeros(2))
+    heavier = lanes(settings(8, balance=0.5))
+    torch.testing.assert_close(balance(x, heavier), 5 * balance(x, params))
+
+
+def test_balance_sees_real_tokens_only_and_not_how_many() -> None:
+    x, params = inputs(), lanes(settings(8))
+    real = torch.ones(2, 7)
+    real[0, 3:] = 0
+    real[1, 5:] = 0
+    found = balance(x, params, real)
+    torch.testing.assert_close(found[0], balance(x[:1, :3], lanes_of(params, 0))[0])
+    torch.testing.assert_close(found[1], balance(x[1:, :5], lanes_of(params, 1))[0])
+    assert torch.equal(found, balance(torch.where(real.unsqueeze(2) > 0, x, 100.0), params, real))
+    torch.testing.assert_close(balance(torch.cat([x, x], 1), params), balance(x, params))
+
+
+def lanes_of(params: dict[str, Tensor], lane: int) -> dict[str, Tensor]:
+    return {name: tensor[lane : lane + 1] for name, tensor in params.items()}
+
+
+def adapted(rank: int = 8, **extra: float | int) -> Adapters:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 64)])})
+    of = settings(rank, **extra)
+    adapters = attach(model, VARIANT, of)
+    for lane in range(3):
+        adapters.add(str(lane), of, seed=lane)
+    return adapters
+
+
+def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Of lane "1"."""
+    for lane in names:
+        for parameter in adapters.trainable(lane).values():
+            parameter.grad = None
+    with adapters.rows(names, 0) as now:
+        y = adapters.layers["blocks.0"](x).unflatten(0, (len(names), -1))
+        extra = now.auxiliary_loss()
+        assert extra is not None
+        (y.square().sum((1, 2)) + extra).sum().backward()
+    return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("rank", [2, 8, 16])
+def test_lanes_do_not_notice_each_other(rank: int, top_k: int) -> None:
+    """At the smallest rank too, and whatever is kept of the gates; the balancing loss included."""
+    adapters, x = adapted(rank, top_k=top_k), torch.randn(27, 48)
+    with torch.no_grad():
+        for lane in adapters.lanes:
+            adapters.trainable(lane)["blocks.0.B"].normal_()
+    alone, company = gradients(adapters, ["1"], x[9:18]), gradients(adapters, ["0", "1", "2"], x)
+    assert len(alone) == 3
+    assert all(torch.equal(gradient, company[name]) for name, gradient in alone.items())
+
+
+def test_every_expert_learns_from_the_first_step() -> None:
+    found = gradients(adapted(), ["1"], torch.randn(9, 48))
+    assert found["blocks.0.B"].any(0).all()  # each rank's column
+    assert found["blocks.0.R"].any(1).all()  # through the balancing loss; B is zero yet
+
+
+def test_merging_is_refused_by_name() -> None:
+    adapters = adapted()
+    for lane in "02":
+        adapters.remove(lane)
+    with pytest.raises(MergeRefused, match="lora_moe cannot be merged"):
+        adapters.merge("1")

@@ -1,0 +1,229 @@
+"""Variants whose tensors move in hooks: what a merge, a telescoped weight and a budget promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from rig import CASES, Case, LaneOptimizer, distance, output, put_on, run, same, train, train_step
+from torch import Tensor
+
+from variants import catalogue
+from variants.attach import Adapters
+from variants.contract import Settings, Unsupported
+from variants.storage import load_peft, save_peft
+
+RIG = Case("rig", out=40, inside=24, bias=True)
+LLAMA = Case("llama", model="llama", lanes=2)
+LOW = Case("low", out=24, inside=40, dtype=torch.bfloat16, lanes=2)
+
+
+def stepped(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
+    """Trains all lanes, one step at a time."""
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
+    for step in range(steps):
+        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+        yield step + 1
+
+
+def delta(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
+    layer, settings = adapters.layers[name], adapters.settings_of(lane)
+    with torch.no_grad():
+        return adapters.variant.delta(layer.one(lane), layer.layer, adapters.variant.scaling(settings))
+
+
+# -- ReLoRA -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [RIG, LLAMA, LOW], ids=lambda case: case.name)
+def test_a_merge_on_the_way_changes_no_output(case: Case) -> None:
+    adapters = put_on(case, catalogue.get("relora"), 2)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
+    for step in range(5):
+        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+    before, frozen = output(case, adapters), adapters.frozen("0")
+    old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
+    assert not any(tensor.any() for tensor in frozen.values())
+    for lane, each in optimizers.items():
+        adapters.after_step(lane, 250, 1000, each._moments)
+    after = output(case, adapters)
+    assert distance(after, before) < case.tolerance / 10
+    for name, tensor in adapters.trainable("0").items():
+        layer, parameter = name.rsplit(".", 1)
+        merged = frozen[f"{layer}.merged {parameter}"]
+        assert torch.equal(merged[:4] if parameter == "A" else merged[:, :4], old[name])
+        assert parameter == "A" or not tensor.any()
+        assert not torch.equal(tensor, old[name])
+
+
+def test_relora_prunes_what_adam_remembers() -> None:
+    adapters = put_on(RIG, catalogue.get("relora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
+    for step in range(3):
+        train_step(RIG, adapters, {"0": optimizer}, {"0": step})
+    parameters = adapters.trainable("0").values()
+    before = [{key: moment.clone() for key, moment in optimizer._moments(p).items()} for p in parameters]
+    adapters.after_step("0", 250, 1000, optimizer._moments)
+    for parameter, old in zip(parameters, before, strict=True):
+        now = optimizer._moments(parameter)
+        kept = now["exp_avg"] != 0
+        assert kept.sum() == parameter.numel() - int(0.99 * parameter.numel()) > 0
+        assert torch.equal(kept, now["exp_avg_sq"] != 0)
+        for key in old:
+            assert torch.equal(now[key][kept], old[key][kept])
+        assert old["exp_avg"][kept].abs().min() >= old["exp_avg"][~kept].abs().max()
+
+
+def test_relora_warms_up_again_after_each_merge() -> None:
+    variant = catalogue.get("relora")
+    settings = variant.checked_settings(Settings(4))
+    factors = [variant.schedule_scale(step, 1562, settings) for step in range(1562)]
+    jagged = [step for step, factor in enumerate(factors) if factor < 1]
+    assert jagged == [point + i for point in (390, 781, 1171) for i in range(10)]
+    assert factors[390:401] == pytest.approx([i / 11 for i in range(1, 12)])
+    assert [s for s in range(20) if variant.schedule_scale(s, 20, settings) < 1] == [5, 10, 15]
+
+
+@pytest.mark.parametrize("case", [RIG, LLAMA], ids=lambda case: case.name)
+def test_relora_reaches_a_higher_rank_and_merges_and_leaves_whole(case: Case, tmp_path: Path) -> None:
+    adapters = put_on(case, catalogue.get("relora"), 1, rank=2)
+    train(case, adapters, steps=8)
+    name = next(iter(adapters.layers))
+    assert torch.linalg.matrix_rank(delta(adapters, name)) == 2 * 4
+    out = output(case, adapters)
+    save_peft(adapters, "0", tmp_path, "base")
+    back = load_peft(case.build(), tmp_path, lane="0")
+    assert (back.variant.name, back.settings.rank) == ("lora", 8)
+    assert distance(output(case, back), out) < case.tolerance
+    with torch.no_grad():
+        assert distance(run(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out) < 1e-5
+        adapters.merge("0")
+        assert distance(run(adapters.model, case.rows(0)), out) < case.tolerance
+
+
+# -- Delta-LoRA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["rig", "llama"])
+def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
+    """Beside LoRA, whose base weights are rewritten after each step t > K as in the paper's algorithm 1."""
+    case, steps = Case(model, model=model, out=40, inside=24, dtype=torch.float64), 12
+    ours, theirs = (put_on(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
+    begin = {name: layer.layer.weight.clone() for name, layer in ours.layers.items()}
+    k, taken = round(500 / 1562 * steps), stepped(case, ours, steps)
+    product = {name: delta(theirs, name) for name in begin}
+    for t, now in enumerate(stepped(case, theirs, steps)):
+        assert next(taken) == now
+        for name, layer in theirs.layers.items():
+            before, product[name] = product[name], delta(theirs, name)
+            if t > k:
+                with torch.no_grad():
+                    layer.base.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
+            accumulated = layer.layer.weight - begin[name] + product[name]
+            torch.testing.assert_close(delta(ours, name), accumulated, rtol=1e-9, atol=1e-12)
+        for name, tensor in theirs.trainable("0").items():
+            torch.testing.assert_close(ours.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
+    assert k == 4
+    for name in begin:
+        assert (delta(ours, name) - product[name]).norm() > 0.1 * product[name].norm()
+
+
+def test_delta_lora_has_no_dropout() -> None:
+    adapters = put_on(RIG, catalogue.get("delta_lora"), 1, dropout=0.5)
+    assert adapters.settings.dropout == 0
+    train(RIG, adapters, steps=3)
+    clean = put_on(RIG, catalogue.get("delta_lora"), 1)
+    train(RIG, clean, steps=3)
+    assert same(adapters.trainable("0"), clean.trainable("0"))
+
+
+# -- AdaLoRA ------------------------------------------------------------------------------------------------
+
+
+def test_adaloras_ranks_follow_the_budget() -> None:
+    """Of 4 layers' 6 triplets, 16 are left; with t_i = 3 and T - t_f = 17 of 40 steps."""
+    adapters = put_on(RIG, catalogue.get("adalora"), 2)
+    for step in stepped(RIG, adapters, 40):
+        share = min(1.0, max(0.0, (step - 3) / 14))
+        left = 16 + math.floor(8 * (1 - share) ** 3)
+        for lane in adapters.lanes:
+            values = [t for n, t in adapters.trainable(lane).items() if n.endswith(".E")]
+            assert sum(int(t.count_nonzero()) for t in values) == left
+            ranks = adapters.ranks(lane)
+            assert sum(ranks.values()) == (16 if step >= 17 else 24)
+            assert adapters.variant.rank_budget(4, adapters.settings, step, 40) == sum(ranks.values())
+        if step == 17:
+            settled = {lane: adapters.ranks(lane) for lane in adapters.lanes}
+    assert len(set(settled["0"].values())) > 1
+    for lane in adapters.lanes:
+        assert adapters.ranks(lane) == settled[lane]
+        for name, tensor in adapters.trainable(lane).items():
+            layer, parameter = name.rsplit(".", 1)
+            if parameter == "E":
+                assert torch.equal((tensor != 0).float(), adapters.frozen(lane)[f"{layer}.mask"])
+
+
+def test_adalora_prunes_the_least_important_of_all_layers() -> None:
+    """A layer whose triplets are told to matter keeps all of them; the others pay for it."""
+    adapters = put_on(RIG, catalogue.get("adalora"), 1)
+    optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
+    train_step(RIG, adapters, {"0": optimizer}, {"0": 0})
+    for kind in ("importance", "uncertainty"):
+        adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
+    adapters.after_step("0", 17, 40, optimizer._moments)
+    ranks = adapters.ranks("0")
+    assert ranks["there.1"] == 6
+    assert sum(ranks.values()) == 16
+
+
+def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
+    adapters = put_on(RIG, catalogue.get("adalora"), 2)
+    with adapters.rows(["0", "1"], 0) as now:
+        run(adapters.model, torch.cat([RIG.rows(0), RIG.rows(1)]))
+    found = now.auxiliary_loss()
+    assert found is not None
+    for lane, value in enumerate(found):
+        norms = []
+        for layer in adapters.layers.values():
+            one = layer.one(str(lane))
+            for m in (one["A"], one["B"].T):
+                norms.append((m @ m.T - torch.eye(6)).norm())
+        torch.testing.assert_close(value, 0.5 * torch.stack(norms).mean())
+
+
+# -- all of them --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
+def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
+    case = CASES[3]
+    company, steps = put_on(case, catalogue.get(name), 3), 16
+    train(case, company, steps)
+    for lane in range(3):
+        alone = put_on(case, catalogue.get(name), 0)
+        alone.add(str(lane), alone.settings, seed=lane)
+        train(case, alone, steps)
+        assert same(alone.trainable(str(lane)), company.trainable(str(lane)))
+        assert same(alone.frozen(str(lane)), company.frozen(str(lane)))
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "message"),
+    [
+        ("relora", {"merges": 0}, "merges 0: must be a whole number of at least 1"),
+        ("relora", {"pruned": 1.0}, "pruned 1.0: must be a number of at least 0 and below 1"),
+        ("relora", {"warmup": "long"}, "warmup 'long'"),
+        ("delta_lora", {"start": 500}, "start 500"),
+        ("delta_lora", {"ratio": float("nan")}, "ratio nan"),
+        ("adalora", {"initial": 1.0}, "initial 1"),
+        ("adalora", {"warmup": 0.6, "final": 0.5}, "warmup and final"),
+        ("adalora", {"orthogonality": -1.0}, "orthogonality -1.0"),
+    ],
+)
+def test_bad_settings_are_named(name: str, extra: dict[str, float | str], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        catalogue.get(name).checked_settings(Settings(extra=extra))

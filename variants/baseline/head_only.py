@@ -1,0 +1,24 @@
+"""A trained head on the frozen base: what the base knows already, without any adapter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from variants.contract import Adapts, Checked, Kind, Variant
+
+
+class HeadOnly(Variant):
+    """W' = W; only the task's head learns. A control: what an adapter adds is the distance from here.
+
+    Without rank or alpha; for tasks with a head (classification). Parameters: the head's.
+    """
+
+    name: ClassVar[str] = "head_only"
+    title: ClassVar[str] = "Head only"
+    axis: ClassVar[str] = "baseline"
+    paper: ClassVar[str] = ""
+    checked: ClassVar[Checked] = Checked.ORACLE
+    kind: ClassVar[Kind] = Kind.STACKED
+    adapts: ClassVar[Adapts] = Adapts.NOTHING
+    uses_rank: ClassVar[bool] = False
+    uses_alpha: ClassVar[bool] = False

@@ -1,0 +1,1 @@
+"""Variants of several adapters between which a router chooses."""

@@ -1,0 +1,80 @@
+"""LoRA-GA (Wang et al. 2024, arXiv 2407.05000): LoRA whose first step goes where full fine-tuning's would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.baseline.lora import LoRA
+from variants.contract import (
+    Checked,
+    Evidence,
+    Extra,
+    Layer,
+    Settings,
+    Start,
+    Unsupported,
+    number,
+    whole_number,
+)
+from variants.initialization.pissa import randomised_svd
+
+
+class LoRAGA(LoRA):
+    """W' = W + s (B A - B0 A0), s = alpha / sqrt(rank), as the authors train it.
+
+    Start: with the mean gradient G = U S V^T over `calibration_batches` batches, A0 = c V[:, :r]^T and
+    B0 = c U[:, r:2r], c = out^(1/4) / sqrt(`gamma`) (the authors' scale "stable", direction "ArB2r"),
+    and A, B begin as A0, B0, so W' = W. Each rank takes two singular directions, so that there are at most
+    half as many ranks as the layer's smaller side is long. Parameters: rank * (in + out) a layer.
+
+    Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
+    so that dropout hides the offset wherever it hides B A, and the start is W with dropout too (in the
+    published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the authors'
+    code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. PEFT's `lora_ga` is another method: it
+    multiplies B0 by the singular values and by c, leaves A0 unscaled, and divides by `rank` unless told not
+    to; so there is no oracle here.
+    """
+
+    name: ClassVar[str] = "lora_ga"
+    title: ClassVar[str] = "LoRA-GA"
+    axis: ClassVar[str] = "initialization"
+    paper: ClassVar[str] = "2407.05000"
+    checked: ClassVar[Checked] = Checked.OFFICIAL
+    evidence: ClassVar[Evidence] = Evidence.GRADIENT
+    directions: ClassVar[int] = 2
+    extra: ClassVar[Extra] = {"calibration_batches": 64, "gamma": 16.0}
+
+    def checked_settings(self, settings: Settings) -> Settings:
+        settings = super().checked_settings(settings)
+        whole_number(settings, "calibration_batches")
+        gamma = settings.extra["gamma"]
+        if isinstance(gamma, (str, bool)) or not math.isfinite(gamma) or gamma <= 0:
+            raise Unsupported(f"gamma {gamma!r}: must be a finite number above 0; the paper's is 16")
+        return settings
+
+    def scaling(self, settings: Settings) -> float:
+        return super().scaling(settings) * math.sqrt(settings.rank)
+
+    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
+        rank = settings.rank
+        u, _, vh = randomised_svd(matrix, 2 * rank, iterations=4, seed=number(layer.name, rank))
+        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
+        return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        like = layer.weight.device, layer.dtype
+        a, b = layer.evidence["A0"].to(*like), layer.evidence["B0"].to(*like)
+        return Start({"A": a, "B": b}, {"A0": a, "B0": b})
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        """A plain LoRA of twice the rank over the unchanged base, as PiSSA's."""
+        rank = 2 * settings.rank
+        return super().peft_config(Settings(rank, rank * self.scaling(settings), settings.dropout))
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        return None  # what was exported is a plain LoRA by then

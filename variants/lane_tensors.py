@@ -1,0 +1,67 @@
+"""What lanes own in one place of the model: a layer, a head, a group of layers, a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+STACKS = 2  # kept of frozen tensors: training's lanes and evaluation's
+
+
+class LaneTensors:
+    """Each lane's tensors are separate, so that lanes come and go and each has its own optimizer; they are
+    stacked when they are computed with."""
+
+    def __init__(self, moving: frozenset[str] = frozenset()) -> None:
+        """`moving`: frozen tensors that hooks write, so that no lane may share them."""
+        self.moving = moving
+        self.trainable: dict[str, dict[str, nn.Parameter]] = {}
+        self.frozen: dict[str, dict[str, Tensor]] = {}
+        self._stacks: dict[tuple[str, ...], dict[str, Tensor]] = {}
+
+    def put(
+        self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Gives `lane` copies of what changes; the rest may be shared with others."""
+        self.trainable[lane] = {
+            name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
+            for name, tensor in trainable.items()
+        }
+        self.frozen[lane] = {
+            name: tensor.detach().to(device, copy=name in self.moving).contiguous()
+            for name, tensor in frozen.items()
+        }
+        self._stacks.clear()
+
+    def drop(self, lane: str) -> None:
+        del self.trainable[lane], self.frozen[lane]
+        self._stacks.clear()
+
+    def written(self) -> None:
+        """A hook has written frozen tensors."""
+        self._stacks.clear()
+
+    def one(self, lane: str) -> dict[str, Tensor]:
+        """A lane's tensors, trainable and frozen, without the lane dimension."""
+        return {**self.trainable[lane], **self.frozen[lane]}
+
+    def stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors of these lanes, (K, ...)"""
+        if len(lanes) == 1:
+            return {name: tensor.unsqueeze(0) for name, tensor in self.one(lanes[0]).items()}
+        parameters = [self.trainable[lane] for lane in lanes]
+        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
+        if not self.frozen[lanes[0]]:
+            return stacked
+        if lanes not in self._stacks:
+            if len(self._stacks) >= STACKS:
+                self._stacks.pop(next(iter(self._stacks)))
+            frozen = [self.frozen[lane] for lane in lanes]
+            self._stacks[lanes] = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
+        return {**stacked, **self._stacks[lanes]}
+
+    def versions(self, lanes: tuple[str, ...]) -> list[int]:
+        """Changes with every in-place write of a parameter."""
+        return [p._version for lane in lanes for p in self.trainable[lane].values()]

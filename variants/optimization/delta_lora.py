@@ -1,0 +1,85 @@
+"""Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the frozen weight follows the change of the low-rank
+product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.baseline.lora import LoRA
+from variants.contract import Checked, Extra, LaneView, Layer, Params, Settings, Start, real_number
+
+
+class DeltaLoRA(LoRA):
+    """W' = Wt + s B A, s = alpha / rank; after each step t > K, Wt gains ratio * s (B A now - B A before).
+
+    Wt is never written. The sum telescopes to W + ratio * s (B A - B0 A0) with A0, B0 = A, B after K + 1
+    steps, kept as frozen tensors: exact in every dtype, and over one base for all lanes. Until then A0, B0
+    follow A and B. The part of Wt carries no gradient to A and B. Start and parameters as LoRA:
+    rank * (in + out) a layer.
+
+    `ratio` 2 is the paper's lambda. K is the share `start` of the horizon: the paper's K = 500, of the 1,562
+    steps of the published study. There is no dropout: the paper removes it from the low-rank path, so that
+    the gradient by B A is the gradient by W; any that is asked for is taken as zero.
+    """
+
+    name: ClassVar[str] = "delta_lora"
+    title: ClassVar[str] = "Delta-LoRA"
+    axis: ClassVar[str] = "optimization"
+    paper: ClassVar[str] = "2309.02411"
+    checked: ClassVar[Checked] = Checked.PAPER
+    uses_dropout: ClassVar[bool] = False
+    moving: ClassVar[frozenset[str]] = frozenset({"before A", "before B"})
+    extra: ClassVar[Extra] = {"ratio": 2.0, "start": 500 / 1562}
+
+    def checked_settings(self, settings: Settings) -> Settings:
+        settings = super().checked_settings(settings)
+        real_number(settings, "ratio")
+        real_number(settings, "start", below=1)
+        return settings
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        begin = super().start(layer, settings, generator)
+        begin.frozen["ratio"] = begin.trainable["A"].new_full((1, 1), real_number(settings, "ratio"))
+        for name, tensor in begin.trainable.items():
+            begin.frozen[f"before {name}"] = tensor
+        return begin
+
+    def after_step(self, lane: LaneView) -> None:
+        if lane.step <= round(real_number(lane.settings, "start") * lane.steps) + 1:
+            for view in lane.layers.values():
+                for name, tensor in view.trainable.items():
+                    view.frozen[f"before {name}"].copy_(tensor)
+
+    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+        return super().prepare(_all(params), layer, scaling)
+
+    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+        return super().delta(_all(params), layer, scaling)
+
+    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+        return super().to_peft(_all(params), settings)
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        """A plain LoRA of three times the rank."""
+        assert settings.alpha is not None
+        return super().peft_config(replace(settings, rank=3 * settings.rank, alpha=3 * settings.alpha))
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        return None  # what was exported is a plain LoRA by then
+
+
+def _all(params: Params) -> dict[str, Tensor]:
+    """B A + ratio (B A - B0 A0) as one product. The difference is B (A - A0) + (B - B0) A0: exactly zero
+    while nothing has changed, and not rounded against B A."""
+    a, b, ratio = params["A"], params["B"], params["ratio"]
+    a0, b0 = params["before A"], params["before B"]
+    still, followed = b.detach(), a.detach() - a0
+    return {
+        "A": torch.cat([a, followed, a0], dim=-2),
+        "B": torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
+    }

@@ -1,0 +1,32 @@
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA whose B learns faster than its A."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from variants.baseline.lora import LoRA
+from variants.contract import Extra, Settings, Unsupported
+
+
+class LoRAPlus(LoRA):
+    """W' = W + s B A, s = alpha / rank; B learns at `ratio` times the rate of A, which is the lane's.
+
+    Start and parameters as LoRA: rank * (in + out) a layer. `ratio` 16 is the authors' default.
+    """
+
+    name: ClassVar[str] = "lora_plus"
+    title: ClassVar[str] = "LoRA+"
+    axis: ClassVar[str] = "optimization"
+    paper: ClassVar[str] = "2402.12354"
+    extra: ClassVar[Extra] = {"ratio": 16.0}
+
+    def checked_settings(self, settings: Settings) -> Settings:
+        settings = super().checked_settings(settings)
+        ratio = settings.extra["ratio"]
+        if isinstance(ratio, (str, bool)) or not math.isfinite(ratio) or ratio <= 0:
+            raise Unsupported(f"ratio {ratio!r}: must be a finite number above 0; the paper's is 16")
+        return settings
+
+    def learning_rate_scale(self, parameter: str, settings: Settings) -> float:
+        return float(settings.extra["ratio"]) if parameter == "B" else 1.0

@@ -1,0 +1,216 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): a singular value decomposition is learnt, and its least
+important triplets are pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from variants.baseline.lora import LoRA
+from variants.contract import (
+    Extra,
+    LaneView,
+    Layer,
+    LayerView,
+    Params,
+    Settings,
+    Start,
+    Unsupported,
+    real_number,
+    stream,
+)
+
+DEVIATION, SMOOTHING = 0.02, 0.85
+"""Of the first A and B; of the averages of importance and of its uncertainty (beta1 = beta2)."""
+
+
+class AdaLoRA(LoRA):
+    """W' = W + s B diag(E) A, s = alpha / (initial rank + 1e-5), as PEFT has it.
+
+    Start: A, B ~ N(0, 0.02), E = 0, so W' = W. All layers begin with `initial` * rank triplets; `rank` is how
+    many they have on average at the end. The loss gains `orthogonality` times the mean over all A and B of
+    |A A^T - I| and |B^T B - I|. After each step, a number p is as important as the running average of |p dp|
+    times that of its distance from the average, and a triplet as its E plus the means over its A and B. From
+    t_i = `warmup` of the horizon on, the least important triplets of all layers have their E set to zero, so
+    many that b(t) are left, which falls cubically to layers * rank at T - t_f, t_f = `final` of the horizon.
+    Until then they may come back, then they are gone. Defaults: the published study's t_i = 100, t_f = 900
+    of T = 1,562 steps and ranks 12 -> 8; allocated at every step, running averages of 0.85, as in PEFT.
+    Parameters: ranks not yet gone * (in + out + 1) a layer.
+
+    Deviation from PEFT, which goes on training what is gone: its orthogonality loss moves the A, B of pruned
+    triplets up to T; here their gradients are zero.
+    """
+
+    name: ClassVar[str] = "adalora"
+    title: ClassVar[str] = "AdaLoRA"
+    axis: ClassVar[str] = "rank"
+    paper: ClassVar[str] = "2303.10512"
+    auxiliary: ClassVar[bool] = True
+    moving: ClassVar[frozenset[str]] = frozenset(
+        {"mask", *(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")}
+    )
+    extra: ClassVar[Extra] = {
+        "initial": 1.5, "warmup": 100 / 1562, "final": 900 / 1562, "orthogonality": 0.5
+    }  # fmt: skip
+
+    def checked_settings(self, settings: Settings) -> Settings:
+        settings = super().checked_settings(settings)
+        real_number(settings, "orthogonality")
+        if real_number(settings, "warmup") + real_number(settings, "final") >= 1:
+            raise Unsupported("warmup and final: must be shares of the horizon with a sum below 1")
+        if real_number(settings, "initial", least=1) * settings.rank <= settings.rank:
+            raise Unsupported(
+                "initial 1: must be above 1, or there is no budget to cut; the published is 1.5"
+            )
+        return settings
+
+    def scaling(self, settings: Settings) -> float:
+        return super().scaling(settings) * settings.rank / (_initial(settings) + 1e-5)
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        (out, inside), rank = layer.weight.shape, _initial(settings)
+        made = {
+            "A": _normal((rank, inside), layer, stream(generator, "A")),
+            "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.weight.device),
+            "B": _normal((out, rank), layer, stream(generator, "B")),
+        }
+        frozen = {
+            f"{kind} {name}": torch.zeros_like(tensor)
+            for kind in ("importance", "uncertainty")
+            for name, tensor in made.items()
+        }
+        weight = torch.full_like(made["E"][:1], real_number(settings, "orthogonality"))
+        return Start(made, {**frozen, "mask": torch.ones_like(made["E"]), "orthogonality": weight})
+
+    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+        return super().prepare(_product(params), layer, scaling)
+
+    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+        return super().delta(_product(params), layer, scaling)
+
+    def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
+        a, b = params["A"], params["B"].transpose(1, 2)
+        norms = [_distance_from_orthogonal(rows) for rows in (a, b)]
+        return params["orthogonality"].flatten() * (norms[0] + norms[1]) / 2
+
+    def before_step(self, lane: LaneView) -> None:
+        if lane.step >= _settled(lane.settings, lane.steps):
+            for view in lane.layers.values():
+                mask = view.frozen["mask"]
+                for name, parameter in view.trainable.items():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(mask.t() if name == "B" else mask)
+
+    def after_step(self, lane: LaneView) -> None:
+        settled = _settled(lane.settings, lane.steps)
+        views = list(lane.layers.values())
+        if lane.step < settled:
+            for view in views:
+                _observe(view)
+        if lane.step <= settled:
+            left = _budget(len(views), lane.settings, lane.step, lane.steps)
+            scores = torch.cat([_scores(view) for view in views])
+            kept = torch.ones_like(scores)
+            kept[scores.argsort(stable=True)[: len(scores) - left]] = 0
+            for view, mask in zip(views, kept.view(len(views), -1, 1), strict=True):
+                view.trainable["E"].mul_(mask)
+                if lane.step == settled:
+                    view.frozen["mask"].copy_(mask)
+        else:
+            for view in views:
+                view.trainable["E"].mul_(view.frozen["mask"])
+
+    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
+        return settings.rank * (in_features + out_features + 1)
+
+    def rank_in_use(self, params: Params, settings: Settings) -> int:
+        return int(params["mask"].sum())
+
+    def rank_budget(self, layers: int, settings: Settings, step: int, steps: int) -> int:
+        return layers * (settings.rank if step >= _settled(settings, steps) else _initial(settings))
+
+    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+        return {"lora_A": params["A"], "lora_E": params["E"] * params["mask"], "lora_B": params["B"]}
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        return {
+            "peft_type": "ADALORA",
+            "target_r": settings.rank,
+            "init_r": _initial(settings),
+            "lora_alpha": settings.alpha,
+            "lora_dropout": settings.dropout,
+            "orth_reg_weight": settings.extra["orthogonality"],
+            "total_step": 1,  # what PEFT would train on for; it insists on a number
+            "bias": "none",
+        }
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        if config.get("peft_type") != "ADALORA":
+            return None
+        rank, dropout = config["target_r"], float(config.get("lora_dropout", 0.0))
+        extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
+        return Settings(rank, float(config["lora_alpha"]), dropout, extra)
+
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+        made = {name: tensors[f"lora_{name}"] for name in "AEB"}
+        return Start(made, {"mask": torch.ones_like(made["E"])})
+
+
+def _initial(settings: Settings) -> int:
+    return math.ceil(round(real_number(settings, "initial") * settings.rank, 6))
+
+
+def _normal(shape: tuple[int, int], layer: Layer, generator: torch.Generator) -> Tensor:
+    draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(DEVIATION)
+    return draw.to(layer.weight.device, layer.dtype)
+
+
+def _settled(settings: Settings, steps: int) -> int:
+    """T - t_f: after so many steps the ranks stay as they are. One step of importance at least."""
+    final = round(real_number(settings, "final") * steps)
+    return max(2, _first(settings, steps) + 1, steps - final)
+
+
+def _first(settings: Settings, steps: int) -> int:
+    """t_i"""
+    return round(real_number(settings, "warmup") * steps)
+
+
+def _budget(layers: int, settings: Settings, step: int, steps: int) -> int:
+    """b(t): triplets of all layers that are left after `step` steps."""
+    first, settled = _first(settings, steps), _settled(settings, steps)
+    begin, end = layers * _initial(settings), layers * settings.rank
+    if step <= first:
+        return begin
+    return end + int((begin - end) * (1 - (step - first) / (settled - first)) ** 3)
+
+
+def _product(params: Params) -> dict[str, Tensor]:
+    """B and diag(E) A"""
+    return {"A": params["A"] * params["E"], "B": params["B"]}
+
+
+def _distance_from_orthogonal(rows: Tensor) -> Tensor:
+    """|M M^T - I| of M (K, rank, n), (K,)"""
+    unit = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return (torch.bmm(rows, rows.transpose(1, 2)) - unit).flatten(1).norm(dim=1)
+
+
+def _observe(view: LayerView) -> None:
+    """Takes a step's |p dp| into the averages."""
+    for name, parameter in view.trainable.items():
+        assert parameter.grad is not None
+        now = (parameter * parameter.grad).abs()
+        importance, uncertainty = view.frozen[f"importance {name}"], view.frozen[f"uncertainty {name}"]
+        importance.mul_(SMOOTHING).add_(now, alpha=1 - SMOOTHING)
+        uncertainty.mul_(SMOOTHING).add_((now - importance).abs(), alpha=1 - SMOOTHING)
+
+
+def _scores(view: LayerView) -> Tensor:
+    """(rank,)"""
+    a, e, b = (view.frozen[f"importance {name}"] * view.frozen[f"uncertainty {name}"] for name in "AEB")
+    return e[:, 0] + a.mean(1) + b.mean(0)
