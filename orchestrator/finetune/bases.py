@@ -149,14 +149,15 @@ def _clear_abandoned(root: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars for reading and writing weights."""
+    """Without transformers' progress bars for reading and writing weights, and its reports on them."""
     from transformers.utils import logging
 
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,17 +1,18 @@
 """Examples as token tensors: encoded once, drawn in an order that the seed alone decides, padded to buckets.
 
 Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
+A task with a head has one target a row, what the head has to say of the whole text; it stands at the last
+token.
 
-Training and scoring pad on the right and pass no attention mask. In a causal model no real token looks at
-what comes after it, and padding carries no loss, so the result is the same, and the attention kernel, which a
-mask would switch, does not depend on whose rows share the batch.
+Training and scoring pad on the right. In a causal model no real token looks at what comes after it, and
+padding carries no loss, so it needs no attention mask (`forward.py` says what other models get).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,24 +25,54 @@ from orchestrator.study.errors import BadInput
 
 @dataclass(frozen=True)
 class Row:
-    """One example: `ids` without its last token, `targets` one further, both of one length."""
+    """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
+    `targets` are one further."""
 
     ids: tuple[int, ...]
-    targets: tuple[int, ...]
+    targets: tuple[float, ...]
     prompt: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` and `targets` (rows, length), int64, on the CPU; `tokens`: how many targets carry loss."""
+    """`ids` and `targets` (rows, length), `lengths` (rows,) without padding; all on the CPU. int64, but
+    float64 targets where they are values."""
 
     ids: Tensor
     targets: Tensor
-    tokens: int
+    lengths: Tensor
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of batches of one length, one batch after another."""
+        return cls(
+            torch.cat([b.ids for b in batches]),
+            torch.cat([b.targets for b in batches]),
+            torch.cat([b.lengths for b in batches]),
+        )
+
+    def part(self, first: int, last: int) -> Batch:
+        """Rows `first` .. `last - 1`, as long as they are here."""
+        return Batch(self.ids[first:last], self.targets[first:last], self.lengths[first:last])
 
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Targets with loss, a row."""
+        return tuple((self.targets != NO_LOSS).sum(dim=1).tolist())
+
+    @property
+    def tokens(self) -> int:
+        """Targets with loss in all."""
+        return sum(self.counts)
+
+    @property
+    def real(self) -> Tensor:
+        """(rows, length) bool: False at padding."""
+        return torch.arange(self.length) < self.lengths.unsqueeze(1)
 
 
 def bucket(length: int, cap: int) -> int:
@@ -62,15 +93,27 @@ def _sizes() -> Iterator[int]:
         size *= 2
 
 
+def longest(task: Task, max_length: int) -> int:
+    """The most ids that a training row has: `cap` of the functions here."""
+    return max_length if task.has_head else max_length - 1
+
+
 def encode(
     examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
 ) -> list[Row]:
     """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
-    left out. Without it (evaluation) all are kept whole. Raises BadInput when nothing is left to learn, or
-    when an example has nothing to score."""
+    left out. Without it (evaluation) all are kept whole. For a task with a head it is always given: of a
+    longer text the model sees the last token, which closes it, and what fits before. Raises BadInput when
+    nothing is left to learn, or when an example has nothing to score."""
     rows = []
     for number, example in enumerate(examples):
         encoded = task.encode(example, tokenizer)
+        if task.has_head:
+            ids = encoded.ids
+            if max_length is not None and len(ids) > max_length:
+                ids = (*ids[: max_length - 1], ids[-1])
+            rows.append(Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids))
+            continue
         ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
         if any(label != NO_LOSS for label in labels[1:]):
             rows.append(Row(ids[:-1], labels[1:], encoded.ids[: encoded.prompt_length]))
@@ -89,8 +132,12 @@ def encode(
 def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
     """Rows to one length, padded on the right."""
     ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows])
-    targets = torch.tensor([[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows])
-    return Batch(ids, targets, int((targets != NO_LOSS).sum()))
+    values = any(isinstance(r.targets[-1], float) for r in rows)
+    targets = torch.tensor(
+        [[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows],
+        dtype=torch.float64 if values else torch.int64,
+    )
+    return Batch(ids, targets, torch.tensor([len(r.ids) for r in rows]))
 
 
 def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from orchestrator.finetune.data import Row, scoring_plan
 from orchestrator.finetune.models import Bench
+from orchestrator.finetune.team import Team
 
 
 @torch.no_grad()
@@ -21,12 +22,15 @@ def answers(
     max_new_tokens: int,
     lanes: int,
     lane_rows: Callable[[], AbstractContextManager[Any]],
+    team: Team,
 ) -> list[tuple[str, ...]]:
-    """What each lane says to each row's prompt, up to the end token, in the order of `rows`."""
+    """What each lane says to each row's prompt, up to the end token, in the order of `rows`. The team share
+    the work, and all get to know everything."""
     tokenizer = bench.tokenizer
-    found: list[list[str]] = [[""] * len(rows) for _ in range(lanes)]
+    mine: dict[tuple[int, int], str] = {}
+    plan = scoring_plan([len(r.prompt) for r in rows], cap)
     with lane_rows(), _greedy(bench.model, tokenizer, max_new_tokens):
-        for length, items in scoring_plan([len(r.prompt) for r in rows], cap):
+        for length, items in plan[team.rank :: team.size]:
             # Prompts are padded on the left, so that all answers begin in one column.
             short = [length - len(rows[i].prompt) for i in items]
             ids = torch.tensor(
@@ -38,8 +42,9 @@ def answers(
                 attention_mask=mask.repeat(lanes, 1).to(bench.device),
             )
             for row, new in enumerate(told[:, length:].tolist()):
-                found[row // len(items)][items[row % len(items)]] = _text(new, tokenizer)
-    return [tuple(lane) for lane in found]
+                mine[row // len(items), items[row % len(items)]] = _text(new, tokenizer)
+    found = {place: text for theirs in team.gather(mine) for place, text in theirs.items()}
+    return [tuple(found[lane, item] for item in range(len(rows))) for lane in range(lanes)]
 
 
 def _text(ids: list[int], tokenizer: Any) -> str:

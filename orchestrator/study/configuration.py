@@ -61,7 +61,8 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW. `clip_norm` bounds the global gradient norm of a lane."""
+    """AdamW. `clip_norm` bounds the global gradient norm of a lane. `head_learning_rate` is that of a task's
+    head; None: the same as all."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -69,6 +70,7 @@ class Optimizer:
     beta2: float = 0.999
     epsilon: float = 1e-8
     clip_norm: float = 1.0
+    head_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,16 @@ class Configuration:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical JSON, the base by content alone: its name is for people."""
-        nameless = replace(self, model=replace(self.model, name=""))
-        return hashlib.sha256(canonical(nameless.to_json())).hexdigest()
+        """SHA-256 (hex) of the canonical JSON, the base by content alone: its name is for people. A head that
+        learns at the rate of all the rest is left out, however that was said."""
+        data = replace(self, model=replace(self.model, name="")).to_json()
+        if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
+            del data["optimizer"]["head_learning_rate"]
+        return hashlib.sha256(canonical(data)).hexdigest()
 
     @cached_property
     def shape(self) -> str:
-        """Lanes of one shape train in one pack: all but learning rate, decay, alpha, schedule and seed."""
+        """Lanes of one shape train in one pack: all but learning rates, decay, alpha, schedule and seed."""
         alike = replace(
             self,
             variant=replace(self.variant, alpha=None),

@@ -9,7 +9,7 @@ from scripted import WORDS_TASK, tiny_bench
 from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluate import Split, evaluate
-from orchestrator.finetune.forward import answer_logits, takes_columns
+from orchestrator.finetune.forward import outputs, takes_columns
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import NO_LOSS, Task
@@ -93,7 +93,7 @@ def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
     for _ in range(30):
         for batch, _ in split.batches:
             with adapters.rows(["x"], None):
-                logits, labels = answer_logits(here.model, batch.ids, batch.targets, here.device)
+                logits, labels = outputs(here, generated, batch)
                 cross_entropy(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -124,7 +124,7 @@ def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
     for batch, _ in split_of(task, here).batches:
         assert takes_columns(type(here.model).forward)
         assert (batch.targets != NO_LOSS).any(0).sum() < batch.length
-        logits, labels = answer_logits(here.model, batch.ids, batch.targets, here.device)
+        logits, labels = outputs(here, task, batch)
         full = here.model(input_ids=batch.ids).logits
         places = batch.targets != NO_LOSS
         assert torch.equal(labels, batch.targets[places])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.finetune import metrics
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
 from orchestrator.finetune.tasks.chain_sum import ChainSum, same_sum
@@ -42,11 +43,15 @@ class Echo(Task):
 def test_every_task_says_what_a_fine_tune_needs(name: str) -> None:
     task = catalogue.get(name)
     assert task.name == name
-    assert task.answers in ("forced", "generated")
+    assert task.answers in ("forced", "generated", "label", "value")
     assert list(task.defaults.learning_rates) == sorted(set(task.defaults.learning_rates))
     assert 0.0 <= task.floor <= 1.0
     assert task.title
-    assert task.max_new_tokens > 0
+    if task.has_head:
+        assert metrics.of(task)
+        assert task.outputs == (len(set(task.labels)) if task.answers == "label" else 1)
+    else:
+        assert task.max_new_tokens > 0
 
 
 def test_an_unknown_task_names_the_nearest() -> None:

@@ -47,6 +47,11 @@ def test_one_value_has_one_fingerprint_however_it_is_spelt() -> None:
     assert spelt.fingerprint == POINT.fingerprint
 
 
+def test_a_head_that_learns_as_all_the_rest_does_is_no_other_configuration() -> None:
+    typed = replace(POINT, optimizer=Optimizer(1e-3, head_learning_rate=1e-3))
+    assert typed.fingerprint == POINT.fingerprint
+
+
 def test_a_base_is_known_by_its_content_whatever_it_is_called() -> None:
     elsewhere = replace(POINT, model=replace(POINT.model, name="/models/letters"))
     assert elsewhere.fingerprint == POINT.fingerprint
@@ -56,6 +61,7 @@ def test_a_base_is_known_by_its_content_whatever_it_is_called() -> None:
 CHANGES = {
     "learning rate": replace(POINT, optimizer=Optimizer(2e-3)),
     "decay": replace(POINT, optimizer=Optimizer(1e-3, weight_decay=0.1)),
+    "the head's rate": replace(POINT, optimizer=Optimizer(1e-3, head_learning_rate=1e-2)),
     "alpha": replace(POINT, variant=replace(POINT.variant, alpha=8.0)),
     "schedule": replace(POINT, schedule=Schedule(60, "linear")),
     "horizon": replace(POINT, schedule=Schedule(30)),
@@ -76,7 +82,8 @@ CHANGES = {
     "loop numerics": replace(POINT, loop_numerics=2),
 }
 MAY_DIFFER_IN_A_PACK = {
-    "learning rate", "decay", "alpha", "schedule", "horizon", "seed", "divergence rule", "evaluations"
+    "learning rate", "the head's rate", "decay", "alpha", "schedule", "horizon", "seed", "divergence rule",
+    "evaluations",
 }  # fmt: skip
 
 

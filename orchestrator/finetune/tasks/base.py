@@ -1,6 +1,7 @@
 """What a task says: its examples, how an example becomes token ids, its metric, the defaults of a fine-tune.
 
-A new task is one file in this folder with one subclass of `Task`; `chain_sum.py` is a short one. Task files
+A new task is one file in this folder with one subclass of `Task`; `chain_sum.py` is a short one for answers
+in words, `glosses.py` for classes. Task files
 import nothing heavy at the top: the command line reads them to answer `--help`.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from orchestrator.study.configuration import Dtype, TaskChoice
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -25,7 +27,8 @@ NO_LOSS = -100
 
 @dataclass(frozen=True)
 class Example:
-    """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer."""
+    """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer. For a task
+    with a head the prompt is the text and the answer what it is to be given: a class, or a number."""
 
     prompt: str
     answer: str
@@ -69,11 +72,15 @@ class Task:
     default_model: ClassVar[str]
     numerics: ClassVar[int] = 1
     """Raised by hand when the encoding or the grading changes."""
-    answers: ClassVar[Literal["forced", "generated"]]
+    answers: ClassVar[Literal["forced", "generated", "label", "value"]] = "generated"
     """forced: an answer counts when the argmax at every label is right in one teacher-forced pass, which is
     greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
-    `grade`."""
-    max_new_tokens: ClassVar[int]
+    `grade`. label: a head on the model says which of `labels` a text has (cross-entropy). value: a head says
+    a number (squared error)."""
+    labels: ClassVar[tuple[str, ...]] = ()
+    """The classes of a `label` task, in the order of the head's outputs."""
+    max_new_tokens: ClassVar[int] = 0
+    """Of a generated answer."""
     defaults: ClassVar[TaskDefaults]
 
     # -- to be given by a task -------------------------------------------------------------------------
@@ -89,7 +96,11 @@ class Task:
 
     def encode(self, example: Example, tokenizer: Any) -> Encoded:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
-        apart, so that the prompt has the same ids in training and in generation."""
+        apart, so that the prompt has the same ids in training and in generation. For a task with a head: the
+        prompt with the special tokens that the model knows around it; `target` says the rest."""
+        if self.has_head:
+            ids = tuple(tokenizer(example.prompt)["input_ids"])
+            return Encoded(ids, (NO_LOSS,) * len(ids), len(ids))
         prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
         answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt))
@@ -105,15 +116,43 @@ class Task:
 
     # -- the same for all ------------------------------------------------------------------------------
 
+    @property
+    def has_head(self) -> bool:
+        return self.answers in ("label", "value")
+
+    @property
+    def outputs(self) -> int:
+        """Of the head."""
+        return len(self.labels) if self.answers == "label" else 1
+
+    def target(self, example: Example) -> int | float:
+        """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
+        neither."""
+        if self.answers == "label":
+            if example.answer not in self.labels:
+                hint = nearest(example.answer, self.labels)
+                raise BadInput(f"Task {self.name!r}: {example.answer!r} is no class. {hint}")
+            return self.labels.index(example.answer)
+        try:
+            value = float(example.answer)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value == NO_LOSS:
+            raise BadInput(
+                f"Task {self.name!r}: the answer {example.answer!r} must be a finite number, not {NO_LOSS}."
+            )
+        return value
+
     def revision(self) -> str:
-        """Names the content of the data: a hash over the examples at the default sizes. Other sizes are
-        longer or shorter pieces of the same sequences, so it names those too."""
+        """Names the content of the data: a hash over the examples at the default sizes, and the classes.
+        Other sizes are longer or shorter pieces of the same sequences, so it names those too."""
         sizes = (self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size)
         text = [
             [(e.prompt, e.answer) for e in self.examples(split, count)]
             for split, count in zip(SPLITS, sizes, strict=True)
         ]
-        return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+        data = [text, self.labels] if self.labels else text
+        return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
 
     def choice(
         self,

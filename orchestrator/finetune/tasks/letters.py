@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.finetune.pretraining import fit, repeatable, word_tokenizer
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
 from orchestrator.study.errors import BadInput
 
@@ -87,17 +87,8 @@ class Letters(Task):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        import torch
-
-        threads = torch.get_num_threads()
-        # The order in which threads add up would change the last bits of the weights, and so the content.
-        torch.set_num_threads(1)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.pretraining.seed)
-                model = _pretrained(self.pretraining, progress)
-        finally:
-            torch.set_num_threads(threads)
+        with repeatable(self.pretraining.seed):
+            model = _pretrained(self.pretraining, progress)
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
@@ -109,22 +100,10 @@ def reverse_next(word: str) -> str:
 
 def tokenizer() -> Any:
     """One token a word, as a transformers tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=None))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-        model_max_length=64,
-    )
+    return word_tokenizer(WORDS, pad_token="<pad>", eos_token="<eos>")
 
 
 def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
-    import torch
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -143,30 +122,14 @@ def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
             pad_token_id=WORDS.index("<pad>"),
         )
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
-    for step, ids in enumerate(_batches(recipe), start=1):
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
         # Loss on the answer and <eos> only: what stands before them is random.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
         answers = ids[:, LENGTH + 2 :]
-        loss = cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0 or step == recipe.steps:
-            progress(f"pretraining letters-base: step {step} of {recipe.steps}, loss {loss.item():.3f}")
-    return model.eval()
+        return cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
 
-
-def _cosine(step: int, recipe: Pretraining) -> float:
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    past = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+    return fit(model, recipe, _batches(recipe), loss_of, "letters-base", progress)
 
 
 def _batches(recipe: Pretraining) -> Iterator[torch.Tensor]:

@@ -1,0 +1,114 @@
+"""From what is typed to configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.finetune import models, resolve
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.letters import Letters
+from orchestrator.finetune.tasks.letters import Pretraining as OfLetters
+from orchestrator.finetune.tasks.reviews import Pretraining as OfReviews
+from orchestrator.finetune.tasks.reviews import Reviews
+from orchestrator.study.configuration import Batches, Configuration
+from orchestrator.study.errors import BadInput
+from orchestrator.study.options import StudyOptions
+
+SMALL: dict[str, Any] = {"steps": 1, "batch_size": 2, "hidden_size": 16, "intermediate_size": 32}
+SMALL |= {"layers": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quickly made bases of the tasks, as models in folders."""
+    root = tmp_path_factory.mktemp("bases")
+    for task in (Letters(OfLetters(**SMALL)), Reviews(OfReviews(**SMALL))):
+        (root / task.name).mkdir()
+        task.pretrain(root / task.name, lambda text: None)
+    return root
+
+
+def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
+    typed = StudyOptions(task=task, model=str(bases / task), **options)
+    chosen = resolve.names(typed, "letters", ("lora",), bases)
+    content = resolve.base(chosen.model, bases, lambda text: None)
+    return resolve.templates(typed, chosen, content, bases)
+
+
+def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:
+    (one,) = resolved(bases, variants=("head-only", "head_only"))
+    assert one.variant.name == "head_only"
+    with pytest.raises(BadInput, match="Did you mean 'head_only'"):
+        resolved(bases, variants=("head-onli",))
+
+
+def test_what_a_variant_has_not_makes_no_other_configuration(bases: Path) -> None:
+    typed: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira")}
+    usual = resolved(bases, **typed)
+    other = resolved(bases, **typed, rank=4, alpha=1.0, targets="query,value")
+    same = {a.variant.name: a.fingerprint == b.fingerprint for a, b in zip(usual, other, strict=True)}
+    assert same == {"lora": False, "head_only": True, "full": True, "hira": False}
+    assert [c.variant.rank for c in other] == [4, 0, 0, 4]
+    assert [c.variant.alpha for c in other] == [1.0, None, None, None]
+
+
+def test_accumulation_splits_the_batch(bases: Path) -> None:
+    defaults = tasks.get("reviews").defaults
+    (one,) = resolved(bases, accumulation=4)
+    assert one.batches == Batches(defaults.batch_size // 4, 4, defaults.max_length)
+    (one,) = resolved(bases, accumulation=2, batch_size=6)
+    assert one.batches == Batches(3, 2, defaults.max_length)
+    with pytest.raises(BadInput, match="--accumulation 3: must divide the batch size, 32; take 2"):
+        resolved(bases, accumulation=3)
+    with pytest.raises(BadInput, match="every worker needs a row of the 2"):
+        resolved(bases, accumulation=16, workers_per_seat=3)
+
+
+def test_a_heads_rate_needs_a_head(bases: Path) -> None:
+    (same,) = resolved(bases)
+    (other,) = resolved(bases, head_learning_rate="1e-3")
+    assert (same.optimizer.head_learning_rate, other.optimizer.head_learning_rate) == (None, 1e-3)
+    with pytest.raises(BadInput, match="--head-learning-rate 1e-3: task 'letters' has no head; take same"):
+        resolved(bases, task="letters", head_learning_rate="1e-3")
+
+
+def test_head_only_needs_a_head(bases: Path) -> None:
+    with pytest.raises(BadInput, match="with head_only: head_only trains the task's head alone"):
+        resolved(bases, task="letters", variants=("lora", "head-only"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 17}, "rank 17 is larger than layer bert.encoder.layer.0"),
+        ({"targets": "querry"}, "Did you mean 'query'"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
+    bases: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said) as caught:
+        resolved(bases, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    typed = StudyOptions(task="reviews", model=str(tmp_path))
+    chosen = resolve.names(typed, "letters", ("lora",), bases)
+    content = models.prepare(str(tmp_path), bases, lambda text: None)
+    with pytest.raises(BadInput, match="is an encoder with a decoder"):
+        resolve.templates(typed, chosen, content, bases)
+
+
+def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
+    source = Path(resolve.__file__).with_name("tasks") / "reviews.py"
+    path = tmp_path / "mine.py"
+    path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
+    with pytest.raises(BadInput, match="Did you mean 'matthews'"):
+        resolve.names(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)
