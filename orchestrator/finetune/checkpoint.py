@@ -51,17 +51,21 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     data = safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"lane": json.dumps(head)}
     )
-    place = folder / str(checkpoint.attempt) / f"step-{checkpoint.step:08d}.safetensors"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft = place.with_name(f".{place.name}.{os.getpid()}")
+    path = place(folder, checkpoint.attempt, checkpoint.step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     with open(draft, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(draft, place)
-    for old in sorted(place.parent.glob("step-*.safetensors"))[:-KEPT]:
+    os.replace(draft, path)
+    for old in sorted(path.parent.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
-    return place
+    return path
+
+
+def place(folder: Path, attempt: int, step: int) -> Path:
+    return folder / str(attempt) / f"step-{step:08d}.safetensors"
 
 
 def newest(folder: Path) -> Checkpoint | None:

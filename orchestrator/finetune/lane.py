@@ -19,10 +19,11 @@ from orchestrator.finetune.learning_rate import factor
 from orchestrator.finetune.phase import NEXT, IllegalMove, Phase, due_steps
 from orchestrator.finetune.source import Lease, Report
 from orchestrator.record.schema import Cost, Evaluation, Items, Step
-from variants.contract import Settings, Variant
+from orchestrator.study.configuration import Configuration
+from variants.contract import Settings
 
 if TYPE_CHECKING:
-    from variants.attach import Adapters
+    from variants.attach import Adapters, Distilled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,6 +35,12 @@ class Taken:
     loss: float
     norm: float
     tokens: int
+
+
+def settings_of(configuration: Configuration) -> Settings:
+    """What the variant is told."""
+    choice = configuration.variant
+    return Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
 
 
 class Lane:
@@ -57,6 +64,8 @@ class Lane:
         self.started = time.time()
         self.saved_at = time.monotonic()
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.adapters: Adapters
+        self.settings: Settings
         self.optimizer: torch.optim.AdamW
         self.watch: Watch
 
@@ -90,27 +99,37 @@ class Lane:
     # -- on and off the model ---------------------------------------------------------------------------
 
     def open(
-        self, adapters: Adapters, variant: Variant, untrained_loss: float, saved: Checkpoint | None
+        self,
+        adapters: Adapters,
+        untrained_loss: float,
+        saved: Checkpoint | None,
+        evidence: Distilled | None = None,
     ) -> None:
         """Puts the lane on the model, at its start or where `saved` left it; raises what the variant does."""
-        choice = self.configuration.variant
-        settings = Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
+        self.adapters = adapters
+        self.settings = adapters.variant.checked_settings(settings_of(self.configuration))
+        seed = self.configuration.seed
         if saved is None:
-            adapters.add(self.name, settings, self.configuration.seed)
+            adapters.add(self.name, self.settings, seed, evidence)
         else:
-            adapters.load(self.name, saved.trainable, saved.frozen, settings, self.configuration.seed)
+            adapters.load(self.name, saved.trainable, saved.frozen, self.settings, seed)
         self.parameters = adapters.trainable(self.name)
         self.watch = Watch(self.configuration.divergence, self.configuration.schedule, untrained_loss)
-        self.optimizer = self._optimizer(variant)
+        self.optimizer = self._optimizer()
         if saved is not None:
             self._restore(saved)
         self.go_on()
 
-    def _optimizer(self, variant: Variant) -> torch.optim.AdamW:
+    def _optimizer(self) -> torch.optim.AdamW:
         options = self.configuration.optimizer
+        head = options.head_learning_rate
         groups: dict[float, list[torch.nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            groups.setdefault(variant.learning_rate_scale(name.rpartition(".")[2]), []).append(parameter)
+            if self.adapters.is_head(name):
+                scale = 1.0 if head is None else head / options.learning_rate
+            else:
+                scale = self.adapters.variant.learning_rate_scale(name.rpartition(".")[2], self.settings)
+            groups.setdefault(scale, []).append(parameter)
         return torch.optim.AdamW(
             [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
             lr=options.learning_rate,
@@ -125,7 +144,9 @@ class Lane:
     @property
     def learning_rate(self) -> float:
         """Of the step to come."""
-        return self.configuration.optimizer.learning_rate * factor(self.configuration.schedule, self.step)
+        schedule = self.configuration.schedule
+        own = self.adapters.variant.schedule_scale(self.step, schedule.steps, self.settings)
+        return self.configuration.optimizer.learning_rate * factor(schedule, self.step) * own
 
     def take_step(self, taken: Taken) -> str | None:
         """One optimizer step with the gradients that are in the parameters. Returns why the lane has diverged
@@ -142,12 +163,19 @@ class Lane:
             torch._foreach_mul_(gradients, clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+        steps = self.configuration.schedule.steps
+        self.adapters.before_step(self.name, self.step, steps, self._moments)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.adapters.after_step(self.name, self.step, steps, self._moments)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.step in self.due:
             self.move(Phase.EVALUATING)
         return None
+
+    def _moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        kept = self.optimizer.state.get(parameter, {})
+        return {moment: kept[moment] for moment in MOMENTS if moment in kept}
 
     # -- scores -----------------------------------------------------------------------------------------
 
@@ -176,7 +204,7 @@ class Lane:
             self.train_seconds,
             self.evaluate_seconds,
             self.tokens,
-            sum(p.numel() for p in self.parameters.values()),
+            self.adapters.parameter_count(self.name) if self.parameters else 0,
         )
 
     # -- checkpoints ------------------------------------------------------------------------------------
@@ -184,9 +212,8 @@ class Lane:
     def checkpoint(self, frozen: Mapping[str, Tensor]) -> Checkpoint:
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         for name, parameter in self.parameters.items():
-            for moment in MOMENTS:
-                if moment in (kept := self.optimizer.state.get(parameter, {})):
-                    moments[moment][name] = kept[moment]
+            for moment, kept in self._moments(parameter).items():
+                moments[moment][name] = kept
         state = {
             "curve": [asdict(s) for s in self.curve],
             "evaluations": [asdict(e) for e in self.evaluations],

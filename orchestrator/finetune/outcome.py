@@ -19,6 +19,7 @@ class Keeper(Protocol):
 
     checkpoints: Path
     adapters: Path
+    evidence: Path
 
     def put(self, record: Record) -> bool: ...
 
@@ -30,6 +31,7 @@ def record_of(
     state: State,
     workshop: Workshop,
     provenance: Callable[..., Provenance],
+    workers: int = 1,
     reason: str = "",
     trace: str = "",
 ) -> Record:
@@ -49,6 +51,7 @@ def record_of(
         provenance=provenance(
             workshop.device,
             pack_lanes=lane.pack_lanes,
+            workers=workers,
             attempt=lane.lease.attempt,
             resumed_from=lane.resumed_from,
             started=lane.started,

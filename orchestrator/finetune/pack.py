@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data import Batch, Row, encode, training_batch
+from orchestrator.finetune.data import Batch, Row, encode, longest, training_batch
 from orchestrator.finetune.evaluate import Scored, Split, evaluate
-from orchestrator.finetune.forward import answer_logits, token_losses
+from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import Lane, Taken
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.team import Team
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
 
@@ -28,34 +30,47 @@ class Data:
     untrained: Mapping[str, Mapping[str, float]]
 
     @classmethod
-    def of(cls, configuration: Configuration, task: Task, bench: Bench, adapters: Adapters) -> Data:
+    def of(
+        cls, configuration: Configuration, task: Task, bench: Bench, adapters: Adapters, team: Team
+    ) -> Data:
         """Raises BadInput when the task has not the data it should or `max_length` leaves nothing of them."""
         examples = task.load(configuration.task)
         length = configuration.batches.max_length
+        cap = longest(task, length)
         train = encode(examples["train"], task, bench.tokenizer, length)
-        splits = {s: Split.of(examples[s], task, bench.tokenizer, length - 1) for s in ("validation", "test")}
+        splits = {s: Split.of(examples[s], task, bench.tokenizer, cap) for s in ("validation", "test")}
         untrained = {
-            s: evaluate(bench, task, split, 1, adapters.off)[0].scores for s, split in splits.items()
+            s: evaluate(bench, task, split, 1, adapters.off, team)[0].scores for s, split in splits.items()
         }
         return cls(task, train, splits, untrained)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Backward passes that this worker has done: gradients lie in the lanes' parameters, still without the
+    other workers' share. `losses` (K,)."""
+
+    lanes: Sequence[Lane]
+    losses: Tensor
+    totals: Sequence[int]
 
 
 class Pack:
     """The arithmetic of a round. Knows no source and no store."""
 
-    def __init__(self, bench: Bench, adapters: Adapters, data: Data) -> None:
-        self.bench, self.adapters, self.data = bench, adapters, data
+    def __init__(self, bench: Bench, adapters: Adapters, data: Data, team: Team) -> None:
+        self.bench, self.adapters, self.data, self.team = bench, adapters, data, team
 
-    def gradients(self, lanes: Sequence[Lane]) -> list[Taken]:
-        """Leaves every lane's gradients of one optimizer step in its parameters; changes nothing else, so it
-        can be done again when it raises.
+    def backward(self, lanes: Sequence[Lane]) -> Pending:
+        """Leaves this worker's part of every lane's gradients of one optimizer step in its parameters;
+        changes nothing else, so it can be done again when it raises.
 
-        The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch.
-        The lanes' losses are added; as no two share a parameter, each gets its own gradient.
+        The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch, on
+        all workers. The lanes' losses are added; as no two share a parameter, each gets its own gradient.
         """
         micros = [self._batches(lane) for lane in lanes]
         totals = [sum(batch.tokens for batch in batches) for batches in micros]
-        losses: list[list[Tensor]] = [[] for _ in lanes]
+        parts: list[list[Tensor]] = [[] for _ in lanes]
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
         for micro in range(len(micros[0])):
@@ -64,19 +79,31 @@ class Pack:
             for index, batches in enumerate(micros):
                 groups.setdefault(batches[micro].length, []).append(index)
             for group in groups.values():
-                parts = self._backward(
+                found = self._backward(
                     [lanes[i] for i in group],
                     [micros[i][micro] for i in group],
                     [totals[i] for i in group],
                     micro,
                 )
-                for index, part in zip(group, parts, strict=True):
-                    losses[index].append(part)
+                for index, part in zip(group, found, strict=True):
+                    parts[index].append(part)
+        return Pending(lanes, torch.stack([torch.stack(of).sum() for of in parts]), totals)
+
+    def reduce(self, pending: Pending) -> list[Taken]:
+        """Adds the workers' parts up, losses and gradients of all lanes in one flat tensor. All workers have
+        to come here."""
+        lanes, found = pending.lanes, pending.losses
+        if self.team.size > 1:
+            gradients = [p.grad for lane in lanes for p in lane.parameters.values() if p.grad is not None]
+            flat = torch.cat([found, *(g.flatten().to(found.dtype) for g in gradients)])
+            self.team.sum_(flat)
+            found, *summed = flat.split([len(lanes), *(g.numel() for g in gradients)])
+            for gradient, total in zip(gradients, summed, strict=True):
+                gradient.copy_(total.view_as(gradient))
         # One copy from the device for all lanes.
-        found = torch.stack(
-            [torch.stack(parts).sum() for parts in losses] + [_norm(lane) for lane in lanes]
-        ).tolist()
-        return [Taken(*three) for three in zip(found[: len(lanes)], found[len(lanes) :], totals, strict=True)]
+        told = torch.cat([found, torch.stack([_norm(lane) for lane in lanes]).to(found.dtype)]).tolist()
+        count = len(lanes)
+        return [Taken(*three) for three in zip(told[:count], told[count:], pending.totals, strict=True)]
 
     def _batches(self, lane: Lane) -> list[Batch]:
         batches = lane.configuration.batches
@@ -87,7 +114,7 @@ class Pack:
                 lane.configuration.seed,
                 (first + micro) * batches.batch_size,
                 batches.batch_size,
-                batches.max_length - 1,
+                longest(self.data.task, batches.max_length),
                 self.bench.tokenizer.pad_token_id,
             )
             for micro in range(batches.accumulation)
@@ -96,15 +123,29 @@ class Pack:
     def _backward(
         self, lanes: Sequence[Lane], batches: Sequence[Batch], totals: Sequence[int], micro: int
     ) -> Sequence[Tensor]:
-        """Each lane's part of its loss from one micro-batch, detached."""
-        ids = torch.cat([b.ids for b in batches])
-        targets = torch.cat([b.targets for b in batches])
-        steps = [lane.step for lane in lanes]
-        with self.adapters.rows([lane.name for lane in lanes], steps, micro, len(batches[0].ids)):
-            logits, labels = answer_logits(self.bench.model, ids, targets, self.bench.device)
-            by_lane = token_losses(logits, labels).split([b.tokens for b in batches])
+        """Each lane's part of its loss from this worker's rows of one micro-batch, detached."""
+        of = len(batches[0].ids)
+        mine = np.array_split(np.arange(of), self.team.size)[self.team.rank]
+        first, last = int(mine[0]), int(mine[-1]) + 1
+        own = [batch.part(first, last) for batch in batches]
+        whole = Batch.joined(own)
+        with self.adapters.rows(
+            [lane.name for lane in lanes],
+            [lane.step for lane in lanes],
+            micro,
+            rows=last - first,
+            part=(first, of),
+            real=whole.real.to(self.bench.device),
+        ) as now:
+            logits, labels = outputs(self.bench, self.data.task, whole)
+            by_lane = losses(logits, labels, self.data.task).split([batch.tokens for batch in own])
             parts = torch.stack([one.sum() / total for one, total in zip(by_lane, totals, strict=True)])
-            parts.sum().backward()
+            objective = parts.sum()
+            if (extra := now.auxiliary_loss()) is not None:
+                # By this part's share of the step's tokens, so that over the whole step it counts once.
+                shares = [batch.tokens / total for batch, total in zip(own, totals, strict=True)]
+                objective = objective + (extra * extra.new_tensor(shares)).sum()
+            objective.backward()
         return parts.detach().unbind()
 
     def scores(self, lanes: Sequence[Lane], split: str) -> list[Scored]:
@@ -115,6 +156,7 @@ class Pack:
             self.data.splits[split],
             len(lanes),
             lambda: self.adapters.rows(names, None),
+            self.team,
         )
 
 

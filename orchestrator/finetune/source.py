@@ -57,14 +57,23 @@ class Report:
 
 
 class Source(Protocol):
-    def lease(self, shape: str | None, room: int) -> Offer:
-        """Up to `room` lanes of `shape`; of any one shape when `shape` is None (the pack is empty)."""
+    """`taken`: the optimizer steps that this seat has taken since it began, all lanes together. A step that
+    is repeated after a resumption counts again, because it cost again."""
+
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        """Up to `room` lanes of `shape`. Of any one shape when `shape` is None: the pack is empty, or all of
+        it has been parked for long and will be spilled for what is given."""
         ...
 
     def report(self, report: Report) -> Answer: ...
 
-    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        """A sign of life with each lane's step (fingerprint -> step); returns what to do with them."""
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        """A sign of life; returns what to do with the lanes that are held (fingerprint -> answer)."""
+        ...
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        """A parked lane was saved to its checkpoint and has left the pack; it waits for its trial to ask on,
+        then for any seat."""
         ...
 
     def done(self, fingerprint: str, attempt: int, state: State) -> None:

@@ -8,22 +8,30 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.finetune.calibration import evidence
+from orchestrator.finetune.checkpoint import Checkpoint
+from orchestrator.finetune.lane import Lane, settings_of
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.pack import Data, Pack
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.team import ALONE, Team
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
 from variants.attach import attach
-from variants.contract import Kind, Settings, Unsupported, Variant
+from variants.contract import Kind, Unsupported, Variant
 from variants.storage import save_lane, save_peft
 
 
 class Workshop:
     """Keeps the base loaded while the model stays the same, the adapters attached while the shape does."""
 
-    def __init__(self, load_bench: Callable[[ModelChoice], Bench]) -> None:
-        self._load_bench = load_bench
-        self._bench: tuple[ModelChoice, Bench] | None = None
+    def __init__(
+        self, load_bench: Callable[[ModelChoice, Task], Bench], evidence: Path, team: Team = ALONE
+    ) -> None:
+        """`evidence`: the folder where starts that are computed from data keep what they found."""
+        self._load_bench, self._evidence, self.team = load_bench, evidence, team
+        self._bench: tuple[tuple[ModelChoice, str], Bench] | None = None
         self._data: dict[tuple[object, ...], Data] = {}
         self._shape = ""
         self._pack: Pack | None = None
@@ -68,27 +76,33 @@ class Workshop:
                     f"the configuration is for numerics {wanted} of its {what}, this worker has {here}; "
                     "install the same version on every machine"
                 )
-        bench = self._load(configuration.model)
-        settings = Settings(choice.rank, choice.alpha, choice.dropout, choice.extra)
-        adapters = attach(bench.model, variant, settings, choice.targets)
+        bench = self._load(configuration.model, task)
+        adapters = attach(bench.model, variant, settings_of(configuration), choice.targets, heads=bench.heads)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if key not in self._data:
-                self._data[key] = Data.of(configuration, task, bench, adapters)
+                self._data[key] = Data.of(configuration, task, bench, adapters, self.team)
         except BaseException:
             adapters.detach()
             raise
         self._pack, self._shape, self.variant = (
-            Pack(bench, adapters, self._data[key]),
+            Pack(bench, adapters, self._data[key], self.team),
             configuration.shape,
             variant,
         )
         return self._pack
 
-    def _load(self, choice: ModelChoice) -> Bench:
-        if self._bench is None or self._bench[0] != choice:
+    def open(self, lane: Lane, saved: Checkpoint | None) -> None:
+        """Puts the lane on the model of its shape, at its start or where `saved` left it."""
+        pack, configuration = self.pack(lane.configuration), lane.configuration
+        found = None if saved else evidence(pack, configuration, self._evidence, self.team)
+        lane.open(pack.adapters, pack.data.untrained["validation"]["loss"], saved, found)
+
+    def _load(self, choice: ModelChoice, task: Task) -> Bench:
+        key = (choice, task.name if task.has_head else "")  # tasks with a head have a model of their own
+        if self._bench is None or self._bench[0] != key:
             self._bench = None  # frees the old base before the new one comes
-            self._bench = (choice, self._load_bench(choice))
+            self._bench = (key, self._load_bench(choice, task))
         return self._bench[1]
 
     def remove(self, lane: str) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from orchestrator.finetune import loop
+from orchestrator.finetune.lane import Lane
 from orchestrator.finetune.models import Bench
+from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
-from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks import catalogue, reviews
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.letters import WORDS, tokenizer
 from orchestrator.record.schema import Provenance, Record
 from orchestrator.record.store import Store
@@ -30,27 +35,70 @@ from orchestrator.study.configuration import (
 
 WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
 
+POISONED = '''
+from orchestrator.finetune.tasks import letters
+from orchestrator.finetune.tasks.base import Encoded, Example, Task
 
-def tiny_bench(choice: ModelChoice) -> Bench:
-    """Llama, hidden 32, 2 layers, the letters' 25 words; the same weights every time."""
+
+class Poisoned(Task):
+    """Training example 5 has a token that the model does not know."""
+
+    title, floor, default_model = "poisoned", 0.0, "letters-base"
+    answers, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
+    examples = letters.Letters.examples
+
+    def encode(self, example: Example, tokenizer: object) -> Encoded:
+        encoded = super().encode(example, tokenizer)
+        if example == self.examples("train", 6)[5]:
+            return Encoded((999, *encoded.ids[1:]), encoded.labels, encoded.prompt_length)
+        return encoded
+'''
+
+
+def tiny_bench(choice: ModelChoice, task: Task | None = None) -> Bench:
+    """Hidden 32, 2 layers, the same weights every time: Llama with the letters' 25 words, or for a task with
+    a head BERT with those of the reviews."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(WORDS),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                bos_token_id=None,
-                eos_token_id=WORDS.index("<eos>"),
-                pad_token_id=WORDS.index("<pad>"),
-            )
-        )
+        model = _llama() if task is None or not task.has_head else _bert(task)
     model = model.eval().requires_grad_(False).to(getattr(torch, choice.dtype))
-    return Bench(model, tokenizer(), torch.device("cpu"))
+    if task is None or not task.has_head:
+        return Bench(model, tokenizer(), torch.device("cpu"))
+    heads = ("classifier",)
+    torch.nn.init.zeros_(model.classifier.weight)
+    return Bench(model, reviews.tokenizer(), torch.device("cpu"), heads)
+
+
+def _llama() -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=WORDS.index("<eos>"),
+            pad_token_id=WORDS.index("<pad>"),
+        )
+    )
+
+
+def _bert(task: Task) -> Any:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(reviews.WORDS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            pad_token_id=0,
+            num_labels=task.outputs,
+        )
+    )
 
 
 def configuration(
@@ -92,7 +140,8 @@ class Script:
     """A source in one process. `start_at`: a lane is leased when the first lane has that many steps.
 
     `answers(report)` says what a report is answered, GO unless told otherwise; a parked lane is told GO at
-    the next exchange. Everything that the loop says is kept.
+    the next exchange. Everything that the loop says is kept. `changes` is given the steps of all lanes, which
+    `train` looks up in the loop: a source is told their sum only.
     """
 
     leases: list[Lease]
@@ -104,8 +153,12 @@ class Script:
     held: list[Mapping[str, int]] = field(default_factory=list)
     parked: set[str] = field(default_factory=set)
     steps: Mapping[str, int] = field(default_factory=dict)
+    spilled: list[tuple[str, int]] = field(default_factory=list)
+    taken: int = 0
+    lanes: dict[str, Lane] = field(default_factory=dict)
 
-    def lease(self, shape: str | None, room: int) -> Offer:
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        self.taken = taken
         furthest = max(self.steps.values(), default=0)
         given = []
         for lease in list(self.leases):
@@ -127,15 +180,65 @@ class Script:
             self.parked.add(report.fingerprint)
         return answer
 
-    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        self.steps = dict(steps)
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        self.taken = taken
+        self.steps = steps = {
+            name: lane.step for name, lane in self.lanes.items() if lane.phase is not Phase.ENDED
+        }
         self.held.append(self.steps)
         told = {f: Answer.GO for f in self.parked if f in steps}
         self.parked.clear()
         return {**told, **self.changes(steps)}
 
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        self.spilled.append((fingerprint, attempt))
+
     def done(self, fingerprint: str, attempt: int, state: str) -> None:
         self.ended.append((fingerprint, attempt, state))
+
+
+@dataclass
+class Queue(Script):
+    """Parks every lane at its reports but the last and gives it its go-ahead when `told` exchanges are over;
+    a lane that was spilled waits at the end of the line by then. Checks that the pack is never overfull."""
+
+    told: int = 2
+    most: int = 0
+    since: dict[str, int] = field(default_factory=dict)
+    away: dict[str, int] = field(default_factory=dict)
+    attempt: Counter[str] = field(default_factory=Counter)
+
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        for name in [name for name, since in self.away.items() if len(self.held) >= since + self.told]:
+            del self.away[name]
+            self.attempt[name] += 1
+            self.leases.append(Lease(self.lanes[name].configuration, 1 + self.attempt[name]))
+        offer = super().lease(shape, room, taken)
+        return replace(offer, closed=offer.closed and not self.away)
+
+    def report(self, report: Report) -> Answer:
+        first = report.step > max(
+            (r.step for r in self.reports if r.fingerprint == report.fingerprint), default=0
+        )
+        super().report(report)
+        if not first or report.step == self.lanes[report.fingerprint].due[-1]:
+            return Answer.GO
+        self.since[report.fingerprint] = len(self.held)
+        return Answer.PARK
+
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        super().exchange(taken)
+        self.most = max(self.most, len(self.steps))
+        return {
+            name: Answer.GO
+            for name, since in self.since.items()
+            if name in self.steps and len(self.held) >= since + self.told
+        }
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        super().spill(fingerprint, attempt)
+        assert attempt == 1 + self.attempt[fingerprint]
+        self.away[fingerprint] = len(self.held)
 
 
 def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Lease]:
@@ -148,7 +251,16 @@ def provenance(device: str, **rest: Any) -> Provenance:
 
 def train(source: Any, store: Store, lanes: int = 8, **options: Any) -> None:
     options = {"idle_seconds": 5.0, "poll_seconds": 0.0, "load_bench": tiny_bench, **options}
-    loop.run(source, store, lanes=lanes, provenance=provenance, **options)
+
+    class Seen(Lane):
+        """A lane that the script can look at."""
+
+        def __init__(self, lease: Lease) -> None:
+            super().__init__(lease)
+            source.lanes[self.name] = self
+
+    with patch.object(loop, "Lane", Seen):
+        loop.run(source, store, lanes=lanes, provenance=provenance, **options)
 
 
 def solo(one: Configuration, folder: Path, **options: Any) -> Record:

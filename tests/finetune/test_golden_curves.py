@@ -15,13 +15,17 @@ from scripted import configuration, solo
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
+from variants.contract import Adapts
 
 FILE = Path(__file__).with_name("golden_curves.json")
 
 
 def point(variant: str) -> Configuration:
-    alpha = 8.0 if catalogue.get(variant).uses_alpha else None
-    return configuration(variant=variant, alpha=alpha, steps=6, evaluations=1)
+    """Of letters, or where a head is all that learns of reviews."""
+    chosen = catalogue.get(variant)
+    task = "reviews" if chosen.adapts is Adapts.NOTHING else "letters"
+    alpha = 8.0 if chosen.uses_alpha else None
+    return configuration(variant=variant, alpha=alpha, steps=6, evaluations=1, task=task)
 
 
 def numerics(c: Configuration) -> str:

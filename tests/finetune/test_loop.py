@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripted import (
+    POISONED,
     WORDS_TASK,
     Script,
     configuration,
@@ -24,6 +25,7 @@ from orchestrator.finetune.checkpoint import newest
 from orchestrator.finetune.loop import SeatBroken
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Divergence, ModelChoice
@@ -263,15 +265,40 @@ def test_a_newer_lease_of_a_lane_that_is_here_replaces_it(store: Store, tmp_path
     one = configuration(steps=8)
 
     class Twice(Script):
-        def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-            if steps.get(one.fingerprint) == 2 and len(self.held) < 4:
+        def exchange(self, taken: int) -> Mapping[str, Answer]:
+            if self.lanes[one.fingerprint].step == 2 and len(self.held) < 4:
                 self.leases.append(Lease(one, 2))
-            return super().exchange(steps)
+            return super().exchange(taken)
 
     source = Twice(leases([one]))
     train(source, store)
     assert source.ended == [(one.fingerprint, 2, "finished")]
     assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+
+
+# -- steps are counted --------------------------------------------------------------------------------------
+
+
+def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
+    """Of all lanes together; the step that showed a divergence was not taken, one that is repeated counts."""
+    good, bad = configuration(steps=6), configuration(rate=1e36, steps=6)
+    source = Script(leases([good, bad]))
+    train(source, store)
+    assert source.taken == 6 + get(store, bad.fingerprint).steps
+
+    one = configuration(seed=3, steps=8, evaluations=2)
+
+    def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        if steps[one.fingerprint] == 6:
+            raise Interrupted
+        return {}
+
+    first = Script(leases([one]), changes=die)
+    with pytest.raises(Interrupted):
+        train(first, store)
+    second = Script(leases([one], attempt=2))
+    train(second, store)
+    assert (first.taken, second.taken) == (6, 4)
 
 
 # -- failures -----------------------------------------------------------------------------------------------
@@ -299,7 +326,7 @@ def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
 def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all(store: Store) -> None:
     """The base cannot be loaded: the first three say so, the rest is left to other seats."""
 
-    def gone(choice: ModelChoice) -> Bench:
+    def gone(choice: ModelChoice, task: Task) -> Bench:
         raise OSError("the base is gone")
 
     source = Script(leases(configuration(seed=seed) for seed in range(8)))
@@ -307,26 +334,6 @@ def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all
         train(source, store, load_bench=gone)
     assert [state for _, _, state in source.ended] == ["failed"] * 3
     assert len(source.leases) == 5
-
-
-POISONED = '''
-from orchestrator.finetune.tasks import letters
-from orchestrator.finetune.tasks.base import Encoded, Example, Task
-
-
-class Poisoned(Task):
-    """Training example 5 has a token that the model does not know."""
-
-    title, floor, default_model = "poisoned", 0.0, "letters-base"
-    answers, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
-    examples = letters.Letters.examples
-
-    def encode(self, example: Example, tokenizer: object) -> Encoded:
-        encoded = super().encode(example, tokenizer)
-        if example == self.examples("train", 6)[5]:
-            return Encoded((999, *encoded.ids[1:]), encoded.labels, encoded.prompt_length)
-        return encoded
-'''
 
 
 def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path) -> None:
@@ -355,7 +362,7 @@ def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_serv
     missing = replace(configuration(steps=4), model=ModelChoice("gone", "1" * 64))
     good = configuration(steps=4)
 
-    def load(choice):  # type: ignore[no-untyped-def]
+    def load(choice, task):  # type: ignore[no-untyped-def]
         if choice.name == "gone":
             raise OSError("no such model")
         return tiny_bench(choice)
@@ -369,7 +376,7 @@ def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_serv
 def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
     loaded = []
 
-    def load(choice):  # type: ignore[no-untyped-def]
+    def load(choice, task):  # type: ignore[no-untyped-def]
         loaded.append(tiny_bench(choice))
         return loaded[-1]
 
@@ -387,7 +394,7 @@ def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
 
 def test_an_idle_loop_ends(store: Store) -> None:
     class Nothing(Script):
-        def lease(self, shape: str | None, room: int) -> Offer:
+        def lease(self, shape: str | None, room: int, taken: int) -> Offer:
             return Offer()
 
     train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)

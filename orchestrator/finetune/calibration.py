@@ -1,0 +1,90 @@
+"""The evidence behind a start: computed once for a model, task, variant and seed, whatever the learning rate,
+and kept in the store.
+
+    <folder>/<key>.safetensors        tensors named <layer>/<name>
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from orchestrator.finetune.data import longest, training_batch
+from orchestrator.finetune.forward import losses, outputs
+from orchestrator.finetune.lane import settings_of
+from orchestrator.finetune.team import Team
+from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
+from variants.attach import Adapters, Distilled
+from variants.calibrate import calibrate
+from variants.contract import Evidence
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.pack import Pack
+
+
+def evidence(pack: Pack, configuration: Configuration, folder: Path, team: Team) -> Distilled | None:
+    """What `Adapters.add` wants, or None for a variant that starts without.
+
+    Rank 0 looks at the first batches that the lane will train on (the variant's `calibration_batches`), at
+    the frozen base with the lane's own head; the others read what it kept.
+    """
+    if pack.adapters.variant.evidence is Evidence.NONE:
+        return None
+    file = folder / f"{_key(configuration)}.safetensors"
+    team.attempt(lambda: _keep(pack, configuration, file) if team.rank == 0 else None)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file, device=str(pack.bench.device)).items():
+        layer, key = name.rsplit("/", 1)
+        found.setdefault(layer, {})[key] = tensor
+    return found
+
+
+def _key(configuration: Configuration) -> str:
+    """Of all that the evidence depends on: the configuration without rate, schedule, alpha, evaluation."""
+    alike = replace(
+        configuration,
+        variant=replace(configuration.variant, alpha=None),
+        model=replace(configuration.model, name=""),
+        optimizer=Optimizer(learning_rate=1.0),
+        schedule=Schedule(steps=1),
+        evaluations=1,
+    )
+    return hashlib.sha256(canonical(asdict(alike))).hexdigest()
+
+
+def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
+    if file.exists():
+        return
+    made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file({f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}, draft)
+    os.replace(draft, file)  # of two seats that make the same, either's is whole
+
+
+def _losses(pack: Pack, configuration: Configuration) -> Iterator[Tensor]:
+    adapters: Adapters = pack.adapters
+    heads = adapters.head_start(configuration.seed)
+    count = int(adapters.settings.extra["calibration_batches"])
+    with nullcontext() if adapters.variant.evidence is Evidence.GRADIENT else torch.no_grad():
+        for number in range(count):
+            batch = training_batch(
+                pack.data.train,
+                configuration.seed,
+                number * configuration.batches.batch_size,
+                configuration.batches.batch_size,
+                longest(pack.data.task, configuration.batches.max_length),
+                pack.bench.tokenizer.pad_token_id,
+            )
+            with adapters.off(heads, batch.real.to(pack.bench.device)):
+                logits, labels = outputs(pack.bench, pack.data.task, batch)
+                yield losses(logits, labels, pack.data.task).mean()

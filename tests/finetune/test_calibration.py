@@ -1,0 +1,86 @@
+"""Evidence for a start: computed once for a model, task, variant and seed, the same wherever it is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scripted import Script, configuration, leases, numbers_of, solo, train
+
+from orchestrator.finetune import calibration
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from variants import catalogue
+from variants.contract import Evidence
+
+CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).evidence is not Evidence.NONE]
+
+
+def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) -> Configuration:
+    one = configuration(variant=variant, rate=rate, seed=seed, steps=4)
+    extra = {**catalogue.get(variant).extra, "calibration_batches": batches}
+    return replace(one, variant=replace(one.variant, extra=extra))
+
+
+def kept(store: Store) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in store.evidence.iterdir()}
+
+
+def test_there_are_some_of_every_kind() -> None:
+    assert {catalogue.get(name).evidence for name in CALIBRATED} == set(Evidence) - {Evidence.NONE}
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, store: Store) -> None:
+    rates = [point(variant, rate=rate) for rate in (1e-3, 1e-2)]
+    train(Script(leases(rates)), store)
+    first = kept(store)
+    assert len(first) == 1
+    train(Script(leases([point(variant, rate=1e-1)])), store)
+    assert kept(store) == first  # read, not written again
+    train(Script(leases([point(variant, seed=1)])), store)
+    assert len(kept(store)) == 2
+    for c in rates:
+        record = store.get(c.fingerprint)
+        assert record is not None
+        assert record.state == "finished", record.traceback
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
+    pack = [point(variant, seed=seed) for seed in range(3)]
+    train(Script(leases(pack)), store)
+    for c in pack:
+        record = store.get(c.fingerprint)
+        assert record is not None
+        assert numbers_of(record) == numbers_of(solo(c, tmp_path))
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_its_batches_are_those_that_the_lane_trains_on(
+    variant: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    outputs = calibration.outputs
+
+    def look(bench, task, batch):  # type: ignore[no-untyped-def]
+        seen.append(batch.ids)
+        return outputs(bench, task, batch)
+
+    monkeypatch.setattr(calibration, "outputs", look)
+    c = point(variant, batches=2)
+    train(Script(leases([c])), store)
+    from orchestrator.finetune import pack
+
+    trained: list[torch.Tensor] = []
+
+    def note(bench, task, batch):  # type: ignore[no-untyped-def]
+        trained.append(batch.ids)
+        return outputs(bench, task, batch)
+
+    monkeypatch.setattr(pack, "outputs", note)
+    train(Script(leases([replace(c, evaluations=1)])), store)
+    assert len(seen) == 2
+    assert all(torch.equal(mine, its) for mine, its in zip(seen, trained[:2], strict=True))
