@@ -5,6 +5,7 @@
                                        /<fingerprint>.failed.json    failed, with the count of failures
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
     root/adapters/<fingerprint>/                 adapters kept on request
+    root/evidence/                               what starts from gradients or inputs are computed from
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
 in its folder, synced, then linked (final ones: link() fails if the name is taken, so the first wins whatever
@@ -48,6 +49,7 @@ class Store:
         self.bases = self.root / "bases"
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
+        self.evidence = self.root / "evidence"
         self._states: dict[_Stamp, State | None] = {}
         self._warned: set[str] = set()
         if create:

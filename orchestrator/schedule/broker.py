@@ -13,9 +13,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
-from orchestrator.record.schema import State
+from orchestrator.record.schema import Record, State
 from orchestrator.record.store import Store
 from orchestrator.schedule.broker_core import BrokerCore
+from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
 
 BEAT_SECONDS = 10.0
@@ -23,18 +24,24 @@ STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
 NAME = "broker"
 
+Held = Mapping[str, tuple[int, Configuration]]
+"""What a seat holds: fingerprint -> (attempt, configuration)."""
+
 
 class Broker:
     """An actor. Every method is a coroutine: the core is only ever touched by one at a time."""
 
-    def __init__(self, root: str, scheduler: str = "") -> None:
+    def __init__(self, root: str, scheduler: str) -> None:
         store = Store(root)
 
         def newest_attempt(fingerprint: str) -> int:
             attempts = (store.checkpoints / fingerprint).glob("*")
             return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
 
-        self.core = BrokerCore(newest_attempt, store.failures, scheduler)
+        def known(configuration: Configuration) -> Record | None:
+            return store.meets(configuration.fingerprint, settings(scheduler, configuration))
+
+        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler)
         self.given_up = False
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
@@ -49,7 +56,7 @@ class Broker:
         self.core.submit(trial, configuration, time.monotonic())
         deadline = time.monotonic() + timeout
         while True:
-            answer = "failed" if self.given_up else self.core.next(fingerprint, after)
+            answer = "failed" if self.given_up else self.core.next(fingerprint, after, time.monotonic())
             left = deadline - time.monotonic()
             if answer is not None or left <= 0:
                 return answer
@@ -61,15 +68,18 @@ class Broker:
                 return None
 
     async def release(self, trial: str) -> None:
-        self.core.release(trial, time.monotonic())
+        self.core.release(trial)
+
+    async def stop(self, trial: str, configuration: Configuration) -> None:
+        self.core.stop(trial, configuration, time.monotonic())
 
     # -- seats
 
     async def lease(
-        self, seat: str, shape: str | None, room: int, held: Mapping[str, tuple[int, Configuration]]
+        self, seat: str, shape: str | None, room: int, held: Held, taken: int
     ) -> tuple[Offer, dict[str, Answer]]:
         now = time.monotonic()
-        answers = self.core.exchange(seat, held, now)
+        answers = self.core.exchange(seat, held, taken, now)
         return self.core.lease(seat, shape, room, now), answers
 
     async def report(self, seat: str, report: Report) -> Answer:
@@ -77,11 +87,14 @@ class Broker:
         self._tell(report.fingerprint)
         return answer
 
-    async def exchange(self, seat: str, held: Mapping[str, tuple[int, Configuration]]) -> dict[str, Answer]:
-        return self.core.exchange(seat, held, time.monotonic())
+    async def exchange(self, seat: str, held: Held, taken: int) -> dict[str, Answer]:
+        return self.core.exchange(seat, held, taken, time.monotonic())
 
     async def alive(self, seat: str) -> None:
         self.core.alive(seat, time.monotonic())
+
+    async def spill(self, seat: str, fingerprint: str, attempt: int) -> None:
+        self.core.spill(seat, fingerprint, attempt, time.monotonic())
 
     async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
         self.core.done(seat, fingerprint, attempt, state, time.monotonic())
@@ -95,10 +108,16 @@ class Broker:
     # -- the driver
 
     async def news(self, since: int, born: str) -> dict[str, Any]:
-        """Lanes that ended from number `since` on (all, for who knew another incarnation), and the counts."""
+        """Lanes that ended from number `since` on (all, for who knew another incarnation), the counts, and
+        the steps that each seat has taken."""
         self.core.tick(time.monotonic())
         ended = self.core.ended[since if born == self.born else 0 :]
-        return {"born": self.born, "ended": ended, "counts": self.core.counts()}
+        return {
+            "born": self.born,
+            "ended": ended,
+            "counts": self.core.counts(),
+            "taken": dict(self.core.taken),
+        }
 
     async def close(self) -> None:
         """No more trials will come: seats end when nothing waits."""
@@ -116,12 +135,12 @@ class Broker:
             event.set()
 
 
-def start_broker(store: Store) -> Any:
+def start_broker(store: Store, scheduler: str) -> Any:
     """The broker of a study, in the study's own Ray namespace: any process of the study finds it by NAME."""
     actor: Any = ray.remote(Broker)
     # Each trial waits in a call of its own; a broker that dies is started again, empty.
     options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    return actor.options(**options).remote(str(store.root))
+    return actor.options(**options).remote(str(store.root), scheduler)
 
 
 class BrokerSource:
@@ -139,8 +158,8 @@ class BrokerSource:
         self.spoke = time.monotonic()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
-    def lease(self, shape: str | None, room: int) -> Offer:
-        offer, answers = self._call("lease", self.seat, shape, room, self.held)
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        offer, answers = self._call("lease", self.seat, shape, room, self.held, taken)
         self.pending |= answers
         # A lane that is still in the pack under an older attempt leaves it first; its lease lapses by itself.
         leases: tuple[Lease, ...] = tuple(
@@ -156,13 +175,17 @@ class BrokerSource:
             self.held.pop(report.fingerprint, None)
         return answer
 
-    def exchange(self, steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        answers = {**self.pending, **self._call("exchange", self.seat, self.held)}
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        answers = {**self.pending, **self._call("exchange", self.seat, self.held, taken)}
         self.pending = {}
         for fingerprint, answer in answers.items():
             if answer is Answer.DROP:
                 self.held.pop(fingerprint, None)
         return answers
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        self._call("spill", self.seat, fingerprint, attempt)
+        self.held.pop(fingerprint, None)
 
     def done(self, fingerprint: str, attempt: int, state: State) -> None:
         self._call("done", self.seat, fingerprint, attempt, state)

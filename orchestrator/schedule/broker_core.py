@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
-from orchestrator.record.schema import State
+from orchestrator.record.schema import Record, State
 from orchestrator.schedule.life import ORPHAN_SECONDS, Life, Phase
+from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
 
 SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
@@ -34,53 +35,58 @@ class BrokerCore:
         self,
         newest_attempt: Callable[[str], int] = lambda fingerprint: 0,
         failures: Callable[[str], int] = lambda fingerprint: 0,
-        scheduler: str = "",
+        known: Callable[[Configuration], Record | None] = lambda configuration: None,
+        scheduler: str = "none",
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `failures`: how often a lane has failed before, whoever trained it.
-        `scheduler`: the settings of the study's early stopping; with any, lanes park after a report."""
-        self.newest_attempt, self.failures = newest_attempt, failures
+        `known`: the record that answers a request, if there is one.
+        `scheduler`: the study's early stopping; with any, lanes park after a report."""
+        self.newest_attempt, self.failures, self.known = newest_attempt, failures, known
         self.scheduler = scheduler
         self.lives: dict[str, Life] = {}
         self.configurations: dict[str, Configuration] = {}
         self.seats: dict[str, SeatView] = {}
         self.ended: list[tuple[str, State]] = []
         """Every lane that ended, in order: the driver reads on from where it was."""
+        self.taken: dict[str, int] = {}
+        """Optimizer steps that each seat has taken, also of those that are gone."""
         self.closed = False
 
     # -- trials -----------------------------------------------------------------------------------------
 
     def submit(self, trial: str, configuration: Configuration, now: float) -> None:
-        """A trial wants this configuration. One that is known already is joined."""
-        fingerprint = configuration.fingerprint
-        life = self.lives.get(fingerprint)
-        if life is None:
-            life = self.lives[fingerprint] = Life(fingerprint, configuration.shape, now, bool(self.scheduler))
-            life.failures = self.failures(fingerprint)
-        self.configurations[fingerprint] = configuration
-        life.trials.add(trial)
-        if life.phase is Phase.ENDED and life.state == "stopped":
-            life.phase, life.state = Phase.WAITING, None  # wanted again: it goes on from its checkpoint
-            life.since = now
+        """A trial wants this configuration. One that is in training is joined, one whose result is known
+        replays it."""
+        self._life(configuration, now).want(trial, now)
 
-    def next(self, fingerprint: str, after: int) -> Report | State | None:
+    def next(self, fingerprint: str, after: int, now: float) -> Report | State | None:
         """See Life.ask. Raises KeyError when the lane is unknown (the broker restarted: submit again)."""
-        return self.lives[fingerprint].ask(after)
+        return self.lives[fingerprint].ask(after, now)
 
-    def release(self, trial: str, now: float) -> None:
-        """The trial has ended, however it did. Its lane is stopped unless another trial wants it."""
+    def release(self, trial: str) -> None:
+        """The trial has ended, but not by the scheduler's word. Its lane is dropped unless others want it."""
         for fingerprint in [f for f, life in self.lives.items() if trial in life.trials]:
             self.lives[fingerprint].trials.discard(trial)
-            self._forget_unwanted(fingerprint, now)
+            self._forget_unwanted(fingerprint)
+
+    def stop(self, trial: str, configuration: Configuration, now: float) -> None:
+        """The scheduler has stopped the trial. Its lane ends early, with a record, unless others want it;
+        also when it is on no seat, or unknown because the broker restarted."""
+        life = self._life(configuration, now)
+        life.trials.discard(trial)
+        if not life.trials:
+            life.stop(now)
 
     # -- seats ------------------------------------------------------------------------------------------
 
     def lease(self, seat: str, shape: str | None, room: int, now: float) -> Offer:
         """Lanes for a seat that has just said, by `exchange`, what it holds."""
         view = self._hear(seat, now)
-        view.shape = shape
+        if shape is not None or not view.lanes:
+            view.shape = shape
         self._serve_the_unserved(now)
-        waiting = [life for life in self.lives.values() if life.phase is Phase.WAITING and life.trials]
+        waiting = [life for life in self.lives.values() if life.needs_seat]
         if shape is None:
             shape, view.yields_to = self._choose(view, waiting), None
         elif view.yields_to is not None:
@@ -92,7 +98,8 @@ class BrokerCore:
                 life.lease(seat, attempt)
                 view.shape = shape
                 view.lanes.add(life.fingerprint)
-                leases.append(Lease(self.configurations[life.fingerprint], attempt, self.scheduler))
+                configuration = self.configurations[life.fingerprint]
+                leases.append(Lease(configuration, attempt, settings(self.scheduler, configuration)))
         return Offer(tuple(leases), closed=self.closed and not waiting)
 
     def alive(self, seat: str, now: float) -> None:
@@ -103,33 +110,42 @@ class BrokerCore:
     def report(self, seat: str, report: Report, now: float) -> Answer:
         self._hear(seat, now)
         life = self.lives.get(report.fingerprint)
-        return (
-            life.report(seat, report, now) if life else Answer.GO
-        )  # unknown: the next exchange announces it
+        if life is None:  # the next exchange announces it; until then it runs ahead of no scheduler
+            return Answer.GO if self.scheduler == "none" else Answer.PARK
+        return life.report(seat, report, now)
 
     def exchange(
-        self, seat: str, held: Mapping[str, tuple[int, Configuration]], now: float
+        self, seat: str, held: Mapping[str, tuple[int, Configuration]], taken: int, now: float
     ) -> dict[str, Answer]:
         """The seat names all that it holds: fingerprint -> (attempt, configuration). What it should hold and
         does not name never reached it, and goes back to the queue. What it holds and nobody else was given
-        meanwhile (the broker restarted, the seat was silent for a while) it keeps."""
+        meanwhile (the broker restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
         view = self._hear(seat, now)
+        self.taken[seat] = max(taken, self.taken.get(seat, 0))
         for fingerprint, (attempt, configuration) in held.items():
-            life = self.lives.get(fingerprint)
-            if life is None:
-                life = self.lives[fingerprint] = Life(
-                    fingerprint, configuration.shape, now, bool(self.scheduler)
-                )
+            orphan = fingerprint not in self.lives
+            life = self._life(configuration, now)
+            if orphan:
                 life.orphan_until = now + ORPHAN_SECONDS
-                self.configurations[fingerprint] = configuration
             if life.phase is Phase.WAITING and life.attempt <= attempt:
                 life.lease(seat, attempt)
                 view.lanes.add(fingerprint)
                 view.shape = view.shape or configuration.shape
+                if orphan and life.gated:  # its trial says whether it may go on
+                    life.phase = Phase.PARKED
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._lose(seat, fingerprint, now)
         return {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _) in held.items()}
+
+    def spill(self, seat: str, fingerprint: str, attempt: int, now: float) -> None:
+        """See Source.spill."""
+        view = self._hear(seat, now)
+        life = self.lives.get(fingerprint)
+        if life is not None and life.held_by(seat, attempt):
+            view.lanes.discard(fingerprint)
+            life.wait(now)
+            self._forget_unwanted(fingerprint)
 
     def done(self, seat: str, fingerprint: str, attempt: int, state: State, now: float) -> None:
         view = self._hear(seat, now)
@@ -142,7 +158,7 @@ class BrokerCore:
         if life.state is not None:
             self.ended.append((fingerprint, life.state))
         else:
-            self._forget_unwanted(fingerprint, now)
+            self._forget_unwanted(fingerprint)
 
     def seat_gone(self, seat: str, now: float) -> None:
         """The seat has ended or died: its lanes go back to the queue."""
@@ -168,16 +184,29 @@ class BrokerCore:
         view.heard = now
         return view
 
+    def _life(self, configuration: Configuration, now: float) -> Life:
+        """That of this configuration; a new one has failed as often, and may be over, as the store says."""
+        fingerprint = configuration.fingerprint
+        if fingerprint not in self.lives:
+            life = Life(fingerprint, configuration.shape, now, gated=self.scheduler != "none")
+            life.failures = self.failures(fingerprint)
+            self.lives[fingerprint], self.configurations[fingerprint] = life, configuration
+            record = self.known(configuration)
+            if record is not None:
+                life.replay(record)
+                self.ended.append((fingerprint, record.state))
+        return self.lives[fingerprint]
+
     def _lose(self, seat: str, fingerprint: str, now: float) -> None:
         life = self.lives.get(fingerprint)
         if life is not None and life.seat == seat:
             life.wait(now)
-            self._forget_unwanted(fingerprint, now)
+            self._forget_unwanted(fingerprint)
 
-    def _forget_unwanted(self, fingerprint: str, now: float) -> None:
-        """A waiting lane that nobody wants is not kept; one that trains is stopped by its next answer."""
+    def _forget_unwanted(self, fingerprint: str) -> None:
+        """A lane on no seat that nobody wants is not kept; one that trains hears of it by its next answer."""
         life = self.lives[fingerprint]
-        if life.phase is Phase.WAITING and not life.trials:
+        if life.phase in (Phase.WAITING, Phase.SPILLED) and not life.trials and not life.let_go:
             del self.lives[fingerprint], self.configurations[fingerprint]
 
     def _choose(self, view: SeatView, waiting: list[Life]) -> str | None:
@@ -192,11 +221,7 @@ class BrokerCore:
         served = {view.shape for view in self.seats.values() if view.lanes}
         served |= {view.yields_to for view in self.seats.values()}
         for life in self.lives.values():
-            if (
-                life.phase is Phase.WAITING
-                and life.shape not in served
-                and now - life.since > UNSERVED_SECONDS
-            ):
+            if life.needs_seat and life.shape not in served and now - life.since > UNSERVED_SECONDS:
                 busy = [view for view in self.seats.values() if view.lanes and view.yields_to is None]
                 if busy:
                     min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape

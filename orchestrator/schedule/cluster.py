@@ -43,25 +43,37 @@ class Cluster:
     def memory(self) -> float:
         return sum(node.memory for node in self.nodes)
 
-    def seats(self, wanted: int | None, gpus_per_seat: float | None) -> tuple[int, float]:
-        """Seats, and GPUs a seat: what was asked for if there is room, else all there is room for.
-        Raises BadInput for more than there is."""
+    def seats(self, wanted: int | None, gpus_per_seat: float | None, workers: int = 1) -> tuple[int, float]:
+        """Seats, and GPUs a worker: what was asked for if there is room, else all there is room for. A seat's
+        workers need not be on one node. Raises BadInput for more than there is."""
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
+        if workers > 1 and 0 < gpus < 1:
+            raise BadInput(
+                f"--workers-per-seat {workers} with --gpus-per-seat {gpus:g}: NCCL refuses workers on one "
+                "GPU; take --gpus-per-seat 1, or --workers-per-seat 1."
+            )
         if gpus:
-            each = int(1 / gpus + 1e-9)  # a seat's share of a GPU lies on one GPU
-            room = sum(min(int(node.cpus), int(node.gpus) * each) for node in self.nodes)
+            each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
+            units = sum(min(int(node.cpus), int(node.gpus) * each) for node in self.nodes)
             needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
         else:
-            room = sum(min(int(node.cpus), max(1, int(node.memory / SEAT_MEMORY))) for node in self.nodes)
+            units = sum(min(int(node.cpus), max(1, int(node.memory / SEAT_MEMORY))) for node in self.nodes)
             needs, there = "a CPU and 2 GiB", f"{sum(node.memory for node in self.nodes) / 2**30:.0f} GiB"
+        room = units // workers
         if room < 1 or (wanted or 0) > room:
-            asked = f"--seats {wanted}" if wanted else f"--gpus-per-seat {gpus:g}"
-            advice = (
-                f"take --seats {room}" if room else "leave --gpus-per-seat out, or join a cluster with GPUs"
-            )
+            asked = [f"--seats {wanted}"] if wanted else []
+            asked += [f"--workers-per-seat {workers}"] if workers > 1 else []
+            if room:
+                advice = f"take --seats {room}"
+            elif units:
+                advice = f"take --workers-per-seat {units}"
+            else:
+                advice = "leave --gpus-per-seat out, or join a cluster with GPUs"
+            times = f"{workers} times " if workers > 1 else ""
             raise BadInput(
-                f"{asked}: there is room for {room} seats (each takes {needs}; there are "
+                f"{' '.join(asked) or f'--gpus-per-seat {gpus:g}'}: there is room for {room} seats (each "
+                f"takes {times}{needs}; there are "
                 f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
             )
         return wanted or room, gpus

@@ -1,20 +1,25 @@
 """The life of one lane between its trials and its seat: a plain state machine.
 
     waiting --lease--> leased --report--> parked --a trial asks on--> leased --done--> ended
-       ^                 |                  |
-       +---- the seat died, failed, or stopped a lane that is wanted again ----+
+       ^  ^              |                  |
+       |  +--------------+------------------+   the seat died or failed, or it was stopped and is wanted again
+       |                                    |
+       +---------a trial asks on-------- spilled   its seat needed the place (or died); a checkpoint is left
 
-Trials come and go by name; a lane that nobody wants is stopped where it trains and forgotten where it waits.
-All answers are computed from the state, so that asking twice (a lost reply, a restarted caller) does no harm.
+Trials come and go by name. A lane that a scheduler has stopped is let go: whoever holds it ends it early and
+records that; where nobody does, it is leased once more for that. One that nobody wants for another reason is
+dropped and forgotten. All answers are computed from the state, so that asking twice (a lost reply, a
+restarted caller) does no harm.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import nan
 
 from orchestrator.finetune.source import Answer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED, State
+from orchestrator.record.schema import FAILURES_ALLOWED, Record, State
 
 ORPHAN_SECONDS = 60.0  # how long a lane announced by a seat waits for its trial after the broker restarted
 
@@ -23,6 +28,7 @@ class Phase(StrEnum):
     WAITING = "waiting"
     LEASED = "leased"
     PARKED = "parked"
+    SPILLED = "spilled"
     ENDED = "ended"
 
 
@@ -44,11 +50,20 @@ class Life:
     failures: int = 0
     asked: int = -1
     """The last step beyond which a trial has asked to go on."""
+    let_go: bool = False
+    """A scheduler has stopped it, and its record is owed."""
     orphan_until: float = 0.0
 
     # -- trials -----------------------------------------------------------------------------------------
 
-    def ask(self, after: int) -> Report | State | None:
+    def want(self, trial: str, now: float) -> None:
+        self.trials.add(trial)
+        if self.let_go:
+            self.let_go = False
+            if self.phase is Phase.WAITING:
+                self.wait(now)
+
+    def ask(self, after: int, now: float) -> Report | State | None:
         """The first report beyond step `after`, else how the lane ended, else None (not yet)."""
         for report in self.reports:
             if report.step > after:
@@ -56,12 +71,40 @@ class Life:
         if self.phase is Phase.ENDED:
             return self.state
         self.asked = max(self.asked, after)
-        if self.phase is Phase.PARKED and self.asked >= self.reports[-1].step:
-            self.phase = Phase.LEASED
+        if not self._held_back:
+            if self.phase is Phase.PARKED:
+                self.phase = Phase.LEASED
+            elif self.phase is Phase.SPILLED:
+                self.wait(now)
         return None
+
+    @property
+    def _held_back(self) -> bool:
+        """Whether it has reported what no trial has asked beyond."""
+        return self.gated and bool(self.reports) and self.asked < self.reports[-1].step
 
     def wanted(self, now: float) -> bool:
         return bool(self.trials) or now < self.orphan_until
+
+    def stop(self, now: float) -> None:
+        """Its last trial was stopped by the scheduler."""
+        self.let_go, self.orphan_until = True, 0.0
+        if self.phase is Phase.SPILLED:
+            self.wait(now)
+
+    @property
+    def needs_seat(self) -> bool:
+        return self.phase is Phase.WAITING and (bool(self.trials) or self.let_go)
+
+    def replay(self, record: Record) -> None:
+        """What is known of it already ends it at once; its trial hears of it as if it trained."""
+        losses, attempt = {step.step: step.loss for step in record.curve}, record.provenance.attempt
+        self.reports = [
+            Report(self.fingerprint, attempt, e.step, e.scores, losses.get(e.step, nan))
+            for e in record.evaluations
+            if e.split == "validation"
+        ]
+        self._end(record.state)
 
     # -- seats ------------------------------------------------------------------------------------------
 
@@ -89,7 +132,7 @@ class Life:
         if not self.held_by(seat, attempt):
             return Answer.DROP
         if not self.wanted(now):
-            return Answer.STOP
+            return Answer.STOP if self.let_go else Answer.DROP
         return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
 
     def done(self, seat: str, attempt: int, state: State, now: float) -> None:
@@ -110,9 +153,12 @@ class Life:
             self.wait(now)
 
     def wait(self, now: float) -> None:
-        """Back to the queue: its seat died, or its end was not the end."""
+        """Off its seat, which died or needs the place, or its end was not the end. Back to the queue, unless
+        its trial has yet to ask on."""
         if self.phase is not Phase.ENDED:
-            self.phase, self.seat, self.since = Phase.WAITING, "", now
+            held_back = self._held_back and not self.let_go
+            self.phase = Phase.SPILLED if held_back else Phase.WAITING
+            self.seat, self.since = "", now
 
     def _end(self, state: State) -> None:
         self.phase, self.seat, self.state = Phase.ENDED, "", state

@@ -10,6 +10,7 @@ from orchestrator.finetune.resolve import UNPREPARED
 from orchestrator.record.store import Store
 from orchestrator.schedule import cluster
 from orchestrator.schedule.progress import clock
+from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
@@ -28,26 +29,32 @@ def print_plan(
     rates = sorted({c.optimizer.learning_rate for c in wanted})
     content = first.model.content
     if cluster.address() is None:
-        seats, _ = cluster.this_machine().seats(options.seats, options.gpus_per_seat)
+        seats, _ = cluster.this_machine().seats(
+            options.seats, options.gpus_per_seat, options.workers_per_seat
+        )
         where = f"{seats} on this machine"
     else:
         seats = options.seats or 0
         where = f"{seats or 'as many as have room'} on the cluster at {cluster.address()}"
+    workers = f", {options.workers_per_seat} workers a seat" if options.workers_per_seat > 1 else ""
+    batch = first.batches.batch_size * first.batches.accumulation
     for what, text in (
-        ("Task", f"{first.task.name}, {first.schedule.steps} steps of {first.batches.batch_size}"),
+        ("Task", f"{first.task.name}, {first.schedule.steps} steps of {batch}"),
         ("Base model", f"{first.model.name} ({content if content == UNPREPARED else content[:12]})"),
         ("Variants", " ".join(dict.fromkeys(c.variant.name for c in wanted))),
         ("Learning rates", " ".join(f"{rate:g}" for rate in rates)),
         ("Seeds", f"{options.seeds}"),
         ("Configurations", f"{len(wanted)}, of them {len(wanted) - len(pending)} known"),
-        ("Seats", f"{where}, {options.lanes_per_seat or LANES} lanes each"),
+        ("Early stopping", settings(options.scheduler, first) or "none"),
+        ("Seats", f"{where}, {options.lanes_per_seat or LANES} lanes each{workers}"),
         ("Time", _estimate(pending, store, seats)),
     ):
         console.print(f"{what:15} {text}", markup=False)
 
 
 def _estimate(pending: Sequence[Configuration], store: Store, seats: int) -> str:
-    """From what lanes of the same task and model cost before, wherever that was. `seats` 0: not known."""
+    """For all to the end, from what lanes of the same task and model cost before, wherever that was. `seats`
+    0: not known."""
     if not pending:
         return "nothing to train"
     first = pending[0]

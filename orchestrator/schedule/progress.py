@@ -36,6 +36,7 @@ class Progress:
     """Bound to its file: what others print meanwhile goes to ray.log."""
     done: int = 0
     diverged: int = 0
+    stopped: int = 0
     failed: int = 0
     training: int = 0
     waiting: int = 0
@@ -82,6 +83,7 @@ class Progress:
         self._seen.add(record.fingerprint)
         self.done += 1
         self.diverged += record.state == "diverged"
+        self.stopped += record.state == "stopped"
         self.failed += record.state == "failed"
         score = record.score("validation")
         rate = record.configuration.optimizer.learning_rate
@@ -103,20 +105,24 @@ class Progress:
             self.say(self.line())
 
     def line(self) -> str:
-        """At most 80 columns for up to 99,999 configurations."""
-        line = self._line(long=True)
-        return line if len(line) <= 80 else self._line(long=False)
+        """At most 80 columns for up to 99,999 configurations: what matters least goes first."""
+        lines = [self._line(without) for without in range(4)]
+        return next((line for line in lines if len(line) <= 80), lines[-1])
 
-    def _line(self, long: bool) -> str:
-        parts = [f"{self.known + self.done}/{self.total} done", f"{self.training} training"]
+    def _line(self, without: int) -> str:
+        parts = [f"{self.known + self.done}/{self.total} done"]
+        if without < 2:
+            parts.append(f"{self.training} training")
         if self.seats == 0:
             parts.append("seats start")
         if self.diverged:
             parts.append(f"{self.diverged} diverged")
+        if self.stopped:
+            parts.append(f"{self.stopped} stopped")
         if self.failed:
             parts.append(f"{self.failed} failed")
-        if self.best is not None:
-            where = f" {self.best.variant} {self.best.learning_rate:g}" if long else ""
+        if self.best is not None and without < 3:
+            where = f" {self.best.variant} {self.best.learning_rate:g}" if not without else ""
             parts.append(f"best {self.best.score:.3f}{where}")
         left = self.seconds_left()
         if left is not None:

@@ -25,6 +25,7 @@ from orchestrator.record.tracking_uri import check_uri, default_uri
 from orchestrator.schedule import cluster as ray_cluster
 from orchestrator.schedule.plan import LANES, print_plan
 from orchestrator.schedule.progress import Progress, clock
+from orchestrator.schedule.rungs import entry, settings
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.grid import grid, order_of_entry
@@ -59,7 +60,7 @@ def run_study(experiment: Experiment, options: StudyOptions) -> int:
     task = experiment.dry_run_task if options.dry_run else experiment.task
     chosen = resolve.names(options, task, experiment.variants, store.bases)
     if ray_cluster.address() is None:  # more than this machine has is refused before anything is made
-        ray_cluster.this_machine().seats(options.seats, options.gpus_per_seat)
+        ray_cluster.this_machine().seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
     content = resolve.base(chosen.model, store.bases, None if options.plan else console.print)
     templates = resolve.templates(options, chosen, content, store.bases)
     wanted = grid(templates, chosen.learning_rates, range(options.seeds))
@@ -67,7 +68,8 @@ def run_study(experiment: Experiment, options: StudyOptions) -> int:
         for configuration in wanted:
             store.forget_failures(configuration.fingerprint)
     hopeless = {c.fingerprint for c in wanted if store.failures(c.fingerprint) >= FAILURES_ALLOWED}
-    known = {c.fingerprint for c in wanted if c.fingerprint in hopeless or store.meets(c.fingerprint)}
+    met = [c for c in wanted if store.meets(c.fingerprint, settings(options.scheduler, c))]
+    known = hopeless | {c.fingerprint for c in met}
     new = [c for c in wanted if c.fingerprint not in known]
     pending = order_of_entry(new, options.lanes_per_seat or LANES)
     if options.plan:
@@ -88,7 +90,7 @@ def run_study(experiment: Experiment, options: StudyOptions) -> int:
         console.print(f"{name}: {len(known)} of {len(wanted)} known{'' if pending else ', nothing to train'}")
         if hopeless:
             console.print(f"{len(hopeless)} of them failed three times; --retry-failed tries them again")
-        return _Run(console, folder, study, store, uri, options).all(wanted, pending)
+        return _Run(console, folder, study, store, uri, options).all(wanted, met, pending)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ class _Run:
     uri: str
     options: StudyOptions
 
-    def all(self, wanted: Sequence[Configuration], pending: Sequence[Configuration]) -> int:
+    def all(
+        self, wanted: Sequence[Configuration], met: Sequence[Configuration], pending: Sequence[Configuration]
+    ) -> int:
+        """`wanted` is what the study asks for: `met` by records, `pending`, or given up."""
         from orchestrator.record.mlflow_log import MlflowLog
         from orchestrator.record.writer import Writer
 
@@ -117,7 +122,7 @@ class _Run:
         status, report = "KILLED", False
         try:
             if pending:
-                self._train(wanted, pending, log)
+                self._train(len(wanted), met, pending, log)
             status, report = "FINISHED", True
         except BadInput:
             raise  # nothing was trained: there is nothing to report
@@ -141,15 +146,17 @@ class _Run:
                 self.console.print(f"MLflow: {late} runs delayed ({writer.error}); {later}", markup=False)
         return self._check(wanted)
 
-    def _train(self, wanted: Sequence[Configuration], pending: Sequence[Configuration], log: Log) -> None:
+    def _train(
+        self, wanted: int, met: Sequence[Configuration], pending: Sequence[Configuration], log: Log
+    ) -> None:
         options, store = self.options, self.store
-        progress = Progress(self.folder, len(wanted), len(wanted) - len(pending), self.console)
+        progress = Progress(self.folder, wanted, wanted - len(pending), self.console)
         with progress, _scratch(store) as scratch, ray_cluster.connect(store.root) as cluster:
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
             from orchestrator.schedule.seat import SeatPlan
             from orchestrator.schedule.train import Room, train
 
-            count, gpus = cluster.seats(options.seats, options.gpus_per_seat)
+            count, gpus = cluster.seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
             plan = SeatPlan(
                 lanes=options.lanes_per_seat or LANES,
                 gpus=gpus,
@@ -157,13 +164,28 @@ class _Run:
                 scratch=str(scratch),
                 save_adapters=options.save_adapters,
                 start_seconds=options.seat_timeout,
+                workers=options.workers_per_seat,
+                gradient_checkpointing=options.gradient_checkpointing,
             )
             where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
-            share = f", {gpus:g} GPUs each" if gpus else ""
+            share = f", {gpus * plan.workers:g} GPUs each" if gpus else ""
             progress.say(f"{where}: {count} seats of {plan.lanes} lanes{share}")
             began = time.monotonic()
-            train(pending, cluster, Room(min(count, len(pending)), plan), store, scratch, progress, log)
-            progress.say(f"{progress.done} trained in {clock(time.monotonic() - began)}")
+            steps = train(
+                entry(options.scheduler, met, pending, plan.lanes),
+                {c.fingerprint for c in met},
+                options.scheduler,
+                cluster,
+                Room(min(count, len(pending)), plan),
+                store,
+                scratch,
+                progress,
+                log,
+            )
+            early = f", {progress.stopped} of them stopped early" if progress.stopped else ""
+            progress.say(f"{progress.done} trained in {clock(time.monotonic() - began)}{early}")
+            horizons = sum(c.schedule.steps for c in pending)
+            progress.say(f"{steps} optimizer steps of {horizons} for all configurations to the end")
 
     def _report(self) -> None:
         """The projections that are files. The table shows the whole study, also what earlier runs asked."""
@@ -192,7 +214,10 @@ class _Run:
 
     def _check(self, wanted: Sequence[Configuration]) -> int:
         """Says what has no result. Returns the exit code."""
-        lacking = [c.fingerprint for c in wanted if self.store.meets(c.fingerprint) is None]
+        scheduler = self.options.scheduler
+        lacking = [
+            c.fingerprint for c in wanted if self.store.meets(c.fingerprint, settings(scheduler, c)) is None
+        ]
         if not lacking:
             return 0
         failed = [f[:12] for f in lacking if self.store.failures(f)]

@@ -1,4 +1,8 @@
-"""A seat: one Ray Train run that holds a base model and trains packs of lanes until none waits."""
+"""A seat: one Ray Train run that holds a base model and trains packs of lanes until none waits.
+
+Its workers split every batch (`finetune/team.py`). One of them speaks to the broker; when one dies, Train
+ends the run, and the seat is replaced as a whole.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +28,37 @@ class SeatPlan:
 
     lanes: int
     gpus: float
+    """Of a worker."""
     store: str
     """Folder of the store, the same on every node."""
     scratch: str
     """Folder for Ray Train's own files."""
     save_adapters: bool = False
     start_seconds: float = 300.0
+    workers: int = 1
+    gradient_checkpointing: bool = False
 
     @property
     def resources(self) -> dict[str, float]:
+        """Of a worker."""
         return {"CPU": 1, "GPU": self.gpus} if self.gpus else {"CPU": 1}
 
 
 def work(settings: Mapping[str, Any]) -> None:
-    """Runs in the Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
+    """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
     from pathlib import Path
 
     import torch
+    from ray.train.torch import get_device
 
     from orchestrator.finetune import loop, models
+    from orchestrator.finetune.recompute import recompute_blocks
+    from orchestrator.finetune.tasks.base import Task
+    from orchestrator.finetune.team import ALONE, TorchTeam
     from orchestrator.record import provenance
     from orchestrator.record.store import Store
     from orchestrator.schedule.broker import BrokerSource
+    from orchestrator.study.configuration import ModelChoice
 
     plan = SeatPlan(**settings["plan"])
     gpu = plan.gpus > 0
@@ -53,20 +66,31 @@ def work(settings: Mapping[str, Any]) -> None:
         raise RuntimeError(
             f"Ray gave this seat a GPU that torch {torch.__version__} cannot use; install one for its driver"
         )
-    if not gpu:
+    device = get_device() if gpu else torch.device("cpu")  # a node's workers see each other's GPUs
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
         torch.set_num_threads(1)  # seats share the cores: two threads each made a pretraining 17 times slower
     store = Store(Path(plan.store))
+    team = TorchTeam() if plan.workers > 1 else ALONE
     # A new process is a new incarnation: what its predecessor held is not its own.
-    source = BrokerSource(f"{settings['name']}.{uuid.uuid4().hex[:8]}")
-    device = "cuda" if gpu else "cpu"
+    source = BrokerSource(f"{settings['name']}.{uuid.uuid4().hex[:8]}") if team.rank == 0 else None
+
+    def load(choice: ModelChoice, task: Task) -> models.Bench:
+        bench = models.load(choice, store.bases, device, task)
+        if plan.gradient_checkpointing:
+            recompute_blocks(bench.model)
+        return bench
+
     loop.run(
         source,
         store,
-        lambda choice: models.load(choice, store.bases, device),
+        load,
         lanes=plan.lanes,
         idle_seconds=IDLE_SECONDS,
         provenance=provenance.current,
         save_adapter=plan.save_adapters,
+        team=team,
     )
 
 
@@ -86,9 +110,10 @@ class SeatHost:
             work,
             train_loop_config={"name": name, "plan": asdict(plan)},
             scaling_config=ScalingConfig(
-                num_workers=1, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
+                num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
-            torch_config=TorchConfig(backend="gloo"),  # one worker talks to nobody
+            # A single worker talks to nobody.
+            torch_config=TorchConfig(backend="nccl" if plan.gpus and plan.workers > 1 else "gloo"),
             run_config=run_config(
                 name=f"{namespace}-{name}",
                 storage_path=plan.scratch,

@@ -43,7 +43,9 @@ class Seats:
         elif self.without_since is None:
             self.without_since = time.monotonic()
         elif time.monotonic() - self.without_since > self.plan.start_seconds and not self.trouble:
-            need = ", ".join(f"{value:g} {name}" for name, value in self.plan.resources.items())
+            need = ", ".join(
+                f"{value * self.plan.workers:g} {name}" for name, value in self.plan.resources.items()
+            )
             self.trouble = (
                 f"No seat for {self.plan.start_seconds:g} s: a seat needs {need}. "
                 "Free or add them, or give the cluster longer with --seat-timeout."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.schedule.broker import start_broker
 from orchestrator.schedule.cluster import Cluster
+from orchestrator.schedule.early_stopping import PerGroup
+from orchestrator.schedule.life import Phase
 from orchestrator.schedule.progress import Progress
 from orchestrator.schedule.seat import SeatPlan
 from orchestrator.schedule.seats import Seats
@@ -35,38 +37,45 @@ class Room:
     seats: int
     plan: SeatPlan
 
-    def trials(self, cluster: Cluster) -> int:
+    def trials(self, cluster: Cluster, scheduler: str) -> int | None:
         """Trials at once: the lanes of all seats and a pack each to take next, as far as memory for their
-        processes goes (half of what Ray may promise: the rest is the seats')."""
+        processes goes (half of what Ray may promise: the rest is the seats'). Hyperband pauses a trial until
+        all of its bracket have come as far: there is no limit but for those that run."""
+        if scheduler == "hyperband":
+            return None
         wanted = 2 * self.seats * self.plan.lanes
         return max(1, min(wanted, int(cluster.memory / 2 / MEMORY_BYTES)))
 
 
 def train(
     configurations: Sequence[Configuration],
+    known: Collection[str],
+    scheduler: str,
     cluster: Cluster,
     room: Room,
     store: Store,
     scratch: Path,
     progress: Progress,
     ended: Callable[[Record], None],
-) -> None:
-    """Trains all of `configurations`, in this order; `ended` is called with each record, from another thread.
+) -> int:
+    """Trains all of `configurations`, in this order, but for the `known` ones (fingerprints), whose results
+    are replayed to the scheduler; `ended` is called with each new record, from another thread. Returns the
+    optimizer steps that seats have taken.
 
     Raises Trouble when no seat can be had. Whatever happens, seats and broker are gone afterwards.
     """
     _HOPELESS.clear()
-    broker = start_broker(store)
-    watch = _Watch(
-        broker, Seats(room.plan, room.seats, cluster.namespace, broker, progress.say), store, progress, ended
-    )
+    broker = start_broker(store, scheduler)
+    seats = Seats(room.plan, room.seats, cluster.namespace, broker, progress.say)
+    watch = _Watch(broker, seats, store, progress, frozenset(known), ended)
     watch.start()
     try:
         tuner = tune.Tuner(
             tune.with_resources(Trial, tune.PlacementGroupFactory([{"memory": MEMORY_BYTES}])),
             param_space={"configuration": tune.grid_search([c.to_json() for c in configurations])},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=room.trials(cluster),
+                max_concurrent_trials=room.trials(cluster, scheduler),
+                scheduler=None if scheduler == "none" else PerGroup(scheduler, known),
                 reuse_actors=True,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,
@@ -84,6 +93,7 @@ def train(
             ),
         )
         results = tuner.fit()
+        watch.settle()
     finally:
         watch.finish()
     if watch.error is not None:
@@ -94,6 +104,7 @@ def train(
         progress.say(
             f"{len(results.errors)} trials failed, the first with: {str(error).strip().splitlines()[-1]}"
         )
+    return sum(watch.taken.values())
 
 
 def _name(trial: Any) -> str:
@@ -114,28 +125,50 @@ class _WhenHopeless(tune.Stopper):
 
 
 class _TellBroker(tune.Callback):
-    """A killed trial never runs its cleanup, so the broker hears of every end from here."""
+    """Which trials have ended, and how: from here, since a killed trial or a paused one cannot say it."""
 
     def __init__(self, broker: Any) -> None:
         self.broker = broker
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.broker.release.remote(trial.trial_id)
+        """One that ends by itself says in which state its lane did; others were stopped by the scheduler."""
+        if trial.last_result.get("state") == "training":
+            configuration = Configuration.from_json(trial.config["configuration"])
+            self._tell(self.broker.stop, trial.trial_id, configuration)
+        else:
+            self._tell(self.broker.release, trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.broker.release.remote(trial.trial_id)
+        self._tell(self.broker.release, trial.trial_id)
+
+    def _tell(self, method: Any, *args: Any) -> None:
+        """Waits until the broker knows: what is owed when all trials have ended is counted there."""
+        while True:
+            try:
+                return ray.get(method.remote(*args))
+            except ActorUnavailableError:  # it restarts
+                time.sleep(0.5)
 
 
 class _Watch(threading.Thread):
     """Beside `Tuner.fit`, which blocks: keeps the seats, reads the records of ended lanes, shows progress."""
 
     def __init__(
-        self, broker: Any, seats: Seats, store: Store, progress: Progress, ended: Callable[[Record], None]
+        self,
+        broker: Any,
+        seats: Seats,
+        store: Store,
+        progress: Progress,
+        known: frozenset[str],
+        ended: Callable[[Record], None],
     ) -> None:
         super().__init__(name="watch", daemon=True)
-        self.broker, self.seats, self.store, self.progress, self.ended = broker, seats, store, progress, ended
+        self.broker, self.seats, self.store, self.progress = broker, seats, store, progress
+        self.known, self.ended = known, ended
         self.stop = threading.Event()
+        self.all_told, self.settled = threading.Event(), threading.Event()
         self.read, self.born = 0, ""
+        self.taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -154,6 +187,13 @@ class _Watch(threading.Thread):
         _HOPELESS.set()
         self.broker.give_up.remote()
 
+    def settle(self) -> None:
+        """Called by the main thread when `fit` ended well: waits for the records that stopped lanes owe. They
+        come, or the seats are lost for good, which ends the watch."""
+        self.all_told.set()
+        while self.is_alive() and not self.settled.wait(LOOK_SECONDS):
+            pass
+
     def finish(self) -> None:
         """Called by the main thread after `fit`, however that ended."""
         self.stop.set()
@@ -161,30 +201,36 @@ class _Watch(threading.Thread):
         try:
             with suppress(RayError):
                 ray.get(self.broker.close.remote(), timeout=5)
-                if self.error is None:
-                    self._look()
         finally:
             self.seats.end()
+            with suppress(RayError):
+                if self.error is None:
+                    self._look()  # their last words
             ray.kill(self.broker)
 
     def _look(self) -> None:
+        all_told = self.all_told.is_set()
         news = ray.get(self.broker.news.remote(self.read, self.born), timeout=10)
         if news["born"] != self.born:  # it restarted: its list of the ended began anew
             self.read, self.born = 0, news["born"]
         for fingerprint, _ in news["ended"]:
-            record = self.store.get(fingerprint)
+            record = self.store.get(fingerprint) if fingerprint not in self.known else None
             if record is not None:
                 self.progress.ended(record)
                 self.ended(record)
-                if record.state in ("finished", "diverged"):
+                if record.state != "failed":
                     self.seats.lane_finished()
         self.read += len(news["ended"])
+        for seat, taken in news["taken"].items():
+            self.taken[seat] = max(taken, self.taken.get(seat, 0))
         progress, counts = self.progress, news["counts"]
         progress.training = counts.get("leased", 0) + counts.get("parked", 0)
         progress.waiting = counts.get("waiting", 0)
         progress.seats = counts["seats"]
         if progress.training and progress.first_lane is None:
             progress.first_lane = time.monotonic()
+        if all_told and not any(counts.get(str(phase), 0) for phase in Phase if phase is not Phase.ENDED):
+            self.settled.set()
         if not self.stop.is_set():
             self.seats.look(progress.waiting, progress.training, counts["seats"])
         progress.show()

@@ -4,6 +4,7 @@ not CPU, so that trials never take the cores that seats train on."""
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -12,16 +13,24 @@ from ray.exceptions import ActorUnavailableError
 
 from orchestrator.finetune.source import Report
 from orchestrator.schedule.broker import NAME
+from orchestrator.schedule.rungs import due, evaluation
 from orchestrator.study.configuration import Configuration
 
 MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB measured, Linux x86-64
 
 WAIT_SECONDS = 20.0  # of one call; the trial asks again
 
+WORST_LOSS = 1e9  # finite: NaN and infinities poison schedulers
+
 
 class Trial(tune.Trainable):
-    """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report; the last
-    result has `done` and the state in which the lane ended."""
+    """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report, and lets the
+    lane go on if it was parked after the last one; the last result has `done` and the state in which the lane
+    ended.
+
+    Nothing is released here: a process that ends, or is given another trial, may have been paused. The driver
+    tells the broker which trials have ended.
+    """
 
     def setup(self, config: dict[str, Any]) -> None:
         self.broker = ray.get_actor(NAME)
@@ -39,37 +48,39 @@ class Trial(tune.Trainable):
                 time.sleep(0.5)
                 continue
             if isinstance(news, Report):
-                return self._result(news)
+                self.at = news.step
+                self.last = self._result(news.step, news.scores)
+                return {**self.last, "state": "training"}
             if news is not None:
-                return self._end(news)
+                return {**self._end(news), "state": news, "done": True}
 
-    def _result(self, report: Report) -> dict[str, Any]:
-        self.at = report.step
-        metric = self.configuration.task.metric
-        self.last = {"step": report.step, "score": report.scores[metric], "loss": report.scores["loss"]}
-        return {**self.last, "state": "training"}
+    def _result(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "step": step,
+            "evaluation": evaluation(self.configuration, step),
+            "score": scores[self.configuration.task.metric],
+            "loss": scores["loss"],
+        }
 
     def _end(self, state: str) -> dict[str, Any]:
-        """A diverged lane is worth the floor: a finite number, since NaN and infinities poison schedulers. So
-        is, in Tune's eyes only, a failed one: its record says that it has no score."""
-        if state != "finished" or not self.last:
-            self.last = {
-                "step": self.at,
-                "score": self.configuration.task.floor,
-                "loss": self.last.get("loss", 1e9),
-            }
-        return {**self.last, "state": state, "done": True}
+        """The last result again. A diverged lane gets that of the evaluation that it did not reach, and it is
+        the worst: the others are measured against it too. What failed or was stopped before it had a result
+        has the worst at its start, where nobody looks; its record says that it has no score."""
+        step = self.at
+        if state == "diverged":
+            step = next((each for each in due(self.configuration) if each > self.at), self.at)
+        elif self.last:
+            return self.last
+        task = self.configuration.task
+        return self._result(step, {"loss": WORST_LOSS, task.metric: task.floor})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
         self.setup(new_config)
         return True
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """The lane's own checkpoints are the truth; a trial has nothing to add."""
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """On a pause: what Tune has seen. The lane's own checkpoints hold the rest."""
+        return {"at": self.at, "last": self.last}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """See save_checkpoint."""
-
-    def cleanup(self) -> None:
-        self.broker.release.remote(self.name)
+        self.at, self.last = checkpoint["at"], checkpoint["last"]

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.study import rates
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, nearest
+
+SCHEDULERS = ("none", "asha", "median", "hyperband")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class StudyOptions:
     """Optimizer steps of a fine-tune. Default: the task's."""
     batch_size: int | None = None
     """Examples an optimizer step. Default: the task's."""
+    accumulation: int = 1
+    """Parts of equal size in which a step's examples are computed, one after another: less memory, the same
+    numbers up to rounding. Must divide the batch size."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, a third more time, the same numbers."""
+    head_learning_rate: str = "same"
+    """Of a classification task's head: `same` as all the rest, or a number."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """The learning rate over the steps, after a linear warm-up."""
     targets: str = "blocks"
@@ -42,6 +51,9 @@ class StudyOptions:
     endings (`q_proj,v_proj`), or `re:` and a regular expression."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the frozen base; adapters are float32. Default: the task's."""
+    scheduler: str = "none"
+    """Early stopping, for each variant and task by itself, on the validation loss: none, asha, median,
+    hyperband (Ray Tune's). What is stopped is shown as censored; without early stopping it goes on."""
     study: str | None = None
     """The study's name. Default: made of script, task and model. The same name extends a study."""
     output: Path = Path("results")
@@ -54,10 +66,12 @@ class StudyOptions:
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
     seats: int | None = None
     """How many Ray Train runs hold the base model. Default: what the cluster has room for."""
+    workers_per_seat: int = 1
+    """Workers of a seat, which split every batch between them. Each holds the base model."""
     lanes_per_seat: int | None = None
     """How many fine-tunes a seat trains at once over one copy of the base. Default: 4."""
     gpus_per_seat: float | None = None
-    """GPUs of a seat; a fraction lets seats share one. Default: 1 where there are GPUs, else 0."""
+    """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, else 0."""
     seat_timeout: float = 300.0
     """Seconds to wait for the resources of a first seat (a cluster that scales up may need 1800)."""
     retry_failed: bool = False
@@ -77,9 +91,24 @@ class StudyOptions:
             ("--steps", self.steps),
             ("--batch-size", self.batch_size),
             ("--seats", self.seats),
+            ("--lanes-per-seat", self.lanes_per_seat),
+            ("--workers-per-seat", self.workers_per_seat),
+            ("--accumulation", self.accumulation),
         ):
             _at_least(name, value, 1)
-        _at_least("--lanes-per-seat", self.lanes_per_seat, 1)
+        if self.batch_size is not None:
+            self.check_batch(self.batch_size)
+        if self.head_learning_rate != "same":
+            rates.rate("--head-learning-rate", self.head_learning_rate, "For example: same, or 1e-3.")
+        if self.scheduler == "pbt":
+            raise BadInput(
+                "--scheduler 'pbt': a configuration is immutable and pbt changes its hyperparameters on the "
+                "way, so that no record could say what was trained; take asha."
+            )
+        if self.scheduler not in SCHEDULERS:
+            raise BadInput(
+                f"--scheduler {self.scheduler!r} is not one. {nearest(self.scheduler, SCHEDULERS)}"
+            )
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise BadInput(f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16.")
         if self.gpus_per_seat is not None:
@@ -98,6 +127,20 @@ class StudyOptions:
     @property
     def store_folder(self) -> Path:
         return self.store if self.store is not None else self.output / "store"
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
+        if batch_size % self.accumulation:
+            parts = max(n for n in range(1, self.accumulation) if batch_size % n == 0)
+            raise BadInput(
+                f"--accumulation {self.accumulation}: must divide the batch size, {batch_size}; take {parts}."
+            )
+        rows = batch_size // self.accumulation
+        if self.workers_per_seat > rows:
+            raise BadInput(
+                f"--workers-per-seat {self.workers_per_seat}: every worker needs a row of the {rows} "
+                f"computed at once (batch size {batch_size}, accumulation {self.accumulation}); take {rows}."
+            )
 
     def check_output(self) -> None:
         """Makes the output folder; raises BadInput if it cannot be written."""

@@ -12,20 +12,25 @@ EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 def parse(words: Sequence[str]) -> tuple[float, ...]:
     """The rates in ascending order, without repetition. Raises BadInput."""
-    rates = {rate for word in words for rate in (_grid(word) if ":" in word else [_rate(word)])}
+    rates = {each for word in words for each in (_grid(word) if ":" in word else [_rate(word)])}
     if not rates:
         raise BadInput(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
     return tuple(sorted(rates))
 
 
-def _rate(word: str) -> float:
+def rate(option: str, word: str, example: str) -> float:
+    """One learning rate of `option`. Raises BadInput."""
     try:
-        rate = float(word)
+        value = float(word)
     except ValueError:
-        raise BadInput(f"--learning-rates: {word!r} is not a number. {EXAMPLE}") from None
-    if not math.isfinite(rate) or rate <= 0:
-        raise BadInput(f"--learning-rates: {word!r} must be a finite number above 0. {EXAMPLE}")
-    return rate
+        raise BadInput(f"{option}: {word!r} is not a number. {example}") from None
+    if not math.isfinite(value) or value <= 0:
+        raise BadInput(f"{option}: {word!r} must be a finite number above 0. {example}")
+    return value
+
+
+def _rate(word: str) -> float:
+    return rate("--learning-rates", word, EXAMPLE)
 
 
 def _grid(word: str) -> list[float]:

@@ -13,10 +13,10 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -51,6 +51,22 @@ BAD = {
     "zero steps": ((*DRY, "--steps", "0"), ["--steps 0", "1 or more"]),
     "zero lanes": ((*DRY, "--lanes-per-seat", "0"), ["--lanes-per-seat 0", "1 or more"]),
     "zero seats": ((*DRY, "--seats", "0"), ["--seats 0", "1 or more"]),
+    "unknown scheduler": ((*DRY, "--scheduler", "ahsa"), ["'ahsa'", "asha"]),
+    "population based training": ((*DRY, "--scheduler", "pbt"), ["'pbt'", "immutable", "asha"]),
+    "zero workers": ((*DRY, "--workers-per-seat", "0"), ["--workers-per-seat 0", "1 or more"]),
+    "more workers than rows": (
+        (*DRY, "--workers-per-seat", "5", "--accumulation", "4", "--batch-size", "16"),
+        ["--workers-per-seat 5", "take 4"],
+    ),
+    "workers on fractions of a GPU": (
+        (*DRY, "--workers-per-seat", "2", "--gpus-per-seat", "0.5"),
+        ["--workers-per-seat 2", "--gpus-per-seat 0.5", "NCCL"],
+    ),
+    "zero parts of a batch": ((*DRY, "--accumulation", "0"), ["--accumulation 0", "1 or more"]),
+    "unequal parts of a batch": ((*DRY, "--accumulation", "3"), ["--accumulation 3", "16", "take 2"]),
+    "head rate no number": ((*DRY, "--head-learning-rate", "sme"), ["'sme'", "same", "1e-3"]),
+    "head rate zero": ((*DRY, "--head-learning-rate", "0"), ["'0'", "above 0"]),
+    "head rate without a head": ((*DRY, "--head-learning-rate", "1e-3"), ["1e-3", "no head", "same"]),
     "gpus of a seat": ((*DRY, "--gpus-per-seat", "1.5"), ["--gpus-per-seat 1.5"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
     "output below a file": (
@@ -122,4 +138,13 @@ def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path) ->
     done = run(tmp_path, *DRY)
     assert done.returncode == 0, done.stderr
     assert "105, of them 0 known" in done.stdout
+    assert "Early stopping  none" in done.stdout
+    assert not list(tmp_path.glob("results/*/study.json"))
+
+
+def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path) -> None:
+    done = run(tmp_path, *DRY, "--steps", "120", script=SCRIPT.with_name("early_stopping.py"))
+    assert done.returncode == 0, done.stderr
+    assert "Early stopping  asha loss=min first=40 eta=3" in done.stdout
+    assert "Early stopping  none" in done.stdout
     assert not list(tmp_path.glob("results/*/study.json"))

@@ -15,17 +15,21 @@ import psutil
 
 from orchestrator.record.store import Store
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 def start(
-    output: Path, *arguments: str, address: str | None = None, cwd: Path | None = None
+    output: Path,
+    *arguments: str,
+    address: str | None = None,
+    cwd: Path | None = None,
+    script: str = "lr_sensitivity.py",
 ) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
     if address:
         environment["RAY_ADDRESS"] = address
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--dry-run", "--output", str(output), *arguments],
+        [sys.executable, str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,9 +50,13 @@ def end(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str,
 
 
 def run(
-    output: Path, *arguments: str, address: str | None = None, cwd: Path | None = None
+    output: Path,
+    *arguments: str,
+    address: str | None = None,
+    cwd: Path | None = None,
+    script: str = "lr_sensitivity.py",
 ) -> tuple[int, str, str]:
-    return end(start(output, *arguments, address=address, cwd=cwd))
+    return end(start(output, *arguments, address=address, cwd=cwd, script=script))
 
 
 def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orchestrator.finetune.source import Answer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED
+from orchestrator.record.schema import FAILURES_ALLOWED, Evaluation, Record
 from orchestrator.schedule.broker_core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore
 from orchestrator.schedule.life import Phase
 from orchestrator.study.configuration import (
@@ -41,66 +42,100 @@ def configuration(variant: str = "lora", rate: float = 1e-3, seed: int = 0) -> C
 POINTS = [configuration(v, rate) for v in ("lora", "hira") for rate in (1e-4, 1e-3, 1e-2)]
 
 
-class FakeSeat:
-    """What a seat remembers: lane -> (attempt, configuration, step, parked)."""
+def record(point: Configuration, state: str, steps: int = STEPS) -> Record:
+    evaluations = tuple(Evaluation(step, "validation", {"loss": 1.0}) for step in range(1, steps + 1))
+    return Record(point.fingerprint, point, state, steps, evaluations=evaluations)
 
+
+@dataclass
+class Lane:
+    """As a seat has it. One that goes on from a checkpoint reports again what that holds."""
+
+    attempt: int
+    configuration: Configuration
+    step: int = 0
+    reported: int = 0
+    parked: bool = False
+
+
+class FakeSeat:
     def __init__(self, name: str) -> None:
         self.name = name
-        self.lanes: dict[str, list] = {}
+        self.lanes: dict[str, Lane] = {}
+        self.taken = 0
 
 
 class Broker(RuleBasedStateMachine):
-    """Trials and seats as they behave, in any order. `saved` plays the checkpoints, `final` the store."""
+    """Trials and seats as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
 
-    @initialize(gated=st.booleans())
-    def start(self, gated: bool) -> None:
-        self.core = BrokerCore(scheduler="asha" if gated else "")
+    @initialize(gated=st.booleans(), in_step=st.booleans())
+    def start(self, gated: bool, in_step: bool) -> None:
+        """`in_step`: in the end, as under Hyperband, no trial asks on before all have come as far."""
+        self.gated, self.in_step = gated, in_step
+        self.records: dict[str, Record] = {}
+        self.saved: dict[str, int] = {}
         self.now = 0.0
         self.names = (f"s{i}" for i in itertools.count())
         self.seats: list[FakeSeat] = []
         self.zombies: list[FakeSeat] = []
-        self.saved: dict[str, int] = {}
-        self.final: dict[str, str] = {}
         self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
         self.trial_names = (f"t{i}" for i in itertools.count())
+        self.broker_restarts()
+        self.restarted = False
+
+    def known(self, configuration: Configuration) -> Record | None:
+        return self.records.get(configuration.fingerprint)
+
+    def final(self, fingerprint: str) -> bool:
+        return fingerprint in self.records and self.records[fingerprint].state != "stopped"
 
     # -- trials
 
     @rule(index=st.integers(0, len(POINTS) - 1))
     def submit(self, index: int) -> None:
-        point = POINTS[index]
-        if point.fingerprint in self.final:
-            return  # the driver asks the store first
         trial = next(self.trial_names)
-        self.trials[trial] = (point, 0)
-        self.core.submit(trial, point, self.now)
+        self.trials[trial] = (POINTS[index], 0)
+        self.core.submit(trial, POINTS[index], self.now)
+        self.owed.discard(POINTS[index].fingerprint)
 
     @precondition(lambda self: self.trials)
     @rule(data=st.data())
     def ask(self, data: st.DataObject) -> None:
-        trial = data.draw(st.sampled_from(sorted(self.trials)))
+        self.asks(data.draw(st.sampled_from(sorted(self.trials))))
+
+    def asks(self, trial: str) -> None:
         point, seen = self.trials[trial]
+        fingerprint = point.fingerprint
         try:
-            answer = self.core.next(point.fingerprint, seen)
+            answer = self.core.next(fingerprint, seen, self.now)
         except KeyError:  # the broker restarted
             self.core.submit(trial, point, self.now)
             return
+        self.asked[fingerprint] = max(seen, self.asked.get(fingerprint, 0))
         if isinstance(answer, Report):
             assert answer.step > seen
             self.trials[trial] = (point, answer.step)
         elif answer is not None:
-            if answer in ("finished", "diverged"):
-                assert self.final[point.fingerprint] == answer
-            self.release(trial)
+            if answer != "failed":
+                assert self.records[fingerprint].state == answer, "the record is there before anyone is told"
+            del self.trials[trial]
+            self.core.release(trial)
 
     @precondition(lambda self: self.trials)
     @rule(data=st.data())
-    def end_trial(self, data: st.DataObject) -> None:
-        self.release(data.draw(st.sampled_from(sorted(self.trials))))
-
-    def release(self, trial: str) -> None:
+    def trial_fails(self, data: st.DataObject) -> None:
+        trial = data.draw(st.sampled_from(sorted(self.trials)))
         del self.trials[trial]
-        self.core.release(trial, self.now)
+        self.core.release(trial)
+
+    @precondition(lambda self: self.gated and self.trials)
+    @rule(data=st.data())
+    def scheduler_stops(self, data: st.DataObject) -> None:
+        trial = data.draw(st.sampled_from(sorted(self.trials)))
+        point, _ = self.trials.pop(trial)
+        self.core.stop(trial, point, self.now)
+        if not any(point == other for other, _ in self.trials.values()):
+            self.owed.add(point.fingerprint)
 
     # -- seats
 
@@ -110,27 +145,39 @@ class Broker(RuleBasedStateMachine):
         self.seats.append(FakeSeat(next(self.names)))
 
     @precondition(lambda self: self.seats)
-    @rule(data=st.data(), reply_lost=st.booleans())
-    def lease(self, data: st.DataObject, reply_lost: bool) -> None:
-        seat = data.draw(st.sampled_from(self.seats))
+    @rule(data=st.data(), reply_lost=st.booleans(), spilling=st.booleans())
+    def lease(self, data: st.DataObject, reply_lost: bool, spilling: bool) -> None:
+        self.refill(data.draw(st.sampled_from(self.seats)), reply_lost, spilling)
+
+    def refill(self, seat: FakeSeat, reply_lost: bool = False, spilling: bool = True) -> None:
+        """As the loop does it: lanes that have been parked for long make way for those that are leased."""
         self.sign_of_life(seat)
-        shapes = {c.shape for _, c, _, _ in seat.lanes.values()}
-        assert len(shapes) <= 1
-        room = 3 - len(seat.lanes)
-        if not room:
+        shape = next((lane.configuration.shape for lane in seat.lanes.values()), None)
+        late = [f for f, lane in seat.lanes.items() if lane.parked] if spilling else []
+        free = 3 - len(seat.lanes)
+        if free + len(late) == 0:
             return
-        offer = self.core.lease(seat.name, next(iter(shapes), None), room, self.now)
-        assert len(offer.leases) <= room
-        assert len(shapes | {lease.configuration.shape for lease in offer.leases}) <= 1
-        for lease in () if reply_lost else offer.leases:
+        leases = self.core.lease(seat.name, shape, free + len(late), self.now).leases
+        assert len(leases) <= free + len(late)
+        if not leases and shape is not None and len(late) == len(seat.lanes):
+            shape = None
+            leases = self.core.lease(seat.name, None, 1, self.now).leases
+            assert len(leases) <= 1
+        shapes = {lease.configuration.shape for lease in leases}
+        assert len(shapes | {shape} - {None}) <= 1
+        if reply_lost:
+            return
+        if shapes == {lane.configuration.shape for lane in seat.lanes.values()}:
+            late = late[: max(0, len(leases) - free)]
+        for fingerprint in late if leases else []:
+            self.core.spill(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
+        for lease in leases:
             fingerprint = lease.configuration.fingerprint
             assert fingerprint not in seat.lanes
-            seat.lanes[fingerprint] = [
-                lease.attempt,
-                lease.configuration,
-                self.saved.get(fingerprint, 0),
-                False,
-            ]
+            assert lease.scheduler.startswith("asha" if self.gated else "")
+            step = self.saved.get(fingerprint, 0)
+            seat.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
+        assert len(seat.lanes) <= 3
 
     @precondition(lambda self: any(s.lanes for s in self.seats + self.zombies))
     @rule(
@@ -140,32 +187,40 @@ class Broker(RuleBasedStateMachine):
         whole=st.booleans(),
     )
     def train(self, data: st.DataObject, end: str, told: bool, whole: bool) -> None:
-        """One step of one lane, a zombie's perhaps; then the report, or the end."""
+        """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end."""
         seat = data.draw(st.sampled_from([s for s in self.seats + self.zombies if s.lanes]))
-        free = [f for f, lane in sorted(seat.lanes.items()) if not lane[3]]
-        if not free:
-            return
-        fingerprint = data.draw(st.sampled_from(free))
+        free = [f for f, lane in sorted(seat.lanes.items()) if not lane.parked]
+        if free:
+            self.turn(seat, data.draw(st.sampled_from(free)), end, told, whole)
+
+    def turn(self, seat: FakeSeat, fingerprint: str, end: str, told: bool = True, whole: bool = True) -> None:
         lane = seat.lanes[fingerprint]
-        lane[2] += 1
-        if lane[2] > STEPS:
-            if end != "failed":
-                self.final.setdefault(fingerprint, end)
-            if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
-                del seat.lanes[fingerprint]
-                state = end if end == "failed" else self.final[fingerprint]
-                life = self.core.lives.get(fingerprint)
-                before = (life.phase, life.failures, life.seat, life.attempt) if life else None
-                self.core.done(seat.name, fingerprint, lane[0], state, self.now)
-                if before and end == "failed" and before[2:] != (seat.name, lane[0]):
-                    assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
-            else:
-                lane[2] = STEPS
-            return
-        if whole:  # a torn checkpoint: the next attempt repeats some reports
-            self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane[2])
-        report = Report(fingerprint, lane[0], lane[2], {"loss": 1.0}, 1.0)
+        if lane.reported == lane.step:
+            if self.gated and not self.restarted:
+                assert self.asked.get(fingerprint, 0) >= lane.step, "it runs ahead of Tune"
+            if lane.step == STEPS:
+                self.end(seat, fingerprint, end, told)
+                return
+            lane.step += 1
+            seat.taken += 1
+            if whole:  # a torn checkpoint: the next attempt repeats some reports
+                self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
+        lane.reported += 1
+        report = Report(fingerprint, lane.attempt, lane.reported, {"loss": 1.0}, 1.0)
         self.obey(seat, fingerprint, self.core.report(seat.name, report, self.now))
+
+    def end(self, seat: FakeSeat, fingerprint: str, end: str, told: bool) -> None:
+        lane = seat.lanes[fingerprint]
+        if end != "failed" and not self.final(fingerprint):
+            self.records[fingerprint] = record(lane.configuration, end)
+        if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
+            del seat.lanes[fingerprint]
+            state = end if end == "failed" else self.records[fingerprint].state
+            life = self.core.lives.get(fingerprint)
+            before = (life.phase, life.failures, life.seat, life.attempt) if life else None
+            self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
+            if before and end == "failed" and before[2:] != (seat.name, lane.attempt):
+                assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
 
     @precondition(lambda self: self.seats + self.zombies)
     @rule(data=st.data())
@@ -173,9 +228,10 @@ class Broker(RuleBasedStateMachine):
         self.sign_of_life(data.draw(st.sampled_from(self.seats + self.zombies)))
 
     def sign_of_life(self, seat: FakeSeat) -> None:
-        held = {f: (lane[0], lane[1]) for f, lane in seat.lanes.items()}
-        answers = self.core.exchange(seat.name, held, self.now)
+        held = {f: (lane.attempt, lane.configuration) for f, lane in seat.lanes.items()}
+        answers = self.core.exchange(seat.name, held, seat.taken, self.now)
         assert set(answers) == set(held)
+        assert self.core.taken[seat.name] == seat.taken
         for fingerprint, answer in answers.items():
             self.obey(seat, fingerprint, answer)
 
@@ -183,13 +239,17 @@ class Broker(RuleBasedStateMachine):
         lane = seat.lanes[fingerprint]
         life = self.core.lives.get(fingerprint)
         if answer is not Answer.DROP and life is not None:
-            assert (life.seat, life.attempt) == (seat.name, lane[0]), "only the holder of the lease may go on"
+            assert (life.seat, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
             assert answer is Answer.STOP or (answer is Answer.PARK) == (life.phase is Phase.PARKED)
-        lane[3] = answer is Answer.PARK
+            assert answer is not Answer.STOP or life.let_go
+        lane.parked = answer is Answer.PARK
         if answer in (Answer.STOP, Answer.DROP):
             del seat.lanes[fingerprint]
             if answer is Answer.STOP:
-                self.core.done(seat.name, fingerprint, lane[0], "stopped", self.now)
+                if not self.final(fingerprint):
+                    self.records[fingerprint] = record(lane.configuration, "stopped", lane.step)
+                state = self.records[fingerprint].state
+                self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
 
     @precondition(lambda self: self.seats)
     @rule(data=st.data(), noticed=st.booleans(), zombie=st.booleans())
@@ -208,7 +268,12 @@ class Broker(RuleBasedStateMachine):
 
     @rule()
     def broker_restarts(self) -> None:
-        self.core = BrokerCore(lambda f: self.saved.get(f, 0), scheduler=self.core.scheduler)
+        self.core = BrokerCore(
+            lambda f: self.saved.get(f, 0), known=self.known, scheduler="asha" if self.gated else "none"
+        )
+        self.restarted = True
+        self.owed: set[str] = set()  # fingerprints whose stopped record is to come
+        self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
 
     # -- what must hold
 
@@ -221,60 +286,48 @@ class Broker(RuleBasedStateMachine):
                 name for name, view in core.seats.items() if fingerprint in view.lanes and name == life.seat
             ]
             assert len(holders) == leased
-            assert life.phase is not Phase.PARKED or life.gated
+            assert life.phase not in (Phase.PARKED, Phase.SPILLED) or life.gated
             assert life.failures <= FAILURES_ALLOWED
             steps = [report.step for report in life.reports]
             assert steps == sorted(set(steps))
 
     @invariant()
-    def every_wanted_lane_is_known_or_to_be_submitted_again(self) -> None:
+    def every_lane_on_no_seat_is_wanted_or_owes_its_record(self) -> None:
         for life in self.core.lives.values():
             if life.phase is Phase.WAITING:
+                assert life.trials or life.let_go
+                assert (
+                    life.let_go
+                    or not life.gated
+                    or life.asked >= max((r.step for r in life.reports), default=-1)
+                )
+            if life.phase is Phase.SPILLED:
                 assert life.trials
+                assert life.asked < life.reports[-1].step
 
     def teardown(self) -> None:
-        """Left alone with one good seat, every trial learns how its lane ended."""
+        """Left alone with one good seat, every trial learns how its lane ended, and no record is owed."""
         if not hasattr(self, "core"):
             return
         self.wait_long()
         self.zombies.clear()
         seat = FakeSeat("last")
         self.seats = [seat]
-        for _ in range(40 * len(POINTS)):
-            if not self.trials:
-                break
-            for trial, (point, seen) in list(self.trials.items()):
-                try:
-                    answer = self.core.next(point.fingerprint, seen)
-                except KeyError:
-                    self.core.submit(trial, point, self.now)
-                    continue
-                if isinstance(answer, Report):
-                    self.trials[trial] = (point, answer.step)
-                elif answer is not None:
-                    self.release(trial)
-            shapes = {c.shape for _, c, _, _ in seat.lanes.values()}
-            for lease in self.core.lease(
-                "last", next(iter(shapes), None), 3 - len(seat.lanes), self.now
-            ).leases:
-                f = lease.configuration.fingerprint
-                seat.lanes[f] = [lease.attempt, lease.configuration, self.saved.get(f, 0), False]
-            held = {f: (lane[0], lane[1]) for f, lane in seat.lanes.items()}
-            for f, answer in self.core.exchange("last", held, self.now).items():
-                self.obey(seat, f, answer)
-            for f, lane in list(seat.lanes.items()):
-                if lane[3]:
-                    continue
-                lane[2] += 1
-                if lane[2] > STEPS:
-                    del seat.lanes[f]
-                    self.final.setdefault(f, "finished")
-                    self.core.done("last", f, lane[0], self.final[f], self.now)
-                else:
-                    self.obey(
-                        seat, f, self.core.report("last", Report(f, lane[0], lane[2], {}, 1.0), self.now)
-                    )
+        for _ in range(60 * len(POINTS)):
+            least = min((seen for _, seen in self.trials.values()), default=0)
+            for trial, (_, seen) in list(self.trials.items()):
+                if not self.in_step or seen == least:
+                    self.asks(trial)
+            self.refill(seat)
+            self.sign_of_life(seat)
+            for fingerprint, lane in list(seat.lanes.items()):
+                if not lane.parked:
+                    self.turn(seat, fingerprint, "finished")
         assert not self.trials, "a trial waits for ever"
+        assert not seat.lanes
+        assert all(life.phase is Phase.ENDED for life in self.core.lives.values())
+        failed = {f for f, life in self.core.lives.items() if life.state == "failed"}
+        assert self.owed <= set(self.records) | failed, "a stopped lane has no record"
 
 
 Broker.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
@@ -308,7 +361,7 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
     core.submit("t9", configuration("lora", 1e-1), 0.0)
     late = UNSERVED_SECONDS + 1
     core.exchange(
-        "a", {f: (core.lives[f].attempt, core.configurations[f]) for f in core.seats["a"].lanes}, late
+        "a", {f: (core.lives[f].attempt, core.configurations[f]) for f in core.seats["a"].lanes}, 0, late
     )
     assert core.lease("b", shape, 1, late).leases == (), "b drains its pack for the unserved shape"
     assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
@@ -325,7 +378,7 @@ def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
         (lease,) = core.lease("a", None, 1, 0.0).leases
         core.done("a", point.fingerprint, lease.attempt, "failed", 0.0)
     assert core.lease("a", None, 1, 0.0).leases == ()
-    assert core.next(point.fingerprint, 0) == "failed"
+    assert core.next(point.fingerprint, 0, 9.0) == "failed"
     assert core.ended == [(point.fingerprint, "failed")]
 
 
@@ -347,14 +400,14 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     assert new.attempt != old.attempt
     report = Report(point.fingerprint, old.attempt, 1, {}, 1.0)
     assert core.report("zombie", report, 2.0) is Answer.DROP
-    assert core.next(point.fingerprint, 0) is None
+    assert core.next(point.fingerprint, 0, 9.0) is None
     core.done("zombie", point.fingerprint, old.attempt, "failed", 2.0)
     assert core.lives[point.fingerprint].failures == 0
     held = {point.fingerprint: (old.attempt, point)}
-    assert core.exchange("zombie", held, 2.0) == {point.fingerprint: Answer.DROP}
+    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Answer.DROP}
     core.done(
         "zombie", point.fingerprint, old.attempt, "finished", 3.0
     )  # its record is in the store: it counts
-    assert core.next(point.fingerprint, 0) == "finished"
+    assert core.next(point.fingerprint, 0, 9.0) == "finished"
     held = {point.fingerprint: (new.attempt, point)}
-    assert core.exchange("b", held, 3.0) == {point.fingerprint: Answer.DROP}
+    assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Answer.DROP}

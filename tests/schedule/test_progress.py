@@ -19,9 +19,13 @@ def test_clock(seconds: float, said: str) -> None:
 def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 5000, 4000, Console(file=io.StringIO(), width=80))
     progress.done, progress.training, progress.seats = 999, 64, 8
-    progress.diverged, progress.failed = 120, 3
+    progress.diverged, progress.stopped, progress.failed = 120, 250, 3
     progress.best = Best(0.987, "rslora", 3.16e-4)
     progress.first_lane = progress.started - 7000
+    assert len(progress.line()) <= 80
+    progress.total = progress.known = 99_000
+    progress.diverged, progress.stopped, progress.failed = 12_000, 25_000, 300
+    progress.first_lane = progress.started - 70_000
     assert len(progress.line()) <= 80
 
 

@@ -1,0 +1,95 @@
+"""Does early stopping choose the rate that the full grid chooses?
+
+    python experiments/early_stopping.py --dry-run      a rehearsal on this machine, no GPU, a few minutes
+    python experiments/early_stopping.py                the study, on a GPU or a Ray cluster
+
+The study runs under --scheduler (default asha), then, in the same store, to the end: what was stopped goes on
+from its checkpoint. Early stopping cannot stop what the store knows already, so give it one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.study.command import main
+from orchestrator.study.options import StudyOptions, parse
+
+CHOICE = "choice.json"
+
+
+def run() -> int:
+    options = parse(__doc__)
+    from orchestrator.schedule.run import Experiment, run_study
+
+    experiment = Experiment(
+        script="early_stopping",
+        question="Does early stopping choose the rate that the full grid chooses?",
+        variants=("lora", "rslora", "dora", "hira", "pissa"),
+        task="chain_sum",
+        dry_run_task="letters",
+    )
+    scheduler = "asha" if options.scheduler == "none" else options.scheduler
+    task = options.task or (experiment.dry_run_task if options.dry_run else experiment.task)
+    names = [Path(name).stem for name in (task, options.model) if name]
+    study = options.study or "-".join([experiment.script, *names])
+    early = replace(options, scheduler=scheduler, study=f"{study}-{scheduler}")
+    grid = replace(options, scheduler="none", study=f"{study}-grid")
+    code = run_study(experiment, early)
+    if code == 0 and not options.plan:
+        stopping = _kept(early)
+    code = code or run_study(experiment, grid)
+    if code == 0 and not options.plan:
+        _print(scheduler, stopping, _found(grid))
+    return code
+
+
+def _found(options: StudyOptions) -> dict[str, Any]:
+    """What the study says now: of each variant the chosen rate and the optimizer steps of its lanes."""
+    from orchestrator.record.store import Store
+    from orchestrator.record.study_file import find_study
+
+    assert options.study is not None
+    folder, study = find_study(options.output, options.study)
+    curves = [c for p in json.loads((folder / "summary.json").read_text())["panels"] for c in p["curves"]]
+    store = Store(options.store_folder)
+    steps: Counter[str] = Counter()
+    for record in filter(None, map(store.get, study.configurations)):
+        steps[record.configuration.variant.name] += record.steps
+    return {
+        "configurations": sorted(study.configurations),
+        "rates": {curve["variant"]: curve["best_rate"] for curve in curves},
+        "steps": dict(steps),
+    }
+
+
+def _kept(options: StudyOptions) -> dict[str, Any]:
+    """What early stopping chose before the grid went on; kept, as the summary is another one afterwards."""
+    assert options.study is not None
+    file, now = options.output / options.study / CHOICE, _found(options)
+    then = json.loads(file.read_text()) if file.exists() else {}
+    if then.get("configurations") == now["configurations"]:
+        return then
+    file.write_text(json.dumps(now, indent=1) + "\n")
+    return now
+
+
+def _print(scheduler: str, stopping: dict[str, Any], grid: dict[str, Any]) -> None:
+    from orchestrator.analyze.words import rate
+
+    print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
+    print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
+    rates = [(stopping["rates"].get(variant), grid["rates"][variant]) for variant in grid["rates"]]
+    for variant, (early, full) in zip(grid["rates"], rates, strict=True):
+        counts = f"{stopping['steps'].get(variant, 0):11} {grid['steps'][variant]:7}"
+        print(f"{variant:12} {rate(early):>9} {rate(full):>7} {counts}")
+    same = sum(early == full for early, full in rates)
+    share = sum(stopping["steps"].values()) / sum(grid["steps"].values())
+    print(f"The same rate for {same} of {len(rates)} variants, in {share:.0%} of the steps.")
+
+
+if __name__ == "__main__":
+    main(run)
