@@ -98,6 +98,7 @@ def _variant(name: str, options: StudyOptions) -> VariantChoice:
         name,
         rank=options.rank if variant.uses_rank else 0,
         alpha=options.alpha if variant.uses_alpha else None,
+        dropout=options.dropout if variant.uses_dropout and variant.adapts == "layers" else 0.0,
         targets=options.targets if variant.adapts == "layers" else "blocks",
         extra=dict(variant.extra),
         numerics=variant.numerics,

@@ -48,11 +48,6 @@ class Cluster:
         workers need not be on one node. Raises BadInput for more than there is."""
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
-        if workers > 1 and 0 < gpus < 1:
-            raise BadInput(
-                f"--workers-per-seat {workers} with --gpus-per-seat {gpus:g}: NCCL refuses workers on one "
-                "GPU; take --gpus-per-seat 1, or --workers-per-seat 1."
-            )
         if gpus:
             each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
             units = sum(min(int(node.cpus), int(node.gpus) * each) for node in self.nodes)

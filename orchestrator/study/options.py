@@ -33,6 +33,8 @@ class StudyOptions:
     """Rank of the update."""
     alpha: float = 16.0
     """LoRA's alpha; the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank)). HiRA has none."""
+    dropout: float = 0.0
+    """Probability that an input of an adapter is zeroed in training."""
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
     batch_size: int | None = None
@@ -111,8 +113,15 @@ class StudyOptions:
             )
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise BadInput(f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16.")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"--dropout {self.dropout:g}: must be at least 0 and below 1, for example 0.05.")
         if self.gpus_per_seat is not None:
             _gpus(self.gpus_per_seat)
+            if self.workers_per_seat > 1 and 0 < self.gpus_per_seat < 1:
+                raise BadInput(
+                    f"--workers-per-seat {self.workers_per_seat} with --gpus-per-seat {self.gpus_per_seat:g}: "
+                    "NCCL refuses workers on one GPU; take --gpus-per-seat 1, or --workers-per-seat 1."
+                )
         if not self.seat_timeout > 0:
             raise BadInput(
                 f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300."

@@ -46,6 +46,7 @@ BAD = {
     "rank negative": ((*DRY, "--rank", "-8"), ["--rank -8", "1 or more"]),
     "alpha not finite": ((*DRY, "--alpha", "nan"), ["--alpha nan", "finite"]),
     "alpha infinite": ((*DRY, "--alpha", "inf"), ["--alpha inf", "finite"]),
+    "dropout of everything": ((*DRY, "--dropout", "1"), ["--dropout 1", "below 1"]),
     "no seeds": ((*DRY, "--seeds", "0"), ["--seeds 0", "1 or more"]),
     "negative seeds": ((*DRY, "--seeds", "-3"), ["--seeds -3", "1 or more"]),
     "zero steps": ((*DRY, "--steps", "0"), ["--steps 0", "1 or more"]),
@@ -60,7 +61,7 @@ BAD = {
     ),
     "workers on fractions of a GPU": (
         (*DRY, "--workers-per-seat", "2", "--gpus-per-seat", "0.5"),
-        ["--workers-per-seat 2", "--gpus-per-seat 0.5", "NCCL"],
+        ["--workers-per-seat 2", "--gpus-per-seat 0.5", "NCCL", "take --gpus-per-seat 1"],
     ),
     "zero parts of a batch": ((*DRY, "--accumulation", "0"), ["--accumulation 0", "1 or more"]),
     "unequal parts of a batch": ((*DRY, "--accumulation", "3"), ["--accumulation 3", "16", "take 2"]),

@@ -46,13 +46,14 @@ def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:
 
 
 def test_what_a_variant_has_not_makes_no_other_configuration(bases: Path) -> None:
-    typed: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira")}
+    typed: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira", "delta_lora")}
     usual = resolved(bases, **typed)
-    other = resolved(bases, **typed, rank=4, alpha=1.0, targets="query,value")
+    other = resolved(bases, **typed, rank=4, alpha=1.0, targets="query,value", dropout=0.1)
     same = {a.variant.name: a.fingerprint == b.fingerprint for a, b in zip(usual, other, strict=True)}
-    assert same == {"lora": False, "head_only": True, "full": True, "hira": False}
-    assert [c.variant.rank for c in other] == [4, 0, 0, 4]
-    assert [c.variant.alpha for c in other] == [1.0, None, None, None]
+    assert same == {"lora": False, "head_only": True, "full": True, "hira": False, "delta_lora": False}
+    assert [c.variant.rank for c in other] == [4, 0, 0, 4, 4]
+    assert [c.variant.alpha for c in other] == [1.0, None, None, None, 1.0]
+    assert [c.variant.dropout for c in other] == [0.1, 0.0, 0.0, 0.1, 0.0]
 
 
 def test_accumulation_splits_the_batch(bases: Path) -> None:

@@ -42,7 +42,6 @@ def test_room(
         (LAPTOP, None, None, 9, ["--workers-per-seat 9: there is room for 0", "take --workers-per-seat 6"]),
         (LAPTOP, None, 1.0, 1, ["--gpus-per-seat 1: ", "0 GPUs", "leave --gpus-per-seat out"]),
         (GPUS, None, None, 8, ["--workers-per-seat 8", "1 GPU and a CPU", "take --workers-per-seat 7"]),
-        (GPUS, None, 0.5, 2, ["--workers-per-seat 2 with --gpus-per-seat 0.5", "NCCL", "--gpus-per-seat 1"]),
     ],
 )
 def test_no_room(
