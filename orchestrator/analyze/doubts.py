@@ -19,7 +19,9 @@ def doubts(panel: Panel) -> list[str]:
         if best is None:
             warn("no score yet", c.label)
             continue
-        if c.bracketed != "yes":
+        if c.bracketed == "both edges":
+            warn("no best rate, the score is the same at both ends of the grid", c.label)
+        elif c.bracketed != "yes":
             warn(
                 "best rate at the edge of the grid, the optimum may lie beyond", f"{c.label} ({c.bracketed})"
             )

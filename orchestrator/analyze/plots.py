@@ -127,7 +127,7 @@ def _small_multiples(summary: Summary) -> Figure:
             _draw(axes, panel, curve, Look(_COLOURS[curve.variant != REFERENCE], "o"), 0.0)
             diverged = curve.total("diverged")
             note = f", {diverged} diverged" if diverged else ""
-            axes.set_title(f"{curve.label}: best {words.rate(curve.best_rate)}{note}", fontsize=9)
+            axes.set_title(f"{curve.label}: {words.best_at(curve)}{note}", fontsize=9)
         for axes in list(grid.flat)[len(panel.curves) :]:
             axes.remove()
     return figure
@@ -180,7 +180,7 @@ def _draw(axes: Axes, panel: Panel, curve: Curve, look: Look, offset: float) -> 
             low, high = _clipped(point.validation.interval, panel)
             axes.vlines(x, low, high, color=look.colour, linewidth=1.3, alpha=0.55, zorder=2)
     best = curve.point(curve.best_rate)
-    if best is not None and best.validation.mean is not None:
+    if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":
         axes.plot(
             best.learning_rate * shift,
             best.validation.mean,
@@ -238,10 +238,7 @@ def _count_diverged(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
 def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
     handles = []
     for c in panel.curves:
-        best = "no score yet" if c.best_rate is None else f"best at {words.rate(c.best_rate)}"
-        text = f"{c.label}\n{best}"
-        if c.bracketed not in ("yes", None):
-            text += " (edge)"
+        text = f"{c.label}\n{words.best_at(c)}"
         handles.append(
             Line2D([], [], color=look[c.label].colour, marker=look[c.label].marker, linewidth=1.8, label=text)
         )
@@ -303,7 +300,7 @@ def _dumbbells(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
             axes.hlines(y, min(own, common), max(own, common), color=colour, linewidth=2, zorder=2)
             axes.plot(common, y, "o", markersize=10, color=colour, markerfacecolor="white", markeredgewidth=2)
         axes.plot(own, y, "o", markersize=9, color=colour, zorder=4)
-        at = f"own best at {words.rate(c.best_rate)}"
+        at = f"own {words.best_at(c)}"
         axes.text(
             1.012, y, at, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color="#444444"
         )

@@ -96,6 +96,8 @@ class Spread:
     high: float
     worst: str
     best: str
+    variants: int
+    """How many have a score there."""
 
     @property
     def size(self) -> float:

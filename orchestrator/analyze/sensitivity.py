@@ -241,7 +241,7 @@ def _spread(scores: Mapping[str, float | None]) -> Spread | None:
     if len(known) < 2:
         return None
     (low, worst), (high, best) = known[0], known[-1]
-    return Spread(low, high, worst, best)
+    return Spread(low, high, worst, best, len(known))
 
 
 def _curve(

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import Estimate, Figure
-from orchestrator.analyze.results import Panel
+from orchestrator.analyze.results import Curve, Panel
 
 HEDGE = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
 
@@ -60,11 +60,24 @@ def title(panel: Panel) -> str:
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 
 
+def best_at(curve: Curve) -> str:
+    if curve.best_rate is None:
+        return "no score yet"
+    if curve.bracketed == "both edges":
+        return "flat"
+    return f"best at {rate(curve.best_rate)}" + ("" if curve.bracketed == "yes" else " (edge)")
+
+
 def answer(panel: Panel) -> str:
     """The study's question answered in two sentences from the numbers alone, and how far to trust them."""
-    ranked = sorted((c.best_rate, c.label) for c in panel.curves if c.best_rate is not None)
-    if not ranked:
+    scored = [c for c in panel.curves if c.best_rate is not None]
+    # One that scores the same at both ends of the grid, as a head behind its own rate, has no best rate.
+    peaked = [c for c in scored if c.bracketed != "both edges"]
+    ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
+    if not scored:
         return f"No learning rate of {title(panel)} has a score yet."
+    if not ranked:
+        return f"No variant of {title(panel)} scores better inside the grid than at its ends. {HEDGE}"
     if len(ranked) == 1:
         text = f"The best rate of {ranked[0][1]} is {rate(ranked[0][0])}."
         return f"{text} {HEDGE}"
@@ -73,15 +86,20 @@ def answer(panel: Panel) -> str:
     if decades < 0.005:
         text = f"All {len(ranked)} variants are best at one rate, {rate(low[0])}."
     else:
-        edges = "" if all(c.bracketed == "yes" for c in panel.curves) else " at least"
+        edges = "" if all(c.bracketed == "yes" for c in peaked) else " at least"
         text = (
             f"The best rates of {len(ranked)} variants lie{edges} {decades:.1f} decades apart "
             f"({low[1]} {rate(low[0])}, {high[1]} {rate(high[0])})."
         )
     common, own = panel.spread_at_common, panel.spread_at_best
     if common is not None and own is not None and panel.common_rate is not None:
+        # Where early stopping has ended runs, some have no score at a rate that is not their own.
+        few = common.variants < len(scored)
+        whose = (
+            f"the test scores of {common.variants} of {len(scored)} variants" if few else "their test scores"
+        )
         text += (
-            f" At {panel.common_name} ({rate(panel.common_rate)}) their test scores span "
+            f" At {panel.common_name} ({rate(panel.common_rate)}) {whose} span "
             f"{number(common.size, 2)} ({common.worst} {number(common.low, 2)} to {common.best} "
             f"{number(common.high, 2)}); each at its own best rate, {number(own.size, 2)}."
         )
@@ -92,7 +110,9 @@ def answer(panel: Panel) -> str:
 _OPTIONS = {
     "rank": "--rank",
     "alpha": "--alpha",
+    "dropout": "--dropout",
     "steps_horizon": "--steps",
+    "head_learning_rate": "--head-learning-rate",
     "task": "--task",
     "model": "--model",
 }

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 from matplotlib import rcParams
 from PIL import Image
 from rich.console import Console
-from synthetic import STUDY, record, study
+from synthetic import RATES, STUDY, record, study
 
-from orchestrator.analyze import plots, words
+from orchestrator.analyze import doubts, plots, words
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
@@ -78,6 +79,24 @@ def test_the_answer_follows_from_the_numbers() -> None:
         record(v, r, 0, s) for v, s1 in (("lora", 0.9), ("hira", 0.1)) for r, s in ((1e-3, s1), (1e-2, 0.5))
     ]
     assert "at least 1.0 decades apart" in words.answer(summarize(edge).panels[0])
+
+
+def test_a_spread_over_few_variants_says_so() -> None:
+    found = [record(v, r, 0, s) for v in ("lora", "dora", "hira") for r, s in ((1e-3, 0.5), (1e-2, 0.9))]
+    stopped = replace(found[-1], state="stopped")
+    assert "the test scores of 2 of 3 variants span" in words.answer(
+        summarize([*found[:-1], stopped]).panels[0]
+    )
+
+
+def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
+    flat = [record("head_only", r, seed, 0.4) for r in RATES for seed in range(2)]
+    panel = summarize([*study(), *flat]).panels[0]
+    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in words.answer(panel)
+    assert {c.label: words.best_at(c) for c in panel.curves}["head_only"] == "flat"
+    told = " ".join(doubts.doubts(panel))
+    assert "no best rate, the score is the same at both ends of the grid: head_only" in told
+    assert "No variant of letters" in words.answer(summarize(flat).panels[0])
 
 
 # --- words
