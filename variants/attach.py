@@ -63,6 +63,10 @@ def attach(
     found: Mapping[str, nn.Module] = {}
     if variant.adapts is Adapts.LAYERS:
         found = {name: module for name, module in find(model, targets).items() if name not in inside}
+        if not found:
+            raise Unsupported(
+                f"targets {targets!r}: all of it is the task's head, which is learnt whole; name other layers"
+            )
         largest = {n: min(m.weight.shape) // variant.directions for n, m in found.items()}  # type: ignore[arg-type, union-attr]
         tightest = min(largest, key=lambda name: largest[name])
         if variant.rank_limited and settings.rank > largest[tightest]:
@@ -90,7 +94,7 @@ class Adapters:
         for name in found:
             if (group := variant.group(name)) is not None:
                 self._members.setdefault(GROUP + group, []).append(name)
-        self.groups = {name: LaneTensors(variant.moving) for name in self._members}
+        self.groups = {name: LaneTensors(variant.moving, variant.unseen) for name in self._members}
         group_of = {name: self.groups[group] for group, names in self._members.items() for name in names}
         self.layers = {
             name: LaneLinear(name, base, variant, self._board, group_of.get(name))
@@ -258,12 +262,8 @@ class Adapters:
             name: LayerView(layer.layer, layer.own.trainable[lane], layer.own.frozen[lane])
             for name, layer in self.layers.items()
         }
-        scaling = self.variant.scaling(settings)
         with torch.no_grad():
-            hook(LaneView(views, settings, scaling, self.seed_of(lane), step, steps, moments))
-        if self.variant.moving:
-            for own in self._owned.values():
-                own.written()
+            hook(LaneView(views, settings, self.seed_of(lane), step, steps, moments))
 
     @contextmanager
     def rows(

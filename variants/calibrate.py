@@ -3,7 +3,8 @@ memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from variants.lane_linear import LaneLinear
 BUDGET = 4 << 30
 """Bytes that the matrices of the layers looked at in one pass may take."""
 
-Losses = Callable[[], Iterable[Tensor]]
+Losses = Callable[[], Generator[Tensor, None, None]]
 
 
 def calibrate(
@@ -35,10 +36,11 @@ def calibrate(
         looks = {layer.name: _Look(layer, adapters.variant.evidence) for layer in group}
         try:
             batches = 0
-            for loss in losses():
-                batches += 1
-                if adapters.variant.evidence is Evidence.GRADIENT:
-                    loss.backward()
+            with closing(losses()) as found_losses:  # it may be inside `off`, which has to end here
+                for loss in found_losses:
+                    batches += 1
+                    if adapters.variant.evidence is Evidence.GRADIENT:
+                        loss.backward()
         finally:
             for look in looks.values():
                 look.handle.remove()

@@ -128,7 +128,6 @@ class LaneView:
 
     layers: Mapping[str, LayerView]
     settings: Settings
-    scaling: float
     seed: int
     step: int
     """Optimizer steps taken: 0 before the first, 1 after it."""
@@ -169,6 +168,8 @@ class Variant:
     """What the start is computed from. Such a variant has `calibration_batches` among its `extra`."""
     moving: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that the hooks write; all others stay as they started."""
+    unseen: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen tensors that only the hooks read."""
     auxiliary: ClassVar[bool] = False
     """Whether there is an `auxiliary_loss`."""
     extra: ClassVar[Extra] = {}
@@ -217,7 +218,8 @@ class Variant:
         """The layer's output (K, N, out) from its input x (K, N, in), the frozen layer's output `base` with
         bias (K, N, out), what `prepare` returned, and scaling (K, 1, 1).
 
-        Parameters come in `layer.dtype`; cast them to `x.dtype` where they meet x.
+        Parameters come in `layer.dtype`; cast them to `x.dtype` where they meet x, and multiply them by `bmm`
+        and `baddbmm` below.
         """
         raise NotImplementedError
 
@@ -227,9 +229,10 @@ class Variant:
         raise MergeRefused(f"{self.name} cannot be merged: its update is no matrix")
 
     def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
-        """(K,): each lane's term of this layer, from its input x (K, N, in), `real` (K, N) being 1.0 where a
-        position is no padding, and its tensors (K, ...). A lane's training loss gains the mean over its
-        layers."""
+        """(K,): each lane's term of this layer, from its input x (K, R, L, in), R examples of L positions,
+        `real` (K, R, L) being 1.0 where a position is no padding, and its tensors (K, ...). A mean over
+        examples, so that parts of a batch give what the whole gives. A lane's training loss gains the mean
+        over its layers."""
         raise NotImplementedError
 
     def learning_rate_scale(self, parameter: str, settings: Settings) -> float:
@@ -278,7 +281,7 @@ class Variant:
         """The settings behind a PEFT config that is this variant's, else None."""
         return None
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         """The inverse of `to_peft`."""
         raise NotImplementedError
 
@@ -349,6 +352,21 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] > 1:
         return a, b
     return torch.nn.functional.pad(a, (0, 0, 0, 1)), torch.nn.functional.pad(b, (0, 1))
+
+
+def bmm(x: Tensor, y: Tensor) -> Tensor:
+    """torch.bmm, in bfloat16 on a CPU the same for one lane as for several: a batch of one would take another
+    kernel there, with other last bits, so it is computed beside itself."""
+    if len(x) == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch.bmm(torch.cat([x, x]), torch.cat([y, y]))[:1]
+    return torch.bmm(x, y)
+
+
+def baddbmm(base: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """torch.baddbmm, likewise."""
+    if len(x) == 1 and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch.baddbmm(*(torch.cat([tensor, tensor]) for tensor in (base, x, y)))[:1]
+    return torch.baddbmm(base, x, y)
 
 
 def vanilla_start(layer: Layer, settings: Settings, generator: torch.Generator) -> Start:

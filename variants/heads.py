@@ -43,7 +43,7 @@ class LaneHead(nn.Module):
         rows = self.board.rows(self.name)
         rows.called.add(self.name)
         if not rows.lanes and self.name not in rows.heads:
-            return self.base(x)
+            return self.base(x.to(self.base.weight.dtype))
         x = x.to(_wide(self.base.weight.dtype))
         if rows.lanes:
             flat, params = by_lane(x, rows, self.name), self.own.stack(rows.lanes)

@@ -99,7 +99,7 @@ class LaneLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.base, self.variant, self.board = name, base, variant, board
-        self.own = LaneTensors(variant.moving)
+        self.own = LaneTensors(variant.moving, variant.unseen)
         self.group = group
         self._layer: Layer | None = None
         self._seen = (0, 0)
@@ -190,9 +190,11 @@ class LaneLinear(nn.Module):
         return {**(self.group.stack(lanes) if self.group else {}), **self.own.stack(lanes)}
 
     def _add_auxiliary(self, x: Tensor, rows: Rows) -> None:
-        same = rows.real is not None and rows.real.numel() == x.shape[0] * x.shape[1]
-        real = rows.real.view(x.shape[:2]) if same and rows.real is not None else x.new_ones(x.shape[:2])
-        term = self.variant.auxiliary_loss(x, real.to(x.dtype), self._stack(rows.lanes), self.layer)
+        x = x.unflatten(1, (rows.rows or 1, -1))
+        real = x.new_ones(x.shape[:3])
+        if rows.real is not None and rows.real.numel() == real.numel():
+            real = rows.real.view(real.shape).to(x.dtype)
+        term = self.variant.auxiliary_loss(x, real, self._stack(rows.lanes), self.layer)
         # Recomputed in backward, it is there already: what is added once counts once.
         rows.auxiliary.setdefault(self.name, term)
 

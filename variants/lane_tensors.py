@@ -14,12 +14,13 @@ class LaneTensors:
     """Each lane's tensors are separate, so that lanes come and go and each has its own optimizer; they are
     stacked when they are computed with."""
 
-    def __init__(self, moving: frozenset[str] = frozenset()) -> None:
-        """`moving`: frozen tensors that hooks write, so that no lane may share them."""
-        self.moving = moving
+    def __init__(self, moving: frozenset[str] = frozenset(), unseen: frozenset[str] = frozenset()) -> None:
+        """`moving`: frozen tensors that hooks write, so that no lane may share them. `unseen`: those that
+        only hooks read."""
+        self.moving, self.unseen = moving, unseen
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
-        self._stacks: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._stacks: dict[tuple[str, ...], tuple[list[int], dict[str, Tensor]]] = {}
 
     def put(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
@@ -39,29 +40,28 @@ class LaneTensors:
         del self.trainable[lane], self.frozen[lane]
         self._stacks.clear()
 
-    def written(self) -> None:
-        """A hook has written frozen tensors."""
-        self._stacks.clear()
-
     def one(self, lane: str) -> dict[str, Tensor]:
         """A lane's tensors, trainable and frozen, without the lane dimension."""
         return {**self.trainable[lane], **self.frozen[lane]}
 
     def stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors of these lanes, (K, ...)"""
-        if len(lanes) == 1:
-            return {name: tensor.unsqueeze(0) for name, tensor in self.one(lanes[0]).items()}
+        """The tensors of these lanes that are computed with, (K, ...)"""
         parameters = [self.trainable[lane] for lane in lanes]
+        frozen = [{n: t for n, t in self.frozen[lane].items() if n not in self.unseen} for lane in lanes]
+        if len(lanes) == 1:
+            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **frozen[0]}.items()}
         stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
-        if not self.frozen[lanes[0]]:
+        if not frozen[0]:
             return stacked
-        if lanes not in self._stacks:
+        # Frozen ones are stacked anew only when a hook has written them.
+        seen = [tensor._version for each in frozen for tensor in each.values()]
+        if lanes not in self._stacks or self._stacks[lanes][0] != seen:
             if len(self._stacks) >= STACKS:
                 self._stacks.pop(next(iter(self._stacks)))
-            frozen = [self.frozen[lane] for lane in lanes]
-            self._stacks[lanes] = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
-        return {**stacked, **self._stacks[lanes]}
+            kept = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
+            self._stacks[lanes] = (seen, kept)
+        return {**stacked, **self._stacks[lanes][1]}
 
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
-        """Changes with every in-place write of a parameter."""
-        return [p._version for lane in lanes for p in self.trainable[lane].values()]
+        """Changes with every in-place write of a tensor."""
+        return [t._version for lane in lanes for t in self.one(lane).values()]

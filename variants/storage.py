@@ -85,7 +85,7 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_name: str) -> No
         **adapters.variant.peft_config(settings),
         "base_model_name_or_path": base_name,
         "target_modules": sorted(adapters.layers),
-        "modules_to_save": sorted({name.partition(".")[0] for name in adapters.heads}) or None,
+        "modules_to_save": sorted(adapters.heads) or None,
         "fan_in_fan_out": all(is_conv1d(layer.base) for layer in adapters.layers.values()),
         "inference_mode": True,
     }
@@ -121,7 +121,9 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0)
     # Past attach(), because a PiSSA export may have a rank above the layer's size.
     found = find(model, "re:" + "|".join(re.escape(layer) for layer in parts if layer not in heads))
     adapters = Adapters(model, variant, variant.checked_settings(settings), found, heads)
-    starts = {n: variant.start_from_peft(parts[n], layer.layer) for n, layer in adapters.layers.items()}
+    starts = {
+        n: variant.start_from_peft(parts[n], layer.layer, settings) for n, layer in adapters.layers.items()
+    }
     starts |= {name: variant.group_from_peft(shared) for name in adapters.groups}
     starts |= {name: Start(parts[name]) for name in heads}
     trainable: dict[str, Tensor] = {}

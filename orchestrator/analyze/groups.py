@@ -126,7 +126,12 @@ def mixed(made_with: Mapping[str, Mapping[str, int]]) -> list[str]:
     warnings = []
     for column, values in made_with.items():
         if len(values) > 1:
-            shown = ", ".join(f"{value[:12]} ({count})" for value, count in list(values.items())[:4])
+            shown = ", ".join(f"{_shorter(value)} ({count})" for value, count in list(values.items())[:4])
             more = f" and {len(values) - 4} more" if len(values) > 4 else ""
             warnings.append(f"The records mix {column}: {shown}{more}. Differences may come from that.")
     return warnings
+
+
+def _shorter(value: str) -> str:
+    """A commit's first letters, and whether there were changes."""
+    return value[:12] + ("-dirty" if value.endswith("-dirty") else "")

@@ -7,21 +7,22 @@ and kept in the store.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from orchestrator.finetune.data import longest, training_batch
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import settings_of
 from orchestrator.finetune.team import Team
+from orchestrator.record.files import replace_with
 from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
 from variants.attach import Adapters, Distilled
 from variants.calibrate import calibrate
@@ -41,11 +42,7 @@ def evidence(pack: Pack, configuration: Configuration, folder: Path, team: Team)
         return None
     file = folder / f"{_key(configuration)}.safetensors"
     team.attempt(lambda: _keep(pack, configuration, file) if team.rank == 0 else None)
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(file, device=str(pack.bench.device)).items():
-        layer, key = name.rsplit("/", 1)
-        found.setdefault(layer, {})[key] = tensor
-    return found
+    return _read(file, pack.bench.device)
 
 
 def _key(configuration: Configuration) -> str:
@@ -62,16 +59,24 @@ def _key(configuration: Configuration) -> str:
 
 
 def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
-    if file.exists():
+    with suppress(OSError, ValueError, SafetensorError):  # not there, or torn: made anew
+        _read(file, torch.device("cpu"))
         return
     made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}, draft)
-    os.replace(draft, file)  # of two seats that make the same, either's is whole
+    tensors = {f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}
+    replace_with(file, save(tensors))  # of two seats that make the same, either's is whole
 
 
-def _losses(pack: Pack, configuration: Configuration) -> Iterator[Tensor]:
+def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file, device=str(device)).items():
+        layer, key = name.rsplit("/", 1)
+        found.setdefault(layer, {})[key] = tensor
+    return found
+
+
+def _losses(pack: Pack, configuration: Configuration) -> Generator[Tensor, None, None]:
     adapters: Adapters = pack.adapters
     heads = adapters.head_start(configuration.seed)
     count = int(adapters.settings.extra["calibration_batches"])

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,17 +49,21 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     for moment, by_name in checkpoint.moments.items():
         tensors |= {f"moments/{moment}/{name}": t for name, t in by_name.items()}
     head = {"fingerprint": checkpoint.fingerprint, "step": checkpoint.step, "state": checkpoint.state}
-    data = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"lane": json.dumps(head)}
-    )
     path = place(folder, checkpoint.attempt, checkpoint.step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(draft, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        # Into the file and not into memory first: of a whole model that would be one copy more.
+        safetensors.torch.save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            draft,
+            {"lane": json.dumps(head)},
+        )
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
     for old in sorted(path.parent.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
     return path

@@ -191,6 +191,13 @@ class Lane:
             if e.split == "validation" and e.step > after:
                 self.to_report.append(Report(self.name, self.lease.attempt, e.step, e.scores, losses[e.step]))
 
+    @property
+    def told(self) -> int:
+        """The last step whose validation scores were reported; 0 before the first."""
+        owed = {report.step for report in self.to_report}
+        steps = [e.step for e in self.evaluations if e.split == "validation" and e.step not in owed]
+        return max(steps, default=0)
+
     def unsound(self) -> str | None:
         """A loss on a held-out split that is not finite: why the lane has diverged."""
         for e in self.evaluations:

@@ -188,10 +188,18 @@ class _Loop:
     def _take(self, lease: Lease) -> None:
         lane = self.lanes[lease.configuration.fingerprint] = Lane(lease)
         folder = self.store.checkpoints / lane.name
-        newest = checkpoint.newest(folder) if self.team.rank == 0 else None
-        where = self.team.agree(lambda: (newest.attempt, newest.step) if newest is not None else None)
+        found: list[Checkpoint] = []
+
+        def look() -> tuple[int, int] | None:
+            """Rank 0."""
+            if (newest := checkpoint.newest(folder)) is None:
+                return None
+            found.append(newest)
+            return newest.attempt, newest.step
+
+        where = self.team.agree(look)
         place = checkpoint.place(folder, *where) if where is not None else None
-        self._attempt([lane], partial(self._open, saved=newest, place=place))
+        self._attempt([lane], partial(self._open, saved=next(iter(found), None), place=place))
 
     def _open(self, lanes: Sequence[Lane], saved: Checkpoint | None, place: Path | None) -> Sequence[None]:
         """Rank 0 has found the newest checkpoint and read it; the others read the same."""
@@ -226,7 +234,8 @@ class _Loop:
         if answer is Answer.DROP:
             self._leave(lane)
         elif answer is Answer.STOP:
-            self._end(lane, "stopped", f"stopped by the scheduler after step {lane.step}")
+            further = f", trained to step {lane.step}" if lane.step > lane.told else ""
+            self._end(lane, "stopped", f"stopped by the scheduler after step {lane.told}{further}")
         elif answer is Answer.PARK and lane.phase is not Phase.PARKED:
             lane.move(Phase.PARKED)
             self.parked_at[lane.name] = time.monotonic()

@@ -156,7 +156,8 @@ def load(
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a causal model pools before it
         with torch.no_grad():
             for name in heads:
-                for module in model.get_submodule(name).modules():
+                # Lanes learn it in float32, and what stands between its linear layers has to follow.
+                for module in model.get_submodule(name).float().modules():
                     if isinstance(module, torch.nn.Linear):
                         for parameter in module.parameters(recurse=False):
                             parameter.zero_()

@@ -58,4 +58,5 @@ def record_of(
             ended=time.time(),
         ),
         scheduler=lane.lease.scheduler if state == "stopped" else "",
+        stopped_at=lane.told if state == "stopped" else None,
     )

@@ -48,10 +48,11 @@ class Data:
 @dataclass(frozen=True)
 class Pending:
     """Backward passes that this worker has done: gradients lie in the lanes' parameters, still without the
-    other workers' share. `losses` (K,)."""
+    other workers' share. `flat`: the lanes' losses (K,); with other workers also which of all parameters have
+    a gradient here, and those gradients."""
 
     lanes: Sequence[Lane]
-    losses: Tensor
+    flat: Tensor
     totals: Sequence[int]
 
 
@@ -87,19 +88,26 @@ class Pack:
                 )
                 for index, part in zip(group, found, strict=True):
                     parts[index].append(part)
-        return Pending(lanes, torch.stack([torch.stack(of).sum() for of in parts]), totals)
+        flat = torch.stack([torch.stack(of).sum() for of in parts])
+        if self.team.size > 1:
+            # Here and not in `reduce`: what may find no memory comes before the others are waited for.
+            every = [p for lane in lanes for p in lane.parameters.values()]
+            reached = flat.new_tensor([float(p.grad is not None) for p in every])
+            parts_of = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
+            flat = torch.cat([flat, reached, *(g.flatten().to(flat.dtype) for g in parts_of)])
+        return Pending(lanes, flat, totals)
 
     def reduce(self, pending: Pending) -> list[Taken]:
         """Adds the workers' parts up, losses and gradients of all lanes in one flat tensor. All workers have
         to come here."""
-        lanes, found = pending.lanes, pending.losses
+        lanes, found = pending.lanes, pending.flat
         if self.team.size > 1:
-            gradients = [p.grad for lane in lanes for p in lane.parameters.values() if p.grad is not None]
-            flat = torch.cat([found, *(g.flatten().to(found.dtype) for g in gradients)])
-            self.team.sum_(flat)
-            found, *summed = flat.split([len(lanes), *(g.numel() for g in gradients)])
-            for gradient, total in zip(gradients, summed, strict=True):
-                gradient.copy_(total.view_as(gradient))
+            self.team.sum_(found)
+            every = [p for lane in lanes for p in lane.parameters.values()]
+            sizes = [len(lanes), len(every), *(p.numel() for p in every)]
+            found, reached, *summed = found.split(sizes)
+            for parameter, anyone, total in zip(every, reached.tolist(), summed, strict=True):
+                parameter.grad = total.view_as(parameter).to(parameter.dtype) if anyone else None
         # One copy from the device for all lanes.
         told = torch.cat([found, torch.stack([_norm(lane) for lane in lanes]).to(found.dtype)]).tolist()
         count = len(lanes)
@@ -142,9 +150,9 @@ class Pack:
             parts = torch.stack([one.sum() / total for one, total in zip(by_lane, totals, strict=True)])
             objective = parts.sum()
             if (extra := now.auxiliary_loss()) is not None:
-                # By this part's share of the step's tokens, so that over the whole step it counts once.
-                shares = [batch.tokens / total for batch, total in zip(own, totals, strict=True)]
-                objective = objective + (extra * extra.new_tensor(shares)).sum()
+                # A mean over examples: by this part's share of theirs it counts once over the whole step.
+                accumulation = lanes[0].configuration.batches.accumulation
+                objective = objective + extra.sum() * ((last - first) / (of * accumulation))
             objective.backward()
         return parts.detach().unbind()
 

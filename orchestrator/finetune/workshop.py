@@ -96,7 +96,13 @@ class Workshop:
         """Puts the lane on the model of its shape, at its start or where `saved` left it."""
         pack, configuration = self.pack(lane.configuration), lane.configuration
         found = None if saved else evidence(pack, configuration, self._evidence, self.team)
-        lane.open(pack.adapters, pack.data.untrained["validation"]["loss"], saved, found)
+        untrained = pack.data.untrained["validation"]["loss"]
+        self.team.attempt(lambda: lane.open(pack.adapters, untrained, saved, found))
+        if saved is None and self.team.size > 1:
+            with torch.no_grad():  # one start: another kind of GPU may find singular vectors of other signs
+                for tensor in (*lane.parameters.values(), *pack.adapters.frozen(lane.name).values()):
+                    tensor.mul_(float(self.team.rank == 0))
+                    self.team.sum_(tensor)
 
     def _load(self, choice: ModelChoice, task: Task) -> Bench:
         key = (choice, task.name if task.has_head else "")  # tasks with a head have a model of their own

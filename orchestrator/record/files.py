@@ -45,6 +45,20 @@ def replace_text(path: Path, text: str) -> None:
         sync_folder(path.parent)
 
 
+def replace_with(path: Path, data: bytes) -> None:
+    """The same with bytes."""
+    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with name.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+        sync_folder(path.parent)
+    finally:
+        name.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """A new name survives a power cut only when its folder has been synced."""
     handle = os.open(folder, os.O_RDONLY)

@@ -101,6 +101,9 @@ class Record:
     provenance: Provenance = Provenance()
     scheduler: str = ""
     """For a stopped record: the settings of the scheduler that stopped it."""
+    stopped_at: int | None = None
+    """For a stopped record: the last step whose scores that scheduler had seen. A lane that went on from a
+    checkpoint may have been trained further."""
     schema_version: int = SCHEMA_VERSION
 
     def score(self, split: Literal["validation", "test"]) -> float | None:

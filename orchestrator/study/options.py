@@ -41,7 +41,7 @@ class StudyOptions:
     """Examples an optimizer step. Default: the task's."""
     accumulation: int = 1
     """Parts of equal size in which a step's examples are computed, one after another: less memory, the same
-    numbers up to rounding. Must divide the batch size."""
+    numbers up to rounding (with dropout, other masks). Must divide the batch size."""
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, a third more time, the same numbers."""
     head_learning_rate: str = "same"
@@ -55,7 +55,8 @@ class StudyOptions:
     """Of the frozen base; adapters are float32. Default: the task's."""
     scheduler: str = "none"
     """Early stopping, for each variant and task by itself, on the validation loss: none, asha, median,
-    hyperband (Ray Tune's). What is stopped is shown as censored; without early stopping it goes on."""
+    hyperband (Ray Tune's). What is stopped is shown as censored; without early stopping it goes on. Extend a
+    grid under asha or median: hyperband would put lanes that it has stopped into other brackets."""
     study: str | None = None
     """The study's name. Default: made of script, task and model. The same name extends a study."""
     output: Path = Path("results")
@@ -118,9 +119,12 @@ class StudyOptions:
         if self.gpus_per_seat is not None:
             _gpus(self.gpus_per_seat)
             if self.workers_per_seat > 1 and 0 < self.gpus_per_seat < 1:
+                both = (
+                    f"--workers-per-seat {self.workers_per_seat} with --gpus-per-seat {self.gpus_per_seat:g}"
+                )
                 raise BadInput(
-                    f"--workers-per-seat {self.workers_per_seat} with --gpus-per-seat {self.gpus_per_seat:g}: "
-                    "NCCL refuses workers on one GPU; take --gpus-per-seat 1, or --workers-per-seat 1."
+                    f"{both}: NCCL refuses workers on one GPU; take --gpus-per-seat 1, "
+                    "or --workers-per-seat 1."
                 )
         if not self.seat_timeout > 0:
             raise BadInput(

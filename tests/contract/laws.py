@@ -122,8 +122,10 @@ def frozen_stays_frozen(variant: Variant, case: Case) -> None:
 
 
 def saved_is_loaded(variant: Variant, case: Case) -> None:
-    """A lane's file, on a fresh copy of the same base, gives the same tensors and outputs, bit for bit."""
+    """A lane's file, on a fresh copy of the same base, gives the same tensors and outputs, bit for bit; also
+    what its hooks have written meanwhile."""
     adapters = put_on(case, variant, case.lanes)
+    train(case, adapters, steps=6)
     stir(case, adapters)
     fresh = case.build()
     fresh.load_state_dict(state(adapters.model))

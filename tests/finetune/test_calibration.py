@@ -48,6 +48,19 @@ def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, stor
         assert record.state == "finished", record.traceback
 
 
+def test_a_torn_file_is_made_anew(store: Store) -> None:
+    train(Script(leases([point("eva")])), store)
+    (file,) = store.evidence.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    again = point("eva", rate=1e-3)
+    train(Script(leases([again])), store)
+    assert file.read_bytes() == whole
+    record = store.get(again.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+
+
 @pytest.mark.parametrize("variant", CALIBRATED)
 def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
     pack = [point(variant, seed=seed) for seed in range(3)]

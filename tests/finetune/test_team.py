@@ -24,6 +24,8 @@ from orchestrator.finetune.team import Alone, Failed, OutOfStep, TorchTeam
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
+from variants import catalogue
+from variants.contract import Adapts
 
 SIZE = 64  # training examples
 
@@ -36,6 +38,19 @@ def uneven() -> list[Configuration]:
         words(seed=1, rate=3e-3, steps=6, evaluations=2),
         words(seed=2, rate=3e-2, alpha=4.0, steps=5, evaluations=1),
     ]
+
+
+def kinds() -> list[Configuration]:
+    """Every variant, with its own start, auxiliary loss and hooks."""
+    found = []
+    for name in catalogue.names():
+        variant = catalogue.get(name)
+        task = "reviews" if variant.adapts is Adapts.NOTHING else WORDS_TASK
+        one = configuration(variant=name, task=task, batch_size=7, accumulation=2, steps=6, evaluations=1)
+        if not variant.uses_alpha:
+            one = replace(one, variant=replace(one.variant, alpha=None))
+        found.append(one)
+    return found
 
 
 def ending() -> dict[str, Configuration]:
@@ -177,6 +192,8 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     if name == "uneven":
         late = {one.fingerprint: at for one, at in zip(uneven(), (0, 2, 3), strict=True)}
         return Scenario(Script(leases(uneven()), start_at=late))
+    if name == "kinds":
+        return Scenario(Script(leases(kinds())))
     if name == "ending":
         return Scenario(Script(leases(ending().values()), answers=stop_one))
     if name == "poisoned":
@@ -192,7 +209,7 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     return Scenario(Lost(leases([configuration(seed=7, steps=8)])))
 
 
-NAMES = ("uneven", "ending", "poisoned", "parking", "base", "unscorable", "lost")
+NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "lost")
 WILD = tuple(f"wild{seed}" for seed in range(8))
 
 
@@ -259,6 +276,11 @@ def test_rows_that_do_not_divide_and_unequal_tokens(played: Played, tmp_path: Pa
         assert_alike(record, solo(one, tmp_path))
         assert record is not None
         assert record.provenance.workers == 2
+
+
+def test_every_variant_gives_what_one_worker_gives(played: Played, tmp_path: Path) -> None:
+    for one in kinds():
+        assert_alike(played.record("kinds", one), solo(one, tmp_path))
 
 
 def test_lanes_that_end_early(played: Played, tmp_path: Path) -> None:

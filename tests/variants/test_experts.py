@@ -107,8 +107,9 @@ def test_settings_that_cannot_be(rank: int, extra: Extra, message: str) -> None:
 
 
 def balance(x: Tensor, params: dict[str, Tensor], real: Tensor | None = None) -> Tensor:
+    """Of one example a lane, x (K, L, in)."""
     real = torch.ones(x.shape[:2]) if real is None else real
-    return VARIANT.auxiliary_loss(x, real, params, layer())
+    return VARIANT.auxiliary_loss(x.unsqueeze(1), real.unsqueeze(1), params, layer())
 
 
 def test_balance_is_the_squared_variation_of_the_experts_loads() -> None:
@@ -121,6 +122,14 @@ def test_balance_is_the_squared_variation_of_the_experts_loads() -> None:
     torch.testing.assert_close(balance(x, even), torch.zeros(2))
     heavier = lanes(settings(8, balance=0.5))
     torch.testing.assert_close(balance(x, heavier), 5 * balance(x, params))
+
+
+def test_parts_of_a_batch_balance_as_the_whole_does() -> None:
+    x, params = torch.randn(2, 6, 7, inputs().shape[-1]), lanes(settings(8))
+    real = (torch.rand(2, 6, 7) > 0.3).float()
+    whole = VARIANT.auxiliary_loss(x, real, params, layer())
+    parts = [VARIANT.auxiliary_loss(x[:, i : i + 2], real[:, i : i + 2], params, layer()) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(0), whole)
 
 
 def test_balance_sees_real_tokens_only_and_not_how_many() -> None:

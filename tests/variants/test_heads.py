@@ -118,6 +118,24 @@ def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(adapters.model(input_ids=IDS).logits, before)
 
 
+def test_a_head_inside_the_base_is_exported_too(tmp_path: Path) -> None:
+    """A checkpoint without a pooler leaves it to the task."""
+    heads = ["classifier", "bert.pooler"]
+    adapters = attach(bert(), catalogue.get("lora"), SETTINGS, heads=heads)
+    adapters.add("0", SETTINGS, seed=0)
+    shake(adapters)
+    save_peft(adapters, "0", tmp_path, "bert")
+    theirs = PeftModel.from_pretrained(bert(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=IDS).logits, logits(adapters, "0"))
+    assert torch.equal(logits(load_peft(bert(), tmp_path, lane="0"), "0"), logits(adapters, "0"))
+
+
+def test_targets_that_are_all_head_are_refused() -> None:
+    with pytest.raises(Unsupported, match="targets 'classifier': all of it is the task's head"):
+        attach(bert(), catalogue.get("lora"), SETTINGS, "classifier", heads=["classifier"])
+
+
 def test_peft_takes_the_head_as_a_module_to_save(tmp_path: Path) -> None:
     adapters = adapted(lanes=1)
     shake(adapters)

@@ -17,6 +17,8 @@ from variants.contract import (
     Start,
     Unsupported,
     Variant,
+    baddbmm,
+    bmm,
     vanilla_start,
     widened,
 )
@@ -52,7 +54,7 @@ class LoRA(Variant):
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
         a, b = params["A"].to(x.dtype), params["sB"].to(x.dtype)
-        return torch.baddbmm(base, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        return baddbmm(base, bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
     def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
         a, b = _factors(params)
@@ -83,7 +85,7 @@ class LoRA(Variant):
                 return None
         return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         return Start({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
 
 

@@ -18,6 +18,8 @@ from variants.contract import (
     Start,
     Unsupported,
     Variant,
+    baddbmm,
+    bmm,
     stream,
     uniform,
     vanilla_start,
@@ -40,13 +42,13 @@ class LoRAMoE(Variant):
     nothing where all experts are one product of matrices, and leaves experts without gradients.
 
     The localized balancing constraint, `balance` times the squared coefficient of variation of the experts'
-    summed gates, joins the loss. Here a task is of one type, so that all experts are of that type and all
-    entries of the importance matrix are scaled alike, by 1 + delta, which drops out of the authors' code:
-    var / mean^2 (var / mean, as in the paper's equation, would grow with the number of tokens).
+    gates summed over an example, joins the loss as a mean over examples. Here a task is of one type, so that
+    all experts are of that type and all entries of the importance matrix are scaled alike, by 1 + delta,
+    which drops out of the authors' code: var / mean^2 (var / mean, as in the paper's equation, would grow
+    with the number of tokens).
 
-    Deviations: sums go over all of a lane's tokens that are no padding, where the code takes each example's
-    on its own, padding included; the layers' terms are averaged, not summed; dropout reaches the router's
-    input too. `balance` 0.1 is the paper's beta from memory, unconfirmed; the released script has 0.
+    Deviations: padding does not count; the layers' terms are averaged, not summed; dropout reaches the
+    router's input too. `balance` 0.1 is the paper's beta from memory, unconfirmed; the released script has 0.
     """
 
     name: ClassVar[str] = "lora_moe"
@@ -92,12 +94,13 @@ class LoRAMoE(Variant):
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
         a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params)
         each = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
-        return torch.baddbmm(base, torch.bmm(x, a.transpose(1, 2)) * each, b.transpose(1, 2))
+        return baddbmm(base, bmm(x, a.transpose(1, 2)) * each, b.transpose(1, 2))
 
     def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
-        gates = _gates(x, params)
-        load = (gates * real.unsqueeze(2).to(gates.dtype)).sum(1)
-        return params["balance"] * load.var(1) / (load.mean(1).square() + 1e-10)
+        gates = _gates(x.flatten(1, 2), params).unflatten(1, x.shape[1:3])
+        load = (gates * real.unsqueeze(3).to(gates.dtype)).sum(2)
+        uneven = load.var(2) / (load.mean(2).square() + 1e-10)
+        return params["balance"] * uneven.mean(1)
 
     def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
         return settings.rank * (in_features + out_features) + _experts(settings) * in_features
@@ -110,7 +113,7 @@ def _experts(settings: Settings) -> int:
 
 def _gates(x: Tensor, params: Params) -> Tensor:
     """(K, N, experts) for x (K, N, in), in float32 or float64."""
-    logits = torch.bmm(x, params["R"].to(x.dtype).transpose(1, 2))
+    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     gates = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
     if "kept" not in params:
         return gates

@@ -64,8 +64,8 @@ class DoRA(LoRA):
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         return {**super().peft_config(settings), "use_dora": True}
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
-        begin = super().start_from_peft(tensors, layer)
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
+        begin = super().start_from_peft(tensors, layer, settings)
         begin.trainable["m"] = tensors["lora_magnitude_vector"]
         return begin
 

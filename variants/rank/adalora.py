@@ -26,6 +26,7 @@ from variants.contract import (
 
 DEVIATION, SMOOTHING = 0.02, 0.85
 """Of the first A and B; of the averages of importance and of its uncertainty (beta1 = beta2)."""
+AVERAGES = frozenset(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")
 
 
 class AdaLoRA(LoRA):
@@ -39,7 +40,8 @@ class AdaLoRA(LoRA):
     many that b(t) are left, which falls cubically to layers * rank at T - t_f, t_f = `final` of the horizon.
     Until then they may come back, then they are gone. Defaults: the published study's t_i = 100, t_f = 900
     of T = 1,562 steps and ranks 12 -> 8; allocated at every step, running averages of 0.85, as in PEFT.
-    Parameters: ranks not yet gone * (in + out + 1) a layer.
+    Parameters: ranks not yet gone * (in + out + 1) a layer. Where the initial rank exceeds a layer's smaller
+    side, as `rank` may not, its rows cannot all be orthogonal (in PEFT neither).
 
     Deviation from PEFT, which goes on training what is gone: its orthogonality loss moves the A, B of pruned
     triplets up to T; here their gradients are zero.
@@ -50,9 +52,8 @@ class AdaLoRA(LoRA):
     axis: ClassVar[str] = "rank"
     paper: ClassVar[str] = "2303.10512"
     auxiliary: ClassVar[bool] = True
-    moving: ClassVar[frozenset[str]] = frozenset(
-        {"mask", *(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")}
-    )
+    unseen: ClassVar[frozenset[str]] = AVERAGES
+    moving: ClassVar[frozenset[str]] = AVERAGES | {"mask"}
     extra: ClassVar[Extra] = {
         "initial": 1.5, "warmup": 100 / 1562, "final": 900 / 1562, "orthogonality": 0.5
     }  # fmt: skip
@@ -78,13 +79,7 @@ class AdaLoRA(LoRA):
             "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.weight.device),
             "B": _normal((out, rank), layer, stream(generator, "B")),
         }
-        frozen = {
-            f"{kind} {name}": torch.zeros_like(tensor)
-            for kind in ("importance", "uncertainty")
-            for name, tensor in made.items()
-        }
-        weight = torch.full_like(made["E"][:1], real_number(settings, "orthogonality"))
-        return Start(made, {**frozen, "mask": torch.ones_like(made["E"]), "orthogonality": weight})
+        return Start(made, _frozen(made, settings))
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         return super().prepare(_product(params), layer, scaling)
@@ -155,9 +150,16 @@ class AdaLoRA(LoRA):
         extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
         return Settings(rank, float(config["lora_alpha"]), dropout, extra)
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
+        """The averages, which PEFT does not keep, begin anew."""
         made = {name: tensors[f"lora_{name}"] for name in "AEB"}
-        return Start(made, {"mask": torch.ones_like(made["E"])})
+        return Start(made, _frozen(made, self.checked_settings(settings)))
+
+
+def _frozen(made: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    weight = torch.full_like(made["E"][:1], real_number(settings, "orthogonality"))
+    averages = {name: torch.zeros_like(made[name[-1]]) for name in sorted(AVERAGES)}
+    return {**averages, "mask": torch.ones_like(made["E"]), "orthogonality": weight}
 
 
 def _initial(settings: Settings) -> int:

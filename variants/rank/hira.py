@@ -16,6 +16,7 @@ from variants.contract import (
     Settings,
     Start,
     Variant,
+    baddbmm,
     vanilla_start,
     widened,
 )
@@ -47,7 +48,7 @@ class HiRA(Variant):
         return {"dW": layer.weight * torch.bmm(b, a)}
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
-        return torch.baddbmm(base, x, params["dW"].to(x.dtype).transpose(1, 2))
+        return baddbmm(base, x, params["dW"].to(x.dtype).transpose(1, 2))
 
     def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
         return layer.weight * (params["B"] @ params["A"])
@@ -66,5 +67,5 @@ class HiRA(Variant):
             return None
         return Settings(config["r"], None, float(config.get("hira_dropout", 0.0)))
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         return Start({"A": tensors["hira_A"], "B": tensors["hira_B"]})

@@ -18,6 +18,8 @@ from variants.contract import (
     Settings,
     Start,
     Variant,
+    baddbmm,
+    bmm,
     stream,
     uniform,
     whole_number,
@@ -82,7 +84,7 @@ class VeRA(Variant):
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
         a, b = params["A"].to(x.dtype), params["B"].to(x.dtype)
-        return torch.baddbmm(base, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        return baddbmm(base, bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
     def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
         one = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
@@ -112,7 +114,7 @@ class VeRA(Variant):
             return None
         return Settings(config["r"], None, float(config.get("vera_dropout", 0.0)), {"rank_factor": 1})
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer) -> Start:
+    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         return Start({"d": tensors["vera_lambda_d"], "b": tensors["vera_lambda_b"]})
 
     def group_from_peft(self, tensors: Mapping[str, Tensor]) -> Start:

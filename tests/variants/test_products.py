@@ -1,0 +1,21 @@
+"""Batched products do not depend on the size of the batch, whatever the dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from variants.contract import baddbmm, bmm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(4, 40, 24), (24, 40, 4), (40, 4, 24)])
+def test_one_alone_is_one_of_several(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, inner, columns = sizes
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        x = torch.randn(3, rows, inner, generator=noise).to(dtype)
+        y = torch.randn(3, inner, columns, generator=noise).to(dtype)
+        base = torch.randn(3, rows, columns, generator=noise).to(dtype)
+        assert torch.equal(bmm(x, y)[:1], bmm(x[:1], y[:1]))
+        assert torch.equal(baddbmm(base, x, y)[:1], baddbmm(base[:1], x[:1], y[:1]))
