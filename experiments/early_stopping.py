@@ -4,18 +4,23 @@
     python experiments/early_stopping.py                the study, on a GPU or a Ray cluster
 
 The study runs under --scheduler (default asha), then, in the same store, to the end: what was stopped goes on
-from its checkpoint. Early stopping cannot stop what the store knows already, so give it one of its own.
+from its checkpoint. Early stopping cannot stop what was trained to the end before: a store that knows such
+results, and a grid that is extended afterwards, are refused.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from orchestrator.study.command import main
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions, parse
 
 CHOICE = "choice.json"
@@ -34,17 +39,42 @@ def run() -> int:
     )
     scheduler = "asha" if options.scheduler == "none" else options.scheduler
     task = options.task or (experiment.dry_run_task if options.dry_run else experiment.task)
-    names = [Path(name).stem for name in (task, options.model) if name]
-    study = options.study or "-".join([experiment.script, *names])
+    parts = [experiment.script, Path(task).stem, *([Path(options.model).name] if options.model else [])]
+    study = options.study or "-".join(parts).replace("@", "-")
     early = replace(options, scheduler=scheduler, study=f"{study}-{scheduler}")
     grid = replace(options, scheduler="none", study=f"{study}-grid")
-    code = run_study(experiment, early)
+    code = run_study(experiment, early, partial(_check, early))
     if code == 0 and not options.plan:
         stopping = _kept(early)
     code = code or run_study(experiment, grid)
     if code == 0 and not options.plan:
         _print(scheduler, stopping, _found(grid))
     return code
+
+
+def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
+    """Raises BadInput where the grid has gone on already: what it trained would pass for early stopping's."""
+    from orchestrator.record.store import Store
+    from orchestrator.record.study_file import StudyFile
+
+    assert options.study is not None
+    folder, store = options.output / options.study, Store(options.store_folder)
+    done = {c.fingerprint for c in wanted if store.meets(c.fingerprint) is not None}
+    study = StudyFile.read(folder) or StudyFile(options.study, "", "")
+    study = study.extended([c.fingerprint for c in wanted], done)
+    file, rule = folder / CHOICE, "take an --output of its own, without --store"
+    if file.exists():
+        then = json.loads(file.read_text())["configurations"]
+        if set(then) != set(study.configurations):
+            raise BadInput(
+                f"--study {options.study!r}: early stopping has chosen among {len(then)} configurations and "
+                f"now there would be {len(study.configurations)}, some of them trained to the end; {rule}."
+            )
+    elif before := done.intersection(study.reused):
+        raise BadInput(
+            f"--store {str(store.root)!r}: {len(before)} of the {len(wanted)} configurations were trained to "
+            f"the end there before this study, too late for early stopping; {rule}."
+        )
 
 
 def _found(options: StudyOptions) -> dict[str, Any]:
@@ -69,12 +99,10 @@ def _found(options: StudyOptions) -> dict[str, Any]:
 def _kept(options: StudyOptions) -> dict[str, Any]:
     """What early stopping chose before the grid went on; kept, as the summary is another one afterwards."""
     assert options.study is not None
-    file, now = options.output / options.study / CHOICE, _found(options)
-    then = json.loads(file.read_text()) if file.exists() else {}
-    if then.get("configurations") == now["configurations"]:
-        return then
-    file.write_text(json.dumps(now, indent=1) + "\n")
-    return now
+    file = options.output / options.study / CHOICE
+    if not file.exists():
+        file.write_text(json.dumps(_found(options), indent=1) + "\n")
+    return json.loads(file.read_text())
 
 
 def _print(scheduler: str, stopping: dict[str, Any], grid: dict[str, Any]) -> None:
@@ -86,7 +114,7 @@ def _print(scheduler: str, stopping: dict[str, Any], grid: dict[str, Any]) -> No
     for variant, (early, full) in zip(grid["rates"], rates, strict=True):
         counts = f"{stopping['steps'].get(variant, 0):11} {grid['steps'][variant]:7}"
         print(f"{variant:12} {rate(early):>9} {rate(full):>7} {counts}")
-    same = sum(early == full for early, full in rates)
+    same = sum(early == full for early, full in rates if full is not None)
     share = sum(stopping["steps"].values()) / sum(grid["steps"].values())
     print(f"The same rate for {same} of {len(rates)} variants, in {share:.0%} of the steps.")
 

@@ -126,7 +126,7 @@ def _small_multiples(summary: Summary) -> Figure:
                 _line(axes, other, color="#d0d0d0", linewidth=0.8, zorder=1)
             _draw(axes, panel, curve, Look(_COLOURS[curve.variant != REFERENCE], "o"), 0.0)
             diverged = curve.total("diverged")
-            note = f", {diverged} diverged" if diverged else ""
+            note = f", \N{MULTIPLICATION SIGN}{diverged}" if diverged else ""
             axes.set_title(f"{curve.label}: {words.best_at(curve)}{note}", fontsize=9)
         for axes in list(grid.flat)[len(panel.curves) :]:
             axes.remove()

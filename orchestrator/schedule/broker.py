@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
-from orchestrator.finetune.source import Answer, Lease, Offer, Report
+from orchestrator.finetune.source import Answer, Offer, Report
 from orchestrator.record.schema import Record, State
 from orchestrator.record.store import Store
-from orchestrator.schedule.broker_core import BrokerCore
+from orchestrator.schedule.broker_core import BrokerCore, Held
 from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
 
@@ -23,9 +23,6 @@ BEAT_SECONDS = 10.0
 STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
 NAME = "broker"
-
-Held = Mapping[str, tuple[int, Configuration]]
-"""What a seat holds: fingerprint -> (attempt, configuration)."""
 
 
 class Broker:
@@ -70,25 +67,22 @@ class Broker:
     async def release(self, trial: str) -> None:
         self.core.release(trial)
 
-    async def stop(self, trial: str, configuration: Configuration) -> None:
-        self.core.stop(trial, configuration, time.monotonic())
+    async def stop(self, trial: str, configuration: Configuration, seen: int) -> None:
+        self.core.stop(trial, configuration, seen, time.monotonic())
 
     # -- seats
 
     async def lease(
-        self, seat: str, shape: str | None, room: int, held: Held, taken: int
-    ) -> tuple[Offer, dict[str, Answer]]:
-        now = time.monotonic()
-        answers = self.core.exchange(seat, held, taken, now)
-        return self.core.lease(seat, shape, room, now), answers
+        self, seat: str, shape: str | None, room: int, held: Mapping[str, Held], taken: int
+    ) -> Offer:
+        await self.exchange(seat, held, taken)
+        return self.core.lease(seat, shape, room, time.monotonic())
 
-    async def report(self, seat: str, report: Report) -> Answer:
-        answer = self.core.report(seat, report, time.monotonic())
-        self._tell(report.fingerprint)
-        return answer
-
-    async def exchange(self, seat: str, held: Held, taken: int) -> dict[str, Answer]:
-        return self.core.exchange(seat, held, taken, time.monotonic())
+    async def exchange(self, seat: str, held: Mapping[str, Held], taken: int) -> dict[str, Answer]:
+        answers = self.core.exchange(seat, held, taken, time.monotonic())
+        for fingerprint in held:
+            self._tell(fingerprint)
+        return answers
 
     async def alive(self, seat: str) -> None:
         self.core.alive(seat, time.monotonic())
@@ -146,41 +140,43 @@ def start_broker(store: Store, scheduler: str) -> Any:
 class BrokerSource:
     """A seat's side of the broker: the `Source` of the fine-tuning loop.
 
-    It names all that it holds with every call, so that a reply that was lost, or a broker that restarted, is
-    made good by the next one.
+    Whenever it leases, reports or exchanges, it names all that it holds, each lane with its last report: a
+    reply that was lost, or a broker that restarted, is made good by the next call, whichever that is.
     """
 
     def __init__(self, seat: str) -> None:
         self.seat = seat
         self.broker = ray.get_actor(NAME)
-        self.held: dict[str, tuple[int, Configuration]] = {}
-        self.pending: dict[str, Answer] = {}
+        self.held: dict[str, Held] = {}
+        self.taken = 0
         self.spoke = time.monotonic()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def lease(self, shape: str | None, room: int, taken: int) -> Offer:
-        offer, answers = self._call("lease", self.seat, shape, room, self.held, taken)
-        self.pending |= answers
-        # A lane that is still in the pack under an older attempt leaves it first; its lease lapses by itself.
-        leases: tuple[Lease, ...] = tuple(
-            x for x in offer.leases if x.configuration.fingerprint not in self.held
-        )
-        for lease in leases:
-            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration)
-        return Offer(leases, offer.closed)
+        self.taken = taken
+        offer: Offer = self._call("lease", self.seat, shape, room, self.held, taken)
+        for lease in offer.leases:
+            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+        return offer
 
     def report(self, report: Report) -> Answer:
-        answer = self._call("report", self.seat, report)
+        """An exchange that obeys one answer only: the others are given again at the next."""
+        fingerprint = report.fingerprint
+        if fingerprint not in self.held:
+            return Answer.DROP
+        attempt, configuration, _ = self.held[fingerprint]
+        self.held[fingerprint] = (attempt, configuration, report)
+        answer: Answer = self._call("exchange", self.seat, self.held, self.taken)[fingerprint]
         if answer is Answer.DROP:
-            self.held.pop(report.fingerprint, None)
+            del self.held[fingerprint]
         return answer
 
     def exchange(self, taken: int) -> Mapping[str, Answer]:
-        answers = {**self.pending, **self._call("exchange", self.seat, self.held, taken)}
-        self.pending = {}
+        self.taken = taken
+        answers: dict[str, Answer] = self._call("exchange", self.seat, self.held, taken)
         for fingerprint, answer in answers.items():
             if answer is Answer.DROP:
-                self.held.pop(fingerprint, None)
+                del self.held[fingerprint]
         return answers
 
     def spill(self, fingerprint: str, attempt: int) -> None:

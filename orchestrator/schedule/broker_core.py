@@ -20,6 +20,10 @@ SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
 UNSERVED_SECONDS = 60.0  # a shape that waits for so long is given a seat
 
 
+Held = tuple[int, Configuration, Report | None]
+"""A lane as its seat names it: attempt, configuration, the last report of this attempt."""
+
+
 @dataclass
 class SeatView:
     """What the broker knows of a seat. `yields_to`: a shape for which it drains its pack."""
@@ -70,13 +74,13 @@ class BrokerCore:
             self.lives[fingerprint].trials.discard(trial)
             self._forget_unwanted(fingerprint)
 
-    def stop(self, trial: str, configuration: Configuration, now: float) -> None:
-        """The scheduler has stopped the trial. Its lane ends early, with a record, unless others want it;
-        also when it is on no seat, or unknown because the broker restarted."""
+    def stop(self, trial: str, configuration: Configuration, seen: int, now: float) -> None:
+        """The scheduler has stopped the trial at the report of step `seen`. Its lane ends early, with a
+        record, unless others want it; also when it is on no seat, or unknown because the broker restarted."""
         life = self._life(configuration, now)
         life.trials.discard(trial)
         if not life.trials:
-            life.stop(now)
+            life.stop(seen, now)
 
     # -- seats ------------------------------------------------------------------------------------------
 
@@ -107,22 +111,13 @@ class BrokerCore:
         if seat in self.seats:
             self.seats[seat].heard = now
 
-    def report(self, seat: str, report: Report, now: float) -> Answer:
-        self._hear(seat, now)
-        life = self.lives.get(report.fingerprint)
-        if life is None:  # the next exchange announces it; until then it runs ahead of no scheduler
-            return Answer.GO if self.scheduler == "none" else Answer.PARK
-        return life.report(seat, report, now)
-
-    def exchange(
-        self, seat: str, held: Mapping[str, tuple[int, Configuration]], taken: int, now: float
-    ) -> dict[str, Answer]:
-        """The seat names all that it holds: fingerprint -> (attempt, configuration). What it should hold and
-        does not name never reached it, and goes back to the queue. What it holds and nobody else was given
-        meanwhile (the broker restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
+    def exchange(self, seat: str, held: Mapping[str, Held], taken: int, now: float) -> dict[str, Answer]:
+        """The seat names all that it holds, by fingerprint. What it should hold and does not name never
+        reached it, and goes back to the queue. What it holds and nobody else was given meanwhile (the broker
+        restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
         view = self._hear(seat, now)
         self.taken[seat] = max(taken, self.taken.get(seat, 0))
-        for fingerprint, (attempt, configuration) in held.items():
+        for fingerprint, (attempt, configuration, report) in held.items():
             orphan = fingerprint not in self.lives
             life = self._life(configuration, now)
             if orphan:
@@ -131,12 +126,12 @@ class BrokerCore:
                 life.lease(seat, attempt)
                 view.lanes.add(fingerprint)
                 view.shape = view.shape or configuration.shape
-                if orphan and life.gated:  # its trial says whether it may go on
-                    life.phase = Phase.PARKED
+            if report is not None:
+                life.report(seat, report)
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._lose(seat, fingerprint, now)
-        return {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _) in held.items()}
+        return {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _, _) in held.items()}
 
     def spill(self, seat: str, fingerprint: str, attempt: int, now: float) -> None:
         """See Source.spill."""

@@ -58,9 +58,12 @@ class PerGroup(TrialScheduler):
         self.members[trial.trial_id][0].on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first that any of them wants to run. (Tune starts pending trials by itself; this is for paused
-        ones.)"""
-        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.groups.values())
+        """The first that any of them wants to run. Only Hyperband has a choice of its own, for its paused
+        trials; the others all name the first of all trials that may run."""
+        asked = list(self.groups.values())
+        if self.name != "hyperband":
+            asked = asked[:1]
+        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in asked)
         return next((trial for trial in chosen if trial is not None), None)
 
     def debug_string(self) -> str:

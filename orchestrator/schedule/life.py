@@ -52,6 +52,10 @@ class Life:
     """The last step beyond which a trial has asked to go on."""
     let_go: bool = False
     """A scheduler has stopped it, and its record is owed."""
+    seen: int = 0
+    """Up to which step that scheduler had seen it."""
+    told: int = 0
+    """The step of its holder's last report."""
     orphan_until: float = 0.0
 
     # -- trials -----------------------------------------------------------------------------------------
@@ -86,10 +90,13 @@ class Life:
     def wanted(self, now: float) -> bool:
         return bool(self.trials) or now < self.orphan_until
 
-    def stop(self, now: float) -> None:
-        """Its last trial was stopped by the scheduler."""
-        self.let_go, self.orphan_until = True, 0.0
-        if self.phase is Phase.SPILLED:
+    def stop(self, seen: int, now: float) -> None:
+        """Its last trial was stopped by the scheduler, at the report of step `seen`."""
+        self.let_go, self.seen, self.orphan_until = True, seen, 0.0
+        self.asked = max(self.asked, seen - 1)
+        if self.phase is Phase.PARKED and self.told < seen:
+            self.phase = Phase.LEASED
+        elif self.phase is Phase.SPILLED:
             self.wait(now)
 
     @property
@@ -97,12 +104,14 @@ class Life:
         return self.phase is Phase.WAITING and (bool(self.trials) or self.let_go)
 
     def replay(self, record: Record) -> None:
-        """What is known of it already ends it at once; its trial hears of it as if it trained."""
+        """What is known of it already ends it at once; its trial hears of it as if it trained, up to where
+        the scheduler that stopped it saw it."""
+        last = record.steps if record.stopped_at is None else record.stopped_at
         losses, attempt = {step.step: step.loss for step in record.curve}, record.provenance.attempt
         self.reports = [
             Report(self.fingerprint, attempt, e.step, e.scores, losses.get(e.step, nan))
             for e in record.evaluations
-            if e.split == "validation"
+            if e.split == "validation" and e.step <= last
         ]
         self._end(record.state)
 
@@ -112,27 +121,31 @@ class Life:
         assert self.phase is Phase.WAITING, (
             f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
         )
-        self.phase, self.seat, self.attempt = Phase.LEASED, seat, attempt
+        self.phase, self.seat, self.attempt, self.told = Phase.LEASED, seat, attempt, 0
 
     def held_by(self, seat: str, attempt: int) -> bool:
         return self.phase in (Phase.LEASED, Phase.PARKED) and (self.seat, self.attempt) == (seat, attempt)
 
-    def report(self, seat: str, report: Report, now: float) -> Answer:
-        """A report that is not newer than the last one (a new attempt repeats some) is answered, not kept."""
+    def report(self, seat: str, report: Report) -> None:
+        """The last report of who holds it, perhaps said before. One that is not newer than what is kept (a
+        new attempt repeats some) is not kept."""
         if not self.held_by(seat, report.attempt):
-            return Answer.DROP
+            return
+        self.told = report.step
         if not self.reports or report.step > self.reports[-1].step:
             self.reports.append(report)
         if self.gated and self.asked < report.step:
             self.phase = Phase.PARKED
-        return self.answer(seat, report.attempt, now)
 
     def answer(self, seat: str, attempt: int, now: float) -> Answer:
-        """What the seat should do with the lane at this moment."""
+        """What the seat should do with the lane at this moment. One that is to be stopped first tells again
+        all that the scheduler has seen: its record says so."""
         if not self.held_by(seat, attempt):
             return Answer.DROP
         if not self.wanted(now):
-            return Answer.STOP if self.let_go else Answer.DROP
+            if self.let_go:
+                return Answer.STOP if self.told >= self.seen else Answer.GO
+            return Answer.DROP
         return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
 
     def done(self, seat: str, attempt: int, state: State, now: float) -> None:

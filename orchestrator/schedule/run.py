@@ -48,9 +48,14 @@ class Experiment:
     dry_run_task: str
 
 
-def run_study(experiment: Experiment, options: StudyOptions) -> int:
+def run_study(
+    experiment: Experiment,
+    options: StudyOptions,
+    check: Callable[[Sequence[Configuration]], None] = lambda wanted: None,
+) -> int:
     """Trains what is not known yet, logs, reports. Returns the exit code: 0, 1 when configurations have no
-    result. Raises BadInput, Trouble, KeyboardInterrupt."""
+    result. `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble,
+    KeyboardInterrupt."""
     console = Console(file=sys.stdout, highlight=False)
     _needs_hardware(experiment, options)
     options.check_output()
@@ -76,6 +81,7 @@ def run_study(experiment: Experiment, options: StudyOptions) -> int:
         print_plan(console, wanted, pending, store, options)
         return 0
 
+    check(wanted)
     parts = [experiment.script, Path(chosen.task.name).stem, Path(chosen.model).name]
     name = options.study or "-".join(parts).replace("@", "-")
     folder = options.output / name

@@ -47,7 +47,9 @@ def entry(
 ) -> list[Configuration]:
     """What Tune is given, in this order. `known` results are replayed to it, since it keeps no rungs: before
     the others, so that all of them count from the first decision on. Hyperband fills its brackets in the
-    order of entry: there each takes the place that it had when nothing was known."""
+    order of entry: there each takes the place that it had when nothing was known, if the same grid was asked
+    for. In an extended grid it may come into another bracket, where what was stopped before counts with the
+    evaluations that it has and is not trained further."""
     if scheduler == "none":
         return list(pending)
     return order_of_entry([*known, *pending], lanes) if scheduler == "hyperband" else [*known, *pending]

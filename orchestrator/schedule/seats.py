@@ -31,10 +31,11 @@ class Seats:
         """Why no seat can be had; empty while one may still come."""
 
     def look(self, waiting: int, training: int, live: int) -> None:
-        """Called now and then: lanes that wait and that train, seats that have announced themselves. A seat
-        that has ended for want of work is replaced when lanes wait for longer than a moment."""
+        """Called now and then: lanes that wait and that train, seats that have announced themselves. The
+        first seats start at once: known results may be replayed before a lane waits. A seat that has ended
+        for want of work is replaced when lanes wait for longer than a moment."""
         self._bury()
-        if waiting and (self.waited or not self.started):
+        if not self.started or (waiting and self.waited):
             while not self.trouble and len(self.running) < self.count:
                 self._start()
         self.waited = bool(waiting)
@@ -83,7 +84,7 @@ class Seats:
                 ray.get(promise)
             except (RayError, RuntimeError) as error:
                 self.deaths += 1
-                self.say(f"{name} died: {_reason(error)}")
+                self.say(f"{name} died: {reason(error)}")
                 if self.deaths > DEATHS_ALLOWED:
                     self.trouble = (
                         f"Seats died {self.deaths} times in a row without ending a lane; see above."
@@ -91,7 +92,7 @@ class Seats:
             ray.kill(host)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The last line that says something, of a chain of Ray's wrappers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

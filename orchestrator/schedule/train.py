@@ -12,17 +12,18 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import ActorUnavailableError, RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
-from orchestrator.schedule.broker import start_broker
+from orchestrator.schedule.broker import BROKER_LOST_SECONDS, start_broker
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.early_stopping import PerGroup
 from orchestrator.schedule.life import Phase
 from orchestrator.schedule.progress import Progress
+from orchestrator.schedule.rungs import settings
 from orchestrator.schedule.seat import SeatPlan
-from orchestrator.schedule.seats import Seats
+from orchestrator.schedule.seats import Seats, reason
 from orchestrator.schedule.trial import MEMORY_BYTES, Trial
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import Trouble
@@ -37,14 +38,16 @@ class Room:
     seats: int
     plan: SeatPlan
 
-    def trials(self, cluster: Cluster, scheduler: str) -> int | None:
-        """Trials at once: the lanes of all seats and a pack each to take next, as far as memory for their
-        processes goes (half of what Ray may promise: the rest is the seats'). Hyperband pauses a trial until
-        all of its bracket have come as far: there is no limit but for those that run."""
-        if scheduler == "hyperband":
-            return None
+    def trials(self, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
+        """Trials at once, and the bytes that each asks Ray for. As many as the lanes of all seats and a pack
+        each to take next, as far as memory for their processes goes: half of what Ray may promise, the rest
+        is the seats'. Hyperband pauses a trial until all of its bracket have come as far, and Tune counts
+        paused ones: there the same limit is kept by what each asks for, on whichever node."""
         wanted = 2 * self.seats * self.plan.lanes
-        return max(1, min(wanted, int(cluster.memory / 2 / MEMORY_BYTES)))
+        if scheduler == "hyperband":
+            share = max(cluster.memory / wanted, 2 * MEMORY_BYTES)
+            return None, int(min(share, max(node.memory for node in cluster.nodes)))
+        return max(1, min(wanted, int(cluster.memory / 2 / MEMORY_BYTES))), MEMORY_BYTES
 
 
 def train(
@@ -67,14 +70,16 @@ def train(
     _HOPELESS.clear()
     broker = start_broker(store, scheduler)
     seats = Seats(room.plan, room.seats, cluster.namespace, broker, progress.say)
-    watch = _Watch(broker, seats, store, progress, frozenset(known), ended)
+    owed: Owed = {}
+    watch = _Watch(broker, seats, store, progress, frozenset(known), scheduler, owed, ended)
     watch.start()
+    trials, memory = room.trials(cluster, scheduler)
     try:
         tuner = tune.Tuner(
-            tune.with_resources(Trial, tune.PlacementGroupFactory([{"memory": MEMORY_BYTES}])),
+            tune.with_resources(Trial, tune.PlacementGroupFactory([{"memory": memory}])),
             param_space={"configuration": tune.grid_search([c.to_json() for c in configurations])},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=room.trials(cluster, scheduler),
+                max_concurrent_trials=trials,
                 scheduler=None if scheduler == "none" else PerGroup(scheduler, known),
                 reuse_actors=True,
                 trial_name_creator=_name,
@@ -84,7 +89,7 @@ def train(
                 name=cluster.namespace,
                 storage_path=str(scratch),
                 verbose=0,
-                callbacks=[_TellBroker(broker)],
+                callbacks=[_TellBroker(broker, owed)],
                 stop=_WhenHopeless(),
                 failure_config=tune.FailureConfig(
                     max_failures=3
@@ -124,17 +129,23 @@ class _WhenHopeless(tune.Stopper):
         return _HOPELESS.is_set()
 
 
+Owed = dict[str, tuple[Configuration, int]]
+"""Trials that the scheduler has stopped, while the store has no record of it: what, and after which step. The
+broker forgets it when it restarts."""
+
+
 class _TellBroker(tune.Callback):
     """Which trials have ended, and how: from here, since a killed trial or a paused one cannot say it."""
 
-    def __init__(self, broker: Any) -> None:
-        self.broker = broker
+    def __init__(self, broker: Any, owed: Owed) -> None:
+        self.broker, self.owed = broker, owed
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """One that ends by itself says in which state its lane did; others were stopped by the scheduler."""
         if trial.last_result.get("state") == "training":
-            configuration = Configuration.from_json(trial.config["configuration"])
-            self._tell(self.broker.stop, trial.trial_id, configuration)
+            stopped = Configuration.from_json(trial.config["configuration"]), trial.last_result["step"]
+            self.owed[trial.trial_id] = stopped
+            self._tell(self.broker.stop, trial.trial_id, *stopped)
         else:
             self._tell(self.broker.release, trial.trial_id)
 
@@ -148,6 +159,8 @@ class _TellBroker(tune.Callback):
                 return ray.get(method.remote(*args))
             except ActorUnavailableError:  # it restarts
                 time.sleep(0.5)
+            except ActorDiedError:  # for good; the watch ends the study
+                return None
 
 
 class _Watch(threading.Thread):
@@ -160,23 +173,31 @@ class _Watch(threading.Thread):
         store: Store,
         progress: Progress,
         known: frozenset[str],
+        scheduler: str,
+        owed: Owed,
         ended: Callable[[Record], None],
     ) -> None:
         super().__init__(name="watch", daemon=True)
         self.broker, self.seats, self.store, self.progress = broker, seats, store, progress
-        self.known, self.ended = known, ended
+        self.known, self.scheduler, self.owed, self.ended = known, scheduler, owed, ended
         self.stop = threading.Event()
         self.all_told, self.settled = threading.Event(), threading.Event()
         self.read, self.born = 0, ""
         self.taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
         self.error: Exception | None = None
+        self.heard = time.monotonic()
 
     def run(self) -> None:
         while not self.stop.wait(LOOK_SECONDS):
             try:
                 self._look()
-            except RayError:
-                continue  # the broker restarts; what ended meanwhile is in the store
+                self.heard = time.monotonic()
+            except RayError as error:  # the broker restarts; what ended meanwhile is in the store
+                if time.monotonic() - self.heard > BROKER_LOST_SECONDS:
+                    self.seats.trouble = (
+                        f"The broker has been lost for {BROKER_LOST_SECONDS:g} s: {reason(error)}. "
+                        "What is done is kept; run the command again."
+                    )
             except Exception as error:  # a full disk, a closed pipe: without a watch the study would hang
                 self.error = error
             if self.error is not None or self.seats.trouble:
@@ -212,7 +233,14 @@ class _Watch(threading.Thread):
         all_told = self.all_told.is_set()
         news = ray.get(self.broker.news.remote(self.read, self.born), timeout=10)
         if news["born"] != self.born:  # it restarted: its list of the ended began anew
+            for trial, stopped in list(self.owed.items()):
+                ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
             self.read, self.born = 0, news["born"]
+        for trial, (configuration, _) in list(self.owed.items()):
+            fingerprint = configuration.fingerprint
+            met = self.store.meets(fingerprint, settings(self.scheduler, configuration))
+            if met is not None or self.store.failures(fingerprint) >= FAILURES_ALLOWED:
+                del self.owed[trial]
         for fingerprint, _ in news["ended"]:
             record = self.store.get(fingerprint) if fingerprint not in self.known else None
             if record is not None:
@@ -229,7 +257,8 @@ class _Watch(threading.Thread):
         progress.seats = counts["seats"]
         if progress.training and progress.first_lane is None:
             progress.first_lane = time.monotonic()
-        if all_told and not any(counts.get(str(phase), 0) for phase in Phase if phase is not Phase.ENDED):
+        lanes_left = any(counts.get(str(phase), 0) for phase in Phase if phase is not Phase.ENDED)
+        if all_told and not self.owed and not lanes_left:
             self.settled.set()
         if not self.stop.is_set():
             self.seats.look(progress.waiting, progress.training, counts["seats"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from orchestrator.finetune.source import Report
 from orchestrator.schedule.broker import NAME
@@ -47,6 +47,8 @@ class Trial(tune.Trainable):
             except ActorUnavailableError:  # it restarts, and is told again what this trial wants
                 time.sleep(0.5)
                 continue
+            except ActorDiedError:  # for good: the driver gives the study up
+                news = "failed"
             if isinstance(news, Report):
                 self.at = news.step
                 self.last = self._result(news.step, news.scores)

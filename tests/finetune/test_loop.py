@@ -203,6 +203,7 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
     train(source, store)
     record = get(store, one.fingerprint)
     assert (record.state, record.steps, record.scheduler) == ("stopped", 6, "asha")
+    assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
     assert source.ended == [(one.fingerprint, 1, "stopped")]
     saved = newest(store.checkpoints / one.fingerprint)
@@ -211,6 +212,22 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
     train(Script([Lease(one, 2, "asha")]), store)
     assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
     assert not (store.checkpoints / one.fingerprint).exists()
+
+
+def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_scheduler_saw(store: Store) -> None:
+    one = configuration(steps=12, evaluations=4)
+
+    def die(report: Report) -> Answer:
+        if report.step == 9:
+            raise Interrupted
+        return Answer.GO
+
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), answers=die), store)
+    train(Script([Lease(one, 2, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO), store)
+    record = get(store, one.fingerprint)
+    assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)
+    assert record.reason == "stopped by the scheduler after step 6, trained to step 9"
 
 
 def test_stop_between_reports(store: Store) -> None:

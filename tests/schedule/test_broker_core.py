@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from orchestrator.finetune.source import Answer, Report
 from orchestrator.record.schema import FAILURES_ALLOWED, Evaluation, Record
-from orchestrator.schedule.broker_core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore
+from orchestrator.schedule.broker_core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
 from orchestrator.schedule.life import Phase
 from orchestrator.study.configuration import (
     Batches,
@@ -44,7 +44,8 @@ POINTS = [configuration(v, rate) for v in ("lora", "hira") for rate in (1e-4, 1e
 
 def record(point: Configuration, state: str, steps: int = STEPS) -> Record:
     evaluations = tuple(Evaluation(step, "validation", {"loss": 1.0}) for step in range(1, steps + 1))
-    return Record(point.fingerprint, point, state, steps, evaluations=evaluations)
+    stopped_at = steps if state == "stopped" else None
+    return Record(point.fingerprint, point, state, steps, evaluations=evaluations, stopped_at=stopped_at)
 
 
 @dataclass
@@ -64,6 +65,17 @@ class FakeSeat:
         self.lanes: dict[str, Lane] = {}
         self.taken = 0
 
+    @property
+    def held(self) -> dict[str, Held]:
+        return {
+            f: (
+                lane.attempt,
+                lane.configuration,
+                Report(f, lane.attempt, lane.reported, {"loss": 1.0}, 1.0) if lane.reported else None,
+            )
+            for f, lane in self.lanes.items()
+        }
+
 
 class Broker(RuleBasedStateMachine):
     """Trials and seats as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
@@ -80,8 +92,15 @@ class Broker(RuleBasedStateMachine):
         self.zombies: list[FakeSeat] = []
         self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
         self.trial_names = (f"t{i}" for i in itertools.count())
+        # As the driver has it: trials that the scheduler stopped, whose record is to come.
+        self.owed: dict[str, tuple[Configuration, int]] = {}
+        self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
+        self.told: BrokerCore | None = None  # which broker the driver has told what is owed
         self.broker_restarts()
-        self.restarted = False
+        for index in (0, 1, 2):  # not empty: what matters happens between seats and trials that are there
+            self.submit(index)
+        self.new_seat()
+        self.refill(self.seats[0])
 
     def known(self, configuration: Configuration) -> Record | None:
         return self.records.get(configuration.fingerprint)
@@ -96,7 +115,7 @@ class Broker(RuleBasedStateMachine):
         trial = next(self.trial_names)
         self.trials[trial] = (POINTS[index], 0)
         self.core.submit(trial, POINTS[index], self.now)
-        self.owed.discard(POINTS[index].fingerprint)
+        self.forget_owed(POINTS[index])
 
     @precondition(lambda self: self.trials)
     @rule(data=st.data())
@@ -110,6 +129,7 @@ class Broker(RuleBasedStateMachine):
             answer = self.core.next(fingerprint, seen, self.now)
         except KeyError:  # the broker restarted
             self.core.submit(trial, point, self.now)
+            self.forget_owed(point)
             return
         self.asked[fingerprint] = max(seen, self.asked.get(fingerprint, 0))
         if isinstance(answer, Report):
@@ -132,10 +152,22 @@ class Broker(RuleBasedStateMachine):
     @rule(data=st.data())
     def scheduler_stops(self, data: st.DataObject) -> None:
         trial = data.draw(st.sampled_from(sorted(self.trials)))
-        point, _ = self.trials.pop(trial)
-        self.core.stop(trial, point, self.now)
+        point, seen = self.trials.pop(trial)
+        self.core.stop(trial, point, seen, self.now)
         if not any(point == other for other, _ in self.trials.values()):
-            self.owed.add(point.fingerprint)
+            self.owed[trial] = (point, seen)
+
+    def forget_owed(self, point: Configuration) -> None:
+        """It is wanted again: what was stopped need not end."""
+        self.owed = {trial: stopped for trial, stopped in self.owed.items() if stopped[0] != point}
+
+    @rule()
+    def driver_looks(self) -> None:
+        if self.told is not self.core:
+            for trial, stopped in self.owed.items():
+                self.core.stop(trial, *stopped, self.now)
+            self.told = self.core
+        self.owed = {t: owed for t, owed in self.owed.items() if owed[0].fingerprint not in self.records}
 
     # -- seats
 
@@ -151,7 +183,7 @@ class Broker(RuleBasedStateMachine):
 
     def refill(self, seat: FakeSeat, reply_lost: bool = False, spilling: bool = True) -> None:
         """As the loop does it: lanes that have been parked for long make way for those that are leased."""
-        self.sign_of_life(seat)
+        self.core.exchange(seat.name, seat.held, seat.taken, self.now)
         shape = next((lane.configuration.shape for lane in seat.lanes.values()), None)
         late = [f for f, lane in seat.lanes.items() if lane.parked] if spilling else []
         free = 3 - len(seat.lanes)
@@ -167,13 +199,16 @@ class Broker(RuleBasedStateMachine):
         assert len(shapes | {shape} - {None}) <= 1
         if reply_lost:
             return
+        # Given up for dead and leased again, to the same seat: the newer lease counts.
+        gone = {lease.configuration.fingerprint for lease in leases} & set(seat.lanes)
+        late = [f for f in late if f not in gone]
         if shapes == {lane.configuration.shape for lane in seat.lanes.values()}:
-            late = late[: max(0, len(leases) - free)]
+            late = late[: max(0, len(leases) - len(gone) - free)]
         for fingerprint in late if leases else []:
             self.core.spill(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
         for lease in leases:
             fingerprint = lease.configuration.fingerprint
-            assert fingerprint not in seat.lanes
+            assert fingerprint not in seat.lanes or lease.attempt > seat.lanes[fingerprint].attempt
             assert lease.scheduler.startswith("asha" if self.gated else "")
             step = self.saved.get(fingerprint, 0)
             seat.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
@@ -182,21 +217,25 @@ class Broker(RuleBasedStateMachine):
     @precondition(lambda self: any(s.lanes for s in self.seats + self.zombies))
     @rule(
         data=st.data(),
+        after_restart=st.sampled_from([False, False, False, True]),
         end=st.sampled_from(["finished", "diverged", "failed"]),
         told=st.booleans(),
         whole=st.booleans(),
     )
-    def train(self, data: st.DataObject, end: str, told: bool, whole: bool) -> None:
-        """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end."""
+    def train(self, data: st.DataObject, after_restart: bool, end: str, told: bool, whole: bool) -> None:
+        """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end.
+        It may be the first that a broker which has restarted hears."""
         seat = data.draw(st.sampled_from([s for s in self.seats + self.zombies if s.lanes]))
         free = [f for f, lane in sorted(seat.lanes.items()) if not lane.parked]
+        if after_restart:
+            self.broker_restarts()
         if free:
             self.turn(seat, data.draw(st.sampled_from(free)), end, told, whole)
 
     def turn(self, seat: FakeSeat, fingerprint: str, end: str, told: bool = True, whole: bool = True) -> None:
         lane = seat.lanes[fingerprint]
         if lane.reported == lane.step:
-            if self.gated and not self.restarted:
+            if self.gated:
                 assert self.asked.get(fingerprint, 0) >= lane.step, "it runs ahead of Tune"
             if lane.step == STEPS:
                 self.end(seat, fingerprint, end, told)
@@ -206,8 +245,8 @@ class Broker(RuleBasedStateMachine):
             if whole:  # a torn checkpoint: the next attempt repeats some reports
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
         lane.reported += 1
-        report = Report(fingerprint, lane.attempt, lane.reported, {"loss": 1.0}, 1.0)
-        self.obey(seat, fingerprint, self.core.report(seat.name, report, self.now))
+        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
+        self.obey(seat, fingerprint, answers[fingerprint])
 
     def end(self, seat: FakeSeat, fingerprint: str, end: str, told: bool) -> None:
         lane = seat.lanes[fingerprint]
@@ -228,9 +267,8 @@ class Broker(RuleBasedStateMachine):
         self.sign_of_life(data.draw(st.sampled_from(self.seats + self.zombies)))
 
     def sign_of_life(self, seat: FakeSeat) -> None:
-        held = {f: (lane.attempt, lane.configuration) for f, lane in seat.lanes.items()}
-        answers = self.core.exchange(seat.name, held, seat.taken, self.now)
-        assert set(answers) == set(held)
+        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
+        assert set(answers) == set(seat.lanes)
         assert self.core.taken[seat.name] == seat.taken
         for fingerprint, answer in answers.items():
             self.obey(seat, fingerprint, answer)
@@ -246,8 +284,9 @@ class Broker(RuleBasedStateMachine):
         if answer in (Answer.STOP, Answer.DROP):
             del seat.lanes[fingerprint]
             if answer is Answer.STOP:
+                assert lane.reported >= life.seen, "the record has what the scheduler saw"
                 if not self.final(fingerprint):
-                    self.records[fingerprint] = record(lane.configuration, "stopped", lane.step)
+                    self.records[fingerprint] = record(lane.configuration, "stopped", lane.reported)
                 state = self.records[fingerprint].state
                 self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
 
@@ -271,9 +310,6 @@ class Broker(RuleBasedStateMachine):
         self.core = BrokerCore(
             lambda f: self.saved.get(f, 0), known=self.known, scheduler="asha" if self.gated else "none"
         )
-        self.restarted = True
-        self.owed: set[str] = set()  # fingerprints whose stopped record is to come
-        self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
 
     # -- what must hold
 
@@ -309,6 +345,7 @@ class Broker(RuleBasedStateMachine):
         """Left alone with one good seat, every trial learns how its lane ended, and no record is owed."""
         if not hasattr(self, "core"):
             return
+        self.driver_looks()
         self.wait_long()
         self.zombies.clear()
         seat = FakeSeat("last")
@@ -327,10 +364,11 @@ class Broker(RuleBasedStateMachine):
         assert not seat.lanes
         assert all(life.phase is Phase.ENDED for life in self.core.lives.values())
         failed = {f for f, life in self.core.lives.items() if life.state == "failed"}
-        assert self.owed <= set(self.records) | failed, "a stopped lane has no record"
+        owed = {point.fingerprint for point, _ in self.owed.values()}
+        assert owed <= set(self.records) | failed, "a stopped lane has no record"
 
 
-Broker.TestCase.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+Broker.TestCase.settings = settings(max_examples=600, stateful_step_count=60, deadline=None)
 TestBroker = Broker.TestCase
 
 
@@ -360,14 +398,64 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
     core.submit("t8", configuration("hira"), 0.0)
     core.submit("t9", configuration("lora", 1e-1), 0.0)
     late = UNSERVED_SECONDS + 1
-    core.exchange(
-        "a", {f: (core.lives[f].attempt, core.configurations[f]) for f in core.seats["a"].lanes}, 0, late
-    )
+    held = {f: (core.lives[f].attempt, core.configurations[f], None) for f in core.seats["a"].lanes}
+    core.exchange("a", held, 0, late)
     assert core.lease("b", shape, 1, late).leases == (), "b drains its pack for the unserved shape"
     assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
     (fingerprint,) = core.seats["b"].lanes
     core.done("b", fingerprint, core.lives[fingerprint].attempt, "finished", late)
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
+
+
+def restarted() -> tuple[BrokerCore, Configuration]:
+    """A gated broker that knows nothing, and what its predecessor had leased to seat "a" as attempt 1."""
+    return BrokerCore(scheduler="asha"), configuration()
+
+
+def test_a_report_that_is_the_first_word_after_a_restart_is_kept_and_parks() -> None:
+    core, point = restarted()
+    said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
+    assert core.exchange("a", said, 2, 0.0) == {point.fingerprint: Answer.PARK}
+    core.submit("t", point, 1.0)
+    answer = core.next(point.fingerprint, 1, 1.0)
+    assert isinstance(answer, Report)
+    assert answer.step == 2
+    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Answer.PARK}
+    assert core.next(point.fingerprint, 2, 2.0) is None
+    assert core.exchange("a", said, 2, 2.0) == {point.fingerprint: Answer.GO}
+
+
+def test_a_report_that_died_with_the_broker_is_told_again_before_the_lane_goes_on() -> None:
+    core, point = restarted()
+    core.submit("t", point, 0.0)
+    assert core.next(point.fingerprint, 1, 0.0) is None, "its trial waits for what the old broker had"
+    said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
+    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Answer.PARK}
+    assert isinstance(core.next(point.fingerprint, 1, 1.0), Report)
+
+
+def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_scheduler_saw_it() -> None:
+    """Its checkpoint is further, and all that it holds is owed again."""
+    core, point = restarted()
+    core.stop("t", point, 2, 0.0)
+    (lease,) = core.lease("b", None, 1, 0.0).leases
+    answers = []
+    for step in (1, 2, 3):
+        said = {point.fingerprint: (lease.attempt, point, Report(point.fingerprint, 1, step, {}, 1.0))}
+        answers += core.exchange("b", said, 3, 0.0).values()
+    assert answers == [Answer.GO, Answer.STOP, Answer.STOP]
+    core.done("b", point.fingerprint, lease.attempt, "stopped", 0.0)
+    assert core.ended == [(point.fingerprint, "stopped")]
+
+
+def test_a_stopped_record_is_replayed_up_to_what_its_scheduler_saw() -> None:
+    point = configuration()
+    for stopped_at, seen in ((2, [1, 2]), (None, [1, 2, 3])):
+        stopped = replace(record(point, "stopped", 3), stopped_at=stopped_at)
+        core = BrokerCore(known=lambda _, stopped=stopped: stopped, scheduler="asha")
+        core.submit("t", point, 0.0)
+        assert [r.step for r in core.lives[point.fingerprint].reports] == seen
+        assert core.next(point.fingerprint, seen[-1], 0.0) == "stopped"
 
 
 def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
@@ -399,15 +487,16 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     (new,) = core.lease("b", None, 1, 1.0).leases
     assert new.attempt != old.attempt
     report = Report(point.fingerprint, old.attempt, 1, {}, 1.0)
-    assert core.report("zombie", report, 2.0) is Answer.DROP
+    held = {point.fingerprint: (old.attempt, point, report)}
+    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Answer.DROP}
     assert core.next(point.fingerprint, 0, 9.0) is None
     core.done("zombie", point.fingerprint, old.attempt, "failed", 2.0)
     assert core.lives[point.fingerprint].failures == 0
-    held = {point.fingerprint: (old.attempt, point)}
+    held = {point.fingerprint: (old.attempt, point, None)}
     assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Answer.DROP}
     core.done(
         "zombie", point.fingerprint, old.attempt, "finished", 3.0
     )  # its record is in the store: it counts
     assert core.next(point.fingerprint, 0, 9.0) == "finished"
-    held = {point.fingerprint: (new.attempt, point)}
+    held = {point.fingerprint: (new.attempt, point, None)}
     assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Answer.DROP}

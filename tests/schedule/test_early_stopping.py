@@ -41,6 +41,26 @@ def test_known_results_come_first_but_for_hyperband_where_order_makes_the_bracke
     assert entry("hyperband", points[:2], points[2:], 4) == all_new
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 40])
+def test_trials_leave_half_of_the_memory_to_seats_under_hyperband_too(nodes: int) -> None:
+    from orchestrator.schedule.cluster import Cluster, Node
+    from orchestrator.schedule.seat import SeatPlan
+    from orchestrator.schedule.train import Room
+    from orchestrator.schedule.trial import MEMORY_BYTES
+
+    room = Room(2, SeatPlan(lanes=4, gpus=0, store="", scratch=""))
+    for memory in (2 * 2**30, 64 * 2**30):
+        cluster = Cluster((Node(8, 0, memory),) * nodes)
+        at_once, each = room.trials(cluster, "asha")
+        assert at_once is not None
+        assert at_once <= 16
+        assert at_once * MEMORY_BYTES <= cluster.memory / 2
+        at_once, asked = room.trials(cluster, "hyperband")
+        assert at_once is None
+        assert nodes <= nodes * (memory // asked) <= max(16, nodes), "as many, but one a node at least"
+        assert nodes * (memory // asked) * each <= cluster.memory / 2
+
+
 # -- with Tune. A lane of rate r has the losses r, r, ...; `ends` maps some to the evaluation after which they
 # end by themselves, later than all others come there.
 

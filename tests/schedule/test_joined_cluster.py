@@ -11,7 +11,11 @@ import pytest
 import ray
 import study
 from ray.cluster_utils import Cluster
+from ray.util import list_named_actors
 from ray.util.state import list_actors, list_placement_groups
+
+from orchestrator.record.store import Store
+from orchestrator.schedule.broker import NAME
 
 TWENTY = (
     "--variants",
@@ -83,6 +87,51 @@ def workers(before: set[int]) -> set[int]:
         except psutil.Error:
             continue
     return found
+
+
+def kill_broker(for_good: bool = False) -> None:
+    (space,) = {a["namespace"] for a in list_named_actors(all_namespaces=True) if a["name"] == NAME}
+    ray.kill(ray.get_actor(NAME, namespace=space), no_restart=for_good)
+
+
+@pytest.mark.timeout(300)
+def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(cluster: Cluster, output: Path) -> None:
+    process = study.start(output, *TWENTY, "--steps", "400", address=cluster.address)
+    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 120, process)
+    kill_broker(for_good=True)
+    code, out, err = study.end(process)
+    assert (code, len(err.splitlines())) == (1, 1), out + err
+    assert err.startswith("error: The broker has been lost for 30 s")
+    study.wait_for(nothing_left, 10)
+
+
+@pytest.mark.timeout(300)
+def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(cluster: Cluster, output: Path) -> None:
+    arguments = ("--variants", "lora", "--seeds", "1", "--steps", "400", "--scheduler", "asha")
+    rates = ("1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+    store = Store(output / "store")
+
+    def stopped() -> int:
+        return sum(state == "stopped" for state in store.states().values())
+
+    process = study.start(
+        output, *arguments, "--lanes-per-seat", "2", "--learning-rates", *rates, address=cluster.address
+    )
+    study.wait_for(lambda: any(store.checkpoints.glob("*/*/*.safetensors")), 120, process)
+    kill_broker()  # lanes have reported
+    study.wait_for(lambda: stopped() > 0, 120, process)
+    kill_broker()
+    code, out, err = study.end(process)
+    assert code == 0, out + err
+    found = list(store.records())
+    assert len(found) == 5
+    assert {r.state for r in found} == {"finished", "stopped"}
+    for record in found:
+        assert record.steps == [e.step for e in record.evaluations if e.split == "validation"][-1]
+        assert record.stopped_at == (record.steps if record.state == "stopped" else None), "it ran ahead"
+        assert record.provenance.resumed_from == (), "no lane is dropped"
+    assert f"{sum(r.steps for r in found)} optimizer steps of 2000 for all" in out
+    study.wait_for(nothing_left, 10)
 
 
 @pytest.mark.timeout(400)

@@ -68,14 +68,26 @@ def test_asha_remembers_its_rungs_and_the_grid_goes_on_from_where_it_stopped(out
     stopped = {f for f, record in now.items() if record.state == "stopped"}
     arguments = (*SMALL, "--learning-rates", *GOOD, *BAD)
     code, out, err = study.run(output, *arguments, script="early_stopping.py")
+    assert (code, len(err.splitlines())) == (2, 1), out + err
+    assert "3 of the 5 configurations were trained to the end there before this study" in err
+    code, out, err = study.run(output, *arguments)
     assert code == 0, out + err
-    assert "early_stopping-letters-asha: 5 of 5 known, nothing to train" in out
-    assert f"early_stopping-letters-grid: {5 - len(stopped)} of 5 known" in out
+    assert f"{5 - len(stopped)} of 5 known" in out
     assert steps_said(out) == (80 * len(stopped), 120 * len(stopped))
     done = records(output)
     assert {r.state for r in done.values()} == {"finished"}
     assert {f for f, r in done.items() if r.provenance.resumed_from == (40,)} == stopped
     assert all(validated(r) == [40, 80, 120] and len(r.curve) == 120 for r in done.values())
+
+
+@pytest.mark.timeout(500)
+def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(output: Path) -> None:
+    arguments = (*SMALL, "--learning-rates", *GOOD, *BAD)
+    code, out, err = study.run(output, *arguments, script="early_stopping.py")
+    assert code == 0, out + err
+    assert "early_stopping-letters-asha: 0 of 5 known" in out
+    assert "early_stopping-letters-grid: " in out
+    assert {r.state for r in records(output).values()} == {"finished"}
     said = out.strip().splitlines()[-5:]
     assert re.match(r"lora +\S+ +\S+ +\d+ +600$", said[-2]), said
     assert said[-1].endswith(" of the steps.")
@@ -84,6 +96,11 @@ def test_asha_remembers_its_rungs_and_the_grid_goes_on_from_where_it_stopped(out
     assert code == 0, out + err
     assert out.count("5 of 5 known, nothing to train") == 2
     assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
+
+    code, out, err = study.run(output, *arguments, "1", script="early_stopping.py")
+    assert (code, len(err.splitlines())) == (2, 1), out + err
+    assert "has chosen among 5 configurations and now there would be 6" in err
+    assert len(records(output)) == 5
 
 
 @pytest.mark.timeout(500)
