@@ -154,13 +154,14 @@ class _TellBroker(tune.Callback):
 
     def _tell(self, method: Any, *args: Any) -> None:
         """Waits until the broker knows: what is owed when all trials have ended is counted there."""
-        while True:
+        while not _HOPELESS.is_set():
             try:
-                return ray.get(method.remote(*args))
+                ray.get(method.remote(*args))
+                return
             except ActorUnavailableError:  # it restarts
                 time.sleep(0.5)
             except ActorDiedError:  # for good; the watch ends the study
-                return None
+                return
 
 
 class _Watch(threading.Thread):
@@ -185,7 +186,7 @@ class _Watch(threading.Thread):
         self.read, self.born = 0, ""
         self.taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
         self.error: Exception | None = None
-        self.heard = time.monotonic()
+        self.heard = time.monotonic() + seats.plan.start_seconds  # of the broker, which has yet to start
 
     def run(self) -> None:
         while not self.stop.wait(LOOK_SECONDS):

@@ -436,16 +436,23 @@ def test_a_report_that_died_with_the_broker_is_told_again_before_the_lane_goes_o
 
 def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_scheduler_saw_it() -> None:
     """Its checkpoint is further, and all that it holds is owed again."""
-    core, point = restarted()
-    core.stop("t", point, 2, 0.0)
-    (lease,) = core.lease("b", None, 1, 0.0).leases
-    answers = []
-    for step in (1, 2, 3):
-        said = {point.fingerprint: (lease.attempt, point, Report(point.fingerprint, 1, step, {}, 1.0))}
-        answers += core.exchange("b", said, 3, 0.0).values()
-    assert answers == [Answer.GO, Answer.STOP, Answer.STOP]
-    core.done("b", point.fingerprint, lease.attempt, "stopped", 0.0)
-    assert core.ended == [(point.fingerprint, "stopped")]
+    for told_before in (0, 1):  # what its seat says before the broker is told again
+        core, point = restarted()
+        reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
+        for report in reports[:told_before]:
+            assert core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0) == {
+                point.fingerprint: Answer.PARK
+            }
+        core.stop("t", point, 2, 0.0)
+        if not told_before:
+            assert core.lease("a", None, 1, 0.0).leases[0].attempt == 1
+        answers = []
+        for report in reports:
+            answers += core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0).values()
+            assert (core.counts().get("leased") == 1) == (report.step == 1), "it does not park before"
+        assert answers == [Answer.GO, Answer.STOP, Answer.STOP]
+        core.done("a", point.fingerprint, 1, "stopped", 0.0)
+        assert core.ended == [(point.fingerprint, "stopped")]
 
 
 def test_a_stopped_record_is_replayed_up_to_what_its_scheduler_saw() -> None:
