@@ -187,7 +187,8 @@ class LaneLinear(nn.Module):
         return checkpoint(run, x, base, params, use_reentrant=False, preserve_rng_state=False)
 
     def _stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        return {**(self.group.stack(lanes) if self.group else {}), **self.own.stack(lanes)}
+        own = self.own.stack(lanes)
+        return {**self.group.stack(lanes), **own} if self.group else own
 
     def _add_auxiliary(self, x: Tensor, rows: Rows) -> None:
         x = x.unflatten(1, (rows.rows or 1, -1))

@@ -47,12 +47,13 @@ class LaneTensors:
     def stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
         """The tensors of these lanes that are computed with, (K, ...)"""
         parameters = [self.trainable[lane] for lane in lanes]
-        frozen = [{n: t for n, t in self.frozen[lane].items() if n not in self.unseen} for lane in lanes]
         if len(lanes) == 1:
-            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **frozen[0]}.items()}
+            visible = {n: t for n, t in self.frozen[lanes[0]].items() if n not in self.unseen}
+            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **visible}.items()}
         stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
-        if not frozen[0]:
+        if not self.frozen[lanes[0]]:
             return stacked
+        frozen = [{n: t for n, t in self.frozen[lane].items() if n not in self.unseen} for lane in lanes]
         # Frozen ones are stacked anew only when a hook has written them.
         seen = [tensor._version for each in frozen for tensor in each.values()]
         if lanes not in self._stacks or self._stacks[lanes][0] != seen:
