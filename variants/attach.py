@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from variants.contract import (
     Adapts,
     Evidence,
+    Kind,
     LaneView,
     LayerView,
     MergeRefused,
@@ -129,9 +131,9 @@ class Adapters:
         return tuple(self._board.settings)
 
     @property
-    def most_lanes(self) -> int | None:
-        """How many lanes can be here at once, if not any number."""
-        return 1 if self.whole is not None else None
+    def most_lanes(self) -> int:
+        """How many lanes can be here at once."""
+        return 1 if self.variant.kind is Kind.ALONE else sys.maxsize
 
     def settings_of(self, lane: str) -> Settings:
         return self._board.settings[self._known(lane)]
@@ -381,8 +383,8 @@ class Adapters:
         if lane in self._board.settings:
             raise ValueError(f"lane {lane!r} is there already")
         settings = self.variant.checked_settings(settings)
-        if self.lanes and self.whole is not None:
-            raise Unsupported(f"{self.variant.name} writes the whole model: one lane at a time")
+        if len(self.lanes) >= self.most_lanes:
+            raise Unsupported(f"{self.variant.name} is alone in its pack: one lane at a time")
         for field in ("rank", "dropout", "extra"):
             mine, pack = getattr(settings, field), getattr(self.settings, field)
             if mine != pack:

@@ -253,10 +253,6 @@ class Variant:
         """Trainable numbers in one layer, of which `settings.rank` ranks are in use."""
         raise NotImplementedError
 
-    def group_parameter_count(self, shapes: Mapping[str, tuple[int, int]], settings: Settings) -> int:
-        """Trainable numbers that the layers of a group share; `shapes`: layer -> (out, in)."""
-        return 0
-
     def rank_in_use(self, params: Params, settings: Settings) -> int:
         """Ranks of one lane's layer that are not masked, for a variant whose ranks move."""
         return settings.rank

@@ -143,7 +143,7 @@ class Pack:
             micro,
             rows=last - first,
             part=(first, of),
-            real=whole.real.to(self.bench.device),
+            real=whole.real.to(self.bench.device) if self.adapters.variant.auxiliary else None,
         ) as now:
             logits, labels = outputs(self.bench, self.data.task, whole)
             by_lane = losses(logits, labels, self.data.task).split([batch.tokens for batch in own])

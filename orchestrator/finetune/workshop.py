@@ -48,8 +48,8 @@ class Workshop:
 
     @property
     def most_lanes(self) -> int:
-        """How many lanes the present variant can have in a pack."""
-        return 1 if self._pack is not None and self.variant.kind is Kind.ALONE else sys.maxsize
+        """How many lanes the present pack can have."""
+        return self._pack.adapters.most_lanes if self._pack is not None else sys.maxsize
 
     @property
     def device(self) -> str:

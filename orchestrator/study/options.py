@@ -43,7 +43,7 @@ class StudyOptions:
     """Parts of equal size in which a step's examples are computed, one after another: less memory, the same
     numbers up to rounding (with dropout, other masks). Must divide the batch size."""
     gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, a third more time, the same numbers."""
+    """Compute activations anew in the backward pass: less memory, more time, the same numbers."""
     head_learning_rate: str = "same"
     """Of a classification task's head: `same` as all the rest, or a number."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -194,11 +194,7 @@ def _formula(variant: Variant, case: Case, adapters: Adapters, ranks: dict[str, 
         return sum(p.numel() for p in model.parameters())
     settings, shapes = adapters.settings, {n: x.layer.weight.shape for n, x in adapters.layers.items()}
     own = sum(variant.parameter_count(*shapes[n], replace(settings, rank=rank)) for n, rank in ranks.items())
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, (out, inside) in shapes.items():
-        if (group := variant.group(name)) is not None:
-            members.setdefault(group, {})[name] = (out, inside)
-    return heads + own + sum(variant.group_parameter_count(of, settings) for of in members.values())
+    return heads + own
 
 
 def fits_what_it_can_represent(variant: Variant, case: Case) -> None:

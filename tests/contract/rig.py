@@ -144,7 +144,7 @@ def put_on(
     """Lanes "0", "1", … with seeds 0, 1, …; fewer where the variant cannot have as many."""
     settings = Settings(rank=rank, alpha=8.0, dropout=dropout)
     adapters = fit(case, variant, settings, model)
-    for lane in range(min(lanes, adapters.most_lanes or lanes)):
+    for lane in range(min(lanes, adapters.most_lanes)):
         adapters.add(str(lane), settings, seed=lane, evidence=evidence(case, adapters, lane))
     return adapters
 

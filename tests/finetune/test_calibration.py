@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import Script, configuration, leases, numbers_of, solo, train
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
-from orchestrator.finetune import calibration
+from orchestrator.finetune.models import Bench
+from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration
+from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
 from variants.contract import Evidence
 
@@ -72,28 +73,19 @@ def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Sto
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
-def test_its_batches_are_those_that_the_lane_trains_on(
-    variant: str, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[torch.Tensor] = []
-    outputs = calibration.outputs
-
-    def look(bench, task, batch):  # type: ignore[no-untyped-def]
-        seen.append(batch.ids)
-        return outputs(bench, task, batch)
-
-    monkeypatch.setattr(calibration, "outputs", look)
+def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Store) -> None:
     c = point(variant, batches=2)
-    train(Script(leases([c])), store)
-    from orchestrator.finetune import pack
+    seen: list[torch.Tensor] = []
 
-    trained: list[torch.Tensor] = []
+    def load(choice: ModelChoice, task: Task) -> Bench:
+        bench = tiny_bench(choice, task)
+        bench.model.register_forward_pre_hook(
+            lambda model, args, given: seen.append(given["input_ids"]), with_kwargs=True
+        )
+        return bench
 
-    def note(bench, task, batch):  # type: ignore[no-untyped-def]
-        trained.append(batch.ids)
-        return outputs(bench, task, batch)
-
-    monkeypatch.setattr(pack, "outputs", note)
-    train(Script(leases([replace(c, evaluations=1)])), store)
-    assert len(seen) == 2
-    assert all(torch.equal(mine, its) for mine, its in zip(seen, trained[:2], strict=True))
+    train(Script(leases([c])), store, load_bench=load)
+    # Splits are scored in batches of another size.
+    batches = [ids for ids in seen if len(ids) == c.batches.batch_size]
+    assert len(batches) == 2 + c.schedule.steps
+    assert all(torch.equal(mine, its) for mine, its in zip(batches[:2], batches[2:4], strict=True))

@@ -48,8 +48,21 @@ class LoRA(Variant):
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
         return vanilla_start(layer, settings, generator)
 
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        """A and B with W' - W = s B A: (..., R, in) and (..., out, R), R = `export_rank`."""
+        a, b = params["A"], params["B"]
+        if "A0" not in params:
+            return a, b
+        a0, b0 = params["A0"], params["B0"]
+        return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
+
+    def export_rank(self, settings: Settings) -> int:
+        """Of the plain LoRA that the export is, over the unchanged base: above the rank that is learnt where
+        there are frozen factors besides (as PEFT advises for PiSSA)."""
+        return settings.rank
+
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        a, b = widened(*_factors(params))
+        a, b = widened(*self.factors(params))
         return {"A": a, "sB": b * scaling}
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
@@ -57,21 +70,22 @@ class LoRA(Variant):
         return baddbmm(base, bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
     def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        a, b = _factors(params)
+        a, b = self.factors(params)
         return scaling * (b @ a)
 
     def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
         return settings.rank * (in_features + out_features)
 
     def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
-        a, b = _factors(params)
+        a, b = self.factors(params)
         return {"lora_A.weight": a, "lora_B.weight": b}
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
+        rank = self.export_rank(settings)
         return {
             "peft_type": "LORA",
-            "r": settings.rank,
-            "lora_alpha": settings.alpha,
+            "r": rank,
+            "lora_alpha": settings.alpha if rank == settings.rank else rank * self.scaling(settings),
             "lora_dropout": settings.dropout,
             "use_rslora": False,
             "use_dora": False,
@@ -79,6 +93,8 @@ class LoRA(Variant):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        if type(self).export_rank is not LoRA.export_rank:
+            return None  # what was exported is a plain LoRA by then
         mine = self.peft_config(Settings())
         for key in ("peft_type", "use_rslora", "use_dora"):
             if config.get(key, False) != mine[key]:
@@ -93,12 +109,3 @@ def _alpha(settings: Settings) -> float:
     if settings.alpha is None:
         raise Unsupported("alpha None: this variant needs one, a finite number above 0")
     return settings.alpha
-
-
-def _factors(params: Params) -> tuple[Tensor, Tensor]:
-    """A and B with W' - W = s B A; of twice the rank when the start is an offset."""
-    a, b = params["A"], params["B"]
-    if "A0" not in params:
-        return a, b
-    a0, b0 = params["A0"], params["B0"]
-    return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)

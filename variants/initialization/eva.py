@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,35 +77,20 @@ class EVA(LoRA):
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        return super().prepare(_masked(params), layer, scaling)
-
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        return super().delta(_masked(params), layer, scaling)
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        return params["A"], params["B"] * params["mask"].unsqueeze(-2)
 
     def rank_in_use(self, params: Params, settings: Settings) -> int:
         return int(params["mask"].sum())
 
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
-        return super().to_peft(_masked(params), settings)
-
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
-        """A plain LoRA with the masked ranks as zeros."""
-        room = _room(settings)
-        return super().peft_config(replace(settings, rank=room, alpha=room * self.scaling(settings)))
-
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return None  # what was exported is a plain LoRA by then
+    def export_rank(self, settings: Settings) -> int:
+        """The masked ranks go along as zeros."""
+        return _room(settings)
 
 
 def _room(settings: Settings) -> int:
     """Ranks that a layer can get."""
     return round(settings.rank * float(settings.extra["rho"]))
-
-
-def _masked(params: Params) -> Params:
-    """Without the ranks that are not in use; one lane's tensors or several lanes'."""
-    return {**params, "B": params["B"] * params["mask"].unsqueeze(-2)}
 
 
 def _started(layer: Layer, rank: int, room: int) -> Start:

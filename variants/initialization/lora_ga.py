@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,10 +70,5 @@ class LoRAGA(LoRA):
         a, b = layer.evidence["A0"].to(*like), layer.evidence["B0"].to(*like)
         return Start({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
-        """A plain LoRA of twice the rank over the unchanged base, as PiSSA's."""
-        rank = 2 * settings.rank
-        return super().peft_config(Settings(rank, rank * self.scaling(settings), settings.dropout))
-
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return None  # what was exported is a plain LoRA by then
+    def export_rank(self, settings: Settings) -> int:
+        return 2 * settings.rank

@@ -3,8 +3,7 @@ triplets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,13 +42,8 @@ class PiSSA(LoRA):
         b, a = u * root, root.unsqueeze(1) * vh
         return Start({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
-        """A plain LoRA of twice the rank over the unchanged base, as PEFT advises for sharing."""
-        assert settings.alpha is not None
-        return super().peft_config(Settings(2 * settings.rank, 2 * settings.alpha, settings.dropout))
-
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return None  # what was exported is a plain LoRA by then
+    def export_rank(self, settings: Settings) -> int:
+        return 2 * settings.rank
 
 
 def _triplets(layer: Layer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:

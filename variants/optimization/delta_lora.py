@@ -3,9 +3,7 @@ product."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,31 +53,16 @@ class DeltaLoRA(LoRA):
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        return super().prepare(_all(params), layer, scaling)
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        """B A + ratio (B A - B0 A0) as one product. The difference is B (A - A0) + (B - B0) A0: exactly zero
+        while nothing has changed, and not rounded against B A."""
+        a, b, ratio = params["A"], params["B"], params["ratio"]
+        a0, b0 = params["before A"], params["before B"]
+        still, followed = b.detach(), a.detach() - a0
+        return (
+            torch.cat([a, followed, a0], dim=-2),
+            torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
+        )
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        return super().delta(_all(params), layer, scaling)
-
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
-        return super().to_peft(_all(params), settings)
-
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
-        """A plain LoRA of three times the rank."""
-        assert settings.alpha is not None
-        return super().peft_config(replace(settings, rank=3 * settings.rank, alpha=3 * settings.alpha))
-
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return None  # what was exported is a plain LoRA by then
-
-
-def _all(params: Params) -> dict[str, Tensor]:
-    """B A + ratio (B A - B0 A0) as one product. The difference is B (A - A0) + (B - B0) A0: exactly zero
-    while nothing has changed, and not rounded against B A."""
-    a, b, ratio = params["A"], params["B"], params["ratio"]
-    a0, b0 = params["before A"], params["before B"]
-    still, followed = b.detach(), a.detach() - a0
-    return {
-        "A": torch.cat([a, followed, a0], dim=-2),
-        "B": torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
-    }
+    def export_rank(self, settings: Settings) -> int:
+        return 3 * settings.rank

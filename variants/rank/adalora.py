@@ -81,11 +81,8 @@ class AdaLoRA(LoRA):
         }
         return Start(made, _frozen(made, settings))
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        return super().prepare(_product(params), layer, scaling)
-
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        return super().delta(_product(params), layer, scaling)
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        return params["A"] * params["E"], params["B"]
 
     def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
         a, b = params["A"], params["B"].transpose(1, 2)
@@ -189,11 +186,6 @@ def _budget(layers: int, settings: Settings, step: int, steps: int) -> int:
     if step <= first:
         return begin
     return end + int((begin - end) * (1 - (step - first) / (settled - first)) ** 3)
-
-
-def _product(params: Params) -> dict[str, Tensor]:
-    """B and diag(E) A"""
-    return {"A": params["A"] * params["E"], "B": params["B"]}
 
 
 def _distance_from_orthogonal(rows: Tensor) -> Tensor:

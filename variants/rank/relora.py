@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -87,38 +86,18 @@ class ReLoRA(LoRA):
             for parameter in (a, b):
                 _prune(lane.moments(parameter), real_number(lane.settings, "pruned"))
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        return super().prepare(_all(params), layer, scaling)
+    def factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        a = torch.cat([params["A"], params["merged A"]], dim=-2)
+        return a, torch.cat([params["B"], params["merged B"]], dim=-1)
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        return super().delta(_all(params), layer, scaling)
-
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
-        return super().to_peft(_all(params), settings)
-
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
-        """A plain LoRA of the rank that all factors have together."""
-        assert settings.alpha is not None
-        times = whole_number(settings, "merges") + 1
-        return super().peft_config(
-            replace(settings, rank=times * settings.rank, alpha=times * settings.alpha)
-        )
-
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return None  # what was exported is a plain LoRA by then
+    def export_rank(self, settings: Settings) -> int:
+        return settings.rank * (whole_number(settings, "merges") + 1)
 
 
 def _merges(steps: int, settings: Settings) -> list[int]:
     """After how many steps a merge is due."""
     parts = min(whole_number(settings, "merges") + 1, steps // 2)
     return [steps * part // parts for part in range(1, parts)]
-
-
-def _all(params: Params) -> dict[str, Tensor]:
-    return {
-        "A": torch.cat([params["A"], params["merged A"]], dim=-2),
-        "B": torch.cat([params["B"], params["merged B"]], dim=-1),
-    }
 
 
 def _prune(moments: Mapping[str, Tensor], share: float) -> None:
