@@ -22,7 +22,7 @@ from orchestrator.finetune.data import longest, training_batch
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import settings_of
 from orchestrator.finetune.team import Team
-from orchestrator.record.files import replace_with
+from orchestrator.record import files
 from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
 from variants.attach import Adapters, Distilled
 from variants.calibrate import calibrate
@@ -65,7 +65,7 @@ def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
     made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}
-    replace_with(file, save(tensors))  # of two seats that make the same, either's is whole
+    files.replace(file, save(tensors))  # of two seats that make the same, either's is whole
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -13,17 +16,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Recipe(Protocol):
-    """AdamW at `learning_rate`: linear warm-up over `warmup_steps`, then a cosine to 0 at `steps`."""
+@dataclass(frozen=True)
+class Recipe:
+    """How a base is made: AdamW at `learning_rate`, linear warm-up over `warmup_steps`, then a cosine to 0 at
+    `steps`. `version` is raised by hand when the task's code changes what comes out."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def warmup_steps(self) -> int: ...
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    label_smoothing: float = 0.0
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    seed: int = 0
+    version: int = 1
+
+    def key(self, *more: object) -> str:
+        """Names all that decides what comes out: this, and what else the task says (JSON values)."""
+        return hashlib.sha256(json.dumps([asdict(self), *more]).encode()).hexdigest()[:16]
 
 
 @contextmanager

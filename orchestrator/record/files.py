@@ -13,12 +13,12 @@ from orchestrator.study.errors import BadInput
 
 
 @contextmanager
-def temporary(path: Path, text: str) -> Iterator[Path]:
-    """A synced file with `text` in the folder of `path`, under a name nobody else uses; gone afterwards."""
+def temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """A synced file with `data` in the folder of `path`, under a name nobody else uses; gone afterwards."""
     name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with name.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with name.open("xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield name
@@ -38,25 +38,11 @@ def link(source: Path, path: Path) -> bool:
     return True
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes `text` to `path`; a reader sees the old file or the new one."""
-    with temporary(path, text) as source:
+def replace(path: Path, data: bytes) -> None:
+    """Writes `data` to `path`; a reader sees the old file or the new one."""
+    with temporary(path, data) as source:
         os.replace(source, path)
         sync_folder(path.parent)
-
-
-def replace_with(path: Path, data: bytes) -> None:
-    """The same with bytes."""
-    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with name.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-        sync_folder(path.parent)
-    finally:
-        name.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -29,7 +29,7 @@ from orchestrator.study.errors import BadInput
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
-# What `_text` puts first, so that the state is known without parsing the file.
+# What `_bytes` puts first, so that the state is known without parsing the file.
 _HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
 _HEAD_BYTES = 256
 
@@ -71,7 +71,7 @@ class Store:
         failed = self._path(record.fingerprint, "failed")
         final.parent.mkdir(parents=True, exist_ok=True)
         if record.state in ("finished", "diverged"):
-            won = self._create(final, _text(record))
+            won = self._create(final, _bytes(record))
             if won:
                 stopped.unlink(missing_ok=True)
                 failed.unlink(missing_ok=True)
@@ -79,10 +79,10 @@ class Store:
         if self._read(final) is not None:
             return False
         if record.state == "stopped":
-            files.replace_text(stopped, _text(record))
+            files.replace(stopped, _bytes(record))
             failed.unlink(missing_ok=True)
         else:
-            files.replace_text(failed, _text(record, {"failures": self.failures(record.fingerprint) + 1}))
+            files.replace(failed, _bytes(record, {"failures": self.failures(record.fingerprint) + 1}))
         return True
 
     def forget_failures(self, fingerprint: str) -> None:
@@ -243,8 +243,8 @@ class Store:
             return
         self._states[(str(path), status.st_mtime_ns, status.st_size)] = None
 
-    def _create(self, path: Path, text: str) -> bool:
-        with files.temporary(path, text) as temporary:
+    def _create(self, path: Path, data: bytes) -> bool:
+        with files.temporary(path, data) as temporary:
             if files.link(temporary, path):
                 return True
             if self._read(path) is not None:
@@ -257,7 +257,8 @@ class Store:
                 return files.link(temporary, path)
 
 
-def _text(record: Record, more: Mapping[str, Any] | None = None) -> str:
+def _bytes(record: Record, more: Mapping[str, Any] | None = None) -> bytes:
     data = record.to_json()
     head = {key: data.pop(key) for key in ("schema_version", "fingerprint", "state")}
-    return json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False) + "\n"
+    text = json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False) + "\n"
+    return text.encode()

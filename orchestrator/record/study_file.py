@@ -44,7 +44,7 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace_text(folder / FILE, json.dumps(asdict(self), indent=1) + "\n")
+        files.replace(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from orchestrator.finetune.tasks.reviews import (
     ANSWERS,
     NOUNS,
     QUESTIONS,
+    RECIPE,
     WORDS,
-    Pretraining,
     Reviews,
     _batches,
     tokenizer,
@@ -30,7 +31,7 @@ needs_wordnet = pytest.mark.skipif(
     not Path(FOLDER, "data.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base"
 )
 BOTH = [Reviews(), pytest.param(Glosses(), marks=needs_wordnet)]
-QUICK = Pretraining(steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
 
 def silent(_: str) -> None:
@@ -103,7 +104,7 @@ def test_every_text_fits_and_has_a_token_a_word() -> None:
 def test_pretraining_asks_the_five_questions_hides_one_in_six_and_no_held_out_text() -> None:
     words, seen = tokenizer(), Counter[str]()
     held_out = {e.prompt for s in ("validation", "test") for e in Reviews().examples(s, 400)}  # type: ignore[arg-type]
-    for ids, answers in _batches(Pretraining(steps=10)):
+    for ids, answers in _batches(replace(RECIPE, steps=10)):
         for row, answer in zip(ids, answers.tolist(), strict=True):
             text = words.decode(row[row != 0])
             question, found = text.split()[0], reading(text)

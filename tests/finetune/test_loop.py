@@ -159,16 +159,17 @@ def test_an_interrupted_lane_goes_on_exactly(
     assert weights[0] == weights[1]
 
 
+def dies_at_9(report: Report) -> Answer:
+    if report.step == 9:
+        raise Interrupted
+    return Answer.GO
+
+
 def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    def die(report: Report) -> Answer:
-        if report.step == 9:
-            raise Interrupted
-        return Answer.GO
-
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=die), store)
+        train(Script(leases([one]), answers=dies_at_9), store)
     source = Script(leases([one], attempt=2), answers=lambda report: Answer.PARK)
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
@@ -179,13 +180,8 @@ def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
 def test_a_torn_checkpoint_costs_steps_and_nothing_else(store: Store, tmp_path: Path) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    def die(report: Report) -> Answer:
-        if report.step == 9:
-            raise Interrupted
-        return Answer.GO
-
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=die), store)
+        train(Script(leases([one]), answers=dies_at_9), store)
     last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
     train(Script(leases([one], attempt=2)), store)
@@ -217,13 +213,8 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
 def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_scheduler_saw(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    def die(report: Report) -> Answer:
-        if report.step == 9:
-            raise Interrupted
-        return Answer.GO
-
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=die), store)
+        train(Script(leases([one]), answers=dies_at_9), store)
     train(Script([Lease(one, 2, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO), store)
     record = get(store, one.fingerprint)
     assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)

@@ -6,17 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from orchestrator.finetune import bases, models, smollm2
-from orchestrator.finetune.tasks.letters import Letters, Pretraining, tokenizer
+from orchestrator.finetune.tasks.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.study.errors import BadInput
 
-QUICK = Pretraining(steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
 
 def silent(_: str) -> None:
@@ -76,7 +77,7 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
 
 
 def test_another_recipe_gives_another_base(root: Path) -> None:
-    other = Pretraining(**{**QUICK.__dict__, "seed": 1})
+    other = replace(QUICK, seed=1)
     one, two = (models.prepare_task_base(Letters(recipe), root, silent) for recipe in (QUICK, other))
     assert one != two
     assert models.resolve("letters-base", root) is None  # neither is the real recipe
@@ -96,7 +97,7 @@ def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
 
 
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
-    content = models.prepare_task_base(Letters(Pretraining(steps=1)), root, silent)
+    content = models.prepare_task_base(Letters(replace(RECIPE, steps=1)), root, silent)
     bench = models.load(ModelChoice("letters-base", content), root, "cpu")
     ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -8,24 +8,22 @@ from typing import Any
 import pytest
 
 from orchestrator.finetune import models, resolve
+from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.letters import Letters
-from orchestrator.finetune.tasks.letters import Pretraining as OfLetters
-from orchestrator.finetune.tasks.reviews import Pretraining as OfReviews
 from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.study.configuration import Batches, Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
 
-SMALL: dict[str, Any] = {"steps": 1, "batch_size": 2, "hidden_size": 16, "intermediate_size": 32}
-SMALL |= {"layers": 1, "heads": 2}
+SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Quickly made bases of the tasks, as models in folders."""
     root = tmp_path_factory.mktemp("bases")
-    for task in (Letters(OfLetters(**SMALL)), Reviews(OfReviews(**SMALL))):
+    for task in (Letters(SMALL), Reviews(SMALL)):
         (root / task.name).mkdir()
         task.pretrain(root / task.name, lambda text: None)
     return root

@@ -4,6 +4,7 @@ import importlib.util
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from orchestrator.finetune import metrics
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
 from orchestrator.finetune.tasks.chain_sum import ChainSum, same_sum
-from orchestrator.finetune.tasks.letters import LENGTH, LETTERS, Letters, Pretraining, _batches, tokenizer
+from orchestrator.finetune.tasks.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
 from orchestrator.study.errors import BadInput
 
 needs_reasoning_gym = pytest.mark.skipif(
@@ -175,7 +176,7 @@ def test_pretraining_shows_the_five_operators_and_hides_one_in_six() -> None:
         "rotate": lambda x: x[1:] + x[:1],
     }
     seen = dict.fromkeys([*rules, "unk"], 0)
-    for ids in _batches(Pretraining(steps=10)):
+    for ids in _batches(replace(RECIPE, steps=10)):
         for row in words.batch_decode(ids):
             left, right = row.split(" = ")
             operator, *x = left.split(" ")

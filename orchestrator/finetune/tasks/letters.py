@@ -8,15 +8,12 @@ teaches `unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.pretraining import fit, repeatable, word_tokenizer
+from orchestrator.finetune.pretraining import Recipe, fit, repeatable, word_tokenizer
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
 from orchestrator.study.errors import BadInput
 
@@ -28,24 +25,14 @@ LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
 MOST = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
 WORDS = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """How the base is made. `version` is raised by hand when the code below changes what comes out."""
-
-    steps: int = 600
-    batch_size: int = 96
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    label_smoothing: float = 0.05
-    hidden_size: int = 96
-    intermediate_size: int = 192
-    layers: int = 3
-    heads: int = 4
-    seed: int = 0
-    version: int = 1
+RECIPE = Recipe(
+    steps=600,
+    batch_size=96,
+    learning_rate=2e-3,
+    label_smoothing=0.05,
+    hidden_size=96,
+    intermediate_size=192,
+)
 
 
 class Letters(Task):
@@ -67,8 +54,8 @@ class Letters(Task):
         learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
     )
 
-    def __init__(self, pretraining: Pretraining | None = None) -> None:
-        self.pretraining = pretraining or Pretraining()
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MOST:
@@ -83,12 +70,11 @@ class Letters(Task):
         return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
 
     def pretrain_recipe(self) -> str:
-        text = json.dumps([asdict(self.pretraining), WORDS, LENGTH])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.recipe.key(WORDS, LENGTH)
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with repeatable(self.pretraining.seed):
-            model = _pretrained(self.pretraining, progress)
+        with repeatable(self.recipe.seed):
+            model = _pretrained(self.recipe, progress)
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
@@ -103,7 +89,7 @@ def tokenizer() -> Any:
     return word_tokenizer(WORDS, pad_token="<pad>", eos_token="<eos>")
 
 
-def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -132,7 +118,7 @@ def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
     return fit(model, recipe, _batches(recipe), loss_of, "letters-base", progress)
 
 
-def _batches(recipe: Pretraining) -> Iterator[torch.Tensor]:
+def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
     """Token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
     import torch
 

@@ -9,15 +9,13 @@ to ask for topic and mood of the clause that the review comes down to: the secon
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.pretraining import fit, repeatable, word_tokenizer
+from orchestrator.finetune.pretraining import Recipe, fit, repeatable, word_tokenizer
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
 from orchestrator.study.errors import BadInput
 
@@ -48,23 +46,7 @@ WORDS = (
 )
 ANSWERS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
 MOST = 100_000
-
-
-@dataclass(frozen=True)
-class Pretraining:
-    """How the base is made. `version` is raised by hand when the code below changes what comes out."""
-
-    steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    hidden_size: int = 64
-    intermediate_size: int = 128
-    layers: int = 3
-    heads: int = 4
-    seed: int = 0
-    version: int = 1
+RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)
@@ -108,8 +90,8 @@ class Reviews(Task):
         learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     )
 
-    def __init__(self, pretraining: Pretraining | None = None) -> None:
-        self.pretraining = pretraining or Pretraining()
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MOST:
@@ -125,12 +107,11 @@ class Reviews(Task):
         return [Example(f"unk {text}", verdict) for text, verdict in seen.items()]
 
     def pretrain_recipe(self) -> str:
-        text = json.dumps([asdict(self.pretraining), WORDS])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.recipe.key(WORDS)
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with repeatable(self.pretraining.seed):
-            model = _pretrained(self.pretraining, progress)
+        with repeatable(self.recipe.seed):
+            model = _pretrained(self.recipe, progress)
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
@@ -156,7 +137,7 @@ def tokenizer() -> Any:
     return word_tokenizer(WORDS, pad_token="<pad>")
 
 
-def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     from torch.nn.functional import cross_entropy
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -183,7 +164,7 @@ def _pretrained(recipe: Pretraining, progress: Callable[[str], None]) -> Any:
     return model.bert  # its head answered the five questions: every fine-tune gets a new one
 
 
-def _batches(recipe: Pretraining) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids (batch, 16), padded, and the answers' places in ANSWERS (batch,). No text of a held-out split
     is among them."""
     import torch
