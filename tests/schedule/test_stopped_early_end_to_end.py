@@ -114,8 +114,8 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(output: Path) -> None:
         return Counter(store.states().values())
 
     process = study.start(output, *arguments)
-    # Two places: with three of five at their end, one has yet to begin. Without the others on its rung again it
-    # would be the first there, and go on.
+    # Two places: with three of five at their end, one has yet to begin. Without the others on its rung again
+    # it would be the first there, and go on.
     study.wait_for(lambda: states().total() >= 3, 180, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
