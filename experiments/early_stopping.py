@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from orchestrator.study.command import main
@@ -23,11 +22,14 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions, parse
 
-CHOICE = "choice.json"
-
 
 def run() -> int:
     options = parse(__doc__)
+    if options.search != "grid":
+        raise BadInput(
+            f"--search {options.search}: early stopping is compared with the full grid; take grid."
+        )
+    from orchestrator.analyze import choice
     from orchestrator.schedule.run import Experiment, run_study
 
     experiment = Experiment(
@@ -38,14 +40,15 @@ def run() -> int:
         dry_run_task="letters",
     )
     scheduler = "asha" if options.scheduler == "none" else options.scheduler
-    task = options.task or (experiment.dry_run_task if options.dry_run else experiment.task)
-    parts = [experiment.script, Path(task).stem, *([Path(options.model).name] if options.model else [])]
-    study = options.study or "-".join(parts).replace("@", "-")
+    default_task = experiment.dry_run_task if options.dry_run else experiment.task
+    study = choice.study_name(experiment.script, options, default_task)
     early = replace(options, scheduler=scheduler, study=f"{study}-{scheduler}")
+    assert early.study is not None
     grid = replace(options, scheduler="none", study=f"{study}-grid")
-    code = run_study(experiment, early, partial(_check, early))
+    code = run_study(experiment, early, check=partial(_check, early))
     if code == 0 and not options.plan:
-        stopping = _kept(early)
+        # Kept, as the summary is another one when the grid has gone on.
+        stopping = choice.keep(options.output / early.study, partial(_found, early))
     code = code or run_study(experiment, grid)
     if code == 0 and not options.plan:
         _print(scheduler, stopping, _found(grid))
@@ -54,23 +57,19 @@ def run() -> int:
 
 def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
     """Raises BadInput where the grid has gone on already: what it trained would pass for early stopping's."""
+    from orchestrator.analyze import choice
     from orchestrator.record.store import Store
     from orchestrator.record.study_file import StudyFile
 
     assert options.study is not None
     folder, store = options.output / options.study, Store(options.store_folder)
-    done = {c.fingerprint for c in wanted if store.meets(c.fingerprint) is not None}
-    study = StudyFile.read(folder) or StudyFile(options.study, "", "")
-    study = study.extended([c.fingerprint for c in wanted], done)
-    file, rule = folder / CHOICE, "take an --output of its own, without --store"
-    if file.exists():
-        then = json.loads(file.read_text())["configurations"]
-        if set(then) != set(study.configurations):
-            raise BadInput(
-                f"--study {options.study!r}: early stopping has chosen among {len(then)} configurations and "
-                f"now there would be {len(study.configurations)}, some of them trained to the end; {rule}."
-            )
-    elif before := done.intersection(study.reused):
+    asked, rule = [c.fingerprint for c in wanted], "take an --output of its own, without --store"
+    why = f", some of them trained to the end; {rule}"
+    if choice.refuse_another(folder, options.study, asked, "early stopping", why):
+        return
+    done = {f for f in asked if store.meets(f) is not None}
+    study = (StudyFile.read(folder) or StudyFile(options.study, "", "")).extended(asked, done)
+    if before := done.intersection(study.reused):
         raise BadInput(
             f"--store {str(store.root)!r}: {len(before)} of the {len(wanted)} configurations were trained to "
             f"the end there before this study, too late for early stopping; {rule}."
@@ -94,15 +93,6 @@ def _found(options: StudyOptions) -> dict[str, Any]:
         "rates": {curve["variant"]: curve["best_rate"] for curve in curves},
         "steps": dict(steps),
     }
-
-
-def _kept(options: StudyOptions) -> dict[str, Any]:
-    """What early stopping chose before the grid went on; kept, as the summary is another one afterwards."""
-    assert options.study is not None
-    file = options.output / options.study / CHOICE
-    if not file.exists():
-        file.write_text(json.dumps(_found(options), indent=1) + "\n")
-    return json.loads(file.read_text())
 
 
 def _print(scheduler: str, stopping: dict[str, Any], grid: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
     python experiments/lr_sensitivity.py --dry-run      a rehearsal on this machine, no GPU, a few minutes
     python experiments/lr_sensitivity.py                the study, on a GPU or a Ray cluster
 
-Every variant is fine-tuned at every learning rate with every seed. Results are kept: the same command again
-trains nothing, and one more rate or variant trains only what is new.
+Every variant is fine-tuned at every learning rate with every seed; with --search, at points of a wider space,
+as many of each variant. Results are kept: the same command again trains nothing, and one more rate or variant
+trains only what is new.
 """
 
 from __future__ import annotations

@@ -4,10 +4,13 @@ python -m orchestrator sync                    # Parquet and MLflow anew from th
 python -m orchestrator show 3fa9               # one record, by the first digits of its fingerprint
 python -m orchestrator report STUDY            # a study's report anew
 python -m orchestrator fetch-model NAME        # a base model, before a study needs it
+python -m orchestrator gc                      # clear what a crash left
+python -m orchestrator merge OTHER/store       # take in what another store knows
 """
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -90,6 +93,9 @@ class Report(Places):
             command=study.command,
             tracking_uri=study.tracking_uri or default_uri(store),
             pending=len(study.configurations) - len(records),
+            baseline=study.baseline,
+            margin=study.margin,
+            tuning=folder.parent / study.tuning if study.tuning else None,
         )
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
@@ -111,9 +117,74 @@ class FetchModel(Places):
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gc(Places):
+    """Clear what a crash left in the store.
+
+    Studies clear up behind themselves; one that was killed cannot. This removes checkpoints of lanes whose
+    record is finished or diverged, temporary files, and the scratch folders of dead processes, and says what
+    it leaves alone. It may run beside a study.
+    """
+
+    dry_run: bool = False
+    """Only say what would be removed."""
+    stopped: bool = False
+    """Clear the checkpoints of lanes that early stopping has ended, too. Their records stay; a later study
+    that wants such a lane trained to the end starts it anew instead of going on."""
+    older_than: float = 1.0
+    """Hours; what was written since may be in use: temporary files, and, with --stopped, checkpoints."""
+
+    def run(self) -> int:
+        import math
+
+        from orchestrator.record.gc import collect
+        from orchestrator.record.store import Store
+
+        if not (math.isfinite(self.older_than) and self.older_than >= 0):
+            raise BadInput(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
+        found = collect(
+            Store(self.root, create=False),
+            self.output,
+            stopped=self.stopped,
+            older_than=self.older_than * 3600,
+            dry_run=self.dry_run,
+        )
+        print("\n".join(found.lines(self.dry_run)))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Places):
+    """Take in what other stores know: records, checkpoints of unfinished lanes, bases, adapters.
+
+    Nothing in this store is overwritten: of two results of one configuration the one that is here stays, a
+    result replaces an early stop or a failure, of two early stops the longer one is kept. What cannot be
+    read is skipped with a warning. The other stores are only read, and doing it again changes nothing. A
+    study's own folder (beside the store) can be copied as it is.
+    """
+
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OTHER_STORE")]
+    """Folders of other stores, for example ../results-of-may/store."""
+
+    def run(self) -> int:
+        from orchestrator.record.merge import merge
+        from orchestrator.record.store import Store
+
+        if not self.others:
+            raise BadInput("merge: name at least one other store, for example ../results-of-may/store")
+        stores = [Store(other, create=False) for other in self.others]  # refused before the first is read
+        store = Store(self.root)
+        for other in stores:
+            print(f"{other.root}: {merge(store, other).line()}")
+        places = [] if self.output == Path("results") else ["--output", str(self.output)]
+        places += ["--store", str(self.store)] if self.store else []
+        print(f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *places])} (Parquet and MLflow)")
+        return 0
+
+
 def _command() -> int:
     command = tyro.cli(
-        Sync | Show | Report | FetchModel,  # type: ignore[arg-type]
+        Sync | Show | Report | FetchModel | Gc | Merge,  # type: ignore[arg-type]
         prog="python -m orchestrator",
         description="Look at what is recorded, rebuild what is derived from it.",
     )

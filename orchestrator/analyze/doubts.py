@@ -1,10 +1,12 @@
-"""What a reader should hold against a panel before believing it."""
+"""What a reader should hold against a panel, a search or a comparison before believing it."""
 
 from __future__ import annotations
 
 import math
 
+from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.results import Panel
+from orchestrator.analyze.search import Search
 
 
 def doubts(panel: Panel) -> list[str]:
@@ -45,3 +47,41 @@ def doubts(panel: Panel) -> list[str]:
         if len({p.validation.n for p in c.points if p.chosen_from}) > 1:
             warn("rates have different numbers of seeds", c.label)
     return [f"{panel.task} on {panel.model}: {t}: {', '.join(who)}." for t, who in found.items()]
+
+
+def doubts_of_search(search: Search) -> list[str]:
+    where = f"{search.task} on {search.model}"
+    found = []
+    for variant in search.variants:
+        if variant.best is None:
+            found.append(f"{where}: no score yet: {variant.variant}.")
+        elif variant.edges:
+            edges = ", ".join(variant.edges)
+            found.append(f"{where}: {variant.variant}'s best is not bracketed: {edges}.")
+    counts = {len(v.points) for v in search.variants}
+    if len(counts) > 1:
+        each = ", ".join(f"{v.variant} {len(v.points)}" for v in search.variants)
+        found.append(f"{where}: variants have different numbers of points ({each}).")
+    return found
+
+
+def doubts_of_comparison(found: Confirmed) -> list[str]:
+    where, c = f"{found.task} on {found.model}", found.comparison
+    edges = [f"{v} {', '.join(chosen.edges)}" for v, chosen in found.chosen.items() if chosen.edges]
+    told = [f"{where}: not bracketed, tuned further it might do better: {'; '.join(edges)}."] if edges else []
+    budgets = {chosen.points for chosen in found.chosen.values()}
+    if len(budgets) > 1:
+        each = ", ".join(f"{v} {chosen.points}" for v, chosen in found.chosen.items())
+        told.append(f"{where}: tuned with different numbers of points ({each}).")
+    for pair in c.pairs:
+        if pair.reason:
+            told.append(f"{where}: {pair.label}: {pair.reason}.")
+        if pair.dropped:
+            seeds = ", ".join(map(str, pair.dropped))
+            told.append(f"{where}: {pair.label}: left out, one of the two has no score: seeds {seeds}.")
+    for arm in (c.baseline, *c.arms):
+        if arm.diverged and not any(p.reason and p.label == arm.label for p in c.pairs):
+            told.append(f"{where}: {arm.label}: {arm.diverged} of {arm.test.n} fresh seeds diverged.")
+    if not found.chosen:
+        told.append(f"{where}: the choice of the first stage is not at hand.")
+    return told

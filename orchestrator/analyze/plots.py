@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,8 +24,8 @@ from orchestrator.analyze.results import REFERENCE, Curve, Panel, Point, Spread,
 # olive.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vPX*"
-_GREY = "#6b6b6b"
-_STYLE: Any = {
+GREY = "#6b6b6b"
+STYLE: Any = {
     "font.size": 11.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,8 +52,12 @@ class Look:
 
 def looks(summary: Summary) -> dict[str, Look]:
     """LoRA black, the others in the order of their names, alike in every panel."""
-    labels = {c.label: c.variant != REFERENCE for p in summary.panels for c in p.curves}
-    ordered = sorted(labels, key=lambda label: (labels[label], label))
+    return looks_of({c.label for p in summary.panels for c in p.curves})
+
+
+def looks_of(labels: Iterable[str]) -> dict[str, Look]:
+    """The reference first, then by name."""
+    ordered = sorted(labels, key=lambda label: (label.partition(" ")[0] != REFERENCE, label))
     return {
         label: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
         for i, label in enumerate(ordered)
@@ -77,16 +81,16 @@ def curves(summary: Summary) -> bytes:
     """PNG, 1200 pixels wide (700 high with one panel): validation mean with its t-interval over the rates,
     single seeds as faint dots, the best rate ringed, diverged seeds as crosses at the floor and counted
     below."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         small = any(len(p.curves) > TOGETHER for p in summary.panels)
         figure = _small_multiples(summary) if small else _together(summary)
-        return _png(figure)
+        return png(figure)
 
 
 def _together(summary: Summary) -> Figure:
     columns = 1 if len(summary.panels) == 1 else 2
     rows = max(1, math.ceil(len(summary.panels) / columns))
-    figure = Figure(figsize=(12, 7 if rows == 1 else 5.6 * rows), layout=_layout())
+    figure = Figure(figsize=(12, 7 if rows == 1 else 5.6 * rows), layout=layout())
     if not summary.panels:
         return figure
     look = looks(summary)
@@ -113,7 +117,7 @@ def _small_multiples(summary: Summary) -> Figure:
     """One axes a variant, all the others in grey behind it."""
     columns = 4
     heights = [math.ceil(len(p.curves) / columns) for p in summary.panels]
-    figure = Figure(figsize=(12, max(7.0, 2.5 * sum(heights) + 0.8)), layout=_layout())
+    figure = Figure(figsize=(12, max(7.0, 2.5 * sum(heights) + 0.8)), layout=layout())
     cells = figure.subfigures(len(summary.panels), 1, squeeze=False, height_ratios=heights)
     for panel, cell, rows in zip(summary.panels, cells.flat, heights, strict=True):
         cell.suptitle(words.title(panel), x=0.01, ha="left", weight="bold")
@@ -146,7 +150,7 @@ def _axes(axes: Axes, panel: Panel, small: bool = False) -> None:
     if not small:
         axes.set_ylabel(f"{panel.metric.replace('_', ' ')} (validation)")
     if panel.untrained_validation is not None:
-        axes.axhline(panel.untrained_validation, color=_GREY, linestyle=":", linewidth=1.4, zorder=1.5)
+        axes.axhline(panel.untrained_validation, color=GREY, linestyle=":", linewidth=1.4, zorder=1.5)
 
 
 def _offsets(panel: Panel) -> dict[str, float]:
@@ -243,21 +247,21 @@ def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
             Line2D([], [], color=look[c.label].colour, marker=look[c.label].marker, linewidth=1.8, label=text)
         )
     ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": ""}
-    handles.append(Line2D([], [], color=_GREY, label="best rate", **ring))
+    handles.append(Line2D([], [], color=GREY, label="best rate", **ring))
     handles.append(
-        Line2D([], [], color=_GREY, marker="o", markersize=4, alpha=0.5, linestyle="", label="one seed")
+        Line2D([], [], color=GREY, marker="o", markersize=4, alpha=0.5, linestyle="", label="one seed")
     )
     runs = [r for c in panel.curves for p in c.points for r in p.runs]
     if any(r.state == "diverged" for r in runs):
-        handles.append(Line2D([], [], color=_GREY, marker="x", linestyle="", label="diverged (floor)"))
+        handles.append(Line2D([], [], color=GREY, marker="x", linestyle="", label="diverged (floor)"))
     if any(r.state == "stopped" for r in runs):
-        handles.append(Line2D([], [], label="stopped early", color=_GREY, **ring | {"markersize": 5}))
+        handles.append(Line2D([], [], label="stopped early", color=GREY, **ring | {"markersize": 5}))
     if any(p.validation.interval for c in panel.curves for p in c.points):
         handles.append(
-            Line2D([], [], color=_GREY, marker="|", markersize=14, linestyle="", label="95 % interval")
+            Line2D([], [], color=GREY, marker="|", markersize=14, linestyle="", label="95 % interval")
         )
     if panel.untrained_validation is not None:
-        handles.append(Line2D([], [], color=_GREY, linestyle=":", label="untrained base"))
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="untrained base"))
     axes.legend(
         handles=handles,
         loc="upper left",
@@ -272,15 +276,15 @@ def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
 def spread(summary: Summary) -> bytes:
     """PNG, 1200 pixels wide: for each variant the test score at one common rate (hollow) joined to that at
     its own best rate (filled, with its t-interval); above them, how far the variants lie apart each way."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
-        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=_layout())
+        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=layout())
         look = looks(summary)
         if summary.panels:
             grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
             for axes, panel in zip(grid.flat, summary.panels, strict=True):
                 _dumbbells(axes, panel, look)
-        return _png(figure)
+        return png(figure)
 
 
 def _dumbbells(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
@@ -291,7 +295,7 @@ def _dumbbells(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
         colour = look[c.label].colour
         own, common = c.best_test.mean, c.test_at_common_rate
         if own is None:
-            axes.text(0.5, y, "no score yet", transform=axes.get_yaxis_transform(), va="center", color=_GREY)
+            axes.text(0.5, y, "no score yet", transform=axes.get_yaxis_transform(), va="center", color=GREY)
             continue
         if c.best_test.interval is not None:
             low, high = _clipped(c.best_test.interval, panel)
@@ -328,7 +332,7 @@ def _bracket(axes: Axes, y: float, found: Spread | None, text: str) -> None:
     if found is None:
         return
     axes.plot(
-        [found.low, found.high], [y, y], "|-", color=_GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
+        [found.low, found.high], [y, y], "|-", color=GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
     )
     left, right = axes.get_xlim()
     place = ((found.low + found.high) / 2 - left) / (right - left)
@@ -337,11 +341,11 @@ def _bracket(axes: Axes, y: float, found: Spread | None, text: str) -> None:
     axes.text(x, y + 0.15, note, ha=side, va="bottom", fontsize=9.5)
 
 
-def _layout() -> ConstrainedLayoutEngine:
+def layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         return buffer.getvalue()

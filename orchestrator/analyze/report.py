@@ -1,5 +1,5 @@
-"""The report of a study: report.html (one file, no other host is asked), curves.png, spread.png,
-summary.json."""
+"""The report of a study: report.html (one file, no other host is asked), its pictures (curves.png and
+spread.png of a grid, search.png, forest.png of a comparison), summary.json."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import base64
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.analyze import groups, words
-from orchestrator.analyze.results import Curve, Panel, Run, Summary
+from orchestrator.analyze import choice, groups, verdict, words
+from orchestrator.analyze.comparison import Chosen
+from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.record.schema import Record
 
@@ -43,26 +44,50 @@ def write_report(
     tracking_uri: str,
     pending: int = 0,
     notes: Sequence[str] = (),
+    baseline: str = "",
+    margin: float = TOLERANCE,
+    tuning: Path | None = None,
 ) -> Summary:
-    """Writes the four files into `folder`, each whole or not at all, and returns what they show.
+    """Writes the files into `folder`, each whole or not at all, and returns what they show.
+
+    `baseline`: what all variants are compared with; the records are then of fresh seeds at the points that
+    the study in the folder `tuning` has chosen.
 
     `pending`: configurations of the study without a record yet. `command` is what a reader types to get the
     study; a user and password in it or in `tracking_uri` are left out. Raises OSError if the folder cannot be
     written.
     """
-    from orchestrator.analyze import plots
-
     records = groups.distinct(records)
-    summary = summarize(records)
+    summary = summarize(records, baseline=baseline, margin=margin, chosen=_chosen(tuning))
     command, tracking_uri = words.without_secrets(command), words.without_secrets(tracking_uri)
     about = About(name, question, command, tracking_uri, pending, tuple(notes))
-    curves, spread = plots.curves(summary), plots.spread(summary)
+    pictures = _pictures(summary)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "curves.png", curves)
-    _write(folder / "spread.png", spread)
+    for picture, content in pictures.items():
+        _write(folder / picture, content)
     _write(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
-    _write(folder / "report.html", _html(summary, about, records, curves, spread).encode())
+    _write(folder / "report.html", _html(summary, about, records, pictures).encode())
     return summary
+
+
+def _pictures(summary: Summary) -> dict[str, bytes]:
+    """File name -> PNG, of what the study has."""
+    from orchestrator.analyze import plots, plots_forest, plots_search
+
+    found = {}
+    if summary.comparisons:
+        found["forest.png"] = plots_forest.forest(summary.comparisons)
+    if summary.searches:
+        found["search.png"] = plots_search.points(summary.searches)
+    if summary.panels or not found:
+        found |= {"curves.png": plots.curves(summary), "spread.png": plots.spread(summary)}
+    return found
+
+
+def _chosen(tuning: Path | None) -> dict[str, Chosen]:
+    """What the first stage of a comparison has chosen; nothing where that is not at hand."""
+    kept = choice.read(tuning) if tuning else None
+    return {name: Chosen.from_json(data) for name, data in (kept or {}).get("variants", {}).items()}
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -83,6 +108,8 @@ def as_json(summary: Summary, about: About) -> dict[str, Any]:
     found |= TypeAdapter(Summary).dump_python(summary, mode="json")
     for panel, shown in zip(summary.panels, found["panels"], strict=True):
         shown["answer"] = words.answer(panel)
+    for compared, shown in zip(summary.comparisons, found["comparisons"], strict=True):
+        shown["verdict"] = verdict.verdict(compared)
     return found
 
 
@@ -90,7 +117,7 @@ def reproduce(about: About, panel: Panel, curve: Curve, rates: Sequence[float]) 
     return words.narrowed(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
 
 
-def _html(summary: Summary, about: About, records: Sequence[Record], curves: bytes, spread: bytes) -> str:
+def _html(summary: Summary, about: About, records: Sequence[Record], pictures: Mapping[str, bytes]) -> str:
     # autoescape is set by hand: its usual rule goes by the ending .html and would skip this template.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -101,29 +128,37 @@ def _html(summary: Summary, about: About, records: Sequence[Record], curves: byt
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    by_fingerprint = {r.fingerprint: r for r in records}
     return environment.get_template("report.html.jinja").render(
         about=about,
         summary=summary,
         words=words,
-        curves=base64.b64encode(curves).decode(),
-        spread=base64.b64encode(spread).decode(),
+        verdict=verdict,
+        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         reproduce=lambda panel, curve, rates: reproduce(about, panel, curve, rates),
-        record=lambda run: by_fingerprint[run.fingerprint],
-        ended=_ended(summary),
+        ended=_ended(summary, records),
         opens=how_to_open(about.tracking_uri),
     )
 
 
-def _ended(summary: Summary) -> dict[str, list[tuple[Panel, Curve, float, Run]]]:
-    """The runs that did not finish, by state."""
-    found: dict[str, list[tuple[Panel, Curve, float, Run]]] = {"failed": [], "stopped": [], "diverged": []}
-    for panel in summary.panels:
-        for curve in panel.curves:
-            for point in curve.points:
-                for run in point.runs:
-                    if run.state in found:
-                        found[run.state].append((panel, curve, point.learning_rate, run))
+def _ended(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
+    """The runs that did not finish, by state: the variant's label, the panel's title, the record."""
+    where = {
+        run.fingerprint: (curve.label, words.title(panel))
+        for panel in summary.panels
+        for curve in panel.curves
+        for point in curve.points
+        for run in point.runs
+    }
+    found: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
+    for r in records:
+        if r.state in found:
+            c = r.configuration
+            label, title = where.get(r.fingerprint, (c.variant.name, f"{c.task.name} on {c.model.name}"))
+            found[r.state].append((label, title, r))
+    for runs in found.values():
+        runs.sort(
+            key=lambda e: (e[1], e[0], e[2].configuration.optimizer.learning_rate, e[2].configuration.seed)
+        )
     return found
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.groups import Value
 from orchestrator.analyze.intervals import Estimate, Figure, Interval
+from orchestrator.analyze.search import Search
 from orchestrator.analyze.shape import Bracketed
 from orchestrator.record.schema import State
 
@@ -129,8 +131,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Summary:
+    """A task and model are in one of the three: curves of a grid, points of a search, or a comparison with
+    fresh seeds."""
+
     panels: tuple[Panel, ...]
     states: Mapping[str, int]
     provenance: Mapping[str, Mapping[str, int]]
     warnings: tuple[str, ...]
     tolerance: float = TOLERANCE
+    searches: tuple[Search, ...] = ()
+    comparisons: tuple[Confirmed, ...] = ()

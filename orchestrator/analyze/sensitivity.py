@@ -4,7 +4,8 @@ interval.
 The rate is chosen by the validation mean over seeds; the test score stands beside it and enters no choice,
 except that `gain` and the spreads are test scores *at* the chosen rates. A diverged run is worth the task's
 floor. A stopped run is censored: it enters no mean, and a rate that has one is not chosen (it lost; the mean
-of its other seeds would be of survivors only). A failed run is missing. All scores: higher is better.
+of its other seeds would be of survivors only), unless no rate has finished whole. A failed run is missing.
+All scores: higher is better.
 """
 
 from __future__ import annotations
@@ -15,20 +16,48 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.analyze import groups, shape
-from orchestrator.analyze.doubts import doubts
+from orchestrator.analyze.comparison import Chosen, confirmed
+from orchestrator.analyze.doubts import doubts, doubts_of_comparison, doubts_of_search
 from orchestrator.analyze.intervals import Estimate, Figure, Interval, jackknife, over_seeds, wilson
 from orchestrator.analyze.results import REFERENCE, TOLERANCE, Curve, Panel, Point, Run, Spread, Summary
+from orchestrator.analyze.search import is_search, searched
 from orchestrator.record.schema import Record
 
 
-def summarize(records: Iterable[Record], tolerance: float = TOLERANCE) -> Summary:
-    """Everything the table, the plots and the report show. The order of the records does not matter."""
+def summarize(
+    records: Iterable[Record],
+    tolerance: float = TOLERANCE,
+    *,
+    baseline: str = "",
+    margin: float = TOLERANCE,
+    chosen: Mapping[str, Chosen] | None = None,
+) -> Summary:
+    """Everything the table, the plots and the report show. The order of the records does not matter. With a
+    `baseline` they are a comparison's second stage, of points `chosen` by the first."""
     known = groups.distinct(records)
-    panels = tuple(_panel(varied, lines, tolerance) for varied, lines in groups.panels(known))
+    by_task: dict[tuple[str, str], list[Record]] = {}
+    for record in known:
+        key = record.configuration.task.name, record.configuration.model.name
+        by_task.setdefault(key, []).append(record)
+    comparisons, searches, grids = [], [], []
+    for key in sorted(by_task):
+        own = by_task[key]
+        if baseline and (found := confirmed(own, baseline, margin, chosen)) is not None:
+            comparisons.append(found)
+        elif is_search(own):
+            searches.append(searched(own))
+        else:
+            grids += own
+    panels = tuple(_panel(varied, lines, tolerance) for varied, lines in groups.panels(grids))
     made_with = groups.provenance(known)
-    warnings = [*groups.mixed(made_with), *(w for p in panels for w in doubts(p))]
+    warnings = [
+        *groups.mixed(made_with),
+        *(w for p in panels for w in doubts(p)),
+        *(w for s in searches for w in doubts_of_search(s)),
+        *(w for c in comparisons for w in doubts_of_comparison(c)),
+    ]
     states = {s: sum(r.state == s for r in known) for s in ("finished", "diverged", "stopped", "failed")}
-    return Summary(panels, states, made_with, tuple(warnings), tolerance)
+    return Summary(panels, states, made_with, tuple(warnings), tolerance, tuple(searches), tuple(comparisons))
 
 
 def _number(value: float | None) -> float | None:
@@ -56,10 +85,11 @@ def _points(records: Sequence[Record]) -> tuple[Point, ...]:
     runs_at = {rate: sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in sorted(by_rate)}
     scored = {rate: sum(r.validation is not None for r in runs) for rate, runs in runs_at.items()}
     clean = {rate for rate, n in scored.items() if n and all(r.state != "stopped" for r in runs_at[rate])}
-    if (
-        not clean
-    ):  # stopped runs everywhere: the rates with most scores are the least censored; `doubts` says so
-        clean = {rate for rate, n in scored.items() if n and n == max(scored.values())}
+    finished = {rate: sum(r.state == "finished" for r in runs) for rate, runs in runs_at.items()}
+    # Stopped runs wherever something was learnt: the rates with most finished runs are the least censored;
+    # `doubts` says so. One where all diverged is whole, and no choice beside them.
+    if any(finished.values()) and not any(finished[rate] for rate in clean):
+        clean |= {rate for rate, n in finished.items() if n == max(finished.values())}
     return tuple(_point(rate, runs, rate in clean) for rate, runs in runs_at.items())
 
 

@@ -7,8 +7,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.analyze import words
+from orchestrator.analyze import verdict, words
+from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.results import Curve, Panel, Summary
+from orchestrator.analyze.search import Search
 
 _COLUMNS = (
     "variant",
@@ -24,8 +26,15 @@ _EDGES = {"yes": "yes", "low edge": "low edge", "high edge": "high edge", "both 
 
 
 def render(summary: Summary) -> Group:
-    """One table a panel, best variant first, each closed by the answer in words; warnings last."""
+    """One table a panel, a search or a comparison, best variant first, each closed by the answer in words;
+    warnings last."""
     parts: list[Table | Text] = []
+    for found in summary.comparisons:
+        more = [verdict.detectable(found.comparison), verdict.pairing(found.comparison)]
+        parts += [_compared(found), Text(verdict.verdict(found))]
+        parts += [Text(" ".join(filter(None, more)), style="dim"), Text("")]
+    for search in summary.searches:
+        parts += [_searched(search), Text("")]
     for panel in summary.panels:
         parts += [_table(panel), Text(words.answer(panel)), Text("")]
     if summary.panels:
@@ -65,6 +74,56 @@ def _row(c: Curve) -> tuple[str, ...]:
         f"{diverged}/{diverged + c.total('finished')}",
         words.figure(c.regret_at_reference_best),
     )
+
+
+def _compared(found: Confirmed) -> Table:
+    c = found.comparison
+    title = f"{found.task} on {found.model}: test score against tuned {c.baseline.label}"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("variant", overflow="fold", min_width=10)
+    table.add_column("tuned point", overflow="fold")
+    table.add_column("test", justify="right")
+    table.add_column("difference", justify="right", no_wrap=True)
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    for label, pair in ((c.baseline.label, None), *((p.label, p) for p in c.pairs)):
+        arm = c.baseline if pair is None else next(a for a in c.arms if a.label == label)
+        chosen = found.chosen.get(label)
+        point = verdict.settings(chosen, found.configurations[label].optimizer.learning_rate)
+        row = [label, point, words.number(arm.test.mean)]
+        if pair is None:
+            row += ["", "", "baseline"]
+        else:
+            ends = pair.interval
+            needs = verdict.undecided(pair)
+            row += [
+                verdict.signed(pair.difference),
+                "-" if ends is None else f"{verdict.signed(ends.low)} {verdict.signed(ends.high)}",
+                pair.outcome + (f": {needs}" if needs else ""),
+            ]
+        table.add_row(*row, style="dim" if pair is None else None)
+    return table
+
+
+def _searched(search: Search) -> Table:
+    title = f"{search.task} on {search.model}: the best of each search"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for name in ("variant", "best point", "validation", "test", "points", "ended", "steps"):
+        left = name in ("variant", "best point", "ended")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for v in search.variants:
+        best = v.best
+        row = ["no score yet", "-", "-"]
+        if best is not None:
+            edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
+            row = [
+                verdict.point(best.settings) + edge,
+                words.number(best.validation.mean),
+                words.number(best.test.mean),
+            ]
+        ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
+        table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.most_steps}")
+    return table
 
 
 def _legend(summary: Summary) -> str:

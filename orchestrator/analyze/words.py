@@ -116,6 +116,8 @@ _OPTIONS = {
     "task": "--task",
     "model": "--model",
 }
+# A script of two stages keeps its choice and refuses to choose among fewer; the plain one trains any part.
+_OF_TWO_STAGES = ("--confirm-seeds", "--margin")
 
 
 def narrowed(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
@@ -126,9 +128,9 @@ def narrowed(command: str, variant: str, rates: Sequence[float], varied: Mapping
     dropping = False
     for word in shlex.split(command):
         if word.startswith("--"):
-            dropping = word.split("=")[0] in options
+            dropping = word.split("=")[0] in (*options, *_OF_TWO_STAGES)
         if not dropping:
-            kept.append(word)
+            kept.append(re.sub(r"(tuned_comparison|early_stopping)\.py$", "lr_sensitivity.py", word))
     return shlex.join([*kept, *(w for name, values in options.items() for w in (name, *values))])
 
 

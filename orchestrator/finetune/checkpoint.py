@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,7 +42,8 @@ class Checkpoint:
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Written beside its place, flushed to the disk, renamed; then older ones of this attempt go."""
+    """Written beside its place, flushed to the disk, renamed; then older ones of this attempt go. Raises
+    OSError or SafetensorError when the disk refuses; what was there is there still."""
     tensors = {f"trainable/{name}": t for name, t in checkpoint.trainable.items()}
     tensors |= {f"frozen/{name}": t for name, t in checkpoint.frozen.items()}
     for moment, by_name in checkpoint.moments.items():
@@ -98,11 +98,6 @@ def read(path: Path) -> Checkpoint:
         else:
             parts[part][rest] = tensor
     return Checkpoint(head["fingerprint"], int(path.parent.name), head["step"], **parts, state=head["state"])
-
-
-def discard(folder: Path) -> None:
-    """A finished lane needs none."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _places(folder: Path) -> list[tuple[int, int, Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -251,3 +251,10 @@ class Lane:
                 } | {m: saved.moments[m][name].to(parameter.device) for m in MOMENTS}
         # Whoever waits may have missed any report, or all (a new driver): they are told again, in order.
         self.owe()
+
+
+def share(started: float, lanes: Sequence[Lane], what: str) -> None:
+    """The seconds since `started`, in equal parts to the lanes that they went to."""
+    seconds = (time.monotonic() - started) / len(lanes)
+    for lane in lanes:
+        setattr(lane, what, getattr(lane, what) + seconds)

@@ -19,10 +19,12 @@ from typing import TypeVar
 
 from orchestrator.finetune import checkpoint
 from orchestrator.finetune.checkpoint import Checkpoint
-from orchestrator.finetune.lane import Lane, Taken
+from orchestrator.finetune.faults import Fault, SeatBroken, StoreFull, fault_of, free_memory
+from orchestrator.finetune.lane import Lane, Taken, share
 from orchestrator.finetune.models import Bench
-from orchestrator.finetune.outcome import FINAL, Keeper, record_of
+from orchestrator.finetune.outcome import Books, Keeper
 from orchestrator.finetune.phase import Phase
+from orchestrator.finetune.places import Places
 from orchestrator.finetune.source import Answer, Lease, Report, Source
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.team import ALONE, Failed, Team
@@ -36,10 +38,7 @@ T = TypeVar("T")
 
 BROKEN_AFTER = 3
 NEVER = -float("inf")
-
-
-class SeatBroken(RuntimeError):
-    """Whatever this process is given fails."""
+NEEDS_LESS = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
 
 
 def run(
@@ -54,30 +53,37 @@ def run(
     spill_seconds: float = 1.0,
     save_adapter: bool = False,
     checkpoint_seconds: float = 120.0,
+    record_seconds: float = 60.0,
     team: Team = ALONE,
+    workshop: Callable[[Callable[[ModelChoice, Task], Bench], Path, Team], Workshop] = Workshop,
 ) -> None:
     """Trains what `source` leases, at most `lanes` at once, until it says closed or has given nothing for
     `idle_seconds`. The source is asked at most every `poll_seconds`; a lane is saved at its evaluations and
     every `checkpoint_seconds`; one that was parked for `spill_seconds` makes way for a lane that waits.
 
-    All workers of a team call this alike; `source` is rank 0's and None elsewhere.
+    All workers of a team call this alike; `source` is rank 0's and None elsewhere. `workshop` makes what
+    computes the lanes' steps and scores.
 
     `provenance(device, pack_lanes=, workers=, attempt=, resumed_from=, started=, ended=)` makes a record's
-    provenance. A lane that fails ends alone, with a `failed` record. What the source or the store raises ends
-    the loop and leaves the lanes to their checkpoints.
+    provenance. A lane that fails ends alone, with a `failed` record; where memory is short there are fewer at
+    once. What the source or the store raises ends the loop and leaves the lanes to their checkpoints.
+
+    Raises SeatBroken when this process can do no more, and StoreFull when a record has found no space for
+    `record_seconds`; the lanes are given back then.
     """
+    made = workshop(load_bench, store.evidence, team)
     loop = _Loop(
         rank_0_source=source,
         store=store,
-        workshop=Workshop(load_bench, store.evidence, team),
+        books=Books(store, made, provenance, team.size, record_seconds),
+        workshop=made,
         team=team,
-        places=lanes,
-        provenance=provenance,
+        places=Places(lanes, spill_seconds),
         poll_seconds=poll_seconds,
-        spill_seconds=spill_seconds,
         save_adapter=save_adapter,
         checkpoint_seconds=checkpoint_seconds,
     )
+    lost = False
     try:
         while True:
             loop.refill()
@@ -87,8 +93,18 @@ def run(
                 return
             else:
                 time.sleep(poll_seconds)
+    except StoreFull:
+        for lane in loop.lanes.values():  # rank 0; the end of this process is not their fault
+            loop.source.spill(lane.name, lane.lease.attempt)
+        raise
+    except Exception as error:
+        lost = fault_of(error) is Fault.DEVICE
+        if lost:
+            raise SeatBroken(f"the device is lost to this process: {error}") from error
+        raise
     finally:
-        loop.workshop.close()
+        if not lost:
+            made.close()
 
 
 @dataclass(frozen=True)
@@ -106,18 +122,14 @@ class _Given:
 class _Loop:
     rank_0_source: Source | None
     store: Keeper
+    books: Books
     workshop: Workshop
     team: Team
-    places: int
-    provenance: Callable[..., Provenance]
+    places: Places
     poll_seconds: float
-    spill_seconds: float
     save_adapter: bool
     checkpoint_seconds: float
     lanes: dict[str, Lane] = field(default_factory=dict)
-    parked_at: dict[str, float] = field(default_factory=dict)
-    saved: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What a lane's newest checkpoint holds: steps, evaluations."""
     taken: int = 0
     """Optimizer steps since the loop began, all lanes together."""
     closed: bool = False
@@ -137,23 +149,26 @@ class _Loop:
     def refill(self) -> None:
         """Leases when there is room: at once after a lane has left, else at most every `poll_seconds`."""
         again = True
-        while again and (self._room() > 0 or self.parked_at):
+        while again and (self._room() > 0 or self.places.parked_at):
             given = self.team.agree(self._lease)
             self.closed = given.closed
             for name in given.gone:
                 self._leave(self.lanes[name])
             for lease in given.leases:
-                self._take(lease)
+                if self._room() > 0:
+                    self._take(lease)
+                else:  # another of them found no memory
+                    self.team.agree(partial(self._decline, lease))
             again = given.again and bool(self.lanes)
 
     def _room(self) -> int:
-        return min(self.places, self.workshop.most_lanes) - len(self.lanes)
+        return self.places.free(self.lanes.values(), self.workshop.most_lanes)
 
     def _lease(self) -> _Given:
         """Rank 0. Lanes that were parked for long count as room; when nothing else is left in the pack, lanes
         of another shape may have it."""
         now = time.monotonic()
-        late = [name for name, since in self.parked_at.items() if now - since > self.spill_seconds]
+        late = self.places.late(now)
         shape = next((lane.configuration.shape for lane in self.lanes.values()), None)
         # The first lane decides the shape, and the shape how many have room.
         room = self._room() + len(late) if self.lanes else 1
@@ -167,20 +182,19 @@ class _Loop:
         self.leased_at = now
         new = []
         for lease in offer.leases:
-            known = self.store.get(lease.configuration.fingerprint)
-            if known is not None and known.state in FINAL:
-                self.source.done(known.fingerprint, lease.attempt, known.state)
+            fingerprint = lease.configuration.fingerprint
+            if (known := self.books.known(fingerprint)) is not None:
+                self.source.done(fingerprint, lease.attempt, known)
                 self.leased_at = NEVER
             else:
                 new.append(lease)
         # Given up for dead and leased again, to us: the newer lease counts.
         gone = [f for f in (lease.configuration.fingerprint for lease in offer.leases) if f in self.lanes]
         late = [name for name in late if name not in gone]
-        if all(lease.configuration.shape == shape for lease in new):
+        if all(lease.configuration.shape == shape for lease in new) and not offer.apart:
             late = late[: max(0, len(new) - len(gone) - self._room())]
         for name in late:
-            self._write(self.lanes[name])
-            self.source.spill(name, self.lanes[name].lease.attempt)
+            self._give_back(self.lanes[name])
         if any_shape and new:
             self.leased_at = NEVER
         return _Given(tuple(new), (*gone, *late), offer.closed, again=any_shape and bool(new))
@@ -199,7 +213,10 @@ class _Loop:
 
         where = self.team.agree(look)
         place = checkpoint.place(folder, *where) if where is not None else None
-        self._attempt([lane], partial(self._open, saved=next(iter(found), None), place=place))
+        opened = self._attempt([lane], partial(self._open, saved=next(iter(found), None), place=place))
+        shape = lane.configuration.shape
+        if opened and shape not in self.places.most:
+            self.places.most[shape] = self.team.agree(partial(self.books.most_lanes, shape))
 
     def _open(self, lanes: Sequence[Lane], saved: Checkpoint | None, place: Path | None) -> Sequence[None]:
         """Rank 0 has found the newest checkpoint and read it; the others read the same."""
@@ -211,7 +228,7 @@ class _Loop:
             saved = checkpoint.read(place)
         self.workshop.open(lane, saved)
         if saved is not None:
-            self.saved[lane.name] = (lane.step, len(lane.evaluations))
+            self.books.opened(lane)
         return [None]
 
     def _exchange(self) -> None:
@@ -223,7 +240,7 @@ class _Loop:
         """Rank 0."""
         for lane in self._in(Phase.TRAINING):
             if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
-                self._write(lane)
+                self.books.save(lane)
         if time.monotonic() - self.exchanged_at < self.poll_seconds:
             return {}
         changed = self.source.exchange(self.taken)
@@ -232,16 +249,20 @@ class _Loop:
 
     def _obey(self, lane: Lane, answer: Answer) -> None:
         if answer is Answer.DROP:
+            self.team.agree(partial(self.books.known, lane.name))
+            self._leave(lane)
+        elif answer is Answer.LEAVE:
+            self.team.agree(partial(self._give_back, lane))
             self._leave(lane)
         elif answer is Answer.STOP:
             further = f", trained to step {lane.step}" if lane.step > lane.told else ""
             self._end(lane, "stopped", f"stopped by the scheduler after step {lane.told}{further}")
         elif answer is Answer.PARK and lane.phase is not Phase.PARKED:
             lane.move(Phase.PARKED)
-            self.parked_at[lane.name] = time.monotonic()
+            self.places.park(lane)
         elif answer is Answer.GO and lane.phase in (Phase.PARKED, Phase.REPORTING):
             lane.go_on()
-            self.parked_at.pop(lane.name, None)
+            self.places.unpark(lane.name)
 
     # -- a round ----------------------------------------------------------------------------------------
 
@@ -266,17 +287,52 @@ class _Loop:
         self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], Sequence[T]]
     ) -> list[tuple[Lane, T]]:
         """`work` gives one result a lane. If it raises for several, it is done again for each alone, and only
-        those for which it raises again fail."""
+        those for which it raises again fail. Where memory is short, it is done again for fewer."""
         if not lanes:
             return []
         try:
-            return self.team.attempt(lambda: list(zip(lanes, work(lanes), strict=True)))
-        except Failed as failed:
-            if len(lanes) == 1:
-                self._fail(lanes[0], failed)
-                return []
-            log.warning("%d lanes together: %s; now one by one", len(lanes), failed)
-        return [found for lane in lanes for found in self._attempt([lane], work)]
+            done = self.team.attempt(lambda: list(zip(lanes, work(lanes), strict=True)))
+        except Failed as error:
+            failed = error.bare()
+        else:
+            self.books.full_since = None
+            return done
+        # Out of the handler: the error's traceback held what the work had made.
+        if failed.fault is Fault.DEVICE:
+            raise failed
+        if failed.fault is Fault.DISK:
+            self.team.agree(partial(self.books.wait_for_space, failed))
+            return self._attempt(lanes, work)
+        if failed.fault is Fault.MEMORY and len(self.lanes) > 1:
+            self._shrink()
+            return self._attempt([lane for lane in lanes if lane.name in self.lanes], work)
+        if len(lanes) == 1:
+            self._fail(lanes[0], failed)
+            return []
+        log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
+        done = [one for lane in lanes if lane.name in self.lanes for one in self._attempt([lane], work)]
+        return [(lane, one) for lane, one in done if lane.name in self.lanes]
+
+    def _shrink(self, torn: Sequence[Lane] = ()) -> None:
+        """There is too little memory: half of the lanes are saved and given back, and no more than the others
+        train here at once from now on. `torn` ones leave in any case, without being saved: they are half way
+        through a step, and go on from their newest checkpoint."""
+        free_memory()
+        tried, shape = len(self.lanes), next(iter(self.lanes.values())).configuration.shape
+        most, leaving = self.places.halve(self.lanes.values(), torn)
+
+        def tell() -> None:
+            """Rank 0."""
+            for lane in torn:
+                self.source.spill(lane.name, lane.lease.attempt)
+            for lane in leaving:
+                self._give_back(lane)
+            self.books.remember(shape, most, tried)
+
+        self.team.agree(tell)
+        for lane in (*torn, *leaving):
+            self._leave(lane)
+        free_memory()
 
     def _train(self, lanes: Sequence[Lane]) -> None:
         if not lanes:
@@ -285,20 +341,27 @@ class _Loop:
         together = len(self.lanes)
         taken = self._attempt(lanes, self._gradients)
         outcomes = self.team.gather([_take_step(lane, step) for lane, step in taken])
-        diverged = []
+        diverged, torn = [], []
         for (lane, _), told in zip(taken, zip(*outcomes, strict=True), strict=True):
             lane.pack_lanes = max(lane.pack_lanes, together)
             if failed := next((one for one in told if isinstance(one, Failed)), None):
-                self._fail(lane, failed)
+                if failed.fault is Fault.DEVICE:
+                    raise failed
+                if failed.fault is Fault.MEMORY and together > 1:
+                    torn.append(lane)
+                else:
+                    self._fail(lane, failed)
             elif told[0] is not None:
                 diverged.append((lane, told[0]))
             else:
                 self.taken += 1
         if taken:
             self.last_failure = ""
-        _share(started, lanes, "train_seconds")
+        share(started, lanes, "train_seconds")
         for lane, reason in diverged:
             self._end(lane, "diverged", reason)
+        if torn:
+            self._shrink(torn)
 
     def _gradients(self, lanes: Sequence[Lane]) -> Sequence[Taken]:
         pack = self.workshop.current
@@ -315,15 +378,17 @@ class _Loop:
         ending = [lane for lane in self._in(Phase.EVALUATING) if lane.at_end]
         for lane, scored in self._attempt(ending, partial(scores, split="test")):
             lane.scored("test", scored)
-        _share(started, lanes, "evaluate_seconds")
+        share(started, lanes, "evaluate_seconds")
         for lane in self._in(Phase.EVALUATING):
+            if lane.name not in self.lanes:  # it made way for another's adapter
+                continue
             if reason := lane.unsound():
                 self._end(lane, "diverged", reason)
                 continue
             lane.owe(after=lane.step - 1)
             lane.move(Phase.REPORTING)
             if not lane.at_end:
-                self.team.agree(partial(self._write, lane))
+                self.team.agree(partial(self.books.save, lane))
                 self._report(lane)
             elif self._attempt([lane], self._keep_adapter):
                 self._end(lane, "finished")
@@ -345,15 +410,8 @@ class _Loop:
 
     def _conclude(self, lane: Lane, state: State, reason: str, trace: str) -> None:
         """Rank 0. The record first, then word to the source; a finished lane still owes its last report."""
-        if state == "stopped":
-            self._write(lane)
-        record = record_of(lane, state, self.workshop, self.provenance, self.team.size, reason, trace)
-        if not self.store.put(record):
-            first = self.store.get(lane.name)  # somebody else's final record was there first
-            state = first.state if first is not None else state
+        state = self.books.record(lane, state, reason, trace)
         last = [self.source.report(report) for report in lane.to_report] if state == "finished" else []
-        if state in FINAL:
-            checkpoint.discard(self.store.checkpoints / lane.name)
         if Answer.DROP not in last:
             self.source.done(lane.name, lane.lease.attempt, state)
 
@@ -361,7 +419,12 @@ class _Loop:
         """The lane's own record says why. When one lane after another fails with the same words and none is
         left to take a step, it is not the lanes: a lost GPU, a base that is gone. Then this seat ends, before
         it has spoilt them all."""
-        self._end(lane, "failed", failed.reason, failed.trace)
+        reason = failed.reason
+        if failed.fault is Fault.MEMORY:
+            reason = f"out of memory with one lane alone: {NEEDS_LESS} ({reason})"
+        self._end(lane, "failed", reason, failed.trace)
+        if failed.fault is Fault.MEMORY:
+            free_memory()
         if not self.lanes:
             self.workshop.close()  # it may be open on some of the workers only
         if failed.reason != self.last_failure:
@@ -375,18 +438,19 @@ class _Loop:
     def _leave(self, lane: Lane) -> None:
         lane.move(Phase.ENDED)
         del self.lanes[lane.name]
-        self.parked_at.pop(lane.name, None)
-        self.saved.pop(lane.name, None)
+        self.places.unpark(lane.name)
+        self.books.left(lane)
         self.workshop.remove(lane.name)
         self.leased_at = NEVER  # there is room: ask at once
 
-    def _write(self, lane: Lane) -> None:
-        """Rank 0. Saves the lane, unless its newest checkpoint says the same."""
-        what = (lane.step, len(lane.evaluations))
-        if self.saved.get(lane.name) != what:
-            frozen = self.workshop.current.adapters.frozen(lane.name)
-            checkpoint.write(self.store.checkpoints / lane.name, lane.checkpoint(frozen))
-            self.saved[lane.name] = what
+    def _decline(self, lease: Lease) -> None:
+        """Rank 0."""
+        self.source.spill(lease.configuration.fingerprint, lease.attempt)
+
+    def _give_back(self, lane: Lane) -> None:
+        """Rank 0. Nothing is lost: whoever leases it next goes on from here."""
+        self.books.save(lane)
+        self.source.spill(lane.name, lane.lease.attempt)
 
     def _keep_adapter(self, lanes: Sequence[Lane]) -> Sequence[None]:
         if self.save_adapter and self.team.rank == 0:
@@ -402,10 +466,3 @@ def _take_step(lane: Lane, taken: Taken) -> str | Failed | None:
         return lane.take_step(taken)
     except Exception as error:
         return Failed.of(error)
-
-
-def _share(started: float, lanes: Sequence[Lane], what: str) -> None:
-    """The seconds since `started`, in equal parts to the lanes that they went to."""
-    seconds = (time.monotonic() - started) / len(lanes)
-    for lane in lanes:
-        setattr(lane, what, getattr(lane, what) + seconds)

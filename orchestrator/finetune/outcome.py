@@ -1,15 +1,23 @@
-"""What becomes of a lane: its record, and what the loop needs of the store that keeps it."""
+"""What becomes of a lane, its checkpoints and its record, and what the loop needs of the store for that."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.finetune import checkpoint
+from orchestrator.finetune.faults import Fault, StoreFull, fault_of
 from orchestrator.finetune.lane import Lane
+from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.workshop import Workshop
+from orchestrator.record import limits
 from orchestrator.record.schema import Provenance, Record, State
+
+log = logging.getLogger(__name__)
 
 FINAL = ("finished", "diverged")
 
@@ -20,10 +28,117 @@ class Keeper(Protocol):
     checkpoints: Path
     adapters: Path
     evidence: Path
+    limits: Path
 
     def put(self, record: Record) -> bool: ...
 
     def get(self, fingerprint: str) -> Record | None: ...
+
+    def discard_checkpoints(self, fingerprint: str) -> None: ...
+
+
+@dataclass
+class Books:
+    """Rank 0's: writes what is to be kept of the lanes, as far as there is space for it.
+
+    A checkpoint that finds no space is left out: the lane trains on and is saved the next time. A record that
+    finds none is tried again for `patience` seconds; then StoreFull is raised.
+    """
+
+    store: Keeper
+    workshop: Workshop
+    provenance: Callable[..., Provenance]
+    """As in `loop.run`."""
+    workers: int
+    patience: float
+    saved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What a lane's newest checkpoint holds: steps, evaluations."""
+    warned: bool = False
+    full_since: float | None = None
+
+    def opened(self, lane: Lane) -> None:
+        """It goes on from its newest checkpoint."""
+        self.saved[lane.name] = (lane.step, len(lane.evaluations))
+
+    def left(self, lane: Lane) -> None:
+        self.saved.pop(lane.name, None)
+
+    def save(self, lane: Lane) -> None:
+        """Unless its newest checkpoint says the same, or it has yet to begin."""
+        if lane.at_end:  # its last scores count with their items, which are not saved: all are due again
+            lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
+        what = (lane.step, len(lane.evaluations))
+        if lane.phase is Phase.LEASED or self.saved.get(lane.name) == what:
+            return
+        try:
+            frozen = self.workshop.current.adapters.frozen(lane.name)
+            checkpoint.write(self.store.checkpoints / lane.name, lane.checkpoint(frozen))
+        except Exception as error:
+            if fault_of(error) not in (Fault.DISK, Fault.MEMORY):
+                raise
+            if not self.warned:
+                log.warning("cannot save lanes in %s: %s; training goes on", self.store.checkpoints, error)
+            self.warned = True
+        else:
+            self.saved[lane.name], self.warned = what, False
+
+    def record(self, lane: Lane, state: State, reason: str = "", trace: str = "") -> State:
+        """Writes the lane's record. Returns the state of the one that counts: somebody else's final one may
+        have been there first."""
+        if state == "stopped":
+            self.save(lane)
+        if not self._put(record_of(lane, state, self.workshop, self.provenance, self.workers, reason, trace)):
+            first = self.store.get(lane.name)
+            state = first.state if first is not None else state
+        if state in FINAL:
+            self.store.discard_checkpoints(lane.name)
+        return state
+
+    def known(self, fingerprint: str) -> State | None:
+        """The state of its final record, if it has one. Then its checkpoints go: whoever wrote the record, or
+        trained the lane beside its writer, may have left some."""
+        record = self.store.get(fingerprint)
+        if record is None or record.state not in FINAL:
+            return None
+        self.store.discard_checkpoints(fingerprint)
+        return record.state
+
+    def remember(self, shape: str, lanes: int, tried: int) -> None:
+        """No more than `lanes` of this shape at once from now on: `tried` found no memory."""
+        try:
+            path = limits.remember(self.store.limits, shape, self.workshop.place, lanes, tried)
+        except OSError as error:
+            log.warning(
+                "out of memory with %d lanes, now %d at once (not remembered: %s)", tried, lanes, error
+            )
+        else:
+            log.warning("out of memory with %d lanes, now %d at once; remembered in %s", tried, lanes, path)
+
+    def most_lanes(self, shape: str) -> int | None:
+        return limits.most_lanes(self.store.limits, shape, self.workshop.place)
+
+    def wait_for_space(self, why: object) -> None:
+        """Raises StoreFull when it has waited for long."""
+        now = time.monotonic()
+        if self.full_since is None:
+            self.full_since = now
+            log.warning("%s; waiting for space up to %g s", why, self.patience)
+        if now - self.full_since > self.patience:
+            where = self.store.checkpoints.parent
+            raise StoreFull(f"no space left on {where}; free some, then run the command again")
+        time.sleep(min(1.0, self.patience / 4))
+
+    def _put(self, record: Record) -> bool:
+        while True:
+            try:
+                won = self.store.put(record)
+            except OSError as error:
+                if fault_of(error) is not Fault.DISK:
+                    raise
+                self.wait_for_space(error)
+            else:
+                self.full_since = None
+                return won
 
 
 def record_of(

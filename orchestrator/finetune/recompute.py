@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.study.errors import BadInput
 
+RECOMPUTES = "recomputes_blocks"
+"""An attribute of a model whose blocks are."""
+
 
 def recompute_blocks(model: Any) -> None:
     """From now on, for good. The blocks are those that transformers itself can recompute. Raises BadInput for
@@ -31,6 +34,7 @@ def recompute_blocks(model: Any) -> None:
         )
     for block in blocks:
         block.forward = _recomputed(block.forward)
+    setattr(model, RECOMPUTES, True)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

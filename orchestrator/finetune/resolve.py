@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from orchestrator.finetune import metrics, models
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import rates
+from orchestrator.study import rates, space
 from orchestrator.study.configuration import (
     Batches,
     Configuration,
@@ -20,6 +21,7 @@ from orchestrator.study.configuration import (
 )
 from orchestrator.study.errors import BadInput, nearest
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
 
 UNPREPARED = "not prepared yet"
@@ -34,11 +36,15 @@ class Names:
     task: Task
     model: str
     learning_rates: tuple[float, ...]
+    fixed: Mapping[str, Value] = field(default_factory=dict)
+    """What --set says."""
+    space: Space | None = None
+    """Of a search."""
 
 
 def names(options: StudyOptions, default_task: str, default_variants: Sequence[str], bases: Path) -> Names:
-    """Raises BadInput for an unknown variant, task or model, and for a head's rate without a head. Imports
-    neither torch nor transformers."""
+    """Raises BadInput for an unknown variant, task or model, for a head's rate without a head, and for a
+    search space that cannot be. Imports neither torch nor transformers but for a search and for --set."""
     typed = (name.replace("-", "_") for name in options.variants or default_variants)
     variants = tuple(dict.fromkeys(typed))
     for name in variants:
@@ -54,7 +60,8 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
     model = options.model or task.default_model
     models.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
-    return Names(variants, task, model, grid)
+    fixed, searched = _searched(options, variants, task, grid)
+    return Names(variants, task, model, grid, fixed, searched)
 
 
 def base(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
@@ -65,9 +72,9 @@ def base(model: str, bases: Path, progress: Callable[[str], None] | None) -> str
 
 
 def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -> list[Configuration]:
-    """One configuration a variant, complete but for learning rate and seed. Raises BadInput for a rank or
-    target that the model cannot have, and for a variant that does not suit the task (as far as the model is
-    there to be asked)."""
+    """One configuration a variant, complete but for learning rate and seed (of a search: for what it varies).
+    Raises BadInput for a rank or target that the model cannot have, for a variant that does not suit the task
+    (as far as the model is there to be asked), and for a space with such values at its ends."""
     task, defaults = chosen.task, chosen.task.defaults
     model = ModelChoice(chosen.model, content, options.dtype or defaults.dtype)
     batch_size, parts = options.batch_size or defaults.batch_size, options.accumulation
@@ -82,13 +89,111 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
             optimizer=Optimizer(learning_rate=1.0, head_learning_rate=head_rate),
             schedule=Schedule(options.steps or defaults.steps, options.schedule, defaults.warmup),
             batches=Batches(batch_size // parts, parts, defaults.max_length),
-            evaluations=min(defaults.evaluations, options.steps or defaults.steps),
+            evaluations=min(options.evaluations or defaults.evaluations, options.steps or defaults.steps),
         )
         for name in chosen.variants
     ]
+    made = [applied(each, _had(each.variant.name, chosen.fixed)) for each in made]
+    for configuration in made:
+        if any(key.endswith("batch_size") for key in chosen.fixed):
+            options.check_batch(configuration.batches.batch_size * configuration.batches.accumulation)
+    tried = made if chosen.space is None else [c for each in made for c in corners(each, chosen.space)]
+    for configuration in tried:
+        if (refused := refusal(configuration)) is not None:
+            raise BadInput(refused)
     if content != UNPREPARED:
-        _check_fit(made, task, bases)
+        _check_fit(_unlike(tried), task, bases)
     return made
+
+
+def _had(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:
+    """Without what the variant does not have, so that it is no other configuration."""
+    own = _own(variant) if fixed else {}
+    return {key: v for key, v in fixed.items() if key not in space.OF_VARIANTS or key in own}
+
+
+def corners(configuration: Configuration, searched: Space) -> list[Configuration]:
+    """`configuration` at the ends (and words) of what its variant is made of, in all combinations, and at
+    each of its choices."""
+    dimensions = [
+        d for d in searched.variants[configuration.variant.name] if d.variant or d.name in space.OF_VARIANTS
+    ]
+    ends = [(d.ends[0], d.ends[-1]) if d.numeric else d.ends for d in dimensions]
+    found = [
+        applied(configuration, dict(zip((d.key for d in dimensions), values, strict=True)))
+        for values in product(*ends)
+    ]
+    return found + [applied(found[0], {d.key: value}) for d in dimensions for value in d.ends[1:-1]]
+
+
+def _unlike(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Those whose adapters differ in shape: a model's skeleton takes a second or two each."""
+    found = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
+    return list(found.values())
+
+
+def refusal(configuration: Configuration) -> str | None:
+    """Why the variant cannot have its settings, in one line, whatever the model; None when it can."""
+    from variants.contract import Settings
+
+    variant = configuration.variant
+    try:
+        catalogue.get(variant.name).checked_settings(
+            Settings(variant.rank, variant.alpha, variant.dropout, variant.extra)
+        )
+    except ValueError as error:
+        return f"{variant.name}: {error}"
+    return None
+
+
+def _searched(
+    options: StudyOptions, variants: Sequence[str], task: Task, grid: Sequence[float]
+) -> tuple[Mapping[str, Value], Space | None]:
+    fixed = space.settings(options.set, variants, _own)
+    search = options.search != "grid"
+    for key in fixed:
+        name = key.rpartition(".")[2]
+        if name == "learning_rate" and not search:
+            raise BadInput(f"--set {key}: a grid's rates are those of --learning-rates.")
+        _check_head(f"--set {key}", name, task)
+    if not search:
+        return fixed, None
+    if len(grid) == 1:
+        fixed.setdefault("learning_rate", grid[0])
+    words = options.space or ()
+    if options.learning_rates and any(word.startswith("learning_rate=") for word in words):
+        raise BadInput(
+            "--space learning_rate and --learning-rates both name the rates; take one of the two away."
+        )
+    searched = space.parse(words, variants, _own, grid, tuple(fixed))
+    for dimension in searched.dimensions:
+        _check_head(f"--space {dimension.key}", dimension.name, task)
+        if dimension.name == "batch_size":
+            if not dimension.choices and options.accumulation > 1:
+                raise BadInput(
+                    f"--space {dimension.key}: with --accumulation {options.accumulation} take a choice of "
+                    "batch sizes that it divides."
+                )
+            for value in dimension.ends:
+                options.check_batch(int(value))
+    if options.method == "cma-es":
+        for variant, dimensions in searched.variants.items():
+            if not any(d.numeric for d in dimensions):
+                raise BadInput(f"--sampler cma-es: {variant} has nothing numeric to search; take tpe.")
+    return fixed, searched
+
+
+def _check_head(where: str, name: str, task: Task) -> None:
+    if name == "head_learning_rate" and not task.has_head:
+        raise BadInput(f"{where}: task {task.name!r} has no head; leave it out.")
+
+
+def _own(name: str) -> Mapping[str, Value]:
+    """The settings of a variant's own."""
+    variant = catalogue.get(name)
+    usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
+    own: dict[str, Value] = {k: 0 for k, used in usual.items() if used and variant.adapts == "layers"}
+    return own | dict(variant.extra)
 
 
 def _variant(name: str, options: StudyOptions) -> VariantChoice:

@@ -22,6 +22,8 @@ class Answer(StrEnum):
     """Keep the lane where it is, train it no further until a later GO."""
     STOP = "stop"
     """End it early: keep its checkpoint, write a `stopped` record."""
+    LEAVE = "leave"
+    """Save its checkpoint and give the lease back, by `spill`: this seat has to go, another trains it on."""
     DROP = "drop"
     """The lane is no longer this seat's: forget it, write nothing."""
 
@@ -42,7 +44,9 @@ class Offer:
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False
-    """Nothing waits and nothing more will come: the seat may end."""
+    """Nothing waits and nothing more will come, or not to this seat: it may end."""
+    apart: bool = False
+    """They may not share a pack with the lanes that are there, all parked for long: those leave first."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Source(Protocol):
         ...
 
     def spill(self, fingerprint: str, attempt: int) -> None:
-        """A parked lane was saved to its checkpoint and has left the pack; it waits for its trial to ask on,
-        then for any seat."""
+        """A lane was saved to its checkpoint, if it could be, and has left the pack; it waits for any seat, a
+        parked one first for its trial to ask on."""
         ...
 
     def done(self, fingerprint: str, attempt: int, state: State) -> None:

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from orchestrator.finetune.faults import Fault, fault_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,17 +23,22 @@ T = TypeVar("T")
 class Failed(RuntimeError):
     """Work of the team raised on a worker. The same on every worker."""
 
-    def __init__(self, reason: str, trace: str) -> None:
-        super().__init__(reason, trace)  # as it is pickled
-        self.reason, self.trace = reason, trace
+    def __init__(self, reason: str, trace: str, fault: Fault = Fault.LANE) -> None:
+        super().__init__(reason, trace, fault)  # as it is pickled
+        self.reason, self.trace, self.fault = reason, trace, fault
 
     def __str__(self) -> str:
         return self.reason
 
+    def bare(self) -> Failed:
+        """The same without a traceback, which holds all that the work had at hand."""
+        return Failed(self.reason, self.trace, self.fault)
+
     @classmethod
     def of(cls, error: BaseException) -> Failed:
         """What the other workers, and the record, get to know of an error."""
-        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+        reason, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        return cls(reason, trace, fault_of(error))
 
 
 class OutOfStep(RuntimeError):

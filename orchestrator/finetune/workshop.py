@@ -13,6 +13,7 @@ from orchestrator.finetune.checkpoint import Checkpoint
 from orchestrator.finetune.lane import Lane, settings_of
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.pack import Data, Pack
+from orchestrator.finetune.recompute import RECOMPUTES
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.team import ALONE, Team
@@ -58,6 +59,13 @@ class Workshop:
             return "none"
         device = self._bench[1].device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+    @property
+    def place(self) -> str:
+        """What decides how many lanes of a shape have memory, in words: the device, and how it is used."""
+        recomputes = self._bench is not None and getattr(self._bench[1].model, RECOMPUTES, False)
+        workers = f", {self.team.size} workers" if self.team.size > 1 else ""
+        return f"{self.device}{workers}{', gradient checkpointing' if recomputes else ''}"
 
     def pack(self, configuration: Configuration) -> Pack:
         """The pack for this configuration's shape. Raises what loading, attaching or the task does."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.space import spelled, told
 
 
 def show(store: Store, output: Path, prefix: str) -> str:
@@ -27,24 +29,58 @@ def show(store: Store, output: Path, prefix: str) -> str:
 
 
 def narrowed(command: str, record: Record) -> str:
-    """A study's command for one of its configurations: the same options, but for variant, rate and seed.
+    """A study's command for one of its configurations: the same options, but for variant, rate and seed, and
+    in place of a search the values that it has found.
 
     `--seeds N` asks for the seeds 0..N-1; those before this one are known or wanted by the study anyway.
     """
     configuration = record.configuration
-    chosen = {
-        "--variants": configuration.variant.name,
-        "--learning-rates": repr(configuration.optimizer.learning_rate),
-        "--seeds": str(configuration.seed + 1),
-    }
     kept: list[str] = []
-    dropping = False
+    typed: dict[str, list[str]] = {option: [] for option in _REPLACED}
+    option = ""
     for word in shlex.split(command):
         if word.startswith("--"):
-            dropping = word.split("=")[0].replace("_", "-") in chosen
-        if not dropping:
+            option, given, value = word.partition("=")
+            option = option.replace("_", "-")
+            if option in typed and given:
+                typed[option].append(value)
+        elif option in typed:
+            typed[option].append(word)
+        if option not in typed:
             kept.append(word)
-    return shlex.join([*kept, *(part for option in chosen.items() for part in option)])
+    chosen = {
+        "--variants": [configuration.variant.name],
+        "--learning-rates": [repr(configuration.optimizer.learning_rate)],
+        "--seeds": [str(configuration.seed + 1)],
+        "--set": [*_of(typed["--set"], configuration), *_found(typed["--space"], configuration)],
+    }
+    return shlex.join([*kept, *(part for o, values in chosen.items() if values for part in (o, *values))])
+
+
+_REPLACED = (
+    *("--variants", "--learning-rates", "--seeds", "--set"),
+    *("--search", "--sampler", "--points", "--space"),
+)
+
+
+def _of(words: list[str], configuration: Configuration) -> list[str]:
+    """Fixed values but for those of other variants, which are not in this command, and for the rate."""
+    keys = [(word, word.partition("=")[0].replace("-", "_")) for word in words]
+    mine = ("", configuration.variant.name)
+    return [
+        w for w, key in keys if key.rpartition(".")[0] in mine and key.rpartition(".")[2] != "learning_rate"
+    ]
+
+
+def _found(space: list[str], configuration: Configuration) -> list[str]:
+    """The values that a search over `space` has found, as they would be typed."""
+    keys = [word.partition("=")[0].replace("-", "_") for word in space]
+    values = {key: told(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
+    return [
+        f"{key}={value!r}" if isinstance(value, float) else f"{key}={spelled(value)}"
+        for key, value in values.items()
+        if value is not None
+    ]
 
 
 def _head(record: Record, failures: int) -> Iterator[str]:

@@ -6,6 +6,7 @@
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
     root/adapters/<fingerprint>/                 adapters kept on request
     root/evidence/                               what starts from gradients or inputs are computed from
+    root/limits/                                 how many lanes there was memory for, see limits.py
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
 in its folder, synced, then linked (final ones: link() fails if the name is taken, so the first wins whatever
@@ -19,6 +20,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -50,6 +52,7 @@ class Store:
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.evidence = self.root / "evidence"
+        self.limits = self.root / "limits"
         self._states: dict[_Stamp, State | None] = {}
         self._warned: set[str] = set()
         if create:
@@ -60,11 +63,11 @@ class Store:
 
     # -- writing
 
-    def put(self, record: Record) -> bool:
+    def put(self, record: Record, failures: int = 1) -> bool:
         """Keeps `record`; False when a final record was there already (then nothing is written).
 
         A `stopped` record replaces stopped and failed ones. A `failed` one is kept beside a stopped one and
-        counts the failures. Raises OSError when the disk refuses.
+        counts the failures, this one for as many as `failures`. Raises OSError when the disk refuses.
         """
         final = self._path(record.fingerprint)
         stopped = self._path(record.fingerprint, "stopped")
@@ -82,12 +85,17 @@ class Store:
             files.replace(stopped, _bytes(record))
             failed.unlink(missing_ok=True)
         else:
-            files.replace(failed, _bytes(record, {"failures": self.failures(record.fingerprint) + 1}))
+            count = self.failures(record.fingerprint) + failures
+            files.replace(failed, _bytes(record, {"failures": count}))
         return True
 
     def forget_failures(self, fingerprint: str) -> None:
         """A configuration that failed counts as new again."""
         self._path(fingerprint, "failed").unlink(missing_ok=True)
+
+    def discard_checkpoints(self, fingerprint: str) -> None:
+        """Once its record is final it needs none."""
+        shutil.rmtree(self.checkpoints / fingerprint, ignore_errors=True)
 
     # -- reading
 

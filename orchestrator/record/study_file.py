@@ -2,7 +2,7 @@
 
 <output>/<study>/study.json
 {"name", "question", "command", "configurations": [fingerprint, ...], "reused": [fingerprint, ...],
- "tracking_uri"}
+ "tracking_uri", "baseline", "margin", "tuning"}
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ class StudyFile:
     reused: tuple[str, ...] = ()
     tracking_uri: str = ""
     """Empty: the SQLite file of the store."""
+    baseline: str = ""
+    """Of a study with fresh seeds: the variant that all others are compared with. Empty: no comparison."""
+    margin: float = 0.01
+    """Of such a study: the smallest difference of the test score that matters, fixed before it began."""
+    tuning: str = ""
+    """Of such a study: the name of the study beside it that chose the configurations."""
 
     def extended(self, asked: Iterable[str], known: Iterable[str]) -> StudyFile:
         """This study with more configurations; those new to it that are `known` count as reused."""

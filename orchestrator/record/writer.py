@@ -42,6 +42,8 @@ class Writer:
         self._report: Sequence[Path] = ()
         self.error = ""
         """Why something is delayed; kept when it has since been logged."""
+        self.ended = False
+        """Whether the study's own run has been ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
         self._thread.start()
 
@@ -55,6 +57,10 @@ class Writer:
         with self._news:
             self._waiting[record if isinstance(record, str) else record.fingerprint] = None
             self._news.notify()
+
+    def reuse(self, fingerprint: str) -> None:
+        """The study has come to ask for it, and it was known already."""
+        self._reused |= {fingerprint}
 
     def close(self, timeout: float, status: str = "FINISHED", report: Sequence[Path] = ()) -> int:
         """Gives the writer `timeout` seconds to log what waits and to end the study's parent run with
@@ -78,6 +84,7 @@ class Writer:
                     self._log_one(fingerprint)
                     pause = _FIRST_PAUSE
                 self._log.finish_study(parent, self._status, self._report)
+                self.ended = True
                 return
             except TrackingDown as down:
                 parent, self.error = "", str(down)
@@ -124,5 +131,6 @@ class Writer:
                 self._news.wait_for(lambda: self._deadline is not None, seconds)
                 return True
             left = self._deadline - time.monotonic()
-        time.sleep(max(0.0, min(seconds, left, _CLOSING_PAUSE)))
+        seconds = min(seconds, _CLOSING_PAUSE)  # however long the outage was before
+        time.sleep(max(0.0, min(seconds, left)))
         return left > seconds

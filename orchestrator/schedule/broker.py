@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 import uuid
@@ -11,18 +12,24 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.finetune.source import Answer, Offer, Report
-from orchestrator.record.schema import Record, State
+from orchestrator.record import provenance
+from orchestrator.record.schema import Evaluation, Record, State
 from orchestrator.record.store import Store
-from orchestrator.schedule.broker_core import BrokerCore, Held
+from orchestrator.schedule.broker_core import BrokerCore, Held, name_of
+from orchestrator.schedule.life import Life
 from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
 STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
 NAME = "broker"
+FINAL = ("finished", "diverged")
 
 
 class Broker:
@@ -36,9 +43,15 @@ class Broker:
             return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
 
         def known(configuration: Configuration) -> Record | None:
-            return store.meets(configuration.fingerprint, settings(scheduler, configuration))
+            record = store.meets(configuration.fingerprint, settings(scheduler, configuration))
+            if record is not None and record.state in FINAL:  # whoever wrote it may have died right after
+                store.discard_checkpoints(record.fingerprint)
+            return record
 
-        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler)
+        def give_up(life: Life, configuration: Configuration, why: str) -> State:
+            return _failed(store, life, configuration, why)
+
+        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler, give_up)
         self.given_up = False
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
@@ -94,16 +107,24 @@ class Broker:
         self.core.done(seat, fingerprint, attempt, state, time.monotonic())
         self._tell(fingerprint)
 
-    async def seat_ended(self, name: str) -> None:
-        """All incarnations of the seat called `name` are gone."""
-        for seat in [s for s in self.core.seats if s.rpartition(".")[0] == name]:
-            self.core.seat_gone(seat, time.monotonic())
+    async def seat_ended(self, name: str, crashed: bool = False, reason: str = "") -> None:
+        """All incarnations of the seat called `name` are gone. `crashed`: its process died by itself while
+        its node lives, for `reason`: its lanes are suspected of it."""
+        for seat in [s for s in self.core.seats if name_of(s) == name]:
+            held = list(self.core.seats[seat].lanes)
+            self.core.seat_gone(seat, time.monotonic(), crashed, reason)
+            for fingerprint in held:
+                self._tell(fingerprint)
+
+    async def vacate(self, name: str | None) -> None:
+        """The seats called `name` (None: all, and for good) save every lane, give it back, and end."""
+        self.core.vacate(name)
 
     # -- the driver
 
     async def news(self, since: int, born: str) -> dict[str, Any]:
-        """Lanes that ended from number `since` on (all, for who knew another incarnation), the counts, and
-        the steps that each seat has taken."""
+        """Lanes that ended from number `since` on (all, for who knew another incarnation), the counts, the
+        steps that each seat has taken, and how many lanes are suspected of a crash."""
         self.core.tick(time.monotonic())
         ended = self.core.ended[since if born == self.born else 0 :]
         return {
@@ -111,6 +132,7 @@ class Broker:
             "ended": ended,
             "counts": self.core.counts(),
             "taken": dict(self.core.taken),
+            "suspects": self.core.suspects,
         }
 
     async def close(self) -> None:
@@ -129,12 +151,34 @@ class Broker:
             event.set()
 
 
+def _failed(store: Store, life: Life, configuration: Configuration, why: str) -> State:
+    """Writes the record of a lane whose seat can not. Returns the state of the record that counts."""
+    record = Record(
+        fingerprint=life.fingerprint,
+        configuration=configuration,
+        state="failed",
+        steps=life.reports[-1].step if life.reports else 0,
+        reason=why,
+        evaluations=tuple(Evaluation(r.step, "validation", r.scores) for r in life.reports),
+        provenance=provenance.current("none", attempt=life.attempt, ended=time.time()),
+    )
+    try:
+        if not store.put(record, failures=life.crashes):
+            first = store.get(life.fingerprint)
+            return first.state if first is not None else "failed"
+    except OSError as error:  # nothing is lost: the next study tries it again
+        log.warning("%s: its record cannot be written: %s", life.fingerprint[:12], error)
+    return "failed"
+
+
 def start_broker(store: Store, scheduler: str) -> Any:
     """The broker of a study, in the study's own Ray namespace: any process of the study finds it by NAME."""
     actor: Any = ray.remote(Broker)
     # Each trial waits in a call of its own; a broker that dies is started again, empty.
     options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    return actor.options(**options).remote(str(store.root), scheduler)
+    # Beside the driver: worker nodes come and go.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return actor.options(scheduling_strategy=here, **options).remote(str(store.root), scheduler)
 
 
 class BrokerSource:

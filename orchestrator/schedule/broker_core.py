@@ -7,7 +7,7 @@ is the truth: records are, in the store. After a restart trials submit again and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
@@ -41,14 +41,19 @@ class BrokerCore:
         failures: Callable[[str], int] = lambda fingerprint: 0,
         known: Callable[[Configuration], Record | None] = lambda configuration: None,
         scheduler: str = "none",
+        give_up: Callable[[Life, Configuration, str], State] = lambda life, configuration, why: "failed",
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `failures`: how often a lane has failed before, whoever trained it.
         `known`: the record that answers a request, if there is one.
-        `scheduler`: the study's early stopping; with any, lanes park after a report."""
+        `scheduler`: the study's early stopping; with any, lanes park after a report.
+        `give_up`: writes the record of a lane that crashes whatever seat trains it; returns the state of the
+        record that counts."""
         self.newest_attempt, self.failures, self.known = newest_attempt, failures, known
-        self.scheduler = scheduler
+        self.scheduler, self.give_up = scheduler, give_up
         self.lives: dict[str, Life] = {}
+        self.open: dict[str, Life] = {}
+        """Those that have not ended: what is gone through at every lease must not grow with the study."""
         self.configurations: dict[str, Configuration] = {}
         self.seats: dict[str, SeatView] = {}
         self.ended: list[tuple[str, State]] = []
@@ -56,6 +61,10 @@ class BrokerCore:
         self.taken: dict[str, int] = {}
         """Optimizer steps that each seat has taken, also of those that are gone."""
         self.closed = False
+        self.vacated: set[str] = set()
+        """Names of seats that have to go."""
+        self.all_vacated = False
+        self.cases = 0
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -70,8 +79,8 @@ class BrokerCore:
 
     def release(self, trial: str) -> None:
         """The trial has ended, but not by the scheduler's word. Its lane is dropped unless others want it."""
-        for fingerprint in [f for f, life in self.lives.items() if trial in life.trials]:
-            self.lives[fingerprint].trials.discard(trial)
+        for fingerprint in [f for f, life in self.open.items() if trial in life.trials]:
+            self.open[fingerprint].trials.discard(trial)
             self._forget_unwanted(fingerprint)
 
     def stop(self, trial: str, configuration: Configuration, seen: int, now: float) -> None:
@@ -85,26 +94,35 @@ class BrokerCore:
     # -- seats ------------------------------------------------------------------------------------------
 
     def lease(self, seat: str, shape: str | None, room: int, now: float) -> Offer:
-        """Lanes for a seat that has just said, by `exchange`, what it holds."""
+        """Lanes for a seat that has just said, by `exchange`, what it holds. Lanes that are suspected of a
+        crash share a pack with none but suspects of the same, and not with too many of them."""
         view = self._hear(seat, now)
+        if self._has_to_go(seat):
+            return Offer(closed=True)
         if shape is not None or not view.lanes:
             view.shape = shape
         self._serve_the_unserved(now)
-        waiting = [life for life in self.lives.values() if life.needs_seat]
+        waiting = [life for life in self.open.values() if life.needs_seat]
+        pack = self._held(seat)
+        mates = list(pack)
         if shape is None:
+            mates = []
             shape, view.yields_to = self._choose(view, waiting), None
         elif view.yields_to is not None:
             return Offer()
         leases: list[Lease] = []
-        for life in waiting:
-            if life.shape == shape and len(leases) < room:
+        apart = False
+        for life in sorted(waiting, key=_suspects_first):
+            if life.shape == shape and len(leases) < room and _may_join(life, mates):
+                mates.append(life)
+                apart = apart or not _may_join(life, pack)
                 attempt = max(life.attempt, self.newest_attempt(life.fingerprint)) + 1
                 life.lease(seat, attempt)
                 view.shape = shape
                 view.lanes.add(life.fingerprint)
                 configuration = self.configurations[life.fingerprint]
                 leases.append(Lease(configuration, attempt, settings(self.scheduler, configuration)))
-        return Offer(tuple(leases), closed=self.closed and not waiting)
+        return Offer(tuple(leases), closed=self.closed and not waiting, apart=apart)
 
     def alive(self, seat: str, now: float) -> None:
         """A sign of life from a seat that is too busy for more."""
@@ -131,7 +149,10 @@ class BrokerCore:
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._lose(seat, fingerprint, now)
-        return {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _, _) in held.items()}
+        answers = {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _, _) in held.items()}
+        if self._has_to_go(seat):
+            answers |= {f: Answer.LEAVE for f, a in answers.items() if a in (Answer.GO, Answer.PARK)}
+        return answers
 
     def spill(self, seat: str, fingerprint: str, attempt: int, now: float) -> None:
         """See Source.spill."""
@@ -151,15 +172,34 @@ class BrokerCore:
             return
         life.done(seat, attempt, state, now)
         if life.state is not None:
-            self.ended.append((fingerprint, life.state))
+            self._over(fingerprint, life.state)
         else:
             self._forget_unwanted(fingerprint)
 
-    def seat_gone(self, seat: str, now: float) -> None:
-        """The seat has ended or died: its lanes go back to the queue."""
-        view = self.seats.pop(seat, None)
-        for fingerprint in view.lanes if view else ():
-            self._lose(seat, fingerprint, now)
+    def vacate(self, name: str | None) -> None:
+        """The seats of this name (all incarnations, also to come; None: all seats) save their lanes, give
+        them back and end. A broker that restarts has to be told again."""
+        if name is None:
+            self.all_vacated = True
+        else:
+            self.vacated.add(name)
+
+    def seat_gone(self, seat: str, now: float, crashed: bool = False, reason: str = "") -> None:
+        """The seat has ended or died: its lanes go back to the queue. `crashed`: by itself, for `reason`,
+        perhaps for what one of its lanes did."""
+        held = self._held(seat)
+        self.seats.pop(seat, None)
+        self.cases += crashed
+        for life in held:
+            if crashed:
+                life.suspect(self.cases, len(held))
+            if crashed and life.guilty:
+                why = f"its seat's process died while it trained alone: {reason or 'it did not say why'}"
+                state = self.give_up(life, self.configurations[life.fingerprint], why)
+                life.give_up(state)
+                self._over(life.fingerprint, state)
+            else:
+                self._lose(seat, life.fingerprint, now)
 
     def tick(self, now: float) -> None:
         """Called now and then: seats that have been silent for too long are taken for dead."""
@@ -170,9 +210,24 @@ class BrokerCore:
 
     def counts(self) -> dict[str, int]:
         """Lanes by phase, and "seats"."""
-        return {**Counter(str(life.phase) for life in self.lives.values()), "seats": len(self.seats)}
+        counts = Counter(str(life.phase) for life in self.open.values())
+        if ended := len(self.lives) - len(self.open):
+            counts[str(Phase.ENDED)] = ended
+        return {**counts, "seats": len(self.seats)}
+
+    @property
+    def suspects(self) -> int:
+        """Lanes that are suspected of a crash: while there are any, deaths of seats narrow the search."""
+        return sum(life.company is not None for life in self.lives.values())
 
     # -- inside -----------------------------------------------------------------------------------------
+
+    def _held(self, seat: str) -> list[Life]:
+        lanes = self.seats[seat].lanes if seat in self.seats else ()
+        return [life for f in sorted(lanes) if (life := self.lives.get(f)) is not None and life.seat == seat]
+
+    def _has_to_go(self, seat: str) -> bool:
+        return self.all_vacated or name_of(seat) in self.vacated
 
     def _hear(self, seat: str, now: float) -> SeatView:
         view = self.seats.setdefault(seat, SeatView(now))
@@ -185,12 +240,17 @@ class BrokerCore:
         if fingerprint not in self.lives:
             life = Life(fingerprint, configuration.shape, now, gated=self.scheduler != "none")
             life.failures = self.failures(fingerprint)
-            self.lives[fingerprint], self.configurations[fingerprint] = life, configuration
+            self.lives[fingerprint] = self.open[fingerprint] = life
+            self.configurations[fingerprint] = configuration
             record = self.known(configuration)
             if record is not None:
                 life.replay(record)
-                self.ended.append((fingerprint, record.state))
+                self._over(fingerprint, record.state)
         return self.lives[fingerprint]
+
+    def _over(self, fingerprint: str, state: State) -> None:
+        self.ended.append((fingerprint, state))
+        del self.open[fingerprint]
 
     def _lose(self, seat: str, fingerprint: str, now: float) -> None:
         life = self.lives.get(fingerprint)
@@ -202,22 +262,41 @@ class BrokerCore:
         """A lane on no seat that nobody wants is not kept; one that trains hears of it by its next answer."""
         life = self.lives[fingerprint]
         if life.phase in (Phase.WAITING, Phase.SPILLED) and not life.trials and not life.let_go:
-            del self.lives[fingerprint], self.configurations[fingerprint]
+            del self.lives[fingerprint], self.open[fingerprint], self.configurations[fingerprint]
 
     def _choose(self, view: SeatView, waiting: list[Life]) -> str | None:
-        """For an empty pack: the shape it drained for, else the one with most waiting lanes."""
+        """For an empty pack: the shape it drained for, else that of a suspect, else the one with most waiting
+        lanes."""
         counts = Counter(life.shape for life in waiting)
         if view.yields_to in counts:
             return view.yields_to
+        suspects = [life.shape for life in waiting if life.company is not None]
+        if suspects:
+            return suspects[0]
         return max(counts, key=counts.__getitem__, default=None)
 
     def _serve_the_unserved(self, now: float) -> None:
         """A shape that no seat trains and that has waited too long gets the seat with the fewest lanes."""
-        served = {view.shape for view in self.seats.values() if view.lanes}
-        served |= {view.yields_to for view in self.seats.values()}
-        for life in self.lives.values():
+        staying = [view for seat, view in self.seats.items() if not self._has_to_go(seat)]
+        served = {view.shape for view in staying if view.lanes} | {view.yields_to for view in staying}
+        for life in self.open.values():
             if life.needs_seat and life.shape not in served and now - life.since > UNSERVED_SECONDS:
-                busy = [view for view in self.seats.values() if view.lanes and view.yields_to is None]
+                busy = [view for view in staying if view.lanes and view.yields_to is None]
                 if busy:
                     min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape
                     served.add(life.shape)
+
+
+def name_of(seat: str) -> str:
+    """Of a seat, whose incarnations are name.something."""
+    return seat.partition(".")[0]
+
+
+def _suspects_first(life: Life) -> bool:
+    return life.company is None
+
+
+def _may_join(life: Life, pack: Sequence[Life]) -> bool:
+    """Whether the lane may train beside these."""
+    most = min((one.company for one in (*pack, life) if one.company is not None), default=None)
+    return most is None or (len(pack) < most and all(one.case == life.case for one in pack))

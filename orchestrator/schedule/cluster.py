@@ -31,6 +31,8 @@ class Node:
     gpus: float
     memory: float
     """Bytes that Ray may promise."""
+    id: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,26 @@ class Cluster:
     nodes: tuple[Node, ...]
     namespace: str = ""
     local: bool = True
+    """Started here, for this study. Others may grow."""
 
     @property
     def memory(self) -> float:
         return sum(node.memory for node in self.nodes)
 
     def seats(self, wanted: int | None, gpus_per_seat: float | None, workers: int = 1) -> tuple[int, float]:
-        """Seats, and GPUs a worker: what was asked for if there is room, else all there is room for. A seat's
-        workers need not be on one node. Raises BadInput for more than there is."""
+        """Seats, and GPUs a worker: what was asked for, else all there is room for. A seat's workers need not
+        be on one node. Of a cluster that was there before, more than there is room for may be asked: the rest
+        waits for nodes, and so does the one seat that there is at least. Raises BadInput for more than a
+        local one has."""
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
-        if gpus:
-            each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
-            units = sum(min(int(node.cpus), int(node.gpus) * each) for node in self.nodes)
-            needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
-        else:
-            units = sum(min(int(node.cpus), max(1, int(node.memory / SEAT_MEMORY))) for node in self.nodes)
-            needs, there = "a CPU and 2 GiB", f"{sum(node.memory for node in self.nodes) / 2**30:.0f} GiB"
+        units = self._units(gpus)
         room = units // workers
-        if room < 1 or (wanted or 0) > room:
+        if self.local and (room < 1 or (wanted or 0) > room):
+            if gpus:
+                needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
+            else:
+                needs, there = "a CPU and 2 GiB", f"{self.memory / 2**30:.0f} GiB"
             asked = [f"--seats {wanted}"] if wanted else []
             asked += [f"--workers-per-seat {workers}"] if workers > 1 else []
             if room:
@@ -71,7 +74,18 @@ class Cluster:
                 f"takes {times}{needs}; there are "
                 f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
             )
-        return wanted or room, gpus
+        return wanted or max(1, room), gpus
+
+    def room(self, gpus: float, workers: int) -> int:
+        """How many seats fit, were nothing else here."""
+        return self._units(gpus) // workers
+
+    def _units(self, gpus: float) -> int:
+        """Workers that fit."""
+        if not gpus:
+            return sum(min(int(n.cpus), max(1, int(n.memory / SEAT_MEMORY))) for n in self.nodes)
+        each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
+        return sum(min(int(n.cpus), int(n.gpus) * each) for n in self.nodes)
 
 
 def this_machine() -> Cluster:
@@ -92,7 +106,7 @@ def address() -> str | None:
     with suppress(OSError):
         found = word.read_text().strip()
         host, _, port = found.rpartition(":")
-        if found and _listens(host, int(port)):
+        if found and listens(host, int(port)):
             return found
     return None
 
@@ -134,17 +148,9 @@ def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
                 "start that cluster, or unset RAY_ADDRESS to start Ray here."
             ) from None
     try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if len(nodes) > 1 and not _shared(store):
-            raise BadInput(
-                f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(nodes)} "
-                "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
-            )
-        yield Cluster(
-            tuple(Node(n.get("CPU", 0.0), n.get("GPU", 0.0), n.get("memory", 0.0)) for n in nodes),
-            namespace=namespace,
-            local=where is None,
-        )
+        nodes = nodes_now()
+        check_shared(nodes, store)
+        yield Cluster(nodes, namespace=namespace, local=where is None)
     finally:
         ray.shutdown()
         _remains_file().unlink(missing_ok=True)
@@ -165,12 +171,43 @@ def exclusively(file: Path, refusal: str) -> Iterator[None]:
         lock.release()
 
 
-def _listens(host: str, port: int) -> bool:
+def listens(host: str, port: int) -> bool:
+    """Whether something answers there, within a second."""
     import socket
 
     with suppress(OSError), socket.create_connection((host, port), timeout=1):
         return True
     return False
+
+
+def nodes_now() -> tuple[Node, ...]:
+    """Those of the joined Ray that can take a seat: alive, and not about to go."""
+    import ray
+
+    leaving = draining()
+    return tuple(
+        Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0), node["NodeID"], address)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+        for has, address in [(node["Resources"], node["NodeManagerAddress"])]
+    )
+
+
+def draining() -> frozenset[str]:
+    """Ids of nodes that Ray was told to empty (`ray drain-node`, an autoscaler, a spot machine's notice)."""
+    from ray._private.state import state  # Ray 2.60 tells it nowhere else
+
+    return frozenset(state.get_draining_nodes())
+
+
+def check_shared(nodes: tuple[Node, ...], store: Path) -> None:
+    """Raises BadInput when nodes cannot all see the store."""
+    machines = {node.address for node in nodes}
+    if len(machines) > 1 and not _shared(store):
+        raise BadInput(
+            f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(machines)} "
+            "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
+        )
 
 
 def _shared(folder: Path) -> bool:
@@ -203,10 +240,19 @@ def _write_remains() -> None:
     _remains_file().write_text(json.dumps(identities))
 
 
-def _alive(pid: int, created: float) -> psutil.Process | None:
+def _there(pid: int, created: float) -> psutil.Process | None:
+    """Alive, or dead and not yet reaped."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        if abs(process.create_time() - created) < 1.0 and process.status() != psutil.STATUS_ZOMBIE:
+        if abs(process.create_time() - created) < 1.0:
+            return process
+    return None
+
+
+def _alive(pid: int, created: float) -> psutil.Process | None:
+    with suppress(psutil.Error):
+        process = _there(pid, created)
+        if process is not None and process.status() != psutil.STATUS_ZOMBIE:
             return process
     return None
 
@@ -220,8 +266,9 @@ def _end_remains() -> None:
             continue
         if _alive(*driver):
             continue
-        # A number may be another process's by now.
-        raylets = {str(pid) for pid, created in rays if not psutil.pid_exists(pid) or _alive(pid, created)}
+        # A number may be another process's by now. Where nobody reaps the dead (the first process of many a
+        # container does not), a raylet's workers take it for alive, and train on.
+        raylets = {str(pid) for pid, created in rays if not psutil.pid_exists(pid) or _there(pid, created)}
         doomed = [process for identity in rays if (process := _alive(*identity))]
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it

@@ -25,9 +25,10 @@ class PerGroup(TrialScheduler):
 
     def __init__(self, name: str, known: Collection[str] = ()) -> None:
         """`known`: fingerprints of results that are replayed. They fill the rungs that the others are
-        measured by, and nothing is decided about them. (Under Hyperband they are members of brackets.)"""
+        measured by, and nothing is decided about them; a search adds to them. (Under Hyperband they are
+        members of brackets.)"""
         super().__init__()
-        self.name, self.known = name, frozenset(() if name == "hyperband" else known)
+        self.name, self.known = name, () if name == "hyperband" else known
         self.groups: dict[tuple[str, str], Any] = {}
         self.members: dict[str, tuple[Any, bool]] = {}  # trial -> its scheduler, whether it is known
 
@@ -86,8 +87,9 @@ def _scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     steps, first = configuration.schedule.steps, first_rung(configuration)
     loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "asha":
+        last = max(first, steps // ETA)  # rung: a later one saves little and costs the choice its seeds
         return AsyncHyperBandScheduler(
-            "step", **loss, max_t=steps, grace_period=first, reduction_factor=ETA, stop_last_trials=False
+            "step", **loss, max_t=last, grace_period=first, reduction_factor=ETA, stop_last_trials=False
         )
     if name == "median":
         never: Any = inf  # a trial that yields to others would cost a process and free no lane

@@ -2,7 +2,7 @@
 
     waiting --lease--> leased --report--> parked --a trial asks on--> leased --done--> ended
        ^  ^              |                  |
-       |  +--------------+------------------+   the seat died or failed, or it was stopped and is wanted again
+       |  +--------------+------------------+   the seat died, failed or left, or it was stopped and is wanted
        |                                    |
        +---------a trial asks on-------- spilled   its seat needed the place (or died); a checkpoint is left
 
@@ -10,6 +10,9 @@ Trials come and go by name. A lane that a scheduler has stopped is let go: whoev
 records that; where nobody does, it is leased once more for that. One that nobody wants for another reason is
 dropped and forgotten. All answers are computed from the state, so that asking twice (a lost reply, a
 restarted caller) does no harm.
+
+A lane whose seat crashed is suspected of it: it trains in company of half as many, and so on until it is
+alone or has a new report to show. One that crashes its seat alone, time and again, has failed.
 """
 
 from __future__ import annotations
@@ -57,6 +60,12 @@ class Life:
     told: int = 0
     """The step of its holder's last report."""
     orphan_until: float = 0.0
+    case: int = 0
+    """The last crash of which it was suspected; 0 before the first."""
+    company: int | None = None
+    """While it is suspected: how many lanes may be in its pack, it among them."""
+    crashes: int = 0
+    """How often its seat crashed while it was alone there, since it had news."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -134,6 +143,7 @@ class Life:
         self.told = report.step
         if not self.reports or report.step > self.reports[-1].step:
             self.reports.append(report)
+            self.clear()
         if self.gated and self.asked < report.step:
             self.phase = Phase.PARKED
 
@@ -148,6 +158,22 @@ class Life:
             return Answer.DROP
         return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
 
+    def suspect(self, case: int, lanes: int) -> None:
+        """Its seat crashed while it held so many lanes, this one among them."""
+        self.case, self.company = case, max(1, lanes // 2)
+        self.crashes += lanes == 1
+
+    @property
+    def guilty(self) -> bool:
+        return self.crashes > 0 and self.crashes + self.failures >= FAILURES_ALLOWED
+
+    def clear(self) -> None:
+        self.company, self.crashes = None, 0
+
+    def give_up(self, state: State) -> None:
+        """It is not tried again: it has failed, or somebody's record says how it ended before."""
+        self._end(state)
+
     def done(self, seat: str, attempt: int, state: State, now: float) -> None:
         """The seat says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
         if self.phase is Phase.ENDED:
@@ -155,6 +181,7 @@ class Life:
         if state in ("finished", "diverged"):
             self._end(state)
         elif self.held_by(seat, attempt):
+            self.company = None
             if state == "failed":
                 self.failures += 1
                 if self.failures >= FAILURES_ALLOWED:
@@ -174,4 +201,4 @@ class Life:
             self.seat, self.since = "", now
 
     def _end(self, state: State) -> None:
-        self.phase, self.seat, self.state = Phase.ENDED, "", state
+        self.phase, self.seat, self.state, self.company = Phase.ENDED, "", state, None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
 from orchestrator.finetune.resolve import UNPREPARED
 from orchestrator.record.store import Store
 from orchestrator.schedule import cluster
+from orchestrator.schedule.ledger import Ledger
 from orchestrator.schedule.progress import clock
 from orchestrator.schedule.rungs import settings
+from orchestrator.schedule.search_file import Spent
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
@@ -20,13 +22,17 @@ START_SECONDS = 25.0  # Ray, and the first seat
 
 def print_plan(
     console: Console,
+    first: Configuration,
     wanted: Sequence[Configuration],
     pending: Sequence[Configuration],
     store: Store,
     options: StudyOptions,
+    search: Ledger | None,
 ) -> None:
-    first = wanted[0]
+    """`first`: a configuration that has in common with all others what is printed once."""
     rates = sorted({c.optimizer.learning_rate for c in wanted})
+    total = search.total if search else len(wanted)
+    left = len(pending) + total - len(wanted)
     content = first.model.content
     if cluster.address() is None:
         seats, _ = cluster.this_machine().seats(
@@ -41,23 +47,43 @@ def print_plan(
     for what, text in (
         ("Task", f"{first.task.name}, {first.schedule.steps} steps of {batch}"),
         ("Base model", f"{first.model.name} ({content if content == UNPREPARED else content[:12]})"),
-        ("Variants", " ".join(dict.fromkeys(c.variant.name for c in wanted))),
-        ("Learning rates", " ".join(f"{rate:g}" for rate in rates)),
-        ("Seeds", f"{options.seeds}"),
-        ("Configurations", f"{len(wanted)}, of them {len(wanted) - len(pending)} known"),
+        *(_search(search) if search else ()),
+        *([] if search else [("Variants", " ".join(dict.fromkeys(c.variant.name for c in wanted)))]),
+        *([] if search else [("Learning rates", " ".join(f"{rate:g}" for rate in rates))]),
+        ("Seeds", f"{options.seed_count}"),
+        ("Configurations", f"{total}, of them {total - left} known"),
+        ("Steps", f"at most {left * first.schedule.steps}"),
         ("Early stopping", settings(options.scheduler, first) or "none"),
         ("Seats", f"{where}, {options.lanes_per_seat or LANES} lanes each{workers}"),
-        ("Time", _estimate(pending, store, seats)),
+        ("Time", _estimate(first, left, store, seats)),
     ):
         console.print(f"{what:15} {text}", markup=False)
 
 
-def _estimate(pending: Sequence[Configuration], store: Store, seats: int) -> str:
+def print_short(console: Console, spent: Mapping[str, Spent], points: int) -> None:
+    """Which variants had fewer points than the budget, because their space has no more."""
+    for variant, each in spent.items():
+        if each.points < points:
+            console.print(f"{variant}: {each.points} points of {points}: its space has no more", markup=False)
+
+
+def _search(search: Ledger) -> list[tuple[str, str]]:
+    """The sampler, and the space: on one line where it is the same for all variants."""
+    lines = [("Search", f"{search.file.sampler}, {search.file.points} points of each variant")]
+    texts = {
+        variant: " ".join(f"{d.key}={d.text}" for d in dimensions) or "nothing"
+        for variant, dimensions in search.space.variants.items()
+    }
+    if len(set(texts.values())) == 1:
+        return [*lines, ("Variants", " ".join(texts)), ("Space", next(iter(texts.values())))]
+    return [*lines, *((f"Space, {variant}", text) for variant, text in texts.items())]
+
+
+def _estimate(first: Configuration, left: int, store: Store, seats: int) -> str:
     """For all to the end, from what lanes of the same task and model cost before, wherever that was. `seats`
     0: not known."""
-    if not pending:
+    if not left:
         return "nothing to train"
-    first = pending[0]
     costs = [
         (r.cost.train_seconds + r.cost.evaluate_seconds) / max(1, r.steps)
         for r in store.records()
@@ -66,7 +92,7 @@ def _estimate(pending: Sequence[Configuration], store: Store, seats: int) -> str
     ]
     if not costs:
         return "unknown: no lane of this task and model has been trained yet"
-    seconds = sum(costs) / len(costs) * sum(c.schedule.steps for c in pending)
+    seconds = sum(costs) / len(costs) * left * first.schedule.steps
     source = f"(from {len(costs)} lanes trained before)"
     if not seats:
         return f"about {clock(seconds)} divided by the seats {source}"

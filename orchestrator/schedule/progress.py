@@ -41,6 +41,8 @@ class Progress:
     training: int = 0
     waiting: int = 0
     seats: int = 0
+    waits_for: str = ""
+    """What must come before a seat can start; empty when nothing must."""
     best: Best | None = None
     started: float = field(default_factory=time.monotonic)
     first_lane: float | None = None
@@ -114,7 +116,7 @@ class Progress:
         if without < 2:
             parts.append(f"{self.training} training")
         if self.seats == 0:
-            parts.append("seats start")
+            parts.append(f"waiting for {self.waits_for}" if self.waits_for else "seats start")
         if self.diverged:
             parts.append(f"{self.diverged} diverged")
         if self.stopped:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from rich.console import Console
@@ -23,83 +24,117 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.record.tracking_uri import check_uri, default_uri
 from orchestrator.schedule import cluster as ray_cluster
-from orchestrator.schedule.plan import LANES, print_plan
+from orchestrator.schedule.asked import Asked, builder
+from orchestrator.schedule.ledger import opened
+from orchestrator.schedule.limits import Limits
+from orchestrator.schedule.plan import LANES, print_plan, print_short
 from orchestrator.schedule.progress import Progress, clock
 from orchestrator.schedule.rungs import entry, settings
+from orchestrator.study.command import LIMIT, gently
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
-from orchestrator.study.grid import grid, order_of_entry
+from orchestrator.study.grid import grid
 from orchestrator.study.options import StudyOptions
 
+if TYPE_CHECKING:
+    from orchestrator.record.writer import Writer
+
 LOG_SECONDS = 60.0  # what MLflow gets at the end of a study to catch up
-HASTE_SECONDS = 5.0  # the same after Ctrl-C
+HASTE_SECONDS = 5.0  # the same when a study has ended in trouble, and at most after Ctrl-C
+REPORT_SECONDS, REPORT_ROWS = 4.0, 500  # what a report needs of the time that Ctrl-C leaves, and its size
 Log = Callable[[Record], None]
-REPORT = ("report.html", "curves.png", "spread.png", "summary.json")
+PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")  # a study has some of them
+REPORT = ("report.html", *PICTURES, "summary.json")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a script adds to the shared options. `task` and `variants` are for a run without such options."""
+    """What a script adds to the shared options. `task` and `variants` are for a run without such options.
+    `baseline`, `margin`, `tuning`: of a study that compares with fresh seeds, see StudyFile."""
 
     script: str
     question: str
     variants: tuple[str, ...]
     task: str
     dry_run_task: str
+    baseline: str = ""
+    margin: float = 0.01
+    tuning: str = ""
 
 
 def run_study(
     experiment: Experiment,
     options: StudyOptions,
+    *,
+    wanted: Sequence[Configuration] | None = None,
     check: Callable[[Sequence[Configuration]], None] = lambda wanted: None,
 ) -> int:
     """Trains what is not known yet, logs, reports. Returns the exit code: 0, 1 when configurations have no
-    result. `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble,
-    KeyboardInterrupt."""
+    result, LIMIT when that is for a limit. `wanted`: exactly these, in place of the options' grid or search.
+    `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt."""
     console = Console(file=sys.stdout, highlight=False)
     _needs_hardware(experiment, options)
     options.check_output()
     store = Store(options.store_folder)
     uri = options.tracking_uri or default_uri(store)
     check_uri(uri)
+    limits = Limits(options.max_hours, options.max_gpu_hours)
     task = experiment.dry_run_task if options.dry_run else experiment.task
     chosen = resolve.names(options, task, experiment.variants, store.bases)
     if ray_cluster.address() is None:  # more than this machine has is refused before anything is made
-        ray_cluster.this_machine().seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
+        _, gpus = ray_cluster.this_machine().seats(
+            options.seats, options.gpus_per_seat, options.workers_per_seat
+        )
+        limits.hold(gpus * options.workers_per_seat)
     content = resolve.base(chosen.model, store.bases, None if options.plan else console.print)
     templates = resolve.templates(options, chosen, content, store.bases)
-    wanted = grid(templates, chosen.learning_rates, range(options.seeds))
-    if options.retry_failed and not options.plan:
-        for configuration in wanted:
-            store.forget_failures(configuration.fingerprint)
-    hopeless = {c.fingerprint for c in wanted if store.failures(c.fingerprint) >= FAILURES_ALLOWED}
-    met = [c for c in wanted if store.meets(c.fingerprint, settings(options.scheduler, c))]
-    known = hopeless | {c.fingerprint for c in met}
-    new = [c for c in wanted if c.fingerprint not in known]
-    pending = order_of_entry(new, options.lanes_per_seat or LANES)
-    if options.plan:
-        print_plan(console, wanted, pending, store, options)
-        return 0
-
-    check(wanted)
+    searches = wanted is None and chosen.space is not None
     parts = [experiment.script, Path(chosen.task.name).stem, Path(chosen.model).name]
+    parts += [options.method] if searches else []
     name = options.study or "-".join(parts).replace("@", "-")
     folder = options.output / name
+
+    def ask() -> Asked:
+        if wanted is not None:
+            return Asked.found(wanted, None, store, options)
+        if chosen.space is None:
+            all_points = grid(templates, chosen.learning_rates, range(options.seed_count))
+            return Asked.found(all_points, None, store, options)
+        build, steps = builder(templates), templates[0].schedule.steps
+        search = opened(folder, options.method, options.point_count, chosen.space, build, steps)
+        return Asked.found(list(search.asked.values()), search, store, options)
+
+    if options.plan:
+        asked = ask()
+        print_plan(console, templates[0], asked.wanted, asked.pending, store, options, asked.search)
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
+        asked = ask()
+        check(asked.wanted)
+        if asked.search is not None:
+            asked.search.keep()
+        known = {*asked.hopeless, *(c.fingerprint for c in asked.met)}
         command = shlex.join(["python", *sys.argv])
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
-        study = study.extended([c.fingerprint for c in wanted], known)
+        study = study.extended([c.fingerprint for c in asked.wanted], known)
         study = replace(study, command=command, tracking_uri=options.tracking_uri or "")
+        study = replace(
+            study, baseline=experiment.baseline, margin=experiment.margin, tuning=experiment.tuning
+        )
         study.write(folder)
-        console.print(f"{name}: {len(known)} of {len(wanted)} known{'' if pending else ', nothing to train'}")
-        if hopeless:
-            console.print(f"{len(hopeless)} of them failed three times; --retry-failed tries them again")
-        return _Run(console, folder, study, store, uri, options).all(wanted, met, pending)
+        console.print(
+            f"{name}: {len(known)} of {asked.total} known{'' if asked.new else ', nothing to train'}"
+        )
+        if asked.hopeless:
+            console.print(
+                f"{len(asked.hopeless)} of them failed three times; --retry-failed tries them again"
+            )
+        return _Run(console, folder, study, store, uri, options, limits).all(asked)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     console: Console
     folder: Path
@@ -107,11 +142,10 @@ class _Run:
     store: Store
     uri: str
     options: StudyOptions
+    limits: Limits
 
-    def all(
-        self, wanted: Sequence[Configuration], met: Sequence[Configuration], pending: Sequence[Configuration]
-    ) -> int:
-        """`wanted` is what the study asks for: `met` by records, `pending`, or given up."""
+    def all(self, asked: Asked) -> int:
+        wanted = asked.wanted  # grows with a search
         from orchestrator.record.mlflow_log import MlflowLog
         from orchestrator.record.writer import Writer
 
@@ -127,38 +161,87 @@ class _Run:
 
         status, report = "KILLED", False
         try:
-            if pending:
-                self._train(len(wanted), met, pending, log)
-            status, report = "FINISHED", True
+            if asked.new:
+                self._train(asked, writer, log)
+            status, report = "KILLED" if self.limits.reached else "FINISHED", True
         except BadInput:
             raise  # nothing was trained: there is nothing to report
         except BaseException as error:
             report = True
             if isinstance(error, KeyboardInterrupt):
-                again = f"Stopped. What is done is kept; to go on: {self.study.command}"
-                self.console.print(again, markup=False)
+                self._stopped(asked)
             raise
         finally:
             # Known ones, and those whose end nobody was told (the broker restarted, the study was stopped).
             for configuration in wanted:
                 if configuration.fingerprint not in logged:
                     writer.put(configuration.fingerprint)
+            self._tell(writer, status, report)
+        if asked.search is not None:
+            spent = asked.search.spent(self.store)  # the report's table says it, too
+            print_short(self.console, spent, asked.search.file.points)
+        return self._check(asked)
+
+    def _tell(self, writer: Writer, status: str, report: bool) -> None:
+        """Writes the report, and gives MLflow its time to catch up. Ctrl-C ends both."""
+        if report and self.limits.hasty and not self._in_time():
+            report = False
+            name = shlex.quote(self.study.name)
+            again = f"{self._ours(f'report {name}')} writes it."
+            self.console.print(f"Without a report: {again}", markup=False, soft_wrap=True)
+        files = [self.folder / name for name in REPORT] if report else []
+        try:
             if report:
                 self._report()
-            files = [self.folder / name for name in REPORT] if report else []
-            late = writer.close(LOG_SECONDS if status == "FINISHED" else HASTE_SECONDS, status, files)
-            if late:
+        except KeyboardInterrupt:
+            self.limits.ask()
+            status, files = "KILLED", []
+            self.console.print("Stopped in the report: all that it shows is kept", markup=False)
+            raise
+        finally:
+            seconds = LOG_SECONDS if status == "FINISHED" or self.limits.reached else HASTE_SECONDS
+            if self.limits.hasty:
+                seconds = min(HASTE_SECONDS, max(0.5, self.limits.seconds_left() - 1))
+            late = writer.close(seconds, status, [file for file in files if file.exists()])
+            if late or not writer.ended:
+                what = f"{late} runs" if late else "the study's own run"
                 later = f"{self._ours('sync')} logs them later."
-                self.console.print(f"MLflow: {late} runs delayed ({writer.error}); {later}", markup=False)
-        return self._check(wanted)
+                why = writer.error or "it is slow"
+                self.console.print(f"MLflow: {what} delayed ({why}); {later}", markup=False, soft_wrap=True)
 
-    def _train(
-        self, wanted: int, met: Sequence[Configuration], pending: Sequence[Configuration], log: Log
-    ) -> None:
-        options, store = self.options, self.store
-        progress = Progress(self.folder, wanted, wanted - len(pending), self.console)
-        with progress, _scratch(store) as scratch, ray_cluster.connect(store.root) as cluster:
+    def _in_time(self) -> bool:
+        """Whether a report can be had before the time is up that Ctrl-C was promised."""
+        return self.limits.seconds_left() > REPORT_SECONDS and len(self.study.configurations) <= REPORT_ROWS
+
+    def _stopped(self, asked: Asked) -> None:
+        if not self.limits.hasty:
+            self.limits.ask()
+        self.console.print(f"Stopped: {self._done(asked)}, what is half done is kept", markup=False)
+
+    def _done(self, asked: Asked) -> str:
+        """How many of how many, and what that has cost."""
+        states = self.store.states()  # without reading them all
+        kept = [c for c in asked.wanted if states.get(c.fingerprint) not in (None, "failed")]
+        done = sum(states[c.fingerprint] != "stopped" or self._met(c) for c in kept)
+        spent = self.limits.spent()
+        return f"{done} of {asked.total} configurations are done{f', {spent} used' if spent else ''}"
+
+    def _met(self, configuration: Configuration) -> bool:
+        asked = settings(self.options.scheduler, configuration)
+        return self.store.meets(configuration.fingerprint, asked) is not None
+
+    def _train(self, asked: Asked, writer: Writer, log: Log) -> None:
+        options, store, search, before = self.options, self.store, asked.search, len(asked.wanted)
+        progress = Progress(self.folder, asked.total, asked.total - asked.new, self.console)
+        known = {c.fingerprint for c in asked.met}
+        with (
+            progress,
+            _scratch(store) as scratch,
+            ray_cluster.connect(store.root) as cluster,
+            gently(self.limits.ask),
+        ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
+            from orchestrator.schedule.search import PerGroupSearch
             from orchestrator.schedule.seat import SeatPlan
             from orchestrator.schedule.train import Room, train
 
@@ -172,26 +255,51 @@ class _Run:
                 start_seconds=options.seat_timeout,
                 workers=options.workers_per_seat,
                 gradient_checkpointing=options.gradient_checkpointing,
+                device=options.device,
             )
+            self.limits.hold(gpus * plan.workers)
+            reused: set[str] = set()
+
+            def told(configuration: Configuration) -> None:
+                """The search has asked for one more."""
+                fingerprint = configuration.fingerprint
+                if self._met(configuration):
+                    reused.add(fingerprint)
+                    writer.reuse(fingerprint)
+                    progress.known += 1
+                asked.wanted.append(configuration)
+                self.study = self.study.extended([fingerprint], reused)
+                self.study.write(self.folder)
+
+            if search is not None:
+                search.told = told
             where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
             share = f", {gpus * plan.workers:g} GPUs each" if gpus else ""
             progress.say(f"{where}: {count} seats of {plan.lanes} lanes{share}")
             began = time.monotonic()
             steps = train(
-                entry(options.scheduler, met, pending, plan.lanes),
-                {c.fingerprint for c in met},
+                entry(options.scheduler, asked.met, asked.pending, plan.lanes),
+                known,
                 options.scheduler,
                 cluster,
-                Room(min(count, len(pending)), plan),
+                Room(min(count, asked.new), plan, follow=options.seats is None),
                 store,
                 scratch,
                 progress,
                 log,
+                self.limits,
+                None
+                if search is None
+                else PerGroupSearch(search, store, options.scheduler, plan.lanes, known),
             )
             early = f", {progress.stopped} of them stopped early" if progress.stopped else ""
-            progress.say(f"{progress.done} trained in {clock(time.monotonic() - began)}{early}")
-            horizons = sum(c.schedule.steps for c in pending)
+            spent = f", {self.limits.spent()}" if self.limits.gpus else ""
+            progress.say(f"{progress.done} trained in {clock(time.monotonic() - began)}{early}{spent}")
+            trained = [*asked.pending, *(c for c in asked.wanted[before:] if c.fingerprint not in reused)]
+            horizons = sum(c.schedule.steps for c in trained)
             progress.say(f"{steps} optimizer steps of {horizons} for all configurations to the end")
+        if self.limits.hasty:
+            raise KeyboardInterrupt
 
     def _report(self) -> None:
         """The projections that are files. The table shows the whole study, also what earlier runs asked."""
@@ -209,30 +317,39 @@ class _Run:
             command=study.command,
             tracking_uri=self.uri,
             pending=len(study.configurations) - len(found),
+            baseline=study.baseline,
+            margin=study.margin,
+            tuning=folder.parent / study.tuning if study.tuning else None,
         )
+        picture = next(p for name in PICTURES if (p := folder / name).exists())
         self.console.print(render(summary))
         for what, where in (
             ("Report", folder / "report.html"),
-            ("Picture", folder / "curves.png"),
+            ("Picture", picture),
             ("MLflow", how_to_open(self.uri) or "runs are on the tracking server"),
         ):
             self.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
 
-    def _check(self, wanted: Sequence[Configuration]) -> int:
+    def _check(self, asked: Asked) -> int:
         """Says what has no result. Returns the exit code."""
-        scheduler = self.options.scheduler
-        lacking = [
-            c.fingerprint for c in wanted if self.store.meets(c.fingerprint, settings(scheduler, c)) is None
-        ]
-        if not lacking:
+        lacking = [c.fingerprint for c in asked.wanted if not self._met(c)]
+        unasked = asked.total - len(asked.wanted)
+        if not lacking and not unasked:
             return 0
+        if self.limits.reached and (
+            unasked or any(self.store.failures(f) < FAILURES_ALLOWED for f in lacking)
+        ):
+            again = f"{self._done(asked)}; to go on: {self.study.command}"
+            self.console.print(f"Ended by {self.limits.reached}: {again}", markup=False, soft_wrap=True)
+            return LIMIT
         failed = [f[:12] for f in lacking if self.store.failures(f)]
         why = (
             f"; {self._ours('show ' + ' '.join(failed[:3]))} says why"
             if failed
             else "; see the messages above"
         )
-        self.console.print(f"{len(lacking)} configurations failed{why}", markup=False)
+        more = f", {unasked} were not asked for" if unasked else ""
+        self.console.print(f"{len(lacking)} configurations failed{more}{why}", markup=False)
         return 1
 
     def _ours(self, words: str) -> str:

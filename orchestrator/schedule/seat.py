@@ -7,12 +7,22 @@ ends the run, and the seat is replaced as a whole.
 from __future__ import annotations
 
 import os
+import threading
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.schedule.seat_end import How, SeatEnd, end_of
+
 IDLE_SECONDS = 60.0
+DRAIN_SECONDS = 3.0  # how often a worker asks whether its node has to go; spot machines give 30 s and more
+RAYLET_SECONDS = 1.0  # how often a worker looks whether its Ray is still there
+NEEDLESS = (  # callbacks of Ray Train
+    "PlacementGroupCleanerCallback",  # `orphans` does it for all seats; its actor outlives a killed driver
+    "DatasetsCallback",  # for Ray Data's
+)
 MALLOC = {
     # glibc gives large blocks back to the system at every free; on a CPU each step would fault them in again,
     # a sixth of a small model's time.
@@ -37,6 +47,15 @@ class SeatPlan:
     start_seconds: float = 300.0
     workers: int = 1
     gradient_checkpointing: bool = False
+    device: str = "auto"
+    """"cpu": GPUs are held in Ray's book-keeping only."""
+    loop: str = "orchestrator.finetune.loop:run"
+    """What each worker runs, "module:function": a rehearsal has one that trains nothing."""
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether its workers compute on the GPUs that they hold."""
+        return self.gpus > 0 and self.device != "cpu"
 
     @property
     def resources(self) -> dict[str, float]:
@@ -46,12 +65,13 @@ class SeatPlan:
 
 def work(settings: Mapping[str, Any]) -> None:
     """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
+    import pkgutil
     from pathlib import Path
 
     import torch
     from ray.train.torch import get_device
 
-    from orchestrator.finetune import loop, models
+    from orchestrator.finetune import models
     from orchestrator.finetune.recompute import recompute_blocks
     from orchestrator.finetune.tasks.base import Task
     from orchestrator.finetune.team import ALONE, TorchTeam
@@ -61,7 +81,7 @@ def work(settings: Mapping[str, Any]) -> None:
     from orchestrator.study.configuration import ModelChoice
 
     plan = SeatPlan(**settings["plan"])
-    gpu = plan.gpus > 0
+    gpu = plan.on_gpus
     if gpu and not torch.cuda.is_available():
         raise RuntimeError(
             f"Ray gave this seat a GPU that torch {torch.__version__} cannot use; install one for its driver"
@@ -75,6 +95,10 @@ def work(settings: Mapping[str, Any]) -> None:
     team = TorchTeam() if plan.workers > 1 else ALONE
     # A new process is a new incarnation: what its predecessor held is not its own.
     source = BrokerSource(f"{settings['name']}.{uuid.uuid4().hex[:8]}") if team.rank == 0 else None
+    threading.Thread(target=_end_with_ray, name="end with Ray", daemon=True).start()
+    threading.Thread(
+        target=_leave_before_the_node, args=[settings["name"]], name="drain", daemon=True
+    ).start()
 
     def load(choice: ModelChoice, task: Task) -> models.Bench:
         bench = models.load(choice, store.bases, device, task)
@@ -82,7 +106,7 @@ def work(settings: Mapping[str, Any]) -> None:
             recompute_blocks(bench.model)
         return bench
 
-    loop.run(
+    pkgutil.resolve_name(plan.loop)(
         source,
         store,
         load,
@@ -94,32 +118,73 @@ def work(settings: Mapping[str, Any]) -> None:
     )
 
 
+def _end_with_ray() -> None:
+    """Ends this worker when its raylet is gone, which dies with a driver that was killed: Ray lets a worker
+    that computes live on for half a minute."""
+    raylet = os.getppid()
+    while os.getppid() == raylet:
+        time.sleep(RAYLET_SECONDS)
+    os._exit(1)
+
+
+def _leave_before_the_node(name: str) -> None:
+    """When the node of this worker is to be drained: has the seat save its lanes and end. Says so again and
+    again, since a broker that restarts has forgotten it."""
+    import ray
+
+    from orchestrator.schedule.broker import NAME
+    from orchestrator.schedule.cluster import draining
+
+    here = ray.get_runtime_context().get_node_id()
+    while True:
+        time.sleep(DRAIN_SECONDS)
+        try:
+            if here in draining():
+                ray.get_actor(NAME).vacate.remote(name)
+        except Exception:  # the broker restarts, Ray is busy: the next time may go well
+            continue
+
+
 class SeatHost:
     """An actor. Starts one Train run and waits for its end: `fit` blocks, so each seat has its own host."""
 
-    def run(self, name: str, plan: SeatPlan, namespace: str) -> None:
+    def run(self, name: str, plan: SeatPlan, namespace: str) -> SeatEnd:
         os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a finished run is noticed
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, plan.start_seconds))
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a seat; `work` looks itself
+        from ray.exceptions import RayError
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        # Type checkers see the signatures of Train's first version.
+        base: Any = TorchTrainer  # type checkers see Train's first version
+
+        class Trainer(base):
+            def _create_default_callbacks(self) -> list[Any]:
+                """Without those that start a process a seat for nothing."""
+                return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
+
         run_config: Any = RunConfig
         failure_config: Any = FailureConfig
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,
             train_loop_config={"name": name, "plan": asdict(plan)},
             scaling_config=ScalingConfig(
                 num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
             # A single worker talks to nobody.
-            torch_config=TorchConfig(backend="nccl" if plan.gpus and plan.workers > 1 else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if plan.on_gpus and plan.workers > 1 else "gloo"),
             run_config=run_config(
                 name=f"{namespace}-{name}",
                 storage_path=plan.scratch,
-                worker_runtime_env={} if plan.gpus else {"env_vars": MALLOC},
+                worker_runtime_env={} if plan.on_gpus else {"env_vars": MALLOC},
                 # A dead seat is replaced as a whole, by the driver.
-                failure_config=failure_config(max_failures=0, controller_failure_limit=0),
+                failure_config=failure_config(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
             ),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except (RayError, TrainingFailedError) as error:
+            return end_of(error)
+        return SeatEnd(How.DONE)

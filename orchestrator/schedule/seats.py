@@ -1,49 +1,85 @@
-"""The driver's side of the seats: starts them, replaces those that die, ends them."""
+"""The driver's side of the seats: starts them, follows the nodes, replaces those that die, ends them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.schedule import orphans
+from orchestrator.schedule.cluster import Cluster, check_shared, nodes_now
 from orchestrator.schedule.seat import SeatHost, SeatPlan
+from orchestrator.schedule.seat_end import How, SeatEnd, reason
+from orchestrator.study.errors import BadInput
 
 DEATHS_ALLOWED = 3  # in a row, without a lane finishing in between
-LAST_SECONDS = 5.0  # what seats get to end by themselves
+NODES_SECONDS = 2.0  # how often the cluster is counted
+ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
+
+
+@dataclass(frozen=True)
+class Running:
+    name: str
+    host: Any
 
 
 class Seats:
-    """As many seats as `count`, kept so while lanes wait."""
+    """As many seats as `count`, kept so while lanes wait; where they `follow` the cluster, as many as its
+    nodes have room for, `count` at the start. Seats that find no room wait, and hold nothing."""
 
     def __init__(
-        self, plan: SeatPlan, count: int, namespace: str, broker: Any, say: Callable[[str], None]
+        self,
+        plan: SeatPlan,
+        count: int,
+        namespace: str,
+        broker: Any,
+        say: Callable[[str], None],
+        follow: bool = False,
     ) -> None:
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
-        self.running: dict[Any, tuple[str, Any]] = {}  # what `run` promised -> seat's name, its host
+        self.follow = follow
+        self.running: dict[Any, Running] = {}
+        """By what `run` promised."""
+        self.spoken: frozenset[str] = frozenset()
+        """Names of seats that have spoken to the broker: they have found their place."""
         self.started = 0
         self.deaths = 0
         self.without_since: float | None = None
         self.waited = False
         self.trouble = ""
         """Why no seat can be had; empty while one may still come."""
+        self.nodes = Cluster(())
+        """Those that can take a seat."""
+        self._counted = self._orphans_until = -float("inf")
 
-    def look(self, waiting: int, training: int, live: int) -> None:
-        """Called now and then: lanes that wait and that train, seats that have announced themselves. The
-        first seats start at once: known results may be replayed before a lane waits. A seat that has ended
-        for want of work is replaced when lanes wait for longer than a moment."""
-        self._bury()
-        if not self.started or (waiting and self.waited):
-            while not self.trouble and len(self.running) < self.count:
+    def look(
+        self, waiting: int, training: int, live: int, spoken: Collection[str] = (), suspects: int = 0
+    ) -> None:
+        """Called now and then: lanes that wait and that train, seats that are there, the names of all that
+        ever spoke, lanes that are suspected of a crash. The first seats start at once: known results may be
+        replayed before a lane waits. A seat that has ended for want of work is replaced when lanes wait for
+        longer than a moment."""
+        now = time.monotonic()
+        self.spoken = frozenset(spoken)
+        self._bury(suspects, now)
+        if now - self._counted > NODES_SECONDS:
+            self._counted = now
+            self._count()
+        if not self.trouble and (not self.started or (waiting and self.waited)):
+            for _ in range(self.lacking(waiting, self._free())):
                 self._start()
         self.waited = bool(waiting)
         if live or not (waiting or training):
             self.without_since = None
         elif self.without_since is None:
-            self.without_since = time.monotonic()
-        elif time.monotonic() - self.without_since > self.plan.start_seconds and not self.trouble:
+            self.without_since = now
+        elif now - self.without_since > self.plan.start_seconds and not self.trouble:
             need = ", ".join(
                 f"{value * self.plan.workers:g} {name}" for name, value in self.plan.resources.items()
             )
@@ -52,47 +88,103 @@ class Seats:
                 "Free or add them, or give the cluster longer with --seat-timeout."
             )
 
+    @property
+    def waits_for(self) -> str:
+        """What must come before a seat can start; empty when nothing must."""
+        if self.nodes.room(self.plan.gpus, self.plan.workers):
+            return ""
+        return "a GPU node" if self.plan.gpus else "a node"
+
     def lane_finished(self) -> None:
         """A seat can train after all."""
         self.deaths = 0
 
-    def end(self) -> None:
-        """They were told that nothing more comes; those that do not go by themselves are killed."""
-        if self.running:
-            ray.wait(list(self.running), num_returns=len(self.running), timeout=LAST_SECONDS)
-        for _, host in self.running.values():
-            ray.kill(host)
+    def end(self, seconds: float) -> None:
+        """They were told that nothing more comes; those that do not go by themselves within `seconds` are
+        killed, at once where they have found no place yet."""
+        placed = [promise for promise, seat in self.running.items() if seat.name in self.spoken]
+        if placed:
+            ray.wait(placed, num_returns=len(placed), timeout=seconds)
+        for seat in self.running.values():
+            ray.kill(seat.host)
         self.running.clear()
+
+    def lacking(self, waiting: int, free: int) -> int:
+        """How many to start, or less than 0: no more than what waits can fill. `free`: as many as would find
+        a place now, which is of interest where they follow the cluster, which others may use too."""
+        unplaced = sum(seat.name not in self.spoken for seat in self.running.values())
+        wanted = -(-waiting // self.plan.lanes) - unplaced if self.started else self.count
+        if not self.follow:
+            return min(wanted, self.count - len(self.running))
+        room = self.nodes.room(self.plan.gpus, self.plan.workers)
+        least = 0 if self.running else 1  # it makes an autoscaler act
+        return max(least, min(wanted, room - len(self.running), free - unplaced))
+
+    def _free(self) -> int:
+        """Seats that what nobody uses is enough for, about: the nodes are not looked at one by one."""
+        free = ray.available_resources()
+        units = [int(free.get(name, 0.0) / each + 1e-9) for name, each in self.plan.resources.items()]
+        return min(units) // self.plan.workers
+
+    def _count(self) -> None:
+        """The nodes, and what has become of them since the last time."""
+        before = {node.id for node in self.nodes.nodes}
+        self.nodes = Cluster(nodes_now())
+        now = {node.id for node in self.nodes.nodes}
+        if now - before:
+            try:
+                check_shared(self.nodes.nodes, Path(self.plan.store))
+            except BadInput as error:  # a seat there would find no store, and no base
+                self.trouble = str(error)
+        news = (len(now - before), "joined"), (len(before - now), "left")
+        said = [f"{count} node{'s' if count > 1 else ''} {what}" for count, what in news if count]
+        if before and said:
+            self.say(f"{', '.join(said)}: {len(now)} there")
+        if self.waits_for and (said or not before):
+            self.say(
+                f"waiting for {self.waits_for}, up to {self.plan.start_seconds:g} s (--seat-timeout) "
+                "while there is no seat"
+            )
 
     def _start(self) -> None:
         name = f"seat-{self.started}"
         self.started += 1
         actor: Any = ray.remote(SeatHost)
-        host = actor.options(num_cpus=0).remote()
-        self.running[host.run.remote(name, self.plan, self.namespace)] = (name, host)
+        # Beside the driver, and Train puts its controller beside the host: what dies with a node is the
+        # workers that were on it, and nothing else.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        host = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+        self.running[host.run.remote(name, self.plan, self.namespace)] = Running(name, host)
 
-    def _bury(self) -> None:
+    def _bury(self, suspects: int, now: float) -> None:
         done, _ = (
             ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
             if self.running
             else ([], [])
         )
         for promise in done:
-            name, host = self.running.pop(promise)
-            self.broker.seat_ended.remote(name)
+            seat = self.running.pop(promise)
             try:
-                ray.get(promise)
-            except (RayError, RuntimeError) as error:
-                self.deaths += 1
-                self.say(f"{name} died: {reason(error)}")
-                if self.deaths > DEATHS_ALLOWED:
-                    self.trouble = (
-                        f"Seats died {self.deaths} times in a row without ending a lane; see above."
-                    )
-            ray.kill(host)
+                end: SeatEnd = ray.get(promise)
+            except RayError as error:  # its host died
+                end = SeatEnd(How.FAILED, reason(error))
+            self.broker.seat_ended.remote(seat.name, end.how is How.CRASHED, end.reason)
+            if end.how is not How.DONE:
+                self._orphans_until = now + ORPHAN_SECONDS
+                self._mourn(seat.name, end, suspects)
+            ray.kill(seat.host)
+        if now < self._orphans_until:
+            orphans.remove_placement_groups()
 
-
-def reason(error: BaseException) -> str:
-    """The last line that says something, of a chain of Ray's wrappers."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    def _mourn(self, name: str, end: SeatEnd, suspects: int) -> None:
+        if end.how is How.NO_ROOM:
+            self.say(f"{name} found no room for {self.plan.start_seconds:g} s")
+        elif end.how is How.LOST:
+            self.say(f"{name} was lost with a node; its lanes go on elsewhere")
+        else:
+            self.deaths += 1
+            self.say(f"{name} died: {end.reason}")
+            # Crashes that narrow down which lane it is are worth more patience.
+            allowed = DEATHS_ALLOWED * (1 + self.plan.lanes) if suspects else DEATHS_ALLOWED
+            if self.deaths > allowed:
+                self.trouble = f"Seats died {self.deaths} times in a row without ending a lane; see above."

@@ -17,33 +17,50 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
 from orchestrator.schedule.broker import BROKER_LOST_SECONDS, start_broker
+from orchestrator.schedule.broker_core import name_of
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.early_stopping import PerGroup
+from orchestrator.schedule.in_order import InOrder
 from orchestrator.schedule.life import Phase
+from orchestrator.schedule.limits import Limits
 from orchestrator.schedule.progress import Progress
 from orchestrator.schedule.rungs import settings
+from orchestrator.schedule.search import PerGroupSearch
 from orchestrator.schedule.seat import SeatPlan
-from orchestrator.schedule.seats import Seats, reason
+from orchestrator.schedule.seat_end import reason
+from orchestrator.schedule.seats import Seats
 from orchestrator.schedule.trial import MEMORY_BYTES, Trial
+from orchestrator.study.command import let_go
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import Trouble
 
 LOOK_SECONDS = 0.5
+SEATS_TO_COME = 8  # a GPU node's
+TRIAL_DEATHS_ALLOWED = 20
+LAST_SECONDS = 5.0  # what seats get to end by themselves
+MOMENT_SECONDS = 0.5  # the same after Ctrl-C: what they had to say is said
+SAVE_SECONDS = 60.0  # what seats get to save their lanes when a limit ends the study
+HASTE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass(frozen=True)
 class Room:
-    """How many seats, and the lanes of each."""
+    """How many seats, and the lanes of each. `follow`: `seats` are those of now, and as nodes come and go
+    there may be more or fewer."""
 
     seats: int
     plan: SeatPlan
+    follow: bool = False
 
     def trials(self, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
         """Trials at once, and the bytes that each asks Ray for. As many as the lanes of all seats and a pack
         each to take next, as far as memory for their processes goes: half of what Ray may promise, the rest
         is the seats'. Hyperband pauses a trial until all of its bracket have come as far, and Tune counts
-        paused ones: there the same limit is kept by what each asks for, on whichever node."""
-        wanted = 2 * self.seats * self.plan.lanes
+        paused ones: there the same limit is kept by what each asks for, on whichever node. Tune's limit
+        holds to the end: a cluster of GPUs that may grow gets one for twice its seats."""
+        growing = self.follow and not cluster.local and self.plan.gpus
+        seats = max(SEATS_TO_COME, 2 * self.seats) if growing else self.seats
+        wanted = 2 * seats * self.plan.lanes
         if scheduler == "hyperband":
             share = max(cluster.memory / wanted, 2 * MEMORY_BYTES)
             return None, int(min(share, max(node.memory for node in cluster.nodes)))
@@ -60,26 +77,32 @@ def train(
     scratch: Path,
     progress: Progress,
     ended: Callable[[Record], None],
+    limits: Limits,
+    search: PerGroupSearch | None = None,
 ) -> int:
     """Trains all of `configurations`, in this order, but for the `known` ones (fingerprints), whose results
-    are replayed to the scheduler; `ended` is called with each new record, from another thread. Returns the
-    optimizer steps that seats have taken.
+    are replayed to the scheduler; `ended` is called with each new record, from another thread. When one of
+    `limits` is reached the seats save their lanes, and the rest is left. Returns the optimizer steps that
+    seats have taken. With a `search` it is that which names the configurations, and adds to `known`.
 
     Raises Trouble when no seat can be had. Whatever happens, seats and broker are gone afterwards.
     """
     _HOPELESS.clear()
     broker = start_broker(store, scheduler)
-    seats = Seats(room.plan, room.seats, cluster.namespace, broker, progress.say)
+    seats = Seats(room.plan, room.seats, cluster.namespace, broker, progress.say, room.follow)
     owed: Owed = {}
-    watch = _Watch(broker, seats, store, progress, frozenset(known), scheduler, owed, ended)
+    watch = _Watch(broker, seats, store, progress, known, scheduler, owed, ended, limits)
     watch.start()
     trials, memory = room.trials(cluster, scheduler)
+    if search and trials:
+        trials = max(1, trials // 2)  # what waits beside the lanes was suggested knowing less
     try:
         tuner = tune.Tuner(
             tune.with_resources(Trial, tune.PlacementGroupFactory([{"memory": memory}])),
-            param_space={"configuration": tune.grid_search([c.to_json() for c in configurations])},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=trials,
+                search_alg=search or InOrder(configurations, trials),
+                num_samples=-1 if search else 1,  # the search says when it is done
+                max_concurrent_trials=trials if search else None,
                 scheduler=None if scheduler == "none" else PerGroup(scheduler, known),
                 reuse_actors=True,
                 trial_name_creator=_name,
@@ -91,9 +114,9 @@ def train(
                 verbose=0,
                 callbacks=[_TellBroker(broker, owed)],
                 stop=_WhenHopeless(),
-                failure_config=tune.FailureConfig(
-                    max_failures=3
-                ),  # of trial processes; lanes are the broker's
+                # Of trial processes, which run no user's code and may lose a node now and then; lanes are the
+                # broker's.
+                failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS_ALLOWED),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
@@ -173,14 +196,18 @@ class _Watch(threading.Thread):
         seats: Seats,
         store: Store,
         progress: Progress,
-        known: frozenset[str],
+        known: Collection[str],
         scheduler: str,
         owed: Owed,
         ended: Callable[[Record], None],
+        limits: Limits,
     ) -> None:
         super().__init__(name="watch", daemon=True)
         self.broker, self.seats, self.store, self.progress = broker, seats, store, progress
         self.known, self.scheduler, self.owed, self.ended = known, scheduler, owed, ended
+        self.limits = limits
+        self.leaving: float | None = None  # since when seats save their lanes, for the end of the study
+        self.left = False
         self.stop = threading.Event()
         self.all_told, self.settled = threading.Event(), threading.Event()
         self.read, self.born = 0, ""
@@ -199,15 +226,18 @@ class _Watch(threading.Thread):
                         f"The broker has been lost for {BROKER_LOST_SECONDS:g} s: {reason(error)}. "
                         "What is done is kept; run the command again."
                     )
+                self._limit(self.progress.seats)
             except Exception as error:  # a full disk, a closed pipe: without a watch the study would hang
                 self.error = error
-            if self.error is not None or self.seats.trouble:
+            if self.error is not None or self.seats.trouble or self.left:
                 self._give_up()
                 return
 
     def _give_up(self) -> None:
         _HOPELESS.set()
         self.broker.give_up.remote()
+        if self.limits.hasty and not self.stop.is_set():
+            let_go()  # Tune waits for its trials, up to five seconds
 
     def settle(self) -> None:
         """Called by the main thread when `fit` ended well: waits for the records that stopped lanes owe. They
@@ -224,7 +254,7 @@ class _Watch(threading.Thread):
             with suppress(RayError):
                 ray.get(self.broker.close.remote(), timeout=5)
         finally:
-            self.seats.end()
+            self.seats.end(LAST_SECONDS if not self.limits.hasty else MOMENT_SECONDS)
             with suppress(RayError):
                 if self.error is None:
                     self._look()  # their last words
@@ -258,9 +288,25 @@ class _Watch(threading.Thread):
         progress.seats = counts["seats"]
         if progress.training and progress.first_lane is None:
             progress.first_lane = time.monotonic()
+        self._limit(counts["seats"])
         lanes_left = any(counts.get(str(phase), 0) for phase in Phase if phase is not Phase.ENDED)
         if all_told and not self.owed and not lanes_left:
             self.settled.set()
-        if not self.stop.is_set():
-            self.seats.look(progress.waiting, progress.training, counts["seats"])
+        if not self.stop.is_set() and self.leaving is None:
+            spoken = {name_of(seat) for seat in self.taken}
+            self.seats.look(progress.waiting, progress.training, counts["seats"], spoken, news["suspects"])
+        progress.waits_for = self.seats.waits_for
         progress.show()
+
+    def _limit(self, live: int) -> None:
+        """Ends the study where a limit is reached: trials are let go when no seat holds a lane any more."""
+        now = time.monotonic()
+        if not self.limits.look(live, now) or self.stop.is_set():
+            return
+        if self.leaving is None:
+            self.leaving = now
+            more = "; again ends at once" if self.limits.hasty else ""
+            self.progress.say(f"{self.limits.reached}: the seats save their lanes{more}")
+        self.broker.vacate.remote(None)  # again and again: the broker may restart meanwhile
+        seconds = HASTE_SECONDS if self.limits.hasty else SAVE_SECONDS
+        self.left = not self.progress.training or now - self.leaving > seconds

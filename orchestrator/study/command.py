@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from orchestrator.study.errors import BadInput, Trouble
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C or SIGTERM."""
+LIMIT = 3
+"""The exit code of a study that a limit has ended before all was trained."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
 
 def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
-    A `BadInput` is one line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C is exit
-    code 130, all without a traceback. Any other exception is a bug and shows itself.
+    A `BadInput` is one line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
+    SIGTERM) is the command that goes on and exit code 130, all without a traceback. A second Ctrl-C ends the
+    process at once, and all that it has started. Any other exception is a bug and shows itself.
     """
+    _interrupt.watch()
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -26,9 +40,70 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        command = shlex.join(["python", *sys.orig_argv[1:]])
+        print(f"interrupted; to go on: {command}", file=sys.stderr)
+        code = INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+class _Interrupt:
+    """The first signal raises KeyboardInterrupt, or calls what is to end the work gently."""
+
+    def __init__(self) -> None:
+        self.signals = 0
+        self.gently: Callable[[], None] | None = None
+
+    def watch(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self.heard)
+
+    def heard(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.signals > 1:
+            _end_at_once()
+        if self.gently is None:
+            raise KeyboardInterrupt
+        self.gently()
+
+
+_interrupt = _Interrupt()
+
+
+@contextmanager
+def gently(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, in the main thread, the first Ctrl-C calls `stop` and raises nothing: what runs there ends by
+    itself. Libraries that were started meanwhile may have taken the signals: they are taken back."""
+    _interrupt.watch()
+    _interrupt.gently = stop
+    try:
+        yield
+    finally:
+        _interrupt.gently = None
+        _interrupt.watch()
+
+
+def let_go() -> None:
+    """Called by another thread inside `gently`, when all is saved: KeyboardInterrupt in the main thread,
+    where somebody else's loop would take its time to end."""
+    _interrupt.gently, _interrupt.signals = None, 0
+    ident = threading.main_thread().ident
+    assert ident is not None
+    signal.pthread_kill(ident, signal.SIGINT)  # a real one: it wakes a thread that sleeps
+
+
+def _end_at_once() -> NoReturn:
+    """Nothing is tidied up: what is on disk is whole at any moment. Processes of ours, such as those of a Ray
+    that was started here, would outlive us."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.Error:
+            continue
+    if sys.stdout.isatty():
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the live line hides the cursor
+    os._exit(INTERRUPTED)

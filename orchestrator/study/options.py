@@ -12,6 +12,9 @@ from orchestrator.study import rates
 from orchestrator.study.errors import BadInput, nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
+SEARCHES = ("grid", "random", "qmc", "optuna")
+SAMPLERS = ("tpe", "cma-es", "qmc", "random")
+GRID_SEEDS, POINTS = 3, 16
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,24 @@ class StudyOptions:
     """The base model: a known name, a folder, or a hub name. Default: the task's own."""
     learning_rates: tuple[str, ...] | None = None
     """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
-    seeds: int = 3
-    """How many seeds a point: 0, 1, ... Seed k is the same data order and initial noise for every variant."""
+    seeds: int | None = None
+    """How many seeds a point: 0, 1, ... Seed k is the same data order and initial noise for every variant.
+    Default: 3 for a grid; a search trains each point once, with seed 0."""
+    search: str = "grid"
+    """How points are found: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
+    learns from what it has seen. Each variant gets as many points as any other."""
+    sampler: str | None = None
+    """Of `--search optuna`: tpe (default), cma-es, qmc, random."""
+    points: int | None = None
+    """Of a search: how many points each variant gets (default 16). The same command with more goes on."""
+    space: tuple[str, ...] | None = None
+    """Of a search: what it varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout, weight_decay,
+    warmup, batch_size, ..., or VARIANT.NAME for one variant alone, also for a setting of its own
+    (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`, `logint:low:high`, or a choice
+    `4,8,16`. The learning rate is always searched: if it is not named, between the ends of
+    --learning-rates."""
+    set: tuple[str, ...] = ()
+    """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
     rank: int = 8
     """Rank of the update."""
     alpha: float = 16.0
@@ -37,6 +56,9 @@ class StudyOptions:
     """Probability that an input of an adapter is zeroed in training."""
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
+    evaluations: int | None = None
+    """How often a fine-tune is scored on the validation split on its way, evenly. Default: the task's. Early
+    stopping looks no sooner than that; another number makes other configurations."""
     batch_size: int | None = None
     """Examples an optimizer step. Default: the task's."""
     accumulation: int = 1
@@ -68,15 +90,26 @@ class StudyOptions:
     save_adapters: bool = False
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
     seats: int | None = None
-    """How many Ray Train runs hold the base model. Default: what the cluster has room for."""
+    """How many Ray Train runs hold the base model. Default: what the cluster has room for, following nodes
+    that come and go. Of a cluster that was there before, more may be asked for: they wait for nodes."""
     workers_per_seat: int = 1
     """Workers of a seat, which split every batch between them. Each holds the base model."""
     lanes_per_seat: int | None = None
     """How many fine-tunes a seat trains at once over one copy of the base. Default: 4."""
     gpus_per_seat: float | None = None
-    """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, else 0."""
+    """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, else 0; say
+    1 on a cluster that has none yet and boots such nodes on demand."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`cpu`: seats hold their GPUs in Ray's book-keeping only and train on CPUs: a rehearsal of a GPU
+    cluster."""
     seat_timeout: float = 300.0
-    """Seconds to wait for the resources of a first seat (a cluster that scales up may need 1800)."""
+    """Seconds that a study waits while it has no seat at all (a cluster that scales up may need 1800)."""
+    max_hours: float | None = None
+    """End the study after so many hours of this run (a script of two studies: of each), with what it has:
+    lanes are saved, the report is written, exit code 3. The same command goes on."""
+    max_gpu_hours: float | None = None
+    """The same after so many hours of this run's seats, times the GPUs that each holds. What an earlier run
+    has spent does not count."""
     retry_failed: bool = False
     """Train again what failed three times; without it, that counts as known."""
     plan: bool = False
@@ -89,9 +122,11 @@ class StudyOptions:
         if self.variants is not None and not self.variants:
             raise BadInput("--variants is empty; name at least one, for example: lora pissa.")
         _at_least("--seeds", self.seeds, 1)
+        self._check_search()
         _at_least("--rank", self.rank, 1)
         for name, value in (
             ("--steps", self.steps),
+            ("--evaluations", self.evaluations),
             ("--batch-size", self.batch_size),
             ("--seats", self.seats),
             ("--lanes-per-seat", self.lanes_per_seat),
@@ -126,6 +161,14 @@ class StudyOptions:
                     f"{both}: NCCL refuses workers on one GPU; take --gpus-per-seat 1, "
                     "or --workers-per-seat 1."
                 )
+        for name, hours in (("--max-hours", self.max_hours), ("--max-gpu-hours", self.max_gpu_hours)):
+            if hours is not None and not (math.isfinite(hours) and hours > 0):
+                raise BadInput(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
+        if self.max_gpu_hours is not None and self.gpus_per_seat == 0:
+            raise BadInput(
+                f"--max-gpu-hours {self.max_gpu_hours:g} with --gpus-per-seat 0: no GPU is held; "
+                "take --max-hours."
+            )
         if not self.seat_timeout > 0:
             raise BadInput(
                 f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300."
@@ -135,6 +178,40 @@ class StudyOptions:
         ):
             raise BadInput(
                 f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty."
+            )
+
+    @property
+    def method(self) -> str:
+        """`grid`, or the sampler of a search."""
+        return (self.sampler or "tpe") if self.search == "optuna" else self.search
+
+    @property
+    def seed_count(self) -> int:
+        if self.search != "grid":
+            return 1
+        return GRID_SEEDS if self.seeds is None else self.seeds
+
+    @property
+    def point_count(self) -> int:
+        """Of a search: points of each variant and task."""
+        return POINTS if self.points is None else self.points
+
+    def _check_search(self) -> None:
+        if self.search not in SEARCHES:
+            raise BadInput(f"--search {self.search!r} is not one. {nearest(self.search, SEARCHES)}")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise BadInput(f"--sampler {self.sampler!r} is not one. {nearest(self.sampler, SAMPLERS)}")
+        if self.sampler is not None and self.search != "optuna":
+            raise BadInput(f"--sampler {self.sampler}: it is for --search optuna, not {self.search}.")
+        _at_least("--points", self.points, 1)
+        if self.search == "grid":
+            for option, given in (("--points", self.points is not None), ("--space", self.space is not None)):
+                if given:
+                    raise BadInput(f"{option} is for a search; take --search qmc, or optuna.")
+        elif self.seed_count < (self.seeds or 1):
+            raise BadInput(
+                f"--seeds {self.seeds}: a search trains each point once, with seed 0, and fresh seeds "
+                "confirm its choice later; take --seeds 1."
             )
 
     @property
@@ -169,11 +246,12 @@ class StudyOptions:
                 ) from None
 
 
-def parse(description: str | None) -> StudyOptions:
-    """The command line's options; `--help` and mistakes end the process (0 and 2)."""
+def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> StudyOptions:
+    """The command line's options, of the class `kind`, which may add a script's own. `--help` and mistakes
+    end the process (0 and 2)."""
     import tyro
 
-    return tyro.cli(StudyOptions, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    return tyro.cli(kind, description=description, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

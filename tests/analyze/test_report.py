@@ -115,6 +115,13 @@ def test_the_command_is_narrowed_and_other_options_stay() -> None:
     assert found == f"python experiments/lr_sensitivity.py {expected}"
 
 
+def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
+    command = "python experiments/tuned_comparison.py --dry-run --confirm-seeds 5 --seeds 2 --margin 0.02"
+    found = words.narrowed(command, "hira", [1e-1], {})
+    options = "--dry-run --seeds 2 --variants hira --learning-rates 1e-1"
+    assert found == f"python experiments/lr_sensitivity.py {options}"
+
+
 # --- the pictures
 
 

@@ -83,6 +83,18 @@ def test_stopped_runs_at_every_rate_leave_a_choice_with_a_warning() -> None:
     assert any("stopped early at every rate" in w for w in summary.warnings)
 
 
+def test_where_no_rate_finished_whole_one_where_all_diverged_is_no_choice() -> None:
+    records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
+    records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
+    records += [record(rate=1e-1, seed=s, validation=None) for s in (0, 1, 2)]
+    found = only(records).curves[0]
+    assert found.best_rate == 1e-2
+    assert found.cliff == 1e-1
+    none = [record(rate=r, seed=s, validation=None) for r in (1e-2, 1e-1) for s in (0, 1)]
+    stopped = [record(rate=1e-3, seed=s, validation=0.1, state="stopped") for s in (0, 1)]
+    assert only([*none, *stopped]).curves[0].best_rate == 1e-2, "nothing finished: the floor is all there is"
+
+
 def test_a_failed_run_is_missing_and_a_rate_of_failures_is_drawn_across() -> None:
     records = [
         record(rate=r, seed=s, validation=v)

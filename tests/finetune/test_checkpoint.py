@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.finetune.checkpoint import Checkpoint, discard, newest, read, write
+from orchestrator.finetune.checkpoint import Checkpoint, newest, read, write
 
 
 def make(step: int, attempt: int = 1, **state: object) -> Checkpoint:
@@ -107,10 +107,3 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
     found = newest(tmp_path)
     assert found is not None
     assert found.step == 5
-
-
-def test_discard(tmp_path: Path) -> None:
-    write(tmp_path / "lane", make(5))
-    discard(tmp_path / "lane")
-    discard(tmp_path / "lane")
-    assert not (tmp_path / "lane").exists()

@@ -50,7 +50,7 @@ def test_under_any_answers_no_lane_is_lost(
     count = data.draw(st.integers(1, 4), label="lanes")
     lanes = [configuration(seed=s, steps=4, evaluations=data.draw(st.integers(1, 4))) for s in range(count)]
     lanes += [configuration(seed=9, rate=1e36, steps=4)] * data.draw(st.integers(0, 1), label="diverging")
-    answer = st.sampled_from([Answer.GO, Answer.GO, Answer.PARK, Answer.STOP, Answer.DROP])
+    answer = st.sampled_from([Answer.GO, Answer.GO, Answer.PARK, Answer.STOP, Answer.DROP, Answer.LEAVE])
     dropped: set[str] = set()
     parked_at: dict[str, int] = {}
     seen: dict[str, int] = {}
@@ -62,6 +62,8 @@ def test_under_any_answers_no_lane_is_lost(
             parked_at[fingerprint] = step
         elif told is not Answer.DROP:
             parked_at.pop(fingerprint, None)
+        if told is Answer.LEAVE:
+            source.leaving.add(fingerprint)
         return told
 
     def answers(report: Report) -> Answer:
@@ -83,7 +85,7 @@ def test_under_any_answers_no_lane_is_lost(
 
     source = Random(leases(lanes), answers=answers, changes=changes)
     source.start_at = {c.fingerprint: data.draw(st.integers(0, 3)) for c in lanes[1:]}
-    source.parked_at = parked_at
+    source.parked_at, source.leaving = parked_at, set()
     room = data.draw(st.integers(1, 3), label="room")
     train(source, store, lanes=room, spill_seconds=data.draw(st.sampled_from([-1.0, 3600.0]), label="spill"))
     assert max(map(len, source.held), default=0) <= room
@@ -112,6 +114,7 @@ class Random(Script):
     spilled lane is wanted again at once."""
 
     parked_at: dict[str, int]
+    leaving: set[str]
 
     def lease(self, shape: str | None, room: int, taken: int) -> Offer:
         if shape is None:
@@ -124,6 +127,8 @@ class Random(Script):
 
     def spill(self, fingerprint: str, attempt: int) -> None:
         super().spill(fingerprint, attempt)
-        assert self.lanes[fingerprint].phase is Phase.PARKED
-        del self.parked_at[fingerprint]
+        if fingerprint not in self.leaving:
+            assert self.lanes[fingerprint].phase is Phase.PARKED
+            del self.parked_at[fingerprint]
+        self.leaving.discard(fingerprint)
         self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))

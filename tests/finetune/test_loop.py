@@ -22,7 +22,7 @@ from scripted import (
 )
 
 from orchestrator.finetune.checkpoint import newest
-from orchestrator.finetune.loop import SeatBroken
+from orchestrator.finetune.faults import SeatBroken
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.finetune.tasks.base import Task

@@ -66,6 +66,15 @@ def test_accumulation_splits_the_batch(bases: Path) -> None:
         resolved(bases, accumulation=16, workers_per_seat=3)
 
 
+def test_a_lane_is_looked_at_as_often_as_asked_and_at_most_once_a_step(bases: Path) -> None:
+    (usual,) = resolved(bases)
+    assert usual.evaluations == Reviews.defaults.evaluations
+    assert resolved(bases, evaluations=12)[0].evaluations == 12
+    assert resolved(bases, evaluations=12, steps=5)[0].evaluations == 5
+    with pytest.raises(BadInput, match="--evaluations 0"):
+        StudyOptions(evaluations=0)
+
+
 def test_a_heads_rate_needs_a_head(bases: Path) -> None:
     (same,) = resolved(bases)
     (other,) = resolved(bases, head_learning_rate="1e-3")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pair import WORKERS, Scenario
 from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_bench
+from short_of_memory import Again
 
 from orchestrator.finetune.data import numbers as order
 from orchestrator.finetune.models import Bench
@@ -110,8 +111,14 @@ def unscorable() -> list[Configuration]:
     ]
 
 
+def hungry() -> list[Configuration]:
+    base = ModelChoice("hungry", "3" * 64)
+    return [replace(configuration(seed=seed, steps=4), model=base) for seed in range(4)]
+
+
 def load_on(rank: int, choice: ModelChoice, task: Task) -> Bench:
-    """Worker 1 does not find one of the bases, and can train another but not score it."""
+    """Worker 1 does not find one of the bases, can train another but not score it, and has memory for two
+    lanes of a third."""
     if choice.name == "gone" and rank == 1:
         raise OSError("no such model here")
     bench = tiny_bench(choice, task)
@@ -126,6 +133,15 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> Bench:
             return forward(*args, **kwargs)
 
         bench.model.forward = fails
+    if choice.name == "hungry" and rank == 1:
+        enough = bench.model.forward
+
+        def starves(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return enough(*args, **kwargs)
+
+        bench.model.forward = starves
     return bench
 
 
@@ -200,6 +216,8 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
         return Scenario(Script(leases(poisoned(path))))
     if name == "parking":
         return Scenario(Queue(leases(parking())), lanes=2, options={"spill_seconds": -1.0})
+    if name == "hungry":
+        return Scenario(Again(leases(hungry())), options={"load_bench": partial(load_on, rank)})
     if name in ("base", "unscorable"):
         lanes = broken_base() if name == "base" else unscorable()
         return Scenario(Script(leases(lanes)), options={"load_bench": partial(load_on, rank)})
@@ -209,7 +227,7 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     return Scenario(Lost(leases([configuration(seed=7, steps=8)])))
 
 
-NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "lost")
+NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "hungry", "lost")
 WILD = tuple(f"wild{seed}" for seed in range(8))
 
 
@@ -332,6 +350,15 @@ def test_lanes_that_one_worker_cannot_score_fail_and_the_next_is_served(
         assert record is not None
         assert (record.state, record.reason, record.steps) == ("failed", "OSError: no scores here", 2)
     assert_alike(played.record("unscorable", good), solo(good, tmp_path))
+
+
+def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(played: Played, tmp_path: Path) -> None:
+    first, _ = played["hungry"]
+    assert first.raised == ""
+    assert len(first.spilled) == 2
+    assert first.taken == sum(one.schedule.steps for one in hungry())
+    for one in hungry():
+        assert_alike(played.record("hungry", one), solo(one, tmp_path))
 
 
 def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) -> None:

@@ -159,7 +159,6 @@ def test_a_study_file_that_is_none_is_named(results):
     ("raised", "code", "message"),
     [
         ("BadInput('x: too big')", 2, "error: x: too big\n"),
-        ("KeyboardInterrupt", 130, "interrupted\n"),
         ("SystemExit(7)", 7, ""),
     ],
 )

@@ -3,72 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import Server, wait
 
 from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tracking_uri import check_uri
 from orchestrator.record.writer import Writer
-from orchestrator.study.errors import BadInput
-
-
-class Server:
-    """`mlflow server` on a free port of this machine, over a SQLite file that outlives it."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        # Without the server's job queue, which is seven more processes that nothing here needs.
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("ab") as log:
-            # A session of its own: the server has children, and all of them have to be killed.
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
-            )
-        _wait(self._answers, 120, "the server does not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _answers(self) -> bool:
-        try:
-            check_uri(self.uri)
-        except BadInput:
-            return False
-        return True
-
-
-def _wait(condition: Callable[[], object], seconds: float, otherwise: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +107,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
     writer = Writer(MlflowLog(server.uri), store, study, adapters=True)
     for record in records[:5]:
         writer.put(record)
-    _wait(lambda: writer.delayed == 0, 60, f"the first five are not logged: {writer.error}")
+    wait(lambda: writer.delayed == 0, 60, f"the first five are not logged: {writer.error}")
     assert _children(server.uri, "rates") == {"parent": "RUNNING", **dict.fromkeys(names[:5], "FINISHED")}
 
     for name in names[5:8]:
@@ -164,7 +115,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
     server.kill()  # with some of these under way, or none
     for name in names[8:10]:
         writer.put(name)
-    _wait(lambda: writer.error, 60, "the writer has not noticed")
+    wait(lambda: writer.error, 60, "the writer has not noticed")
     assert writer.delayed >= 2
     with pytest.raises(TrackingDown, match="127"):
         MlflowLog(server.uri).ensure_study("rates", "")

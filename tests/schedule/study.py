@@ -13,8 +13,11 @@ from typing import Any
 
 import psutil
 
+from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
+# Eight lanes, long enough for something to happen to each of them.
+EIGHT = ("--variants", "lora", "--seeds", "4", "--learning-rates", "3e-3", "1e-2", "--steps", "600")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
@@ -73,6 +76,21 @@ def finals(output: Path) -> int:
     return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
 
 
+def records(output: Path) -> dict[str, Record]:
+    return {record.fingerprint: record for record in Store(output / "store").records()}
+
+
+def course(record: Record) -> tuple[Any, ...]:
+    """All that a configuration decides: the same to the bit whatever happened while it was trained."""
+    curve = [(step.step, step.loss, step.gradient_norm) for step in record.curve]
+    return record.state, record.steps, curve, [(e.step, e.split, e.scores) for e in record.evaluations]
+
+
+def log(output: Path) -> str:
+    """What the study in this folder has said so far."""
+    return "".join(path.read_text() for path in output.glob("*/study.log"))
+
+
 def half_trained(output: Path, at_most: int) -> set[str]:
     """Those that have no final record, and a checkpoint after `at_most` steps or less."""
     store = Store(output / "store")
@@ -96,6 +114,18 @@ def rays() -> set[int]:
         ):
             found.add(process.pid)
     return found
+
+
+def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Process]:
+    """Ray's processes of this name (ray::NAME), the oldest first."""
+    found = []
+    for process in (below or psutil.Process()).children(recursive=True):
+        try:
+            if f"ray::{title}" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def _runs(output: Path, study: str) -> tuple[Any, list[Any]]:

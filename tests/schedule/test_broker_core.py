@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from points import configuration, record
 
-from orchestrator.finetune.source import Answer, Report
+from orchestrator.finetune.source import Answer, Offer, Report
 from orchestrator.record.schema import FAILURES_ALLOWED
-from orchestrator.schedule.broker_core import UNSERVED_SECONDS, BrokerCore
+from orchestrator.schedule.broker_core import UNSERVED_SECONDS, BrokerCore, Held
 from orchestrator.study.configuration import Configuration
 
 
@@ -147,3 +147,38 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     assert core.next(point.fingerprint, 0, 9.0) == "finished"
     held = {point.fingerprint: (new.attempt, point, None)}
     assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Answer.DROP}
+
+
+def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
+    for name, stays in (("seat-0", "seat-1.b"), (None, "")):
+        core = BrokerCore(scheduler="asha")
+        points = [configuration(rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+        for point in points:
+            core.submit(point.fingerprint, point, 0.0)
+        core.lease("seat-0.a", None, 3, 0.0)
+        reported, stopped, training = points
+        held: dict[str, Held] = {
+            reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {}, 1.0)),
+            stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {}, 1.0)),
+            training.fingerprint: (1, training, None),
+        }
+        core.exchange("seat-0.a", held, 2, 0.0)
+        core.stop(stopped.fingerprint, stopped, 1, 0.0)
+        core.vacate(name)
+        assert core.exchange("seat-0.a", held, 2, 0.0) == {
+            reported.fingerprint: Answer.LEAVE,
+            stopped.fingerprint: Answer.STOP,
+            training.fingerprint: Answer.LEAVE,
+        }
+        for point in (reported, training):
+            core.spill("seat-0.a", point.fingerprint, 1, 0.0)
+        core.done("seat-0.a", stopped.fingerprint, 1, "stopped", 0.0)
+        assert core.ended == [(stopped.fingerprint, "stopped")]
+        assert core.lease("seat-0.a", None, 3, 0.0) == Offer(closed=True)
+        assert core.lease("seat-0.later", None, 3, 0.0).closed, "a new incarnation on the same node"
+        assert core.counts() == {"spilled": 1, "waiting": 1, "ended": 1, "seats": 2}
+        if stays:
+            leases = core.lease(stays, None, 3, 0.0).leases
+            assert [lease.configuration for lease in leases] == [training]
+        else:
+            assert core.lease("seat-1.b", None, 3, 0.0).closed

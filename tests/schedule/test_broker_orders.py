@@ -158,12 +158,14 @@ class Broker(RuleBasedStateMachine):
         free = 3 - len(seat.lanes)
         if free + len(late) == 0:
             return
-        leases = self.core.lease(seat.name, shape, free + len(late), self.now).leases
-        assert len(leases) <= free + len(late)
-        if not leases and shape is not None and len(late) == len(seat.lanes):
+        offer = self.core.lease(seat.name, shape, free + len(late), self.now)
+        assert len(offer.leases) <= free + len(late)
+        if not offer.leases and shape is not None and len(late) == len(seat.lanes):
             shape = None
-            leases = self.core.lease(seat.name, None, 1, self.now).leases
-            assert len(leases) <= 1
+            offer = self.core.lease(seat.name, None, 1, self.now)
+            assert len(offer.leases) <= 1
+        leases = offer.leases
+        assert not leases or not offer.closed
         shapes = {lease.configuration.shape for lease in leases}
         assert len(shapes | {shape} - {None}) <= 1
         if reply_lost:
@@ -171,7 +173,7 @@ class Broker(RuleBasedStateMachine):
         # Given up for dead and leased again, to the same seat: the newer lease counts.
         gone = {lease.configuration.fingerprint for lease in leases} & set(seat.lanes)
         late = [f for f in late if f not in gone]
-        if shapes == {lane.configuration.shape for lane in seat.lanes.values()}:
+        if shapes == {lane.configuration.shape for lane in seat.lanes.values()} and not offer.apart:
             late = late[: max(0, len(leases) - len(gone) - free)]
         for fingerprint in late if leases else []:
             self.core.spill(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
@@ -247,11 +249,16 @@ class Broker(RuleBasedStateMachine):
         life = self.core.lives.get(fingerprint)
         if answer is not Answer.DROP and life is not None:
             assert (life.seat, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
-            assert answer is Answer.STOP or (answer is Answer.PARK) == (life.phase is Phase.PARKED)
+            if answer in (Answer.GO, Answer.PARK):
+                assert (answer is Answer.PARK) == (life.phase is Phase.PARKED)
             assert answer is not Answer.STOP or life.let_go
+            assert answer is Answer.STOP or (answer is Answer.LEAVE) == (seat.name in self.core.vacated)
         lane.parked = answer is Answer.PARK
-        if answer in (Answer.STOP, Answer.DROP):
+        if answer in (Answer.STOP, Answer.DROP, Answer.LEAVE):
             del seat.lanes[fingerprint]
+            if answer is Answer.LEAVE:
+                self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
+                self.core.spill(seat.name, fingerprint, lane.attempt, self.now)
             if answer is Answer.STOP:
                 assert lane.reported >= life.seen, "the record has what the scheduler saw"
                 if not self.final(fingerprint):
@@ -260,14 +267,26 @@ class Broker(RuleBasedStateMachine):
                 self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
 
     @precondition(lambda self: self.seats)
-    @rule(data=st.data(), noticed=st.booleans(), zombie=st.booleans())
-    def die(self, data: st.DataObject, noticed: bool, zombie: bool) -> None:
+    @rule(data=st.data(), noticed=st.booleans(), crashed=st.booleans(), zombie=st.booleans())
+    def die(self, data: st.DataObject, noticed: bool, crashed: bool, zombie: bool) -> None:
         seat = data.draw(st.sampled_from(self.seats))
         self.seats.remove(seat)
         if noticed:
-            self.core.seat_gone(seat.name, self.now)
+            self.core.seat_gone(seat.name, self.now, crashed)
         if zombie:
             self.zombies.append(seat)
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def vacate(self, data: st.DataObject) -> None:
+        """It is given nothing more, and has nothing when it has heard of it."""
+        seat = data.draw(st.sampled_from(self.seats))
+        self.core.vacate(seat.name)
+        assert self.core.lease(seat.name, None, 3, self.now).closed
+        self.sign_of_life(seat)
+        assert not seat.lanes
+        self.sign_of_life(seat)  # what it was told to drop, it no longer names
+        assert not any(life.seat == seat.name for life in self.core.lives.values())
 
     @rule()
     def wait_long(self) -> None:

@@ -35,6 +35,22 @@ def test_room(
 
 
 @pytest.mark.parametrize(
+    ("nodes", "wanted", "gpus", "workers", "given"),
+    [
+        (LAPTOP.nodes, 7, None, 1, (7, 0.0)),
+        (LAPTOP.nodes, None, 1.0, 1, (1, 1.0)),
+        (GPUS.nodes, None, None, 8, (1, 1.0)),
+        (GPUS.nodes, 64, None, 1, (64, 1.0)),
+        ((), None, 1.0, 1, (1, 1.0)),
+    ],
+)
+def test_a_joined_cluster_may_grow(
+    nodes: tuple[Node, ...], wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
+) -> None:
+    assert Cluster(nodes, local=False).seats(wanted, gpus, workers) == given
+
+
+@pytest.mark.parametrize(
     ("cluster", "wanted", "gpus", "workers", "said"),
     [
         (LAPTOP, 7, None, 1, ["--seats 7", "a CPU and 2 GiB", "8 CPUs", "take --seats 6"]),

@@ -1,12 +1,9 @@
-"""The whole path with real Ray, Tune, Train and MLflow: one study, again, extended, killed, interrupted."""
+"""The whole path with real Ray, Tune, Train and MLflow: one study, again, and extended."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -76,69 +73,6 @@ def test_a_users_own_task_file_runs_and_paths_may_be_relative(output: Path, tmp_
     assert record.configuration.task.name == str(tmp_path / "my_task.py")
     assert len(record.items["test"].answers) == record.configuration.task.test_size
     assert (output / "lr_sensitivity-my_task-letters-base" / "report.html").exists()
-
-
-@pytest.mark.timeout(500)
-def test_kill_9_of_the_driver_loses_nothing(output: Path) -> None:
-    arguments = (
-        "--variants",
-        "lora",
-        "pissa",
-        "--seeds",
-        "2",
-        "--steps",
-        "1000",
-        "--lanes-per-seat",
-        "2",
-        "--learning-rates",
-        "1e-3",
-        "1e-2",
-    )
-    before = study.rays()
-    process = study.start(output, *arguments)
-    # In the middle: some are done, others have a checkpoint and seconds to go.
-    study.wait_for(lambda: study.finals(output) >= 2 and bool(study.half_trained(output, 400)), 150, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    killed = time.time()
-    done = {f: r.provenance.ended for f, r in records(output).items() if r.state == "finished"}
-    half = study.half_trained(output, 400)
-    assert len(done) < 8
-
-    code, out, err = study.run(output, *arguments)
-    assert code == 0, out + err
-    now = records(output)
-    assert len(now) == 8
-    assert Counter(r.state for r in now.values()) == {"finished": 8}
-    for fingerprint, ended in done.items():
-        assert now[fingerprint].provenance.ended == ended < killed + 1, "finished ones are not trained again"
-    # Seats outlive their driver by a moment, and may have ended a lane in it.
-    half = {f for f in half if now[f].provenance.ended > killed + 5}
-    for fingerprint in half:
-        assert now[fingerprint].provenance.resumed_from, "half-trained ones go on from their checkpoints"
-        steps = [step.step for step in now[fingerprint].curve]
-        assert steps == sorted(set(steps))
-        assert len(steps) == 1000
-    assert half
-    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
-    assert study.parents(output, NAME) == ["FINISHED"]
-    study.wait_for(lambda: study.rays() <= before, 10)
-
-
-@pytest.mark.timeout(300)
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(output: Path) -> None:
-    before = study.rays()
-    process = study.start(output, "--seeds", "2", "--variants", "lora", "hira", "--steps", "400")
-    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 120, process)
-    os.kill(process.pid, signal.SIGINT)
-    began = time.monotonic()
-    code, out, err = study.end(process, timeout=40)
-    assert code == 130, out + err
-    assert "Traceback" not in err
-    assert "to go on: python" in out.replace("\n", " ")
-    assert time.monotonic() - began < 40
-    study.wait_for(lambda: study.rays() <= before, 10)
-    assert study.parents(output, NAME) == ["KILLED"]
 
 
 @pytest.mark.timeout(120)

@@ -1,0 +1,300 @@
+"""What the driver, the broker and the seats cost: the real path of a study with fake training.
+
+    python experiments/benchmarks/scale.py --sizes 100 1000 5000 --output scale
+
+Each size is a study in a process of its own, on a Ray cluster of several nodes with fake GPUs on this
+machine. Tune, trials, broker, Ray Train's seats, records and checkpoints are real; a step is a sleep, and the
+losses are synthetic. Writes scale/<size>-<scheduler>.json and prints a table. Ray's processes take some 4 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.study.command import main
+
+if TYPE_CHECKING:
+    import psutil
+
+    from orchestrator.study.configuration import Configuration
+
+VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
+RATES = 20
+SAMPLE_SECONDS = 1.0
+ROLES = {
+    "RayTrainWorker": "worker",
+    "TrainController": "controller",
+    "SeatHost": "host",
+    "PlacementGroupCleaner": "cleaner",
+    "Broker": "broker",
+    "ResourceTrainable": "trial",
+}
+"""What Ray calls a process by -> what it is."""
+
+
+@dataclass(frozen=True)
+class Options:
+    sizes: tuple[int, ...] = (100, 1000, 5000)
+    """Configurations of each study: multiples of 100, or of 5 below that."""
+    output: Path = Path("scale")
+    """Folder for figures and for the studies' stores."""
+    scheduler: str = "none"
+    """Early stopping: none, asha, median, hyperband."""
+    nodes: int = 2
+    gpus: int = 1
+    """Fake ones, of a node: a seat each."""
+    lanes: int = 4
+    """Of a seat."""
+    steps: int = 20
+    evaluations: int = 2
+    seconds_per_step: float = 0.01
+
+
+def run() -> int:
+    import tyro
+
+    options = tyro.cli(Options, description=__doc__)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if len(options.sizes) == 1:
+        _write(options, _measure(options, options.sizes[0]))
+        return 0
+    for size in options.sizes:
+        words = {k: v for k, v in asdict(options).items() if k != "sizes"}
+        typed = [part for k, v in words.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+        subprocess.run([sys.executable, __file__, "--sizes", str(size), *typed], check=True)
+    rows = [json.loads(_file(options, size).read_text()) for size in options.sizes]
+    print(table(rows))
+    return 0
+
+
+def _file(options: Options, size: int) -> Path:
+    return options.output / f"{size}-{options.scheduler}.json"
+
+
+def _write(options: Options, row: dict[str, Any]) -> None:
+    _file(options, row["configurations"]).write_text(json.dumps(row, indent=1) + "\n")
+    print(table([row]), flush=True)
+
+
+def points(size: int, steps: int, evaluations: int) -> list[Configuration]:
+    """`size` configurations of five variants and at most twenty rates, with as many seeds as it takes. Raises
+    BadInput for a size that cannot be so divided."""
+    from orchestrator.study.configuration import (
+        Batches,
+        Configuration,
+        ModelChoice,
+        Optimizer,
+        Schedule,
+        TaskChoice,
+        VariantChoice,
+    )
+    from orchestrator.study.errors import BadInput
+    from orchestrator.study.grid import grid
+
+    many = min(RATES, max(1, size // len(VARIANTS)))
+    unit = many * len(VARIANTS)
+    if size < unit or size % unit:
+        raise BadInput(f"--sizes {size}: must be a multiple of {unit}; take {max(1, size // unit) * unit}.")
+    templates = [
+        Configuration(
+            VariantChoice(name, alpha=None if name == "hira" else 16.0),
+            TaskChoice("rehearsal", "0", 100, 100, 100, "exact_match", 0.0),
+            ModelChoice("none", "0"),
+            Optimizer(1.0),
+            Schedule(steps),
+            Batches(1),
+            evaluations=evaluations,
+        )
+        for name in VARIANTS
+    ]
+    rates = [float(f"{10 ** (-4 + 4 * index / many):.3g}") for index in range(many)]
+    return grid(templates, rates, range(size // unit))
+
+
+def _measure(options: Options, size: int) -> dict[str, Any]:
+    """One study, and what it took. Seconds, MiB."""
+    import psutil
+    import ray
+    from ray.cluster_utils import Cluster as RayCluster
+
+    from orchestrator.record.store import Store
+
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    wanted = points(size, options.steps, options.evaluations)
+    folder = options.output / f"store-{size}-{options.scheduler}"
+    shutil.rmtree(folder, ignore_errors=True)  # what is known would be replayed
+    store = Store(folder)
+    memory = 2**30
+    cluster = RayCluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "num_gpus": 0,
+            "memory": 40 * memory,
+            "object_store_memory": memory // 5,
+        },
+    )
+    try:
+        for _ in range(options.nodes):
+            cluster.add_node(
+                num_cpus=options.gpus + 1,
+                num_gpus=options.gpus,
+                memory=40 * memory,
+                object_store_memory=memory // 5,
+            )
+        ray.init(address=cluster.address, namespace="scale", log_to_driver=False, logging_level=logging.ERROR)
+        on_head: Any = cluster.head_node
+        head = on_head.all_processes["raylet"][0].process.pid
+        sampler = Sampler(psutil.Process(), head)
+        sampler.start()
+        row = _play(options, wanted, store)
+        sampler.stop.set()
+        sampler.join()
+        return row | sampler.row()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _play(options: Options, wanted: Sequence[Configuration], store: Any) -> dict[str, Any]:
+    import ray
+    from rehearsal import Plan, play
+
+    from orchestrator.schedule.cluster import Cluster, Node
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cluster = Cluster(
+        tuple(Node(n.get("CPU", 0.0), n.get("GPU", 0.0), n.get("memory", 0.0)) for n in nodes),
+        namespace="scale",
+        local=False,
+    )
+    seats = options.nodes * options.gpus
+    began, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
+    plan = Plan(seconds_per_step=options.seconds_per_step)
+    counted = play(wanted, options.scheduler, cluster, seats, options.lanes, store, plan, gpus=1.0)
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    loop_cpu = time.thread_time() - loop_cpu
+    records = list(store.records())
+    reports = sum(e.split == "validation" for record in records for e in record.evaluations)
+    calls = [json.loads(file.read_text()) for file in store.root.glob("calls-*.json")]
+    of_seats = sum(one["calls"] for one in calls)
+    of_trials = reports + 2 * len(records)  # each report, each end; and that the trial is over
+    first = min(record.provenance.started for record in records)
+    last = max(record.provenance.ended for record in records)
+    return {
+        "configurations": len(wanted),
+        "records": len(records),
+        "states": {state: sum(r.state == state for r in records) for state in {r.state for r in records}},
+        "scheduler": options.scheduler,
+        "seats": seats,
+        "lanes": options.lanes,
+        "steps": counted,
+        "seconds": seconds,
+        "busy_seconds": last - first,
+        "driver_cpu_seconds": cpu,
+        "loop_cpu_seconds": loop_cpu,
+        "results": reports + len(records),
+        "results_per_second": (reports + len(records)) / (last - first),
+        "broker_calls_per_second": (of_seats + of_trials) / (last - first),
+        "broker_call_seconds": sum(one["seconds"] for one in calls) / max(1, of_seats),
+        "load": os.getloadavg()[1],
+    }
+
+
+class Sampler(threading.Thread):
+    """Looks at memory now and then: the driver's, and that of Ray's processes by role."""
+
+    def __init__(self, driver: psutil.Process, head_raylet: int) -> None:
+        super().__init__(daemon=True)
+        self.driver, self.head = driver, head_raylet
+        self.stop = threading.Event()
+        self.before = self.peak = driver.memory_info().rss
+        self.most: dict[str, list[float]] = {}
+        self.on_head: dict[str, int] = {}
+        self.broker_cpu = 0.0
+
+    def run(self) -> None:
+        for turn in count():
+            if self.stop.wait(SAMPLE_SECONDS):
+                return
+            self.peak = max(self.peak, self.driver.memory_info().rss)
+            if turn % 10 == 9:
+                self._look()
+
+    def _look(self) -> None:
+        import psutil
+
+        found: dict[str, list[float]] = defaultdict(list)
+        head: dict[str, int] = defaultdict(int)
+        for process in self.driver.children(recursive=True):
+            try:
+                title = process.cmdline()[:1]
+                role = next((r for name, r in ROLES.items() if title and name in title[0]), None)
+                if role is not None:
+                    found[role].append(process.memory_full_info().pss)
+                    head[role] += process.ppid() == self.head
+                    if role == "broker":
+                        self.broker_cpu = max(self.broker_cpu, sum(process.cpu_times()[:2]))
+            except (psutil.Error, IndexError):
+                continue
+        for role, sizes in found.items():
+            if sum(sizes) > sum(self.most.get(role, [])):
+                self.most[role], self.on_head[role] = sizes, head[role]
+
+    def row(self) -> dict[str, Any]:
+        mib = 2**20
+        each = {role: sum(sizes) / len(sizes) / mib for role, sizes in self.most.items()}
+        return {
+            "driver_mib_before": self.before / mib,
+            "driver_mib_peak": self.peak / mib,
+            "process_mib": each,
+            "processes": {role: len(sizes) for role, sizes in self.most.items()},
+            "processes_on_head": self.on_head,
+            "broker_cpu_seconds": self.broker_cpu,
+        }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The sizes beside each other, as Markdown. "More": what each configuration beyond the size before took,
+    so without what starting takes."""
+    lines = [
+        "| configurations | seconds | training | results/s | driver's CPU, ms each | more, ms each "
+        "| of it Tune's loop | driver's peak, MiB | more, KiB each | broker calls/s | a call, ms "
+        "| broker's CPU, ms each | broker, MiB |",
+        "| --- " * 13 + "|",
+    ]
+    before: dict[str, Any] | None = None
+    for row in rows:
+        size = row["configurations"]
+        more = ("", "", "")
+        if before is not None:
+            new = size - before["configurations"]
+            keys = ("driver_cpu_seconds", "loop_cpu_seconds", "driver_mib_peak")
+            cpu, loop, memory = (row[key] - before[key] for key in keys)
+            more = (f"{1000 * cpu / new:.1f}", f"{1000 * loop / new:.1f}", f"{1024 * memory / new:.0f}")
+        lines.append(
+            f"| {size} | {row['seconds']:.0f} | {row['busy_seconds']:.0f} | {row['results_per_second']:.1f} "
+            f"| {1000 * row['driver_cpu_seconds'] / size:.1f} | {more[0]} | {more[1]} "
+            f"| {row['driver_mib_peak']:.0f} | {more[2]} | {row['broker_calls_per_second']:.0f} "
+            f"| {1000 * row['broker_call_seconds']:.1f} | {1000 * row['broker_cpu_seconds'] / size:.1f} "
+            f"| {row['process_mib'].get('broker', 0):.0f} |"
+        )
+        before = row
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,158 @@
+"""The second stage of a tuned comparison: each variant at the point that the first stage chose, with fresh
+seeds, against the tuned baseline."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from orchestrator.analyze.groups import Value
+from orchestrator.analyze.significance import Comparison, Score, compare
+from orchestrator.analyze.tuning import Tuned, otherwise
+from orchestrator.record.schema import Record
+from orchestrator.study.configuration import Configuration
+
+CONTROLS = ("full", "head_only")
+"""No variants of LoRA: compared, but not counted in the claim about most variants."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What tuning chose for a variant, and what that took: `points` tried with `seeds` each, by the
+    `states` of their runs; optimizer steps, and those of all runs to the end. `otherwise`: how often
+    resampled seeds would choose each point; empty with one seed. It goes into choice.json."""
+
+    configuration: Configuration
+    settings: Mapping[str, Value]
+    validation: float
+    edges: tuple[str, ...]
+    points: int
+    seeds: int
+    states: Mapping[str, int]
+    steps: int
+    most_steps: int
+    otherwise: tuple[tuple[Mapping[str, Value], float], ...] = ()
+
+    @classmethod
+    def of(cls, found: Tuned) -> Chosen | None:
+        """None where no point has a score."""
+        best = found.best
+        if best is None or best.validation.mean is None:
+            return None
+        shares = [(p.settings, share) for p, share in otherwise(found) or ()]
+        return cls(
+            replace(best.configuration, seed=0),
+            best.settings,
+            best.validation.mean,
+            found.edges,
+            len(found.points),
+            len({seed for p in found.points for seed in p.scores}),
+            found.states,
+            found.steps,
+            found.most_steps,
+            tuple(shares),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return _adapter().dump_python(self, mode="json")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Chosen:
+        """Raises pydantic.ValidationError on data that is not a choice."""
+        return _adapter().validate_python(data)
+
+
+@lru_cache(maxsize=1)
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Chosen)
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """One task and base model. `chosen` is empty, and so are the words about tuning, where the first
+    stage's choice is not at hand. `item_errors`: of each variant's mean difference, the standard error that
+    comes from the test split's having so many items and no more."""
+
+    task: str
+    model: str
+    metric: str
+    steps: int
+    seeds: tuple[int, ...]
+    failed: int
+    comparison: Comparison
+    configurations: Mapping[str, Configuration]
+    chosen: Mapping[str, Chosen]
+    item_errors: Mapping[str, float]
+    test_items: int
+
+
+def confirmed(
+    records: Sequence[Record], baseline: str, margin: float, chosen: Mapping[str, Chosen] | None = None
+) -> Confirmed | None:
+    """`records` are of one task and model. None without a score of the baseline. Of a variant with several
+    points the chosen one counts, else the one with most seeds."""
+    chosen = chosen or {}
+    points = _points(records, chosen)
+    scores = {
+        variant: {
+            r.configuration.seed: Score(value, r.state == "diverged")
+            for r in own
+            if (value := r.score("test")) is not None and math.isfinite(value)
+        }
+        for variant, own in points.items()
+    }
+    if not scores.get(baseline):
+        return None
+    first = points[baseline][0].configuration
+    return Confirmed(
+        first.task.name,
+        first.model.name,
+        first.task.metric,
+        first.schedule.steps,
+        tuple(sorted({r.configuration.seed for own in points.values() for r in own})),
+        sum(r.state == "failed" for own in points.values() for r in own),
+        compare(scores, baseline, margin, CONTROLS),
+        {variant: replace(own[0].configuration, seed=0) for variant, own in points.items()},
+        {variant: chosen[variant] for variant in points if variant in chosen},
+        _item_errors(points, baseline),
+        first.task.test_size,
+    )
+
+
+def _points(records: Sequence[Record], chosen: Mapping[str, Chosen]) -> dict[str, list[Record]]:
+    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        point = replace(record.configuration, seed=0).fingerprint
+        found[record.configuration.variant.name][point].append(record)
+    kept = {}
+    for variant in sorted(found):
+        points = found[variant]
+        wanted = chosen[variant].configuration.fingerprint if variant in chosen else ""
+        name = wanted if wanted in points else max(points, key=lambda p: (len(points[p]), p))
+        kept[variant] = sorted(points[name], key=lambda r: r.configuration.seed)
+    return kept
+
+
+def _item_errors(points: Mapping[str, Sequence[Record]], baseline: str) -> dict[str, float]:
+    """Per item the mean over seeds of its outcome, minus the baseline's; their deviation over sqrt(items)."""
+    import numpy as np
+
+    means = {}
+    for variant, own in points.items():
+        rows = [r.items["test"].correct for r in own if r.state == "finished" and "test" in r.items]
+        if rows and all(rows) and len({len(row) for row in rows}) == 1:
+            means[variant] = np.mean(rows, axis=0)
+    if baseline not in means:
+        return {}
+    size = len(means[baseline])
+    return {
+        v: float(np.std(m - means[baseline], ddof=1) / math.sqrt(size))
+        for v, m in means.items()
+        if v != baseline and len(m) == size > 1
+    }

@@ -1,0 +1,119 @@
+"""Critical values, power and corrected p values of several t tests at once. `degrees` need not be whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+MOST_SEEDS = 1000
+_NODES = 64  # of each of the two integrals below: four digits of the critical value
+
+
+@lru_cache(maxsize=4096)
+def dunnett(count: int, degrees: float, level: float) -> float:
+    """c with P(|T_1| < c, ..., |T_count| < c) = level, for t statistics that are pairwise correlated by 1/2
+    because all compare with one baseline (Dunnett 1955). For one it is the two-sided t quantile.
+
+    By quadrature over the baseline's noise and the common standard deviation, given which all are
+    independent; scipy's multivariate t would draw random numbers.
+    """
+    import numpy as np
+    from scipy import optimize, special, stats
+
+    if count == 1:
+        return float(stats.t.ppf((1 + level) / 2, degrees))
+    z, dz = np.polynomial.hermite_e.hermegauss(_NODES)
+    s, ds = _deviations(degrees)
+    root = math.sqrt(2) * s[:, None]
+    weight = ds[:, None] * (dz / math.sqrt(2 * math.pi))[None, :]
+
+    def surplus(c: float) -> float:
+        inside = special.ndtr(root * c + z) - special.ndtr(-root * c + z)
+        return float((weight * inside**count).sum()) - level
+
+    lowest = float(stats.t.ppf((1 + level) / 2, degrees))
+    return float(optimize.brentq(surplus, 0.9 * lowest, 1.1 * sidak(count, degrees, level), xtol=1e-7))
+
+
+def sidak(count: int, degrees: float, level: float) -> float:
+    """The two-sided t quantile that serves for `count` tests, whatever their correlation."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + level ** (1 / count)) / 2, degrees))
+
+
+def t_above(mean: float, error: float, degrees: float) -> float:
+    """One-sided p value of a mean above nil. Without any noise (error 0) it is 0 or 1, and 1 at nil."""
+    from scipy import stats
+
+    if error == 0:
+        return 0.0 if mean > 0 else 1.0
+    return float(stats.t.sf(mean / error, degrees))
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction: reject where it is below alpha, and the chance of any false rejection is
+    at most alpha."""
+    found: dict[str, float] = {}
+    highest = 0.0
+    for i, name in enumerate(sorted(p, key=lambda name: (p[name], name))):
+        highest = max(highest, min(1.0, (len(p) - i) * p[name]))
+        found[name] = highest
+    return found
+
+
+@lru_cache(maxsize=4096)
+def detectable(critical: float, degrees: float, power: float) -> float:
+    """The true difference, in standard errors, that is found (|t| above `critical`) with chance `power`."""
+    from scipy import optimize, special
+
+    s, ds = _deviations(degrees)
+
+    def surplus(shift: float) -> float:
+        found = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
+        return float((ds * found).sum()) - power
+
+    return float(optimize.brentq(surplus, 0.0, 10 * critical + 10, xtol=1e-6))
+
+
+@lru_cache(maxsize=4096)
+def _deviations(degrees: float) -> tuple[Any, Any]:
+    """Nodes and weights of an integral over sqrt(chi2 / degrees): a sample's deviation in units of the true
+    one."""
+    import numpy as np
+    from scipy import stats
+
+    u, du = np.polynomial.legendre.leggauss(_NODES)
+    return np.sqrt(stats.chi2.ppf((u + 1) / 2, degrees) / degrees), du / 2
+
+
+def seeds_needed(
+    mean: float,
+    margin: float,
+    spread: float,
+    count: int,
+    degrees_a_seed: float,
+    power: float,
+    level: float,
+) -> int | None:
+    """How many seeds decide about a true difference `mean` with the chance `power`: to tell it from nil, or
+    to show that it is within the margin or not below minus the margin, whichever is easiest. None: more than
+    1,000. `degrees_a_seed` times (n - 1) are the degrees of freedom with n seeds."""
+    from scipy import stats
+
+    distance = max(abs(mean), margin - abs(mean), margin + mean)
+
+    def decides(n: int) -> bool:
+        degrees = degrees_a_seed * (n - 1)
+        reach = dunnett(count, degrees, level) + float(stats.t.ppf(power, degrees))
+        return reach * spread / math.sqrt(n) <= distance
+
+    if not decides(MOST_SEEDS):
+        return None
+    low, high = 2, MOST_SEEDS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decides(middle) else (middle + 1, high)
+    return low

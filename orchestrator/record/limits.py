@@ -1,0 +1,41 @@
+"""How many lanes of a shape a machine has memory for, learnt the hard way and kept beside the records.
+
+    root/limits/<shape and place, hashed>.json    {"shape", "place", "lanes", "tried"}
+
+Removing a file, or the folder, makes the next seat try as many as it is told to again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from orchestrator.record import files
+
+
+def most_lanes(folder: Path, shape: str, place: str) -> int | None:
+    """Lanes of `shape` that fit on `place` (a device's name and what else counts there); None when nothing is
+    known, or what is known cannot be read."""
+    try:
+        lanes = json.loads(_file(folder, shape, place).read_bytes())["lanes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return lanes if isinstance(lanes, int) and lanes >= 1 else None
+
+
+def remember(folder: Path, shape: str, place: str, lanes: int, tried: int) -> Path:
+    """`tried` lanes at once had not enough memory, so there are to be no more than `lanes`; what is known to
+    be less stays. Returns the file. Raises OSError when the disk refuses."""
+    path = _file(folder, shape, place)
+    known = most_lanes(folder, shape, place)
+    if known is None or lanes < known:
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"shape": shape, "place": place, "lanes": lanes, "tried": tried}
+        files.replace(path, (json.dumps(data, indent=1) + "\n").encode())
+    return path
+
+
+def _file(folder: Path, shape: str, place: str) -> Path:
+    name = hashlib.sha256(f"{shape} {place}".encode()).hexdigest()[:24]
+    return folder / f"{name}.json"

@@ -1,0 +1,112 @@
+"""Optuna's samplers over our spaces, and whole designs drawn by them where results play no role."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.space import Dimension, Space, Value
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+DESIGNS = ("random", "qmc")
+"""Samplers that learn nothing: all their points can be drawn beforehand."""
+SEED = 0
+REPEATS = 100  # suggestions in a row that are known or refused, before a space counts as used up
+WARM_START = 10  # CMA-ES takes the best tenth of what is known: one at least
+
+Build = Callable[[str, Mapping[str, Value]], Configuration | None]
+"""A variant's configuration with these values; None for one that the variant refuses."""
+
+
+def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
+    """Optuna's, by key. A choice of numbers is an index: its order means something."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    made: dict[str, BaseDistribution] = {}
+    for d in dimensions:
+        if d.choices and d.numeric:
+            made[d.key] = IntDistribution(0, len(d.choices) - 1)
+        elif d.choices:
+            made[d.key] = CategoricalDistribution(list(d.choices))
+        elif d.integer:
+            made[d.key] = IntDistribution(int(d.low), int(d.high), log=d.log)
+        else:
+            made[d.key] = FloatDistribution(d.low, d.high, log=d.log)
+    return made
+
+
+def values(dimensions: Sequence[Dimension], drawn: Mapping[str, Any]) -> dict[str, Value]:
+    """What Optuna has drawn, as configurations get it."""
+    found: dict[str, Value] = {}
+    for d in dimensions:
+        if d.choices:
+            found[d.key] = d.choices[drawn[d.key]] if d.numeric else drawn[d.key]
+        else:
+            found[d.key] = d.value(drawn[d.key])
+    return found
+
+
+def drawn(dimensions: Sequence[Dimension], found: Mapping[str, Value]) -> dict[str, Any]:
+    """The inverse of `values`, up to rounding."""
+    return {
+        d.key: d.choices.index(found[d.key]) if d.choices and d.numeric else found[d.key] for d in dimensions
+    }
+
+
+def sampler(name: str, points: int, asked: int, known: Sequence[FrozenTrial] = ()) -> BaseSampler:
+    """A fresh sampler for a group that has asked for `asked` points of `points`, whose complete ones are
+    `known`. After a restart it does not repeat its draws: they come from SEED and `asked`."""
+    from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
+
+    seed = random.Random(f"{SEED}/{asked}").getrandbits(31)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        if name == "random":
+            return samplers.RandomSampler(seed=seed)
+        if name == "qmc":
+            return samplers.QMCSampler(scramble=True, seed=seed, warn_independent_sampling=False)
+        if name == "cma-es":
+            warm = list(known) if len(known) >= WARM_START else None
+            return samplers.CmaEsSampler(seed=seed, source_trials=warm, warn_independent_sampling=False)
+        return samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=min(10, max(4, points // 4)),  # of few points most should learn from the others
+            multivariate=True,
+            constant_liar=True,  # lanes in training keep the next suggestions away from themselves
+        )
+
+
+def design(name: str, space: Space, points: int, build: Build) -> dict[str, list[dict[str, Value]]]:
+    """`points` different ones of each variant, fewer where there are no more. All variants take theirs from
+    one sequence over the whole space, each what it has, so that what they share is alike; more points begin
+    with the same ones."""
+    from optuna import create_study, logging
+    from optuna.trial import create_trial
+
+    dimensions = space.dimensions
+    made_of = distributions(dimensions)
+    logging.set_verbosity(logging.WARNING)  # a line about each study otherwise
+    study = create_study(sampler=sampler(name, points, 0))
+    ends = {key: each.to_external_repr(float(getattr(each, "low", 0))) for key, each in made_of.items()}
+    # QMC learns the space from the first point; of its own it would draw that one at random.
+    study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))
+    found: dict[str, dict[str, dict[str, Value]]] = {variant: {} for variant in space.variants}
+    idle = 0
+    while idle < REPEATS and any(len(of) < min(points, space.size(v)) for v, of in found.items()):
+        drawn_now = values(dimensions, study.ask(fixed_distributions=made_of).params)
+        idle += 1
+        for variant, of in found.items():
+            mine = {d.key: drawn_now[d.key] for d in space.variants[variant]}
+            configuration = build(variant, mine)
+            if len(of) < points and configuration is not None and configuration.fingerprint not in of:
+                of[configuration.fingerprint] = mine
+                idle = 0
+    return {variant: list(of.values()) for variant, of in found.items()}

@@ -1,0 +1,207 @@
+"""A comparison's second stage: from records and the kept choice to the verdict, its picture and its page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from synthetic import record, study
+from test_report import ABOUT, Page
+
+from orchestrator.__main__ import Report
+from orchestrator.analyze import choice, verdict
+from orchestrator.analyze.comparison import Chosen, Confirmed, confirmed
+from orchestrator.analyze.plots_forest import forest
+from orchestrator.analyze.plots_search import points, running_best
+from orchestrator.analyze.report import write_report
+from orchestrator.analyze.sensitivity import summarize
+from orchestrator.analyze.table import render
+from orchestrator.analyze.tuning import tuned
+from orchestrator.record.schema import Items, Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+
+CHOSEN = {t.variant: found for t in tuned(study()) if (found := Chosen.of(t)) is not None}
+SHIFTS = {"lora": 0.0, "rslora": -0.1, "pissa": 0.03, "hira": 0.0, "lora-plus": -0.2}
+
+
+def fresh(seeds: int = 10, diverged: int = 4, **more: Any) -> list[Record]:
+    """Of LoRA+ the first `diverged` seeds diverged."""
+    found = []
+    for variant, chosen in CHOSEN.items():
+        for s in range(seeds):
+            noise = ((7 * s + 3 * len(variant)) % 5 - 2) / 500
+            score = 0.9 + SHIFTS[variant] + noise
+            bad = variant == "lora-plus" and s < diverged
+            rate, alpha = chosen.configuration.optimizer.learning_rate, chosen.configuration.variant.alpha
+            found.append(record(variant, rate, 1000 + s, None if bad else score, alpha=alpha, **more))
+    return found
+
+
+def only(records: list[Record], **more: Any) -> Confirmed:
+    found = confirmed(records, "lora", 0.01, CHOSEN, **more)
+    assert found is not None
+    return found
+
+
+def test_the_verdict_names_task_model_variants_seeds_budget_and_margin() -> None:
+    said = verdict.verdict(only(fresh()))
+    assert said.startswith(
+        "letters on letters-base, 60 steps, each variant tuned with 7 points x 3 seeds, confirmed with 10 "
+        "fresh seeds, margin 0.01: pissa (+0.030) is better than lora; rslora (-0.100) is worse than lora; "
+    )
+    assert "hira (+0.000) is equivalent to lora; lora-plus (" in said
+    assert said.endswith("is not inferior to 2 to 3 of 4, 95% interval).")
+    assert "matches or beats most variants: undecided" in said
+
+
+def test_the_chosen_point_counts_where_a_study_holds_others_too() -> None:
+    records = fresh() + [record("pissa", 5e-3, 2000 + s, 0.1) for s in range(20)]
+    found = only(records)
+    assert found.configurations["pissa"].optimizer.learning_rate == 3e-3
+    assert found.seeds == tuple(range(1000, 1010))
+    assert confirmed([r for r in records if r.configuration.variant.name != "lora"], "lora", 0.01) is None
+
+
+def test_a_failed_seed_is_missing_and_said() -> None:
+    records = fresh()
+    broken = next(i for i, r in enumerate(records) if r.configuration.variant.name == "hira")
+    seed = records[broken].configuration.seed
+    records[broken] = replace(records[broken], state="failed")
+    summary = summarize(records, baseline="lora", margin=0.01, chosen=CHOSEN)
+    (found,) = summary.comparisons
+    assert found.failed == 1
+    pair = next(p for p in found.comparison.pairs if p.label == "hira")
+    assert pair.dropped == (seed,)
+    assert any(f"hira: left out, one of the two has no score: seeds {seed}" in w for w in summary.warnings)
+
+
+def test_item_noise_is_that_of_the_difference() -> None:
+    lora, other = (1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 1.0)
+    records = [
+        replace(record(v, 1e-2, s, 0.5), items={"test": Items(correct)})
+        for v, correct in (("lora", lora), ("dora", other))
+        for s in (0, 1)
+    ]
+    found = confirmed(records, "lora", 0.01)
+    assert found is not None
+    # differences 0 -1 1 1: variance .9166..., four items
+    assert found.item_errors == {"dora": pytest.approx((2.75 / 3 / 4) ** 0.5)}
+
+
+def test_a_choice_at_the_edge_is_shown() -> None:
+    edge = {**CHOSEN, "pissa": replace(CHOSEN["pissa"], edges=("learning_rate (high edge)",))}
+    summary = summarize(fresh(), baseline="lora", margin=0.01, chosen=edge)
+    assert any("not bracketed" in w and "pissa learning_rate (high edge)" in w for w in summary.warnings)
+    assert "pissa (+0.030, not bracketed) is better than lora" in verdict.verdict(summary.comparisons[0])
+    lora = {**CHOSEN, "lora": replace(CHOSEN["lora"], edges=("learning_rate (low edge)",))}
+    (found,) = summarize(fresh(), baseline="lora", margin=0.01, chosen=lora).comparisons
+    assert "Tuned LoRA (not bracketed) matches or beats" in verdict.verdict(found)
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    console.print(render(summary))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "(edge)" in printed
+    assert "4 of 10" in printed
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 10])
+def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Path, seeds: int) -> None:
+    tune, folder = tmp_path / "tune", tmp_path / "confirm"
+    tune.mkdir()
+    kept = {"configurations": [], "variants": {v: c.to_json() for v, c in CHOSEN.items()}}
+    choice.keep(tune, lambda: kept)
+    about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning": tune}
+    summary = write_report(fresh(seeds), folder, **about)
+    assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
+    page = Page((folder / "report.html").read_text())
+    assert page.open == []
+    assert len(page.links) == 1
+    said = verdict.verdict(summary.comparisons[0])
+    text = " ".join(page.text.split())
+    assert said in text
+    for part in ("What tuning took and chose", "other seeds would have chosen", "7 points x 3 seeds", "1260"):
+        assert part in text
+    numbers = json.loads((folder / "summary.json").read_text())
+    assert numbers["comparisons"][0]["verdict"] == said
+    assert "NaN" not in json.dumps(numbers)
+    image = Image.open(folder / "forest.png")
+    assert image.width == 1200
+    assert (folder / "forest.png").stat().st_size < 150_000
+
+
+def test_the_report_command_writes_the_same_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, store = fresh(3), Store(tmp_path / "store")
+    for r in records:
+        store.put(r)
+    names = tuple(r.fingerprint for r in records)
+    folder = tmp_path / "c-confirm"
+    StudyFile("c-confirm", "?", "x", names, baseline="lora", margin=0.02, tuning="c-tune").write(folder)
+    (tmp_path / "c-tune").mkdir()
+    kept = {"configurations": [], "variants": {v: c.to_json() for v, c in CHOSEN.items()}}
+    choice.keep(tmp_path / "c-tune", lambda: kept)
+    assert Report(study="c-confirm", output=tmp_path).run() == 0
+    assert "report.html: 15 of 15 configurations" in capsys.readouterr().out
+    (found,) = json.loads((folder / "summary.json").read_text())["comparisons"]
+    assert "tuned with 7 points x 3 seeds, confirmed with 3 fresh seeds, margin 0.02" in found["verdict"]
+
+
+def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
+    summary = write_report(fresh(), tmp_path, **ABOUT, baseline="lora", margin=0.01, tuning=tmp_path / "gone")
+    assert summary.comparisons[0].chosen == {}
+    assert any("the choice of the first stage is not at hand" in w for w in summary.warnings)
+
+
+def test_one_that_is_far_out_does_not_press_the_others_together() -> None:
+    near = only([r for r in fresh() if r.configuration.variant.name != "lora-plus"])
+    far = only(fresh())
+    assert forest([far]) != forest([near])
+    picture = Image.open(io.BytesIO(forest([far, near])))
+    assert picture.width == 1200
+
+
+def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
+    records = [
+        record(v, rate, 0, score, rank=rank)
+        for v in ("lora", "hira")
+        for rate, rank, score in (
+            (1.34e-3, 4, 0.2),
+            (2.47e-2, 8, 0.7),
+            (3.11e-2, 8, 0.6),
+            (4.12e-1, 16, None),
+        )
+    ]
+    records.append(record("lora", 5.55e-4, 0, 0.1, rank=4, state="stopped"))
+    summary = write_report(records, tmp_path, **ABOUT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "search.png", "summary.json"]
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == []
+    text = " ".join(page.text.split())
+    assert "2.47e-2, rank 8" in text
+    for r in records:
+        assert r.fingerprint[:12] in text
+    assert re.search(r"variants have different numbers of points \((lora 5, hira 4|hira 4, lora 5)\)", text)
+    assert Image.open(io.BytesIO(points(summary.searches))).width == 1200
+
+
+def test_the_best_so_far_never_falls_and_counts_no_stopped_point() -> None:
+    scores = (0.3, None, 0.2, 0.6, 0.5)
+    rates = (1.11e-3, 2.22e-3, 3.33e-3, 4.44e-3, 5.55e-3)
+    records = [
+        replace(
+            record(rate=r, validation=v, state="stopped" if i == 0 else None),
+            provenance=replace(record().provenance, started=i + 1.0),
+        )
+        for i, (r, v) in enumerate(zip(rates, scores, strict=True))
+    ]
+    (found,) = tuned(records)
+    best = running_best(found)
+    assert str(best[0]) == "nan"
+    assert best[1:] == [0.0, 0.2, 0.6, 0.6]

@@ -1,0 +1,189 @@
+"""What tuning chooses, for grids and searches, and how the choice is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from synthetic import RATES, STUDY, record, study
+
+from orchestrator.analyze import choice
+from orchestrator.analyze.comparison import Chosen
+from orchestrator.analyze.search import is_search
+from orchestrator.analyze.sensitivity import summarize
+from orchestrator.analyze.tuning import Tuned, otherwise, tuned
+from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
+from orchestrator.study.errors import BadInput
+
+
+def only(records: list[Record]) -> Tuned:
+    (found,) = tuned(records)
+    return found
+
+
+def best_rate(records: list[Record]) -> float | None:
+    best = only(records).best
+    return best.learning_rate if best else None
+
+
+# --- the choice
+
+
+def test_on_a_grid_the_choice_is_that_of_the_curves() -> None:
+    records = study()
+    curves = {c.label: c.best_rate for c in summarize(records).panels[0].curves}
+    assert {t.variant: t.best.learning_rate for t in tuned(records) if t.best} == curves
+    assert all(not t.edges and len(t.points) == 7 for t in tuned(records))
+
+
+def test_the_test_split_enters_no_choice() -> None:
+    records = [
+        record(rate=r, seed=s, validation=v, test=t)
+        for r, v, t in ((1e-3, 0.6, 0.1), (1e-2, 0.5, 0.9))
+        for s in (0, 1)
+    ]
+    assert best_rate(records) == 1e-3
+    found = Chosen.of(only(records))
+    assert found is not None
+    assert found.configuration.optimizer.learning_rate == 1e-3
+    assert found.validation == 0.6
+
+
+def test_a_diverged_seed_counts_as_the_floor_and_a_stopped_point_loses() -> None:
+    records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
+    records += [record(rate=1e-2, seed=0, validation=0.8), record(rate=1e-2, seed=1, validation=None)]
+    assert best_rate(records) == 1e-3
+    records += [
+        record(rate=3e-2, seed=0, validation=0.9),
+        record(rate=3e-2, seed=1, validation=0.9, state="stopped"),
+    ]
+    assert best_rate(records) == 1e-3
+
+
+def test_a_failed_seed_is_missing_and_a_variant_without_a_score_has_no_choice() -> None:
+    records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
+    records += [
+        record(rate=1e-2, seed=0, validation=0.8),
+        record(rate=1e-2, seed=1, validation=None, state="failed"),
+    ]
+    assert best_rate(records) == 1e-2
+    nothing = only([record(validation=None, state="failed")])
+    assert nothing.best is None
+    assert Chosen.of(nothing) is None
+
+
+def test_among_equals_the_lowest_rate_and_then_it_is_no_bracket() -> None:
+    records = [record(rate=r, validation=0.5) for r in (1e-3, 1e-2)]
+    assert best_rate(records) == 1e-3
+    assert only(records).edges == ("learning_rate (both edges)",)
+
+
+def test_edges_of_a_grid_and_of_a_range() -> None:
+    def curve(*scores: float) -> list[Record]:
+        return [record(rate=r, validation=v) for r, v in zip(RATES, scores, strict=False)]
+
+    assert only(curve(0.1, 0.5, 0.2)).edges == ()
+    assert only(curve(0.1, 0.2, 0.5)).edges == ("learning_rate (high edge)",)
+    assert only(curve(0.5, 0.2, 0.1)).edges == ("learning_rate (low edge)",)
+    # Five values make a range; a choice of two has ends, but no edges.
+    points = [
+        record(rate=1e-3 * 2**i, alpha=float(2**i), rank=4 + 4 * (i % 2), validation=0.1 * i)
+        for i in range(6)
+    ]
+    assert only(points).edges == ("learning_rate (high edge)", "alpha (high edge)")
+    assert only(points).varied == ("learning_rate", "alpha", "rank")
+    near = [
+        record(rate=r, rank=4, validation=v)
+        for r, v in ((1.02e-3, 0.9), (1e-3, 0.1), (1e-2, 0.2), (1e-1, 0.1))
+    ]
+    near.append(record(rate=1.23e-2, rank=8, validation=0.1))
+    assert only(near).edges == ("learning_rate (low edge)",), (
+        "a best so near to the end of the range is at it"
+    )
+
+
+def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
+    # Seeds 0 and 1. At 1e-2: .9 and .1, at 1e-3: .4 both. Draws 00 and 01, 10 choose 1e-2, 11 chooses 1e-3.
+    records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]
+    records += [record(rate=1e-2, seed=0, validation=0.9), record(rate=1e-2, seed=1, validation=0.1)]
+    shares = otherwise(only(records))
+    assert shares is not None
+    assert [(p.learning_rate, share) for p, share in shares] == [(1e-2, 0.75), (1e-3, 0.25)]
+    assert otherwise(only(records[:1])) is None
+    steady = otherwise(
+        only([record(rate=r, seed=s, validation=v) for r, v in ((1e-3, 0.4), (1e-2, 0.5)) for s in range(7)])
+    )
+    assert steady is not None
+    assert [share for _, share in steady] == [1.0]
+
+
+def test_a_choice_comes_back_from_its_json() -> None:
+    for each in tuned(study()):
+        found = Chosen.of(each)
+        assert found is not None
+        assert Chosen.from_json(json.loads(json.dumps(found.to_json()))) == found
+        assert found.configuration.seed == 0
+        assert (found.points, found.seeds, found.most_steps) == (7, 3, 7 * 3 * 60)
+
+
+# --- kept
+
+
+def test_a_choice_is_made_once(tmp_path: Path) -> None:
+    study_file = StudyFile("s", "", "", ("a", "b"))
+    study_file.write(tmp_path)
+    assert not choice.refuse_another(tmp_path, "s", ["c"], "tuning", "")
+    first = choice.keep(tmp_path, lambda: {"configurations": ["a", "b"], "x": 1})
+    assert choice.keep(tmp_path, lambda: pytest.fail("asked again")) == first
+    assert choice.refuse_another(tmp_path, "s", ["b"], "tuning", "")
+    with pytest.raises(
+        BadInput, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
+    ):
+        choice.refuse_another(tmp_path, "s", ["c"], "tuning", "; no")
+    (tmp_path / choice.FILE).write_text("[]")
+    with pytest.raises(BadInput, match="not a choice"):
+        choice.read(tmp_path)
+
+
+# --- a search or a grid
+
+
+def sampled(rates: tuple[float, ...], **more: object) -> list[Record]:
+    return [record(rate=r, validation=0.5, **more) for r in rates]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("records", "search"),
+    [
+        (study(), False),
+        (study({k: [row[:1] for row in v] for k, v in STUDY.items()}), False),  # one seed
+        (sampled((1e-5, 1e-4, 3e-4, 1e-3)), False),  # irregular, but nobody's sampler
+        (sampled((3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2)), False),  # two points a decade
+        (sampled((1e-3, 1e-2)) + sampled((1e-3, 1e-2), rank=16), False),
+        (sampled((1e-3, 3e-3, 1e-2)) + sampled((1e-2,), steps=120), False),  # a grid that was extended
+        (sampled((1.34e-4, 2.17e-3, 2.98e-3, 4.51e-2)), True),
+        (sampled((1.34e-4,)), True),
+        (sampled((1e-3, 2e-3), rank=4) + sampled((4e-3,), rank=8) + sampled((5e-3,), alpha=8.0), True),
+    ],
+)
+def test_what_is_a_search(records: list[Record], search: bool) -> None:
+    assert is_search(records) == search
+
+
+def test_a_search_is_one_table_with_all_that_it_varied(tmp_path: Path) -> None:
+    points = [
+        replace(
+            record(rate=r, rank=k, validation=v, test=0.0), provenance=replace(record().provenance, started=t)
+        )
+        for r, k, v, t in ((1.34e-3, 4, 0.2, 3.0), (2.47e-2, 8, 0.7, 2.0), (1.12e-1, 16, None, 1.0))
+    ]
+    summary = summarize(points)
+    assert summary.panels == ()
+    (found,) = summary.searches[0].variants
+    assert found.best is not None
+    assert found.best.settings == {"learning_rate": 2.47e-2, "rank": 8}
+    assert [p.learning_rate for p in found.points] == [1.12e-1, 2.47e-2, 1.34e-3], "as they were begun"
+    assert found.states == {"diverged": 1, "finished": 2}

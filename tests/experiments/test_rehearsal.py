@@ -1,0 +1,183 @@
+"""The rehearsal of training: the real loop over curves, and the real path of a study over that."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.finetune.source import Answer, Report
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "experiments" / "benchmarks"
+sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
+
+from decide import decide  # noqa: E402
+from rehearsal import Plan, Stage, synthetic  # noqa: E402
+from scripted import Queue, Script, configuration, leases, train  # noqa: E402
+
+
+def rehearse(source: Any, store: Store, plan: Plan, **options: Any) -> None:
+    train(source, store, workshop=partial(Stage, plan), **options)
+
+
+def whole(store: Store, point: Configuration) -> Record:
+    record = store.get(point.fingerprint)
+    assert record is not None
+    return record
+
+
+def course(record: Record) -> tuple[Any, ...]:
+    """What a replay repeats."""
+    return record.state, record.steps, record.reason, record.curve, record.evaluations, record.untrained
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Store, list[Configuration]]:
+    """Three that were really trained: two to the end, one that diverged."""
+    store = Store(tmp_path / "trained")
+    points = [configuration(seed=s, steps=12, evaluations=6) for s in (0, 1)]
+    points.append(configuration(rate=1e36, steps=12, evaluations=6))
+    train(Script(leases(points)), store)
+    return store, points
+
+
+def test_a_replay_equals_what_was_trained(trained: tuple[Store, list[Configuration]], tmp_path: Path) -> None:
+    before, points = trained
+    again = Store(tmp_path / "again")
+    rehearse(Script(leases(points)), again, Plan(str(before.root)))
+    for point in points:
+        assert repr(course(whole(again, point))) == repr(course(whole(before, point))), "NaN is like NaN"
+        assert whole(again, point).items == whole(before, point).items
+
+
+def test_a_replay_may_look_less_often(trained: tuple[Store, list[Configuration]], tmp_path: Path) -> None:
+    before, points = trained
+    again, rare = Store(tmp_path / "again"), [replace(point, evaluations=2) for point in points]
+    rehearse(Script(leases(rare)), again, Plan(str(before.root), evaluations=6))
+    for point, seldom in zip(points, rare, strict=True):
+        record, often = whole(again, seldom), whole(before, point)
+        assert record.steps == often.steps
+        assert all(e in often.evaluations for e in record.evaluations)
+        steps = [e.step for e in record.evaluations if e.split == "validation"]
+        assert steps == ([6, 12] if often.state == "finished" else [])
+
+
+def test_a_replay_may_look_more_often_where_the_training_loss_stands_in(
+    trained: tuple[Store, list[Configuration]], tmp_path: Path
+) -> None:
+    before, points = trained
+    again, often = Store(tmp_path / "again"), [replace(point, evaluations=12) for point in points]
+    rehearse(Script(leases(often)), again, Plan(str(before.root), evaluations=6, guess=2))
+    for point, closer in zip(points[:2], often, strict=False):
+        record, old = whole(again, closer), whole(before, point)
+        seen = {e.step: e.scores["loss"] for e in record.evaluations if e.split == "validation"}
+        known = {e.step: e.scores["loss"] for e in old.evaluations if e.split == "validation"}
+        assert seen == {
+            step: known.get(step, (old.curve[max(0, step - 2)].loss + old.curve[step - 1].loss) / 2)
+            for step in range(1, 13)
+        }
+        assert record.score("test") == old.score("test")
+
+
+def test_a_curve_that_is_not_there_is_a_failure_of_its_lane(tmp_path: Path) -> None:
+    Store(tmp_path / "empty")
+    store, point = Store(tmp_path / "again"), configuration()
+    rehearse(Script(leases([point])), store, Plan(str(tmp_path / "empty")))
+    assert whole(store, point).state == "failed"
+    assert "no whole curve of" in whole(store, point).reason
+
+
+def test_it_obeys_as_the_real_one_does(tmp_path: Path) -> None:
+    """Parked, spilled to a checkpoint, stopped and dropped, by the answers of a script."""
+    store = Store(tmp_path / "store")
+    points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(6)]
+    queue = Queue(leases(points))
+    rehearse(queue, store, Plan(), lanes=2, spill_seconds=0.0)
+    assert queue.spilled
+    assert queue.most <= 2
+    for point in points:
+        record, drawn = whole(store, point), synthetic(point)
+        assert record.state == "finished"
+        assert [step.loss for step in record.curve] == drawn.losses
+    assert any(whole(store, point).provenance.resumed_from for point in points)
+
+    def answers(report: Report) -> Answer:
+        return {others[0].fingerprint: Answer.STOP, others[1].fingerprint: Answer.DROP}.get(
+            report.fingerprint, Answer.GO
+        )
+
+    others = [configuration(seed=seed, steps=6, evaluations=3) for seed in (10, 11, 12)]
+    rehearse(Script(leases(others), answers=answers), store, Plan())
+    stopped, last = whole(store, others[0]), whole(store, others[2])
+    assert (stopped.state, stopped.steps, stopped.stopped_at) == ("stopped", 2, 2)
+    assert store.get(others[1].fingerprint) is None
+    assert (last.state, last.steps) == ("finished", 6)
+
+
+def test_synthetic_curves_have_a_best_rate_and_a_cliff(tmp_path: Path) -> None:
+    rates = [10 ** (power / 2) for power in range(-10, 1)]
+    points = [configuration(rate=rate, steps=40, evaluations=2) for rate in rates]
+    store = Store(tmp_path / "store")
+    rehearse(Script(leases(points)), store, Plan(), lanes=16)
+    scores = [whole(store, point).score("validation") for point in points]
+    best = max(range(len(rates)), key=lambda index: scores[index] or 0.0)
+    assert 0 < best < len(rates) - 1
+    assert scores[best] is not None
+    assert scores[best] > 0.5
+    states = [whole(store, point).state for point in points]
+    assert states[0] == "finished"
+    assert states[-1] == "diverged"
+    assert all(math.isfinite(score) for score in scores if score is not None)
+
+
+def test_what_a_scheduler_decides_can_be_had_without_ray(tmp_path: Path) -> None:
+    """Twelve evaluations: rungs after 3 and 9 of 36 steps, and none later."""
+    points = [configuration(rate=3.2e-3 * 1.6**away, steps=36, evaluations=12) for away in range(-4, 5)]
+    store = Store(tmp_path / "store")
+    rehearse(Script(leases(points)), store, Plan(), lanes=16)
+    records = {point.fingerprint: whole(store, point) for point in points}
+    found = {r.fingerprint: r for r in decide("asha", points, records, at_once=len(points))}
+    assert set(found) == set(records)
+    stopped = {f: r.steps for f, r in found.items() if r.state == "stopped"}
+    assert set(stopped.values()) <= {3, 9}
+    assert 0 < len(stopped) < len(points)
+    for fingerprint, step in stopped.items():
+        assert [e.step for e in found[fingerprint].evaluations][-1] == step
+    best = max(records.values(), key=lambda record: record.score("validation") or 0.0)
+    assert found[best.fingerprint] == best
+    assert decide("asha", points, records, at_once=len(points)) == list(found.values())
+
+
+@pytest.mark.timeout(280)
+def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None:
+    """The script that measures, at a small size: three nodes, two seats on fake GPUs, asha."""
+    output = tmp_path / "scale"
+    script = [sys.executable, str(BENCHMARKS / "scale.py"), "--sizes", "30", "--scheduler", "asha"]
+    done = subprocess.run(
+        [*script, "--output", str(output)], capture_output=True, text=True, timeout=260, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((output / "30-asha.json").read_text())
+    records = list(Store(output / "store-30-asha").records())
+    assert len(records) == row["records"] == 30
+    assert row["states"]["stopped"] > 0
+    assert "failed" not in row["states"]
+    assert row["steps"] == sum(record.steps for record in records), "the seats count what was trained"
+    for record in records:
+        drawn = synthetic(record.configuration)
+        seen = [e for e in record.evaluations if e.split == "validation"]
+        assert [step.loss for step in record.curve] == drawn.losses[: len(record.curve)]
+        assert [e.scores for e in seen] == [drawn.scores[e.step, e.split] for e in seen]
+    assert row["broker_calls_per_second"] > 0
+    assert row["driver_mib_peak"] > row["driver_mib_before"] > 0

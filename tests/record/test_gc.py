@@ -1,0 +1,183 @@
+"""What a crash left, and what gc makes of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from orchestrator.record import gc
+from orchestrator.record.gc import collect, shown
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+
+LONG_AGO = 10_000.0
+
+
+def _checkpoint(store: Store, fingerprint: str, age: float = LONG_AGO) -> Path:
+    folder = store.checkpoints / fingerprint / "1"
+    folder.mkdir(parents=True)
+    (folder / "step-00000010.safetensors").write_bytes(b"x" * 100)
+    _age(folder.parent, age)
+    return folder.parent
+
+
+def _age(path: Path, age: float) -> None:
+    for each in (*path.rglob("*"), path):
+        os.utime(each, (time.time() - age, time.time() - age))
+
+
+def _file(path: Path, age: float = LONG_AGO) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 50)
+    _age(path, age)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "results" / "store")
+
+
+def _counts(piles: dict[str, gc.Pile]) -> dict[str, int]:
+    return {kind: pile.count for kind, pile in piles.items()}
+
+
+def test_checkpoints_go_with_a_final_record_and_only_then(store, tmp_path, make_record):
+    output = tmp_path / "results"
+    folders = {}
+    for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
+        record = make_record(seed=seed, state=state)
+        store.put(record)
+        folders[state] = _checkpoint(store, record.fingerprint)
+    training, nobodys = make_record(seed=8).fingerprint, make_record(seed=9).fingerprint
+    failed = folders["failed"].name
+    StudyFile("rates", "", "", (training, failed)).write(output / "rates")
+    folders["training"], folders["nobody's"] = _checkpoint(store, training), _checkpoint(store, nobodys)
+    foreign = store.checkpoints / "notes"
+    foreign.mkdir()
+
+    before = {name for name, folder in folders.items() if folder.exists()}
+    seen = collect(store, output, dry_run=True)
+    assert {name for name, folder in folders.items() if folder.exists()} == before, (
+        "a dry run removes nothing"
+    )
+    assert collect(store, output) == seen
+    assert _counts(seen.cleared) == {gc.ENDED: 2}
+    assert seen.cleared[gc.ENDED].bytes == 200
+    assert _counts(seen.left) == {gc.STOPPED: 1, gc.UNFINISHED: 2, gc.UNWANTED: 1}
+    assert {name for name, folder in folders.items() if folder.exists()} == before - {"finished", "diverged"}
+    assert foreign.exists()
+    assert collect(store, output).cleared == {}, "once is enough"
+
+    assert _counts(collect(store, output, stopped=True).cleared) == {gc.STOPPED: 1}
+    assert not folders["stopped"].exists()
+    assert store.get(folders["stopped"].name).state == "stopped"
+
+
+def test_a_stopped_lane_that_may_be_in_use_stays(store, tmp_path, make_record):
+    output = tmp_path / "results"
+    wanted, young = make_record(seed=1, state="stopped"), make_record(seed=2, state="stopped")
+    for record in (wanted, young):
+        store.put(record)
+    _checkpoint(store, wanted.fingerprint)
+    _checkpoint(store, young.fingerprint, age=5)
+    StudyFile("rates", "", "", (wanted.fingerprint,)).write(output / "rates")
+    with FileLock(output / "rates" / ".lock"):  # as a running study holds it
+        found = collect(store, output, stopped=True)
+        assert (_counts(found.cleared), _counts(found.left)) == ({}, {gc.BUSY: 2})
+    found = collect(store, output, stopped=True)
+    assert (_counts(found.cleared), _counts(found.left)) == ({gc.STOPPED: 1}, {gc.BUSY: 1})
+    assert (output / "rates" / ".lock").exists()
+
+
+def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, make_record):
+    output, hexes = tmp_path / "results", "0123456789abcdef" * 2
+    record = make_record(seed=1)
+    store.put(record)
+    shard = store.records_folder / record.fingerprint[:2]
+    StudyFile("rates", "", "").write(output / "rates")
+    old = [
+        _file(shard / f".{record.fingerprint}.json.{hexes}"),
+        _file(shard / f".{record.fingerprint}.json.torn"),
+        _file(store.root / f".records.parquet.{hexes}"),
+        _file(store.root / ".mlflow.db.new"),
+        _file(store.root / ".probe-abc" / "a").parent,
+        _file(output / ".probe-17"),
+        _file(output / "rates" / f".study.json.{hexes}"),
+        _file(store.evidence / f".e.safetensors.{hexes}"),
+        _file(store.bases / ".pointer-x1"),
+        _file(store.bases / ".letters-base-ab12cd_4" / "model" / "weights").parents[1],
+        _file(store.checkpoints / ("f" * 64) / "1" / f".step-00000010.safetensors.{hexes}"),
+    ]
+    for path in old:
+        _age(path, LONG_AGO)
+    kept = [
+        _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # of somebody who writes it at this moment
+        _file(shard / ".lock"),
+        _file(store.bases / ".letters-base.lock"),
+        _file(output / "rates" / ".lock"),
+        _file(store.root / ".nfs0000001"),
+        _file(output / "rates" / "report.html"),
+    ]
+    found = collect(store, output)
+    assert _counts(found.cleared) == {gc.TEMPORARY: len(old)}
+    assert not [path for path in old if path.exists()]
+    assert all(path.exists() for path in kept)
+    assert found.left[gc.BUSY].count == 1
+    assert store.get(record.fingerprint).to_json() == record.to_json()
+
+
+def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_record):
+    """The writer died between the two."""
+    store.put(make_record(seed=1, state="stopped"))
+    (stopped,) = store.records_folder.glob("*/*.stopped.json")
+    data = stopped.read_bytes()
+    store.put(make_record(seed=1))
+    stopped.write_bytes(data)
+    assert _counts(collect(store, tmp_path / "results").cleared) == {gc.SUPERSEDED: 1}
+    assert list(store.states().values()) == ["finished"]
+
+
+def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, tmp_path):
+    host = os.uname().nodename
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()  # a number that nobody has any more
+    dead = _file(store.root / "scratch" / f"{host}-{process.pid}" / "tune" / "x").parents[1]
+    alive = _file(store.root / "scratch" / f"{host}-{os.getpid()}" / "x").parent
+    others = _file(store.root / "scratch" / f"another-{process.pid}" / "x").parent
+    found = collect(store, tmp_path / "results")
+    assert _counts(found.cleared) == {gc.SCRATCH: 1}
+    assert _counts(found.left) == {gc.BUSY: 1, gc.ELSEWHERE: 1}
+    assert [path.exists() for path in (dead, alive, others)] == [False, True, True]
+
+
+def test_the_command_says_what_it_did(store, tmp_path, make_record):
+    record = make_record(seed=1)
+    store.put(record)
+    _checkpoint(store, record.fingerprint)
+    command = [sys.executable, "-m", "orchestrator", "gc"]
+
+    def run(*arguments: str) -> tuple[int, list[str], str]:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    lines = ["100 B", "  1 checkpoints of lanes that have ended (100 B)"]
+    assert run("--dry-run") == (0, [f"would clear {lines[0]}", lines[1]], "")
+    assert run() == (0, [f"cleared {lines[0]}", lines[1]], "")
+    assert run() == (0, ["cleared 0 B"], "")
+    code, _, error = run("--older-than", "-1")
+    assert (code, error) == (2, "error: --older-than -1: must be 0 hours or more; the default is 1.\n")
+    assert run("--output", "elsewhere")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (20e6, "20 MB"), (3e15, "3000.0 TB")]
+)
+def test_bytes_for_people(size, words):
+    assert shown(size) == words

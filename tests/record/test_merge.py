@@ -1,0 +1,252 @@
+"""Stores that are joined: the same as if all had been put into one, in any order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from orchestrator.record.merge import merge
+from orchestrator.record.schema import Provenance
+from orchestrator.record.store import Store
+from orchestrator.study.errors import BadInput
+
+
+def _files(store: Store) -> dict[str, bytes]:
+    return {str(p.relative_to(store.root)): p.read_bytes() for p in store.root.rglob("*") if p.is_file()}
+
+
+def _checkpoint(store: Store, fingerprint: str, step: int, attempt: int = 1) -> Path:
+    path = store.checkpoints / fingerprint / str(attempt) / f"step-{step:08d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"a": np.full(4, step, np.float32)}, path)
+    return path
+
+
+@pytest.fixture
+def stores(tmp_path) -> tuple[Store, Store]:
+    return Store(tmp_path / "here" / "store"), Store(tmp_path / "there" / "store")
+
+
+def test_what_is_new_comes_and_what_is_here_stays(stores, make_record):
+    here, there = stores
+    mine, theirs = make_record(seed=1, reason="mine"), make_record(seed=1, reason="theirs")
+    here.put(mine)
+    there.put(theirs)
+    here.put(make_record(seed=2, state="stopped", steps=10))
+    there.put(make_record(seed=2))
+    here.put(make_record(seed=3))
+    there.put(make_record(seed=3, state="failed"))
+    there.put(make_record(seed=4, state="diverged"))
+    taken = merge(here, there)
+    assert (taken.records, taken.known, taken.torn) == (2, 2, 0)
+    assert here.get(mine.fingerprint).reason == "mine", "the first final record stays"
+    assert here.get(make_record(seed=2).fingerprint).state == "finished"
+    assert sorted(here.states().values()) == ["diverged", "finished", "finished", "finished"]
+    files = _files(here)
+    again = merge(here, there)
+    assert (again.records, again.known) == (0, 4)
+    assert _files(here) == files, "doing it again changes nothing"
+
+
+def test_the_longer_stop_and_the_more_failures_count(stores, make_record):
+    here, there = stores
+    short, long = (
+        make_record(seed=1, state="stopped", steps=5),
+        make_record(seed=1, state="stopped", steps=15),
+    )
+    for first, second in ((here, there), (there, here)):
+        first.put(short)
+        second.put(long)
+        merge(first, second)
+        merge(second, first)
+        assert first.get(long.fingerprint).steps == second.get(long.fingerprint).steps == 15
+    failed = make_record(seed=2, state="failed")
+    here.put(failed)
+    there.put(failed)
+    there.put(failed)
+    merge(here, there)
+    assert here.failures(failed.fingerprint) == 2
+    merge(there, here)
+    assert there.failures(failed.fingerprint) == 2
+
+
+def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
+    here, there = stores
+    for seed in (1, 2):
+        there.put(make_record(seed=seed))
+    name = make_record(seed=1).fingerprint
+    (there.records_folder / name[:2] / f"{name}.json").write_bytes(b'{"schema_version":1,"fin')
+    lane = make_record(seed=3).fingerprint
+    torn = _checkpoint(there, lane, 20)
+    torn.write_bytes(torn.read_bytes()[:-4])
+    _checkpoint(there, lane, 10)
+    with caplog.at_level(logging.WARNING):
+        taken = merge(here, there)
+    assert (taken.records, taken.lanes) == (1, 1)
+    assert list(here.states()) == [make_record(seed=2).fingerprint]
+    assert [p.name for p in here.checkpoints.rglob("*.safetensors")] == ["step-00000010.safetensors"]
+    assert name in caplog.text
+    assert str(torn) in caplog.text
+
+
+def test_a_record_torn_here_is_healed_by_a_whole_one(stores, make_record):
+    here, there = stores
+    whole = make_record(seed=1)
+    there.put(whole)
+    path = here.records_folder / whole.fingerprint[:2] / f"{whole.fingerprint}.json"
+    path.parent.mkdir()
+    path.write_bytes(b"{")
+    assert merge(here, there).records == 1
+    assert here.get(whole.fingerprint).to_json() == whole.to_json()
+
+
+def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record):
+    here, there = stores
+    further, behind, done = (make_record(seed=s).fingerprint for s in (1, 2, 3))
+    here.put(make_record(seed=3))
+    _checkpoint(here, further, 10)
+    _checkpoint(there, further, 30, attempt=2)
+    kept = _checkpoint(here, behind, 40)
+    _checkpoint(there, behind, 20)
+    _checkpoint(there, done, 20)
+    before = kept.read_bytes()
+    taken = merge(here, there)
+    assert taken.lanes == 1
+    assert taken.bytes > 0
+    found = sorted(
+        str(p.relative_to(here.checkpoints / further)) for p in here.checkpoints.glob(f"{further}/*/*")
+    )
+    assert found == ["1/step-00000010.safetensors", "2/step-00000030.safetensors"]
+    assert kept.read_bytes() == before
+    assert not (here.checkpoints / done).exists(), "a finished lane needs none"
+    assert not (here.checkpoints / behind / "1" / "step-00000020.safetensors").exists()
+    assert merge(here, there).lanes == 0
+
+
+def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
+    here, there = stores
+    for store, text in ((here, "mine"), (there, "theirs")):
+        for name, content in (("b-1", "same"), (f"b-{text}", text)):
+            (store.bases / name).mkdir(parents=True)
+            (store.bases / name / "config.json").write_text(content)
+        (store.bases / "b.recipe.json").write_text(text)
+        store.evidence.mkdir()
+        save_file({"a": np.zeros(2)}, store.evidence / f"{text}.safetensors")
+    (there.bases / ".b-abcdefgh").mkdir()  # in the making
+    came, other = make_record(seed=1), make_record(seed=2, reason="theirs")
+    there.put(came)
+    there.put(other)
+    here.put(make_record(seed=2, reason="mine"))
+    for one in (came, other):
+        (there.adapters / one.fingerprint).mkdir(parents=True)
+        (there.adapters / one.fingerprint / "adapter_config.json").write_text("{}")
+    taken = merge(here, there)
+    assert (taken.bases, taken.evidence, taken.adapters) == (1, 1, 1)
+    assert (here.adapters / came.fingerprint / "adapter_config.json").read_text() == "{}"
+    assert not (here.adapters / other.fingerprint).exists(), "it is not the adapter of the record that stayed"
+    assert sorted(p.name for p in here.bases.iterdir()) == ["b-1", "b-mine", "b-theirs", "b.recipe.json"]
+    assert (here.bases / "b.recipe.json").read_text() == "mine"
+    files = _files(here)
+    merge(here, there)
+    assert _files(here) == files
+
+
+def test_a_store_is_not_merged_with_itself_and_another_schema_is_refused(stores, make_record):
+    here, there = stores
+    with pytest.raises(BadInput, match="the store itself"):
+        merge(here, Store(here.root))
+    newer = make_record(seed=1)
+    there.put(newer)
+    (path,) = there.records_folder.glob("*/*.json")
+    path.write_bytes(path.read_bytes().replace(b'"schema_version":1', b'"schema_version":99'))
+    with pytest.raises(BadInput, match="schema version 99"):
+        merge(here, Store(there.root))
+
+
+def test_the_command_merges_all_and_names_the_next_one(tmp_path, make_record):
+    for number in (1, 2):
+        Store(tmp_path / f"other{number}").put(make_record(seed=number))
+    command = [sys.executable, "-m", "orchestrator", "merge", "--output", "joined"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    done = run("other1", "other2")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second, following = done.stdout.splitlines()
+    assert first.startswith(f"{tmp_path}/other1: 1 records taken, 0 known already; ")
+    assert second.startswith(f"{tmp_path}/other2: 1 records taken, ")
+    assert following == "Next: python -m orchestrator sync --output joined (Parquet and MLflow)"
+    assert len(Store(tmp_path / "joined" / "store").states()) == 2
+    done = run("nowhere")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "there is no store here" in done.stderr
+    assert run().returncode == 2
+
+
+# Seed, state, steps, the second of its end.
+_WRITES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from(["finished", "stopped", "failed"]),
+        st.integers(2, 19),
+        st.integers(1, 9),
+    ),
+    max_size=8,
+)
+
+
+def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
+    """State, steps of what counts, failures."""
+    return {f: (s, store.get(f).steps, store.failures(f)) for f, s in store.states().items()}
+
+
+@settings(max_examples=20, deadline=None, phases=(Phase.generate,))
+@given(writes=_WRITES, data=st.data())
+def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_record, writes, data):
+    root = tmp_path_factory.mktemp("stores")
+    parts = [Store(root / f"part{i}") for i in range(3)]
+    records = [
+        make_record(
+            seed=seed,
+            state=state,
+            steps=20 if state == "finished" else steps,
+            provenance=Provenance(started=1.0, ended=1.0 + ended),
+        )
+        for seed, state, steps, ended in writes
+    ]
+    for each in records:
+        parts[data.draw(st.integers(0, 2))].put(each)
+    outcomes = []
+    for number, order in enumerate(itertools.permutations(parts)):
+        joined = Store(root / f"joined{number}")
+        for part in order:
+            merge(joined, part)
+        outcomes.append(_outcome(joined))
+        before = _files(joined)
+        for part in order:
+            merge(joined, part)
+        assert _files(joined) == before
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+    # And what is in there is what was put in: a final record where there was one, else the longest stop.
+    for fingerprint in {r.fingerprint for r in records}:
+        states = {r.state for r in records if r.fingerprint == fingerprint}
+        if "finished" in states:
+            assert outcomes[0][fingerprint][0] == "finished"
+        else:
+            stops = [r.steps for r in records if r.fingerprint == fingerprint and r.state == "stopped"]
+            held = Store(root / "joined0")._read(Store(root / "joined0")._path(fingerprint, "stopped"))
+            kept = [p._read(p._path(fingerprint, "stopped")) for p in parts]
+            assert (held is not None) == bool(stops)
+            if held is not None:
+                assert held.steps == max(k.steps for k in kept if k is not None)

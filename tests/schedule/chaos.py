@@ -1,0 +1,311 @@
+"""Kills what a study is made of, one process after another, at random moments; starts the command again each
+time it has ended; and compares what the study leaves with what an undisturbed one leaves.
+
+    python -m tests.schedule.chaos                  6 kills, as in CI
+    python -m tests.schedule.chaos --kills 20       what docs/faults.md reports
+
+Nobody knows better than the processes themselves how many steps they took, and a killed one can say nothing:
+`chaos_task.py` notes each step as it is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+try:
+    import study
+except ModuleNotFoundError:  # run as a module from the project's folder
+    from tests.schedule import study
+
+NAME = "chaos"
+TASK = Path(__file__).with_name("chaos_task.py")
+TITLES = {"seat": ["RayTrainWorker"], "trial": ["ResourceTrainable", "Trial"], "broker": ["Broker"]}
+"""What Ray calls the processes that are killed, besides the driver. (A trial's class is wrapped by Tune.)"""
+KINDS = ("driver", *TITLES)
+SHARE = 0.6
+"""Of the steps that are left: within these the kills that are left happen, so that none comes too late."""
+MOMENT = 8  # bytes that chaos_task.py writes a step
+LOST_SECONDS = 400.0
+"""How long a started command may take to its next step, on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the study: what is trained, and by how many at once."""
+
+    variants: tuple[str, ...] = ("lora", "hira", "pissa")
+    rates: tuple[str, ...] = ("1e-3", "1e-2")
+    seeds: int = 2
+    steps: int = 600
+    """Many: seats outlive a killed driver by a moment, and what they finish in it is finished."""
+    seats: int = 2
+    lanes: int = 2
+    """Of a seat."""
+
+    @property
+    def all_steps(self) -> int:
+        return len(self.variants) * len(self.rates) * self.seeds * self.steps
+
+    @property
+    def arguments(self) -> list[str]:
+        return [
+            *("--variants", *self.variants, "--learning-rates", *self.rates, "--seeds", str(self.seeds)),
+            *("--steps", str(self.steps), "--seats", str(self.seats), "--lanes-per-seat", str(self.lanes)),
+        ]
+
+
+@dataclass
+class Kill:
+    kind: str
+    when: float
+    """Seconds since the epoch."""
+    steps: int
+    """Taken by then, by all processes since the first start of the command."""
+    start: int
+    """Which start of the command it hit."""
+    back: float | None = None
+    """Seconds until a new process took a step; for a driver and a seat, whose lanes have to wait for one."""
+
+
+@dataclass
+class Run:
+    """A study's command, started as often as it takes, and what it left behind in `output`."""
+
+    output: Path
+    size: Size
+    starts: int = 0
+    kills: list[Kill] = field(default_factory=list)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.output / "command.log"
+
+    @property
+    def steps_folder(self) -> Path:
+        return self.output / "steps"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment |= {"COLUMNS": "80", "CHAOS_STEPS": str(self.steps_folder / str(self.starts))}
+        script = str(study.EXPERIMENTS / "lr_sensitivity.py")
+        words = ["--dry-run", "--output", str(self.output), "--study", NAME, "--task", str(TASK)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, script, *words, *self.size.arguments],
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
+        return self.process
+
+    def end(self) -> None:
+        """Whatever still runs when something went wrong here."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def steps(self, starts: tuple[int, ...] | None = None) -> int:
+        """Optimizer steps that all processes together have taken; of some starts of the command, or all."""
+        of = range(1, self.starts + 1) if starts is None else starts
+        files = [file for start in of for file in (self.steps_folder / str(start)).glob("*")]
+        return sum(file.stat().st_size // MOMENT for file in files)
+
+    def firsts(self, start: int) -> list[float]:
+        """When each process of a start of the command took its first step."""
+        heads = [file.read_bytes()[:MOMENT] for file in (self.steps_folder / str(start)).glob("*")]
+        return [struct.unpack("d", head)[0] for head in heads if len(head) == MOMENT]
+
+    def fail(self, what: str) -> AssertionError:
+        return AssertionError(f"{what}; the command's last words:\n{self.log.read_text()[-3000:]}")
+
+
+def undisturbed(run: Run) -> None:
+    code = run.start().wait()
+    if code:
+        raise run.fail(f"undisturbed it ended with {code}")
+
+
+def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> None:
+    """Kills `kills` processes, in turn one of each kind; then lets the study end."""
+    chance = random.Random(seed)
+    process = run.start()
+    began = time.time()
+    for number in range(kills):
+        kind = KINDS[number % len(KINDS)]
+        left = SHARE * (run.size.all_steps - run.steps()) / (kills - number)
+        process = _kill(run, process, kind, chance.randint(1, max(1, int(left))), chance)
+        kill = run.kills[-1]
+        say(f"{kill.when - began:5.0f} s, step {kill.steps}: {kind} killed")
+        if kind == "driver":
+            process.wait()
+            process = run.start()
+    while code := process.wait():
+        if run.starts > 2 * kills + 3:
+            raise run.fail(f"started {run.starts} times it still ended with {code}")
+        say(f"{time.time() - began:5.0f} s: it ended with {code}, started again")
+        process = run.start()
+    _measure(run)
+    words = ["-m", "orchestrator", "gc", "--output", str(run.output), "--older-than", "0"]
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def _kill(
+    run: Run, process: subprocess.Popen[bytes], kind: str, after: int, chance: random.Random
+) -> subprocess.Popen[bytes]:
+    """Kills one of `kind` once the command has taken `after` steps since the last kill. Returns the command's
+    process, which is another one if it had to be started again meanwhile."""
+    before = run.steps((run.starts,))
+    deadline = time.monotonic() + LOST_SECONDS
+    while True:
+        code = process.poll()
+        if code == 0:
+            raise run.fail(f"complete after {len(run.kills)} kills: the study is too short for more")
+        if code is not None:
+            process, before = run.start(), 0
+        if run.steps((run.starts,)) - before >= after:
+            victims = _processes(process.pid, kind)
+            if victims:
+                kill = Kill(kind, time.time(), run.steps(), run.starts)
+                with suppress(ProcessLookupError):  # it has just ended: take another one
+                    os.kill(chance.choice(victims), signal.SIGKILL)
+                    run.kills.append(kill)
+                    return process
+        if time.monotonic() > deadline:
+            raise run.fail(f"no {kind} to kill, or no {after} steps, within {LOST_SECONDS:g} s")
+        time.sleep(0.05)
+
+
+def _processes(driver: int, kind: str) -> list[int]:
+    if kind == "driver":
+        return [driver]
+    try:
+        below = psutil.Process(driver)
+        return [process.pid for title in TITLES[kind] for process in study.titled(title, below)]
+    except psutil.NoSuchProcess:  # the command has just ended
+        return []
+
+
+def _measure(run: Run) -> None:
+    """Seats outlive their driver by a moment: after its death only those of the next start are new."""
+    for kill in run.kills:
+        start = kill.start + 1 if kill.kind == "driver" else kill.start
+        firsts = [moment for moment in run.firsts(start) if moment > kill.when]
+        if kill.kind in ("driver", "seat") and firsts:
+            kill.back = min(firsts) - kill.when
+
+
+def wrong(run: Run, other: Run) -> list[str]:
+    """What is not as the undisturbed `other` left it, for people to read. Nothing is right."""
+    found: list[str] = []
+    expected, now = study.records(other.output), study.records(run.output)
+    found += [f"{f[:12]} has no record" for f in expected.keys() - now.keys()]
+    found += [f"{f[:12]} was not asked for" for f in now.keys() - expected.keys()]
+    for name in expected.keys() & now.keys():
+        # To the bit: on a CPU a lane with at least 8 rows computes the same in any company.
+        if (study.course(now[name]), now[name].items) != (study.course(expected[name]), expected[name].items):
+            found.append(f"{name[:12]} has other scores")
+    files = [path.name for path in (run.output / "store" / "records").rglob("*.json")]
+    if sorted(files) != sorted(f"{f}.json" for f in expected):
+        found.append(f"{len(files)} record files for {len(expected)} configurations")
+    children = Counter(study.children(run.output, NAME))
+    children.subtract((f, "FINISHED") for f in expected)
+    for (name, status), surplus in children.items():
+        if surplus:
+            found.append(f"{name[:12]} has {'no' if surplus < 0 else 'too many'} MLflow runs {status}")
+    if study.parents(run.output, NAME) != ["FINISHED"]:
+        found.append(f"MLflow's parents: {study.parents(run.output, NAME)}")
+    found += [f"{path} is a pickle" for path in run.output.rglob("*.pkl")]
+    store = run.output / "store"
+    left = [*store.glob("scratch/*"), *store.glob("checkpoints/*"), *store.glob("records/*/.*")]
+    found += [f"{path} is left" for path in left]
+    if run.steps() > bound(run, other):
+        found.append(f"{run.steps()} optimizer steps, more than {bound(run, other)}")
+    return found
+
+
+def bound(run: Run, other: Run) -> int:
+    """The undisturbed run's steps, and for each kill what every lane in flight had since its checkpoint."""
+    record = next(iter(study.records(other.output).values()))
+    interval = -(-run.size.steps // record.configuration.evaluations)
+    return other.steps() + len(run.kills) * run.size.seats * run.size.lanes * interval
+
+
+def compare(
+    bases: Path, folder: Path, size: Size, kills: int, seed: int, say: Callable[[str], None]
+) -> tuple[Run, Run]:
+    """The disturbed run and the undisturbed one, each in a part of `folder`; `bases` has the base."""
+    runs = []
+    for name in ("disturbed", "undisturbed"):
+        output = folder / name
+        shutil.copytree(bases, output / "store" / "bases")
+        runs.append(Run(output, size))
+    try:
+        undisturbed(runs[1])
+        say(f"undisturbed: {runs[1].steps()} optimizer steps")
+        disturbed(runs[0], kills, seed, say)
+    finally:
+        for run in runs:
+            run.end()
+    return runs[0], runs[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=6, help="how many processes are killed")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="of the moments")
+    parser.add_argument("--steps", type=int, help="of a configuration (default: 50 a kill, 600 at least)")
+    parser.add_argument("--folder", type=Path, help="where the studies go (default: a temporary folder)")
+    options = parser.parse_args()
+    from orchestrator.finetune import models
+
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    say = partial(print, flush=True)
+    say(f"seed {options.seed}, in {folder}")
+    models.prepare("letters-base", folder / "bases", print)
+    began = time.monotonic()
+    size = Size(steps=options.steps or max(Size.steps, 50 * options.kills))
+    run, other = compare(folder / "bases", folder, size, options.kills, options.seed, say)
+    summary = {
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - began),
+        "configurations": len(study.records(other.output)),
+        "starts": run.starts,
+        "kills": [(kill.kind, kill.steps) for kill in run.kills],
+        "steps": run.steps(),
+        "undisturbed": other.steps(),
+        "bound": bound(run, other),
+        "seconds until a new process trains": {
+            kind: [round(k.back) for k in run.kills if k.kind == kind and k.back is not None]
+            for kind in ("driver", "seat")
+        },
+    }
+    print(json.dumps(summary, indent=1))
+    found = wrong(run, other)
+    print("\n".join(found) or "nothing is wrong")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Six kills, a process of another kind each time, in one study: it ends as if nothing had happened. And the
+page that promises this, docs/faults.md, names tests that exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import chaos
+import psutil
+import pytest
+import study
+
+from orchestrator.schedule import cluster
+
+PROJECT = Path(__file__).parents[2]
+PAGE = PROJECT / "docs" / "faults.md"
+SEED = 4
+
+
+@pytest.mark.timeout(900)
+def test_six_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
+    before = study.rays()
+    run, other = chaos.compare(letters_bases, tmp_path, chaos.Size(), kills=6, seed=SEED, say=print)
+    assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker", "driver", "seat"]
+    assert run.starts >= 3, "each killed driver was followed by another"
+    assert not chaos.wrong(run, other)
+    # The measure itself: an undisturbed study takes every step once.
+    assert other.steps() == other.size.all_steps
+    study.wait_for(lambda: study.rays() <= before, 10)
+
+
+def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose first process reaps no dead children: they take it for alive."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    driver, raylet = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
+    worker = subprocess.Popen(["sleep", "60"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
+    try:
+        folder = cluster._remains_folder()
+        folder.mkdir()
+        born = [(p.pid, psutil.Process(p.pid).create_time()) for p in (driver, raylet)]
+        (folder / f"{driver.pid}.json").write_text(json.dumps(born))
+        cluster._end_remains()
+        assert worker.poll() is None, "its driver lives"
+        driver.kill()
+        raylet.kill()
+        study.wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_ZOMBIE, 10)
+        study.wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE, 10)
+        cluster._end_remains()
+        assert not psutil.pid_exists(worker.pid)
+        assert not list(folder.iterdir())
+    finally:
+        for process in (driver, raylet, worker):
+            process.kill()
+            process.wait()
+
+
+def rows() -> list[str]:
+    """A fault each."""
+    faults = PAGE.read_text().partition("## Figures")[0]
+    lines = [line for line in faults.splitlines() if line.startswith("| ")]
+    return [line for line in lines if not line.startswith(("| fault |", "| --- |"))]
+
+
+def test_every_fault_on_the_page_names_a_test_that_exists() -> None:
+    assert len(rows()) >= 20
+    for row in rows():
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (PROJECT / file).read_text(), re.MULTILINE), f"{file}::{test}"

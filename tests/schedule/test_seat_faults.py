@@ -1,0 +1,128 @@
+"""Lanes that fail or take their seat with them, and data that goes away: real studies on real Ray."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import study
+from mlflow import MlflowClient
+
+from orchestrator.record.schema import FAILURES_ALLOWED, Record
+from orchestrator.record.store import Store
+
+RAISES, ABORTS = 0.06, 0.5
+
+TASK = f"""
+import os
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from orchestrator.finetune.tasks.letters import Letters
+
+
+def trip(optimizer: Any, args: Any, kwargs: Any) -> None:
+    rate = optimizer.defaults["lr"]
+    if rate == {RAISES}:
+        raise ValueError("this rate is not to be borne")
+    if rate == {ABORTS}:
+        os.abort()
+
+
+register_optimizer_step_pre_hook(trip)
+
+
+class Tripping(Letters):
+    title = "letters that trip over two learning rates"
+
+    def pretrain_recipe(self) -> str:
+        return ""
+"""
+
+VANISHING = """
+from pathlib import Path
+
+from orchestrator.finetune.tasks.base import Example, Split
+from orchestrator.finetune.tasks.letters import Letters
+
+DATA = Path({data!r})
+
+
+class Vanishing(Letters):
+    title = "letters of a file"
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        DATA.read_bytes()
+        return super().examples(split, count)
+
+    def pretrain_recipe(self) -> str:
+        return ""
+"""
+
+SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "12", "--seats", "1", "--model", "letters-base")
+
+
+def by_rate(output: Path) -> dict[float, Record]:
+    records = Store(output / "store").records()
+    return {record.configuration.optimizer.learning_rate: record for record in records}
+
+
+@pytest.mark.timeout(400)
+def test_one_lane_raises_and_one_takes_its_seat_with_it_and_the_others_finish(
+    output: Path, tmp_path: Path
+) -> None:
+    task = tmp_path / "tripping.py"
+    task.write_text(TASK)
+    rates = ("1e-3", "3e-3", str(RAISES), str(ABORTS))
+    code, out, err = study.run(output, *SMALL, "--task", str(task), "--learning-rates", *rates)
+    assert code == 1, out + err
+    assert "2 configurations failed" in out
+    found = by_rate(output)
+    states = {rate: record.state for rate, record in found.items()}
+    assert states == {1e-3: "finished", 3e-3: "finished", RAISES: "failed", ABORTS: "failed"}, out + err
+    store = Store(output / "store")
+    for rate in (RAISES, ABORTS):
+        assert store.failures(found[rate].fingerprint) >= FAILURES_ALLOWED
+    assert "its seat's process died while it trained alone: " in found[ABORTS].reason
+    assert found[RAISES].reason == "ValueError: this rate is not to be borne"
+    assert "in trip" in found[RAISES].traceback
+    # Halved from four to one, and three times alone.
+    assert 3 <= (out + err).count(" died: ") <= 5, out + err
+
+    name = next(path.parent.name for path in output.glob("*/report.html"))
+    runs = dict(study.children(output, name))
+    assert Counter(runs.values()) == {"FINISHED": 2, "FAILED": 2}
+    assert runs[found[RAISES].fingerprint] == runs[found[ABORTS].fingerprint] == "FAILED"
+    client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    notes = {
+        run.data.tags["fingerprint"]: json.dumps(run.data.tags)
+        for run in client.search_runs([experiment.experiment_id])
+        if "fingerprint" in run.data.tags
+    }
+    assert "ValueError: this rate is not to be borne" in notes[found[RAISES].fingerprint]
+    assert "in trip" in notes[found[RAISES].fingerprint], "the traceback"
+    assert "died while it trained alone" in notes[found[ABORTS].fingerprint]
+
+
+@pytest.mark.timeout(300)
+def test_data_that_goes_away_is_named_in_the_records(output: Path, tmp_path: Path) -> None:
+    data, task = tmp_path / "letters.txt", tmp_path / "vanishing.py"
+    data.write_text("abc\n")
+    task.write_text(VANISHING.format(data=str(data)))
+    process = study.start(output, *SMALL, "--task", str(task), "--learning-rates", "1e-3", "1e-2")
+    logs = lambda: "".join(path.read_text() for path in output.glob("*/study.log"))  # noqa: E731
+    study.wait_for(lambda: "Ray started here" in logs(), 100, process)
+    data.unlink()
+    code, out, err = study.end(process)
+    assert code == 1, out + err
+    assert "2 configurations failed" in out
+    for record in by_rate(output).values():
+        assert record.state == "failed"
+        assert record.reason.startswith("FileNotFoundError: ")
+        assert str(data) in record.reason
+        assert "\n" not in record.reason

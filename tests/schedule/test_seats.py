@@ -1,0 +1,62 @@
+"""How many seats are started, as lanes wait and nodes come and go."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.schedule.cluster import Cluster, Node
+from orchestrator.schedule.seat import SeatPlan
+from orchestrator.schedule.seats import Running, Seats
+
+
+def seats(
+    count: int, gpus: int, *, placed: int = 0, unplaced: int = 0, follow: bool = True, started: bool = True
+) -> Seats:
+    """Seats of four lanes and one GPU, on nodes with as many GPUs in all."""
+    made = Seats(SeatPlan(4, 1.0, "store", "scratch"), count, "space", None, print, follow)
+    made.nodes = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
+    names = [f"seat-{n}" for n in range(placed + unplaced)]
+    made.running = {name: Running(name, None) for name in names}
+    made.spoken = frozenset(names[:placed])
+    made.started = len(names) + started
+    return made
+
+
+@pytest.mark.parametrize(
+    ("now", "waiting", "free", "start"),
+    [
+        (seats(2, 2, started=False), 0, 2, 2),  # the first ones at once
+        (seats(2, 2, started=False), 0, 0, 1),  # another study has all: one waits in line
+        (seats(1, 0, started=False), 0, 0, 1),  # no GPU yet: what is asked for makes an autoscaler act
+        (seats(1, 0, unplaced=1), 8, 0, 0),
+        (seats(1, 3, placed=1), 16, 2, 2),  # two nodes joined
+        (seats(1, 3, placed=1), 4, 2, 1),  # no more than what waits can fill
+        (seats(1, 3, placed=1, unplaced=1), 16, 2, 1),  # one of them is on its way
+        (seats(3, 1, placed=2), 16, 0, 0),  # a node was lost or drains, its seat has yet to go
+        (seats(3, 3, placed=1, unplaced=1, follow=False), 16, 0, 1),  # asked for: it waits for a node
+        (seats(3, 3, placed=3, follow=False), 16, 8, 0),
+    ],
+)
+def test_start(now: Seats, waiting: int, free: int, start: int) -> None:
+    assert max(0, now.lacking(waiting, free)) == start
+
+
+counts = st.integers(0, 6)
+
+
+@given(
+    gpus=counts, placed=counts, unplaced=counts, waiting=st.integers(1, 60), free=counts, follow=st.booleans()
+)
+def test_never_stuck_and_never_too_many(
+    gpus: int, placed: int, unplaced: int, waiting: int, free: int, follow: bool
+) -> None:
+    now = seats(3, gpus, placed=placed, unplaced=unplaced, follow=follow)
+    start = max(0, now.lacking(waiting, free))
+    running = placed + unplaced
+    assert start or running, "lanes wait, and nobody would ever come"
+    assert running + start <= max(running, 1, gpus if follow else 3)
+    assert (unplaced + start) * 4 < waiting + 4 or not start
+    if follow and running:
+        assert start <= max(0, free - unplaced)

@@ -1,0 +1,195 @@
+"""Lanes that crash their seat are found by halving its pack; innocent ones finish, in any order of events."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from points import STEPS, configuration, record
+
+from orchestrator.finetune.source import Answer, Offer, Report
+from orchestrator.record.schema import FAILURES_ALLOWED, State
+from orchestrator.record.store import Store
+from orchestrator.schedule.broker import Broker
+from orchestrator.schedule.broker_core import BrokerCore, Held
+from orchestrator.schedule.life import Life
+from orchestrator.study.configuration import Configuration
+
+POINTS = [configuration(rate=10.0**-n) for n in range(12)]
+
+
+class Seat:
+    """Trains its lanes in turn; dies at the step at which one of them crashes."""
+
+    def __init__(self, name: str, lanes: int) -> None:
+        self.name, self.places = name, lanes
+        self.held: dict[str, Held] = {}
+
+    def refill(self, core: BrokerCore) -> None:
+        answers = core.exchange(self.name, self.held, 0, 0.0)
+        assert set(answers.values()) <= {Answer.GO}
+        shape = next((point.shape for _, point, _ in self.held.values()), None)
+        offer = core.lease(self.name, shape, self.places - len(self.held), 0.0)
+        for lease in offer.leases:
+            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+
+    def step(self, core: BrokerCore, fingerprint: str, saved: dict[str, int]) -> None:
+        attempt, point, _ = self.held[fingerprint]
+        saved[fingerprint] = step = saved.get(fingerprint, 0) + 1
+        self.held[fingerprint] = (attempt, point, Report(fingerprint, attempt, step, {"loss": 1.0}, 1.0))
+        core.exchange(self.name, self.held, 0, 0.0)
+        if step == STEPS:
+            del self.held[fingerprint]
+            core.done(self.name, fingerprint, attempt, "finished", 0.0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    guilty=st.dictionaries(st.integers(0, len(POINTS) - 1), st.integers(1, STEPS), max_size=4),
+    lanes=st.integers(1, 8),
+    count=st.integers(1, 3),
+    data=st.data(),
+)
+def test_the_guilty_fail_and_the_innocent_finish(
+    guilty: dict[int, int], lanes: int, count: int, data: st.DataObject
+) -> None:
+    """`guilty`: lane -> the step at which it takes its seat with it, every time."""
+    written: dict[str, str] = {}
+
+    def give_up(life: Life, point: Configuration, why: str) -> State:
+        written[life.fingerprint] = why
+        return "failed"
+
+    core = BrokerCore(give_up=give_up)
+    for number, point in enumerate(POINTS):
+        core.submit(f"t{number}", point, 0.0)
+    fatal = {POINTS[number].fingerprint: step for number, step in guilty.items()}
+    names = (f"seat-{n}.x" for n in itertools.count())
+    seats = [Seat(next(names), lanes) for _ in range(count)]
+    saved: dict[str, int] = {}
+    deaths, turns = 0, 0
+    while any(core.next(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
+        turns += 1
+        assert turns < 1000, "it comes to no end"
+        seat = data.draw(st.sampled_from(seats))
+        seat.refill(core)
+        suspects = [f for f in seat.held if core.lives[f].company is not None]
+        assert all(len(seat.held) <= core.lives[f].company for f in suspects)  # type: ignore[operator]
+        if not seat.held:
+            continue
+        fingerprint = data.draw(st.sampled_from(sorted(seat.held)))
+        if saved.get(fingerprint, 0) + 1 == fatal.get(fingerprint):
+            core.seat_gone(seat.name, 0.0, True, "SIGABRT")
+            deaths += 1
+            seats[seats.index(seat)] = Seat(next(names), lanes)
+        else:
+            seat.step(core, fingerprint, saved)
+    ends = dict(core.ended)
+    assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
+    assert len(ends) == len(core.ended) == len(POINTS)
+    assert set(written) == set(fatal)
+    assert all("while it trained alone: SIGABRT" in why for why in written.values())
+    assert deaths <= len(fatal) * (lanes.bit_length() - 1 + FAILURES_ALLOWED)
+    assert core.suspects == 0
+
+
+def crashed(lanes: int, crashed: bool = True) -> BrokerCore:
+    """A broker whose only seat is gone with so many lanes."""
+    core = BrokerCore()
+    for number, point in enumerate(POINTS[:lanes]):
+        core.submit(f"t{number}", point, 0.0)
+    core.lease("seat-0.x", None, lanes, 0.0)
+    core.seat_gone("seat-0.x", 0.0, crashed)
+    return core
+
+
+def test_two_seats_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
+    core = crashed(8)
+    for number, point in enumerate(POINTS[8:]):
+        core.submit(f"late{number}", point, 0.0)
+    for name in ("seat-1.x", "seat-2.x"):
+        offer = core.lease(name, None, 8, 0.0)
+        assert len(offer.leases) == 4
+        assert names(offer) <= {point.fingerprint for point in POINTS[:8]}
+        assert core.lease(name, POINTS[0].shape, 4, 0.0).leases == ()
+    late = names(core.lease("seat-3.x", None, 8, 0.0))
+    assert late == {point.fingerprint for point in POINTS[8:]}
+
+
+def names(offer: Offer) -> set[str]:
+    return {lease.configuration.fingerprint for lease in offer.leases}
+
+
+def test_a_new_report_clears_and_one_told_before_does_not() -> None:
+    core = BrokerCore()
+    point = POINTS[0]
+    core.submit("t", point, 0.0)
+    for attempt, step in ((1, 1), (2, 1), (3, 2)):
+        seat = f"seat-{attempt}.x"
+        core.lease(seat, None, 1, 0.0)
+        said = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
+        core.exchange(seat, said, 1, 0.0)
+        assert core.suspects == (attempt == 2)
+        core.seat_gone(seat, 0.0, True)
+    assert core.suspects == 1
+    assert core.lives[point.fingerprint].crashes == 1, "it had news since the first two"
+
+
+def test_a_seat_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
+    core = crashed(8, crashed=False)
+    assert core.suspects == 0
+    assert len(core.lease("seat-1.x", None, 8, 0.0).leases) == 8
+
+
+def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None:
+    core = BrokerCore(scheduler="asha")
+    for number, point in enumerate(POINTS[:2]):
+        core.submit(f"t{number}", point, 0.0)
+    core.lease("seat-0.x", None, 2, 0.0)
+    (parked, suspect) = POINTS[:2]
+    held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
+    core.lives[suspect.fingerprint].suspect(1, 2)
+    assert core.exchange("seat-0.x", held, 1, 0.0) == {parked.fingerprint: Answer.PARK}
+    assert core.lease("seat-0.x", parked.shape, 1, 0.0).leases == (), "it may not join"
+    offer = core.lease("seat-0.x", None, 1, 0.0)
+    assert [lease.configuration for lease in offer.leases] == [suspect]
+    assert offer.apart
+
+
+def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path) -> None:
+    """Its methods alone, without Ray."""
+    broker = Broker(str(tmp_path), "none")
+    point = POINTS[0]
+
+    async def crash() -> Report | State | None:
+        waiting = asyncio.create_task(broker.next("t", point, 0, 30.0))
+        await asyncio.sleep(0)
+        for number in range(FAILURES_ALLOWED):
+            offer = await broker.lease(f"seat-{number}.x", None, 1, {}, 0)
+            assert len(offer.leases) == 1
+            assert not waiting.done()
+            await broker.seat_ended(f"seat-{number}", True, "killed by SIGABRT")
+        return await waiting
+
+    assert asyncio.run(crash()) == "failed"
+    store = Store(tmp_path)
+    record = store.get(point.fingerprint)
+    assert record is not None
+    assert record.state == "failed"
+    assert record.reason == "its seat's process died while it trained alone: killed by SIGABRT"
+    assert store.failures(point.fingerprint) == FAILURES_ALLOWED
+
+
+def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: Path) -> None:
+    point = POINTS[0]
+    store = Store(tmp_path)
+    store.put(record(point, "finished"))
+    left = store.checkpoints / point.fingerprint / "1" / "step-00000002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    broker = Broker(str(tmp_path), "none")
+    assert asyncio.run(broker.next("t", point, STEPS, 1.0)) == "finished"
+    assert not (store.checkpoints / point.fingerprint).exists()

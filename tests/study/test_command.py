@@ -1,0 +1,90 @@
+"""What signals do to a command, with processes and signals that are real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+LOOP = "while not done.wait(0.05): pass"
+HEAD = """
+import subprocess, sys, threading, time
+from orchestrator.study.command import gently, let_go, main
+from orchestrator.study.errors import Trouble
+done = threading.Event()
+def started():
+    print("started", flush=True)
+"""
+
+
+def _start(body: str) -> subprocess.Popen[str]:
+    program = HEAD + "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "main(run)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_one_line_and_130(number):
+    process = _start(f"started()\n{LOOP}")
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "")
+    assert err.startswith("interrupted; to go on: python -c ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_inside_gently_the_work_ends_by_itself(number):
+    process = _start(f"with gently(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3")
+    process.send_signal(number)
+    assert _end(process) == (3, "tidied up\n", "")
+
+
+def test_another_thread_may_let_go_of_work_that_does_not_end():
+    body = (
+        "try:\n    with gently(lambda: threading.Timer(0.1, let_go).start()):\n"
+        "        started()\n        time.sleep(60)\nfinally:\n    print('tidied up')"
+    )
+    process = _start(body)
+    process.send_signal(signal.SIGINT)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "tidied up\n")
+    assert "Traceback" not in err
+
+
+def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
+    process = _start(f"{child}\nwith gently(lambda: None):\n    started()\n    time.sleep(600)")
+    (other,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert _end(process) == (130, "", "")
+    assert not psutil.wait_procs([other], timeout=10)[1]
+
+
+def test_a_library_that_takes_the_signals_does_not_keep_them():
+    """As `ray.init` does with SIGTERM."""
+    body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+    process = _start(f"{body}with gently(done.set):\n    started()\n    {LOOP}\nreturn 4")
+    os.kill(process.pid, signal.SIGTERM)
+    assert _end(process)[0] == 4
+
+
+def test_trouble_is_one_line_and_1():
+    process = _start("started()\nraise Trouble('no seat')")
+    assert _end(process) == (1, "", "error: no seat\n")

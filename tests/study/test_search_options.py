@@ -1,0 +1,46 @@
+"""The options of a search: which go together, and what they are refused for. One line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.study.errors import BadInput
+from orchestrator.study.options import StudyOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "method", "seeds", "points"),
+    [
+        ({}, "grid", 3, 16),
+        ({"seeds": 2}, "grid", 2, 16),
+        ({"search": "optuna"}, "tpe", 1, 16),
+        ({"search": "optuna", "sampler": "cma-es", "points": 40}, "cma-es", 1, 40),
+        ({"search": "optuna", "sampler": "qmc"}, "qmc", 1, 16),
+        ({"search": "random", "seeds": 1}, "random", 1, 16),
+    ],
+)
+def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int) -> None:
+    typed = StudyOptions(**options)
+    assert (typed.method, typed.seed_count, typed.point_count) == (method, seeds, points)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"search": "optun"}, "--search 'optun' is not one. Did you mean 'optuna'?"),
+        ({"search": "optuna", "sampler": "cmaes"}, "--sampler 'cmaes' is not one. Did you mean 'cma-es'?"),
+        ({"search": "qmc", "sampler": "tpe"}, "--sampler tpe: it is for --search optuna, not qmc"),
+        ({"sampler": "tpe"}, "it is for --search optuna, not grid"),
+        ({"points": 8}, "--points is for a search; take --search qmc"),
+        ({"space": ("rank=4,8",)}, "--space is for a search"),
+        ({"search": "qmc", "points": 0}, "--points 0: must be 1 or more"),
+        ({"search": "optuna", "seeds": 3}, "--seeds 3: a search trains each point once, with seed 0"),
+    ],
+)
+def test_each_mistake_is_one_line(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        StudyOptions(**options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

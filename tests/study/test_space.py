@@ -1,0 +1,207 @@
+"""What can be typed as a space, and that whatever is drawn from one lies in it and makes a configuration."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_grid import TEMPLATE
+
+from orchestrator.study import space
+from orchestrator.study.configuration import Configuration, VariantChoice
+from orchestrator.study.errors import BadInput
+from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, applied, parse
+
+OWN: dict[str, dict[str, Value]] = {
+    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "hira": {"rank": 8, "dropout": 0.0},
+    "relora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "merges": 3, "warmup": 0.01},
+    "pissa": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "svd": "exact", "shared": True},
+    "full": {},
+}
+VARIANTS = tuple(OWN)
+RATES = (1e-4, 1e-3, 1e-1)
+
+
+def own(variant: str) -> dict[str, Value]:
+    return OWN[variant]
+
+
+def template(variant: str) -> Configuration:
+    extra = {k: v for k, v in OWN[variant].items() if k not in ("rank", "alpha", "dropout")}
+    made = VariantChoice(variant, alpha=16.0 if "alpha" in OWN[variant] else None, extra=extra)
+    return replace(TEMPLATE, variant=made)
+
+
+def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:
+    found = parse(words, VARIANTS, own, RATES, fixed)
+    return {v: [f"{d.key}={d.text}" for d in dimensions] for v, dimensions in found.variants.items()}
+
+
+def test_the_learning_rate_goes_from_the_lowest_to_the_highest_of_the_grid_unless_named() -> None:
+    assert set(map(tuple, parsed().values())) == {("learning_rate=log:0.0001:0.1",)}
+    assert parsed("learning-rate=log:1e-3:1e-2")["full"] == ["learning_rate=log:0.001:0.01"]
+    assert parsed(fixed=("learning_rate",))["full"] == []
+    assert parsed("rank=4,8")["lora"] == ["learning_rate=log:0.0001:0.1", "rank=4,8"]
+
+
+def test_what_a_variant_does_not_have_is_left_out_of_its_space() -> None:
+    found = parsed("rank=8,4,16", "alpha=log:4:64", "weight_decay=0:0.1")
+    assert found["lora"][1:] == ["rank=4,8,16", "alpha=log:4:64", "weight_decay=0:0.1"]
+    assert found["hira"][1:] == ["rank=4,8,16", "weight_decay=0:0.1"]
+    assert found["full"][1:] == ["weight_decay=0:0.1"]
+
+
+def test_a_variants_name_in_front_is_for_it_alone() -> None:
+    found = parsed("rank=4,8", "lora.rank=int:2:16", "relora.merges=1,2,3", "pissa.svd=exact,fast")
+    assert found["lora"][1:] == ["lora.rank=int:2:16"]
+    assert found["relora"][1:] == ["rank=4,8", "relora.merges=1,2,3"]
+    assert found["pissa"][1:] == ["rank=4,8", "pissa.svd=exact,fast"]
+
+
+def test_a_setting_of_a_variant_may_have_the_name_of_a_hyperparameter() -> None:
+    assert parsed("warmup=0:0.5", "relora.warmup=0:0.1")["relora"][1:] == [
+        "warmup=0:0.5",
+        "relora.warmup=0:0.1",
+    ]
+    point = applied(template("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
+    assert (point.schedule.warmup, point.variant.extra["warmup"]) == (0.2, 0.05)
+
+
+def test_values_enter_the_configuration() -> None:
+    point = applied(
+        template("lora"),
+        {"learning_rate": 0.01, "rank": 4, "lora.alpha": 8.0, "hira.rank": 2, "batch_size": 32},
+    )
+    assert point.optimizer.learning_rate == 0.01
+    assert (point.variant.rank, point.variant.alpha) == (4, 8.0)
+    assert (point.batches.batch_size, point.batches.accumulation) == (32, 1)
+    assert applied(template("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
+
+
+def test_fixed_values_are_typed_by_the_setting() -> None:
+    found = space.settings(
+        ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
+    )
+    assert found == {
+        "relora.merges": 2,
+        "weight_decay": 0.01,
+        "pissa.shared": False,
+        "pissa.svd": "fast",
+    }
+    assert isinstance(found["relora.merges"], int)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("rank", "must be NAME=SPEC"),
+        ("=4,8", "must be NAME=SPEC"),
+        ("rnk=4,8", "no hyperparameter 'rnk'. Did you mean 'rank'?"),
+        ("merges=1,2", "Did you mean 'relora.merges'?"),
+        ("steps=10,20", "no hyperparameter 'steps'"),
+        ("lra.rank=4,8", "'lra' is not in this study. Did you mean 'lora'?"),
+        ("hira.alpha=4,8", "hira has no 'alpha'"),
+        ("relora.mergs=1,2", "Did you mean 'merges'?"),
+        ("rank=4:16", "take int:4:16"),
+        ("rank=log:4:16", "take logint:4:16"),
+        ("rank=int:0:16", "'0' must be at least 1"),
+        ("rank=4,8.5", "'8.5' must be a whole number; take 8"),
+        ("rank=4", "has one value only; take --set rank=4"),
+        ("rank=4,4", "has one value only"),
+        ("rank=int:4:4", "has one value only"),
+        ("rank=int:4.5:9", "whole numbers"),
+        ("rank=int:16:4", "is reversed; did you mean int:4:16?"),
+        ("rank=four,eight", "'four' is not a number"),
+        ("learning_rate=log:0:1", "above 0 for a logarithm"),
+        ("learning_rate=0:1", "'0' must be above 0"),
+        ("learning_rate=log:1e-4:inf", "finite"),
+        ("learning_rate=lgo:1e-4:1", "Did you mean 'log'?"),
+        ("learning_rate=log:1e-4:1:3", "must be low:high"),
+        ("learning_rate=1:2:3:4:5", "must be low:high"),
+        ("dropout=0:1", "'1' must be at least 0 and below 1"),
+        ("beta2=0.9,1", "below 1"),
+        ("schedule=0:1", "no range; take a choice"),
+        ("schedule=linear,cosin", "Did you mean 'cosine'?"),
+        ("pissa.svd=0:1", "no range; take a choice"),
+        ("pissa.shared=yes,no", "must be true or false"),
+    ],
+)
+def test_each_mistake_is_one_line_that_names_value_and_rule(word: str, said: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        parsed(word)
+    assert said in str(caught.value)
+    assert "--space" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(BadInput, match="twice"):
+        parsed("rank=4,8", "rank=2,4")
+    with pytest.raises(BadInput, match="--set has fixed rank"):
+        parsed("rank=4,8", fixed=("rank",))
+    with pytest.raises(BadInput, match="twice"):
+        space.settings(["rank=4", "rank=8"], VARIANTS, own)
+
+
+SPECS = st.one_of(
+    st.tuples(st.sampled_from(["learning_rate", "alpha", "epsilon", "clip_norm"]), st.booleans()).flatmap(
+        lambda head: st.tuples(st.floats(1e-9, 1e3), st.floats(1.5, 1e4)).map(
+            lambda ends: f"{head[0]}={'log:' if head[1] else ''}{ends[0]:.4g}:{ends[0] * ends[1]:.4g}"
+        )
+    ),
+    st.tuples(st.sampled_from(["dropout", "weight_decay", "beta1", "beta2"]), st.integers(1, 998)).map(
+        lambda x: f"{x[0]}=0:{x[1] / 1000}"
+    ),
+    st.tuples(
+        st.sampled_from(["rank", "batch_size"]), st.integers(1, 99), st.integers(1, 99), st.booleans()
+    ).map(lambda x: f"{x[0]}={'logint' if x[3] else 'int'}:{x[1]}:{x[1] + x[2]}"),
+    st.lists(st.integers(1, 999), min_size=2, max_size=6, unique=True).map(
+        lambda ranks: f"rank={','.join(map(str, ranks))}"
+    ),
+    st.just("schedule=constant,linear,cosine"),
+    st.just("pissa.svd=exact,fast"),
+)
+
+
+def inside(dimension: Dimension, value: Value) -> bool:
+    if dimension.choices:
+        return value in dimension.choices
+    assert not isinstance(value, str)
+    return dimension.low <= value <= dimension.high and (value == int(value) or not dimension.integer)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
+def test_every_draw_lies_in_the_space_and_is_what_the_report_will_say(words: list[str], seed: int) -> None:
+    found = parse(words, VARIANTS, own, RATES)
+    again = [f"{d.key}={d.text}" for d in found.dimensions]
+    assert parse(again, VARIANTS, own, RATES).variants == found.variants, "a space's own words say it again"
+    drawing = random.Random(seed)
+    for variant, dimensions in found.variants.items():
+        values: dict[str, Value] = {}
+        for d in dimensions:
+            if d.choices:
+                values[d.key] = drawing.choice(d.choices)
+            elif d.integer:
+                values[d.key] = d.value(drawing.randint(int(d.low), int(d.high)))
+            else:
+                low, high = (math.log(d.low), math.log(d.high)) if d.log else (d.low, d.high)
+                number = drawing.uniform(low, high)
+                values[d.key] = d.value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
+            assert inside(d, values[d.key]), (d, values[d.key])
+        point = applied(template(variant), values)
+        assert Configuration.from_json(point.to_json()).fingerprint == point.fingerprint
+        rate = point.optimizer.learning_rate
+        ends = [e for d in dimensions if d.name == "learning_rate" for e in (d.low, d.high)]
+        assert float(f"{rate:.3g}") == rate or rate in ends
+        for d in dimensions:
+            hyper = HYPERPARAMETERS.get(d.name)
+            if hyper is not None:
+                assert hyper.rule(values[d.key]) is None
+                if hyper.part != "batches":
+                    assert getattr(getattr(point, hyper.part), hyper.field) == values[d.key]
