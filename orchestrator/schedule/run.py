@@ -111,6 +111,7 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
+        _clear_scratch(store)
         asked = ask()
         check(asked.wanted)
         if asked.search is not None:
@@ -370,16 +371,18 @@ def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
         )
 
 
+def _clear_scratch(store: Store) -> None:
+    """What drivers that were killed on this machine left."""
+    for old in (store.root / "scratch").glob(f"{os.uname().nodename}-*"):
+        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
+            shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def _scratch(store: Store) -> Iterator[Path]:
     """A folder, on the storage that all nodes see, for what Ray Tune and Train write for themselves. Nothing
     of it outlives the study; what a killed one left goes with the next."""
-    here = os.uname().nodename
-    parent = store.root / "scratch"
-    for old in parent.glob(f"{here}-*"):
-        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = parent / f"{here}-{os.getpid()}"
+    folder = store.root / "scratch" / f"{os.uname().nodename}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
