@@ -2,6 +2,7 @@
 
     python experiments/tuned_comparison.py --dry-run      a rehearsal on this machine, no GPU, some minutes
     python experiments/tuned_comparison.py                the study, on a GPU or a Ray cluster
+    python experiments/tuned_comparison.py --search optuna --space rank=4,8,16     tuned by a search
 
 First every variant, LoRA among them, is tuned with the same budget: the grid of learning rates, or a
 --search. The point of each is chosen on the validation split. Then the chosen points alone are trained with
@@ -12,15 +13,18 @@ trains nothing, and more --confirm-seeds train only what is new.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.study.command import main
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.options import StudyOptions, parse
+
+if TYPE_CHECKING:
+    from orchestrator.analyze.comparison import TunedChoice
 
 BASELINE = "lora"
 FIRST_FRESH = 1000
@@ -41,6 +45,7 @@ def run() -> int:
     assert isinstance(options, ComparisonOptions)
     _check_options(options)
     from orchestrator.analyze import choice
+    from orchestrator.analyze.comparison import TunedChoice
     from orchestrator.schedule.run import Experiment, run_study
 
     experiment = Experiment(
@@ -59,33 +64,57 @@ def run() -> int:
     default_task = experiment.dry_run_task if options.dry_run else experiment.task
     name = choice.study_name(experiment.script, options, default_task)
     tune = replace(options, variants=variants, study=f"{name}-tune")
-    grid: dict[str, Any] = {
-        "search": "grid",
-        "sampler": None,
-        "space": None,
-        "points": None,
-        "scheduler": "none",
-    }
-    confirm = replace(tune, study=f"{name}-confirm", seeds=options.confirm_seeds, **grid)
+    confirm = _confirm(tune, f"{name}-confirm")
     assert tune.study is not None
     _check_margin(confirm)
     code = run_study(
         replace(experiment, question=f"Tuning for: {experiment.question}"), tune, check=partial(_check, tune)
     )
     folder = tune.output / tune.study
-    if options.plan and choice.read(folder) is None:
+    if options.plan and choice.read(folder, TunedChoice) is None:
         each = f"{len(variants)} variants at their chosen points x {options.confirm_seeds} fresh seeds"
         print(f"\nThen            {each}, {len(variants) * options.confirm_seeds} configurations")
         return code
     if not options.plan and (code not in (0, 1) or not _all_ended(tune)):
         return code
-    kept = choice.read(folder) if options.plan else choice.keep(folder, partial(_found, tune))
+    read, found = partial(choice.read, folder, TunedChoice), partial(_found, tune)
+    kept = read() if options.plan else choice.keep(folder, TunedChoice, found)
     assert kept is not None
+    _refuse_new(kept, tune)  # a plan has not been checked
     points = _points(kept, variants)
     wanted = [replace(point, seed=FIRST_FRESH + k) for k in range(options.confirm_seeds) for point in points]
     compare = replace(experiment, baseline=BASELINE, margin=options.margin, tuning=tune.study)
     print()
-    return run_study(compare, confirm, wanted=wanted) or code
+    ended = run_study(compare, confirm, wanted=wanted)
+    if ended in (0, 1) and not options.plan:
+        _looked(confirm)
+    return ended or code
+
+
+def _confirm(tune: ComparisonOptions, study: str) -> ComparisonOptions:
+    """The options of the second stage. Its configurations are given: nothing is searched, and a rate that was
+    fixed for the search stands in them."""
+    fixed = tuple(word for word in tune.set if word.partition("=")[0].rpartition(".")[2] != "learning_rate")
+    return replace(
+        tune,
+        study=study,
+        seeds=tune.confirm_seeds,
+        search="grid",
+        sampler=None,
+        space=None,
+        points=None,
+        set=fixed,
+        scheduler="none",
+    )
+
+
+def _looked(confirm: ComparisonOptions) -> None:
+    """Writes down that a verdict has been read from so many seeds."""
+    from orchestrator.record.study_file import find_study
+
+    assert confirm.study is not None
+    folder, study = find_study(confirm.output, confirm.study)
+    study.looked(confirm.confirm_seeds).write(folder)
 
 
 def _check_options(options: ComparisonOptions) -> None:
@@ -102,18 +131,42 @@ def _check_options(options: ComparisonOptions) -> None:
 
 
 def _check(tune: ComparisonOptions, wanted: Sequence[Configuration]) -> None:
-    """Raises BadInput where a choice has been made and this command would make another."""
+    """Raises BadInput where a choice has been made and this command would make another, and where the study
+    has begun with other configurations: what is tuned is what one command asks for."""
     from orchestrator.analyze import choice
+    from orchestrator.analyze.comparison import TunedChoice
+    from orchestrator.record.study_file import StudyFile
 
     assert tune.study is not None
     folder, rule = tune.output / tune.study, "; the choice is kept; take another --study"
-    choice.refuse_another(folder, tune.study, [c.fingerprint for c in wanted], "tuning", rule)
-    kept = choice.read(folder)
+    asked = [c.fingerprint for c in wanted]
+    kept = choice.read(folder, TunedChoice)
+    if kept is None:
+        begun = StudyFile.read(folder)
+        others = set(begun.configurations).difference(asked) if begun else ()
+        if others:
+            raise BadInput(
+                f"--study {tune.study!r}: it has begun with {len(others)} configurations that this command "
+                "does not ask for (other steps, rates, variants, ...), and a choice among both would compare "
+                "unlike runs; repeat its options, or take another --study."
+            )
+        return
+    _refuse_new(kept, tune)
+    choice.refuse_another(folder, tune.study, asked, "tuning", rule)
     points = _budget(tune)
-    if kept is not None and kept["points"] != points:
+    if kept.points != points:
         raise BadInput(
-            f"--points: tuning of {tune.study!r} has chosen among {kept['points']} points a variant and now "
+            f"--points: tuning of {tune.study!r} has chosen among {kept.points} points a variant and now "
             f"there would be {points}{rule}."
+        )
+
+
+def _refuse_new(kept: TunedChoice, tune: ComparisonOptions) -> None:
+    """Raises BadInput on a variant that was not there when the choice was made."""
+    if new := [name for name in tune.variants or () if name not in kept.variants]:
+        raise BadInput(
+            f"--variants {' '.join(new)}: tuning of {tune.study!r} has chosen for {' '.join(kept.variants)} "
+            "alone; the choice is kept; take another --study."
         )
 
 
@@ -151,9 +204,9 @@ def _all_ended(tune: ComparisonOptions) -> bool:
     )
 
 
-def _found(tune: ComparisonOptions) -> dict[str, Any]:
-    """What tuning chooses now, for choice.json."""
-    from orchestrator.analyze.comparison import Chosen
+def _found(tune: ComparisonOptions) -> TunedChoice:
+    """What tuning chooses now. The study holds nothing but what this command asked for, see `_check`."""
+    from orchestrator.analyze.comparison import Chosen, TunedChoice
     from orchestrator.analyze.tuning import tuned
     from orchestrator.record.store import Store
     from orchestrator.record.study_file import find_study
@@ -161,27 +214,25 @@ def _found(tune: ComparisonOptions) -> dict[str, Any]:
     assert tune.study is not None
     study = find_study(tune.output, tune.study)[1]
     records = list(filter(None, map(Store(tune.store_folder).get, study.configurations)))
-    chosen = {each.variant: Chosen.of(each) for each in tuned(records)}
+    known = {each.variant: Chosen.of(each) for each in tuned(records)}
+    chosen = {variant: known.get(variant) for variant in tune.variants or ()}
     if chosen.get(BASELINE) is None:
         raise Trouble(
             f"study {tune.study!r}: {BASELINE} has no score at any point; nothing can be compared with it."
         )
-    for variant, point in chosen.items():
+    return TunedChoice(tuple(sorted(study.configurations)), _budget(tune), chosen)
+
+
+def _points(kept: TunedChoice, variants: Sequence[str]) -> list[Configuration]:
+    """The chosen configurations of these variants, with the first seed. Says which have none."""
+    found = []
+    for variant in variants:
+        point = kept.variants[variant]  # any other was refused
         if point is None:
-            print(f"{variant} has no score at any point: it is not compared.")
-    return {
-        "configurations": sorted(study.configurations),
-        "points": _budget(tune),
-        "variants": {variant: point.to_json() for variant, point in chosen.items() if point is not None},
-    }
-
-
-def _points(kept: Mapping[str, Any], variants: Sequence[str]) -> list[Configuration]:
-    """The chosen configurations of these variants, with the first seed."""
-    from orchestrator.analyze.comparison import Chosen
-
-    chosen = kept["variants"]
-    return [Chosen.from_json(chosen[variant]).configuration for variant in variants if variant in chosen]
+            print(f"{variant} has no score at any point: it is not compared, and counts as unknown.")
+        else:
+            found.append(point.configuration)
+    return found
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ class Report(Places):
             baseline=study.baseline,
             margin=study.margin,
             tuning=folder.parent / study.tuning if study.tuning else None,
+            searched=study.searched,
+            looks=study.looks,
         )
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0

@@ -3,14 +3,15 @@ silently choose otherwise.
 
 <output>/<study>/choice.json
 {"configurations": [fingerprint, ...]: those it was chosen among, ...: what the script keeps}
+A script's own kind of choice is a dataclass that adds its fields to `Choice`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from orchestrator.record import files
 from orchestrator.record.study_file import StudyFile
@@ -20,6 +21,15 @@ from orchestrator.study.options import StudyOptions
 FILE = "choice.json"
 
 
+@dataclass(frozen=True)
+class Choice:
+    configurations: tuple[str, ...]
+    """Fingerprints of all that it was chosen among."""
+
+
+Kind = TypeVar("Kind", bound=Choice)
+
+
 def study_name(script: str, options: StudyOptions, default_task: str) -> str:
     """Of a script with two stages: --study, or made of script, task and model; the stages add an ending."""
     parts = [script, Path(options.task or default_task).stem]
@@ -27,25 +37,33 @@ def study_name(script: str, options: StudyOptions, default_task: str) -> str:
     return options.study or "-".join(parts).replace("@", "-")
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """None where nothing has been chosen yet. Raises BadInput on a file that is no choice."""
+def read(folder: Path, kind: type[Kind]) -> Kind | None:
+    """None where nothing has been chosen yet. Raises BadInput on a file that is no choice of this kind."""
     path = folder / FILE
     try:
-        found = json.loads(path.read_text())
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("configurations"), list):
-        raise BadInput(f"{path}: not a choice; delete it and run the study's command again")
-    return found
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadInput(
+            f"{path}: not a choice ({where + ': ' if where else ''}{first['msg']}); "
+            "delete it and run the study's command again"
+        ) from None
 
 
-def keep(folder: Path, found: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def keep(folder: Path, kind: type[Kind], found: Callable[[], Kind]) -> Kind:
     """The choice that was kept; the first time, what `found` says now, which is kept then."""
-    if read(folder) is None:
-        files.replace(folder / FILE, (json.dumps(found(), indent=1) + "\n").encode())
-    kept = read(folder)
+    if read(folder, kind) is None:
+        from pydantic import TypeAdapter
+
+        files.replace(folder / FILE, TypeAdapter(kind).dump_json(found(), indent=1) + b"\n")
+    kept = read(folder, kind)
     assert kept is not None
     return kept
 
@@ -54,14 +72,14 @@ def refuse_another(folder: Path, name: str, wanted: Iterable[str], who: str, why
     """Raises BadInput where the study `name` has chosen and `wanted` (fingerprints) would make it choose
     among others; says whether it has chosen. `who` chooses; `why` says what is wrong about it and what to
     do instead."""
-    kept = read(folder)
+    kept = read(folder, Choice)
     if kept is None:
         return False
     study = StudyFile.read(folder) or StudyFile(name, "", "")
     now = set(study.extended(wanted, ()).configurations)
-    if set(kept["configurations"]) != now:
+    if set(kept.configurations) != now:
         raise BadInput(
-            f"--study {name!r}: {who} has chosen among {len(kept['configurations'])} configurations and now "
+            f"--study {name!r}: {who} has chosen among {len(kept.configurations)} configurations and now "
             f"there would be {len(now)}{why}."
         )
     return True

@@ -7,9 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
+from orchestrator.analyze.choice import Choice
 from orchestrator.analyze.groups import Value
 from orchestrator.analyze.significance import Comparison, Score, compare
 from orchestrator.analyze.tuning import Tuned, otherwise
@@ -57,27 +56,22 @@ class Chosen:
             tuple(shares),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return _adapter().dump_python(self, mode="json")
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Chosen:
-        """Raises pydantic.ValidationError on data that is not a choice."""
-        return _adapter().validate_python(data)
+@dataclass(frozen=True)
+class TunedChoice(Choice):
+    """choice.json of the first stage. `points`: those of a search a variant, None for a grid. `variants`:
+    None for one that has no score at any point."""
 
-
-@lru_cache(maxsize=1)
-def _adapter() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Chosen)
+    points: int | None
+    variants: Mapping[str, Chosen | None]
 
 
 @dataclass(frozen=True)
 class Confirmed:
     """One task and base model. `chosen` is empty, and so are the words about tuning, where the first
     stage's choice is not at hand. `item_errors`: of each variant's mean difference, the standard error that
-    comes from the test split's having so many items and no more."""
+    comes from the test split's having so many items and no more. `untuned`: variants without a score at any
+    point of the first stage. `looks`: the numbers of seeds from which a verdict was read before this one."""
 
     task: str
     model: str
@@ -90,14 +84,21 @@ class Confirmed:
     chosen: Mapping[str, Chosen]
     item_errors: Mapping[str, float]
     test_items: int
+    untuned: tuple[str, ...] = ()
+    looks: tuple[int, ...] = ()
 
 
 def confirmed(
-    records: Sequence[Record], baseline: str, margin: float, chosen: Mapping[str, Chosen] | None = None
+    records: Sequence[Record],
+    baseline: str,
+    margin: float,
+    tuning: Mapping[str, Chosen | None] | None = None,
+    looks: Sequence[int] = (),
 ) -> Confirmed | None:
     """`records` are of one task and model. None without a score of the baseline. Of a variant with several
-    points the chosen one counts, else the one with most seeds."""
-    chosen = chosen or {}
+    points the chosen one counts, else the one with most seeds. What `tuning` knows and the records do not is
+    unknown in the claim. `looks`: see StudyFile."""
+    chosen = {variant: found for variant, found in (tuning or {}).items() if found is not None}
     points = _points(records, chosen)
     scores = {
         variant: {
@@ -117,11 +118,13 @@ def confirmed(
         first.schedule.steps,
         tuple(sorted({r.configuration.seed for own in points.values() for r in own})),
         sum(r.state == "failed" for own in points.values() for r in own),
-        compare(scores, baseline, margin, CONTROLS),
+        compare(scores, baseline, margin, CONTROLS, unknown=tuple(tuning or ())),
         {variant: replace(own[0].configuration, seed=0) for variant, own in points.items()},
         {variant: chosen[variant] for variant in points if variant in chosen},
         _item_errors(points, baseline),
         first.task.test_size,
+        tuple(variant for variant, found in (tuning or {}).items() if found is None),
+        tuple(n for n in looks if n < max(len(own) for own in points.values())),
     )
 
 

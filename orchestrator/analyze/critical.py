@@ -78,6 +78,24 @@ def detectable(critical: float, degrees: float, power: float) -> float:
     return float(optimize.brentq(surplus, 0.0, 10 * critical + 10, xtol=1e-6))
 
 
+def chance_to_decide(mean: float, margin: float, error: float, degrees: float, critical: float) -> float:
+    """The chance that an interval, observed difference -+ `critical` times its estimated error, says anything
+    about a true difference `mean` whose true error is `error`.
+
+    It says nothing when it reaches down to minus the margin and up to nil: when the observed difference lies
+    between -c s error and c s error - margin, s the sample's deviation in units of the true one. For a given
+    s that is a difference of two normal probabilities; the rest is the mean over s. "Better" and "equivalent"
+    both lie above minus the margin, so that they add nothing.
+    """
+    from scipy import special
+
+    if error == 0:
+        return 1.0
+    s, ds = _deviations(degrees)
+    silent = special.ndtr(critical * s - (margin + mean) / error) - special.ndtr(-critical * s - mean / error)
+    return 1.0 - float((ds * silent.clip(min=0.0)).sum())
+
+
 @lru_cache(maxsize=4096)
 def _deviations(degrees: float) -> tuple[Any, Any]:
     """Nodes and weights of an integral over sqrt(chi2 / degrees): a sample's deviation in units of the true
@@ -97,18 +115,17 @@ def seeds_needed(
     degrees_a_seed: float,
     power: float,
     level: float,
+    pooled: bool = True,
 ) -> int | None:
-    """How many seeds decide about a true difference `mean` with the chance `power`: to tell it from nil, or
-    to show that it is within the margin or not below minus the margin, whichever is easiest. None: more than
-    1,000. `degrees_a_seed` times (n - 1) are the degrees of freedom with n seeds."""
-    from scipy import stats
-
-    distance = max(abs(mean), margin - abs(mean), margin + mean)
+    """How many seeds decide about a true difference `mean` with the chance `power`: how many it takes until
+    its interval lies above minus the margin, or below nil. None: more than 1,000. `degrees_a_seed` times
+    (n - 1) are the degrees of freedom with n seeds; `pooled`: the interval is Dunnett's, else Sidak's."""
+    critical = dunnett if pooled else sidak
 
     def decides(n: int) -> bool:
         degrees = degrees_a_seed * (n - 1)
-        reach = dunnett(count, degrees, level) + float(stats.t.ppf(power, degrees))
-        return reach * spread / math.sqrt(n) <= distance
+        error = spread / math.sqrt(n)
+        return chance_to_decide(mean, margin, error, degrees, critical(count, degrees, level)) >= power
 
     if not decides(MOST_SEEDS):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from orchestrator.analyze import words
 from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.results import Panel
 from orchestrator.analyze.search import Search
@@ -73,15 +74,34 @@ def doubts_of_comparison(found: Confirmed) -> list[str]:
     if len(budgets) > 1:
         each = ", ".join(f"{v} {chosen.points}" for v, chosen in found.chosen.items())
         told.append(f"{where}: tuned with different numbers of points ({each}).")
+    if found.untuned:
+        told.append(
+            f"{where}: no score at any point of the tuning, so not compared and unknown in the claim: "
+            f"{', '.join(found.untuned)}."
+        )
+    if absent := [label for label in c.unknown if label not in found.untuned]:
+        told.append(f"{where}: tuned, but without a fresh seed, unknown in the claim: {', '.join(absent)}.")
+    if found.looks:
+        seeds = ", ".join(map(str, found.looks))
+        told.append(
+            f"{where}: look {len(found.looks) + 1} at {len(found.seeds)} seeds, after a verdict at {seeds}: "
+            "seeds that are added until it decides no longer hold the 5 % exactly."
+        )
+    diverged = {arm.label: arm.diverged for arm in c.arms}
     for pair in c.pairs:
-        if pair.reason:
+        if pair.reason and not diverged.get(pair.label):
             told.append(f"{where}: {pair.label}: {pair.reason}.")
         if pair.dropped:
             seeds = ", ".join(map(str, pair.dropped))
             told.append(f"{where}: {pair.label}: left out, one of the two has no score: seeds {seeds}.")
     for arm in (c.baseline, *c.arms):
-        if arm.diverged and not any(p.reason and p.label == arm.label for p in c.pairs):
-            told.append(f"{where}: {arm.label}: {arm.diverged} of {arm.test.n} fresh seeds diverged.")
+        if arm.diverged and arm.diverged_interval is not None:
+            low, high = (words.number(x, 2) for x in (arm.diverged_interval.low, arm.diverged_interval.high))
+            told.append(
+                f"{where}: {arm.label}: {arm.diverged} of {arm.test.n} fresh seeds diverged (share {low} to "
+                f"{high}), which leaves its differences undecided; mean of the rest "
+                f"{words.estimate(arm.survivors)}."
+            )
     if not found.chosen:
         told.append(f"{where}: the choice of the first stage is not at hand.")
     return told

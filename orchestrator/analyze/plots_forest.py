@@ -44,7 +44,7 @@ def _rows(axes: Axes, found: Confirmed) -> None:
     pairs = list(reversed(c.pairs))  # the best at the top
     axes.axvspan(-c.margin, c.margin, color=_BAND, alpha=0.13, linewidth=0, zorder=0)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
-    left, right = _limits(pairs, c.margin)
+    left, right = limits(pairs, c.margin)
     axes.set_xlim(left, right)
     for y, pair in enumerate(pairs):
         _row(axes, y, pair, left, right)
@@ -102,7 +102,7 @@ def _ends(interval: Interval) -> str:
     return f"[{verdict.signed(interval.low)}, {verdict.signed(interval.high)}]"
 
 
-def _limits(pairs: Sequence[Pair], margin: float) -> tuple[float, float]:
+def limits(pairs: Sequence[Pair], margin: float) -> tuple[float, float]:
     """Wide enough for two thirds of the means and for what is near; the far ones would press all others
     together."""
     means = sorted(abs(p.difference) for p in pairs if p.difference is not None)

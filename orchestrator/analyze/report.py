@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.analyze import choice, groups, verdict, words
-from orchestrator.analyze.comparison import Chosen
+from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.record.schema import Record
@@ -47,18 +47,22 @@ def write_report(
     baseline: str = "",
     margin: float = TOLERANCE,
     tuning: Path | None = None,
+    searched: bool = False,
+    looks: Sequence[int] = (),
 ) -> Summary:
     """Writes the files into `folder`, each whole or not at all, and returns what they show.
 
     `baseline`: what all variants are compared with; the records are then of fresh seeds at the points that
-    the study in the folder `tuning` has chosen.
+    the study in the folder `tuning` has chosen. `searched`, `looks`: see StudyFile.
 
     `pending`: configurations of the study without a record yet. `command` is what a reader types to get the
     study; a user and password in it or in `tracking_uri` are left out. Raises OSError if the folder cannot be
     written.
     """
     records = groups.distinct(records)
-    summary = summarize(records, baseline=baseline, margin=margin, chosen=_chosen(tuning))
+    summary = summarize(
+        records, baseline=baseline, margin=margin, tuning=_chosen(tuning), looks=looks, search=searched
+    )
     command, tracking_uri = words.without_secrets(command), words.without_secrets(tracking_uri)
     about = About(name, question, command, tracking_uri, pending, tuple(notes))
     pictures = _pictures(summary)
@@ -84,10 +88,10 @@ def _pictures(summary: Summary) -> dict[str, bytes]:
     return found
 
 
-def _chosen(tuning: Path | None) -> dict[str, Chosen]:
+def _chosen(tuning: Path | None) -> Mapping[str, Chosen | None]:
     """What the first stage of a comparison has chosen; nothing where that is not at hand."""
-    kept = choice.read(tuning) if tuning else None
-    return {name: Chosen.from_json(data) for name, data in (kept or {}).get("variants", {}).items()}
+    kept = choice.read(tuning, TunedChoice) if tuning else None
+    return kept.variants if kept else {}
 
 
 def _write(path: Path, content: bytes) -> None:

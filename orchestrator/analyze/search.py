@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
 from orchestrator.analyze.tuning import Tuned, tuned
 from orchestrator.record.schema import Record
-
-REGULAR = 1.5
-"""A grid's gaps differ by less than this factor in log rate (1, 3, 10, 30, ... : 1.1)."""
 
 
 @dataclass(frozen=True)
@@ -25,32 +20,6 @@ class Search:
     floor: float
     variants: tuple[Tuned, ...]
     untrained_validation: float | None
-
-
-def is_search(records: Sequence[Record]) -> bool:
-    """Whether these records, of one task and model, come from a search and not from a grid: each point was
-    trained with one seed, and rates are a sampler's (three digits, irregular gaps) or most settings of the
-    other hyperparameters were tried with one rate only."""
-    by_variant: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_variant[record.configuration.variant.name].append(record)
-    return len({r.configuration.seed for r in records}) == 1 and any(map(_scattered, by_variant.values()))
-
-
-def _scattered(records: Sequence[Record]) -> bool:
-    rates = sorted({r.configuration.optimizer.learning_rate for r in records})
-    sampled = sum(_three_digits(rate) for rate in rates)
-    gaps = [math.log10(b / a) for a, b in pairwise(rates)]
-    if sampled > len(rates) / 2 and not (len(gaps) > 1 and max(gaps) < REGULAR * min(gaps)):
-        return True
-    optimizers = [replace(r.configuration.optimizer, learning_rate=1.0) for r in records]
-    pairs = zip(records, optimizers, strict=True)
-    settings = {replace(r.configuration, optimizer=optimizer).fingerprint for r, optimizer in pairs}
-    return len(rates) > 1 and len(settings) > len({r.fingerprint for r in records}) / 2
-
-
-def _three_digits(rate: float) -> bool:
-    return float(f"{rate:.2e}") == rate != float(f"{rate:.1e}")
 
 
 def searched(records: Sequence[Record]) -> Search:

@@ -20,7 +20,7 @@ from orchestrator.analyze.comparison import Chosen, confirmed
 from orchestrator.analyze.doubts import doubts, doubts_of_comparison, doubts_of_search
 from orchestrator.analyze.intervals import Estimate, Figure, Interval, jackknife, over_seeds, wilson
 from orchestrator.analyze.results import REFERENCE, TOLERANCE, Curve, Panel, Point, Run, Spread, Summary
-from orchestrator.analyze.search import is_search, searched
+from orchestrator.analyze.search import searched
 from orchestrator.record.schema import Record
 
 
@@ -30,10 +30,13 @@ def summarize(
     *,
     baseline: str = "",
     margin: float = TOLERANCE,
-    chosen: Mapping[str, Chosen] | None = None,
+    tuning: Mapping[str, Chosen | None] | None = None,
+    looks: Sequence[int] = (),
+    search: bool = False,
 ) -> Summary:
     """Everything the table, the plots and the report show. The order of the records does not matter. With a
-    `baseline` they are a comparison's second stage, of points `chosen` by the first."""
+    `baseline` they are a comparison's second stage, of points that the first, `tuning`, has chosen; `looks`:
+    the numbers of seeds from which its verdict was read before. `search`: a search asked for the points."""
     known = groups.distinct(records)
     by_task: dict[tuple[str, str], list[Record]] = {}
     for record in known:
@@ -42,9 +45,9 @@ def summarize(
     comparisons, searches, grids = [], [], []
     for key in sorted(by_task):
         own = by_task[key]
-        if baseline and (found := confirmed(own, baseline, margin, chosen)) is not None:
+        if baseline and (found := confirmed(own, baseline, margin, tuning, looks)) is not None:
             comparisons.append(found)
-        elif is_search(own):
+        elif search:
             searches.append(searched(own))
         else:
             grids += own

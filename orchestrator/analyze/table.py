@@ -30,7 +30,8 @@ def render(summary: Summary) -> Group:
     warnings last."""
     parts: list[Table | Text] = []
     for found in summary.comparisons:
-        more = [verdict.detectable(found.comparison), verdict.pairing(found.comparison)]
+        c = found.comparison
+        more = [verdict.detectable(c), verdict.scope(c), verdict.pairing(c)]
         parts += [_compared(found), Text(verdict.verdict(found))]
         parts += [Text(" ".join(filter(None, more)), style="dim"), Text("")]
     for search in summary.searches:

@@ -112,6 +112,15 @@ def detectable(c: Comparison) -> str:
     return f"Smallest difference that had an 80 % chance to be found: {size}."
 
 
+def scope(c: Comparison) -> str:
+    """What the intervals are about: as long as nothing diverges."""
+    arms = [a for a in (c.baseline, *c.arms) if not a.diverged and a.diverged_interval is not None]
+    if not any(p.interval is not None for p in c.pairs):
+        return ""
+    high = max(a.diverged_interval.high for a in arms if a.diverged_interval is not None)
+    return f"Intervals are of runs that do not diverge; without one so far, up to {high:.0%} still may."
+
+
 def settings(chosen: Chosen | None, rate: float) -> str:
     """The point in short: 3e-3, rank 8; and whether it is at the edge of what was tried."""
     if chosen is None:

@@ -7,6 +7,8 @@ import gc
 import re
 from enum import StrEnum
 
+from safetensors import SafetensorError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # What torch says in words only: of the host's allocator, of CUDA's and of the libraries above it.
 _MEMORY = re.compile(
@@ -48,7 +50,7 @@ def fault_of(error: BaseException) -> Fault:
             return Fault.DISK
         if error.errno == errno.ENOMEM:
             return Fault.MEMORY
-    elif type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in words for code in FULL):
+    elif isinstance(error, SafetensorError) and any(f"(os error {code})" in words for code in FULL):
         return Fault.DISK
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Fault.MEMORY
@@ -58,6 +60,11 @@ def fault_of(error: BaseException) -> Fault:
         if isinstance(error, torch.AcceleratorError) or _DEVICE.search(words):
             return Fault.DEVICE
     return fault_of(error.__cause__) if error.__cause__ is not None else Fault.LANE
+
+
+def is_gone(error: OSError | SafetensorError) -> bool:
+    """Whether it says that a file, or the folder it was to be in, is not there."""
+    return getattr(error, "errno", None) == errno.ENOENT or f"(os error {errno.ENOENT})" in str(error)
 
 
 def free_memory() -> None:

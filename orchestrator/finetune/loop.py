@@ -216,7 +216,8 @@ class _Loop:
         opened = self._attempt([lane], partial(self._open, saved=next(iter(found), None), place=place))
         shape = lane.configuration.shape
         if opened and shape not in self.places.most:
-            self.places.most[shape] = self.team.agree(partial(self.books.most_lanes, shape))
+            most = partial(self.books.most_lanes, shape, self.places.count)
+            self.places.most[shape] = self.team.agree(most)
 
     def _open(self, lanes: Sequence[Lane], saved: Checkpoint | None, place: Path | None) -> Sequence[None]:
         """Rank 0 has found the newest checkpoint and read it; the others read the same."""
@@ -448,7 +449,8 @@ class _Loop:
         self.source.spill(lease.configuration.fingerprint, lease.attempt)
 
     def _give_back(self, lane: Lane) -> None:
-        """Rank 0. Nothing is lost: whoever leases it next goes on from here."""
+        """Rank 0. Whoever leases it next goes on from here; where it cannot be saved, from its newest
+        checkpoint, at most an interval back."""
         self.books.save(lane)
         self.source.spill(lane.name, lane.lease.attempt)
 

@@ -37,12 +37,13 @@ class Bench:
     """A frozen base ready to carry adapters: eval mode, no gradients, the dtype of the choice. The tokenizer
     always has a padding token, and an end token for answers in words; the padding side is the loop's
     business. `heads`: the modules that are the task's own, of which every lane has its own; here they are
-    zero."""
+    zero. `share`: how much of its GPU's memory is for it, beside others: 0.5 is half."""
 
     model: Any
     tokenizer: Any
     device: torch.device
     heads: tuple[str, ...] = ()
+    share: float = 1.0
 
     @cached_property
     def causal(self) -> bool:

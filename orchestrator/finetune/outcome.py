@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError
+
 from orchestrator.finetune import checkpoint
-from orchestrator.finetune.faults import Fault, StoreFull, fault_of
+from orchestrator.finetune.faults import Fault, StoreFull, fault_of, is_gone
 from orchestrator.finetune.lane import Lane
 from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.workshop import Workshop
@@ -41,8 +43,8 @@ class Keeper(Protocol):
 class Books:
     """Rank 0's: writes what is to be kept of the lanes, as far as there is space for it.
 
-    A checkpoint that finds no space is left out: the lane trains on and is saved the next time. A record that
-    finds none is tried again for `patience` seconds; then StoreFull is raised.
+    A checkpoint that cannot be written is left out: the lane trains on and is saved the next time. A record
+    that finds no space is tried again for `patience` seconds; then StoreFull is raised.
     """
 
     store: Keeper
@@ -71,16 +73,27 @@ class Books:
         if lane.phase is Phase.LEASED or self.saved.get(lane.name) == what:
             return
         try:
-            frozen = self.workshop.current.adapters.frozen(lane.name)
-            checkpoint.write(self.store.checkpoints / lane.name, lane.checkpoint(frozen))
+            self._write(lane)
         except Exception as error:
-            if fault_of(error) not in (Fault.DISK, Fault.MEMORY):
+            refused = isinstance(error, (OSError, SafetensorError))
+            if not refused and fault_of(error) not in (Fault.DISK, Fault.MEMORY):
                 raise
             if not self.warned:
                 log.warning("cannot save lanes in %s: %s; training goes on", self.store.checkpoints, error)
             self.warned = True
         else:
             self.saved[lane.name], self.warned = what, False
+
+    def _write(self, lane: Lane) -> None:
+        folder = self.store.checkpoints / lane.name
+        saved = lane.checkpoint(self.workshop.current.adapters.frozen(lane.name))
+        try:
+            checkpoint.write(folder, saved)
+        except (OSError, SafetensorError) as error:
+            if not is_gone(error):
+                raise
+            # Whoever has ended this lane elsewhere removed the folder: once, and this lane hears of it soon.
+            checkpoint.write(folder, saved)
 
     def record(self, lane: Lane, state: State, reason: str = "", trace: str = "") -> State:
         """Writes the lane's record. Returns the state of the one that counts: somebody else's final one may
@@ -114,8 +127,14 @@ class Books:
         else:
             log.warning("out of memory with %d lanes, now %d at once; remembered in %s", tried, lanes, path)
 
-    def most_lanes(self, shape: str) -> int | None:
-        return limits.most_lanes(self.store.limits, shape, self.workshop.place)
+    def most_lanes(self, shape: str, told: int) -> int | None:
+        """That there is memory for, if that is known; says so where it is less than the seat was `told`."""
+        place = self.workshop.place
+        most = limits.most_lanes(self.store.limits, shape, place)
+        if most is not None and most < told:
+            path = limits.file_of(self.store.limits, shape, place)
+            log.warning("at most %d lanes at once: more had no memory before (remove %s to try)", most, path)
+        return most
 
     def wait_for_space(self, why: object) -> None:
         """Raises StoreFull when it has waited for long."""

@@ -161,10 +161,6 @@ def _searched(
     if len(grid) == 1:
         fixed.setdefault("learning_rate", grid[0])
     words = options.space or ()
-    if options.learning_rates and any(word.startswith("learning_rate=") for word in words):
-        raise BadInput(
-            "--space learning_rate and --learning-rates both name the rates; take one of the two away."
-        )
     searched = space.parse(words, variants, _own, grid, tuple(fixed))
     for dimension in searched.dimensions:
         _check_head(f"--space {dimension.key}", dimension.name, task)
@@ -180,6 +176,11 @@ def _searched(
         for variant, dimensions in searched.variants.items():
             if not any(d.numeric for d in dimensions):
                 raise BadInput(f"--sampler cma-es: {variant} has nothing numeric to search; take tpe.")
+    if not searched.dimensions:
+        raise BadInput(
+            f"--search {options.search}: nothing varies, neither the learning rate nor anything in --space; "
+            "take a --space, rank=4,8 say, or --search grid."
+        )
     return fixed, searched
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from orchestrator.finetune.calibration import evidence
@@ -62,10 +63,16 @@ class Workshop:
 
     @property
     def place(self) -> str:
-        """What decides how many lanes of a shape have memory, in words: the device, and how it is used."""
-        recomputes = self._bench is not None and getattr(self._bench[1].model, RECOMPUTES, False)
-        workers = f", {self.team.size} workers" if self.team.size > 1 else ""
-        return f"{self.device}{workers}{', gradient checkpointing' if recomputes else ''}"
+        """What decides how many lanes of a shape have memory, in words: the device, its memory, the seat's
+        share of it, and how it is used."""
+        words = [self.device]
+        if self._bench is not None:
+            bench = self._bench[1]
+            words.append(f"{round(_memory(bench.device) / 2**30)} GiB")
+            words += [f"share {bench.share:g}"] if bench.share < 1 else []
+            words += ["gradient checkpointing"] if getattr(bench.model, RECOMPUTES, False) else []
+        words += [f"{self.team.size} workers"] if self.team.size > 1 else []
+        return ", ".join(words)
 
     def pack(self, configuration: Configuration) -> Pack:
         """The pack for this configuration's shape. Raises what loading, attaching or the task does."""
@@ -136,3 +143,10 @@ class Workshop:
         if self._pack is not None:
             self._pack.adapters.detach()
             self._pack = None
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that it has in all: a GPU's, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

@@ -5,7 +5,6 @@ A study clears up behind itself. One that was killed cannot, nor can the machine
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -13,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.record import scratch
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies
 
@@ -149,16 +149,15 @@ class _Collector:
                 self._clear(TEMPORARY, path)
 
     def _scratch(self) -> None:
-        import psutil
-
-        for folder in sorted((self.store.root / "scratch").glob("*-*")):
-            host, _, number = folder.name.rpartition("-")
-            if host != os.uname().nodename or not number.isdecimal():
+        for folder in scratch.folders(self.store):
+            if not scratch.of_this_host(folder):
                 self._leave(ELSEWHERE, folder)
-            elif psutil.pid_exists(int(number)):
+            elif scratch.in_use(folder):
                 self._leave(BUSY, folder)
             else:
                 self._clear(SCRATCH, folder)
+                if not self.dry_run and not folder.exists():
+                    scratch.discard(folder)  # its lock file
 
     def _young(self, path: Path) -> bool:
         newest = max((_stat(file, "st_mtime") for file in (path, *path.rglob("*"))), default=0.0)
@@ -188,16 +187,7 @@ def _add(piles: dict[str, Pile], kind: str, size: int) -> None:
 
 def _runs(folder: Path) -> bool:
     """Whether a study runs in `folder`: it holds its lock."""
-    from filelock import FileLock, Timeout
-
-    lock = folder / ".lock"
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
+    return scratch.is_held(folder / ".lock")
 
 
 def _size(path: Path) -> int:

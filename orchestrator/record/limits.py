@@ -2,6 +2,8 @@
 
     root/limits/<shape and place, hashed>.json    {"shape", "place", "lanes", "tried"}
 
+The place says all that counts but the shape: the device and its memory, a seat's share of it, how it is used.
+
 Removing a file, or the folder, makes the next seat try as many as it is told to again.
 """
 
@@ -15,10 +17,9 @@ from orchestrator.record import files
 
 
 def most_lanes(folder: Path, shape: str, place: str) -> int | None:
-    """Lanes of `shape` that fit on `place` (a device's name and what else counts there); None when nothing is
-    known, or what is known cannot be read."""
+    """Lanes of `shape` that fit on `place`; None when nothing is known, or what is known cannot be read."""
     try:
-        lanes = json.loads(_file(folder, shape, place).read_bytes())["lanes"]
+        lanes = json.loads(file_of(folder, shape, place).read_bytes())["lanes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return lanes if isinstance(lanes, int) and lanes >= 1 else None
@@ -27,7 +28,7 @@ def most_lanes(folder: Path, shape: str, place: str) -> int | None:
 def remember(folder: Path, shape: str, place: str, lanes: int, tried: int) -> Path:
     """`tried` lanes at once had not enough memory, so there are to be no more than `lanes`; what is known to
     be less stays. Returns the file. Raises OSError when the disk refuses."""
-    path = _file(folder, shape, place)
+    path = file_of(folder, shape, place)
     known = most_lanes(folder, shape, place)
     if known is None or lanes < known:
         folder.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,7 @@ def remember(folder: Path, shape: str, place: str, lanes: int, tried: int) -> Pa
     return path
 
 
-def _file(folder: Path, shape: str, place: str) -> Path:
+def file_of(folder: Path, shape: str, place: str) -> Path:
+    """Where that is kept, if it is."""
     name = hashlib.sha256(f"{shape} {place}".encode()).hexdigest()[:24]
     return folder / f"{name}.json"

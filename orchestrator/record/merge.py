@@ -47,9 +47,9 @@ class Taken:
 def merge(store: Store, other: Store) -> Taken:
     """Takes into `store` what `other` has and it has not: a final record where there is none (the first one
     stays), the longer of two stopped ones, the failed one of more failures; checkpoints of lanes without a
-    final record that are further than those here; bases, adapters of records that came, evidence. Doing it
-    again changes nothing, and of several stores the order does not matter for any state. Torn files are
-    skipped with a warning.
+    final record that are further than those here (a lane that has one now needs none); bases, adapters of
+    records that came, evidence. Doing it again changes nothing, and of several stores the order does not
+    matter for any state. Torn files are skipped with a warning.
 
     Raises BadInput when both are one store, or a record is of another schema version.
     """
@@ -69,7 +69,9 @@ class _Merge:
             self._record(name)
             if self.store.meets(name) is None:
                 self._checkpoints(name)
-            elif self._same(name):
+                continue
+            self.store.discard_checkpoints(name)
+            if self._same(name):
                 self.taken.adapters += self._folder(self.other.adapters / name, self.store.adapters / name)
         for source in self._visible(self.other.evidence, "*.safetensors"):
             if _whole(source):

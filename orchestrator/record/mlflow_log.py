@@ -218,7 +218,7 @@ class MlflowLog:
             self._studies.clear()
             if _is_down(error):
                 first = (str(error) or type(error).__name__).splitlines()[0]
-                raise TrackingDown(f"{shown(self.tracking_uri)}: {first}") from error
+                raise TrackingDown(shown(f"{self.tracking_uri}: {first}")) from error
             raise
 
 

@@ -2,7 +2,7 @@
 
 <output>/<study>/study.json
 {"name", "question", "command", "configurations": [fingerprint, ...], "reused": [fingerprint, ...],
- "tracking_uri", "baseline", "margin", "tuning"}
+ "tracking_uri", "baseline", "margin", "tuning", "searched", "looks": [seeds, ...]}
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ FILE = "study.json"
 
 @dataclass(frozen=True)
 class StudyFile:
-    """`command` is the command line as typed. `reused` are the configurations that were known already when
-    the study first asked for them; being kept, it stays true after a crash and a second run."""
+    """`command` is the command line as typed, but for passwords. `reused` are the configurations that were
+    known already when the study first asked for them; being kept, it stays true after a crash and a second
+    run."""
 
     name: str
     question: str
@@ -29,13 +30,18 @@ class StudyFile:
     configurations: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
     tracking_uri: str = ""
-    """Empty: the SQLite file of the store."""
+    """Empty: the SQLite file of the store. A password in it is not kept: stars stand there."""
     baseline: str = ""
     """Of a study with fresh seeds: the variant that all others are compared with. Empty: no comparison."""
     margin: float = 0.01
     """Of such a study: the smallest difference of the test score that matters, fixed before it began."""
     tuning: str = ""
     """Of such a study: the name of the study beside it that chose the configurations."""
+    searched: bool = False
+    """Whether a search asked for its points, so that no grid's curve goes through them."""
+    looks: tuple[int, ...] = ()
+    """Of a study with fresh seeds: how many it had each time a verdict was read, ascending. With more seeds
+    after a look the 5 % no longer holds exactly."""
 
     def extended(self, asked: Iterable[str], known: Iterable[str]) -> StudyFile:
         """This study with more configurations; those new to it that are `known` count as reused."""
@@ -46,6 +52,10 @@ class StudyFile:
             configurations=self.configurations + new,
             reused=self.reused + tuple(f for f in new if f in known),
         )
+
+    def looked(self, seeds: int) -> StudyFile:
+        """This study after a verdict from so many seeds; with no more of them it is the same look again."""
+        return replace(self, looks=(*self.looks, seeds)) if seeds > max(self.looks, default=0) else self
 
     def write(self, folder: Path) -> None:
         """Replaces `folder`/study.json at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import threading
 import urllib.error
@@ -12,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.record.store import Store
+from orchestrator.study.command import STARS, without_passwords
 from orchestrator.study.errors import BadInput, nearest
 
 DATABASES = ("postgresql", "mysql", "mssql")
@@ -31,12 +31,17 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def shown(uri: str) -> str:
-    """The URI for a message: without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    """The URI for a message or a file: without its password."""
+    return without_passwords(uri)
 
 
 def check_uri(uri: str) -> None:
-    """Raises BadInput when `uri` is malformed, its server does not answer, or its file cannot be written."""
+    """Raises BadInput when `uri` is malformed, lacks its password, its server does not answer, or its file
+    cannot be written."""
+    if STARS in uri:
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: passwords are kept nowhere; give the option with its own again"
+        )
     scheme, colon, rest = uri.partition("://")
     scheme = scheme.split("+")[0]  # postgresql+psycopg2
     if not colon or scheme == "file":
@@ -132,6 +137,6 @@ def _within_patience(uri: str, attempt: Callable[[], None]) -> None:
         plain = isinstance(error, urllib.error.HTTPError)  # its `reason` lacks the number
         reason = str((not plain and getattr(error, "reason", None)) or error or type(error).__name__)
         raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: cannot be reached ({reason.splitlines()[0]}); "
+            f"--tracking-uri {shown(uri)!r}: cannot be reached ({shown(reason.splitlines()[0])}); "
             "start that server or leave the option out"
         ) from error

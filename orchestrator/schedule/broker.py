@@ -21,6 +21,7 @@ from orchestrator.record.store import Store
 from orchestrator.schedule.broker_core import BrokerCore, Held, name_of
 from orchestrator.schedule.life import Life
 from orchestrator.schedule.rungs import settings
+from orchestrator.schedule.seat_end import How
 from orchestrator.study.configuration import Configuration
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class Broker:
             attempts = (store.checkpoints / fingerprint).glob("*")
             return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
 
+        def saved(fingerprint: str) -> int:
+            files = (store.checkpoints / fingerprint).glob("*/step-*.safetensors")
+            steps = [path.stem.removeprefix("step-") for path in files]
+            return max((int(step) for step in steps if step.isdecimal()), default=0)
+
         def known(configuration: Configuration) -> Record | None:
             record = store.meets(configuration.fingerprint, settings(scheduler, configuration))
             if record is not None and record.state in FINAL:  # whoever wrote it may have died right after
@@ -51,7 +57,7 @@ class Broker:
         def give_up(life: Life, configuration: Configuration, why: str) -> State:
             return _failed(store, life, configuration, why)
 
-        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler, give_up)
+        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler, give_up, saved)
         self.given_up = False
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
@@ -107,14 +113,12 @@ class Broker:
         self.core.done(seat, fingerprint, attempt, state, time.monotonic())
         self._tell(fingerprint)
 
-    async def seat_ended(self, name: str, crashed: bool = False, reason: str = "") -> None:
-        """All incarnations of the seat called `name` are gone. `crashed`: its process died by itself while
-        its node lives, for `reason`: its lanes are suspected of it."""
-        for seat in [s for s in self.core.seats if name_of(s) == name]:
-            held = list(self.core.seats[seat].lanes)
-            self.core.seat_gone(seat, time.monotonic(), crashed, reason)
-            for fingerprint in held:
-                self._tell(fingerprint)
+    async def seat_ended(self, name: str, how: How, reason: str = "") -> None:
+        """All incarnations of the seat called `name` are gone; `how`, and why, they came to their end."""
+        held = [f for seat, view in self.core.seats.items() if name_of(seat) == name for f in view.lanes]
+        self.core.seat_ended(name, time.monotonic(), how, reason)
+        for fingerprint in held:
+            self._tell(fingerprint)
 
     async def vacate(self, name: str | None) -> None:
         """The seats called `name` (None: all, and for good) save every lane, give it back, and end."""
@@ -124,7 +128,8 @@ class Broker:
 
     async def news(self, since: int, born: str) -> dict[str, Any]:
         """Lanes that ended from number `since` on (all, for who knew another incarnation), the counts, the
-        steps that each seat has taken, and how many lanes are suspected of a crash."""
+        steps that each seat has taken, the names of seats that hang, and why no other should be started, if
+        so."""
         self.core.tick(time.monotonic())
         ended = self.core.ended[since if born == self.born else 0 :]
         return {
@@ -132,7 +137,8 @@ class Broker:
             "ended": ended,
             "counts": self.core.counts(),
             "taken": dict(self.core.taken),
-            "suspects": self.core.suspects,
+            "stuck": self.core.stuck(time.monotonic()),
+            "hopeless": self.core.deaths.hopeless,
         }
 
     async def close(self) -> None:

@@ -14,11 +14,12 @@ from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.record.schema import Record, State
 from orchestrator.schedule.life import ORPHAN_SECONDS, Life, Phase
 from orchestrator.schedule.rungs import settings
+from orchestrator.schedule.seat_end import Deaths, How
 from orchestrator.study.configuration import Configuration
 
 SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
-UNSERVED_SECONDS = 60.0  # a shape that waits for so long is given a seat
-
+UNSERVED_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a seat
+FAILING = 3  # failures in a row of a shape's lanes: so many end a seat, see finetune/loop.py
 
 Held = tuple[int, Configuration, Report | None]
 """A lane as its seat names it: attempt, configuration, the last report of this attempt."""
@@ -42,15 +43,17 @@ class BrokerCore:
         known: Callable[[Configuration], Record | None] = lambda configuration: None,
         scheduler: str = "none",
         give_up: Callable[[Life, Configuration, str], State] = lambda life, configuration, why: "failed",
+        saved: Callable[[str], int] = lambda fingerprint: 0,
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `failures`: how often a lane has failed before, whoever trained it.
         `known`: the record that answers a request, if there is one.
         `scheduler`: the study's early stopping; with any, lanes park after a report.
         `give_up`: writes the record of a lane that crashes whatever seat trains it; returns the state of the
-        record that counts."""
+        record that counts.
+        `saved`: the step of a lane's newest checkpoint, 0 without one."""
         self.newest_attempt, self.failures, self.known = newest_attempt, failures, known
-        self.scheduler, self.give_up = scheduler, give_up
+        self.scheduler, self.give_up, self.saved = scheduler, give_up, saved
         self.lives: dict[str, Life] = {}
         self.open: dict[str, Life] = {}
         """Those that have not ended: what is gone through at every lease must not grow with the study."""
@@ -65,6 +68,11 @@ class BrokerCore:
         """Names of seats that have to go."""
         self.all_vacated = False
         self.cases = 0
+        self.deaths = Deaths()
+        self.failing: Counter[str] = Counter()
+        """Shape -> failures in a row of its lanes, and crashes of their seats."""
+        self.silent: dict[str, float] = {}
+        """Name of a seat that was taken for dead, and has said nothing since -> since when."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -126,6 +134,7 @@ class BrokerCore:
 
     def alive(self, seat: str, now: float) -> None:
         """A sign of life from a seat that is too busy for more."""
+        self.silent.pop(name_of(seat), None)
         if seat in self.seats:
             self.seats[seat].heard = now
 
@@ -134,6 +143,8 @@ class BrokerCore:
         reached it, and goes back to the queue. What it holds and nobody else was given meanwhile (the broker
         restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
         view = self._hear(seat, now)
+        if taken > self.taken.get(seat, 0):
+            self.deaths.step()
         self.taken[seat] = max(taken, self.taken.get(seat, 0))
         for fingerprint, (attempt, configuration, report) in held.items():
             orphan = fingerprint not in self.lives
@@ -144,8 +155,8 @@ class BrokerCore:
                 life.lease(seat, attempt)
                 view.lanes.add(fingerprint)
                 view.shape = view.shape or configuration.shape
-            if report is not None:
-                life.report(seat, report)
+            if report is not None and life.report(seat, report):
+                self._got_on(configuration.shape)
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
             self._lose(seat, fingerprint, now)
@@ -170,6 +181,10 @@ class BrokerCore:
             view.lanes.discard(fingerprint)  # else it has it anew, and only the old lease has ended
         if life is None or life.phase is Phase.ENDED:
             return
+        if state != "failed":
+            self._got_on(life.shape)
+        elif life.held_by(seat, attempt):
+            self.failing[life.shape] += 1
         life.done(seat, attempt, state, now)
         if life.state is not None:
             self._over(fingerprint, life.state)
@@ -184,27 +199,52 @@ class BrokerCore:
         else:
             self.vacated.add(name)
 
-    def seat_gone(self, seat: str, now: float, crashed: bool = False, reason: str = "") -> None:
-        """The seat has ended or died: its lanes go back to the queue. `crashed`: by itself, for `reason`,
-        perhaps for what one of its lanes did."""
+    def seat_ended(self, name: str, now: float, how: How, reason: str = "") -> None:
+        """All incarnations of the seat `name` are gone; `how`, and why, they came to their end."""
+        self.silent.pop(name, None)
+        seats = [seat for seat in self.seats if name_of(seat) == name]
+        told = [self.seat_gone(seat, now, how, reason) for seat in seats]
+        if how in (How.DONE, How.NO_ROOM, How.LOST) or any(told):
+            return
+        if how is How.ALIKE and any(self.failing[life.shape] < FAILING for life in self.open.values()):
+            return  # there are others to train
+        self.deaths.died()
+
+    def seat_gone(self, seat: str, now: float, how: How = How.DONE, reason: str = "") -> bool:
+        """The seat has ended or died: its lanes go back to the queue. If it crashed, perhaps for what one of
+        them did, they are suspected of it. Returns whether this narrows down which."""
         held = self._held(seat)
         self.seats.pop(seat, None)
-        self.cases += crashed
+        crashed, suspicious = how is How.CRASHED, how in (How.CRASHED, How.MEMORY)
+        if held and how not in (How.DONE, How.LOST):
+            further = [life.left(self.saved(life.fingerprint)) for life in held]
+            if any(further):
+                self.deaths.gain()
+            self.failing[held[0].shape] += crashed
+        self.cases += suspicious
         for life in held:
-            if crashed:
-                life.suspect(self.cases, len(held))
+            if suspicious:
+                life.suspect(self.cases, len(held), counts=crashed)
             if crashed and life.guilty:
                 why = f"its seat's process died while it trained alone: {reason or 'it did not say why'}"
                 state = self.give_up(life, self.configurations[life.fingerprint], why)
+                self.deaths.guilty()
                 life.give_up(state)
                 self._over(life.fingerprint, state)
             else:
                 self._lose(seat, life.fingerprint, now)
+        return len(held) > 1 if how is How.MEMORY else crashed and bool(held)
 
     def tick(self, now: float) -> None:
         """Called now and then: seats that have been silent for too long are taken for dead."""
         for seat in [s for s, view in self.seats.items() if now - view.heard > SILENT_SECONDS]:
+            self.silent.setdefault(name_of(seat), now)
             self.seat_gone(seat, now)
+
+    def stuck(self, now: float) -> list[str]:
+        """Names of seats that were taken for dead and said nothing for as long again: they hold their place
+        for nothing. (A broker that stood still itself hears of the others in between.)"""
+        return [name for name, since in self.silent.items() if now - since > SILENT_SECONDS]
 
     # -- what the driver shows --------------------------------------------------------------------------
 
@@ -218,7 +258,7 @@ class BrokerCore:
     @property
     def suspects(self) -> int:
         """Lanes that are suspected of a crash: while there are any, deaths of seats narrow the search."""
-        return sum(life.company is not None for life in self.lives.values())
+        return sum(life.company is not None for life in self.open.values())
 
     # -- inside -----------------------------------------------------------------------------------------
 
@@ -232,7 +272,13 @@ class BrokerCore:
     def _hear(self, seat: str, now: float) -> SeatView:
         view = self.seats.setdefault(seat, SeatView(now))
         view.heard = now
+        self.silent.pop(name_of(seat), None)
+        self.deaths.seats = max(self.deaths.seats, len(self.seats))
         return view
+
+    def _got_on(self, shape: str) -> None:
+        self.deaths.gain()
+        self.failing.pop(shape, None)
 
     def _life(self, configuration: Configuration, now: float) -> Life:
         """That of this configuration; a new one has failed as often, and may be over, as the store says."""
@@ -265,26 +311,32 @@ class BrokerCore:
             del self.lives[fingerprint], self.open[fingerprint], self.configurations[fingerprint]
 
     def _choose(self, view: SeatView, waiting: list[Life]) -> str | None:
-        """For an empty pack: the shape it drained for, else that of a suspect, else the one with most waiting
-        lanes."""
+        """For an empty pack: the shape it drained for, else the one that failed least, so that what can be
+        trained is trained first; of several that of a suspect, else the one with most waiting lanes."""
         counts = Counter(life.shape for life in waiting)
         if view.yields_to in counts:
             return view.yields_to
-        suspects = [life.shape for life in waiting if life.company is not None]
-        if suspects:
-            return suspects[0]
-        return max(counts, key=counts.__getitem__, default=None)
+        suspects = {life.shape for life in waiting if life.company is not None}
+        return min(counts, key=lambda s: (self.failing[s], s not in suspects, -counts[s]), default=None)
 
     def _serve_the_unserved(self, now: float) -> None:
-        """A shape that no seat trains and that has waited too long gets the seat with the fewest lanes."""
+        """A shape that no seat trains and that has waited too long gets the seat with the fewest lanes. So
+        does a suspect, which may join no pack. A shape whose lanes all fail waits for its turn."""
         staying = [view for seat, view in self.seats.items() if not self._has_to_go(seat)]
-        served = {view.shape for view in staying if view.lanes} | {view.yields_to for view in staying}
+        drains_for = {view.yields_to for view in staying}
+        served = {view.shape for view in staying if view.lanes} | drains_for
         for life in self.open.values():
-            if life.needs_seat and life.shape not in served and now - life.since > UNSERVED_SECONDS:
-                busy = [view for view in staying if view.lanes and view.yields_to is None]
-                if busy:
-                    min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape
-                    served.add(life.shape)
+            if not life.needs_seat or now - life.since <= UNSERVED_SECONDS:
+                continue
+            if life.company is not None:
+                unserved = life.shape not in drains_for
+            else:
+                unserved = life.shape not in served and self.failing[life.shape] < FAILING
+            busy = [view for view in staying if view.lanes and view.yields_to is None]
+            if unserved and busy:
+                min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape
+                drains_for.add(life.shape)
+                served.add(life.shape)
 
 
 def name_of(seat: str) -> str:

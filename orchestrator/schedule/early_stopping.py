@@ -13,7 +13,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from orchestrator.schedule.rungs import ETA, SAMPLES, evaluation, first_rung
+from orchestrator.schedule.rungs import ETA, SAMPLES, evaluation, first_rung, last_rung
 from orchestrator.study.configuration import Configuration
 
 
@@ -87,7 +87,7 @@ def _scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     steps, first = configuration.schedule.steps, first_rung(configuration)
     loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "asha":
-        last = max(first, steps // ETA)  # rung: a later one saves little and costs the choice its seeds
+        last = last_rung(configuration)
         return AsyncHyperBandScheduler(
             "step", **loss, max_t=last, grace_period=first, reduction_factor=ETA, stop_last_trials=False
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from orchestrator.record.store import Store
@@ -26,18 +27,19 @@ class Ledger:
         self.horizon = horizon
         self.asked: dict[str, Configuration] = {}
         self.points: dict[str, Point] = {}
+        self.counts: Counter[str] = Counter()
+        """How many points each variant has been asked for."""
         self.told: Callable[[Configuration], None] = lambda configuration: None
         """Called with each new point, after it was written down."""
         for point in file.asked:
-            if point.variant not in space.variants:
+            if point.variant not in space.variants or point.fingerprint in self.asked:
                 continue
             configuration = build(point.variant, point.parameters)
             if configuration is None or configuration.fingerprint != point.fingerprint:
                 raise BadInput(
-                    f"study {folder.name!r}: its search has asked for points with other settings (steps, "
-                    "rank, model, ...) than these; repeat its options, or take another --study."
+                    f"study {folder.name!r}: its search has asked for {_why(point, configuration)}"
                 )
-            self.asked[point.fingerprint], self.points[point.fingerprint] = configuration, point
+            self._count(point, configuration)
 
     def of(self, variant: str) -> list[Point]:
         return [point for point in self.points.values() if point.variant == variant]
@@ -47,7 +49,7 @@ class Ledger:
         if variant in self.file.exhausted:
             return 0
         most = min(self.file.points, self.space.size(variant))
-        return max(0, int(most) - len(self.of(variant)))
+        return max(0, int(most) - self.counts[variant])
 
     @property
     def total(self) -> int:
@@ -55,34 +57,37 @@ class Ledger:
         return len(self.asked) + sum(self.left(variant) for variant in self.space.variants)
 
     def ask(self, variant: str, parameters: Mapping[str, Value], configuration: Configuration) -> None:
-        """Writes the point down. From now on it counts."""
+        """Writes the point down, after `keep`. From now on it counts."""
         point = Point(variant, configuration.task.name, dict(parameters), configuration.fingerprint)
-        self._replace(replace(self.file, asked=(*self.file.asked, point)))
-        self.asked[point.fingerprint], self.points[point.fingerprint] = configuration, point
+        self.file = self.file.with_point(self.folder, point)
+        self._count(point, configuration)
         self.told(configuration)
 
     def ask_design(self) -> None:
-        """Asks for all that is left, of a sampler that learns nothing."""
+        """Asks for all that is left, of a sampler that learns nothing. Where another variant has brought
+        dimensions of its own, the sequence is another one: a variant then gets what it lacks from that."""
+        if not any(map(self.left, self.space.variants)):
+            return
         drawn = design(self.file.sampler, self.space, self.file.points, self.build)
-        new: dict[str, tuple[Point, Configuration]] = {}
+        new: list[Point] = []
         for variant, points in drawn.items():
             for parameters in points:
                 configuration = self.build(variant, parameters)
                 assert configuration is not None  # the design left these out
                 if self.left(variant) and configuration.fingerprint not in self.asked:
                     point = Point(variant, configuration.task.name, parameters, configuration.fingerprint)
-                    new[point.fingerprint] = point, configuration
-        self.file = replace(self.file, asked=(*self.file.asked, *(point for point, _ in new.values())))
-        for fingerprint, (point, configuration) in new.items():
-            self.asked[fingerprint], self.points[fingerprint] = configuration, point
+                    new.append(point)
+                    self._count(point, configuration)
+        self.file = replace(self.file, asked=(*self.file.asked, *new))
 
     def exhaust(self, variant: str) -> None:
-        """The variant's space has no point that was not asked."""
+        """The variant's space has no point that was not asked (a large one: none was found at random)."""
         self._replace(replace(self.file, exhausted=(*self.file.exhausted, variant)))
 
     def keep(self) -> None:
-        """Writes the file as it is."""
-        self._replace(self.file)
+        """Writes all down as it is."""
+        self.file.write(self.folder)
+        self.file.write_points(self.folder)
 
     def spent(self, store: Store) -> Mapping[str, Spent]:
         """What each variant has spent, by the records of `store`. It is written down, too."""
@@ -100,9 +105,42 @@ class Ledger:
         most = self.left(variant) + len(self.of(variant))
         return Spent(most, len(self.of(variant)), dict(states), steps, most * self.horizon)
 
+    def _count(self, point: Point, configuration: Configuration) -> None:
+        self.asked[point.fingerprint], self.points[point.fingerprint] = configuration, point
+        self.counts[point.variant] += 1
+
     def _replace(self, file: SearchFile) -> None:
         file.write(self.folder)
         self.file = file
+
+
+def _why(point: Point, now: Configuration | None) -> str:
+    """What tells the point of the past from what it would be now."""
+    if now is not None and (raised := _raised(point, now)):
+        return (
+            f"points under earlier numerics of the {raised}: this program computes otherwise, "
+            "and their results do not count with new ones; take another --study."
+        )
+    return (
+        "points with other settings (steps, rank, model, ...) than these; repeat its options, or take "
+        "another --study."
+    )
+
+
+def _raised(point: Point, now: Configuration) -> str:
+    """Whose numerics were raised since: with lower ones it would be the point."""
+    variant, task, loop = now.variant.numerics, now.task.numerics, now.loop_numerics
+    for a, b, c in product(range(1, variant + 1), range(1, task + 1), range(1, loop + 1)):
+        of_then = replace(
+            now,
+            variant=replace(now.variant, numerics=a),
+            task=replace(now.task, numerics=b),
+            loop_numerics=c,
+        )
+        if of_then.fingerprint == point.fingerprint:
+            pairs = ((f"variant {now.variant.name}", a < variant), ("task", b < task), ("loop", c < loop))
+            return " and ".join(name for name, lower in pairs if lower)
+    return ""
 
 
 def opened(folder: Path, sampler: str, points: int, space: Space, build: Build, horizon: int) -> Ledger:

@@ -65,7 +65,9 @@ class Life:
     company: int | None = None
     """While it is suspected: how many lanes may be in its pack, it among them."""
     crashes: int = 0
-    """How often its seat crashed while it was alone there, since it had news."""
+    """How often its seat crashed while it was alone there, since it had news or a newer checkpoint."""
+    saved: int = 0
+    """The step of its newest checkpoint when its seat last died."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -135,17 +137,19 @@ class Life:
     def held_by(self, seat: str, attempt: int) -> bool:
         return self.phase in (Phase.LEASED, Phase.PARKED) and (self.seat, self.attempt) == (seat, attempt)
 
-    def report(self, seat: str, report: Report) -> None:
+    def report(self, seat: str, report: Report) -> bool:
         """The last report of who holds it, perhaps said before. One that is not newer than what is kept (a
-        new attempt repeats some) is not kept."""
+        new attempt repeats some) is not kept. Returns whether it is."""
         if not self.held_by(seat, report.attempt):
-            return
+            return False
         self.told = report.step
-        if not self.reports or report.step > self.reports[-1].step:
+        newer = not self.reports or report.step > self.reports[-1].step
+        if newer:
             self.reports.append(report)
             self.clear()
         if self.gated and self.asked < report.step:
             self.phase = Phase.PARKED
+        return newer
 
     def answer(self, seat: str, attempt: int, now: float) -> Answer:
         """What the seat should do with the lane at this moment. One that is to be stopped first tells again
@@ -158,10 +162,19 @@ class Life:
             return Answer.DROP
         return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
 
-    def suspect(self, case: int, lanes: int) -> None:
-        """Its seat crashed while it held so many lanes, this one among them."""
+    def left(self, saved: int) -> bool:
+        """Its seat has died, and its newest checkpoint is of step `saved`. Returns whether it has got further
+        since the last time: then it may crash as often as before."""
+        further = saved > self.saved
+        if further:
+            self.saved, self.crashes = saved, 0
+        return further
+
+    def suspect(self, case: int, lanes: int, counts: bool = True) -> None:
+        """Its seat crashed while it held so many lanes, this one among them. `counts`: for a lone one it is a
+        proof."""
         self.case, self.company = case, max(1, lanes // 2)
-        self.crashes += lanes == 1
+        self.crashes += counts and lanes == 1
 
     @property
     def guilty(self) -> bool:

@@ -47,9 +47,10 @@ def print_plan(
     for what, text in (
         ("Task", f"{first.task.name}, {first.schedule.steps} steps of {batch}"),
         ("Base model", f"{first.model.name} ({content if content == UNPREPARED else content[:12]})"),
-        *(_search(search) if search else ()),
+        *(_search(search, first) if search else ()),
         *([] if search else [("Variants", " ".join(dict.fromkeys(c.variant.name for c in wanted)))]),
         *([] if search else [("Learning rates", " ".join(f"{rate:g}" for rate in rates))]),
+        *([("Fixed", " ".join(options.set))] if options.set else []),
         ("Seeds", f"{options.seed_count}"),
         ("Configurations", f"{total}, of them {total - left} known"),
         ("Steps", f"at most {left * first.schedule.steps}"),
@@ -67,9 +68,16 @@ def print_short(console: Console, spent: Mapping[str, Spent], points: int) -> No
             console.print(f"{variant}: {each.points} points of {points}: its space has no more", markup=False)
 
 
-def _search(search: Ledger) -> list[tuple[str, str]]:
+def _search(search: Ledger, first: Configuration) -> list[tuple[str, str]]:
     """The sampler, and the space: on one line where it is the same for all variants."""
-    lines = [("Search", f"{search.file.sampler}, {search.file.points} points of each variant")]
+    counts = {variant: search.counts[variant] + search.left(variant) for variant in search.space.variants}
+    if len(set(counts.values())) == 1:
+        budget = f"{next(iter(counts.values()))} points of each variant"
+    else:
+        budget = f"points: {', '.join(f'{count} of {variant}' for variant, count in counts.items())}"
+    lines = [("Search", f"{search.file.sampler}, {budget}")]
+    if not any(d.name == "learning_rate" for d in search.space.dimensions):
+        lines.append(("Learning rate", f"{first.optimizer.learning_rate:g}"))
     texts = {
         variant: " ".join(f"{d.key}={d.text}" for d in dimensions) or "nothing"
         for variant, dimensions in search.space.variants.items()

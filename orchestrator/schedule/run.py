@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from rich.console import Console
 
 from orchestrator.finetune import resolve
+from orchestrator.record import scratch as scratch_folders
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.provenance import commit
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tracking_uri import check_uri, default_uri
+from orchestrator.record.tracking_uri import check_uri, default_uri, shown
 from orchestrator.schedule import cluster as ray_cluster
 from orchestrator.schedule.asked import Asked, builder
 from orchestrator.schedule.ledger import opened
@@ -30,7 +27,7 @@ from orchestrator.schedule.limits import Limits
 from orchestrator.schedule.plan import LANES, print_plan, print_short
 from orchestrator.schedule.progress import Progress, clock
 from orchestrator.schedule.rungs import entry, settings
-from orchestrator.study.command import LIMIT, gently
+from orchestrator.study.command import LIMIT, gently, typed
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.grid import grid
@@ -111,16 +108,17 @@ def run_study(
     folder.mkdir(parents=True, exist_ok=True)
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
-        _clear_scratch(store)
+        scratch_folders.clear(store)
         asked = ask()
         check(asked.wanted)
         if asked.search is not None:
             asked.search.keep()
         known = {*asked.hopeless, *(c.fingerprint for c in asked.met)}
-        command = shlex.join(["python", *sys.argv])
+        command = typed(sys.argv)
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         study = study.extended([c.fingerprint for c in asked.wanted], known)
-        study = replace(study, command=command, tracking_uri=options.tracking_uri or "")
+        study = replace(study, command=command, tracking_uri=shown(options.tracking_uri or ""))
+        study = replace(study, searched=study.searched or asked.search is not None)
         study = replace(
             study, baseline=experiment.baseline, margin=experiment.margin, tuning=experiment.tuning
         )
@@ -237,7 +235,7 @@ class _Run:
         known = {c.fingerprint for c in asked.met}
         with (
             progress,
-            _scratch(store) as scratch,
+            scratch_folders.scratch(store) as scratch,
             ray_cluster.connect(store.root) as cluster,
             gently(self.limits.ask),
         ):
@@ -316,18 +314,20 @@ class _Run:
             name=study.name,
             question=study.question,
             command=study.command,
-            tracking_uri=self.uri,
+            tracking_uri=shown(self.uri),
             pending=len(study.configurations) - len(found),
             baseline=study.baseline,
             margin=study.margin,
             tuning=folder.parent / study.tuning if study.tuning else None,
+            searched=study.searched,
+            looks=study.looks,
         )
         picture = next(p for name in PICTURES if (p := folder / name).exists())
         self.console.print(render(summary))
         for what, where in (
             ("Report", folder / "report.html"),
             ("Picture", picture),
-            ("MLflow", how_to_open(self.uri) or "runs are on the tracking server"),
+            ("MLflow", how_to_open(shown(self.uri)) or "runs are on the tracking server"),
         ):
             self.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
 
@@ -369,22 +369,3 @@ def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
             f"the full study ({experiment.task}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
             "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
         )
-
-
-def _clear_scratch(store: Store) -> None:
-    """What drivers that were killed on this machine left."""
-    for old in (store.root / "scratch").glob(f"{os.uname().nodename}-*"):
-        if not psutil.pid_exists(int(old.name.rpartition("-")[2])):
-            shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _scratch(store: Store) -> Iterator[Path]:
-    """A folder, on the storage that all nodes see, for what Ray Tune and Train write for themselves. Nothing
-    of it outlives the study; what a killed one left goes with the next."""
-    folder = store.root / "scratch" / f"{os.uname().nodename}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

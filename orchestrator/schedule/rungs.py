@@ -28,6 +28,11 @@ def first_rung(configuration: Configuration) -> int:
     return next((step for step in steps if step >= warmup_steps(configuration.schedule)), steps[-1])
 
 
+def last_rung(configuration: Configuration) -> int:
+    """ASHA's: a later one saves little and costs the choice its seeds."""
+    return max(first_rung(configuration), configuration.schedule.steps // ETA)
+
+
 def evaluation(configuration: Configuration, step: int) -> int:
     """How many evaluations from the first rung on lie at or before `step`: Hyperband's time. Its brackets are
     made of whole units from 1; in steps, most of them would end before the first evaluation."""
@@ -39,7 +44,9 @@ def settings(scheduler: str, configuration: Configuration) -> str:
     if scheduler == "none":
         return ""
     parts = [scheduler, "loss=min", f"first={first_rung(configuration)}"]
-    return " ".join([*parts, f"samples={SAMPLES}" if scheduler == "median" else f"eta={ETA}"])
+    parts += [f"samples={SAMPLES}" if scheduler == "median" else f"eta={ETA}"]
+    parts += [f"last={last_rung(configuration)}"] if scheduler == "asha" else []
+    return " ".join(parts)
 
 
 def entry(

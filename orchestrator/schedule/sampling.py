@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.study.configuration import Configuration
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 DESIGNS = ("random", "qmc")
 """Samplers that learn nothing: all their points can be drawn beforehand."""
 SEED = 0
-REPEATS = 100  # suggestions in a row that are known or refused, before a space counts as used up
+REPEATS = (
+    8  # suggestions in a row that are known or refused, before others are looked for without the sampler
+)
+SMALL = 10_000  # points of a space that are looked through one by one
+DRAWS = 1000  # the same of a larger one, at random
+IDLE = 100  # draws in a row that bring a design nothing new
 WARM_START = 10  # CMA-ES takes the best tenth of what is known: one at least
 
 Build = Callable[[str, Mapping[str, Value]], Configuration | None]
@@ -60,6 +66,27 @@ def drawn(dimensions: Sequence[Dimension], found: Mapping[str, Value]) -> dict[s
     }
 
 
+def others(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[str, Value]]:
+    """Points to take where a sampler comes back to known ones: each of a small space once, in random order;
+    of a larger one DRAWS at random, some of them twice perhaps. The order comes from `seed` and the sizes."""
+    size = math.prod(d.size or math.inf for d in dimensions)
+    if size <= SMALL:
+        for number in random.Random(seed).sample(range(int(size)), int(size)):
+            found: dict[str, Value] = {}
+            for d in dimensions:
+                number, at = divmod(number, d.size or 1)
+                found[d.key] = d.choices[at] if d.choices else d.value(d.low + at)
+            yield found
+        return
+    from optuna import create_study, logging
+    from optuna.samplers import RandomSampler
+
+    logging.set_verbosity(logging.WARNING)  # a line about each study otherwise
+    study, made_of = create_study(sampler=RandomSampler(seed=seed)), distributions(dimensions)
+    for _ in range(DRAWS):
+        yield values(dimensions, study.ask(fixed_distributions=made_of).params)
+
+
 def sampler(name: str, points: int, asked: int, known: Sequence[FrozenTrial] = ()) -> BaseSampler:
     """A fresh sampler for a group that has asked for `asked` points of `points`, whose complete ones are
     `known`. After a restart it does not repeat its draws: they come from SEED and `asked`."""
@@ -87,7 +114,7 @@ def sampler(name: str, points: int, asked: int, known: Sequence[FrozenTrial] = (
 def design(name: str, space: Space, points: int, build: Build) -> dict[str, list[dict[str, Value]]]:
     """`points` different ones of each variant, fewer where there are no more. All variants take theirs from
     one sequence over the whole space, each what it has, so that what they share is alike; more points begin
-    with the same ones."""
+    with the same ones. Once that sequence only repeats itself, the rest comes from `others`."""
     from optuna import create_study, logging
     from optuna.trial import create_trial
 
@@ -99,14 +126,26 @@ def design(name: str, space: Space, points: int, build: Build) -> dict[str, list
     # QMC learns the space from the first point; of its own it would draw that one at random.
     study.add_trial(create_trial(params=ends, distributions=made_of, value=0.0))
     found: dict[str, dict[str, dict[str, Value]]] = {variant: {} for variant in space.variants}
+
+    def take(variant: str, mine: dict[str, Value]) -> bool:
+        configuration = build(variant, mine)
+        if configuration is None or configuration.fingerprint in found[variant]:
+            return False
+        found[variant][configuration.fingerprint] = mine
+        return True
+
+    def lacks(variant: str) -> bool:
+        return len(found[variant]) < min(points, space.size(variant))
+
     idle = 0
-    while idle < REPEATS and any(len(of) < min(points, space.size(v)) for v, of in found.items()):
+    while idle < IDLE and any(map(lacks, found)):
         drawn_now = values(dimensions, study.ask(fixed_distributions=made_of).params)
         idle += 1
-        for variant, of in found.items():
-            mine = {d.key: drawn_now[d.key] for d in space.variants[variant]}
-            configuration = build(variant, mine)
-            if len(of) < points and configuration is not None and configuration.fingerprint not in of:
-                of[configuration.fingerprint] = mine
+        for variant in filter(lacks, found):
+            if take(variant, {d.key: drawn_now[d.key] for d in space.variants[variant]}):
                 idle = 0
+    for variant in filter(lacks, found):
+        rest = others(space.variants[variant], SEED)
+        while lacks(variant) and (mine := next(rest, None)) is not None:
+            take(variant, mine)
     return {variant: list(of.values()) for variant, of in found.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -17,7 +17,10 @@ from orchestrator.schedule import sampling
 from orchestrator.schedule.ledger import Ledger
 from orchestrator.schedule.rungs import settings
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Dimension
+from orchestrator.study.space import Dimension, Value
+
+if TYPE_CHECKING:
+    from optuna import Study
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class _Group:
     variant: str
     dimensions: tuple[Dimension, ...]
     optuna: OptunaSearch | None
-    stuck: bool = False
-    """Its last suggestions repeated points: it is asked again when a lane has ended."""
+    study: Study | None = None
+    """Optuna's own, of that OptunaSearch."""
 
 
 @dataclass
@@ -50,6 +53,9 @@ class _Trial:
     name: str | None
     step: int = 0
     reports: int = field(default=0)
+
+
+_New = tuple[str, dict[str, Value], Configuration]  # its name in the OptunaSearch, and what it is
 
 
 class PerGroupSearch(Searcher):
@@ -82,13 +88,9 @@ class PerGroupSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:  # Tune's own type leaves out FINISHED
-        """A point to train; None while none can be given; FINISHED when the budget is spent."""
+        """A point to train; FINISHED when the budget is spent."""
         found = self._next_again(trial_id) if self.again else self._next_new(trial_id)
-        if found is not None:
-            return {"configuration": found.to_json()}
-        if any(self.ledger.left(variant) for variant in self.groups):
-            return None
-        return Searcher.FINISHED
+        return Searcher.FINISHED if found is None else {"configuration": found.to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         trial = self.trials[trial_id]
@@ -105,7 +107,6 @@ class PerGroupSearch(Searcher):
         trial = self.trials.pop(trial_id, None)
         if trial is None:
             return
-        trial.group.stuck = False
         if trial.name is None or trial.group.optuna is None:
             return
         state = (result or {}).get("state")
@@ -132,7 +133,8 @@ class PerGroupSearch(Searcher):
     # -- points -----------------------------------------------------------------------------------------
 
     def _group(self, variant: str, dimensions: tuple[Dimension, ...]) -> _Group:
-        from optuna import logging
+        from optuna import load_study, logging
+        from optuna.storages import InMemoryStorage
         from optuna.trial import create_trial
 
         if not dimensions:
@@ -148,8 +150,11 @@ class PerGroupSearch(Searcher):
             for f, outcome in told.items()
             if outcome.state == "complete"
         ]
+        storage = InMemoryStorage()
         optuna = OptunaSearch(
             made_of,
+            study_name=variant,
+            storage=storage,
             metric="score",
             mode="max",
             sampler=sampling.sampler(file.sampler, file.points, len(asked), complete),
@@ -164,7 +169,7 @@ class PerGroupSearch(Searcher):
                 pruned=outcome.state == "stopped",
                 intermediate_values=list(outcome.scores),
             )
-        return _Group(variant, dimensions, optuna)
+        return _Group(variant, dimensions, optuna, load_study(study_name=variant, storage=storage))
 
     def _outcome(self, configuration: Configuration) -> Outcome | None:
         """What the store knows of it; None when it is to be trained."""
@@ -206,7 +211,7 @@ class PerGroupSearch(Searcher):
 
     def _next_new(self, trial_id: str) -> Configuration | None:
         """Of the variant whose turn it is, or of the next one that can be asked."""
-        while open_groups := [g for g in self.turns if self.ledger.left(g.variant) and not g.stuck]:
+        while open_groups := [g for g in self.turns if self.ledger.left(g.variant)]:
             while self.turns[0] is not open_groups[0]:
                 self.turns.rotate(-1)
                 self.in_block = 0
@@ -222,34 +227,56 @@ class PerGroupSearch(Searcher):
     def _ask(self, group: _Group, trial_id: str) -> Configuration | None:
         """A point that was not asked before; None for one whose result is known and that nobody need see, and
         when there is none."""
+        found = self._suggested(group, trial_id) or self._other(group, trial_id)
+        if found is None:
+            self.ledger.exhaust(group.variant)
+            return None
+        name, parameters, configuration = found
+        self.ledger.ask(group.variant, parameters, configuration)
+        outcome = self._outcome(configuration)
+        if outcome is None:
+            self.trials[trial_id] = _Trial(group, name)
+            return configuration
+        self._tell(group, name, outcome)
+        if outcome.state == "failed":
+            return None
+        self.known.add(configuration.fingerprint)
+        if self.scheduler == "none":
+            return None
+        self.trials[trial_id] = _Trial(group, None)
+        return configuration
+
+    def _suggested(self, group: _Group, trial_id: str) -> _New | None:
+        """What the sampler suggests; None when all its suggestions were asked before, or are refused."""
+        if group.optuna is None:
+            return None
         for attempt in range(sampling.REPEATS):
             name = f"{trial_id}-{attempt}"
-            drawn = group.optuna.suggest(name) if group.optuna is not None else {}
-            parameters = sampling.values(group.dimensions, drawn or {})
-            configuration = self.ledger.build(group.variant, parameters)
-            if configuration is None or configuration.fingerprint in self.ledger.asked:
-                if group.optuna is not None:
-                    # As if it had failed: a sampler told twice of a good point comes back to it the more.
-                    group.optuna.on_trial_complete(name, None, error=True)
-                continue
-            self.ledger.ask(group.variant, parameters, configuration)
-            outcome = self._outcome(configuration)
-            if outcome is None:
-                self.trials[trial_id] = _Trial(group, name)
-                return configuration
-            self._tell(group, name, outcome)
-            if outcome.state == "failed":
-                return None
-            self.known.add(configuration.fingerprint)
-            if self.scheduler == "none":
-                return None
-            self.trials[trial_id] = _Trial(group, None)
-            return configuration
-        if any(trial.group is group for trial in self.trials.values()):
-            group.stuck = True  # what is in training may move its sampler elsewhere
-        else:
-            self.ledger.exhaust(group.variant)
+            parameters = sampling.values(group.dimensions, group.optuna.suggest(name) or {})
+            configuration = self._unasked(group, parameters)
+            if configuration is not None:
+                return name, parameters, configuration
+            # As if it had failed: a sampler told twice of a good point comes back to it the more.
+            group.optuna.on_trial_complete(name, None, error=True)
         return None
+
+    def _other(self, group: _Group, trial_id: str) -> _New | None:
+        """One at random, for a sampler that cannot leave its best points: it knows nothing of repeats."""
+        seed = len(self.ledger.asked)  # elsewhere each time, also after a restart
+        for parameters in sampling.others(group.dimensions, seed):
+            configuration = self._unasked(group, parameters)
+            if configuration is None:
+                continue
+            if group.optuna is not None and group.study is not None:
+                group.study.enqueue_trial(sampling.drawn(group.dimensions, parameters))
+                group.optuna.suggest(trial_id)  # this very point
+            return trial_id, parameters, configuration
+        return None
+
+    def _unasked(self, group: _Group, parameters: Mapping[str, Value]) -> Configuration | None:
+        configuration = self.ledger.build(group.variant, parameters)
+        known = configuration is None or configuration.fingerprint in self.ledger.asked
+        return None if known else configuration
 
     def _tell(self, group: _Group, name: str, outcome: Outcome) -> None:
         if group.optuna is None:

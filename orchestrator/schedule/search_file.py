@@ -1,25 +1,33 @@
-"""`search.json`: what a search may ask for and what it has asked, kept in the study's folder.
+"""What a search may ask for and what it has asked, kept in the study's folder.
 
 A point is written before anyone trains it, so that after a crash it is trained and not asked anew; what came
-of it is its record, in the store.
+of it is its record, in the store. One more point is one more line: a long search writes no file again.
 
 <output>/<study>/search.json
-{"sampler", "seed", "points", "spaces": {variant: {name: spec}}, "asked": [{"variant", "task", "parameters",
- "fingerprint"}, ...], "exhausted": [variant, ...], "spent": {variant: {...}}}
+{"sampler", "seed", "points", "spaces": {variant: {name: spec}}, "exhausted": [variant, ...],
+ "spent": {variant: {...}}}
+<output>/<study>/search.jsonl, a line each
+{"variant", "task", "parameters", "fingerprint"}
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from orchestrator.record import files
+from orchestrator.schedule.sampling import SMALL
 from orchestrator.study.errors import BadInput
 from orchestrator.study.space import Space
 
-FILE = "search.json"
+FILE, POINTS = "search.json", "search.jsonl"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,36 +79,73 @@ class SearchFile:
                         f"--space: study {study!r} has searched {variant}'s {name} in {then}, now it would "
                         f"be {now}; {other}."
                     )
-        more = points > self.points
-        return replace(
-            self,
-            points=points,
-            spaces={**self.spaces, **specs(space)},
-            exhausted=() if more else self.exhausted,
-        )
+        if points < self.points:
+            raise BadInput(
+                f"--points {points}: study {study!r} asks for {self.points} of each variant, and budgets "
+                f"stay equal; take {self.points} or more, or another --study."
+            )
+        # A large space was not looked through: its next points may be found.
+        sure = [v for v in self.exhausted if v not in space.variants or space.size(v) <= SMALL]
+        return replace(self, points=points, spaces={**self.spaces, **specs(space)}, exhausted=tuple(sure))
 
     def write(self, folder: Path) -> None:
-        """Replaces `folder`/search.json at once."""
-        files.replace(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        """Replaces `folder`/search.json at once; without the points."""
+        files.replace(folder / FILE, (json.dumps(asdict(replace(self, asked=())), indent=1) + "\n").encode())
+
+    def write_points(self, folder: Path) -> None:
+        """Replaces `folder`/search.jsonl at once."""
+        files.replace(folder / POINTS, b"".join(map(_line, self.asked)))
+
+    def with_point(self, folder: Path, point: Point) -> SearchFile:
+        """This search with one more point, which is then in `folder`/search.jsonl."""
+        with (folder / POINTS).open("ab") as file:
+            file.write(_line(point))
+            file.flush()
+            os.fsync(file.fileno())
+        return replace(self, asked=(*self.asked, point))
 
     @classmethod
     def read(cls, folder: Path) -> SearchFile | None:
-        """None when the folder holds no search. Raises BadInput on a file that is not one."""
+        """None when the folder holds no search. Raises BadInput on files that are not one. A last line that
+        is cut off, by a crash while it was written, was given to nobody: it is left out, with a warning."""
         path = folder / FILE
         try:
-            text = path.read_text()
+            text = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        from pydantic import TypeAdapter, ValidationError
-
+        file: SearchFile = _parsed(cls, text, str(path))
+        path = folder / POINTS
         try:
-            return TypeAdapter(cls).validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise BadInput(
-                f"{path}: not a search ({where + ': ' if where else ''}{first['msg']}); take another --study"
-            ) from error
+            *lines, rest = path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return file
+        if rest:
+            _log.warning("%s: its last line is torn: left out", path)
+        points = (_parsed(Point, line, f"{path}, line {n}") for n, line in enumerate(lines, 1))
+        return replace(file, asked=(*file.asked, *points))
+
+
+def _line(point: Point) -> bytes:
+    return (json.dumps(asdict(point)) + "\n").encode()
+
+
+def _parsed(kind: type, text: bytes, where: str) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        part = ".".join(str(each) for each in first["loc"])
+        said = f"{part + ': ' if part else ''}{first['msg']}"
+        raise BadInput(f"{where}: not a search ({said}); take another --study") from error
+
+
+@cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def specs(space: Space) -> dict[str, dict[str, str]]:

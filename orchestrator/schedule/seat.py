@@ -6,15 +6,18 @@ ends the run, and the seat is replaced as a whole.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.schedule.seat_end import How, SeatEnd, end_of
+
+log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 60.0
 DRAIN_SECONDS = 3.0  # how often a worker asks whether its node has to go; spot machines give 30 s and more
@@ -104,7 +107,7 @@ def work(settings: Mapping[str, Any]) -> None:
         bench = models.load(choice, store.bases, device, task)
         if plan.gradient_checkpointing:
             recompute_blocks(bench.model)
-        return bench
+        return replace(bench, share=min(1.0, plan.gpus)) if gpu else bench
 
     pkgutil.resolve_name(plan.loop)(
         source,
@@ -136,13 +139,16 @@ def _leave_before_the_node(name: str) -> None:
     from orchestrator.schedule.cluster import draining
 
     here = ray.get_runtime_context().get_node_id()
+    said = False
     while True:
         time.sleep(DRAIN_SECONDS)
         try:
             if here in draining():
                 ray.get_actor(NAME).vacate.remote(name)
-        except Exception:  # the broker restarts, Ray is busy: the next time may go well
-            continue
+        except Exception as error:  # the broker restarts, Ray is busy: the next time may go well
+            if not said:  # or Ray tells it in another way now, and the next time will be as this one
+                log.warning("cannot look whether this node has to go: %s: %s", type(error).__name__, error)
+            said = True
 
 
 class SeatHost:

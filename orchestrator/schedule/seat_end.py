@@ -1,4 +1,4 @@
-"""How a seat has come to its end, from what Ray Train says of its run."""
+"""How a seat has come to its end, from what Ray Train says of its run; and when it is too often."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.exceptions import RayActorError
 
+DEATHS_ALLOWED = 3  # in a row
+DEVICE_LOST = "the device is lost"  # how SeatBroken tells it from lanes that failed alike
 NODE_SECONDS = 5.0  # a worker is out of reach: how long its node is given to show that it is, too
 
 
@@ -22,6 +24,12 @@ class How(StrEnum):
     """With the node of one of its workers."""
     CRASHED = "crashed"
     """A worker's process died by itself, on a node that lives."""
+    MEMORY = "memory"
+    """Ray ended a worker because its machine was short of memory: fewer lanes may have enough. No lane is
+    guilty of it: what took the memory may be another's process."""
+    ALIKE = "alike"
+    """A worker gave up since lane after lane failed with the same words: for what these lanes have in common,
+    or for something that is wrong with the machine. What it held besides was never tried."""
     FAILED = "failed"
     """A worker gave up, or what stands between it and the driver died."""
 
@@ -33,9 +41,51 @@ class SeatEnd:
     """For people, one line; empty when it is done."""
 
 
+class Deaths:
+    """Of a study's seats, in a row. Two things end the study: seats that die one after another while none of
+    them takes a step, and, for as many as there are seats, deaths while no lane gets any further."""
+
+    def __init__(self) -> None:
+        self.barren = 0
+        """Since any seat took a step, or a lane was found guilty of a crash."""
+        self.fruitless = 0
+        """Since a lane got further: a new report, a newer checkpoint, a good end. Lanes found guilty count
+        like deaths: where all are, it is not the lanes."""
+        self.seats = 1
+        """The most that were there at once."""
+
+    def step(self) -> None:
+        """A seat has taken one."""
+        self.barren = 0
+
+    def gain(self) -> None:
+        """A lane has got further."""
+        self.barren = self.fruitless = 0
+
+    def guilty(self) -> None:
+        """A lane crashes its seat whatever is tried, and is given up."""
+        self.barren = 0
+        self.fruitless += 1
+
+    def died(self) -> None:
+        """A death that tells nothing. One that narrows down which lane it is for is none of these: there are
+        no more of them than halving a pack and trying a lone lane again can make."""
+        self.barren += 1
+        self.fruitless += 1
+
+    @property
+    def hopeless(self) -> str:
+        """Why no other seat should be started; empty while one should."""
+        if self.barren > DEATHS_ALLOWED:
+            return f"Seats died {self.barren} times in a row without taking a step; see above."
+        if self.fruitless > DEATHS_ALLOWED * (1 + self.seats):
+            return f"Seats died {self.fruitless} times in a row and got no lane any further; see above."
+        return ""
+
+
 def end_of(error: Exception) -> SeatEnd:
     """What `TorchTrainer.fit` raised means. Asks Ray how its actors died."""
-    from ray.exceptions import ActorDiedError, RayActorError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import (
         UserExceptionWithTraceback,
@@ -59,13 +109,17 @@ def end_of(error: Exception) -> SeatEnd:
             time.sleep(0.5)
         if lost:
             return SeatEnd(How.LOST, reason(death))
+    for short in silent:
+        if isinstance(short, OutOfMemoryError):
+            return SeatEnd(How.MEMORY, "its machine was short of memory, and Ray ended it")
     for death in deaths:
         if isinstance(death, ActorDiedError):
             return SeatEnd(How.CRASHED, reason(death).partition(" Some common causes")[0])
     raised = [f._base_exc for f in failures if isinstance(f, UserExceptionWithTraceback)]
     for exception in raised:
         if type(exception).__name__ == "SeatBroken":
-            return SeatEnd(How.CRASHED, reason(exception))
+            lost = str(exception).startswith(DEVICE_LOST)
+            return SeatEnd(How.CRASHED if lost else How.ALIKE, reason(exception))
     return SeatEnd(How.FAILED, reason((raised or [error])[0]))
 
 

@@ -13,12 +13,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.schedule import orphans
-from orchestrator.schedule.cluster import Cluster, check_shared, nodes_now
+from orchestrator.schedule.cluster import Cluster, Node, check_shared, nodes_now
 from orchestrator.schedule.seat import SeatHost, SeatPlan
 from orchestrator.schedule.seat_end import How, SeatEnd, reason
 from orchestrator.study.errors import BadInput
 
-DEATHS_ALLOWED = 3  # in a row, without a lane finishing in between
 NODES_SECONDS = 2.0  # how often the cluster is counted
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
 
@@ -49,25 +48,34 @@ class Seats:
         self.spoken: frozenset[str] = frozenset()
         """Names of seats that have spoken to the broker: they have found their place."""
         self.started = 0
-        self.deaths = 0
         self.without_since: float | None = None
         self.waited = False
         self.trouble = ""
         """Why no seat can be had; empty while one may still come."""
         self.nodes = Cluster(())
         """Those that can take a seat."""
+        self.left_out: frozenset[str] = frozenset()
+        """Addresses of nodes that do not see the store."""
         self._counted = self._orphans_until = -float("inf")
 
     def look(
-        self, waiting: int, training: int, live: int, spoken: Collection[str] = (), suspects: int = 0
+        self,
+        waiting: int,
+        training: int,
+        live: int,
+        spoken: Collection[str] = (),
+        stuck: Collection[str] = (),
+        hopeless: str = "",
     ) -> None:
         """Called now and then: lanes that wait and that train, seats that are there, the names of all that
-        ever spoke, lanes that are suspected of a crash. The first seats start at once: known results may be
-        replayed before a lane waits. A seat that has ended for want of work is replaced when lanes wait for
-        longer than a moment."""
+        ever spoke and of those that hang, and why no more should be started, if so. The first seats start at
+        once: known results may be replayed before a lane waits. A seat that has ended for want of work is
+        replaced when lanes wait for longer than a moment."""
         now = time.monotonic()
         self.spoken = frozenset(spoken)
-        self._bury(suspects, now)
+        self.trouble = self.trouble or hopeless
+        self._bury(now)
+        self._end_stuck(stuck, now)
         if now - self._counted > NODES_SECONDS:
             self._counted = now
             self._count()
@@ -94,10 +102,6 @@ class Seats:
         if self.nodes.room(self.plan.gpus, self.plan.workers):
             return ""
         return "a GPU node" if self.plan.gpus else "a node"
-
-    def lane_finished(self) -> None:
-        """A seat can train after all."""
-        self.deaths = 0
 
     def end(self, seconds: float) -> None:
         """They were told that nothing more comes; those that do not go by themselves within `seconds` are
@@ -129,13 +133,9 @@ class Seats:
     def _count(self) -> None:
         """The nodes, and what has become of them since the last time."""
         before = {node.id for node in self.nodes.nodes}
-        self.nodes = Cluster(nodes_now())
+        here = ray.get_runtime_context().get_node_id()
+        self.nodes = Cluster(self.that_see_the_store(nodes_now(), here))
         now = {node.id for node in self.nodes.nodes}
-        if now - before:
-            try:
-                check_shared(self.nodes.nodes, Path(self.plan.store))
-            except BadInput as error:  # a seat there would find no store, and no base
-                self.trouble = str(error)
         news = (len(now - before), "joined"), (len(before - now), "left")
         said = [f"{count} node{'s' if count > 1 else ''} {what}" for count, what in news if count]
         if before and said:
@@ -145,6 +145,26 @@ class Seats:
                 f"waiting for {self.waits_for}, up to {self.plan.start_seconds:g} s (--seat-timeout) "
                 "while there is no seat"
             )
+
+    def that_see_the_store(self, nodes: tuple[Node, ...], here: str) -> tuple[Node, ...]:
+        """What joins while the study runs may not: a seat there would find no store, and no base. `here`: the
+        driver's node."""
+        try:
+            check_shared(nodes, Path(self.plan.store))
+            return nodes
+        except BadInput:
+            mine = {node.address for node in (*nodes, *self.nodes.nodes) if node.id == here}
+            mine |= {node.address for node in self.nodes.nodes}
+            if not mine:  # the driver's is about to go
+                return nodes
+            others = {node.address for node in nodes} - mine
+            if others - self.left_out:
+                self.say(
+                    f"nodes on {', '.join(sorted(others - self.left_out))} do not see the store "
+                    f"{self.plan.store}, which is on this machine's own disk: they are not counted"
+                )
+            self.left_out |= others
+            return tuple(node for node in nodes if node.address in mine)
 
     def _start(self) -> None:
         name = f"seat-{self.started}"
@@ -156,7 +176,14 @@ class Seats:
         host = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         self.running[host.run.remote(name, self.plan, self.namespace)] = Running(name, host)
 
-    def _bury(self, suspects: int, now: float) -> None:
+    def _end_stuck(self, names: Collection[str], now: float) -> None:
+        """What hangs does not end by itself, and others could have its place."""
+        for promise in [promise for promise, seat in self.running.items() if seat.name in names]:
+            seat = self.running.pop(promise)
+            ray.kill(seat.host)
+            self._mourn(seat.name, SeatEnd(How.FAILED, "it hung, and was ended"), now)
+
+    def _bury(self, now: float) -> None:
         done, _ = (
             ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
             if self.running
@@ -168,23 +195,19 @@ class Seats:
                 end: SeatEnd = ray.get(promise)
             except RayError as error:  # its host died
                 end = SeatEnd(How.FAILED, reason(error))
-            self.broker.seat_ended.remote(seat.name, end.how is How.CRASHED, end.reason)
-            if end.how is not How.DONE:
-                self._orphans_until = now + ORPHAN_SECONDS
-                self._mourn(seat.name, end, suspects)
+            self._mourn(seat.name, end, now)
             ray.kill(seat.host)
         if now < self._orphans_until:
             orphans.remove_placement_groups()
 
-    def _mourn(self, name: str, end: SeatEnd, suspects: int) -> None:
+    def _mourn(self, name: str, end: SeatEnd, now: float) -> None:
+        self.broker.seat_ended.remote(name, end.how, end.reason)
+        if end.how is How.DONE:
+            return
+        self._orphans_until = now + ORPHAN_SECONDS
         if end.how is How.NO_ROOM:
             self.say(f"{name} found no room for {self.plan.start_seconds:g} s")
         elif end.how is How.LOST:
             self.say(f"{name} was lost with a node; its lanes go on elsewhere")
         else:
-            self.deaths += 1
             self.say(f"{name} died: {end.reason}")
-            # Crashes that narrow down which lane it is are worth more patience.
-            allowed = DEATHS_ALLOWED * (1 + self.plan.lanes) if suspects else DEATHS_ALLOWED
-            if self.deaths > allowed:
-                self.trouble = f"Seats died {self.deaths} times in a row without ending a lane; see above."

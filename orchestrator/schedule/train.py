@@ -254,11 +254,21 @@ class _Watch(threading.Thread):
             with suppress(RayError):
                 ray.get(self.broker.close.remote(), timeout=5)
         finally:
-            self.seats.end(LAST_SECONDS if not self.limits.hasty else MOMENT_SECONDS)
-            with suppress(RayError):
+            try:
+                self.seats.end(LAST_SECONDS if not self.limits.hasty else MOMENT_SECONDS)
                 if self.error is None:
-                    self._look()  # their last words
-            ray.kill(self.broker)
+                    self._last_words()
+            finally:
+                ray.kill(self.broker)
+
+    def _last_words(self) -> None:
+        """Of the seats. What goes wrong here must not hide what ended the study."""
+        try:
+            self._look()
+        except RayError:
+            pass
+        except Exception as error:
+            self.error = error
 
     def _look(self) -> None:
         all_told = self.all_told.is_set()
@@ -277,8 +287,6 @@ class _Watch(threading.Thread):
             if record is not None:
                 self.progress.ended(record)
                 self.ended(record)
-                if record.state != "failed":
-                    self.seats.lane_finished()
         self.read += len(news["ended"])
         for seat, taken in news["taken"].items():
             self.taken[seat] = max(taken, self.taken.get(seat, 0))
@@ -294,7 +302,8 @@ class _Watch(threading.Thread):
             self.settled.set()
         if not self.stop.is_set() and self.leaving is None:
             spoken = {name_of(seat) for seat in self.taken}
-            self.seats.look(progress.waiting, progress.training, counts["seats"], spoken, news["suspects"])
+            stuck, hopeless = news["stuck"], news["hopeless"]
+            self.seats.look(progress.waiting, progress.training, counts["seats"], spoken, stuck, hopeless)
         progress.waits_for = self.seats.waits_for
         progress.show()
 

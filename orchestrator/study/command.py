@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -18,6 +19,9 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 LIMIT = 3
 """The exit code of a study that a limit has ended before all was trained."""
+
+STARS = "***"
+"""In place of a password."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
@@ -40,13 +44,23 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        command = shlex.join(["python", *sys.orig_argv[1:]])
-        print(f"interrupted; to go on: {command}", file=sys.stderr)
+        print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """The command with these arguments as one types it, for files and people: without passwords."""
+    return shlex.join(["python", *map(without_passwords, arguments)])
+
+
+def without_passwords(text: str) -> str:
+    """`text` with stars for the passwords of the URIs in it: u:***@host, ?password=***."""
+    text = re.sub(r"(://[^/@:\s]*):\S*@", rf"\1:{STARS}@", text)
+    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)[^&\s]+", rf"\1{STARS}", text)
 
 
 class _Interrupt:

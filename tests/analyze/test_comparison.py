@@ -17,8 +17,8 @@ from test_report import ABOUT, Page
 
 from orchestrator.__main__ import Report
 from orchestrator.analyze import choice, verdict
-from orchestrator.analyze.comparison import Chosen, Confirmed, confirmed
-from orchestrator.analyze.plots_forest import forest
+from orchestrator.analyze.comparison import Chosen, Confirmed, TunedChoice, confirmed
+from orchestrator.analyze.plots_forest import forest, limits
 from orchestrator.analyze.plots_search import points, running_best
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.sensitivity import summarize
@@ -75,7 +75,7 @@ def test_a_failed_seed_is_missing_and_said() -> None:
     broken = next(i for i, r in enumerate(records) if r.configuration.variant.name == "hira")
     seed = records[broken].configuration.seed
     records[broken] = replace(records[broken], state="failed")
-    summary = summarize(records, baseline="lora", margin=0.01, chosen=CHOSEN)
+    summary = summarize(records, baseline="lora", margin=0.01, tuning=CHOSEN)
     (found,) = summary.comparisons
     assert found.failed == 1
     pair = next(p for p in found.comparison.pairs if p.label == "hira")
@@ -98,11 +98,11 @@ def test_item_noise_is_that_of_the_difference() -> None:
 
 def test_a_choice_at_the_edge_is_shown() -> None:
     edge = {**CHOSEN, "pissa": replace(CHOSEN["pissa"], edges=("learning_rate (high edge)",))}
-    summary = summarize(fresh(), baseline="lora", margin=0.01, chosen=edge)
+    summary = summarize(fresh(), baseline="lora", margin=0.01, tuning=edge)
     assert any("not bracketed" in w and "pissa learning_rate (high edge)" in w for w in summary.warnings)
     assert "pissa (+0.030, not bracketed) is better than lora" in verdict.verdict(summary.comparisons[0])
     lora = {**CHOSEN, "lora": replace(CHOSEN["lora"], edges=("learning_rate (low edge)",))}
-    (found,) = summarize(fresh(), baseline="lora", margin=0.01, chosen=lora).comparisons
+    (found,) = summarize(fresh(), baseline="lora", margin=0.01, tuning=lora).comparisons
     assert "Tuned LoRA (not bracketed) matches or beats" in verdict.verdict(found)
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
     console.print(render(summary))
@@ -116,8 +116,7 @@ def test_a_choice_at_the_edge_is_shown() -> None:
 def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Path, seeds: int) -> None:
     tune, folder = tmp_path / "tune", tmp_path / "confirm"
     tune.mkdir()
-    kept = {"configurations": [], "variants": {v: c.to_json() for v, c in CHOSEN.items()}}
-    choice.keep(tune, lambda: kept)
+    choice.keep(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning": tune}
     summary = write_report(fresh(seeds), folder, **about)
     assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
@@ -145,12 +144,50 @@ def test_the_report_command_writes_the_same_page(tmp_path: Path, capsys: pytest.
     folder = tmp_path / "c-confirm"
     StudyFile("c-confirm", "?", "x", names, baseline="lora", margin=0.02, tuning="c-tune").write(folder)
     (tmp_path / "c-tune").mkdir()
-    kept = {"configurations": [], "variants": {v: c.to_json() for v, c in CHOSEN.items()}}
-    choice.keep(tmp_path / "c-tune", lambda: kept)
+    choice.keep(tmp_path / "c-tune", TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     assert Report(study="c-confirm", output=tmp_path).run() == 0
     assert "report.html: 15 of 15 configurations" in capsys.readouterr().out
     (found,) = json.loads((folder / "summary.json").read_text())["comparisons"]
     assert "tuned with 7 points x 3 seeds, confirmed with 3 fresh seeds, margin 0.02" in found["verdict"]
+
+
+def test_variants_without_a_point_or_a_fresh_seed_count_as_unknown() -> None:
+    tuning = {**CHOSEN, "dora": None, "full": None}
+    without = [r for r in fresh() if r.configuration.variant.name != "hira"]
+    summary = summarize(without, baseline="lora", margin=0.01, tuning=tuning)
+    (found,) = summary.comparisons
+    assert found.untuned == ("dora", "full")
+    assert found.comparison.counted == 5, "rslora, pissa, lora-plus; hira and dora; full is a control"
+    assert verdict.claim(found).endswith("is not inferior to 1 to 4 of 5, 95% interval).")
+    assert any("no score at any point of the tuning" in w and "dora, full" in w for w in summary.warnings)
+    assert any("without a fresh seed" in w and w.endswith(" hira.") for w in summary.warnings)
+    assert "dora" not in {p.label for p in found.comparison.pairs}
+    render(summary)
+    forest([found])
+
+
+def test_one_diverged_seed_takes_the_interval_and_says_the_share_and_the_rest() -> None:
+    summary = summarize(fresh(diverged=1), baseline="lora", margin=0.01, tuning=CHOSEN)
+    (found,) = summary.comparisons
+    (pair,) = [p for p in found.comparison.pairs if p.label == "lora-plus"]
+    assert (pair.outcome, pair.interval, pair.p_differs) == ("undecided", None, None)
+    assert verdict.undecided(pair) == "1 of 10 seeds diverged"
+    (told,) = [w for w in summary.warnings if "lora-plus: 1 of 10" in w]
+    assert "share 0.02 to 0.40" in told
+    assert "mean of the rest 0.7" in told
+    assert "up to 28% still may" in verdict.scope(found.comparison)
+
+
+def test_a_second_look_is_said() -> None:
+    def told(*looks: int) -> list[str]:
+        found = summarize(fresh(), baseline="lora", margin=0.01, tuning=CHOSEN, looks=looks)
+        return [w for w in found.warnings if "look" in w]
+
+    assert told() == told(10) == told(10, 20) == []
+    assert "look 2 at 10 seeds, after a verdict at 5" in told(5, 10)[0]
+    assert "look 3 at 10 seeds, after a verdict at 3, 5" in told(3, 5)[0]
+    study_file = StudyFile("s", "", "")
+    assert study_file.looked(5).looked(10).looked(10).looked(7).looks == (5, 10)
 
 
 def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
@@ -162,7 +199,16 @@ def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
 def test_one_that_is_far_out_does_not_press_the_others_together() -> None:
     near = only([r for r in fresh() if r.configuration.variant.name != "lora-plus"])
     far = only(fresh())
-    assert forest([far]) != forest([near])
+    pairs = far.comparison.pairs
+    lowest = min(p.difference for p in pairs if p.difference is not None)
+    left, right = limits(pairs, 0.01)
+    assert lowest < left, "the far one is not in the picture, an arrow points at it"
+    for pair in near.comparison.pairs:
+        assert pair.difference is not None
+        assert left < pair.difference < right
+    assert right - left < 2 * (
+        limits(near.comparison.pairs, 0.01)[1] - limits(near.comparison.pairs, 0.01)[0]
+    )
     picture = Image.open(io.BytesIO(forest([far, near])))
     assert picture.width == 1200
 
@@ -179,7 +225,7 @@ def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
         )
     ]
     records.append(record("lora", 5.55e-4, 0, 0.1, rank=4, state="stopped"))
-    summary = write_report(records, tmp_path, **ABOUT)
+    summary = write_report(records, tmp_path, **ABOUT, searched=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "search.png", "summary.json"]
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []

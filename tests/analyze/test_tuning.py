@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import RATES, STUDY, record, study
+from synthetic import RATES, record, study
 
 from orchestrator.analyze import choice
-from orchestrator.analyze.comparison import Chosen
-from orchestrator.analyze.search import is_search
+from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.tuning import Tuned, otherwise, tuned
 from orchestrator.record.schema import Record
@@ -120,13 +118,15 @@ def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
     assert [share for _, share in steady] == [1.0]
 
 
-def test_a_choice_comes_back_from_its_json() -> None:
-    for each in tuned(study()):
-        found = Chosen.of(each)
-        assert found is not None
-        assert Chosen.from_json(json.loads(json.dumps(found.to_json()))) == found
-        assert found.configuration.seed == 0
-        assert (found.points, found.seeds, found.most_steps) == (7, 3, 7 * 3 * 60)
+def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
+    chosen = {each.variant: Chosen.of(each) for each in tuned(study())}
+    for each in chosen.values():
+        assert each is not None
+        assert each.configuration.seed == 0
+        assert (each.points, each.seeds, each.most_steps) == (7, 3, 7 * 3 * 60)
+    kept = TunedChoice(("a", "b"), None, {**chosen, "nothing": None})
+    assert choice.keep(tmp_path, TunedChoice, lambda: kept) == kept
+    assert choice.read(tmp_path, TunedChoice) == kept
 
 
 # --- kept
@@ -136,41 +136,36 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
     study_file = StudyFile("s", "", "", ("a", "b"))
     study_file.write(tmp_path)
     assert not choice.refuse_another(tmp_path, "s", ["c"], "tuning", "")
-    first = choice.keep(tmp_path, lambda: {"configurations": ["a", "b"], "x": 1})
-    assert choice.keep(tmp_path, lambda: pytest.fail("asked again")) == first
+    first = choice.keep(tmp_path, choice.Choice, lambda: choice.Choice(("a", "b")))
+    assert choice.keep(tmp_path, choice.Choice, lambda: pytest.fail("asked again")) == first
     assert choice.refuse_another(tmp_path, "s", ["b"], "tuning", "")
     with pytest.raises(
         BadInput, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
     ):
         choice.refuse_another(tmp_path, "s", ["c"], "tuning", "; no")
-    (tmp_path / choice.FILE).write_text("[]")
-    with pytest.raises(BadInput, match="not a choice"):
-        choice.read(tmp_path)
-
-
-# --- a search or a grid
-
-
-def sampled(rates: tuple[float, ...], **more: object) -> list[Record]:
-    return [record(rate=r, validation=0.5, **more) for r in rates]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("records", "search"),
+    ("text", "where"),
     [
-        (study(), False),
-        (study({k: [row[:1] for row in v] for k, v in STUDY.items()}), False),  # one seed
-        (sampled((1e-5, 1e-4, 3e-4, 1e-3)), False),  # irregular, but nobody's sampler
-        (sampled((3.16e-4, 1e-3, 3.16e-3, 1e-2, 3.16e-2)), False),  # two points a decade
-        (sampled((1e-3, 1e-2)) + sampled((1e-3, 1e-2), rank=16), False),
-        (sampled((1e-3, 3e-3, 1e-2)) + sampled((1e-2,), steps=120), False),  # a grid that was extended
-        (sampled((1.34e-4, 2.17e-3, 2.98e-3, 4.51e-2)), True),
-        (sampled((1.34e-4,)), True),
-        (sampled((1e-3, 2e-3), rank=4) + sampled((4e-3,), rank=8) + sampled((5e-3,), alpha=8.0), True),
+        ("[]", ""),
+        ("{", ""),
+        ('{"points": null, "variants": {}}', "configurations"),
+        ('{"configurations": [1], "points": null, "variants": {}}', "configurations"),
+        ('{"configurations": [], "points": null}', "variants"),
+        ('{"configurations": [], "variants": {}}', "points"),
+        ('{"configurations": [], "points": null, "variants": {"lora": {"rate": 0.1}}}', "variants"),
     ],
 )
-def test_what_is_a_search(records: list[Record], search: bool) -> None:
-    assert is_search(records) == search
+def test_a_file_that_is_no_choice_or_an_old_one_is_one_line(tmp_path: Path, text: str, where: str) -> None:
+    (tmp_path / choice.FILE).write_text(text)
+    with pytest.raises(BadInput, match=f"not a choice.*{where}.*delete it and run") as error:
+        choice.read(tmp_path, TunedChoice)
+    assert len(str(error.value).splitlines()) == 1
+    assert str(tmp_path / choice.FILE) in str(error.value)
+
+
+# --- a search or a grid
 
 
 def test_a_search_is_one_table_with_all_that_it_varied(tmp_path: Path) -> None:
@@ -180,7 +175,8 @@ def test_a_search_is_one_table_with_all_that_it_varied(tmp_path: Path) -> None:
         )
         for r, k, v, t in ((1.34e-3, 4, 0.2, 3.0), (2.47e-2, 8, 0.7, 2.0), (1.12e-1, 16, None, 1.0))
     ]
-    summary = summarize(points)
+    assert summarize(points).searches == (), "what a study did is not guessed from its rates"
+    summary = summarize(points, search=True)
     assert summary.panels == ()
     (found,) = summary.searches[0].variants
     assert found.best is not None

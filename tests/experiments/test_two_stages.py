@@ -21,6 +21,7 @@ TUNED, STOPPED = SCRIPT.with_name("tuned_comparison.py"), SCRIPT.with_name("earl
         (TUNED, ("--variants", "pisa"), ["'pisa'", "pissa"]),
         (TUNED, ("--search", "qmc", "--seeds", "2"), ["--seeds 2", "take --seeds 1"]),
         (STOPPED, ("--search", "optuna"), ["--search optuna", "take grid"]),
+        (STOPPED, ("--scheduler", "none"), ["--scheduler none", "asha"]),
     ],
 )
 def test_one_line_and_exit_code_2(
@@ -47,3 +48,32 @@ def test_a_search_tunes_too(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "16, of them 0 known" in done.stdout
     assert "2 variants at their chosen points x 10 fresh seeds, 20 configurations" in done.stdout
+
+
+def test_the_help_shows_what_early_stopping_takes(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help", script=STOPPED)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "(default: asha)" in text
+    assert "--search, --sampler, --space and --points are refused" in text
+
+
+def test_a_file_that_is_no_choice_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "tuned_comparison-letters-tune"
+    folder.mkdir(parents=True)
+    (folder / "choice.json").write_text('{"configurations": [], "variants": {"lora": {"rate": 0.01}}}')
+    done = run(tmp_path, *DRY, script=TUNED)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "choice.json: not a choice (points: " in done.stderr
+
+
+def test_a_plan_with_a_new_variant_after_the_choice_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "tuned_comparison-letters-tune"
+    folder.mkdir(parents=True)
+    (folder / "choice.json").write_text('{"configurations": [], "points": null, "variants": {"lora": null}}')
+    done = run(tmp_path, *DRY, "--variants", "pissa", script=TUNED)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        "--variants pissa: tuning of 'tuned_comparison-letters-tune' has chosen for lora alone" in done.stderr
+    )

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from orchestrator.record import gc
 from orchestrator.record.gc import collect, shown
+from orchestrator.record.scratch import scratch
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -146,15 +147,19 @@ def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_recor
 
 def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, tmp_path):
     host = os.uname().nodename
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()  # a number that nobody has any more
-    dead = _file(store.root / "scratch" / f"{host}-{process.pid}" / "tune" / "x").parents[1]
-    alive = _file(store.root / "scratch" / f"{host}-{os.getpid()}" / "x").parent
-    others = _file(store.root / "scratch" / f"another-{process.pid}" / "x").parent
-    found = collect(store, tmp_path / "results")
-    assert _counts(found.cleared) == {gc.SCRATCH: 1}
-    assert _counts(found.left) == {gc.BUSY: 1, gc.ELSEWHERE: 1}
-    assert [path.exists() for path in (dead, alive, others)] == [False, True, True]
+    dead = _file(store.root / "scratch" / f"{host}-12-0123abcd" / "tune" / "x").parents[1]
+    lock = _file(dead.with_name(f"{dead.name}.lock"))
+    others = _file(store.root / "scratch" / "another-12-0123abcd" / "x").parent
+    stray = _file(store.root / "scratch" / f"{host}-foo" / "x").parent
+    with scratch(store) as alive:
+        would = collect(store, tmp_path / "results", dry_run=True)
+        assert dead.exists()
+        assert lock.exists()
+        found = collect(store, tmp_path / "results")
+        assert _counts(would.cleared) == _counts(found.cleared) == {gc.SCRATCH: 1}
+        assert _counts(would.left) == _counts(found.left) == {gc.BUSY: 1, gc.ELSEWHERE: 2}
+        there = [path.exists() for path in (dead, lock, alive, others, stray)]
+    assert there == [False, False, True, True, True]
 
 
 def test_the_command_says_what_it_did(store, tmp_path, make_record):

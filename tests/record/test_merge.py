@@ -132,6 +132,18 @@ def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record
     assert merge(here, there).lanes == 0
 
 
+def test_what_has_ended_elsewhere_keeps_no_checkpoint_here(stores, make_record):
+    here, there = stores
+    came, was = make_record(seed=1), make_record(seed=2)
+    there.put(came)
+    here.put(was)
+    there.put(was)
+    for record in (came, was):
+        _checkpoint(here, record.fingerprint, 10)
+    merge(here, there)
+    assert list(here.checkpoints.iterdir()) == []
+
+
 def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
     here, there = stores
     for store, text in ((here, "mine"), (there, "theirs")):

@@ -93,6 +93,9 @@ class Run:
     size: Size
     starts: int = 0
     kills: list[Kill] = field(default_factory=list)
+    exits: list[str] = field(default_factory=list)
+    """How the command ended by itself before the study was complete, for people to read. None is right: only
+    a killed driver has to be started again."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -135,6 +138,13 @@ class Run:
         heads = [file.read_bytes()[:MOMENT] for file in (self.steps_folder / str(start)).glob("*")]
         return [struct.unpack("d", head)[0] for head in heads if len(head) == MOMENT]
 
+    def start_again(self, code: int, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
+        """It has ended with `code`, and nobody had killed it."""
+        kind = f", the last of a {self.kills[-1].kind}" if self.kills else ""
+        self.exits.append(f"start {self.starts} ended with {code} after {len(self.kills)} kills{kind}")
+        say(f"{self.exits[-1]}; started again")
+        return self.start()
+
     def fail(self, what: str) -> AssertionError:
         return AssertionError(f"{what}; the command's last words:\n{self.log.read_text()[-3000:]}")
 
@@ -153,35 +163,42 @@ def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> No
     for number in range(kills):
         kind = KINDS[number % len(KINDS)]
         left = SHARE * (run.size.all_steps - run.steps()) / (kills - number)
-        process = _kill(run, process, kind, chance.randint(1, max(1, int(left))), chance)
+        process = _kill(run, process, kind, chance.randint(1, max(1, int(left))), chance, say)
         kill = run.kills[-1]
         say(f"{kill.when - began:5.0f} s, step {kill.steps}: {kind} killed")
         if kind == "driver":
-            process.wait()
+            if (code := process.wait()) != -signal.SIGKILL:
+                raise run.fail(f"it ended with {code} just before it was to be killed")
             process = run.start()
     while code := process.wait():
         if run.starts > 2 * kills + 3:
             raise run.fail(f"started {run.starts} times it still ended with {code}")
-        say(f"{time.time() - began:5.0f} s: it ended with {code}, started again")
-        process = run.start()
+        process = run.start_again(code, say)
     _measure(run)
     words = ["-m", "orchestrator", "gc", "--output", str(run.output), "--older-than", "0"]
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def _kill(
-    run: Run, process: subprocess.Popen[bytes], kind: str, after: int, chance: random.Random
+    run: Run,
+    process: subprocess.Popen[bytes],
+    kind: str,
+    after: int,
+    chance: random.Random,
+    say: Callable[[str], None],
 ) -> subprocess.Popen[bytes]:
     """Kills one of `kind` once the command has taken `after` steps since the last kill. Returns the command's
-    process, which is another one if it had to be started again meanwhile."""
+    process, which is another one if it had ended by itself meanwhile (which is noted)."""
     before = run.steps((run.starts,))
     deadline = time.monotonic() + LOST_SECONDS
     while True:
         code = process.poll()
         if code == 0:
-            raise run.fail(f"complete after {len(run.kills)} kills: the study is too short for more")
+            raise run.fail(
+                f"complete after {len(run.kills)} kills: the study is too short for more, give it more steps"
+            )
         if code is not None:
-            process, before = run.start(), 0
+            process, before = run.start_again(code, say), 0
         if run.steps((run.starts,)) - before >= after:
             victims = _processes(process.pid, kind)
             if victims:
@@ -214,9 +231,18 @@ def _measure(run: Run) -> None:
             kill.back = min(firsts) - kill.when
 
 
+def wrong_starts(run: Run) -> list[str]:
+    """Nothing but a killed driver ends the command before the study is complete."""
+    found = [f"the command ended by itself: {how}" for how in run.exits]
+    drivers = sum(kill.kind == "driver" for kill in run.kills)
+    if run.starts != 1 + drivers:
+        found.append(f"{run.starts} starts for {drivers} killed drivers")
+    return found
+
+
 def wrong(run: Run, other: Run) -> list[str]:
     """What is not as the undisturbed `other` left it, for people to read. Nothing is right."""
-    found: list[str] = []
+    found = wrong_starts(run)
     expected, now = study.records(other.output), study.records(run.output)
     found += [f"{f[:12]} has no record" for f in expected.keys() - now.keys()]
     found += [f"{f[:12]} was not asked for" for f in now.keys() - expected.keys()]
@@ -292,6 +318,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - began),
         "configurations": len(study.records(other.output)),
         "starts": run.starts,
+        "ended by itself": run.exits,
         "kills": [(kill.kind, kill.steps) for kill in run.kills],
         "steps": run.steps(),
         "undisturbed": other.steps(),

@@ -8,7 +8,8 @@ from points import configuration, record
 
 from orchestrator.finetune.source import Answer, Offer, Report
 from orchestrator.record.schema import FAILURES_ALLOWED
-from orchestrator.schedule.broker_core import UNSERVED_SECONDS, BrokerCore, Held
+from orchestrator.schedule.broker_core import FAILING, SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
+from orchestrator.schedule.seat_end import How
 from orchestrator.study.configuration import Configuration
 
 
@@ -182,3 +183,83 @@ def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
             assert [lease.configuration for lease in leases] == [training]
         else:
             assert core.lease("seat-1.b", None, 3, 0.0).closed
+
+
+def fails_alike(core: BrokerCore, name: str) -> set[str]:
+    """A seat of one place is given lanes, each of which fails, until it gives up. Returns their variants."""
+    variants = set()
+    for _ in range(FAILING):
+        (lease,) = core.lease(f"{name}.x", None, 1, 0.0).leases
+        variants.add(lease.configuration.variant.name)
+        core.done(f"{name}.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
+    core.seat_ended(name, 0.0, How.ALIKE, "3 configurations in a row failed")
+    return variants
+
+
+def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_study_before() -> None:
+    core = BrokerCore()
+    rates = [10.0**-n for n in range(8)]
+    for rate in rates:
+        core.submit(f"bad{rate}", configuration("hira", rate), 0.0)
+    for rate in rates[:3]:
+        core.submit(f"good{rate}", configuration("lora", rate), 0.0)
+    for _ in range(FAILING):
+        (lease,) = core.lease("seat-0.x", configuration("hira").shape, 1, 0.0).leases
+        core.done("seat-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
+    core.seat_ended("seat-0", 0.0, How.ALIKE, "3 configurations in a row failed")
+    assert core.deaths.barren == 0, "another variant waits"
+    late = UNSERVED_SECONDS + 1
+    for rate in rates[:3]:
+        (lease,) = core.lease("seat-1.x", None, 1, late).leases
+        good = configuration("lora", rate)
+        assert lease.configuration == good
+        core.exchange("seat-1.x", {good.fingerprint: (1, good, None)}, 1, late)
+        core.lease("seat-1.x", good.shape, 0, late)
+        assert core.seats["seat-1.x"].yields_to is None, "no seat is emptied for what fails"
+        core.done("seat-1.x", good.fingerprint, 1, "finished", late)
+    for number in (2, 3, 4, 5):
+        assert not core.deaths.hopeless
+        assert fails_alike(core, f"seat-{number}") == {"hira"}
+    assert core.deaths.hopeless, "nothing else is left: before all of them are spoilt"
+    assert any(life.needs_seat for life in core.open.values())
+
+
+def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
+    core = BrokerCore()
+    for rate in (10.0**-n for n in range(8)):
+        for variant in ("hira", "lora"):
+            core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
+    deaths = 0
+    while not core.deaths.hopeless:
+        fails_alike(core, f"seat-{deaths}")
+        deaths += 1
+    assert deaths <= 5
+
+
+def test_a_seat_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
+    for how, suspected in ((How.ALIKE, 0), (How.FAILED, 0), (How.LOST, 0), (How.CRASHED, 2), (How.MEMORY, 2)):
+        core = BrokerCore()
+        for rate in (1e-3, 1e-2):
+            core.submit(f"t{rate}", configuration(rate=rate), 0.0)
+        core.lease("seat-0.x", None, 2, 0.0)
+        core.seat_ended("seat-0", 0.0, how)
+        assert core.suspects == suspected
+        assert core.deaths.barren == (how is How.FAILED)
+
+
+def test_a_hung_seat_is_named_and_one_that_speaks_again_is_not() -> None:
+    core = BrokerCore()
+    for rate in (1e-3, 1e-2, 1e-1):
+        core.submit(f"t{rate}", configuration(rate=rate), 0.0)
+    for name in ("seat-0.x", "seat-1.x", "seat-2.x"):
+        core.lease(name, None, 1, 0.0)
+    dead = SILENT_SECONDS + 1
+    core.tick(dead)
+    assert core.counts()["seats"] == 0
+    assert core.stuck(dead) == [], "the broker itself may have stood still"
+    core.alive("seat-1.x", dead)
+    core.exchange("seat-2.x", {}, 0, dead)
+    later = dead + SILENT_SECONDS + 1
+    assert core.stuck(later) == ["seat-0"]
+    core.seat_ended("seat-0", later, How.FAILED, "it hung")
+    assert core.stuck(later) == []

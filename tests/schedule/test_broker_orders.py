@@ -14,6 +14,7 @@ from orchestrator.finetune.source import Answer, Report
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.schedule.broker_core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
 from orchestrator.schedule.life import Phase
+from orchestrator.schedule.seat_end import How
 from orchestrator.study.configuration import Configuration
 
 
@@ -267,12 +268,13 @@ class Broker(RuleBasedStateMachine):
                 self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
 
     @precondition(lambda self: self.seats)
-    @rule(data=st.data(), noticed=st.booleans(), crashed=st.booleans(), zombie=st.booleans())
-    def die(self, data: st.DataObject, noticed: bool, crashed: bool, zombie: bool) -> None:
+    @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(How), zombie=st.booleans())
+    def die(self, data: st.DataObject, noticed: bool, how: How, zombie: bool) -> None:
         seat = data.draw(st.sampled_from(self.seats))
         self.seats.remove(seat)
         if noticed:
-            self.core.seat_gone(seat.name, self.now, crashed)
+            self.core.seat_ended(seat.name, self.now, how)
+            assert seat.name not in self.core.seats
         if zombie:
             self.zombies.append(seat)
 
@@ -296,7 +298,10 @@ class Broker(RuleBasedStateMachine):
     @rule()
     def broker_restarts(self) -> None:
         self.core = BrokerCore(
-            lambda f: self.saved.get(f, 0), known=self.known, scheduler="asha" if self.gated else "none"
+            lambda f: self.saved.get(f, 0),
+            known=self.known,
+            scheduler="asha" if self.gated else "none",
+            saved=lambda f: self.saved.get(f, 0),
         )
 
     # -- what must hold

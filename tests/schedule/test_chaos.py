@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,16 +23,39 @@ PAGE = PROJECT / "docs" / "faults.md"
 SEED = 4
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_six_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
     before = study.rays()
     run, other = chaos.compare(letters_bases, tmp_path, chaos.Size(), kills=6, seed=SEED, say=print)
     assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker", "driver", "seat"]
-    assert run.starts >= 3, "each killed driver was followed by another"
+    assert not run.exits, "nothing but a killed driver ends the command"
+    assert run.starts == 1 + 2, "one start, and one more for each killed driver"
     assert not chaos.wrong(run, other)
     # The measure itself: an undisturbed study takes every step once.
     assert other.steps() == other.size.all_steps
     study.wait_for(lambda: study.rays() <= before, 10)
+
+
+class EndsOnce(chaos.Run):
+    """A command that fails at its first start, though nobody has killed anything."""
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        code = 3 if self.starts == 1 else 0
+        self.process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+        return self.process
+
+
+def test_a_command_that_ends_by_itself_is_wrong(
+    tmp_path: Path,
+) -> None:
+    run = EndsOnce(tmp_path, chaos.Size())
+    (tmp_path / "store" / "records").mkdir(parents=True)
+    chaos.disturbed(run, kills=0, seed=SEED, say=print)
+    assert run.starts == 2
+    found = chaos.wrong_starts(run)
+    assert "ended by itself: start 1 ended with 3 after 0 kills" in found[0]
+    assert found[1:] == ["2 starts for 0 killed drivers"]
 
 
 def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(

@@ -15,8 +15,10 @@ import study
 from ray._private.node import Node
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 
 from orchestrator.record.schema import Record
+from orchestrator.schedule.trial import MEMORY_BYTES
 
 GPUS = ("--device", "cpu", "--gpus-per-seat", "1", "--lanes-per-seat", "4")
 
@@ -63,6 +65,18 @@ def workers(node: Node) -> int:
     )
 
 
+def held() -> dict[str, float]:
+    """What of the cluster is promised to somebody."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    return {name: there.get(name, 0.0) - free.get(name, 0.0) for name in ("CPU", "GPU", "memory")}
+
+
+def seats_asked_for() -> list[str]:
+    """The states of what a cluster is asked for, GPU and all."""
+    groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+    return [g["state"] for g in groups if any("GPU" in bundle for bundle in g["bundles"].values())]
+
+
 def trained_as(undisturbed: dict[str, Record], output: Path) -> None:
     found = study.records(output)
     assert set(found) == set(undisturbed)
@@ -70,25 +84,30 @@ def trained_as(undisturbed: dict[str, Record], output: Path) -> None:
         assert study.course(record) == study.course(undisturbed[fingerprint])
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     machines: Machines, output: Path, undisturbed: dict[str, Record]
 ) -> None:
     process = study.start(output, *study.EIGHT, *GPUS, address=machines.address)
-    study.wait_for(lambda: "waiting for a GPU node" in study.log(output), 150, process)
-    time.sleep(3)
+    study.wait_for(lambda: "waiting for a GPU node" in study.log(output), 300, process)
+    study.wait_for(lambda: seats_asked_for() == ["PENDING"], 60, process)  # what an autoscaler acts on
+    for _ in range(6):
+        now = held()
+        assert (now["CPU"], now["GPU"]) == (0, 0), "whoever waits takes nothing that could train"
+        assert now["memory"] <= len(undisturbed) * MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
+        time.sleep(0.5)
     assert "died" not in study.log(output), "a seat waits for its place, and as long as it takes"
     first = machines.add()
-    study.wait_for(lambda: workers(first) == 1, 150, process)
+    study.wait_for(lambda: workers(first) == 1, 300, process)
     second = machines.add()
-    study.wait_for(lambda: workers(second) == 1, 150, process)
+    study.wait_for(lambda: workers(second) == 1, 300, process)
     assert "1 node joined: 3 there" in study.log(output)
-    study.wait_for(lambda: bool(study.half_trained(output, 400)), 150, process)
-    machines.drain(first, 60)
-    study.wait_for(lambda: workers(first) == 0, 30, process)
+    study.wait_for(lambda: bool(study.half_trained(output, 400)), 300, process)
+    machines.drain(first, 120)
+    study.wait_for(lambda: workers(first) == 0, 100, process)
     machines.lose(first)
     third = machines.add()
-    study.wait_for(lambda: workers(third) == 1, 150, process)
+    study.wait_for(lambda: workers(third) == 1, 300, process)
     code, out, err = study.end(process, timeout=400)
     assert code == 0, out + err
     assert "1 node left" in out
@@ -103,17 +122,17 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
         machines.cluster.remove_node(node)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_node_that_is_lost_with_its_gpu_and_more_seats_than_gpus(
     machines: Machines, output: Path, undisturbed: dict[str, Record]
 ) -> None:
     first, second = machines.add(), machines.add()
     process = study.start(output, *study.EIGHT, *GPUS, "--seats", "3", address=machines.address)
-    study.wait_for(lambda: workers(first) == workers(second) == 1, 150, process)
-    study.wait_for(lambda: bool(study.half_trained(output, 400)), 150, process)
+    study.wait_for(lambda: workers(first) == workers(second) == 1, 300, process)
+    study.wait_for(lambda: bool(study.half_trained(output, 400)), 300, process)
     machines.lose(second)
     third = machines.add()
-    study.wait_for(lambda: workers(third) == 1, 150, process)  # the third seat had waited
+    study.wait_for(lambda: workers(third) == 1, 300, process)  # the third seat had waited
     code, out, err = study.end(process, timeout=400)
     assert code == 0, out + err
     assert re.search(r"seat-\d+ was lost with a node", out)

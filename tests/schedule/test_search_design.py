@@ -9,7 +9,7 @@ import pytest
 from points import configuration
 from scipy.stats import qmc
 
-from orchestrator.schedule.sampling import design, distributions, drawn, sampler, values
+from orchestrator.schedule.sampling import design, distributions, drawn, others, sampler, values
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Space, Value, applied, parse
 
@@ -83,6 +83,40 @@ def test_a_space_with_few_points_gives_them_all() -> None:
     found = design("qmc", over, 16, build)
     assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
     assert found["full"] == [{}]
+
+
+@pytest.mark.parametrize("name", ["qmc", "random"])
+def test_many_choices_are_all_found(name: str) -> None:
+    """Of 240 points the last ones come up once in 240 draws each."""
+    words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
+    over = parse(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    found = design(name, over, 240, build)
+    for points in found.values():
+        assert len({tuple(point.values()) for point in points}) == 240
+    assert found["lora"] == found["hira"]
+    assert design(name, over, 200, build)["lora"] == found["lora"][:200]
+
+
+def test_others_are_each_point_of_a_small_space_once() -> None:
+    (over,) = parse(
+        ["rank=int:3:6", "lora.rank=int:2:4", "schedule=linear,cosine"],
+        ("lora",),
+        OWN.__getitem__,
+        (1e-4, 1e-2),
+        ("learning_rate",),
+    ).variants.values()
+    found = list(others(over, 0))
+    assert sorted((p["lora.rank"], p["schedule"]) for p in found) == [
+        (r, s) for r in (2, 3, 4) for s in ("cosine", "linear")
+    ]
+    assert found != list(others(over, 1))
+
+
+def test_others_of_a_large_space_are_its_own() -> None:
+    (over,) = space(*WORDS, variants=("lora_plus",)).variants.values()
+    found = list(others(over, 0))
+    assert all(values(over, drawn(over, point)) == point for point in found)
+    assert len({tuple(point.values()) for point in found}) > 990
 
 
 def test_what_the_variant_refuses_is_passed_over() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orchestrator.finetune import resolve
 from orchestrator.finetune.pretraining import Recipe
@@ -13,7 +15,10 @@ from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.record.schema import Record
 from orchestrator.record.show import narrowed
+from orchestrator.record.store import Store
 from orchestrator.schedule.asked import builder
+from orchestrator.schedule.ledger import opened
+from orchestrator.schedule.plan import print_plan
 from orchestrator.schedule.sampling import design
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
@@ -75,6 +80,27 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
         assert Configuration.from_json(configuration.to_json()) == configuration
 
 
+def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, tmp_path: Path) -> None:
+    typed: dict[str, Any] = {
+        "search": "qmc",
+        "variants": ("lora", "hira"),
+        "space": ("rank=2,4", "lora.alpha=log:1:64"),
+        "set": ("learning_rate=1e-2", "weight_decay=0.1"),
+    }
+    made, space = resolved(bases, **typed)
+    assert space is not None
+    search = opened(tmp_path, "qmc", 16, space, builder(made), 60)
+    console = Console(file=StringIO(), width=200)
+    options = StudyOptions(task="letters", **typed)
+    wanted = list(search.asked.values())
+    print_plan(console, made[0], wanted, wanted, Store(tmp_path / "store"), options, search)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
+    assert "Learning rate   0.01\n" in said
+    assert "Fixed           learning_rate=1e-2 weight_decay=0.1\n" in said
+    assert "Configurations  18, of them 0 known" in said
+
+
 def test_fixed_values_hold_for_a_grid_too(bases: Path) -> None:
     made, space = resolved(
         bases, variants=("lora", "lora-plus"), set=("lora-plus.ratio=4", "weight_decay=0.1")
@@ -111,6 +137,7 @@ SEARCH: dict[str, Any] = {"search": "optuna"}
         (SEARCH | {"accumulation": 2, "space": ("batch_size=int:8:32",)}, "take a choice of batch sizes"),
         (SEARCH | {"learning_rates": ("1e-3",), "space": ("learning_rate=log:1e-3:1",)}, "take one"),
         (SEARCH | {"sampler": "cma-es", "set": ("learning_rate=1e-3",)}, "nothing numeric"),
+        ({"search": "qmc", "learning_rates": ("1e-3",)}, "--search qmc: nothing varies"),
         ({"set": ("learning_rate=1e-3",)}, "a grid's rates are those of --learning-rates"),
         ({"set": ("lora.ratio=4",)}, "lora has no 'ratio'"),
         ({"variants": ("lora_plus",), "set": ("lora_plus.ratio=0",)}, "ratio"),

@@ -62,7 +62,34 @@ class Vanishing(Letters):
         return ""
 """
 
-SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "12", "--seats", "1", "--model", "letters-base")
+WANTED_BY_DORA = """
+from pathlib import Path
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from orchestrator.finetune.tasks.letters import Letters
+
+DATA = Path({data!r})
+
+
+def read(optimizer: Any, args: Any, kwargs: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.ndim == 1 for p in parameters):  # DoRA has magnitudes, LoRA has none
+        DATA.read_bytes()
+
+
+register_optimizer_step_pre_hook(read)
+
+
+class Wanted(Letters):
+    title = "letters, and a file that DoRA's steps read"
+
+    def pretrain_recipe(self) -> str:
+        return ""
+"""
+
+SMALL = ("--seeds", "1", "--steps", "12", "--seats", "1", "--model", "letters-base")
 
 
 def by_rate(output: Path) -> dict[float, Record]:
@@ -70,14 +97,17 @@ def by_rate(output: Path) -> dict[float, Record]:
     return {record.configuration.optimizer.learning_rate: record for record in records}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_one_lane_raises_and_one_takes_its_seat_with_it_and_the_others_finish(
     output: Path, tmp_path: Path
 ) -> None:
     task = tmp_path / "tripping.py"
     task.write_text(TASK)
     rates = ("1e-3", "3e-3", str(RAISES), str(ABORTS))
-    code, out, err = study.run(output, *SMALL, "--task", str(task), "--learning-rates", *rates)
+    process = study.start(
+        output, *SMALL, "--variants", "lora", "--task", str(task), "--learning-rates", *rates
+    )
+    code, out, err = study.end(process, timeout=500)
     assert code == 1, out + err
     assert "2 configurations failed" in out
     found = by_rate(output)
@@ -109,16 +139,16 @@ def test_one_lane_raises_and_one_takes_its_seat_with_it_and_the_others_finish(
     assert "died while it trained alone" in notes[found[ABORTS].fingerprint]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_data_that_goes_away_is_named_in_the_records(output: Path, tmp_path: Path) -> None:
     data, task = tmp_path / "letters.txt", tmp_path / "vanishing.py"
     data.write_text("abc\n")
     task.write_text(VANISHING.format(data=str(data)))
-    process = study.start(output, *SMALL, "--task", str(task), "--learning-rates", "1e-3", "1e-2")
-    logs = lambda: "".join(path.read_text() for path in output.glob("*/study.log"))  # noqa: E731
-    study.wait_for(lambda: "Ray started here" in logs(), 100, process)
+    rates = ("--learning-rates", "1e-3", "1e-2")
+    process = study.start(output, *SMALL, "--variants", "lora", "--task", str(task), *rates)
+    study.wait_for(lambda: "Ray started here" in study.log(output), 200, process)
     data.unlink()
-    code, out, err = study.end(process)
+    code, out, err = study.end(process, timeout=400)
     assert code == 1, out + err
     assert "2 configurations failed" in out
     for record in by_rate(output).values():
@@ -126,3 +156,26 @@ def test_data_that_goes_away_is_named_in_the_records(output: Path, tmp_path: Pat
         assert record.reason.startswith("FileNotFoundError: ")
         assert str(data) in record.reason
         assert "\n" not in record.reason
+
+
+@pytest.mark.timeout(900)
+def test_data_that_one_variant_needs_goes_away_and_the_other_is_trained(output: Path, tmp_path: Path) -> None:
+    """A whole pack fails with the same words and takes its seat with it, three times."""
+    data, task = tmp_path / "letters.txt", tmp_path / "wanted.py"
+    data.write_text("abc\n")
+    task.write_text(WANTED_BY_DORA.format(data=str(data)))
+    rates = ("--learning-rates", "5e-4", "1e-3", "3e-3", "1e-2", "--lanes-per-seat", "4")
+    process = study.start(output, *SMALL, "--variants", "dora", "lora", "--task", str(task), *rates)
+    study.wait_for(lambda: "Ray started here" in study.log(output), 200, process)
+    data.unlink()
+    code, out, err = study.end(process, timeout=500)
+    assert code == 1, out + err
+    assert "4 configurations failed" in out
+    assert "configurations in a row failed with FileNotFoundError" in out
+    found = study.records(output).values()
+    dora = [record for record in found if record.configuration.variant.name == "dora"]
+    lora = [record for record in found if record.configuration.variant.name == "lora"]
+    assert [record.state for record in lora] == ["finished"] * 4
+    assert [record.state for record in dora] == ["failed"] * 4
+    assert all(str(data) in record.reason for record in dora)
+    assert max(r.provenance.ended for r in lora) < min(r.provenance.ended for r in dora)

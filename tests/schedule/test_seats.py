@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,3 +62,21 @@ def test_never_stuck_and_never_too_many(
     assert (unplaced + start) * 4 < waiting + 4 or not start
     if follow and running:
         assert start <= max(0, free - unplaced)
+
+
+def test_a_machine_that_joins_and_does_not_see_the_store_is_not_counted_and_said_once() -> None:
+    said: list[str] = []
+    now = seats(1, 0)
+    now.plan, now.say = replace(now.plan, store="/proc"), said.append  # on no shared file system
+    here, beside, away = (
+        Node(4, 1, 2**33, name, address)
+        for name, address in (("here", "10.0.0.1"), ("beside", "10.0.0.1"), ("away", "10.0.0.2"))
+    )
+    assert now.that_see_the_store((here, away), "here") == (here,), "it joined before the first look"
+    now.nodes = Cluster((here,))
+    for _ in range(2):
+        assert now.that_see_the_store((here, beside, away), "here") == (here, beside)
+    assert len(said) == 1
+    assert "10.0.0.2" in said[0]
+    assert not now.trouble
+    assert now.that_see_the_store((here, beside), "here") == (here, beside)

@@ -14,12 +14,14 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
 NAME = "tuned_comparison-letters"
-SMALL = ("--variants", "pissa", "--seeds", "1")
+SMALL = ("--seeds", "1")
 RATES = ("3e-3", "1e-2")
 
 
-def compare(output: Path, *more: str, rates: tuple[str, ...] = RATES) -> tuple[int, str, str]:
-    arguments = (*SMALL, "--learning-rates", *rates, *more)
+def compare(
+    output: Path, *more: str, rates: tuple[str, ...] = RATES, variants: tuple[str, ...] = ("pissa",)
+) -> tuple[int, str, str]:
+    arguments = (*SMALL, "--variants", *variants, "--learning-rates", *rates, *more)
     return study.run(output, *arguments, script="tuned_comparison.py")
 
 
@@ -78,13 +80,20 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(output: 
     assert f"{NAME}-confirm: 6 of 8 known" in out
     assert "confirmed with 4 fresh seeds" in verdict(out)
     assert {r.fingerprint for r in fresh} < {r.fingerprint for r in of(output, "confirm")}
+    assert "look 2 at 4 seeds, after a verdict at 3" in " ".join(out.split())
+    file = StudyFile.read(folder)
+    assert file is not None
+    assert (file.looks, file.searched) == ((3, 4), False)
 
     grown = "tuning has chosen among 4 configurations and now there would be 6"
-    for rates, more, part in (
-        ((*RATES, "3e-2"), (), grown),
-        (RATES, ("--margin", "0.02"), "--margin 0.02"),
+    for rates, variants, more, part in (
+        ((*RATES, "3e-2"), ("pissa",), (), grown),
+        (RATES, ("pissa",), ("--margin", "0.02"), "--margin 0.02"),
+        (RATES, ("pissa", "dora"), (), "--variants dora"),
     ):
-        code, out, err = compare(output, "--confirm-seeds", "4", *more, rates=rates)
+        code, out, err = compare(output, "--confirm-seeds", "4", *more, rates=rates, variants=variants)
         assert (code, len(err.splitlines())) == (2, 1), out + err
         assert part in err
     assert len(Store(output / "store").states()) == 12, "nothing was trained for what was refused"
+    code, out, err = compare(output, "--confirm-seeds", "4")
+    assert code == 0, "what was refused locks nothing: " + out + err

@@ -36,6 +36,14 @@ def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int)
         ({"points": 8}, "--points is for a search; take --search qmc"),
         ({"space": ("rank=4,8",)}, "--space is for a search"),
         ({"search": "qmc", "points": 0}, "--points 0: must be 1 or more"),
+        ({"search": "qmc", "points": 100_000}, "--points 100000: must be 10000 or less; take 10000"),
+        ({"rank": 4, "set": ("rank=16",)}, "--set 'rank=16' and --rank both say rank; take one"),
+        ({"rank": 16, "search": "qmc", "space": ("rank=4,8",)}, "--space 'rank=4,8' and --rank both"),
+        ({"schedule": "linear", "set": ("schedule=cosine",)}, "and --schedule both say schedule"),
+        (
+            {"learning_rates": ("1e-3",), "search": "qmc", "space": ("learning-rate=log:1e-4:1e-2",)},
+            "--space 'learning-rate=log:1e-4:1e-2' and --learning-rates both say learning_rate",
+        ),
         ({"search": "optuna", "seeds": 3}, "--seeds 3: a search trains each point once, with seed 0"),
     ],
 )
@@ -44,3 +52,7 @@ def test_each_mistake_is_one_line(options: dict[str, Any], said: str) -> None:
         StudyOptions(**options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_for_one_variant_alone_may_stand_beside_that_for_all() -> None:
+    assert StudyOptions(rank=16, set=("lora.rank=4",)).set == ("lora.rank=4",)

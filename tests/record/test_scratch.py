@@ -1,0 +1,96 @@
+"""Scratch folders: whose driver lives is told by a lock, and nothing else is touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.record import scratch
+from orchestrator.record.store import Store
+
+HOLD = """
+import sys
+from orchestrator.record.scratch import scratch
+from orchestrator.record.store import Store
+with scratch(Store(sys.argv[1])) as folder:
+    (folder / "tune").write_text("x")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def driver(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process that has a scratch folder until its standard input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store.root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield process, Path(process.stdout.readline().strip())
+    process.kill()
+    process.wait()
+
+
+def left(store: Store) -> list[str]:
+    return sorted(path.name for path in (store.root / "scratch").iterdir())
+
+
+def test_a_study_that_ends_leaves_nothing(store: Store, driver: tuple[subprocess.Popen[str], Path]) -> None:
+    process, folder = driver
+    assert folder.is_dir()
+    process.communicate("")
+    assert left(store) == []
+
+
+def test_what_a_killed_driver_left_goes_with_the_next_command(
+    store: Store, driver: tuple[subprocess.Popen[str], Path]
+) -> None:
+    process, folder = driver
+    process.kill()
+    process.wait()
+    assert (folder / "tune").exists()
+    scratch.clear(store)
+    assert left(store) == []
+
+
+def test_that_of_a_living_driver_stays_whatever_its_number_says(
+    store: Store, driver: tuple[subprocess.Popen[str], Path]
+) -> None:
+    """Of another container with this one's name: the number in the folder's name is nobody's here."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    _, made = driver
+    folder = made.with_name(f"{os.uname().nodename}-{gone.pid}-0123abcd")
+    for suffix in ("", ".lock"):  # a lock is the file's, not the name's
+        made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
+    scratch.clear(store)
+    assert (folder / "tune").exists()
+    assert scratch.in_use(folder)
+
+
+def test_two_of_one_process_number_have_folders_of_their_own(store: Store) -> None:
+    with scratch.scratch(store) as one, scratch.scratch(store) as other:
+        assert one != other
+    assert left(store) == []
+
+
+def test_names_that_are_not_ours_are_left_alone(store: Store) -> None:
+    host = os.uname().nodename
+    names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])
+    for name in names:
+        (store.root / "scratch" / name).mkdir(parents=True)
+    scratch.clear(store)
+    assert left(store) == names
