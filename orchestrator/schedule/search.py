@@ -194,8 +194,6 @@ class PerGroupSearch(Searcher):
         new = [c for f, c in asked if f not in self.outcomes]
         if self.scheduler == "none":
             return iter(new)
-        if self.scheduler == "hyperband":
-            return (c for f, c in asked if f in self.known or f not in self.outcomes)
         return iter([*(c for f, c in asked if f in self.known), *new])
 
     def _next_again(self, trial_id: str) -> Configuration:

@@ -214,6 +214,11 @@ class StudyOptions:
         if self.points is not None and self.points > MOST_POINTS:
             raise BadInput(f"--points {self.points}: must be {MOST_POINTS} or less; take {MOST_POINTS}.")
         self._check_spellings()
+        if self.search == "optuna" and self.scheduler == "hyperband":
+            raise BadInput(
+                "--scheduler hyperband with --search optuna: it compares brackets that are full, and a "
+                "search that learns asks for one point after another, so that nothing is stopped; take asha."
+            )
         if self.search == "grid":
             for option, given in (("--points", self.points is not None), ("--space", self.space is not None)):
                 if given:

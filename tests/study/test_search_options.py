@@ -33,6 +33,7 @@ def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int)
         ({"search": "optuna", "sampler": "cmaes"}, "--sampler 'cmaes' is not one. Did you mean 'cma-es'?"),
         ({"search": "qmc", "sampler": "tpe"}, "--sampler tpe: it is for --search optuna, not qmc"),
         ({"sampler": "tpe"}, "it is for --search optuna, not grid"),
+        ({"search": "optuna", "scheduler": "hyperband"}, "compares brackets that are full"),
         ({"points": 8}, "--points is for a search; take --search qmc"),
         ({"space": ("rank=4,8",)}, "--space is for a search"),
         ({"search": "qmc", "points": 0}, "--points 0: must be 1 or more"),
