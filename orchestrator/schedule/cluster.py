@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from orchestrator.schedule import remains
 from orchestrator.study.errors import BadInput
 
 SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
@@ -115,8 +115,8 @@ def address() -> str | None:
 def connect(store: Path) -> Iterator[Cluster]:
     """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
     where = address()
-    with exclusively(_remains_folder() / "lock", ONE_RAY) if where is None else nullcontext():
-        _end_remains()
+    with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
+        remains.end()
         yield from _connected(where, store)
 
 
@@ -138,7 +138,6 @@ def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
         )
-        _write_remains()
     else:
         try:
             ray.init(address=where, **quiet)
@@ -147,13 +146,13 @@ def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
                 f"RAY_ADDRESS {where!r} cannot be joined ({str(error).splitlines()[0]}); "
                 "start that cluster, or unset RAY_ADDRESS to start Ray here."
             ) from None
-    try:
-        nodes = nodes_now()
-        check_shared(nodes, store)
-        yield Cluster(nodes, namespace=namespace, local=where is None)
-    finally:
-        ray.shutdown()
-        _remains_file().unlink(missing_ok=True)
+    with remains.guarded() if where is None else nullcontext():
+        try:
+            nodes = nodes_now()
+            check_shared(nodes, store)
+            yield Cluster(nodes, namespace=namespace, local=where is None)
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
@@ -218,64 +217,3 @@ def _shared(folder: Path) -> bool:
     return kind.startswith(
         ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs")
     )
-
-
-# -- what a killed predecessor left ------------------------------------------------------------------------
-# A driver that dies by kill -9 cannot end its Ray. Two Rays on one machine can end each other's Train runs: a
-# driver writes down its Ray's processes and the next one ends those whose driver is gone.
-
-
-def _remains_folder() -> Path:
-    return Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
-
-
-def _remains_file() -> Path:
-    return _remains_folder() / f"{os.getpid()}.json"
-
-
-def _write_remains() -> None:
-    me = psutil.Process()
-    rays = [p for p in me.children(recursive=True) if p.is_running()]
-    identities = [(p.pid, p.create_time()) for p in (me, *rays)]
-    _remains_file().write_text(json.dumps(identities))
-
-
-def _there(pid: int, created: float) -> psutil.Process | None:
-    """Alive, or dead and not yet reaped."""
-    with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        if abs(process.create_time() - created) < 1.0:
-            return process
-    return None
-
-
-def _alive(pid: int, created: float) -> psutil.Process | None:
-    with suppress(psutil.Error):
-        process = _there(pid, created)
-        if process is not None and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
-
-
-def _end_remains() -> None:
-    for file in _remains_folder().glob("*.json"):
-        try:
-            (driver, *rays) = json.loads(file.read_text())
-        except (OSError, ValueError):
-            file.unlink(missing_ok=True)
-            continue
-        if _alive(*driver):
-            continue
-        # A number may be another process's by now. Where nobody reaps the dead (the first process of many a
-        # container does not), a raylet's workers take it for alive, and train on.
-        raylets = {str(pid) for pid, created in rays if not psutil.pid_exists(pid) or _there(pid, created)}
-        doomed = [process for identity in rays if (process := _alive(*identity))]
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it
-                if process.environ().get("RAY_RAYLET_PID") in raylets:
-                    doomed.append(process)
-        for process in doomed:
-            with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(doomed, timeout=10)
-        file.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import study
 
-from orchestrator.schedule import cluster
+from orchestrator.schedule import remains
 
 PROJECT = Path(__file__).parents[2]
 PAGE = PROJECT / "docs" / "faults.md"
@@ -66,17 +66,17 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     driver, raylet = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])
     worker = subprocess.Popen(["sleep", "60"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
     try:
-        folder = cluster._remains_folder()
+        folder = remains.folder()
         folder.mkdir()
         born = [(p.pid, psutil.Process(p.pid).create_time()) for p in (driver, raylet)]
         (folder / f"{driver.pid}.json").write_text(json.dumps(born))
-        cluster._end_remains()
+        remains.end()
         assert worker.poll() is None, "its driver lives"
         driver.kill()
         raylet.kill()
         study.wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_ZOMBIE, 10)
         study.wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE, 10)
-        cluster._end_remains()
+        remains.end()
         assert not psutil.pid_exists(worker.pid)
         assert not list(folder.iterdir())
     finally:
