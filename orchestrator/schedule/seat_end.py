@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 DEATHS_ALLOWED = 3  # in a row
 DEVICE_LOST = "the device is lost"  # how SeatBroken tells it from lanes that failed alike
-NODE_SECONDS = 5.0  # a worker is out of reach: how long its node is given to show that it is, too
+OUT_OF_REACH_SECONDS = 30.0  # a worker is out of reach: how long Ray may take to find out why
 
 
 class How(StrEnum):
@@ -85,7 +85,7 @@ class Deaths:
 
 def end_of(error: Exception) -> SeatEnd:
     """What `TorchTrainer.fit` raised means. Asks Ray how its actors died."""
-    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import (
         UserExceptionWithTraceback,
@@ -103,18 +103,16 @@ def end_of(error: Exception) -> SeatEnd:
     failures = error.worker_failures.values()
     silent = [f.health_check_failure for f in failures if isinstance(f, WorkerHealthCheckFailedError)]
     deaths = [failure for failure in silent if isinstance(failure, RayActorError)]
-    for death in deaths:
-        until = time.monotonic() + (0.0 if isinstance(death, ActorDiedError) else NODE_SECONDS)
-        while not (lost := _with_its_node(death)) and time.monotonic() < until:
-            time.sleep(0.5)
-        if lost:
-            return SeatEnd(How.LOST, reason(death))
+    fates = [(_fate(death), reason(death)) for death in deaths]
+    for fate, why in fates:
+        if fate is How.LOST:
+            return SeatEnd(fate, why)
     for short in silent:
         if isinstance(short, OutOfMemoryError):
             return SeatEnd(How.MEMORY, "its machine was short of memory, and Ray ended it")
-    for death in deaths:
-        if isinstance(death, ActorDiedError):
-            return SeatEnd(How.CRASHED, reason(death).partition(" Some common causes")[0])
+    for fate, why in fates:
+        if fate is How.CRASHED:
+            return SeatEnd(fate, why.partition(" Some common causes")[0])
     raised = [f._base_exc for f in failures if isinstance(f, UserExceptionWithTraceback)]
     for exception in raised:
         if type(exception).__name__ == "SeatBroken":
@@ -129,8 +127,27 @@ def reason(error: BaseException) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
+def _fate(death: RayActorError) -> How:
+    """A worker that is lost to Ray is called unavailable until Ray knows what became of it."""
+    from ray._private.state import actors
+    from ray.exceptions import ActorDiedError
+
+    until = time.monotonic() + OUT_OF_REACH_SECONDS
+    while True:
+        dead = isinstance(death, ActorDiedError) or (
+            death.actor_id is not None and actors(death.actor_id)["State"] == "DEAD"
+        )
+        if _with_its_node(death):
+            return How.LOST
+        if dead:
+            return How.CRASHED
+        if time.monotonic() > until:
+            return How.FAILED
+        time.sleep(0.5)
+
+
 def _with_its_node(death: RayActorError) -> bool:
-    """Ray says so when it knows; that takes it a while, in which a lost actor is called unavailable."""
+    """Ray says so when it knows, which takes it a while."""
     import ray
     from ray._private.state import actors
     from ray.core.generated import common_pb2
