@@ -63,12 +63,9 @@ def run(
 
 
 def slowness() -> float:
-    """How many times longer than alone this process takes now, on a machine with other work: what is promised
-    within ten seconds is promised on one without."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    while time.process_time() - cpu < 0.1:
-        pass
-    return max(1.0, (time.perf_counter() - wall) / 0.1)
+    """How many times longer than alone a study takes now: what is promised within ten seconds is promised on
+    a machine without other work. Alone it keeps about two processes a core busy."""
+    return max(1.0, os.getloadavg()[0] / (2 * len(os.sched_getaffinity(0))))
 
 
 def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
