@@ -182,7 +182,10 @@ class _Run:
         return self._check(asked)
 
     def _tell(self, writer: Writer, status: str, report: bool) -> None:
-        """Writes the report, and gives MLflow its time to catch up. Ctrl-C ends both."""
+        """Writes the report, and gives MLflow its time to catch up. Ctrl-C lets the report come to its end
+        and cuts the rest short: an exception anywhere in the report may strike Python in the middle of an
+        import, whose lock it then holds for good."""
+        hasty = self.limits.hasty
         if report and self.limits.hasty and not self._in_time():
             report = False
             name = shlex.quote(self.study.name)
@@ -191,13 +194,11 @@ class _Run:
         files = [self.folder / name for name in REPORT] if report else []
         try:
             if report:
-                self._report()
-        except KeyboardInterrupt:
-            self.limits.ask()
-            status, files = "KILLED", []
-            self.console.print("Stopped in the report: all that it shows is kept", markup=False)
-            raise
+                with gently(self.limits.ask):
+                    self._report()
         finally:
+            stopped = self.limits.hasty and not hasty
+            status = "KILLED" if stopped else status
             seconds = LOG_SECONDS if status == "FINISHED" or self.limits.reached else HASTE_SECONDS
             if self.limits.hasty:
                 seconds = min(HASTE_SECONDS, max(0.5, self.limits.seconds_left() - 1))
@@ -207,6 +208,8 @@ class _Run:
                 later = f"{self._ours('sync')} logs them later."
                 why = writer.error or "it is slow"
                 self.console.print(f"MLflow: {what} delayed ({why}); {later}", markup=False, soft_wrap=True)
+        if stopped:
+            raise KeyboardInterrupt
 
     def _in_time(self) -> bool:
         """Whether a report can be had before the time is up that Ctrl-C was promised."""
