@@ -12,13 +12,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.finetune.source import Answer, Offer, Report
 from orchestrator.record import provenance
 from orchestrator.record.schema import Evaluation, Record, State
 from orchestrator.record.store import Store
 from orchestrator.schedule.broker_core import BrokerCore, Held, name_of
+from orchestrator.schedule.cluster import beside_the_driver
 from orchestrator.schedule.life import Life
 from orchestrator.schedule.rungs import settings
 from orchestrator.schedule.seat_end import How
@@ -182,9 +182,8 @@ def start_broker(store: Store, scheduler: str) -> Any:
     actor: Any = ray.remote(Broker)
     # Each trial waits in a call of its own; a broker that dies is started again, empty.
     options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    # Beside the driver: worker nodes come and go.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return actor.options(scheduling_strategy=here, **options).remote(str(store.root), scheduler)
+    place = beside_the_driver()  # worker nodes come and go
+    return actor.options(scheduling_strategy=place, **options).remote(str(store.root), scheduler)
 
 
 class BrokerSource:

@@ -199,6 +199,15 @@ def draining() -> frozenset[str]:
     return frozenset(state.get_draining_nodes())
 
 
+def beside_the_driver() -> Any:
+    """Where an actor goes that must not die with another node. Not softly: Ray 2.60 then puts actors that ask
+    for no CPU on any node. They end with the driver in any case."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def check_shared(nodes: tuple[Node, ...], store: Path) -> None:
     """Raises BadInput when nodes cannot all see the store."""
     machines = {node.address for node in nodes}

@@ -89,14 +89,18 @@ def end_of(error: Exception) -> SeatEnd:
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import (
         UserExceptionWithTraceback,
+        WorkerGroupStartupFailedError,
         WorkerGroupStartupTimeoutError,
         WorkerHealthCheckFailedError,
     )
 
-    if isinstance(error, ControllerError) and isinstance(
-        error.controller_failure, WorkerGroupStartupTimeoutError
-    ):
-        return SeatEnd(How.NO_ROOM, reason(error))
+    if isinstance(error, ControllerError):
+        failure = error.controller_failure
+        if isinstance(failure, WorkerGroupStartupTimeoutError):
+            return SeatEnd(How.NO_ROOM, reason(error))
+        # A worker died while it was started; Train does not say which.
+        if isinstance(failure, (WorkerGroupStartupFailedError, RayActorError)) and _lost_a_worker():
+            return SeatEnd(How.LOST, reason(error))
     if not isinstance(error, WorkerGroupError):  # the controller died, which ends its workers, or gave up
         return SeatEnd(How.FAILED, reason(error))
     # When a worker dies the others fail at their next sum: what they say explains nothing.
@@ -146,18 +150,35 @@ def _fate(death: RayActorError) -> How:
         time.sleep(0.5)
 
 
-def _with_its_node(death: RayActorError) -> bool:
-    """Ray says so when it knows, which takes it a while."""
+def _lost_a_worker() -> bool:
+    """Whether one of the workers that this process's last run has started was on a node that is lost."""
     import ray
     from ray._private.state import actors
+
+    every = list(actors().values())
+    me = actors(ray.get_runtime_context().get_actor_id())
+    controllers = [actor for actor in every if actor["OwnerAddress"] == me["Address"]]
+    addresses = [controller["Address"] for controller in controllers]
+    return any(_on_a_lost_node(actor) for actor in every if actor["OwnerAddress"] in addresses)
+
+
+def _with_its_node(death: RayActorError) -> bool:
+    """Ray says so when it knows, which takes it a while."""
+    from ray._private.state import actors
+
+    if death.preempted or death.actor_id is None:
+        return death.preempted
+    return _on_a_lost_node(actors(death.actor_id))
+
+
+def _on_a_lost_node(actor: dict[str, Any]) -> bool:
+    """`actor`: Ray's row about it."""
+    import ray
     from ray.core.generated import common_pb2
 
     from orchestrator.schedule.cluster import draining, listens
 
-    if death.preempted or death.actor_id is None:
-        return death.preempted
     context: Any = common_pb2  # made by protobuf: type checkers see nothing of it
-    actor: dict[str, Any] = actors(death.actor_id)
     if actor["DeathCause"].actor_died_error_context.reason == context.ActorDiedErrorContext.NODE_DIED:
         return True
     node = next((n for n in ray.nodes() if n["NodeID"] == actor["Address"]["NodeID"]), None)

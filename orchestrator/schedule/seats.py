@@ -10,10 +10,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.schedule import orphans
-from orchestrator.schedule.cluster import Cluster, Node, check_shared, nodes_now
+from orchestrator.schedule.cluster import Cluster, Node, beside_the_driver, check_shared, nodes_now
 from orchestrator.schedule.seat import SeatHost, SeatPlan
 from orchestrator.schedule.seat_end import How, SeatEnd, reason
 from orchestrator.study.errors import BadInput
@@ -170,10 +169,9 @@ class Seats:
         name = f"seat-{self.started}"
         self.started += 1
         actor: Any = ray.remote(SeatHost)
-        # Beside the driver, and Train puts its controller beside the host: what dies with a node is the
-        # workers that were on it, and nothing else.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        host = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+        # Train puts its controller beside the host: what dies with a node is the workers that were on it, and
+        # nothing else.
+        host = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
         self.running[host.run.remote(name, self.plan, self.namespace)] = Running(name, host)
 
     def _end_stuck(self, names: Collection[str], now: float) -> None:
