@@ -23,6 +23,7 @@ from orchestrator.finetune.faults import Fault, SeatBroken, StoreFull, fault_of,
 from orchestrator.finetune.lane import Lane, Taken, share
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.outcome import Books, Keeper
+from orchestrator.finetune.pace import Pace
 from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.places import Places
 from orchestrator.finetune.source import Answer, Lease, Report, Source
@@ -58,8 +59,9 @@ def run(
     workshop: Callable[[Callable[[ModelChoice, Task], Bench], Path, Team], Workshop] = Workshop,
 ) -> None:
     """Trains what `source` leases, at most `lanes` at once, until it says closed or has given nothing for
-    `idle_seconds`. The source is asked at most every `poll_seconds`; a lane is saved at its evaluations and
-    every `checkpoint_seconds`; one that was parked for `spill_seconds` makes way for a lane that waits.
+    `idle_seconds`. The source is asked at most every `poll_seconds`, less often where it is slow (`pace.py`).
+    A lane is saved at its evaluations and every `checkpoint_seconds`; one that was parked for `spill_seconds`
+    makes way for a lane that waits.
 
     All workers of a team call this alike; `source` is rank 0's and None elsewhere. `workshop` makes what
     computes the lanes' steps and scores.
@@ -79,7 +81,7 @@ def run(
         workshop=made,
         team=team,
         places=Places(lanes, spill_seconds),
-        poll_seconds=poll_seconds,
+        pace=Pace(poll_seconds),
         save_adapter=save_adapter,
         checkpoint_seconds=checkpoint_seconds,
     )
@@ -126,7 +128,7 @@ class _Loop:
     workshop: Workshop
     team: Team
     places: Places
-    poll_seconds: float
+    pace: Pace
     save_adapter: bool
     checkpoint_seconds: float
     lanes: dict[str, Lane] = field(default_factory=dict)
@@ -172,10 +174,11 @@ class _Loop:
         shape = next((lane.configuration.shape for lane in self.lanes.values()), None)
         # The first lane decides the shape, and the shape how many have room.
         room = self._room() + len(late) if self.lanes else 1
-        if room <= 0 or now - self.leased_at < self.poll_seconds:
+        if room <= 0 or not self.pace.due(self.leased_at, now):
             return _Given(closed=self.closed)
         any_shape = not self.lanes
         offer = self.source.lease(shape, room, self.taken)
+        self.pace.answered(now, time.monotonic())
         if self.lanes and not offer.leases and len(late) == len(self.lanes):
             any_shape = True
             offer = self.source.lease(None, 1, self.taken)
@@ -242,10 +245,12 @@ class _Loop:
         for lane in self._in(Phase.TRAINING):
             if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
                 self.books.save(lane)
-        if time.monotonic() - self.exchanged_at < self.poll_seconds:
+        now = time.monotonic()
+        if not self.pace.due(self.exchanged_at, now):
             return {}
         changed = self.source.exchange(self.taken)
         self.exchanged_at = time.monotonic()
+        self.pace.answered(now, self.exchanged_at)
         return changed
 
     def _obey(self, lane: Lane, answer: Answer) -> None:
@@ -276,7 +281,7 @@ class _Loop:
         self._train(self._in(Phase.TRAINING))
         self._evaluate(self._in(Phase.EVALUATING))
         if self.lanes and not busy:
-            time.sleep(self.poll_seconds)
+            time.sleep(self.pace.seconds)
 
     def idle_for(self, seconds: float) -> bool:
         return self.team.agree(lambda: time.monotonic() - self.busy_at > seconds)
