@@ -1,4 +1,4 @@
-"""How often a seat asks its source. One broker serves all seats: where its answers take long, they ask less."""
+"""How often a seat asks its source. All seats ask one broker: where its answers take long, they ask less."""
 
 from __future__ import annotations
 
