@@ -46,6 +46,9 @@ class Progress:
     best: Best | None = None
     started: float = field(default_factory=time.monotonic)
     first_lane: float | None = None
+    taken: int = 0
+    """Optimizer steps of all lanes, also of those that have not ended."""
+    _ended_steps: int = 0
     _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
     _last_plain: float = 0.0
@@ -87,6 +90,7 @@ class Progress:
         self.diverged += record.state == "diverged"
         self.stopped += record.state == "stopped"
         self.failed += record.state == "failed"
+        self._ended_steps += record.steps
         score = record.score("validation")
         rate = record.configuration.optimizer.learning_rate
         name = record.configuration.variant.name
@@ -132,10 +136,14 @@ class Progress:
         return " | ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """From the pace since the first lane trained; None until one is done."""
+        """From the pace since the first lane trained, lanes under way counted in parts; None until one is
+        done. What an earlier start has trained of a lane is not known here, and makes it longer."""
         if self.first_lane is None or not self.done:
             return None
-        return (time.monotonic() - self.first_lane) / self.done * (self.total - self.known - self.done)
+        under_way = max(0, self.taken - self._ended_steps) / max(1.0, self._ended_steps / self.done)
+        done = self.done + min(under_way, self.training)
+        left = max(0.0, self.total - self.known - done)
+        return (time.monotonic() - self.first_lane) / done * left
 
     def _write(self, text: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

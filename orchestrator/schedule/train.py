@@ -291,6 +291,7 @@ class _Watch(threading.Thread):
         for seat, taken in news["taken"].items():
             self.taken[seat] = max(taken, self.taken.get(seat, 0))
         progress, counts = self.progress, news["counts"]
+        progress.taken = sum(self.taken.values())
         progress.training = counts.get("leased", 0) + counts.get("parked", 0)
         progress.waiting = counts.get("waiting", 0)
         progress.seats = counts["seats"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
+import points
 import pytest
 from rich.console import Console
 
@@ -27,6 +29,21 @@ def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path) -> Non
     progress.diverged, progress.stopped, progress.failed = 12_000, 25_000, 300
     progress.first_lane = progress.started - 70_000
     assert len(progress.line()) <= 80
+
+
+def test_the_time_left_counts_lanes_under_way(tmp_path: Path) -> None:
+    with Progress(tmp_path, 8, 0, Console(file=io.StringIO(), width=80)) as progress:
+        progress.training, progress.taken = 4, 2000
+        progress.first_lane = time.monotonic() - 4000
+        assert progress.seconds_left() is None, "nothing is known of how long a lane takes"
+        for seed in range(4):
+            progress.ended(points.record(points.configuration(seed=seed), "diverged", steps=500))
+        assert progress.seconds_left() == pytest.approx(4000, abs=60)
+        progress.first_lane = time.monotonic() - 7000
+        progress.taken = 3500  # three quarters of the other four
+        assert progress.seconds_left() == pytest.approx(1000, abs=60)
+        progress.taken = 5000  # some were repeated: no more than all that train are nearly done
+        assert progress.seconds_left() == 0.0
 
 
 def test_without_a_terminal_it_writes_lines_and_keeps_others_out(tmp_path: Path) -> None:
