@@ -36,7 +36,7 @@ def doubts(panel: Panel) -> list[str]:
             trouble = "seeds diverge at the best rate itself, read the share and the mean of the rest instead"
             warn(trouble, f"{c.label} ({count} of {best.validation.n})")
         if best.states.get("stopped"):
-            warn("runs were stopped early at every rate; chosen among the rates with most scores", c.label)
+            warn("runs were stopped early at the best rate; it is chosen with the floor for these", c.label)
         better = [
             f"{p.learning_rate:g}"
             for p in c.points

@@ -48,7 +48,7 @@ class Point:
     diverged_interval: Interval | None
     """Of the seeds that finished or diverged; Wilson's interval."""
     chosen_from: bool
-    """Whether the rate may be chosen and lies on the curve: it has a score and no seed was stopped early."""
+    """Whether the rate may be chosen and lies on the curve, see `censored.py`."""
     runs: tuple[Run, ...]
 
 

@@ -3,9 +3,9 @@ interval.
 
 The rate is chosen by the validation mean over seeds; the test score stands beside it and enters no choice,
 except that `gain` and the spreads are test scores *at* the chosen rates. A diverged run is worth the task's
-floor. A stopped run is censored: it enters no mean, and a rate that has one is not chosen (it lost; the mean
-of its other seeds would be of survivors only), unless no rate has finished whole. A failed run is missing.
-All scores: higher is better.
+floor. A stopped run is censored: it enters no mean, and a rate that has one is not chosen, unless it is the
+best even with the floor for each of them (`censored.py`). A failed run is missing. All scores: higher is
+better.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.analyze import groups, shape
+from orchestrator.analyze.censored import Ended, may_be_chosen
 from orchestrator.analyze.comparison import Chosen, confirmed
 from orchestrator.analyze.doubts import doubts, doubts_of_comparison, doubts_of_search
 from orchestrator.analyze.intervals import Estimate, Figure, Interval, jackknife, over_seeds, wilson
@@ -86,14 +87,11 @@ def _points(records: Sequence[Record]) -> tuple[Point, ...]:
     for record in records:
         by_rate.setdefault(record.configuration.optimizer.learning_rate, []).append(_run(record))
     runs_at = {rate: sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in sorted(by_rate)}
-    scored = {rate: sum(r.validation is not None for r in runs) for rate, runs in runs_at.items()}
-    clean = {rate for rate, n in scored.items() if n and all(r.state != "stopped" for r in runs_at[rate])}
-    finished = {rate: sum(r.state == "finished" for r in runs) for rate, runs in runs_at.items()}
-    # Stopped runs wherever something was learnt: the rates with most finished runs are the least censored;
-    # `doubts` says so. One where all diverged is whole, and no choice beside them.
-    if any(finished.values()) and not any(finished[rate] for rate in clean):
-        clean |= {rate for rate, n in finished.items() if n == max(finished.values())}
-    return tuple(_point(rate, runs, rate in clean) for rate, runs in runs_at.items())
+    scores = [[r.validation for r in runs if r.validation is not None] for runs in runs_at.values()]
+    stopped = [sum(r.state == "stopped" for r in runs) for runs in runs_at.values()]
+    ended = [Ended(*each) for each in zip(scores, stopped, strict=True)]
+    usable = may_be_chosen(ended, records[0].configuration.task.floor)
+    return tuple(_point(rate, runs, may) for (rate, runs), may in zip(runs_at.items(), usable, strict=True))
 
 
 def _point(rate: float, runs: Sequence[Run], chosen_from: bool) -> Point:

@@ -1,9 +1,9 @@
 """What tuning found: of each variant the points it tried and the one that the validation split chooses. A
 point is a configuration without its seed: one of a grid, or one that a search asked for.
 
-As everywhere, a diverged run is worth the floor; a point with a run that was stopped early is not chosen
-unless all that finished have one (then those with most finished runs are); a failed run is missing. Test
-scores enter no choice.
+As everywhere, a diverged run is worth the floor; a point with a run that was stopped early is chosen only
+where it is the best even with the floor for it (`censored.py`); a failed run is missing. Test scores enter no
+choice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from orchestrator.analyze import shape
+from orchestrator.analyze.censored import Ended, may_be_chosen
 from orchestrator.analyze.groups import Value
 from orchestrator.analyze.intervals import Estimate, over_seeds
 from orchestrator.record.schema import Record
@@ -137,13 +138,9 @@ def _last_seen(record: Record) -> float | None:
 
 
 def _with_choice(points: Sequence[Tried]) -> list[Tried]:
-    clean = [p.validation.n > 0 and "stopped" not in p.states for p in points]
-    finished = [p.states.get("finished", 0) for p in points]
-    # Stopped runs wherever something was learnt: those with most finished runs are the least censored. One
-    # where all diverged is whole, and no choice beside them.
-    if any(finished) and not any(n for n, whole in zip(finished, clean, strict=True) if whole):
-        clean = [whole or n == max(finished) for n, whole in zip(finished, clean, strict=True)]
-    return [replace(p, chosen_from=usable) for p, usable in zip(points, clean, strict=True)]
+    ended = [Ended(list(p.scores.values()), p.states.get("stopped", 0)) for p in points]
+    usable = may_be_chosen(ended, points[0].configuration.task.floor)
+    return [replace(p, chosen_from=may) for p, may in zip(points, usable, strict=True)]
 
 
 def chosen(points: Sequence[Tried]) -> Tried | None:

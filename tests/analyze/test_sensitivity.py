@@ -80,7 +80,17 @@ def test_stopped_runs_at_every_rate_leave_a_choice_with_a_warning() -> None:
     records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
     summary = summarize(records)
     assert summary.panels[0].curves[0].best_rate == 1e-2
-    assert any("stopped early at every rate" in w for w in summary.warnings)
+    assert any("stopped early at the best rate" in w for w in summary.warnings)
+
+
+def test_a_rate_that_a_bracket_kept_whole_is_not_chosen_before_one_that_is_sure_to_be_better() -> None:
+    records = [record(rate=1e-2, seed=s, validation=0.0) for s in (0, 1, 2)]
+    records += [record(rate=1e-1, seed=s, validation=0.9) for s in (0, 1)]
+    records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
+    found = only(records).curves[0]
+    assert found.best_rate == 1e-1
+    assert found.best_validation.mean == pytest.approx(0.9)
+    assert any("stopped early at the best rate" in w for w in summarize(records).warnings)
 
 
 def test_where_no_rate_finished_whole_one_where_all_diverged_is_no_choice() -> None:

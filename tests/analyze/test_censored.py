@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.analyze.censored import Ended, may_be_chosen
+
+SCORES = st.floats(0, 1)
+POINTS = st.lists(st.builds(Ended, st.lists(SCORES, max_size=4), st.integers(0, 4)), max_size=6)
+
+
+@pytest.mark.parametrize(
+    ("points", "may"),
+    [
+        ([([0.5, 0.5], 0), ([0.6, 0.6], 0)], [True, True]),
+        ([([0.5, 0.5], 0), ([0.9], 1)], [True, False]),  # 0.45 is sure, 0.5 is known
+        ([([0.0, 0.0], 0), ([0.9], 1)], [True, True]),  # a bracket kept the worst rate whole
+        ([([0.45, 0.45], 0), ([0.9], 1)], [True, False]),  # no better for sure
+        ([([0.9, 0.8], 1), ([0.9, 0.9], 1), ([1.0], 2)], [False, True, False]),
+        ([([0.9, 0.9], 1), ([0.9, 0.9], 1)], [True, True]),
+        ([([], 3), ([], 0)], [False, False]),  # all stopped; all failed
+    ],
+)
+def test_a_point_with_stopped_runs_is_chosen_where_no_end_of_them_could_have_changed_it(
+    points: list[tuple[list[float], int]], may: list[bool]
+) -> None:
+    assert may_be_chosen([Ended(scores, stopped) for scores, stopped in points], 0.0) == may
+
+
+def test_the_floor_is_the_tasks_own() -> None:
+    points = [Ended([0.5, 0.5], 0), Ended([0.9], 1)]
+    assert may_be_chosen(points, 0.3) == [True, True]
+
+
+@given(points=POINTS, ends=st.data())
+def test_whatever_the_stopped_runs_would_have_come_to_the_choice_beats_every_whole_point(
+    points: list[Ended], ends: st.DataObject
+) -> None:
+    may = may_be_chosen(points, 0.0)
+    whole = [p.sure(0.0) or 0.0 for p in points if p.scores and not p.stopped]
+    for point, usable in zip(points, may, strict=True):
+        if point.scores and not point.stopped:
+            assert usable
+        elif usable:
+            to_the_end = [ends.draw(SCORES) for _ in range(point.stopped)]
+            mean = (sum(point.scores) + sum(to_the_end)) / (len(point.scores) + point.stopped)
+            assert all(mean > other for other in whole)
+    if any(point.scores for point in points):
+        assert any(may)
