@@ -89,7 +89,7 @@ def _scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     if name == "asha":
         last = last_rung(configuration)
         return AsyncHyperBandScheduler(
-            "step", **loss, max_t=last, grace_period=first, reduction_factor=ETA, stop_last_trials=False
+            "step", **loss, max_t=last, grace_period=first, reduction_factor=ETA[name], stop_last_trials=False
         )
     if name == "median":
         never: Any = inf  # a trial that yields to others would cost a process and free no lane
@@ -97,4 +97,4 @@ def _scheduler(name: str, configuration: Configuration) -> TrialScheduler:
             "step", **loss, grace_period=first, min_samples_required=SAMPLES, min_time_slice=never
         )
     units = evaluation(configuration, steps)
-    return _HyperBand("evaluation", **loss, max_t=units, reduction_factor=ETA, stop_last_trials=False)
+    return _HyperBand("evaluation", **loss, max_t=units, reduction_factor=ETA[name], stop_last_trials=False)

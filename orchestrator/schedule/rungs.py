@@ -13,7 +13,8 @@ from orchestrator.finetune.phase import due_steps
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import order_of_entry
 
-ETA = 3  # one lane in three goes on to the next rung, which is three times as far
+ETA = {"asha": 4, "hyperband": 3}  # one lane in so many goes on to the next rung; docs/early_stopping.md
+LAST_RUNG = 3  # ASHA's lies no later than at a third of the steps
 SAMPLES = 3  # lanes that have come as far, before the median of their losses stops anybody
 
 
@@ -30,7 +31,7 @@ def first_rung(configuration: Configuration) -> int:
 
 def last_rung(configuration: Configuration) -> int:
     """ASHA's: a later one saves little and costs the choice its seeds."""
-    return max(first_rung(configuration), configuration.schedule.steps // ETA)
+    return max(first_rung(configuration), configuration.schedule.steps // LAST_RUNG)
 
 
 def evaluation(configuration: Configuration, step: int) -> int:
@@ -44,7 +45,7 @@ def settings(scheduler: str, configuration: Configuration) -> str:
     if scheduler == "none":
         return ""
     parts = [scheduler, "loss=min", f"first={first_rung(configuration)}"]
-    parts += [f"samples={SAMPLES}" if scheduler == "median" else f"eta={ETA}"]
+    parts += [f"samples={SAMPLES}" if scheduler == "median" else f"eta={ETA[scheduler]}"]
     parts += [f"last={last_rung(configuration)}"] if scheduler == "asha" else []
     return " ".join(parts)
 

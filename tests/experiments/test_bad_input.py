@@ -146,6 +146,6 @@ def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path) ->
 def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path) -> None:
     done = run(tmp_path, *DRY, "--steps", "120", script=SCRIPT.with_name("early_stopping.py"))
     assert done.returncode == 0, done.stderr
-    assert "Early stopping  asha loss=min first=40 eta=3" in done.stdout
+    assert "Early stopping  asha loss=min first=40 eta=4" in done.stdout
     assert "Early stopping  none" in done.stdout
     assert not list(tmp_path.glob("results/*/study.json"))

@@ -30,8 +30,8 @@ def test_settings_tell_schedulers_and_first_rungs_apart() -> None:
     said = {settings(name, point) for name in ("asha", "median", "hyperband") for point in points}
     assert len(said) == 6
     assert settings("none", points[0]) == ""
-    assert settings("asha", points[0]) == "asha loss=min first=10 eta=3 last=30"
-    assert settings("asha", points[1]) == "asha loss=min first=50 eta=3 last=50"
+    assert settings("asha", points[0]) == "asha loss=min first=10 eta=4 last=30"
+    assert settings("asha", points[1]) == "asha loss=min first=50 eta=4 last=50"
     assert settings("asha", lane(1e-2, steps=90)) == settings("asha", points[0]), "the rate is not a setting"
 
 

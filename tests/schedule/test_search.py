@@ -31,7 +31,7 @@ OWN: dict[str, dict[str, Value]] = {
     "hira": {"rank": 8, "dropout": 0.0},
     "full": {},
 }
-ASHA = "asha loss=min first=30 eta=3 last=30"
+ASHA = "asha loss=min first=30 eta=4 last=30"
 
 
 def build(variant: str, values: Mapping[str, Value]) -> Configuration:

@@ -14,7 +14,7 @@ import study
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
-ASHA = "asha loss=min first=40 eta=3 last=40"
+ASHA = "asha loss=min first=40 eta=4 last=40"
 # 120 steps of the letters task: evaluated after 40, 80 and 120; the rates from 1e-1 on learn nothing.
 SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "120")
 GOOD, BAD = ("1e-3", "3e-3", "1e-2"), ("1e-1", "3e-1")
