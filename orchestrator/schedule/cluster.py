@@ -126,6 +126,7 @@ def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
     )  # silences a warning about later versions
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
     import ray
 
