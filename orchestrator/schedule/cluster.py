@@ -202,7 +202,7 @@ def draining() -> frozenset[str]:
 
 def beside_the_driver() -> Any:
     """Where an actor goes that must not die with another node. Not softly: Ray 2.60 then puts actors that ask
-    for no CPU on any node. They end with the driver in any case."""
+    for nothing on any node. They end with the driver in any case."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -4,6 +4,7 @@ their number."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -45,10 +46,11 @@ class FirstComeFirstServed(FIFOScheduler):
 
     def __init__(self) -> None:
         super().__init__()
+        self._number = count()
         self._came: dict[str, int] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._came.setdefault(trial.trial_id, len(self._came))  # one that is tried again keeps its place
+        self._came[trial.trial_id] = next(self._number)  # one that is tried again comes after the others
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         for status in (Trial.PENDING, Trial.PAUSED):
