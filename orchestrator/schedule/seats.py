@@ -161,8 +161,8 @@ class Seats:
         if self.most < self.count:
             self.say(
                 f"{self.most} seats at most, not {self.count}: each keeps {HOST_BYTES / 2**30:g} GiB on the "
-                f"driver's node, half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or more "
-                "--lanes-per-seat"
+                f"driver's node, half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or "
+                "more --lanes-per-seat"
             )
 
     def that_see_the_store(self, nodes: tuple[Node, ...], here: str) -> tuple[Node, ...]:
