@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -96,6 +97,16 @@ def this_machine() -> Cluster:
         gpus = min(gpus, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
     memory = 0.7 * psutil.virtual_memory().available
     return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
+
+
+def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """Of this machine's GPUs, as torch names it; empty when the driver does not say, or they differ."""
+    names = set()
+    for file in proc.glob("*/information"):
+        with suppress(OSError):
+            found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+            names.add(found[1] if found else "")
+    return names.pop() if len(names) == 1 else ""
 
 
 def address() -> str | None:
