@@ -1,1 +1,1 @@
-"""The rented machines: what must be known of them before, and apart from, Ray."""
+"""The rented machines: what is known of them, set up and watched apart from Ray."""
