@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_PATIENCE = 20.0
+_PATIENCE = 40.0  # seconds; of the two minutes that there are: Ray's command line starts slowly on a busy mac
 
 
 @dataclass(frozen=True)

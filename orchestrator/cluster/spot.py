@@ -3,9 +3,9 @@
     python -m orchestrator.cluster.spot
 
 Open-source Ray polls no spot notice. This asks the machine's metadata service every few seconds and, at a
-notice, has Ray drain this machine's node (reason: preemption) with the seconds that are left: seats there save
-their lanes and give them back (docs/faults.md). It goes on while the service or Ray is away; a Ray that is
-started again after the notice is drained too. On a machine that is not a spot one it only waits.
+notice, has Ray drain this machine's node (reason: preemption) with the seconds that are left: seats there
+save their lanes and give them back (docs/faults.md). It goes on while the service or Ray is away; a Ray that
+is started again after the notice is drained too. On a machine that is not a spot one it only waits.
 """
 
 from __future__ import annotations
