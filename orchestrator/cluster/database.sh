@@ -9,7 +9,7 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 # From a folder that user postgres may enter.
 as_postgres() { (cd / && as_root runuser -u postgres -- "$@"); }
 
-command -v pg_ctlcluster >/dev/null || as_root apt-get install -qy postgresql
+command -v pg_ctlcluster >/dev/null || bash "$(dirname "$0")/packages.sh" postgresql
 as_root service postgresql start
 for _ in $(seq 60); do
     as_postgres psql -qc 'select 1' >/dev/null 2>&1 && break

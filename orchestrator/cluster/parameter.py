@@ -33,7 +33,7 @@ def parameter(name: str) -> str:
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
     except BotoCoreError as error:
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
-    return str(found["Parameter"]["Value"])
+    return str(found["Parameter"]["Value"]).strip()  # of a file that was put there: its newline
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ if ! mountpoint -q /shared; then
         echo "storage: /shared is not mounted and nobody says what it is; mount it, or set LORA_STORAGE to HOST:/PATH (NFS)." >&2
         exit 1
     fi
-    command -v mount.nfs4 >/dev/null || as_root apt-get install -qy nfs-common
+    command -v mount.nfs4 >/dev/null || bash "$(dirname "$0")/packages.sh" nfs-common
     as_root mkdir -p /shared
     # AWS's options for EFS. `hard`: a server that is away delays a write and loses none.
     as_root mount -t nfs4 -o nfsvers=4.1,rsize=1048576,wsize=1048576,hard,timeo=600,retrans=2,noresvport "$where" /shared

@@ -146,6 +146,9 @@ def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch:
     assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", parameter("storage"))
     assert re.fullmatch(r"s3://[\w-]+/mlflow", parameter("artifacts"))
     assert parameter("hub-token") == "", "none was put there"
+    put = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
+    boto3.client("ssm").put_parameter(**put)
+    assert parameter("hub-token") == "a-token"
     monkeypatch.setenv("LORA_STORAGE", "nas:/export")
     assert parameter("storage") == "nas:/export"
     monkeypatch.delenv("LORA_STORAGE")

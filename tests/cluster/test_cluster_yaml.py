@@ -171,6 +171,7 @@ def test_gpu_workers_are_spot_and_scale_from_zero_to_a_bound() -> None:
 
 def test_nothing_that_costs_is_left() -> None:
     assert CONFIG["provider"]["cache_stopped_nodes"] is False
+    assert NODES["head"]["InstanceInitiatedShutdownBehavior"] == "terminate"
     for name, node in NODES.items():
         (disk,) = node["BlockDeviceMappings"]
         assert disk["Ebs"]["DeleteOnTermination"] is True
@@ -231,7 +232,8 @@ def test_one_region() -> None:
 @pytest.mark.parametrize("script", sorted(ROOT.glob("orchestrator/cluster/*.sh")), ids=lambda path: path.name)
 def test_scripts_are_bash_and_used(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert any(script.name in c for c in COMMANDS)
+    used_by = COMMANDS + [other.read_text() for other in script.parent.glob("*.sh")]
+    assert any(f"cluster/{script.name}" in text or f'/{script.name}"' in text for text in used_by)
 
 
 # -- what is sent to nodes
