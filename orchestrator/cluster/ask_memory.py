@@ -32,7 +32,7 @@ def ask(cluster: Cluster, seats: Seats, plan: SeatPlan, configurations: Sequence
     task = ray.remote(
         num_cpus=1,
         num_gpus=plan.gpus,
-        max_retries=0,
+        max_retries=1,  # of a process that died; what the probe itself raises is not tried again
         runtime_env={} if plan.on_gpus else {"env_vars": MALLOC},
     )(work)
     asked = task.remote(

@@ -48,7 +48,8 @@ class Witnesses:
     no more; `silent` says why, by address."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        kind = ray.remote(num_cpus=0, max_restarts=0)(Witness)
+        # A process may die as it starts, on a busy machine: that alone says nothing of the node.
+        kind = ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)(Witness)
         self.silent: dict[str, str] = {}
         self.actors: dict[str, Any] = {}
         self.ids: dict[str, str] = {}

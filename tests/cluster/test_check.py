@@ -107,10 +107,12 @@ def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared:
 
 
 @pytest.mark.timeout(100)
-def test_a_cluster_that_is_gone_is_said_at_once(shared: Path) -> None:
+def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path) -> None:
     started = time.monotonic()
-    code, lines = check("127.0.0.1:1", *command(shared))
+    gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
+    code, lines = check("127.0.0.1:1", *gone)
     assert (code, list(lines)) == (1, ["tracking", "model", "data", "nodes"])
+    assert "FAILED Unknown model '/nowhere/model': no such folder" in lines["model"]
     assert "FAILED RAY_ADDRESS '127.0.0.1:1' cannot be joined (nothing answers there)" in lines["nodes"]
     assert time.monotonic() - started < 60, "Ray alone takes minutes"
 
