@@ -19,8 +19,7 @@ class Ended:
     stopped: int
 
     def sure(self, floor: float) -> float | None:
-        """The mean score if every stopped run had come to the floor, which none falls below. None without a
-        score."""
+        """The mean score with every stopped run at the floor, as if it had diverged. None without a score."""
         if not self.scores:
             return None
         total = math.fsum(self.scores) + self.stopped * floor
@@ -29,13 +28,13 @@ class Ended:
 
 def may_be_chosen(points: Sequence[Ended], floor: float) -> list[bool]:
     """A point without stopped runs may. One with some has lost, and the mean of the others would be of
-    survivors only; it may all the same where it is the best of all with the floor for each stopped run: no
-    end of these could have changed that it beats every whole point."""
+    survivors only; it may all the same where something was learnt and it is the best of all with the floor
+    for each stopped run: it would beat every whole point if these had diverged."""
     whole = [not point.stopped and bool(point.scores) for point in points]
     sure = [point.sure(floor) for point in points]
     known = [mean for mean, is_whole in zip(sure, whole, strict=True) if is_whole and mean is not None]
     best = max((mean for mean in sure if mean is not None), default=floor)
-    if best <= max(known, default=-math.inf) + ROUNDING:
+    if best <= max([floor, *known]) + ROUNDING:
         return whole
     return [
         is_whole or (mean is not None and mean >= best - ROUNDING)

@@ -9,6 +9,8 @@ from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.results import Panel
 from orchestrator.analyze.search import Search
 
+STOPPED = "the mean is of the seeds that were not stopped early at the best"
+
 
 def doubts(panel: Panel) -> list[str]:
     """One line a kind of trouble, with the variants that have it."""
@@ -36,7 +38,7 @@ def doubts(panel: Panel) -> list[str]:
             trouble = "seeds diverge at the best rate itself, read the share and the mean of the rest instead"
             warn(trouble, f"{c.label} ({count} of {best.validation.n})")
         if best.states.get("stopped"):
-            warn("runs were stopped early at the best rate; it is chosen with the floor for these", c.label)
+            warn(f"{STOPPED} rate", c.label)
         better = [
             f"{p.learning_rate:g}"
             for p in c.points
@@ -56,7 +58,10 @@ def doubts_of_search(search: Search) -> list[str]:
     for variant in search.variants:
         if variant.best is None:
             found.append(f"{where}: no score yet: {variant.variant}.")
-        elif variant.edges:
+            continue
+        if variant.best.stopped:
+            found.append(f"{where}: {STOPPED} point: {variant.variant}.")
+        if variant.edges:
             edges = ", ".join(variant.edges)
             found.append(f"{where}: {variant.variant}'s best is not bracketed: {edges}.")
     counts = {len(v.points) for v in search.variants}

@@ -87,11 +87,13 @@ def _points(records: Sequence[Record]) -> tuple[Point, ...]:
     for record in records:
         by_rate.setdefault(record.configuration.optimizer.learning_rate, []).append(_run(record))
     runs_at = {rate: sorted(by_rate[rate], key=lambda r: (r.seed, r.fingerprint)) for rate in sorted(by_rate)}
-    scores = [[r.validation for r in runs if r.validation is not None] for runs in runs_at.values()]
-    stopped = [sum(r.state == "stopped" for r in runs) for runs in runs_at.values()]
-    ended = [Ended(*each) for each in zip(scores, stopped, strict=True)]
-    usable = may_be_chosen(ended, records[0].configuration.task.floor)
+    usable = may_be_chosen([_ended(runs) for runs in runs_at.values()], records[0].configuration.task.floor)
     return tuple(_point(rate, runs, may) for (rate, runs), may in zip(runs_at.items(), usable, strict=True))
+
+
+def _ended(runs: Sequence[Run]) -> Ended:
+    scores = [r.validation for r in runs if r.validation is not None]
+    return Ended(scores, sum(r.state == "stopped" for r in runs))
 
 
 def _point(rate: float, runs: Sequence[Run], chosen_from: bool) -> Point:
@@ -125,18 +127,19 @@ class _Means:
     best: int | None
 
 
-def _means(points: Sequence[Point], without_seed: int | None = None) -> _Means:
+def _means(points: Sequence[Point], floor: float, without_seed: int | None = None) -> _Means:
     rates: list[float] = []
     y: list[float | None] = []
     test: list[float | None] = []
     diverged: list[float] = []
-    for point in points:
-        runs = [r for r in point.runs if r.seed != without_seed]
+    left = [[r for r in point.runs if r.seed != without_seed] for point in points]
+    may = may_be_chosen([_ended(runs) for runs in left], floor)
+    for point, runs, chosen_from in zip(points, left, may, strict=True):
         scores = [r.validation for r in runs if r.validation is not None]
         tests = [r.test for r in runs if r.test is not None]
         if not scores and "stopped" not in point.states:
             continue
-        usable = bool(scores) and point.chosen_from
+        usable = bool(scores) and chosen_from
         rates.append(point.learning_rate)
         y.append(math.fsum(scores) / len(scores) if usable else None)
         test.append(math.fsum(tests) / len(tests) if usable and tests else None)
@@ -212,7 +215,7 @@ def _all_figures(
     without_seed: int | None = None,
 ) -> tuple[dict[str, _Means], dict[str, _Figures], str | None, float | None, float | None]:
     """Seeds are paired, so one is left out of all variants together, and the common rates are chosen anew."""
-    means = {label: _means(p, without_seed) for label, p in points.items()}
+    means = {label: _means(p, floor, without_seed) for label, p in points.items()}
     reference = _reference(means, variants)
     best = None if reference is None else means[reference].best
     rate = None if reference is None or best is None else means[reference].rates[best]

@@ -46,6 +46,8 @@ class Tried:
     """Optimizer steps that its runs took."""
     scores: Mapping[int, float]
     """seed -> validation score"""
+    stopped: frozenset[int]
+    """Seeds that were stopped early."""
     begun: float
     """When the first of its runs was, in seconds since the epoch."""
 
@@ -125,6 +127,7 @@ def _tried(records: Sequence[Record], varied: Sequence[str]) -> Tried:
         False,
         sum(r.steps for r in records),
         scores,
+        frozenset(r.configuration.seed for r in records if r.state == "stopped"),
         min(r.provenance.started for r in records),
     )
 
@@ -138,7 +141,7 @@ def _last_seen(record: Record) -> float | None:
 
 
 def _with_choice(points: Sequence[Tried]) -> list[Tried]:
-    ended = [Ended(list(p.scores.values()), p.states.get("stopped", 0)) for p in points]
+    ended = [Ended(list(p.scores.values()), len(p.stopped)) for p in points]
     usable = may_be_chosen(ended, points[0].configuration.task.floor)
     return [replace(p, chosen_from=may) for p, may in zip(points, usable, strict=True)]
 
@@ -161,7 +164,7 @@ def otherwise(found: Tuned) -> list[tuple[Tried, float]] | None:
     """How often the same tuning with other seeds would have chosen each point, by resampling the seeds
     jointly over points: all ways to draw them up to five seeds, else 2,000. The most frequent first; None
     with one seed."""
-    seeds = sorted({seed for p in found.points if p.chosen_from for seed in p.scores})
+    seeds = sorted({seed for p in found.points for seed in (*p.scores, *p.stopped)})
     if len(seeds) < 2:
         return None
     if len(seeds) <= 5:
@@ -170,12 +173,12 @@ def otherwise(found: Tuned) -> list[tuple[Tried, float]] | None:
         rng = random.Random(0)
         draws = [rng.choices(seeds, k=len(seeds)) for _ in range(DRAWS)]
     counts: Counter[str] = Counter()
+    floor = found.points[0].configuration.task.floor
     for draw in draws:
-        means = {}
-        for i, point in enumerate(found.points):
-            scores = [point.scores[seed] for seed in draw if seed in point.scores]
-            if point.chosen_from and scores:
-                means[i] = math.fsum(scores) / len(scores)
+        scores = [[p.scores[seed] for seed in draw if seed in p.scores] for p in found.points]
+        stopped = [sum(seed in p.stopped for seed in draw) for p in found.points]
+        may = may_be_chosen([Ended(*each) for each in zip(scores, stopped, strict=True)], floor)
+        means = {i: math.fsum(own) / len(own) for i, own in enumerate(scores) if may[i]}
         if (best := _highest(found.points, means)) is not None:
             counts[best.configuration.fingerprint] += 1
     total = sum(counts.values())

@@ -1,1 +1,1 @@
-"""Whether a cluster is fit for a study, found out before money is spent."""
+"""The rented machines: what is known of them, set up and watched apart from Ray."""

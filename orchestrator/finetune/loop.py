@@ -178,11 +178,11 @@ class _Loop:
             return _Given(closed=self.closed)
         any_shape = not self.lanes
         offer = self.source.lease(shape, room, self.taken)
-        self.pace.answered(now, time.monotonic())
+        self.leased_at = time.monotonic()
+        self.pace.answered(now, self.leased_at)
         if self.lanes and not offer.leases and len(late) == len(self.lanes):
             any_shape = True
             offer = self.source.lease(None, 1, self.taken)
-        self.leased_at = now
         new = []
         for lease in offer.leases:
             fingerprint = lease.configuration.fingerprint

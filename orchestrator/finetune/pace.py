@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BETWEEN = 20.0  # times as long as the last answer took: a twentieth of a seat's time goes into waiting for it
+BETWEEN = 20.0  # times as long as the last answer took, so that little of a seat's time goes into waiting
 AT_MOST = 20.0  # times as long as usual: a stop, a drain or Ctrl-C has to be heard
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -99,6 +100,16 @@ def this_machine() -> Cluster:
     return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
 
 
+def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """Of this machine's GPUs, as torch names it; empty when the driver does not say, or they differ."""
+    names = set()
+    for file in proc.glob("*/information"):
+        with suppress(OSError):
+            found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+            names.add(found[1] if found else "")
+    return names.pop() if len(names) == 1 else ""
+
+
 def address() -> str | None:
     """The running cluster that a study would join: RAY_ADDRESS, else one that `ray start` left word of."""
     if os.environ.get("RAY_ADDRESS"):
@@ -128,6 +139,7 @@ def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
     )  # silences a warning about later versions
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
     import ray
 
@@ -213,7 +225,7 @@ def draining() -> frozenset[str]:
 
 def beside_the_driver() -> Any:
     """Where an actor goes that must not die with another node. Not softly: Ray 2.60 then puts actors that ask
-    for no CPU on any node. They end with the driver in any case."""
+    for nothing on any node. They end with the driver in any case."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -13,11 +13,12 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from orchestrator.schedule.in_order import FirstComeFirstServed
 from orchestrator.schedule.rungs import ETA, SAMPLES, evaluation, first_rung, last_rung
 from orchestrator.study.configuration import Configuration
 
 
-class PerGroup(TrialScheduler):
+class PerGroup(FirstComeFirstServed):
     """Passes whatever concerns a trial to the scheduler of its variant and task."""
 
     _metric = "loss"
@@ -33,6 +34,7 @@ class PerGroup(TrialScheduler):
         self.members: dict[str, tuple[Any, bool]] = {}  # trial -> its scheduler, whether it is known
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
         group = (configuration.task.name, configuration.variant.name)
         if group not in self.groups:
@@ -59,12 +61,11 @@ class PerGroup(TrialScheduler):
         self.members[trial.trial_id][0].on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """The first that any of them wants to run. Only Hyperband has a choice of its own, for its paused
-        trials; the others all name the first of all trials that may run."""
-        asked = list(self.groups.values())
+        """Only Hyperband has a choice of its own, for its paused trials: the first that any of them wants to
+        run. The others take trials as they come."""
         if self.name != "hyperband":
-            asked = asked[:1]
-        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in asked)
+            return super().choose_trial_to_run(tune_controller)
+        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.groups.values())
         return next((trial for trial in chosen if trial is not None), None)
 
     def debug_string(self) -> str:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from rich.console import Console
 
 from orchestrator.finetune.resolve import UNPREPARED
+from orchestrator.record.schema import Record
+from orchestrator.record.show import narrowed
 from orchestrator.record.store import Store
-from orchestrator.schedule import cluster
+from orchestrator.schedule import cluster, gpu_hours
+from orchestrator.schedule.estimate import Estimate, estimates
 from orchestrator.schedule.ledger import Ledger
 from orchestrator.schedule.progress import clock
 from orchestrator.schedule.rungs import settings
 from orchestrator.schedule.search_file import Spent
+from orchestrator.study.command import typed
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 
 LANES = 4  # a seat; more gains nothing on a CPU and is a choice of memory on a GPU
 START_SECONDS = 25.0  # Ray, and the first seat
+UNKNOWN = "unknown: no lane of this task and model has been trained on such a device yet"
 
 
 def print_plan(
@@ -34,14 +43,24 @@ def print_plan(
     total = search.total if search else len(wanted)
     left = len(pending) + total - len(wanted)
     content = first.model.content
+    gpus: float | None
     if cluster.address() is None:
-        seats, _ = cluster.this_machine().seats(
+        seats, gpus = cluster.this_machine().seats(
             options.seats, options.gpus_per_seat, options.workers_per_seat
         )
-        where = f"{seats} on this machine"
+        where, device = f"{seats} on this machine", cluster.gpu_name()
     else:
-        seats = options.seats or 0
+        seats, gpus, device = options.seats or 0, options.gpus_per_seat, ""
         where = f"{seats or 'as many as have room'} on the cluster at {cluster.address()}"
+    gpus = 0.0 if options.device == "cpu" else gpus
+    lanes = options.lanes_per_seat or LANES
+    unasked = [
+        replace(first, variant=replace(first.variant, name=variant))
+        for variant in (search.space.variants if search else ())
+        for _ in range(search.left(variant) if search else 0)
+    ]
+    found = estimates([*pending, *unasked], store, lanes, options.workers_per_seat)
+    found = [each for each in found if _may_be(each.device, gpus, device)]
     workers = f", {options.workers_per_seat} workers a seat" if options.workers_per_seat > 1 else ""
     batch = first.batches.batch_size * first.batches.accumulation
     for what, text in (
@@ -55,10 +74,16 @@ def print_plan(
         ("Configurations", f"{total}, of them {total - left} known"),
         ("Steps", f"at most {left * first.schedule.steps}"),
         ("Early stopping", settings(options.scheduler, first) or "none"),
-        ("Seats", f"{where}, {options.lanes_per_seat or LANES} lanes each{workers}"),
-        ("Time", _estimate(first, left, store, seats)),
+        ("Seats", f"{where}, {lanes} lanes each{workers}"),
+        *(_time(each, seats) for each in found),
+        *([] if found else [("Time", UNKNOWN if left else "nothing to train")]),
     ):
         console.print(f"{what:15} {text}", markup=False)
+    for what, text in gpu_hours.lines(found, gpus, device, options) if left else ():
+        console.print(f"{what:15} {text}", markup=False)
+    if pending and not found and gpus != 0:
+        command = f"To know, train one of them, then plan again:\n  {_one_point(pending)}"
+        console.print(command, markup=False, soft_wrap=True)
 
 
 def print_short(console: Console, spent: Mapping[str, Spent], points: int) -> None:
@@ -87,21 +112,30 @@ def _search(search: Ledger, first: Configuration) -> list[tuple[str, str]]:
     return [*lines, *((f"Space, {variant}", text) for variant, text in texts.items())]
 
 
-def _estimate(first: Configuration, left: int, store: Store, seats: int) -> str:
-    """For all to the end, from what lanes of the same task and model cost before, wherever that was. `seats`
-    0: not known."""
-    if not left:
-        return "nothing to train"
-    costs = [
-        (r.cost.train_seconds + r.cost.evaluate_seconds) / max(1, r.steps)
-        for r in store.records()
-        if r.state == "finished"
-        and (r.configuration.task.name, r.configuration.model) == (first.task.name, first.model)
-    ]
-    if not costs:
-        return "unknown: no lane of this task and model has been trained yet"
-    seconds = sum(costs) / len(costs) * left * first.schedule.steps
-    source = f"(from {len(costs)} lanes trained before)"
-    if not seats:
-        return f"about {clock(seconds)} divided by the seats {source}"
-    return f"about {clock(seconds / seats + START_SECONDS)} {source}"
+def _may_be(device: str, gpus: float | None, here: str) -> bool:
+    """Whether seats may train on such a device. `gpus` of a worker and the GPU's name, as far as known."""
+    if gpus is None:
+        return True
+    return device == (here or device) != "cpu" if gpus else device == "cpu"
+
+
+def _time(found: Estimate, seats: int) -> tuple[str, str]:
+    """`seats` 0: not known."""
+    start = START_SECONDS if seats else 0.0
+    ends = dict.fromkeys(clock(s / max(1, seats) + start) for s in (found.low, found.high))
+    divided = "" if seats else " divided by the seats"
+    return "Time", f"about {' to '.join(ends)}{divided}, {found.source}"
+
+
+def _one_point(pending: Sequence[Configuration]) -> str:
+    """The command that trains one of them alone: at the lowest rate, as a diverged lane would not tell."""
+    from orchestrator.analyze import words
+
+    point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
+    command = narrowed(typed(sys.argv), Record(point.fingerprint, point, "failed", 0))
+    # In the plain script and its own study: one of two stages would make its choice of this point.
+    command = words.narrowed(command, point.variant.name, [point.optimizer.learning_rate], {})
+    pairs = pairwise(["", *shlex.split(command)])
+    return shlex.join(
+        word for before, word in pairs if before != "--study" and not word.startswith(("--study", "--plan"))
+    )

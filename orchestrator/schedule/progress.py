@@ -137,7 +137,7 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """From the pace since the first lane trained, lanes under way counted in parts; None until one is
-        done. What an earlier start has trained of a lane is not known here, and makes it longer."""
+        done. Steps that an earlier start has taken make it longer, steps that are repeated shorter."""
         if self.first_lane is None or not self.done:
             return None
         under_way = max(0, self.taken - self._ended_steps) / max(1.0, self._ended_steps / self.done)

@@ -14,7 +14,7 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import order_of_entry
 
 ETA = {"asha": 4, "hyperband": 3}  # one lane in so many goes on to the next rung; docs/early_stopping.md
-LAST_RUNG = 3  # ASHA's lies no later than at a third of the steps
+LAST_RUNG = 3  # ASHA's lies no later than at a third of the steps, or is the first
 SAMPLES = 3  # lanes that have come as far, before the median of their losses stops anybody
 
 

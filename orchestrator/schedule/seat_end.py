@@ -155,11 +155,11 @@ def _lost_a_worker() -> bool:
     import ray
     from ray._private.state import actors
 
-    every = list(actors().values())
     me = actors(ray.get_runtime_context().get_actor_id())
-    controllers = [actor for actor in every if actor["OwnerAddress"] == me["Address"]]
-    addresses = [controller["Address"] for controller in controllers]
-    return any(_on_a_lost_node(actor) for actor in every if actor["OwnerAddress"] in addresses)
+    # Addresses are used again: those of actors that were there before this one mean somebody else.
+    mine = [actor for actor in actors().values() if actor["StartTime"] >= me["StartTime"]]
+    controllers = [actor["Address"] for actor in mine if actor["OwnerAddress"] == me["Address"]]
+    return any(_on_a_lost_node(actor) for actor in mine if actor["OwnerAddress"] in controllers)
 
 
 def _with_its_node(death: RayActorError) -> bool:
@@ -181,6 +181,8 @@ def _on_a_lost_node(actor: dict[str, Any]) -> bool:
     context: Any = common_pb2  # made by protobuf: type checkers see nothing of it
     if actor["DeathCause"].actor_died_error_context.reason == context.ActorDiedErrorContext.NODE_DIED:
         return True
+    if not actor["Address"]["NodeID"].strip("f"):  # it never had one
+        return False
     node = next((n for n in ray.nodes() if n["NodeID"] == actor["Address"]["NodeID"]), None)
     if node is None or not node["Alive"] or node["NodeID"] in draining():
         return True

@@ -19,6 +19,7 @@ from orchestrator.study.errors import BadInput
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
+HOST_BYTES = 512 * 2**20  # a seat's host and controller: 247 MiB each, measured on Linux x86-64
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Seats:
         """Why no seat can be had; empty while one may still come."""
         self.nodes = Cluster(())
         """Those that can take a seat."""
+        self.most: int | None = None
+        """Seats whose hosts half of the memory of the driver's node is enough for; the other half is the
+        trials'. None before the nodes were counted."""
         self.left_out: frozenset[str] = frozenset()
         """Addresses of nodes that do not see the store."""
         self._counted = self._orphans_until = -float("inf")
@@ -117,6 +121,8 @@ class Seats:
         a place now, which is of interest where they follow the cluster, which others may use too."""
         unplaced = sum(seat.name not in self.spoken for seat in self.running.values())
         wanted = -(-waiting // self.plan.lanes) - unplaced if self.started else self.count
+        if self.most is not None:
+            wanted = min(wanted, self.most - len(self.running))
         if not self.follow:
             return min(wanted, self.count - len(self.running))
         room = self.nodes.room(self.plan.gpus, self.plan.workers)
@@ -134,6 +140,7 @@ class Seats:
         before = {node.id for node in self.nodes.nodes}
         here = ray.get_runtime_context().get_node_id()
         self.nodes = Cluster(self.that_see_the_store(nodes_now(), here))
+        self._count_hosts(here)
         now = {node.id for node in self.nodes.nodes}
         news = (len(now - before), "joined"), (len(before - now), "left")
         said = [f"{count} node{'s' if count > 1 else ''} {what}" for count, what in news if count]
@@ -143,6 +150,19 @@ class Seats:
             self.say(
                 f"waiting for {self.waits_for}, up to {self.plan.start_seconds:g} s (--seat-timeout) "
                 "while there is no seat"
+            )
+
+    def _count_hosts(self, here: str) -> None:
+        """`here`: the driver's node, where all hosts are."""
+        memory = next((node.memory for node in self.nodes.nodes if node.id == here), None)
+        if memory is None or self.most is not None:  # it is about to go, or was counted before
+            return
+        self.most = max(1, int(memory / 2 / HOST_BYTES))
+        if self.most < self.count:
+            self.say(
+                f"{self.most} seats at most, not {self.count}: each keeps {HOST_BYTES / 2**30:g} GiB on the "
+                f"driver's node, half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or "
+                "more --lanes-per-seat"
             )
 
     def that_see_the_store(self, nodes: tuple[Node, ...], here: str) -> tuple[Node, ...]:

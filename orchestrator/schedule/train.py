@@ -20,7 +20,7 @@ from orchestrator.schedule.broker import BROKER_LOST_SECONDS, start_broker
 from orchestrator.schedule.broker_core import name_of
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.early_stopping import PerGroup
-from orchestrator.schedule.in_order import InOrder
+from orchestrator.schedule.in_order import FirstComeFirstServed, InOrder
 from orchestrator.schedule.life import Phase
 from orchestrator.schedule.limits import Limits
 from orchestrator.schedule.progress import Progress
@@ -103,7 +103,7 @@ def train(
                 search_alg=search or InOrder(configurations, trials),
                 num_samples=-1 if search else 1,  # the search says when it is done
                 max_concurrent_trials=trials if search else None,
-                scheduler=None if scheduler == "none" else PerGroup(scheduler, known),
+                scheduler=FirstComeFirstServed() if scheduler == "none" else PerGroup(scheduler, known),
                 reuse_actors=True,
                 trial_name_creator=_name,
                 trial_dirname_creator=_name,

@@ -103,6 +103,17 @@ def test_edges_of_a_grid_and_of_a_range() -> None:
     )
 
 
+def test_other_seeds_choose_anew_among_points_with_stopped_runs() -> None:
+    records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
+    records += [record(rate=1e-2, seed=0, validation=0.9)]
+    records += [record(rate=1e-2, seed=1, validation=0.9, state="stopped")]
+    assert best_rate(records) == 1e-3  # 0.45 is sure
+    shares = otherwise(only(records))
+    assert shares is not None
+    found = {point.learning_rate: share for point, share in shares}
+    assert found == {1e-3: 0.75, 1e-2: 0.25}  # seed 0 alone, drawn twice, knows of no stopped run
+
+
 def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
     # Seeds 0 and 1. At 1e-2: .9 and .1, at 1e-3: .4 both. Draws 00 and 01, 10 choose 1e-2, 11 chooses 1e-3.
     records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]

@@ -69,6 +69,7 @@ BAD = {
     "head rate zero": ((*DRY, "--head-learning-rate", "0"), ["'0'", "above 0"]),
     "head rate without a head": ((*DRY, "--head-learning-rate", "1e-3"), ["1e-3", "no head", "same"]),
     "gpus of a seat": ((*DRY, "--gpus-per-seat", "1.5"), ["--gpus-per-seat 1.5"]),
+    "price reversed": ((*DRY, "--price-per-gpu-hour", "2:1"), ["'2:1'", "reversed", "1:2"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
     "output below a file": (
         (*DRY, "--output", "/dev/null/x"),

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
 from points import POINTS
 from ray import tune
-from ray.tune.experiment import Experiment
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.schedulers import FIFOScheduler
 
-from orchestrator.schedule.in_order import InOrder
+from orchestrator.schedule.in_order import FirstComeFirstServed, InOrder
 from orchestrator.study.configuration import Configuration
 
 
@@ -42,3 +45,36 @@ def test_no_more_trials_than_may_be_alive(tmp_path: Path) -> None:
     search.on_trial_complete(first[1].trial_id)
     (third,) = trials(search, tmp_path)
     assert Configuration.from_json(third.config["configuration"]) == POINTS[2]
+
+
+class Controller:
+    """As much of Tune's as a scheduler that stops nobody asks for: all trials in the order in which they came
+    and, in none, those that have not ended."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials = trials
+
+    def get_trials(self) -> list[Trial]:
+        return self.trials
+
+    def get_live_trials(self) -> set[Trial]:
+        return {trial for trial in self.trials if not trial.is_finished()}
+
+
+STATUSES = st.sampled_from([Trial.PENDING, Trial.PAUSED, Trial.RUNNING, Trial.TERMINATED, Trial.ERROR])
+
+
+@given(st.lists(STATUSES, max_size=12), st.data())
+def test_the_next_trial_is_the_one_that_tunes_own_scheduler_takes(statuses: list[str], data: Any) -> None:
+    came = [Trial("Nothing", stub=True, trial_id=f"{number:x}") for number in range(len(statuses))]
+    scheduler, controller = FirstComeFirstServed(), Controller(came)
+    for trial in came:
+        scheduler.on_trial_add(controller, trial)
+    for trial, status in zip(came, statuses, strict=True):
+        trial.set_status(status)
+    if came:  # it failed and is tried again: Tune puts it at the end of its list, and adds it once more
+        again = data.draw(st.sampled_from(came))
+        came.remove(again)
+        came.append(again)
+        scheduler.on_trial_add(controller, again)
+    assert scheduler.choose_trial_to_run(controller) is FIFOScheduler().choose_trial_to_run(controller)

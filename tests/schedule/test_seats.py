@@ -45,6 +45,24 @@ def test_start(now: Seats, waiting: int, free: int, start: int) -> None:
     assert max(0, now.lacking(waiting, free)) == start
 
 
+def test_no_more_than_the_drivers_node_has_memory_for() -> None:
+    said: list[str] = []
+    now = seats(8, 8, placed=1)
+    now.say = said.append
+    now.nodes = Cluster((Node(4, 0, 3 * 2**30, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
+    for _ in range(2):
+        now._count_hosts("here")
+    assert now.lacking(60, 7) == 2, "half of 3 GiB is enough for three"
+    assert len(said) == 1
+    assert said[0].startswith("3 seats at most, not 8: each keeps 0.5 GiB")
+    now.follow = False
+    assert now.lacking(60, 7) == 2
+    poor = seats(8, 8, started=False)
+    poor.nodes, poor.say = Cluster((Node(4, 1, 2**20, "here"),)), said.append
+    poor._count_hosts("here")
+    assert poor.lacking(60, 1) == 1, "one is always tried"
+
+
 counts = st.integers(0, 6)
 
 

@@ -1,0 +1,40 @@
+"""What an hour of a GPU costs to rent: `prices.json`, a small dated table. No cloud is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Price:
+    """USD a GPU hour, of an AWS instance's hour divided by its GPUs."""
+
+    gpu: str
+    """As Ray names it."""
+    names: tuple[str, ...]
+    """As torch and the driver name it."""
+    instance: str
+    count: int
+    """GPUs of the instance: it is paid whole."""
+    spot: float
+    """Typical."""
+    on_demand: float
+    date: str
+    """The month of the on-demand price."""
+    region: str
+
+
+@lru_cache(maxsize=1)
+def table() -> tuple[Price, ...]:
+    data = json.loads(Path(__file__).with_name("prices.json").read_text())
+    return tuple(
+        Price(**{**each, "names": tuple(each["names"]), "region": data["region"]}) for each in data["gpus"]
+    )
+
+
+def of(device: str) -> Price | None:
+    """By torch's name or Ray's, exactly: an H100 of another make has another price."""
+    return next((price for price in table() if device in (price.gpu, *price.names)), None)

@@ -1,0 +1,52 @@
+"""The Ray nodes on this machine, found by their processes; Ray's own command drains one.
+
+Standard library and Linux's /proc only. Ray tells a machine's node id only to those who join the cluster, and
+that starts a driver: on a machine that is about to go, the command line of its raylet is cheaper and surer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_PATIENCE = 40.0  # seconds; of the two minutes that there are: Ray's command line starts slowly on a busy mac
+
+
+@dataclass(frozen=True)
+class Raylet:
+    node_id: str
+    """As Ray prints it: hexadecimal."""
+    address: str
+    """Of its cluster's control service, HOST:PORT."""
+
+
+def here(processes: Path = Path("/proc")) -> tuple[Raylet, ...]:
+    """Those that run in this process namespace; one on a machine of a cluster, none while Ray is away."""
+    found = set()
+    for file in processes.glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if Path(words[0]).name != "raylet":
+            continue
+        flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        if "--node_id" in flags and "--gcs-address" in flags:
+            found.add(Raylet(flags["--node_id"], flags["--gcs-address"]))
+    return tuple(sorted(found, key=lambda raylet: raylet.node_id))
+
+
+def drain(raylet: Raylet, seconds: int, message: str) -> str:
+    """Tells Ray that the node will be gone in so many seconds: it gets no new work, and what runs there is
+    told. Empty when Ray has accepted it, else one line that says why not."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.address]
+    command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"ray drain-node: {error}"
+    said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+    return "" if done.returncode == 0 else f"ray drain-node: {said}"

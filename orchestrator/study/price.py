@@ -1,0 +1,20 @@
+"""The price of a GPU hour as it is typed: LOW:HIGH, or one number."""
+
+from __future__ import annotations
+
+from orchestrator.study.errors import BadInput
+from orchestrator.study.rates import rate
+
+OPTION = "--price-per-gpu-hour"
+EXAMPLE = "For example: 1.2, or 0.4:1.2 (spot:on demand)."
+
+
+def parse(text: str) -> tuple[float, float]:
+    """Low and high, in USD. Raises BadInput."""
+    words = text.split(":")
+    if len(words) > 2:
+        raise BadInput(f"{OPTION}: {text!r} must be LOW:HIGH or one number. {EXAMPLE}")
+    low, high = rate(OPTION, words[0], EXAMPLE), rate(OPTION, words[-1], EXAMPLE)
+    if low > high:
+        raise BadInput(f"{OPTION}: {text!r} is reversed; did you mean {words[1]}:{words[0]}?")
+    return low, high

@@ -1,0 +1,60 @@
+"""A local HTTP server that behaves like EC2's metadata service, version 2."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Service:
+    """Answers on a free port, or the one given; may be told to forget its tokens, to give a notice, to go."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.tokens: set[str] = set()
+        self.notice: str | None = None
+        self.status: int | None = None
+        """What every request is answered with, when set."""
+        self.asked: list[str] = []
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                lifetime = self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", "")
+                if self.path != "/latest/api/token" or not 1 <= int(lifetime or 0) <= 21600:
+                    return self._answer(400)
+                token = uuid.uuid4().hex
+                service.tokens.add(token)
+                self._answer(200, token)
+
+            def do_GET(self) -> None:
+                service.asked.append(self.path)
+                if self.headers.get("X-aws-ec2-metadata-token") not in service.tokens:
+                    return self._answer(401)
+                if self.path != "/latest/meta-data/spot/instance-action" or service.notice is None:
+                    return self._answer(404)
+                self._answer(200, service.notice)
+
+            def _answer(self, status: int, text: str = "") -> None:
+                self.send_response(service.status or status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        serve = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        serve.start()
+
+    def give_notice(self, seconds: float, action: str = "terminate") -> None:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
+        self.notice = json.dumps({"action": action, "time": at})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,170 @@
+"""The stack and cluster.yaml together, against moto in this process: what Ray then asks AWS for.
+
+moto enforces no rights and boots no machine; that the stack's roles suffice is not shown here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provider
+from ray.autoscaler._private.util import hash_launch_conf, prepare_config
+
+boto3 = pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
+moto = pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
+
+from orchestrator.cluster.parameter import parameter  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+STACK = ROOT / "orchestrator/cluster/aws_stack.yaml"
+SSH_FROM = "203.0.113.7/32"
+TAG = {"Key": "project", "Value": "lora-orchestrator"}
+
+
+@pytest.fixture(autouse=True)
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair's private half there
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    with moto.mock_aws():
+        yield
+
+
+def deploy(ssh_from: str = SSH_FROM) -> None:
+    image = boto3.client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    boto3.client("ssm").put_parameter(Name="/test/image", Value=image, Type="String")
+    # moto knows no image by AWS's public parameters.
+    body = re.sub(r"Default: /aws/service/\S+", "Default: /test/image", STACK.read_text())
+    boto3.client("cloudformation").create_stack(
+        StackName="lora-orchestrator",
+        TemplateBody=body,
+        Capabilities=["CAPABILITY_NAMED_IAM"],
+        Parameters=[{"ParameterKey": "SshFrom", "ParameterValue": ssh_from}],
+        Tags=[TAG],
+    )
+
+
+def ingress() -> list[tuple[str, Any]]:
+    """Of all groups but AWS's own: ports, and who may reach them."""
+    found = []
+    for group in boto3.client("ec2").describe_security_groups()["SecurityGroups"]:
+        for rule in group["IpPermissions"] if group["GroupName"] != "default" else ():
+            who = [r["CidrIp"] for r in rule["IpRanges"]]
+            who += ["itself" for pair in rule["UserIdGroupPairs"] if pair["GroupId"] == group["GroupId"]]
+            found.append((f"{rule['IpProtocol']} {rule.get('FromPort', '')}".strip(), who))
+    return found
+
+
+def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
+    deploy()
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    ray_aws = _NODE_PROVIDERS["aws"](config["provider"])
+    config = ray_aws.bootstrap_config(ray_aws.fillout_available_node_types_resources(config))
+    assert config["available_node_types"]["gpu"]["resources"]["GPU"] == 1, "what an autoscaler counts with"
+    provider = _get_node_provider(config["provider"], config["cluster_name"])
+    for name, kind in (("head", "head"), ("gpu", "worker")):
+        node_config = dict(config["available_node_types"][name]["node_config"])
+        tags = {"ray-node-type": kind, "ray-user-node-type": name, "ray-node-name": f"ray-{name}"}
+        tags["ray-launch-config"] = hash_launch_conf(node_config, config["auth"])
+        provider.create_node(node_config, tags, 1)
+
+    ec2 = boto3.client("ec2")
+    machines = [m for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]]
+    head, gpu = sorted(machines, key=lambda machine: machine.get("InstanceLifecycle", ""))
+    assert (head["InstanceType"], gpu["InstanceType"]) == ("m7i.xlarge", "g5.xlarge")
+    assert (head.get("InstanceLifecycle"), gpu["InstanceLifecycle"]) == (None, "spot")
+    vpcs = {v["VpcId"] for v in ec2.describe_vpcs()["Vpcs"] if not v["IsDefault"]}
+    for machine, name in ((head, "head"), (gpu, "gpu")):
+        assert machine["IamInstanceProfile"]["Arn"].endswith(f"instance-profile/lora-orchestrator-{name}")
+        assert machine["MetadataOptions"]["HttpTokens"] == "required"
+        assert TAG in machine["Tags"]
+        assert {"Key": "ray-cluster-name", "Value": "lora-orchestrator"} in machine["Tags"]
+        assert {machine["VpcId"]} == vpcs, "the stack's network"
+    volumes = ec2.describe_volumes()["Volumes"]
+    assert sorted(v["Size"] for v in volumes) == [100, 150]
+    assert all(v["Encrypted"] and TAG in v["Tags"] for v in volumes)
+    assert sorted(ingress()) == [("-1", ["itself"]), ("tcp 22", [SSH_FROM])], "and no group of Ray's own"
+
+    provider.terminate_nodes(provider.non_terminated_nodes({}))  # as `ray down` does
+    states = {m["State"]["Name"] for r in ec2.describe_instances()["Reservations"] for m in r["Instances"]}
+    assert states == {"terminated"}
+    assert ec2.describe_volumes()["Volumes"] == []
+
+
+def test_without_the_stack_nothing_is_started() -> None:
+    config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    with pytest.raises(Exception, match="lora-orchestrator-"):
+        _NODE_PROVIDERS["aws"](config["provider"]).bootstrap_config(config)
+    assert boto3.client("ec2").describe_instances()["Reservations"] == []
+    assert ingress() == []
+
+
+def test_the_range_for_ssh_has_to_be_given_and_may_not_be_the_world() -> None:
+    text = STACK.read_text()
+    template = yaml.load(text, _Loader)
+    parameter = template["Parameters"]["SshFrom"]
+    assert "Default" not in parameter
+    allowed = re.compile(parameter["AllowedPattern"])
+    assert all(allowed.fullmatch(r) for r in ("203.0.113.7/32", "10.0.0.0/16"))
+    assert not any(allowed.fullmatch(r) for r in ("0.0.0.0/0", "10.0.0.0/8", "203.0.113.7", "::/0", ""))
+
+
+def test_the_nodes_rights_are_narrow() -> None:
+    resources = yaml.load(STACK.read_text(), _Loader)["Resources"]
+    assert "ManagedPolicyArns" not in json.dumps(resources)
+    for role, many in (("HeadRole", 10), ("GpuRole", 1)):
+        (policy,) = resources[role]["Properties"]["Policies"]
+        assert len(policy["PolicyDocument"]["Statement"]) == many
+        for statement in policy["PolicyDocument"]["Statement"]:
+            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            reads = all(a.startswith("ec2:Describe") for a in actions)
+            assert reads or not any(a.endswith("*") for a in actions), statement
+            assert reads or statement["Resource"] != "*" or "Condition" in statement, statement
+
+
+def test_results_outlive_the_stack() -> None:
+    resources = yaml.load(STACK.read_text(), _Loader)["Resources"]
+    kept = {name for name, resource in resources.items() if resource.get("DeletionPolicy") == "Retain"}
+    assert kept == {"Storage", "Artifacts"}
+
+
+def test_cloudformation_would_take_it() -> None:
+    from cfnlint import api  # what AWS refuses (aliases, unknown properties) moto lets through
+
+    assert api.lint_file(STACK) == []
+
+
+def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy()
+    assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", parameter("storage"))
+    assert re.fullmatch(r"s3://[\w-]+/mlflow", parameter("artifacts"))
+    assert parameter("hub-token") == "", "none was put there"
+    put = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
+    boto3.client("ssm").put_parameter(**put)
+    assert parameter("hub-token") == "a-token"
+    monkeypatch.setenv("LORA_STORAGE", "nas:/export")
+    assert parameter("storage") == "nas:/export"
+    monkeypatch.delenv("LORA_STORAGE")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert parameter("storage") == "", "not on AWS"
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes CloudFormation's !Ref and the like for what stands behind them."""
+
+
+def _short(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return loader.construct_scalar(node)
+    assert isinstance(node, yaml.SequenceNode)
+    return loader.construct_sequence(node)
+
+
+_Loader.add_multi_constructor("!", _short)
