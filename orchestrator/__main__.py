@@ -6,6 +6,7 @@ python -m orchestrator report STUDY            # a study's report anew
 python -m orchestrator fetch-model NAME        # a base model, before a study needs it
 python -m orchestrator gc                      # clear what a crash left
 python -m orchestrator merge OTHER/store       # take in what another store knows
+python -m orchestrator check                   # whether a study could run here, before it costs anything
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tyro
 
 from orchestrator.study.command import main
 from orchestrator.study.errors import BadInput
+from orchestrator.study.options import StudyOptions
 
 # Nothing heavy at this level: --help has to answer at once.
 
@@ -184,9 +186,33 @@ class Merge(Places):
         return 0
 
 
+@dataclass(frozen=True)
+class Check(StudyOptions):
+    """Check whether a study with these options could run, before it costs anything.
+
+    The options are a study's: put `check` where its script stood. A running cluster is joined, else this
+    machine is checked. Each thing that a study needs is a line: ok, FAILED with what to do, or later (not to
+    be known yet). Trains nothing and leaves nothing. Exit code 0, or 1 when a line says FAILED.
+    """
+
+    probe: bool = True
+    """Leave out how much memory the lanes of a seat take: that loads the model, on one worker."""
+
+    def run(self) -> int:
+        from orchestrator.cluster.check import check
+
+        return check(self, self.probe)
+
+
 def _command() -> int:
     command = tyro.cli(
-        Sync | Show | Report | FetchModel | Gc | Merge,  # type: ignore[arg-type]
+        Sync  # type: ignore[arg-type]
+        | Show
+        | Report
+        | FetchModel
+        | Gc
+        | Merge
+        | Annotated[Check, tyro.conf.FlagCreatePairsOff],
         prog="python -m orchestrator",
         description="Look at what is recorded, rebuild what is derived from it.",
     )

@@ -31,19 +31,26 @@ def pinned(name: str, root: Path) -> str | None:
 
 
 def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
-    """Asks the hub, or its local cache when the hub is out of reach, for the commit and keeps it. Fetching
-    config.json shows at once whether the model may be read. Raises BadInput when it may not."""
+    """Asks for the commit and keeps it. Raises BadInput when the model may not be read."""
     if (commit := pinned(name, root)) is not None:
         return commit
-    repository, _, revision = name.partition("@")
     progress(f"{name}: asking the model hub")
+    return write_pointer(root, _key(name), {"name": name, "commit": reach(name)})["commit"]
+
+
+def reach(name: str, commit: str | None = None) -> str:
+    """Asks the hub, or its local cache when the hub is out of reach, for the commit (or whether it has this
+    one). Fetching config.json shows at once whether the model may be read. Raises BadInput when it may not.
+    """
+    repository, _, revision = name.partition("@")
+    wanted = commit or revision or None
     try:
-        commit = _ask(repository, revision or None)
+        return _ask(repository, wanted)
     except Exception as error:  # of many kinds: no network, no such model, gated, switched off
-        commit = _cached(repository, revision or None)
-        if commit is None:
+        found = _cached(repository, wanted)
+        if found is None:
             raise unreachable(name, error) from error
-    return write_pointer(root, _key(name), {"name": name, "commit": commit})["commit"]
+        return found
 
 
 def _ask(repository: str, revision: str | None) -> str:

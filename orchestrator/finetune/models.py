@@ -120,7 +120,7 @@ def load(
     import torch
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
 
-    source, revision = _where(choice, root)
+    source, revision = where(choice, root)
     headed = task is not None and task.has_head
     kind, own = _kind(task)
     try:
@@ -171,7 +171,7 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     import torch
     from transformers import AutoConfig
 
-    source, revision = _where(choice, root)
+    source, revision = where(choice, root)
     kind, own = _kind(task)
     try:
         with bases.quiet(), torch.device("meta"):
@@ -210,8 +210,9 @@ def _heads(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
     return (*beside, *sorted(lacking))
 
 
-def _where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
-    """What from_pretrained is given: a folder whose content was checked, or a hub repository and a commit."""
+def where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
+    """What from_pretrained is given: a folder whose content was checked, or a hub repository and a commit.
+    Raises BadInput when the model is not there, or is another."""
     if choice.name in names():
         folder = bases.folder_of(root, choice.name, choice.content)
     elif (pointer := bases.read_pointer(root, f"folder-{choice.content[:12]}")) is not None:

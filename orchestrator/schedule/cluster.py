@@ -23,6 +23,7 @@ SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold a
 ONE_RAY = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
+TRIES = 3  # of a second each, to reach a cluster
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
 
 
@@ -123,15 +124,16 @@ def address() -> str | None:
 
 
 @contextmanager
-def connect(store: Path) -> Iterator[Cluster]:
-    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
+def connect(store: Path, shared: bool = True) -> Iterator[Cluster]:
+    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join, or
+    when nodes cannot all see the store (`shared` False: that is looked at later)."""
     where = address()
     with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
         remains.end()
-        yield from _connected(where, store)
+        yield from _connected(where, store if shared else None)
 
 
-def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
+def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
@@ -151,20 +153,30 @@ def _connected(where: str | None, store: Path) -> Iterator[Cluster]:
             **quiet,
         )
     else:
+        host, _, port = where.rpartition(":")
+        # Ray itself tries for minutes, even where nothing is.
+        plain = port.isdigit() and "/" not in host
+        if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
+            raise _not_joined(where, "nothing answers there")
         try:
             ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
-            raise BadInput(
-                f"RAY_ADDRESS {where!r} cannot be joined ({str(error).splitlines()[0]}); "
-                "start that cluster, or unset RAY_ADDRESS to start Ray here."
-            ) from None
+            raise _not_joined(where, str(error).splitlines()[0]) from None
     with remains.guarded() if where is None else nullcontext():
         try:
             nodes = nodes_now()
-            check_shared(nodes, store)
+            if store is not None:
+                check_shared(nodes, store)
             yield Cluster(nodes, namespace=namespace, local=where is None)
         finally:
             ray.shutdown()
+
+
+def _not_joined(where: str, why: str) -> BadInput:
+    return BadInput(
+        f"RAY_ADDRESS {where!r} cannot be joined ({why}); start that cluster, or unset RAY_ADDRESS to start "
+        "Ray here."
+    )
 
 
 @contextmanager
@@ -223,14 +235,14 @@ def beside_the_driver() -> Any:
 def check_shared(nodes: tuple[Node, ...], store: Path) -> None:
     """Raises BadInput when nodes cannot all see the store."""
     machines = {node.address for node in nodes}
-    if len(machines) > 1 and not _shared(store):
+    if len(machines) > 1 and not is_shared(store):
         raise BadInput(
             f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(machines)} "
             "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
         )
 
 
-def _shared(folder: Path) -> bool:
+def is_shared(folder: Path) -> bool:
     """Whether the folder is on a file system that other machines can see too."""
     folder = folder.resolve()
     mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}

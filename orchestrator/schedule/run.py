@@ -243,10 +243,12 @@ class _Run:
             gently(self.limits.ask),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
+            from orchestrator.cluster.nodes import refuse_unfit
             from orchestrator.schedule.search import PerGroupSearch
             from orchestrator.schedule.seat import SeatPlan
             from orchestrator.schedule.train import Room, train
 
+            refuse_unfit(cluster, store.root)
             count, gpus = cluster.seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
             plan = SeatPlan(
                 lanes=options.lanes_per_seat or LANES,

@@ -11,11 +11,17 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.schedule.seat_end import How, SeatEnd, end_of
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.models import Bench
+    from orchestrator.finetune.tasks.base import Task
+    from orchestrator.study.configuration import ModelChoice
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +75,14 @@ class SeatPlan:
 def work(settings: Mapping[str, Any]) -> None:
     """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
     import pkgutil
-    from pathlib import Path
 
     import torch
     from ray.train.torch import get_device
 
-    from orchestrator.finetune import models
-    from orchestrator.finetune.recompute import recompute_blocks
-    from orchestrator.finetune.tasks.base import Task
     from orchestrator.finetune.team import ALONE, TorchTeam
     from orchestrator.record import provenance
     from orchestrator.record.store import Store
     from orchestrator.schedule.broker import BrokerSource
-    from orchestrator.study.configuration import ModelChoice
 
     plan = SeatPlan(**settings["plan"])
     gpu = plan.on_gpus
@@ -103,22 +104,30 @@ def work(settings: Mapping[str, Any]) -> None:
         target=_leave_before_the_node, args=[settings["name"]], name="drain", daemon=True
     ).start()
 
-    def load(choice: ModelChoice, task: Task) -> models.Bench:
-        bench = models.load(choice, store.bases, device, task)
-        if plan.gradient_checkpointing:
-            recompute_blocks(bench.model)
-        return replace(bench, share=min(1.0, plan.gpus)) if gpu else bench
-
     pkgutil.resolve_name(plan.loop)(
         source,
         store,
-        load,
+        loader(plan, store.bases, device),
         lanes=plan.lanes,
         idle_seconds=IDLE_SECONDS,
         provenance=provenance.current,
         save_adapter=plan.save_adapters,
         team=team,
     )
+
+
+def loader(plan: SeatPlan, bases: Path, device: Any) -> Callable[[ModelChoice, Task], Bench]:
+    """How a worker of the seat loads a base."""
+    from orchestrator.finetune import models
+    from orchestrator.finetune.recompute import recompute_blocks
+
+    def load(choice: ModelChoice, task: Task) -> Bench:
+        bench = models.load(choice, bases, device, task)
+        if plan.gradient_checkpointing:
+            recompute_blocks(bench.model)
+        return replace(bench, share=min(1.0, plan.gpus)) if plan.on_gpus else bench
+
+    return load
 
 
 def _end_with_ray() -> None:

@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the seco
 def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
-    A `BadInput` is one line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
+    A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
     SIGTERM) is the command that goes on and exit code 130, all without a traceback. A second Ctrl-C ends the
     process at once, and all that it has started. Any other exception is a bug and shows itself.
     """
@@ -38,7 +38,8 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         code = run() or 0
         sys.stdout.flush()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         code = 2
     except Trouble as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 class BadInput(Exception):
-    """A wrong value from outside. Its text is one line; commands print it, without a traceback."""
+    """A wrong value from outside. Its text is one line, or one for each of several reasons; commands print
+    it, without a traceback."""
 
 
 class Trouble(Exception):

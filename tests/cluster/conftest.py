@@ -1,0 +1,29 @@
+"""What the tests of the check share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orchestrator.finetune import bases
+from orchestrator.finetune.tasks.letters import tokenizer
+
+WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all nodes see: a tiny model, a task, and room for a store."""
+    folder = tmp_path_factory.mktemp("shared")
+    shutil.copy(WORDS, folder / "words.py")
+    torch.manual_seed(0)
+    words = tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with bases.quiet():
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder / "model")
+    words.save_pretrained(folder / "model")
+    return folder

@@ -1,0 +1,54 @@
+"""Run as a program with a folder that holds words.py and model: measures three lanes where there is plenty,
+as if there were too little, and where the kernel gives no more. Prints what was found."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from orchestrator.cluster import memory
+from orchestrator.cluster.meter import Resident
+from orchestrator.cluster.probe import probe
+from orchestrator.finetune import models, resolve
+from orchestrator.study.options import StudyOptions
+
+LANES, PLENTY = 3, 2**40
+
+
+class Harmless(Resident):
+    """A limit of this process alone: too much may be tried."""
+
+    may_fail = True
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    options = StudyOptions(
+        task=str(folder / "words.py"), model=str(folder / "model"), variants=("lora",), batch_size=2048
+    )
+    chosen = resolve.names(options, "", (), folder)
+    content = resolve.base(chosen.model, folder, None)
+    configurations = resolve.templates(options, chosen, content, folder)
+    bench = models.load(configurations[0].model, folder, "cpu", chosen.task)
+
+    def measured(meter: Resident, limit: int) -> memory.Measured:
+        return probe(configurations, bench, LANES, meter, limit)[0]
+
+    reckoned = measured(Resident(), 1)
+    plenty = measured(Resident(), PLENTY)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, resource.RLIM_INFINITY))
+    refused = measured(Harmless(), PLENTY)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    found = {"reckoned": reckoned, "plenty": plenty, "refused": refused}
+    lines = {name: memory.judge([one]).line() for name, one in found.items()}
+    print(json.dumps({"found": {name: asdict(one) for name, one in found.items()}, "lines": lines}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

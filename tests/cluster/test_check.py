@@ -1,0 +1,210 @@
+"""The check before money is spent, as it is called: each failure is caused for real, on a real Ray with
+several nodes. They are on one machine, each with an address of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import odd
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
+FIRST, SECOND, ODD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of all nodes: where `ray up` leaves its file."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path) -> Iterator[Cluster]:
+    has = {"num_cpus": 1, "memory": 4 * 2**30, "object_store_memory": 80 * 2**20}
+    head = {**has, "include_dashboard": False, "node_ip_address": FIRST}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**has, node_ip_address=SECOND)
+    yield cluster
+    cluster.shutdown()
+
+
+def command(shared: Path, *arguments: str) -> list[str]:
+    own = ["--task", str(shared / "words.py"), "--model", str(shared / "model"), "--variants", "lora"]
+    return [*own, "--output", str(shared / "results"), *arguments]
+
+
+def check(address: str, *arguments: str, **environment: str) -> tuple[int, dict[str, str]]:
+    """The exit code, and the lines by what they are about."""
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": address, **environment},
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    lines = [line.split(None, 2) for line in done.stdout.splitlines()]
+    assert lines, done.stderr
+    return done.returncode, {name: f"{mark} {text}" for mark, name, text in lines}
+
+
+def there(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.mark.timeout(300)
+def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(cluster: Cluster, shared: Path) -> None:
+    before = there(shared)
+    code, lines = check(cluster.address, *command(shared, "--lanes-per-seat", "2"))
+    assert not {name: line for name, line in lines.items() if not line.startswith("ok ")}
+    assert code == 0
+    assert list(lines) == [
+        "tracking",
+        "model",
+        "data",
+        "nodes",
+        "versions",
+        "storage",
+        "disk",
+        "clock",
+        "reach",
+        "memory",
+    ]
+    assert "2 nodes, 2 CPUs, 0 GPUs: room for 2 seats" in lines["nodes"]
+    assert re.search(r"lora: 1 lane 0\.\d GiB, 2 lanes 0\.\d GiB; a worker of a seat has", lines["memory"])
+    assert there(shared) == before
+
+
+@pytest.mark.timeout(300)
+def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared: Path) -> None:
+    away = ["--task", "glosses", "--model", "organisation/model", "--tracking-uri", "http://127.0.0.1:1"]
+    output = ["--output", str(shared / "results"), "--gpus-per-seat", "1"]
+    code, lines = check(
+        cluster.address, *away, *output, WNSEARCHDIR="/nowhere", HF_ENDPOINT="http://127.0.0.1:1"
+    )
+    assert code == 1
+    for name, words in {
+        "tracking": ["FAILED", "'http://127.0.0.1:1': cannot be reached", "start that server"],
+        "model": ["FAILED", "'organisation/model' cannot be read", "HF_TOKEN"],
+        "data": ["FAILED", "/nowhere/data.noun", "apt-get install wordnet-base"],
+        "nodes": ["FAILED", "no node has room for a seat (1 GPU and a CPU)", "no autoscaler is known"],
+    }.items():
+        for word in words:
+            assert word in lines[name], lines
+    assert "memory" not in lines, "no seat, no probe"
+
+
+@pytest.mark.timeout(100)
+def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path) -> None:
+    started = time.monotonic()
+    gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
+    code, lines = check("127.0.0.1:1", *gone)
+    assert (code, list(lines)) == (1, ["tracking", "model", "data", "nodes"])
+    assert "FAILED Unknown model '/nowhere/model': no such folder" in lines["model"]
+    assert "FAILED RAY_ADDRESS '127.0.0.1:1' cannot be joined (nothing answers there)" in lines["nodes"]
+    assert time.monotonic() - started < 60, "Ray alone takes minutes"
+
+
+GROWS = """
+max_workers: 2
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 1}, max_workers: 0}
+  gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}
+"""
+
+
+@pytest.mark.timeout(300)
+def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
+    cluster: Cluster, shared: Path, home: Path
+) -> None:
+    (home / "ray_bootstrap_config.yaml").write_text(GROWS)
+    try:
+        _, lines = check(cluster.address, *command(shared, "--gpus-per-seat", "1", "--seats", "2"))
+    finally:
+        (home / "ray_bootstrap_config.yaml").unlink()
+    assert "the autoscaler may start 2 gpu, room for 2 of 2 seats then" in lines["nodes"]
+    assert "own disk: nodes that may come would not see it" in lines["storage"]
+    assert "not probed: no GPU node yet" in lines["memory"]
+    assert {name for name, line in lines.items() if line.startswith("FAILED")} == {"storage"}
+
+
+@needs_mounts
+@pytest.mark.timeout(300)
+def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
+    cluster: Cluster, shared: Path, tmp_path: Path
+) -> None:
+    with odd.odd_node(cluster.address, ODD, shared, tmp_path):
+        wait_for_nodes(cluster, 3, tmp_path / "odd.log")
+        code, lines = check(cluster.address, *command(shared, "--no-probe"))
+        assert code == 1, lines
+        wrong = {
+            "versions": f"transformers on {ODD} is 1.2.3, here ",
+            "storage": f"{shared / 'results' / 'store'}: not seen from {ODD}; every node must",
+            "clock": rf"not this machine's time: {ODD} by +",
+            "reach": f"from {ODD}: Task file",
+        }
+        for name, words in wrong.items():
+            assert f"FAILED {words}" in lines[name], lines
+        assert all(line.startswith("ok ") for name, line in lines.items() if name not in wrong), lines
+
+        out = study(cluster, *command(shared, "--seeds", "1", "--learning-rates", "1e-2"))
+        assert out.returncode == 2, out.stdout + out.stderr
+        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # Ray's own aside
+        for line, name in zip(errors, ("versions", "storage", "clock"), strict=True):
+            assert line.startswith(f"error: {name}: "), errors
+        assert not list((shared / "results" / "store" / "records").glob("*/*"))
+
+
+def study(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """On a disk that these nodes share; by the kind of its file system that cannot be seen."""
+    code = (
+        "import runpy, sys; from orchestrator.schedule import cluster; cluster.is_shared = lambda _: True; "
+    )
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+    )
+
+
+def wait_for_nodes(cluster: Cluster, count: int, log: Path) -> None:
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        until = time.monotonic() + 90
+        while sum(node["Alive"] for node in ray.nodes()) < count:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+    finally:
+        ray.shutdown()
+
+
+def test_wrong_options_are_refused_before_anything_is_looked_at() -> None:
+    for arguments, word in ((["--seats", "0"], "--seats 0"), (["--task", "lettres"], "'letters'")):
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator", "check", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert len(done.stderr.splitlines()) == 1
+        assert word in done.stderr
