@@ -17,6 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from orchestrator.schedule import remains
+from orchestrator.study.command import undisturbed
 from orchestrator.study.errors import BadInput
 
 SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
@@ -146,12 +147,13 @@ def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
     namespace = f"study-{uuid.uuid4().hex[:12]}"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if where is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        with undisturbed():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
     else:
         host, _, port = where.rpartition(":")
         # Ray itself tries for minutes, even where nothing is.
@@ -159,7 +161,8 @@ def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
         if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
             raise _not_joined(where, "nothing answers there")
         try:
-            ray.init(address=where, **quiet)
+            with undisturbed():
+                ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise _not_joined(where, str(error).splitlines()[0]) from None
     with remains.guarded() if where is None else nullcontext():
