@@ -36,8 +36,7 @@ def interrupt(process: subprocess.Popen[str], what: signal.Signals = signal.SIGI
 
 
 STARTS_RAY = """
-import os, signal, sys, threading, time
-from pathlib import Path
+import os, signal, threading, time
 from orchestrator.schedule.cluster import connect
 from orchestrator.study.command import main
 
@@ -49,17 +48,17 @@ def taken():
 
 def run():
     threading.Thread(target=taken, daemon=True).start()
-    with connect(Path(sys.argv[1])):
+    with connect():
         time.sleep(60)
 
 main(run)
 """
 
 
-def test_sigterm_while_ray_starts_is_ours(tmp_path: Path) -> None:
+def test_sigterm_while_ray_starts_is_ours() -> None:
     """Ray takes the signal while it starts, and would end the process without a word."""
     process = subprocess.run(
-        [sys.executable, "-c", STARTS_RAY, str(tmp_path)],
+        [sys.executable, "-c", STARTS_RAY],
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         capture_output=True,
         text=True,
