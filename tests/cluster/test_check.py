@@ -192,7 +192,7 @@ def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         here = ray.get_runtime_context().get_node_id()
-        sight = Sight(shared, (), said.append)
+        sight = Sight(shared / "model", (), said.append)
         assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST}, "nobody has answered yet"
         with odd.odd_node(cluster.address, ODD, shared, tmp_path):
             until = time.monotonic() + 90
@@ -207,7 +207,9 @@ def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
     finally:
         ray.shutdown()
     assert len(said) == 1
-    assert f"the node on {ODD} does not see this study's folder {shared}: it is not counted" in said[0]
+    assert (
+        f"the node on {ODD} does not see this study's folder {shared / 'model'}: it is not counted" in said[0]
+    )
 
 
 def wait_for_nodes(cluster: Cluster, count: int, log: Path) -> None:
