@@ -41,6 +41,14 @@ class Failed(RuntimeError):
         return cls(reason, trace, fault_of(error))
 
 
+def caught(work: Callable[[], T]) -> T | Failed:
+    """What it returns, or as a value what it raises: for `gather`, where the others wait."""
+    try:
+        return work()
+    except Exception as error:
+        return Failed.of(error)
+
+
 class OutOfStep(RuntimeError):
     """The workers are at different places of the loop: this seat cannot go on."""
 
