@@ -7,14 +7,14 @@ that a job which is there either runs or has something to tell.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from orchestrator.study.command import INTERRUPTED
 from orchestrator.study.errors import Trouble
@@ -22,7 +22,7 @@ from orchestrator.study.errors import Trouble
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-FIRST_LINE = "Running entrypoint for job "  # Ray's own
+FIRST_LINE = "Running entrypoint for job "  # Ray's own, as what stands before it
 POLL_SECONDS = 0.3
 SHORT_SECONDS = 120.0
 """What a job gets that only answers."""
@@ -32,10 +32,9 @@ class Jobs:
     """Of the cluster whose dashboard answers at `address`, for commands in `folder` on its head."""
 
     def __init__(self, address: str, folder: str) -> None:
-        if Path("~/.ray/auth_token").expanduser().is_file():
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # of each connection's end
         with _as_trouble():
             self._client = JobSubmissionClient(address)
         # As a shell there has it; the driver's environment is else that of `ray start`.
@@ -83,13 +82,12 @@ class Jobs:
         Raises Trouble when the connection is lost."""
         out = _Lines(skip)
         with _as_trouble():
-            while True:
-                ended = self._ended(job)  # asked first: what it has said by then is all there is
+            while not (ended := self._ended(job)):
                 asyncio.run(self._tail(job, out))
-                if ended:
-                    break
                 time.sleep(POLL_SECONDS)
-            out.end()
+        out.again()
+        out.put(self.log(job))  # the tail may lack its last words
+        out.end()
         code = _code(ended)
         if code and ended.driver_exit_code is None and code != INTERRUPTED:
             print(f"error: {ended.message or 'the job failed'}", file=sys.stderr)
@@ -124,6 +122,7 @@ class _Lines:
 
     def __init__(self, skip: int) -> None:
         self._shown, self._at, self._rest = skip, 0, ""
+        self._begun = skip > 0
 
     def again(self) -> None:
         self._at = 0
@@ -141,8 +140,9 @@ class _Lines:
             self._print(self._rest)
 
     def _print(self, line: str) -> None:
-        if not line.startswith(FIRST_LINE):
+        if self._begun:
             print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
+        self._begun = self._begun or line.startswith(FIRST_LINE)
 
 
 def _id(job: JobDetails) -> str:
@@ -163,19 +163,13 @@ def _as_trouble() -> Iterator[None]:
     """Raises Trouble for what Ray's client raises when the cluster cannot be talked to."""
     import aiohttp
     import requests
+    from ray.exceptions import AuthenticationError
 
     try:
         yield
+    except AuthenticationError:
+        said = "the token is not the cluster's: ~/.ray/auth_token must be what `ray up` has sent there"
+        raise Trouble(f"the cluster's dashboard: {said}") from None
     except (aiohttp.ClientError, requests.RequestException, ConnectionError, RuntimeError) as error:
-        _refuse(error)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if said.startswith(
-        ("Authentication", "Request failed with status code 401", "Request failed with status code 403")
-    ):
-        said = (
-            "the token is not the cluster's; ~/.ray/auth_token must be the one that `ray up` has sent there"
-        )
-    raise Trouble(f"the cluster's dashboard: {said}") from None
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise Trouble(f"the cluster's dashboard: {said}") from None

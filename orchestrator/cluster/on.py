@@ -7,6 +7,7 @@ the reports. The same command again finds the job, whether it runs or has ended 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ def run(options: StudyOptions, path: Path) -> int:
     """Runs there what was typed here, or follows it where it runs, and returns its exit code. Raises BadInput
     and Trouble."""
     words = retyped.command(options)
+    if Path("~/.ray/auth_token").expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
     config = description.read(path)
     folder, name = _folder(path, config), config["cluster_name"]
     address, why = head.find(path)

@@ -70,7 +70,7 @@ def _check(options: StudyOptions) -> None:
     if options.model is not None and Path(options.model).is_dir():
         raise BadInput(
             f"--model {options.model!r} {where}: a folder of this machine, which the head does not see; "
-            f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and give its name there."
+            f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and name that."
         )
     if options.task is not None and Path(options.task).is_file():
         _task(options.task)
