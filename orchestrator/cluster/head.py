@@ -22,6 +22,7 @@ DASHBOARD_PORT = 8265
 SSH_PORT = 22
 PATIENCE = 60.0
 """Seconds that SSH gets to connect."""
+LATE = "no answer in"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -40,7 +41,7 @@ def find(path: Path, seconds: float = PATIENCE) -> tuple[str | None, str]:
             env=_environment(),
         )
     except subprocess.TimeoutExpired:
-        return None, f"no answer in {seconds:g} s"
+        return None, f"{LATE} {seconds:g} s"
     lines = (asked.stdout if asked.returncode == 0 else asked.stderr or asked.stdout).split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no answer")
     return (last, "") if asked.returncode == 0 else (None, last)
