@@ -22,6 +22,8 @@ DASHBOARD_PORT = 8265
 SSH_PORT = 22
 PATIENCE = 60.0
 """Seconds that SSH gets to connect."""
+START_SECONDS = 10.0
+"""What a busy machine may take until the question is asked; usually half a second."""
 LATE = "no answer in"
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
@@ -31,16 +33,18 @@ def find(path: Path, seconds: float = PATIENCE) -> tuple[str | None, str]:
     print, and wait for credentials."""
     try:
         asked = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cluster.head", path.name],
+            [sys.executable, "-m", "orchestrator.cluster.head", path.name, f"{seconds:g}"],
             cwd=path.resolve().parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=seconds + START_SECONDS,
             check=False,
             env=_environment(),
         )
     except subprocess.TimeoutExpired:
+        return None, f"{LATE} {seconds:g} s"
+    if asked.returncode == -signal.SIGALRM:
         return None, f"{LATE} {seconds:g} s"
     lines = (asked.stdout if asked.returncode == 0 else asked.stderr or asked.stdout).split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no answer")
@@ -123,10 +127,11 @@ def _last(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
 
 
-def _command(path: str) -> int:
+def _command(path: str, seconds: float = PATIENCE) -> int:
     import yaml
     from ray.autoscaler.sdk import get_head_node_ip
 
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         address = get_head_node_ip(path)
         auth = (yaml.safe_load(Path(path).read_text()) or {}).get("auth") or {}
@@ -141,4 +146,4 @@ def _command(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_command(sys.argv[1]))
+    sys.exit(_command(sys.argv[1], *map(float, sys.argv[2:])))

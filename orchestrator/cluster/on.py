@@ -10,14 +10,18 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster import alike, description, head, retyped
 from orchestrator.cluster.jobs import Jobs
 from orchestrator.study.command import INTERRUPTED, typed
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.options import StudyOptions
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.job.pydantic_models import JobDetails
 
 NOTHING_RAN = 2
 """The exit code of a command that was refused."""
@@ -39,7 +43,8 @@ def run(options: StudyOptions, path: Path) -> int:
         jobs = Jobs(dashboard, folder)
         if words[0] == "-m" or options.plan:
             return _answer(jobs, path, words)
-        return _Study(jobs, path, name, retyped.study(options), words, options).run()
+        command = shlex.join(["python", *words])
+        return _Study(jobs, path, name, retyped.study(options), command, options).run()
 
 
 def _folder(path: Path, config: dict[str, Any]) -> str:
@@ -75,62 +80,76 @@ def _answer(jobs: Jobs, path: Path, words: list[str]) -> int:
         jobs.forget(job)
 
 
+@dataclass(frozen=True)
 class _Study:
-    def __init__(
-        self, jobs: Jobs, path: Path, cluster: str, study: str, words: list[str], options: StudyOptions
-    ) -> None:
-        self.jobs, self.path, self.cluster, self.study, self.options = jobs, path, cluster, study, options
-        self.command, self.recorded = shlex.join(["python", *words]), typed(words)
+    jobs: Jobs
+    path: Path
+    cluster: str
+    name: str
+    command: str
+    options: StudyOptions
 
     def run(self) -> int:
-        jobs, skip = self.jobs, 0
-        job = jobs.find(self.study)
-        running = job is not None and not job.status.is_terminal()
-        same = job is not None and (job.metadata or {}).get("command") == self.command
+        job = self.jobs.find(self.name)
         if self.options.stop:
-            if job is None:
-                raise BadInput(
-                    f"--stop: {self.study!r} does not run on {self.cluster}; repeat the options that it was "
-                    "started with."
-                )
-            skip = len(jobs.log(job))
-            jobs.stop(job)
-        elif running and not same:
-            assert job is not None
-            other = (job.metadata or {}).get("command", "")
+            return self._end(job)
+        if job is None or not self._is_this(job):
+            return self._begin(job)
+        state = "has ended there" if job.status.is_terminal() else "runs there"
+        print(f"{self.cluster}: {self.name} {state}", flush=True)
+        return self._follow(job)
+
+    def _is_this(self, job: JobDetails) -> bool:
+        return _command(job) == self.command
+
+    def _begin(self, before: JobDetails | None) -> int:
+        """`before`: a job of this study with other options, which is of no interest once it has ended."""
+        if before is not None and not before.status.is_terminal():
             raise BadInput(
-                f"--on {self.path}: {self.study!r} runs there with other options ({other}); follow it with "
-                "these, or end it (--stop), or take another --study."
+                f"--on {self.path}: {self.name!r} runs there with other options ({_command(before)}); follow "
+                "it with these, or end it (--stop), or take another --study."
             )
-        elif job is not None and same:
-            print(
-                f"{self.cluster}: {self.study} {'runs there' if running else 'has ended there'}", flush=True
+        if before is not None:
+            self.jobs.forget(before)
+        _check_sources(self.jobs, self.path)
+        job = self.jobs.start(self.name, self.command)
+        print(f"{self.cluster}: {self.name} runs there; Ctrl-C lets go of it", flush=True)
+        return self._follow(job)
+
+    def _end(self, job: JobDetails | None) -> int:
+        if job is None:
+            raise BadInput(
+                f"--stop: {self.name!r} does not run on {self.cluster}; repeat the options that it was "
+                "started with."
             )
-        else:
-            if job is not None:
-                jobs.forget(job)
-            _check_sources(jobs, self.path)
-            job = jobs.start(self.study, self.command)
-            print(f"{self.cluster}: {self.study} runs there; Ctrl-C lets go of it", flush=True)
+        said = len(self.jobs.log(job))
+        self.jobs.stop(job)
+        return self._follow(job, said)
+
+    def _follow(self, job: JobDetails, skip: int = 0) -> int:
         try:
-            code = jobs.follow(job, skip)
+            code = self.jobs.follow(job, skip)
+        except Trouble as lost:
+            raise Trouble(f"{lost}; the study goes on there, and the same command follows it") from None
         except KeyboardInterrupt:
             again = typed(sys.orig_argv[1:])
-            goes = "ends" if self.options.stop else "goes on"
-            print(
-                f"let go: the study {goes} on {self.cluster}; to follow it: {again}"
-                + ("" if self.options.stop else f"; to end it: {again} --stop"),
-                file=sys.stderr,
-            )
+            says = f"goes on on {self.cluster}; to follow it: {again}; to end it: {again} --stop"
+            says = f"ends on {self.cluster}" if self.options.stop else says
+            print(f"let go: the study {says}", file=sys.stderr)
             return INTERRUPTED
         if code != NOTHING_RAN:
-            self._bring()
-        jobs.forget(job)
+            self._bring(_command(job))
+        self.jobs.forget(job)
         return code
 
-    def _bring(self) -> None:
-        found = self.jobs.ask(f"python -m orchestrator.cluster.written {shlex.quote(self.recorded)}")
+    def _bring(self, command: str) -> None:
+        """What it has written, which no password is in: so its studies know it by the same words."""
+        found = self.jobs.ask(f"python -m orchestrator.cluster.written {shlex.quote(command)}")
         for there in json.loads(found):
             here = self.options.output / Path(there).name
             head.bring(self.path, there, here)
             print(f"Here     {here / 'report.html' if (here / 'report.html').exists() else here}", flush=True)
+
+
+def _command(job: JobDetails) -> str:
+    return (job.metadata or {}).get("command", "")

@@ -112,6 +112,13 @@ def test_it_runs_there_and_is_followed_let_go_found_and_ended(lab: Lab, shared: 
     assert "runs there" in one.out
     assert "long: 0 of 1 known" in one.out, "from the beginning"
     assert len(drivers(head)) == 1, "no second one"
+    for pid, line in lab.processes().items():
+        if line.startswith("ssh"):
+            os.kill(pid, signal.SIGKILL)
+    one.end(1)
+    assert "the study goes on there, and the same command follows it" in one.err
+    one = Typed(lab, *LONG, *ON)
+    one.until("1 training")
     stop = Typed(lab, "--study", "long", *ON, "--stop")
     assert "Stopped: 0 of 1 configurations are done" in stop.end(130)
     assert "Stopped: 0 of 1 configurations are done" in one.end(130)
@@ -127,6 +134,8 @@ def test_it_runs_there_and_is_followed_let_go_found_and_ended(lab: Lab, shared: 
     said = Typed(lab, *SHORT, *ON).end(0)
     assert "has ended there" in said
     assert "2 trained in" in said
+    assert "Report   /shared/results/short/report.html" in said
+    assert "MLflow   runs are on the tracking server" in said
     assert "Here     results/short/report.html" in said
     brought = {path.name for path in (here / "short").iterdir()}
     assert brought >= {"report.html", "curves.png", "summary.json", "study.json"}

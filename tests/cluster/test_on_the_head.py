@@ -95,7 +95,7 @@ def test_what_is_typed_there_means_the_same(monkeypatch: pytest.MonkeyPatch) -> 
             "--search=optuna",
             "--space",
             "rank=4,8",
-            "alpha=1:9",
+            "warmup=0:0.1",
         ),
         *("--set", "weight_decay=0.01", "--alpha", "0.1", "--gradient-checkpointing", "--max-hours", "1e-05"),
         *("--tracking_uri", "http://127.0.0.1:5000", "--points", "40"),
