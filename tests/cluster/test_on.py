@@ -104,7 +104,7 @@ def test_it_runs_there_and_is_followed_let_go_found_and_ended(lab: Lab, shared: 
     one.end(130)
     (line,) = one.err.splitlines()
     assert "goes on on lora-orchestrator" in line
-    assert line.endswith("--study long --on cluster.yaml --stop")
+    assert line.endswith("--on cluster.yaml --stop")
     assert len(drivers(head)) == 1
     Typed(lab, *LONG, "--rank", "4", *ON).refused("'lr_sensitivity-long' runs there with other options")
     one = Typed(lab, *LONG, *ON)
@@ -140,11 +140,10 @@ def test_it_runs_there_and_is_followed_let_go_found_and_ended(lab: Lab, shared: 
     brought = {path.name for path in (here / "short").iterdir()}
     assert brought >= {"report.html", "curves.png", "summary.json", "study.json"}
     assert not (here / "store").exists()
-    assert "2 of 2 known" in Typed(lab, *SHORT, *ON).end(0), "seen once, it is run again"
 
-    # What fails there fails here, and a plan is made there.
-    Typed(lab, *TINY, "--learning-rates", "1e-3", "--max-hours", "0.0000001", "--study", "none", *ON).end(3)
-    Typed(lab, *TINY, "--seats", "0", *ON).refused("--seats 0")
+    # Seen once, it is run again. What fails there fails here, and a plan is made there.
+    again = Typed(lab, *SHORT, "3e-2", "--max-hours", "1e-7", *ON)
+    assert "2 of 3 known" in again.end(3)
     Typed(lab, *TINY, "--model", "/shared/none", *ON).refused("/shared/none")
     assert "2, of them 2 known" in Typed(lab, *SHORT, "--plan", *ON).end(0)
     lab.path(f"{PROJECT}/variants/lora.py").write_text("# another\n")
