@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import urllib.error
@@ -20,9 +21,34 @@ PATIENCE = 4.0
 """Seconds that a server gets to answer."""
 
 
+def named(typed: str | None) -> str:
+    """What is typed, else MLflow's own variable; empty: neither."""
+    return typed or os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def default_uri(store: Store) -> str:
     """A SQLite file in the store."""
     return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
+
+
+def checked(typed: str | None, store: Store) -> str:
+    """Where a study's runs go. Raises BadInput as `check_uri` does."""
+    uri = named(typed) or default_uri(store)
+    try:
+        check_uri(uri)
+    except BadInput as error:
+        if typed or not named(None):
+            raise
+        said = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
+        raise BadInput(said.replace("leave the option out", "unset the variable")) from None
+    return uri
+
+
+def of_study(kept: str, store: Store) -> str:
+    """Where a study's runs are, by what its file keeps: without a password, which MLflow's variable may
+    have."""
+    variable = named(None)
+    return variable if variable and shown(variable) == kept else kept or default_uri(store)
 
 
 def sqlite_path(uri: str) -> Path | None:
