@@ -65,7 +65,7 @@ def run() -> None:
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     done = {(row["rates"], row["scheduler"], row["evaluations"], row["here"]) for row in rows}
     stored = max(record.configuration.evaluations for record in full)
-    with nullcontext() if options.here else ray_cluster.connect(options.output) as cluster:
+    with nullcontext() if options.here else ray_cluster.connect() as cluster:
         for evaluations in options.evaluations or (stored,):
             for rates in options.rates:
                 for scheduler in options.schedulers:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.cluster import room, sources
+from orchestrator.cluster import room, sources, storage
 from orchestrator.cluster.finding import Finding, failed, later, ok
 from orchestrator.finetune import models, resolve
 from orchestrator.finetune.resolve import UNPREPARED, Names
@@ -78,7 +78,7 @@ class Check:
     def cluster(self, store: Store, configurations: list[Configuration] | None) -> None:
         joined = ray_cluster.address() is not None
         try:
-            with ray_cluster.connect(store.root, shared=False) as cluster:
+            with ray_cluster.connect() as cluster:
                 self.nodes(cluster, store, configurations)
         except BadInput as error:
             if not joined:  # another study's Ray is on this machine
@@ -96,7 +96,7 @@ class Check:
             self.say(finding)
             for finding in look(there, facts, store.root):
                 self.say(finding)
-            if to_come and not ray_cluster.is_shared(store.root):
+            if to_come and not storage.is_shared(store.root):
                 advice = "put --output on storage that all nodes mount (NFS, EFS, Lustre)"
                 own = f"{store.root} is on this machine's own disk: nodes that may come would not see it"
                 self.say(failed("storage", f"{own}; {advice}"))

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from orchestrator.cluster.finding import Finding, failed, listed, nodes, ok
 from orchestrator.record import files
 
@@ -98,3 +100,13 @@ def judge(store: Path, wrote: Mapping[str, Wrote], unseen: Mapping[str, Sequence
             "hard links: mount one shared file system (NFS, EFS, Lustre) there, or name another --output",
         )
     return ok(NAME, f"{store}: read and written from {nodes(len(wrote))}, renames and hard links work")
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether the folder is on a file system that other machines can see too."""
+    folder = folder.resolve()
+    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    kind = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
+    return kind.startswith(
+        ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs")
+    )

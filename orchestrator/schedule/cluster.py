@@ -17,6 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from orchestrator.schedule import remains
+from orchestrator.study.command import undisturbed
 from orchestrator.study.errors import BadInput
 
 SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
@@ -124,16 +125,15 @@ def address() -> str | None:
 
 
 @contextmanager
-def connect(store: Path, shared: bool = True) -> Iterator[Cluster]:
-    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join, or
-    when nodes cannot all see the store (`shared` False: that is looked at later)."""
+def connect() -> Iterator[Cluster]:
+    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
     where = address()
     with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
         remains.end()
-        yield from _connected(where, store if shared else None)
+        yield from _connected(where)
 
 
-def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
+def _connected(where: str | None) -> Iterator[Cluster]:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
@@ -146,12 +146,13 @@ def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
     namespace = f"study-{uuid.uuid4().hex[:12]}"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if where is None:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        with undisturbed():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
     else:
         host, _, port = where.rpartition(":")
         # Ray itself tries for minutes, even where nothing is.
@@ -159,15 +160,13 @@ def _connected(where: str | None, store: Path | None) -> Iterator[Cluster]:
         if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
             raise _not_joined(where, "nothing answers there")
         try:
-            ray.init(address=where, **quiet)
+            with undisturbed():
+                ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise _not_joined(where, str(error).splitlines()[0]) from None
     with remains.guarded() if where is None else nullcontext():
         try:
-            nodes = nodes_now()
-            if store is not None:
-                check_shared(nodes, store)
-            yield Cluster(nodes, namespace=namespace, local=where is None)
+            yield Cluster(nodes_now(), namespace=namespace, local=where is None)
         finally:
             ray.shutdown()
 
@@ -230,23 +229,3 @@ def beside_the_driver() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def check_shared(nodes: tuple[Node, ...], store: Path) -> None:
-    """Raises BadInput when nodes cannot all see the store."""
-    machines = {node.address for node in nodes}
-    if len(machines) > 1 and not is_shared(store):
-        raise BadInput(
-            f"--store {str(store)!r} is on this machine's own disk and the cluster has {len(machines)} "
-            "nodes: every node must see the store. Put --output on shared storage (NFS, EFS, Lustre)."
-        )
-
-
-def is_shared(folder: Path) -> bool:
-    """Whether the folder is on a file system that other machines can see too."""
-    folder = folder.resolve()
-    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
-    kind = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
-    return kind.startswith(
-        ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs")
-    )

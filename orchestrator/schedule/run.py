@@ -239,7 +239,7 @@ class _Run:
         with (
             progress,
             scratch_folders.scratch(store) as scratch,
-            ray_cluster.connect(store.root) as cluster,
+            ray_cluster.connect() as cluster,
             gently(self.limits.ask),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.

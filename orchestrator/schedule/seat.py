@@ -97,6 +97,8 @@ def work(settings: Mapping[str, Any]) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)  # seats share the cores: two threads each made a pretraining 17 times slower
+    if not Path(plan.scratch).is_dir():
+        raise RuntimeError(f"this node does not see the study's store {plan.store}: mount it here, too")
     store = Store(Path(plan.store))
     team = TorchTeam() if plan.workers > 1 else ALONE
     # A new process is a new incarnation: what its predecessor held is not its own.

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from orchestrator.schedule import orphans
-from orchestrator.schedule.cluster import Cluster, Node, beside_the_driver, check_shared, nodes_now
+from orchestrator.schedule.cluster import Cluster, beside_the_driver, nodes_now
 from orchestrator.schedule.seat import SeatHost, SeatPlan
 from orchestrator.schedule.seat_end import How, SeatEnd, reason
-from orchestrator.study.errors import BadInput
+from orchestrator.schedule.sight import Sight
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
@@ -38,9 +37,11 @@ class Seats:
         count: int,
         namespace: str,
         broker: Any,
+        sight: Sight,
         say: Callable[[str], None],
         follow: bool = False,
     ) -> None:
+        self.sight = sight
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
         self.follow = follow
         self.running: dict[Any, Running] = {}
@@ -57,8 +58,6 @@ class Seats:
         self.most: int | None = None
         """Seats whose hosts half of the memory of the driver's node is enough for; the other half is the
         trials'. None before the nodes were counted."""
-        self.left_out: frozenset[str] = frozenset()
-        """Addresses of nodes that do not see the store."""
         self._counted = self._orphans_until = -float("inf")
 
     def look(
@@ -139,7 +138,7 @@ class Seats:
         """The nodes, and what has become of them since the last time."""
         before = {node.id for node in self.nodes.nodes}
         here = ray.get_runtime_context().get_node_id()
-        self.nodes = Cluster(self.that_see_the_store(nodes_now(), here))
+        self.nodes = Cluster(self.sight.of(nodes_now(), here))
         self._count_hosts(here)
         now = {node.id for node in self.nodes.nodes}
         news = (len(now - before), "joined"), (len(before - now), "left")
@@ -164,26 +163,6 @@ class Seats:
                 f"driver's node, half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or "
                 "more --lanes-per-seat"
             )
-
-    def that_see_the_store(self, nodes: tuple[Node, ...], here: str) -> tuple[Node, ...]:
-        """What joins while the study runs may not: a seat there would find no store, and no base. `here`: the
-        driver's node."""
-        try:
-            check_shared(nodes, Path(self.plan.store))
-            return nodes
-        except BadInput:
-            mine = {node.address for node in (*nodes, *self.nodes.nodes) if node.id == here}
-            mine |= {node.address for node in self.nodes.nodes}
-            if not mine:  # the driver's is about to go
-                return nodes
-            others = {node.address for node in nodes} - mine
-            if others - self.left_out:
-                self.say(
-                    f"nodes on {', '.join(sorted(others - self.left_out))} do not see the store "
-                    f"{self.plan.store}, which is on this machine's own disk: they are not counted"
-                )
-            self.left_out |= others
-            return tuple(node for node in nodes if node.address in mine)
 
     def _start(self) -> None:
         name = f"seat-{self.started}"

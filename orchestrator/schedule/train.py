@@ -30,6 +30,7 @@ from orchestrator.schedule.search import PerGroupSearch
 from orchestrator.schedule.seat import SeatPlan
 from orchestrator.schedule.seat_end import reason
 from orchestrator.schedule.seats import Seats
+from orchestrator.schedule.sight import Sight
 from orchestrator.schedule.trial import MEMORY_BYTES, Trial
 from orchestrator.study.command import let_go
 from orchestrator.study.configuration import Configuration
@@ -96,7 +97,8 @@ def train(
     """
     _HOPELESS.clear()
     broker = start_broker(store, scheduler)
-    seats = Seats(room.plan, room.seats, cluster.namespace, broker, progress.say, room.follow)
+    sight = Sight(scratch, cluster.nodes, progress.say)
+    seats = Seats(room.plan, room.seats, cluster.namespace, broker, sight, progress.say, room.follow)
     owed: Owed = {}
     watch = _Watch(broker, seats, store, progress, known, scheduler, owed, ended, limits)
     watch.start()

@@ -87,6 +87,17 @@ _interrupt = _Interrupt()
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around calls of libraries that take the signals: Ray, as it starts, ends on SIGTERM without a word."""
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        _interrupt.watch()
+
+
+@contextmanager
 def gently(stop: Callable[[], None]) -> Iterator[None]:
     """Inside, in the main thread, the first Ctrl-C calls `stop` and raises nothing: what runs there ends by
     itself. Libraries that were started meanwhile may have taken the signals: they are taken back."""

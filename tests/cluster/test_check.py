@@ -16,6 +16,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from orchestrator.schedule.cluster import nodes_now
+from orchestrator.schedule.sight import Sight
+
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
 FIRST, SECOND, ODD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 
@@ -169,19 +172,43 @@ def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
 
 
 def study(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """On a disk that these nodes share; by the kind of its file system that cannot be seen."""
-    code = (
-        "import runpy, sys; from orchestrator.schedule import cluster; cluster.is_shared = lambda _: True; "
-    )
-    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     script = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
     return subprocess.run(
-        [sys.executable, "-c", code, str(script), *arguments],
+        [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
         env={**os.environ, "RAY_ADDRESS": cluster.address},
+    )
+
+
+@needs_mounts
+@pytest.mark.timeout(300)
+def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
+    cluster: Cluster, shared: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        sight = Sight(shared / "model", (), said.append)
+        assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST}, "nobody has answered yet"
+        with odd.odd_node(cluster.address, ODD, shared, tmp_path):
+            until = time.monotonic() + 90
+            while len(sight.seen) < 2:
+                assert time.monotonic() < until, (tmp_path / "odd.log").read_text()
+                see = sight.of(nodes_now(), here)
+                time.sleep(0.2)
+            for _ in range(2):
+                assert {node.address for node in see} == {FIRST, SECOND}
+                see = sight.of(nodes_now(), here)
+            assert {node.address for node in nodes_now()} == {FIRST, SECOND, ODD}
+    finally:
+        ray.shutdown()
+    assert len(said) == 1
+    assert (
+        f"the node on {ODD} does not see this study's folder {shared / 'model'}: it is not counted" in said[0]
     )
 
 

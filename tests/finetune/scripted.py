@@ -32,6 +32,7 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
+from variants import catalogue as variants
 
 WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
 
@@ -119,7 +120,9 @@ def configuration(
     train_size: int = 64,
 ) -> Configuration:
     return Configuration(
-        VariantChoice(variant, rank=rank, alpha=alpha, dropout=dropout),
+        VariantChoice(
+            variant, rank=rank, alpha=alpha, dropout=dropout, numerics=variants.get(variant).numerics
+        ),
         _choice(task, train_size),
         ModelChoice("tiny", "0" * 64, dtype),
         Optimizer(rate, weight_decay=0.01),

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +33,39 @@ def interrupt(process: subprocess.Popen[str], what: signal.Signals = signal.SIGI
     """As a terminal does: to the whole group of processes."""
     os.killpg(process.pid, what)
     return time.monotonic()
+
+
+STARTS_RAY = """
+import os, signal, threading, time
+from orchestrator.schedule.cluster import connect
+from orchestrator.study.command import main
+
+def taken():
+    ours = signal.getsignal(signal.SIGTERM)
+    while signal.getsignal(signal.SIGTERM) is ours:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def run():
+    threading.Thread(target=taken, daemon=True).start()
+    with connect():
+        time.sleep(60)
+
+main(run)
+"""
+
+
+def test_sigterm_while_ray_starts_is_ours() -> None:
+    """Ray takes the signal while it starts, and would end the process without a word."""
+    process = subprocess.run(
+        [sys.executable, "-c", STARTS_RAY],
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert process.returncode == 130, process.stdout + process.stderr
+    assert "interrupted; to go on: python -c" in process.stderr, process.stderr
 
 
 @pytest.mark.timeout(1200)

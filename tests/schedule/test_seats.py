@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from orchestrator.schedule.cluster import Cluster, Node
 from orchestrator.schedule.seat import SeatPlan
 from orchestrator.schedule.seats import Running, Seats
+from orchestrator.schedule.sight import Sight
 
 
 def seats(
     count: int, gpus: int, *, placed: int = 0, unplaced: int = 0, follow: bool = True, started: bool = True
 ) -> Seats:
     """Seats of four lanes and one GPU, on nodes with as many GPUs in all."""
-    made = Seats(SeatPlan(4, 1.0, "store", "scratch"), count, "space", None, print, follow)
+    made = Seats(
+        SeatPlan(4, 1.0, "store", "scratch"), count, "space", None, Sight(Path(), (), print), print, follow
+    )
     made.nodes = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"seat-{n}" for n in range(placed + unplaced)]
     made.running = {name: Running(name, None) for name in names}
@@ -80,21 +83,3 @@ def test_never_stuck_and_never_too_many(
     assert (unplaced + start) * 4 < waiting + 4 or not start
     if follow and running:
         assert start <= max(0, free - unplaced)
-
-
-def test_a_machine_that_joins_and_does_not_see_the_store_is_not_counted_and_said_once() -> None:
-    said: list[str] = []
-    now = seats(1, 0)
-    now.plan, now.say = replace(now.plan, store="/proc"), said.append  # on no shared file system
-    here, beside, away = (
-        Node(4, 1, 2**33, name, address)
-        for name, address in (("here", "10.0.0.1"), ("beside", "10.0.0.1"), ("away", "10.0.0.2"))
-    )
-    assert now.that_see_the_store((here, away), "here") == (here,), "it joined before the first look"
-    now.nodes = Cluster((here,))
-    for _ in range(2):
-        assert now.that_see_the_store((here, beside, away), "here") == (here, beside)
-    assert len(said) == 1
-    assert "10.0.0.2" in said[0]
-    assert not now.trouble
-    assert now.that_see_the_store((here, beside), "here") == (here, beside)

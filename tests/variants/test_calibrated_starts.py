@@ -177,6 +177,26 @@ def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, in
     assert variant.scaling(settings) == pytest.approx(8 / math.sqrt(4))
 
 
+def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs differ in them, and with them training would."""
+    variant = catalogue.get("lora_ga")
+    settings = variant.checked_settings(Settings(4, 8.0))
+    layer = Layer("layer", torch.zeros(24, 40), None)
+    u, s, vh = decaying(24, 40)
+    found = variant.distill(layer, u * s @ vh, settings)
+    svd = torch.linalg.svd
+
+    def turned(*matrix: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = svd(*matrix, **how)
+        signs = torch.tensor([-1.0, 1.0]).repeat(len(s))[: len(s)]
+        return u * signs, s, signs.unsqueeze(1) * vh
+
+    monkeypatch.setattr(torch.linalg, "svd", turned)
+    again = variant.distill(layer, u * s @ vh, settings)
+    assert torch.equal(found["A0"], again["A0"])
+    assert torch.equal(found["B0"], again["B0"])
+
+
 def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
     settings = Settings(4, 8.0, dropout=0.5)
     adapters = attach(gpt2(), catalogue.get("lora_ga"), settings)

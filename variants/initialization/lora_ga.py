@@ -34,9 +34,11 @@ class LoRAGA(LoRA):
     Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
     so that dropout hides the offset wherever it hides B A, and the start is W with dropout too (in the
     published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the authors'
-    code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. PEFT's `lora_ga` is another method: it
-    multiplies B0 by the singular values and by c, leaves A0 unscaled, and divides by `rank` unless told not
-    to; so there is no oracle here.
+    code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as good
+    with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
+    largest entry of v is positive (theirs: whatever the machine's linear algebra returns). PEFT's `lora_ga`
+    is another method: it multiplies B0 by the singular values and by c, leaves A0 unscaled, and divides by
+    `rank` unless told not to; so there is no oracle here.
     """
 
     name: ClassVar[str] = "lora_ga"
@@ -46,6 +48,7 @@ class LoRAGA(LoRA):
     checked: ClassVar[Checked] = Checked.OFFICIAL
     evidence: ClassVar[Evidence] = Evidence.GRADIENT
     directions: ClassVar[int] = 2
+    numerics: ClassVar[int] = 2  # 1: signs as the SVD happened to return them
     extra: ClassVar[Extra] = {"calibration_batches": 64, "gamma": 16.0}
 
     def checked_settings(self, settings: Settings) -> Settings:
@@ -62,6 +65,8 @@ class LoRAGA(LoRA):
     def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
         rank = settings.rank
         u, _, vh = randomised_svd(matrix, 2 * rank, iterations=4, seed=number(layer.name, rank))
+        signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
+        u, vh = u * signs.t(), signs * vh
         c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
