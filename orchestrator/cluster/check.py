@@ -19,6 +19,7 @@ from orchestrator.schedule.plan import LANES
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.secrets import without_secrets
 
 TASK, REHEARSAL = "chain_sum", "letters"  # those of the scripts
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
@@ -33,7 +34,7 @@ class Check:
     fit: bool = True
 
     def say(self, finding: Finding) -> bool:
-        print(finding.line(), flush=True)
+        print(without_secrets(finding.line()), flush=True)
         self.fit &= not finding.failed
         return not finding.failed
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.record.store import Store
-from orchestrator.study.command import STARS, without_passwords
 from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.secrets import STARS, without_secrets
 
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", "http", "https", *DATABASES)
@@ -58,7 +58,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def shown(uri: str) -> str:
     """The URI for a message or a file: without its password."""
-    return without_passwords(uri)
+    return without_secrets(uri)
 
 
 def check_uri(uri: str) -> None:
