@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.alike import FOLDERS, ROOT
-from orchestrator.study.command import without_passwords
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.secrets import without_secrets
 
 NOT_THERE = ("on", "stop", "output")
 """Options that are about this machine."""
@@ -62,9 +62,9 @@ def _check(options: StudyOptions) -> None:
     uri = options.tracking_uri or ""
     if uri.startswith("sqlite:"):
         raise BadInput(f"--tracking-uri {uri!r} {where}: the head has an MLflow server; leave it out.")
-    if without_passwords(uri) != uri:
+    if without_secrets(uri) != uri:
         raise BadInput(
-            f"--tracking-uri {without_passwords(uri)!r} {where}: a job's command shows its password; export "
+            f"--tracking-uri {without_secrets(uri)!r} {where}: a job's command shows its password; export "
             "MLFLOW_TRACKING_URI in the head's ~/.lora_env and leave it out."
         )
     if options.model is not None and Path(options.model).is_dir():
