@@ -66,11 +66,12 @@ def shell(host: Host, command: str, timeout: float = 120) -> str:
 
 
 def start_services(host: Host) -> None:
-    """All that the head starts in the end, but for Ray."""
+    """All that the head starts in the end, but for Ray, with which they would end."""
     services = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.keep" in c]
     assert len(services) == 2
     for command in services:
-        shell(host, command)
+        assert " --with-ray " in command
+        shell(host, command.replace(" --with-ray ", " "))
 
 
 def until(what: Callable[[], object], otherwise: str, seconds: float = 300) -> None:
