@@ -28,7 +28,7 @@ from orchestrator.finetune.phase import Phase
 from orchestrator.finetune.places import Places
 from orchestrator.finetune.source import Answer, Lease, Report, Source
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.team import ALONE, Failed, Team
+from orchestrator.finetune.team import ALONE, Failed, Team, caught
 from orchestrator.finetune.workshop import Workshop
 from orchestrator.record.schema import Provenance, State
 from orchestrator.study.configuration import ModelChoice
@@ -346,7 +346,7 @@ class _Loop:
         started = time.monotonic()
         together = len(self.lanes)
         taken = self._attempt(lanes, self._gradients)
-        outcomes = self.team.gather([_take_step(lane, step) for lane, step in taken])
+        outcomes = self.team.gather([caught(partial(lane.take_step, step)) for lane, step in taken])
         diverged, torn = [], []
         for (lane, _), told in zip(taken, zip(*outcomes, strict=True), strict=True):
             lane.pack_lanes = max(lane.pack_lanes, together)
@@ -465,11 +465,3 @@ class _Loop:
                 folder = self.store.adapters / lane.name
                 self.workshop.save_adapter(lane.name, folder, lane.configuration.model.name)
         return [None] * len(lanes)
-
-
-def _take_step(lane: Lane, taken: Taken) -> str | Failed | None:
-    """Why the lane has diverged, if it has; what it raises, as a value."""
-    try:
-        return lane.take_step(taken)
-    except Exception as error:
-        return Failed.of(error)
