@@ -11,40 +11,26 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from lab import ROOT, Failed, Host, Lab
+from lab import POSTGRESQL, ROOT, Failed, Host, Lab, lacks_postgresql
 
 pytestmark = pytest.mark.timeout(1200)  # a minute and a half, on a machine without other work
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-DEBIANS = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
 COUNT, ENOUGH = 200, 60
 HEAD, OTHER = "10.77.0.2", "10.77.0.3"
 STATE = "/root/.lora-orchestrator"
 
 
-def lacking() -> str:
-    """Why there can be no PostgreSQL for the test."""
-    if shutil.which("pg_createcluster") is None or shutil.which("pg_ctlcluster") is None:
-        return "PostgreSQL as Debian and Ubuntu package it is missing: apt-get install postgresql"
-    return ""
-
-
 @pytest.fixture
 def head(lab: Lab) -> Host:
     """A head whose set-up has come to the point where its services are started, with a new PostgreSQL."""
-    if reason := lacking():
+    if reason := lacks_postgresql():
         pytest.skip(reason)
-    host = lab.host("head", HEAD, empty=DEBIANS)
-    # As Debian's package leaves it: a cluster with its defaults, which is not started yet.
-    for folder in DEBIANS:
-        host.run("chown", "postgres:postgres", folder)
-    for folder in Path("/usr/lib/postgresql").iterdir():
-        newest = folder.name
-    host.run("pg_createcluster", newest, "main")
+    host = lab.host("head", HEAD, empty=POSTGRESQL)
+    host.has_postgresql()
     for there, here in CONFIG["file_mounts"].items():
         if not here.startswith("~"):
             source, target = ROOT / here, host.path(there.replace("~", "/root"))
@@ -223,4 +209,4 @@ def test_no_other_machine_reaches_them(lab: Lab, head: Host) -> None:
 
 def test_without_postgresql_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert lacking().endswith("apt-get install postgresql")
+    assert lacks_postgresql().endswith("apt-get install postgresql")

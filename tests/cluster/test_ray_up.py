@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from lab import ROOT, Host, Lab
+from lab import POSTGRESQL, ROOT, Host, Lab, lacks_postgresql
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -161,10 +161,14 @@ def ray_s(host: Host, name: str = "") -> list[str]:
 def test_a_study_on_machines_of_which_one_is_cut_off_and_returns(
     lab: Lab, letters_bases: Path, tmp_path: Path
 ) -> None:
+    if reason := lacks_postgresql():
+        pytest.skip(reason)
     results = tmp_path / "shared" / "results"
     shutil.copytree(letters_bases, results / "store" / "bases")
     store = Store(results / "store")
-    head, one, two = (lab.host(name, at) for name, at in {"head": HEAD, **WORKERS}.items())
+    head = lab.host("head", HEAD, empty=POSTGRESQL)
+    head.has_postgresql()
+    one, two = (lab.host(name, address) for name, address in WORKERS.items())
     for host in (head, one, two):
         host.installed()
     laptop = Laptop(lab, local(CLUSTER, HEAD, list(WORKERS.values()), lab.KEY))
