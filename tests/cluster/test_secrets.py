@@ -314,6 +314,12 @@ def test_a_command_line_loses_its_passwords_and_nothing_else() -> None:
     assert run_main("pass", "--a", "b")[2] == ["--a", "b"]
 
 
+def test_ray_keeps_the_command_without_them() -> None:
+    body = "from ray._private.utils import get_entrypoint_name as n; print(n())"
+    said, _, _ = run_main(body, "--tracking-uri", "http://me:pl4nted@host")
+    assert said.endswith("--tracking-uri http://me:*******@host\n")
+
+
 def test_a_bug_shows_itself_without_them() -> None:
     value = planted("x")["x"]
     _, error, _ = run_main(f"raise OSError('no postgresql://me:{value}@h and {value}')", DB_PASSWORD=value)
