@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import lab as machines
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,3 +29,19 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
     return folder
+
+
+@pytest.fixture(scope="session")
+def can_have_a_lab() -> None:
+    """Skips where namespaces cannot be made, and says what it takes."""
+    if reason := machines.lacking():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def lab(can_have_a_lab: None, tmp_path: Path) -> Iterator[machines.Lab]:
+    """A network of this test's own, whose hosts share `tmp_path/shared`. Fails when it leaves anything."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    with machines.Lab(seen=[machines.ROOT], shared=folder) as network:
+        yield network

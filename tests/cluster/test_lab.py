@@ -1,0 +1,87 @@
+"""The lab itself: its hosts are apart where machines are, and nothing is left of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lab import ROOT, VENV, Failed, Lab
+
+SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ConnectTimeout=5")
+
+
+def ssh(lab: Lab, address: str, command: str) -> str:
+    return lab.run("ssh", "-q", "-tt", "-i", lab.KEY, *SSH, f"root@{address}", command)
+
+
+def test_hosts_are_apart_but_for_the_network_and_the_shared_folder(lab: Lab, tmp_path: Path) -> None:
+    one = lab.host("one", "10.77.0.2")
+    two = lab.host("two", "10.77.0.3", empty=["/var/lib"])
+    for folder in ("/tmp", "/root", "/etc", "/dev/shm"):
+        one.path(f"{folder}/of-one").touch()
+        assert not two.path(f"{folder}/of-one").exists()
+        assert not Path(folder, "of-one").exists()
+    assert not list(two.path("/var/lib").iterdir())
+    assert ssh(lab, "one", "hostname; mountpoint -q /shared; echo $?").split() == ["one", "0"]
+    one.path("/shared/word").write_text("from one")
+    assert two.path("/shared/word").read_text() == (tmp_path / "shared" / "word").read_text() == "from one"
+    one.run("sh", "-c", "sleep 1000 &")
+    assert any("sleep 1000" in line for line in one.processes().values())
+    assert not any("sleep" in line for line in two.processes().values())
+    assert "sleep" not in lab.run("ps", "-e")
+    with pytest.raises(Failed, match="Network is unreachable"):
+        lab.run("bash", "-c", "echo > /dev/tcp/192.0.2.1/80")
+    with pytest.raises(Failed, match="Read-only"):
+        one.run("touch", str(VENV / "x"))
+    two.installed()
+    found = two.run("/root/venv/bin/python", "-c", "import sys, ray; print(sys.prefix)")
+    assert found == "/root/venv\n"
+    assert not two.path(str(ROOT / "orchestrator")).exists(), "what a host runs has been sent to it"
+    assert lab.path(str(ROOT / "cluster.yaml")).exists()
+
+
+def test_a_link_is_cut_and_mended_and_a_host_replaced(lab: Lab) -> None:
+    host = lab.host("one", "10.77.0.2")
+    lab.cut(host)
+    with pytest.raises(Failed):
+        ssh(lab, "one", "true")
+    assert host.processes(), "it lives on"
+    lab.mend(host)
+    assert ssh(lab, "one", "echo there").strip() == "there"
+    host.path("/root/old").touch()
+    lab.kill_host(host)
+    assert not host.processes()
+    again = lab.host("new", "10.77.0.2")
+    assert ssh(lab, "10.77.0.2", "hostname").strip() == "new"
+    assert not again.path("/root/old").exists()
+
+
+def test_any_network_will_do(can_have_a_lab: None) -> None:
+    with Lab("172.31.0.0/16") as lab:
+        lab.host("one", "172.31.200.7")
+        assert ssh(lab, "172.31.200.7", "echo there").strip() == "there"
+
+
+def test_it_ends_with_the_process_that_made_it(can_have_a_lab: None) -> None:
+    script = "import lab, os; it = lab.Lab(); it.host('one', '10.77.0.2').run('sh', '-c', 'sleep 1000 &'); "
+    script += "print(*(m.spaces['pid'] for m in (it, it.hosts['one'])), flush=True); os.kill(os.getpid(), 9)"
+    made = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    spaces = set(made.stdout.split())
+    assert len(spaces) == 2, made.stderr
+    until = time.monotonic() + 60
+    while there := spaces & {space(pid) for pid in os.listdir("/proc") if pid.isdigit()}:
+        assert time.monotonic() < until, there
+        time.sleep(0.1)
+
+
+def space(pid: str) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
