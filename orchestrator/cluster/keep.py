@@ -1,11 +1,13 @@
 """Keeps a command running: started again when it ends, and when it no longer answers.
 
-    python -m orchestrator.cluster.keep NAME [--health URL] -- COMMAND ...
+    python -m orchestrator.cluster.keep NAME [--health URL] [--with-ray] -- COMMAND ...
 
-Comes back at once; the keeper stays behind, as one process that belongs to no terminal. Called again with
-the same NAME it ends the former keeper with its command and takes over: `ray up` may be repeated. What the
-command prints is in ~/.lora-orchestrator/NAME.log. systemd would do, but not every machine and no container
-has it.
+Comes back at once, or with --health when the command answers, or has not for minutes: who types `ray up` and
+then a study is not refused for a server that starts. The keeper stays behind, as one process that belongs to
+no terminal. Called again with the same NAME it ends the former keeper with its command and takes over: `ray
+up` may be repeated. What the command prints is in ~/.lora-orchestrator/NAME.log. `--with-ray`: both end when
+Ray has left this machine, as after `ray down` where that ends no machine. systemd would do, but not every
+machine and no container has it.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from typing import IO, Any
 
 import psutil
 
+from orchestrator.cluster import raylets
+
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # before a command that keeps ending is started again
 LONG_ENOUGH = 60.0  # a command that lived so long had not failed to start
 LOOK_SECONDS = 5.0  # between two looks at a command's health, and for an answer
 START_SECONDS = 180.0  # a server has so long to answer for the first time: MLflow migrates its database
-DEAF_LOOKS = 3  # so many looks without an answer, and it is started again
+DEAF_LOOKS = 3  # so many looks without an answer, and it is started again; without Ray, and it is ended
 END_SECONDS = 15.0  # between SIGTERM and SIGKILL
 LOG_BYTES = 20 * 2**20  # beyond it the log begins anew when the command does
 
@@ -48,16 +52,27 @@ def answers(url: str) -> bool:
 
 
 class Keeper:
-    """Runs one command for ever. `run` returns only when the process gets SIGTERM, with the command ended."""
+    """Runs one command for ever. `run` returns only when the process gets SIGTERM, or with Ray, with the
+    command ended."""
 
-    def __init__(self, name: str, command: list[str], health: str | None, look: float = LOOK_SECONDS) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        health: str | None,
+        look: float = LOOK_SECONDS,
+        with_ray: bool = False,
+    ) -> None:
         self.name, self.command, self.health, self.look = name, command, health, look
+        self.with_ray = with_ray
+        self._without_ray = 0
+        """So many looks."""
         self._child: subprocess.Popen[bytes] | None = None
         self._ending = False
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._end)
-        with _taken_over(folder() / f"{self.name}.keeper") as mine:
+        with _taken_over(_keeper_file(self.name)) as mine:
             pause = FIRST_PAUSE
             while not self._ending:
                 begun = time.monotonic()
@@ -87,6 +102,8 @@ class Keeper:
         assert self._child is not None
         while not self._ending and self._child.poll() is None:
             self._sleep(self.look)
+            if self.with_ray:
+                self._look_for_ray()
             if self.health is None or self._child.poll() is not None:
                 continue
             if answers(self.health):
@@ -97,6 +114,12 @@ class Keeper:
                     _say(f"{self.name} does not answer at {self.health}: started again")
                     return
 
+    def _look_for_ray(self) -> None:
+        self._without_ray = 0 if raylets.here() else self._without_ray + 1
+        if self._without_ray >= DEAF_LOOKS and not self._ending:
+            _say(f"Ray is not here any more: {self.name} ends")
+            self._ending = True
+
     def _sleep(self, seconds: float) -> None:
         """Shorter when this process is told to end."""
         until = time.monotonic() + seconds
@@ -105,6 +128,23 @@ class Keeper:
 
     def _end(self, *_: object) -> None:
         self._ending = True
+
+
+def _keeper_file(name: str) -> Path:
+    return folder() / f"{name}.keeper"
+
+
+def _awaited(name: str, keeper: subprocess.Popen[bytes], health: str) -> bool:
+    """Whether the command of this keeper answers, within the time that it has to start. Its predecessor's may
+    do so until it is ended."""
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and keeper.poll() is None:
+        with suppress(OSError), _keeper_file(name).open() as file:
+            now = _read(file)
+            if now.get("keeper") == keeper.pid and now.get("child") and answers(health):
+                return True
+        time.sleep(0.2)
+    return False
 
 
 @contextmanager
@@ -181,18 +221,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="what the log and the keeper are called by")
     parser.add_argument("--health", help="a URL that answers while the command is well")
     parser.add_argument("--look", type=float, default=LOOK_SECONDS, help="seconds between two looks")
+    parser.add_argument("--with-ray", action="store_true", help="end when Ray has left this machine")
     parser.add_argument("--foreground", action="store_true", help="stay in this process")
     parser.add_argument("command", nargs="+", help="after --")
     options = parser.parse_args(arguments)
     folder().mkdir(mode=0o700, exist_ok=True)
     if options.foreground:
-        Keeper(options.name, options.command, options.health, options.look).run()
+        Keeper(options.name, options.command, options.health, options.look, options.with_ray).run()
         return 0
     again = [sys.executable, "-m", "orchestrator.cluster.keep", "--foreground", "--look", str(options.look)]
-    again += [*(["--health", options.health] if options.health else []), options.name, "--", *options.command]
+    again += ["--health", options.health] if options.health else []
+    again += ["--with-ray"] if options.with_ray else []
+    again += [options.name, "--", *options.command]
     with (folder() / f"{options.name}.log").open("ab") as log:
-        subprocess.Popen(again, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    print(f"{options.name}: kept running; its log: {folder() / options.name}.log")
+        keeper = subprocess.Popen(
+            again, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    well = not options.health or _awaited(options.name, keeper, options.health)
+    state = "kept running" if well else "kept running, and does not answer so far"
+    print(f"{options.name}: {state}; its log: {folder() / options.name}.log")
     return 0
 
 

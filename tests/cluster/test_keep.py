@@ -105,14 +105,17 @@ def test_a_server_that_no_longer_answers_is_started_again(kept: Kept) -> None:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/"
     kept.start("--health", url, arguments=(str(port),))
+    assert keep.answers(url), "it comes back when the server answers"
     first = kept.wait_for(1)
-    until(lambda: keep.answers(url))
-    time.sleep(1)  # it has been seen to answer
+    time.sleep(1)  # the keeper has seen it answer, too
     os.kill(first, signal.SIGSTOP)  # lives, and is deaf; a stopped process takes no SIGTERM either
     second = kept.wait_for(2)
     until(lambda: keep.answers(url))
     assert second != first
     assert "does not answer" in kept.log.read_text()
+    kept.start("--health", url, arguments=(str(port),))
+    assert len(kept.numbers()) > 2, "what answered before is not what it waits for"
+    assert keep.answers(url)
 
 
 def test_a_second_keeper_takes_over(kept: Kept) -> None:
@@ -135,6 +138,36 @@ def test_the_command_of_a_keeper_that_was_killed_is_ended_by_the_next(kept: Kept
     kept.start()
     kept.wait_for(2)
     until(lambda: len(kept.alive()) == 3)
+
+
+# A keeper in whose eyes Ray is there while a file is.
+BESIDE_RAY = """
+import sys
+from pathlib import Path
+from orchestrator.cluster import keep, raylets
+raylets.here = lambda: Path(sys.argv[1]).exists()
+keep.main(["server", "--foreground", "--look", "0.2", "--with-ray", "--", *sys.argv[2:]])
+"""
+
+
+def test_with_ray_it_ends_when_ray_does(kept: Kept) -> None:
+    ray = kept.home / "ray"
+    ray.touch()
+    with (kept.home / "said").open("w") as said:
+        keeper = subprocess.Popen(
+            [sys.executable, "-c", BESIDE_RAY, str(ray), sys.executable, "-c", SERVER],
+            env={**os.environ, "HOME": str(kept.home)},
+            cwd=ROOT,
+            stdout=said,
+        )
+    os.kill(kept.wait_for(1), signal.SIGKILL)
+    kept.wait_for(2)
+    time.sleep(1)
+    assert keeper.poll() is None
+    ray.unlink()
+    assert keeper.wait(60) == 0
+    assert "Ray is not here any more" in (kept.home / "said").read_text()
+    until(lambda: not kept.alive())
 
 
 def test_a_keeper_that_is_told_to_end_takes_all_with_it(kept: Kept) -> None:
