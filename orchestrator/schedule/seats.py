@@ -29,7 +29,9 @@ class Running:
 
 class Seats:
     """As many seats as `count`, kept so while lanes wait; where they `follow` the cluster, as many as its
-    nodes have room for, `count` at the start. Seats that find no room wait, and hold nothing."""
+    nodes have room for, `count` at the start. An autoscaler starts no node that nobody waits for: once one
+    seat has found its place there are as many as its nodes would have room for (`to_come`, with those that
+    are there). Seats that find no room wait, and hold nothing."""
 
     def __init__(
         self,
@@ -40,10 +42,11 @@ class Seats:
         sight: Sight,
         say: Callable[[str], None],
         follow: bool = False,
+        to_come: int = 0,
     ) -> None:
         self.sight = sight
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
-        self.follow = follow
+        self.follow, self.to_come = follow, to_come
         self.running: dict[Any, Running] = {}
         """By what `run` promised."""
         self.spoken: frozenset[str] = frozenset()
@@ -125,8 +128,10 @@ class Seats:
         if not self.follow:
             return min(wanted, self.count - len(self.running))
         room = self.nodes.room(self.plan.gpus, self.plan.workers)
+        # Not for the first one: where no seat can start, one machine has cost something, not all.
+        more = max(0, self.to_come - room) if self.spoken else 0
         least = 0 if self.running else 1  # it makes an autoscaler act
-        return max(least, min(wanted, room - len(self.running), free - unplaced))
+        return max(least, min(wanted, room + more - len(self.running), free + more - unplaced))
 
     def _free(self) -> int:
         """Seats that what nobody uses is enough for, about: the nodes are not looked at one by one."""
