@@ -58,7 +58,16 @@ def seats(
     ],
 )
 def test_start(now: Seats, waiting: int, free: int, start: int) -> None:
-    assert max(0, now.lacking(waiting, free)) == start
+    assert max(0, now.lacking(waiting, 4 * len(now.spoken), free)) == start
+
+
+def test_no_node_is_asked_for_while_a_seat_has_yet_to_take_its_lanes() -> None:
+    now = seats(1, 1, placed=1, to_come=8)
+    assert now.lacking(8, 0, 0) == 1
+    assert now.lacking(7, 1, 0) == 1
+    assert now.lacking(4, 0, 0) == 0
+    now = seats(1, 2, placed=1, to_come=8)
+    assert now.lacking(4, 0, 1) == 1, "a node that is there costs nothing more"
 
 
 def test_no_more_than_the_drivers_node_has_memory_for() -> None:
@@ -68,15 +77,15 @@ def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     now.nodes = Cluster((Node(4, 0, 3 * 2**30, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
     for _ in range(2):
         now._count_hosts("here")
-    assert now.lacking(60, 7) == 2, "half of 3 GiB is enough for three"
+    assert now.lacking(60, 4, 7) == 2, "half of 3 GiB is enough for three"
     assert len(said) == 1
     assert said[0].startswith("3 seats at most, not 8: each keeps 0.5 GiB")
     now.follow = False
-    assert now.lacking(60, 7) == 2
+    assert now.lacking(60, 4, 7) == 2
     poor = seats(8, 8, started=False)
     poor.nodes, poor.say = Cluster((Node(4, 1, 2**20, "here"),)), said.append
     poor._count_hosts("here")
-    assert poor.lacking(60, 1) == 1, "one is always tried"
+    assert poor.lacking(60, 0, 1) == 1, "one is always tried"
 
 
 counts = st.integers(0, 6)
@@ -87,15 +96,16 @@ counts = st.integers(0, 6)
     placed=counts,
     unplaced=counts,
     waiting=st.integers(1, 60),
+    training=st.integers(0, 24),
     free=counts,
     follow=st.booleans(),
     to_come=counts,
 )
 def test_never_stuck_and_never_too_many(
-    gpus: int, placed: int, unplaced: int, waiting: int, free: int, follow: bool, to_come: int
+    gpus: int, placed: int, unplaced: int, waiting: int, training: int, free: int, follow: bool, to_come: int
 ) -> None:
     now = seats(3, gpus, placed=placed, unplaced=unplaced, follow=follow, to_come=to_come)
-    start = max(0, now.lacking(waiting, free))
+    start = max(0, now.lacking(waiting, training, free))
     running = placed + unplaced
     assert start or running, "lanes wait, and nobody would ever come"
     assert running + start <= max(running, 1, max(gpus, to_come) if follow else 3)
