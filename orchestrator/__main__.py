@@ -12,7 +12,7 @@ python -m orchestrator check                   # whether a study could run here,
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -20,15 +20,15 @@ import tyro
 
 from orchestrator.study.command import main
 from orchestrator.study.errors import BadInput
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import StudyOptions, default_output
 
 # Nothing heavy at this level: --help has to answer at once.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    output: Path = Path("results")
-    """Folder with a subfolder for each study."""
+    output: Path = field(default_factory=default_output)
+    """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
     store: Path | None = None
     """Folder of the records; by default OUTPUT/store."""
 
@@ -80,7 +80,7 @@ class Report(Places):
         from orchestrator.analyze.report import write_report
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
-        from orchestrator.record.tracking_uri import default_uri
+        from orchestrator.record.tracking_uri import of_study, shown
 
         store = Store(self.root, create=False)
         folder, study = find_study(self.output, self.study)
@@ -93,7 +93,7 @@ class Report(Places):
             name=study.name,
             question=study.question,
             command=study.command,
-            tracking_uri=study.tracking_uri or default_uri(store),
+            tracking_uri=shown(of_study(study.tracking_uri, store)),
             pending=len(study.configurations) - len(records),
             baseline=study.baseline,
             margin=study.margin,
@@ -180,7 +180,7 @@ class Merge(Places):
         store = Store(self.root)
         for other in stores:
             print(f"{other.root}: {merge(store, other).line()}")
-        places = [] if self.output == Path("results") else ["--output", str(self.output)]
+        places = [] if self.output == default_output() else ["--output", str(self.output)]
         places += ["--store", str(self.store)] if self.store else []
         print(f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *places])} (Parquet and MLflow)")
         return 0
@@ -200,8 +200,10 @@ class Check(StudyOptions):
 
     def run(self) -> int:
         from orchestrator.cluster.check import check
+        from orchestrator.cluster.where import elsewhere
 
-        return check(self, self.probe)
+        code = elsewhere(self) if self.on is not None else None
+        return check(self, self.probe) if code is None else code
 
 
 def _command() -> int:

@@ -7,18 +7,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.cluster import room, sources, storage
+from orchestrator.cluster import growth, room, sources, storage
 from orchestrator.cluster.finding import Finding, failed, later, ok
 from orchestrator.finetune import models, resolve
 from orchestrator.finetune.resolve import UNPREPARED, Names
 from orchestrator.record.store import Store
-from orchestrator.record.tracking_uri import check_uri, default_uri, shown
+from orchestrator.record.tracking_uri import checked, shown
 from orchestrator.schedule import cluster as ray_cluster
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.plan import LANES
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
+from orchestrator.study.secrets import without_secrets
 
 TASK, REHEARSAL = "chain_sum", "letters"  # those of the scripts
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
@@ -33,13 +34,13 @@ class Check:
     fit: bool = True
 
     def say(self, finding: Finding) -> bool:
-        print(finding.line(), flush=True)
+        print(without_secrets(finding.line()), flush=True)
         self.fit &= not finding.failed
         return not finding.failed
 
     def all(self) -> int:
         """Returns the exit code. Raises BadInput for options that no study could have."""
-        options = self.options
+        options = self.options = growth.suited(self.options)
         usual = REHEARSAL if options.dry_run else TASK
         # With a model that is known in any case: its own is looked for below, where it may fail.
         chosen = resolve.names(replace(options, model=models.names()[0]), usual, VARIANTS, Path())
@@ -55,9 +56,8 @@ class Check:
         return 0 if self.fit else 1
 
     def tracking(self, store: Store) -> None:
-        uri = self.options.tracking_uri or default_uri(store)
         try:
-            check_uri(uri)
+            uri = checked(self.options.tracking_uri, store)
         except BadInput as error:
             self.say(failed("tracking", str(error)))
         else:

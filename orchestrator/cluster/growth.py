@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.schedule import cluster
 from orchestrator.schedule.cluster import Cluster, Node
+from orchestrator.study.options import StudyOptions
 
 FILE = Path("~/ray_bootstrap_config.yaml")
+START_SECONDS = 1800.0
+"""What a machine may take to be had, to boot and to be set up."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,20 @@ class Kind:
     most: int
     node: Node | None
     """One of them; None where the file does not say what it has (machines that are there already)."""
+
+    @property
+    def has_gpus(self) -> bool:
+        return self.node is not None and self.node.gpus > 0
+
+
+def suited(options: StudyOptions) -> StudyOptions:
+    """The options of a study that joins a cluster whose autoscaler can start GPU nodes: it waits for them,
+    rather than train on the head. What is typed stays, and a rehearsal starts no machine unasked."""
+    if cluster.address() is None or not any(kind.has_gpus for kind in promised() or ()):
+        return options
+    gpus = 1.0 if options.gpus_per_seat is None and not options.dry_run else options.gpus_per_seat
+    seconds = START_SECONDS if options.seat_timeout is None and gpus else options.seat_timeout
+    return replace(options, gpus_per_seat=gpus, seat_timeout=seconds)
 
 
 def promised() -> tuple[Kind, ...] | None:

@@ -9,7 +9,7 @@ from orchestrator.cluster.finding import Finding, failed, later, nodes, ok
 from orchestrator.cluster.growth import Kind, room
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.study.errors import BadInput
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import SEAT_TIMEOUT, StudyOptions
 
 NAME = "nodes"
 
@@ -30,7 +30,8 @@ def judge(cluster: Cluster, options: StudyOptions, to_come: Sequence[Kind]) -> t
         return failed(NAME, str(error)), None
     seats = Seats(count, gpus)
     there = _there(cluster)
-    if not gpus and options.gpus_per_seat is None and any(k.node and k.node.gpus for k in to_come):
+    untyped = options.gpus_per_seat is None and not options.dry_run
+    if not gpus and untyped and any(kind.has_gpus for kind in to_come):
         return failed(
             NAME,
             f"{there}, while the cluster may start GPU nodes: the study would train on CPUs; "
@@ -51,7 +52,7 @@ def judge(cluster: Cluster, options: StudyOptions, to_come: Sequence[Kind]) -> t
         return ok(NAME, f"{there}: room for {now} of {count} seats; the others wait for nodes to join"), seats
     names = ", ".join(f"{kind.most} {kind.name}" for kind in to_come)
     at_most = "" if most is None else f", room for {min(most, count)} of {count} seats then"
-    wait = f"a study waits {options.seat_timeout:g} s for its first seat (--seat-timeout)"
+    wait = f"a study waits {options.seat_timeout or SEAT_TIMEOUT:g} s for its first seat (--seat-timeout)"
     return later(
         NAME, f"{there}, room for {now} seats; the autoscaler may start {names}{at_most}; {wait}"
     ), seats

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from orchestrator.finetune.faults import Fault, fault_of
+from orchestrator.study.secrets import without_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ class Failed(RuntimeError):
     def of(cls, error: BaseException) -> Failed:
         """What the other workers, and the record, get to know of an error."""
         reason, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-        return cls(reason, trace, fault_of(error))
+        return cls(without_secrets(reason), without_secrets(trace), fault_of(error))
 
 
 def caught(work: Callable[[], T]) -> T | Failed:

@@ -9,7 +9,7 @@ from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies
-from orchestrator.record.tracking_uri import check_uri, default_uri, shown
+from orchestrator.record.tracking_uri import check_uri, of_study, shown
 
 
 def sync(store: Store, output: Path, tracking_uri: str | None, say: Callable[[str], None]) -> int:
@@ -22,7 +22,7 @@ def sync(store: Store, output: Path, tracking_uri: str | None, say: Callable[[st
     say(f"{path}: {len(store.states())} records")
     logs: dict[str, MlflowLog] = {}
     for _folder, study in all_studies(output).values():
-        uri = tracking_uri or study.tracking_uri or default_uri(store)
+        uri = tracking_uri or of_study(study.tracking_uri, store)
         if uri not in logs:
             check_uri(uri)
             logs[uri] = MlflowLog(uri)

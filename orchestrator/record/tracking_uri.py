@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import urllib.error
@@ -11,8 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.record.store import Store
-from orchestrator.study.command import STARS, without_passwords
 from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.secrets import STARS, without_secrets
 
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", "http", "https", *DATABASES)
@@ -20,9 +21,34 @@ PATIENCE = 4.0
 """Seconds that a server gets to answer."""
 
 
+def named(typed: str | None) -> str:
+    """What is typed, else MLflow's own variable; empty: neither."""
+    return typed or os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def default_uri(store: Store) -> str:
     """A SQLite file in the store."""
     return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
+
+
+def checked(typed: str | None, store: Store) -> str:
+    """Where a study's runs go. Raises BadInput as `check_uri` does."""
+    uri = named(typed) or default_uri(store)
+    try:
+        check_uri(uri)
+    except BadInput as error:
+        if typed or not named(None):
+            raise
+        said = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
+        raise BadInput(said.replace("leave the option out", "unset the variable")) from None
+    return uri
+
+
+def of_study(kept: str, store: Store) -> str:
+    """Where a study's runs are, by what its file keeps: without a password, which MLflow's variable may
+    have."""
+    variable = named(None)
+    return variable if variable and shown(variable) == kept else kept or default_uri(store)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -32,7 +58,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def shown(uri: str) -> str:
     """The URI for a message or a file: without its password."""
-    return without_passwords(uri)
+    return without_secrets(uri)
 
 
 def check_uri(uri: str) -> None:

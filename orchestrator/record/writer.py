@@ -11,6 +11,7 @@ from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.study.secrets import without_secrets
 
 _FIRST_PAUSE, _LONGEST_PAUSE, _CLOSING_PAUSE = 0.5, 30.0, 1.0
 
@@ -89,7 +90,7 @@ class Writer:
             except TrackingDown as down:
                 parent, self.error = "", str(down)
             except Exception as error:  # ours is a side show: nothing in it may end a study
-                parent, self.error = "", f"{type(error).__name__}: {error}"
+                parent, self.error = "", without_secrets(f"{type(error).__name__}: {error}")
             if not self._pause(pause):
                 return
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -118,7 +119,7 @@ class Writer:
             self.put(fingerprint)
             raise
         except Exception as error:
-            self.error = f"{fingerprint[:12]}: {type(error).__name__}: {error}"
+            self.error = without_secrets(f"{fingerprint[:12]}: {type(error).__name__}: {error}")
             self._refused.add(fingerprint)
         finally:
             with self._news:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from orchestrator.cluster import growth
 from orchestrator.finetune import resolve
 from orchestrator.record import scratch as scratch_folders
 from orchestrator.record.parquet import write_parquet
@@ -19,7 +20,7 @@ from orchestrator.record.provenance import commit
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.tracking_uri import check_uri, default_uri, shown
+from orchestrator.record.tracking_uri import checked, named, shown
 from orchestrator.schedule import cluster as ray_cluster
 from orchestrator.schedule.asked import Asked, builder
 from orchestrator.schedule.ledger import opened
@@ -31,7 +32,7 @@ from orchestrator.study.command import LIMIT, gently, typed
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 from orchestrator.study.grid import grid
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import SEAT_TIMEOUT, StudyOptions, default_output
 
 if TYPE_CHECKING:
     from orchestrator.record.writer import Writer
@@ -71,10 +72,10 @@ def run_study(
     `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt."""
     console = Console(file=sys.stdout, highlight=False)
     _needs_hardware(experiment, options)
+    options = growth.suited(options)
     options.check_output()
     store = Store(options.store_folder)
-    uri = options.tracking_uri or default_uri(store)
-    check_uri(uri)
+    uri = checked(options.tracking_uri, store)
     limits = Limits(options.max_hours, options.max_gpu_hours)
     task = experiment.dry_run_task if options.dry_run else experiment.task
     chosen = resolve.names(options, task, experiment.variants, store.bases)
@@ -117,7 +118,7 @@ def run_study(
         command = typed(sys.argv)
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         study = study.extended([c.fingerprint for c in asked.wanted], known)
-        study = replace(study, command=command, tracking_uri=shown(options.tracking_uri or ""))
+        study = replace(study, command=command, tracking_uri=shown(named(options.tracking_uri)))
         study = replace(study, searched=study.searched or asked.search is not None)
         study = replace(
             study, baseline=experiment.baseline, margin=experiment.margin, tuning=experiment.tuning
@@ -257,7 +258,7 @@ class _Run:
                 store=str(store.root),
                 scratch=str(scratch),
                 save_adapters=options.save_adapters,
-                start_seconds=options.seat_timeout,
+                start_seconds=options.seat_timeout or SEAT_TIMEOUT,
                 workers=options.workers_per_seat,
                 gradient_checkpointing=options.gradient_checkpointing,
                 device=options.device,
@@ -362,7 +363,7 @@ class _Run:
 
     def _ours(self, words: str) -> str:
         """A command of ours that finds what this study left."""
-        places = [] if self.options.output == Path("results") else ["--output", str(self.options.output)]
+        places = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
         places += ["--store", str(self.options.store)] if self.options.store else []
         return " ".join(["python -m orchestrator", words, shlex.join(places)]).strip()
 

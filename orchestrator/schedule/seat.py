@@ -79,10 +79,12 @@ def work(settings: Mapping[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from orchestrator.finetune.faults import SeatBroken
     from orchestrator.finetune.team import ALONE, TorchTeam
     from orchestrator.record import provenance
     from orchestrator.record.store import Store
     from orchestrator.schedule.broker import BrokerSource
+    from orchestrator.study.secrets import errors_without_secrets
 
     plan = SeatPlan(**settings["plan"])
     gpu = plan.on_gpus
@@ -106,16 +108,17 @@ def work(settings: Mapping[str, Any]) -> None:
         target=_leave_before_the_node, args=[settings["name"]], name="drain", daemon=True
     ).start()
 
-    pkgutil.resolve_name(plan.loop)(
-        source,
-        store,
-        loader(plan, store.bases, device),
-        lanes=plan.lanes,
-        idle_seconds=IDLE_SECONDS,
-        provenance=provenance.current,
-        save_adapter=plan.save_adapters,
-        team=team,
-    )
+    with errors_without_secrets(SeatBroken):
+        pkgutil.resolve_name(plan.loop)(
+            source,
+            store,
+            loader(plan, store.bases, device),
+            lanes=plan.lanes,
+            idle_seconds=IDLE_SECONDS,
+            provenance=provenance.current,
+            save_adapter=plan.save_adapters,
+            team=team,
+        )
 
 
 def loader(plan: SeatPlan, bases: Path, device: Any) -> Callable[[ModelChoice, Task], Bench]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.study.secrets import without_secrets
+
 if TYPE_CHECKING:
     from ray.exceptions import RayActorError
 
@@ -128,7 +130,7 @@ def end_of(error: Exception) -> SeatEnd:
 def reason(error: BaseException) -> str:
     """The last line that says something, of a chain of Ray's wrappers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return without_secrets(lines[-1])[:300] if lines else type(error).__name__
 
 
 def _fate(death: RayActorError) -> How:

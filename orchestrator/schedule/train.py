@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.tune.execution import class_cache
 
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
@@ -34,6 +35,12 @@ from orchestrator.schedule.trial import MEMORY_BYTES, Trial
 from orchestrator.study.command import let_go
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import Trouble
+
+# Tune hands these to its trials in a runtime environment, which Ray writes into a log and into the command
+# lines of the processes that it starts. Trials talk to the broker alone.
+class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+    {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+)
 
 LOOK_SECONDS = 0.5
 SEATS_TO_COME = 8  # a GPU node's

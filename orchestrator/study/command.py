@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 LIMIT = 3
 """The exit code of a study that a limit has ended before all was trained."""
-
-STARS = "***"
-"""In place of a password."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
@@ -31,18 +29,21 @@ def main(run: Callable[[], int | None]) -> NoReturn:
 
     A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
     SIGTERM) is the command that goes on and exit code 130, all without a traceback. A second Ctrl-C ends the
-    process at once, and all that it has started. Any other exception is a bug and shows itself.
+    process at once, and all that it has started. Any other exception is a bug and shows itself. No secret is
+    in what is said, nor, from here on, in this process's command line.
     """
+    hide_passwords_of_this_process()
+    sys.excepthook = _show
     _interrupt.watch()
     try:
         code = run() or 0
         sys.stdout.flush()
     except BadInput as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {without_secrets(line)}", file=sys.stderr)
         code = 2
     except Trouble as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.stderr)
@@ -54,14 +55,12 @@ def main(run: Callable[[], int | None]) -> NoReturn:
 
 
 def typed(arguments: Sequence[str]) -> str:
-    """The command with these arguments as one types it, for files and people: without passwords."""
-    return shlex.join(["python", *map(without_passwords, arguments)])
+    """The command with these arguments as one types it, for files and people: without secrets."""
+    return shlex.join(["python", *map(without_secrets, arguments)])
 
 
-def without_passwords(text: str) -> str:
-    """`text` with stars for the passwords of the URIs in it: u:***@host, ?password=***."""
-    text = re.sub(r"(://[^/@:\s]*):\S*@", rf"\1:{STARS}@", text)
-    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)[^&\s]+", rf"\1{STARS}", text)
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 class _Interrupt:

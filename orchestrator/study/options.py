@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,14 @@ OF_ITS_OWN = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout"
 """Options whose values --set and --space can name, too. (--batch-size may stand beside batch sizes there:
 --accumulation must divide it.)"""
 MOST_POINTS = 10_000  # of a variant: all of a design are drawn before anything starts
+SEAT_TIMEOUT = 300.0
+HERE = "here"
+CLUSTER_FILE = "cluster.yaml"
+
+
+def default_output() -> Path:
+    """ORCHESTRATOR_OUTPUT, which a cluster's head sets to its shared storage, else `results`."""
+    return Path(os.environ.get("ORCHESTRATOR_OUTPUT") or "results")
 
 
 @dataclass(frozen=True)
@@ -88,12 +97,13 @@ class StudyOptions:
     for ten of ten variants; hyperband took half of the steps and missed two (docs/early_stopping.md)."""
     study: str | None = None
     """The study's name. Default: made of script, task and model. The same name extends a study."""
-    output: Path = Path("results")
-    """Folder for the store and, one folder a study, the reports."""
+    output: Path = field(default_factory=default_output)
+    """Folder for the store and, one folder a study, the reports. Default: ORCHESTRATOR_OUTPUT, else
+    `results`. With --on: where the reports are brought to."""
     store: Path | None = None
     """Folder of the records, shared by all studies. Default: `store` in the output folder."""
     tracking_uri: str | None = None
-    """MLflow tracking server. Default: a SQLite file in the store."""
+    """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
     save_adapters: bool = False
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
     seats: int | None = None
@@ -104,13 +114,14 @@ class StudyOptions:
     lanes_per_seat: int | None = None
     """How many fine-tunes a seat trains at once over one copy of the base. Default: 4."""
     gpus_per_seat: float | None = None
-    """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, else 0; say
-    1 on a cluster that has none yet and boots such nodes on demand."""
+    """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, or where the
+    cluster's head can start nodes with some (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu`: seats hold their GPUs in Ray's book-keeping only and train on CPUs: a rehearsal of a GPU
     cluster."""
-    seat_timeout: float = 300.0
-    """Seconds that a study waits while it has no seat at all (a cluster that scales up may need 1800)."""
+    seat_timeout: float | None = None
+    """Seconds that a study waits while it has no seat at all. Default: 300, and 1800 where GPU nodes have to
+    be started first."""
     max_hours: float | None = None
     """End the study after so many hours of this run (a script of two studies: of each), with what it has:
     lanes are saved, the report is written, exit code 3. The same command goes on."""
@@ -119,6 +130,13 @@ class StudyOptions:
     has spent does not count."""
     retry_failed: bool = False
     """Train again what failed three times; without it, that counts as known."""
+    on: str | None = None
+    """Where the command runs. `cluster.yaml`, the file of a cluster that is up: on its head, with these
+    options; the output is shown here, Ctrl-C lets go of it and the same command follows it again, and at
+    the end the reports are brought here. `here`: on this machine. Default: a Ray that runs here or that
+    RAY_ADDRESS names is joined; else you are asked where a ./cluster.yaml is up."""
+    stop: bool = False
+    """With --on: end the study that this command has started there. What is half done is kept."""
     plan: bool = False
     """Print what would be trained, what is known already, the estimated time and, on GPUs, hours and price;
     start nothing."""
@@ -182,7 +200,11 @@ class StudyOptions:
             )
         if self.price_per_gpu_hour is not None:
             price.parse(self.price_per_gpu_hour)
-        if not self.seat_timeout > 0:
+        if self.stop and (self.on in (None, HERE) or self.plan):
+            raise BadInput(
+                "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."
+            )
+        if self.seat_timeout is not None and not self.seat_timeout > 0:
             raise BadInput(
                 f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300."
             )
@@ -281,10 +303,18 @@ class StudyOptions:
 
 def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> StudyOptions:
     """The command line's options, of the class `kind`, which may add a script's own. `--help` and mistakes
-    end the process (0 and 2)."""
+    end the process (0 and 2), and so does a run on a cluster (--on), with the exit code that it had there."""
     import tyro
 
-    return tyro.cli(kind, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    options = tyro.cli(kind, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
+        return options  # without looking for a cluster, which takes a moment
+    from orchestrator.cluster.where import elsewhere
+
+    code = elsewhere(options)
+    if code is not None:
+        sys.exit(code)
+    return options
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -46,6 +46,7 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VENV = Path(sys.prefix)
 ROOT = Path(__file__).parents[2]
 EMPTY = ("/tmp", "/root", "/run", "/dev/shm")
+POSTGRESQL = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
 MOUNT = "lab-of-the-tests"  # what the overlays are called in lists of mounts
 END_SECONDS = 20.0
 _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has setns from 3.12 on
@@ -66,6 +67,13 @@ def lacking() -> str:
             f"a lab needs namespaces and overlay mounts of its own ({tried.stderr.strip()}); in a container: "
             "docker run --privileged"
         )
+    return ""
+
+
+def lacks_postgresql() -> str:
+    """Why no host can have PostgreSQL; empty when one can."""
+    if shutil.which("pg_createcluster") is None or shutil.which("pg_ctlcluster") is None:
+        return "PostgreSQL as Debian and Ubuntu package it is missing: apt-get install postgresql"
     return ""
 
 
@@ -206,6 +214,14 @@ class Host(Machine):
         for part in VENV.iterdir():
             (there / part.name).symlink_to(part)
         (there / "finished").touch()
+
+    def has_postgresql(self) -> None:
+        """As Debian's package leaves it: a cluster with its defaults, which is not started yet. For a host
+        where the folders POSTGRESQL are empty."""
+        for folder in POSTGRESQL:
+            self.run("chown", "postgres:postgres", folder)
+        newest = max(Path("/usr/lib/postgresql").iterdir(), key=lambda path: float(path.name))
+        self.run("pg_createcluster", newest.name, "main")
 
 
 class Lab(Machine):

@@ -1,0 +1,145 @@
+"""Reports a study's records to the head's MLflow, on the head, and says what is missing of them there.
+
+    python reporter.py report COUNT ENOUGH    the first ENOUGH at once, the others when `go` is there
+    python reporter.py check COUNT            prints what is not as it should be, as JSON
+    python reporter.py spoil                  so that the check finds something
+
+As a study does it: the record goes into the store, then to the writer, which nobody waits for. What it has
+come to is in the file `logged`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from records import record as make_record
+
+from orchestrator.record import mlflow_run
+from orchestrator.record.mlflow_log import MlflowLog
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.record.writer import Writer
+
+URI, STUDY = "http://127.0.0.1:5000", "rates"
+RESULTS, HERE = Path("/shared/results"), Path(__file__).parent
+STATES = ("finished", "finished", "diverged", "failed")
+
+
+def records(count: int) -> Iterator[Record]:
+    for seed in range(count):
+        state = STATES[seed % len(STATES)]
+        yield make_record(seed=seed, rate=10 ** -(1 + seed % 4), state=state)
+
+
+def report(count: int, enough: int) -> int:
+    store = Store(RESULTS / "store")
+    names = tuple(record.fingerprint for record in records(count))
+    study = StudyFile(STUDY, "Which rate?", "python rates.py", names, (), URI)
+    study.write(RESULTS / STUDY)
+    writer = Writer(MlflowLog(URI), store, study, tags={"commit": "none"})
+    for number, record in enumerate(records(count), 1):
+        store.put(record)
+        writer.put(record)
+        if number > enough:
+            time.sleep(0.01)
+        while number == enough and not (HERE / "go").exists():
+            time.sleep(0.1)
+            (HERE / "logged").write_text(str(number - writer.delayed))
+        (HERE / "logged").write_text(str(number - writer.delayed))
+    while writer.delayed:  # other lanes are trained meanwhile
+        time.sleep(0.1)
+        (HERE / "logged").write_text(str(count - writer.delayed))
+    late = writer.close(60)
+    print(f"{late} late, {'' if writer.ended else 'not '}ended; last trouble: {writer.error or 'none'}")
+    return int(bool(late) or not writer.ended)
+
+
+def check(count: int) -> list[str]:
+    """What is wrong; asked of MLflow by its own client, and the number of rows of its database."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(URI, URI)
+    experiment = client.get_experiment_by_name(STUDY).experiment_id
+    runs = client.search_runs([experiment], max_results=10 * count)
+    parents = [run for run in runs if run.data.tags.get("role") == "study"]
+    children: dict[str, list] = {}
+    for run in runs:
+        if run not in parents:
+            children.setdefault(run.data.tags["fingerprint"], []).append(run)
+    wrong = [] if len(parents) == 1 else [f"{len(parents)} runs of the study"]
+    wrong += [f"the study's run is {run.info.status}" for run in parents if run.info.status != "FINISHED"]
+    wrong += [f"{run.info.run_id} is RUNNING" for run in runs if run.info.status == "RUNNING"]
+    expected = {record.fingerprint: record for record in records(count)}
+    wrong += [f"{name} is not of the study" for name in children if name not in expected]
+    rows = _rows()
+    for name, record in expected.items():
+        found = children.get(name, [])
+        if len(found) != 1:
+            wrong.append(f"{name}: {len(found)} children")
+            continue
+        (run,) = found
+        said: dict[str, list[tuple[int, float]]] = {}
+        for metric in mlflow_run.metrics(record):
+            said.setdefault(metric.key, []).append((metric.step, metric.value))
+        for what, here, there in (
+            ("status", run.info.status, mlflow_run.STATUS[record.state]),
+            ("state", run.data.tags["state"], record.state),
+            ("parent", run.data.tags["mlflow.parentRunId"], parents[0].info.run_id if parents else ""),
+            ("params", run.data.params, {p.key: p.value for p in mlflow_run.params(record)}),
+            ("metrics", set(run.data.metrics), set(said)),
+            ("rows", rows[run.info.run_id], sum(len(set(map(str, points))) for points in said.values())),
+            ("inputs", len(run.inputs.dataset_inputs), 3),
+        ):
+            if here != there:
+                wrong.append(f"{name}: {what} {here}, not {there}")
+        curve = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train_loss")]
+        if not _alike(curve, said["train_loss"]):
+            wrong.append(f"{name}: train_loss {curve}")
+    return wrong
+
+
+def _alike(here: list[tuple[int, float]], there: list[tuple[int, float]]) -> bool:
+    return len(here) == len(there) and all(
+        one == other and (math.isclose(a, b) or (math.isnan(a) and math.isnan(b)))
+        for (one, a), (other, b) in zip(sorted(here), there, strict=True)
+    )
+
+
+def _rows() -> Counter[str]:
+    query = "select run_uuid, count(*) from metrics group by 1"
+    said = subprocess.check_output(
+        ["psql", "-At", "-h", "/var/run/postgresql", "mlflow", "-c", query], text=True
+    )
+    return Counter({run: int(number) for run, number in (line.split("|") for line in said.split())})
+
+
+def spoil() -> None:
+    """A child is deleted, one is RUNNING, one is there twice, and one has lost a row."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(URI, URI)
+    experiment = client.get_experiment_by_name(STUDY).experiment_id
+    first, second, third, fourth, *_ = client.search_runs([experiment], "tags.state = 'finished'")
+    client.delete_run(first.info.run_id)
+    client.update_run(second.info.run_id, "RUNNING")
+    client.create_run(experiment, tags=third.data.tags)
+    query = f"delete from metrics where run_uuid = '{fourth.info.run_id}' and key = 'train_loss' and step = 3"
+    subprocess.check_call(["psql", "-q", "-h", "/var/run/postgresql", "mlflow", "-c", query])
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:]
+    if what == "report":
+        sys.exit(report(*map(int, numbers)))
+    if what == "check":
+        print(json.dumps(check(*map(int, numbers))))
+    else:
+        spoil()

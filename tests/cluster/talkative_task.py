@@ -1,0 +1,40 @@
+"""The letters task for the test of secrets: what a user's code may do that knows some.
+
+Lanes of rates above 1e-2 fail, with an error that says every secret of the environment, and the address of a
+server with a password in it, as drivers of databases do.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from orchestrator.finetune.tasks.letters import Letters
+
+SECRETS = (
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+)
+
+
+class TalkativeLetters(Letters):
+    defaults = replace(Letters.defaults, steps=12, evaluations=2, validation_size=50, test_size=50)
+
+    def pretrain_recipe(self) -> str:
+        return ""  # it trains on the letters task's base and has none of its own
+
+
+def fail(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if optimizer.param_groups[0]["lr"] > 1e-2:
+        said = " ".join(f"{name}={os.environ[name]}" for name in SECRETS)
+        raise ConnectionError(f"cannot reach {os.environ['TEST_SERVER']} with {said}")
+
+
+if "TEST_SERVER" in os.environ:
+    register_optimizer_step_pre_hook(fail)
