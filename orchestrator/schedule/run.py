@@ -244,6 +244,7 @@ class _Run:
             gently(self.limits.ask),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
+            from orchestrator.cluster import growth
             from orchestrator.cluster.nodes import refuse_unfit
             from orchestrator.schedule.search import PerGroupSearch
             from orchestrator.schedule.seat import SeatPlan
@@ -279,6 +280,7 @@ class _Run:
             if search is not None:
                 search.told = told
             where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
+            grown = 0 if cluster.local else growth.room(growth.promised() or (), gpus) or 0
             share = f", {gpus * plan.workers:g} GPUs each" if gpus else ""
             progress.say(f"{where}: {count} seats of {plan.lanes} lanes{share}")
             began = time.monotonic()
@@ -287,7 +289,7 @@ class _Run:
                 known,
                 options.scheduler,
                 cluster,
-                Room(min(count, asked.new), plan, follow=options.seats is None),
+                Room(min(count, asked.new), plan, options.seats is None, grown // plan.workers),
                 store,
                 scratch,
                 progress,

@@ -29,7 +29,9 @@ class Running:
 
 class Seats:
     """As many seats as `count`, kept so while lanes wait; where they `follow` the cluster, as many as its
-    nodes have room for, `count` at the start. Seats that find no room wait, and hold nothing."""
+    nodes have room for, `count` at the start. An autoscaler starts no node that nobody waits for: once one
+    seat has found its place there are as many as its nodes would have room for (`to_come`, with those that
+    are there). Seats that find no room wait, and hold nothing."""
 
     def __init__(
         self,
@@ -40,10 +42,11 @@ class Seats:
         sight: Sight,
         say: Callable[[str], None],
         follow: bool = False,
+        to_come: int = 0,
     ) -> None:
         self.sight = sight
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
-        self.follow = follow
+        self.follow, self.to_come = follow, to_come
         self.running: dict[Any, Running] = {}
         """By what `run` promised."""
         self.spoken: frozenset[str] = frozenset()
@@ -82,7 +85,7 @@ class Seats:
             self._counted = now
             self._count()
         if not self.trouble and (not self.started or (waiting and self.waited)):
-            for _ in range(self.lacking(waiting, self._free())):
+            for _ in range(self.lacking(waiting, training, self._free())):
                 self._start()
         self.waited = bool(waiting)
         if live or not (waiting or training):
@@ -115,18 +118,25 @@ class Seats:
             ray.kill(seat.host)
         self.running.clear()
 
-    def lacking(self, waiting: int, free: int) -> int:
+    def lacking(self, waiting: int, training: int, free: int) -> int:
         """How many to start, or less than 0: no more than what waits can fill. `free`: as many as would find
         a place now, which is of interest where they follow the cluster, which others may use too."""
+        lanes, running = self.plan.lanes, len(self.running)
         unplaced = sum(seat.name not in self.spoken for seat in self.running.values())
-        wanted = -(-waiting // self.plan.lanes) - unplaced if self.started else self.count
+        wanted = -(-waiting // lanes) - unplaced if self.started else self.count
         if self.most is not None:
-            wanted = min(wanted, self.most - len(self.running))
+            wanted = min(wanted, self.most - running)
         if not self.follow:
-            return min(wanted, self.count - len(self.running))
+            return min(wanted, self.count - running)
         room = self.nodes.room(self.plan.gpus, self.plan.workers)
-        least = 0 if self.running else 1  # it makes an autoscaler act
-        return max(least, min(wanted, room - len(self.running), free - unplaced))
+        now = min(wanted, room - running, free - unplaced)
+        # An autoscaler's nodes cost something. One for the first seat: where that cannot start, more are no
+        # help. None for lanes that a seat is about to take: it speaks before it has all of them.
+        more = max(0, self.to_come - room) if self.spoken else 0
+        untaken = max(0, (running - unplaced) * lanes - training)
+        later = min(wanted, -(-(waiting - untaken) // lanes) - unplaced)
+        least = 0 if running else 1  # it makes an autoscaler act
+        return max(least, now, min(later, room + more - running, free + more - unplaced))
 
     def _free(self) -> int:
         """Seats that what nobody uses is enough for, about: the nodes are not looked at one by one."""

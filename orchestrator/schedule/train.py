@@ -54,11 +54,12 @@ HASTE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps 
 @dataclass(frozen=True)
 class Room:
     """How many seats, and the lanes of each. `follow`: `seats` are those of now, and as nodes come and go
-    there may be more or fewer."""
+    there may be more or fewer; with an autoscaler `to_come`, of which it is known."""
 
     seats: int
     plan: SeatPlan
     follow: bool = False
+    to_come: int = 0
 
     def trials(self, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
         """Trials at once, and the bytes that each asks Ray for. As many as the lanes of all seats and a pack
@@ -67,7 +68,7 @@ class Room:
         paused ones: there the same limit is kept by what each asks for, on whichever node. Tune's limit
         holds to the end: a cluster of GPUs that may grow gets one for twice its seats."""
         growing = self.follow and not cluster.local and self.plan.gpus
-        seats = max(SEATS_TO_COME, 2 * self.seats) if growing else self.seats
+        seats = max(SEATS_TO_COME, 2 * self.seats, self.to_come) if growing else self.seats
         wanted = 2 * seats * self.plan.lanes
         if scheduler == "hyperband":
             share = max(cluster.memory / wanted, 2 * MEMORY_BYTES)
@@ -98,7 +99,9 @@ def train(
     _HOPELESS.clear()
     broker = start_broker(store, scheduler)
     sight = Sight(scratch, cluster.nodes, progress.say)
-    seats = Seats(room.plan, room.seats, cluster.namespace, broker, sight, progress.say, room.follow)
+    seats = Seats(
+        room.plan, room.seats, cluster.namespace, broker, sight, progress.say, room.follow, room.to_come
+    )
     owed: Owed = {}
     watch = _Watch(broker, seats, store, progress, known, scheduler, owed, ended, limits)
     watch.start()

@@ -12,8 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Service:
     """Answers on a free port, or the one given; may be told to forget its tokens, to give a notice, to go."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, address: str = "127.0.0.1") -> None:
         self.tokens: set[str] = set()
+        self.rights: dict[str, str] = {}
+        """Role -> the answer with its keys, of a machine with an instance profile."""
         self.notice: str | None = None
         self.status: int | None = None
         """What every request is answered with, when set."""
@@ -33,9 +35,8 @@ class Service:
                 service.asked.append(self.path)
                 if self.headers.get("X-aws-ec2-metadata-token") not in service.tokens:
                     return self._answer(401)
-                if self.path != "/latest/meta-data/spot/instance-action" or service.notice is None:
-                    return self._answer(404)
-                self._answer(200, service.notice)
+                text = service.text(self.path)
+                self._answer(404 if text is None else 200, text or "")
 
             def _answer(self, status: int, text: str = "") -> None:
                 self.send_response(service.status or status)
@@ -45,11 +46,21 @@ class Service:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer((address, port), Handler)
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{address}:{self.port}"
         serve = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         serve.start()
+
+    def text(self, path: str) -> str | None:
+        """What is there, or None."""
+        kind, _, name = path.removeprefix("/latest/meta-data/").partition("/")
+        if (kind, name) == ("spot", "instance-action"):
+            return self.notice
+        if kind == "iam" and name.startswith("security-credentials/"):
+            role = name.removeprefix("security-credentials/")
+            return self.rights.get(role) if role else "\n".join(self.rights) or None
+        return None
 
     def give_notice(self, seconds: float, action: str = "terminate") -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))

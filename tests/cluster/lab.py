@@ -12,6 +12,7 @@ process that made it does.
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import json
 import os
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +49,7 @@ EMPTY = ("/tmp", "/root", "/run", "/dev/shm")
 POSTGRESQL = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
 MOUNT = "lab-of-the-tests"  # what the overlays are called in lists of mounts
 END_SECONDS = 20.0
+_LIBC = ctypes.CDLL(None, use_errno=True)  # Python has setns from 3.12 on
 
 
 def lacking() -> str:
@@ -152,6 +155,16 @@ class Machine:
         if check and code != 0:
             raise Failed(f"{self.name}: {' '.join(command)[:200]}: {code}\n{said}")
         return said
+
+    def network(self) -> ThreadPoolExecutor:
+        """A thread of this process whose sockets are in the machine's network."""
+
+        def enter() -> None:
+            with open(f"/proc/{self.pid}/ns/net") as space:
+                if _LIBC.setns(space.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), f"the network of {self.name} cannot be entered")
+
+        return ThreadPoolExecutor(1, f"in-{self.name}", enter)
 
     def processes(self) -> dict[int, str]:
         """Command lines of all that runs on it, by number as this machine counts, but for process 1."""

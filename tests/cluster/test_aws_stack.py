@@ -15,6 +15,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provider
 from ray.autoscaler._private.util import hash_launch_conf, prepare_config
+from stack import SSH_FROM, STACK, TAG, deploy
 
 boto3 = pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
 moto = pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
@@ -22,9 +23,6 @@ moto = pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
 from orchestrator.cluster.parameter import parameter  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-STACK = ROOT / "orchestrator/cluster/aws_stack.yaml"
-SSH_FROM = "203.0.113.7/32"
-TAG = {"Key": "project", "Value": "lora-orchestrator"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +33,6 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
     with moto.mock_aws():
         yield
-
-
-def deploy(ssh_from: str = SSH_FROM) -> None:
-    image = boto3.client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
-    boto3.client("ssm").put_parameter(Name="/test/image", Value=image, Type="String")
-    # moto knows no image by AWS's public parameters.
-    body = re.sub(r"Default: /aws/service/\S+", "Default: /test/image", STACK.read_text())
-    boto3.client("cloudformation").create_stack(
-        StackName="lora-orchestrator",
-        TemplateBody=body,
-        Capabilities=["CAPABILITY_NAMED_IAM"],
-        Parameters=[{"ParameterKey": "SshFrom", "ParameterValue": ssh_from}],
-        Tags=[TAG],
-    )
 
 
 def ingress() -> list[tuple[str, Any]]:
@@ -63,7 +47,7 @@ def ingress() -> list[tuple[str, Any]]:
 
 
 def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
-    deploy()
+    deploy(boto3.client)
     config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     ray_aws = _NODE_PROVIDERS["aws"](config["provider"])
     config = ray_aws.bootstrap_config(ray_aws.fillout_available_node_types_resources(config))
@@ -142,7 +126,7 @@ def test_cloudformation_would_take_it() -> None:
 
 
 def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    deploy()
+    deploy(boto3.client)
     assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", parameter("storage"))
     assert re.fullmatch(r"s3://[\w-]+/mlflow", parameter("artifacts"))
     assert parameter("hub-token") == "", "none was put there"

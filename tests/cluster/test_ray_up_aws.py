@@ -1,0 +1,314 @@
+"""A real `ray up` of cluster.yaml on AWS in a box: it grows, loses spot machines, and ends at nothing.
+
+What is shown with it: set-up on every node, the rights that its machines use, the spot watcher against a
+metadata service, Ray's own autoscaler. What is not: a machine's boot, a real GPU, what AWS refuses.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ROOT, Host, Lab
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+
+pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
+pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
+
+from aws_box import Account, Request, tags
+from stack import TAG, deploy
+
+# All that is changed in cluster.yaml: what a box cannot have.
+CHANGES = {
+    # moto's public addresses are other people's machines.
+    "  type: aws\n": "  type: aws\n  use_internal_ips: true\n",
+    "  ssh_user: ubuntu": "  ssh_user: root",
+}
+SENT = ("orchestrator", "variants", "experiments")
+SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
+HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
+STUDY = (
+    "python experiments/lr_sensitivity.py --dry-run --device cpu --variants lora --learning-rates 3e-3 1e-2 "
+    "--steps 1000 --output /shared/results --gpus-per-seat 1 --seat-timeout 1800 "
+    "--tracking-uri http://127.0.0.1:5000"
+)
+HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
+NOTICE_SECONDS = 120.0  # AWS's
+PATIENCE = 900.0  # on a machine that does ten other things, too
+
+
+class Study:
+    """A study that runs on the head, in tmux, whoever is logged in there."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self._cluster = cluster
+        self._out, self._code = (cluster.shared / f"{name}.{kind}" for kind in ("out", "code"))
+        self.command = f"> /shared/{name}.out 2>&1; echo $? > /shared/{name}.code"
+
+    def until(self, what: Callable[[], object]) -> None:
+        """Waits until then, as long as it runs."""
+        until(lambda: what() or self.ended(), self.said)
+        assert not self.ended() or what(), f"it ended first:\n{self.said()}"
+
+    def ended(self) -> bool:
+        self._cluster.aws.check()
+        return self._code.exists() and self._code.read_text().endswith("\n")
+
+    def end(self) -> str:
+        """What it has said. It must end well."""
+        until(self.ended, self.said)
+        assert self._code.read_text() == "0\n", self.said()
+        return self.said()
+
+    def said(self) -> str:
+        return self._out.read_text() if self._out.exists() else "nothing yet"
+
+
+class Cluster:
+    """cluster.yaml, and whoever types Ray's commands."""
+
+    def __init__(self, lab: Lab, aws: Account, shared: Path) -> None:
+        self.lab, self.aws, self.shared = lab, aws, shared
+        self.store = Store(shared / "results" / "store")
+        here = lab.path(HERE)
+        here.mkdir()
+        for name in SENT:
+            copied: Callable[..., Any] = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copied(ROOT / name, here / name)
+        (here / "cluster.yaml").write_text(adapted((ROOT / "cluster.yaml").read_text()))
+        self.run("ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
+
+    def run(self, command: str) -> str:
+        try:
+            return self.lab.run("bash", "-c", command, cwd=HERE, timeout=PATIENCE, **self.aws.environment)
+        finally:
+            self.aws.check()
+
+    def study(self, name: str, options: str) -> Study:
+        study = Study(self, name)
+        there = f"cd ~/lora-orchestrator && {STUDY} {options} {study.command}"
+        self.run(f"ray exec cluster.yaml --tmux '{there}'")
+        return study
+
+    def training(self) -> set[str]:
+        """The machines on which a seat holds its model."""
+        return {i for i, m in self.aws.of_type("gpu").items() if workers(m.host)}
+
+    def half_trained(self) -> set[str]:
+        """Those that have a checkpoint and no record."""
+        checkpoints = self.store.checkpoints.glob("*/*/*.safetensors")
+        return {path.parts[-3] for path in checkpoints} - set(self.store.states())
+
+    def records(self) -> dict[str, Record]:
+        return {record.fingerprint: record for record in self.store.records()}
+
+
+def adapted(text: str) -> str:
+    for old, new in CHANGES.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def workers(host: Host) -> list[int]:
+    """Processes that train."""
+    return [pid for pid, line in host.processes().items() if "ray::RayTrainWorker" in line]
+
+
+def until(what: Callable[[], object], says: Callable[[], str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline, f"did not happen within {PATIENCE:g} s\n{says()}"
+        time.sleep(0.2)
+
+
+def image(host: Host, url: str) -> None:
+    """What an administrator's image has: the environment, so that nothing is fetched, and where AWS is."""
+    host.installed()
+    host.path("/etc/profile.d/aws.sh").write_text(f"export AWS_ENDPOINT_URL={url}\n")
+
+
+@pytest.fixture
+def cluster(can_have_a_lab: None, tmp_path: Path) -> Iterator[Cluster]:
+    if shutil.which("pg_ctlcluster") is None or shutil.which("tmux") is None:
+        pytest.skip("the head needs PostgreSQL and tmux: apt-get install postgresql tmux")
+    shared = tmp_path / "shared"
+    shutil.copytree("/root/m/bases", shared / "results" / "store" / "bases")
+    # The stack's network, which `ray up` is typed in here: there is no way in from outside, and none out.
+    with Lab("10.77.0.0/16", seen=[ROOT], shared=shared) as lab:
+        aws = Account(lab, lambda host: image(host, aws.url))
+        try:
+            yield Cluster(lab, aws, shared)
+        finally:
+            aws.close()
+
+
+@pytest.mark.timeout(3600)
+def test_it_grows_loses_spot_machines_and_ends_at_nothing(cluster: Cluster) -> None:
+    aws = cluster.aws
+    deploy(aws.client)
+    token = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
+    aws.client("ssm").put_parameter(**token)
+
+    cluster.run("PYTHONPATH=. python -m orchestrator.cluster.description && ray up -y cluster.yaml")
+    (head,) = aws.of_type("head").values()
+    assert not aws.of_type("gpu"), "none until a study waits for one"
+
+    study = cluster.study("first", "--seeds 4")
+    study.until(lambda: len(cluster.training()) == 2)
+    study.until(lambda: len(cluster.half_trained()) >= 5)  # of both
+    first = min(cluster.training())
+    taken = aws.machines[first].host
+    assert all(environment(pid)["HF_TOKEN"] == "a-token" for pid in workers(taken))
+    notice(aws, first, study)
+    study.until(lambda: len(cluster.training() - {first}) == 2)  # another one has come in its place
+    said = study.end()
+    records = cluster.records()
+    assert len(records) == 8
+    assert {record.state for record in records.values()} == {"finished"}
+    assert any(record.provenance.resumed_from for record in records.values())
+    assert taken_steps(said) == sum(record.steps for record in records.values()), "not one is repeated"
+    assert not re.search(r"seat-\d+ (died|was lost)", said), "it had left before its machine did"
+
+    study = cluster.study("second", "--seeds 6 --seats 1")
+    study.until(cluster.half_trained)
+    (second,) = cluster.training()
+    aws.take_away(second)  # without a word
+    said = study.end()
+    assert "8 of 12 known" in said
+    assert "was lost with a node" in said
+    more = cluster.records()
+    assert len(more) == 12
+    assert {fingerprint: more[fingerprint] for fingerprint in records} == records, "nothing is trained twice"
+    assert sorted(runs(head.host)) == sorted((fingerprint, "FINISHED") for fingerprint in more)
+    assert artifacts(aws), "MLflow's server has put them there, with the head's rights"
+
+    cluster.run("ray down -y cluster.yaml")
+    until(lambda: not aws.machines, lambda: str(aws.machines))
+    assert {i["State"]["Name"] for i in aws.instances()} == {"terminated"}
+    assert aws.client("ec2").describe_volumes()["Volumes"] == []
+    assert not any("/ray/" in line or "ray::" in line for line in cluster.lab.processes().values())
+    asked_for_what_it_promises(aws)
+    asked_for_no_more_than_it_may(aws)
+
+
+def notice(aws: Account, instance_id: str, study: Study) -> None:
+    """AWS takes a spot machine: the notice, and two minutes later, here as soon as it is empty, the end."""
+    host = aws.machines[instance_id].host
+    log = host.path("/root/.lora-orchestrator/spot.log")
+    aws.give_notice(instance_id, NOTICE_SECONDS)
+    study.until(lambda: instance_id not in aws.machines or not workers(host))
+    if instance_id in aws.machines:
+        assert "is drained" in log.read_text()
+    aws.take_away(instance_id)
+
+
+def asked_for_what_it_promises(aws: Account) -> None:
+    """What the machines were started with, the GPU ones by the autoscaler on the head."""
+    (group,) = [
+        g
+        for g in aws.client("ec2").describe_security_groups()["SecurityGroups"]
+        if "LoRA" in g["Description"]
+    ]
+    started = [request for request in aws.requests() if request.action == "RunInstances"]
+    assert [aws.keys[request.key] for request in started] == ["user"] + [HEAD] * (len(started) - 1)
+    assert len(started) >= 4
+    for request in started:
+        asked = request.parameters
+        gpu = request is not started[0]
+        assert asked["InstanceType"] == ("g5.xlarge" if gpu else "m7i.xlarge")
+        market = {k.rpartition(".")[2]: v for k, v in asked.items() if k.startswith("InstanceMarketOptions")}
+        spot = {"MarketType": "spot", "SpotInstanceType": "one-time", "MaxPrice": "1.00"}
+        assert market == (spot | {"InstanceInterruptionBehavior": "terminate"} if gpu else {})
+        assert asked["IamInstanceProfile.Name"] == (GPU if gpu else HEAD)
+        assert asked["SecurityGroupId.1"] == group["GroupId"]
+        assert "SecurityGroupId.2" not in asked
+        assert asked["MetadataOptions.HttpTokens"] == "required"
+        kinds = {"instance", "volume"} | ({"spot-instances-request"} if gpu else set())
+        given = specified(asked)
+        assert set(given) == kinds
+        assert all(tag[TAG["Key"]] == TAG["Value"] for tag in given.values())
+        assert given["instance"]["ray-cluster-name"] == "lora-orchestrator"
+
+
+def specified(asked: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Kind of resource -> its tags, of a RunInstances."""
+    found: dict[str, dict[str, str]] = {}
+    for name, key in asked.items():
+        if match := re.fullmatch(r"(TagSpecification\.\d+)\.Tag\.(\d+)\.Key", name):
+            kind = asked[f"{match[1]}.ResourceType"]
+            found.setdefault(kind, {})[key] = asked[f"{match[1]}.Tag.{match[2]}.Value"]
+    return found
+
+
+def asked_for_no_more_than_it_may(aws: Account) -> None:
+    """What the machines asked for, beside what the stack's roles let them. moto refuses nothing."""
+    clusters = {i["InstanceId"]: tags(i)["ray-cluster-name"] for i in aws.instances()}
+    seen = set()
+    for request in aws.requests():
+        profile = aws.keys.get(request.key, "nobody")
+        if profile == "user":
+            continue
+        seen.add((profile, action(request)))
+        assert any(
+            fnmatchcase(action(request), allowed)
+            for statement in statements(aws, profile)
+            for allowed in listed(statement["Action"])
+        ), f"{profile}: {request}"
+        if request.action in ("CreateTags", "TerminateInstances"):
+            ids = [v for k, v in request.parameters.items() if re.match(r"(ResourceId|InstanceId)\.", k)]
+            assert ids
+            assert {clusters[i] for i in ids} == {"lora-orchestrator"}
+    assert {a for p, a in seen if p == GPU} == {"ssm:GetParameter"}
+    assert (HEAD, "ec2:RunInstances") in seen
+
+
+def statements(aws: Account, profile: str) -> list[dict[str, Any]]:
+    iam = aws.client("iam")
+    (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
+    answer = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="cluster")
+    found: list[dict[str, Any]] = answer["PolicyDocument"]["Statement"]
+    return found
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def action(request: Request) -> str:
+    if request.service != "s3":
+        return f"{request.service}:{request.action}"
+    method, _, url = request.action.partition(" ")
+    names = {"PUT": "PutObject", "POST": "PutObject", "DELETE": "DeleteObject"}
+    return "s3:" + names.get(method, "ListBucket" if "list-type" in url else "GetObject")
+
+
+def environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def taken_steps(said: str) -> int:
+    found = re.search(r"(\d+) optimizer steps of", said)
+    assert found, said
+    return int(found[1])
+
+
+def runs(head: Host) -> list[tuple[str, ...]]:
+    """(fingerprint, status) of the study's children, from MLflow's database."""
+    query = "select value, status from tags join runs using (run_uuid) where key = 'fingerprint'"
+    return [tuple(line.split("|")) for line in head.run("psql", "-At", "mlflow", "-c", query).split()]
+
+
+def artifacts(aws: Account) -> list[str]:
+    s3 = aws.client("s3")
+    (bucket,) = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
+    return [item["Key"] for item in s3.list_objects_v2(Bucket=bucket, Prefix="mlflow/").get("Contents", ())]
