@@ -56,8 +56,8 @@ class Running:
 
 
 class Account:
-    """From when it is made until `close`. A host's name is the end of its machine's id; `image` makes it what a
-    machine of a node type of Ray's is after its boot."""
+    """From when it is made until `close`. A host's name is the end of its machine's id; `image` makes it
+    what a machine of a node type of Ray's is after its boot."""
 
     def __init__(self, lab: Lab, image: Callable[[Host, str], None]) -> None:
         self.url = f"http://{lab.address}:{PORT}"

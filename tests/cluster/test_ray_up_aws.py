@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lab import ROOT, Host, Lab, lacks_postgresql
 
 from orchestrator.record.schema import Record
@@ -139,11 +140,11 @@ def image(host: Host, kind: str, url: str) -> None:
 
 
 @pytest.fixture
-def cluster(can_have_a_lab: None, tmp_path: Path) -> Iterator[Cluster]:
+def cluster(can_have_a_lab: None, tmp_path: Path, letters_bases: Path) -> Iterator[Cluster]:
     if reason := lacks_postgresql() or ("" if shutil.which("tmux") else "no tmux: apt-get install tmux"):
         pytest.skip(reason)
     shared = tmp_path / "shared"
-    shutil.copytree("/root/m/bases", shared / "results" / "store" / "bases")
+    shutil.copytree(letters_bases, shared / "results" / "store" / "bases")
     # The stack's network, which `ray up` is typed in here: there is no way in from outside, and none out.
     with Lab("10.77.0.0/16", seen=[ROOT], shared=shared) as lab:
         aws = Account(lab, lambda host, kind: image(host, kind, aws.url))
@@ -277,7 +278,8 @@ def statements(aws: Account, profile: str) -> list[dict[str, Any]]:
     iam = aws.client("iam")
     (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
     answer = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="cluster")
-    found: list[dict[str, Any]] = answer["PolicyDocument"]["Statement"]
+    document = yaml.safe_load(str(answer["PolicyDocument"]))  # moto gives it as Python writes it
+    found: list[dict[str, Any]] = document["Statement"]
     return found
 
 
