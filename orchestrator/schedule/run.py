@@ -244,7 +244,6 @@ class _Run:
             gently(self.limits.ask),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
-            from orchestrator.cluster import growth
             from orchestrator.cluster.nodes import refuse_unfit
             from orchestrator.schedule.search import PerGroupSearch
             from orchestrator.schedule.seat import SeatPlan

@@ -23,7 +23,7 @@ from typing import Any
 
 import boto3
 from imds_server import Service
-from lab import Host, Lab
+from lab import POSTGRESQL, Host, Lab
 
 REGION = "us-west-2"
 METADATA = "169.254.169.254"
@@ -56,9 +56,10 @@ class Running:
 
 
 class Account:
-    """From when it is made until `close`. A host's name is the end of its machine's id."""
+    """From when it is made until `close`. A host's name is the end of its machine's id; `image` makes it
+    what a machine of a node type of Ray's is after its boot."""
 
-    def __init__(self, lab: Lab, image: Callable[[Host], None]) -> None:
+    def __init__(self, lab: Lab, image: Callable[[Host, str], None]) -> None:
         self.url = f"http://{lab.address}:{PORT}"
         self.environment = {
             "AWS_ENDPOINT_URL": self.url,
@@ -158,14 +159,14 @@ class Account:
                 return
 
     def _boot(self, instance: dict[str, Any]) -> Running:
-        host = self._lab.host(instance["InstanceId"][-8:], instance["PrivateIpAddress"])
+        host = self._lab.host(instance["InstanceId"][-8:], instance["PrivateIpAddress"], empty=POSTGRESQL)
         role, rights = self._rights(instance)
         host.run("ip", "address", "add", f"{METADATA}/32", "dev", "lo")
         network = host.network()
         metadata = network.submit(Service, 80, METADATA).result()
         network.shutdown()
         metadata.rights[role] = json.dumps(rights)
-        self._image(host)
+        self._image(host, tags(instance)["ray-user-node-type"])
         pair = self.client("ec2").describe_key_pairs(KeyNames=[instance["KeyName"]], IncludePublicKey=True)
         host.path("/root/.ssh/authorized_keys").write_text(pair["KeyPairs"][0]["PublicKey"].strip() + "\n")
         return Running(host, metadata, role, rights["AccessKeyId"])

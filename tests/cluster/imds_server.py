@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import uuid
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -41,7 +42,8 @@ class Service:
             def _answer(self, status: int, text: str = "") -> None:
                 self.send_response(service.status or status)
                 self.end_headers()
-                self.wfile.write(text.encode())
+                with suppress(BrokenPipeError):  # the machine that asked has been killed
+                    self.wfile.write(text.encode())
 
             def log_message(self, *_: object) -> None:
                 pass

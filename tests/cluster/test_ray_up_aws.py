@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import ROOT, Host, Lab
+import yaml
+from lab import ROOT, Host, Lab, lacks_postgresql
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -130,21 +131,23 @@ def until(what: Callable[[], object], says: Callable[[], str]) -> None:
         time.sleep(0.2)
 
 
-def image(host: Host, url: str) -> None:
+def image(host: Host, kind: str, url: str) -> None:
     """What an administrator's image has: the environment, so that nothing is fetched, and where AWS is."""
     host.installed()
+    if kind == "head":
+        host.has_postgresql()
     host.path("/etc/profile.d/aws.sh").write_text(f"export AWS_ENDPOINT_URL={url}\n")
 
 
 @pytest.fixture
-def cluster(can_have_a_lab: None, tmp_path: Path) -> Iterator[Cluster]:
-    if shutil.which("pg_ctlcluster") is None or shutil.which("tmux") is None:
-        pytest.skip("the head needs PostgreSQL and tmux: apt-get install postgresql tmux")
+def cluster(can_have_a_lab: None, tmp_path: Path, letters_bases: Path) -> Iterator[Cluster]:
+    if reason := lacks_postgresql() or ("" if shutil.which("tmux") else "no tmux: apt-get install tmux"):
+        pytest.skip(reason)
     shared = tmp_path / "shared"
-    shutil.copytree("/root/m/bases", shared / "results" / "store" / "bases")
+    shutil.copytree(letters_bases, shared / "results" / "store" / "bases")
     # The stack's network, which `ray up` is typed in here: there is no way in from outside, and none out.
     with Lab("10.77.0.0/16", seen=[ROOT], shared=shared) as lab:
-        aws = Account(lab, lambda host: image(host, aws.url))
+        aws = Account(lab, lambda host, kind: image(host, kind, aws.url))
         try:
             yield Cluster(lab, aws, shared)
         finally:
@@ -275,7 +278,8 @@ def statements(aws: Account, profile: str) -> list[dict[str, Any]]:
     iam = aws.client("iam")
     (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
     answer = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="cluster")
-    found: list[dict[str, Any]] = answer["PolicyDocument"]["Statement"]
+    document = yaml.safe_load(str(answer["PolicyDocument"]))  # moto gives it as Python writes it
+    found: list[dict[str, Any]] = document["Statement"]
     return found
 
 
@@ -305,7 +309,10 @@ def taken_steps(said: str) -> int:
 def runs(head: Host) -> list[tuple[str, ...]]:
     """(fingerprint, status) of the study's children, from MLflow's database."""
     query = "select value, status from tags join runs using (run_uuid) where key = 'fingerprint'"
-    return [tuple(line.split("|")) for line in head.run("psql", "-At", "mlflow", "-c", query).split()]
+    return [
+        tuple(line.split("|"))
+        for line in head.run("psql", "-At", "-h", "/var/run/postgresql", "mlflow", "-c", query).split()
+    ]
 
 
 def artifacts(aws: Account) -> list[str]:
