@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.cluster import clock, disk, storage, versions
+from orchestrator.cluster import clock, disk, sources, storage, versions
 from orchestrator.cluster.facts import Facts
 from orchestrator.cluster.facts import versions as versions_here
 from orchestrator.cluster.finding import Finding
 from orchestrator.cluster.witness import Witnesses, witnesses
 from orchestrator.schedule.cluster import Cluster
+from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput
 
 
@@ -36,12 +37,17 @@ def _storage(there: Witnesses, store: Path) -> Finding:
     return storage.judge(store, wrote, {who: [names[n] for n in whose] for who, whose in unseen.items()})
 
 
-def refuse_unfit(cluster: Cluster, store: Path) -> None:
-    """The first step of a study on several machines: raises BadInput when they are not fit for it, with a
-    line for each reason."""
+def refuse_unfit(cluster: Cluster, store: Path, bases: Path, wanted: Sequence[Configuration]) -> None:
+    """The first step of a study on several machines: raises BadInput when they are not fit for what is
+    `wanted`, with a line for each reason. Without the probe of memory: a seat that finds too little takes
+    fewer lanes."""
     if cluster.local or len({node.address for node in cluster.nodes}) < 2:
         return
     with witnesses(cluster.nodes) as there:
-        wrong = [one for one in look(there, there.ask("facts"), store) if one.failed]
+        found = [*look(there, there.ask("facts"), store)]
+        if wanted:  # all of a study have the same model and task
+            asked = wanted[0].model, wanted[0].task, str(bases)
+            found.append(sources.judge(there.ask("reach", lambda name: asked)))
+    wrong = [one for one in found if one.failed]
     if wrong:
         raise BadInput("\n".join(f"{one.name}: {one.text}" for one in wrong))

@@ -249,7 +249,7 @@ class _Run:
             from orchestrator.schedule.seat import SeatPlan
             from orchestrator.schedule.train import Room, train
 
-            refuse_unfit(cluster, store.root)
+            refuse_unfit(cluster, store.root, store.bases, asked.pending or asked.wanted)
             count, gpus = cluster.seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
             plan = SeatPlan(
                 lanes=options.lanes_per_seat or LANES,

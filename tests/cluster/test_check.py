@@ -166,7 +166,7 @@ def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
         out = study(cluster, *command(shared, "--seeds", "1", "--learning-rates", "1e-2"))
         assert out.returncode == 2, out.stdout + out.stderr
         errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # Ray's own aside
-        for line, name in zip(errors, ("versions", "storage", "clock"), strict=True):
+        for line, name in zip(errors, ("versions", "storage", "clock", "reach"), strict=True):
             assert line.startswith(f"error: {name}: "), errors
         assert not list((shared / "results" / "store" / "records").glob("*/*"))
 

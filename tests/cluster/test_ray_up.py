@@ -178,6 +178,9 @@ def test_a_study_on_machines_of_which_one_is_cut_off_and_returns(
     for host in (head, one, two):
         host.installed()
     laptop = Laptop(lab, local(CLUSTER, HEAD, list(WORKERS.values()), lab.KEY))
+    # Whoever used Ray there before has left a token, which is not this cluster's.
+    head.run("mkdir", "/root/.ray")
+    head.path("/root/.ray/auth_token").write_text("0" * 64)
     laptop.run("ray", "up", "-y", "--no-config-cache", "cluster.yaml")
 
     with laptop.study("--seeds", "4") as study:  # it waits for the workers
