@@ -162,7 +162,6 @@ def study(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Stud
     uri = server.uri.replace("://", f"://me:{values[URI]}@")
     options = ["--dry-run", "--task", str(TASK), "--model", "letters-base", "--variants", "lora"]
     options += ["--seeds", "1", "--learning-rates", "3e-3", "2e-2", "--output", str(output), "--study", "s"]
-    options += ["--seats", "1"]
     options += ["--tracking-uri", uri]
     codes: dict[str, int] = {}
     before = set(rays())
