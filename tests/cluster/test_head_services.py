@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -52,11 +53,12 @@ def shell(host: Host, command: str, timeout: float = 120) -> str:
 
 
 def start_services(host: Host) -> None:
-    """All that the head starts in the end, but for Ray."""
+    """All that the head starts in the end, but for Ray, with which they would end."""
     services = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.keep" in c]
     assert len(services) == 2
     for command in services:
-        shell(host, command)
+        assert " --with-ray " in command
+        shell(host, command.replace(" --with-ray ", " "))
 
 
 def until(what: Callable[[], object], otherwise: str, seconds: float = 300) -> None:
@@ -78,8 +80,9 @@ def log(host: Host, name: str) -> str:
 def kill_all(host: Host, words: str) -> int:
     """kill -9 of all processes that have the words in their command lines, at once. Returns how many."""
     doomed = [pid for pid, line in host.processes().items() if re.search(words, line)]
-    for pid in doomed:
-        os.kill(pid, signal.SIGKILL)  # as this machine counts
+    for pid in doomed:  # as this machine counts
+        with suppress(ProcessLookupError):  # some end when the first has
+            os.kill(pid, signal.SIGKILL)
     return len(doomed)
 
 

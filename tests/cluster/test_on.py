@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab import ROOT, Lab
+from lab import ROOT, Host, Lab
 from test_ray_up import CLUSTER, HEAD, LOCAL, PROJECT, Laptop, local
 
 SCRIPT = ROOT / "experiments" / "lr_sensitivity.py"
@@ -30,20 +30,23 @@ class Typed:
     """A command on the laptop, in a terminal's own group of processes."""
 
     def __init__(self, lab: Lab, *arguments: str) -> None:
-        self.lab, self.number = lab, time.monotonic_ns()
+        self.lab = lab
+        self._said = [lab.path(f"/tmp/{time.monotonic_ns()}.{name}") for name in ("out", "err")]
+        for file in self._said:
+            file.touch()
         words = shlex.join(["setsid", "-w", "python", "experiments/lr_sensitivity.py", *arguments])
-        shell = f"exec {words} >/tmp/{self.number}.out 2>/tmp/{self.number}.err"
+        shell = f"exec {words} >/tmp/{self._said[0].name} 2>/tmp/{self._said[1].name}"
         environment = {**LOCAL, "PYTHONPATH": PROJECT}
         del environment["RAY_AUTH_MODE"]  # nobody types that
         self._process = lab.start("sh", "-c", shell, cwd=PROJECT, **environment)
 
     @property
     def out(self) -> str:
-        return self.lab.path(f"/tmp/{self.number}.out").read_text()
+        return self._said[0].read_text()
 
     @property
     def err(self) -> str:
-        return self.lab.path(f"/tmp/{self.number}.err").read_text()
+        return self._said[1].read_text()
 
     def until(self, words: str) -> None:
         while words not in self.out:
@@ -74,8 +77,8 @@ class Typed:
         os.killpg(group, signal.SIGINT)
 
 
-def drivers(host: object) -> list[str]:
-    return [line for line in host.processes().values() if line.startswith("python experiments/")]  # type: ignore[attr-defined]
+def drivers(host: Host) -> list[str]:
+    return [line for line in host.processes().values() if line.startswith("python experiments/")]
 
 
 def until(what: Callable[[], bool]) -> None:

@@ -41,8 +41,17 @@ KEEPALIVE = "RAY_grpc_client_keepalive_time_ms=10000 RAY_grpc_client_keepalive_t
 HEAD_SIZE = "--num-cpus=2 --num-gpus=0 --memory=8000000000"
 WORKER_SIZE = "--num-cpus=1 --num-gpus=1 --memory=2000000000"
 
-STUDY = ("--dry-run", "--output", "/shared/results", "--tracking-uri", "http://127.0.0.1:5000")
-STUDY += ("--gpus-per-seat", "1", "--device", "cpu", "--lanes-per-seat", "2", "--variants", "lora")
+STUDY = (
+    "--dry-run",
+    "--gpus-per-seat",
+    "1",
+    "--device",
+    "cpu",
+    "--lanes-per-seat",
+    "2",
+    "--variants",
+    "lora",
+)
 STUDY += ("--steps", "300", "--learning-rates", "3e-3", "1e-2")
 NAME = "lr_sensitivity-letters-letters-base"
 GONE_SECONDS = 90  # from `ray down` to the last of its processes: docs/cluster.md promises it
@@ -110,13 +119,10 @@ class Laptop:
 
     @contextmanager
     def study(self, *arguments: str) -> Iterator[Running]:
-        """The study, started on the head."""
-        command = ["python", "experiments/lr_sensitivity.py", *STUDY, *arguments]
-        there = f"cd ~/lora-orchestrator && {' '.join(command)}"
+        """The study, typed here: it runs on the head."""
+        command = ["python", "experiments/lr_sensitivity.py", *STUDY, *arguments, "--on", "cluster.yaml"]
         with tempfile.TemporaryFile() as output:
-            started = self.lab.start(
-                "ray", "exec", "cluster.yaml", there, cwd=PROJECT, output=output, **LOCAL
-            )
+            started = self.lab.start(*command, cwd=PROJECT, output=output, PYTHONPATH=PROJECT, **LOCAL)
             yield Running(started, output)
             assert started.poll() is not None
 

@@ -162,6 +162,7 @@ def study(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Stud
     uri = server.uri.replace("://", f"://me:{values[URI]}@")
     options = ["--dry-run", "--task", str(TASK), "--model", "letters-base", "--variants", "lora"]
     options += ["--seeds", "1", "--learning-rates", "3e-3", "2e-2", "--output", str(output), "--study", "s"]
+    options += ["--seats", "1"]
     options += ["--tracking-uri", uri]
     codes: dict[str, int] = {}
     before = set(rays())
@@ -312,6 +313,12 @@ def test_a_command_line_loses_its_passwords_and_nothing_else() -> None:
     hidden = f"--tracking-uri=postgresql://me:{'*' * 10}@host/db?password=***"
     assert words == ["--a", hidden, "*" * 10, "", "z"]
     assert run_main("pass", "--a", "b")[2] == ["--a", "b"]
+
+
+def test_ray_keeps_the_command_without_them() -> None:
+    body = "from ray._private.utils import get_entrypoint_name as n; print(n())"
+    said, _, _ = run_main(body, "--tracking-uri", "http://me:pl4nted@host")
+    assert said.endswith("--tracking-uri http://me:*******@host\n")
 
 
 def test_a_bug_shows_itself_without_them() -> None:
