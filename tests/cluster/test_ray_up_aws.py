@@ -38,7 +38,7 @@ SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
 HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
 STUDY = (
     "python experiments/lr_sensitivity.py --dry-run --device cpu --variants lora --learning-rates 3e-3 1e-2 "
-    "--steps 1000 --output /shared/results --gpus-per-seat 1 --seat-timeout 1800 "
+    "--steps 1500 --output /shared/results --gpus-per-seat 1 --seat-timeout 1800 "
     "--tracking-uri http://127.0.0.1:5000"
 )
 HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
