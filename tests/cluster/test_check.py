@@ -20,7 +20,8 @@ from orchestrator.schedule.cluster import nodes_now
 from orchestrator.schedule.sight import Sight
 
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
-FIRST, SECOND, ODD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+# The first one's is what Ray takes this machine's for: drivers look for it.
+FIRST, SECOND, ODD = ray.util.get_node_ip_address(), "127.0.0.2", "127.0.0.3"
 
 
 @pytest.fixture(scope="module")
