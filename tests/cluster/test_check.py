@@ -61,6 +61,7 @@ def check(address: str, *arguments: str, **environment: str) -> tuple[int, dict[
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     lines = [line.split(None, 2) for line in done.stdout.splitlines()]
     assert lines, done.stderr
+    print(done.stdout, done.stderr)
     return done.returncode, {name: f"{mark} {text}" for mark, name, text in lines}
 
 
