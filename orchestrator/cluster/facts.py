@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+from orchestrator.cluster.alike import digests
 from orchestrator.cluster.growth import Kind, promised
 from orchestrator.record import provenance
 
 PACKAGE = "lora-orchestrator"
+PACKAGES = ("orchestrator/", "variants/")
 _NOT_COMPARED = ("cuda_driver",)  # a head without a GPU has none; records say which they were made with
 
 
@@ -53,12 +54,5 @@ def versions() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def code() -> str:
     """Eight hex digits over this package's sources: version numbers do not change with every commit."""
-    house = Path(__file__).resolve().parents[2]
-    return _digest([house / "orchestrator", house / "variants"], house)
-
-
-def _digest(folders: Sequence[Path], house: Path) -> str:
-    whole = hashlib.sha256()
-    for file in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        whole.update(str(file.relative_to(house)).encode() + b"\0" + file.read_bytes())
-    return whole.hexdigest()[:8]
+    of_all = {path: digest for path, digest in digests().items() if path.startswith(PACKAGES)}
+    return hashlib.sha256(json.dumps(of_all).encode()).hexdigest()[:8]
