@@ -406,10 +406,10 @@ def test_what_every_shell_of_a_node_reads_says_where_the_token_is_and_not_what(t
 
 
 def test_what_ray_up_derives_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
+    boto3 = pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
     moto = pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
     from ray.autoscaler._private import commands
-    from test_aws_stack import deploy
+    from stack import deploy
 
     names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
     values = planted(*names, "the token's file")
@@ -423,7 +423,7 @@ def test_what_ray_up_derives_has_none(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text(values["the token's file"])
     with moto.mock_aws():
-        deploy()
+        deploy(boto3.client)
         config = commands._bootstrap_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     cached = list((tmp_path / "tmp").glob("ray-config-*"))
     assert len(cached) == 1, "Ray keeps the description that it has made of ours"
