@@ -1,4 +1,4 @@
-"""A real `ray up` of cluster.yaml on AWS in a box: it grows, loses spot machines, and ends at nothing.
+"""A real `ray up` of cluster.yaml on AWS in a box: it grows, loses a spot machine, and ends at nothing.
 
 What is shown with it: set-up on every node, the rights that its machines use, the spot watcher against a
 metadata service, Ray's own autoscaler. What is not: a machine's boot, a real GPU, what AWS refuses.
@@ -36,10 +36,11 @@ CHANGES = {
 SENT = ("orchestrator", "variants", "experiments")
 SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
 HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
+# Long enough, on a machine of any speed, for another one to be set up while the first two lanes train; where its
+# results go, and how long it waits, the head knows.
 STUDY = (
-    "python experiments/lr_sensitivity.py --dry-run --device cpu --variants lora --learning-rates 3e-3 1e-2 "
-    "--steps 1500 --output /shared/results --gpus-per-seat 1 --seat-timeout 1800 "
-    "--tracking-uri http://127.0.0.1:5000"
+    "python experiments/lr_sensitivity.py --dry-run --device cpu --gpus-per-seat 1 --lanes-per-seat 2 "
+    "--variants lora --learning-rates 3e-3 1e-2 --seeds 2 --steps 6500"
 )
 HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
 NOTICE_SECONDS = 120.0  # AWS's
@@ -93,9 +94,9 @@ class Cluster:
         finally:
             self.aws.check()
 
-    def study(self, name: str, options: str) -> Study:
+    def study(self, name: str) -> Study:
         study = Study(self, name)
-        there = f"cd ~/lora-orchestrator && {STUDY} {options} {study.command}"
+        there = f"cd ~/lora-orchestrator && {STUDY} {study.command}"
         self.run(f"ray exec cluster.yaml --tmux '{there}'")
         return study
 
@@ -155,7 +156,7 @@ def cluster(can_have_a_lab: None, tmp_path: Path, letters_bases: Path) -> Iterat
 
 
 @pytest.mark.timeout(3600)
-def test_it_grows_loses_spot_machines_and_ends_at_nothing(cluster: Cluster) -> None:
+def test_it_grows_loses_a_spot_machine_and_ends_at_nothing(cluster: Cluster) -> None:
     aws = cluster.aws
     deploy(aws.client)
     token = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
@@ -165,33 +166,23 @@ def test_it_grows_loses_spot_machines_and_ends_at_nothing(cluster: Cluster) -> N
     (head,) = aws.of_type("head").values()
     assert not aws.of_type("gpu"), "none until a study waits for one"
 
-    study = cluster.study("first", "--seeds 4")
-    study.until(lambda: len(cluster.training()) == 2)
-    study.until(lambda: len(cluster.half_trained()) >= 5)  # of both
-    first = min(cluster.training())
+    study = cluster.study("study")
+    study.until(cluster.training)
+    (first,) = cluster.training()
+    study.until(lambda: len(cluster.training()) == 2)  # it grows: lanes wait that the first has no room for
+    study.until(lambda: len(cluster.half_trained()) >= 3)  # of both
     taken = aws.machines[first].host
     assert all(environment(pid)["HF_TOKEN"] == "a-token" for pid in workers(taken))
     notice(aws, first, study)
     study.until(lambda: len(cluster.training() - {first}) == 2)  # another one has come in its place
     said = study.end()
     records = cluster.records()
-    assert len(records) == 8
+    assert len(records) == 4
     assert {record.state for record in records.values()} == {"finished"}
     assert any(record.provenance.resumed_from for record in records.values())
     assert taken_steps(said) == sum(record.steps for record in records.values()), "not one is repeated"
     assert not re.search(r"seat-\d+ (died|was lost)", said), "it had left before its machine did"
-
-    study = cluster.study("second", "--seeds 6 --seats 1")
-    study.until(cluster.half_trained)
-    (second,) = cluster.training()
-    aws.take_away(second)  # without a word
-    said = study.end()
-    assert "8 of 12 known" in said
-    assert "was lost with a node" in said
-    more = cluster.records()
-    assert len(more) == 12
-    assert {fingerprint: more[fingerprint] for fingerprint in records} == records, "nothing is trained twice"
-    assert sorted(runs(head.host)) == sorted((fingerprint, "FINISHED") for fingerprint in more)
+    assert sorted(runs(head.host)) == sorted((fingerprint, "FINISHED") for fingerprint in records)
     assert artifacts(aws), "MLflow's server has put them there, with the head's rights"
 
     cluster.run("ray down -y cluster.yaml")
@@ -223,7 +214,7 @@ def asked_for_what_it_promises(aws: Account) -> None:
     ]
     started = [request for request in aws.requests() if request.action == "RunInstances"]
     assert [aws.keys[request.key] for request in started] == ["user"] + [HEAD] * (len(started) - 1)
-    assert len(started) >= 4
+    assert len(started) >= 4, "the head and three"
     for request in started:
         asked = request.parameters
         gpu = request is not started[0]
