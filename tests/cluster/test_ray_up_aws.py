@@ -36,8 +36,8 @@ CHANGES = {
 SENT = ("orchestrator", "variants", "experiments")
 SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
 HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
-# Long enough, on a machine of any speed, for another one to be set up while the first two lanes train; where its
-# results go, and how long it waits, the head knows.
+# Long enough for another machine to be set up while the first two lanes train, also where nothing else runs.
+# Where its results go, and how long it waits, the head knows.
 STUDY = (
     "python experiments/lr_sensitivity.py --dry-run --device cpu --gpus-per-seat 1 --lanes-per-seat 2 "
     "--variants lora --learning-rates 3e-3 1e-2 --seeds 2 --steps 6500"
