@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from orchestrator.schedule.cluster import listens
 from orchestrator.study.errors import Trouble
 
 DASHBOARD_PORT = 8265
@@ -67,7 +68,7 @@ def tunnel(path: Path) -> Iterator[str]:
         )
         try:
             until = time.monotonic() + PATIENCE
-            while not _listens(port):
+            while not listens("127.0.0.1", port):
                 if dashboard.poll() is not None or time.monotonic() > until:
                     said.seek(0)
                     raise Trouble(f"{path}: no tunnel to the head ({_last(said.read().decode())})")
@@ -115,14 +116,6 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _listens(port: int, host: str = "127.0.0.1") -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
 def _last(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
 
@@ -138,7 +131,7 @@ def _command(path: str, seconds: float = PATIENCE) -> int:
     except BaseException as error:  # of several libraries, and Ray's own exit
         print(_last(str(error)) if str(error).strip() else type(error).__name__, file=sys.stderr)
         return 1
-    if not auth.get("ssh_proxy_command") and not _listens(SSH_PORT, address):
+    if not auth.get("ssh_proxy_command") and not listens(address, SSH_PORT):
         print(f"{address} does not answer on SSH's port", file=sys.stderr)
         return 1
     print(address)

@@ -105,7 +105,7 @@ class Jobs:
 
     def forget(self, job: JobDetails) -> None:
         """When it has ended; ends it first where need be."""
-        with suppress(Exception):  # it is gone, or another has done so
+        with suppress(Trouble), _as_trouble():  # it is gone, or another has done so
             if not self._ended(job):
                 self._client.stop_job(_id(job))
                 while not self._ended(job):

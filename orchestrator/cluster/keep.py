@@ -83,7 +83,7 @@ class Keeper:
                 pause = (
                     FIRST_PAUSE if time.monotonic() - begun > LONG_ENOUGH else min(2 * pause, LONGEST_PAUSE)
                 )
-                _say(f"{self.name} ended ({code})")
+                say(f"{self.name} ended ({code})")
                 self._sleep(pause)
 
     def _start(self, mine: IO[str]) -> subprocess.Popen[bytes]:
@@ -93,7 +93,7 @@ class Keeper:
                 self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
         _write(mine, child.pid)
-        _say(f"{self.name} started (process {child.pid})")
+        say(f"{self.name} started (process {child.pid})")
         return child
 
     def _watch(self, begun: float) -> None:
@@ -111,13 +111,13 @@ class Keeper:
             elif answered or time.monotonic() - begun > START_SECONDS:
                 deaf += 1
                 if deaf >= DEAF_LOOKS:
-                    _say(f"{self.name} does not answer at {self.health}: started again")
+                    say(f"{self.name} does not answer at {self.health}: started again")
                     return
 
     def _look_for_ray(self) -> None:
         self._without_ray = 0 if raylets.here() else self._without_ray + 1
         if self._without_ray >= DEAF_LOOKS and not self._ending:
-            _say(f"Ray is not here any more: {self.name} ends")
+            say(f"Ray is not here any more: {self.name} ends")
             self._ending = True
 
     def _sleep(self, seconds: float) -> None:
@@ -212,7 +212,7 @@ def _members(group: int) -> list[psutil.Process]:
     return found
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
 

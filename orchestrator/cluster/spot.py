@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from orchestrator.cluster import raylets
 from orchestrator.cluster.imds import Away, Metadata, Notice
+from orchestrator.cluster.keep import say
 from orchestrator.cluster.raylets import Raylet
 
 PAUSE_SECONDS = 5.0  # AWS asks for a look every five seconds
@@ -88,14 +89,10 @@ def look(
 def watch() -> None:
     """Looks until it is ended from outside."""
     metadata, state = Metadata(), State()
-    _say(f"watching {metadata.endpoint}")
+    say(f"watching {metadata.endpoint}")
     while True:
-        state, pause = look(state, metadata, raylets.here, raylets.drain, _say)
+        state, pause = look(state, metadata, raylets.here, raylets.drain, say)
         time.sleep(pause)
-
-
-def _say(line: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
+import moto
 import pytest
 import yaml
 from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provider
 from ray.autoscaler._private.util import hash_launch_conf, prepare_config
 from stack import SSH_FROM, STACK, TAG, deploy
 
-boto3 = pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
-moto = pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
-
-from orchestrator.cluster.parameter import parameter  # noqa: E402
+from orchestrator.cluster.parameter import parameter
 
 ROOT = Path(__file__).parents[2]
 

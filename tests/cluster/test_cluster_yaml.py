@@ -102,8 +102,6 @@ OURS = [
 def test_we_refuse_what_ray_lets_through(
     written: Path, path: tuple[str, ...], value: Any, words: str
 ) -> None:
-    if "node_config" in path:
-        pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
     config = changed(*path, value=value)
     validate_config(prepare_config(copy.deepcopy(config)))
     refused(written, config, words)
@@ -150,7 +148,6 @@ def refused(file: Path, config: dict[str, Any], words: str) -> None:
 
 
 def test_as_it_is_it_is_not_refused(written: Path) -> None:
-    pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
     written.write_text(TEXT)
     assert description.read(written)["cluster_name"] == "lora-orchestrator"
 

@@ -11,13 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from lab import ROOT, Host, Lab
-from test_ray_up import CLUSTER, HEAD, LOCAL, PROJECT, Laptop, local
+from test_ray_up import CLUSTER, HEAD, LOCAL, PROJECT, Laptop, local, until
 
 SCRIPT = ROOT / "experiments" / "lr_sensitivity.py"
 ON = ("--on", "cluster.yaml")
@@ -79,11 +78,6 @@ class Typed:
 
 def drivers(host: Host) -> list[str]:
     return [line for line in host.processes().values() if line.startswith("python experiments/")]
-
-
-def until(what: Callable[[], bool]) -> None:
-    while not what():
-        time.sleep(0.2)
 
 
 @pytest.mark.timeout(900)

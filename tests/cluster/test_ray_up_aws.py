@@ -16,16 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
+from aws_box import Account, Request, tags
 from lab import ROOT, Host, Lab, lacks_postgresql
+from stack import TAG, deploy
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-
-pytest.importorskip("boto3", reason="`ray up` on AWS needs boto3 (extra `cluster`)")
-pytest.importorskip("moto", reason="AWS on this machine (extra `test`)")
-
-from aws_box import Account, Request, tags
-from stack import TAG, deploy
 
 # All that is changed in cluster.yaml: what a box cannot have.
 CHANGES = {
