@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from orchestrator.finetune import metrics, models
+from orchestrator.finetune import hub_data, metrics, models
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study import rates, space
@@ -45,6 +45,7 @@ class Names:
 def names(options: StudyOptions, default_task: str, default_variants: Sequence[str], bases: Path) -> Names:
     """Raises BadInput for an unknown variant, task or model, for a head's rate without a head, and for a
     search space that cannot be. Imports neither torch nor transformers but for a search and for --set."""
+    hub_data.keep_pins_in(bases)
     typed = (name.replace("-", "_") for name in options.variants or default_variants)
     variants = tuple(dict.fromkeys(typed))
     for name in variants:
@@ -86,8 +87,12 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
             task=task.choice(),
             model=model,
             # The learning rate is replaced by the grid's.
-            optimizer=Optimizer(learning_rate=1.0, head_learning_rate=head_rate),
-            schedule=Schedule(options.steps or defaults.steps, options.schedule, defaults.warmup),
+            optimizer=Optimizer(
+                learning_rate=1.0, weight_decay=defaults.weight_decay, head_learning_rate=head_rate
+            ),
+            schedule=Schedule(
+                options.steps or defaults.steps, options.schedule or defaults.schedule, defaults.warmup
+            ),
             batches=Batches(batch_size // parts, parts, defaults.max_length),
             evaluations=min(options.evaluations or defaults.evaluations, options.steps or defaults.steps),
         )

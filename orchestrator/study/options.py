@@ -82,8 +82,8 @@ class StudyOptions:
     """Compute activations anew in the backward pass: less memory, more time, the same numbers."""
     head_learning_rate: str = "same"
     """Of a classification task's head: `same` as all the rest, or a number."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The learning rate over the steps, after a linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """The learning rate over the steps, after a linear warm-up. Default: the task's."""
     targets: str = "blocks"
     """Which layers learn: `blocks` (every linear layer of the model's blocks), a comma-separated list of name
     endings (`q_proj,v_proj`), or `re:` and a regular expression."""

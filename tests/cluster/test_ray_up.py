@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -55,6 +56,7 @@ STUDY = (
 STUDY += ("--steps", "300", "--learning-rates", "3e-3", "1e-2")
 NAME = "lr_sensitivity-letters-letters-base"
 GONE_SECONDS = 90  # from `ray down` to the last of its processes: docs/cluster.md promises it
+YESTERDAY = time.time() - 86_400
 # What a host has before `ray up`, and PostgreSQL, which is the system's.
 STAYS = re.compile(r"^(sshd|postgres:|/usr/lib/postgresql/)")
 
@@ -178,9 +180,12 @@ def test_a_study_on_machines_of_which_one_is_cut_off_and_returns(
     for host in (head, one, two):
         host.installed()
     laptop = Laptop(lab, local(CLUSTER, HEAD, list(WORKERS.values()), lab.KEY))
-    # Whoever used Ray there before has left a token, which is not this cluster's.
+    # Whoever used Ray there before has left a token, which is not this cluster's. It is of another day: rsync
+    # takes files of one size and one second for the same.
     head.run("mkdir", "/root/.ray")
-    head.path("/root/.ray/auth_token").write_text("0" * 64)
+    stray = head.path("/root/.ray/auth_token")
+    stray.write_text("0" * 64)
+    os.utime(stray, (YESTERDAY, YESTERDAY))
     laptop.run("ray", "up", "-y", "--no-config-cache", "cluster.yaml")
 
     with laptop.study("--seeds", "4") as study:  # it waits for the workers

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from orchestrator.study.configuration import Dtype, TaskChoice
+from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
 from orchestrator.study.errors import BadInput, nearest
 
 Split = Literal["train", "validation", "test"]
@@ -28,10 +28,12 @@ NO_LOSS = -100
 @dataclass(frozen=True)
 class Example:
     """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer. For a task
-    with a head the prompt is the text and the answer what it is to be given: a class, or a number."""
+    with a head the prompt is the text and the answer what it is to be given: a class, or a number. `pair`: a
+    second text beside the prompt, where a task is about two."""
 
     prompt: str
     answer: str
+    pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class TaskDefaults:
     learning_rates: tuple[float, ...]
     warmup: float = 0.05
     dtype: Dtype = "float32"
+    schedule: ScheduleName = "cosine"
+    weight_decay: float = 0.0
 
 
 class Task:
@@ -99,7 +103,7 @@ class Task:
         apart, so that the prompt has the same ids in training and in generation. For a task with a head: the
         prompt with the special tokens that the model knows around it; `target` says the rest."""
         if self.has_head:
-            ids = tuple(tokenizer(example.prompt)["input_ids"])
+            ids = tuple(tokenizer(example.prompt, example.pair)["input_ids"])
             return Encoded(ids, (NO_LOSS,) * len(ids), len(ids))
         prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
         answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -148,7 +152,10 @@ class Task:
         Other sizes are longer or shorter pieces of the same sequences, so it names those too."""
         sizes = (self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size)
         text = [
-            [(e.prompt, e.answer) for e in self.examples(split, count)]
+            [
+                (e.prompt, e.answer, *((e.pair,) if e.pair is not None else ()))
+                for e in self.examples(split, count)
+            ]
             for split, count in zip(SPLITS, sizes, strict=True)
         ]
         data = [text, self.labels] if self.labels else text
