@@ -117,6 +117,15 @@ def examples(
     }
 
 
+def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
+    """Whether they are there for `examples`, which would then ask the task for none."""
+    name = f"{Path(task.name).stem}-%s.examples.arrow"
+    return all(
+        _read(*_place(folder, name, _about(choice, task, split), EXAMPLES), Example) is not None
+        for split in SPLITS
+    )
+
+
 def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
     """What decides a split's examples. A user's file is known by its content, wherever it lies."""
     size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
@@ -163,13 +172,11 @@ def _kept(
     of two is whole, and the first one counts."""
     from filelock import FileLock
 
-    key = canonical(dict(about))
-    path = folder / (name % hashlib.sha256(key).hexdigest()[:16])
-    schema = pa.schema(list(columns.items()), metadata={"about": key})
+    path, schema = _place(folder, name, about, columns)
     if (found := _read(path, schema, of)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{path.name}.lock"):
+    with FileLock(folder / f".{about['task']}.lock"):
         if (found := _read(path, schema, of)) is not None:
             return found
         with _written(path, schema, make(), about) as source:
@@ -179,6 +186,13 @@ def _kept(
     found = _read(path, schema, of)
     assert found is not None, f"{path} is not what was written there"
     return found
+
+
+def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Path, Any]:
+    """The file that is about this, and its schema."""
+    key = canonical(dict(about))
+    schema = pa.schema(list(columns.items()), metadata={"about": key})
+    return folder / (name % hashlib.sha256(key).hexdigest()[:16]), schema
 
 
 def _read(path: Path, schema: Any, of: Callable[..., T]) -> Stored[T] | None:
