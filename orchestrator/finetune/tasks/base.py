@@ -67,6 +67,8 @@ class TaskDefaults:
     dtype: Dtype = "float32"
     schedule: ScheduleName = "cosine"
     weight_decay: float = 0.0
+    accumulation: int = 1
+    """Parts in which a batch is computed: of a task whose whole batch is more than usual GPUs hold."""
 
 
 class Task:
