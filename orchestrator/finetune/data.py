@@ -186,17 +186,18 @@ def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
 
 
 def scoring_plan(
-    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096
+    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096, growth: int = 0
 ) -> list[tuple[int, list[int]]]:
     """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
     `rows` and about `tokens` tokens, in batches of nearly equal size (a small last one would take another
-    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once."""
+    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once. `growth`: the
+    tokens that each will write; with them a batch has about eight times `tokens`, which are only kept."""
     by_bucket: dict[int, list[int]] = {}
     for item, length in enumerate(lengths):
         by_bucket.setdefault(bucket(length, cap), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        most = min(rows, max(8, tokens // length))
+        most = min(rows, max(8, tokens // length), max(8, 8 * tokens // (length + growth)))
         batches = -(-len(items) // most)
         plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
     return plan

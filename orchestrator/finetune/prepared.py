@@ -44,7 +44,7 @@ TEXT, BYTES, INTEGERS, NUMBERS = (
     pa.large_list(pa.int32()),
     pa.large_list(pa.float64()),
 )
-EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT}
+EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
 ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS}
 """The same of `Row`. Targets that are values are numbers."""
