@@ -46,7 +46,7 @@ TEXT, BYTES, INTEGERS, NUMBERS = (
 )
 EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
-ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS}
+ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": pa.int32()}
 """The same of `Row`. Targets that are values are numbers."""
 
 FORMAT = 1
