@@ -38,8 +38,8 @@ def probe(
     task, first = tasks.get(configurations[0].task.name), configurations[0]
     examples = task.load(first.task)
     length = first.batches.max_length
-    rows = sorted(encode(examples["train"], task, bench.tokenizer, length), key=lambda row: len(row.ids))
-    split = Split.of(_longest(examples["validation"]), task, bench.tokenizer, longest(task, length))
+    rows = sorted(encode(examples["train"], task, bench.processor, length), key=lambda row: len(row.ids))
+    split = Split.of(_longest(examples["validation"]), task, bench.processor, longest(task, length))
     data = Data(
         task, rows[-first.batches.batch_size * first.batches.accumulation :], {"validation": split}, {}
     )

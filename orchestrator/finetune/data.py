@@ -1,8 +1,8 @@
-"""Examples as token tensors: encoded once, drawn in an order that the seed alone decides, padded to buckets.
+"""Examples as tensors: encoded once, drawn in an order that the seed alone decides, padded to buckets.
 
 Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
 A task with a head has one target a row, what the head has to say of the whole text; it stands at the last
-token.
+token. An image has no ids: its length is 0, and its file is decoded when its batch is computed (`images.py`).
 
 Training and scoring pad on the right. In a causal model no real token looks at what comes after it, and
 padding carries no loss, so it needs no attention mask (`forward.py` says what other models get).
@@ -19,28 +19,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.tasks.base import NO_LOSS, Example, Image, Task
 from orchestrator.study.errors import BadInput
 
 
 @dataclass(frozen=True)
 class Row:
     """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
-    `targets` are one further."""
+    `targets` are one further. Of an image: no ids, and one target."""
 
     ids: tuple[int, ...]
     targets: tuple[float, ...]
     prompt: tuple[int, ...]
+    image: Image | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """`ids` and `targets` (rows, length), `lengths` (rows,) without padding; all on the CPU. int64, but
-    float64 targets where they are values."""
+    float64 targets where they are values. `images`: one a row, for a task of images; `ids` are (rows, 0)
+    then, and `targets` (rows, 1)."""
 
     ids: Tensor
     targets: Tensor
     lengths: Tensor
+    images: tuple[Image, ...] = ()
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
@@ -49,11 +52,17 @@ class Batch:
             torch.cat([b.ids for b in batches]),
             torch.cat([b.targets for b in batches]),
             torch.cat([b.lengths for b in batches]),
+            tuple(image for b in batches for image in b.images),
         )
 
     def part(self, first: int, last: int) -> Batch:
         """Rows `first` .. `last - 1`, as long as they are here."""
-        return Batch(self.ids[first:last], self.targets[first:last], self.lengths[first:last])
+        return Batch(
+            self.ids[first:last],
+            self.targets[first:last],
+            self.lengths[first:last],
+            self.images[first:last],
+        )
 
     @property
     def length(self) -> int:
@@ -71,13 +80,15 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """(rows, length) bool: False at padding."""
+        """(rows, length) bool: False at padding. Of images (rows, 0): they have none."""
         return torch.arange(self.length) < self.lengths.unsqueeze(1)
 
 
 def bucket(length: int, cap: int) -> int:
     """The length that `length` is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k), no more than
-    `cap` unless `length` itself is longer."""
+    `cap` unless `length` itself is longer. 0, of images, stays 0."""
+    if length == 0:
+        return 0
     size = 8
     for size in _sizes():
         if size >= length:
@@ -99,15 +110,21 @@ def longest(task: Task, max_length: int) -> int:
 
 
 def encode(
-    examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
+    examples: Sequence[Example], task: Task, processor: Any, max_length: int | None = None
 ) -> list[Row]:
-    """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
-    left out. Without it (evaluation) all are kept whole. For a task with a head it is always given: of a
-    longer text the model sees the last token, which closes it, and what fits before. Raises BadInput when
-    nothing is left to learn, or when an example has nothing to score."""
+    """`processor`: the model's tokenizer, of no use for images. With `max_length` (training) longer examples
+    lose their end, and those whose answer goes with it are left out. Without it (evaluation) all are kept
+    whole. For a task with a head it is always given: of a longer text the model sees the last token, which
+    closes it, and what fits before. Raises BadInput when nothing is left to learn, or when an example has
+    nothing to score."""
     rows = []
     for number, example in enumerate(examples):
-        encoded = task.encode(example, tokenizer)
+        if task.inputs == "image":
+            if example.image is None:
+                raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
+            rows.append(Row((), (task.target(example),), (), example.image))
+            continue
+        encoded = task.encode(example, processor)
         if task.has_head:
             ids = encoded.ids
             if max_length is not None and len(ids) > max_length:
@@ -131,13 +148,14 @@ def encode(
 
 def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
     """Rows to one length, padded on the right."""
-    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows])
+    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
     values = any(isinstance(r.targets[-1], float) for r in rows)
     targets = torch.tensor(
         [[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows],
         dtype=torch.float64 if values else torch.int64,
     )
-    return Batch(ids, targets, torch.tensor([len(r.ids) for r in rows]))
+    images = tuple(r.image for r in rows if r.image is not None)
+    return Batch(ids, targets, torch.tensor([len(r.ids) for r in rows]), images)
 
 
 def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:
@@ -170,7 +188,7 @@ def scoring_plan(
         by_bucket.setdefault(bucket(length, cap), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        most = min(rows, max(8, tokens // length))
+        most = min(rows, max(8, tokens // max(1, length)))
         batches = -(-len(items) // most)
         plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
     return plan

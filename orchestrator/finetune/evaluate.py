@@ -31,11 +31,11 @@ class Split:
     cap: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example], task: Task, tokenizer: Any, cap: int) -> Split:
-        rows = encode(examples, task, tokenizer, cap if task.has_head else None)
+    def of(cls, examples: Sequence[Example], task: Task, processor: Any, cap: int) -> Split:
+        rows = encode(examples, task, processor, cap if task.has_head else None)
         plan = scoring_plan([len(r.ids) for r in rows], cap)
         batches = [
-            (pad([rows[i] for i in items], length, tokenizer.pad_token_id), items) for length, items in plan
+            (pad([rows[i] for i in items], length, processor.pad_token_id), items) for length, items in plan
         ]
         return cls(examples, rows, batches, cap)
 
@@ -43,8 +43,8 @@ class Split:
 @dataclass(frozen=True)
 class Scored:
     """`scores`: "loss" (nats a token or text, or the mean squared error), "accuracy" (share of answer tokens,
-    teacher-forced, or of texts, that are the argmax) and the task's metric: the mean over items, or what
-    `metrics.py` says of the whole split.
+    teacher-forced, or of texts or images, that are the argmax) and the task's metric: the mean over items, or
+    what `metrics.py` says of the whole split.
 
     `items.correct` of a task with values is a closeness: 1 - |error| / spread of the split's values, or 0.
     `items.answers` are what was generated, or what a head said."""

@@ -37,8 +37,8 @@ class Data:
         examples = task.load(configuration.task)
         length = configuration.batches.max_length
         cap = longest(task, length)
-        train = encode(examples["train"], task, bench.tokenizer, length)
-        splits = {s: Split.of(examples[s], task, bench.tokenizer, cap) for s in ("validation", "test")}
+        train = encode(examples["train"], task, bench.processor, length)
+        splits = {s: Split.of(examples[s], task, bench.processor, cap) for s in ("validation", "test")}
         untrained = {
             s: evaluate(bench, task, split, 1, adapters.off, team)[0].scores for s, split in splits.items()
         }
@@ -123,7 +123,7 @@ class Pack:
                 (first + micro) * batches.batch_size,
                 batches.batch_size,
                 longest(self.data.task, batches.max_length),
-                self.bench.tokenizer.pad_token_id,
+                self.bench.processor.pad_token_id,
             )
             for micro in range(batches.accumulation)
         ]

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,15 +26,31 @@ NO_LOSS = -100
 """The label of a position that carries no loss (torch's `ignore_index`)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The file of an image (PNG, JPEG, PGM, ...), whose bytes `read` gives whenever they are asked for: a
+    task of fifty thousand holds none of them. `name` is for people, where a file does not decode."""
+
+    name: str
+    read: Callable[[], bytes]
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for files that are the same."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Example:
     """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer. For a task
     with a head the prompt is the text and the answer what it is to be given: a class, or a number. `pair`: a
-    second text beside the prompt, where a task is about two."""
+    second text beside the prompt, where a task is about two. `image`: what a task of images shows; its
+    prompt is empty then."""
 
     prompt: str
     answer: str
     pair: str | None = None
+    image: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TaskDefaults:
-    """What a fine-tune on this task uses unless told otherwise. Sizes in examples, `max_length` in tokens."""
+    """What a fine-tune on this task uses unless told otherwise. Sizes in examples, `max_length` in tokens
+    (0 for images)."""
 
     train_size: int
     validation_size: int
@@ -81,6 +99,8 @@ class Task:
     greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
     `grade`. label: a head on the model says which of `labels` a text has (cross-entropy). value: a head says
     a number (squared error)."""
+    inputs: ClassVar[Literal["text", "image"]] = "text"
+    """What the model is shown; a task of images has answers of classes or values."""
     labels: ClassVar[tuple[str, ...]] = ()
     """The classes of a `label` task, in the order of the head's outputs."""
     max_new_tokens: ClassVar[int] = 0
@@ -148,12 +168,18 @@ class Task:
         return value
 
     def revision(self) -> str:
-        """Names the content of the data: a hash over the examples at the default sizes, and the classes.
-        Other sizes are longer or shorter pieces of the same sequences, so it names those too."""
+        """Names the content of the data: a hash over the examples at the default sizes (of images: over their
+        files), and the classes. Other sizes are longer or shorter pieces of the same sequences, so it names
+        those too."""
         sizes = (self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size)
         text = [
             [
-                (e.prompt, e.answer, *((e.pair,) if e.pair is not None else ()))
+                (
+                    e.prompt,
+                    e.answer,
+                    *((e.pair,) if e.pair is not None else ()),
+                    *((e.image.digest,) if e.image is not None else ()),
+                )
                 for e in self.examples(split, count)
             ]
             for split, count in zip(SPLITS, sizes, strict=True)
