@@ -40,14 +40,14 @@ def probe(
     task, first = tasks.get(configurations[0].task.name), configurations[0]
     length = first.batches.max_length
     with tempfile.TemporaryDirectory() as folder:
-        kept = prepared.prepare(Path(folder), first, task, bench.tokenizer)
+        kept = prepared.prepare(Path(folder), first, task, bench.processor)
         rows = heapq.nlargest(
             first.batches.batch_size * first.batches.accumulation,
             kept.rows["train"],
             key=lambda row: len(row.ids),
         )
         longest_items = _longest(kept.examples["validation"])
-        split = Split.of(longest_items, task, bench.tokenizer, longest(task, length))
+        split = Split.of(longest_items, task, bench.processor, longest(task, length))
         data = Data(task, rows, {"validation": split}, {})
         base = meter.now()
         return [_measure(c, bench, data, Path(folder), lanes, meter, limit, base) for c in configurations]

@@ -88,7 +88,7 @@ def _losses(pack: Pack, configuration: Configuration) -> Generator[Tensor, None,
                 number * configuration.batches.batch_size,
                 configuration.batches.batch_size,
                 longest(pack.data.task, configuration.batches.max_length),
-                pack.bench.tokenizer.pad_token_id,
+                pack.bench.processor.pad_token_id,
             )
             with adapters.off(heads, batch.real.to(pack.bench.device)):
                 logits, labels = outputs(pack.bench, pack.data.task, batch)

@@ -1,9 +1,9 @@
-"""Examples as token tensors: encoded once (`prepared.py` keeps the rows on disk), drawn in an order that the
-seed alone decides, padded to buckets.
+"""Examples as tensors: encoded once (`prepared.py` keeps the rows on disk), drawn in an order that the seed
+alone decides, padded to buckets.
 
 Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
 A task with a head has one target a row, what the head has to say of the whole text; it stands at the last
-token.
+token. An image has no ids: its length is 0, and its file is decoded when its batch is computed (`images.py`).
 
 Training and scoring pad on the right. In a causal model no real token looks at what comes after it, and
 padding carries no loss, so it needs no attention mask (`forward.py` says what other models get).
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Task
+from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Image, Task
 from orchestrator.study.errors import BadInput
 
 TOGETHER = 1024
@@ -30,24 +30,28 @@ TOGETHER = 1024
 @dataclass(frozen=True)
 class Row:
     """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
-    `targets` are one further. `second`: as of Encoded. A new field needs its column in `prepared.py`."""
+    `targets` are one further. `second`: as of Encoded. Of an image: no ids, and one target. A new field needs
+    its column in `prepared.py`."""
 
     ids: tuple[int, ...]
     targets: tuple[float, ...]
     prompt: tuple[int, ...]
     second: int | None = None
+    image: Image | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """`ids` and `targets` (rows, length), `lengths` (rows,) without padding; all on the CPU. int64, but
     float64 targets where they are values. `seconds` (rows,): where a row's second text begins (its length,
-    where it has none); None when no row has one."""
+    where it has none); None when no row has one. `images`: one a row, for a task of images; `ids` are
+    (rows, 0) then, and `targets` (rows, 1)."""
 
     ids: Tensor
     targets: Tensor
     lengths: Tensor
     seconds: Tensor | None = None
+    images: tuple[Image, ...] = ()
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
@@ -58,6 +62,7 @@ class Batch:
             torch.cat([b.targets for b in batches]),
             torch.cat([b.lengths for b in batches]),
             torch.cat([b.lengths if b.seconds is None else b.seconds for b in batches]) if pairs else None,
+            tuple(image for b in batches for image in b.images),
         )
 
     def part(self, first: int, last: int) -> Batch:
@@ -67,6 +72,7 @@ class Batch:
             self.targets[first:last],
             self.lengths[first:last],
             None if self.seconds is None else self.seconds[first:last],
+            self.images[first:last],
         )
 
     @property
@@ -85,7 +91,7 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """(rows, length) bool: False at padding."""
+        """(rows, length) bool: False at padding. Of images (rows, 0): they have none."""
         return torch.arange(self.length) < self.lengths.unsqueeze(1)
 
     @property
@@ -98,7 +104,9 @@ class Batch:
 
 def bucket(length: int, cap: int) -> int:
     """The length that `length` is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k), no more than
-    `cap` unless `length` itself is longer."""
+    `cap` unless `length` itself is longer. 0, of images, stays 0."""
+    if length == 0:
+        return 0
     size = 8
     for size in _sizes():
         if size >= length:
@@ -120,37 +128,38 @@ def longest(task: Task, max_length: int) -> int:
 
 
 def encode(
-    examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
+    examples: Sequence[Example], task: Task, processor: Any, max_length: int | None = None
 ) -> list[Row]:
     """All rows of `rows_of`, at hand."""
-    return list(rows_of(examples, task, tokenizer, max_length))
+    return list(rows_of(examples, task, processor, max_length))
 
 
 def rows_of(
     examples: Sequence[Example],
     task: Task,
-    tokenizer: Any,
+    processor: Any,
     max_length: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Row]:
-    """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
-    left out. Without it (evaluation) all are kept whole. For a task with a head it is always given: of a
-    longer text the model sees the last token, which closes it, and what fits before; of a longer pair what
-    `Task.encode_cut` leaves. Raises BadInput when nothing is left to learn, or when an example has nothing to
-    score. `progress` is told how many examples are done, now and then."""
+    """`processor`: the model's tokenizer, of no use for images. With `max_length` (training) longer examples
+    lose their end, and those whose answer goes with it are left out. Without it (evaluation) all are kept
+    whole. For a task with a head it is always given: of a longer text the model sees the last token, which
+    closes it, and what fits before; of a longer pair what `Task.encode_cut` leaves. Raises BadInput when
+    nothing is left to learn, or when an example has nothing to score. `progress` is told how many examples
+    are done, now and then."""
+    if task.inputs == "image":
+        yield from (image_row(example, task) for example in examples)
+        return
     none = True
     for start in range(0, len(examples), TOGETHER):
         block = examples[start : start + TOGETHER]
         for number, (example, encoded) in enumerate(
-            zip(block, task.encode_all(block, tokenizer), strict=True), start
+            zip(block, task.encode_all(block, processor), strict=True), start
         ):
-            if (
-                task.has_head
-                and max_length is not None
-                and len(encoded.ids) > max_length
-                and example.pair is not None
-            ):
-                encoded = task.encode_cut(example, tokenizer, max_length)
+            long = max_length is not None and len(encoded.ids) > max_length
+            if long and task.has_head and example.pair is not None:
+                assert max_length is not None
+                encoded = task.encode_cut(example, processor, max_length)
             if (row := _row(example, encoded, task, max_length)) is not None:
                 none = False
                 yield row
@@ -164,6 +173,13 @@ def rows_of(
             f"Task {task.name!r}: no training example keeps a part of its answer within max_length "
             f"{max_length}. Raise it."
         )
+
+
+def image_row(example: Example, task: Task) -> Row:
+    """Raises BadInput for an example without an image."""
+    if example.image is None:
+        raise BadInput(f"Task {task.name!r} is one of images, and one of its examples has none.")
+    return Row((), (task.target(example),), (), image=example.image)
 
 
 def _row(example: Example, encoded: Encoded, task: Task, max_length: int | None) -> Row | None:
@@ -181,7 +197,7 @@ def _row(example: Example, encoded: Encoded, task: Task, max_length: int | None)
 
 def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
     """Rows to one length, padded on the right."""
-    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows])
+    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
     values = any(isinstance(r.targets[-1], float) for r in rows)
     targets = torch.tensor(
         [[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows],
@@ -189,8 +205,9 @@ def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
     )
     lengths = [len(r.ids) for r in rows]
     seconds = [length if r.second is None else r.second for r, length in zip(rows, lengths, strict=True)]
-    pairs = seconds != lengths
-    return Batch(ids, targets, torch.tensor(lengths), torch.tensor(seconds) if pairs else None)
+    pairs = torch.tensor(seconds) if seconds != lengths else None
+    images = tuple(r.image for r in rows if r.image is not None)
+    return Batch(ids, targets, torch.tensor(lengths), pairs, images)
 
 
 def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:
@@ -224,7 +241,7 @@ def scoring_plan(
         by_bucket.setdefault(bucket(length, cap), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        most = min(rows, max(8, tokens // length), max(8, 8 * tokens // (length + growth)))
+        most = min(rows, max(8, tokens // max(1, length)), max(8, 8 * tokens // max(1, length + growth)))
         batches = -(-len(items) // most)
         plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
     return plan

@@ -30,7 +30,12 @@ def positions_of_rows(model: nn.Module) -> None:
 
 class First(first.DisentangledSelfAttention):
     def disentangled_att_bias(
-        self, query_layer: Tensor, key_layer: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+        self,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        relative_pos: Any,
+        rel_embeddings: Tensor,
+        scale_factor: int,
     ) -> Any:
         """query_layer, key_layer: (rows, heads, L, d), the query scaled; to (rows, heads, L, L)."""
         rows, _, length, size = query_layer.shape
@@ -50,7 +55,12 @@ class First(first.DisentangledSelfAttention):
 
 class Second(second.DisentangledSelfAttention):
     def disentangled_attention_bias(
-        self, query_layer: Tensor, key_layer: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+        self,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        relative_pos: Any,
+        rel_embeddings: Tensor,
+        scale_factor: int,
     ) -> Any:
         """query_layer, key_layer: (rows x heads, L, d); to (rows x heads, L, L)."""
         of_all, length, size = query_layer.shape

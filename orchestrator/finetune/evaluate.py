@@ -34,9 +34,9 @@ class Split:
     padding: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example], task: Task, tokenizer: Any, cap: int) -> Split:
-        rows = encode(examples, task, tokenizer, cap if task.has_head else None)
-        return cls(examples, rows, cap, tokenizer.pad_token_id)
+    def of(cls, examples: Sequence[Example], task: Task, processor: Any, cap: int) -> Split:
+        rows = encode(examples, task, processor, cap if task.has_head else None)
+        return cls(examples, rows, cap, processor.pad_token_id)
 
     @cached_property
     def plan(self) -> Sequence[tuple[int, Sequence[int]]]:
@@ -72,9 +72,9 @@ class Split:
 @dataclass(frozen=True)
 class Scored:
     """`scores`: "loss" (nats a token or text, or the mean squared error), "accuracy" (share of answer tokens,
-    teacher-forced, or of texts, that are the argmax) and the task's metric: the mean over items, or what
-    `metrics.py` says of the whole split. Answers in words that were not generated have no metric, and a split
-    without a loss neither loss nor accuracy.
+    teacher-forced, or of texts or images, that are the argmax) and the task's metric: the mean over items, or
+    what `metrics.py` says of the whole split. Answers in words that were not generated have no metric, and a
+    split without a loss neither loss nor accuracy.
 
     `items.correct` of a task with values is a closeness: 1 - |error| / spread of the split's values, or 0;
     of sampled answers the mean of an item's. `items.answers` are what was generated, the first sample of
@@ -147,9 +147,7 @@ def evaluate(
     return found
 
 
-def _worth(
-    task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team
-) -> np.ndarray:
+def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team) -> np.ndarray:
     """(lanes, graded items): the mean over an item's samples. Each of the team grades a part: a grade may be
     a program that is run, and take its time."""
     said = [

@@ -22,6 +22,8 @@ def outputs(bench: Bench, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     C: the vocabulary, a head's classes, or 1 for values. What depends on targets is found on the CPU, where
     they are, and needs no wait for the device.
     """
+    if batch.images:
+        return _of_images(bench, batch)
     if task.has_head:
         return _of_head(bench, batch)
     return _of_tokens(bench, batch)
@@ -73,6 +75,12 @@ def _of_head(bench: Bench, batch: Batch) -> tuple[Tensor, Tensor]:
             given["attention_mask"] = real if bench.windowed else real[:, None, None, :]
     labels = batch.targets[batch.targets != NO_LOSS]
     return bench.model(**given).logits, labels.to(bench.device)
+
+
+def _of_images(bench: Bench, batch: Batch) -> tuple[Tensor, Tensor]:
+    """All patches of an image see each other, and all images have as many: there is nothing to mask."""
+    pixels = bench.processor.inputs(batch.images, bench.device, bench.model.dtype)
+    return bench.model(pixel_values=pixels).logits, batch.targets.flatten().to(bench.device)
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 A name is one of
 - `<task>-base`: the small base that a task pretrains itself (`letters-base`);
 - `smollm2-135m`, `minilm-l6`: real models from Python packages (`smollm2.py`, `minilm.py`);
-- a folder with a transformers model and its tokenizer;
+- a folder with a transformers model and its tokenizer, or image processor;
 - `organisation/model` or `organisation/model@revision` of the Hugging Face hub (`hub.py`).
 
 `root` is the store's folder `bases` (`bases.py`).
@@ -34,16 +34,22 @@ PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
 
 @dataclass(frozen=True)
 class Bench:
-    """A frozen base ready to carry adapters: eval mode, no gradients, the dtype of the choice. The tokenizer
-    always has a padding token, and an end token for answers in words; the padding side is the loop's
-    business. `heads`: the modules that are the task's own, of which every lane has its own; here they are
-    zero. `share`: how much of its GPU's memory is for it, beside others: 0.5 is half."""
+    """A frozen base ready to carry adapters: eval mode, no gradients, the dtype of the choice. `processor`
+    makes the model's inputs: a tokenizer, or an `images.ImageProcessor`. A tokenizer always has a padding
+    token, and an end token for answers in words; the padding side is the loop's business. `heads`: the
+    modules that are the task's own, of which every lane has its own; here they are zero. `share`: how much of
+    its GPU's memory is for it, beside others: 0.5 is half."""
 
     model: Any
-    tokenizer: Any
+    processor: Any
     device: torch.device
     heads: tuple[str, ...] = ()
     share: float = 1.0
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor of a model that reads text."""
+        return self.processor
 
     @cached_property
     def causal(self) -> bool:
@@ -123,7 +129,8 @@ def load(
     task: Task | None = None,
 ) -> Bench:
     """The base on `device` (by default a CUDA device where there is one, else the CPU), as a language model,
-    or with a head for a `task` that has one. The head is zeros: untrained, it gives every class the same.
+    or with a head for a `task` that has one. The head is zeros: untrained, it gives every class the same. Of
+    CLIP a task of images gets the image tower alone, whose head reads the mean of the patches.
 
     Attention is transformers' own choice: PyTorch's scaled dot product where the architecture has it. On a
     CPU a row's result then does not depend on the other rows (to the bit, from 8 rows on). Raises BadInput
@@ -132,7 +139,7 @@ def load(
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     source, revision = where(choice, root)
-    tokenizer = tokenizer_of(choice, root, task)
+    processor = processor_of(choice, root, task)
     headed = task is not None and task.has_head
     kind, own = _kind(task)
     try:
@@ -151,14 +158,19 @@ def load(
         from orchestrator.finetune import deberta
 
         deberta.positions_of_rows(model)
+    images = task is not None and task.inputs == "image"
     heads = _heads(model, choice.name, set(info["missing_keys"])) if headed else ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = Bench(model.eval().requires_grad_(False).to(place), tokenizer, place, heads)
+    bench = Bench(model.eval().requires_grad_(False).to(place), processor, place, heads)
     if heads:
-        if not bench.causal and type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
-            kind = type(model).__name__
-            raise BadInput(f"Model {choice.name!r} ({kind}): neither an encoder nor a decoder known here.")
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # a causal model pools before it
+        if not images:
+            if not bench.causal and type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
+                kind = type(model).__name__
+                raise BadInput(
+                    f"Model {choice.name!r} ({kind}): neither an encoder nor a decoder known here."
+                )
+            # A causal model pools before it.
+            model.config.get_text_config().pad_token_id = processor.pad_token_id
         with torch.no_grad():
             for name in heads:
                 # Lanes learn it in float32, and what stands between its linear layers has to follow.
@@ -169,13 +181,17 @@ def load(
     return bench
 
 
-def tokenizer_of(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
-    """The base's tokenizer, ready for the task. Raises BadInput as `load` does."""
+def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
+    """What makes the base's inputs, ready for the task. Raises BadInput as `load` does."""
     from transformers import AutoTokenizer
+
+    from orchestrator.finetune.images import ImageProcessor
 
     source, revision = where(choice, root)
     try:
         with bases.quiet():
+            if task is not None and task.inputs == "image":
+                return ImageProcessor.of(source, revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise _unloaded(choice, source, revision, error) from error
@@ -216,11 +232,16 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
 
 def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:
     """transformers' class for the task, and what its configuration needs besides."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForSequenceClassification,
+    )
 
-    if task is not None and task.has_head:
-        return AutoModelForSequenceClassification, {"num_labels": task.outputs}
-    return AutoModelForCausalLM, {}
+    if task is None or not task.has_head:
+        return AutoModelForCausalLM, {}
+    shown = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+    return shown[task.inputs], {"num_labels": task.outputs}
 
 
 def _heads(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
@@ -228,13 +249,16 @@ def _heads(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
     no weights for (BERT's pooler, often)."""
     if model.config.is_encoder_decoder:
         raise BadInput(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
-    base = model.base_model_prefix
+    from transformers import PreTrainedModel
+
+    # By its class: CLIP's image tower is not called what `base_model_prefix` says.
+    base = {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
     beside = [
         child
         for child, module in model.named_children()
-        if child != base and next(module.parameters(), None) is not None
+        if child not in base and next(module.parameters(), None) is not None
     ]
-    lacking = {key.rpartition(".")[0] for key in missing if key.startswith(f"{base}.")}
+    lacking = {key.rpartition(".")[0] for key in missing if key.partition(".")[0] in base}
     for place in sorted(lacking):
         kind = type(model.get_submodule(place)).__name__
         if kind != "Linear":

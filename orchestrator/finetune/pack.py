@@ -44,10 +44,10 @@ class Data:
     ) -> Data:
         """From `folder`, where it is kept. Raises BadInput when the task has not the data it should or
         `max_length` leaves nothing of them."""
-        kept = prepared.prepare(folder, configuration, task, bench.tokenizer)
+        kept = prepared.prepare(folder, configuration, task, bench.processor)
         cap = longest(task, configuration.batches.max_length)
         splits: Mapping[str, Split] = {
-            s: Split(kept.examples[s], kept.rows[s], cap, bench.tokenizer.pad_token_id) for s in HELD_OUT
+            s: Split(kept.examples[s], kept.rows[s], cap, bench.processor.pad_token_id) for s in HELD_OUT
         }
         untrained: Mapping[str, Mapping[str, float]] = {
             s: evaluate(bench, task, split, 1, adapters.off, team)[0].scores for s, split in splits.items()
@@ -133,7 +133,7 @@ class Pack:
                 (first + micro) * batches.batch_size,
                 batches.batch_size,
                 longest(self.data.task, batches.max_length),
-                self.bench.tokenizer.pad_token_id,
+                self.bench.processor.pad_token_id,
             )
             for micro in range(batches.accumulation)
         ]

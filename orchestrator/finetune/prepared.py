@@ -29,6 +29,7 @@ from pyarrow import ipc
 
 from orchestrator.finetune.data import Row, longest, rows_of
 from orchestrator.finetune.stored import Stored, batch_of
+from orchestrator.finetune.stored_images import ImageRows, StoredImages, shown
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
 from orchestrator.record import files
 from orchestrator.study.configuration import Configuration, TaskChoice, canonical
@@ -37,6 +38,8 @@ from orchestrator.study.errors import BadInput
 T = TypeVar("T")
 
 Progress = Callable[[str], None]
+View = Callable[[Sequence[Any]], Sequence[T]]
+"""Of a file's record batches."""
 
 TEXT, BYTES, INTEGERS, NUMBERS = (
     pa.large_string(),
@@ -46,6 +49,8 @@ TEXT, BYTES, INTEGERS, NUMBERS = (
 )
 EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
+IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES}
+"""The same of `Shown`."""
 ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": pa.int32()}
 """The same of `Row`. Targets that are values are numbers."""
 
@@ -66,14 +71,16 @@ class Prepared:
 
 
 def prepare(
-    folder: Path, configuration: Configuration, task: Task, tokenizer: Any, progress: Progress = silent
+    folder: Path, configuration: Configuration, task: Task, processor: Any, progress: Progress = silent
 ) -> Prepared:
     """Examples and rows as the configuration wants them, from `folder`, made first where they are lacking.
     Raises BadInput as `examples` and `data.rows_of` do."""
     found = examples(folder, configuration.task, task, progress)
+    if task.inputs == "image":  # there is nothing to tokenise
+        return Prepared(found, {split: ImageRows(of, task) for split, of in found.items()})
     length = configuration.batches.max_length
     held_out = longest(task, length) if task.has_head else None  # else they are kept whole
-    reader = _tokenizer(tokenizer)
+    reader = _tokenizer(processor)
     rows: dict[Split, Sequence[Row]] = {}
     for split, of in found.items():
         cut = length if split == "train" else held_out
@@ -86,8 +93,8 @@ def prepare(
         }
         tell = _Tell(f"{Path(task.name).stem}: %d of {len(of)} {split} examples tokenised", progress)
         columns = {**ROWS, "targets": NUMBERS} if task.answers == "value" else ROWS
-        make = partial(rows_of, of, task, tokenizer, cut, tell)
-        rows[split] = _kept(folder, f"{Path(task.name).stem}-%s.rows.arrow", about, columns, Row, make)
+        make = partial(rows_of, of, task, processor, cut, tell)
+        rows[split] = _kept(folder, f"{Path(task.name).stem}-%s.rows.arrow", about, columns, _of(Row), make)
     return Prepared(found, rows)
 
 
@@ -98,32 +105,36 @@ def examples(
     (or cannot be had), or are no text."""
     loaded: dict[Split, Sequence[Example]] = {}
 
-    def make(split: Split) -> Sequence[Example]:
+    def make(split: Split) -> Iterable[object]:
         if not loaded:
             progress(f"{Path(task.name).stem}: reading the examples")
             loaded.update(task.load(choice))
-        return loaded[split]
+        return shown(loaded[split], task) if task.inputs == "image" else loaded[split]
 
+    name, columns, view = _examples_of(task)
     return {
-        split: _kept(
-            folder,
-            f"{Path(task.name).stem}-%s.examples.arrow",
-            _about(choice, task, split),
-            EXAMPLES,
-            Example,
-            partial(make, split),
-        )
+        split: _kept(folder, name, _about(choice, task, split), columns, view, partial(make, split))
         for split in SPLITS
     }
 
 
 def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
     """Whether they are there for `examples`, which would then ask the task for none."""
-    name = f"{Path(task.name).stem}-%s.examples.arrow"
+    name, columns, view = _examples_of(task)
     return all(
-        _read(*_place(folder, name, _about(choice, task, split), EXAMPLES), Example) is not None
+        _read(*_place(folder, name, _about(choice, task, split), columns), view) is not None
         for split in SPLITS
     )
+
+
+def _examples_of(task: Task) -> tuple[str, Mapping[str, Any], View[Example]]:
+    """The files' name, their columns, and what reads them."""
+    name = f"{Path(task.name).stem}-%s.examples.arrow"
+    return (name, IMAGES, StoredImages) if task.inputs == "image" else (name, EXAMPLES, _of(Example))
+
+
+def _of(kind: Callable[..., T]) -> View[T]:
+    return partial(Stored, of=kind)
 
 
 def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
@@ -164,26 +175,26 @@ def _kept(
     name: str,
     about: Mapping[str, Any],
     columns: Mapping[str, Any],
-    of: Callable[..., T],
-    make: Callable[[], Iterable[T]],
-) -> Stored[T]:
+    view: View[T],
+    make: Callable[[], Iterable[object]],
+) -> Sequence[T]:
     """The values of the file that is about this; `make` gives them where there is none. One process on a
     node, and on others where storage has locks, makes it, and the others wait for that; without locks either
     of two is whole, and the first one counts."""
     from filelock import FileLock
 
     path, schema = _place(folder, name, about, columns)
-    if (found := _read(path, schema, of)) is not None:
+    if (found := _read(path, schema, view)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{about['task']}.lock"):
-        if (found := _read(path, schema, of)) is not None:
+        if (found := _read(path, schema, view)) is not None:
             return found
         with _written(path, schema, make(), about) as source:
             # A name that is taken is a torn file's, or another node's that was faster.
-            if not files.link(source, path) and _read(path, schema, of) is None:
+            if not files.link(source, path) and _read(path, schema, view) is None:
                 os.replace(source, path)
-    found = _read(path, schema, of)
+    found = _read(path, schema, view)
     assert found is not None, f"{path} is not what was written there"
     return found
 
@@ -195,7 +206,7 @@ def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[s
     return folder / (name % hashlib.sha256(key).hexdigest()[:16]), schema
 
 
-def _read(path: Path, schema: Any, of: Callable[..., T]) -> Stored[T] | None:
+def _read(path: Path, schema: Any, view: View[T]) -> Sequence[T] | None:
     """None when it is not there, or is not what it should be. It is fsynced before it gets its name, so what
     is torn lacks its end (a copy that was cut short, say)."""
     try:
@@ -207,7 +218,7 @@ def _read(path: Path, schema: Any, of: Callable[..., T]) -> Stored[T] | None:
             batch.validate(full=True)  # lengths, and that text is text
     except (OSError, pa.ArrowInvalid):
         return None
-    return Stored(batches, of)
+    return view(batches)
 
 
 @contextmanager

@@ -134,9 +134,9 @@ def data(
     alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in alike.values():
         task = tasks.get(configuration.task.name)
-        tokenizer = models.tokenizer_of(configuration.model, bases, task)
+        processor = models.processor_of(configuration.model, bases, task)
         try:
-            prepared.prepare(folder, configuration, task, tokenizer, progress)
+            prepared.prepare(folder, configuration, task, processor, progress)
         except OSError as error:
             if error.errno not in FULL:
                 raise

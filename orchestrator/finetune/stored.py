@@ -12,14 +12,17 @@ T = TypeVar("T")
 
 
 class Stored(Sequence[T]):
-    """`of(**columns)` of each row of `batches`, whose columns are text, bytes, or lists of numbers (which
-    become tuples); any of them may be None. Finding a row takes the same time wherever it is."""
+    """`of(**columns)` of each row of `batches`, whose columns (those named, or all) are text, bytes, or lists
+    of numbers (which become tuples); any of them may be None. Finding a row takes the same time wherever it
+    is."""
 
-    def __init__(self, batches: Sequence[Any], of: Callable[..., T]) -> None:
+    def __init__(
+        self, batches: Sequence[Any], of: Callable[..., T], columns: Sequence[str] | None = None
+    ) -> None:
         self._of = of
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._readers = [
-            {name: _reader(batch.column(name)) for name in batch.schema.names} for batch in batches
+            {name: _reader(batch.column(name)) for name in columns or batch.schema.names} for batch in batches
         ]
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,11 +29,26 @@ NO_LOSS = -100
 """The label of a position that carries no loss (torch's `ignore_index`)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The file of an image (PNG, JPEG, PGM, ...), whose bytes `read` gives whenever they are asked for: a
+    task of fifty thousand holds none of them. `name` is for people, where a file does not decode."""
+
+    name: str
+    read: Callable[[], bytes]
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for files that are the same."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Example:
     """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer. For a task
     with a head the prompt is the text and the answer what it is to be given: a class, or a number. `pair`: a
-    second text beside the prompt, where a task is about two.
+    second text beside the prompt, where a task is about two. `image`: what a task of images shows; its
+    prompt is empty then.
 
     `truth`: what `grade` has to know and the model is not taught, where that is more than `answer`. `scored`:
     whether an example of a held-out split counts in the loss, in the metric, or in both."""
@@ -42,6 +58,7 @@ class Example:
     pair: str | None = None
     truth: str | None = None
     scored: Literal["both", "loss", "grade"] = "both"
+    image: Image | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TaskDefaults:
-    """What a fine-tune on this task uses unless told otherwise. Sizes in examples, `max_length` in tokens."""
+    """What a fine-tune on this task uses unless told otherwise. Sizes in examples, `max_length` in tokens
+    (0 for images)."""
 
     train_size: int
     validation_size: int
@@ -94,6 +112,8 @@ class Task:
     greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
     `grade`. label: a head on the model says which of `labels` a text has (cross-entropy). value: a head says
     a number (squared error)."""
+    inputs: ClassVar[Literal["text", "image"]] = "text"
+    """What the model is shown; a task of images has answers of classes or values."""
     labels: ClassVar[tuple[str, ...]] = ()
     """The classes of a `label` task, in the order of the head's outputs."""
     max_new_tokens: ClassVar[int] = 0
@@ -224,8 +244,9 @@ class Task:
         return value
 
     def revision(self) -> str:
-        """Names the content of the data: a hash over the examples at the default sizes, and the classes.
-        Other sizes are longer or shorter pieces of the same sequences, so it names those too.
+        """Names the content of the data: a hash over the examples at the default sizes (of images: over their
+        files), and the classes. Other sizes are longer or shorter pieces of the same sequences, so it names
+        those too.
 
         Found once a process, as long as sizes, classes and the folder of data stay what they are."""
         sizes = self._sizes()
@@ -286,6 +307,8 @@ class Task:
 def _content(example: Example) -> tuple[object, ...]:
     """What of an example its task's revision names."""
     more: list[object] = [example.pair] if example.pair is not None else []
+    if example.image is not None:
+        more.append(example.image.digest)
     if example.truth or example.scored != "both":
         more.append({"truth": example.truth, "scored": example.scored})
     return (example.prompt, example.answer, *more)

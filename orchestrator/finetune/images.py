@@ -1,0 +1,89 @@
+"""Images as a model's own processor makes them: its size, crop and colours, and nothing at random.
+
+Nothing is decoded before a batch is computed. What is kept are a batch's images as 8-bit pixels, and the
+latest few thousand, so that a small set is decoded once; pixels become floats on the model's device.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.finetune.tasks.base import Image
+from orchestrator.study.errors import BadInput
+
+KEPT = 2048  # 224 x 224 in three colours: 300 MB
+
+
+class ImageProcessor:
+    """Stands where a tokenizer does for text. `own`: what transformers makes of preprocessor_config.json."""
+
+    pad_token_id = 0  # of no use: images are of one size, and nothing is padded
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+        self._kept = lru_cache(maxsize=KEPT)(self._decoded)
+
+    @classmethod
+    def of(cls, source: str, revision: str | None) -> ImageProcessor:
+        """Of a folder or a hub repository. Pillow's arithmetic wherever it runs: torchvision, which
+        transformers would take where it finds it, gives other pixels."""
+        from transformers import AutoImageProcessor
+
+        return cls(AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil"))
+
+    def inputs(self, images: Sequence[Image], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(n, C, H, W), what the model is given. An image that is there several times (for several lanes) is
+        decoded once."""
+        place = {image: number for number, image in enumerate(dict.fromkeys(images))}
+        pixels = torch.stack(self._all(tuple(place))).to(device)
+        made = self.normalised(pixels).to(dtype)
+        if len(place) == len(images):
+            return made
+        return made[torch.tensor([place[image] for image in images], device=device)]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """float32 as the model wants them, of 8-bit pixels (n, C, H, W)."""
+        made = pixels.float()
+        if self.own.do_rescale:
+            made = made * self.own.rescale_factor
+        if self.own.do_normalize:
+            mean, std = (
+                made.new_tensor(values).view(1, -1, 1, 1)
+                for values in (self.own.image_mean, self.own.image_std)
+            )
+            made = (made - mean) / std
+        return made
+
+    def pixels(self, image: Image) -> Tensor:
+        """(C, H, W) uint8. Raises BadInput for a file that is no image."""
+        return self._kept(image)
+
+    def _all(self, images: Sequence[Image]) -> list[Tensor]:
+        # As many threads as torch was given here: Pillow decodes and scales without Python's lock.
+        threads = min(torch.get_num_threads(), len(images))
+        if threads == 1:
+            return [self._kept(image) for image in images]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self._kept, images))
+
+    def _decoded(self, image: Image) -> Tensor:
+        import PIL.Image
+
+        try:
+            opened = PIL.Image.open(io.BytesIO(image.read())).convert("RGB")
+        except PIL.UnidentifiedImageError:  # its own words name an address in memory
+            raise BadInput(
+                f"{image.name} is not an image that Pillow can read: of no kind it knows."
+            ) from None
+        except (OSError, SyntaxError, ValueError) as error:  # what it raises for broken ones
+            raise BadInput(f"{image.name} is not an image that Pillow can read: {error}.") from None
+        made = self.own(opened, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+        return torch.from_numpy(np.ascontiguousarray(made).astype(np.uint8))

@@ -1,0 +1,78 @@
+"""Examples of a task of images in an Arrow file: their files' bytes stay there until one is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, overload
+
+from orchestrator.finetune.data import Row, image_row
+from orchestrator.finetune.stored import Stored
+from orchestrator.finetune.tasks.base import Example, Image, Task
+from orchestrator.study.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What is kept of an example."""
+
+    answer: str
+    name: str
+    file: bytes
+
+
+def shown(examples: Iterable[Example], task: Task) -> Iterator[Shown]:
+    """Raises BadInput for an example without an image."""
+    for number, example in enumerate(examples):
+        if example.image is None:
+            raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
+        yield Shown(example.answer, example.image.name, example.image.read())
+
+
+class StoredImages(Sequence[Example]):
+    """Each example is made once: a decoded image is known by its `Image`."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._labels = Stored(batches, lambda answer, name: (answer, name), ("answer", "name"))
+        self._files: Stored[bytes] = Stored(batches, lambda file: file, ("file",))
+        self._made: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if place not in self._made:
+            answer, name = self._labels[place]
+            image = Image(name, partial(self._files.__getitem__, place))
+            self._made[place] = Example("", answer, image=image)
+        return self._made[place]
+
+
+class ImageRows(Sequence[Row]):
+    """The rows of `examples`, which hold nothing that is not theirs."""
+
+    def __init__(self, examples: Sequence[Example], task: Task) -> None:
+        self._examples, self._task = examples, task
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        return image_row(self._examples[place], self._task)

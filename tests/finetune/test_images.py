@@ -1,0 +1,246 @@
+"""Images in the loop: what the model is given, a head per lane, and lanes that know nothing of each other."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from pair import Scenario, play, run
+from scripted import Script, configuration, leases, numbers_of, solo, train
+from tiny_images import MAKE, SIDE, choice, clip, load
+from transformers import AutoModel, BertConfig, BertModel
+
+from orchestrator.finetune import bases, models
+from orchestrator.finetune.data import Batch, encode, longest, pad, scoring_plan, training_batch
+from orchestrator.finetune.evaluate import Scored, Split, evaluate
+from orchestrator.finetune.images import ImageProcessor
+from orchestrator.finetune.models import Bench
+from orchestrator.finetune.tasks import reviews
+from orchestrator.finetune.tasks.base import Example, Image, Task
+from orchestrator.finetune.tasks.digits import Digits
+from orchestrator.finetune.team import ALONE, Team
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.study.errors import BadInput
+from variants import catalogue as variants
+from variants.attach import attach
+from variants.contract import Settings
+from variants.targets import find
+
+
+@pytest.fixture(scope="module", params=list(MAKE))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKE[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clip(tmp_path_factory.mktemp("clip"))
+
+
+def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Image:
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).convert(mode).save(file, "PNG")
+    return Image(f"photo {seed}", partial(bytes, file.getvalue()))
+
+
+# -- pixels ----------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
+    ours = ImageProcessor.of(str(folder), None)
+    photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
+    made = ours.inputs(photos, torch.device("cpu"), torch.float32)
+    opened = [PIL.Image.open(io.BytesIO(p.read())).convert("RGB") for p in photos]
+    assert made.shape == (4, 3, SIDE, SIDE)
+    torch.testing.assert_close(made, ours.own(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6)
+
+
+def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(folder: Path) -> None:
+    calls: list[int] = []
+
+    def read(seed: int) -> bytes:
+        calls.append(seed)
+        return photo(seed).read()
+
+    first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
+    ours = ImageProcessor.of(str(folder), None)
+    made = ours.inputs([first, second, first], torch.device("cpu"), torch.float32)
+    assert sorted(calls) == [0, 1]
+    assert torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], made[1])
+    torch.set_num_threads(2)
+    other = ImageProcessor.of(str(folder), None)
+    assert torch.equal(other.inputs([first, second, first], torch.device("cpu"), torch.float32), made)
+
+
+def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None:
+    ours = ImageProcessor.of(str(folder), None)
+    broken = photo(0).read()
+    for bad in (b"no image", broken[: len(broken) // 2], b""):
+        with pytest.raises(BadInput, match="row 7 of cars is not an image that Pillow can read") as caught:
+            ours.pixels(Image("row 7 of cars", partial(bytes, bad)))
+        assert "\n" not in str(caught.value)
+
+
+# -- data ------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_batches_hold_files_and_no_pixels() -> None:
+    task = Digits()
+    examples = task.examples("train", 24)
+    rows = encode(examples, task, None, 0)
+    assert [(r.ids, r.targets, r.image) for r in rows] == [
+        ((), (task.labels.index(e.answer),), e.image) for e in examples
+    ]
+    batch = training_batch(rows, seed=3, start=20, count=8, cap=longest(task, 0), padding=0)
+    assert (batch.length, batch.counts, batch.real.numel()) == (0, (1,) * 8, 0)
+    both = Batch.joined([batch, pad(rows[:4], 0, 0)])
+    assert both.images == (*batch.images, *(e.image for e in examples[:4]))
+    assert both.part(8, 12).images == both.images[8:12]
+    assert torch.equal(both.part(8, 12).targets, pad(rows[:4], 0, 0).targets)
+    plan = scoring_plan([0] * 130, 0)
+    assert [length for length, _ in plan] == [0, 0, 0]
+    assert [item for _, items in plan for item in items] == list(range(130))
+
+
+def test_an_example_without_an_image_is_refused() -> None:
+    with pytest.raises(BadInput, match="example 1 has none"):
+        encode([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)
+
+
+# -- the model -------------------------------------------------------------------------------------------
+
+
+def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> None:
+    task = Digits()
+    bench = load(folder, task)
+    assert bench.heads == ("classifier",)
+    with bases.quiet():
+        saved = AutoModel.from_pretrained(folder).state_dict()
+    tower = {name.removeprefix("vit."): p for name, p in bench.model.named_parameters()}
+    assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
+    for name, parameter in tower.items():  # the checkpoint's own weights, not fresh ones
+        assert torch.equal(parameter, saved[name])
+    others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
+    clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
+    assert others == (clip_others if bench.model.config.model_type == "clip" else {"pooler"})
+    skeleton, heads = models.skeleton(choice(folder), folder, task)
+    assert heads == bench.heads
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {
+        n: p.shape for n, p in bench.model.named_parameters()
+    }
+    split = Split.of(task.examples("validation", 20), task, bench.processor, 0)
+    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks", bench.heads)
+    found = evaluate(bench, task, split, 1, adapters.off)[0]
+    assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
+
+
+def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
+    bench = load(folder, Digits())
+    parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
+    parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+    kind = bench.model.config.model_type
+    found = find(bench.model, "blocks")
+    assert len(found) == 2 * 6
+    assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
+    assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
+
+
+def test_what_does_not_go_together_is_one_line(tmp_path: Path, small_clip: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with bases.quiet():
+        BertModel(BertConfig(vocab_size=len(reviews.WORDS), **sizes)).save_pretrained(tmp_path)
+    reviews.tokenizer().save_pretrained(tmp_path)
+    for model, task in ((tmp_path, Digits()), (small_clip, reviews.Reviews())):
+        with pytest.raises(BadInput, match="does not load") as caught:
+            load(model, task)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(BadInput, match="does not suit task") as caught:
+            models.skeleton(choice(model), model, task)
+        assert "\n" not in str(caught.value)
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def point(variant: str = "lora", **options: object) -> Configuration:
+    alpha = 8.0 if variants.get(variant).uses_alpha else None
+    one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
+    extra = dict(variants.get(variant).extra)
+    if "calibration_batches" in extra:
+        extra["calibration_batches"] = 2
+    return replace(one, variant=replace(one.variant, extra=extra))
+
+
+@pytest.mark.parametrize("variant", ["lora", "hira", "lora_ga", "eva", "head_only"])
+def test_a_lane_gets_in_company_what_it_gets_alone(
+    variant: str, folder: Path, store: Store, tmp_path: Path
+) -> None:
+    members = [
+        point(variant, seed=0, steps=4),
+        point(variant, seed=1, steps=6, rate=3e-2),
+        point(variant, seed=1, steps=3),
+    ]
+    options = {"load_bench": partial(_load, folder)}
+    train(Script(leases(members), start_at={members[2].fingerprint: 2}), store, lanes=3, **options)
+    for one in members:
+        record = store.get(one.fingerprint)
+        assert record is not None
+        assert record.state == "finished", record.traceback
+        assert record.provenance.pack_lanes > 1
+        assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
+        assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
+        assert set(record.items["test"].answers) <= set(Digits.labels)
+
+
+def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store) -> None:
+    one = point("full", steps=3, rate=1e-3)
+    train(Script(leases([one])), store, load_bench=partial(_load, folder))
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.cost.trainable_parameters == sum(
+        p.numel() for p in load(folder, Digits()).model.parameters()
+    )
+
+
+def _load(folder: Path, choice: ModelChoice, task: Task) -> Bench:
+    return load(folder, task)
+
+
+def _scenario(ones: list[Configuration], folder: Path, rank: int) -> Scenario:
+    return Scenario(Script(leases(ones)), options={"load_bench": partial(_load, folder)})
+
+
+def _on_two(team: Team, where: Path, folder: Path) -> list[Scored]:
+    task = Digits()
+    bench = load(folder, task)
+    split = Split.of(task.examples("validation", 90), task, bench.processor, 0)
+    with torch.no_grad():
+        bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks", bench.heads)
+    return evaluate(bench, task, split, 1, adapters.off, team)
+
+
+def test_two_workers_share_images_as_they_share_texts(small_clip: Path, tmp_path: Path) -> None:
+    score = partial(_on_two, folder=small_clip)
+    ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
+    learn = partial(play, partial(_scenario, ones, small_clip))
+    found = run({"score": score, "learn": learn}, tmp_path)
+    assert found["score"][0] == found["score"][1] == score(ALONE, tmp_path)
+    assert found["learn"][0].raised == ""
+    for one in ones:
+        together = Store(tmp_path / "learn").get(one.fingerprint)
+        alone = solo(one, tmp_path, load_bench=partial(_load, small_clip))
+        assert together is not None
+        assert together.provenance.workers == 2
+        assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)
