@@ -148,7 +148,7 @@ def rows_of(
     nothing is left to learn, or when an example has nothing to score. `progress` is told how many examples
     are done, now and then."""
     if task.inputs == "image":
-        yield from (image_row(example, task) for example in examples)
+        yield from (image_row(example, task, number) for number, example in enumerate(examples))
         return
     none = True
     for start in range(0, len(examples), TOGETHER):
@@ -175,10 +175,10 @@ def rows_of(
         )
 
 
-def image_row(example: Example, task: Task) -> Row:
+def image_row(example: Example, task: Task, number: int) -> Row:
     """Raises BadInput for an example without an image."""
     if example.image is None:
-        raise BadInput(f"Task {task.name!r} is one of images, and one of its examples has none.")
+        raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
     return Row((), (task.target(example),), (), image=example.image)
 
 

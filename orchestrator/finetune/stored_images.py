@@ -10,7 +10,6 @@ from typing import Any, overload
 from orchestrator.finetune.data import Row, image_row
 from orchestrator.finetune.stored import Stored
 from orchestrator.finetune.tasks.base import Example, Image, Task
-from orchestrator.study.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,9 @@ class Shown:
 def shown(examples: Iterable[Example], task: Task) -> Iterator[Shown]:
     """Raises BadInput for an example without an image."""
     for number, example in enumerate(examples):
-        if example.image is None:
-            raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
-        yield Shown(example.answer, example.image.name, example.image.read())
+        image = image_row(example, task, number).image
+        assert image is not None
+        yield Shown(example.answer, image.name, image.read())
 
 
 class StoredImages(Sequence[Example]):
@@ -75,4 +74,4 @@ class ImageRows(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        return image_row(self._examples[place], self._task)
+        return image_row(self._examples[place], self._task, place)
