@@ -67,6 +67,8 @@ def read(table: Table, task: str) -> Dataset:
     try:
         found: Any = load_dataset(where, table.subset, split=table.split, revision=revision)
     except Exception as error:  # whatever the reader of a kind of file raises, StopIteration for an empty one
+        if revision is not None and _hubs_own(error):
+            raise _unreachable(table, task, error) from None
         reason = _line(error.__cause__ or error)
         said = _fault(table, where, revision) or f"{table} in {where} does not load ({reason})"
         raise BadInput(f"Task {task!r}: {said}.") from None
@@ -185,6 +187,15 @@ def _reached(table: Table, task: str, commit: str | None) -> tuple[str, Path | N
         except LocalEntryNotFoundError:
             raise _unreachable(table, task, error) from None
         return cached.name, cached
+
+
+def _hubs_own(error: BaseException | None) -> bool:
+    """Whether the hub refuses (a gated dataset tells everybody its commit), or has gone meanwhile."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    refusals = (DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, ConnectionError)
+    return error is not None and (isinstance(error, refusals) or _hubs_own(error.__cause__))
 
 
 def _unreachable(table: Table, task: str, error: Exception) -> BadInput:
