@@ -1,0 +1,145 @@
+"""A folder of the hub's schema, a random small model, and a task's whole way through the loop on them: load,
+format, train 20 steps, evaluate, grade."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import Script, leases, train
+
+from orchestrator.finetune import hub_data, models
+from orchestrator.finetune.bases import quiet
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import (
+    Batches,
+    Configuration,
+    ModelChoice,
+    Optimizer,
+    Schedule,
+    VariantChoice,
+)
+from variants import catalogue as variants
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str | None = None) -> Path:
+    """`root/<repository>/` with one Parquet file a split, as the hub has it; again for one more subset."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    folder = root / repository
+    place = folder / (subset or "data")
+    place.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        Dataset.from_list([dict(row) for row in rows]).to_parquet(place / f"{split}-00000-of-00001.parquet")
+    if subset is not None:
+        card = folder / "README.md"
+        head = card.read_text().removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
+        files = "".join(f"  - split: {s}\n    path: {subset}/{s}-*.parquet\n" for s in splits)
+        card.write_text(f"{head}- config_name: {subset}\n  data_files:\n{files}---\n")
+    return folder
+
+
+def tokenizer() -> Any:
+    """One token a byte, so that it has every text."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+def llama(folder: Path) -> Path:
+    """Two layers, hidden 32, random weights, always the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(words),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=4096,
+                bos_token_id=None,
+                eos_token_id=words.eos_token_id,
+                pad_token_id=words.pad_token_id,
+            )
+        )
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+    return folder
+
+
+def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: int, test: int) -> None:
+    """The folder holds fewer rows than the hub: the task's own sizes follow."""
+    sizes = {"train_size": train, "validation_size": validation, "test_size": test}
+    monkeypatch.setattr(type(task), "defaults", replace(task.defaults, **sizes))
+
+
+def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
+    """LoRA of rank 4 on the model in that folder, 20 steps, two evaluations."""
+    content = models.prepare(str(model), bases)
+    made = Configuration(
+        VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
+        task.choice(),
+        ModelChoice(str(model), content, "float32"),
+        Optimizer(1e-2, weight_decay=task.defaults.weight_decay),
+        Schedule(20, task.defaults.schedule),
+        Batches(4, 1, task.defaults.max_length),
+        evaluations=2,
+        seed=seed,
+    )
+    return replace(made, **changes)
+
+
+def through_the_loop(
+    task: Task,
+    data: Path,
+    model: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seeds: Sequence[int] = (0,),
+    **options: Any,
+) -> list[Record]:
+    """One record a seed, of lanes that trained together."""
+    monkeypatch.setenv(hub_data.FOLDER, str(data))
+    store = Store(work / "store")
+    made = [configuration(task, model, store.bases, seed) for seed in seeds]
+    load = partial(models.load, root=store.bases, device="cpu")
+    train(Script(leases(made)), store, load_bench=lambda choice, task: load(choice, task=task), **options)
+    records = [store.get(one.fingerprint) for one in made]
+    assert all(records), records
+    return [record for record in records if record is not None]
+
+
+def assert_went_through(record: Record, task: Task, graded: Mapping[str, int] | None = None) -> None:
+    """Trained to the end, scored on both splits with finite numbers, an outcome for every item that counts in
+    the metric (`graded` a split; all where not given)."""
+    assert record.state == "finished", record.reason
+    assert record.steps == len(record.curve) == 20
+    assert record.curve[-1].loss < record.curve[0].loss
+    sizes = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
+    for split, size in (graded or sizes).items():
+        score = record.score(split)  # type: ignore[arg-type]
+        assert score is not None
+        assert 0.0 <= score <= 1.0
+        assert len(record.items[split].correct) == size
+        assert task.metric in record.untrained[split]
