@@ -264,8 +264,8 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
 
 def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
     class Odd:
-        def __call__(self, *texts: str, **rest: object) -> dict[str, list[int]]:
-            return {"input_ids": [1, 2, 3], "token_type_ids": [2, 0, 1]}
+        def __call__(self, *texts: list[str], **rest: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[1, 2, 3]], "token_type_ids": [[2, 0, 1]]}
 
     with pytest.raises(BadInput, match="Odd marks the tokens of two texts otherwise") as caught:
         encode([Example("a", "same", "b")], Same(), Odd(), 40)
