@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from transformers.models.deberta import modeling_deberta as first
 from transformers.models.deberta_v2 import modeling_deberta_v2 as second
 
-MODELS = ("deberta", "deberta-v2")
-"""Their `model_type`; version 3 is of the second."""
-
 
 def positions_of_rows(model: nn.Module) -> None:
     """Changes the attention of a DeBERTa in place."""

@@ -164,7 +164,7 @@ class Task:
         if self.has_head:
             if len({example.pair is None for example in examples}) > 1:  # a tokenizer takes one kind only
                 return [self._together([example], tokenizer)[0] for example in examples]
-            return self._read(examples, tokenizer)
+            return self._texts(examples, tokenizer)
         asked = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
         said = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
         found = []
@@ -173,11 +173,30 @@ class Task:
             found.append(Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt)))
         return found
 
+    def _texts(self, examples: Sequence[Example], tokenizer: Any, **cut: Any) -> list[Encoded]:
+        """Texts, or pairs of them, with the special tokens that the model knows around them."""
+        pairs = None if examples[0].pair is None else [example.pair for example in examples]
+        made = tokenizer([example.prompt for example in examples], pairs, **cut)
+        types = made.get("token_type_ids") if pairs is not None else None
+        found = []
+        for number, ids in enumerate(map(tuple, made["input_ids"])):
+            second = None
+            if types is not None and any(types[number]):
+                second = types[number].index(1)
+                if list(types[number]) != [0] * second + [1] * (len(ids) - second):
+                    kind = type(tokenizer).__name__
+                    raise BadInput(
+                        f"Task {self.name!r}: {kind} marks the tokens of two texts otherwise than by 0 for "
+                        "the first and 1 for the second; take another model."
+                    )
+            found.append(Encoded(ids, (NO_LOSS,) * len(ids), len(ids), second))
+        return found
+
     def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
         """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
         in turn, as in GLUE's reference code; the special tokens stay. A task with pairs that gives its own
         `encode` gives this as well."""
-        return self._read([example], tokenizer, truncation="longest_first", max_length=most)[0]
+        return self._texts([example], tokenizer, truncation="longest_first", max_length=most)[0]
 
     def pretrain_recipe(self) -> str:
         """Names everything that decides what `pretrain` makes; empty for a task without a base of its own.
@@ -198,32 +217,6 @@ class Task:
     def outputs(self) -> int:
         """Of the head."""
         return len(self.labels) if self.answers == "label" else 1
-
-    def _read(self, examples: Sequence[Example], tokenizer: Any, **cut: Any) -> list[Encoded]:
-        """The texts, or the pairs, with the special tokens that the model knows around them."""
-        pairs = None if examples[0].pair is None else [example.pair for example in examples]
-        found = tokenizer([example.prompt for example in examples], pairs, **cut)
-        types = found.get("token_type_ids") if pairs else None
-        return [
-            Encoded(
-                tuple(ids),
-                (NO_LOSS,) * len(ids),
-                len(ids),
-                None if types is None else self._second(types[number], tokenizer),
-            )
-            for number, ids in enumerate(found["input_ids"])
-        ]
-
-    def _second(self, types: list[int], tokenizer: Any) -> int | None:
-        if not any(types):
-            return None
-        second = types.index(1)
-        if types != [0] * second + [1] * (len(types) - second):
-            raise BadInput(
-                f"Task {self.name!r}: {type(tokenizer).__name__} marks the tokens of two texts otherwise "
-                "than by 0 for the first and 1 for the second; take another model."
-            )
-        return second
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
