@@ -13,9 +13,10 @@ import PIL.Image
 import pytest
 import torch
 from pair import Scenario, play, run
+from peft import PeftModel
 from scripted import Script, configuration, leases, numbers_of, solo, train
-from tiny_images import MAKE, SIDE, choice, clip, load
-from transformers import AutoModel, BertConfig, BertModel
+from tiny_images import MAKE, SIDE, choice, load
+from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
 
 from orchestrator.finetune import bases, models
 from orchestrator.finetune.data import Batch, encode, longest, pad, scoring_plan, training_batch
@@ -31,18 +32,19 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
 from variants.attach import attach
-from variants.contract import Settings
+from variants.contract import Kind, Settings
+from variants.storage import save_peft
 from variants.targets import find
 
 
-@pytest.fixture(scope="module", params=list(MAKE))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MAKE[request.param](tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module")
-def small_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clip(tmp_path_factory.mktemp("clip"))
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MAKE.items()}
+
+
+@pytest.fixture(params=list(MAKE))
+def folder(request: pytest.FixtureRequest, both: dict[str, Path]) -> Path:
+    return both[request.param]
 
 
 def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Image:
@@ -155,12 +157,12 @@ def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
     assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
 
 
-def test_what_does_not_go_together_is_one_line(tmp_path: Path, small_clip: Path) -> None:
+def test_what_does_not_go_together_is_one_line(tmp_path: Path, both: dict[str, Path]) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with bases.quiet():
         BertModel(BertConfig(vocab_size=len(reviews.WORDS), **sizes)).save_pretrained(tmp_path)
     reviews.tokenizer().save_pretrained(tmp_path)
-    for model, task in ((tmp_path, Digits()), (small_clip, reviews.Reviews())):
+    for model, task in ((tmp_path, Digits()), (both["clip"], reviews.Reviews())):
         with pytest.raises(BadInput, match="does not load") as caught:
             load(model, task)
         assert "\n" not in str(caught.value)
@@ -181,22 +183,24 @@ def point(variant: str = "lora", **options: object) -> Configuration:
     return replace(one, variant=replace(one.variant, extra=extra))
 
 
-@pytest.mark.parametrize("variant", ["lora", "hira", "lora_ga", "eva", "head_only"])
+@pytest.mark.parametrize(
+    ("variant", "kind"), [*((name, "clip") for name in variants.names()), ("lora", "vit"), ("eva", "vit")]
+)
 def test_a_lane_gets_in_company_what_it_gets_alone(
-    variant: str, folder: Path, store: Store, tmp_path: Path
+    variant: str, kind: str, both: dict[str, Path], store: Store, tmp_path: Path
 ) -> None:
     members = [
-        point(variant, seed=0, steps=4),
-        point(variant, seed=1, steps=6, rate=3e-2),
-        point(variant, seed=1, steps=3),
+        point(variant, seed=0, steps=3),
+        point(variant, seed=1, steps=4, rate=5e-3),
+        point(variant, seed=1, steps=2),
     ]
-    options = {"load_bench": partial(_load, folder)}
-    train(Script(leases(members), start_at={members[2].fingerprint: 2}), store, lanes=3, **options)
+    options = {"load_bench": partial(_load, both[kind])}
+    train(Script(leases(members), start_at={members[2].fingerprint: 1}), store, lanes=3, **options)
     for one in members:
         record = store.get(one.fingerprint)
         assert record is not None
         assert record.state == "finished", record.traceback
-        assert record.provenance.pack_lanes > 1
+        assert (record.provenance.pack_lanes > 1) == (variants.get(variant).kind is not Kind.ALONE)
         assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
         assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
@@ -231,16 +235,36 @@ def _on_two(team: Team, where: Path, folder: Path) -> list[Scored]:
     return evaluate(bench, task, split, 1, adapters.off, team)
 
 
-def test_two_workers_share_images_as_they_share_texts(small_clip: Path, tmp_path: Path) -> None:
-    score = partial(_on_two, folder=small_clip)
+def test_two_workers_share_images_as_they_share_texts(both: dict[str, Path], tmp_path: Path) -> None:
+    score = partial(_on_two, folder=both["clip"])
     ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
-    learn = partial(play, partial(_scenario, ones, small_clip))
+    learn = partial(play, partial(_scenario, ones, both["clip"]))
     found = run({"score": score, "learn": learn}, tmp_path)
     assert found["score"][0] == found["score"][1] == score(ALONE, tmp_path)
     assert found["learn"][0].raised == ""
     for one in ones:
         together = Store(tmp_path / "learn").get(one.fingerprint)
-        alone = solo(one, tmp_path, load_bench=partial(_load, small_clip))
+        alone = solo(one, tmp_path, load_bench=partial(_load, both["clip"]))
         assert together is not None
         assert together.provenance.workers == 2
         assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)
+
+
+def test_a_lane_on_clip_is_an_adapter_that_peft_loads(both: dict[str, Path], tmp_path: Path) -> None:
+    task = Digits()
+    bench = load(both["clip"], task)
+    settings = Settings(rank=4, alpha=8.0)
+    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.heads)
+    adapters.add("x", settings, seed=0)
+    for parameter in adapters.trainable("x").values():
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_peft(adapters, "x", tmp_path, "clip")
+    images = [e.image for e in task.examples("test", 8) if e.image is not None]
+    pixels = bench.processor.inputs(images, bench.device, torch.float32)
+    with bases.quiet():
+        base = AutoModelForImageClassification.from_pretrained(both["clip"], num_labels=5)
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad(), adapters.rows(["x"], None):
+        ours = bench.model(pixel_values=pixels).logits
+        torch.testing.assert_close(theirs(pixel_values=pixels).logits, ours)
+    assert ours.abs().max() > 0.1
