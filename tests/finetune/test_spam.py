@@ -1,4 +1,4 @@
-"""The task of real mail: what is read of one, and where its archive comes from (real npm, a registry here)."""
+"""The task of real mail: what is read of one, and how its archive is fetched (real npm, a registry here)."""
 
 from __future__ import annotations
 

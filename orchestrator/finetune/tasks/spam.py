@@ -61,7 +61,7 @@ class Spam(Task):
         batch_size=16,
         max_length=32,
         evaluations=2,
-        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
