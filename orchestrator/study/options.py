@@ -34,7 +34,8 @@ def default_output() -> Path:
 class StudyOptions:
     dry_run: bool = False
     """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
-    pretrained here once (about half a minute). Ends in a few minutes with a real report."""
+    pretrained here once (about half a minute). Ends in a few minutes with a real report. --task names
+    another: letters (the default), reviews or digits; the real ones take longer."""
     variants: tuple[str, ...] | None = None
     """Variants to compare, e.g. `lora pissa`. Default: those of the script."""
     task: str | None = None

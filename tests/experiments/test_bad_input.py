@@ -144,6 +144,13 @@ def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path) ->
     assert not list(tmp_path.glob("results/*/study.json"))
 
 
+def test_a_dry_run_takes_another_task(tmp_path: Path) -> None:
+    done = run(tmp_path, *DRY, "--task", "reviews")
+    assert done.returncode == 0, done.stderr
+    assert "Base model      reviews-base" in done.stdout
+    assert "105, of them 0 known" in done.stdout
+
+
 def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path) -> None:
     done = run(tmp_path, *DRY, "--steps", "120", script=SCRIPT.with_name("early_stopping.py"))
     assert done.returncode == 0, done.stderr

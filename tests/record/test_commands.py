@@ -49,7 +49,7 @@ def test_help_answers_at_once(tmp_path):
         done = _run("--help", folder=tmp_path)
         took.append(time.perf_counter() - began)
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model"))
+    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model", "fetch-data"))
     assert min(took) < 1.0  # 0.16 s on a quiet machine
     code = (
         "import sys, orchestrator.__main__\nprint({'torch', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules))"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from orchestrator.finetune import hub_data
+from orchestrator.finetune.npm import Package
 from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
 from orchestrator.study.errors import BadInput, nearest
 
@@ -129,6 +130,8 @@ class Task:
     graded: ClassVar[Literal["always", "at the end"]] = "always"
     """at the end: answers are generated and graded at a fine-tune's last evaluation only; those on its way
     give the loss, which is all that early stopping looks at, for a small part of the time."""
+    package: ClassVar[Package | None] = None
+    """What its data travel in, for `fetch-data`; None for a task that needs nothing fetched that way."""
     defaults: ClassVar[TaskDefaults]
 
     # -- to be given by a task -------------------------------------------------------------------------
