@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from huggingface_hub import constants
 from scripted import Script, leases, provenance
 from tiny_images import MAKE, choice, load
 
@@ -151,6 +152,19 @@ def test_what_the_study_published_is_what_it_is_by_default(name: str) -> None:
     assert len(RATES) == 10
     assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
     assert task.train.repository == task.test.repository
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_without_hub_or_folder_one_line_says_what_to_set(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    task = task_of(name)
+    with pytest.raises(
+        BadInput, match=f"Set HF_TOKEN .* or {FOLDER} to .* {task.train.repository}/"
+    ) as caught:
+        task.choice()
+    assert "\n" not in str(caught.value)
 
 
 def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -> None:

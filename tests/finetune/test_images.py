@@ -21,8 +21,10 @@ from transformers import AutoModel, AutoModelForImageClassification, BertConfig,
 from orchestrator.finetune import bases, models
 from orchestrator.finetune.data import Batch, encode, longest, pad, scoring_plan, training_batch
 from orchestrator.finetune.evaluate import Scored, Split, evaluate
+from orchestrator.finetune.forward import outputs
 from orchestrator.finetune.images import ImageProcessor
 from orchestrator.finetune.models import Bench
+from orchestrator.finetune.recompute import recompute_blocks
 from orchestrator.finetune.tasks import reviews
 from orchestrator.finetune.tasks.base import Example, Image, Task
 from orchestrator.finetune.tasks.digits import Digits
@@ -215,6 +217,36 @@ def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store) -> 
     assert record.cost.trainable_parameters == sum(
         p.numel() for p in load(folder, Digits()).model.parameters()
     )
+
+
+def test_a_bfloat16_base_reads_the_same_images(folder: Path) -> None:
+    task = Digits()
+    batch = pad(encode(task.examples("train", 16), task, None, 0), 0, 0)
+    narrow = models.load(replace(choice(folder), dtype="bfloat16"), folder, "cpu", task)
+    found = {}
+    for bench in (load(folder, task), narrow):
+        with torch.no_grad():
+            bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+            settings = Settings(rank=4, alpha=8.0)
+            adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.heads)
+            with adapters.off():
+                found[bench.model.dtype] = outputs(bench, task, batch)[0].float()
+    wide, short = found[torch.float32], found[torch.bfloat16]
+    assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
+    assert not torch.equal(wide, short)
+
+
+def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> Bench:
+    bench = load(folder, task)
+    recompute_blocks(bench.model)
+    return bench
+
+
+def test_recomputed_blocks_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    one = point(steps=3)
+    plain = solo(one, tmp_path / "plain", load_bench=partial(_load, folder))
+    again = solo(one, tmp_path / "again", load_bench=partial(_recomputed, folder))
+    assert numbers_of(again) == numbers_of(plain)
 
 
 def _load(folder: Path, choice: ModelChoice, task: Task) -> Bench:

@@ -1,7 +1,7 @@
 """What a task says: its examples, how an example becomes token ids, its metric, the defaults of a fine-tune.
 
 A new task is one file in this folder with one subclass of `Task`; `chain_sum.py` is a short one for answers
-in words, `glosses.py` for classes. Task files
+in words, `glosses.py` for classes, `svhn.py` for images of the hub. Task files
 import nothing heavy at the top: the command line reads them to answer `--help`.
 """
 
