@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
@@ -206,13 +206,6 @@ def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def _make(folder: str, start: Any) -> None:
-    start.wait()
-    task = Slow()
-    prepared.prepare(Path(folder), of(task), task, tokenizer())
-    os._exit(17 if task.asked else 0)
-
-
 class Slow(Given):
     """Takes a while, and counts."""
 
@@ -226,18 +219,18 @@ class Slow(Given):
         return super().encode(example, tokenizer)
 
 
-def test_of_several_workers_one_tokenises(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    start = context.Event()
-    workers = [context.Process(target=_make, args=(str(tmp_path), start)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    start.set()
-    for worker in workers:
-        worker.join(60)
-    made = sum(worker.exitcode == 17 for worker in workers)
-    assert sorted(w.exitcode for w in workers if w.exitcode not in (0, 17)) == []  # type: ignore[type-var]
-    assert 1 <= made <= 3, "each of three splits is made by one"
+def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
+    tasks = [Slow(), Slow()]
+    ready = Barrier(2)
+
+    def work(task: Slow) -> prepared.Prepared:
+        ready.wait(30)
+        return prepared.prepare(tmp_path, of(task), task, tokenizer())
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(work, tasks)
+    assert sum(task.asked for task in tasks) == 3 * 50, "every example of the three splits once"
+    assert all(list(one.rows[split]) == list(other.rows[split]) for split in SPLITS)
 
 
 def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
