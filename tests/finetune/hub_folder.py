@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripted import Script, leases, train
 
 from orchestrator.finetune import hub_data, models
 from orchestrator.finetune.bases import quiet
@@ -25,16 +26,16 @@ from orchestrator.study.configuration import (
     Schedule,
     VariantChoice,
 )
-from tests.finetune.scripted import Script, leases, train
 from variants import catalogue as variants
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str | None = None) -> Path:
-    """`root/<repository>/` with one Parquet file a split, as the hub has it; called again, one more subset."""
-    from datasets import Dataset
+    """`root/<repository>/` with one Parquet file a split, as the hub has it; once more for one more subset."""
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     folder = root / repository
     place = folder / (subset or "data")
     place.mkdir(parents=True, exist_ok=True)
@@ -123,20 +124,20 @@ def through_the_loop(
     store = Store(work / "store")
     made = [configuration(task, model, store.bases, seed) for seed in seeds]
     load = partial(models.load, root=store.bases, device="cpu")
-    train(
-        Script(leases(made)), store, load_bench=lambda choice, task: load(choice, task=task), **options
-    )
+    train(Script(leases(made)), store, load_bench=lambda choice, task: load(choice, task=task), **options)
     records = [store.get(one.fingerprint) for one in made]
     assert all(records), records
     return [record for record in records if record is not None]
 
 
-def assert_went_through(record: Record, task: Task) -> None:
-    """Trained to the end, scored on both splits with finite numbers, an outcome for every item."""
+def assert_went_through(record: Record, task: Task, graded: Mapping[str, int] | None = None) -> None:
+    """Trained to the end, scored on both splits with finite numbers, an outcome for every item that counts in
+    the metric (`graded` a split; all where not given)."""
     assert record.state == "finished", record.reason
     assert record.steps == len(record.curve) == 20
     assert record.curve[-1].loss < record.curve[0].loss
-    for split, size in (("validation", task.defaults.validation_size), ("test", task.defaults.test_size)):
+    sizes = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
+    for split, size in (graded or sizes).items():
         score = record.score(split)  # type: ignore[arg-type]
         assert score is not None
         assert 0.0 <= score <= 1.0
