@@ -126,9 +126,7 @@ def evaluate(
     return found
 
 
-def _worth(
-    task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team
-) -> np.ndarray:
+def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team) -> np.ndarray:
     """(lanes, graded items): the mean over an item's samples. Each of the team grades a part: a grade may be
     a program that is run, and take its time."""
     said = [

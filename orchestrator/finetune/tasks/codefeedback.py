@@ -116,7 +116,9 @@ class CodeFeedback(Task):
 @read_once
 def _examples(split: Split, count: int) -> list[Example]:
     if split == "test":
-        return enough([_human_eval(row) for row in rows(HUMAN_EVAL, "codefeedback")], count, "codefeedback", split)
+        return enough(
+            [_human_eval(row) for row in rows(HUMAN_EVAL, "codefeedback")], count, "codefeedback", split
+        )
     if split == "train":
         taught = (_taught(row) for row, _ in zip(_answered("train"), range(count), strict=False))
         return enough(list(taught), count, "codefeedback", split)
@@ -161,7 +163,9 @@ def _taught(row: Mapping[str, Any], scored: Any = "both") -> Example:
 
 def _human_eval(row: Mapping[str, Any]) -> Example:
     truth = {name: row[name] for name in ("prompt", "entry_point", "test")}
-    return Example(_prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", truth=json.dumps(truth))
+    return Example(
+        _prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", truth=json.dumps(truth)
+    )
 
 
 def _mbpp(row: Mapping[str, Any]) -> Example | None:

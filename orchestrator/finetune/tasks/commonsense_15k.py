@@ -9,9 +9,9 @@ same kinds and in the same proportions up to chance. That file's order is by kin
 Prompt: LLM-Adapters' own, the indentation of its source included, which is part of it (`generate_prompt` of
 `finetune.py` and of its evaluation); the last of the spaces goes to the answer, where tokenizers of byte pairs
 have it in any case. A question that ends in its choices and "Answer format: ...", an answer that reads "the
-correct answer is ...": both confirmed by outputs that repositories show. The first word of the format that an
-answer has counts (`grading.choice`), as in its `extract_answer`. Its evaluation samples with four beams at
-temperature 0.1; this is greedy, as in "Learning Rate Matters" (2602.04998).
+correct answer is ...": both confirmed by outputs that repositories show. What an answer takes is read from
+its words (`grading.choice`), nearly as by its `extract_answer`. Its evaluation takes four beams; this is
+greedy, as in "Learning Rate Matters" (2602.04998).
 
 Test: the labelled public split of each set, in turns so that each has the same weight: BoolQ (without its
 passage, as there), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA and SIQA are
@@ -165,7 +165,9 @@ def _examples(split: Split, count: int) -> list[Example]:
         for table, ask in TESTS:
             asked = (_example(*ask(row), split) for row in rows(table, "commonsense_15k"))
             sets.append([example for example, _ in zip(asked, range(each), strict=False)])
-        return enough([one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split)
+        return enough(
+            [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
+        )
     found = [
         _example(row["instruction"], row["answer"], split)
         for row in rows(TRAIN, "commonsense_15k")
