@@ -26,34 +26,44 @@ from orchestrator.study.errors import BadInput
 @dataclass(frozen=True)
 class Row:
     """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
-    `targets` are one further."""
+    `targets` are one further. `second`: as of Encoded."""
 
     ids: tuple[int, ...]
     targets: tuple[float, ...]
     prompt: tuple[int, ...]
+    second: int | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """`ids` and `targets` (rows, length), `lengths` (rows,) without padding; all on the CPU. int64, but
-    float64 targets where they are values."""
+    float64 targets where they are values. `seconds` (rows,): where a row's second text begins (its length,
+    where it has none); None when no row has one."""
 
     ids: Tensor
     targets: Tensor
     lengths: Tensor
+    seconds: Tensor | None = None
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of batches of one length, one batch after another."""
+        pairs = any(b.seconds is not None for b in batches)
         return cls(
             torch.cat([b.ids for b in batches]),
             torch.cat([b.targets for b in batches]),
             torch.cat([b.lengths for b in batches]),
+            torch.cat([b.lengths if b.seconds is None else b.seconds for b in batches]) if pairs else None,
         )
 
     def part(self, first: int, last: int) -> Batch:
         """Rows `first` .. `last - 1`, as long as they are here."""
-        return Batch(self.ids[first:last], self.targets[first:last], self.lengths[first:last])
+        return Batch(
+            self.ids[first:last],
+            self.targets[first:last],
+            self.lengths[first:last],
+            None if self.seconds is None else self.seconds[first:last],
+        )
 
     @property
     def length(self) -> int:
@@ -73,6 +83,13 @@ class Batch:
     def real(self) -> Tensor:
         """(rows, length) bool: False at padding."""
         return torch.arange(self.length) < self.lengths.unsqueeze(1)
+
+    @property
+    def types(self) -> Tensor | None:
+        """(rows, length) int64: 1 at the second text, 0 at the first and at padding; None without pairs."""
+        if self.seconds is None:
+            return None
+        return (self.real & (torch.arange(self.length) >= self.seconds.unsqueeze(1))).long()
 
 
 def bucket(length: int, cap: int) -> int:
@@ -103,16 +120,19 @@ def encode(
 ) -> list[Row]:
     """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
     left out. Without it (evaluation) all are kept whole. For a task with a head it is always given: of a
-    longer text the model sees the last token, which closes it, and what fits before. Raises BadInput when
-    nothing is left to learn, or when an example has nothing to score."""
+    longer text the model sees the last token, which closes it, and what fits before; of a longer pair what
+    `Task.encode_cut` leaves. Raises BadInput when nothing is left to learn, or when an example has nothing to
+    score."""
     rows = []
     for number, example in enumerate(examples):
         encoded = task.encode(example, tokenizer)
         if task.has_head:
+            if max_length is not None and len(encoded.ids) > max_length and example.pair is not None:
+                encoded = task.encode_cut(example, tokenizer, max_length)
             ids = encoded.ids
             if max_length is not None and len(ids) > max_length:
                 ids = (*ids[: max_length - 1], ids[-1])
-            rows.append(Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids))
+            rows.append(Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids, encoded.second))
             continue
         ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
         if any(label != NO_LOSS for label in labels[1:]):
@@ -137,7 +157,10 @@ def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
         [[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows],
         dtype=torch.float64 if values else torch.int64,
     )
-    return Batch(ids, targets, torch.tensor([len(r.ids) for r in rows]))
+    lengths = [len(r.ids) for r in rows]
+    seconds = [length if r.second is None else r.second for r, length in zip(rows, lengths, strict=True)]
+    pairs = seconds != lengths
+    return Batch(ids, targets, torch.tensor(lengths), torch.tensor(seconds) if pairs else None)
 
 
 def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:

@@ -58,13 +58,19 @@ def _of_head(bench: Bench, batch: Batch) -> tuple[Tensor, Tensor]:
     """A causal model's head reads the last token that is no padding. Others get an attention mask, always and
     in its final form (rows, 1, 1, length): transformers leaves a plain one out of a batch without padding,
     and a row's attention kernel would depend on whose rows share the batch. Only where it is to be combined
-    with windows it has to be plain."""
+    with windows, or hides padding from more than attention, it has to be plain. Token types go to models that
+    tell two texts apart by them."""
     given: dict[str, Any] = {"input_ids": batch.ids.to(bench.device)}
+    if bench.typed and (types := batch.types) is not None:
+        given["token_type_ids"] = types.to(bench.device)
     if bench.causal:
         given["use_cache"] = False
     else:
         real = batch.real.to(bench.device)
-        given["attention_mask"] = real if bench.windowed else real[:, None, None, :]
+        if bench.convolves:
+            given["attention_mask"] = real.long()
+        else:
+            given["attention_mask"] = real if bench.windowed else real[:, None, None, :]
     labels = batch.targets[batch.targets != NO_LOSS]
     return bench.model(**given).logits, labels.to(bench.device)
 

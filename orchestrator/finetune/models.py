@@ -51,9 +51,20 @@ class Bench:
         return any(getattr(module, "is_causal", False) for module in self.model.modules())
 
     @cached_property
+    def typed(self) -> bool:
+        """Whether it has embeddings for the token types 0 and 1 (RoBERTa knows 0 only, DeBERTa-v3 none)."""
+        return (getattr(self.model.config, "type_vocab_size", None) or 0) > 1
+
+    @cached_property
     def windowed(self) -> bool:
         """Whether a token sees its neighbours only, in some layers."""
         return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
+
+    @cached_property
+    def convolves(self) -> bool:
+        """Whether it is a DeBERTa-v2 with a convolution (the xlarge ones), which sees padding as well."""
+        config = self.model.config
+        return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
 
 
 def names() -> tuple[str, ...]:
@@ -147,6 +158,10 @@ def load(
         if tokenizer.eos_token_id is None:
             raise BadInput(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
+    if model.config.model_type.startswith("deberta"):
+        from orchestrator.finetune import deberta
+
+        deberta.positions_of_rows(model)
     heads = _heads(model, choice.name, set(info["missing_keys"])) if headed else ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bench = Bench(model.eval().requires_grad_(False).to(place), tokenizer, place, heads)

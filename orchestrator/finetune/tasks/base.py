@@ -44,11 +44,14 @@ class Example:
 @dataclass(frozen=True)
 class Encoded:
     """Token ids with labels of the same length: `labels[i]` is `ids[i]` or NO_LOSS (not shifted; the loop
-    shifts). The first `prompt_length` ids are the prompt, which is what generation starts from."""
+    shifts). The first `prompt_length` ids are the prompt, which is what generation starts from. `second`:
+    where the second text of a pair begins, as the tokenizer marks it (its tokens are of type 1, those before
+    of type 0); None where it marks nothing."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     prompt_length: int
+    second: int | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,16 @@ class Task:
         apart, so that the prompt has the same ids in training and in generation. For a task with a head: the
         prompt with the special tokens that the model knows around it; `target` says the rest."""
         if self.has_head:
-            ids = tuple(tokenizer(example.prompt, example.pair)["input_ids"])
-            return Encoded(ids, (NO_LOSS,) * len(ids), len(ids))
+            return self._encoded(example, tokenizer)
         prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
         answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt))
+
+    def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
+        """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
+        in turn, as in GLUE's reference code; the special tokens stay. A task with pairs that gives its own
+        `encode` gives this as well."""
+        return self._encoded(example, tokenizer, truncation="longest_first", max_length=most)
 
     def pretrain_recipe(self) -> str:
         """Names everything that decides what `pretrain` makes; empty for a task without a base of its own.
@@ -151,6 +159,20 @@ class Task:
     def outputs(self) -> int:
         """Of the head."""
         return len(self.labels) if self.answers == "label" else 1
+
+    def _encoded(self, example: Example, tokenizer: Any, **cut: Any) -> Encoded:
+        """The text, or the two, with the special tokens that the model knows around them."""
+        found = tokenizer(example.prompt, example.pair, **cut)
+        ids = tuple(found["input_ids"])
+        second = None
+        if example.pair is not None and any(types := found.get("token_type_ids", ())):
+            second = types.index(1)
+            if list(types) != [0] * second + [1] * (len(ids) - second):
+                raise BadInput(
+                    f"Task {self.name!r}: {type(tokenizer).__name__} marks the tokens of two texts otherwise "
+                    "than by 0 for the first and 1 for the second; take another model."
+                )
+        return Encoded(ids, (NO_LOSS,) * len(ids), len(ids), second)
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
