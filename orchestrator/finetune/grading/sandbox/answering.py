@@ -8,7 +8,7 @@ import sys
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Talk
+from orchestrator.finetune.grading.sandbox.wire import Ended, Talk
 
 
 def answer_calls(connection: socket.socket, text: str) -> None:
@@ -27,7 +27,7 @@ def answer_calls(connection: socket.socket, text: str) -> None:
     while True:
         try:
             request = talk.receive()
-        except EOFError:
+        except Ended:
             return
         try:
             reply: Any = ("", _do(module.__dict__, *request))
@@ -35,7 +35,7 @@ def answer_calls(connection: socket.socket, text: str) -> None:
             reply = _raised(error)
         try:
             talk.send(reply)
-        except (OSError, EOFError):
+        except Ended:
             return
         except BaseException as error:  # an object that cannot be sent: nothing of it has gone yet
             talk.send(_raised(error))

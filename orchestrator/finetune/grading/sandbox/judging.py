@@ -15,7 +15,7 @@ import traceback
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Talk
+from orchestrator.finetune.grading.sandbox.wire import Ended, Talk
 
 ENDED = "the program ended before its tests did"
 
@@ -49,9 +49,7 @@ def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
                 space[name] = getattr(program, name)
         random.seed(0)
         exec(code, space)
-    except EOFError as error:
-        return False, f"{ENDED} ({error})"
-    except OSError:
+    except Ended:
         return False, ENDED
     except BaseException as error:
         return False, f"{type(error).__name__}: {str(error)[:300] or _line(error, text)}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_TIME
+from orchestrator.finetune.grading.sandbox.judging import ENDED
 from orchestrator.study.errors import BadInput, Trouble
 
 WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
@@ -111,13 +112,13 @@ def _hear(result: IO[bytes], until: float) -> bytes:
 def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
     if said:
         verdict = Verdict(**json.loads(said))
-        if verdict.passed or not verdict.why.startswith("the program ended"):
+        if verdict.passed or verdict.why != ENDED:
             return verdict
     if OUT_OF_TIME in (program, tests):
         return Verdict(False, "out of time")
     if program in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
         return Verdict(False, "out of CPU time, or killed")
-    return Verdict(False, f"the program ended before its tests did (exit code {program})")
+    return Verdict(False, f"{ENDED} (exit code {program})")
 
 
 class _Side:

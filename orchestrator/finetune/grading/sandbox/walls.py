@@ -120,6 +120,7 @@ def own_root(shown: Sequence[str], disk: int, files: int) -> None:
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         _one_file(device, root)
     os.makedirs(root + "/tmp", exist_ok=True)
+    os.symlink("/tmp", root + "/dev/shm")  # where locks between processes are made
     owner = f"uid={NOBODY},gid={NOBODY}"
     _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes={files},mode=700,{owner}")
     _write("/proc/sys/user/max_user_namespaces", "0")  # of the new namespace: no further ones inside it

@@ -22,6 +22,10 @@ PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, se
 CLASSES = {kind.__name__: kind for kind in PLAIN}
 
 
+class Ended(BaseException):
+    """The other side is no longer there. No Exception, so that tests which expect one do not take it for it."""
+
+
 class Remote:
     """An object that lives on the other side: it can be called, walked through, its attributes read and set.
     Never equal to anything but itself."""
@@ -55,13 +59,16 @@ class Talk:
         buffer = io.BytesIO()
         _Out(self, buffer).dump(message)
         body = buffer.getvalue()
-        self.connection.sendall(struct.pack("<Q", len(body)) + body)
+        try:
+            self.connection.sendall(struct.pack("<Q", len(body)) + body)
+        except OSError as error:
+            raise Ended from error
 
     def receive(self) -> Any:
-        """The next message. Raises EOFError when the other side has ended."""
+        """The next message. Raises Ended when the other side has ended."""
         (length,) = struct.unpack("<Q", self._read(8))
         if length > LARGEST:
-            raise EOFError(f"a message of {length} bytes; at most {LARGEST} are read")
+            raise RuntimeError(f"a message of {length} bytes; at most {LARGEST} are read")
         return _In(self, io.BytesIO(self._read(length))).load()
 
     def ask(self, *request: Any) -> Any:
@@ -80,9 +87,12 @@ class Talk:
     def _read(self, length: int) -> bytes:
         parts = bytearray()
         while len(parts) < length:
-            part = self.connection.recv(min(length - len(parts), 1 << 20))
+            try:
+                part = self.connection.recv(min(length - len(parts), 1 << 20))
+            except OSError as error:
+                raise Ended from error
             if not part:
-                raise EOFError("the program has ended")
+                raise Ended
             parts += part
         return bytes(parts)
 
@@ -104,11 +114,11 @@ class _Out(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         """Subclasses (Counter, a named tuple, IntEnum) go as the builtin that they are equal to."""
-        if any(value is kind for kind in PLAIN):
+        if any(value is kind or type(value) is kind for kind in PLAIN):
             return NotImplemented
         for kind in PLAIN:
             if isinstance(value, kind):
-                return (kind, (kind(value),)) if kind is not bool else NotImplemented
+                return (kind, (kind(value),))
         if hasattr(type(value), "item"):
             value = value.item()
             return (type(value), (value,))
