@@ -3,6 +3,7 @@ examples of the task. The arithmetic is the seat's own; nothing is kept."""
 
 from __future__ import annotations
 
+import heapq
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from orchestrator.cluster.memory import Measured
 from orchestrator.cluster.meter import Meter
+from orchestrator.finetune import prepared
 from orchestrator.finetune.calibration import evidence
-from orchestrator.finetune.data import encode, longest
+from orchestrator.finetune.data import longest
 from orchestrator.finetune.evaluate import Split
 from orchestrator.finetune.faults import Fault, fault_of, free_memory
 from orchestrator.finetune.lane import Lane, settings_of
@@ -36,20 +38,23 @@ def probe(
 ) -> list[Measured]:
     """Of each configuration's variant. Raises what a study's worker would, but for want of memory."""
     task, first = tasks.get(configurations[0].task.name), configurations[0]
-    examples = task.load(first.task)
     length = first.batches.max_length
-    rows = sorted(encode(examples["train"], task, bench.tokenizer, length), key=lambda row: len(row.ids))
-    split = Split.of(_longest(examples["validation"]), task, bench.tokenizer, longest(task, length))
-    data = Data(
-        task, rows[-first.batches.batch_size * first.batches.accumulation :], {"validation": split}, {}
-    )
-    base = meter.now()
     with tempfile.TemporaryDirectory() as folder:
+        kept = prepared.prepare(Path(folder), first, task, bench.tokenizer)
+        rows = heapq.nlargest(
+            first.batches.batch_size * first.batches.accumulation,
+            kept.rows["train"],
+            key=lambda row: len(row.ids),
+        )
+        longest_items = _longest(kept.examples["validation"])
+        split = Split.of(longest_items, task, bench.tokenizer, longest(task, length))
+        data = Data(task, rows, {"validation": split}, {})
+        base = meter.now()
         return [_measure(c, bench, data, Path(folder), lanes, meter, limit, base) for c in configurations]
 
 
 def _longest(examples: Sequence[Example]) -> Sequence[Example]:
-    return sorted(examples, key=lambda example: len(example.prompt) + len(example.answer))[-SCORED:]
+    return heapq.nlargest(SCORED, examples, key=lambda example: len(example.prompt) + len(example.answer))
 
 
 def _measure(

@@ -45,10 +45,15 @@ def data(task: Task) -> tuple[Finding, TaskChoice | None]:
 
 
 def reach(model: ModelChoice | None, task: TaskChoice | None, bases: Path) -> str:
-    """On a node: why a worker there could not have them; empty when it could."""
+    """On a node: why a worker there could not have them; empty when it could. Examples that the driver has
+    prepared are enough: a node needs neither a hub nor the file that they came from."""
     try:
         if task is not None:
-            tasks.get(task.name).load(task)
+            from orchestrator.finetune import prepared
+
+            own = tasks.get(task.name)
+            if not prepared.has_examples(bases.parent / "data", task, own):
+                own.load(task)
         if model is not None:
             _, commit = models.where(model, bases)
             if commit is not None:

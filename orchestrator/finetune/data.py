@@ -1,4 +1,5 @@
-"""Examples as token tensors: encoded once, drawn in an order that the seed alone decides, padded to buckets.
+"""Examples as token tensors: encoded once (`prepared.py` keeps the rows on disk), drawn in an order that the
+seed alone decides, padded to buckets.
 
 Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
 A task with a head has one target a row, what the head has to say of the whole text; it stands at the last
@@ -10,7 +11,7 @@ padding carries no loss, so it needs no attention mask (`forward.py` says what o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -19,14 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Task
 from orchestrator.study.errors import BadInput
+
+TOGETHER = 1024
+"""Examples that a tokenizer is given at once."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
-    `targets` are one further. `second`: as of Encoded."""
+    `targets` are one further. `second`: as of Encoded. A new field needs its column in `prepared.py`."""
 
     ids: tuple[int, ...]
     targets: tuple[float, ...]
@@ -118,35 +122,57 @@ def longest(task: Task, max_length: int) -> int:
 def encode(
     examples: Sequence[Example], task: Task, tokenizer: Any, max_length: int | None = None
 ) -> list[Row]:
+    """All rows of `rows_of`, at hand."""
+    return list(rows_of(examples, task, tokenizer, max_length))
+
+
+def rows_of(
+    examples: Sequence[Example],
+    task: Task,
+    tokenizer: Any,
+    max_length: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Row]:
     """With `max_length` (training) longer examples lose their end, and those whose answer goes with it are
     left out. Without it (evaluation) all are kept whole. For a task with a head it is always given: of a
     longer text the model sees the last token, which closes it, and what fits before; of a longer pair what
     `Task.encode_cut` leaves. Raises BadInput when nothing is left to learn, or when an example has nothing to
-    score."""
-    rows = []
-    for number, example in enumerate(examples):
-        encoded = task.encode(example, tokenizer)
-        if task.has_head:
-            if max_length is not None and len(encoded.ids) > max_length and example.pair is not None:
+    score. `progress` is told how many examples are done, now and then."""
+    none = True
+    for start in range(0, len(examples), TOGETHER):
+        block = examples[start : start + TOGETHER]
+        for number, (example, encoded) in enumerate(
+            zip(block, task.encode_all(block, tokenizer), strict=True), start
+        ):
+            pair = task.has_head and example.pair is not None
+            if pair and max_length is not None and len(encoded.ids) > max_length:
                 encoded = task.encode_cut(example, tokenizer, max_length)
-            ids = encoded.ids
-            if max_length is not None and len(ids) > max_length:
-                ids = (*ids[: max_length - 1], ids[-1])
-            rows.append(Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids, encoded.second))
-            continue
-        ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
-        if any(label != NO_LOSS for label in labels[1:]):
-            rows.append(Row(ids[:-1], labels[1:], encoded.ids[: encoded.prompt_length]))
-        elif max_length is None:
-            raise BadInput(
-                f"Task {task.name!r}: example {number} has no token to score (empty answer or prompt)."
-            )
-    if not rows:
+            if (row := _row(example, encoded, task, max_length)) is not None:
+                none = False
+                yield row
+            elif max_length is None:
+                raise BadInput(
+                    f"Task {task.name!r}: example {number} has no token to score (empty answer or prompt)."
+                )
+        progress(start + len(block))
+    if none:
         raise BadInput(
             f"Task {task.name!r}: no training example keeps a part of its answer within max_length "
             f"{max_length}. Raise it."
         )
-    return rows
+
+
+def _row(example: Example, encoded: Encoded, task: Task, max_length: int | None) -> Row | None:
+    """None: nothing of its answer is left."""
+    if task.has_head:
+        ids = encoded.ids
+        if max_length is not None and len(ids) > max_length:
+            ids = (*ids[: max_length - 1], ids[-1])
+        return Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids, encoded.second)
+    ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
+    if all(label == NO_LOSS for label in labels[1:]):
+        return None
+    return Row(ids[:-1], labels[1:], encoded.ids[: encoded.prompt_length])
 
 
 def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:

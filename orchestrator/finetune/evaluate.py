@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,26 +24,46 @@ from orchestrator.record.schema import Items
 
 @dataclass(frozen=True)
 class Split:
-    """A split ready to be scored: its examples and rows in order, and batches with the items they hold, of
-    those that count in the loss."""
+    """A split ready to be scored: its examples and rows in order, and which items share a batch (`plan`: the
+    padded length and their numbers, a batch) of those that count in the loss. Neither rows nor batches are in
+    memory unless they are looked at: a split may be large, and lie on disk."""
 
     examples: Sequence[Example]
     rows: Sequence[Row]
-    batches: Sequence[tuple[Batch, Sequence[int]]]
     cap: int
+    padding: int
 
     @classmethod
     def of(cls, examples: Sequence[Example], task: Task, tokenizer: Any, cap: int) -> Split:
         rows = encode(examples, task, tokenizer, cap if task.has_head else None)
-        counting = [i for i, example in enumerate(examples) if example.scored != "grade"]
-        plan = scoring_plan([len(rows[i].ids) for i in counting], cap)
-        batches = []
-        for length, places in plan:
-            items = [counting[place] for place in places]
-            batches.append((pad([rows[i] for i in items], length, tokenizer.pad_token_id), items))
-        return cls(examples, rows, batches, cap)
+        return cls(examples, rows, cap, tokenizer.pad_token_id)
+
+    @cached_property
+    def plan(self) -> Sequence[tuple[int, Sequence[int]]]:
+        counting = [item for item, example in enumerate(self.examples) if example.scored != "grade"]
+        plan = scoring_plan([len(self.rows[item].ids) for item in counting], self.cap)
+        return [(length, [counting[place] for place in places]) for length, places in plan]
+
+    def batch(self, number: int) -> Batch:
+        length, items = self.plan[number]
+        return pad([self.rows[i] for i in items], length, self.padding)
 
     @property
+    def batches(self) -> Iterator[tuple[Batch, Sequence[int]]]:
+        """With the items that they hold, one after the other."""
+        for number, (_, items) in enumerate(self.plan):
+            yield self.batch(number), items
+
+    @cached_property
+    def truth(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The targets with loss, batch after batch (float64); how many each item has, in that order; and
+        where each item stands in it."""
+        found = [(batch.targets[batch.targets != NO_LOSS], batch.counts) for batch, _ in self.batches]
+        place = np.argsort([item for _, items in self.plan for item in items])
+        targets = torch.cat([targets for targets, _ in found]).double().numpy()
+        return targets, np.array([count for _, counts in found for count in counts]), place
+
+    @cached_property
     def graded(self) -> list[int]:
         """The items that count in the metric."""
         return [i for i, example in enumerate(self.examples) if example.scored != "loss"]
@@ -81,21 +102,21 @@ def evaluate(
     scores: list[dict[str, float]] = [{} for _ in range(lanes)]
     loss = correct = truth = said_of = np.zeros((lanes, 0))
     texts: list[tuple[str, ...]] = [()] * lanes
-    if split.batches:
+    if split.plan:
         lost, said = [], []
         with rows():
-            for batch, _ in split.batches[team.rank :: team.size]:
+            for number in range(team.rank, len(split.plan), team.size):
+                batch = split.batch(number)
                 logits, labels = outputs(bench, task, Batch.joined([batch] * lanes))
                 lost.append(losses(logits, labels, task).view(lanes, -1))
                 word = logits if task.answers == "value" else logits.argmax(dim=-1)
                 said.append(word.view(lanes, -1))
         parts = team.gather(np.stack([_on_cpu(lost, lanes), _on_cpu(said, lanes)]))
-        by_target, said_of = _in_order(parts, [batch.tokens for batch, _ in split.batches])
+        truth, counts, place = split.truth
+        cut = np.cumsum([len(items) for _, items in split.plan])[:-1]
+        by_target, said_of = _in_order(parts, [int(of.sum()) for of in np.split(counts, cut)])
 
         # (lanes, targets of the split), batch after batch, from here on.
-        truth = torch.cat([b.targets[b.targets != NO_LOSS] for b, _ in split.batches]).double().numpy()
-        counts = np.array([count for batch, _ in split.batches for count in batch.counts])
-        place = np.argsort([item for _, items in split.batches for item in items])
         starts = np.cumsum([0, *counts[:-1]])
         hits = said_of == truth
         loss = (np.add.reduceat(by_target, starts, axis=1) / counts)[:, place]

@@ -56,7 +56,7 @@ def run(
     checkpoint_seconds: float = 120.0,
     record_seconds: float = 60.0,
     team: Team = ALONE,
-    workshop: Callable[[Callable[[ModelChoice, Task], Bench], Path, Team], Workshop] = Workshop,
+    workshop: Callable[[Callable[[ModelChoice, Task], Bench], Path, Path, Team], Workshop] = Workshop,
 ) -> None:
     """Trains what `source` leases, at most `lanes` at once, until it says closed or has given nothing for
     `idle_seconds`. The source is asked at most every `poll_seconds`, less often where it is slow (`pace.py`).
@@ -73,7 +73,7 @@ def run(
     Raises SeatBroken when this process can do no more, and StoreFull when a record has found no space for
     `record_seconds`; the lanes are given back then.
     """
-    made = workshop(load_bench, store.evidence, team)
+    made = workshop(load_bench, store.evidence, store.data, team)
     loop = _Loop(
         rank_0_source=source,
         store=store,

@@ -129,14 +129,14 @@ def load(
     CPU a row's result then does not depend on the other rows (to the bit, from 8 rows on). Raises BadInput
     when the base is not there, is not the one that `choice` names, or does not suit the task."""
     import torch
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoTokenizer
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     source, revision = where(choice, root)
+    tokenizer = tokenizer_of(choice, root, task)
     headed = task is not None and task.has_head
     kind, own = _kind(task)
     try:
         with bases.quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
             model, info = kind.from_pretrained(
                 source,
                 revision=revision,
@@ -146,18 +146,7 @@ def load(
                 **own,
             )
     except (OSError, ValueError) as error:
-        if revision is not None:
-            raise hub.unreachable(choice.name, error) from error
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"Model {choice.name!r} in {source} does not load: {reason}") from error
-    if tokenizer.eos_token_id is None and not headed:
-        raise BadInput(
-            f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
-        )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise BadInput(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
-        tokenizer.pad_token = tokenizer.eos_token
+        raise _unloaded(choice, source, revision, error) from error
     if model.config.model_type.startswith("deberta"):
         from orchestrator.finetune import deberta
 
@@ -178,6 +167,34 @@ def load(
                         for parameter in module.parameters(recurse=False):
                             parameter.zero_()
     return bench
+
+
+def tokenizer_of(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
+    """The base's tokenizer, ready for the task. Raises BadInput as `load` does."""
+    from transformers import AutoTokenizer
+
+    source, revision = where(choice, root)
+    try:
+        with bases.quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unloaded(choice, source, revision, error) from error
+    if tokenizer.eos_token_id is None and not (task is not None and task.has_head):
+        raise BadInput(
+            f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise BadInput(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _unloaded(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> BadInput:
+    if revision is not None:
+        return hub.unreachable(choice.name, error)
+    reason = str(error).strip().splitlines()[0]
+    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason}")
 
 
 def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:

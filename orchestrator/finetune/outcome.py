@@ -30,6 +30,7 @@ class Keeper(Protocol):
     checkpoints: Path
     adapters: Path
     evidence: Path
+    data: Path
     limits: Path
 
     def put(self, record: Record) -> bool: ...

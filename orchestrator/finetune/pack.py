@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data import Batch, Row, encode, longest, training_batch
+from orchestrator.finetune import prepared
+from orchestrator.finetune.data import Batch, Row, longest, training_batch
 from orchestrator.finetune.evaluate import Scored, Split, evaluate
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import Lane, Taken
 from orchestrator.finetune.models import Bench
-from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.base import HELD_OUT, Task
 from orchestrator.finetune.team import Team
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
@@ -32,18 +34,25 @@ class Data:
 
     @classmethod
     def of(
-        cls, configuration: Configuration, task: Task, bench: Bench, adapters: Adapters, team: Team
+        cls,
+        configuration: Configuration,
+        task: Task,
+        bench: Bench,
+        adapters: Adapters,
+        team: Team,
+        folder: Path,
     ) -> Data:
-        """Raises BadInput when the task has not the data it should or `max_length` leaves nothing of them."""
-        examples = task.load(configuration.task)
-        length = configuration.batches.max_length
-        cap = longest(task, length)
-        train = encode(examples["train"], task, bench.tokenizer, length)
-        splits = {s: Split.of(examples[s], task, bench.tokenizer, cap) for s in ("validation", "test")}
-        untrained = {
+        """From `folder`, where it is kept. Raises BadInput when the task has not the data it should or
+        `max_length` leaves nothing of them."""
+        kept = prepared.prepare(folder, configuration, task, bench.tokenizer)
+        cap = longest(task, configuration.batches.max_length)
+        splits: Mapping[str, Split] = {
+            s: Split(kept.examples[s], kept.rows[s], cap, bench.tokenizer.pad_token_id) for s in HELD_OUT
+        }
+        untrained: Mapping[str, Mapping[str, float]] = {
             s: evaluate(bench, task, split, 1, adapters.off, team)[0].scores for s, split in splits.items()
         }
-        return cls(task, train, splits, untrained)
+        return cls(task, kept.rows["train"], splits, untrained)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from orchestrator.finetune import hub_data, metrics, models
+from orchestrator.finetune.faults import FULL
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study import rates, space
@@ -19,7 +20,7 @@ from orchestrator.study.configuration import (
     Schedule,
     VariantChoice,
 )
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.errors import BadInput, Trouble, nearest
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
@@ -121,6 +122,25 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     if content != UNPREPARED:
         _check_fit(_unlike(tried), task, bases)
     return made
+
+
+def data(
+    configurations: Sequence[Configuration], bases: Path, folder: Path, progress: Callable[[str], None]
+) -> None:
+    """Examples and token ids for all of them, in `folder`, made where they are lacking: before a GPU is asked
+    for. Raises BadInput when examples cannot be had or tokenised, and Trouble when there is no space."""
+    from orchestrator.finetune import prepared
+
+    alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
+    for configuration in alike.values():
+        task = tasks.get(configuration.task.name)
+        tokenizer = models.tokenizer_of(configuration.model, bases, task)
+        try:
+            prepared.prepare(folder, configuration, task, tokenizer, progress)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise Trouble(f"{folder}: no space for {task.name}'s examples ({error.strerror})") from error
 
 
 def _had(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:

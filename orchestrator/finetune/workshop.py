@@ -29,10 +29,15 @@ class Workshop:
     """Keeps the base loaded while the model stays the same, the adapters attached while the shape does."""
 
     def __init__(
-        self, load_bench: Callable[[ModelChoice, Task], Bench], evidence: Path, team: Team = ALONE
+        self,
+        load_bench: Callable[[ModelChoice, Task], Bench],
+        evidence: Path,
+        data: Path,
+        team: Team = ALONE,
     ) -> None:
-        """`evidence`: the folder where starts that are computed from data keep what they found."""
-        self._load_bench, self._evidence, self.team = load_bench, evidence, team
+        """`evidence`: the folder where starts that are computed from data keep what they found; `data`: that
+        of examples and token ids."""
+        self._load_bench, self._evidence, self._folder, self.team = load_bench, evidence, data, team
         self._bench: tuple[tuple[ModelChoice, str], Bench] | None = None
         self._data: dict[tuple[object, ...], Data] = {}
         self._shape = ""
@@ -96,7 +101,7 @@ class Workshop:
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if key not in self._data:
-                self._data[key] = Data.of(configuration, task, bench, adapters, self.team)
+                self._data[key] = Data.of(configuration, task, bench, adapters, self.team, self._folder)
         except BaseException:
             adapters.detach()
             raise

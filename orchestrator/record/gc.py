@@ -103,7 +103,7 @@ class _Collector:
         self._checkpoints(studies)
         self._superseded()
         store = self.store
-        folders = [store.root, store.evidence, store.bases, *store.records_folder.glob("*")]
+        folders = [store.root, store.evidence, store.data, store.bases, *store.records_folder.glob("*")]
         folders += [*store.checkpoints.glob("*/*"), *store.adapters.glob("*"), store.root / "limits"]
         folders += [self.output, *(folder for folder, _ in studies)]
         for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):

@@ -6,6 +6,7 @@
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
     root/adapters/<fingerprint>/                 adapters kept on request
     root/evidence/                               what starts from gradients or inputs are computed from
+    root/data/                                   examples and token ids of tasks, see finetune/prepared.py
     root/limits/                                 how many lanes there was memory for, see limits.py
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
@@ -52,6 +53,7 @@ class Store:
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
         self.evidence = self.root / "evidence"
+        self.data = self.root / "data"
         self.limits = self.root / "limits"
         self._states: dict[_Stamp, State | None] = {}
         self._warned: set[str] = set()

@@ -112,6 +112,8 @@ def run_study(
         scratch_folders.clear(store)
         asked = ask()
         check(asked.wanted)
+        if asked.new:
+            resolve.data([*templates, *asked.pending], store.bases, store.data, console.print)
         if asked.search is not None:
             asked.search.keep()
         known = {*asked.hopeless, *(c.fingerprint for c in asked.met)}

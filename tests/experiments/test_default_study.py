@@ -47,7 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_the_hub_one_line_says_what_to_set(tmp_path: Path) -> None:
     done = plan(tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("error: Task 'metamathqa': meta-math/MetaMathQA cannot be read from the data hub")
+    said = "error: Task 'metamathqa': meta-math/MetaMathQA cannot be read from the data hub"
+    assert done.stderr.startswith(said)
     assert "ORCHESTRATOR_DATA" in done.stderr
     assert done.stderr.count("\n") == 1
 

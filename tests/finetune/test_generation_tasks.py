@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from orchestrator.finetune import hub_data
-from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks import catalogue, letters
 from orchestrator.finetune.tasks.base import Example, Task
 from orchestrator.finetune.tasks.codefeedback import first_block
 from orchestrator.study.errors import BadInput
@@ -182,6 +182,17 @@ def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
         assert task.grade_all(asked, ["I do not know." for _ in asked]) == [0.0] * len(asked)
 
 
+def test_a_folder_whose_files_have_changed_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its card names subsets, for which `datasets` looks in its cache by the card alone."""
+    table = hub_data.Table("org/set", "test", ("a",), subset="main")
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    for count in (3, 5):
+        hub_folder.write(tmp_path, "org/set", {"test": [{"a": n} for n in range(count)]}, subset="main")
+        assert len(hub_data.read(table, "any")) == count
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_the_hub_one_line_says_what_to_set(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,9 +258,8 @@ def test_commonsense_asks_the_eight_sets_in_turns(task: Task) -> None:
 
 
 def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = type("Two", (Task,), {"defaults": catalogue.get("letters").defaults, "labels": ()})()
-
     def revision(**changes: Any) -> str:
+        task = letters.Letters()
         monkeypatch.setattr(task, "examples", lambda split, count: [replace(Example("a", "b"), **changes)])
         return task.revision()
 

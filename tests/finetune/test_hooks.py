@@ -46,12 +46,13 @@ class Riemannian(LoRA):
         self.seen.append((lane.step, given))
 
 
-def opened(variant: Variant, chosen: list[Configuration]) -> Pack:
+def opened(variant: Variant, chosen: list[Configuration], folder: Path) -> Pack:
     one = chosen[0]
     bench = tiny_bench(one.model)
     settings = Settings(one.variant.rank, one.variant.alpha, one.variant.dropout)
     adapters = attach(bench.model, variant, settings)
-    return Pack(bench, adapters, Data.of(one, tasks.get(one.task.name), bench, adapters, Alone()), Alone())
+    data = Data.of(one, tasks.get(one.task.name), bench, adapters, Alone(), folder)
+    return Pack(bench, adapters, data, Alone())
 
 
 def placed(pack: Pack, chosen: list[Configuration]) -> list[Lane]:
@@ -73,14 +74,14 @@ def total(gradients: dict[str, Tensor]) -> float:
     return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
 
 
-def test_before_step_sees_complete_and_clipped_gradients() -> None:
+def test_before_step_sees_complete_and_clipped_gradients(tmp_path: Path) -> None:
     """The same 16 rows at once, or in two micro-batches: the hook is given the same, never above the clip."""
     given = []
     for batch_size, accumulation in ((16, 1), (8, 2)):
         variant = Riemannian()
         one = configuration(batch_size=batch_size, accumulation=accumulation, evaluations=1)
         chosen = [replace(one, optimizer=replace(one.optimizer, clip_norm=0.2))]
-        pack = opened(variant, chosen)
+        pack = opened(variant, chosen, tmp_path)
         lanes = placed(pack, chosen)
         clip = chosen[0].optimizer.clip_norm
         norms = [step(pack, lanes)[0] for _ in range(3)]
@@ -94,10 +95,10 @@ def test_before_step_sees_complete_and_clipped_gradients() -> None:
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_optimizer_takes_what_before_step_leaves() -> None:
+def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
     """Beside AdamW on the preconditioned gradients, by hand."""
     variant, chosen = Riemannian(), [configuration(evaluations=1)]
-    pack = opened(variant, chosen)
+    pack = opened(variant, chosen, tmp_path)
     (lane,) = placed(pack, chosen)
     options = chosen[0].optimizer
     copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in lane.parameters.items()}
@@ -120,17 +121,17 @@ def test_the_optimizer_takes_what_before_step_leaves() -> None:
 
 
 @pytest.mark.parametrize("name", ["riemannian", "adalora", "delta_lora", "relora"])
-def test_lanes_with_hooks_do_not_notice_each_other(name: str) -> None:
+def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) -> None:
     def variant() -> Variant:
         return Riemannian() if name == "riemannian" else catalogue.get(name)
 
     chosen = [configuration(seed=seed, rate=0.003 * (seed + 1), evaluations=1) for seed in range(3)]
-    company = opened(variant(), chosen)
+    company = opened(variant(), chosen, tmp_path)
     lanes = placed(company, chosen)
     for _ in range(8):
         step(company, lanes)
     for one, lane in zip(chosen, lanes, strict=True):
-        pack = opened(variant(), [one])
+        pack = opened(variant(), [one], tmp_path)
         (alone,) = placed(pack, [one])
         for _ in range(8):
             step(pack, [alone])
@@ -144,7 +145,7 @@ def test_lanes_with_hooks_do_not_notice_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
 def test_a_resumed_lane_ends_as_one_that_went_through(name: str, at: int, tmp_path: Path) -> None:
     chosen = [configuration(variant=name, evaluations=1)]
-    pack = opened(catalogue.get(name), chosen)
+    pack = opened(catalogue.get(name), chosen, tmp_path)
     (lane,) = placed(pack, chosen)
     for now in range(8):
         if now == at:
@@ -152,7 +153,7 @@ def test_a_resumed_lane_ends_as_one_that_went_through(name: str, at: int, tmp_pa
         step(pack, [lane])
     saved = checkpoint.newest(tmp_path)
     assert saved is not None
-    again = opened(catalogue.get(name), chosen)
+    again = opened(catalogue.get(name), chosen, tmp_path)
     resumed = Lane(Lease(chosen[0], 2))
     resumed.open(again.adapters, 3.0, saved)
     for _ in range(at, 8):

@@ -108,7 +108,9 @@ def test_checkpoints_that_the_disk_refuses_are_left_out_and_said_once(
 
 
 def place(share: float, folder: Path) -> str:
-    made = Workshop(lambda choice, task: replace(tiny_bench(choice), share=share), folder / "evidence")
+    made = Workshop(
+        lambda choice, task: replace(tiny_bench(choice), share=share), folder / "evidence", folder / "data"
+    )
     made.pack(POINT)
     return made.place
 

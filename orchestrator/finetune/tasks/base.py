@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from orchestrator.finetune import hub_data
 from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
 from orchestrator.study.errors import BadInput, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
 
 NO_LOSS = -100
 """The label of a position that carries no loss (torch's `ignore_index`)."""
@@ -128,11 +131,33 @@ class Task:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
         apart, so that the prompt has the same ids in training and in generation. For a task with a head: the
         prompt with the special tokens that the model knows around it; `target` says the rest."""
+        return self._together([example], tokenizer)[0]
+
+    def encode_all(self, examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+        """What `encode` gives for each. All together where `encode` is the usual one: a tokenizer that is
+        given many texts works on all cores."""
+        if type(self).encode is not Task.encode:
+            return [self.encode(example, tokenizer) for example in examples]
+        return self._together(examples, tokenizer) if examples else []
+
+    def _together(self, examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+        prompts = [example.prompt for example in examples]
         if self.has_head:
-            return self._encoded(example, tokenizer)
-        prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-        answer = [*tokenizer(example.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt))
+            if len({example.pair is None for example in examples}) > 1:  # a tokenizer takes one kind only
+                return [self._encoded(example, tokenizer) for example in examples]
+            pairs = None if examples[0].pair is None else [example.pair for example in examples]
+            told = tokenizer(prompts, pairs)
+            types = (
+                [()] * len(prompts) if pairs is None else told.get("token_type_ids") or [()] * len(prompts)
+            )
+            return [self._marked(*row) for row in zip(told["input_ids"], types, strict=True)]
+        asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        said = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+        found = []
+        for prompt, words in zip(asked, said, strict=True):
+            answer = [*words, tokenizer.eos_token_id]
+            found.append(Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt)))
+        return found
 
     def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
         """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
@@ -163,16 +188,18 @@ class Task:
     def _encoded(self, example: Example, tokenizer: Any, **cut: Any) -> Encoded:
         """The text, or the two, with the special tokens that the model knows around them."""
         found = tokenizer(example.prompt, example.pair, **cut)
-        ids = tuple(found["input_ids"])
-        second = None
-        if example.pair is not None and any(types := found.get("token_type_ids", ())):
-            second = types.index(1)
-            if list(types) != [0] * second + [1] * (len(ids) - second):
-                raise BadInput(
-                    f"Task {self.name!r}: {type(tokenizer).__name__} marks the tokens of two texts otherwise "
-                    "than by 0 for the first and 1 for the second; take another model."
-                )
-        return Encoded(ids, (NO_LOSS,) * len(ids), len(ids), second)
+        types = found.get("token_type_ids") or () if example.pair is not None else ()
+        return self._marked(found["input_ids"], types)
+
+    def _marked(self, ids: Sequence[int], types: Sequence[int]) -> Encoded:
+        """`types`: of the tokens of a pair, as the tokenizer marks them."""
+        second = list(types).index(1) if any(types) else None
+        if second is not None and list(types) != [0] * second + [1] * (len(ids) - second):
+            raise BadInput(
+                f"Task {self.name!r}: the model's tokenizer marks the tokens of two texts otherwise than by "
+                "0 for the first and 1 for the second; take another model."
+            )
+        return Encoded(tuple(ids), (NO_LOSS,) * len(ids), len(ids), second)
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
@@ -194,22 +221,30 @@ class Task:
 
     def revision(self) -> str:
         """Names the content of the data: a hash over the examples at the default sizes, and the classes.
-        Other sizes are longer or shorter pieces of the same sequences, so it names those too."""
-        sizes = (self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size)
-        text = [
-            [
-                (
-                    e.prompt,
-                    e.answer,
-                    *((e.pair,) if e.pair is not None else ()),
-                    *(({"truth": e.truth, "scored": e.scored},) if e.truth or e.scored != "both" else ()),
-                )
-                for e in self.examples(split, count)
-            ]
-            for split, count in zip(SPLITS, sizes, strict=True)
-        ]
-        data = [text, self.labels] if self.labels else text
-        return hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+        Other sizes are longer or shorter pieces of the same sequences, so it names those too.
+
+        Found once a process, as long as sizes, classes and the folder of data stay what they are."""
+        sizes = self._sizes()
+        key = (*sizes, self.labels, os.environ.get(hub_data.FOLDER))
+        known: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
+        if key not in known:
+            known[key] = self._named({s: self.examples(s, n) for s, n in zip(SPLITS, sizes, strict=True)})
+        return known[key]
+
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
+
+    def _named(self, examples: Mapping[Split, Sequence[Example]]) -> str:
+        """The revision, of the examples at the default sizes: a hash of JSON, written piece by piece."""
+        found = hashlib.sha256()
+        found.update(b"[[" if self.labels else b"[")
+        for number, split in enumerate(SPLITS):
+            found.update(b", [" if number else b"[")
+            for place, example in enumerate(examples[split]):
+                found.update(f"{', ' if place else ''}{json.dumps(_content(example))}".encode())
+            found.update(b"]")
+        found.update(f"], {json.dumps(self.labels)}]".encode() if self.labels else b"]")
+        return found.hexdigest()[:16]
 
     def choice(
         self,
@@ -229,19 +264,30 @@ class Task:
             numerics=self.numerics,
         )
 
-    def load(self, choice: TaskChoice) -> dict[Split, list[Example]]:
+    def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """The examples of the three splits. Raises BadInput when the data that this machine makes are not the
         ones that `choice` names."""
-        if choice.revision != (here := self.revision()):
+        wanted = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
+        usual = dict(zip(SPLITS, self._sizes(), strict=True))
+        found = {s: self.examples(s, max(wanted[s], usual[s])) for s in SPLITS}
+        here = self._named({s: found[s][: usual[s]] for s in SPLITS})
+        if choice.revision != here:
             raise BadInput(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, this machine "
                 f"makes {here}. Install the same versions on every machine."
             )
-        sizes = (choice.train_size, choice.validation_size, choice.test_size)
-        return {s: self.examples(s, n) for s, n in zip(SPLITS, sizes, strict=True)}
+        return {s: found[s][: wanted[s]] for s in SPLITS}
 
 
-def split_of(key: str, held_out: Sequence[Split] = ("validation", "test"), parts: int = 5) -> Split:
+def _content(example: Example) -> tuple[str | dict[str, str | None], ...]:
+    """What of an example its task's revision names."""
+    more: list[str | dict[str, str | None]] = [] if example.pair is None else [example.pair]
+    if example.truth is not None or example.scored != "both":
+        more.append({"truth": example.truth, "scored": example.scored})
+    return (example.prompt, example.answer, *more)
+
+
+def split_of(key: str, held_out: Sequence[Split] = HELD_OUT, parts: int = 5) -> Split:
     """The split that an item belongs to, by a hash of `key`, which is equal for items that are the same: one
     part in `parts` to each held-out split, the rest to train. Splits filled this way are disjoint at any size
     and never shift when another one grows."""

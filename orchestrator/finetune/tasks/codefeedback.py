@@ -1,21 +1,22 @@
 """CodeFeedback-Filtered-Instruction (OpenCodeInterpreter, 2402.14658) to HumanEval: the survey's code.
 
 156,526 programming questions with answers, of which this takes the Python ones (about 104,800) and of these
-the first 100,000, the survey's number. An answer ends with its first block of code, as LoRA-GA's reproduction
-(`reproduce/data.py`) has it. Rows in whose question the description of a HumanEval problem stands are left out:
-the data set's sources carry some (85 rows hold HumanEval/163 alone). The survey says nothing of that.
+the first 100,000, the survey's number. An answer ends with its first block of code, as LoRA-GA's
+reproduction (`reproduce/data.py`) has it. Rows in whose question the description of a HumanEval problem
+stands are left out: the data set's sources carry some (85 rows hold HumanEval/163 alone). The survey says
+nothing of that.
 
-Test: HumanEval's 164 problems, pass@1 as the mean of 8 samples, as in the survey. Its temperature is not known:
-0.8 and nucleus 0.95 are what LoRA-GA's paper is remembered to take (its code does not say). The prompt is
-that of its `reproduce/eval_humaneval.py`, in the words of the training prompt (one line break less): the
-whole function is asked for, and the answer begins inside a block of code, whose end is the stop.
+Test: HumanEval's 164 problems, pass@1 as the mean of 8 samples, as in the survey. Its temperature is not
+known: 0.8 and nucleus 0.95 are what LoRA-GA's paper is remembered to take (its code does not say). The
+prompt is that of its `reproduce/eval_humaneval.py`, in the words of the training prompt (one line break
+less): the whole function is asked for, and the answer begins inside a block of code, whose end is the stop.
 
-Validation has two halves, in turns. Its loss is that of held-out CodeFeedback answers, which the training loss
-can be compared with; that is what early stopping and the rule for divergence look at, and all that evaluations
-on the way compute. Its metric, which choices look at, is pass@1 on MBPP's test problems (never reported, so
-free for this), 8 samples each, in HumanEval's form: the signature of the reference, the text as docstring,
-one test as example. It is a number of the test's kind. Its sampling error at 0.35 on 200 problems is 3.4
-points between sets of problems; rates and variants are compared on the same 200.
+Validation has two halves, in turns. Its loss is that of held-out CodeFeedback answers, which the training
+loss can be compared with; that is what early stopping and the rule for divergence look at, and all that
+evaluations on the way compute. Its metric, which choices look at, is pass@1 on MBPP's test problems (never
+reported, so free for this), 8 samples each, in HumanEval's form: the signature of the reference, the text
+as docstring, one test as example. It is a number of the test's kind. Its sampling error at 0.35 on 200
+problems is 3.4 points between sets of problems; rates and variants are compared on the same 200.
 
 Programs are run in a sandbox (`grading.code`).
 """

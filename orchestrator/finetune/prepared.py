@@ -1,0 +1,256 @@
+"""A task's examples and their token ids on disk: made once, never changed, memory-mapped by every worker.
+
+    <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow     a split as the task gives it
+    <folder>/letters-77aa10c9b2e4d5f6.rows.arrow         a split as one tokenizer and length cut it
+
+A file's name is a hash over all that its content follows from, which stands in full in its metadata; one that
+is torn, or is another's, is made anew. Arrow's IPC format: opened without running code, and a reader's memory
+is the page cache, which the workers of a node share. Where the examples are, no worker needs the hub, or the
+file that they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from pyarrow import ipc
+
+from orchestrator.finetune.data import Row, longest, rows_of
+from orchestrator.finetune.stored import Stored, batch_of
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.record import files
+from orchestrator.study.configuration import Configuration, TaskChoice, canonical
+from orchestrator.study.errors import BadInput
+
+T = TypeVar("T")
+
+Progress = Callable[[str], None]
+
+TEXT, BYTES, INTEGER, INTEGERS, NUMBERS = (
+    pa.large_string(),
+    pa.large_binary(),
+    pa.int32(),
+    pa.large_list(pa.int32()),
+    pa.large_list(pa.float64()),
+)
+EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
+"""Field -> column, of `Example`; each may be None."""
+ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
+"""The same of `Row`. Targets that are values are numbers."""
+
+FORMAT = 1
+"""Raised by hand when what is kept of the same task changes."""
+CHUNK = 4096
+QUIET_SECONDS = 4.0
+
+
+def silent(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    examples: Mapping[Split, Sequence[Example]]
+    rows: Mapping[Split, Sequence[Row]]
+
+
+def prepare(
+    folder: Path, configuration: Configuration, task: Task, tokenizer: Any, progress: Progress = silent
+) -> Prepared:
+    """Examples and rows as the configuration wants them, from `folder`, made first where they are lacking.
+    Raises BadInput as `examples` and `data.rows_of` do."""
+    found = examples(folder, configuration.task, task, progress)
+    length = configuration.batches.max_length
+    held_out = longest(task, length) if task.has_head else None  # else they are kept whole
+    reader = _tokenizer(tokenizer)
+    rows: dict[Split, Sequence[Row]] = {}
+    for split, of in found.items():
+        cut = length if split == "train" else held_out
+        about = {
+            **_about(configuration.task, task, split),
+            "numerics": task.numerics,
+            "model": configuration.model.content,
+            "tokenizer": reader,
+            "cut": cut,
+        }
+        tell = _Tell(f"{Path(task.name).stem}: %d of {len(of)} {split} examples tokenised", progress)
+        columns = {**ROWS, "targets": NUMBERS} if task.answers == "value" else ROWS
+        make = partial(rows_of, of, task, tokenizer, cut, tell)
+        rows[split] = _kept(folder, f"{Path(task.name).stem}-%s.rows.arrow", about, columns, Row, make)
+    return Prepared(found, rows)
+
+
+def examples(
+    folder: Path, choice: TaskChoice, task: Task, progress: Progress = silent
+) -> dict[Split, Sequence[Example]]:
+    """The examples that `choice` names. Raises BadInput when they are not there and the task's own are others
+    (or cannot be had), or are no text."""
+    loaded: dict[Split, Sequence[Example]] = {}
+
+    def make(split: Split) -> Sequence[Example]:
+        if not loaded:
+            progress(f"{Path(task.name).stem}: reading the examples")
+            loaded.update(task.load(choice))
+        return loaded[split]
+
+    return {
+        split: _kept(
+            folder,
+            f"{Path(task.name).stem}-%s.examples.arrow",
+            _about(choice, task, split),
+            EXAMPLES,
+            Example,
+            partial(make, split),
+        )
+        for split in SPLITS
+    }
+
+
+def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
+    """Whether they are there for `examples`, which would then ask the task for none."""
+    name = f"{Path(task.name).stem}-%s.examples.arrow"
+    return all(
+        _read(*_place(folder, name, _about(choice, task, split), EXAMPLES), Example) is not None
+        for split in SPLITS
+    )
+
+
+def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
+    """What decides a split's examples. A user's file is known by its content, wherever it lies."""
+    size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
+    file = Path(task.name)
+    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
+    return {
+        "format": FORMAT,
+        "task": file.stem,
+        "file": own,
+        "revision": choice.revision,
+        "split": split,
+        "size": size,
+    }
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Names what decides the ids: rules and vocabulary of a fast tokenizer, the words of another, what a
+    processor says of itself; and the token that ends an answer. A model's files alone would not do: another
+    version of a library may read them otherwise."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        rules = json.loads(fast.to_str())
+        rules.update(padding=None, truncation=None)  # of the last call
+    elif hasattr(tokenizer, "get_vocab"):
+        rules = tokenizer.get_vocab()
+    else:
+        rules = tokenizer.to_json_string()
+    found = [type(tokenizer).__name__, getattr(tokenizer, "eos_token_id", None), rules]
+    return hashlib.sha256(canonical(found)).hexdigest()
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _kept(
+    folder: Path,
+    name: str,
+    about: Mapping[str, Any],
+    columns: Mapping[str, Any],
+    of: Callable[..., T],
+    make: Callable[[], Iterable[T]],
+) -> Stored[T]:
+    """The values of the file that is about this; `make` gives them where there is none. One process on a
+    node, and on others where storage has locks, makes it, and the others wait for that; without locks either
+    of two is whole, and the first one counts."""
+    from filelock import FileLock
+
+    path, schema = _place(folder, name, about, columns)
+    if (found := _read(path, schema, of)) is not None:
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{about['task']}.lock"):
+        if (found := _read(path, schema, of)) is not None:
+            return found
+        with _written(path, schema, make(), about) as source:
+            # A name that is taken is a torn file's, or another node's that was faster.
+            if not files.link(source, path) and _read(path, schema, of) is None:
+                os.replace(source, path)
+    found = _read(path, schema, of)
+    assert found is not None, f"{path} is not what was written there"
+    return found
+
+
+def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Path, Any]:
+    """The file that is about this, and its schema."""
+    key = canonical(dict(about))
+    schema = pa.schema(list(columns.items()), metadata={"about": key})
+    return folder / (name % hashlib.sha256(key).hexdigest()[:16]), schema
+
+
+def _read(path: Path, schema: Any, of: Callable[..., T]) -> Stored[T] | None:
+    """None when it is not there, or is not what it should be. It is fsynced before it gets its name, so what
+    is torn lacks its end (a copy that was cut short, say)."""
+    try:
+        file = ipc.open_file(pa.memory_map(str(path)))
+        if not file.schema.equals(schema, check_metadata=True):
+            return None
+        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)  # lengths, and that text is text
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return Stored(batches, of)
+
+
+@contextmanager
+def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[str, Any]) -> Iterator[Path]:
+    """A synced file with the values, under a name nobody else uses (`gc` knows it); gone afterwards."""
+    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with name.open("xb") as file:
+            with ipc.new_file(file, schema) as writer:
+                done, source = 0, iter(values)
+                while chunk := list(islice(source, CHUNK)):
+                    writer.write_batch(_batch(chunk, schema, done, about))
+                    done += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        yield name
+    finally:
+        name.unlink(missing_ok=True)
+
+
+def _batch(chunk: Sequence[object], schema: Any, done: int, about: Mapping[str, Any]) -> Any:
+    try:
+        return batch_of(chunk, schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError) as error:
+        for number, value in enumerate(chunk, done):
+            try:
+                batch_of([value], schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError) as reason:
+                said = str(reason).splitlines()[0]
+                what = f"{about['split']} example {number} cannot be kept: {said}"
+                raise BadInput(f"Task {about['task']!r}: {what}") from None
+        raise error
+
+
+class _Tell:
+    """Says how far it is, once that takes long."""
+
+    def __init__(self, text: str, progress: Progress) -> None:
+        self._text, self._progress = text, progress
+        self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            self._progress(self._text % done)

@@ -1,0 +1,66 @@
+"""Values in an Arrow file as a sequence: each is made when it is asked for, from memory that is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+
+T = TypeVar("T")
+
+
+class Stored(Sequence[T]):
+    """`of(**columns)` of each row of `batches`, whose columns are text, bytes, or lists of numbers (which
+    become tuples); any of them may be None. Finding a row takes the same time wherever it is."""
+
+    def __init__(self, batches: Sequence[Any], of: Callable[..., T]) -> None:
+        self._of = of
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self._readers = [
+            {name: _reader(batch.column(name)) for name in batch.schema.names} for batch in batches
+        ]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, place: int | slice) -> T | Sequence[T]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = place + len(self) if place < 0 else place
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {place} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, number, side="right")) - 1
+        row = number - int(self._starts[chunk])
+        return self._of(**{name: read(row) for name, read in self._readers[chunk].items()})
+
+
+def _reader(column: Any) -> Callable[[int], Any]:
+    if not pa.types.is_large_list(column.type):
+        return lambda row: column[row].as_py()
+    # Views of the mapped file, without a copy.
+    starts, values = column.offsets.to_numpy(), column.values.to_numpy()
+    if column.null_count:
+        there = column.is_valid().to_numpy(zero_copy_only=False)
+        return lambda row: _cut(starts, values, row) if there[row] else None
+    return lambda row: _cut(starts, values, row)
+
+
+def _cut(starts: np.ndarray, values: np.ndarray, row: int) -> tuple[Any, ...]:
+    return tuple(values[starts[row] : starts[row + 1]].tolist())
+
+
+def batch_of(values: Sequence[object], schema: Any) -> Any:
+    """A record batch of the fields that the schema names. Raises what pyarrow does for a value that is none
+    of its column's."""
+    return pa.record_batch(
+        [pa.array([getattr(value, field.name) for value in values], field.type) for field in schema],
+        schema=schema,
+    )

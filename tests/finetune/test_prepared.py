@@ -1,0 +1,314 @@
+"""Examples and token ids on disk: what is read is what was made, whoever made it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, replace
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+
+from orchestrator.finetune import prepared
+from orchestrator.finetune.data import Batch, Row, encode, longest, training_batch
+from orchestrator.finetune.evaluate import Split
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.base import SPLITS, Encoded, Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.letters import Letters, tokenizer
+from orchestrator.finetune.tasks.reviews import Reviews
+from orchestrator.finetune.tasks.reviews import tokenizer as reviews_tokenizer
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.errors import BadInput
+
+LENGTH = 12
+letters = st.characters(exclude_categories=["Cs"])
+texts, prompts = st.text(letters, max_size=20), st.text(letters, min_size=1, max_size=20)
+
+
+class Given(Task):
+    """A task of the examples that it is given, a token a character."""
+
+    name, title, floor, default_model = "given", "given", 0.0, "letters-base"
+
+    def __init__(self, of: Sequence[Example], answers: Any = "forced", labels: tuple[str, ...] = ()) -> None:
+        self.of, self.answers, self.labels = list(of), answers, labels  # type: ignore[misc]
+        n = len(self.of)
+        self.defaults = TaskDefaults(n, n, n, 1, 1, LENGTH, 1, (1e-3,))  # type: ignore[misc]
+
+    def examples(self, split: Any, count: int) -> list[Example]:
+        return self.of[:count]
+
+    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+        prompt = tuple(ord(c) for c in example.prompt + (example.pair or ""))
+        if self.has_head:
+            ids = (2, *prompt, 3)
+            return Encoded(ids, (-100,) * len(ids), len(ids))
+        answer = (*(ord(c) for c in example.answer), 1)
+        return Encoded((*prompt, *answer), (*[-100] * len(prompt), *answer), len(prompt))
+
+    def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
+        ids = self.encode(example, tokenizer).ids
+        ids = (*ids[: most - 1], ids[-1])
+        return Encoded(ids, (-100,) * len(ids), len(ids))
+
+
+def of(task: Task, length: int = LENGTH) -> Configuration:
+    one = configuration(max_length=length)
+    return replace(one, task=task.choice())
+
+
+def plain(task: Task, split: str, words: Any, length: int = LENGTH) -> list[Row]:
+    """Without a file between."""
+    cut = length if split == "train" else longest(task, length) if task.has_head else None
+    return encode(task.load(task.choice())[split], task, words, cut)  # type: ignore[index]
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Task:
+    kind = draw(st.sampled_from(["forced", "label", "value"]))
+    answers = {"forced": texts, "label": st.sampled_from("ab"), "value": st.floats(-9, 9).map(str)}[kind]
+    # One of them at least keeps its answer: a task that has nothing to learn is refused.
+    found = draw(st.lists(st.builds(Example, prompts, answers, st.none() | texts), max_size=12))
+    return Given([Example("x", {"forced": "y", "label": "a", "value": "1"}[kind]), *found], kind, ("a", "b"))
+
+
+@settings(deadline=None, max_examples=20)
+@given(tasks(), st.integers(1, 5))
+def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, patch.object(prepared, "CHUNK", chunk):
+        one = of(task)
+        made = prepared.prepare(Path(folder), one, task, tokenizer())
+        with patch.object(type(task), "examples", side_effect=AssertionError("asked the task again")):
+            again = prepared.prepare(Path(folder), one, task, tokenizer())
+    for kept in (made, again):
+        for split in SPLITS:
+            assert list(kept.examples[split]) == task.load(task.choice())[split]
+            rows = kept.rows[split]
+            assert list(rows) == plain(task, split, tokenizer())
+            assert [type(x) for r in rows for x in r.targets] == [
+                float if task.answers == "value" else int for r in rows for _ in r.targets
+            ]
+            assert rows[-1] == list(rows)[-1]
+            assert list(rows[1:3]) == list(rows)[1:3]
+
+
+@settings(deadline=None, max_examples=10)
+@given(tasks(), st.integers(0, 2**20), st.integers(0, 50), st.integers(1, 16), st.integers(1, 4))
+def test_a_workers_rows_are_its_part_of_the_same_batch(
+    task: Task, seed: int, start: int, count: int, workers: int
+) -> None:
+    """Read by each worker for itself, whatever else is in its pack."""
+    words = tokenizer()
+    rows = plain(task, "train", words)
+    cap = longest(task, LENGTH)
+    whole = training_batch(rows, seed, start, count, cap, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = []
+        for rank in range(workers):
+            own = prepared.prepare(Path(folder), of(task), task, words).rows["train"]
+            training_batch(own, seed + 1, 0, 3, cap, 0)  # another lane's
+            first, last = count * rank // workers, count * (rank + 1) // workers
+            parts.append(training_batch(own, seed, start, count, cap, 0).part(first, last))
+    joined = Batch.joined(parts)
+    for one, other in (
+        (whole.ids, joined.ids),
+        (whole.targets, joined.targets),
+        (whole.lengths, joined.lengths),
+    ):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_real_tokenizer_is_given_many_texts_and_says_the_same(number: int) -> None:
+    task, words = ((Letters(), tokenizer()), (Reviews(), reviews_tokenizer()))[number]
+    examples = task.examples("train", 300)
+    if task.has_head:
+        examples[7:9] = [replace(e, pair="the soup was bad") for e in examples[7:9]]
+    expected = []
+    for e in examples:  # as it was written before there were many
+        if task.has_head:
+            ids = tuple(words(e.prompt, e.pair)["input_ids"])
+            expected.append(Encoded(ids, (-100,) * len(ids), len(ids)))
+        else:
+            prompt = words(e.prompt, add_special_tokens=False)["input_ids"]
+            said = [*words(e.answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
+            expected.append(Encoded((*prompt, *said), (*[-100] * len(prompt), *said), len(prompt)))
+    assert task.encode_all(examples, words) == expected
+    assert [task.encode(e, words) for e in examples] == expected
+    assert task.encode_all([], words) == []
+
+
+def test_an_encoding_of_ones_own_is_asked_example_by_example() -> None:
+    task = Given([Example("ab", "c")])
+    assert task.encode_all(task.of, None) == [task.encode(task.of[0], None)]
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def test_the_same_is_made_once_and_what_differs_lies_beside(tmp_path: Path) -> None:
+    task, words = Letters(), tokenizer()
+    one = configuration()
+    prepared.prepare(tmp_path, one, task, words)
+    first = {path: path.stat().st_mtime_ns for path in files_in(tmp_path)}
+    assert len(first) == 6, "examples and rows of three splits"
+    prepared.prepare(tmp_path, one, Letters(), tokenizer())
+    assert {path: path.stat().st_mtime_ns for path in files_in(tmp_path)} == first
+    shorter = replace(one, batches=replace(one.batches, max_length=10))
+    prepared.prepare(tmp_path, shorter, task, words)
+    assert len(files_in(tmp_path)) == 7, "the training rows alone are cut"
+    words.add_tokens(["zz"])
+    prepared.prepare(tmp_path, one, task, words)
+    assert len(files_in(tmp_path)) == 10, "another tokenizer, the same examples"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "zeros", "another"])
+def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
+    task, words, one = Letters(), tokenizer(), configuration()
+    expected = [list(prepared.prepare(tmp_path, one, task, words).rows[split]) for split in SPLITS]
+    paths = files_in(tmp_path)
+    for path in paths:
+        data = path.read_bytes()
+        other = next(p for p in paths if p.suffixes == path.suffixes and p != path).read_bytes()
+        path.unlink()  # another file, as a copy makes one: what is mapped stays
+        path.write_bytes(
+            {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "another": other}[harm]
+        )
+    assert not prepared.has_examples(tmp_path, one.task, task)
+    again = prepared.prepare(tmp_path, one, task, words)
+    assert [list(again.rows[split]) for split in SPLITS] == expected
+    assert prepared.has_examples(tmp_path, one.task, task)
+
+
+def test_data_of_another_revision_are_refused_and_nothing_is_kept(tmp_path: Path) -> None:
+    one = configuration()
+    stale = replace(one, task=replace(one.task, revision="0" * 16))
+    with pytest.raises(BadInput, match="data 0000000000000000"):
+        prepared.prepare(tmp_path, stale, Letters(), tokenizer())
+    assert files_in(tmp_path) == []
+
+
+def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
+    task = Given([Example("a", "b"), Example("a", 5), Example("a", "b")])  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match=r"'given': train example 1 cannot be kept: .*int") as caught:
+        prepared.prepare(tmp_path, of(task), task, tokenizer())
+    assert "\n" not in str(caught.value)
+
+
+class Slow(Given):
+    """Takes a while, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__([Example("ab", "c")] * 50)
+        self.asked = 0
+
+    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+        self.asked += 1
+        time.sleep(0.005)
+        return super().encode(example, tokenizer)
+
+
+def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
+    tasks = [Slow(), Slow()]
+    ready = Barrier(2)
+
+    def work(task: Slow) -> prepared.Prepared:
+        ready.wait(30)
+        return prepared.prepare(tmp_path, of(task), task, tokenizer())
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(work, tasks)
+    assert sum(task.asked for task in tasks) == 3 * 50, "every example of the three splits once"
+    assert all(list(one.rows[split]) == list(other.rows[split]) for split in SPLITS)
+
+
+def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
+    said: list[str] = []
+    with patch.object(prepared, "QUIET_SECONDS", 0.0), patch("orchestrator.finetune.data.TOGETHER", 20):
+        prepared.prepare(tmp_path, configuration(), Letters(), tokenizer(), said.append)
+    assert said[0] == "letters: reading the examples"
+    assert said[1:] == [
+        *(f"letters: {n} of 64 train examples tokenised" for n in (20, 40, 60, 64)),
+        "letters: 16 of 16 validation examples tokenised",
+        "letters: 16 of 16 test examples tokenised",
+    ]
+
+
+# -- workers -------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_needs_neither_the_task_s_data_nor_a_hub_once_they_are_kept(tmp_path: Path) -> None:
+    one = configuration(task=WORDS_TASK)
+    expected = numbers_of(solo(one, tmp_path / "before"))
+    store, task = Store(tmp_path / "store"), catalogue.get(WORDS_TASK)
+    prepared.prepare(store.data, one, task, tiny_bench(one.model).tokenizer)
+    with patch.object(type(task), "examples", side_effect=AssertionError("asked for examples")):
+        train(Script(leases([one])), store)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert numbers_of(record) == expected
+
+
+def test_a_revision_is_found_once_and_again_when_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Given([Example("a", "b")])
+    with patch.object(task, "examples", wraps=task.examples) as asked:
+        assert task.revision() == task.revision() == task.choice().revision
+        assert asked.call_count == 3, "each split once"
+        before = task.revision()
+        monkeypatch.setenv("ORCHESTRATOR_DATA", "/elsewhere")
+        assert task.revision() == before
+        assert asked.call_count == 6, "other data may lie there"
+    task.of = [Example("a", "c")]
+    with pytest.raises(BadInput, match="this machine makes"):
+        task.load(task.choice())
+
+
+def anonymous() -> int:
+    """This process's memory that is no file's, in bytes."""
+    (line,) = [li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path) -> None:
+    """Memory of its own: the pages of the file are the page cache's, and shared."""
+    about = {"task": "many", "split": "train"}
+    row = Row(tuple(range(1000, 1060)), tuple(range(1001, 1061)), tuple(range(1000, 1030)))
+    make = lambda: (row for _ in range(200_000))  # noqa: E731
+    prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, Row, make)
+    before = anonymous()
+    rows = prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, Row, make)
+    for number in range(100):
+        training_batch(rows, 0, 16 * number, 16, 64, 0)
+    grown = anonymous() - before
+    assert len(rows) == 200_000
+    assert sum(path.stat().st_size for path in files_in(tmp_path)) > 100e6
+    assert grown < 15e6, "as tuples they take 300 MB and more"
+
+
+def test_a_split_on_disk_is_scored_as_one_at_hand(tmp_path: Path) -> None:
+    task, words, one = Letters(), tokenizer(), configuration()
+    kept = prepared.prepare(tmp_path, one, task, words)
+    cap = longest(task, one.batches.max_length)
+    here = Split(kept.examples["test"], kept.rows["test"], cap, words.pad_token_id)
+    there = Split.of(task.load(one.task)["test"], task, words, cap)
+    assert here.plan == there.plan
+    assert [x.tolist() for x in here.truth] == [x.tolist() for x in there.truth]
+    for (a, _), (b, _) in zip(here.batches, there.batches, strict=True):
+        assert torch.equal(a.ids, b.ids)
+    assert astuple(here.examples[3]) == astuple(there.examples[3])
