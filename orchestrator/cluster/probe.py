@@ -87,7 +87,7 @@ def _measure(
             told = pack.reduce(pack.backward(taken))
             for lane, one in zip(taken, told, strict=True):
                 lane.take_step(one)
-        pack.scores(taken, "validation")
+        pack.scores(taken, "validation", always=True)
 
     try:
         for count in _counts(found.asked):

@@ -144,7 +144,8 @@ def rows_of(
         for number, (example, encoded) in enumerate(
             zip(block, task.encode_all(block, tokenizer), strict=True), start
         ):
-            if max_length is not None and example.pair is not None and len(encoded.ids) > max_length:
+            pair = task.has_head and example.pair is not None
+            if pair and max_length is not None and len(encoded.ids) > max_length:
                 encoded = task.encode_cut(example, tokenizer, max_length)
             if (row := _row(example, encoded, task, max_length)) is not None:
                 none = False
@@ -208,17 +209,18 @@ def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
 
 
 def scoring_plan(
-    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096
+    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096, growth: int = 0
 ) -> list[tuple[int, list[int]]]:
     """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
     `rows` and about `tokens` tokens, in batches of nearly equal size (a small last one would take another
-    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once."""
+    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once. `growth`: the
+    tokens that each will write; with them a batch has about eight times `tokens`, which are only kept."""
     by_bucket: dict[int, list[int]] = {}
     for item, length in enumerate(lengths):
         by_bucket.setdefault(bucket(length, cap), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        most = min(rows, max(8, tokens // length))
+        most = min(rows, max(8, tokens // length), max(8, 8 * tokens // (length + growth)))
         batches = -(-len(items) // most)
         plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
     return plan

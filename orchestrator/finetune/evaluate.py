@@ -25,8 +25,8 @@ from orchestrator.record.schema import Items
 @dataclass(frozen=True)
 class Split:
     """A split ready to be scored: its examples and rows in order, and which items share a batch (`plan`: the
-    padded length and their numbers, a batch). Neither rows nor batches are in memory unless they are looked
-    at: a split may be large, and lie on disk."""
+    padded length and their numbers, a batch) of those that count in the loss. Neither rows nor batches are in
+    memory unless they are looked at: a split may be large, and lie on disk."""
 
     examples: Sequence[Example]
     rows: Sequence[Row]
@@ -40,7 +40,9 @@ class Split:
 
     @cached_property
     def plan(self) -> Sequence[tuple[int, Sequence[int]]]:
-        return scoring_plan([len(row.ids) for row in self.rows], self.cap)
+        counting = [item for item, example in enumerate(self.examples) if example.scored != "grade"]
+        plan = scoring_plan([len(self.rows[item].ids) for item in counting], self.cap)
+        return [(length, [counting[place] for place in places]) for length, places in plan]
 
     def batch(self, number: int) -> Batch:
         length, items = self.plan[number]
@@ -61,15 +63,23 @@ class Split:
         targets = torch.cat([targets for targets, _ in found]).double().numpy()
         return targets, np.array([count for _, counts in found for count in counts]), place
 
+    @cached_property
+    def graded(self) -> list[int]:
+        """The items that count in the metric."""
+        return [i for i, example in enumerate(self.examples) if example.scored != "loss"]
+
 
 @dataclass(frozen=True)
 class Scored:
     """`scores`: "loss" (nats a token or text, or the mean squared error), "accuracy" (share of answer tokens,
     teacher-forced, or of texts, that are the argmax) and the task's metric: the mean over items, or what
-    `metrics.py` says of the whole split.
+    `metrics.py` says of the whole split. Answers in words that were not generated have no metric, and a split
+    without a loss neither loss nor accuracy.
 
-    `items.correct` of a task with values is a closeness: 1 - |error| / spread of the split's values, or 0.
-    `items.answers` are what was generated, or what a head said."""
+    `items.correct` of a task with values is a closeness: 1 - |error| / spread of the split's values, or 0;
+    of sampled answers the mean of an item's. `items.answers` are what was generated, the first sample of
+    each, or what a head said. Both are of the items that count in the metric, `items.loss` of those that
+    count in the loss."""
 
     scores: Mapping[str, float]
     items: Items
@@ -83,49 +93,75 @@ def evaluate(
     lanes: int,
     rows: Callable[[], AbstractContextManager[Any]],
     team: Team = ALONE,
+    seeds: Sequence[int] | None = None,
+    generate: bool = True,
 ) -> list[Scored]:
     """One `Scored` a lane, the same on all of the team, which share the batches. Inside `rows()` the model
-    takes `lanes` times a batch's rows, lane by lane."""
-    lost, said = [], []
-    with rows():
-        for number in range(team.rank, len(split.plan), team.size):
-            batch = split.batch(number)
-            logits, labels = outputs(bench, task, Batch.joined([batch] * lanes))
-            lost.append(losses(logits, labels, task).view(lanes, -1))
-            word = logits if task.answers == "value" else logits.argmax(dim=-1)
-            said.append(word.view(lanes, -1))
-    parts = team.gather(np.stack([_on_cpu(lost, lanes), _on_cpu(said, lanes)]))
-    truth, counts, place = split.truth
-    cut = np.cumsum([len(items) for _, items in split.plan])[:-1]
-    by_target, said_of = _in_order(parts, [int(of.sum()) for of in np.split(counts, cut)])
-
-    # (lanes, targets of the split), batch after batch, from here on.
-    starts = np.cumsum([0, *counts[:-1]])
-    hits = said_of == truth
-    loss = (np.add.reduceat(by_target, starts, axis=1) / counts)[:, place]
-    correct = np.logical_and.reduceat(hits, starts, axis=1)[:, place].astype(float)
+    takes `lanes` times a batch's rows, lane by lane. `seeds`: the lanes', which decide what is drawn (0 where
+    not given); `generate`: whether answers in words are generated and graded."""
+    scores: list[dict[str, float]] = [{} for _ in range(lanes)]
+    loss = correct = truth = said_of = np.zeros((lanes, 0))
     texts: list[tuple[str, ...]] = [()] * lanes
-    if task.answers == "value":
-        correct = _closeness(said_of, truth)[:, place]
+    if split.plan:
+        lost, said = [], []
+        with rows():
+            for number in range(team.rank, len(split.plan), team.size):
+                batch = split.batch(number)
+                logits, labels = outputs(bench, task, Batch.joined([batch] * lanes))
+                lost.append(losses(logits, labels, task).view(lanes, -1))
+                word = logits if task.answers == "value" else logits.argmax(dim=-1)
+                said.append(word.view(lanes, -1))
+        parts = team.gather(np.stack([_on_cpu(lost, lanes), _on_cpu(said, lanes)]))
+        truth, counts, place = split.truth
+        cut = np.cumsum([len(items) for _, items in split.plan])[:-1]
+        by_target, said_of = _in_order(parts, [int(of.sum()) for of in np.split(counts, cut)])
+
+        # (lanes, targets of the split), batch after batch, from here on.
+        starts = np.cumsum([0, *counts[:-1]])
+        hits = said_of == truth
+        loss = (np.add.reduceat(by_target, starts, axis=1) / counts)[:, place]
+        correct = np.logical_and.reduceat(hits, starts, axis=1)[:, place].astype(float)
+        if task.answers == "value":
+            correct = _closeness(said_of, truth)[:, place]
+        if task.has_head:
+            texts = [tuple(_word(task, value) for value in lane) for lane in said_of[:, place]]
+        for lane in range(lanes):
+            scores[lane]["loss"] = float(by_target[lane].mean())
+            if task.answers != "value":
+                scores[lane]["accuracy"] = float(hits[lane].mean())
     if task.answers == "generated":
-        texts = answers(bench, split.rows, split.cap, task.max_new_tokens, lanes, rows, team)
-        correct = np.array(
-            [[task.grade(e, text) for e, text in zip(split.examples, lane, strict=True)] for lane in texts]
-        )
-    elif task.has_head:
-        texts = [tuple(_word(task, value) for value in lane) for lane in said_of[:, place]]
+        correct = np.zeros((lanes, 0))
+        if generate and split.graded:
+            prompts = [(i, split.rows[i].prompt) for i in split.graded]
+            told = answers(bench, task, prompts, split.cap, seeds or [0] * lanes, rows, team)
+            correct = _worth(task, split, told, team)
+            texts = [tuple(samples[0] for samples in lane) for lane in told]
     found = []
     for lane in range(lanes):
-        scores = {"loss": float(by_target[lane].mean())}
-        if task.answers != "value":
-            scores["accuracy"] = float(hits[lane].mean())
         if task.has_head:
-            scores[task.metric] = metrics.of(task)(said_of[lane], truth)
-        else:
-            scores[task.metric] = float(correct[lane].mean())
+            scores[lane][task.metric] = metrics.of(task)(said_of[lane], truth)
+        elif correct.size:
+            scores[lane][task.metric] = float(correct[lane].mean())
         items = Items(tuple(correct[lane].tolist()), tuple(loss[lane].tolist()), texts[lane])
-        found.append(Scored(scores, items))
+        found.append(Scored(scores[lane], items))
     return found
+
+
+def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team) -> np.ndarray:
+    """(lanes, graded items): the mean over an item's samples. Each of the team grades a part: a grade may be
+    a program that is run, and take its time."""
+    said = [
+        (split.examples[item], answer)
+        for lane in told
+        for item, samples in zip(split.graded, lane, strict=True)
+        for answer in samples
+    ]
+    mine = said[team.rank :: team.size]
+    worths = task.grade_all([example for example, _ in mine], [answer for _, answer in mine])
+    whole = np.zeros(len(said))
+    for rank, theirs in enumerate(team.gather(worths)):
+        whole[rank :: team.size] = theirs
+    return whole.reshape(len(told), len(split.graded), -1).mean(axis=2)
 
 
 def _on_cpu(batches: Sequence[Tensor], lanes: int) -> np.ndarray:

@@ -201,7 +201,7 @@ class Lane:
     def unsound(self) -> str | None:
         """A loss on a held-out split that is not finite: why the lane has diverged."""
         for e in self.evaluations:
-            if e.step == self.step and not math.isfinite(e.scores["loss"]):
+            if e.step == self.step and not math.isfinite(e.scores.get("loss", 0.0)):
                 return f"{e.split} loss {e.scores['loss']} after step {e.step}"
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -165,16 +166,27 @@ class Pack:
             objective.backward()
         return parts.detach().unbind()
 
-    def scores(self, lanes: Sequence[Lane], split: str) -> list[Scored]:
-        names = [lane.name for lane in lanes]
-        return evaluate(
-            self.bench,
-            self.data.task,
-            self.data.splits[split],
-            len(lanes),
-            lambda: self.adapters.rows(names, None),
-            self.team,
-        )
+    def scores(self, lanes: Sequence[Lane], split: str, always: bool = False) -> list[Scored]:
+        """`always`: with answers generated, also for lanes on their way of a task that has them graded at the
+        end (to see what memory they need)."""
+        found: dict[str, Scored] = {}
+        always = always or self.data.task.graded == "always"
+        for generate in (False, True):
+            together = [lane for lane in lanes if generate == (always or lane.at_end)]
+            if together:
+                names = [lane.name for lane in together]
+                scored = evaluate(
+                    self.bench,
+                    self.data.task,
+                    self.data.splits[split],
+                    len(together),
+                    partial(self.adapters.rows, names, None),
+                    self.team,
+                    [lane.configuration.seed for lane in together],
+                    generate,
+                )
+                found.update(zip(names, scored, strict=True))
+        return [found[lane.name] for lane in lanes]
 
 
 def _norm(lane: Lane) -> Tensor:

@@ -38,15 +38,16 @@ T = TypeVar("T")
 
 Progress = Callable[[str], None]
 
-TEXT, BYTES, INTEGERS, NUMBERS = (
+TEXT, BYTES, INTEGER, INTEGERS, NUMBERS = (
     pa.large_string(),
     pa.large_binary(),
+    pa.int32(),
     pa.large_list(pa.int32()),
     pa.large_list(pa.float64()),
 )
-EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT}
+EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
-ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": pa.int32()}
+ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
 """The same of `Row`. Targets that are values are numbers."""
 
 FORMAT = 1

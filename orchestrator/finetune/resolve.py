@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -59,11 +59,21 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
         raise BadInput(
             f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."
         )
+    options = split_as(options, task)
     model = options.model or task.default_model
     models.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
     fixed, searched = _searched(options, variants, task, grid)
     return Names(variants, task, model, grid, fixed, searched)
+
+
+def split_as(options: StudyOptions, task: Task) -> StudyOptions:
+    """With the task's own parts of a batch where none were typed, or fewer where the batch does not divide by
+    them."""
+    if options.accumulation is not None:
+        return options
+    size, most = options.batch_size or task.defaults.batch_size, task.defaults.accumulation
+    return replace(options, accumulation=max(n for n in range(1, most + 1) if size % n == 0))
 
 
 def base(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
@@ -78,14 +88,16 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     Raises BadInput for a rank or target that the model cannot have, for a variant that does not suit the task
     (as far as the model is there to be asked), and for a space with such values at its ends."""
     task, defaults = chosen.task, chosen.task.defaults
+    options = split_as(options, task)
     model = ModelChoice(chosen.model, content, options.dtype or defaults.dtype)
-    batch_size, parts = options.batch_size or defaults.batch_size, options.accumulation
+    batch_size, parts = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
+    choice = task.choice()  # reads all of the data
     made = [
         Configuration(
             variant=_variant(name, options),
-            task=task.choice(),
+            task=choice,
             model=model,
             # The learning rate is replaced by the grid's.
             optimizer=Optimizer(
@@ -190,7 +202,7 @@ def _searched(
     for dimension in searched.dimensions:
         _check_head(f"--space {dimension.key}", dimension.name, task)
         if dimension.name == "batch_size":
-            if not dimension.choices and options.accumulation > 1:
+            if not dimension.choices and (options.accumulation or 1) > 1:
                 raise BadInput(
                     f"--space {dimension.key}: with --accumulation {options.accumulation} take a choice of "
                     "batch sizes that it divides."

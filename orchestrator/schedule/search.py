@@ -173,7 +173,7 @@ class PerGroupSearch(Searcher):
 
     def _outcome(self, configuration: Configuration) -> Outcome | None:
         """What the store knows of it; None when it is to be trained."""
-        fingerprint, metric = configuration.fingerprint, configuration.task.metric
+        fingerprint, task = configuration.fingerprint, configuration.task
         record = self.store.meets(fingerprint, settings(self.scheduler, configuration))
         if record is None:
             failed = self.store.failures(fingerprint) >= FAILURES_ALLOWED
@@ -181,7 +181,7 @@ class PerGroupSearch(Searcher):
         if record.state != "stopped":
             return Outcome("complete", record.score("validation"))
         seen = [
-            e.scores[metric]
+            e.scores.get(task.metric, task.floor)  # as the trial said
             for e in record.evaluations
             if e.split == "validation" and e.step <= (record.stopped_at or record.steps)
         ]

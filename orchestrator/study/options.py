@@ -75,9 +75,9 @@ class StudyOptions:
     stopping looks no sooner than that; another number makes other configurations."""
     batch_size: int | None = None
     """Examples an optimizer step. Default: the task's."""
-    accumulation: int = 1
+    accumulation: int | None = None
     """Parts of equal size in which a step's examples are computed, one after another: less memory, the same
-    numbers up to rounding (with dropout, other masks). Must divide the batch size."""
+    numbers up to rounding (with dropout, other masks). Must divide the batch size. Default: the task's."""
     gradient_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, more time, the same numbers."""
     head_learning_rate: str = "same"
@@ -275,16 +275,15 @@ class StudyOptions:
 
     def check_batch(self, batch_size: int) -> None:
         """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
-        if batch_size % self.accumulation:
-            parts = max(n for n in range(1, self.accumulation) if batch_size % n == 0)
-            raise BadInput(
-                f"--accumulation {self.accumulation}: must divide the batch size, {batch_size}; take {parts}."
-            )
-        rows = batch_size // self.accumulation
+        parts = self.accumulation or 1
+        if batch_size % parts:
+            fits = max(n for n in range(1, parts) if batch_size % n == 0)
+            raise BadInput(f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}.")
+        rows = batch_size // parts
         if self.workers_per_seat > rows:
             raise BadInput(
                 f"--workers-per-seat {self.workers_per_seat}: every worker needs a row of the {rows} "
-                f"computed at once (batch size {batch_size}, accumulation {self.accumulation}); take {rows}."
+                f"computed at once (batch size {batch_size}, accumulation {parts}); take {rows}."
             )
 
     def check_output(self) -> None:

@@ -32,11 +32,16 @@ NO_LOSS = -100
 class Example:
     """`prompt + answer` is the whole text; the model sees the prompt and has to give the answer. For a task
     with a head the prompt is the text and the answer what it is to be given: a class, or a number. `pair`: a
-    second text beside the prompt, where a task is about two."""
+    second text beside the prompt, where a task is about two.
+
+    `truth`: what `grade` has to know and the model is not taught, where that is more than `answer`. `scored`:
+    whether an example of a held-out split counts in the loss, in the metric, or in both."""
 
     prompt: str
     answer: str
     pair: str | None = None
+    truth: str | None = None
+    scored: Literal["both", "loss", "grade"] = "both"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class TaskDefaults:
     dtype: Dtype = "float32"
     schedule: ScheduleName = "cosine"
     weight_decay: float = 0.0
+    accumulation: int = 1
+    """Parts in which a batch is computed: of a task whose whole batch is more than usual GPUs hold."""
 
 
 class Task:
@@ -91,6 +98,17 @@ class Task:
     """The classes of a `label` task, in the order of the head's outputs."""
     max_new_tokens: ClassVar[int] = 0
     """Of a generated answer."""
+    samples: ClassVar[int] = 1
+    """Answers generated to an item, whose score is the mean of theirs."""
+    temperature: ClassVar[float] = 0.0
+    """0: greedy decoding. Above: answers are drawn from the softmax of the logits divided by it."""
+    top_p: ClassVar[float] = 1.0
+    """Of the drawing: from the most probable tokens that together have this probability."""
+    stop: ClassVar[tuple[str, ...]] = ()
+    """A generated answer ends before the first of these."""
+    graded: ClassVar[Literal["always", "at the end"]] = "always"
+    """at the end: answers are generated and graded at a fine-tune's last evaluation only; those on its way
+    give the loss, which is all that early stopping looks at, for a small part of the time."""
     defaults: ClassVar[TaskDefaults]
 
     # -- to be given by a task -------------------------------------------------------------------------
@@ -103,6 +121,11 @@ class Task:
     def grade(self, example: Example, answer: str) -> float:
         """The worth of a generated answer, 0 to 1."""
         return float(answer.strip() == example.answer.strip())
+
+    def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
+        """The worths of many answers, each to the example at its place; for grading that is better done
+        together, in parallel."""
+        return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
     def encode(self, example: Example, tokenizer: Any) -> Encoded:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
@@ -256,9 +279,12 @@ class Task:
         return {s: found[s][: wanted[s]] for s in SPLITS}
 
 
-def _content(example: Example) -> tuple[str, ...]:
+def _content(example: Example) -> tuple[str | dict[str, str | None], ...]:
     """What of an example its task's revision names."""
-    return (example.prompt, example.answer, *((example.pair,) if example.pair is not None else ()))
+    more: list[str | dict[str, str | None]] = [] if example.pair is None else [example.pair]
+    if example.truth is not None or example.scored != "both":
+        more.append({"truth": example.truth, "scored": example.scored})
+    return (example.prompt, example.answer, *more)
 
 
 def split_of(key: str, held_out: Sequence[Split] = HELD_OUT, parts: int = 5) -> Split:

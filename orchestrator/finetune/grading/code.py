@@ -1,0 +1,61 @@
+"""Does a program written by a model pass its tests? Found out in a sandbox.
+
+**Walls** (`sandbox/walls.py`; one test tries to break out of each): own namespaces of users, mounts,
+processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones; no
+network at all, not even loopback; a root that shows the interpreter, its packages and /usr for reading, and an
+empty /tmp of limited size that goes with it; an environment of six fixed variables; limits on wall clock, CPU,
+memory, processes, file size, files; output goes nowhere. When its first process ends, or this one kills it,
+the kernel ends all that is in it. Where a machine lets no such walls be made `passes` refuses in one line
+(`sandbox.level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
+
+**A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
+verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
+what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
+"passed", ending early with exit code 0, overriding assert, check or isclose, reading frames or memory, killing
+its parent, writing result files, or returning an object that is equal to everything gains it nothing.
+
+**What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
+that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests, and
+objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). A hole in
+the kernel is a hole in this sandbox. Memory is limited for each process: `processes` times `memory` at worst,
+and the machine's out-of-memory killer takes these processes first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from orchestrator.finetune.grading.programs import human_eval_program, mbpp_program, parts, with_tests
+from orchestrator.finetune.grading.sandbox.run import Limits, Verdict, level, run
+
+__all__ = [
+    "Limits",
+    "Verdict",
+    "human_eval_program",
+    "level",
+    "mbpp_program",
+    "passes",
+    "passes_all",
+    "with_tests",
+]
+
+
+def passes(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (frozen)
+    """The verdict on one program with its tests (`human_eval_program`, `mbpp_program`, `with_tests`). Raises
+    BadInput where no sandbox can be made, Trouble when one could not be made this time; neither says
+    anything of the program."""
+    return run(*parts(program), limits)
+
+
+def passes_all(
+    programs: Sequence[str],
+    workers: int | None = None,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> list[Verdict]:
+    """The verdicts in order, `workers` programs at once (default: as many as this process has cores)."""
+    level()  # once, before there are threads that would all ask
+    workers = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda program: passes(program, limits), programs))

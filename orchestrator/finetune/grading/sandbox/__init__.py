@@ -1,0 +1,1 @@
+"""Where programs written by a model run; see `orchestrator.finetune.grading.code`."""

@@ -1,0 +1,67 @@
+"""The side of the tests: runs them in a process of its own and says whether they came to their end.
+
+The program's functions are seen as `wire.Remote`s; what they return are plain copies. Names that the tests
+use and neither they, nor Python's builtins, nor a module of the standard library give them are the program's.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import random
+import socket
+import sys
+import traceback
+import types
+from typing import Any
+
+from orchestrator.finetune.grading.sandbox.wire import Ended, Talk
+
+ENDED = "the program ended before its tests did"
+
+
+class Program:
+    """What tests call `program`: the program's names as attributes."""
+
+    def __init__(self, talk: Talk, names: set[str]) -> None:
+        self._talk, self._names = talk, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise NameError(f"the program defines no {name}")
+        return self._talk.ask("name", name)
+
+
+def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
+    """(passed, why)."""
+    talk = Talk(connection)
+    try:
+        raised, names = talk.receive()
+        if raised:
+            return False, f"{raised}: {names}"
+        program = Program(talk, set(names))
+        code = compile(text, "<tests>", "exec", dont_inherit=True)
+        space: dict[str, Any] = {"__name__": "tests", "program": program}
+        for name in _used(code) - set(dir(builtins)) - set(space):
+            if name in sys.stdlib_module_names:
+                space[name] = importlib.import_module(name)
+            elif name in names:
+                space[name] = getattr(program, name)
+        random.seed(0)
+        exec(code, space)
+    except Ended:
+        return False, ENDED
+    except BaseException as error:
+        return False, f"{type(error).__name__}: {str(error)[:300] or _line(error, text)}"
+    return True, "passed"
+
+
+def _used(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_used, inner))
+
+
+def _line(error: BaseException, text: str) -> str:
+    """The line of the tests that was not met."""
+    numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]
+    return text.splitlines()[(numbers[-1] or 1) - 1].strip()[:200] if numbers else ""

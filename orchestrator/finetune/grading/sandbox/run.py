@@ -1,0 +1,184 @@
+"""Starts a program and its tests, each in a sandbox of its own, and hears the tests' verdict."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_TIME
+from orchestrator.finetune.grading.sandbox.judging import ENDED
+from orchestrator.study.errors import BadInput, Trouble
+
+WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
+GRACE = 60.0
+"""Seconds that putting up the walls may take on a busy machine before the machine is blamed."""
+
+Level = Literal["namespaces", "limits"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
+    `seconds` of wall clock, `processes` (threads count), and `disk` bytes and `files` files under its /tmp."""
+
+    seconds: float = 10.0
+    cpu: int = 5
+    memory: int = 1 << 30
+    processes: int = 32
+    disk: int = 16 << 20
+    files: int = 256
+    open: int = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    passed: bool
+    why: str
+
+
+@functools.cache
+def level() -> Level:
+    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made and ORCHESTRATOR_WEAK_SANDBOX=1
+    allows to do with a process's limits alone: the program can reach the network and read what its user may.
+    Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
+    try:
+        _try("namespaces")
+        return "namespaces"
+    except Trouble as error:
+        if os.environ.get(WEAK) != "1":
+            raise BadInput(
+                f"Programs written by a model are not run here: this machine lets no sandbox be made ({error}). "
+                "On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; in a container: "
+                f"--security-opt seccomp=unconfined --cap-add SYS_ADMIN; or, with no secrets in reach, {WEAK}=1."
+            ) from None
+    _try("limits")
+    return "limits"
+
+
+def _try(how: Level) -> None:
+    text = "import json\n\ndef double(n):\n    return json.loads(json.dumps(2 * n))\n"
+    verdict = run(text, "assert program.double(21) == 42", Limits(), how)
+    if not verdict.passed:
+        raise Trouble(verdict.why)
+
+
+def run(program: str, tests: str, limits: Limits, how: Level | None = None) -> Verdict:
+    """The verdict of `tests` on `program`. Raises Trouble when a sandbox could not be made: that says nothing
+    of the program."""
+    how = how or level()
+    ours, theirs = socket.socketpair()
+    heard, told = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, open(heard, "rb", 0) as result:
+        os.chmod(folder, 0o777 if how == "limits" else 0o700)
+        sides = []
+        try:
+            with ours, theirs:
+                sides.append(_Side(program, limits, how, folder, ours.fileno(), 0))
+                sides.append(_Side(tests, limits, how, folder, theirs.fileno(), told))
+            os.close(told)
+            said = _hear(result, time.monotonic() + limits.seconds + GRACE)
+        finally:
+            codes = [side.end() for side in sides]
+            complaints = [side.complaint() for side in sides]
+    for code, complaint in zip(codes, complaints, strict=True):
+        if code == NOT_SET_UP and complaint:
+            raise Trouble(complaint)
+    return _verdict(said, *codes)
+
+
+def _hear(result: IO[bytes], until: float) -> bytes:
+    """What the tests' side says, until it ends."""
+    said = b""
+    while select.select([result], [], [], max(0.0, until - time.monotonic()))[0]:
+        part = result.read(1 << 16)
+        if not part:
+            break
+        said += part
+    return said
+
+
+def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
+    if said:
+        verdict = Verdict(**json.loads(said))
+        if verdict.passed or verdict.why != ENDED:
+            return verdict
+    if OUT_OF_TIME in (program, tests):
+        return Verdict(False, "out of time")
+    if program in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
+        return Verdict(False, "out of CPU time, or killed")
+    return Verdict(False, f"{ENDED} (exit code {program})")
+
+
+class _Side:
+    """One sandbox: the launcher's process, in a process group of its own."""
+
+    def __init__(self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int) -> None:
+        project = str(Path(__file__).parents[4])
+        order: dict[str, Any] = {
+            "text": text,
+            "limits": asdict(limits),
+            "namespaces": how == "namespaces",
+            "connection": connection,
+            "result": result,
+            "folder": folder,
+            "project": project,
+            "shown": sorted({sys.base_prefix, sys.prefix}),
+            "packages": [sysconfig.get_path("purelib")],
+        }
+        start = f"import sys; sys.path.insert(0, {project!r}); from {_INSIDE} import main; main()"
+        with tempfile.TemporaryFile() as self_contained:
+            self_contained.write(json.dumps(order).encode())
+            self_contained.seek(0)
+            self.process = subprocess.Popen(
+                [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c", start],
+                stdin=self_contained,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=_ENVIRONMENT,
+                pass_fds=[connection, result] if result else [connection],
+                start_new_session=True,
+                cwd="/",
+            )
+
+    def end(self) -> int | None:
+        """Its exit code; a side that has not ended by itself a moment after the verdict is killed."""
+        try:
+            return self.process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        return None
+
+    def complaint(self) -> str:
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            os.set_blocking(stderr.fileno(), False)
+            said = stderr.read(2000) or b""
+        return said.decode(errors="replace").strip().replace("\n", " ")
+
+
+_INSIDE = "orchestrator.finetune.grading.sandbox.inside"
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # a program that depends on the order of a set gets the same verdict every time
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}

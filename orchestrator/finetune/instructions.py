@@ -1,0 +1,58 @@
+"""What the tasks that follow instructions have in common: prompts in the form of Stanford Alpaca's, and the
+tables that they are read from, once a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune import hub_data
+from orchestrator.study.errors import BadInput
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.hub_data import Table
+    from orchestrator.finetune.tasks.base import Example, Split
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+"""As in Stanford Alpaca, MetaMath's evaluation (`eval_gsm8k.py`) and PiSSA's `train.py`; each of them goes on
+in its own way after the colon."""
+
+ROWS = 1000  # read at once
+
+
+def rows(table: Table, task: str) -> Iterator[Mapping[str, Any]]:
+    """Its rows, one after another. Raises BadInput as `hub_data.read` does."""
+    for part in hub_data.read(table, task).iter(batch_size=ROWS):
+        columns = list(part)
+        for values in zip(*part.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+Examples = Callable[["Split", int], "list[Example]"]
+
+
+def read_once(read: Callable[[Split, int], Sequence[Example]]) -> Examples:
+    """`read` with its last answers kept, for each folder of one's own data: a study asks for the same
+    examples at every turn, and hub tables take seconds to read."""
+
+    @lru_cache(maxsize=6)
+    def kept(folder: str | None, split: Split, count: int) -> tuple[Example, ...]:
+        return tuple(read(split, count))
+
+    @wraps(read)
+    def asked(split: Split, count: int) -> list[Example]:
+        return list(kept(os.environ.get(hub_data.FOLDER), split, count))
+
+    return asked
+
+
+def enough(found: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
+    """The first `count`. Raises BadInput when there are fewer."""
+    if len(found) < count:
+        raise BadInput(f"Task {task!r} has {len(found)} {split} examples, {count} were asked for.")
+    return list(found[:count])
