@@ -63,7 +63,7 @@ class Split:
         targets = torch.cat([targets for targets, _ in found]).double().numpy()
         return targets, np.array([count for _, counts in found for count in counts]), place
 
-    @property
+    @cached_property
     def graded(self) -> list[int]:
         """The items that count in the metric."""
         return [i for i, example in enumerate(self.examples) if example.scored != "loss"]

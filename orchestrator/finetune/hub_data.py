@@ -11,6 +11,7 @@ that of a base model is (`hub.py`). A configuration is known by the content of i
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,8 +67,8 @@ def read(table: Table, task: str) -> Dataset:
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        cache = _cache_of(Path(where)) if revision is None else None
-        found: Any = load_dataset(where, table.subset, split=table.split, revision=revision, cache_dir=cache)
+        kept = None if revision is not None else _kept_apart(Path(where))
+        found: Any = load_dataset(where, table.subset, split=table.split, revision=revision, cache_dir=kept)
     except Exception as error:  # whatever the reader of a kind of file raises, StopIteration for an empty one
         if revision is not None and _hubs_own(error):
             raise _unreachable(table, task, error) from None
@@ -84,6 +85,17 @@ def read(table: Table, task: str) -> Dataset:
         said = _fault(table, where, revision) or f"{table} in {where}: {wrong}"
         raise BadInput(f"Task {task!r}: {said}.")
     return found
+
+
+def _kept_apart(folder: Path) -> str:
+    """The cache of a folder of one's own, as its files are now. Where a card names the subsets `datasets`
+    does not look at them: it would give the rows of an earlier state, or of another folder of that name."""
+    from datasets import config
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+    return str(Path(config.HF_DATASETS_CACHE) / f"own-{key}")
 
 
 def _kinds(table: Table) -> dict[str, Kind]:
@@ -166,19 +178,6 @@ def _place(table: Table, task: str) -> tuple[str, str | None]:
         if kept != found:  # another process was faster, and has seen another commit
             found, cached = _reached(table, task, kept)
     return (table.repository, found) if cached is None else (str(cached), None)
-
-
-def _cache_of(folder: Path) -> str:
-    """Where `datasets` keeps what it made of a folder of one's own: a place for these very files. It goes by
-    the folder's last name and the head of its README alone (5.0), and would give the rows of another folder,
-    or those that were there before."""
-    from datasets import config
-
-    seen = hashlib.sha256(str(folder).encode())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        about = path.stat()
-        seen.update(f"\n{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
-    return str(Path(config.HF_DATASETS_CACHE) / "folders" / seen.hexdigest()[:16])
 
 
 def _reached(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:

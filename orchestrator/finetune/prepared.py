@@ -41,9 +41,10 @@ Progress = Callable[[str], None]
 View = Callable[[Sequence[Any]], Sequence[T]]
 """Of a file's record batches."""
 
-TEXT, BYTES, INTEGERS, NUMBERS = (
+TEXT, BYTES, INTEGER, INTEGERS, NUMBERS = (
     pa.large_string(),
     pa.large_binary(),
+    pa.int32(),
     pa.large_list(pa.int32()),
     pa.large_list(pa.float64()),
 )
@@ -51,7 +52,7 @@ EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored
 """Field -> column, of `Example`; each may be None."""
 IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES}
 """The same of `Shown`."""
-ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": pa.int32()}
+ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
 """The same of `Row`. Targets that are values are numbers."""
 
 FORMAT = 1

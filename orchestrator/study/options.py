@@ -279,9 +279,7 @@ class StudyOptions:
         parts = self.accumulation or 1
         if batch_size % parts:
             fits = max(n for n in range(1, parts) if batch_size % n == 0)
-            raise BadInput(
-                f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}."
-            )
+            raise BadInput(f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}.")
         rows = batch_size // parts
         if self.workers_per_seat > rows:
             raise BadInput(

@@ -43,6 +43,8 @@ def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str |
         Dataset.from_list([dict(row) for row in rows]).to_parquet(place / f"{split}-00000-of-00001.parquet")
     if subset is not None:
         card = folder / "README.md"
+        if card.exists() and f"config_name: {subset}\n" in card.read_text():
+            return folder
         head = card.read_text().removesuffix("---\n") if card.exists() else "---\nconfigs:\n"
         files = "".join(f"  - split: {s}\n    path: {subset}/{s}-*.parquet\n" for s in splits)
         card.write_text(f"{head}- config_name: {subset}\n  data_files:\n{files}---\n")

@@ -272,13 +272,17 @@ def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_that_encodes_by_itself_cuts_by_itself(folders: dict[str, Path]) -> None:
+def test_a_task_that_encodes_by_itself_cuts_by_itself() -> None:
     class Own(Same):
         def encode(self, example: Example, tokenizer: object) -> Encoded:
-            return Encoded((1,) * 50, (NO_LOSS,) * 50, 50)
+            return Encoded(tuple(range(50)), (NO_LOSS,) * 50, 50)
 
+    class Cuts(Own):
         def encode_cut(self, example: Example, tokenizer: object, most: int) -> Encoded:
             return Encoded((2,) * most, (NO_LOSS,) * most, most, 3)
 
-    (row,) = encode([Example("a", "same", "b")], Own(), None, 40)
+    pair = Example("a", "same", "b")
+    (row,) = encode([pair], Own(), None, 40)
+    assert (row.ids, row.second) == ((*range(39), 49), None)
+    (row,) = encode([pair], Cuts(), None, 40)
     assert (row.ids, row.second) == ((2,) * 40, 3)

@@ -147,18 +147,19 @@ def test_a_premise_stays_whole_and_what_is_tested_is_not_learnt(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "label", "message"),
     [
-        ({"label": -1}, r"row 0 of nyu-mll/glue \(rte\) has the label -1; it must be from 0 to 1"),
-        ({"label": 2}, "has the label 2"),
+        ("rte", -1, "row 1: 'label' "),
+        ("rte", 2, "row 1: 'label' "),
+        ("stsb", -1.0, "row 1 of .*0 to 5, it is -1.0"),
     ],
 )
 def test_a_label_that_is_none_is_one_line(
-    change: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, label: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = task_of("rte")
-    bad = [{**row, **change} for row in rows(task, 1, 1)]
-    write(tmp_path, REPOSITORY, {"train": rows(task, 9, 0), "validation": bad}, subset="rte")
+    task = task_of(name)
+    bad = [{**row, "label": label} for row in rows(task, 1, 1)]
+    write(tmp_path, REPOSITORY, {"train": rows(task, 9, 0), "validation": bad}, subset=name)
     monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
     small(task, monkeypatch, train=6, validation=2, test=1)
     with pytest.raises(BadInput, match=message) as caught:

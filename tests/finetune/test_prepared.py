@@ -56,6 +56,11 @@ class Given(Task):
         answer = (*(ord(c) for c in example.answer), 1)
         return Encoded((*prompt, *answer), (*[-100] * len(prompt), *answer), len(prompt))
 
+    def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
+        ids = self.encode(example, tokenizer).ids
+        ids = (*ids[: most - 1], ids[-1])
+        return Encoded(ids, (-100,) * len(ids), len(ids))
+
 
 def of(task: Task, length: int = LENGTH) -> Configuration:
     one = configuration(max_length=length)

@@ -302,17 +302,21 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
 
 
 def _shared(team: Team, _: Path, bert: Path) -> list[Scored]:
-    """On two workers, and in the test itself: answers of classes, of values, generated ones and forced."""
+    """On two workers, and in the test itself: answers of classes, of values, generated ones, greedy and
+    sampled, and forced."""
     found = []
-    for name in ("reviews", "lengths", WORDS_TASK, "letters"):
-        task = Lengths() if name == "lengths" else tasks.get(name)
+    for name in ("reviews", "lengths", WORDS_TASK, "sampled", "letters"):
+        task = Lengths() if name == "lengths" else tasks.get(WORDS_TASK if name == "sampled" else name)
+        if name == "sampled":
+            task = type(task)()
+            task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
         here = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
         # Also a split of one batch, of which one worker has nothing.
         for size in (90, 9):
             split = split_of(task, here, size)
             with three_lanes(here) as adapters:
                 rows = lambda adapters=adapters: adapters.rows(NAMES, None)  # noqa: E731
-                found += evaluate(here, task, split, 3, rows, team)
+                found += evaluate(here, task, split, 3, rows, team, seeds=(0, 1, 2))
     return found
 
 

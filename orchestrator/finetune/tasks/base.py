@@ -197,8 +197,10 @@ class Task:
 
     def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
         """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
-        in turn, as in GLUE's reference code; the special tokens stay. A task with pairs that gives its own
-        `encode` gives this as well."""
+        in turn, as in GLUE's reference code; the special tokens stay. What a task's own `encode` gives is
+        left as it is, and loses its end like a single text, unless the task gives this as well."""
+        if type(self).encode is not Task.encode:
+            return self.encode(example, tokenizer)
         return self._texts([example], tokenizer, truncation="longest_first", max_length=most)[0]
 
     def pretrain_recipe(self) -> str:
@@ -305,7 +307,7 @@ def _content(example: Example) -> tuple[object, ...]:
     more: list[object] = [example.pair] if example.pair is not None else []
     if example.image is not None:
         more.append(example.image.digest)
-    if example.truth or example.scored != "both":
+    if example.truth is not None or example.scored != "both":
         more.append({"truth": example.truth, "scored": example.scored})
     return (example.prompt, example.answer, *more)
 

@@ -1,21 +1,22 @@
 """CodeFeedback-Filtered-Instruction (OpenCodeInterpreter, 2402.14658) to HumanEval: the survey's code.
 
 156,526 programming questions with answers, of which this takes the Python ones (about 104,800) and of these
-the first 100,000, the survey's number. An answer ends with its first block of code, as LoRA-GA's reproduction
-(`reproduce/data.py`) has it. Rows in whose question the description of a HumanEval problem stands are left out:
-the data set's sources carry some (85 rows hold HumanEval/163 alone). The survey says nothing of that.
+the first 100,000, the survey's number. An answer ends with its first block of code, as LoRA-GA's
+reproduction (`reproduce/data.py`) has it. Rows in whose question the description of a HumanEval problem
+stands are left out: the data set's sources carry some (85 rows hold HumanEval/163 alone). The survey says
+nothing of that.
 
-Test: HumanEval's 164 problems, pass@1 as the mean of 8 samples, as in the survey. Its temperature is not known:
-0.8 and nucleus 0.95 are what LoRA-GA's paper is remembered to take (its code does not say). The prompt is
-that of its `reproduce/eval_humaneval.py`, in the words of the training prompt (one line break less): the
-whole function is asked for, and the answer begins inside a block of code, whose end is the stop.
+Test: HumanEval's 164 problems, pass@1 as the mean of 8 samples, as in the survey. Its temperature is not
+known: 0.8 and nucleus 0.95 are what LoRA-GA's paper is remembered to take (its code does not say). The
+prompt is that of its `reproduce/eval_humaneval.py`, in the words of the training prompt (one line break
+less): the whole function is asked for, and the answer begins inside a block of code, whose end is the stop.
 
-Validation has two halves, in turns. Its loss is that of held-out CodeFeedback answers, which the training loss
-can be compared with; that is what early stopping and the rule for divergence look at, and all that evaluations
-on the way compute. Its metric, which choices look at, is pass@1 on MBPP's test problems (never reported, so
-free for this), 8 samples each, in HumanEval's form: the signature of the reference, the text as docstring,
-one test as example. It is a number of the test's kind. Its sampling error at 0.35 on 200 problems is 3.4
-points between sets of problems; rates and variants are compared on the same 200.
+Validation has two halves, in turns. Its loss is that of held-out CodeFeedback answers, which the training
+loss can be compared with; that is what early stopping and the rule for divergence look at, and all that
+evaluations on the way compute. Its metric, which choices look at, is pass@1 on MBPP's test problems (never
+reported, so free for this), 8 samples each, in HumanEval's form: the signature of the reference, the text
+as docstring, one test as example. It is a number of the test's kind. Its sampling error at 0.35 on 200
+problems is 3.4 points between sets of problems; rates and variants are compared on the same 200.
 
 Programs are run in a sandbox (`grading.code`).
 """
@@ -116,7 +117,9 @@ class CodeFeedback(Task):
 @read_once
 def _examples(split: Split, count: int) -> list[Example]:
     if split == "test":
-        return enough([_human_eval(row) for row in rows(HUMAN_EVAL, "codefeedback")], count, "codefeedback", split)
+        return enough(
+            [_human_eval(row) for row in rows(HUMAN_EVAL, "codefeedback")], count, "codefeedback", split
+        )
     if split == "train":
         taught = (_taught(row) for row, _ in zip(_answered("train"), range(count), strict=False))
         return enough(list(taught), count, "codefeedback", split)
@@ -161,7 +164,9 @@ def _taught(row: Mapping[str, Any], scored: Any = "both") -> Example:
 
 def _human_eval(row: Mapping[str, Any]) -> Example:
     truth = {name: row[name] for name in ("prompt", "entry_point", "test")}
-    return Example(_prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", truth=json.dumps(truth))
+    return Example(
+        _prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", truth=json.dumps(truth)
+    )
 
 
 def _mbpp(row: Mapping[str, Any]) -> Example | None:

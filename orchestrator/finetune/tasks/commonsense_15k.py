@@ -1,22 +1,24 @@
-"""Commonsense reasoning in 15,000 questions (LLM-Adapters, Hu et al. 2023, 2304.01933): one training set for
-eight evaluation sets, whose accuracies are averaged.
+"""Commonsense reasoning in 15,000 questions (LLM-Adapters, Hu et al. 2023, 2304.01933): one training set
+for eight evaluation sets, whose accuracies are averaged.
 
 LLM-Adapters' `ft-training_set/commonsense_15k.json` has no home on the hub that could be confirmed; its big
-brother of 170,000 has (zwhe99/commonsense_170k, read by many repositories), with the same columns and the same
-eight kinds of questions. The 15,000 here are a fixed draw from those: other rows than LLM-Adapters', of the
-same kinds and in the same proportions up to chance. That file's order is by kind, so the draw is a shuffle.
+brother of 170,000 has (zwhe99/commonsense_170k, read by many repositories), with the same columns and the
+same eight kinds of questions. The 15,000 here are a fixed draw from those: other rows than LLM-Adapters',
+of the same kinds and in the same proportions up to chance. That file's order is by kind, so the draw is a
+shuffle.
 
 Prompt: LLM-Adapters' own, the indentation of its source included, which is part of it (`generate_prompt` of
-`finetune.py` and of its evaluation); the last of the spaces goes to the answer, where tokenizers of byte pairs
-have it in any case. A question that ends in its choices and "Answer format: ...", an answer that reads "the
-correct answer is ...": both confirmed by outputs that repositories show. The first word of the format that an
-answer has counts (`grading.choice`), as in its `extract_answer`. Its evaluation samples with four beams at
-temperature 0.1; this is greedy, as in "Learning Rate Matters" (2602.04998).
+`finetune.py` and of its evaluation); the last of the spaces goes to the answer, where tokenizers of byte
+pairs have it in any case. A question that ends in its choices and "Answer format: ...", an answer that
+reads "the correct answer is ...": both confirmed by outputs that repositories show. What an answer takes is
+read from its words (`grading.choice`), nearly as by its `extract_answer`. Its evaluation takes four beams;
+this is greedy, as in "Learning Rate Matters" (2602.04998).
 
 Test: the labelled public split of each set, in turns so that each has the same weight: BoolQ (without its
-passage, as there), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA and SIQA are
-read from the hub's own conversion, as `datasets` runs no loading scripts any more. 150 of each by default
-(LLM-Adapters: all 22,000): sampling error 1.2 points at 0.8. Validation: held-out training questions.
+passage, as there), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA and SIQA
+are read from the hub's own conversion, as `datasets` runs no loading scripts any more. 150 of each by
+default (LLM-Adapters: all 22,000): sampling error 1.2 points at 0.8. Validation: held-out training
+questions.
 """
 
 from __future__ import annotations
@@ -165,7 +167,9 @@ def _examples(split: Split, count: int) -> list[Example]:
         for table, ask in TESTS:
             asked = (_example(*ask(row), split) for row in rows(table, "commonsense_15k"))
             sets.append([example for example, _ in zip(asked, range(each), strict=False)])
-        return enough([one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split)
+        return enough(
+            [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
+        )
     found = [
         _example(row["instruction"], row["answer"], split)
         for row in rows(TRAIN, "commonsense_15k")

@@ -13,15 +13,15 @@ error of a validation score near 60 % is 2.2 points. Both sets are graded by one
 
 Prompt: MetaMath's of `eval_gsm8k.py`, in training too, so that a lane is asked as it was taught. (MetaMath
 trains without "Let's think step by step."; which of the two the survey takes is not known.) Greedy, at most
-512 new tokens, with MetaMath's stops, all from that file. Answers are graded by what follows their last
-"The answer is:" against the number behind "####", by math-verify, which also takes an answer in a box or at
-the end of the text, and does not round, as MetaMath's own checker does.
+512 new tokens, with MetaMath's stops, all from that file. The final number of an answer is compared with
+the one behind "####" by math-verify (`grading.math`). MetaMath's own checker reads only what follows "The
+answer is: " and rounds it.
 
 Sizes are for a small model (Qwen3-0.6B), after "Learning Rate Matters" (2602.04998), whose length of 512
-tokens this takes; the survey's is 1,024 with an 8B model. One pass over 100,000 rows in batches of 64 is 1,562
-steps. Warm-up and decay are those of the survey's scripts; its cosine ends at a tenth of the rate, ours at 0.
-Rates: the survey's eight, and three above by half decades: HiRA was best at the survey's last rate (1e-3),
-so its best was not bracketed, and where it was, on small tasks, it lay a decade above LoRA's.
+tokens this takes; the survey's is 1,024 with an 8B model. One pass over 100,000 rows in batches of 64 is
+1,562 steps. Warm-up and decay are those of the survey's scripts; its cosine ends at a tenth of the rate,
+ours at 0. Rates: the survey's eight, and three above by half decades: HiRA was best at the survey's last
+rate (1e-3), so its best was not bracketed, and where it was, on small tasks, it lay a decade above LoRA's.
 """
 
 from __future__ import annotations

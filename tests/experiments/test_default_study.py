@@ -1,0 +1,67 @@
+"""The default study's plan: with the hub out of reach one line, with folders of one's own the whole of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "finetune"))  # pytest has it when it runs that folder, too
+
+import hub_folder  # noqa: E402
+
+
+def plan(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "ORCHESTRATOR_DATA")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "lr_sensitivity.py"), "--plan", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env=kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "COLUMNS": "200"} | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many rows as the study takes."""
+    root = tmp_path_factory.mktemp("data")
+    rows = []
+    for number in range(27_500):
+        own = f"What is {number} + 1?"
+        for kind in ("GSM_AnsAug", "GSM_Rephrased", "GSM_FOBAR", "MATH_AnsAug"):
+            row = {"type": kind, "query": own, "original_question": own}
+            rows.append({**row, "response": f"#### {number + 1}\nThe answer is: {number + 1}"})
+    hub_folder.write(root, "meta-math/MetaMathQA", {"train": rows})
+    test = [{"question": f"{n}?", "answer": f"It is {n}.\n#### {n}"} for n in range(1319)]
+    hub_folder.write(root, "openai/gsm8k", {"test": test}, subset="main")
+    return root
+
+
+def test_without_the_hub_one_line_says_what_to_set(tmp_path: Path) -> None:
+    done = plan(tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = "error: Task 'metamathqa': meta-math/MetaMathQA cannot be read from the data hub"
+    assert done.stderr.startswith(said)
+    assert "ORCHESTRATOR_DATA" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_folders_of_ones_own_are_planned_in_full(data: Path, tmp_path: Path) -> None:
+    model = hub_folder.llama(tmp_path / "llama")
+    done = plan(tmp_path, "--model", str(model), ORCHESTRATOR_DATA=str(data))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
+    assert lines["Task"] == "metamathqa, 1562 steps of 64"
+    assert lines["Variants"] == "lora rslora dora hira pissa"
+    rates = "rates 1e-06 1e-05 2e-05 5e-05 0.0001 0.0002 0.0005 0.001 0.003 0.01 0.03"
+    assert lines["Learning"].split() == rates.split()
+    assert lines["Seeds"] == "3"
+    assert lines["Configurations"] == "165, of them 0 known"
+    assert lines["Steps"] == f"at most {165 * 1562}"
