@@ -17,7 +17,8 @@ killing its parent, writing result files, or returning an object that is equal t
 **What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
 that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
 and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
-kernel is shared: a hole in it is a hole in this sandbox, and there is no filter of system calls. Memory is
+kernel is shared: a hole in it is a hole in this sandbox, there is no filter of system calls, and a kind of
+socket that belongs to no namespace (a virtual machine's vsock) is not kept from it. Memory is
 limited for each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes
 these processes first. A name that the tests use, and that neither they nor Python define, is the program's.
 """

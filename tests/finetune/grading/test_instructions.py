@@ -9,6 +9,7 @@ import pytest
 from orchestrator.finetune.grading.instructions import follows, grade
 from orchestrator.study.errors import BadInput
 
+
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     # As the hub has them: every instruction's options have every key, most of them empty.
     options = {key: None for _, said in instructions for key in said}

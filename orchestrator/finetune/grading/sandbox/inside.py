@@ -42,6 +42,8 @@ def main() -> None:
     connection.close()
     if order["result"]:
         os.close(order["result"])
+    if not order["namespaces"]:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and then the orphans
     code = _code(os.waitpid(child, 0)[1])
     if not order["namespaces"]:
         _end_orphans()
@@ -83,6 +85,7 @@ def _second(order: dict[str, Any], connection: socket.socket) -> None:
     try:
         if not order["namespaces"]:
             os.setsid()
+            walls.end_with_parent()
         walls.limit(limits["cpu"], limits["memory"], limits["processes"] + 1, limits["disk"], limits["open"])
         sys.path[:] = [p for p in sys.path if p != order["project"]] + order["packages"]
     except BaseException as error:

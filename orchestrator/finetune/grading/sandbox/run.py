@@ -130,11 +130,12 @@ class _Side:
     def __init__(
         self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int
     ) -> None:
+        self.namespaces = how == "namespaces"
         project = str(Path(__file__).parents[4])
         order: dict[str, Any] = {
             "text": text,
             "limits": asdict(limits),
-            "namespaces": how == "namespaces",
+            "namespaces": self.namespaces,
             "connection": connection,
             "result": result,
             "folder": folder,
@@ -158,11 +159,13 @@ class _Side:
             )
 
     def end(self) -> int | None:
-        """Its exit code; a side that has not ended by itself a moment after the verdict is killed."""
-        try:
+        """Its exit code; None for a side that had not ended by itself a moment after the verdict."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            pass
+        if not self.namespaces:  # nothing but the launcher finds what the program has hidden
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10.0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
