@@ -6,7 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("busy")
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"

@@ -8,6 +8,7 @@ that is not in Python itself: it runs without the project's packages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from orchestrator.finetune.grading.sandbox.answering import answer_calls
 from orchestrator.finetune.grading.sandbox.judging import judge
 
 NOT_SET_UP, OUT_OF_TIME = 125, 124
-"""What the launcher ends with when a wall could not be put up (stderr says which); at the wall clock's limit."""
+"""What the launcher ends with: a wall could not be put up (stderr says which); the wall clock's limit."""
 
 
 def main() -> None:
@@ -41,6 +42,8 @@ def main() -> None:
     connection.close()
     if order["result"]:
         os.close(order["result"])
+    if not order["namespaces"]:
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and then the orphans
     code = _code(os.waitpid(child, 0)[1])
     if not order["namespaces"]:
         _end_orphans()
@@ -82,6 +85,7 @@ def _second(order: dict[str, Any], connection: socket.socket) -> None:
     try:
         if not order["namespaces"]:
             os.setsid()
+            walls.end_with_parent()
         walls.limit(limits["cpu"], limits["memory"], limits["processes"] + 1, limits["disk"], limits["open"])
         sys.path[:] = [p for p in sys.path if p != order["project"]] + order["packages"]
     except BaseException as error:
@@ -130,10 +134,8 @@ def _end_orphans() -> None:
         if not children:
             return
         for child in children:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         for child in children:
             os.waitpid(child, 0)
         time.sleep(0.001)

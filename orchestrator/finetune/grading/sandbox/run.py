@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -31,7 +32,7 @@ Level = Literal["namespaces", "limits"]
 @dataclass(frozen=True)
 class Limits:
     """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
-    `seconds` of wall clock, `processes` (threads count), and `disk` bytes and `files` files under its /tmp."""
+    `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp."""
 
     seconds: float = 10.0
     cpu: int = 5
@@ -50,8 +51,9 @@ class Verdict:
 
 @functools.cache
 def level() -> Level:
-    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made and ORCHESTRATOR_WEAK_SANDBOX=1
-    allows to do with a process's limits alone: the program can reach the network and read what its user may.
+    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made, and
+    ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can reach the
+    network, and read and write what its user may (root's is nobody).
     Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
     try:
         _try("namespaces")
@@ -59,9 +61,10 @@ def level() -> Level:
     except Trouble as error:
         if os.environ.get(WEAK) != "1":
             raise BadInput(
-                f"Programs written by a model are not run here: this machine lets no sandbox be made ({error}). "
-                "On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; in a container: "
-                f"--security-opt seccomp=unconfined --cap-add SYS_ADMIN; or, with no secrets in reach, {WEAK}=1."
+                "Programs written by a model are not run here: this machine lets no sandbox be made "
+                f"({error}). On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; "
+                "in a container: --security-opt seccomp=unconfined --cap-add SYS_ADMIN; "
+                f"or, with no secrets in reach, {WEAK}=1."
             ) from None
     _try("limits")
     return "limits"
@@ -124,12 +127,15 @@ def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
 class _Side:
     """One sandbox: the launcher's process, in a process group of its own."""
 
-    def __init__(self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int) -> None:
+    def __init__(
+        self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int
+    ) -> None:
+        self.namespaces = how == "namespaces"
         project = str(Path(__file__).parents[4])
         order: dict[str, Any] = {
             "text": text,
             "limits": asdict(limits),
-            "namespaces": how == "namespaces",
+            "namespaces": self.namespaces,
             "connection": connection,
             "result": result,
             "folder": folder,
@@ -153,15 +159,15 @@ class _Side:
             )
 
     def end(self) -> int | None:
-        """Its exit code; a side that has not ended by itself a moment after the verdict is killed."""
-        try:
+        """Its exit code; None for a side that had not ended by itself a moment after the verdict."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        if not self.namespaces:  # nothing but the launcher finds what the program has hidden
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=10.0)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         return None
 
