@@ -16,6 +16,10 @@ from typing import Any
 LONGEST = 200
 """Characters of an expression; a longer one is no answer."""
 
+LOOKED_AT, TRIED = 4000, 8
+"""Characters at a text's end, and statements in them, that are looked at: a model that repeats itself costs no
+more than one that does not."""
+
 _STATED = re.compile(
     r"####"
     r"|\b(?:final |correct )?(?:answer|result|solution)\b[^.\n:=#]{0,60}?(?:\bis\b(?:\s+equal\s+to\b)?|:|=)[:\s]*"
@@ -48,13 +52,14 @@ def grade(answer: str, truth: str) -> float:
 def final(text: str) -> str:
     """The part of the text that is its answer: the last of \\boxed{...}, `####` and "answer is" that has a
     value behind it, else the last number; empty when there is none."""
-    text = text.strip()
-    spans = [(start, inner) for start, inner in _boxes(text)]
-    for match in _STATED.finditer(text):
-        spans.append((match.end(), text[match.end() :].split("\n", 1)[0]))
+    text = text.strip()[-LOOKED_AT:]
+    spans = boxes = _boxes(text)
+    for match in list(_STATED.finditer(text))[-TRIED:]:
+        line = re.match(r"\s*(.*)", text[match.end() :])
+        spans = [*spans, (match.end(), line.group(1) if line else "")]
     for start, span in sorted(spans, reverse=True):
-        if any(start > box and span in inner for box, inner in _boxes(text)):
-            continue
+        if any(box < start < box + len(inner) for box, inner in boxes):
+            continue  # words or a box inside a box
         boxed = next((inner for _, inner in _boxes(span)), None)
         value = _value(span if boxed is None else boxed, first=True)
         if value:
@@ -63,9 +68,9 @@ def final(text: str) -> str:
 
 
 def _boxes(text: str) -> list[tuple[int, str]]:
-    """(where, what is inside) of every \\boxed{...}."""
+    """(where, what is inside) of the last \\boxed{...}s."""
     found = []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-TRIED:]:
         depth, end = 1, match.end()
         while end < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)

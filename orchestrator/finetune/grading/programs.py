@@ -46,7 +46,9 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> str:
     prompt, name = str(problem["prompt"]), str(problem["entry_point"])
     whole = _whole(completion, name)
     if whole is None:
-        program = prompt + _body(_first_fence(completion) or completion)
+        body = _body(completion)
+        fence = _first_fence(completion)
+        program = prompt + (body if fence is None or _is_body(body) else _body(fence))
     else:
         program = prompt[: _start(prompt, name)] + whole
     tests = f"{prompt}\n{name} = program.{name}\n{problem['test']}\ncheck({name})"
@@ -60,7 +62,7 @@ def mbpp_program(row: Mapping[str, Any], completion: str) -> str:
     if code is None:
         code = re.split(r"\[DONE\]|^```|^assert ", completion.replace("[BEGIN]", ""), flags=re.MULTILINE)[0]
     setup = [*(row.get("test_imports") or ()), str(row.get("test_setup_code") or "")]
-    return with_tests(_longest_that_parses(code), "\n".join([*setup, *row["test_list"]]))
+    return with_tests(_longest_that_is_body(code), "\n".join([*setup, *row["test_list"]]))
 
 
 def _whole(completion: str, name: str) -> str | None:
@@ -70,7 +72,7 @@ def _whole(completion: str, name: str) -> str | None:
         code = textwrap.dedent(code)
         if defines.search(code):
             lead = re.search(r"^(from |import |def |class |@|async |[A-Za-z_]\w* *=)", code, re.MULTILINE)
-            return _longest_that_parses(code[lead.start() if lead else 0 :])
+            return _longest_that_is_body(code[lead.start() if lead else 0 :])
     return None
 
 
@@ -96,19 +98,28 @@ def _body(completion: str) -> str:
     return body
 
 
+def _is_body(body: str) -> bool:
+    return bool(body.strip()) and _is_python(f"def f():\n{body}")
+
+
 def _start(prompt: str, name: str) -> int:
     match = re.search(rf"^def {re.escape(name)}\b", prompt, re.MULTILINE)
     return match.start() if match else 0
 
 
-def _longest_that_parses(code: str) -> str:
+def _longest_that_is_body(code: str) -> str:
     """Without the prose or the half statement at the end; as it is when no beginning of it parses."""
     lines = code.rstrip().splitlines()
     for end in range(len(lines), 0, -1):
         text = "\n".join(lines[:end])
-        try:
-            ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        return text
+        if _is_python(text):
+            return text
     return code
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True

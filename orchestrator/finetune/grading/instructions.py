@@ -1,0 +1,50 @@
+"""Does an answer follow the instructions of its prompt? IFEval (Zhou et al. 2023), graded by lm-eval's checker.
+
+Two of its 25 kinds of instruction (capital words, number of sentences) cut text with NLTK's `punkt_tab`, which
+is data that NLTK downloads from GitHub: once `python -m nltk.downloader punkt_tab` (NLTK_DATA says where to).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from orchestrator.study.errors import BadInput
+
+
+def grade(row: Mapping[str, Any], answer: str) -> float:
+    """1.0 when the answer follows every instruction of `row` (google/IFEval: `prompt`, `instruction_id_list`,
+    `kwargs`), strictly; else 0.0: prompt-level strict accuracy, of which the mean is the task's score."""
+    return float(follows(row, answer)["prompt_level_strict_acc"])
+
+
+def follows(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
+    """lm-eval's four measures: prompt and instruction level, strict and loose."""
+    checker = _checker()
+    try:
+        return checker.process_results({"key": 0, **row}, [answer])
+    except LookupError as error:
+        if "punkt_tab" not in str(error):
+            raise
+        raise BadInput(
+            f"IFEval's instructions {', '.join(row['instruction_id_list'])} need NLTK's data 'punkt_tab', which is "
+            "not on this machine. Run: python -m nltk.downloader punkt_tab"
+        ) from None
+
+
+@cache
+def _checker() -> ModuleType:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it says "Downloaded" when it could not
+            import langdetect
+            from lm_eval.tasks.ifeval import utils
+    except ImportError as error:
+        raise BadInput(
+            f"IFEval is graded by lm-eval, and {error.name} is not installed. Run: pip install 'lora-orchestrator[ifeval]'"
+        ) from None
+    langdetect.DetectorFactory.seed = 0  # the language of a short text is guessed by sampling
+    return utils

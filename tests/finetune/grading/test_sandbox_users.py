@@ -1,0 +1,127 @@
+"""The sandbox as an ordinary user, on a machine that forbids it, and the weaker one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.finetune.grading.sandbox import run
+
+PROJECT = Path(run.__file__).parents[4]
+NOBODY = 65534
+
+
+@pytest.fixture
+def readable() -> Iterator[tuple[str, Path]]:
+    """An interpreter that any user may run, and a copy of the sandbox's code that any user may read."""
+    if os.getuid() != 0:
+        pytest.skip("not root: the other tests ran as an ordinary user already")
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        try:
+            subprocess.run([python, "-c", ""], user=NOBODY, group=NOBODY, cwd="/", check=True)
+            break
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    else:
+        pytest.skip("no interpreter here that another user may run")
+    folder = Path(tempfile.mkdtemp(prefix="readable-"))
+    for part in ("orchestrator/finetune/grading", "orchestrator/study/errors.py"):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (PROJECT / part).is_dir() else shutil.copy
+        copy(PROJECT / part, folder / part)
+    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
+    yield python, folder
+    shutil.rmtree(folder)
+
+
+def _as_nobody(readable: tuple[str, Path], script: str, **more: str) -> str:
+    python, folder = readable
+    done = subprocess.run(
+        [python, "-B", "-c", script],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd="/",
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), **more},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return (done.stdout + done.stderr).strip()
+
+
+STRONG = """
+from orchestrator.finetune.grading.code import level, passes, with_tests
+tests = "assert uid() == 65534 and not there('/etc/passwd') and not there('/home')"
+program = "import os\\ndef uid(): return os.getuid()\\ndef there(path): return os.path.exists(path)"
+try:
+    print(level(), passes(with_tests(program, tests)).why)
+except Exception as error:
+    print(error)
+"""
+
+
+def test_an_ordinary_user_gets_the_same_walls_or_a_refusal_in_one_line(readable: tuple[str, Path]) -> None:
+    said = _as_nobody(readable, STRONG)
+    refused = said.startswith("Programs written by a model are not run here") and "\n" not in said
+    assert said == "namespaces passed" or refused, said
+
+
+def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
+    """In a user namespace in which no further one may be made, as AppArmor and containers have it."""
+    script = "from orchestrator.finetune.grading.code import level\ntry: print(level())\nexcept Exception as e: print(e)"
+    command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "sh", "-c", command],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = done.stdout.strip()
+    assert said.startswith("Programs written by a model are not run here: this machine lets no sandbox be made"), done
+    assert "unshare" in said
+    assert said.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")
+    assert "\n" not in said
+
+
+WEAK = """
+from orchestrator.finetune.grading.code import Limits
+from orchestrator.finetune.grading.sandbox.run import run
+program = '''
+import os
+def add(a, b):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execlp('sleep', MARK, '1000')
+        os._exit(0)
+    import time; time.sleep(0.3)
+    return a + b
+def hang():
+    while True: pass
+def fake():
+    os._exit(0)
+'''.replace('MARK', repr(mark))
+for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()"):
+    print(run(program, tests, Limits(seconds=3.0, cpu=1), "limits").why)
+"""
+
+
+def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tuple[str, Path]) -> None:
+    mark = f"weak-{os.getpid()}"
+    said = _as_nobody(readable, f"mark = {mark!r}\n" + WEAK).splitlines()
+    assert said[:2] == ["passed", "AssertionError: assert add(1, 2) == 4"]
+    assert said[2] in ("out of time", "out of CPU time, or killed")
+    assert said[3] == "the program ended before its tests did (exit code 0)"
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or ())]
