@@ -1,24 +1,25 @@
 """Does a program written by a model pass its tests? Found out in a sandbox.
 
 **Walls** (`sandbox/walls.py`; one test tries to break out of each): own namespaces of users, mounts,
-processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones; no
-network at all, not even loopback; a root that shows the interpreter, its packages and /usr for reading, and an
-empty /tmp of limited size that goes with it; an environment of six fixed variables; limits on wall clock, CPU,
-memory, processes, file size, files; output goes nowhere. When its first process ends, or this one kills it,
-the kernel ends all that is in it. Where a machine lets no such walls be made `passes` refuses in one line
-(`sandbox.level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
+processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones;
+no network at all, not even loopback; a root that shows the interpreter, its packages and /usr for reading,
+and an empty /tmp of limited size that goes with it; an environment of six fixed variables; limits on wall
+clock, CPU, memory, processes, file size, files; output goes nowhere. When its first process ends, or this
+one kills it, the kernel ends all that is in it. Where a machine lets no such walls be made `passes` refuses
+in one line (`level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 
 **A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
 verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
 what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
-"passed", ending early with exit code 0, overriding assert, check or isclose, reading frames or memory, killing
-its parent, writing result files, or returning an object that is equal to everything gains it nothing.
+"passed", ending early with exit code 0, overriding assert, check or isclose, reading frames or memory,
+killing its parent, writing result files, or returning an object that is equal to everything gains nothing.
 
 **What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
-that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests, and
-objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). A hole in
-the kernel is a hole in this sandbox. Memory is limited for each process: `processes` times `memory` at worst,
-and the machine's out-of-memory killer takes these processes first.
+that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
+and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
+kernel is shared: a hole in it is a hole in this sandbox, and there is no filter of system calls. Memory is
+limited for each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes
+these processes first. A name that the tests use, and that neither they nor Python define, is the program's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Does an answer follow the instructions of its prompt? IFEval (Zhou et al. 2023), graded by lm-eval's checker.
+"""Does an answer follow the instructions of its prompt? IFEval (Zhou et al. 2023), by lm-eval's checker.
 
-Two of its 25 kinds of instruction (capital words, number of sentences) cut text with NLTK's `punkt_tab`, which
-is data that NLTK downloads from GitHub: once `python -m nltk.downloader punkt_tab` (NLTK_DATA says where to).
+Two of its 25 kinds of instruction (capital words, number of sentences) cut text with NLTK's `punkt_tab`,
+which is data that NLTK downloads from GitHub: once `python -m nltk.downloader punkt_tab` (NLTK_DATA: where).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def follows(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
         if "punkt_tab" not in str(error):
             raise
         raise BadInput(
-            f"IFEval's instructions {', '.join(row['instruction_id_list'])} need NLTK's data 'punkt_tab', which is "
-            "not on this machine. Run: python -m nltk.downloader punkt_tab"
+            f"IFEval's instructions {', '.join(row['instruction_id_list'])} need NLTK's data 'punkt_tab', "
+            "which is not on this machine. Run: python -m nltk.downloader punkt_tab"
         ) from None
 
 
@@ -44,7 +44,8 @@ def _checker() -> ModuleType:
             from lm_eval.tasks.ifeval import utils
     except ImportError as error:
         raise BadInput(
-            f"IFEval is graded by lm-eval, and {error.name} is not installed. Run: pip install 'lora-orchestrator[ifeval]'"
+            f"IFEval is graded by lm-eval, and {error.name} is not installed. "
+            "Run: pip install 'lora-orchestrator[ifeval]'"
         ) from None
     langdetect.DetectorFactory.seed = 0  # the language of a short text is guessed by sampling
     return utils

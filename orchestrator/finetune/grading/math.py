@@ -17,12 +17,12 @@ LONGEST = 200
 """Characters of an expression; a longer one is no answer."""
 
 LOOKED_AT, TRIED = 4000, 8
-"""Characters at a text's end, and statements in them, that are looked at: a model that repeats itself costs no
-more than one that does not."""
+"""Characters at a text's end, and statements in them, that are looked at: a model that repeats itself
+costs no more than one that does not."""
 
 _STATED = re.compile(
     r"####"
-    r"|\b(?:final |correct )?(?:answer|result|solution)\b[^.\n:=#]{0,60}?(?:\bis\b(?:\s+equal\s+to\b)?|:|=)[:\s]*"
+    r"|\b(?:answer|result|solution)\b[^.\n:=#]{0,60}?(?:\bis\b(?:\s+equal\s+to\b)?|:|=)[:\s]*"
     r"|\b(?:answer|result)\s*[:=]\s*",
     re.IGNORECASE,
 )
@@ -36,7 +36,9 @@ _NUMBER = re.compile(
     rf"|{_DIGITS}(?:\.\d+)?(?:[eE][-+]?\d+)?"
     rf"|\.\d+)"
 )
-_WITH_UNIT = re.compile(r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?")
+_WITH_UNIT = re.compile(
+    r"(\$?\s*[-\d.,]+)\s*(?:sq\.? |square |cubic )?(?:[a-zA-Z]{2,}| m)\s*\^\s*\{?[23]\}?\s*\$?"
+)
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
@@ -110,9 +112,13 @@ def _is_expression(text: str) -> bool:
     text = text.strip("$ ")
     if not text or len(text) > LONGEST or _NUMBER.fullmatch(text):
         return False
-    if re.search(r"\\(?:sqrt|pi|infty|cup|pm|begin|theta|cdot|times|alpha|log|sin|cos|tan)(?![a-z])|[\^_]", text):
+    if re.search(
+        r"\\(?:sqrt|pi|infty|cup|pm|begin|theta|cdot|times|alpha|log|sin|cos|tan)(?![a-z])|[\^_]", text
+    ):
         return True
-    return bool(re.fullmatch(r"[\s\da-zA-Z+\-*/().,\[\]{}]*", text)) and not re.search(r"[a-zA-Z]{2}|\d\s+\D\s*$", text)
+    return bool(re.fullmatch(r"[\s\da-zA-Z+\-*/().,\[\]{}]*", text)) and not re.search(
+        r"[a-zA-Z]{2}|\d\s+\D\s*$", text
+    )
 
 
 def _clean(match: re.Match[str], word: re.Match[str] | None) -> str:
@@ -178,9 +184,13 @@ def _parsed(text: str) -> Any:
 
 
 def _fraction(text: str) -> Fraction | None:
-    """Plain numbers, fractions and mixed numbers without the library's grammar, which reads `3 1/2` as 3/2."""
-    text = re.sub(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _slash, text)
-    parts = re.fullmatch(r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip())
+    """Plain numbers, fractions and mixed numbers without the library's grammar, which reads 3 1/2 as 3/2."""
+    text = re.sub(
+        r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _slash, text
+    )
+    parts = re.fullmatch(
+        r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip()
+    )
     if not parts:
         return None
     try:

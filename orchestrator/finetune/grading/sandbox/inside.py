@@ -8,6 +8,7 @@ that is not in Python itself: it runs without the project's packages.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from orchestrator.finetune.grading.sandbox.answering import answer_calls
 from orchestrator.finetune.grading.sandbox.judging import judge
 
 NOT_SET_UP, OUT_OF_TIME = 125, 124
-"""What the launcher ends with when a wall could not be put up (stderr says which); at the wall clock's limit."""
+"""What the launcher ends with: a wall could not be put up (stderr says which); the wall clock's limit."""
 
 
 def main() -> None:
@@ -130,10 +131,8 @@ def _end_orphans() -> None:
         if not children:
             return
         for child in children:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         for child in children:
             os.waitpid(child, 0)
         time.sleep(0.001)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -31,7 +32,7 @@ Level = Literal["namespaces", "limits"]
 @dataclass(frozen=True)
 class Limits:
     """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
-    `seconds` of wall clock, `processes` (threads count), and `disk` bytes and `files` files under its /tmp."""
+    `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp."""
 
     seconds: float = 10.0
     cpu: int = 5
@@ -50,8 +51,9 @@ class Verdict:
 
 @functools.cache
 def level() -> Level:
-    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made and ORCHESTRATOR_WEAK_SANDBOX=1
-    allows to do with a process's limits alone: the program can reach the network and read what its user may.
+    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made, and
+    ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can reach the
+    network, and read and write what its user may (root's is nobody).
     Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
     try:
         _try("namespaces")
@@ -59,9 +61,10 @@ def level() -> Level:
     except Trouble as error:
         if os.environ.get(WEAK) != "1":
             raise BadInput(
-                f"Programs written by a model are not run here: this machine lets no sandbox be made ({error}). "
-                "On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; in a container: "
-                f"--security-opt seccomp=unconfined --cap-add SYS_ADMIN; or, with no secrets in reach, {WEAK}=1."
+                "Programs written by a model are not run here: this machine lets no sandbox be made "
+                f"({error}). On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; "
+                "in a container: --security-opt seccomp=unconfined --cap-add SYS_ADMIN; "
+                f"or, with no secrets in reach, {WEAK}=1."
             ) from None
     _try("limits")
     return "limits"
@@ -124,7 +127,9 @@ def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
 class _Side:
     """One sandbox: the launcher's process, in a process group of its own."""
 
-    def __init__(self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int) -> None:
+    def __init__(
+        self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int
+    ) -> None:
         project = str(Path(__file__).parents[4])
         order: dict[str, Any] = {
             "text": text,
@@ -158,10 +163,8 @@ class _Side:
             return self.process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
             pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         return None
 

@@ -8,6 +8,7 @@ As root `nobody` is the system's nobody; as another user it is that user, called
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -122,13 +123,13 @@ def own_root(shown: Sequence[str], disk: int, files: int) -> None:
     os.makedirs(root + "/tmp", exist_ok=True)
     os.symlink("/tmp", root + "/dev/shm")  # where locks between processes are made
     owner = f"uid={NOBODY},gid={NOBODY}"
-    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes={files},mode=700,{owner}")
+    _mount(
+        "tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes={files},mode=700,{owner}"
+    )
     _write("/proc/sys/user/max_user_namespaces", "0")  # of the new namespace: no further ones inside it
     os.makedirs(root + "/proc", exist_ok=True)
-    try:
+    with contextlib.suppress(OSError):  # in a container that masks parts of /proc: programs do without
         _mount("proc", root + "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
-    except OSError:
-        pass  # in a container that masks parts of /proc: programs do without
     _mount("none", root, "none", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
     os.chdir(root)
     machine = os.uname().machine
@@ -144,7 +145,12 @@ def _one_file(path: str, root: str) -> None:
     os.makedirs(os.path.dirname(root + path), exist_ok=True)
     open(root + path, "x").close()
     _mount(path, root + path, "none", _BIND)
-    _mount("none", root + path, "none", _REMOUNT | _BIND | _NOSUID | _NOEXEC | (_RDONLY if "/etc/" in path else 0))
+    _mount(
+        "none",
+        root + path,
+        "none",
+        _REMOUNT | _BIND | _NOSUID | _NOEXEC | (_RDONLY if "/etc/" in path else 0),
+    )
 
 
 def _read_only(target: str) -> None:
@@ -162,7 +168,7 @@ def _read_only(target: str) -> None:
 
 
 def drop_rights() -> None:
-    """To `nobody`, without capabilities, for good; and nobody else of that user may look into this process."""
+    """To `nobody`, without capabilities, for good; none of that user may look into this process."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             break  # past the last one that the kernel knows, or none was there to drop

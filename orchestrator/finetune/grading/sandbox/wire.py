@@ -2,8 +2,8 @@
 
 A program written by a model may answer with an object that says it is equal to everything. So what crosses
 is numbers, text, lists and the like (an exact copy of its own builtin type); any other object stays where it
-is, and a number stands for it (`Remote` on the side of the tests). The side of the tests unpickles nothing but
-builtins: their types cannot be changed, so that no message can teach them to be equal either.
+is, and a number stands for it (`Remote` on the side of the tests). That side unpickles nothing but builtins:
+their types cannot be changed, so that no message can teach them to be equal either.
 """
 
 from __future__ import annotations
@@ -18,12 +18,27 @@ from typing import Any
 LARGEST = 64 << 20
 """Bytes of one message; a longer answer ends the talk."""
 
-PLAIN = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, slice)
+PLAIN: tuple[Any, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    range,
+    slice,
+)
 CLASSES = {kind.__name__: kind for kind in PLAIN}
 
 
 class Ended(BaseException):
-    """The other side is no longer there. No Exception, so that tests which expect one do not take it for it."""
+    """The other side is no longer there. No Exception: tests that expect one must not take it for that."""
 
 
 class Remote:
@@ -107,7 +122,11 @@ class _Out(pickle.Pickler):
             return ("yours", value.__dict__["_number"])
         if value is None or isinstance(value, PLAIN) or any(value is kind for kind in PLAIN):
             return None
-        if hasattr(type(value), "item") and type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
+        if (
+            hasattr(type(value), "item")
+            and type(value).__module__ == "numpy"
+            and not hasattr(value, "__len__")
+        ):
             return None  # numpy's scalars go as Python's, below
         self.talk.objects.append(value)
         return ("mine", len(self.talk.objects) - 1)
