@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from transformers.models.deberta import modeling_deberta as first
 from transformers.models.deberta_v2 import modeling_deberta_v2 as second
 
-MODELS = ("deberta", "deberta-v2")
-"""Their `model_type`; version 3 is of the second."""
-
 
 def positions_of_rows(model: nn.Module) -> None:
     """Changes the attention of a DeBERTa in place."""
@@ -30,7 +27,12 @@ def positions_of_rows(model: nn.Module) -> None:
 
 class First(first.DisentangledSelfAttention):
     def disentangled_att_bias(
-        self, query_layer: Tensor, key_layer: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+        self,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        relative_pos: Any,
+        rel_embeddings: Tensor,
+        scale_factor: int,
     ) -> Any:
         """query_layer, key_layer: (rows, heads, L, d), the query scaled; to (rows, heads, L, L)."""
         rows, _, length, size = query_layer.shape
@@ -50,7 +52,12 @@ class First(first.DisentangledSelfAttention):
 
 class Second(second.DisentangledSelfAttention):
     def disentangled_attention_bias(
-        self, query_layer: Tensor, key_layer: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
+        self,
+        query_layer: Tensor,
+        key_layer: Tensor,
+        relative_pos: Any,
+        rel_embeddings: Tensor,
+        scale_factor: int,
     ) -> Any:
         """query_layer, key_layer: (rows x heads, L, d); to (rows x heads, L, L)."""
         of_all, length, size = query_layer.shape

@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 class Stored(Sequence[T]):
-    """`of(**columns)` of each row of `batches`, whose columns are text, bytes, or lists of numbers (which
-    become tuples); any of them may be None. Finding a row takes the same time wherever it is."""
+    """`of(**columns)` of each row of `batches`, whose columns are text, bytes, numbers, or lists of numbers
+    (which become tuples); any of them may be None. Finding a row takes the same time wherever it is."""
 
     def __init__(self, batches: Sequence[Any], of: Callable[..., T]) -> None:
         self._of = of

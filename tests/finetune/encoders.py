@@ -34,7 +34,9 @@ def save(kind: str, folder: Path, **config: Any) -> Path:
 def _roberta(config: Mapping[str, Any]) -> Any:
     from transformers import RobertaConfig, RobertaForMaskedLM
 
-    return RobertaForMaskedLM(RobertaConfig(**SIZES, type_vocab_size=1, bos_token_id=0, eos_token_id=2, **config))
+    return RobertaForMaskedLM(
+        RobertaConfig(**SIZES, type_vocab_size=1, bos_token_id=0, eos_token_id=2, **config)
+    )
 
 
 def _bert(config: Mapping[str, Any]) -> Any:

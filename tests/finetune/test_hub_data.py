@@ -173,7 +173,7 @@ def test_without_a_hub_one_line_says_what_to_set_and_a_cached_dataset_is_read(tm
 
 @contextmanager
 def hub() -> Iterator[str]:
-    """A server that answers as the hub does for gated datasets; of org/set it tells the commit to everybody."""
+    """A server that answers as the hub does for gated datasets; it tells everybody the commit of org/set."""
 
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -112,6 +112,7 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
         _file(output / ".probe-17"),
         _file(output / "rates" / f".study.json.{hexes}"),
         _file(store.evidence / f".e.safetensors.{hexes}"),
+        _file(store.data / f".letters-0123456789abcdef.rows.arrow.{hexes}"),
         _file(store.bases / ".pointer-x1"),
         _file(store.bases / ".letters-base-ab12cd_4" / "model" / "weights").parents[1],
         _file(store.checkpoints / ("f" * 64) / "1" / f".step-00000010.safetensors.{hexes}"),
@@ -122,6 +123,8 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
         _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # of somebody who writes it at this moment
         _file(shard / ".lock"),
         _file(store.bases / ".letters-base.lock"),
+        _file(store.data / ".letters.lock"),
+        _file(store.data / "letters-0123456789abcdef.rows.arrow"),
         _file(output / "rates" / ".lock"),
         _file(store.root / ".nfs0000001"),
         _file(output / "rates" / "report.html"),

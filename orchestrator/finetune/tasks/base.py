@@ -144,13 +144,8 @@ class Task:
         prompts = [example.prompt for example in examples]
         if self.has_head:
             if len({example.pair is None for example in examples}) > 1:  # a tokenizer takes one kind only
-                return [self._encoded(example, tokenizer) for example in examples]
-            pairs = None if examples[0].pair is None else [example.pair for example in examples]
-            told = tokenizer(prompts, pairs)
-            types = (
-                [()] * len(prompts) if pairs is None else told.get("token_type_ids") or [()] * len(prompts)
-            )
-            return [self._marked(*row) for row in zip(told["input_ids"], types, strict=True)]
+                return [self._together([example], tokenizer)[0] for example in examples]
+            return self._texts(examples, tokenizer)
         asked = tokenizer(prompts, add_special_tokens=False)["input_ids"]
         said = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
         found = []
@@ -159,11 +154,32 @@ class Task:
             found.append(Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt)))
         return found
 
+    def _texts(self, examples: Sequence[Example], tokenizer: Any, **cut: Any) -> list[Encoded]:
+        """Texts, or pairs of them, with the special tokens that the model knows around them."""
+        pairs = None if examples[0].pair is None else [example.pair for example in examples]
+        made = tokenizer([example.prompt for example in examples], pairs, **cut)
+        types = made.get("token_type_ids") if pairs is not None else None
+        found = []
+        for number, ids in enumerate(map(tuple, made["input_ids"])):
+            second = None
+            if types is not None and any(types[number]):
+                second = types[number].index(1)
+                if list(types[number]) != [0] * second + [1] * (len(ids) - second):
+                    kind = type(tokenizer).__name__
+                    raise BadInput(
+                        f"Task {self.name!r}: {kind} marks the tokens of two texts otherwise than by 0 for "
+                        "the first and 1 for the second; take another model."
+                    )
+            found.append(Encoded(ids, (NO_LOSS,) * len(ids), len(ids), second))
+        return found
+
     def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
         """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
-        in turn, as in GLUE's reference code; the special tokens stay. A task with pairs that gives its own
-        `encode` gives this as well."""
-        return self._encoded(example, tokenizer, truncation="longest_first", max_length=most)
+        in turn, as in GLUE's reference code; the special tokens stay. What a task's own `encode` gives is
+        left as it is, and loses its end like a single text, unless the task gives this as well."""
+        if type(self).encode is not Task.encode:
+            return self.encode(example, tokenizer)
+        return self._texts([example], tokenizer, truncation="longest_first", max_length=most)[0]
 
     def pretrain_recipe(self) -> str:
         """Names everything that decides what `pretrain` makes; empty for a task without a base of its own.
@@ -184,22 +200,6 @@ class Task:
     def outputs(self) -> int:
         """Of the head."""
         return len(self.labels) if self.answers == "label" else 1
-
-    def _encoded(self, example: Example, tokenizer: Any, **cut: Any) -> Encoded:
-        """The text, or the two, with the special tokens that the model knows around them."""
-        found = tokenizer(example.prompt, example.pair, **cut)
-        types = found.get("token_type_ids") or () if example.pair is not None else ()
-        return self._marked(found["input_ids"], types)
-
-    def _marked(self, ids: Sequence[int], types: Sequence[int]) -> Encoded:
-        """`types`: of the tokens of a pair, as the tokenizer marks them."""
-        second = list(types).index(1) if any(types) else None
-        if second is not None and list(types) != [0] * second + [1] * (len(ids) - second):
-            raise BadInput(
-                f"Task {self.name!r}: the model's tokenizer marks the tokens of two texts otherwise than by "
-                "0 for the first and 1 for the second; take another model."
-            )
-        return Encoded(tuple(ids), (NO_LOSS,) * len(ids), len(ids), second)
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
