@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from scripted import configuration
+from points import configuration
 
 from orchestrator.schedule.trial import Trial
 
