@@ -21,7 +21,7 @@ from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.secrets import without_secrets
 
-TASK, REHEARSAL = "chain_sum", "letters"  # those of the scripts
+TASK, REHEARSAL = "metamathqa", "letters"  # those of lr_sensitivity.py
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
 
 

@@ -3,6 +3,7 @@ through the loop with a small random Llama."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,17 @@ from orchestrator.finetune.tasks.codefeedback import first_block
 from orchestrator.study.errors import BadInput
 
 TYPES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "MATH_AnsAug")
-NAMES = ("metamathqa", "codefeedback", "commonsense_15k")
+NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
+GRADED = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "alpaca" and importlib.util.find_spec("lm_eval") is None,
+            reason="the extra `ifeval` is not installed",
+        ),
+    )
+    for name in NAMES
+]
 
 
 def metamathqa(root: Path, questions: int = 120) -> Path:
@@ -116,8 +127,31 @@ def commonsense_15k(root: Path) -> Path:
     return root
 
 
-FOLDERS = {"metamathqa": metamathqa, "codefeedback": codefeedback, "commonsense_15k": commonsense_15k}
-SIZES = {"metamathqa": (100, 4, 6), "codefeedback": (600, 4, 2), "commonsense_15k": (200, 4, 16)}
+def alpaca(root: Path) -> Path:
+    rows = [
+        {"instruction": f"Say {n}.", "input": "" if n % 2 else "Loudly.", "output": f"{n}!"}
+        for n in range(400)
+    ]
+    hub_folder.write(root, "yahma/alpaca-cleaned", {"train": rows})
+    asked = {"instruction_id_list": ["punctuation:no_comma", "keywords:existence"]}
+    kwargs = [{"keywords": None, "num_words": None}, {"keywords": ["corn"], "num_words": None}]
+    prompts = [{"prompt": f"Speak of corn: {n}.", **asked, "kwargs": kwargs} for n in range(40)]
+    hub_folder.write(root, "google/IFEval", {"train": prompts})
+    return root
+
+
+FOLDERS = {
+    "metamathqa": metamathqa,
+    "codefeedback": codefeedback,
+    "commonsense_15k": commonsense_15k,
+    "alpaca": alpaca,
+}
+SIZES = {
+    "metamathqa": (100, 4, 6),
+    "codefeedback": (600, 4, 2),
+    "commonsense_15k": (200, 4, 16),
+    "alpaca": (200, 4, 6),
+}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +174,7 @@ def task(
     return found
 
 
-@pytest.mark.parametrize("task", NAMES, indirect=True)
+@pytest.mark.parametrize("task", GRADED, indirect=True)
 def test_all_the_way(
     task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -151,7 +185,7 @@ def test_all_the_way(
         task, folders[task.name], model, tmp_path, monkeypatch, seeds=(0, 1)
     )
     graded = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
-    if task.name == "codefeedback":
+    if task.name in ("codefeedback", "alpaca"):  # the other half counts in the loss
         graded["validation"] //= 2
     for record in records:
         hub_folder.assert_went_through(record, task, graded)
@@ -173,9 +207,13 @@ def test_splits_share_no_question(task: Task) -> None:
         task.examples("test", 100_000)
 
 
-@pytest.mark.parametrize("task", NAMES, indirect=True)
+@pytest.mark.parametrize("task", GRADED, indirect=True)
 def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
     """On both held-out splits, by the task's own grading."""
+    if task.name == "alpaca":
+        (asked,) = task.examples("test", 1)
+        assert task.grade_all([asked] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
+        return
     for split, count in (("validation", 4), ("test", 2)):
         asked = [e for e in task.examples(split, count) if e.scored != "loss"]  # type: ignore[arg-type]
         assert task.grade_all(asked, [e.answer for e in asked]) == [1.0] * len(asked)
