@@ -2,7 +2,8 @@
 
 **Walls** (`sandbox/walls.py`; one test tries to break out of each): own namespaces of users, mounts,
 processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones;
-no network at all, not even loopback; a root that shows the interpreter, its packages and /usr for reading,
+no network at all, not even loopback or a hypervisor's; a root that shows the interpreter, its packages and
+/usr for reading,
 and an empty /tmp of limited size that goes with it; an environment of six fixed variables; limits on wall
 clock, CPU, memory, processes, file size, files; output goes nowhere. When its first process ends, or this
 one kills it, the kernel ends all that is in it. Where a machine lets no such walls be made `passes` refuses
@@ -17,10 +18,10 @@ killing its parent, writing result files, or returning an object that is equal t
 **What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
 that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
 and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
-kernel is shared: a hole in it is a hole in this sandbox, there is no filter of system calls, and a kind of
-socket that belongs to no namespace (a virtual machine's vsock) is not kept from it. Memory is
-limited for each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes
-these processes first. A name that the tests use, and that neither they nor Python define, is the program's.
+kernel is shared: a hole in it is a hole in this sandbox; of system calls only those that make sockets or
+rings are filtered. Memory is limited for each process: `processes` times `memory` at worst, and the machine's
+out-of-memory killer takes these processes first. A name that the tests use, and that neither they nor Python
+define, is the program's.
 """
 
 from __future__ import annotations

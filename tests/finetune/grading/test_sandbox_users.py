@@ -113,10 +113,17 @@ def add(a, b):
     return a + b
 def hang():
     while True: pass
+def reaches():
+    import socket
+    try:
+        socket.socket(socket.AF_INET)
+    except PermissionError:
+        return False
+    return True
 def fake():
     os._exit(0)
 '''.replace('MARK', repr(mark))
-for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()"):
+for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()"):
     print(run(program, tests, Limits(seconds=3.0, cpu=1), "limits").why)
 """
 
@@ -127,4 +134,5 @@ def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tup
     assert said[:2] == ["passed", "AssertionError: assert add(1, 2) == 4"]
     assert said[2] in ("out of time", "out of CPU time, or killed")
     assert said[3] == "the program ended before its tests did (exit code 0)"
+    assert said[4] == "passed"
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or ())]

@@ -52,8 +52,8 @@ class Verdict:
 @functools.cache
 def level() -> Level:
     """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made, and
-    ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can reach the
-    network, and read and write what its user may (root's is nobody).
+    ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can
+    read and write what its user may (root's is nobody).
     Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
     try:
         _try("namespaces")
@@ -161,7 +161,7 @@ class _Side:
     def end(self) -> int | None:
         """Its exit code; None for a side that had not ended by itself a moment after the verdict."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=0.2)
+            return self.process.wait(timeout=3.0)
         if not self.namespaces:  # nothing but the launcher finds what the program has hidden
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
