@@ -99,11 +99,10 @@ def _rows(task: Glue, folder: str | None, held_out: int) -> _Rows:
     the order of its hash, and validation takes the first of them, whole groups, until it has enough. Unlike
     `split_of`'s shares that leaves train a known number of rows, whatever the hashes. What stands in the dev
     set word for word belongs to no other split."""
-    columns = (*task.texts, "label")
-    kinds: dict[str, Any] = dict.fromkeys(task.texts, str)
-    kinds["label"] = range(len(task.labels)) if task.labels else float
+    columns: dict[str, hub_data.Kind] = dict.fromkeys(task.texts, str)
+    columns["label"] = range(len(task.labels)) if task.labels else float
     train, dev = (
-        hub_data.read(hub_data.Table(REPOSITORY, split, columns, task.subset, REVISION, kinds), task.name)
+        hub_data.read(hub_data.Table(REPOSITORY, split, columns, task.subset, REVISION), task.name)
         for split in ("train", task.dev)
     )
     _check_classes(task, train)

@@ -32,16 +32,15 @@ _pins: Path | None = None
 
 @dataclass(frozen=True)
 class Table:
-    """One split of a dataset. `columns`: those that are read, all of which must be there, none of them null.
-    `kinds`: what their cells have to be besides (`data_files.Kind`): {"text": str, "label": range(2)}."""
+    """One split of a dataset. `columns`: those that are read, all of which must be there, and what their
+    cells have to be: {"text": str, "label": range(2)}."""
 
     repository: str
     split: str
-    columns: tuple[str, ...]
+    columns: Mapping[str, Kind] = field(hash=False)
     subset: str | None = None
     revision: str | None = None
     """A commit of the hub."""
-    kinds: Mapping[str, Kind] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return (
@@ -98,16 +97,12 @@ def _kept_apart(folder: Path) -> str:
     return str(Path(config.HF_DATASETS_CACHE) / f"own-{key}")
 
 
-def _kinds(table: Table) -> dict[str, Kind]:
-    return {column: table.kinds.get(column, object) for column in table.columns}
-
-
 def _wrong_cell(found: Dataset, table: Table) -> str | None:
     """What is wrong with a cell, looked at by columns."""
     import pyarrow as pa
     from pyarrow import compute
 
-    for name, kind in _kinds(table).items():
+    for name, kind in table.columns.items():
         # With an index mapping (a shuffle, a filter) the table below would hold more; here there is none.
         cells = found.data.column(name)
         if kind is None or len(cells) == 0:
@@ -139,7 +134,7 @@ def _fault(table: Table, where: str, revision: str | None) -> str | None:
     """Which of its files is not what it should be, and in which row: they are read one by one, now that
     something is wrong."""
     for name, path in _files(table, where, revision):
-        if (fault := fault_in(path, _kinds(table))) is not None:
+        if (fault := fault_in(path, table.columns)) is not None:
             return f"{name}: {fault}"
     return None
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 HELD_OUT = 10  # one training image in so many is for validation
+COLUMNS = {"image": object, "label": int}
 RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 """As published."""
 

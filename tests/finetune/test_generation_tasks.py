@@ -224,7 +224,7 @@ def test_a_folder_whose_files_have_changed_is_read_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where its card names subsets, for which `datasets` looks in its cache by the card alone."""
-    table = hub_data.Table("org/set", "test", ("a",), subset="main")
+    table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
     monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
     for count in (3, 5):
         hub_folder.write(tmp_path, "org/set", {"test": [{"a": n} for n in range(count)]}, subset="main")

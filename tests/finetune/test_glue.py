@@ -188,7 +188,7 @@ def test_another_folder_and_another_file_are_read_anew(
     for folder, text in (("a", "one"), ("b", "two"), ("b", "three")):
         write(tmp_path / folder, "an/example", {"train": [{"text": text}]}, subset="only")
         monkeypatch.setenv(hub_data.FOLDER, str(tmp_path / folder))
-        table = hub_data.Table("an/example", "train", ("text",), "only")
+        table = hub_data.Table("an/example", "train", {"text": str}, "only")
         assert hub_data.read(table, "x").to_dict() == {"text": [text]}
 
 

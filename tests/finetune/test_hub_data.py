@@ -42,7 +42,7 @@ def table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
             parquet.write_table(pa.table(content), where / name)
         else:
             (where / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return Table(f"{ORGANISATION}/set", "train", ("text", "label"), kinds=KINDS, **more)
+    return Table(f"{ORGANISATION}/set", "train", KINDS, **more)
 
 
 def refusal(of: Table) -> str:
@@ -131,7 +131,8 @@ for name in sys.argv[1:]:
     for revision in (None, "a" * 40):
         began = time.monotonic()
         try:
-            found = read(Table(name, "train", ("text", "label"), revision=revision), "mine")[:]
+            columns = {"text": object, "label": object}
+            found = read(Table(name, "train", columns, revision=revision), "mine")[:]
         except BadInput as error:
             found = str(error)
         print(json.dumps([found, time.monotonic() - began]))

@@ -24,8 +24,8 @@ from orchestrator.finetune.hub_data import Table
 from orchestrator.finetune.instructions import ALPACA, enough, read_once, rows
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
 
-TRAIN = Table("yahma/alpaca-cleaned", "train", ("instruction", "input", "output"))
-IFEVAL = Table("google/IFEval", "train", ("prompt", "instruction_id_list", "kwargs"))
+TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
+IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})
 HELD_OUT_PARTS = 50  # about 1,000 rows
 PROMPT_PARTS = 4
 WITH_INPUT = (

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/stanford_cars"
 COMMIT = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
@@ -17,6 +17,6 @@ class Cars(HubImages):
     title = "makes of cars"
     floor = 1 / 196
     labels = numbered(196)
-    train = Table(DATA, "train", ("image", "label"), revision=COMMIT)
-    test = Table(DATA, "test", ("image", "label"), revision=COMMIT)
+    train = Table(DATA, "train", COLUMNS, revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, revision=COMMIT)
     defaults = defaults(7_100, 700, 8_041)

@@ -38,19 +38,19 @@ from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults,
 TRAIN = Table(
     "m-a-p/CodeFeedback-Filtered-Instruction",
     "train",
-    ("query", "answer", "lang"),
+    {"query": str, "answer": str, "lang": str},
     revision="a08c213a9748c66c15d0225814be80a2e77adf4a",
 )
 HUMAN_EVAL = Table(
     "openai/openai_humaneval",
     "test",
-    ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point"), str),
     revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
 )
 MBPP = Table(
     "google-research-datasets/mbpp",
     "test",
-    ("task_id", "text", "code", "test_list", "test_setup_code"),
+    {"text": str, "code": str, "test_list": object, "test_setup_code": str},
     subset="full",
     revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
 )

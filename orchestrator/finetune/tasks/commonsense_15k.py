@@ -31,7 +31,7 @@ from orchestrator.finetune.hub_data import Table
 from orchestrator.finetune.instructions import enough, read_once, rows
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
 
-TRAIN = Table("zwhe99/commonsense_170k", "train", ("instruction", "output", "answer"))
+TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
 HELD_OUT_PARTS = 50  # about 3,400 of 170,000
 INDENT = " " * 16
 PROMPT = (
@@ -92,27 +92,44 @@ def _choices(kind: str, texts: list[str]) -> tuple[str, str]:
 
 
 def _arc(subset: str) -> Table:
-    return Table("allenai/ai2_arc", "test", ("question", "choices", "answerKey"), subset=subset)
+    return Table(
+        "allenai/ai2_arc", "test", {"question": str, "choices": object, "answerKey": str}, subset=subset
+    )
 
 
 TESTS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
-    (Table("google/boolq", "validation", ("question", "answer")), _boolq),
-    (Table("ybisk/piqa", "validation", ("goal", "sol1", "sol2", "label"), revision=CONVERTED), _piqa),
+    (Table("google/boolq", "validation", {"question": str, "answer": object}), _boolq),
+    (
+        Table(
+            "ybisk/piqa",
+            "validation",
+            {"goal": str, "sol1": str, "sol2": str, "label": range(2)},
+            revision=CONVERTED,
+        ),
+        _piqa,
+    ),
     (
         Table(
             "allenai/social_i_qa",
             "validation",
-            ("context", "question", "answerA", "answerB", "answerC", "label"),
+            dict.fromkeys(("context", "question", "answerA", "answerB", "answerC", "label"), str),
             revision=CONVERTED,
         ),
         _siqa,
     ),
-    (Table("Rowan/hellaswag", "validation", ("activity_label", "ctx", "endings", "label")), _hellaswag),
+    (
+        Table(
+            "Rowan/hellaswag",
+            "validation",
+            {"activity_label": str, "ctx": str, "endings": object, "label": str},
+        ),
+        _hellaswag,
+    ),
     (
         Table(
             "allenai/winogrande",
             "validation",
-            ("sentence", "option1", "option2", "answer"),
+            dict.fromkeys(("sentence", "option1", "option2", "answer"), str),
             subset="winogrande_xl",
         ),
         _winogrande,
@@ -120,7 +137,12 @@ TESTS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
     (_arc("ARC-Easy"), _science),
     (_arc("ARC-Challenge"), _science),
     (
-        Table("allenai/openbookqa", "test", ("question_stem", "choices", "answerKey"), subset="main"),
+        Table(
+            "allenai/openbookqa",
+            "test",
+            {"question_stem": str, "choices": object, "answerKey": str},
+            subset="main",
+        ),
         _science,
     ),
 )

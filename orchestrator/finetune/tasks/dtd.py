@@ -7,7 +7,7 @@ dataset has so many could not be looked up when this was written.
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/dtd"
 
@@ -17,6 +17,6 @@ class DTD(HubImages):
     title = "describable textures"
     floor = 1 / 47
     labels = numbered(47)
-    train = Table(DATA, "train", ("image", "label"))
-    test = Table(DATA, "test", ("image", "label"))
+    train = Table(DATA, "train", COLUMNS)
+    test = Table(DATA, "test", COLUMNS)
     defaults = defaults(3_200, 300, 1_880)

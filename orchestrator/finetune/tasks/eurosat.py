@@ -7,7 +7,7 @@ looked up when this was written (that it has ten classes could).
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/eurosat"
 
@@ -17,6 +17,6 @@ class EuroSAT(HubImages):
     title = "land seen by a satellite"
     floor = 1 / 10
     labels = numbered(10)
-    train = Table(DATA, "train", ("image", "label"))
-    test = Table(DATA, "test", ("image", "label"))
+    train = Table(DATA, "train", COLUMNS)
+    test = Table(DATA, "test", COLUMNS)
     defaults = defaults(18_900, 1_900, 2_700)

@@ -7,7 +7,7 @@ In both, many show one sign from ever nearer; validation and training share sign
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/gtsrb"
 
@@ -17,6 +17,6 @@ class GTSRB(HubImages):
     title = "traffic signs"
     floor = 1 / 43
     labels = numbered(43)
-    train = Table(DATA, "train", ("image", "label"))
-    test = Table(DATA, "test", ("image", "label"))
+    train = Table(DATA, "train", COLUMNS)
+    test = Table(DATA, "test", COLUMNS)
     defaults = defaults(23_500, 2_400, 12_630)

@@ -36,13 +36,13 @@ from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults,
 TRAIN = Table(
     "meta-math/MetaMathQA",
     "train",
-    ("type", "query", "original_question", "response"),
+    dict.fromkeys(("type", "query", "original_question", "response"), str),
     revision="aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18",
 )
 TEST = Table(
     "openai/gsm8k",
     "test",
-    ("question", "answer"),
+    {"question": str, "answer": str},
     subset="main",
     revision="740312add88f781978c0658806c59bc2815b9866",
 )

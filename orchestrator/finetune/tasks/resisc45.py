@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/resisc45"
 
@@ -16,6 +16,6 @@ class RESISC45(HubImages):
     title = "scenes seen from above"
     floor = 1 / 45
     labels = numbered(45)
-    train = Table(DATA, "train", ("image", "label"))
-    test = Table(DATA, "test", ("image", "label"))
+    train = Table(DATA, "train", COLUMNS)
+    test = Table(DATA, "test", COLUMNS)
     defaults = defaults(16_600, 1_700, 6_300)

@@ -6,7 +6,7 @@ By the first of its ten partitions 19,850 training and 19,850 test images, 50 of
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "tanganke/sun397"
 COMMIT = "9c4afd6174afa3974f209a0ef099dbbe244dfd27"
@@ -17,6 +17,6 @@ class SUN397(HubImages):
     title = "scenes"
     floor = 1 / 397
     labels = numbered(397)
-    train = Table(DATA, "train", ("image", "label"), revision=COMMIT)
-    test = Table(DATA, "test", ("image", "label"), revision=COMMIT)
+    train = Table(DATA, "train", COLUMNS, revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, revision=COMMIT)
     defaults = defaults(17_000, 1_700, 19_850)

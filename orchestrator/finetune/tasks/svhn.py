@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.hub_images import HubImages, defaults, numbered
+from orchestrator.finetune.hub_images import COLUMNS, HubImages, defaults, numbered
 
 DATA = "ufldl-stanford/svhn"
 COMMIT = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
@@ -17,6 +17,6 @@ class SVHN(HubImages):
     title = "house numbers in the street"
     floor = 1 / 10
     labels = numbered(10)
-    train = Table(DATA, "train", ("image", "label"), subset="cropped_digits", revision=COMMIT)
-    test = Table(DATA, "test", ("image", "label"), subset="cropped_digits", revision=COMMIT)
+    train = Table(DATA, "train", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, subset="cropped_digits", revision=COMMIT)
     defaults = defaults(64_500, 6_800, 26_032)
