@@ -1,15 +1,15 @@
 """Images as a model's own processor makes them: its size, crop and colours, and nothing at random.
 
-Nothing is decoded before a batch is computed. What is kept are a batch's images as 8-bit pixels, and the
-latest few thousand, so that a small set is decoded once; pixels become floats on the model's device.
+An image is decoded when its batch is next. What is kept are the latest few thousand, as 8-bit pixels, so that
+a small set is decoded once; pixels become floats on the model's device.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ class ImageProcessor:
 
     def __init__(self, own: Any) -> None:
         self.own = own
-        self._kept = lru_cache(maxsize=KEPT)(self._decoded)
+        self._kept: OrderedDict[Image, Future[Tensor]] = OrderedDict()
+        # As many threads as torch was given here: Pillow decodes and scales without Python's lock.
+        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "images")
 
     @classmethod
     def of(cls, source: str, revision: str | None) -> ImageProcessor:
@@ -43,7 +45,8 @@ class ImageProcessor:
         """(n, C, H, W), what the model is given. An image that is there several times (for several lanes) is
         decoded once."""
         place = {image: number for number, image in enumerate(dict.fromkeys(images))}
-        pixels = torch.stack(self._all(tuple(place))).to(device)
+        begun = [self._begun(image) for image in place]
+        pixels = torch.stack([each.result() for each in begun]).to(device)
         made = self.normalised(pixels).to(dtype)
         if len(place) == len(images):
             return made
@@ -64,15 +67,21 @@ class ImageProcessor:
 
     def pixels(self, image: Image) -> Tensor:
         """(C, H, W) uint8. Raises BadInput for a file that is no image."""
-        return self._kept(image)
+        return self._begun(image).result()
 
-    def _all(self, images: Sequence[Image]) -> list[Tensor]:
-        # As many threads as torch was given here: Pillow decodes and scales without Python's lock.
-        threads = min(torch.get_num_threads(), len(images))
-        if threads == 1:
-            return [self._kept(image) for image in images]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self._kept, images))
+    def soon(self, images: Iterable[Image]) -> None:
+        """They will be asked for in this order: they are decoded beside what the device computes."""
+        for image in images:
+            self._begun(image)
+
+    def _begun(self, image: Image) -> Future[Tensor]:
+        found = self._kept.get(image)
+        if found is None:
+            found = self._kept[image] = self._pool.submit(self._decoded, image)
+        self._kept.move_to_end(image)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return found
 
     def _decoded(self, image: Image) -> Tensor:
         import PIL.Image

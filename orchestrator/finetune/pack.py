@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune import prepared
-from orchestrator.finetune.data import Batch, Row, longest, training_batch
+from orchestrator.finetune.data import Batch, Row, longest, numbers, training_batch
 from orchestrator.finetune.evaluate import Scored, Split, evaluate
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import Lane, Taken
 from orchestrator.finetune.models import Bench
-from orchestrator.finetune.tasks.base import HELD_OUT, Task
+from orchestrator.finetune.tasks.base import HELD_OUT, Image, Task
 from orchestrator.finetune.team import Team
 from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
@@ -79,6 +79,8 @@ class Pack:
         The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch, on
         all workers. The lanes' losses are added; as no two share a parameter, each gets its own gradient.
         """
+        if self.data.task.inputs == "image":
+            self.bench.processor.soon(image for ahead in (0, 1) for image in self._images(lanes, ahead))
         micros = [self._batches(lane) for lane in lanes]
         totals = [sum(batch.tokens for batch in batches) for batches in micros]
         parts: list[list[Tensor]] = [[] for _ in lanes]
@@ -138,13 +140,34 @@ class Pack:
             for micro in range(batches.accumulation)
         ]
 
+    def _images(self, lanes: Sequence[Lane], ahead: int) -> Iterator[Image]:
+        """What this worker will be asked for at the lanes' next step but `ahead`."""
+        for lane in lanes:
+            batches = lane.configuration.batches
+            first = (lane.step + ahead) * batches.accumulation
+            for micro in range(first, first + batches.accumulation):
+                drawn = numbers(
+                    lane.configuration.seed,
+                    len(self.data.train),
+                    micro * batches.batch_size,
+                    batches.batch_size,
+                )
+                for number in drawn[slice(*self._mine(len(drawn)))]:
+                    image = self.data.train[number].image
+                    assert image is not None
+                    yield image
+
+    def _mine(self, rows: int) -> tuple[int, int]:
+        """This worker's rows of a micro-batch: the first, and the one behind the last."""
+        mine = np.array_split(np.arange(rows), self.team.size)[self.team.rank]
+        return int(mine[0]), int(mine[-1]) + 1
+
     def _backward(
         self, lanes: Sequence[Lane], batches: Sequence[Batch], totals: Sequence[int], micro: int
     ) -> Sequence[Tensor]:
         """Each lane's part of its loss from this worker's rows of one micro-batch, detached."""
         of = len(batches[0].ids)
-        mine = np.array_split(np.arange(of), self.team.size)[self.team.rank]
-        first, last = int(mine[0]), int(mine[-1]) + 1
+        first, last = self._mine(of)
         own = [batch.part(first, last) for batch in batches]
         whole = Batch.joined(own)
         with self.adapters.rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,26 @@ def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(f
     torch.set_num_threads(2)
     other = ImageProcessor.of(str(folder), None)
     assert torch.equal(other.inputs([first, second, first], torch.device("cpu"), torch.float32), made)
+
+
+def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_when_it_is_asked_for(
+    folder: Path,
+) -> None:
+    read_by: list[int] = []
+
+    def read() -> bytes:
+        read_by.append(threading.get_ident())
+        return photo(0).read()
+
+    image, broken = Image("good", read), Image("row 7 of cars", bytes)
+    ours = ImageProcessor.of(str(folder), None)
+    ours.soon([image, broken])
+    made = ours.inputs([image], torch.device("cpu"), torch.float32)
+    assert len(read_by) == 1
+    assert read_by != [threading.get_ident()]
+    assert torch.equal(made, ImageProcessor.of(str(folder), None).inputs([image], made.device, made.dtype))
+    with pytest.raises(BadInput, match="row 7 of cars"):
+        ours.inputs([broken], torch.device("cpu"), torch.float32)
 
 
 def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None:
