@@ -138,6 +138,16 @@ except MemoryError:
 """)
 
 
+def test_no_memory_that_no_limit_counts() -> None:
+    _nothing_to_be_had("""
+import ctypes
+libc = ctypes.CDLL(None)
+made = {'shmget': libc.shmget(0, 1 << 20, 0o1600), 'msgget': libc.msgget(0, 0o1600),
+        'semget': libc.semget(0, 1, 0o1600), 'memfd_create': libc.memfd_create(b'x', 0)}
+return {name: number for name, number in made.items() if number >= 0} or None
+""")
+
+
 def test_cpu_time() -> None:
     started = time.monotonic()
     verdict = _try("while True: pass", limits=Limits(seconds=30.0, cpu=1))

@@ -19,7 +19,7 @@ from typing import Any
 
 from orchestrator.finetune.grading.sandbox import walls
 from orchestrator.finetune.grading.sandbox.answering import answer_calls
-from orchestrator.finetune.grading.sandbox.calls import only_local_sockets
+from orchestrator.finetune.grading.sandbox.calls import filter_calls
 from orchestrator.finetune.grading.sandbox.judging import judge
 
 NOT_SET_UP, OUT_OF_TIME = 125, 124
@@ -59,7 +59,7 @@ def _first(order: dict[str, Any], connection: socket.socket) -> None:
         else:
             os.chdir(order["folder"])
         walls.drop_rights()
-        only_local_sockets()
+        filter_calls()
         walls.end_with_parent()
         child = os.fork()
         if child == 0:

@@ -7,6 +7,7 @@ use and neither they, nor Python's builtins, nor a module of the standard librar
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib
 import random
 import socket
@@ -44,7 +45,8 @@ def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
         space: dict[str, Any] = {"__name__": "tests", "program": program}
         for name in _used(code) - set(dir(builtins)) - set(space):
             if name in sys.stdlib_module_names:
-                space[name] = importlib.import_module(name)
+                with contextlib.suppress(ImportError):  # another system's, or not installed: no such name
+                    space[name] = importlib.import_module(name)
             elif name in names:
                 space[name] = getattr(program, name)
         random.seed(0)

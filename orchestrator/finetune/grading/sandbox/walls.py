@@ -199,7 +199,7 @@ def limit(cpu: int, memory: int, processes: int, file: int, files: int) -> None:
         (resource.RLIMIT_NPROC, processes),
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_NOFILE, files),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # none; with 0 a program of the machine's (core_pattern) still gets it
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):
