@@ -20,6 +20,10 @@ LOOKED_AT, TRIED = 4000, 8
 """Characters at a text's end, and statements in them, that are looked at: a model that repeats itself
 costs no more than one that does not."""
 
+HIGHEST = 12
+"""Power of a group in a text with letters or roots; of several, the powers' product."""
+
+_ARITHMETIC = re.compile(r"\\(?:[dt]?frac|cdot|times|left|right|displaystyle)(?![a-z])")
 _STATED = re.compile(
     r"####"
     r"|\b(?:answer|result|solution)\b[^.\n:=#]{0,60}?(?:\bis\b(?:\s+equal\s+to\b)?|:|=)[:\s]*"
@@ -136,25 +140,34 @@ def _same(expected: str, given: str) -> bool:
         return True
     if not (_tame(expected) and _tame(given)):
         return False
+    import sympy
     from math_verify import verify
 
     # No time limits of the library's: they are alarms, which only a main thread may set, and a worker of
     # Ray's is none. `_tame` lets nothing through that takes long.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return bool(verify(_parsed(expected), _parsed(given), timeout_seconds=None))
+    value, found = _parsed(expected), _parsed(given)
+    if _fraction(expected) is not None and any(isinstance(f, sympy.Expr) and f.free_symbols for f in found):
+        return False  # no number, whatever it would come to when it is multiplied out
+    return bool(verify(value, found, timeout_seconds=None))
 
 
 def _tame(text: str) -> bool:
     """Small enough to be worked out: no long text, no power in a power's exponent, no long exponents or
-    factorials."""
+    factorials, no high power of a group in a text with letters or roots, which would be multiplied out."""
     text = text.replace("**", "^")
     if len(text) > LONGEST or re.search(r"\d{4,}\s*!|[!)}]\s*!", text):
         return False
-    size = 1
+    multiplied_out = re.search("[a-zA-Z]", _ARITHMETIC.sub("", text)) is not None
+    size = height = 1
     for match in re.finditer(r"\^\s*", text):
         exponent = _group(text, match.end())
-        size *= max([1, *map(int, re.findall(r"\d+", exponent))])
+        power = max([1, *map(int, re.findall(r"\d+", exponent))])
+        size *= power
+        height *= power if text[: match.start()].rstrip()[-1:] in (")", "}", "]") else 1
         if "^" in exponent or "!" in exponent or text[match.end() + len(exponent) :].lstrip().startswith("^"):
+            return False
+        if multiplied_out and height > HIGHEST:
             return False
         if size > 100_000 or len(re.findall(r"\d+", exponent)) > 2:
             return False
