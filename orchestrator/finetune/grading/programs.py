@@ -10,7 +10,9 @@ equal to everything passes there. The convention is kept otherwise: prompt + com
 from __future__ import annotations
 
 import ast
+import builtins
 import re
+import sys
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -59,12 +61,23 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> str:
 
 def mbpp_program(row: Mapping[str, Any], completion: str) -> str:
     """A row of MBPP (google-research-datasets/mbpp, `full` or `sanitized`) with a model's answer: the first
-    fence, or all up to `[DONE]` or an assert at the margin. Its `test_list` asserts are the tests."""
+    fence, or all up to `[DONE]` or an assert at the margin. Its `test_list` asserts are the tests. What they
+    test is the answer's own, also where Python has something of that name: MBPP/126 asks for a `sum`."""
     code = _first_fence(completion)
     if code is None:
         code = re.split(r"\[DONE\]|^```|^assert ", completion.replace("[BEGIN]", ""), flags=re.MULTILINE)[0]
     setup = [*(row.get("test_imports") or ()), str(row.get("test_setup_code") or "")]
-    return with_tests(_longest_that_is_body(code), "\n".join([*setup, *row["test_list"]]))
+    asked = [f"{name} = program.{name}" for name in _asked(row)]
+    return with_tests(_longest_that_is_body(code), "\n".join([*setup, *asked, *row["test_list"]]))
+
+
+def _asked(row: Mapping[str, Any]) -> list[str]:
+    """The functions that its tests call by a name which is otherwise Python's own (`judging`)."""
+    defined = re.findall(r"^def (\w+)", str(row.get("code") or ""), re.MULTILINE)
+    asked = [*defined, str(row.get("entry_point") or "")]
+    tests = "\n".join(row["test_list"])
+    python = {*dir(builtins), *sys.stdlib_module_names}
+    return sorted({name for name in asked if name in python and re.search(rf"\b{name}\(", tests)})
 
 
 def _whole(completion: str, name: str) -> str | None:

@@ -183,7 +183,11 @@ def _mbpp(row: Mapping[str, Any]) -> Example | None:
     example = row["test_list"][0].strip()
     signature = f"def {called[0].name}({ast.unparse(called[0].args)}):"
     prompt = f'{signature}\n    """{text}\n\n    {example}\n    """\n'
-    truth = {"test_list": list(row["test_list"]), "test_setup_code": row["test_setup_code"]}
+    truth = {
+        "test_list": list(row["test_list"]),
+        "test_setup_code": row["test_setup_code"],
+        "entry_point": called[0].name,
+    }
     return Example(_prompt(prompt), f"{code.strip()}\n```", truth=json.dumps(truth), scored="grade")
 
 

@@ -115,6 +115,15 @@ def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() ->
     assert not passes(mbpp_program(row, program.replace("1 + height", "height")), SHORT).passed
 
 
+@pytest.mark.parametrize("known_by", [{"code": "def sum(a, b):\r\n    return 1"}, {"entry_point": "sum"}])
+def test_mbpp_may_ask_for_a_function_with_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
+    row = {**known_by, "test_list": ["assert sum(10, 15) == 6", "assert abs(-1) == 1"]}
+    program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is none of what is asked for
+    assert passes(mbpp_program(row, program), SHORT).passed
+    assert not passes(mbpp_program(row, program.replace("6", "7")), SHORT).passed
+    assert not passes(mbpp_program(row, "def add(a, b):\n    return 6\n"), SHORT).passed
+
+
 def test_a_program_without_tests_is_refused() -> None:
     with pytest.raises(BadInput, match=r"no tests behind it: use human_eval_program"):
         passes("print('passed')")
