@@ -195,6 +195,26 @@ def test_all_the_way(
         assert set(on_the_way.scores) == {"loss", "accuracy"}
 
 
+@pytest.mark.parametrize(
+    ("task", "lacking"),
+    [
+        ("codefeedback", "orchestrator.finetune.grading.code.level"),
+        ("alpaca", "orchestrator.finetune.grading.instructions.checker"),
+    ],
+    indirect=["task"],
+)
+def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
+    task: Task, lacking: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def refused() -> None:
+        raise BadInput("not here")
+
+    monkeypatch.setattr(lacking, refused)
+    monkeypatch.setattr("orchestrator.finetune.evaluate.answers", lambda *_: pytest.fail("generated"))
+    (record,) = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch)
+    assert (record.state, record.reason, record.curve) == ("failed", "BadInput: not here", ())
+
+
 @pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_splits_share_no_question(task: Task) -> None:
     parts = {

@@ -24,9 +24,8 @@ def grade(row: Mapping[str, Any], answer: str) -> float:
 
 def follows(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
     """lm-eval's four measures: prompt and instruction level, strict and loose."""
-    checker = _checker()
     try:
-        return checker.process_results({"key": 0, **row}, [answer])
+        return checker().process_results({"key": 0, **row}, [answer])
     except LookupError as error:
         if "punkt_tab" not in str(error):
             raise
@@ -37,7 +36,8 @@ def follows(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
 
 
 @cache
-def _checker() -> ModuleType:
+def checker() -> ModuleType:
+    """lm-eval's. Raises BadInput when it is not installed."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it says "Downloaded" when it could not
             import langdetect

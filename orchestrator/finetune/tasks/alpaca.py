@@ -61,6 +61,11 @@ class Alpaca(Task):
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
 
+    def can_grade(self) -> None:
+        from orchestrator.finetune.grading import instructions
+
+        instructions.checker()
+
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import instructions
 

@@ -150,6 +150,10 @@ class Task:
         together, in parallel."""
         return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
+    def can_grade(self) -> None:
+        """Raises BadInput when this machine lacks what grading needs. Asked before the first answer is
+        generated, which takes minutes."""
+
     def encode(self, example: Example, tokenizer: Any) -> Encoded:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
         apart, so that the prompt has the same ids in training and in generation. For a task with a head: the

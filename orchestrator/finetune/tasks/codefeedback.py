@@ -100,6 +100,11 @@ class CodeFeedback(Task):
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
 
+    def can_grade(self) -> None:
+        from orchestrator.finetune.grading.code import level
+
+        level()
+
     def grade(self, example: Example, answer: str) -> float:
         return self.grade_all([example], [answer])[0]
 
