@@ -315,6 +315,19 @@ def test_commonsense_asks_the_eight_sets_in_turns(task: Task) -> None:
     assert task.grade(test[7], " the correct answer is answer1") == 0.0
 
 
+def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commonsense_15k(tmp_path)
+    rows = [{"question": f"is it {n}", "answer": True} for n in range(40)]
+    hub_folder.write(tmp_path, "google/boolq", {"validation": rows})
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    few, more = (catalogue.get("commonsense_15k").examples("test", count) for count in (8, 16))
+    assert few == more[:8]
+    first = [f"is it {n}?" for n in range(2)]
+    assert not any(said in more[place].prompt for said, place in zip(first, (0, 8), strict=True))
+
+
 def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def revision(**changes: Any) -> str:
         task = letters.Letters()

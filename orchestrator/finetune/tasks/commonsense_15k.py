@@ -16,9 +16,9 @@ this is greedy, as in "Learning Rate Matters" (2602.04998).
 
 Test: the labelled public split of each set, in turns so that each has the same weight: BoolQ (without its
 passage, as there), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA and SIQA
-are read from the hub's own conversion, as `datasets` runs no loading scripts any more. 150 of each by
-default (LLM-Adapters: all 22,000): sampling error 1.2 points at 0.8. Validation: held-out training
-questions.
+are read from the hub's own conversion, as `datasets` runs no loading scripts any more. 150 of each, drawn
+once for all, by default (LLM-Adapters: all 22,000): sampling error 1.2 points at 0.8. Validation: held-out
+training questions.
 """
 
 from __future__ import annotations
@@ -187,8 +187,10 @@ def _examples(split: Split, count: int) -> list[Example]:
         each = -(-count // len(TESTS))
         sets = []
         for table, ask in TESTS:
-            asked = (_example(*ask(row), split) for row in rows(table, "commonsense_15k"))
-            sets.append([example for example, _ in zip(asked, range(each), strict=False)])
+            drawn = list(rows(table, "commonsense_15k"))
+            # Files have an order: HellaSwag's (from memory) all of ActivityNet before WikiHow.
+            random.Random("commonsense_15k").shuffle(drawn)
+            sets.append([_example(*ask(row), split) for row in drawn[:each]])
         return enough(
             [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
         )
