@@ -10,6 +10,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -70,13 +71,15 @@ class ImageProcessor:
         return self._begun(image).result()
 
     def soon(self, images: Iterable[Image]) -> None:
-        """They will be asked for in this order: they are decoded beside what the device computes."""
-        for image in images:
+        """They will be asked for in this order: they are decoded beside what the device computes, as many of
+        them as are kept. One more would push out the first before it is asked for."""
+        for image in islice(dict.fromkeys(images), KEPT):
             self._begun(image)
 
     def _begun(self, image: Image) -> Future[Tensor]:
         found = self._kept.get(image)
-        if found is None:
+        if found is None or (found.done() and found.exception() is not None):
+            # What failed is tried again: there may have been too little memory.
             found = self._kept[image] = self._pool.submit(self._decoded, image)
         self._kept.move_to_end(image)
         while len(self._kept) > KEPT:
@@ -92,7 +95,8 @@ class ImageProcessor:
             raise BadInput(
                 f"{image.name} is not an image that Pillow can read: of no kind it knows."
             ) from None
-        except (OSError, SyntaxError, ValueError) as error:  # what it raises for broken ones
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            # What it raises for broken ones, and for one of more pixels than it takes.
             raise BadInput(f"{image.name} is not an image that Pillow can read: {error}.") from None
         made = self.own(opened, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(made).astype(np.uint8))
