@@ -30,7 +30,7 @@ from pyarrow import ipc
 from orchestrator.finetune.data import Row, longest, rows_of
 from orchestrator.finetune.stored import Stored, batch_of
 from orchestrator.finetune.stored_images import ImageRows, StoredImages, shown
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.base import HELD_OUT, SPLITS, Example, Split, Task
 from orchestrator.record import files
 from orchestrator.study.configuration import Configuration, TaskChoice, canonical
 from orchestrator.study.errors import BadInput
@@ -77,6 +77,7 @@ def prepare(
     """Examples and rows as the configuration wants them, from `folder`, made first where they are lacking.
     Raises BadInput as `examples` and `data.rows_of` do."""
     found = examples(folder, configuration.task, task, progress)
+    _check_scored(found, task)
     if task.inputs == "image":  # there is nothing to tokenise
         return Prepared(found, {split: ImageRows(of, task) for split, of in found.items()})
     length = configuration.batches.max_length
@@ -117,6 +118,19 @@ def examples(
         split: _kept(folder, name, _about(choice, task, split), columns, view, partial(make, split))
         for split in SPLITS
     }
+
+
+def _check_scored(found: Mapping[Split, Sequence[Example]], task: Task) -> None:
+    """The loop watches the validation loss, and a record has the metric on both splits. Raises BadInput for a
+    task that gives no example for one of them."""
+    wanted: list[tuple[Split, str, str]] = [("validation", "loss", "grade")]
+    if task.answers == "generated":
+        wanted += [(split, "metric", "loss") for split in HELD_OUT]
+    else:
+        wanted += [("test", "loss", "grade")]
+    for split, what, other in wanted:
+        if all(example.scored == other for example in found[split]):
+            raise BadInput(f"Task {task.name!r}: no {split} example counts in the {what}.")
 
 
 def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
