@@ -58,6 +58,7 @@ ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTE
 FORMAT = 1
 """Raised by hand when what is kept of the same task changes."""
 CHUNK = 4096
+FILES_CHUNK = 128  # of images: they are in memory until they are written, a photo may be a megabyte
 QUIET_SECONDS = 4.0
 
 
@@ -244,7 +245,8 @@ def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[s
         with name.open("xb") as file:
             with ipc.new_file(file, schema) as writer:
                 done, source = 0, iter(values)
-                while chunk := list(islice(source, CHUNK)):
+                size = FILES_CHUNK if BYTES in schema.types else CHUNK
+                while chunk := list(islice(source, size)):
                     writer.write_batch(_batch(chunk, schema, done, about))
                     done += len(chunk)
             file.flush()
