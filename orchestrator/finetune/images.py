@@ -7,6 +7,7 @@ a small set is decoded once; pixels become floats on the model's device.
 from __future__ import annotations
 
 import io
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from orchestrator.finetune.tasks.base import Image
 from orchestrator.study.errors import BadInput
 
 KEPT = 2048  # 224 x 224 in three colours: 300 MB
+MOST_THREADS = 8  # of a process: there may be one a GPU
 
 
 class ImageProcessor:
@@ -31,8 +33,10 @@ class ImageProcessor:
     def __init__(self, own: Any) -> None:
         self.own = own
         self._kept: OrderedDict[Image, Future[Tensor]] = OrderedDict()
-        # As many threads as torch was given here: Pillow decodes and scales without Python's lock.
-        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "images")
+        # Pillow decodes and scales without Python's lock. Beside a GPU the cores are free, where Ray leaves
+        # torch one of them; on CPUs they are the seats'.
+        free = min(MOST_THREADS, len(os.sched_getaffinity(0))) if torch.cuda.is_available() else 1
+        self._pool = ThreadPoolExecutor(max(free, torch.get_num_threads()), "images")
 
     @classmethod
     def of(cls, source: str, revision: str | None) -> ImageProcessor:

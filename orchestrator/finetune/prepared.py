@@ -154,18 +154,22 @@ def _of(kind: Callable[..., T]) -> View[T]:
 
 
 def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
-    """What decides a split's examples. A user's file is known by its content, wherever it lies."""
+    """What decides a split's examples."""
     size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
-    file = Path(task.name)
-    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
     return {
         "format": FORMAT,
-        "task": file.stem,
-        "file": own,
+        "task": Path(task.name).stem,
+        "file": content_of_file(task),
         "revision": choice.revision,
         "split": split,
         "size": size,
     }
+
+
+def content_of_file(task: Task) -> str:
+    """A user's file is known by its content, wherever it lies; empty for a task of the project's."""
+    file = Path(task.name)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
 
 
 def _tokenizer(tokenizer: Any) -> str:
