@@ -70,6 +70,7 @@ def work(
 
     from orchestrator.cluster.meter import Gpu, Resident
     from orchestrator.cluster.probe import part_of_a_worker, probe
+    from orchestrator.finetune import hub_data
     from orchestrator.finetune.tasks import catalogue as tasks
 
     seat = SeatPlan(**plan)
@@ -86,5 +87,6 @@ def work(
         limit = limits[ray.get_runtime_context().get_node_id()]
     parts = [part_of_a_worker(Configuration.from_json(c), seat.workers) for c in configurations]
     load = loader(seat, Path(seat.store) / "bases", device)
+    hub_data.keep_pins_in(Path(seat.store) / "bases", new=False)
     bench = load(parts[0].model, tasks.get(parts[0].task.name))
-    return probe(parts, bench, seat.lanes, meter, limit)
+    return probe(parts, bench, seat.lanes, meter, limit, Path(seat.store) / "data")

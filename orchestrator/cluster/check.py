@@ -9,7 +9,7 @@ from pathlib import Path
 
 from orchestrator.cluster import growth, room, sources, storage
 from orchestrator.cluster.finding import Finding, failed, later, ok
-from orchestrator.finetune import models, resolve
+from orchestrator.finetune import hub_data, models, resolve
 from orchestrator.finetune.resolve import UNPREPARED, Names
 from orchestrator.record.store import Store
 from orchestrator.record.tracking_uri import checked, shown
@@ -68,6 +68,7 @@ class Check:
         name = self.options.model or chosen.task.default_model
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # as nodes have to find it
+        hub_data.keep_pins_in(store.bases, new=False)
         model, content = sources.model(name, store.bases)
         data, _ = sources.data(chosen.task)
         if not (self.say(model) & self.say(data)):

@@ -14,7 +14,7 @@ from orchestrator.cluster.memory import Measured
 from orchestrator.cluster.meter import Meter
 from orchestrator.finetune import prepared
 from orchestrator.finetune.calibration import evidence
-from orchestrator.finetune.data import longest
+from orchestrator.finetune.data import longest, rows_of
 from orchestrator.finetune.evaluate import Split
 from orchestrator.finetune.faults import Fault, fault_of, free_memory
 from orchestrator.finetune.lane import Lane, settings_of
@@ -34,27 +34,36 @@ RATE = 1e-4
 
 
 def probe(
-    configurations: Sequence[Configuration], bench: Bench, lanes: int, meter: Meter, limit: int
+    configurations: Sequence[Configuration],
+    bench: Bench,
+    lanes: int,
+    meter: Meter,
+    limit: int,
+    data: Path | None = None,
 ) -> list[Measured]:
-    """Of each configuration's variant. Raises what a study's worker would, but for want of memory."""
+    """Of each configuration's variant. `data`: where examples are that a study has prepared, if it has.
+    Raises what a study's worker would, but for want of memory."""
     task, first = tasks.get(configurations[0].task.name), configurations[0]
     length = first.batches.max_length
     with tempfile.TemporaryDirectory() as folder:
-        kept = prepared.prepare(Path(folder), first, task, bench.processor)
+        there = data is not None and prepared.has_examples(data, first.task, task)
+        examples = prepared.examples(data if data and there else Path(folder), first.task, task)
         rows = heapq.nlargest(
             first.batches.batch_size * first.batches.accumulation,
-            kept.rows["train"],
+            rows_of(examples["train"], task, bench.processor, length),
             key=lambda row: len(row.ids),
         )
-        longest_items = _longest(kept.examples["validation"])
+        longest_items = _longest(examples["validation"])
         split = Split.of(longest_items, task, bench.processor, longest(task, length))
-        data = Data(task, rows, {"validation": split}, {})
+        longest_ones = Data(task, rows, {"validation": split}, {})
         base = meter.now()
-        return [_measure(c, bench, data, Path(folder), lanes, meter, limit, base) for c in configurations]
+        return [
+            _measure(c, bench, longest_ones, Path(folder), lanes, meter, limit, base) for c in configurations
+        ]
 
 
 def _longest(examples: Sequence[Example]) -> Sequence[Example]:
-    return heapq.nlargest(SCORED, examples, key=lambda example: len(example.prompt) + len(example.answer))
+    return heapq.nlargest(SCORED, examples, key=lambda e: len(e.prompt) + len(e.pair or "") + len(e.answer))
 
 
 def _measure(

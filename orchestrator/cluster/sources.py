@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.cluster.finding import Finding, failed, later, listed, ok
 from orchestrator.cluster.finding import nodes as count
-from orchestrator.finetune import hub, models
+from orchestrator.finetune import hub, hub_data, models
 from orchestrator.finetune.resolve import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -51,6 +51,7 @@ def reach(model: ModelChoice | None, task: TaskChoice | None, bases: Path) -> st
         if task is not None:
             from orchestrator.finetune import prepared
 
+            hub_data.keep_pins_in(bases, new=False)
             own = tasks.get(task.name)
             if not prepared.has_examples(bases.parent / "data", task, own):
                 own.load(task)

@@ -145,8 +145,8 @@ def rows_of(
     lose their end, and those whose answer goes with it are left out. Without it (evaluation) all are kept
     whole. For a task with a head it is always given: of a longer text the model sees the last token, which
     closes it, and what fits before; of a longer pair what `Task.encode_cut` leaves. Raises BadInput when
-    nothing is left to learn, or when an example has nothing to score. `progress` is told how many examples
-    are done, now and then."""
+    nothing is left to learn, or when an example has nothing to score or to read. `progress` is told how many
+    examples are done, now and then."""
     if task.inputs == "image":
         yield from (image_row(example, task, number) for number, example in enumerate(examples))
         return
@@ -156,6 +156,11 @@ def rows_of(
         for number, (example, encoded) in enumerate(
             zip(block, task.encode_all(block, processor), strict=True), start
         ):
+            if _is_empty(encoded, example, task, held_out=max_length is None):
+                raise BadInput(
+                    f"Task {task.name!r}: the prompt of example {number} is empty: the model's tokenizer "
+                    "makes no token of it."
+                )
             long = max_length is not None and len(encoded.ids) > max_length
             if long and task.has_head and example.pair is not None:
                 assert max_length is not None
@@ -180,6 +185,14 @@ def image_row(example: Example, task: Task, number: int) -> Row:
     if example.image is None:
         raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
     return Row((), (task.target(example),), (), image=example.image)
+
+
+def _is_empty(encoded: Encoded, example: Example, task: Task, held_out: bool) -> bool:
+    """Whether there is nothing for a head to read, or for an answer to begin from."""
+    if task.has_head:
+        return not encoded.ids
+    generated = held_out and task.answers == "generated" and example.scored != "loss"
+    return generated and encoded.prompt_length == 0
 
 
 def _row(example: Example, encoded: Encoded, task: Task, max_length: int | None) -> Row | None:

@@ -121,6 +121,7 @@ def _json(path: Path, columns: Mapping[str, Kind]) -> Iterator[tuple[int | None,
 def _csv(path: Path, columns: Mapping[str, Kind]) -> Iterator[tuple[int | None, Any]]:
     """Numbers are read as such where a column is to hold them; an empty cell is null, but for text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(2**31 - 1)  # Python's own, 128 KiB, is less than a long mail has
         reader = csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():

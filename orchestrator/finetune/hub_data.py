@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "ORCHESTRATOR_DATA"
 
 _pins: Path | None = None
+_pinning = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,11 @@ class Table:
         )
 
 
-def keep_pins_in(folder: Path) -> None:
-    """Says once where the commits are kept that were asked for: the store's folder of bases."""
-    global _pins
-    _pins = folder
+def keep_pins_in(folder: Path, new: bool = True) -> None:
+    """Says once where the commits are kept that were asked for: the store's folder of bases. Without `new`
+    none is added to them."""
+    global _pins, _pinning
+    _pins, _pinning = folder, new
 
 
 def read(table: Table, task: str) -> Dataset:
@@ -159,7 +161,7 @@ def _files(table: Table, where: str, revision: str | None) -> Iterator[tuple[str
 
 def _place(table: Table, task: str) -> tuple[str, str | None]:
     """What load_dataset is given: a folder, or a repository and a commit."""
-    if (folder := os.environ.get(FOLDER)) is not None:
+    if folder := os.environ.get(FOLDER):
         own = Path(folder).expanduser() / table.repository
         if own.is_dir():
             return str(own.resolve()), None
@@ -168,7 +170,7 @@ def _place(table: Table, task: str) -> tuple[str, str | None]:
     if commit is None and _pins is not None and (pointer := read_pointer(_pins, key)) is not None:
         commit = pointer["commit"]
     found, cached = _reached(table, task, commit)
-    if commit is None and _pins is not None:
+    if commit is None and _pins is not None and _pinning:
         kept = write_pointer(_pins, key, {"name": table.repository, "commit": found})["commit"]
         if kept != found:  # another process was faster, and has seen another commit
             found, cached = _reached(table, task, kept)

@@ -7,9 +7,11 @@ a small set is decoded once; pixels become floats on the model's device.
 from __future__ import annotations
 
 import io
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from orchestrator.finetune.tasks.base import Image
 from orchestrator.study.errors import BadInput
 
 KEPT = 2048  # 224 x 224 in three colours: 300 MB
+MOST_THREADS = 8  # of a process: there may be one a GPU
 
 
 class ImageProcessor:
@@ -30,8 +33,10 @@ class ImageProcessor:
     def __init__(self, own: Any) -> None:
         self.own = own
         self._kept: OrderedDict[Image, Future[Tensor]] = OrderedDict()
-        # As many threads as torch was given here: Pillow decodes and scales without Python's lock.
-        self._pool = ThreadPoolExecutor(torch.get_num_threads(), "images")
+        # Pillow decodes and scales without Python's lock. Beside a GPU the cores are free, where Ray leaves
+        # torch one of them; on CPUs they are the seats'.
+        free = min(MOST_THREADS, len(os.sched_getaffinity(0))) if torch.cuda.is_available() else 1
+        self._pool = ThreadPoolExecutor(max(free, torch.get_num_threads()), "images")
 
     @classmethod
     def of(cls, source: str, revision: str | None) -> ImageProcessor:
@@ -70,13 +75,15 @@ class ImageProcessor:
         return self._begun(image).result()
 
     def soon(self, images: Iterable[Image]) -> None:
-        """They will be asked for in this order: they are decoded beside what the device computes."""
-        for image in images:
+        """They will be asked for in this order: they are decoded beside what the device computes, as many of
+        them as are kept. One more would push out the first before it is asked for."""
+        for image in islice(dict.fromkeys(images), KEPT):
             self._begun(image)
 
     def _begun(self, image: Image) -> Future[Tensor]:
         found = self._kept.get(image)
-        if found is None:
+        if found is None or (found.done() and found.exception() is not None):
+            # What failed is tried again: there may have been too little memory.
             found = self._kept[image] = self._pool.submit(self._decoded, image)
         self._kept.move_to_end(image)
         while len(self._kept) > KEPT:
@@ -92,7 +99,8 @@ class ImageProcessor:
             raise BadInput(
                 f"{image.name} is not an image that Pillow can read: of no kind it knows."
             ) from None
-        except (OSError, SyntaxError, ValueError) as error:  # what it raises for broken ones
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            # What it raises for broken ones, and for one of more pixels than it takes.
             raise BadInput(f"{image.name} is not an image that Pillow can read: {error}.") from None
         made = self.own(opened, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(made).astype(np.uint8))

@@ -30,7 +30,7 @@ from pyarrow import ipc
 from orchestrator.finetune.data import Row, longest, rows_of
 from orchestrator.finetune.stored import Stored, batch_of
 from orchestrator.finetune.stored_images import ImageRows, StoredImages, shown
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.base import HELD_OUT, SPLITS, Example, Split, Task
 from orchestrator.record import files
 from orchestrator.study.configuration import Configuration, TaskChoice, canonical
 from orchestrator.study.errors import BadInput
@@ -58,6 +58,7 @@ ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTE
 FORMAT = 1
 """Raised by hand when what is kept of the same task changes."""
 CHUNK = 4096
+FILES_CHUNK = 128  # of images: they are in memory until they are written, a photo may be a megabyte
 QUIET_SECONDS = 4.0
 
 
@@ -77,6 +78,7 @@ def prepare(
     """Examples and rows as the configuration wants them, from `folder`, made first where they are lacking.
     Raises BadInput as `examples` and `data.rows_of` do."""
     found = examples(folder, configuration.task, task, progress)
+    _check_scored(found, task)
     if task.inputs == "image":  # there is nothing to tokenise
         return Prepared(found, {split: ImageRows(of, task) for split, of in found.items()})
     length = configuration.batches.max_length
@@ -119,6 +121,19 @@ def examples(
     }
 
 
+def _check_scored(found: Mapping[Split, Sequence[Example]], task: Task) -> None:
+    """The loop watches the validation loss, and a record has the metric on both splits. Raises BadInput for a
+    task that gives no example for one of them."""
+    wanted: list[tuple[Split, str, str]] = [("validation", "loss", "grade")]
+    if task.answers == "generated":
+        wanted += [(split, "metric", "loss") for split in HELD_OUT]
+    else:
+        wanted += [("test", "loss", "grade")]
+    for split, what, other in wanted:
+        if all(example.scored == other for example in found[split]):
+            raise BadInput(f"Task {task.name!r}: no {split} example counts in the {what}.")
+
+
 def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
     """Whether they are there for `examples`, which would then ask the task for none."""
     name, columns, view = _examples_of(task)
@@ -139,18 +154,22 @@ def _of(kind: Callable[..., T]) -> View[T]:
 
 
 def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
-    """What decides a split's examples. A user's file is known by its content, wherever it lies."""
+    """What decides a split's examples."""
     size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
-    file = Path(task.name)
-    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
     return {
         "format": FORMAT,
-        "task": file.stem,
-        "file": own,
+        "task": Path(task.name).stem,
+        "file": content_of_file(task),
         "revision": choice.revision,
         "split": split,
         "size": size,
     }
+
+
+def content_of_file(task: Task) -> str:
+    """A user's file is known by its content, wherever it lies; empty for a task of the project's."""
+    file = Path(task.name)
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
 
 
 def _tokenizer(tokenizer: Any) -> str:
@@ -230,7 +249,8 @@ def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[s
         with name.open("xb") as file:
             with ipc.new_file(file, schema) as writer:
                 done, source = 0, iter(values)
-                while chunk := list(islice(source, CHUNK)):
+                size = FILES_CHUNK if BYTES in schema.types else CHUNK
+                while chunk := list(islice(source, size)):
                     writer.write_batch(_batch(chunk, schema, done, about))
                     done += len(chunk)
             file.flush()

@@ -61,6 +61,22 @@ def test_an_item_that_cannot_be_scored_is_named() -> None:
         encode([Example("ab", "")], Silent(), None)
 
 
+def test_an_item_with_nothing_to_read_is_named() -> None:
+    class Headed(Characters):
+        answers, labels = "label", ("a", "b")
+
+        def encode(self, example: Example, tokenizer: object) -> Encoded:
+            ids = tuple(ord(c) for c in example.prompt)
+            return Encoded(ids, (NO_LOSS,) * len(ids), len(ids))
+
+    with pytest.raises(BadInput, match="the prompt of example 1 is empty"):
+        encode([Example("x", "a"), Example("", "b")], Headed(), None, 8)
+    with pytest.raises(BadInput, match="the prompt of example 0 is empty"):
+        encode([Example("", "b")], Characters(), None)
+    assert encode([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), "to learn from it is well"
+    assert encode([Example("", "b", scored="loss")], Characters(), None)[0].ids == (98,)
+
+
 def test_pad_on_the_right() -> None:
     batch = pad([row(2), row(3)], 4, padding=0)
     assert batch.ids.tolist() == [[2, 3, 0, 0], [2, 3, 4, 0]]

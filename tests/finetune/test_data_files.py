@@ -34,6 +34,11 @@ def write(path: Path, rows: Any) -> Path:
     return path
 
 
+def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
+    row = {"text": "x" * 200_000, "label": 1}
+    assert data_files.read(write(tmp_path / "a.csv", [row]), KINDS, "mine") == [row]
+
+
 def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
     with pytest.raises(BadInput) as caught:
         data_files.read(path, kinds, "mine")

@@ -204,6 +204,27 @@ def hub() -> Iterator[str]:
         server.server_close()
 
 
+def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_data, "_pins", None)
+    monkeypatch.setattr(hub_data, "_pinning", False)
+    newest = iter("abc")
+
+    def reached(table: Table, task: str, commit: str | None) -> tuple[str, None]:
+        return commit or next(newest), None
+
+    monkeypatch.setattr(hub_data, "_reached", reached)
+    of = Table("org/elsewhere", "train", KINDS)
+    hub_data.keep_pins_in(tmp_path / "bases", new=False)
+    assert hub_data._place(of, "mine") == ("org/elsewhere", "a")
+    assert not (tmp_path / "bases").exists()
+    hub_data.keep_pins_in(tmp_path / "bases")
+    assert [hub_data._place(of, "mine")[1] for _ in range(2)] == ["b", "b"]
+    hub_data.keep_pins_in(tmp_path / "bases", new=False)
+    assert hub_data._place(of, "mine")[1] == "b"
+
+
 def test_a_gated_dataset_asks_for_a_token(tmp_path: Path) -> None:
     names = ("org/set", "org/hidden")
     with hub() as endpoint:

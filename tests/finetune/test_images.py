@@ -107,6 +107,37 @@ def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_whe
         ours.inputs([broken], torch.device("cpu"), torch.float32)
 
 
+def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
+    both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.finetune.images.KEPT", 3)
+    calls: list[int] = []
+
+    def read(number: int) -> bytes:
+        calls.append(number)
+        if calls.count(9) == 1 and number == 9:
+            raise MemoryError
+        return photo(number).read()
+
+    ours = ImageProcessor.of(str(next(iter(both.values()))), None)
+    images = [Image(str(number), partial(read, number)) for number in range(6)]
+    ours.soon([*images, *images])
+    ours.inputs(images[:3], torch.device("cpu"), torch.float32)
+    assert sorted(calls) == [0, 1, 2]
+    short = Image("9", partial(read, 9))
+    with pytest.raises(MemoryError):
+        ours.pixels(short)
+    assert ours.pixels(short).dtype == torch.uint8
+
+
+def test_an_image_of_too_many_pixels_is_one_line(
+    both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadInput, match=r"photo 0 is not an image that Pillow can read: .*limit"):
+        ImageProcessor.of(str(next(iter(both.values()))), None).pixels(photo(0))
+
+
 def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None:
     ours = ImageProcessor.of(str(folder), None)
     broken = photo(0).read()

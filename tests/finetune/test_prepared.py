@@ -211,6 +211,19 @@ def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("scored", "said"),
+    [
+        ("grade", "no validation example counts in the loss"),
+        ("loss", "no validation example counts in the metric"),
+    ],
+)
+def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, scored: Any, said: str) -> None:
+    task = Given([Example("a", "b", scored=scored)], "generated")
+    with pytest.raises(BadInput, match=said):
+        prepared.prepare(tmp_path, of(task), task, tokenizer())
+
+
 class Slow(Given):
     """Takes a while, and counts."""
 

@@ -32,9 +32,12 @@ Level = Literal["namespaces", "limits"]
 @dataclass(frozen=True)
 class Limits:
     """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
-    `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp."""
+    `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp.
 
-    seconds: float = 10.0
+    CPU time decides, which is the program's own; the wall clock is there for those that sleep, and wide, as
+    how long a right one takes by it depends on what else the machine does."""
+
+    seconds: float = 60.0
     cpu: int = 5
     memory: int = 1 << 30
     processes: int = 32
