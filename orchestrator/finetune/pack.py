@@ -48,7 +48,7 @@ class Data:
     ) -> Data:
         """From `folder`, where it is kept. Raises BadInput when the task has not the data it should, when
         `max_length` leaves nothing of them, or when answers could not be graded here."""
-        task.can_grade()
+        team.attempt(task.can_grade)
         kept = prepared.prepare(folder, configuration, task, bench.processor)
         cap = longest(task, configuration.batches.max_length)
         splits: Mapping[str, Split] = {
