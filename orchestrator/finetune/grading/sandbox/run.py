@@ -37,7 +37,7 @@ class Limits:
     CPU time decides, which is the program's own; the wall clock is there for those that sleep, and wide, as
     how long a right one takes by it depends on what else the machine does."""
 
-    seconds: float = 60.0
+    seconds: float = 20.0
     cpu: int = 5
     memory: int = 1 << 30
     processes: int = 32
