@@ -303,9 +303,9 @@ def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path)
     about = {"task": "many", "split": "train"}
     row = Row(tuple(range(1000, 1060)), tuple(range(1001, 1061)), tuple(range(1000, 1030)))
     make = lambda: (row for _ in range(200_000))  # noqa: E731
-    prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, Row, make)
+    prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, prepared._of(Row), make)
     before = anonymous()
-    rows = prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, Row, make)
+    rows = prepared._kept(tmp_path, "many-%s.rows.arrow", about, prepared.ROWS, prepared._of(Row), make)
     for number in range(100):
         training_batch(rows, 0, 16 * number, 16, 64, 0)
     grown = anonymous() - before
