@@ -40,6 +40,13 @@ def _parquet(path: Path) -> None:
     assert pyarrow.parquet.read_table(path).num_columns
 
 
+def _arrow(path: Path) -> None:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        assert pyarrow.ipc.open_file(file).read_all().num_columns
+
+
 def _json(path: Path) -> None:
     json.loads(path.read_text())
 
@@ -89,6 +96,7 @@ def _unknown(path: Path) -> None:
 _KINDS: dict[str, Callable[[Path], None]] = {
     ".safetensors": _safetensors,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".json": _json,
     ".db": _sqlite,
     ".png": _png,

@@ -1,16 +1,24 @@
 """What goes between a program and its tests: messages over a socket, of plain values only.
 
 A program written by a model may answer with an object that says it is equal to everything. So what crosses
-is numbers, text, lists and the like (an exact copy of its own builtin type); any other object stays where it
-is, and a number stands for it (`Remote` on the side of the tests). That side unpickles nothing but builtins:
-their types cannot be changed, so that no message can teach them to be equal either.
+is numbers, text, lists and the like (a copy, of their own builtin type); any other object stays where it is,
+and a number stands for it (`Remote` on the side of the tests). A message is JSON, of which that side makes
+nothing but builtins: their types cannot be changed, so that no message can teach them to be equal either.
+
+    null, true, "text", 7            as they are; whole numbers of up to 53 bits
+    ["int", "0x1f..."]               longer ones, in hexadecimal, which has no limit of length
+    ["float", "0x1.8p+1"]            exact; "complex" has two
+    ["bytes", "..."]                 a character a byte; "bytearray" alike
+    ["list", [...]]                  "tuple", "set", "frozenset" alike; "dict" has pairs
+    ["range", [0, 9, 1]]             "slice" alike
+    ["class", "int"]                 one of these types itself
+    ["mine", 3], ["yours", 3]        objects of the sender, and of the receiver
 """
 
 from __future__ import annotations
 
 import builtins
-import io
-import pickle
+import json
 import socket
 import struct
 from typing import Any
@@ -34,6 +42,8 @@ PLAIN: tuple[Any, ...] = (
     range,
     slice,
 )
+SAFE = 1 << 53
+"""Whole numbers from here on go in hexadecimal: Python refuses to read thousands of decimal digits."""
 CLASSES = {kind.__name__: kind for kind in PLAIN}
 
 
@@ -71,9 +81,7 @@ class Talk:
         self.objects: list[Any] = []
 
     def send(self, message: Any) -> None:
-        buffer = io.BytesIO()
-        _Out(self, buffer).dump(message)
-        body = buffer.getvalue()
+        body = json.dumps(_told(message, self), separators=(",", ":")).encode()
         try:
             self.connection.sendall(struct.pack("<Q", len(body)) + body)
         except OSError as error:
@@ -84,7 +92,7 @@ class Talk:
         (length,) = struct.unpack("<Q", self._read(8))
         if length > LARGEST:
             raise RuntimeError(f"a message of {length} bytes; at most {LARGEST} are read")
-        return _In(self, io.BytesIO(self._read(length))).load()
+        return _heard(json.loads(self._read(length)), self)
 
     def ask(self, *request: Any) -> Any:
         """What the other side answers; what it raised is raised here, as the builtin of that name."""
@@ -112,50 +120,71 @@ class Talk:
         return bytes(parts)
 
 
-class _Out(pickle.Pickler):
-    def __init__(self, talk: Talk, buffer: io.BytesIO) -> None:
-        super().__init__(buffer, protocol=4)
-        self.talk = talk
-
-    def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, Remote):
-            return ("yours", value.__dict__["_number"])
-        if value is None or isinstance(value, PLAIN) or any(value is kind for kind in PLAIN):
-            return None
-        if (
-            hasattr(type(value), "item")
-            and type(value).__module__ == "numpy"
-            and not hasattr(value, "__len__")
-        ):
-            return None  # numpy's scalars go as Python's, below
-        self.talk.objects.append(value)
-        return ("mine", len(self.talk.objects) - 1)
-
-    def reducer_override(self, value: Any) -> Any:
-        """Subclasses (Counter, a named tuple, IntEnum) go as the builtin that they are equal to."""
-        if any(value is kind or type(value) is kind for kind in PLAIN):
-            return NotImplemented
-        for kind in PLAIN:
-            if isinstance(value, kind):
-                return (kind, (kind(value),))
-        if hasattr(type(value), "item"):
-            value = value.item()
-            return (type(value), (value,))
-        return NotImplemented
+def _told(value: Any, talk: Talk) -> Any:
+    """As JSON. Raises RecursionError for what contains itself."""
+    if value is None or value is True or value is False or type(value) is str:
+        return value
+    if isinstance(value, Remote):
+        return ["yours", value.__dict__["_number"]]
+    for kind in PLAIN:
+        if value is kind:
+            return ["class", kind.__name__]
+        if isinstance(value, kind):
+            # Subclasses (Counter, a named tuple, IntEnum) go as the builtin that they are equal to.
+            return _plain(kind, value if type(value) is kind else kind(value), talk)
+    if _is_scalar_of_numpy(value):
+        return _told(value.item(), talk)
+    talk.objects.append(value)
+    return ["mine", len(talk.objects) - 1]
 
 
-class _In(pickle.Unpickler):
-    def __init__(self, talk: Talk, buffer: io.BytesIO) -> None:
-        super().__init__(buffer)
-        self.talk = talk
+def _plain(kind: Any, value: Any, talk: Talk) -> Any:
+    if kind in (str, bool):
+        return value
+    if kind is int:
+        return value if abs(value) < SAFE else ["int", hex(value)]
+    name = kind.__name__
+    if kind is float:
+        return [name, value.hex()]
+    if kind is complex:
+        return [name, value.real.hex(), value.imag.hex()]
+    if kind in (bytes, bytearray):
+        return [name, value.decode("latin-1")]
+    if kind in (range, slice):
+        return [name, [_told(part, talk) for part in (value.start, value.stop, value.step)]]
+    if kind is dict:
+        return [name, [[_told(key, talk), _told(of, talk)] for key, of in value.items()]]
+    return [name, [_told(part, talk) for part in value]]
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "builtins" and name in CLASSES:
-            return CLASSES[name]
-        raise pickle.UnpicklingError(f"{module}.{name} does not cross between a program and its tests")
 
-    def persistent_load(self, what: Any) -> Any:
-        side, number = what
-        if side == "mine":
-            return Remote(self.talk, int(number))
-        return self.talk.objects[number]
+def _is_scalar_of_numpy(value: Any) -> bool:
+    kind = type(value)
+    return kind.__module__ == "numpy" and hasattr(kind, "item") and not hasattr(value, "__len__")
+
+
+def _heard(said: Any, talk: Talk) -> Any:
+    """Raises ValueError, or what a builtin does, for what `_told` never says."""
+    if not isinstance(said, list):
+        return said
+    name, what = said[0], said[1]
+    if name == "mine":
+        return Remote(talk, int(what))
+    if name == "yours":
+        return talk.objects[what]
+    if name == "class":
+        return CLASSES[what]
+    if name == "int":
+        return int(what, 16)
+    if name == "float":
+        return float.fromhex(what)
+    if name == "complex":
+        return complex(float.fromhex(what), float.fromhex(said[2]))
+    if name in ("bytes", "bytearray"):
+        return CLASSES[name](what, "latin-1")
+    if name in ("range", "slice"):
+        return CLASSES[name](*(_heard(part, talk) for part in what))
+    if name == "dict":
+        return {_heard(key, talk): _heard(of, talk) for key, of in what}
+    if name in ("list", "tuple", "set", "frozenset"):
+        return CLASSES[name](_heard(part, talk) for part in what)
+    raise ValueError(f"{name!r} does not cross between a program and its tests")

@@ -1,0 +1,134 @@
+"""Values between a program and its tests: exact copies of builtins, and nothing else."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import socket
+from collections import Counter, namedtuple
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.finetune.grading.sandbox.wire import Remote, Talk
+
+PLAIN = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.complex_numbers(),
+        st.text(st.characters(exclude_categories=())),
+        st.binary(),
+        st.binary().map(bytearray),
+        st.builds(range, st.integers(), st.integers(), st.integers(1)),
+        st.sampled_from([int, list, dict, bool]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner),
+        st.lists(inner).map(tuple),
+        st.sets(st.one_of(st.integers(), st.text(), st.tuples(st.floats(), st.booleans()))),
+        st.frozensets(st.binary()),
+        st.dictionaries(st.one_of(st.none(), st.integers(), st.text()), inner),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def ends() -> Iterator[tuple[Talk, Talk]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield Talk(one), Talk(other)
+
+
+def sent(ends: tuple[Talk, Talk], value: Any) -> Any:
+    ends[0].send(value)
+    return ends[1].receive()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Of one type and value through and through; NaN is NaN."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, float):
+        return math.isnan(one) == math.isnan(other) and (math.isnan(one) or one.hex() == other.hex())
+    if isinstance(one, complex):
+        return same(one.real, other.real) and same(one.imag, other.imag)
+    if isinstance(one, dict):
+        return len(one) == len(other) and all(map(same, one.items(), other.items()))
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, (set, frozenset)):
+        return sorted(map(repr, one)) == sorted(map(repr, other))
+    return bool(one == other)
+
+
+@given(value=PLAIN)
+def test_builtins_arrive_as_they_were(ends: tuple[Talk, Talk], value: Any) -> None:
+    assert same(sent(ends, value), value)
+
+
+def test_numbers_of_any_length(ends: tuple[Talk, Talk]) -> None:
+    for number in (2**53 - 1, 2**53, -(2**53), 7**20_000, -(7**20_000)):
+        assert sent(ends, number) == number
+
+
+class Colour(enum.IntEnum):
+    RED = 3
+
+
+class Equal(list[int]):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_subclasses_and_numbers_of_numpy_arrive_as_the_builtins_that_they_are(
+    ends: tuple[Talk, Talk],
+) -> None:
+    point = namedtuple("point", "x y")
+    for value, plain in (
+        (Colour.RED, 3),
+        (Counter("aab"), {"a": 2, "b": 1}),
+        (point(1, 2), (1, 2)),
+        (np.float64(0.5), 0.5),
+        (np.int32(7), 7),
+        (np.bool_(True), True),
+        (Equal([1]), [1]),
+    ):
+        found = sent(ends, value)
+        assert type(found) is type(plain)
+        assert found == plain
+    assert sent(ends, Equal([1])) != [2], "nothing of the class has crossed"
+
+
+def test_other_objects_stay_where_they_are_and_come_back_as_themselves(ends: tuple[Talk, Talk]) -> None:
+    there = object()
+    remote = sent(ends, [there])[0]
+    assert isinstance(remote, Remote)
+    assert remote != there
+    ends[1].send({"back": remote})
+    assert ends[0].receive() == {"back": there}
+
+
+@pytest.mark.parametrize("said", [["eval", "1"], ["class", "object"], ["int", "x"], ["yours", 10**6], [7, 7]])
+def test_what_is_never_said_is_refused(ends: tuple[Talk, Talk], said: Any) -> None:
+    body = json.dumps(said).encode()
+    ends[0].connection.sendall(len(body).to_bytes(8, "little") + body)
+    with pytest.raises((ValueError, LookupError)):
+        ends[1].receive()
+
+
+def test_what_contains_itself_is_an_error_of_the_sender(ends: tuple[Talk, Talk]) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(RecursionError):
+        ends[0].send(endless)
+    assert sent(ends, 1) == 1, "nothing of it has gone"
