@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -140,18 +141,34 @@ def test_one_lane_raises_and_one_takes_its_seat_with_it_and_the_others_finish(
 
 
 @pytest.mark.timeout(900)
-def test_data_that_goes_away_is_named_in_the_records(output: Path, tmp_path: Path) -> None:
+def test_data_that_goes_away_costs_nothing_and_with_the_stores_copy_is_named_in_the_records(
+    output: Path, tmp_path: Path
+) -> None:
     data, task = tmp_path / "letters.txt", tmp_path / "vanishing.py"
     data.write_text("abc\n")
     task.write_text(VANISHING.format(data=str(data)))
-    rates = ("--learning-rates", "1e-3", "1e-2")
-    process = study.start(output, *SMALL, "--variants", "lora", "--task", str(task), *rates)
+    arguments = (*SMALL, "--variants", "lora", "--task", str(task), "--learning-rates")
+    # Once Ray starts the examples are in the store.
+    process = study.start(output, *arguments, "3e-3")
     study.wait_for(lambda: "Ray started here" in study.log(output), 200, process)
     data.unlink()
     code, out, err = study.end(process, timeout=400)
+    assert code == 0, out + err
+    kept = by_rate(output)
+    assert {rate: record.state for rate, record in kept.items()} == {3e-3: "finished"}
+
+    data.write_text("abc\n")
+    process = study.start(output, *arguments, "1e-3", "1e-2")
+    study.wait_for(lambda: study.log(output).count("Ray started here") == 2, 200, process)
+    data.unlink()
+    shutil.rmtree(output / "store" / "data")
+    code, out, err = study.end(process, timeout=400)
     assert code == 1, out + err
     assert "2 configurations failed" in out
-    for record in by_rate(output).values():
+    found = by_rate(output)
+    assert found.pop(3e-3) == kept[3e-3]
+    assert set(found) == {1e-3, 1e-2}
+    for record in found.values():
         assert record.state == "failed"
         assert record.reason.startswith("FileNotFoundError: ")
         assert str(data) in record.reason
