@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import encoders
 import pytest
 import torch
 from scripted import Script, configuration, leases, numbers_of, train
+from three_lanes import three_lanes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from orchestrator.finetune import bases, models
@@ -26,10 +25,9 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
-from variants.attach import Adapters, attach
+from variants.attach import attach
 from variants.contract import Settings
 
-NAMES = ("x", "y", "z")
 HEADS = {
     "roberta": ("classifier",),
     "bert": ("classifier", "bert.pooler.dense"),
@@ -78,19 +76,6 @@ def load(folder: Path) -> Bench:
     return models.load(ModelChoice(str(folder), bases.content_of(folder)), folder, "cpu", Same())
 
 
-@contextmanager
-def three_lanes(bench: Bench) -> Iterator[Adapters]:
-    settings = Settings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.heads)
-    for number, name in enumerate(NAMES):
-        adapters.add(name, settings, seed=number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in adapters.trainable(name).values():
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    yield adapters
-    adapters.detach()
-
-
 def batch_of(bench: Bench, length: int = 48, count: int = 16) -> Batch:
     rows = encode(Same().examples("train", count), Same(), bench.tokenizer, 40)
     assert len({len(row.ids) for row in rows}) > 2
@@ -104,7 +89,7 @@ def test_its_head_begins_as_zeros(kind: str, folders: dict[str, Path]) -> None:
     here = load(folders[kind])
     assert here.heads == HEADS[kind]
     assert (here.causal, here.typed) == (False, kind in TYPED)
-    with three_lanes(here) as adapters, adapters.off(), torch.no_grad():
+    with three_lanes(here, 0.3) as adapters, adapters.off(), torch.no_grad():
         assert not outputs(here, Same(), batch_of(here))[0].any()
 
 
@@ -115,7 +100,7 @@ def test_one_lane_is_transformers_own_and_padding_changes_nothing(
     here = load(folders[kind])
     own = AutoModelForSequenceClassification.from_pretrained(folders[kind], num_labels=2).eval()
     words = AutoTokenizer.from_pretrained(folders[kind])
-    with three_lanes(here) as adapters, torch.no_grad():
+    with three_lanes(here, 0.3) as adapters, torch.no_grad():
         head = {k: v for k, v in adapters.trainable("y").items() if adapters.is_head(k)}
         adapters.remove("x")
         adapters.remove("z")
@@ -145,7 +130,7 @@ def test_a_text_of_all_the_positions_that_there_are(folders: dict[str, Path]) ->
     long = [Example("a b " * 90, "same", "c d " * 90)] * 2
     rows = encode(long, Same(), here.tokenizer, 256)
     assert [len(row.ids) for row in rows] == [256, 256]
-    with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
+    with three_lanes(here, 0.3) as adapters, adapters.rows(["y"], None), torch.no_grad():
         assert outputs(here, Same(), pad(rows, 256, here.tokenizer.pad_token_id))[0].isfinite().all()
 
 
@@ -210,7 +195,7 @@ def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str,
     for kind in ("bert", "electra", "deberta", "distilbert"):
         here = load(folders[kind])
         batch = batch_of(here)
-        with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
+        with three_lanes(here, 0.3) as adapters, adapters.rows(["y"], None), torch.no_grad():
             given, _ = outputs(here, Same(), batch)
             without, _ = outputs(here, Same(), replace(batch, seconds=None))
         assert torch.equal(given, without) == (kind not in TYPED)

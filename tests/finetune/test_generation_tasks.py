@@ -3,7 +3,6 @@ through the loop with a small random Llama."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +20,6 @@ from orchestrator.study.errors import BadInput
 
 TYPES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "MATH_AnsAug")
 NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
-GRADED = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            name == "alpaca" and importlib.util.find_spec("lm_eval") is None,
-            reason="the extra `ifeval` is not installed",
-        ),
-    )
-    for name in NAMES
-]
 
 
 def metamathqa(root: Path, questions: int = 120) -> Path:
@@ -174,7 +163,7 @@ def task(
     return found
 
 
-@pytest.mark.parametrize("task", GRADED, indirect=True)
+@pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_all_the_way(
     task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -227,7 +216,7 @@ def test_splits_share_no_question(task: Task) -> None:
         task.examples("test", 100_000)
 
 
-@pytest.mark.parametrize("task", GRADED, indirect=True)
+@pytest.mark.parametrize("task", NAMES, indirect=True)
 def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
     """On both held-out splits, by the task's own grading."""
     if task.name == "alpaca":

@@ -174,13 +174,18 @@ def test_without_a_hub_one_line_says_what_to_set_and_a_cached_dataset_is_read(tm
 
 @contextmanager
 def hub() -> Iterator[str]:
-    """A server that answers as the hub does for gated datasets; it tells everybody the commit of org/set."""
+    """A server that answers as the hub does for gated datasets; it tells everybody the commit of org/set, and
+    of org/moving one more whenever it is asked for the newest."""
+    newest = iter("123456789")
 
     class Gated(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             files = {"siblings": [{"rfilename": "train.parquet"}]}
-            tells = self.path.startswith("/api/datasets/org/set")
-            said = {"id": "org/set", "sha": "a" * 40, "gated": "auto", **files} if tells else {"error": "no"}
+            asked, _, commit = self.path.partition("?")[0].partition("/revision/")
+            moving = asked == "/api/datasets/org/moving"
+            tells = moving or asked.startswith("/api/datasets/org/set")
+            sha = commit or next(newest) * 40 if moving else "a" * 40
+            said = {"id": "org/set", "sha": sha, "gated": "auto", **files} if tells else {"error": "no"}
             body = json.dumps(said).encode()
             self.send_response(200 if tells else 403)
             self.send_header("X-Error-Code", "" if tells else "GatedRepo")
@@ -204,25 +209,35 @@ def hub() -> Iterator[str]:
         server.server_close()
 
 
-def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub_data, "_pins", None)
-    monkeypatch.setattr(hub_data, "_pinning", False)
-    newest = iter("abc")
+PLACED = """
+import json, sys
+from pathlib import Path
+from orchestrator.finetune import hub_data
+of = hub_data.Table("org/moving", "train", {"text": str})
+bases = Path(sys.argv[1])
+hub_data.keep_pins_in(bases, new=False)
+found = [hub_data._place(of, "mine")[1], bases.exists()]
+hub_data.keep_pins_in(bases)
+found += [hub_data._place(of, "mine")[1] for _ in range(2)]
+hub_data.keep_pins_in(bases, new=False)
+found.append(hub_data._place(of, "mine")[1])
+print(json.dumps(found))
+"""
 
-    def reached(table: Table, task: str, commit: str | None) -> tuple[str, None]:
-        return commit or next(newest), None
 
-    monkeypatch.setattr(hub_data, "_reached", reached)
-    of = Table("org/elsewhere", "train", KINDS)
-    hub_data.keep_pins_in(tmp_path / "bases", new=False)
-    assert hub_data._place(of, "mine") == ("org/elsewhere", "a")
-    assert not (tmp_path / "bases").exists()
-    hub_data.keep_pins_in(tmp_path / "bases")
-    assert [hub_data._place(of, "mine")[1] for _ in range(2)] == ["b", "b"]
-    hub_data.keep_pins_in(tmp_path / "bases", new=False)
-    assert hub_data._place(of, "mine")[1] == "b"
+def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(tmp_path: Path) -> None:
+    """The hub has another commit whenever it is asked for the newest."""
+    with hub() as endpoint:
+        done = subprocess.run(
+            [sys.executable, "-c", PLACED, str(tmp_path / "bases")],
+            env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["1" * 40, False, "2" * 40, "2" * 40, "2" * 40]
 
 
 def test_a_gated_dataset_asks_for_a_token(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 from pair import run
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from three_lanes import NAMES, three_lanes
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -39,10 +38,7 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice, Optimizer
 from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
-from variants.attach import Adapters, attach
-from variants.contract import Settings
 
-NAMES = ("x", "y", "z")
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0}
 
@@ -92,19 +88,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder(tmp_path_factory.mktemp("bert"))
-
-
-@contextmanager
-def three_lanes(bench: Bench) -> Iterator[Adapters]:
-    settings = Settings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.heads)
-    for number, name in enumerate(NAMES):
-        adapters.add(name, settings, seed=number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in adapters.trainable(name).values():
-            parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    yield adapters
-    adapters.detach()
 
 
 def split_of(task: Task, bench: Bench, size: int = 80) -> Split:

@@ -21,8 +21,8 @@ from itertools import chain, islice
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import ALPACA, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.instructions import ALPACA, defaults, enough, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
 
 TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
 IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})
@@ -44,19 +44,7 @@ class Alpaca(Task):
     answers = "generated"
     max_new_tokens = 1280
     graded = "at the end"
-    defaults = TaskDefaults(
-        train_size=50_000,
-        validation_size=200,
-        test_size=370,
-        steps=781,
-        batch_size=64,
-        max_length=512,
-        evaluations=5,
-        learning_rates=(1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        warmup=0.03,
-        dtype="bfloat16",
-        accumulation=8,
-    )
+    defaults = defaults(50_000, 200, 370, 781)
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)

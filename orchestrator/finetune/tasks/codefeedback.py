@@ -31,8 +31,8 @@ from itertools import chain
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import ALPACA, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.instructions import ALPACA, defaults, enough, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
 
 # Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
 TRAIN = Table(
@@ -82,20 +82,7 @@ class CodeFeedback(Task):
     top_p = 0.95
     stop = ("\n```",)
     graded = "at the end"
-    defaults = TaskDefaults(
-        train_size=100_000,
-        validation_size=400,
-        test_size=164,
-        steps=1562,
-        batch_size=64,
-        max_length=1024,
-        evaluations=5,
-        learning_rates=(1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        warmup=0.03,
-        dtype="bfloat16",
-        weight_decay=5e-4,
-        accumulation=16,
-    )
+    defaults = defaults(100_000, 400, 164, 1562, max_length=1024, accumulation=16, weight_decay=5e-4)
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)

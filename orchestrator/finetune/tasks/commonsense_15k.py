@@ -28,8 +28,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.instructions import RATES, defaults, enough, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
 
 TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
 HELD_OUT_PARTS = 50  # about 3,400 of 170,000
@@ -158,19 +158,7 @@ class Commonsense15k(Task):
     max_new_tokens = 32
     stop = ("###",)
     graded = "at the end"
-    defaults = TaskDefaults(
-        train_size=15_000,
-        validation_size=400,
-        test_size=1200,
-        steps=702,
-        batch_size=64,
-        max_length=512,
-        evaluations=5,
-        learning_rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        warmup=0.03,
-        dtype="bfloat16",
-        accumulation=8,
-    )
+    defaults = defaults(15_000, 400, 1200, 702, learning_rates=RATES[1:])
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)

@@ -29,8 +29,8 @@ from __future__ import annotations
 import re
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import ALPACA, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.instructions import ALPACA, defaults, enough, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
 
 # Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
 TRAIN = Table(
@@ -62,20 +62,7 @@ class MetaMathQA(Task):
     max_new_tokens = 512
     graded = "at the end"
     stop = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
-    defaults = TaskDefaults(
-        train_size=100_000,
-        validation_size=500,
-        test_size=1319,
-        steps=1562,
-        batch_size=64,
-        max_length=512,
-        evaluations=5,
-        learning_rates=(1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        warmup=0.03,
-        dtype="bfloat16",
-        weight_decay=5e-4,
-        accumulation=8,
-    )
+    defaults = defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)

@@ -116,6 +116,7 @@ def _not_set_up(error: BaseException) -> None:
 
 
 def _write_quietly(path: str, text: str) -> None:
+    """A wish, not a wall: where it may not be written, nothing depends on it."""
     try:
         with open(path, "w") as file:
             file.write(text)

@@ -1,0 +1,28 @@
+"""Three lanes of LoRA on a model with a head, each with weights of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from orchestrator.finetune.models import Bench
+from variants import catalogue as variants
+from variants.attach import Adapters, attach
+from variants.contract import Settings
+
+NAMES = ("x", "y", "z")
+
+
+@contextmanager
+def three_lanes(bench: Bench, deviation: float = 0.5) -> Iterator[Adapters]:
+    settings = Settings(rank=4, alpha=8.0)
+    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.heads)
+    for number, name in enumerate(NAMES):
+        adapters.add(name, settings, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapters.trainable(name).values():
+            parameter.data.copy_(deviation * torch.randn(parameter.shape, generator=generator))
+    yield adapters
+    adapters.detach()
