@@ -42,13 +42,11 @@ def ask(cluster: Cluster, seats: Seats, plan: SeatPlan, configurations: Sequence
     )
     try:
         return memory.judge(ray.get(asked, timeout=PROBE_SECONDS))
-    except TimeoutError:
+    except TimeoutError:  # the task ends with the check
         words = f"not probed: no answer in {PROBE_SECONDS:g} s; --no-probe leaves it out"
         return later(memory.NAME, words)
     except Exception as error:  # what loading or a step raises, or what has ended the process
         return failed(memory.NAME, f"the probe failed: {reason(error)}")
-    finally:
-        ray.cancel(asked, force=True)
 
 
 def limits(cluster: Cluster, seats: Seats, workers: int) -> dict[str, int]:

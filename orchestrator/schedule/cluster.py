@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from orchestrator.schedule import remains
-from orchestrator.study.command import undisturbed
+from orchestrator.study.command import ending_at_once
 from orchestrator.study.errors import BadInput
 
 SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
@@ -125,15 +125,16 @@ def address() -> str | None:
 
 
 @contextmanager
-def connect() -> Iterator[Cluster]:
-    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join."""
+def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
+    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join. `last`
+    is called when Ctrl-C ends the process meanwhile: no exception comes out of Ray's start then."""
     where = address()
     with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
         remains.end()
-        yield from _connected(where)
+        yield from _connected(where, last)
 
 
-def _connected(where: str | None) -> Iterator[Cluster]:
+def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluster]:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
@@ -141,12 +142,13 @@ def _connected(where: str | None) -> Iterator[Cluster]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
-    import ray
+    with ending_at_once(last):  # an exception may strike imports, too
+        import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     if where is None:
-        with undisturbed():
+        with ending_at_once(last):
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -160,7 +162,7 @@ def _connected(where: str | None) -> Iterator[Cluster]:
         if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
             raise _not_joined(where, "nothing answers there")
         try:
-            with undisturbed():
+            with ending_at_once(last):
                 ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise _not_joined(where, str(error).splitlines()[0]) from None

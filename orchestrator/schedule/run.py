@@ -242,7 +242,7 @@ class _Run:
         with (
             progress,
             scratch_folders.scratch(store) as scratch,
-            ray_cluster.connect() as cluster,
+            ray_cluster.connect(lambda: writer.close(HASTE_SECONDS, "KILLED")) as cluster,
             gently(self.limits.ask),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.

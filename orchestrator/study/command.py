@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import signal
 import sys
@@ -20,6 +21,8 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 LIMIT = 3
 """The exit code of a study that a limit has ended before all was trained."""
+PATIENCE_SECONDS = 20.0
+"""From Ctrl-C until the process is ended from outside of the main thread; half of it is promised."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
@@ -46,7 +49,7 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.stderr)
+        _interrupt.say_how_to_go_on()
         code = INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,13 +67,27 @@ def _show(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 class _Interrupt:
-    """The first signal raises KeyboardInterrupt, or calls what is to end the work gently."""
+    """The first signal raises KeyboardInterrupt, or calls what is to end the work gently; inside
+    `ending_at_once` it ends the process. The second one does so anywhere.
+
+    A thread hears of signals too, as an exception is not enough: it may be raised where Python drops it (in a
+    callback of its imports), or the main thread may be deep in a library and see no signal for minutes."""
 
     def __init__(self) -> None:
         self.signals = 0
         self.gently: Callable[[], None] | None = None
+        self.last: Callable[[], object] | None = None
+        self.ending = threading.Lock()
+        """Held for good by the thread that ends the process."""
+        self.said = False
+        self._ear, self._mouth = -1, -1
 
     def watch(self) -> None:
+        if self._ear < 0:
+            self._ear, self._mouth = os.pipe()
+            os.set_blocking(self._mouth, False)
+            threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, self.heard)
 
@@ -78,23 +95,64 @@ class _Interrupt:
         self.signals += 1
         if self.signals > 1:
             _end_at_once()
+        if self.last is not None:
+            return
         if self.gently is None:
             raise KeyboardInterrupt
         self.gently()
+
+    def not_yet(self) -> None:
+        """Raises KeyboardInterrupt when there was a signal, which Python has dropped."""
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        while True:
+            if os.read(self._ear, 1)[0] not in _SIGNALS:
+                continue
+            with self.ending:
+                if self.last is not None:
+                    self.say_how_to_go_on()
+                    ends = threading.Thread(target=self.last, daemon=True)
+                    ends.start()
+                    while ends.is_alive() and not self._more(0.05):
+                        pass
+                    _end_at_once()
+            if self.gently is None:
+                self._more(PATIENCE_SECONDS)
+                if self.signals:  # else the handler is another's
+                    self.say_how_to_go_on()
+                    _end_at_once()
+
+    def _more(self, seconds: float) -> bool:
+        return bool(select.select([self._ear], [], [], seconds)[0])
+
+    def say_how_to_go_on(self) -> None:
+        if not self.said:
+            self.said = True
+            # Not to a live display, which keeps lines back until it is drawn again.
+            print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.__stderr__, flush=True)
 
 
 _interrupt = _Interrupt()
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Around calls of libraries that take the signals: Ray, as it starts, ends on SIGTERM without a word."""
+def ending_at_once(last: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Around the start of Ray, which takes the signals and, deep inside, waits for processes that the same
+    signal may have ended. Inside, in the main thread, the first signal ends the process, whatever the main
+    thread is about: the command that goes on is said, and `last` is called and waited for."""
+    _interrupt.not_yet()
+    _interrupt.last = last
     try:
         yield
-    except SystemExit:
+    except SystemExit:  # raised by a handler of Ray's
         raise KeyboardInterrupt from None
     finally:
+        with _interrupt.ending:
+            _interrupt.last = None
         _interrupt.watch()
+    _interrupt.not_yet()
 
 
 @contextmanager

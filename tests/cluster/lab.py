@@ -283,7 +283,18 @@ class Lab(Machine):
         self.run("ip", "link", "set", f"to-{host.name}", "down")
 
     def mend(self, host: Host) -> None:
+        """Comes back when it is heard again: a busy kernel takes its time, and a neighbour that was looked
+        for in vain is not asked again at once."""
         self.run("ip", "link", "set", f"to-{host.name}", "up")
+        until = time.monotonic() + END_SECONDS
+        while True:
+            self.run("ip", "neighbour", "flush", "dev", "switch")
+            try:
+                self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=2)
+                return
+            except Failed:
+                if time.monotonic() > until:
+                    raise
 
     def kill_host(self, host: Host) -> None:
         """It is gone, with its files; another may take its name and address."""

@@ -91,6 +91,8 @@ class Watch:
     values: Mapping[str, str]
     typed: int = 0
     """The process that somebody typed a secret for."""
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held during a look, and while a process is started that it would not know yet."""
     course: dict[int, list[tuple[bool, bool]]] = field(default_factory=dict)
     """Of each typed one, look by look: whether its secret was to be seen, and whether it had children."""
     others: set[str] = field(default_factory=set)
@@ -109,7 +111,8 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
-            self.look()
+            with self.busy:
+                self.look()
 
     def look(self) -> None:
         typed = self.typed  # it may end meanwhile
@@ -168,10 +171,11 @@ def study(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Stud
 
     def run(name: str, *command: str) -> None:
         with (said_in / name).open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT
-            )
-            watch.typed = process.pid
+            with watch.busy:
+                process = subprocess.Popen(
+                    [sys.executable, *command], stdout=file, stderr=file, env=environment, cwd=ROOT
+                )
+                watch.typed = process.pid
             codes[name] = process.wait(timeout=600)  # a minute, on a machine without other work
             watch.typed = 0
 

@@ -85,6 +85,41 @@ def test_a_library_that_takes_the_signals_does_not_keep_them():
     assert _end(process)[0] == 4
 
 
+DROPPED = """
+class Dropping:
+    def __del__(self):  # as in a callback of Python's imports, nobody gets an exception of this
+        started()
+        time.sleep(60)
+Dropping()
+"""
+
+
+@pytest.mark.parametrize("then", ["with command.ending_at_once():\n    time.sleep(600)", LOOP])
+def test_an_interrupt_that_python_drops_is_not_lost(then):
+    """Before Ray is started it is found, elsewhere after a while."""
+    process = _start(f"from orchestrator.study import command\ncommand.PATIENCE_SECONDS = 3\n{DROPPED}{then}")
+    process.send_signal(signal.SIGINT)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "")
+    assert "Exception ignored in" in err, "it was dropped"
+    assert "\ninterrupted; to go on: python -c " in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
+    body = (
+        "import hashlib, signal\nfrom orchestrator.study.command import ending_at_once\n"
+        "with ending_at_once(lambda: print('closed', flush=True)):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "    started()\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    process = _start(body)
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "closed\n")
+    assert err.startswith("interrupted; to go on: python -c ")
+
+
 def test_trouble_is_one_line_and_1():
     process = _start("started()\nraise Trouble('no seat')")
     assert _end(process) == (1, "", "error: no seat\n")
