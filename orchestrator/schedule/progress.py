@@ -59,15 +59,6 @@ class Progress:
             noise = stack.enter_context((self.folder / "ray.log").open("a", buffering=1))
             stack.enter_context(redirect_stdout(noise))
             stack.enter_context(redirect_stderr(noise))
-            if self.console.is_terminal:
-                live = Live(
-                    console=self.console,
-                    refresh_per_second=4,
-                    transient=True,
-                    redirect_stdout=False,
-                    redirect_stderr=False,
-                )
-                self._live = stack.enter_context(live)
             self._stack = stack.pop_all()
         return self
 
@@ -104,7 +95,16 @@ class Progress:
 
     def show(self) -> None:
         """Refreshes the live line; where there is no terminal, writes one now and then."""
-        if self._live is not None:
+        if self.console.is_terminal:
+            if self._live is None:  # only now: it would draw over the words of a Ctrl-C while Ray starts
+                live = Live(
+                    console=self.console,
+                    refresh_per_second=4,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self._live = self._stack.enter_context(live)
             self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
         elif time.monotonic() - self._last_plain > PLAIN_SECONDS:
             self._last_plain = time.monotonic()

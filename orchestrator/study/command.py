@@ -130,7 +130,7 @@ class _Interrupt:
     def say_how_to_go_on(self) -> None:
         if not self.said:
             self.said = True
-            # Not to a live display, which keeps lines back until it is drawn again.
+            # Whatever stderr is by now: a study's is a file while it trains.
             print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.__stderr__, flush=True)
 
 
