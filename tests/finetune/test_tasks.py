@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from orchestrator.finetune import metrics
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
 from orchestrator.finetune.tasks.chain_sum import ChainSum, same_sum
+from orchestrator.finetune.tasks.gsm_symbolic import GsmSymbolic
 from orchestrator.finetune.tasks.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
 from orchestrator.study.errors import BadInput
 
@@ -231,14 +233,47 @@ def test_the_same_sum_has_one_spelling() -> None:
     assert same_sum("9 - 12") != same_sum("12 - 9")
 
 
-def test_without_reasoning_gym_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.finetune.tasks import chain_sum
-
+@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic"])
+def test_without_reasoning_gym_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module = importlib.import_module(f"orchestrator.finetune.tasks.{name}")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python itself does to block an import
-    chain_sum._all_examples.cache_clear()
+    module._all_examples.cache_clear()
     with pytest.raises(BadInput, match=r'pip install -e "\.\[real\]"'):
-        ChainSum().examples("train", 1)
+        catalogue.get(name).examples("train", 1)
 
 
 def _sum_in(example: Example) -> str:
     return same_sum(example.prompt.split(": ")[1].split(" =")[0])
+
+
+# -- gsm_symbolic ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_problems_of_other_splits_differ_in_more_than_their_names() -> None:
+    data = GsmSymbolic().load(GsmSymbolic().choice())
+    assert {split: len(data[split]) for split in SPLITS} == {"train": 1200, "validation": 200, "test": 200}
+    numbers = {
+        split: {(len(example.prompt.split()), *re.findall(r"\d+", example.prompt)) for example in data[split]}
+        for split in SPLITS
+    }
+    assert not numbers["train"] & numbers["test"]
+    assert not numbers["train"] & numbers["validation"]
+    assert not numbers["validation"] & numbers["test"]
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_a_problem_is_graded_by_its_last_number() -> None:
+    task = GsmSymbolic()
+    for example in task.examples("test", 200):
+        number = example.answer.rpartition("#### ")[2]
+        assert number.isdigit()
+        assert task.grade(example, example.answer) == 1.0
+        assert task.grade(example, f" They have 12 and 7.\n#### {number}") == 1.0
+        assert task.grade(example, f" So it is {number} in all.") == 1.0
+        assert task.grade(example, f" {number} - 1 = {int(number) - 1}\n#### {int(number) - 1}") == 0.0
+        assert task.grade(example, " I do not know.") == 0.0
