@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune import hub_data
 from orchestrator.finetune.tasks.base import TaskDefaults
-from orchestrator.study.errors import BadInput
 
 if TYPE_CHECKING:
     from orchestrator.finetune.hub_data import Table
@@ -70,10 +69,3 @@ def read_once(read: Callable[[Split, int], Sequence[Example]]) -> Examples:
         return list(kept(os.environ.get(hub_data.FOLDER), split, count))
 
     return asked
-
-
-def enough(found: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
-    """The first `count`. Raises BadInput when there are fewer."""
-    if len(found) < count:
-        raise BadInput(f"Task {task!r} has {len(found)} {split} examples, {count} were asked for.")
-    return list(found[:count])

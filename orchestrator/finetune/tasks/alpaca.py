@@ -21,8 +21,8 @@ from itertools import chain, islice
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import ALPACA, defaults, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
+from orchestrator.finetune.instructions import ALPACA, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
 
 TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
 IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})

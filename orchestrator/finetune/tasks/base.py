@@ -316,6 +316,13 @@ def _content(example: Example) -> tuple[object, ...]:
     return (example.prompt, example.answer, *more)
 
 
+def enough(found: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
+    """The first `count`. Raises BadInput when there are fewer."""
+    if len(found) < count:
+        raise BadInput(f"Task {task!r} has {len(found)} {split} examples, {count} were asked for.")
+    return list(found[:count])
+
+
 def split_of(key: str, held_out: Sequence[Split] = HELD_OUT, parts: int = 5) -> Split:
     """The split that an item belongs to, by a hash of `key`, which is equal for items that are the same: one
     part in `parts` to each held-out split, the rest to train. Splits filled this way are disjoint at any size

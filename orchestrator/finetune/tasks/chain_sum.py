@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
 from orchestrator.study.errors import BadInput
 
 SEED = 0
@@ -36,10 +36,7 @@ class ChainSum(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _all_examples()[split]
-        if count > len(found):
-            raise BadInput(f"Task 'chain_sum' has {len(found)} {split} examples, {count} were asked for.")
-        return list(found[:count])
+        return enough(_all_examples()[split], count, self.name, split)
 
 
 @lru_cache(maxsize=1)

@@ -31,8 +31,8 @@ from itertools import chain
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import ALPACA, defaults, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
+from orchestrator.finetune.instructions import ALPACA, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
 
 # Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
 TRAIN = Table(

@@ -28,8 +28,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.finetune.hub_data import Table
-from orchestrator.finetune.instructions import RATES, defaults, enough, read_once, rows
-from orchestrator.finetune.tasks.base import Example, Split, Task, split_of
+from orchestrator.finetune.instructions import RATES, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
 
 TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
 HELD_OUT_PARTS = 50  # about 3,400 of 170,000

