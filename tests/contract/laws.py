@@ -260,8 +260,26 @@ LAWS: dict[str, Law] = {
 }
 
 
-def concerns(law: Law, case: Case) -> bool:
-    """Fitting is about the formula, not about models or rounding: the float32 rig shows it."""
+OWN_LANES = frozenset(
+    law.__name__
+    for law in (
+        lanes_do_not_notice_each_other,
+        counts_its_parameters,
+        fits_what_it_can_represent,
+        export_loads_in_peft,
+    )
+)
+"""The laws that need a number of lanes of their own, whatever number a case has."""
+
+
+def concerns(law: Law, variant: Variant, case: Case) -> bool:
+    """Return whether `law` says anything about `variant` on `case`.
+
+    Fitting is about the formula, not about models or rounding: the float32 rig shows it. A variant that
+    trains a head alone needs a model with a head.
+    """
+    if variant.adapts is Adapts.NOTHING and case.model != "headed":
+        return False
     return law is not fits_what_it_can_represent or (
         case.model in ("rig", "headed") and case.dtype == torch.float32
     )

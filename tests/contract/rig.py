@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,9 @@ class Case:
         return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[self.dtype]
 
     def build(self) -> nn.Module:
-        """The same weights at every call."""
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            return _MODELS[self.model](self).to(self.device, self.dtype).eval()
+        """Return a new model in evaluation mode, with the same weights at every call."""
+        made = copy.deepcopy(_prototype(self.model, self.out, self.inside, self.bias))
+        return made.to(self.device, self.dtype).eval()
 
     def rows(self, lane: int, step: int = 0) -> Tensor:
         """One lane's input at its own step `step`: its data depends on nothing else."""
@@ -85,7 +86,15 @@ class Headed(Rectangles):
         return self.head(super().forward(x))
 
 
-def _llama(case: Case) -> nn.Module:
+@cache
+def _prototype(model: str, out: int, inside: int, bias: bool) -> nn.Module:
+    """Build a model in float32 on the CPU, once a process: building one takes longer than a step of it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return _MODELS[model](out, inside, bias)
+
+
+def _llama(out: int, inside: int, bias: bool) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -94,7 +103,7 @@ def _llama(case: Case) -> nn.Module:
     )  # fmt: skip
 
 
-def _gpt2(case: Case) -> nn.Module:
+def _gpt2(out: int, inside: int, bias: bool) -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=WORDS, n_positions=16, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
@@ -103,9 +112,9 @@ def _gpt2(case: Case) -> nn.Module:
     )  # fmt: skip
 
 
-_MODELS = {
-    "rig": lambda case: Rectangles(case.out, case.inside, case.bias),
-    "headed": lambda case: Headed(case.out, case.inside, case.bias),
+_MODELS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "rig": Rectangles,
+    "headed": Headed,
     "llama": _llama,
     "gpt2": _gpt2,
 }
@@ -219,11 +228,15 @@ class LaneOptimizer:
         self.adapters, self.lane, self.rate, self.horizon = adapters, lane, rate, horizon
         self.settings, self.step_number = adapters.settings_of(lane), 0
         variant = adapters.variant
-        groups = [
-            {"params": [tensor], "scale": variant.learning_rate_scale(name.rpartition(".")[2], self.settings)}
-            for name, tensor in adapters.trainable(lane).items()
-        ]
-        self.inner = torch.optim.AdamW(groups, lr=rate, foreach=False)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in adapters.trainable(lane).items():
+            scale = variant.learning_rate_scale(name.rpartition(".")[2], self.settings)
+            groups.setdefault(scale, []).append(parameter)
+        self.inner = torch.optim.AdamW(
+            [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+            lr=rate,
+            fused=True,  # as orchestrator/finetune/lane.py has it
+        )
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()

@@ -32,7 +32,7 @@ BREAKS: list[tuple[type[Variant], Case, str]] = [
 @pytest.mark.parametrize(("kind", "case", "law"), BREAKS, ids=[law for _, _, law in BREAKS])
 def test_breaks_one_law_only(kind: type[Variant], case: Case, law: str) -> None:
     broken_ones = [
-        name for name in LAWS if concerns(LAWS[name], case) and not holds(LAWS[name], kind(), case)
+        name for name in LAWS if concerns(LAWS[name], kind(), case) and not holds(LAWS[name], kind(), case)
     ]
     assert broken_ones == [law]
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Adapts, Kind
+from variants.contract import Kind
 
 SEVERAL = [case for case in CASES if case.lanes > 1]
-HEADED = next(case for case in SEVERAL if case.model == "headed")
 
 
 def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -55,6 +54,9 @@ def test_lanes_agree_on_a_gpu(name: str, case: Case) -> None:
     agree(name, replace(case, device="cuda"))
 
 
-@pytest.mark.parametrize("name", catalogue.names())
-def test_the_same_check_on_the_cpu(name: str) -> None:
-    agree(name, HEADED if catalogue.get(name).adapts is Adapts.NOTHING else SEVERAL[0])
+def test_the_check_itself_on_the_cpu() -> None:
+    """Run the check of the GPU tests without a GPU, so that it does not break unseen.
+
+    The laws show more on a CPU: there a lane in company equals the lane alone to the bit.
+    """
+    agree("lora", next(case for case in SEVERAL if case.model == "headed"))

@@ -171,10 +171,9 @@ def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tens
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("top_k", [0, 2])
-@pytest.mark.parametrize("rank", [2, 8, 16])
+@pytest.mark.parametrize(("rank", "top_k"), [(2, 0), (2, 2), (16, 2)])
 def test_lanes_do_not_notice_each_other(rank: int, top_k: int) -> None:
-    """At the smallest rank too, and whatever is kept of the gates; the balancing loss included."""
+    """The laws have rank 4 and all gates: here experts have a single rank, and some of the gates are kept."""
     adapters, x = adapted(rank, top_k=top_k), torch.randn(27, 48)
     with torch.no_grad():
         for lane in adapters.lanes:

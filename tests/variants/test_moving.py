@@ -200,6 +200,7 @@ def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
 
 @pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
 def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
+    """The five steps of the law have one merge and one cut of the ranks; these sixteen have several."""
     case = CASES[3]
     company, steps = put_on(case, catalogue.get(name), 3), 16
     train(case, company, steps)
