@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,12 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Return `Pair.run` of pair.py. The files that use it are one group of pytest-xdist and share it."""
+    from pair import started
+
+    with started(tmp_path_factory.mktemp("pair")) as run:
+        yield run

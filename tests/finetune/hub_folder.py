@@ -1,5 +1,5 @@
 """A folder of the hub's schema, a random small model, and a task's whole way through the loop on them: load,
-format, train 20 steps, evaluate, grade."""
+format, train a few steps, evaluate, grade."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from orchestrator.study.configuration import (
 from variants import catalogue as variants
 
 Rows = Sequence[Mapping[str, Any]]
+STEPS = 10
 
 
 def write(root: Path, repository: str, splits: Mapping[str, Rows], subset: str | None = None) -> Path:
@@ -97,14 +98,14 @@ def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: i
 
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
-    """LoRA of rank 4 on the model in that folder, 20 steps, two evaluations."""
+    """LoRA of rank 4 on the model in that folder, `STEPS` steps, two evaluations."""
     content = models.prepare(str(model), bases)
     made = Configuration(
         VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
         task.choice(),
         ModelChoice(str(model), content, "float32"),
         Optimizer(1e-2, weight_decay=task.defaults.weight_decay),
-        Schedule(20, task.defaults.schedule),
+        Schedule(STEPS, task.defaults.schedule),
         Batches(4, 1, task.defaults.max_length),
         evaluations=2,
         seed=seed,
@@ -136,7 +137,7 @@ def assert_went_through(record: Record, task: Task, graded: Mapping[str, int] | 
     """Trained to the end, scored on both splits with finite numbers, an outcome for every item that counts in
     the metric (`graded` a split; all where not given)."""
     assert record.state == "finished", record.reason
-    assert record.steps == len(record.curve) == 20
+    assert record.steps == len(record.curve) == STEPS
     assert record.curve[-1].loss < record.curve[0].loss
     sizes = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
     for split, size in (graded or sizes).items():

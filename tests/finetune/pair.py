@@ -1,19 +1,27 @@
 """Two processes that run the loop as the two workers of a seat, over gloo.
 
-Starting them takes seconds, so they are started once and do all that a test module wants of them.
+Starting them takes seconds, so a session of tests starts them once (the fixture `pair` in conftest.py) and
+sends them one work after another.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable, Mapping
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from scripted import Script, train
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from orchestrator.finetune.lane import Lane
 from orchestrator.finetune.team import TorchTeam
@@ -22,6 +30,27 @@ from orchestrator.record.store import Store
 T = TypeVar("T")
 
 WORKERS = 2
+# The server imports these once; each worker is a fork of it.
+_PROCESSES = get_context("forkserver")
+_PROCESSES.set_forkserver_preload(
+    [
+        "orchestrator.finetune.loop",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def process(target: Callable[..., None], *arguments: object) -> Any:
+    """Return a started process that calls `target`. What it imports is there already, for the most part."""
+    made = _PROCESSES.Process(target=target, args=arguments, daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # multiprocessing removes its own folder at exit. It must not lie in the one that tests/conftest.py
+        # has removed by then.
+        patch.setattr(tempfile, "tempdir", os.environ["PYTEST_DEBUG_TEMPROOT"])
+        made.start()
+    return made
 
 
 @dataclass
@@ -45,30 +74,93 @@ class Told:
     weights: Mapping[str, torch.Tensor]
 
 
-def run(works: Mapping[str, Callable[[TorchTeam, Path], T]], folder: Path) -> dict[str, list[T]]:
-    """What each work gives on the two workers; it may keep things in `folder / name`."""
-    multiprocessing.spawn(_work, (works, str(folder)), nprocs=WORKERS)
-    ranks = [pickle.loads((folder / f"found-{rank}").read_bytes()) for rank in range(WORKERS)]
-    return {name: [found[name] for found in ranks] for name in works}
+class Pair:
+    """The two processes. They wait for works until `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.workers = []
+        self.pipes: list[Connection] = []
+        for rank in range(WORKERS):
+            here, there = _PROCESSES.Pipe()
+            self.workers.append(process(_serve, rank, there, folder / "meeting"))
+            self.pipes.append(here)
+            there.close()
+
+    def run(self, works: Mapping[str, Callable[[TorchTeam, Path], T]], folder: Path) -> dict[str, list[T]]:
+        """Return what each work gives on the two workers. A work may keep things in `folder / name`.
+
+        Raises RuntimeError with a worker's traceback, or when a worker has died.
+        """
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((works, folder)))
+        found: dict[Connection, dict[str, T]] = {}
+        while len(found) < WORKERS:
+            for ready in wait([pipe for pipe in self.pipes if pipe not in found]):
+                assert isinstance(ready, Connection)
+                try:
+                    told, trace = pickle.loads(ready.recv_bytes())
+                except EOFError:
+                    told, trace = {}, "a worker has died"
+                if trace:
+                    raise RuntimeError(trace)
+                found[ready] = told
+        return {name: [found[pipe][name] for pipe in self.pipes] for name in works}
+
+    def close(self) -> None:
+        """End the workers, whatever they do."""
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
 
 
-def _work(rank: int, works: Mapping[str, Callable[[TorchTeam, Path], Any]], folder: str) -> None:
+@contextmanager
+def started(folder: Path) -> Iterator[Callable[..., Any]]:
+    """Yield `Pair.run` of workers that are started at its first call, and anew after one that raised."""
+    pairs: list[Pair] = []
+
+    def run(works: Mapping[str, Any], where: Path) -> Any:
+        if not pairs:
+            place = folder / f"pair-{len(list(folder.iterdir()))}"
+            place.mkdir()
+            pairs.append(Pair(place))
+        try:
+            return pairs[0].run(works, where)
+        except BaseException:
+            pairs.pop().close()
+            raise
+
+    yield run
+    for pair in pairs:
+        pair.close()
+
+
+def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORKERS
-    )
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
     team = TorchTeam()
-    found = {name: work(team, Path(folder, name)) for name, work in works.items()}
-    Path(folder, f"found-{rank}").write_bytes(pickle.dumps(found))
-    distributed.destroy_process_group()
+    while True:
+        try:
+            works, folder = pickle.loads(pipe.recv_bytes())
+        except EOFError:  # the tests have ended
+            return
+        try:
+            told = {name: work(team, folder / name) for name, work in works.items()}, ""
+        except BaseException:
+            told = {}, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(told))  # as bytes: a tensor that is sent itself would be shared memory
 
 
 def play(make: Callable[[int], Scenario], team: TorchTeam, folder: Path) -> Told:
-    """The loop over a scenario. Each worker makes its own, of its rank; the store is in `folder`."""
+    """Run the loop over a scenario. Each worker makes its own, of its rank; the store is in `folder`.
+
+    The stores of one call of `run` share their data, which is made once.
+    """
     one = make(team.rank)
     raised = ""
+    store = Store(folder)
+    store.data = folder.parent / "data"
     try:
-        train(one.source, Store(folder), one.lanes, team=team, **one.options)
+        train(one.source, store, one.lanes, team=team, **one.options)
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"
     return Told(

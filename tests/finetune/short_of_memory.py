@@ -1,14 +1,18 @@
-"""Run as a program with a folder: trains packs that find less memory than they need, and prints what became
-of them. The limit is the kernel's, on this process's address space; it is set between what half of the lanes
-took and what all of them took.
+"""Packs that find less memory than they need, trained in a process of their own, and what became of them.
+
+The limit is the kernel's, on that process's address space. It is set between what half of the lanes took and
+what all of them took.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from scripted import Script, configuration, leases, tiny_bench, train
@@ -19,9 +23,9 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
 LANES = 8
-WIDE = [configuration(seed=seed, steps=4, batch_size=256, train_size=256) for seed in range(LANES)]
-LATER = [configuration(seed=100 + seed, steps=2, batch_size=256, train_size=256) for seed in range(LANES)]
-HUGE = configuration(steps=4, batch_size=2**14, train_size=256)
+WIDE = [configuration(seed=seed, steps=1, batch_size=512, train_size=512) for seed in range(LANES)]
+LATER = [configuration(seed=100 + seed, steps=1, batch_size=512, train_size=512) for seed in range(LANES)]
+HUGE = configuration(steps=1, batch_size=2**14, train_size=512)
 
 
 class Again(Script):
@@ -46,42 +50,60 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    bench = tiny_bench(WIDE[0].model)
+MALLOPT = {-8: 1, -3: 1 << 20, -1: 0}
+"""M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc: what is freed goes back to the kernel at once,
+so that the next pack needs as much as the one before."""
 
-    def play(name: str, lanes: int, points: list[Configuration] = WIDE) -> Again:
-        source = Again(leases(points))
-        train(source, Store(folder / name), lanes, load_bench=lambda choice, task: bench)
+
+class Runs:
+    """Runs of the loop on one bench, with stores in `folder` that share their data.
+
+    What is logged is in the folder's file `said`, what `tell` is given in `told.json`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        logging.basicConfig(filename=folder / "said", level=logging.WARNING)
+        torch.set_num_threads(1)
+        self.bench = tiny_bench(WIDE[0].model)
+
+    def play(self, name: str, lanes: int, points: list[Configuration]) -> Again:
+        source, store = Again(leases(points)), Store(self.folder / name)
+        train(source, store, lanes, data=self.folder / "data", load_bench=lambda choice, task: self.bench)
         free_memory()
         return source
 
-    peaks = []
+    def tell(self, **told: Any) -> None:
+        (self.folder / "told.json").write_text(json.dumps(told))
+
+
+def together(folder: Path) -> None:
+    """Train a pack that has memory for half of its lanes, then a second one."""
+    if sys.platform == "linux":
+        for option, value in MALLOPT.items():
+            assert ctypes.CDLL(None).mallopt(option, value) == 1
+    runs, peaks = Runs(folder), []
     for lanes in (LANES // 2, LANES):
-        play(f"plenty-{lanes}", lanes)
+        runs.play(f"plenty-{lanes}", lanes, WIDE[:lanes])
         peaks.append(status("VmPeak"))
-    limit(sum(peaks) // 2)
-    short = play("short", LANES)
-    later = play("short", LANES, LATER)
-    limit(status("VmSize") + 2**28)
-    alone = Again(leases([HUGE, configuration(steps=2)]))
-    train(alone, Store(folder / "alone"), 1, load_bench=lambda choice, task: bench)
+    # Nearer to what half of them took: the heap may have space that needs no new addresses.
+    limit(peaks[0] + (peaks[1] - peaks[0]) // 3)
+    short = runs.play("short", LANES, WIDE)
+    later = runs.play("short", LANES, LATER)
     limit(resource.RLIM_INFINITY)
-    print(
-        json.dumps(
-            {
-                "peaks": peaks,
-                "given_back": short.spilled,
-                "most": max(map(len, short.held)),
-                "taken": short.taken,
-                "ended": short.ended,
-                "later_given_back": later.spilled,
-                "later_most": max(map(len, later.held)),
-                "alone": alone.ended,
-            }
-        )
+    runs.tell(
+        given_back=short.spilled,
+        most=max(map(len, short.held)),
+        taken=short.taken,
+        later_given_back=later.spilled,
+        later_most=max(map(len, later.held)),
     )
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def alone(folder: Path) -> None:
+    """Train a lane that has no memory even alone, then one that has."""
+    runs = Runs(folder)
+    limit(status("VmSize") + 2**28)
+    source = runs.play("alone", 1, [HUGE, configuration(steps=2)])
+    limit(resource.RLIM_INFINITY)
+    runs.tell(ended=source.ended)

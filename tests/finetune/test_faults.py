@@ -5,21 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import short_of_memory
 import torch
+from pair import process
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -32,6 +32,9 @@ from orchestrator.record import limits
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from variants import catalogue as variants
+
+pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
 
 
 def get(store: Store, point: Configuration) -> Record:
@@ -67,32 +70,32 @@ def test_who_is_to_blame(error: Exception, fault: Fault) -> None:
 # -- memory -------------------------------------------------------------------------------------------------
 
 
+def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
+    """What a work of short_of_memory.py told."""
+    done = process(work, folder)
+    done.join()
+    assert done.exitcode == 0, (folder / "said").read_text()
+    return json.loads((folder / "told.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
-    """See short_of_memory.py: the store's folders, and what it printed."""
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The store's folders, and what was told."""
     folder = tmp_path_factory.mktemp("short")
-    program = Path(__file__).with_name("short_of_memory.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(
-        [sys.executable, str(program), str(folder)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"out of memory with {LANES} lanes, now {LANES // 2} at once; remembered in" in done.stderr
-    return folder, json.loads(done.stdout)
+    return folder, short_of(short_of_memory.together, folder)
 
 
+@pytest.mark.slow
 def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
-    short: tuple[Path, dict[str, object]],
+    short: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, told = short
+    said = (folder / "said").read_text()
+    assert f"out of memory with {LANES} lanes, now {LANES // 2} at once; remembered in" in said
     assert told["most"] == LANES
-    given_back = {name for name, _ in told["given_back"]}  # type: ignore[attr-defined]
+    given_back = {name for name, _ in told["given_back"]}
     assert len(given_back) == LANES // 2
-    assert told["taken"] == 4 * LANES, "no step was lost, none taken twice"
+    assert told["taken"] == LANES, "no step was lost, none taken twice"
     for point in WIDE:
         record = get(Store(folder / "short"), point)
         assert record.state == "finished"
@@ -100,7 +103,8 @@ def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
         assert numbers_of(record) == numbers_of(get(Store(folder / f"plenty-{LANES}"), point))
 
 
-def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, object]]) -> None:
+@pytest.mark.slow
+def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, Any]]) -> None:
     folder, told = short
     assert told["later_most"] == LANES // 2
     assert told["later_given_back"] == []
@@ -110,17 +114,15 @@ def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, 
     assert limits.most_lanes(store.limits, WIDE[0].shape, place) == LANES // 2
 
 
-def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(
-    short: tuple[Path, dict[str, object]],
-) -> None:
-    folder, told = short
-    assert [state for _, _, state in told["alone"]] == ["failed", "finished"]  # type: ignore[attr-defined]
-    record = get(Store(folder / "alone"), HUGE)
+def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: Path) -> None:
+    told = short_of(short_of_memory.alone, tmp_path)
+    assert [state for _, _, state in told["ended"]] == ["failed", "finished"]
+    record = get(Store(tmp_path / "alone"), HUGE)
     assert "out of memory with one lane alone: try --gradient-checkpointing, --accumulation" in record.reason
     assert "DefaultCPUAllocator" in record.traceback
 
 
-@pytest.mark.parametrize("nth", range(1, 4))
+@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
@@ -148,7 +150,7 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
 
 
 def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_path: Path) -> None:
-    """The fifth of eight; the three after it are given back unopened."""
+    """The fifth of six; the one after it is given back unopened."""
     bench = tiny_bench(configuration().model)
     forward, raised = bench.model.forward, []
 
@@ -159,10 +161,12 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
         return forward(*args, **kwargs)
 
     bench.model.forward = starves
-    points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(8)]
+    points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
+    few = {**variants.get("eva").extra, "calibration_batches": 2}
+    points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
     source = Again(leases(points))
     train(source, store, load_bench=lambda choice, task: bench)
-    assert len(source.spilled) == 6
+    assert len(source.spilled) == 4
     assert max(map(len, source.held)) == 2
     assert source.taken == 2 * len(points)
     for point in points:
@@ -344,17 +348,23 @@ def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -
     points = [configuration(seed=seed, steps=4, evaluations=1) for seed in range(2)]
     source = Filling(leases(points))
     source.disk, source.full = disk, 2
+    said: list[str] = []
 
-    def free() -> None:
-        while not source.is_full or source.taken < 6:
-            time.sleep(0.01)
-        time.sleep(0.5)
-        disk.free()
+    class Frees(logging.Handler):
+        """Frees the disk when the loop says that it waits for that."""
 
-    thread = threading.Thread(target=free)
-    thread.start()
-    train(source, store)
-    thread.join()
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for space" in record.getMessage():
+                said.append(record.getMessage())
+                disk.free()
+
+    handler = Frees()
+    logging.getLogger("orchestrator.finetune.outcome").addHandler(handler)
+    try:
+        train(source, store, record_seconds=1.0)
+    finally:
+        logging.getLogger("orchestrator.finetune.outcome").removeHandler(handler)
+    assert len(said) == 1
     assert [state for _, _, state in source.ended] == ["finished", "finished"]
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -120,7 +121,14 @@ def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
             torch.testing.assert_close(parameter, copies[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["riemannian", "adalora", "delta_lora", "relora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "riemannian",
+        "adalora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("delta_lora", "relora")),
+    ],
+)
 def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) -> None:
     def variant() -> Variant:
         return Riemannian() if name == "riemannian" else catalogue.get(name)
@@ -141,21 +149,33 @@ def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) ->
             assert torch.equal(tensor, company.adapters.frozen(lane.name)[key]), key
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 7])
-@pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
-def test_a_resumed_lane_ends_as_one_that_went_through(name: str, at: int, tmp_path: Path) -> None:
+@cache
+def went_through(name: str, folder: Path) -> tuple[list[Configuration], Pack, Lane, dict[int, Path]]:
+    """A lane after eight steps, and its checkpoints by step."""
     chosen = [configuration(variant=name, evaluations=1)]
-    pack = opened(catalogue.get(name), chosen, tmp_path)
+    pack = opened(catalogue.get(name), chosen, folder)
     (lane,) = placed(pack, chosen)
+    saved = {}
     for now in range(8):
-        if now == at:
-            checkpoint.write(tmp_path, lane.checkpoint(pack.adapters.frozen(lane.name)))
+        saved[now] = checkpoint.write(folder / f"at-{now}", lane.checkpoint(pack.adapters.frozen(lane.name)))
         step(pack, [lane])
-    saved = checkpoint.newest(tmp_path)
-    assert saved is not None
+    return chosen, pack, lane, saved
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hooks")
+
+
+@pytest.mark.parametrize("at", [1, 5, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 7))])
+@pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
+def test_a_resumed_lane_ends_as_one_that_went_through(
+    name: str, at: int, folder: Path, tmp_path: Path
+) -> None:
+    chosen, pack, lane, saved = went_through(name, folder)
     again = opened(catalogue.get(name), chosen, tmp_path)
     resumed = Lane(Lease(chosen[0], 2))
-    resumed.open(again.adapters, 3.0, saved)
+    resumed.open(again.adapters, 3.0, checkpoint.read(saved[at]))
     for _ in range(at, 8):
         step(again, [resumed])
     for key, parameter in lane.parameters.items():

@@ -124,37 +124,38 @@ def test_a_folder_without_a_column_names_those_that_there_are(folder: Path) -> N
 
 READ = """
 import json, sys, time
+waits = []
+time.sleep = waits.append
 from orchestrator.finetune.hub_data import Table, read
 from orchestrator.study.errors import BadInput
 import datasets
 for name in sys.argv[1:]:
     for revision in (None, "a" * 40):
-        began = time.monotonic()
         try:
             columns = {"text": object, "label": object}
             found = read(Table(name, "train", columns, revision=revision), "mine")[:]
         except BadInput as error:
             found = str(error)
-        print(json.dumps([found, time.monotonic() - began]))
+        print(json.dumps([found, waits]))
 """
 
 
 def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
-    """What reading gives in a process of its own, of each without and with a pinned commit. Never 23 s of
-    retries."""
+    """What reading gives in a process of its own, of each without and with a pinned commit. It never waits to
+    try again, as `datasets` itself does."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
     done = subprocess.run(
         [sys.executable, "-c", READ, *names],
         env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 2 * len(names)
-    assert all(seconds < 15 for _, seconds in found)
+    assert all(waits == [] for _, waits in found)
     return [what for what, _ in found]
 
 
@@ -233,7 +234,7 @@ def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(tm
             env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
     assert done.returncode == 0, done.stderr

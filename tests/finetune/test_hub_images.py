@@ -101,9 +101,11 @@ def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MAKE.items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "clip") for name in CLASSES), ("eurosat", "vit")], ids=lambda value: value
-)
+FEW = [("svhn", "clip"), ("eurosat", "vit")]
+MORE = [pytest.param(name, "clip", marks=pytest.mark.slow) for name in CLASSES if name != "svhn"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*FEW, *MORE])
 def test_end_to_end(
     name: str,
     kind: str,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from pair import Scenario, play, run
-from peft import PeftModel
+from pair import Scenario, play
 from scripted import Script, configuration, leases, numbers_of, solo, train
 from tiny_images import MAKE, SIDE, choice, load
 from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
@@ -38,6 +39,8 @@ from variants.attach import attach
 from variants.contract import Kind, Settings
 from variants.storage import save_peft
 from variants.targets import find
+
+pytestmark = pytest.mark.xdist_group("pair")
 
 
 @pytest.fixture(scope="module")
@@ -237,18 +240,31 @@ def point(variant: str = "lora", **options: object) -> Configuration:
     return replace(one, variant=replace(one.variant, extra=extra))
 
 
-@pytest.mark.parametrize(
-    ("variant", "kind"), [*((name, "clip") for name in variants.names()), ("lora", "vit"), ("eva", "vit")]
-)
+FEW = [("lora", "clip"), ("full", "clip"), ("eva", "vit"), ("head_only", "vit")]
+MORE = [
+    pytest.param(name, kind, marks=pytest.mark.slow)
+    for name in variants.names()
+    for kind in MAKE
+    if (name, kind) not in FEW
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data that all models share: their images are read from files, and a head of zeros guesses alike."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize(("variant", "kind"), [*FEW, *MORE])
 def test_a_lane_gets_in_company_what_it_gets_alone(
-    variant: str, kind: str, both: dict[str, Path], store: Store, tmp_path: Path
+    variant: str, kind: str, both: dict[str, Path], store: Store, tmp_path: Path, data: Path
 ) -> None:
     members = [
         point(variant, seed=0, steps=3),
         point(variant, seed=1, steps=4, rate=5e-3),
         point(variant, seed=1, steps=2),
     ]
-    options = {"load_bench": partial(_load, both[kind])}
+    options = {"load_bench": partial(_load, both[kind]), "data": data}
     train(Script(leases(members), start_at={members[2].fingerprint: 1}), store, lanes=3, **options)
     for one in members:
         record = store.get(one.fingerprint)
@@ -260,9 +276,9 @@ def test_a_lane_gets_in_company_what_it_gets_alone(
         assert set(record.items["test"].answers) <= set(Digits.labels)
 
 
-def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store) -> None:
+def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store, data: Path) -> None:
     one = point("full", steps=3, rate=1e-3)
-    train(Script(leases([one])), store, load_bench=partial(_load, folder))
+    train(Script(leases([one])), store, load_bench=partial(_load, folder), data=data)
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback
@@ -319,11 +335,13 @@ def _on_two(team: Team, where: Path, folder: Path) -> list[Scored]:
     return evaluate(bench, task, split, 1, adapters.off, team)
 
 
-def test_two_workers_share_images_as_they_share_texts(both: dict[str, Path], tmp_path: Path) -> None:
+def test_two_workers_share_images_as_they_share_texts(
+    pair: Callable[..., Any], both: dict[str, Path], tmp_path: Path
+) -> None:
     score = partial(_on_two, folder=both["clip"])
     ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
     learn = partial(play, partial(_scenario, ones, both["clip"]))
-    found = run({"score": score, "learn": learn}, tmp_path)
+    found = pair({"score": score, "learn": learn}, tmp_path)
     assert found["score"][0] == found["score"][1] == score(ALONE, tmp_path)
     assert found["learn"][0].raised == ""
     for one in ones:
@@ -335,6 +353,8 @@ def test_two_workers_share_images_as_they_share_texts(both: dict[str, Path], tmp
 
 
 def test_a_lane_on_clip_is_an_adapter_that_peft_loads(both: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel  # here, so that the processes of pair.py do not import it
+
     task = Digits()
     bench = load(both["clip"], task)
     settings = Settings(rank=4, alpha=8.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from orchestrator.finetune import bases, models
 from orchestrator.finetune.tasks import glosses
-from orchestrator.finetune.tasks.base import SPLITS, Task
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
 from orchestrator.finetune.tasks.glosses import FOLDER, Glosses
 from orchestrator.finetune.tasks.reviews import (
     ADJECTIVES,
@@ -38,9 +39,15 @@ def silent(_: str) -> None:
     pass
 
 
+@cache
+def loaded(task: Task) -> dict[Split, list[Example]]:
+    """The task's data, made once."""
+    return task.load(task.choice())
+
+
 @pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
 def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess(task: Task) -> None:
-    data = task.load(task.choice())
+    data = loaded(task)
     texts = [example.prompt for split in SPLITS for example in data[split]]
     assert len(texts) == len(set(texts)) == sum(len(data[split]) for split in SPLITS)
     for split in SPLITS:
@@ -53,7 +60,7 @@ def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess(task: Task)
 @pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
 def test_other_sizes_keep_what_they_share(task: Task) -> None:
     small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
-    large = task.load(task.choice())
+    large = loaded(task)
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
     for split in SPLITS:
         with pytest.raises(BadInput, match="1000000 were asked for"):
@@ -61,7 +68,7 @@ def test_other_sizes_keep_what_they_share(task: Task) -> None:
 
 
 def test_the_data_are_those_of_every_record_made_so_far() -> None:
-    assert Reviews().revision() == "92fe7d36a79e2cc9"
+    assert BOTH[0].revision() == "92fe7d36a79e2cc9"
 
 
 @needs_wordnet

@@ -28,7 +28,7 @@ from orchestrator.finetune.source import Answer, Lease, Offer, Report
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Divergence, ModelChoice
+from orchestrator.study.configuration import Configuration, Divergence, ModelChoice
 
 
 def get(store: Store, fingerprint: str) -> Record:
@@ -131,12 +131,29 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7, 11])
-@pytest.mark.parametrize("variant", ["lora", "pissa"])
-def test_an_interrupted_lane_goes_on_exactly(
-    stop_at: int, variant: str, store: Store, tmp_path: Path
-) -> None:
-    one = configuration(variant=variant, steps=12, evaluations=3, dropout=0.1)
+def to_be_interrupted(variant: str) -> Configuration:
+    return configuration(variant=variant, steps=12, evaluations=3, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """What lanes that are not interrupted leave."""
+    store = Store(tmp_path_factory.mktemp("whole"))
+    for variant in ("lora", "pissa"):
+        train(Script(leases([to_be_interrupted(variant)])), store, save_adapter=True)
+    return store
+
+
+FEW = [(1, "lora"), (4, "pissa"), (7, "lora"), (11, "pissa")]
+MORE = [
+    pytest.param(at, name, marks=pytest.mark.slow)
+    for at, name in zip((1, 4, 7, 11), ("pissa", "lora") * 2, strict=True)
+]
+
+
+@pytest.mark.parametrize(("stop_at", "variant"), [*FEW, *MORE])
+def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: Store, whole: Store) -> None:
+    one = to_be_interrupted(variant)
 
     def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
         if steps[one.fingerprint] >= stop_at:
@@ -147,8 +164,6 @@ def test_an_interrupted_lane_goes_on_exactly(
         train(Script(leases([one]), changes=die), store, checkpoint_seconds=0.0)
     assert store.get(one.fingerprint) is None
     train(Script(leases([one], attempt=2)), store, save_adapter=True)
-    whole = Store(tmp_path / "whole")
-    train(Script(leases([one])), whole, save_adapter=True)
     record, expected = get(store, one.fingerprint), get(whole, one.fingerprint)
     assert numbers(record) == numbers(expected)
     assert record.provenance.resumed_from == (stop_at,)

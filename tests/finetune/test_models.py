@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from orchestrator.finetune import bases, models, smollm2
 from orchestrator.finetune.tasks.letters import RECIPE, Letters, tokenizer
@@ -149,28 +148,36 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _slow_make(root: str, ready: object) -> None:
-    def make(folder: Path) -> None:
-        _write(folder / "config.json", json.dumps({"pid": os.getpid()}))
-        time.sleep(0.5)
+MAKES = """
+import json, os, sys
+from pathlib import Path
+from orchestrator.finetune import bases
 
-    ready.wait()  # type: ignore[attr-defined]
-    _write(Path(root) / f"content-{os.getpid()}", bases.make_once(Path(root), "thing", "r1", make))
+def make(folder):
+    (folder / "config.json").write_text(json.dumps({"pid": os.getpid()}))
+    print("making", flush=True)
+    sys.stdin.readline()
+
+print("here", flush=True)
+sys.stdin.readline()
+print(bases.make_once(Path(sys.argv[1]), "thing", "r1", make), flush=True)
+"""
 
 
 def test_two_processes_at_once_make_one_base(root: Path) -> None:
-    root.mkdir()
-    context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(2)
-    processes = [context.Process(target=_slow_make, args=(str(root), ready)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    contents = {path.read_text() for path in root.glob("content-*")}
-    assert len(contents) == 1
-    assert [p.name for p in root.glob("thing-*")] == [f"thing-{contents.pop()[:12]}"]
+    """The second asks for it while the first makes it."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    command = [sys.executable, "-c", MAKES, str(root)]
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        for process in (first, second):
+            assert process.stdout.readline() == "here\n"
+        print(file=first.stdin)
+        assert first.stdout.readline() == "making\n"
+        print(file=second.stdin)
+        print(file=first.stdin)
+        content = first.stdout.readline().strip()
+        assert second.communicate()[0].strip() == content, "it has made none of its own"
+    assert [p.name for p in root.glob("thing-*")] == [f"thing-{content[:12]}"]
 
 
 # -- folders ---------------------------------------------------------------------------------------------
@@ -231,59 +238,37 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root:
     assert not root.exists()
 
 
-def _offline(code: str, cache: Path) -> str:
-    """Runs `code` in a fresh process without a hub: huggingface_hub reads settings when imported."""
-    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-c",
-        "from pathlib import Path\nfrom orchestrator.finetune import models\n" + code,
-    ]
-    done = subprocess.run(
-        command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The local cache of a machine without a hub. The library reads HF_HUB_OFFLINE and HF_HUB_CACHE when it
+    is imported; what is set here says the same."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, tmp_path: Path) -> None:
-    text = _offline(
-        f"""
-from orchestrator.study.errors import BadInput
-try:
-    models.prepare("some-lab/some-model", Path({str(root)!r}), lambda line: None)
-except BadInput as error:
-    print(error)
-""",
-        tmp_path / "cache",
-    )
-    assert text.count("\n") == 1
-    assert text.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
-    assert all(way in text for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
+def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, cache: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        models.prepare("some-lab/some-model", root, silent)
+    said = str(caught.value)
+    assert said.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
+    assert "\n" not in said
+    assert all(way in said for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
 
 
-def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(
-    folder: Path, root: Path, tmp_path: Path
-) -> None:
-    commit, newer = "1" * 40, "2" * 40
-    repository = tmp_path / "cache" / "models--some-lab--some-model"
+def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root: Path, cache: Path) -> None:
+    name, commit, newer = "some-lab/some-model", "1" * 40, "2" * 40
+    repository = cache / "models--some-lab--some-model"
     (repository / "refs").mkdir(parents=True)
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text(commit)
     folder.rename(repository / "snapshots" / commit)
-    text = _offline(
-        f"""
-from orchestrator.study.configuration import ModelChoice
-name, root = "some-lab/some-model", Path({str(root)!r})
-print(models.resolve(name, root))
-print(models.prepare(name, root, lambda line: None))
-Path({str(repository / "refs" / "main")!r}).write_text("{newer}")
-print(models.prepare(name, root, lambda line: None), models.resolve(name, root))
-bench = models.load(ModelChoice(name, "{commit}"), root, "cpu")
-print(type(bench.model).__name__, bench.tokenizer.pad_token)
-""",
-        tmp_path / "cache",
-    )
-    assert text.splitlines() == ["None", commit, f"{commit} {commit}", "LlamaForCausalLM <eos>"]
+    assert models.resolve(name, root) is None
+    assert models.prepare(name, root, silent) == commit
+    (repository / "refs" / "main").write_text(newer)
+    assert models.prepare(name, root, silent) == models.resolve(name, root) == commit
+    bench = models.load(ModelChoice(name, commit), root, "cpu")
+    assert (type(bench.model).__name__, bench.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
 
 
 def test_a_download_that_fails_says_why_in_one_line(

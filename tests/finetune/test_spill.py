@@ -19,7 +19,7 @@ def numbers(store: Store, fingerprint: str) -> Record:
     return numbers_of(record)
 
 
-@pytest.mark.parametrize("variant", ["lora", "pissa"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_parked_lanes_make_way_and_come_back(variant: str, store: Store, tmp_path: Path) -> None:
     five = [
         configuration(variant=variant, seed=seed, steps=9, evaluations=3, dropout=0.1) for seed in range(5)

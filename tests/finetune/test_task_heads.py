@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pair import run
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
 from three_lanes import NAMES, three_lanes
 from transformers import (
@@ -38,6 +39,8 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice, Optimizer
 from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
+
+pytestmark = pytest.mark.xdist_group("pair")
 
 SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0}
@@ -146,7 +149,10 @@ def test_an_answer_that_is_none_is_refused(task: Task, answer: str, hint: str) -
 
 
 def test_the_classes_and_their_order_are_part_of_the_data() -> None:
-    task = Reviews()
+    class Few(Reviews):
+        defaults = replace(Reviews.defaults, train_size=8, validation_size=8, test_size=8)
+
+    task = Few()
     before = task.revision()
     task.labels = tuple(reversed(task.labels))  # type: ignore[misc]
     assert task.revision() != before
@@ -303,9 +309,11 @@ def _shared(team: Team, _: Path, bert: Path) -> list[Scored]:
     return found
 
 
-def test_two_workers_find_what_one_finds_and_both_know_it(bert: Path, tmp_path: Path) -> None:
+def test_two_workers_find_what_one_finds_and_both_know_it(
+    pair: Callable[..., Any], bert: Path, tmp_path: Path
+) -> None:
     work = partial(_shared, bert=bert)
-    first, second = run({"shared": work}, tmp_path)["shared"]
+    first, second = pair({"shared": work}, tmp_path)["shared"]
     assert first == second
     assert first == work(ALONE, tmp_path)
 
@@ -318,9 +326,15 @@ def point(variant: str = "lora", head: float | None = None, **options: object) -
     return replace(one, optimizer=Optimizer(one.optimizer.learning_rate, head_learning_rate=head))
 
 
-@pytest.mark.parametrize("variant", ["lora", "hira"])
+@pytest.fixture(scope="module")
+def options(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the lanes below are trained with: the one model and its data."""
+    return {"load_bench": lambda choice, task: load(bert, task), "data": tmp_path_factory.mktemp("data")}
+
+
+@pytest.mark.parametrize("variant", ["lora", pytest.param("hira", marks=pytest.mark.slow)])
 def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
-    variant: str, bert: Path, store: Store, tmp_path: Path
+    variant: str, options: dict[str, Any], store: Store, tmp_path: Path
 ) -> None:
     alpha = 8.0 if variants.get(variant).uses_alpha else None
     members = [
@@ -329,7 +343,6 @@ def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
         point(variant, alpha=alpha, seed=1, steps=4, head=1e-3),
     ]
     later = {members[2].fingerprint: 3}
-    options = {"load_bench": lambda choice, task: load(bert, task)}
     train(Script(leases(members), start_at=later), store, lanes=3, **options)
     for one in members:
         record = store.get(one.fingerprint)
@@ -341,8 +354,7 @@ def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
         assert set(record.items["test"].answers) <= set(Reviews.labels)
 
 
-def test_the_heads_rate_is_the_heads_alone(bert: Path, tmp_path: Path) -> None:
-    options = {"load_bench": lambda choice, task: load(bert, task)}
+def test_the_heads_rate_is_the_heads_alone(options: dict[str, Any], tmp_path: Path) -> None:
     same, as_typed, other = (
         solo(point(head=head, steps=6), tmp_path, **options) for head in (None, 1e-2, 1e-3)
     )

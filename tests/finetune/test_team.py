@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pair
 import pytest
 import torch
-from pair import WORKERS, Scenario
+from pair import WORKERS, Scenario, play
 from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_bench
 from short_of_memory import Again
 
@@ -28,6 +27,8 @@ from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
 from variants.contract import Adapts
 
+pytestmark = pytest.mark.xdist_group("pair")
+
 SIZE = 64  # training examples
 
 
@@ -41,10 +42,14 @@ def uneven() -> list[Configuration]:
     ]
 
 
-def kinds() -> list[Configuration]:
-    """Every variant, with its own start, auxiliary loss and hooks."""
+FEW = ("adalora", "eva", "full", "head_only", "hira", "lora_moe", "pissa")
+"""Variants with hooks, evidence, the model's weights, a head alone, a dense product, an auxiliary loss, and a
+start of their own."""
+
+
+def kinds(names: Iterable[str]) -> list[Configuration]:
     found = []
-    for name in catalogue.names():
+    for name in names:
         variant = catalogue.get(name)
         task = "reviews" if variant.adapts is Adapts.NOTHING else WORDS_TASK
         one = configuration(variant=name, task=task, batch_size=7, accumulation=2, steps=6, evaluations=1)
@@ -208,8 +213,8 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     if name == "uneven":
         late = {one.fingerprint: at for one, at in zip(uneven(), (0, 2, 3), strict=True)}
         return Scenario(Script(leases(uneven()), start_at=late))
-    if name == "kinds":
-        return Scenario(Script(leases(kinds())))
+    if name in ("kinds", "more kinds"):
+        return Scenario(Script(leases(kinds(VARIANTS[name]))))
     if name == "ending":
         return Scenario(Script(leases(ending().values()), answers=stop_one))
     if name == "poisoned":
@@ -228,30 +233,38 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
 
 
 NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "hungry", "lost")
-WILD = tuple(f"wild{seed}" for seed in range(8))
+WILD = ("wild0", "wild1")
+VARIANTS = {"kinds": FEW, "more kinds": [name for name in catalogue.names() if name not in FEW]}
+MORE_KINDS = pytest.param("more kinds", marks=pytest.mark.slow)
+MORE_WILD = [pytest.param(f"wild{seed}", marks=pytest.mark.slow) for seed in range(2, 12)]
 
 
 class Played:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    """What the two workers told of each scenario; one is played when it is first asked for."""
+
+    def __init__(self, pair: Callable[..., Any], folder: Path) -> None:
+        self.pair, self.folder = pair, folder
         path = folder / "poisoned.py"
         path.write_text(POISONED)
         self.path = str(path)
-        works: dict[str, Any] = {
-            n: partial(pair.play, partial(scenario, n, self.path)) for n in (*NAMES, *WILD)
-        }
-        self.told = pair.run(works | {"out of step": out_of_step, "primitives": primitives}, folder)
+        self.told: dict[str, list[Any]] = {}
 
     def __getitem__(self, name: str) -> list[Any]:
+        if name not in self.told:
+            work = {"out of step": out_of_step, "primitives": primitives}.get(
+                name, partial(play, partial(scenario, name, self.path))
+            )
+            self.told |= self.pair({name: work}, self.folder)
         return self.told[name]
 
     def record(self, name: str, one: Configuration) -> Record | None:
+        assert self[name]
         return Store(self.folder / name).get(one.fingerprint)
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
-    return Played(tmp_path_factory.mktemp("pair"))
+def played(pair: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Played:
+    return Played(pair, tmp_path_factory.mktemp("played"))
 
 
 def near(value: Any) -> Any:
@@ -275,7 +288,7 @@ def assert_alike(record: Record | None, expected: Record) -> None:
         assert items.answers == expected.items[split].answers
 
 
-@pytest.mark.parametrize("name", [*NAMES, *WILD])
+@pytest.mark.parametrize("name", [*NAMES, *WILD, MORE_KINDS, *MORE_WILD])
 def test_both_workers_hold_the_same_bits_and_only_the_first_speaks_to_the_source(
     played: Played, name: str
 ) -> None:
@@ -296,9 +309,10 @@ def test_rows_that_do_not_divide_and_unequal_tokens(played: Played, tmp_path: Pa
         assert record.provenance.workers == 2
 
 
-def test_every_variant_gives_what_one_worker_gives(played: Played, tmp_path: Path) -> None:
-    for one in kinds():
-        assert_alike(played.record("kinds", one), solo(one, tmp_path))
+@pytest.mark.parametrize("name", ["kinds", MORE_KINDS])
+def test_every_variant_gives_what_one_worker_gives(played: Played, tmp_path: Path, name: str) -> None:
+    for one in kinds(VARIANTS[name]):
+        assert_alike(played.record(name, one), solo(one, tmp_path))
 
 
 def test_lanes_that_end_early(played: Played, tmp_path: Path) -> None:
@@ -376,7 +390,7 @@ def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", WILD)
+@pytest.mark.parametrize("name", [*WILD, *MORE_WILD])
 def test_under_any_answers_both_come_to_the_same_end(played: Played, name: str) -> None:
     first, second = played[name]
     assert (first.raised, second.raised) == ("", "")

