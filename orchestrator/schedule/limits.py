@@ -10,6 +10,8 @@ from orchestrator.study.errors import BadInput
 
 INTERRUPTED = "Ctrl-C"
 PROMISED_SECONDS = 10.0  # from Ctrl-C to the end
+SAVE_SECONDS = 60.0  # what seats get to save their lanes when a limit ends the study
+HASTE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass
@@ -43,6 +45,11 @@ class Limits:
     def hasty(self) -> bool:
         """Somebody waits for the end."""
         return self.interrupted is not None
+
+    @property
+    def save_seconds(self) -> float:
+        """What seats get to save their lanes."""
+        return HASTE_SECONDS if self.hasty else SAVE_SECONDS
 
     def seconds_left(self) -> float:
         """Of what Ctrl-C is promised; endless without one."""

@@ -47,8 +47,6 @@ SEATS_TO_COME = 8  # a GPU node's
 TRIAL_DEATHS_ALLOWED = 20
 LAST_SECONDS = 5.0  # what seats get to end by themselves
 MOMENT_SECONDS = 0.5  # the same after Ctrl-C: what they had to say is said
-SAVE_SECONDS = 60.0  # what seats get to save their lanes when a limit ends the study
-HASTE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass(frozen=True)
@@ -330,5 +328,4 @@ class _Watch(threading.Thread):
             more = "; again ends at once" if self.limits.hasty else ""
             self.progress.say(f"{self.limits.reached}: the seats save their lanes{more}")
         self.broker.vacate.remote(None)  # again and again: the broker may restart meanwhile
-        seconds = HASTE_SECONDS if self.limits.hasty else SAVE_SECONDS
-        self.left = not self.progress.training or now - self.leaving > seconds
+        self.left = not self.progress.training or now - self.leaving > self.limits.save_seconds

@@ -1,11 +1,11 @@
 """Kills what a study is made of, one process after another, at random moments; starts the command again each
-time it has ended; and compares what the study leaves with what an undisturbed one leaves.
+time that it has ended; and compares what the study leaves with what an undisturbed training leaves.
 
-    python -m tests.schedule.chaos                  6 kills, as in CI
+    python -m tests.schedule.chaos                  6 kills, one of each kind
     python -m tests.schedule.chaos --kills 20       what docs/faults.md reports
 
 Nobody knows better than the processes themselves how many steps they took, and a killed one can say nothing:
-`chaos_task.py` notes each step as it is taken.
+`counted_task.py` notes each step as it is taken.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,19 +30,35 @@ from pathlib import Path
 import psutil
 
 try:
+    import alone
     import study
+    from steps import FOLDER, TASK, Steps
 except ModuleNotFoundError:  # run as a module from the project's folder
-    from tests.schedule import study
+    from tests.schedule import alone, study
+    from tests.schedule.steps import FOLDER, TASK, Steps
+
+from orchestrator.record.gc import collect
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
 
 NAME = "chaos"
-TASK = Path(__file__).with_name("chaos_task.py")
-TITLES = {"seat": ["RayTrainWorker"], "trial": ["ResourceTrainable", "Trial"], "broker": ["Broker"]}
-"""What Ray calls the processes that are killed, besides the driver. (A trial's class is wrapped by Tune.)"""
+TITLES = {
+    "seat": ["RayTrainWorker"],
+    "trial": ["ResourceTrainable", "Trial"],  # its class is wrapped by Tune
+    "broker": ["Broker"],
+    "controller": ["TrainController"],
+    "host": ["SeatHost"],
+}
+"""What Ray calls the processes that are killed, besides the driver."""
 KINDS = ("driver", *TITLES)
+BACK = ("driver", "seat")
+"""Kinds whose lanes have to wait for a new process."""
 SHARE = 0.6
 """Of the steps that are left: within these the kills that are left happen, so that none comes too late."""
-MOMENT = 8  # bytes that chaos_task.py writes a step
-LOST_SECONDS = 400.0
+LATE = 0.1
+"""A part of all steps: if a kill is later by so many, the study waits for it."""
+LOST_SECONDS = study.HANG_SECONDS
 """How long a started command may take to its next step, on a busy machine."""
 
 
@@ -61,8 +76,12 @@ class Size:
     """Of a seat."""
 
     @property
+    def configurations(self) -> int:
+        return len(self.variants) * len(self.rates) * self.seeds
+
+    @property
     def all_steps(self) -> int:
-        return len(self.variants) * len(self.rates) * self.seeds * self.steps
+        return self.configurations * self.steps
 
     @property
     def arguments(self) -> list[str]:
@@ -82,7 +101,7 @@ class Kill:
     start: int
     """Which start of the command it hit."""
     back: float | None = None
-    """Seconds until a new process took a step; for a driver and a seat, whose lanes have to wait for one."""
+    """Seconds until a new process took a step; for `BACK`."""
 
 
 @dataclass
@@ -103,13 +122,17 @@ class Run:
         return self.output / "command.log"
 
     @property
-    def steps_folder(self) -> Path:
-        return self.output / "steps"
+    def store(self) -> Store:
+        return Store(self.output / "store")
+
+    def steps_of(self, start: int) -> Steps:
+        """Those of one start of the command."""
+        return Steps(self.output / "steps" / str(start))
 
     def start(self) -> subprocess.Popen[bytes]:
         self.starts += 1
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment |= {"COLUMNS": "80", "CHAOS_STEPS": str(self.steps_folder / str(self.starts))}
+        environment |= {"COLUMNS": "80", FOLDER: str(self.steps_of(self.starts).folder)}
         script = str(study.EXPERIMENTS / "lr_sensitivity.py")
         words = ["--dry-run", "--output", str(self.output), "--study", NAME, "--task", str(TASK)]
         with self.log.open("ab") as log:
@@ -127,16 +150,9 @@ class Run:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def steps(self, starts: tuple[int, ...] | None = None) -> int:
-        """Optimizer steps that all processes together have taken; of some starts of the command, or all."""
-        of = range(1, self.starts + 1) if starts is None else starts
-        files = [file for start in of for file in (self.steps_folder / str(start)).glob("*")]
-        return sum(file.stat().st_size // MOMENT for file in files)
-
-    def firsts(self, start: int) -> list[float]:
-        """When each process of a start of the command took its first step."""
-        heads = [file.read_bytes()[:MOMENT] for file in (self.steps_folder / str(start)).glob("*")]
-        return [struct.unpack("d", head)[0] for head in heads if len(head) == MOMENT]
+    def steps(self) -> int:
+        """Optimizer steps that all processes together have taken since the first start of the command."""
+        return sum(self.steps_of(start).taken() for start in range(1, self.starts + 1))
 
     def start_again(self, code: int, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
         """It has ended with `code`, and nobody had killed it."""
@@ -147,12 +163,6 @@ class Run:
 
     def fail(self, what: str) -> AssertionError:
         return AssertionError(f"{what}; the command's last words:\n{self.log.read_text()[-3000:]}")
-
-
-def undisturbed(run: Run) -> None:
-    code = run.start().wait()
-    if code:
-        raise run.fail(f"undisturbed it ended with {code}")
 
 
 def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> None:
@@ -170,13 +180,13 @@ def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> No
             if (code := process.wait()) != -signal.SIGKILL:
                 raise run.fail(f"it ended with {code} just before it was to be killed")
             process = run.start()
+    run.steps_of(run.starts).run_free()
     while code := process.wait():
         if run.starts > 2 * kills + 3:
             raise run.fail(f"started {run.starts} times it still ended with {code}")
         process = run.start_again(code, say)
     _measure(run)
-    words = ["-m", "orchestrator", "gc", "--output", str(run.output), "--older-than", "0"]
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+    collect(run.store, run.output, older_than=0.0)
 
 
 def _kill(
@@ -189,7 +199,9 @@ def _kill(
 ) -> subprocess.Popen[bytes]:
     """Kills one of `kind` once the command has taken `after` steps since the last kill. Returns the command's
     process, which is another one if it had ended by itself meanwhile (which is noted)."""
-    before = run.steps((run.starts,))
+    steps = run.steps_of(run.starts)
+    before = steps.taken()
+    steps.slow_after(before + after + int(LATE * run.size.all_steps))
     deadline = time.monotonic() + LOST_SECONDS
     while True:
         code = process.poll()
@@ -199,7 +211,8 @@ def _kill(
             )
         if code is not None:
             process, before = run.start_again(code, say), 0
-        if run.steps((run.starts,)) - before >= after:
+            steps = run.steps_of(run.starts)
+        if steps.taken() - before >= after:
             victims = _processes(process.pid, kind)
             if victims:
                 kill = Kill(kind, time.time(), run.steps(), run.starts)
@@ -226,8 +239,8 @@ def _measure(run: Run) -> None:
     """Seats outlive their driver by a moment: after its death only those of the next start are new."""
     for kill in run.kills:
         start = kill.start + 1 if kill.kind == "driver" else kill.start
-        firsts = [moment for moment in run.firsts(start) if moment > kill.when]
-        if kill.kind in ("driver", "seat") and firsts:
+        firsts = [moment for moment in run.steps_of(start).firsts() if moment > kill.when]
+        if kill.kind in BACK and firsts:
             kill.back = min(firsts) - kill.when
 
 
@@ -240,59 +253,57 @@ def wrong_starts(run: Run) -> list[str]:
     return found
 
 
-def wrong(run: Run, other: Run) -> list[str]:
-    """What is not as the undisturbed `other` left it, for people to read. Nothing is right."""
+def wrong(run: Run, expected: Mapping[str, Record]) -> list[str]:
+    """What is not as in `expected`, the records of an undisturbed training. Nothing is right."""
     found = wrong_starts(run)
-    expected, now = study.records(other.output), study.records(run.output)
-    found += [f"{f[:12]} has no record" for f in expected.keys() - now.keys()]
-    found += [f"{f[:12]} was not asked for" for f in now.keys() - expected.keys()]
+    file, now = StudyFile.read(run.output / NAME), study.records(run.output)
+    asked = set(file.configurations) if file else set()
+    if len(asked) != run.size.configurations:
+        found.append(f"{len(asked)} configurations were asked for, not {run.size.configurations}")
+    found += [f"{f[:12]} has no record" for f in asked - now.keys()]
+    found += [f"{f[:12]} was not asked for" for f in now.keys() - asked]
     for name in expected.keys() & now.keys():
         # To the bit: on a CPU a lane with at least 8 rows computes the same in any company.
         if (study.course(now[name]), now[name].items) != (study.course(expected[name]), expected[name].items):
             found.append(f"{name[:12]} has other scores")
-    files = [path.name for path in (run.output / "store" / "records").rglob("*.json")]
-    if sorted(files) != sorted(f"{f}.json" for f in expected):
-        found.append(f"{len(files)} record files for {len(expected)} configurations")
+    files = [path.name for path in run.store.records_folder.rglob("*.json")]
+    if sorted(files) != sorted(f"{f}.json" for f in asked):
+        found.append(f"{len(files)} record files for {len(asked)} configurations")
     children = Counter(study.children(run.output, NAME))
-    children.subtract((f, "FINISHED") for f in expected)
+    children.subtract((f, "FINISHED") for f in asked)
     for (name, status), surplus in children.items():
         if surplus:
             found.append(f"{name[:12]} has {'no' if surplus < 0 else 'too many'} MLflow runs {status}")
     if study.parents(run.output, NAME) != ["FINISHED"]:
         found.append(f"MLflow's parents: {study.parents(run.output, NAME)}")
     found += [f"{path} is a pickle" for path in run.output.rglob("*.pkl")]
-    store = run.output / "store"
+    store = run.store.root
     left = [*store.glob("scratch/*"), *store.glob("checkpoints/*"), *store.glob("records/*/.*")]
     found += [f"{path} is left" for path in left]
-    if run.steps() > bound(run, other):
-        found.append(f"{run.steps()} optimizer steps, more than {bound(run, other)}")
+    if run.steps() > bound(run):
+        found.append(f"{run.steps()} optimizer steps, more than {bound(run)}")
     return found
 
 
-def bound(run: Run, other: Run) -> int:
-    """The undisturbed run's steps, and for each kill what every lane in flight had since its checkpoint."""
-    record = next(iter(study.records(other.output).values()))
+def bound(run: Run) -> int:
+    """Each step once, and for each kill what every lane in flight had taken since its checkpoint."""
+    record = next(iter(study.records(run.output).values()))
     interval = -(-run.size.steps // record.configuration.evaluations)
-    return other.steps() + len(run.kills) * run.size.seats * run.size.lanes * interval
+    return run.size.all_steps + len(run.kills) * run.size.seats * run.size.lanes * interval
 
 
 def compare(
     bases: Path, folder: Path, size: Size, kills: int, seed: int, say: Callable[[str], None]
-) -> tuple[Run, Run]:
-    """The disturbed run and the undisturbed one, each in a part of `folder`; `bases` has the base."""
-    runs = []
-    for name in ("disturbed", "undisturbed"):
-        output = folder / name
-        shutil.copytree(bases, output / "store" / "bases")
-        runs.append(Run(output, size))
+) -> tuple[Run, dict[str, Record]]:
+    """The disturbed run and the records of an undisturbed training, in `folder`; `bases` has the base."""
+    run = Run(folder / "disturbed", size)
+    shutil.copytree(bases, run.store.bases)
     try:
-        undisturbed(runs[1])
-        say(f"undisturbed: {runs[1].steps()} optimizer steps")
-        disturbed(runs[0], kills, seed, say)
+        disturbed(run, kills, seed, say)
     finally:
-        for run in runs:
-            run.end()
-    return runs[0], runs[1]
+        run.end()
+    configurations = [record.configuration for record in run.store.records()]
+    return run, alone.train(configurations, bases, folder / "undisturbed")
 
 
 def main() -> None:
@@ -312,24 +323,23 @@ def main() -> None:
     models.prepare("letters-base", folder / "bases", print)
     began = time.monotonic()
     size = Size(steps=options.steps or max(Size.steps, 50 * options.kills))
-    run, other = compare(folder / "bases", folder, size, options.kills, options.seed, say)
+    run, expected = compare(folder / "bases", folder, size, options.kills, options.seed, say)
     summary = {
         "seed": options.seed,
         "seconds": round(time.monotonic() - began),
-        "configurations": len(study.records(other.output)),
+        "configurations": len(expected),
         "starts": run.starts,
         "ended by itself": run.exits,
         "kills": [(kill.kind, kill.steps) for kill in run.kills],
         "steps": run.steps(),
-        "undisturbed": other.steps(),
-        "bound": bound(run, other),
+        "undisturbed": size.all_steps,
+        "bound": bound(run),
         "seconds until a new process trains": {
-            kind: [round(k.back) for k in run.kills if k.kind == kind and k.back is not None]
-            for kind in ("driver", "seat")
+            kind: [round(k.back) for k in run.kills if k.kind == kind and k.back is not None] for kind in BACK
         },
     }
     print(json.dumps(summary, indent=1))
-    found = wrong(run, other)
+    found = wrong(run, expected)
     print("\n".join(found) or "nothing is wrong")
     sys.exit(bool(found))
 

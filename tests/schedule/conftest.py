@@ -1,21 +1,83 @@
-"""What the tests of faults compare with."""
+"""The Ray cluster that studies join, its nodes, and the steps that studies take."""
 
 from __future__ import annotations
 
-import shutil
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import study
+import ray
+from machines import Machines
+from ray.cluster_utils import Cluster
+from steps import FOLDER, Steps
 
-from orchestrator.record.schema import Record
+# Before a Ray is started, which hands it on to its workers.
+os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")
+
+
+class SharedCluster:
+    """A cluster of one node that is started when a test asks for it, and stopped before one starts its own.
+
+    Two Ray instances on one machine can end each other's Train runs, so only one exists at a time.
+    """
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+
+    def start(self) -> Cluster:
+        if self.cluster is None:
+            head = {"num_cpus": 2, "include_dashboard": True}
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        return self.cluster
+
+    def stop(self) -> None:
+        if self.cluster is not None:
+            self.cluster.shutdown()
+            self.cluster = None
 
 
 @pytest.fixture(scope="session")
-def undisturbed(letters_bases: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
-    """The records of `study.EIGHT`, trained without any fault, by fingerprint."""
-    output = tmp_path_factory.mktemp("undisturbed") / "results"
-    shutil.copytree(letters_bases, output / "store" / "bases")
-    code, out, err = study.end(study.start(output, *study.EIGHT), timeout=400)
-    assert code == 0, out + err
-    return study.records(output)
+def shared_cluster() -> Iterator[SharedCluster]:
+    shared = SharedCluster()
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def cluster(shared_cluster: SharedCluster) -> Cluster:
+    """Return the running cluster that most studies join: that costs less than a Ray instance a study."""
+    return shared_cluster.start()
+
+
+@pytest.fixture(scope="module")
+def no_cluster(shared_cluster: SharedCluster) -> None:
+    """Stop the shared cluster: the module's tests start Ray instances of their own."""
+    shared_cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def connected(shared_cluster: SharedCluster) -> Iterator[Cluster]:
+    """Connect this process to the shared cluster, for tests that ask Ray what there is."""
+    cluster = shared_cluster.start()
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+
+
+@pytest.fixture
+def machines(connected: Cluster) -> Iterator[Machines]:
+    """Return what adds nodes with GPUs to the shared cluster; they leave it with the test."""
+    machines = Machines(connected)
+    yield machines
+    machines.remove_all()
+
+
+@pytest.fixture
+def steps() -> Iterator[Steps]:
+    """Return the steps of a study that trains `steps.TASK`; none is taken yet, and none is slow."""
+    steps = Steps(Path(os.environ[FOLDER]))
+    steps.clear()
+    yield steps
+    steps.clear()

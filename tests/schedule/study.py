@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from orchestrator.record.schema import Record
+from orchestrator.finetune import resolve
+from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
+from orchestrator.schedule.rungs import due
+from orchestrator.study.grid import grid
+from orchestrator.study.options import StudyOptions
 
-# Eight lanes, long enough for something to happen to each of them.
-EIGHT = ("--variants", "lora", "--seeds", "4", "--learning-rates", "3e-3", "1e-2", "--steps", "600")
 # Ray's core says it by itself on a machine without a route to outside.
 _RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+\] Failed to determine local IP .*\n", re.MULTILINE)
+# Ends a test that hangs; nothing else depends on it.
+HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+# For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
+PATIENT = f"""
+from orchestrator.schedule import limits, run
+from orchestrator.study import command
+limits.HASTE_SECONDS = limits.SAVE_SECONDS = limits.PROMISED_SECONDS = {HANG_SECONDS}
+run.HASTE_SECONDS = run.LOG_SECONDS = command.PATIENCE_SECONDS = {HANG_SECONDS}
+"""
 
 
 def start(
@@ -45,7 +62,7 @@ def start(
     )
 
 
-def end(process: subprocess.Popen[str], timeout: float = 200) -> tuple[int, str, str]:
+def end(process: subprocess.Popen[str], timeout: float = HANG_SECONDS) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -65,19 +82,32 @@ def run(
     return end(start(output, *arguments, address=address, cwd=cwd, script=script))
 
 
-def slowness() -> float:
-    """How many times longer than alone a study takes now: what is promised within ten seconds is promised on
-    a machine without other work. Alone it keeps about two processes a core busy."""
-    return max(1.0, os.getloadavg()[0] / (2 * len(os.sched_getaffinity(0))))
+def altered(folder: Path, *before: str) -> str:
+    """Return a script that runs the lines `before` and then lr_sensitivity.py, for `run` and `start`.
+
+    It is for what a test cannot wait for: the seconds of a promise, a moment deep inside of the program.
+    """
+    script = folder / f"altered-{uuid.uuid4().hex}.py"
+    script.write_text(
+        "\n".join(
+            [
+                *before,
+                "import runpy",
+                f"runpy.run_path({str(EXPERIMENTS / 'lr_sensitivity.py')!r}, run_name='__main__')",
+            ]
+        )
+    )
+    return str(script)
 
 
-def wait_for(what: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + seconds * slowness()
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until `what` holds; fail when the study's `process` ends before, or after `HANG_SECONDS`."""
+    deadline = time.monotonic() + HANG_SECONDS
     while not what():
-        assert process is None or process.poll() is None, "the study ended first: " + "\n".join(
+        assert process is None or process.poll() is None or what(), "the study ended first: " + "\n".join(
             end(process)[1:]
         )
-        assert time.monotonic() < deadline, f"did not happen within {seconds} s"
+        assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
         time.sleep(0.1)
 
 
@@ -100,29 +130,43 @@ def log(output: Path) -> str:
     return "".join(path.read_text() for path in output.glob("*/study.log"))
 
 
+def saved(output: Path) -> dict[str, int]:
+    """Return the steps that each lane's newest checkpoint holds, by fingerprint."""
+    steps: dict[str, int] = {}
+    for path in Store(output / "store").checkpoints.glob("*/*/step-*.safetensors"):
+        fingerprint, step = path.parts[-3], int(path.stem.rpartition("-")[2])
+        steps[fingerprint] = max(steps.get(fingerprint, 0), step)
+    return steps
+
+
 def half_trained(output: Path, at_most: int) -> set[str]:
     """Those that have no final record, and a checkpoint after `at_most` steps or less."""
     store = Store(output / "store")
-    steps: dict[str, int] = {}
-    for path in store.checkpoints.glob("*/*/*.safetensors"):
-        fingerprint, step = path.parts[-3], int(path.stem.rpartition("-")[2])
-        steps[fingerprint] = max(steps.get(fingerprint, 0), step)
-    return {f for f, step in steps.items() if step <= at_most and store.meets(f) is None}
+    return {f for f, step in saved(output).items() if step <= at_most and store.meets(f) is None}
 
 
 def rays() -> set[int]:
-    """Processes of any Ray on this machine."""
+    """Return the ids of Ray's processes that this test process or its studies have started.
+
+    They have its temporary folder in their environment or, as some overwrite that by a title, a file there.
+    """
     found = set()
     for process in psutil.process_iter():
         try:
-            line = " ".join(process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and _is_a_ray(process):
+                found.add(process.pid)
         except psutil.Error:
             continue
-        if process.status() != psutil.STATUS_ZOMBIE and any(
-            w in line for w in ("raylet", "gcs_server", "ray::")
-        ):
-            found.add(process.pid)
     return found
+
+
+def _is_a_ray(process: psutil.Process) -> bool:
+    if not any(word in " ".join(process.cmdline()) for word in ("raylet", "gcs_server", "ray::")):
+        return False
+    folder = tempfile.gettempdir()
+    return process.environ().get("TMPDIR") == folder or any(
+        Path(file.path).is_relative_to(folder) for file in process.open_files()
+    )
 
 
 def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Process]:
@@ -161,3 +205,71 @@ def artifacts(output: Path, study: str) -> set[str]:
     client, runs = _runs(output, study)
     (parent,) = [r for r in runs if "fingerprint" not in r.data.tags]
     return {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def run_here(output: Path, *arguments: str, script: str = "lr_sensitivity.py") -> int:
+    """Run a script in this process, where it plans (`--plan`) or refuses what is asked (raises BadInput).
+
+    Nothing may be left to train: Ray would be started here.
+    """
+    spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
+        patch.setattr(sys, "argv", command)
+        return int(module.run())
+
+
+def hold(folder: Path, store: Store, records: int, step: int) -> Path:
+    """Return the file of a task whose study is held once the store has so many records; see held_task.py."""
+    folder.mkdir(exist_ok=True)
+    where = {"records": str(store.records_folder), "count": records, "step": step}
+    (folder / "hold.json").write_text(json.dumps(where))
+    return Path(shutil.copy(Path(__file__).with_name("held_task.py"), folder))
+
+
+def held(task: Path) -> bool:
+    """Tell whether a trainer of the study is held now, or was."""
+    return task.with_name("held").exists()
+
+
+def release(task: Path) -> None:
+    """Let the trainer that is held go on."""
+    task.with_name("released").touch()
+
+
+def keep_known(options: StudyOptions, loss: float) -> set[str]:
+    """Put a finished record of each configuration that `options` ask for into the store.
+
+    Returns the fingerprints.
+
+    Args:
+        options: those of a grid.
+        loss: the validation loss of all of them, at each evaluation.
+    """
+    store = Store(options.store_folder)
+    chosen = resolve.names(options, "letters", ("lora",), store.bases)
+    content = resolve.base(chosen.model, store.bases, lambda text: None)
+    templates = resolve.templates(options, chosen, content, store.bases)
+    found = set()
+    for configuration in grid(templates, chosen.learning_rates, range(options.seed_count)):
+        steps, scores = due(configuration), {"loss": loss, configuration.task.metric: 0.5}
+        record = Record(
+            configuration.fingerprint,
+            configuration,
+            "finished",
+            steps[-1],
+            evaluations=(
+                *(Evaluation(step, "validation", scores) for step in steps),
+                Evaluation(steps[-1], "test", scores),
+            ),
+            untrained={"validation": scores, "test": scores},
+            provenance=Provenance(started=1e9, ended=1e9 + 1),
+        )
+        assert store.put(record)
+        found.add(record.fingerprint)
+    return found

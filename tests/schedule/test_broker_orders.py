@@ -361,5 +361,5 @@ class Broker(RuleBasedStateMachine):
         assert owed <= set(self.records) | failed, "a stopped lane has no record"
 
 
-Broker.TestCase.settings = settings(max_examples=600, stateful_step_count=60, deadline=None)
+Broker.TestCase.settings = settings(stateful_step_count=60)
 TestBroker = Broker.TestCase

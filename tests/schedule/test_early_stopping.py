@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 from test_broker_core import configuration
 
 from orchestrator.schedule.rungs import due, entry, evaluation, first_rung, settings
@@ -32,6 +35,7 @@ def test_settings_tell_schedulers_and_first_rungs_apart() -> None:
     assert settings("none", points[0]) == ""
     assert settings("asha", points[0]) == "asha loss=min first=10 eta=4 last=30"
     assert settings("asha", points[1]) == "asha loss=min first=50 eta=4 last=50"
+    assert settings("median", points[0]) == "median loss=min first=10 samples=3"
     assert settings("asha", lane(1e-2, steps=90)) == settings("asha", points[0]), "the rate is not a setting"
 
 
@@ -63,14 +67,22 @@ def test_trials_leave_half_of_the_memory_to_seats_under_hyperband_too(nodes: int
         assert nodes * (memory // asked) * each <= cluster.memory / 2
 
 
-# -- with Tune. A lane of rate r has the losses r, r, ...; `ends` maps some to the evaluation after which they
-# end by themselves, later than all others come there.
+# -- with Tune. A lane of rate r has the losses r, r, ...
+
+
+@dataclass(frozen=True)
+class EndsEarly:
+    """The lane of this rate ends by itself after so many evaluations, when the `others` wait for it."""
+
+    rate: float
+    after: int
+    others: frozenset[float]
+    others_at: int
 
 
 @pytest.fixture(scope="module")
-def tune_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(scheduler, points, known, ends, at once) -> the last evaluation of each rate."""
-    import ray
+def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(scheduler, points, known, ends, at once) -> the last evaluation of each variant and rate."""
     from ray import tune
 
     from orchestrator.schedule.early_stopping import PerGroup
@@ -78,13 +90,15 @@ def tune_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
             self.point, self.at = Configuration.from_json(config["configuration"]), 0
-            self.ends = config["ends"].get(str(self.point.optimizer.learning_rate))
+            rate = self.point.optimizer.learning_rate
+            self.ends, self.ready = config["ends"].get(str(rate)), Path(config["ready"])
 
         def step(self) -> dict[str, Any]:
             import time
 
             if self.at == self.ends:
-                time.sleep(4)
+                while not self.ready.exists():
+                    time.sleep(0.05)
                 return self.result() | {"done": True}
             self.at += 1
             return self.result() | {"done": self.at == self.point.schedule.steps}
@@ -103,25 +117,40 @@ def tune_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         def load_checkpoint(self, checkpoint: Any) -> None:
             self.at = checkpoint["at"]
 
+    class Others(tune.Callback):
+        """Writes `ready` when the others are paused, all after the same evaluation."""
+
+        def __init__(self, ends: EndsEarly, ready: Path) -> None:
+            self.ends, self.ready = ends, ready
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            paused = [trial.last_result for trial in trials if trial.status == "PAUSED"]
+            if self.ends.others <= {r["rate"] for r in paused if r["evaluation"] == self.ends.others_at}:
+                self.ready.touch()
+
     def run(
         scheduler: str,
         points: list[Configuration],
-        known: set[str] = frozenset(),
-        ends: dict[str, int] | None = None,
+        known: Collection[str] = (),
+        ends: EndsEarly | None = None,
         at_once: int | None = None,
     ) -> dict[tuple[str, float], int]:
+        folder = tmp_path_factory.mktemp("tune")
+        ready = folder / "ready"
         tuner = tune.Tuner(
             tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 1}])),
             param_space={
                 "configuration": tune.grid_search([point.to_json() for point in points]),
-                "ends": ends or {},
+                "ends": {str(ends.rate): ends.after} if ends else {},
+                "ready": str(ready),
             },
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=at_once, reuse_actors=True, scheduler=PerGroup(scheduler, known)
             ),
             run_config=tune.RunConfig(
-                storage_path=str(tmp_path_factory.mktemp("tune")),
+                storage_path=str(folder),
                 verbose=0,
+                callbacks=[Others(ends, ready)] if ends else [],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
@@ -134,12 +163,10 @@ def tune_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
             for r in results
         }
 
-    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
-    yield run
-    ray.shutdown()
+    return run
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.ray
 def test_a_replayed_result_fills_the_rungs_and_is_not_stopped_itself(tune_run: Any) -> None:
     good, bad, worse = lane(1e-3), lane(1e-1), lane(2e-1)
     other = lane(1.0, variant="hira")
@@ -149,7 +176,7 @@ def test_a_replayed_result_fills_the_rungs_and_is_not_stopped_itself(tune_run: A
     assert found == {("lora", 1e-3): 9, ("lora", 2e-1): 9, ("lora", 1e-1): 1, ("hira", 1.0): 9}
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.ray
 def test_the_median_counts_replayed_results(tune_run: Any) -> None:
     points = [lane(rate) for rate in (1e-3, 2e-3, 3e-3, 1e-1)]
     known = {point.fingerprint for point in points[:3]}
@@ -157,10 +184,13 @@ def test_the_median_counts_replayed_results(tune_run: Any) -> None:
     assert [found["lora", rate] for rate in (1e-3, 2e-3, 3e-3, 1e-1)] == [9, 9, 9, 1]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.ray
 def test_hyperband_goes_on_when_a_lane_ends_by_itself_while_its_bracket_waits(tune_run: Any) -> None:
     """Brackets of 3, 5 and 9 lanes. Of the 9 the best three go on from the first rung to the third
-    evaluation; one of them ends before, when the others are paused there."""
-    points = [lane(rate) for rate in range(1, 18)]
-    found = tune_run("hyperband", points, ends={"9.0": 2})
+    evaluation; one of them ends before, when the others are paused there. Another variant has its own."""
+    points = [lane(float(rate)) for rate in range(1, 18)]
+    others = [lane(float(rate), variant="hira") for rate in range(21, 29)]
+    ends = EndsEarly(rate=9.0, after=2, others=frozenset({10.0, 11.0}), others_at=3)
+    found = tune_run("hyperband", points + others, ends=ends)
     assert [found["lora", float(rate)] for rate in range(9, 18)] == [2, 9, 3, 1, 1, 1, 1, 1, 1]
+    assert [found["hira", float(rate)] for rate in range(21, 29)] == [9, 9, 9, 9, 9, 3, 3, 3]

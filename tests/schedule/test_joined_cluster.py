@@ -5,42 +5,25 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import study
+from machines import no_room
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
 from ray.util.state import list_actors, list_placement_groups
+from steps import TASK, Steps
 
+from orchestrator.finetune import checkpoint
 from orchestrator.record.store import Store
 from orchestrator.schedule.broker import NAME
 
-TWENTY = (
-    "--variants",
-    "lora",
-    "--seeds",
-    "5",
-    "--learning-rates",
-    "1e-3",
-    "3e-3",
-    "1e-2",
-    "3e-2",
-    "--seats",
-    "2",
-)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
-
+TWO = ("--variants", "lora", "--seats", "1", "--seeds", "1", "--learning-rates", "3e-3", "1e-2")
 
 # Ray Train 2.60 starts it with the first Train run: one a cluster, detached, without resources. It is the
 # cluster's own from then on, and the Train runs of others may be using it.
@@ -48,37 +31,20 @@ RAYS_OWN = "_AutoscalingCoordinatorActor"
 
 
 def left() -> list[str]:
-    """What of a study is still held, for people to read."""
+    """Return what of a study is still held, for people to read."""
     actors = [a for a in list_actors(limit=1000) if a.state != "DEAD" and a.class_name != RAYS_OWN]
     found = [f"actor {a.class_name} {a.state}" for a in actors]
     found += [f"placement group {g.state}" for g in list_placement_groups(limit=1000) if g.state != "REMOVED"]
     free, all_of = ray.available_resources(), ray.cluster_resources()
     return found + [
-        f"{all_of[k] - free.get(k, 0):g} {k}" for k in ("CPU", "memory") if free.get(k, 0) < all_of[k]
+        f"{all_of[k] - free.get(k, 0):g} {k}"
+        for k in ("CPU", "GPU", "memory")
+        if free.get(k, 0) < all_of.get(k, 0)
     ]
 
 
-def nothing_left() -> bool:
-    return not left()
-
-
-@pytest.mark.timeout(400)
-def test_twenty_configurations_on_two_seats_leave_nothing_ten_seconds_after_they_end(
-    cluster: Cluster, output: Path
-) -> None:
-    before = study.rays()
-    code, out, err = study.run(output, *TWENTY, "--steps", "12", address=cluster.address)
-    assert code == 0, out + err
-    assert "joined Ray" in out
-    assert study.finals(output) == 20
-    study.wait_for(nothing_left, 10)
-    study.wait_for(lambda: not workers(before), 10)
-
-
 def workers(before: set[int]) -> set[int]:
-    """Ray processes that came with the study, without the idle workers that a cluster keeps."""
-    import psutil
-
+    """Return the Ray processes that came with the study, without the idle workers that a cluster keeps."""
     found = set()
     for pid in study.rays() - before:
         try:
@@ -90,38 +56,74 @@ def workers(before: set[int]) -> set[int]:
     return found
 
 
+def test_more_configurations_than_places_leave_nothing(
+    connected: Cluster, output: Path, steps: Steps
+) -> None:
+    before = study.rays()
+    six = ("--variants", "lora", "--seeds", "3", "--learning-rates", "3e-3", "1e-2", "--steps", "12")
+    places = ("--seats", "2", "--lanes-per-seat", "1", "--task", str(TASK))
+    code, out, err = study.run(output, *six, *places, address=connected.address)
+    assert code == 0, out + err
+    assert "joined Ray" in out
+    assert study.finals(output) == 6
+    assert "\n72 optimizer steps of 72 for all configurations" in out
+    assert steps.taken() == 72, "other tests rely on this count"
+    study.wait_for(lambda: not left())
+    study.wait_for(lambda: not workers(before))
+
+
 def kill_broker(for_good: bool = False) -> None:
     (space,) = {a["namespace"] for a in list_named_actors(all_namespaces=True) if a["name"] == NAME}
     ray.kill(ray.get_actor(NAME, namespace=space), no_restart=for_good)
 
 
-@pytest.mark.timeout(300)
-def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(cluster: Cluster, output: Path) -> None:
-    process = study.start(output, *TWENTY, "--steps", "400", address=cluster.address)
-    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 120, process)
+BROKER_LOST_SOON = """
+from orchestrator.schedule import broker
+broker.BROKER_LOST_SECONDS = 3.0
+"""
+
+
+def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(
+    connected: Cluster, output: Path, tmp_path: Path
+) -> None:
+    store = Store(output / "store")
+    task = study.hold(tmp_path / "task", store, records=1, step=10)
+    arguments = (*TWO, "--lanes-per-seat", "1", "--steps", "24", "--task", str(task))
+    script = study.altered(tmp_path, BROKER_LOST_SOON)
+    process = study.start(output, *arguments, script=script, address=connected.address)
+    study.wait_for(lambda: study.held(task), process)
     kill_broker(for_good=True)
     code, out, err = study.end(process)
     assert (code, len(err.splitlines())) == (1, 1), out + err
-    assert err.startswith("error: The broker has been lost for 30 s")
-    study.wait_for(nothing_left, 10)
+    assert err.startswith("error: The broker has been lost for 3 s")
+    assert study.finals(output) == 1, "what is done is kept"
+    study.release(task)
+    study.wait_for(lambda: not left())
 
 
-@pytest.mark.timeout(300)
-def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(cluster: Cluster, output: Path) -> None:
-    arguments = ("--variants", "lora", "--seeds", "1", "--steps", "400", "--scheduler", "asha")
-    rates = ("1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
-    store = Store(output / "store")
+@pytest.mark.nightly
+def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
+    connected: Cluster, output: Path, steps: Steps
+) -> None:
+    """Twice: after the first reports, and when lanes have been stopped and others train on."""
+    store, length = Store(output / "store"), 100
+    rates = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+    others = ("--task", str(TASK), "--steps", str(length), "--seats", "2", "--lanes-per-seat", "2")
 
-    def stopped() -> int:
-        return sum(state == "stopped" for state in store.states().values())
+    def stopped() -> bool:
+        return "stopped" in store.states().values()
 
-    process = study.start(
-        output, *arguments, "--lanes-per-seat", "2", "--learning-rates", *rates, address=cluster.address
-    )
-    study.wait_for(lambda: any(store.checkpoints.glob("*/*/*.safetensors")), 120, process)
-    kill_broker()  # lanes have reported
-    study.wait_for(lambda: stopped() > 0, 120, process)
+    steps.slow_after(1)
+    process = study.start(output, *rates, *others, "--scheduler", "asha", address=connected.address)
+    while not any(store.checkpoints.glob("*/*/*.safetensors")):
+        steps.slow_after(steps.taken() + 4)
+        study.wait_for(lambda: steps.taken() >= steps.limit, process)
     kill_broker()
+    while not stopped():
+        steps.slow_after(steps.taken() + 4)
+        study.wait_for(lambda: stopped() or steps.taken() >= steps.limit, process)
+    kill_broker()
+    steps.run_free()
     code, out, err = study.end(process)
     assert code == 0, out + err
     found = list(store.records())
@@ -130,50 +132,67 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(cluster: Cluster
     for record in found:
         assert record.steps == [e.step for e in record.evaluations if e.split == "validation"][-1]
         assert record.stopped_at == (record.steps if record.state == "stopped" else None), "it ran ahead"
-    counted = re.search(r"(\d+) optimizer steps of 2000 for all", out)
+    counted = re.search(rf"(\d+) optimizer steps of {5 * length} for all", out)
     assert counted, out
     # A lane that another seat asked for before its holder had spoken again is trained again, and counted.
-    assert sum(r.steps for r in found) <= int(counted[1]) < 2000
-    study.wait_for(nothing_left, 10)
+    assert sum(r.steps for r in found) <= int(counted[1]) < 5 * length
+    study.wait_for(lambda: not left())
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_interrupted_in_the_middle_it_leaves_nothing_either(
-    cluster: Cluster, output: Path, how: signal.Signals
+def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
+    connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
+    """The first one waits for lanes that are held, and would for as long as the test."""
     before = study.rays()
-    process = study.start(output, *TWENTY, "--steps", "400", address=cluster.address)
-    study.wait_for(lambda: any((output / "store" / "checkpoints").glob("*/*/*.safetensors")), 200, process)
-    os.kill(process.pid, how)
-    code, _, _ = study.end(process, timeout=40)
-    assert code == (130 if how is signal.SIGINT else -9)
-    study.wait_for(nothing_left, 10)
-    study.wait_for(lambda: not workers(before), 10)
+    store = Store(output / "store")
+    task = study.hold(tmp_path / "task", store, records=0, step=10)
+    script = study.altered(tmp_path, study.PATIENT)
+    arguments = (*TWO, "--steps", "24", "--task", str(task))
+    process = study.start(output, *arguments, script=script, address=connected.address)
+    study.wait_for(lambda: study.held(task), process)
+    os.killpg(process.pid, signal.SIGINT)
+    study.wait_for(lambda: "the seats save their lanes; again ends at once" in study.log(output), process)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = study.end(process)
+    assert code == 130, out + err
+    assert "Traceback" not in err
+    assert "Stopped:" not in out, "that is for an end which is waited for"
+    saved = study.saved(output)
+    assert list(saved.values()) == [8, 8], "the two steps since then are lost"
+    for fingerprint, step in saved.items():
+        whole = checkpoint.newest(store.checkpoints / fingerprint)
+        assert whole is not None
+        assert whole.step == step, "nothing on disk is broken"
+    study.release(task)
+    study.wait_for(lambda: not left())
+    study.wait_for(lambda: not workers(before))
 
 
-@pytest.mark.timeout(200)
-def test_a_study_that_gets_no_seat_says_so_in_one_line(cluster: Cluster, output: Path) -> None:
+def test_a_study_that_gets_no_seat_says_so_in_one_line(connected: Cluster, output: Path) -> None:
     """A cluster may grow: what it lacks is waited for."""
     code, out, err = study.run(
-        output, *TWENTY, "--gpus-per-seat", "1", "--seat-timeout", "5", address=cluster.address
+        output, *TWO, "--gpus-per-seat", "1", "--seat-timeout", "1", address=connected.address
     )
     assert (code, len(err.splitlines())) == (1, 1), out + err
-    assert err.startswith("error: No seat for 5 s: a seat needs 1 CPU, 1 GPU")
+    assert err.startswith("error: No seat for 1 s: a seat needs 1 CPU, 1 GPU")
     assert "waiting for a GPU node" in out
-    study.wait_for(nothing_left, 10)
+    study.wait_for(lambda: not left())
 
 
-@pytest.mark.timeout(300)
-def test_a_study_that_fails_leaves_nothing_and_says_so(cluster: Cluster, output: Path) -> None:
-    """Every lane fails (the base's weights vanish between the check and the training): the seats are given up
-    before all configurations are spoilt."""
-    process = study.start(output, *TWENTY, "--steps", "12", address=cluster.address)
+@pytest.mark.nightly
+def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, output: Path) -> None:
+    """Every lane fails, as the base's weights vanish once the study has begun.
+
+    The seats are given up before all configurations are spoilt.
+    """
+    twenty = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2")
     (weights,) = (output / "store" / "bases").glob("letters-base-*/model.safetensors")
-    study.wait_for(lambda: any(output.glob("*/study.json")), 60, process)
-    weights.unlink()
-    code, out, err = study.end(process, timeout=250)
+    with no_room():
+        process = study.start(output, *twenty, "--seats", "2", address=connected.address)
+        study.wait_for(lambda: "joined Ray" in study.log(output), process)
+        weights.unlink()
+    code, out, err = study.end(process)
     assert code == 1, out + err
     assert "Seats died" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
-    study.wait_for(nothing_left, 10)
+    study.wait_for(lambda: not left())

@@ -6,8 +6,8 @@ On a cluster that was there before: test_joined_cluster.py (actors, placement gr
 from __future__ import annotations
 
 import os
+import re
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +15,16 @@ import psutil
 import pytest
 import study
 
-NAME = "lr_sensitivity-letters-letters-base"
+from orchestrator.record.store import Store
+
+NAME = "lr_sensitivity-held_task-letters-base"
+STEPS = 24
+THREE = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
+ONE_PLACE = ("--steps", str(STEPS), "--seats", "1", "--lanes-per-seat", "1")
 
 
 def ours(output: Path) -> list[str]:
-    """Processes that have a file of this study open, or speak of it in their command line."""
+    """Return the names of processes that have a file of this study open, or in their command line."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -31,53 +36,41 @@ def ours(output: Path) -> list[str]:
     return found
 
 
+@pytest.mark.ray
+@pytest.mark.smoke
 @pytest.mark.timeout(1200)
-def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(output: Path) -> None:
-    arguments = (
-        "--variants",
-        "lora",
-        "pissa",
-        "--seeds",
-        "2",
-        "--steps",
-        "1000",
-        "--lanes-per-seat",
-        "2",
-        "--learning-rates",
-        "1e-3",
-        "1e-2",
-    )
+@pytest.mark.usefixtures("no_cluster")
+def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
+    output: Path, tmp_path: Path
+) -> None:
+    """The first lane is done, the second one has a checkpoint and two steps more, the third one waits."""
     before = study.rays()
+    task = study.hold(tmp_path / "task", Store(output / "store"), records=1, step=10)
+    arguments = (*THREE, *ONE_PLACE, "--task", str(task))
     process = study.start(output, *arguments)
-    # In the middle: some are done, others have a checkpoint and seconds to go.
-    study.wait_for(lambda: study.finals(output) >= 2 and bool(study.half_trained(output, 400)), 300, process)
+    study.wait_for(lambda: study.held(task), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    killed = time.time()
-    done = {f: r.provenance.ended for f, r in study.records(output).items() if r.state == "finished"}
-    half = study.half_trained(output, 400)
-    assert len(done) < 8
-    study.wait_for(lambda: study.rays() <= before, 10)  # its Ray goes with it
-    study.wait_for(lambda: not ours(output), 10)
-    gone = time.time()
+    study.wait_for(lambda: study.rays() <= before)  # its Ray goes with it
+    study.wait_for(lambda: not ours(output))
+    done = {f: r.provenance.ended for f, r in study.records(output).items()}
+    half = {f: step for f, step in study.saved(output).items() if f not in done}
+    assert (len(done), list(half.values())) == (1, [8])
 
-    code, out, err = study.end(study.start(output, *arguments), timeout=500)
+    code, out, err = study.run(output, *arguments)
     assert code == 0, out + err
     now = study.records(output)
-    assert len(now) == 8
-    assert Counter(r.state for r in now.values()) == {"finished": 8}
+    assert Counter(r.state for r in now.values()) == {"finished": 3}
     for fingerprint, ended in done.items():
-        assert now[fingerprint].provenance.ended == ended < killed + 1, "finished ones are not trained again"
-    # Seats outlive their driver by a moment, and may have ended a lane in it.
-    half = {f for f in half if now[f].provenance.ended > gone}
+        assert now[fingerprint].provenance.ended == ended, "finished ones are not trained again"
     for fingerprint in half:
         assert now[fingerprint].provenance.resumed_from, "half-trained ones go on from their checkpoints"
-        steps = [step.step for step in now[fingerprint].curve]
-        assert steps == sorted(set(steps))
-        assert len(steps) == 1000
-    assert half
+        assert [step.step for step in now[fingerprint].curve] == list(range(1, STEPS + 1))
+    counted = re.search(r"(\d+) optimizer steps of", out)
+    assert counted, out
+    assert int(counted[1]) == 2 * STEPS - 8, "and repeat nothing before those"
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
     assert study.parents(output, NAME) == ["FINISHED"]
-    study.wait_for(lambda: study.rays() <= before, 10)
-    study.wait_for(lambda: not ours(output), 10)
+    study.wait_for(lambda: study.rays() <= before)
+    study.wait_for(lambda: not ours(output))
     assert not list((output / "store" / "scratch").iterdir())

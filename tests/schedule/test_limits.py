@@ -1,8 +1,9 @@
-"""Limits: what counts, when they are reached; and a study that ends by one, on a cluster, and goes on."""
+"""Limits: what counts, and when they are reached. Studies that end by one are in test_two_studies.py."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,14 +35,18 @@ def test_the_first_limit_ends_the_study_and_stays_the_reason():
     assert by_time.spent() == "", "without GPUs there is nothing to say"
 
 
-def test_ctrl_c_comes_before_every_limit_and_gets_ten_seconds():
+def test_ctrl_c_comes_before_every_limit_and_gets_ten_seconds(monkeypatch):
+    monkeypatch.setattr("orchestrator.schedule.limits.time", SimpleNamespace(monotonic=lambda: now))
+    now = 3600.5
     limits = Limits(max_hours=1.0, began=0.0)
     assert limits.seconds_left() == math.inf
     assert limits.look(1, 3600.0) == "--max-hours 1"
     limits.ask()
     assert limits.look(1, 3601.0) == INTERRUPTED
     assert limits.hasty
-    assert 0 < limits.seconds_left() <= 10
+    assert limits.seconds_left() == 10
+    now += 4.0
+    assert limits.seconds_left() == 6
 
 
 def test_a_limit_on_gpus_needs_seats_that_hold_some():

@@ -1,24 +1,31 @@
-"""Whether a worker that died while its seat started went with its node: asked of a real Ray, of actors that
-stand to each other as a seat's host, Train's controller and its worker do."""
+"""Where a seat's worker died, and what it leaves: asked of a real Ray, of actors that stand to each other as
+a seat's host, Train's controller and its worker do."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
+import study
+from machines import Machines
 from ray import cloudpickle
-from ray.cluster_utils import Cluster
+from ray._private.state import actors
 from ray.exceptions import RayActorError
+from ray.util import placement_group
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.schedule import orphans
 from orchestrator.schedule.cluster import beside_the_driver
 from orchestrator.schedule.seat_end import _lost_a_worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 class Worker:
@@ -29,49 +36,77 @@ class Worker:
 
 
 class Controller:
-    def start(self) -> Any:
+    """Its worker is on another node, or in a placement group that it has made."""
+
+    def start(self, group: bool) -> tuple[int, Any]:
         actor: Any = ray.remote(Worker)
-        self.worker = actor.options(resources={"spot": 1}, num_cpus=0).remote()
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1}
+        if group:
+            self.group = placement_group([{"GPU": 1}])
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self.group)
+        self.worker = actor.options(**options).remote()
         ray.get(self.worker.ping.remote())
-        return self.worker
+        return os.getpid(), self.worker
 
 
 class Host:
-    def start(self) -> Any:
+    def start(self, group: bool = False) -> tuple[int, int, Any]:
         actor: Any = ray.remote(Controller)
         self.controller = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
-        return ray.get(self.controller.start.remote())
+        return os.getpid(), *ray.get(self.controller.start.remote(group))
 
     def lost(self) -> bool:
         return _lost_a_worker()
 
 
-def host() -> tuple[Any, Any]:
-    """A host on the head, and the worker of its controller."""
+def host(group: bool = False) -> tuple[Any, int, int, Any]:
+    """Return a host on the head, its process and its controller's, and the worker of its controller."""
     actor: Any = ray.remote(Host)
     made = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
-    return made, ray.get(made.start.remote())
+    return made, *ray.get(made.start.remote(group))
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(address=made.address, logging_level="ERROR", log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
+def is_dead(actor: Any) -> bool:
+    return bool(actors(actor._actor_id.hex())["State"] == "DEAD")
 
 
-@pytest.mark.timeout(200)
-def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(cluster: Cluster) -> None:
-    node = cluster.add_node(num_cpus=1, resources={"spot": 2}, object_store_memory=80 * 2**20)
-    crashing, worker = host()
-    other, _ = host()
+def groups() -> int:
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
+def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machines) -> None:
+    node = machines.add(gpus=2)
+    crashing, _, _, worker = host()
+    other, *_ = host()
     assert not ray.get(crashing.lost.remote()), "nothing has died"
     with pytest.raises(RayActorError):
         ray.get(worker.crash.remote())
-    for _ in range(6):  # Ray learns of a death bit by bit
+
+    def known() -> bool:
         assert not ray.get(crashing.lost.remote()), "the node lives: a crash must count against its seat"
-        time.sleep(0.5)
-    cluster.remove_node(node, allow_graceful=False)
+        return is_dead(worker)
+
+    study.wait_for(known)  # Ray learns of a death bit by bit
+    assert known()
+    machines.lose(node)
     assert ray.get(other.lost.remote()), "at once, before Ray has marked the node dead"
+
+
+@pytest.mark.parametrize("killed", ["host", "controller"])
+def test_the_place_of_a_killed_controller_is_free_again(machines: Machines, killed: str) -> None:
+    machines.add(gpus=2)
+    lives, *_ = host(group=True)
+    _dying, of_host, of_controller, worker = host(group=True)
+    assert groups() == 2
+    os.kill(of_host if killed == "host" else of_controller, signal.SIGKILL)
+    study.wait_for(lambda: is_dead(worker))  # it ends with what has started it
+
+    def clear() -> int:
+        orphans.remove_placement_groups()
+        return groups()
+
+    study.wait_for(lambda: clear() == 1)
+    study.wait_for(lambda: ray.available_resources().get("GPU") == 1)
+    assert clear() == 1, "that of a controller that lives stays"
+    ray.kill(lives)
+    study.wait_for(lambda: clear() == 0)

@@ -1,145 +1,120 @@
-"""Nodes of a GPU cluster that come, are drained and are lost. The GPUs are Ray's book-keeping only."""
+"""Nodes of a GPU cluster that come, are drained and are lost, under a study that trains on them."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import alone
 import pytest
 import ray
 import study
-from ray._private.node import Node
-from ray._private.state import actors
-from ray.cluster_utils import Cluster
+from machines import GPUS, Machines, trainers
 from ray.util.placement_group import placement_group_table
+from steps import TASK, Steps
 
-from orchestrator.record.schema import Record
 from orchestrator.schedule.trial import MEMORY_BYTES
 
-GPUS = ("--device", "cpu", "--gpus-per-seat", "1", "--lanes-per-seat", "4")
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
-
-class Machines:
-    """A cluster whose head has no GPU; others have one each."""
-
-    def __init__(self) -> None:
-        head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address = self.cluster.address
-        ray.init(address=self.address, logging_level="ERROR", log_to_driver=False)
-
-    def add(self) -> Node:
-        return self.cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
-
-    def lose(self, node: Node) -> None:
-        """At once, as a spot machine that is taken away."""
-        self.cluster.remove_node(node, allow_graceful=False)
-
-    def drain(self, node: Node, seconds: int) -> None:
-        command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
-        command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        command += ["--reason-message", "a spot machine", "--deadline-remaining-seconds", str(seconds)]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def close(self) -> None:
-        ray.shutdown()
-        self.cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def machines() -> Iterator[Machines]:
-    machines = Machines()
-    yield machines
-    machines.close()
-
-
-def workers(node: Node) -> int:
-    """Seats' workers that live on a node."""
-    alive = actors(actor_state_name="ALIVE").values()
-    return sum(
-        a["ActorClassName"] == "RayTrainWorker" and a["Address"]["NodeID"] == node.node_id for a in alive
-    )
+LANES, STEPS, INTERVAL = 6, 60, 6
+RATES = ("--variants", "lora", "--seeds", str(LANES // 2), "--learning-rates", "3e-3", "1e-2")
+SIX = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--lanes-per-seat", "2", *GPUS)
 
 
 def held() -> dict[str, float]:
-    """What of the cluster is promised to somebody."""
+    """Return what of the cluster is promised to somebody."""
     there, free = ray.cluster_resources(), ray.available_resources()
     return {name: there.get(name, 0.0) - free.get(name, 0.0) for name in ("CPU", "GPU", "memory")}
 
 
 def seats_asked_for() -> list[str]:
-    """The states of what a cluster is asked for, GPU and all."""
+    """Return the states of what a cluster is asked for, GPU and all."""
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     return [g["state"] for g in groups if any("GPU" in bundle for bundle in g["bundles"].values())]
 
 
-def trained_as(undisturbed: dict[str, Record], output: Path) -> None:
+def trained_as_alone(output: Path, bases: Path, folder: Path) -> None:
     found = study.records(output)
-    assert set(found) == set(undisturbed)
+    assert len(found) == LANES
+    expected = alone.train([record.configuration for record in found.values()], bases, folder)
     for fingerprint, record in found.items():
-        assert study.course(record) == study.course(undisturbed[fingerprint])
+        assert study.course(record) == study.course(expected[fingerprint])
 
 
-@pytest.mark.timeout(1800)
 def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
-    machines: Machines, output: Path, undisturbed: dict[str, Record]
+    machines: Machines, output: Path, letters_bases: Path, tmp_path: Path, steps: Steps
 ) -> None:
-    process = study.start(output, *study.EIGHT, *GPUS, address=machines.address)
-    study.wait_for(lambda: "waiting for a GPU node" in study.log(output), 300, process)
-    study.wait_for(lambda: seats_asked_for() == ["PENDING"], 60, process)  # what an autoscaler acts on
-    for _ in range(6):
+    """And one that is lost costs its lanes no more than what they have taken since their checkpoints."""
+    study.wait_for(lambda: not any(held().values()))
+    steps.slow_after(20)
+    process = study.start(output, *SIX, address=machines.address)
+    study.wait_for(lambda: "waiting for a GPU node" in study.log(output), process)
+    study.wait_for(lambda: seats_asked_for() == ["PENDING"], process)  # what an autoscaler acts on
+
+    def trials_wait() -> bool:
         now = held()
         assert (now["CPU"], now["GPU"]) == (0, 0), "whoever waits takes nothing that could train"
-        assert now["memory"] <= len(undisturbed) * MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
-        time.sleep(0.5)
+        assert now["memory"] <= LANES * MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
+        return now["memory"] >= MEMORY_BYTES
+
+    study.wait_for(trials_wait, process)
     assert "died" not in study.log(output), "a seat waits for its place, and as long as it takes"
+
     first = machines.add()
-    study.wait_for(lambda: workers(first) == 1, 300, process)
-    second = machines.add()
-    study.wait_for(lambda: workers(second) == 1, 300, process)
-    assert "1 node joined: 3 there" in study.log(output)
-    study.wait_for(lambda: bool(study.half_trained(output, 400)), 300, process)
-    machines.drain(first, 120)
-    study.wait_for(lambda: workers(first) == 0, 100, process)
+    study.wait_for(lambda: trainers(first) == 1, process)
+    study.wait_for(lambda: steps.taken() > steps.limit, process)
+    machines.drain(first, 3600)
+    study.wait_for(lambda: trainers(first) == 0, process)
+    saved = study.saved(output)
+    assert len(saved) == 2
+    assert sum(saved.values()) == steps.taken(), "not a step is repeated"
     machines.lose(first)
-    third = machines.add()
-    study.wait_for(lambda: workers(third) == 1, 300, process)
-    code, out, err = study.end(process, timeout=400)
+
+    second = machines.add()
+    study.wait_for(lambda: trainers(second) == 1, process)
+    steps.slow_after(steps.taken() + 20)
+    study.wait_for(lambda: steps.taken() > steps.limit, process)
+    third = machines.add()  # while lanes train on the second
+    study.wait_for(lambda: trainers(third) == 1, process)
+    machines.lose(second)
+    steps.run_free()
+    code, out, err = study.end(process)
     assert code == 0, out + err
     assert "1 node left" in out
-    assert not re.search(r"seat-\d+ (died|was lost)", out), "it had left before its node did"
-    trained_as(undisturbed, output)
-    found = study.records(output).values()
-    assert any(record.provenance.resumed_from for record in found)
+    assert "1 node joined: 3 there" in out
+    assert out.count("was lost with a node") == 1, "the first one had left before its node did"
+    assert not re.search(r"seat-\d+ died", out)
+    trained_as_alone(output, letters_bases, tmp_path / "alone")
+    resumed = [r for r in study.records(output).values() if r.provenance.resumed_from]
+    assert len(resumed) >= 2
     counted = re.search(r"(\d+) optimizer steps of", out)
     assert counted, out
-    assert int(counted[1]) == sum(record.steps for record in found)
-    for node in (second, third):
-        machines.cluster.remove_node(node)
+    # Two lanes of the lost node, and an interval of each.
+    assert LANES * STEPS <= steps.taken() <= LANES * STEPS + 2 * INTERVAL
+    assert int(counted[1]) <= steps.taken()
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.nightly
 def test_a_node_that_is_lost_with_its_gpu_and_more_seats_than_gpus(
-    machines: Machines, output: Path, undisturbed: dict[str, Record]
+    machines: Machines, output: Path, letters_bases: Path, tmp_path: Path, steps: Steps
 ) -> None:
+    steps.slow_after(20)
     first = machines.add()
-    process = study.start(output, *study.EIGHT, *GPUS, "--seats", "3", address=machines.address)
-    study.wait_for(lambda: workers(first) == 1, 300, process)
+    process = study.start(output, *SIX, "--seats", "3", address=machines.address)
+    study.wait_for(lambda: trainers(first) == 1, process)
     second = machines.add()
-    study.wait_for(lambda: workers(second) == 1, 300, process)
+    study.wait_for(lambda: trainers(second) == 1, process)
     machines.lose(second)  # while a seat starts on it
-    study.wait_for(lambda: bool(study.half_trained(output, 400)), 300, process)
+    study.wait_for(lambda: steps.taken() > steps.limit, process)
     machines.lose(first)
     third = machines.add()
-    study.wait_for(lambda: workers(third) == 1, 300, process)  # the third seat had waited
-    code, out, err = study.end(process, timeout=400)
+    study.wait_for(lambda: trainers(third) == 1, process)  # the third seat had waited
+    steps.run_free()
+    code, out, err = study.end(process)
     assert code == 0, out + err
     assert out.count("was lost with a node") == 2, out
     assert "died" not in out
-    trained_as(undisturbed, output)
+    trained_as_alone(output, letters_bases, tmp_path / "alone")
     assert any(record.provenance.resumed_from for record in study.records(output).values())
     assert all(record.provenance.attempt <= 2 for record in study.records(output).values())

@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
 import study
 import torch
+from ray.cluster_utils import Cluster
 from transformers import BertConfig, BertModel
 
 from orchestrator.finetune.pretraining import word_tokenizer
 from orchestrator.record import gc
 from orchestrator.record.store import Store
+from orchestrator.study.errors import BadInput
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 TASK = """
 from functools import lru_cache
@@ -78,11 +83,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.timeout(300)
-def test_a_task_of_ones_own_runs_in_a_study(folder: Path) -> None:
+def test_a_task_of_ones_own_runs_in_a_study(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All paths are relative to the folder where the command is typed."""
     arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
     output = folder / "results"
-    code, out, err = study.run(Path("results"), *arguments, cwd=folder)
+    code, out, err = study.run(
+        Path("results"), *arguments, "--seats", "1", cwd=folder, address=cluster.address
+    )
     assert code == 0, out + err
     assert "2 trained" in out
     found = list(study.records(output).values())
@@ -90,7 +99,9 @@ def test_a_task_of_ones_own_runs_in_a_study(folder: Path) -> None:
     for record in found:
         assert record.state == "finished"
         assert record.configuration.task.name == str(folder / "mail_task.py")
+        assert len(record.items["test"].answers) == record.configuration.task.test_size
         assert set(record.items["test"].answers) <= {"ham", "spam"}
+    assert (output / "lr_sensitivity-mail_task-base" / "report.html").exists()
     store = Store(output / "store")
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
     assert len(kept) == 6, "examples and token ids of three splits, made once for driver and workers"
@@ -101,10 +112,11 @@ def test_a_task_of_ones_own_runs_in_a_study(folder: Path) -> None:
     rows = (folder / "mail.jsonl").read_text().splitlines()
     rows[41] = rows[41].replace('"spam": ', '"spam": 1')
     (folder / "mail.jsonl").write_text("\n".join(rows))
-    code, out, err = study.run(Path("results"), *arguments, cwd=folder)
-    assert code == 2, out + err
-    line = err.strip().splitlines()[-1]
-    assert line.startswith(
-        f"error: Task 'mail': {folder / 'mail.jsonl'}: row 42: 'spam' must be a class from"
+    monkeypatch.chdir(folder)
+    with pytest.raises(BadInput) as refused:
+        study.run_here(Path("results"), *arguments)
+    assert str(refused.value).startswith(
+        f"Task 'mail': {folder / 'mail.jsonl'}: row 42: 'spam' must be a class from"
     )
-    assert "Ray" not in out, "before anything is started"
+    assert "\n" not in str(refused.value)
+    assert not ray.is_initialized(), "before anything is started"

@@ -243,9 +243,29 @@ def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
     assert Drive(tmp_path, over, points=9).ask() == Searcher.FINISHED
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
-@pytest.mark.parametrize("points", [12, 20])
+@pytest.mark.parametrize(
+    ("points", "sampler", "seed"),
+    [
+        # Every pair of values.
+        (12, "tpe", 0),
+        (20, "cma-es", 0),
+        (20, "tpe", 1),
+        (12, "cma-es", 1),
+        (12, "tpe", 2),
+        (20, "cma-es", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (20, "tpe", 0),
+                (12, "cma-es", 0),
+                (12, "tpe", 1),
+                (20, "cma-es", 1),
+                (20, "tpe", 2),
+                (12, "cma-es", 2),
+            )
+        ),
+    ],
+)
 def test_choices_give_as_many_different_points_as_were_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
 ) -> None:
@@ -392,6 +412,18 @@ def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tm
     second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
     assert second.ledger.counts == {"full": 32, "lora": 32}
     assert list(second.ledger.asked)[:16] == list(first.ledger.asked)
+
+
+@pytest.mark.parametrize("sampler", ["qmc", "random"])
+def test_a_design_is_trained_as_a_whole_and_a_larger_one_goes_on_from_it(
+    tmp_path: Path, sampler: str
+) -> None:
+    few = Drive(tmp_path, space(), points=2, sampler=sampler)
+    assert few.all() == {"lora": 2, "hira": 2}
+    assert few.given == list(few.ledger.asked.values())
+    many = Drive(tmp_path, space(), points=4, sampler=sampler)
+    assert many.all() == {"lora": 2, "hira": 2}
+    assert list(many.ledger.asked.values()) == [*few.given, *many.given]
 
 
 def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 from test_search import STEPS, build, space
 
 from orchestrator.record.store import Store
@@ -18,15 +18,6 @@ from orchestrator.schedule.search import PerGroupSearch
 from orchestrator.study.configuration import Configuration
 
 POINTS = 9
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSearch, list[Any]]:
@@ -60,7 +51,7 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSea
     ledger = opened(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
     search = PerGroupSearch(ledger, Store(folder / "store"), scheduler, 2, set())
     tuner = tune.Tuner(
-        tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 1}])),
+        tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 2 / at_once}])),
         param_space={},
         tune_config=tune.TuneConfig(
             search_alg=search,
@@ -80,8 +71,8 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSea
     return ledger, search, [result.metrics for result in results]
 
 
-@pytest.mark.timeout(300)
-def test_a_search_and_a_scheduler_end_with_equal_budgets(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_a_search_and_a_scheduler_end_with_equal_budgets(connected: Cluster, tmp_path: Path) -> None:
     ledger, search, metrics = run(tmp_path, "asha", 4)
     assert Counter(point.variant for point in ledger.points.values()) == {"lora": POINTS, "hira": POINTS}
     assert len(metrics) == 2 * POINTS

@@ -1,4 +1,4 @@
-"""Whose fault it is that a seat ended. Real deaths are those of test_processes.py and test_nodes.py."""
+"""Whose fault it is that a seat ended. Real deaths are those of test_chaos.py and test_nodes.py."""
 
 from __future__ import annotations
 

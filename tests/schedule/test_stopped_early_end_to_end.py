@@ -1,4 +1,7 @@
-"""Early stopping on the whole path, with real Ray and Tune: stopped, again, killed, parked and spilled."""
+"""Early stopping on the whole path, with real Ray and Tune: stopped, again, killed, parked and spilled.
+
+A lane of 24 steps is evaluated after 8, 16 and 24; a scheduler looks from the first evaluation on.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,27 @@ from pathlib import Path
 
 import pytest
 import study
+from ray.cluster_utils import Cluster
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
+from orchestrator.study.errors import BadInput
+from orchestrator.study.options import StudyOptions
 
-ASHA = "asha loss=min first=40 eta=4 last=40"
-# 120 steps of the letters task: evaluated after 40, 80 and 120; the rates from 1e-1 on learn nothing.
-SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "120")
-GOOD, BAD = ("1e-3", "3e-3", "1e-2"), ("1e-1", "3e-1")
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "24", "--seats", "1")
+# The rates from 1e-1 on learn nothing.
+GRID = ("--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+BETTER = 0.001  # a validation loss that no lane reaches in 24 steps
 
 
-def records(output: Path) -> dict[str, Record]:
-    return {record.fingerprint: record for record in Store(output / "store").records()}
-
-
-def rate(record: Record) -> float:
-    return record.configuration.optimizer.learning_rate
+def known(output: Path, *rates: str, task: str = "letters") -> set[str]:
+    """Put results better than any other into the store; return their fingerprints."""
+    options = StudyOptions(
+        task=task, variants=("lora",), learning_rates=rates, seeds=1, steps=24, output=output
+    )
+    return study.keep_known(options, loss=BETTER)
 
 
 def validated(record: Record) -> list[int]:
@@ -38,128 +46,112 @@ def steps_said(out: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.timeout(500)
-def test_asha_remembers_its_rungs_and_the_grid_goes_on_from_where_it_stopped(output: Path) -> None:
-    asha = (*SMALL, "--scheduler", "asha", "--learning-rates", *GOOD)
-    code, out, err = study.run(output, *asha)
-    assert code == 0, out + err
-    first = records(output)
-    steps, all_steps = steps_said(out)
-    assert (steps, all_steps) == (sum(r.steps for r in first.values()), 360)
+def test_kill_9_in_the_middle_of_asha_loses_nothing(
+    cluster: Cluster, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three results are known, and better than those of the four new lanes: asha stops these at their rung.
 
-    # A single lane would be the first on its rung and go on, if the known results were not replayed.
-    code, out, err = study.run(output, *asha, *BAD)
-    assert code == 0, out + err
-    assert "3 of 5 known" in out
-    assert "2 of them stopped early" in out
-    assert steps_said(out) == (80, 240)
-    now = records(output)
-    assert {f: now[f] for f in first} == first, "what is known is not trained again"
-    for record in now.values():
-        if rate(record) >= 0.1:
-            assert (record.state, record.steps, record.scheduler) == ("stopped", 40, ASHA)
-            assert validated(record) == [40]
-            assert (output / "store" / "checkpoints" / record.fingerprint).exists()
+    On an empty rung a lane would be the first, and go on.
+    """
+    store = Store(output / "store")
+    task = study.hold(tmp_path / "task", store, records=4, step=3)
+    before = known(output, "1e-3", "2e-3", "3e-3", task=str(task))
+    grid = (*SMALL, "--task", str(task), "--learning-rates", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "6e-3")
+    grid = (*grid, "7e-3", "--lanes-per-seat", "1")
+    asha = (*grid, "--scheduler", "asha")
+    process = study.start(output, *asha, address=cluster.address)
+    # The first new lane has been stopped, and another one is on its way to the rung.
+    study.wait_for(lambda: study.held(task), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    there = study.records(output)
+    assert 4 <= len(there) < 7
+    assert before < set(there)
+    on_the_rung = study.half_trained(output, 8) - set(there)
 
-    code, out, err = study.run(output, *asha, *BAD)
+    code, out, err = study.run(output, *asha, address=cluster.address)
     assert code == 0, out + err
-    assert "5 of 5 known, nothing to train" in out
+    assert f"{len(there)} of 7 known" in out
+    left = 7 - len(there)
+    assert f"{left} of them stopped early" in out
+    assert steps_said(out) == (8 * (left - len(on_the_rung)), 24 * left)
+    now = study.records(output)
+    assert len(now) == 7
+    assert {f: now[f] for f in there} == there, "what has a record is not trained again"
+    for fingerprint in set(now) - before:
+        record = now[fingerprint]
+        assert (record.state, record.steps, record.stopped_at) == ("stopped", 8, 8)
+        assert record.scheduler == "asha loss=min first=8 eta=4 last=8"
+        assert validated(record) == [8]
+        assert len(record.curve) == 8
+        assert (store.checkpoints / fingerprint).exists()
+    name = "lr_sensitivity-held_task-letters-base"
+    assert sorted(study.children(output, name)) == sorted((f, "FINISHED") for f in now)
 
-    stopped = {f for f, record in now.items() if record.state == "stopped"}
-    arguments = (*SMALL, "--learning-rates", *GOOD, *BAD)
-    code, out, err = study.run(output, *arguments, script="early_stopping.py")
-    assert (code, len(err.splitlines())) == (2, 1), out + err
-    known = f"{5 - len(stopped)} of the 5 configurations were trained to the end there before this study"
-    assert known in err
-    code, out, err = study.run(output, *arguments)
-    assert code == 0, out + err
-    assert f"{5 - len(stopped)} of 5 known" in out
-    assert steps_said(out) == (80 * len(stopped), 120 * len(stopped))
-    done = records(output)
-    assert {r.state for r in done.values()} == {"finished"}
-    assert {f for f, r in done.items() if r.provenance.resumed_from == (40,)} == stopped
-    assert all(validated(r) == [40, 80, 120] and len(r.curve) == 120 for r in done.values())
+    for arguments, count in ((asha, 7), (grid, 3)):
+        assert study.run_here(output, *arguments, "--plan") == 0
+        assert f"Configurations  7, of them {count} known" in capsys.readouterr().out
+    with pytest.raises(BadInput) as refused:
+        study.run_here(output, *grid, script="early_stopping.py")
+    assert "3 of the 7 configurations were trained to the end there before this study" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.timeout(500)
-def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(output: Path) -> None:
-    arguments = (*SMALL, "--learning-rates", *GOOD, *BAD)
-    code, out, err = study.run(output, *arguments, script="early_stopping.py")
-    assert code == 0, out + err
+def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
+    cluster: Cluster, output: Path
+) -> None:
+    def compare() -> str:
+        # A place for each lane: none has to make way for another one.
+        arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
+        code, out, err = study.run(output, *arguments, script="early_stopping.py", address=cluster.address)
+        assert code == 0, out + err
+        return out
+
+    out = compare()
     assert "early_stopping-letters-asha: 0 of 5 known" in out
-    assert "early_stopping-letters-grid: " in out
-    assert {r.state for r in records(output).values()} == {"finished"}
+    to_the_end = re.search(r"early_stopping-letters-grid: (\d) of 5 known", out)
+    assert to_the_end, out
+    records = list(study.records(output).values())
+    assert {(r.state, r.steps) for r in records} == {("finished", 24)}
+    assert all(validated(r) == [8, 16, 24] and len(r.curve) == 24 for r in records)
+    gone_on = [r for r in records if r.provenance.resumed_from]
+    assert len(gone_on) == 5 - int(to_the_end[1]), "what was stopped goes on from its checkpoint"
+    assert all(r.provenance.resumed_from == (8,) for r in gone_on)
     said = out.strip().splitlines()[-5:]
-    assert re.match(r"lora +\S+ +\S+ +\d+ +600$", said[-2]), said
+    assert re.match(r"lora +\S+ +\S+ +\d+ +120$", said[-2]), said
     assert said[-1].endswith(" of the steps.")
 
-    code, out, err = study.run(output, *arguments, script="early_stopping.py")
-    assert code == 0, out + err
+    out = compare()
     assert out.count("5 of 5 known, nothing to train") == 2
     assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
 
-    code, out, err = study.run(output, *arguments, "1", script="early_stopping.py")
-    assert (code, len(err.splitlines())) == (2, 1), out + err
-    assert "has chosen among 5 configurations and now there would be 6" in err
-    assert len(records(output)) == 5
+    with pytest.raises(BadInput) as refused:
+        study.run_here(output, *SMALL, *GRID, "1", script="early_stopping.py")
+    assert "has chosen among 5 configurations and now there would be 6" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(study.records(output)) == 5
 
 
-@pytest.mark.timeout(500)
-def test_kill_9_in_the_middle_of_asha_loses_nothing(output: Path) -> None:
-    arguments = ("--variants", "lora", "--seeds", "1", "--steps", "400", "--scheduler", "asha")
-    arguments = (*arguments, "--lanes-per-seat", "1", "--learning-rates", *GOOD, *BAD)
-    store = Store(output / "store")
-
-    def states() -> Counter[str]:
-        return Counter(store.states().values())
-
-    process = study.start(output, *arguments)
-    # Two places: with three of five at their end, one has yet to begin. Without the others on its rung again
-    # it would be the first there, and go on.
-    study.wait_for(lambda: states().total() >= 3, 180, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    # Seats outlive their driver by a moment; what they write in it is kept too.
-    before = records(output)
-    assert len(before) < 5
-
-    code, out, err = study.run(output, *arguments)
-    assert code == 0, out + err
-    now = records(output)
-    assert len(now) == 5
-    assert set(Counter(r.state for r in now.values())) == {"finished", "stopped"}
-    for fingerprint, record in before.items():
-        assert now[fingerprint].provenance.ended == record.provenance.ended, "it is not trained again"
-    for record in now.values():
-        assert record.steps == len(record.curve) == validated(record)[-1]
-        assert len(validated(record)) == len(set(validated(record)))
-    code, out, err = study.run(output, *arguments)
-    assert code == 0, out + err
-    assert "5 of 5 known, nothing to train" in out
-
-
-@pytest.mark.timeout(400)
-def test_hyperband_pauses_more_lanes_than_there_are_places(output: Path) -> None:
+def test_hyperband_pauses_more_lanes_than_there_are_places(cluster: Cluster, output: Path) -> None:
     """Its bracket of three waits for lanes that only get a place when others give theirs."""
-    arguments = (*SMALL, "--variants", "lora", "hira", "--learning-rates", *GOOD, *BAD)
-    one_place = ("--seats", "1", "--lanes-per-seat", "1")
-    code, out, err = study.run(output, *arguments, *one_place, "--scheduler", "hyperband")
+    arguments = (*SMALL, *GRID, "--lanes-per-seat", "1", "--scheduler", "hyperband")
+    code, out, err = study.run(output, *arguments, address=cluster.address)
     assert code == 0, out + err
-    now = records(output)
-    assert Counter(r.state for r in now.values()) == {"finished": 6, "stopped": 4}
-    assert all(r.steps == 40 for r in now.values() if r.state == "stopped")
-    assert any(r.provenance.resumed_from == (40,) for r in now.values()), "some were spilled"
-    assert steps_said(out) == (6 * 120 + 4 * 40, 1200)
+    now = study.records(output)
+    assert Counter(r.state for r in now.values()) == {"finished": 3, "stopped": 2}
+    assert all(r.steps == 8 for r in now.values() if r.state == "stopped")
+    spilled = [r for r in now.values() if 8 in r.provenance.resumed_from]
+    assert len(spilled) >= 2, "the third of the bracket came to its rung in the place of the others"
+    assert steps_said(out) == (3 * 24 + 2 * 8, 120)
 
 
-@pytest.mark.timeout(400)
-def test_median_stops_what_is_worse_than_half(output: Path) -> None:
-    arguments = (*SMALL, "--seeds", "2", "--learning-rates", *GOOD, *BAD, "--scheduler", "median")
-    code, out, err = study.run(output, *arguments)
+def test_median_stops_what_is_worse_than_half(cluster: Cluster, output: Path) -> None:
+    before = known(output, "1e-3", "3e-3", "1e-2")
+    arguments = (*SMALL, "--learning-rates", "1e-3", "3e-3", "1e-2", "2e-2", "--scheduler", "median")
+    code, out, err = study.run(output, *arguments, address=cluster.address)
     assert code == 0, out + err
-    now = records(output)
-    stopped = [r for r in now.values() if r.state == "stopped"]
-    assert any(rate(r) >= 0.1 for r in stopped)
-    assert all(r.scheduler == "median loss=min first=40 samples=3" for r in stopped)
-    assert any(rate(r) < 0.1 for r in now.values() if r.state == "finished")
-    assert steps_said(out)[0] == sum(r.steps for r in now.values()) < 1200
+    assert "3 of 4 known" in out
+    assert steps_said(out) == (8, 24)
+    (stopped,) = (r for f, r in study.records(output).items() if f not in before)
+    assert (stopped.state, stopped.steps) == ("stopped", 8)
+    assert stopped.scheduler == "median loss=min first=8 samples=3"

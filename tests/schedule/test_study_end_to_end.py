@@ -1,9 +1,11 @@
-"""The whole path with real Ray, Tune, Train and MLflow: one study, again, and extended."""
+"""The whole path with real Ray, Tune, Train and MLflow: one study, again, and extended.
+
+It starts Ray itself, as a user's first command does.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,17 +13,13 @@ import pyarrow.parquet
 import pytest
 import study
 
-from orchestrator.record.store import Store
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900), pytest.mark.usefixtures("no_cluster")]
 
 NAME = "lr_sensitivity-letters-letters-base"
 SMALL = ("--variants", "lora", "hira", "--seeds", "1", "--steps", "12")
 
 
-def records(output: Path) -> dict[str, object]:
-    return {record.fingerprint: record for record in Store(output / "store").records()}
-
-
-@pytest.mark.timeout(400)
+@pytest.mark.smoke
 def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path) -> None:
     code, out, err = study.run(output, *SMALL, "--learning-rates", "1e-3", "1e-2")
     assert code == 0, out + err
@@ -32,7 +30,7 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     folder = output / NAME
     for file in ("report.html", "curves.png", "summary.json", "study.json", "study.log"):
         assert (folder / file).stat().st_size > 0
-    first = records(output)
+    first = study.records(output)
     assert Counter(r.state for r in first.values()) == {"finished": 4}
     assert all(
         len(r.items["validation"].correct) == r.configuration.task.validation_size for r in first.values()
@@ -46,7 +44,7 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     assert code == 0
     assert "4 of 4 known, nothing to train" in out
     assert "Ray started" not in out
-    assert {f: r.provenance.ended for f, r in records(output).items()} == {
+    assert {f: r.provenance.ended for f, r in study.records(output).items()} == {
         f: r.provenance.ended for f, r in first.items()
     }
 
@@ -54,33 +52,10 @@ def test_a_study_is_trained_once_extended_by_what_is_new_and_shown(output: Path)
     assert code == 0
     assert "4 of 6 known" in out
     assert "2 trained" in out
-    now = records(output)
+    now = study.records(output)
     assert {now[f].provenance.ended for f in first} == {r.provenance.ended for r in first.values()}
     assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
     assert study.parents(output, NAME) == ["FINISHED"]
     assert pyarrow.parquet.read_table(output / "store" / "records.parquet").num_rows == 6
     summary = json.loads((folder / "summary.json").read_text())
     assert json.dumps(summary).count("learning_rate") > 0
-
-
-@pytest.mark.timeout(300)
-def test_a_users_own_task_file_runs_and_paths_may_be_relative(output: Path, tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).parents[1] / "finetune" / "words_task.py", tmp_path / "my_task.py")
-    arguments = ("--task", "my_task.py", "--variants", "lora", "--seeds", "1", "--steps", "4")
-    code, out, err = study.run(Path("results"), *arguments, "--learning-rates", "1e-2", cwd=tmp_path)
-    assert code == 0, out + err
-    (record,) = records(output).values()
-    assert record.configuration.task.name == str(tmp_path / "my_task.py")
-    assert len(record.items["test"].answers) == record.configuration.task.test_size
-    assert (output / "lr_sensitivity-my_task-letters-base" / "report.html").exists()
-
-
-@pytest.mark.timeout(120)
-def test_a_rank_larger_than_a_layer_is_refused_before_ray_starts(output: Path) -> None:
-    code, out, err = study.run(output, "--rank", "500")
-    assert code == 2
-    line = err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "500" in line
-    assert "96" in line, "the largest that fits is named"
-    assert "Ray" not in out

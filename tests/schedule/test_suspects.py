@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from points import STEPS, configuration, record
 
@@ -49,7 +49,6 @@ class Seat:
             core.done(self.name, fingerprint, attempt, "finished", 0.0)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     guilty=st.dictionaries(st.integers(0, len(POINTS) - 1), st.integers(1, STEPS), max_size=4),
     lanes=st.integers(1, 8),

@@ -1,0 +1,83 @@
+"""Nodes of a cluster that come, are drained and are lost. Their GPUs are Ray's book-keeping only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import ray
+import study
+from ray._private.node import Node
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+from ray.util import placement_group, remove_placement_group
+
+GPUS = ("--device", "cpu", "--gpus-per-seat", "1")
+"""The options of a study that holds such GPUs and trains on the CPU."""
+
+
+class Machines:
+    """Nodes beside the one of `cluster`, which has no GPU. This process is connected to it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.address = cluster, cluster.address
+        self.nodes: list[Node] = []
+
+    def add(self, gpus: int = 1) -> Node:
+        """Return a new node with a CPU for each of its GPUs."""
+        node = self.cluster.add_node(num_cpus=gpus, num_gpus=gpus, object_store_memory=80 * 2**20)
+        self.nodes.append(node)
+        return node
+
+    def lose(self, node: Node) -> None:
+        """End a node and its processes at once, as a spot machine that is taken away."""
+        self.nodes.remove(node)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        processes = [raylet, *raylet.children(recursive=True)]
+        self.cluster.remove_node(node, allow_graceful=False)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        study.wait_for(lambda: not any(map(_is_alive, processes)))
+
+    def drain(self, node: Node, seconds: int) -> None:
+        """Announce that a node goes in `seconds`."""
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
+        command += ["--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "a spot machine", "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def remove_all(self) -> None:
+        """Leave the cluster as it was."""
+        for node in list(self.nodes):
+            self.nodes.remove(node)
+            self.cluster.remove_node(node)
+        study.wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def trainers(node: Node) -> int:
+    """Return how many workers of seats live on a node."""
+    alive = actors(actor_state_name="ALIVE").values()
+    return sum(
+        a["ActorClassName"] == "RayTrainWorker" and a["Address"]["NodeID"] == node.node_id for a in alive
+    )
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Hold all CPUs of the cluster that this process is connected to: no seat starts meanwhile."""
+    group = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
+    ray.get(group.ready())
+    yield
+    remove_placement_group(group)
