@@ -1,25 +1,62 @@
-"""What several folders of tests share."""
+"""Fixtures, temporary folders and the order of tests that all folders share."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("busy", deadline=None)  # a busy machine is no fault
-hypothesis.settings.load_profile("busy")
+# No deadline: an example may be slow on a busy machine. The default examples are the same in every run, so
+# that a failure comes from the change that was made; `--hypothesis-profile=thorough` looks for new ones.
+hypothesis.settings.register_profile("default", deadline=None, max_examples=100, derandomize=True)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=600)
+hypothesis.settings.load_profile("default")
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # two cores: threads of several processes get in each other's way
+# Several test processes share the cores: more threads than one each would slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Ray announces a running cluster in the temporary folder. Each test process has a folder of its own, so that
+# it joins neither a cluster of another test process nor one of the user. The path is short because Unix
+# sockets lie below it.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where `tmp_path` stays
+_TEMPORARY = tempfile.mkdtemp(prefix="lora-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
+os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_TEMPORARY, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that start Ray first and on one worker of pytest-xdist, those of a file on one worker.
+
+    Two Ray instances on one machine can end each other's Train runs. A file's fixtures are made once a
+    worker.
+    """
+    for item in items:
+        if item.get_closest_marker("ray") or item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    items.sort(key=_order)
+
+
+def _order(item: pytest.Item) -> tuple[bool, bool]:
+    """Sort by whether a test needs Ray, then by whether it joins the shared cluster: that starts once."""
+    group = item.get_closest_marker("xdist_group")
+    assert group is not None
+    return group.args[0] != "ray", "no_cluster" not in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
 def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `bases` folder with the pretrained base of the letters task: made once a session, about 30 s."""
+    """Return a `bases` folder with the pretrained base model of `letters` (20 s of CPU time)."""
     from orchestrator.finetune import models
 
     root = tmp_path_factory.mktemp("bases")
@@ -29,6 +66,6 @@ def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def output(letters_bases: Path, tmp_path: Path) -> Path:
-    """An output folder whose store has the letters base already."""
+    """Return an output folder whose store has the base model of `letters` already."""
     shutil.copytree(letters_bases, tmp_path / "results" / "store" / "bases")
     return tmp_path / "results"
