@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import threading
-import time
 import traceback
 import urllib.parse
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
+from events import until
 from imds_server import Service
 from lab import POSTGRESQL, Host, Lab
 
@@ -30,7 +30,6 @@ METADATA = "169.254.169.254"
 USER = "somebody"  # the access key of whoever types `ray up`
 PORT = 5555
 LOOK_SECONDS = 0.5
-START_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,14 @@ class Account:
         self._server.wait()
 
     def _await_server(self) -> None:
-        until = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                self._lab.run("bash", "-c", f"echo > /dev/tcp/{self._lab.address}/{PORT}")
-                return
-            except AssertionError:
-                waits = self._server.poll() is None and time.monotonic() < until
-                assert waits, self._lab.path("/tmp/moto.log").read_text()
-                time.sleep(0.2)
+        def listens() -> bool:
+            assert self._server.poll() is None, log()
+            return not self._lab.run("bash", "-c", f"echo > /dev/tcp/{self._lab.address}/{PORT}", check=False)
+
+        def log() -> str:
+            return self._lab.path("/tmp/moto.log").read_text()
+
+        until(listens, log)
 
     def _follow(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
@@ -161,10 +159,7 @@ class Account:
     def _boot(self, instance: dict[str, Any]) -> Running:
         host = self._lab.host(instance["InstanceId"][-8:], instance["PrivateIpAddress"], empty=POSTGRESQL)
         role, rights = self._rights(instance)
-        host.run("ip", "address", "add", f"{METADATA}/32", "dev", "lo")
-        network = host.network()
-        metadata = network.submit(Service, 80, METADATA).result()
-        network.shutdown()
+        metadata = metadata_service(host)
         metadata.rights[role] = json.dumps(rights)
         self._image(host, tags(instance)["ray-user-node-type"])
         pair = self.client("ec2").describe_key_pairs(KeyNames=[instance["KeyName"]], IncludePublicKey=True)
@@ -188,6 +183,15 @@ class Account:
         if machine is not None:
             self._lab.kill_host(machine.host)
             machine.metadata.close()
+
+
+def metadata_service(host: Host) -> Service:
+    """What answers there at the address that EC2's metadata service has."""
+    host.run("ip", "address", "add", f"{METADATA}/32", "dev", "lo")
+    network = host.network()
+    service = network.submit(Service, 80, METADATA).result()
+    network.shutdown()
+    return service
 
 
 class _Client:

@@ -8,11 +8,6 @@ from pathlib import Path
 
 import lab as machines
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from orchestrator.finetune import bases
-from orchestrator.finetune.tasks.letters import tokenizer
 
 WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
 
@@ -20,6 +15,12 @@ WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all nodes see: a tiny model, a task, and room for a store."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from orchestrator.finetune import bases
+    from orchestrator.finetune.tasks.letters import tokenizer
+
     folder = tmp_path_factory.mktemp("shared")
     shutil.copy(WORDS, folder / "words.py")
     torch.manual_seed(0)

@@ -64,9 +64,12 @@ class Service:
             return self.rights.get(role) if role else "\n".join(self.rights) or None
         return None
 
-    def give_notice(self, seconds: float, action: str = "terminate") -> None:
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-        self.notice = json.dumps({"action": action, "time": at})
+    def give_notice(self, seconds: float, action: str = "terminate") -> int:
+        """Return the time that the notice names, in seconds since the epoch."""
+        at = int(time.time() + seconds)
+        named = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+        self.notice = json.dumps({"action": action, "time": named})
+        return at
 
     def close(self) -> None:
         self._server.shutdown()

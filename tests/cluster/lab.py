@@ -22,13 +22,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from events import LIMIT_SECONDS, until
+
+if TYPE_CHECKING:
+    import psutil
 
 SPACES = {"net": "--net", "mnt": "--mount", "pid": "--pid", "ipc": "--ipc", "uts": "--uts"}
 PROGRAMS = {
@@ -48,7 +52,6 @@ ROOT = Path(__file__).parents[2]
 EMPTY = ("/tmp", "/root", "/run", "/dev/shm")
 POSTGRESQL = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
 MOUNT = "lab-of-the-tests"  # what the overlays are called in lists of mounts
-END_SECONDS = 20.0
 _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has setns from 3.12 on
 
 
@@ -118,7 +121,8 @@ class Machine:
         self.pid = int(Path(f"/proc/{me}/task/{me}/children").read_text())
         """Of its process 1, as this machine counts."""
         self.spaces = {space: os.readlink(f"/proc/{self.pid}/ns/{space}") for space in SPACES}
-        self.killed = 0.0
+        self._before: list[psutil.Process] = []
+        """What ran on it when it was killed."""
 
     def path(self, there: str) -> Path:
         """Where a file of this machine is for the process that made it, to read and to write."""
@@ -138,7 +142,12 @@ class Machine:
         )
 
     def run(
-        self, *command: str, timeout: float = 60, check: bool = True, cwd: str = "/", **environment: str
+        self,
+        *command: str,
+        timeout: float = LIMIT_SECONDS,
+        check: bool = True,
+        cwd: str = "/",
+        **environment: str,
     ) -> str:
         """What the command has said on both its outputs. Raises Failed when it fails or takes too long."""
         # To a file: SSH leaves a process behind that would keep a pipe open.
@@ -169,7 +178,7 @@ class Machine:
     def processes(self) -> dict[int, str]:
         """Command lines of all that runs on it, by number as this machine counts, but for process 1."""
         found = {}
-        for pid in _inside(self.spaces["pid"]):
+        for pid in _inside({"pid": self.spaces["pid"]}):
             with suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 if line and pid != self.pid:  # zombies have none
@@ -178,7 +187,13 @@ class Machine:
 
     def kill(self) -> None:
         """As if its power was cut: nothing on it ends in order."""
-        self.killed = self.killed or time.time()
+        import psutil
+
+        if self._unshare.returncode is not None:  # its number may be another process's by now
+            return
+        for pid in _inside(self.spaces):
+            with suppress(psutil.Error):
+                self._before.append(psutil.Process(pid))
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._unshare.wait()
@@ -191,12 +206,10 @@ class Machine:
         import psutil
 
         found = []
-        for space, number in self.spaces.items():
-            for pid in _inside(number, space):
-                with suppress(psutil.Error):
-                    process = psutil.Process(pid)
-                    if process.create_time() < self.killed:  # numbers of namespaces are used again
-                        found.append(f"{pid} {process.name()} in {space} of {self.name}")
+        for process in self._before:
+            with suppress(psutil.Error):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {process.name()} of {self.name}")
         return found
 
 
@@ -276,6 +289,7 @@ class Lab(Machine):
         host.run("ip", "link", "set", "eth0", "up")
         self._name_all()
         self._serve_ssh(host)
+        self._hear(host)
         return host
 
     def cut(self, host: Host) -> None:
@@ -283,18 +297,23 @@ class Lab(Machine):
         self.run("ip", "link", "set", f"to-{host.name}", "down")
 
     def mend(self, host: Host) -> None:
-        """Comes back when it is heard again: a busy kernel takes its time, and a neighbour that was looked
-        for in vain is not asked again at once."""
+        """Puts its plug in again."""
         self.run("ip", "link", "set", f"to-{host.name}", "up")
-        until = time.monotonic() + END_SECONDS
-        while True:
+        self._hear(host)
+
+    def _hear(self, host: Host) -> None:
+        """Waits until the lab's own machine reaches it: the kernel takes its time to use a link that has come
+        up, remembers who had an address before, and does not look at once again for who was looked for in
+        vain."""
+
+        def is_heard() -> bool:
             self.run("ip", "neighbour", "flush", "dev", "switch")
-            try:
-                self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=2)
-                return
-            except Failed:
-                if time.monotonic() > until:
-                    raise
+            with suppress(Failed):
+                self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=10)
+                return True
+            return False
+
+        until(is_heard, lambda: f"{host.name} is not heard")
 
     def kill_host(self, host: Host) -> None:
         """It is gone, with its files; another may take its name and address."""
@@ -307,10 +326,11 @@ class Lab(Machine):
         """Ends all. Raises AssertionError when something is left."""
         for machine in reversed(self._all):
             machine.kill()
-        until = time.monotonic() + END_SECONDS
-        while left := [line for machine in self._all for line in machine.left()]:
-            assert time.monotonic() < until, f"the lab has left {left}"
-            time.sleep(0.1)
+
+        def left() -> list[str]:
+            return [line for machine in self._all for line in machine.left()]
+
+        until(lambda: not left(), lambda: f"the lab has left {left()}")
         mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if MOUNT in line]
         assert not mounts, f"the lab has left {mounts}"
 
@@ -352,12 +372,12 @@ def _projects() -> list[str]:
     return [str(path) for path in {ROOT, VENV.parent} if (path / "pyproject.toml").exists()]
 
 
-def _inside(number: str, space: str = "pid") -> list[int]:
-    """Processes in a namespace."""
+def _inside(spaces: Mapping[str, str]) -> list[int]:
+    """Processes in any of these namespaces."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if os.readlink(folder / "ns" / space) == number:
+            if any(os.readlink(folder / "ns" / space) == number for space, number in spaces.items()):
                 found.append(int(folder.name))
     return found
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from events import LIMIT_SECONDS
+
 HOUSE = Path(__file__).parents[2]
 CLOCK = "import time\nreal = time.time\ntime.time = lambda: real() + {seconds}\n"
 
@@ -49,7 +51,9 @@ def python(code: str, *arguments: str) -> list[str]:
 def said(command: list[str]) -> str:
     """What it prints."""
     env = {**os.environ, "PYTHONPATH": str(HOUSE)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -75,4 +79,4 @@ def odd_node(cluster: str, address: str, blind_to: Path, folder: Path) -> Iterat
         yield
     finally:
         node.terminate()  # `ray start --block` ends its processes
-        node.wait(30)
+        node.wait(LIMIT_SECONDS)

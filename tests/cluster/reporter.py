@@ -1,6 +1,6 @@
 """Reports a study's records to the head's MLflow, on the head, and says what is missing of them there.
 
-    python reporter.py report COUNT ENOUGH    the first ENOUGH at once, the others when `go` is there
+    python reporter.py report COUNT HALT ...  waits after HALT records until the file `HALT.go` is there
     python reporter.py check COUNT            prints what is not as it should be, as JSON
     python reporter.py spoil                  so that the check finds something
 
@@ -39,25 +39,25 @@ def records(count: int) -> Iterator[Record]:
         yield make_record(seed=seed, rate=10 ** -(1 + seed % 4), state=state)
 
 
-def report(count: int, enough: int) -> int:
+def report(count: int, *halts: int) -> int:
     store = Store(RESULTS / "store")
     names = tuple(record.fingerprint for record in records(count))
     study = StudyFile(STUDY, "Which rate?", "python rates.py", names, (), URI)
     study.write(RESULTS / STUDY)
     writer = Writer(MlflowLog(URI), store, study, tags={"commit": "none"})
+
+    def look(number: int) -> None:
+        time.sleep(0.1)
+        (HERE / "logged").write_text(str(number - writer.delayed))
+
     for number, record in enumerate(records(count), 1):
         store.put(record)
         writer.put(record)
-        if number > enough:
-            time.sleep(0.01)
-        while number == enough and not (HERE / "go").exists():
-            time.sleep(0.1)
-            (HERE / "logged").write_text(str(number - writer.delayed))
-        (HERE / "logged").write_text(str(number - writer.delayed))
+        while number in halts and not (HERE / f"{number}.go").exists():
+            look(number)
     while writer.delayed:  # other lanes are trained meanwhile
-        time.sleep(0.1)
-        (HERE / "logged").write_text(str(count - writer.delayed))
-    late = writer.close(60)
+        look(count)
+    late = writer.close(600)
     print(f"{late} late, {'' if writer.ended else 'not '}ended; last trouble: {writer.error or 'none'}")
     return int(bool(late) or not writer.ended)
 

@@ -1,13 +1,15 @@
 """The letters task for the test of secrets: what a user's code may do that knows some.
 
 Lanes of rates above 1e-2 fail, with an error that says every secret of the environment, and the address of a
-server with a password in it, as drivers of databases do.
+server with a password in it, as drivers of databases do. Lanes wait for the file TEST_GO.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -30,11 +32,13 @@ class TalkativeLetters(Letters):
         return ""  # it trains on the letters task's base and has none of its own
 
 
-def fail(optimizer: Any, args: Any, kwargs: Any) -> None:
+def wait_and_fail(optimizer: Any, args: Any, kwargs: Any) -> None:
+    while not Path(os.environ["TEST_GO"]).exists():
+        time.sleep(0.05)
     if optimizer.param_groups[0]["lr"] > 1e-2:
         said = " ".join(f"{name}={os.environ[name]}" for name in SECRETS)
         raise ConnectionError(f"cannot reach {os.environ['TEST_SERVER']} with {said}")
 
 
 if "TEST_SERVER" in os.environ:
-    register_optimizer_step_pre_hook(fail)
+    register_optimizer_step_pre_hook(wait_and_fail)

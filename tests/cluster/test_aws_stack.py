@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import moto
 import pytest
 import yaml
 from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provider
@@ -24,12 +23,14 @@ from orchestrator.cluster.parameter import parameter
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps the key pair's private half there
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    import moto
+
     with moto.mock_aws():
         yield
 
@@ -45,6 +46,8 @@ def ingress() -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.cluster
+@pytest.mark.usefixtures("aws")
 def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
     deploy(boto3.client)
     config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
@@ -81,6 +84,8 @@ def test_ray_starts_what_cluster_yaml_promises_and_ends_all_of_it() -> None:
     assert ec2.describe_volumes()["Volumes"] == []
 
 
+@pytest.mark.cluster
+@pytest.mark.usefixtures("aws")
 def test_without_the_stack_nothing_is_started() -> None:
     config = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
     with pytest.raises(Exception, match="lora-orchestrator-"):
@@ -118,12 +123,15 @@ def test_results_outlive_the_stack() -> None:
     assert kept == {"Storage", "Artifacts"}
 
 
+@pytest.mark.cluster
 def test_cloudformation_would_take_it() -> None:
     from cfnlint import api  # what AWS refuses (aliases, unknown properties) moto lets through
 
     assert api.lint_file(STACK) == []
 
 
+@pytest.mark.cluster
+@pytest.mark.usefixtures("aws")
 def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(boto3.client)
     assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", parameter("storage"))

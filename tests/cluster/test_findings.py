@@ -82,6 +82,7 @@ def test_storage_names_who_does_not_see_what(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.cluster
 @needs_mounts
 def test_a_store_that_a_node_can_only_read(tmp_path: Path) -> None:
     (tmp_path / storage.DRIVER).write_text(storage.DRIVER)
@@ -97,6 +98,7 @@ def test_a_store_without_hard_links(tmp_path: Path) -> None:
     assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
 
 
+@pytest.mark.cluster
 @needs_mounts
 def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     """A file system of 16 MB, for the store and for temporary files in turn."""
@@ -205,7 +207,7 @@ def test_how_many_lanes_have_memory(found: Measured, most: int, words: str) -> N
     assert words in finding.text
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.cluster
 def test_memory_is_measured_reckoned_and_refused(shared: Path) -> None:
     said = odd.said([sys.executable, str(Path(__file__).with_name("little_memory.py")), str(shared)])
     told = json.loads(said.splitlines()[-1])

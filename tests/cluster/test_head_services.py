@@ -9,23 +9,31 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import yaml
+from events import until
 from lab import POSTGRESQL, ROOT, Failed, Host, Lab, lacks_postgresql
 
-pytestmark = pytest.mark.timeout(1200)  # a minute and a half, on a machine without other work
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-COUNT, ENOUGH = 200, 60
+COUNT = 200
+HALTS = FIRST, SECOND = (60, 130)
+"""Records after which the reporter waits: something is killed then."""
+LIMIT_SECONDS = 600.0
 HEAD, OTHER = "10.77.0.2", "10.77.0.3"
 STATE = "/root/.lora-orchestrator"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def lab(can_have_a_lab: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with Lab(seen=[ROOT], shared=tmp_path_factory.mktemp("shared")) as network:
+        yield network
+
+
+@pytest.fixture(scope="module")
 def head(lab: Lab) -> Host:
     """A head whose set-up has come to the point where its services are started, with a new PostgreSQL."""
     if reason := lacks_postgresql():
@@ -47,29 +55,28 @@ def head(lab: Lab) -> Host:
     return host
 
 
-def shell(host: Host, command: str, timeout: float = 120) -> str:
-    """As Ray runs it there."""
-    return host.run("bash", "--login", "-c", "-i", f"source ~/.bashrc; ({command})", timeout=timeout)
-
-
-def start_services(host: Host) -> None:
-    """All that the head starts in the end, but for Ray, with which they would end."""
-    services = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.keep" in c]
-    assert len(services) == 2
-    for command in services:
+@pytest.fixture(scope="module")
+def services(head: Host) -> Host:
+    """The head with all that it starts in the end, but for Ray, with which they would end."""
+    commands = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.keep" in c]
+    assert len(commands) == 2
+    for command in commands:
         assert " --with-ray " in command
-        shell(host, command.replace(" --with-ray ", " "))
+        shell(head, command.replace(" --with-ray ", " "))
+    until(
+        lambda: answers(head), lambda: f"MLflow's server does not start\n{log(head, 'mlflow')}", LIMIT_SECONDS
+    )
+    return head
 
 
-def until(what: Callable[[], object], otherwise: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.2)
+def shell(host: Host, command: str) -> str:
+    """As Ray runs it there."""
+    line = f"source ~/.bashrc; ({command})"
+    return host.run("bash", "--login", "-c", "-i", line, timeout=LIMIT_SECONDS)
 
 
 def answers(host: Host) -> bool:
-    asked = "curl -s -m 5 --noproxy '*' http://127.0.0.1:5000/health"
+    asked = "curl -s -m 60 --noproxy '*' http://127.0.0.1:5000/health"
     return host.run("sh", "-c", asked, check=False) == "OK"
 
 
@@ -88,6 +95,7 @@ def kill_all(host: Host, words: str) -> int:
 
 SERVER = r"mlflow server|uvicorn|multiprocessing\.spawn|multiprocessing\.resource_tracker"
 DATABASE = r"^/usr/lib/postgresql/|^postgres: "
+KEEPER = r"orchestrator\.cluster\.keep|database\.sh watch"
 
 
 class Reporter:
@@ -98,6 +106,7 @@ class Reporter:
         self.folder.mkdir()
         shutil.copy(ROOT / "tests/cluster/reporter.py", self.folder)
         shutil.copy(ROOT / "tests/record/conftest.py", self.folder / "records.py")
+        shutil.copy(ROOT / "tests/study/in_process.py", self.folder)  # which that imports
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self, *words: str) -> list[str]:
@@ -105,95 +114,54 @@ class Reporter:
         return ["bash", "--login", "-c", "-i", line]
 
     def start(self) -> None:
+        words = self.command("report", str(COUNT), *map(str, HALTS))
         with (self.folder / "said").open("wb") as output:
-            self.process = self.host.start(*self.command("report", str(COUNT), str(ENOUGH)), output=output)
+            self.process = self.host.start(*words, output=output)
 
-    def go(self) -> None:
-        (self.folder / "go").touch()
+    def go(self, halt: int) -> None:
+        (self.folder / f"{halt}.go").touch()
+
+    def until_logged(self, more_than: int) -> None:
+        """Waits until MLflow has so many of the records, as long as it runs."""
+        until(lambda: self.logged > more_than or self.ended(), self.said, LIMIT_SECONDS)
+        assert not self.ended(), self.said()
 
     @property
     def logged(self) -> int:
         file = self.folder / "logged"
         return int(file.read_text() or 0) if file.exists() else 0
 
-    def alive(self) -> None:
+    def ended(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, (self.folder / "said").read_text()
+        return self.process.poll() is not None
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
 
     def end(self) -> str:
+        until(self.ended, self.said, LIMIT_SECONDS)
         assert self.process is not None
-        code = self.process.wait(400)
-        said = (self.folder / "said").read_text()
-        assert code == 0, said
-        return said
+        assert self.process.returncode == 0, self.said()
+        return self.said()
 
     def wrong(self) -> list[str]:
-        said = self.host.run(*self.command("check", str(COUNT)), timeout=300)
+        said = self.host.run(*self.command("check", str(COUNT)), timeout=LIMIT_SECONDS)
         return json.loads(said.splitlines()[-1])
 
 
-def test_what_dies_is_started_again_and_nothing_that_was_reported_is_missing(head: Host) -> None:
-    start_services(head)
-    until(lambda: answers(head), "MLflow's server does not start")
-    reporter = Reporter(head)
-    reporter.start()
-    until(lambda: reporter.alive() or reporter.logged >= ENOUGH / 2, "nothing is logged")
-
-    assert kill_all(head, SERVER) >= 3, "the server and its two workers"
-    assert not answers(head)
-    before = reporter.logged
-    assert before < COUNT
-    reporter.go()  # all others come while it is down, or starts
-    until(lambda: log(head, "mlflow").count("mlflow started") == 2, "its keeper does not start it again")
-    until(lambda: reporter.logged > max(before, ENOUGH), "the writer does not go on")
-    reporter.alive()
-    assert reporter.logged < COUNT, "the next kill is in the middle, too"
-
-    assert kill_all(head, DATABASE) >= 5
-    with pytest.raises(Failed):
-        shell(head, "psql -At -h /var/run/postgresql mlflow -c 'select 1'")
-    until(lambda: "started again" in log(head, "database"), "nobody starts PostgreSQL again")
-    said = reporter.end()
-    assert "0 late, ended" in said
-    print(
-        said,
-        log(head, "database"),
-        re.findall(r"(?m)^20.*mlflow (?:started|ended|does).*$", log(head, "mlflow")),
-    )
-    until(lambda: answers(head), "MLflow's server does not answer any more")
-    assert reporter.wrong() == []
-
-    head.run(*reporter.command("spoil"))
-    wrong = reporter.wrong()
-    assert len([line for line in wrong if "0 children" in line]) == 1
-    assert len([line for line in wrong if "2 children" in line]) == 1
-    assert len([line for line in wrong if "is RUNNING" in line]) == 2
-    assert len([line for line in wrong if "rows" in line]) == 1, "the check sees what is missing"
-
-
-def test_ray_up_again_starts_a_database_that_has_died_and_keeps_what_is_in_it(head: Host) -> None:
-    shell(head, "psql -q -h /var/run/postgresql mlflow -c 'create table kept (a int)'")
-    assert kill_all(head, DATABASE) >= 5
-    for command in CONFIG["head_setup_commands"]:
-        shell(head, command)
-    assert shell(head, "psql -At -h /var/run/postgresql mlflow -c 'select count(*) from kept'").endswith(
-        "0\n"
-    )
-
-
-def test_no_other_machine_reaches_them(lab: Lab, head: Host) -> None:
-    start_services(head)
-    until(lambda: answers(head), "MLflow's server does not start")
-    other = lab.host("other", OTHER)
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_no_other_machine_reaches_them(lab: Lab, services: Host) -> None:
+    head, other = services, lab.host("other", OTHER)
 
     def connects(host: Host, address: str, port: int) -> bool:
         """False when it is refused; whatever else happens is an error."""
-        said = host.run("timeout", "10", "bash", "-c", f"echo > /dev/tcp/{address}/{port}", check=False)
-        assert not said or "Connection refused" in said, said
-        return not said
+        said = host.run("bash", "-c", f"echo > /dev/tcp/{address}/{port} && echo open", check=False)
+        assert said == "open\n" or "Connection refused" in said, said
+        return said == "open\n"
 
     head.start("python", "-m", "http.server", "--bind", HEAD, "5001")
-    until(lambda: connects(other, HEAD, 5001), "what listens there is reached from elsewhere")
+    until(lambda: connects(other, HEAD, 5001), lambda: "what listens there is reached from elsewhere")
     assert connects(other, HEAD, 22)
     for port in (5000, 5432):
         assert connects(head, "127.0.0.1", port)
@@ -207,6 +175,53 @@ def test_no_other_machine_reaches_them(lab: Lab, head: Host) -> None:
     # Nor do its own users, but for the one who was asked for: there is no password to guess.
     with pytest.raises(Failed, match="authentication failed"):
         head.run("runuser", "-u", "nobody", "--", "psql", "-h", "/var/run/postgresql", "-U", "root", "mlflow")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_what_dies_is_started_again_and_nothing_that_was_reported_is_missing(services: Host) -> None:
+    head, reporter = services, Reporter(services)
+    reporter.start()
+    reporter.until_logged(FIRST // 2)
+
+    started = log(head, "mlflow").count("mlflow started")
+    assert kill_all(head, SERVER) >= 3, "the server and its two workers"
+    reporter.go(FIRST)  # more comes while it is down, or starts
+    until(lambda: log(head, "mlflow").count("mlflow started") > started, seconds=LIMIT_SECONDS)
+    reporter.until_logged(FIRST)
+    assert reporter.logged <= SECOND < COUNT, "the next kill is in the middle, too"
+
+    assert kill_all(head, DATABASE) >= 5
+    reporter.go(SECOND)
+    until(lambda: "started again" in log(head, "database"), lambda: log(head, "database"), LIMIT_SECONDS)
+    said = reporter.end()
+    assert "0 late, ended" in said
+    print(
+        said,
+        log(head, "database"),
+        re.findall(r"(?m)^20.*mlflow (?:started|ended|does).*$", log(head, "mlflow")),
+    )
+    until(lambda: answers(head), lambda: log(head, "mlflow"), LIMIT_SECONDS)
+    assert reporter.wrong() == []
+
+    head.run(*reporter.command("spoil"))
+    wrong = reporter.wrong()
+    assert len([line for line in wrong if "0 children" in line]) == 1
+    assert len([line for line in wrong if "2 children" in line]) == 1
+    assert len([line for line in wrong if "is RUNNING" in line]) == 2
+    assert len([line for line in wrong if "rows" in line]) == 1, "the check sees what is missing"
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1800)
+def test_ray_up_again_starts_a_database_that_has_died_and_keeps_what_is_in_it(head: Host) -> None:
+    shell(head, "psql -q -h /var/run/postgresql mlflow -c 'create table kept (a int)'")
+    kill_all(head, KEEPER)
+    assert kill_all(head, DATABASE) >= 5
+    for command in CONFIG["head_setup_commands"]:
+        shell(head, command)
+    counted = shell(head, "psql -At -h /var/run/postgresql mlflow -c 'select count(*) from kept'")
+    assert counted.endswith("0\n")
 
 
 def test_without_postgresql_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

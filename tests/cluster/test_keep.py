@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from events import LIMIT_SECONDS, reserved_port, until
 
 from orchestrator.cluster import keep
 
+pytestmark = pytest.mark.cluster
 ROOT = Path(keep.__file__).parents[2]
 # A server with a child of its own, as MLflow's has. It says its number first.
 SERVER = """
@@ -36,12 +36,37 @@ class Kept:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.log = home / ".lora-orchestrator" / "server.log"
+        self.said = home / "said"
+        """What a keeper in the foreground says."""
+        self._foreground: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *options: str, arguments: tuple[str, ...] = ()) -> None:
+    def start(self, *options: str, arguments: tuple[str, ...] = ()) -> str:
+        """Return what it prints."""
         command = [sys.executable, "-m", "orchestrator.cluster.keep", "server", "--look", "0.2", *options]
         command += ["--", sys.executable, "-c", SERVER, *arguments]
-        environment = {**os.environ, "HOME": str(self.home)}
-        subprocess.run(command, check=True, env=environment, cwd=ROOT, timeout=60, stdout=subprocess.DEVNULL)
+        return subprocess.check_output(
+            command, env=self.environment(), cwd=ROOT, timeout=LIMIT_SECONDS, text=True
+        )
+
+    def foreground(
+        self, script: str, *arguments: str, server: tuple[str, ...] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start a keeper by a script that takes `arguments`, then the command, and calls `keep.main`."""
+        command = [sys.executable, "-c", script, *arguments, sys.executable, "-c", SERVER, *server]
+        with self.said.open("wb") as said:
+            process = subprocess.Popen(command, env=self.environment(), cwd=ROOT, stdout=said)
+        self._foreground.append(process)
+        return process
+
+    def close(self) -> None:
+        for keeper in self.keepers():
+            keeper.terminate()
+        until(lambda: not self.alive())
+        for process in self._foreground:
+            process.wait()
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "HOME": str(self.home)}
 
     def numbers(self) -> list[int]:
         """Of the commands so far."""
@@ -76,20 +101,11 @@ def line(process: psutil.Process) -> str:
     return ""
 
 
-def until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline, "did not happen within a minute"
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[Kept]:
     kept = Kept(tmp_path)
     yield kept
-    for keeper in kept.keepers():
-        keeper.terminate()
-    until(lambda: not kept.alive())
+    kept.close()
 
 
 def test_a_command_that_dies_is_started_again_with_nothing_of_it_left(kept: Kept) -> None:
@@ -99,23 +115,37 @@ def test_a_command_that_dies_is_started_again_with_nothing_of_it_left(kept: Kept
     until(lambda: len(kept.alive()) == 3)  # the keeper, the command, its child: that of the first has gone
 
 
+def test_it_comes_back_when_the_server_answers(kept: Kept) -> None:
+    with reserved_port() as port:
+        for times in (1, 2):  # what answered before is not what the second one waits for
+            said = kept.start("--health", f"http://127.0.0.1:{port}/", arguments=(str(port),))
+            assert "kept running; " in said
+            *_, newest = kept.log.read_text().split("number ")
+            assert len(kept.numbers()) >= times
+            assert '"GET / HTTP' in newest
+
+
+# A keeper that waits less for an answer, and for a command's end, than on a cluster.
+DEAF = """
+import sys
+from orchestrator.cluster import keep
+keep.LOOK_SECONDS = keep.END_SECONDS = 1.0
+keep.main(["server", "--foreground", "--look", "0.2", "--health", sys.argv[1], "--", *sys.argv[2:]])
+"""
+
+
 def test_a_server_that_no_longer_answers_is_started_again(kept: Kept) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/"
-    kept.start("--health", url, arguments=(str(port),))
-    assert keep.answers(url), "it comes back when the server answers"
-    first = kept.wait_for(1)
-    time.sleep(1)  # the keeper has seen it answer, too
-    os.kill(first, signal.SIGSTOP)  # lives, and is deaf; a stopped process takes no SIGTERM either
-    second = kept.wait_for(2)
-    until(lambda: keep.answers(url))
-    assert second != first
-    assert "does not answer" in kept.log.read_text()
-    kept.start("--health", url, arguments=(str(port),))
-    assert len(kept.numbers()) > 2, "what answered before is not what it waits for"
-    assert keep.answers(url)
+    with reserved_port() as port:
+        url = f"http://127.0.0.1:{port}/"
+        kept.foreground(DEAF, url, server=(str(port),))
+        until(lambda: kept.log.exists() and kept.log.read_text().count('"GET /') > 1)  # the first was heard
+        first = kept.numbers()[-1]
+        os.kill(first, signal.SIGSTOP)  # lives, and is deaf; a stopped process takes no SIGTERM either
+        before = len(kept.numbers())
+        kept.wait_for(before + 1)
+        until(lambda: len(kept.alive()) == 3)  # the keeper, the server, its child: that of the first has gone
+        until(lambda: keep.answers(url))
+        assert "does not answer" in kept.said.read_text()
 
 
 def test_a_second_keeper_takes_over(kept: Kept) -> None:
@@ -124,7 +154,7 @@ def test_a_second_keeper_takes_over(kept: Kept) -> None:
     kept.start()
     kept.wait_for(2)
     until(lambda: not psutil.pid_exists(first))
-    assert len(kept.keepers()) == 1
+    until(lambda: len(kept.keepers()) == 1)
     until(lambda: len(kept.alive()) == 3)
 
 
@@ -133,40 +163,40 @@ def test_the_command_of_a_keeper_that_was_killed_is_ended_by_the_next(kept: Kept
     first = kept.wait_for(1)
     until(lambda: len(kept.alive()) == 3)
     kept.keepers()[0].kill()
-    time.sleep(0.5)
+    until(lambda: not kept.keepers())
     assert psutil.pid_exists(first), "it could not end its command"
     kept.start()
     kept.wait_for(2)
     until(lambda: len(kept.alive()) == 3)
 
 
-# A keeper in whose eyes Ray is there while a file is.
+# A keeper in whose eyes Ray is there while a file is. Its looks are counted in another.
 BESIDE_RAY = """
 import sys
 from pathlib import Path
 from orchestrator.cluster import keep, raylets
-raylets.here = lambda: Path(sys.argv[1]).exists()
-keep.main(["server", "--foreground", "--look", "0.2", "--with-ray", "--", *sys.argv[2:]])
+ray, looks = map(Path, sys.argv[1:3])
+def here():
+    with looks.open("a") as file:
+        file.write(".")
+    return ray.exists()
+raylets.here = here
+keep.main(["server", "--foreground", "--look", "0.2", "--with-ray", "--", *sys.argv[3:]])
 """
 
 
 def test_with_ray_it_ends_when_ray_does(kept: Kept) -> None:
-    ray = kept.home / "ray"
+    ray, looks = kept.home / "ray", kept.home / "looks"
     ray.touch()
-    with (kept.home / "said").open("w") as said:
-        keeper = subprocess.Popen(
-            [sys.executable, "-c", BESIDE_RAY, str(ray), sys.executable, "-c", SERVER],
-            env={**os.environ, "HOME": str(kept.home)},
-            cwd=ROOT,
-            stdout=said,
-        )
+    keeper = kept.foreground(BESIDE_RAY, str(ray), str(looks))
     os.kill(kept.wait_for(1), signal.SIGKILL)
     kept.wait_for(2)
-    time.sleep(1)
+    before = looks.stat().st_size if looks.exists() else 0
+    until(lambda: looks.stat().st_size > before + keep.DEAF_LOOKS)
     assert keeper.poll() is None
     ray.unlink()
-    assert keeper.wait(60) == 0
-    assert "Ray is not here any more" in (kept.home / "said").read_text()
+    assert keeper.wait(LIMIT_SECONDS) == 0
+    assert "Ray is not here any more" in kept.said.read_text()
     until(lambda: not kept.alive())
 
 

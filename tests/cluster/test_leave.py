@@ -6,16 +6,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import psutil
 import pytest
+from events import LIMIT_SECONDS, until
 
 from orchestrator.cluster import leave
 from orchestrator.cluster.raylets import Raylet
 
+pytestmark = pytest.mark.cluster
 SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['sleep', '600']); time.sleep(600)"
 
 
@@ -23,6 +24,20 @@ SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['slee
 def head() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as head:
         yield head
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return what the watcher has found so far: for each look at the head, whether it was refused."""
+    found: list[bool] = []
+    refused = leave.refused
+
+    def noted(address: str) -> bool:
+        found.append(refused(address))
+        return found[-1]
+
+    monkeypatch.setattr(leave, "refused", noted)
+    return found
 
 
 class Node:
@@ -33,56 +48,69 @@ class Node:
         flags = [f"--gcs-address={address}", "--node_id=00ff"]
         self.raylet = _named("raylet", *flags, "child")
         self.beside = _named("python", flags[0], "x")
-        until = time.monotonic() + 60
-        while not psutil.Process(self.raylet.pid).children():
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        (self.child,) = psutil.Process(self.raylet.pid).children()
+        raylet = psutil.Process(self.raylet.pid)
+        until(raylet.children)
+        (self.child,) = raylet.children()
         self.watcher = threading.Thread(target=leave.watch, args=[Raylet("00ff", address), 0.1])
         self.watcher.start()
 
-    def there(self) -> bool:
-        return self.raylet.poll() is None or self.beside.poll() is None or self.child.is_running()
+    def lives(self) -> bool:
+        """Whether any of its processes runs."""
+        return self.raylet.poll() is None or self.beside.poll() is None or _runs(self.child)
 
     def close(self) -> None:
         self.raylet.kill()
-        self.watcher.join(60)
+        self.watcher.join(LIMIT_SECONDS)
 
 
 def _named(name: str, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([name, "-c", SLEEP, *arguments], executable=sys.executable)
 
 
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 @pytest.fixture
-def node(head: socket.socket) -> Iterator[Node]:
+def node(head: socket.socket, looks: list[bool]) -> Iterator[Node]:
     node = Node(head)
     yield node
     node.close()
-    assert not node.there()
+    until(lambda: not node.lives())
 
 
-def test_it_leaves_when_its_head_has_ended(head: socket.socket, node: Node) -> None:
-    time.sleep(1)
-    assert node.there()
+def test_it_leaves_when_its_head_has_ended(head: socket.socket, node: Node, looks: list[bool]) -> None:
+    until(lambda: len(looks) > leave.REFUSALS)
+    assert not any(looks)
+    assert node.lives()
     head.close()
-    node.watcher.join(60)
+    node.watcher.join(LIMIT_SECONDS)
     assert not node.watcher.is_alive()
-    assert not node.there()
+    assert looks[-leave.REFUSALS :] == [True] * leave.REFUSALS
+    until(lambda: not node.lives())
 
 
-def test_what_a_raylet_leaves_behind_goes_with_it(node: Node) -> None:
-    time.sleep(0.5)
+def test_what_a_raylet_leaves_behind_goes_with_it(node: Node, looks: list[bool]) -> None:
+    until(lambda: looks)  # before it looks at the head, the watcher looks for the node's processes
     node.raylet.kill()
-    node.watcher.join(60)
-    assert not node.there()
+    node.watcher.join(LIMIT_SECONDS)
+    until(lambda: not node.lives())
+    assert not any(looks)
 
 
-def test_a_head_that_is_out_of_reach_has_not_ended(head: socket.socket, node: Node) -> None:
+def test_a_head_that_is_out_of_reach_has_not_ended(
+    head: socket.socket, node: Node, looks: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leave, "LOOK_SECONDS", 0.3)  # what a connection is waited for
     head.listen(0)  # the kernel answers nobody while as many wait
     with ExitStack() as waiting:
         with suppress(TimeoutError):  # nothing else ends it
             while True:
                 waiting.enter_context(socket.create_connection(head.getsockname(), timeout=1))
-        time.sleep(leave.REFUSALS * (leave.LOOK_SECONDS + 0.2))
+        before = len(looks)
+        until(lambda: len(looks) > before + 2 * leave.REFUSALS)
+        assert not any(looks)
         assert node.watcher.is_alive()
-        assert node.there()
+        assert node.lives()

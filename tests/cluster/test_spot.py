@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from events import LIMIT_SECONDS, reserved_port, until
 from imds_server import Service
 
-from orchestrator.cluster import raylets, spot
+from orchestrator.cluster import imds, raylets, spot
 from orchestrator.cluster.imds import Away, Metadata, Notice, read_notice
 from orchestrator.cluster.raylets import Raylet
 from orchestrator.cluster.spot import HURRIED_SECONDS, PAUSE_SECONDS, State, due, look
@@ -23,11 +25,13 @@ NOW = 1_700_000_000.0
 
 
 @pytest.fixture
-def service() -> Iterator[Service]:
-    service = Service()
-    yield service
-    with suppress(OSError):
-        service.close()
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setattr(imds, "_PATIENCE", LIMIT_SECONDS)  # a test process that stands still is not away
+    with reserved_port() as port:
+        service = Service(port)
+        yield service
+        with suppress(OSError):
+            service.close()
 
 
 class Ray:
@@ -82,12 +86,14 @@ def test_nothing_happens_without_a_notice(service: Service) -> None:
 
 def test_a_notice_drains_the_node_with_what_is_left_of_the_time(service: Service) -> None:
     ray, metadata = Ray(A), Metadata(service.url)
-    service.give_notice(100)
+    at = service.give_notice(100)
+    most = int(at - time.time())
     state, pause = ray.look(State(), metadata)
+    least = max(0, int(at - time.time()))
     assert pause == HURRIED_SECONDS
     ((node, seconds),) = ray.asked
     assert node == A.node_id
-    assert 97 <= seconds <= 100
+    assert least <= seconds <= most
     state, _ = ray.look(state, metadata)
     assert len(ray.asked) == 1, "once"
     ray.there = (B,)
@@ -171,25 +177,25 @@ def test_no_proxy_is_asked(service: Service, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_raylet_is_found_by_its_command_line() -> None:
     """A process that is called as a raylet is, not a folder that looks like /proc."""
+    raylet = Raylet(uuid.uuid4().hex, A.address)
     arguments = [
-        f"--node_id={A.node_id}",
-        f"--gcs-address={A.address}",
+        f"--node_id={raylet.node_id}",
+        f"--gcs-address={raylet.address}",
         "--python_worker_command=x --node_id=no",
     ]
-    script = "import time; time.sleep(60)"
+    script = "import time; time.sleep(600)"
     process = subprocess.Popen(["/opt/ray/raylet", "-c", script, *arguments], executable=sys.executable)
     try:
-        deadline = time.monotonic() + 10
-        while A not in raylets.here():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: raylet in raylets.here())
     finally:
         process.kill()
         process.wait()
-    assert A not in raylets.here()
+    assert raylet not in raylets.here()
 
 
-def test_what_ray_says_of_a_refused_drain_is_one_line() -> None:
+@pytest.mark.cluster
+def test_what_ray_says_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raylets, "_PATIENCE", LIMIT_SECONDS)
     said = raylets.drain(Raylet("no hexadecimal", "127.0.0.1:1"), 10, "a test")
     assert said.startswith("ray drain-node: ")
     assert "\n" not in said
@@ -200,11 +206,8 @@ def test_the_command_watches_until_it_is_ended(service: Service) -> None:
     command = [sys.executable, "-m", "orchestrator.cluster.spot"]
     root = Path(spot.__file__).parents[2]
     process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not service.asked:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: service.asked or process.poll() is not None)
+    assert process.poll() is None
     process.terminate()
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert f"watching {service.url}" in out
