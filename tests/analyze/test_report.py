@@ -148,13 +148,6 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
     assert dict(rcParams) == before
 
 
-def test_the_curves_of_one_panel_are_1200_by_700_and_equal_each_time() -> None:
-    summary = summarize(study())
-    picture = plots.curves(summary)
-    assert Image.open(io.BytesIO(picture)).size == (1200, 700)
-    assert plots.curves(summary) == picture
-
-
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
     looks = plots.looks(summarize(records))
@@ -198,11 +191,18 @@ def written(folder: Path, records: list[Record], **more: Any) -> tuple[Summary, 
     return summary, page, json.loads((folder / "summary.json").read_text())
 
 
-def test_a_report_is_four_whole_files_and_nothing_else(tmp_path: Path) -> None:
-    for _ in range(2):
-        summary, page, numbers = written(tmp_path / "new" / "study", study())
-        names = sorted(p.name for p in (tmp_path / "new" / "study").iterdir())
-        assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
+@pytest.fixture(scope="module")
+def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    """The report of the rehearsed study, in a folder that it has made. Tests only read it."""
+    folder = tmp_path_factory.mktemp("report") / "new" / "study"
+    return folder, written(folder, study())[1]
+
+
+def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Page]) -> None:
+    folder, _ = of_study
+    summary, page, numbers = written(folder, study())  # for the second time
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
     assert words.answer(summary.panels[0]) in page.text
     assert ABOUT["question"] in page.text
     assert numbers["schema_version"] == 1
@@ -214,15 +214,21 @@ def test_a_report_is_four_whole_files_and_nothing_else(tmp_path: Path) -> None:
     assert "NaN" not in json.dumps(numbers)
 
 
-def test_the_page_asks_no_other_host(tmp_path: Path) -> None:
-    _, page, _ = written(tmp_path, study())
+def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
+    folder, page = of_study
     assert len(page.links) == 2
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert not re.search(r"url\(|@import|<script|<link", (tmp_path / "report.html").read_text())
+    assert not re.search(r"url\(|@import|<script|<link", (folder / "report.html").read_text())
 
 
-def test_every_row_has_its_command(tmp_path: Path) -> None:
-    _, page, _ = written(tmp_path, study())
+def test_the_curves_of_one_panel_are_1200_by_700_and_equal_each_time(of_study: tuple[Path, Page]) -> None:
+    picture = plots.curves(summarize(study()))
+    assert Image.open(io.BytesIO(picture)).size == (1200, 700)
+    assert (of_study[0] / "curves.png").read_bytes() == picture
+
+
+def test_every_row_has_its_command(of_study: tuple[Path, Page]) -> None:
+    _, page = of_study
     base = "python experiments/lr_sensitivity.py --dry-run --seeds 3"
     for variant in STUDY:
         for rate in ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1"):

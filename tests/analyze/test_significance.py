@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from orchestrator.analyze import significance
 from orchestrator.analyze.critical import chance_to_decide, detectable, dunnett, holm, seeds_needed, sidak
 from orchestrator.analyze.significance import Comparison, Pair, Score, compare
 
@@ -259,6 +260,12 @@ def test_the_worth_of_the_pairing() -> None:
 # --- by simulation. A fixed generator; bounds of four binomial standard errors, so that a right rate passes.
 
 
+@pytest.fixture
+def no_seeds_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out `Pair.seeds_to_decide`: it takes most of a comparison's time, and no simulation reads it."""
+    monkeypatch.setattr(significance, "seeds_needed", lambda *_: None)
+
+
 def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[float, float, float]:
     """Shares of studies without any true difference in which something is declared better or worse, in
     which all simultaneous intervals hold, and in which something at the margin is declared equivalent."""
@@ -275,6 +282,7 @@ def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[
     return false / draws, held / draws, equal / draws
 
 
+@pytest.mark.usefixtures("no_seeds_to_decide")
 @pytest.mark.parametrize(
     ("n", "spreads", "allowed"),
     [
@@ -297,6 +305,7 @@ def test_false_findings_and_coverage_are_near_nominal(
     assert equal <= 0.05 + slack
 
 
+@pytest.mark.usefixtures("no_seeds_to_decide")
 def test_a_true_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
     rng, n, draws = np.random.default_rng(5), 10, 300
     degrees, error = 3 * 9 * 4 / 6, 0.02 * math.sqrt(2 / n)
@@ -311,6 +320,7 @@ def test_a_true_difference_of_the_detectable_size_is_found_four_times_in_five() 
     assert abs(found / draws - 0.8) < 4 * math.sqrt(0.8 * 0.2 / draws) + 0.03
 
 
+@pytest.mark.usefixtures("no_seeds_to_decide")
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_what_diverges_now_and_then_breaks_no_interval_of_the_runs_that_do_not(share: float) -> None:
     """Four variants that are LoRA's equals but for one whose runs diverge with chance `share`."""
@@ -357,7 +367,6 @@ def nearly(found: Comparison) -> list[tuple[str, object, object]]:
 
 
 @given(tables, st.data())
-@settings(max_examples=40, deadline=None)
 def test_what_all_share_changes_nothing(table: dict[str, list[float]], data: st.DataObject) -> None:
     n = len(table["lora"])
     shifts = data.draw(st.lists(st.integers(-50, 50).map(lambda k: k / 64), min_size=n, max_size=n))
@@ -367,7 +376,6 @@ def test_what_all_share_changes_nothing(table: dict[str, list[float]], data: st.
 
 
 @given(tables, st.randoms())
-@settings(max_examples=40, deadline=None)
 def test_neither_the_order_of_variants_nor_of_seeds_matters(
     table: dict[str, list[float]], random: object
 ) -> None:
@@ -380,7 +388,6 @@ def test_neither_the_order_of_variants_nor_of_seeds_matters(
 
 
 @given(tables, st.sampled_from([0.01, 0.05, 0.2]))
-@settings(max_examples=60, deadline=None)
 def test_the_word_is_what_the_interval_shows(table: dict[str, list[float]], margin: float) -> None:
     for p in compared(table, margin).pairs:
         assert p.interval is not None

@@ -1,30 +1,14 @@
 """Whatever is wrong with what a user types is one line (value, rule, nearest right choice) and exit code 2,
-before Ray starts. The commands run as a user runs them."""
+before Ray starts. The scripts run in this process, but for those tests that say otherwise."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "experiments" / "lr_sensitivity.py"
-
-
-def run(tmp_path: Path, *arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env=environment,
-        check=False,
-    )
-
+from in_process import ORCHESTRATOR, SWEEP, Run
 
 DRY = ("--dry-run", "--plan")
 
@@ -89,16 +73,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_one_line_and_exit_code_2(what: str, tmp_path: Path) -> None:
+def test_one_line_and_exit_code_2(what: str, run: Run) -> None:
     arguments, said = BAD[what]
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    line = done.stderr.strip()
-    assert line.startswith("error: "), done.stderr
-    assert "\n" not in line
-    assert "Traceback" not in line
-    for part in said:
-        assert part in line
+    run(SWEEP, *arguments).assert_refused(*said)
+
+
+def test_the_real_process_ends_so_too(tmp_path: Path) -> None:
+    command = [sys.executable, str(SWEEP), *DRY, "--rank", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --rank 0: must be 1 or more.\n"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +94,9 @@ def test_one_line_and_exit_code_2(what: str, tmp_path: Path) -> None:
     ],
 )
 def test_an_option_that_does_not_exist_or_parse_names_the_right_one(
-    arguments: tuple[str, ...], said: str, tmp_path: Path
+    arguments: tuple[str, ...], said: str, run: Run
 ) -> None:
-    done = run(tmp_path, "--dry-run", *arguments)
+    done = run(SWEEP, "--dry-run", *arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
     assert said in done.stderr
@@ -120,39 +104,41 @@ def test_an_option_that_does_not_exist_or_parse_names_the_right_one(
     assert max(map(len, done.stderr.splitlines())) <= 80
 
 
-def test_help_needs_nothing_heavy(tmp_path: Path) -> None:
-    done = run(tmp_path, "--help")
-    assert done.returncode == 0
-    assert "--learning-rates" in done.stdout
+def test_help_imports_nothing_heavy() -> None:
+    """In a fresh interpreter, so that no other test has imported anything: help has to answer at once."""
     probe = (
-        "import runpy, sys; sys.argv = ['lr_sensitivity.py', '--help']\n"
-        "try: runpy.run_path(%r, run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'ray', 'transformers', 'mlflow', 'scipy') if m in sys.modules])"
+        "import runpy, sys\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "heavy = ('torch', 'ray', 'transformers', 'datasets', 'mlflow', 'pyarrow', 'scipy', 'numpy')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
-    probed = subprocess.run(
-        [sys.executable, "-c", probe % str(SCRIPT)], capture_output=True, text=True, check=True
-    )
-    assert probed.stdout.splitlines()[-1] == "[]"
+    command = [sys.executable, "-c", probe, str(SWEEP), str(ORCHESTRATOR)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--learning-rates" in done.stdout
+    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model", "fetch-data"))
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path) -> None:
-    done = run(tmp_path, *DRY)
+def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path, run: Run) -> None:
+    done = run(SWEEP, *DRY)
     assert done.returncode == 0, done.stderr
     assert "105, of them 0 known" in done.stdout
     assert "Early stopping  none" in done.stdout
     assert not list(tmp_path.glob("results/*/study.json"))
 
 
-def test_a_dry_run_takes_another_task(tmp_path: Path) -> None:
-    done = run(tmp_path, *DRY, "--task", "reviews")
+def test_a_dry_run_takes_another_task(run: Run) -> None:
+    done = run(SWEEP, *DRY, "--task", "reviews")
     assert done.returncode == 0, done.stderr
     assert "Base model      reviews-base" in done.stdout
     assert "105, of them 0 known" in done.stdout
 
 
-def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path) -> None:
-    done = run(tmp_path, *DRY, "--steps", "120", script=SCRIPT.with_name("early_stopping.py"))
+def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path, run: Run) -> None:
+    done = run(SWEEP.with_name("early_stopping.py"), *DRY, "--steps", "120")
     assert done.returncode == 0, done.stderr
     assert "Early stopping  asha loss=min first=40 eta=4" in done.stdout
     assert "Early stopping  none" in done.stdout

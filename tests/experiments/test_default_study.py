@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from in_process import ROOT, SWEEP, Run
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "finetune"))  # pytest has it when it runs that folder, too
 
-import hub_folder  # noqa: E402
-
-
-def plan(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "ORCHESTRATOR_DATA")}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "lr_sensitivity.py"), "--plan", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=tmp_path,
-        env=kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "COLUMNS": "200"} | environment,
-        check=False,
-    )
+import hub_folder
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +30,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_without_the_hub_one_line_says_what_to_set(tmp_path: Path) -> None:
-    done = plan(tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
-    said = "error: Task 'metamathqa': meta-math/MetaMathQA cannot be read from the data hub"
-    assert done.stderr.startswith(said)
-    assert "ORCHESTRATOR_DATA" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_without_the_hub_one_line_says_what_to_set(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    done = run(SWEEP, "--plan")
+    done.assert_refused(
+        "error: Task 'metamathqa': meta-math/MetaMathQA cannot be read from the data hub", "ORCHESTRATOR_DATA"
+    )
 
 
-def test_folders_of_ones_own_are_planned_in_full(data: Path, tmp_path: Path) -> None:
-    model = hub_folder.llama(tmp_path / "llama")
-    done = plan(tmp_path, "--model", str(model), ORCHESTRATOR_DATA=str(data))
+def test_folders_of_ones_own_are_planned_in_full(
+    data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(SWEEP, "--plan", "--model", str(hub_folder.llama(tmp_path / "llama")))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line)
     assert lines["Task"] == "metamathqa, 1562 steps of 64"

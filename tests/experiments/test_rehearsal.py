@@ -42,10 +42,10 @@ def course(record: Record) -> tuple[Any, ...]:
     return record.state, record.steps, record.reason, record.curve, record.evaluations, record.untrained
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> tuple[Store, list[Configuration]]:
-    """Three that were really trained: two to the end, one that diverged."""
-    store = Store(tmp_path / "trained")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Configuration]]:
+    """Three that were really trained: two to the end, one that diverged. Tests only read this store."""
+    store = Store(tmp_path_factory.mktemp("trained"))
     points = [configuration(seed=s, steps=12, evaluations=6) for s in (0, 1)]
     points.append(configuration(rate=1e36, steps=12, evaluations=6))
     train(Script(leases(points)), store)
@@ -159,13 +159,14 @@ def test_what_a_scheduler_decides_can_be_had_without_ray(tmp_path: Path) -> None
     assert decide("asha", points, records, at_once=len(points)) == list(found.values())
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None:
     """The script that measures, at a small size: three nodes, two seats on fake GPUs, asha."""
     output = tmp_path / "scale"
     script = [sys.executable, str(BENCHMARKS / "scale.py"), "--sizes", "30", "--scheduler", "asha"]
     done = subprocess.run(
-        [*script, "--output", str(output)], capture_output=True, text=True, timeout=260, check=False
+        [*script, "--output", str(output)], capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     row = json.loads((output / "30-asha.json").read_text())

@@ -1,10 +1,12 @@
-"""Records to keep: `make_record(seed=1, state="diverged", ...)`."""
+"""Records to keep, `make_record(seed=1, state="diverged")`; the fixtures of tests/study/in_process.py."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,12 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "study"))
+
+from in_process import restored, run
+
+__all__ = ["MakeRecord", "configuration", "make_record", "record", "restored", "run"]
 
 MakeRecord = Callable[..., Record]
 

@@ -1,30 +1,27 @@
-"""`python -m orchestrator`, as a user types it."""
+"""What `python -m orchestrator` says and does, in this process but for the tests that say otherwise."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
+from mlflow_server import empty_database
 
 from orchestrator.record.show import narrowed
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies, find_study
+from orchestrator.study.command import main
 from orchestrator.study.errors import BadInput
 
 COMMAND = (
     "python experiments/lr_sensitivity.py --dry-run --variants lora rslora --seeds 3 "
     "--learning-rates=1e-4,1e-2"
 )
-
-
-def _run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "orchestrator", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.fixture
@@ -41,26 +38,10 @@ def results(tmp_path, make_record) -> Path:
     return tmp_path
 
 
-def test_help_answers_at_once(tmp_path):
-    _run("--help", folder=tmp_path)  # Python's own caches
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = _run("--help", folder=tmp_path)
-        took.append(time.perf_counter() - began)
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in ("sync", "show", "report", "fetch-model", "fetch-data"))
-    assert min(took) < 1.0  # 0.16 s on a quiet machine
-    code = (
-        "import sys, orchestrator.__main__\nprint({'torch', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules))"
-    )
-    heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert heavy.stdout.strip() == "set()"
-
-
-def test_sync_rebuilds_both_projections(results):
+def test_sync_rebuilds_both_projections(results, run):
+    uri = empty_database(results / "results/store/mlflow.db")
     for written in (4, 0):
-        done = _run("sync", folder=results)
+        done = run(ORCHESTRATOR, "sync")
         assert (done.returncode, done.stderr) == (0, "")
         first, rates, second = done.stdout.splitlines()
         assert first == f"{results}/results/store/records.parquet: 4 records"
@@ -68,7 +49,6 @@ def test_sync_rebuilds_both_projections(results):
         assert rates.endswith(f"{written} of them written now")
         assert second.startswith("second: 1 of 2 configurations")
     assert len(pq.read_table(results / "results/store/records.parquet")) == 4
-    uri = f"sqlite:///{results}/results/store/mlflow.db"
     client = MlflowClient(uri, uri)
     found = {}
     for name in ("rates", "second"):
@@ -80,13 +60,15 @@ def test_sync_rebuilds_both_projections(results):
         "rates": ["FINISHED", "diverged", "failed", "finished", "stopped"],
         "second": ["KILLED", "finished"],
     }
-    (results / "results/store/mlflow.db").unlink()
-    assert "4 of them written now" in _run("sync", folder=results).stdout
+    other = empty_database(results / "other.db")
+    assert f"in {other}, 4 of them written now" in run(ORCHESTRATOR, "sync", "--tracking-uri", other).stdout
 
 
 def test_show_tells_all_about_one_record(results, make_record):
+    """As a process of its own, which a user starts."""
     record = make_record(seed=0)
-    done = _run("show", record.fingerprint[:10], folder=results)
+    command = [sys.executable, "-m", "orchestrator", "show", record.fingerprint[:10]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=results)
     assert (done.returncode, done.stderr) == (0, "")
     expected = ("finished after 20 of 20 steps", "exact_match 0.5000 (untrained 0.1000)", "commit abc123")
     expected += ("variant lora", "learning_rate 0.001", "2.0 s training, 0.5 s evaluating, 4096 tokens")
@@ -103,17 +85,17 @@ def test_show_tells_all_about_one_record(results, make_record):
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if "lr_sensitivity" not in line)
 
 
-def test_show_of_a_failed_record_has_its_traceback(results, make_record):
+def test_show_of_a_failed_record_has_its_traceback(run, results, make_record):
     names = [make_record(seed=3, state="failed").fingerprint[:12], make_record(seed=1).fingerprint[:12]]
-    done = _run("show", *names, folder=results)
+    done = run(ORCHESTRATOR, "show", *names)
     assert "diverged after 20 of 20 steps" in done.stdout  # the second one
     assert "failed after" in done.stdout
     assert "Traceback: no such tensor" in done.stdout
     assert "exact_match none" in done.stdout
 
 
-def test_report_of_a_study(results):
-    done = _run("report", "rates", folder=results)
+def test_report_of_a_study(run, results):
+    done = run(ORCHESTRATOR, "report", "rates")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "results/rates/report.html: 4 of 4 configurations"
     assert "Which rate?" in (results / "results/rates/report.html").read_text()
@@ -132,43 +114,35 @@ def test_report_of_a_study(results):
         (("report", "rates", "--output", "nowhere", "--store", "results/store"), "no study under nowhere"),
     ],
 )
-def test_a_wrong_value_is_one_line_and_exit_code_2(results, arguments, message):
-    done = _run(*arguments, folder=results)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_wrong_value_is_one_line_and_exit_code_2(run, results, arguments, message):
+    run(ORCHESTRATOR, *arguments).assert_refused(message)
     assert not (results / "nowhere").exists()
 
 
-def test_a_wrong_option_is_exit_code_2_without_a_traceback(tmp_path):
+def test_a_wrong_option_is_exit_code_2_without_a_traceback(run):
     for arguments in (["shwo"], ["report"], ["sync", "--outptu", "x"]):
-        done = _run(*arguments, folder=tmp_path)
+        done = run(ORCHESTRATOR, *arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
 
 
-def test_a_study_file_that_is_none_is_named(results):
+def test_a_study_file_that_is_none_is_named(run, results):
     (results / "results/rates/study.json").write_text('{"name": 3}')
-    done = _run("sync", folder=results)
-    assert done.returncode == 2
-    assert "results/rates/study.json: not a study" in done.stderr
+    run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
 
 
+@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
-    [
-        ("BadInput('x: too big')", 2, "error: x: too big\n"),
-        ("SystemExit(7)", 7, ""),
-    ],
+    [(BadInput("x: too big"), 2, "error: x: too big\n"), (SystemExit(7), 7, "")],
 )
-def test_how_a_command_ends(raised, code, message):
-    text = (
-        "from orchestrator.study.command import main\nfrom orchestrator.study.errors import BadInput\n"
-        f"def run():\n    raise {raised}\nmain(run)"
-    )
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (code, message)
+def test_how_a_command_ends(raised, code, message, capsys):
+    def command() -> int:
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert (ended.value.code, capsys.readouterr().err) == (code, message)
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from in_process import ORCHESTRATOR
 
 from orchestrator.record import gc
 from orchestrator.record.gc import collect, shown
@@ -165,23 +164,19 @@ def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, t
     assert there == [False, False, True, True, True]
 
 
-def test_the_command_says_what_it_did(store, tmp_path, make_record):
+def test_the_command_says_what_it_did(run, store, make_record):
     record = make_record(seed=1)
     store.put(record)
     _checkpoint(store, record.fingerprint)
-    command = [sys.executable, "-m", "orchestrator", "gc"]
-
-    def run(*arguments: str) -> tuple[int, list[str], str]:
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        return done.returncode, done.stdout.splitlines(), done.stderr
-
     lines = ["100 B", "  1 checkpoints of lanes that have ended (100 B)"]
-    assert run("--dry-run") == (0, [f"would clear {lines[0]}", lines[1]], "")
-    assert run() == (0, [f"cleared {lines[0]}", lines[1]], "")
-    assert run() == (0, ["cleared 0 B"], "")
-    code, _, error = run("--older-than", "-1")
-    assert (code, error) == (2, "error: --older-than -1: must be 0 hours or more; the default is 1.\n")
-    assert run("--output", "elsewhere")[0] == 2
+    expected = [("--dry-run", f"would clear {lines[0]}\n{lines[1]}\n")]
+    expected += [("--no-dry-run", f"cleared {lines[0]}\n{lines[1]}\n"), ("--no-dry-run", "cleared 0 B\n")]
+    for option, said in expected:
+        done = run(ORCHESTRATOR, "gc", option)
+        assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    wrong = run(ORCHESTRATOR, "gc", "--older-than", "-1")
+    wrong.assert_refused("error: --older-than -1: must be 0 hours or more; the default is 1.\n")
+    run(ORCHESTRATOR, "gc", "--output", "elsewhere").assert_refused("no store here")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_process import ORCHESTRATOR
 from safetensors.numpy import save_file
 
 from orchestrator.record.merge import merge
@@ -184,25 +183,19 @@ def test_a_store_is_not_merged_with_itself_and_another_schema_is_refused(stores,
         merge(here, Store(there.root))
 
 
-def test_the_command_merges_all_and_names_the_next_one(tmp_path, make_record):
+def test_the_command_merges_all_and_names_the_next_one(run, tmp_path, make_record):
     for number in (1, 2):
         Store(tmp_path / f"other{number}").put(make_record(seed=number))
-    command = [sys.executable, "-m", "orchestrator", "merge", "--output", "joined"]
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-
-    done = run("other1", "other2")
+    merging = (ORCHESTRATOR, "merge", "--output", "joined")
+    done = run(*merging, "other1", "other2")
     assert (done.returncode, done.stderr) == (0, "")
     first, second, following = done.stdout.splitlines()
     assert first.startswith(f"{tmp_path}/other1: 1 records taken, 0 known already; ")
     assert second.startswith(f"{tmp_path}/other2: 1 records taken, ")
     assert following == "Next: python -m orchestrator sync --output joined (Parquet and MLflow)"
     assert len(Store(tmp_path / "joined" / "store").states()) == 2
-    done = run("nowhere")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "there is no store here" in done.stderr
-    assert run().returncode == 2
+    run(*merging, "nowhere").assert_refused("there is no store here")
+    run(*merging).assert_refused("name at least one other store")
 
 
 # Seed, state, steps, the second of its end.
@@ -222,7 +215,7 @@ def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
     return {f: (s, store.get(f).steps, store.failures(f)) for f, s in store.states().items()}
 
 
-@settings(max_examples=20, deadline=None, phases=(Phase.generate,))
+@settings(max_examples=settings.default.max_examples // 5)  # six joined stores each
 @given(writes=_WRITES, data=st.data())
 def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_record, writes, data):
     root = tmp_path_factory.mktemp("stores")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.record.schema import State
@@ -16,7 +16,6 @@ FINAL = ("finished", "diverged")
 _writes = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(STATES)), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
 @given(writes=_writes, reopen=st.booleans())
 def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen):
     with tempfile.TemporaryDirectory() as folder:

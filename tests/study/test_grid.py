@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import groupby
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.study.configuration import (
@@ -50,7 +50,6 @@ def test_a_block_takes_as_many_seeds_as_fill_a_pack() -> None:
     assert {c.seed for c in first} == {0, 1}
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 23), unique=True), st.integers(1, 9))
 def test_the_order_loses_nothing_and_does_not_depend_on_how_it_was_given(
     chosen: list[int], lanes: int

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.study.errors import BadInput
@@ -20,7 +20,6 @@ def test_a_grid_has_its_points_a_decade_and_both_ends() -> None:
     assert parse(["1e-3:1e-3:4"]) == (1e-3,)
 
 
-@settings(deadline=None)
 @given(st.integers(-8, 0), st.integers(0, 5), st.integers(1, 8))
 def test_grids_are_even_in_the_logarithm(low: int, decades: int, density: int) -> None:
     rates = parse([f"1e{low}:1e{low + decades}:{density}"])

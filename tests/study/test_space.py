@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_grid import TEMPLATE
 
@@ -175,7 +175,6 @@ def inside(dimension: Dimension, value: Value) -> bool:
     return dimension.low <= value <= dimension.high and (value == int(value) or not dimension.integer)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
 def test_every_draw_lies_in_the_space_and_is_what_the_report_will_say(words: list[str], seed: int) -> None:
     found = parse(words, VARIANTS, own, RATES)

@@ -1,0 +1,98 @@
+"""Run a command of this project in the test's own process, which saves an interpreter for each input."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.finetune import hub_data
+from orchestrator.study import command
+
+ROOT = Path(__file__).parents[2]
+ORCHESTRATOR = ROOT / "orchestrator" / "__main__.py"
+"""What `python -m orchestrator` runs."""
+SWEEP = ROOT / "experiments" / "lr_sensitivity.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command has ended, with the names that `subprocess.CompletedProcess` uses."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def assert_refused(self, *words: str) -> None:
+        """Assert that a wrong value was answered as it should be: exit code 2 and one line with `words`."""
+        assert self.returncode == 2, self.stdout + self.stderr
+        assert self.stderr.startswith("error: "), self.stderr
+        assert self.stderr.count("\n") == 1, self.stderr
+        for word in words:
+            assert word in self.stderr
+
+
+Run = Callable[..., Ended]
+
+
+class _LeavesSignals(command._Interrupt):
+    """Installs no signal handlers and starts no thread: both would stay in the test process.
+    `tests/study/test_command.py` shows what they do, in processes of their own."""
+
+    def watch(self) -> None:
+        pass
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back what a command changes for the rest of its process, and let it find neither a GPU nor settings
+    of the user's in the environment."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is the case that is tested, on any machine
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(command, "_interrupt", _LeavesSignals())
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for name in ("_pins", "_pinning"):
+        monkeypatch.setattr(hub_data, name, getattr(hub_data, name))
+
+
+@pytest.fixture
+def run(
+    restored: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Return a function that runs a script with arguments, as a user would in the folder `tmp_path`.
+
+    It runs the whole file as `__main__`, so that options are parsed and errors are turned into lines and exit
+    codes by the same code. It asserts that neither Ray nor any other process was started.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(script: Path, *arguments: str) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        before, children = _ray(), _children()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+        assert _ray() == before, "the command has imported or started Ray"
+        assert _children() <= children, "the command has started a process"
+        code, printed = ended.value.code, capsys.readouterr()
+        assert isinstance(code, int)
+        return Ended(code, printed.out, printed.err)
+
+    return run
+
+
+def _ray() -> tuple[bool, bool]:
+    """Whether Ray is imported here, and whether it runs."""
+    ray = sys.modules.get("ray")
+    return ray is not None, ray is not None and ray.is_initialized()
+
+
+def _children() -> set[int]:
+    return {process.pid for process in psutil.Process().children()}
