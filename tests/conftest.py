@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -27,9 +28,8 @@ os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where `
 _TEMPORARY = tempfile.mkdtemp(prefix="lora-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"])
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(_TEMPORARY, ignore_errors=True)
+# The first handler that is registered runs last: after that of multiprocessing, which has files there.
+atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)
