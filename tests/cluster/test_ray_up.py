@@ -49,6 +49,7 @@ HEAD_SIZE = "--num-cpus=2 --num-gpus=0 --memory=8000000000"
 WORKER_SIZE = "--num-cpus=1 --num-gpus=1 --memory=2000000000"
 
 ON = ("--on", "cluster.yaml")
+FIRST_CHECKPOINT = 300 // 15  # steps of held_task.py, over its evaluations
 TINY = ("--task", "/shared/held_task.py", "--model", "/shared/model", "--variants", "lora")
 # On the head, which has no GPU.
 ALONE = (*TINY, "--seeds", "1", "--seats", "1", "--gpus-per-seat", "0")
@@ -333,7 +334,11 @@ def test_a_study_there_outlives_a_lost_connection_a_cut_off_worker_a_spot_notice
     assert "w2" in {record.provenance.host for record in records.values()} <= {"w1", "w2"}
     assert all(record.provenance.resumed_from for record in records.values())
     steps = sum(record.steps for record in records.values())
-    assert f"{steps} optimizer steps of" in said, "not one is repeated"
+    counted = re.search(r"(\d+) optimizer steps of", said)
+    assert counted, said
+    # The worker that was cut off had two lanes at their first checkpoints. Steps that it had yet to report when
+    # it was lost are in the checkpoints and not in this count.
+    assert steps - 2 * FIRST_CHECKPOINT <= int(counted[1]) <= steps, "not one is repeated"
     assert len(re.findall(r"seat-\d+ (?:died|was lost)", said)) == 1, "that of the notice has left before"
     logged = [child for child in children(head) if child[0] in records]
     assert sorted(logged) == sorted((name, "FINISHED") for name in records)
