@@ -32,18 +32,20 @@ os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests that start Ray first and on one worker of pytest-xdist, those of a file on one worker.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Put the tests that start Ray on one worker of pytest-xdist, and the tests of a file on one worker.
 
     Two Ray instances on one machine can end each other's Train runs. A file's fixtures are made once a
     worker.
     """
-    for item in items:
-        if item.get_closest_marker("ray") or item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    if item.get_closest_marker("ray") or item.get_closest_marker("cluster"):
+        item.add_marker(pytest.mark.xdist_group("ray"))
+    elif not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the tests that need Ray first: they take the longest."""
     items.sort(key=_order)
 
 
