@@ -398,8 +398,10 @@ def test_a_study_there_is_stopped_and_run_again_and_what_fails_there_fails_here(
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
 def test_ray_down_leaves_nothing(cluster: Cluster) -> None:
-    # Ray itself ends on the head alone. On a worker this watches for that.
-    until(lambda: any("orchestrator.cluster.leave" in line for line in cluster.two.processes().values()))
+    # Ray itself ends on the head alone. On a worker this watches for that. The autoscaler starts the drained
+    # worker anew: a `ray down` in the middle of that would find no watcher there yet.
+    for worker in (cluster.one, cluster.two):
+        until(lambda worker=worker: any("cluster.leave" in line for line in worker.processes().values()))
     cluster.laptop.run("ray", "down", "-y", "cluster.yaml")
     machines = (cluster.head, cluster.one, cluster.two)
     until(
