@@ -35,17 +35,19 @@ atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Put the tests that start Ray on one worker of pytest-xdist, and the tests of a file on one worker.
 
-    Two Ray instances on one machine can end each other's Train runs. A file's fixtures are made once a
-    worker.
+    Two Ray instances of one temporary folder can end each other's Train runs: each test process has its own
+    folder. A file's fixtures are made once a worker.
     """
-    if item.get_closest_marker("ray") or item.get_closest_marker("cluster"):
-        item.add_marker(pytest.mark.xdist_group("ray"))
-    elif not item.get_closest_marker("xdist_group"):
+    for marker in ("ray", "cluster"):
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.xdist_group(marker))
+            return
+    if not item.get_closest_marker("xdist_group"):
         item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the tests that need Ray first: they take the longest."""
+    """Start the tests that need Ray, or hosts, first: they take the longest."""
     items.sort(key=_order)
 
 
@@ -53,7 +55,7 @@ def _order(item: pytest.Item) -> tuple[bool, bool]:
     """Sort by whether a test needs Ray, then by whether it joins the shared cluster: that starts once."""
     group = item.get_closest_marker("xdist_group")
     assert group is not None
-    return group.args[0] != "ray", "no_cluster" not in getattr(item, "fixturenames", ())
+    return group.args[0] not in ("ray", "cluster"), "no_cluster" not in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")

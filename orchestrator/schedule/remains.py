@@ -57,6 +57,13 @@ def _alive(pid: int, created: float) -> psutil.Process | None:
     return None
 
 
+def _in_our_namespace(pid: int) -> bool:
+    """Whether process numbers mean there what they mean here: a container has numbers of its own."""
+    with suppress(FileNotFoundError):  # systems other than Linux have no such link
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    return True
+
+
 def end() -> None:
     """Ends the processes of Rays whose driver is gone."""
     for file in folder().glob("*.json"):
@@ -73,7 +80,7 @@ def end() -> None:
         doomed = [process for identity in rays if (process := _alive(*identity))]
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it
-                if process.environ().get("RAY_RAYLET_PID") in raylets:
+                if process.environ().get("RAY_RAYLET_PID") in raylets and _in_our_namespace(process.pid):
                     doomed.append(process)
         for process in doomed:
             with suppress(psutil.Error):

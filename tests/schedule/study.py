@@ -208,7 +208,7 @@ def artifacts(output: Path, study: str) -> set[str]:
 
 
 def run_here(output: Path, *arguments: str, script: str = "lr_sensitivity.py") -> int:
-    """Run a script in this process, where it plans (`--plan`) or refuses what is asked (raises BadInput).
+    """Run a script in this process, where it plans, reports what is known, or raises BadInput.
 
     Nothing may be left to train: Ray would be started here.
     """
@@ -221,6 +221,7 @@ def run_here(output: Path, *arguments: str, script: str = "lr_sensitivity.py") -
     with pytest.MonkeyPatch.context() as patch:
         command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
         patch.setattr(sys, "argv", command)
+        patch.setenv("COLUMNS", "80")
         return int(module.run())
 
 

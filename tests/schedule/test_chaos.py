@@ -87,6 +87,32 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
             process.wait()
 
 
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a PID namespace")
+def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, the number of a dead raylet of this machine is that of another process."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    raylet = subprocess.Popen(["sleep", "600"])
+    worker = ["env", f"RAY_RAYLET_PID={raylet.pid}", "sleep", "600"]
+    container = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *worker])
+    try:
+        study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
+        remains.folder().mkdir()
+        born = [(raylet.pid, 0.0), (raylet.pid, psutil.Process(raylet.pid).create_time())]
+        (remains.folder() / "0.json").write_text(json.dumps(born))  # of a driver that is gone
+        remains.end()
+        assert not psutil.pid_exists(raylet.pid)
+        assert commands_below(container.pid) == [["sleep", "600"]]
+    finally:
+        for process in (raylet, container):
+            process.kill()
+            process.wait()
+
+
+def commands_below(pid: int) -> list[list[str]]:
+    return [process.cmdline() for process in psutil.Process(pid).children()]
+
+
 def rows() -> list[str]:
     """A fault each."""
     faults = PAGE.read_text().partition("## Figures")[0]

@@ -56,22 +56,6 @@ def workers(before: set[int]) -> set[int]:
     return found
 
 
-def test_more_configurations_than_places_leave_nothing(
-    connected: Cluster, output: Path, steps: Steps
-) -> None:
-    before = study.rays()
-    six = ("--variants", "lora", "--seeds", "3", "--learning-rates", "3e-3", "1e-2", "--steps", "12")
-    places = ("--seats", "2", "--lanes-per-seat", "1", "--task", str(TASK))
-    code, out, err = study.run(output, *six, *places, address=connected.address)
-    assert code == 0, out + err
-    assert "joined Ray" in out
-    assert study.finals(output) == 6
-    assert "\n72 optimizer steps of 72 for all configurations" in out
-    assert steps.taken() == 72, "other tests rely on this count"
-    study.wait_for(lambda: not left())
-    study.wait_for(lambda: not workers(before))
-
-
 def kill_broker(for_good: bool = False) -> None:
     (space,) = {a["namespace"] for a in list_named_actors(all_namespaces=True) if a["name"] == NAME}
     ray.kill(ray.get_actor(NAME, namespace=space), no_restart=for_good)

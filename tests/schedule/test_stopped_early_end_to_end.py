@@ -98,16 +98,12 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
 
 
 def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
-    cluster: Cluster, output: Path
+    cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def compare() -> str:
-        # A place for each lane: none has to make way for another one.
-        arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
-        code, out, err = study.run(output, *arguments, script="early_stopping.py", address=cluster.address)
-        assert code == 0, out + err
-        return out
-
-    out = compare()
+    # A place for each lane: none has to make way for another one.
+    arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
+    code, out, err = study.run(output, *arguments, script="early_stopping.py", address=cluster.address)
+    assert code == 0, out + err
     assert "early_stopping-letters-asha: 0 of 5 known" in out
     to_the_end = re.search(r"early_stopping-letters-grid: (\d) of 5 known", out)
     assert to_the_end, out
@@ -121,7 +117,8 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     assert re.match(r"lora +\S+ +\S+ +\d+ +120$", said[-2]), said
     assert said[-1].endswith(" of the steps.")
 
-    out = compare()
+    assert study.run_here(output, *arguments, script="early_stopping.py") == 0
+    out = capsys.readouterr().out
     assert out.count("5 of 5 known, nothing to train") == 2
     assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
 
@@ -143,15 +140,3 @@ def test_hyperband_pauses_more_lanes_than_there_are_places(cluster: Cluster, out
     spilled = [r for r in now.values() if 8 in r.provenance.resumed_from]
     assert len(spilled) >= 2, "the third of the bracket came to its rung in the place of the others"
     assert steps_said(out) == (3 * 24 + 2 * 8, 120)
-
-
-def test_median_stops_what_is_worse_than_half(cluster: Cluster, output: Path) -> None:
-    before = known(output, "1e-3", "3e-3", "1e-2")
-    arguments = (*SMALL, "--learning-rates", "1e-3", "3e-3", "1e-2", "2e-2", "--scheduler", "median")
-    code, out, err = study.run(output, *arguments, address=cluster.address)
-    assert code == 0, out + err
-    assert "3 of 4 known" in out
-    assert steps_said(out) == (8, 24)
-    (stopped,) = (r for f, r in study.records(output).items() if f not in before)
-    assert (stopped.state, stopped.steps) == ("stopped", 8)
-    assert stopped.scheduler == "median loss=min first=8 samples=3"
