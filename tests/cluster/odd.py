@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from events import LIMIT_SECONDS
+from events import LIMIT_SECONDS, until
 
 HOUSE = Path(__file__).parents[2]
 CLOCK = "import time\nreal = time.time\ntime.time = lambda: real() + {seconds}\n"
@@ -58,6 +58,17 @@ def said(command: list[str]) -> str:
     return done.stdout
 
 
+def _started(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen[bytes] | None:
+    """Return a running `ray start`, or None when Ray gave up, which it does after 30 s on any machine."""
+    with log.open("wb") as file:
+        node = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+    until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, log.read_text)
+    if node.poll() is None:
+        return node
+    assert "The current node timed out during startup" in log.read_text(), log.read_text()
+    return None
+
+
 @contextmanager
 def odd_node(cluster: str, address: str, blind_to: Path, folder: Path) -> Iterator[None]:
     """A node of the cluster that sees nothing of `blind_to`, has another transformers by its own account, and
@@ -71,10 +82,9 @@ def odd_node(cluster: str, address: str, blind_to: Path, folder: Path) -> Iterat
     ray += ["--disable-usage-stats", "--dashboard-agent-listen-port=0"]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     env["PYTHONPATH"] = f"{odd}:{HOUSE}"
-    with (folder / "odd.log").open("wb") as log:
-        node = subprocess.Popen(
-            mounted(blind_to, "size=8m", ray), stdout=log, stderr=log, env=env, start_new_session=True
-        )
+    command = mounted(blind_to, "size=8m", ray)
+    while (node := _started(command, env, folder / "odd.log")) is None:
+        pass
     try:
         yield
     finally:
