@@ -17,6 +17,9 @@ from orchestrator.cluster import leave
 from orchestrator.cluster.raylets import Raylet
 
 pytestmark = pytest.mark.cluster
+NODE_ID = (
+    "00ff" * 14
+)  # of the right length: a driver that joins Ray reads those of all raylets on its machine
 SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['sleep', '600']); time.sleep(600)"
 
 
@@ -45,13 +48,13 @@ class Node:
 
     def __init__(self, head: socket.socket) -> None:
         address = f"127.0.0.1:{head.getsockname()[1]}"
-        flags = [f"--gcs-address={address}", "--node_id=00ff"]
+        flags = [f"--gcs-address={address}", f"--node_id={NODE_ID}"]
         self.raylet = _named("raylet", *flags, "child")
         self.beside = _named("python", flags[0], "x")
         raylet = psutil.Process(self.raylet.pid)
         until(raylet.children)
         (self.child,) = raylet.children()
-        self.watcher = threading.Thread(target=leave.watch, args=[Raylet("00ff", address), 0.1])
+        self.watcher = threading.Thread(target=leave.watch, args=[Raylet(NODE_ID, address), 0.1])
         self.watcher.start()
 
     def lives(self) -> bool:

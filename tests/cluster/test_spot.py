@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -177,11 +177,11 @@ def test_no_proxy_is_asked(service: Service, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_raylet_is_found_by_its_command_line() -> None:
     """A process that is called as a raylet is, not a folder that looks like /proc."""
-    raylet = Raylet(uuid.uuid4().hex, A.address)
+    raylet = Raylet(secrets.token_hex(28), A.address)
     arguments = [
         f"--node_id={raylet.node_id}",
         f"--gcs-address={raylet.address}",
-        "--python_worker_command=x --node_id=no",
+        f"--python_worker_command=x --node_id={B.node_id}",
     ]
     script = "import time; time.sleep(600)"
     process = subprocess.Popen(["/opt/ray/raylet", "-c", script, *arguments], executable=sys.executable)
