@@ -35,8 +35,9 @@ atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Put the tests that start Ray on one worker of pytest-xdist, and the tests of a file on one worker.
 
-    Two Ray instances of one temporary folder can end each other's Train runs: each test process has its own
-    folder. A file's fixtures are made once a worker.
+    Two Ray instances on one machine were once seen to end each other's Train runs. The `ray` and
+    `cluster` tests, in two workers with a temporary folder each, have run side by side without that. A file's
+    fixtures are made once a worker.
     """
     for marker in ("ray", "cluster"):
         if item.get_closest_marker(marker):

@@ -58,8 +58,12 @@ def _alive(pid: int, created: float) -> psutil.Process | None:
 
 
 def _in_our_namespace(pid: int) -> bool:
-    """Whether process numbers mean there what they mean here: a container has numbers of its own."""
-    with suppress(FileNotFoundError):  # systems other than Linux have no such link
+    """Tell whether process `pid` is in this process's PID namespace.
+
+    The raylet id in the environment of a process in a container is a number of the container's namespace.
+    Here the same number is another process. Systems without PID namespaces have only one: True.
+    """
+    with suppress(FileNotFoundError):  # no such link outside of Linux
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     return True
 

@@ -17,9 +17,8 @@ from orchestrator.cluster import leave
 from orchestrator.cluster.raylets import Raylet
 
 pytestmark = pytest.mark.cluster
-NODE_ID = (
-    "00ff" * 14
-)  # of the right length: a driver that joins Ray reads those of all raylets on its machine
+# As long as Ray's own: a driver that joins Ray parses the node ids of all raylets on its machine.
+NODE_ID = "00ff" * 14
 SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['sleep', '600']); time.sleep(600)"
 
 
