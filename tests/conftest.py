@@ -32,31 +32,38 @@ os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Put the tests that start Ray on one worker of pytest-xdist, and the tests of a file on one worker.
+GROUPS = ("ray", "cluster", "ray-alone")
+"""The groups of long tests, the longest first, so that two workers end at about the same time."""
 
-    Two Ray instances on one machine were once seen to end each other's Train runs. The `ray` and
-    `cluster` tests, in two workers with a temporary folder each, have run side by side without that. A file's
-    fixtures are made once a worker.
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Put the tests of a group on one worker of pytest-xdist, and all others of a file on one worker.
+
+    The `ray` tests that join the shared cluster are one group, those that start a Ray instance of their own
+    another. Two Ray instances on one machine were once seen to end each other's Train runs; two workers,
+    with a temporary folder each, have run side by side without that. A file's fixtures are made once a
+    worker.
     """
-    for marker in ("ray", "cluster"):
-        if item.get_closest_marker(marker):
-            item.add_marker(pytest.mark.xdist_group(marker))
-            return
+    if item.get_closest_marker("ray"):
+        joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
+        group = "ray" if joins else "ray-alone"
+    elif item.get_closest_marker("cluster"):
+        group = "cluster"
+    else:
+        group = item.nodeid.partition("::")[0]
     if not item.get_closest_marker("xdist_group"):
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the tests that need Ray, or hosts, first: they take the longest."""
+    """Start the long tests first."""
     items.sort(key=_order)
 
 
-def _order(item: pytest.Item) -> tuple[bool, bool]:
-    """Sort by whether a test needs Ray, then by whether it joins the shared cluster: that starts once."""
+def _order(item: pytest.Item) -> int:
     group = item.get_closest_marker("xdist_group")
     assert group is not None
-    return group.args[0] not in ("ray", "cluster"), "no_cluster" not in getattr(item, "fixturenames", ())
+    return GROUPS.index(group.args[0]) if group.args[0] in GROUPS else len(GROUPS)
 
 
 @pytest.fixture(scope="session")
