@@ -20,6 +20,10 @@ hypothesis.settings.load_profile("default")
 # Several test processes share the cores: more threads than one each would slow all of them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Ray starts its workers with a low priority (nice 15): beside another busy program a study would hardly
+# train.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # Ray announces a running cluster in the temporary folder. Each test process has a folder of its own, so that
 # it joins neither a cluster of another test process nor one of the user. The path is short because Unix
 # sockets lie below it.
