@@ -169,6 +169,8 @@ class Study:
     output: Path
     said: dict[str, str]
     codes: dict[str, int]
+    runs: int
+    """How many MLflow has."""
     mlflow: str
     """All that its client tells of the study's runs."""
     watch: Watch
@@ -226,14 +228,14 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
                 report=start("report", *module, "report", "s", "--output", str(output)),
                 sync=start("sync", *sync),
             )
-            told = mlflow_tells(server.uri)
+            runs, told = mlflow_tells(server.uri)
             server.kill()
             end(down=start("down", *sync))
     finally:
         server.kill()
     said = {path.name: path.read_text() for path in said_in.iterdir()}
     folders = (root, *(set(rays()) - before), Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}"))
-    return Study(values, folders, output, said, codes, told, watch)
+    return Study(values, folders, output, said, codes, runs, told, watch)
 
 
 def rays() -> list[Path]:
@@ -241,14 +243,15 @@ def rays() -> list[Path]:
     return [p for p in Path(tempfile.gettempdir(), "ray").glob("session_2*") if p.is_dir()]
 
 
-def mlflow_tells(uri: str) -> str:
+def mlflow_tells(uri: str) -> tuple[int, str]:
+    """Return how many runs there are, and all that the client tells of them."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri, uri)
     experiments = client.search_experiments()
     runs = client.search_runs([each.experiment_id for each in experiments])
-    assert len(runs) == 3, "the study's and one a configuration"
-    return repr([each.to_dictionary() for each in runs]) + repr([dict(each) for each in experiments])
+    told = [each.to_dictionary() for each in runs], [dict(each) for each in experiments]
+    return len(runs), repr(told)
 
 
 # -- what is not found, and that the search finds
@@ -259,6 +262,7 @@ def mlflow_tells(uri: str) -> str:
 def test_the_study_was_a_real_one_and_its_user_code_said_the_secrets(study: Study) -> None:
     codes = {"plan": 0, "study": 1, "check": 0, "show": 0, "report": 0, "sync": 0, "down": 2}
     assert study.codes == codes, study.said
+    assert study.runs == 3, "the study's and one a configuration"
     records = {record.state: record for record in Store(study.output / "store").records()}
     assert set(records) == {"finished", "failed"}
     failed: Record = records["failed"]

@@ -28,7 +28,7 @@ from orchestrator.study.grid import grid
 from orchestrator.study.options import StudyOptions
 
 # Ray's core says it by itself on a machine without a route to outside.
-_RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+\] Failed to determine local IP .*\n", re.MULTILINE)
+_RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+: Failed to determine local IP .*\n", re.MULTILINE)
 # Ends a test that hangs; nothing else depends on it.
 HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
