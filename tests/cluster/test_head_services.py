@@ -19,8 +19,8 @@ from events import until
 from lab import POSTGRESQL, ROOT, Failed, Host, Lab, lacks_postgresql
 
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-COUNT = 200
-HALTS = FIRST, SECOND = (60, 130)
+COUNT = 100
+HALTS = FIRST, SECOND = (30, 65)
 """Records after which the reporter waits: something is killed then."""
 LIMIT_SECONDS = 600.0
 HEAD, OTHER = "10.77.0.2", "10.77.0.3"

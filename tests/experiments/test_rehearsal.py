@@ -160,6 +160,7 @@ def test_what_a_scheduler_decides_can_be_had_without_ray(tmp_path: Path) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None:
     """The script that measures, at a small size: three nodes, two seats on fake GPUs, asha."""
