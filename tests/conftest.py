@@ -36,8 +36,12 @@ os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
-GROUPS = ("ray", "cluster", "ray-alone")
-"""The groups of long tests, the longest first, so that two workers end at about the same time."""
+GROUPS = ("cluster", "ray", "ray-alone")
+"""The groups of long tests, in the order in which they start.
+
+Two workers start the first two at once; the one that ends first takes the third. A single worker starts the
+shared cluster of `ray` after the `cluster` tests, which could join it by mistake.
+"""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

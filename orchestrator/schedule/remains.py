@@ -58,12 +58,22 @@ def _alive(pid: int, created: float) -> psutil.Process | None:
 
 
 def _in_our_namespace(pid: int) -> bool:
-    """Tell whether process `pid` is in this process's PID namespace.
+    """Tell whether a process is in the same Linux PID namespace as this process.
 
-    The raylet id in the environment of a process in a container is a number of the container's namespace.
-    Here the same number is another process. Systems without PID namespaces have only one: True.
+    A process in a container is in another one. The PID of its raylet, which is in its environment, is valid
+    there only: on this side of the container, that number belongs to an unrelated process or to none.
+
+    Args:
+        pid: the process, as numbered in the namespace of this process.
+
+    Returns:
+        True where both are in one namespace, on systems that have no PID namespaces, and for a process that
+        has ended meanwhile.
+
+    Raises:
+        PermissionError: the process belongs to another user.
     """
-    with suppress(FileNotFoundError):  # no such link outside of Linux
+    with suppress(FileNotFoundError):  # outside of Linux, or of a process that has ended
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
     return True
 
