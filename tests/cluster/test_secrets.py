@@ -1,29 +1,26 @@
-"""Secrets that are planted in a real study's environment, and in what is typed, are found nowhere afterwards:
-in no file, log, MLflow field, output or command line. The search itself is shown to find what is there."""
+"""Secrets in the environment and the options of a real study are found nowhere afterwards: in no file, log,
+MLflow field, output or command line. The search itself is shown to find what is there."""
 
 from __future__ import annotations
 
 import base64
 import gzip
 import os
-import re
-import secrets
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from events import until
+from planted import forms, found, planted
 from talkative_task import SECRETS
 
 from orchestrator.record.schema import Record
@@ -34,51 +31,6 @@ TASK = Path(__file__).with_name("talkative_task.py")
 LOOK_SECONDS = 0.05
 LIMIT_SECONDS = 600.0
 URI, DATABASE = "the password in --tracking-uri", "the password in an error's text"
-
-
-def planted(*names: str) -> dict[str, str]:
-    return {name: f"pl4nted{secrets.token_hex(16)}" for name in names}
-
-
-# -- the search
-
-
-def forms(values: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """What to look for: each value as it is, and as HTTP's basic authentication sends it."""
-    for name, value in values.items():
-        yield name, value.encode()
-        yield name, base64.b64encode(f"me:{value}".encode())
-
-
-def contents(path: Path) -> Iterator[bytes]:
-    """A file's bytes, and what is packed in them: a database's long values lie in pieces, columns of Parquet
-    are compressed."""
-    raw = path.read_bytes()
-    yield raw
-    if raw.startswith(b"\x1f\x8b"):
-        yield gzip.decompress(raw)
-    elif raw.startswith(b"PAR1"):
-        from pyarrow import parquet
-
-        yield repr(parquet.read_table(path).to_pylist()).encode()
-    elif raw.startswith(b"SQLite format 3\0"):
-        with closing(sqlite3.connect(path)) as database:
-            yield "\n".join(database.iterdump()).encode()
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield from (archive.read(name) for name in archive.namelist())
-
-
-def found(values: Mapping[str, str], *folders: Path) -> list[str]:
-    """Which value is in which file."""
-    hits = []
-    for path in (p for folder in folders for p in folder.rglob("*")):
-        if path.is_symlink() or not path.is_file():
-            continue
-        with suppress(FileNotFoundError):  # another's of this machine, which has just gone
-            for name in {name for data in contents(path) for name, form in forms(values) if form in data}:
-                hits.append(f"{name}: {path}")
-    return sorted(hits)
 
 
 @dataclass
@@ -337,154 +289,3 @@ def test_the_watch_sees_a_command_line() -> None:
         process.kill()
         process.wait()
     assert [line.partition(":")[0] for line in watch.others] == ["x"]
-
-
-# -- how it is done
-
-
-def run_main(body: str, *arguments: str, **environment: str) -> tuple[str, str, list[str]]:
-    """Output, errors, and the command line that the program finds itself to have."""
-    program = "from pathlib import Path\nfrom orchestrator.study.command import main\n"
-    program += "def run():\n    print(Path('/proc/self/cmdline').read_bytes())\n"
-    program += f"    {body}\nmain(run)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=ROOT,
-        timeout=240,
-    )
-    return done.stdout, done.stderr, done.stdout.split("\\x00")[3:-1]
-
-
-def test_a_command_line_loses_its_passwords_and_nothing_else() -> None:
-    uri = "--tracking-uri=postgresql://me:pässwörd@host/db?password=abc"
-    _, _, words = run_main("pass", "--a", uri, "tokentoken", "", "z", SOME_TOKEN="tokentoken")
-    hidden = f"--tracking-uri=postgresql://me:{'*' * 10}@host/db?password=***"
-    assert words == ["--a", hidden, "*" * 10, "", "z"]
-    assert run_main("pass", "--a", "b")[2] == ["--a", "b"]
-
-
-@pytest.mark.cluster
-def test_ray_keeps_the_command_without_them() -> None:
-    body = "from ray._private.utils import get_entrypoint_name as n; print(n())"
-    said, _, _ = run_main(body, "--tracking-uri", "http://me:pl4nted@host")
-    assert said.endswith("--tracking-uri http://me:*******@host\n")
-
-
-def test_a_bug_shows_itself_without_them() -> None:
-    value = planted("x")["x"]
-    _, error, _ = run_main(f"raise OSError('no postgresql://me:{value}@h and {value}')", DB_PASSWORD=value)
-    # Where it is in the program's own text is nobody's secret: that is `python -c`, which shows no lines.
-    assert error.startswith("Traceback")
-    assert error.endswith("OSError: no postgresql://me:***@h and ***\n")
-    assert value not in error
-
-
-def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.finetune.faults import SeatBroken
-    from orchestrator.schedule.seat_end import reason
-    from orchestrator.study.secrets import errors_without_secrets
-
-    value = planted("x")["x"]
-    monkeypatch.setenv("HF_TOKEN", value)
-    down = OSError("the hub is down")
-    down.__cause__ = KeyError(value)
-    with pytest.raises(RuntimeError) as caught, errors_without_secrets(SeatBroken):
-        raise down
-    assert value not in str(caught.value)
-    assert "KeyError: '***'" in str(caught.value)
-    assert reason(caught.value) == "OSError: the hub is down"
-    with pytest.raises(SeatBroken, match=r"^with \*\*\*$"), errors_without_secrets(SeatBroken):
-        raise SeatBroken(f"with {value}")
-    with pytest.raises(LookupError), errors_without_secrets(SeatBroken):
-        raise LookupError("nothing to hide")
-    assert reason(OSError(f"a\n{value}")) == "***"
-
-
-def test_everyday_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.study.secrets import without_secrets
-
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "everyday word")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/.ray/auth_token")
-    monkeypatch.setenv("SHORT_TOKEN", "lora")
-    monkeypatch.setenv("A_TOKEN", "abcdefgh")
-    monkeypatch.setenv("B_TOKEN", "abcdefghij")
-    text = "everyday word /home/me/.ray/auth_token lora"
-    assert without_secrets(text) == text
-    assert without_secrets("abcdefghij abcdefgh") == "*** ***"
-
-
-# -- what `ray up` makes of cluster.yaml
-
-
-def strings(node: Any) -> Iterator[str]:
-    if isinstance(node, str):
-        yield node
-    elif isinstance(node, dict):
-        yield from (text for pair in node.items() for part in pair for text in strings(part))
-    elif isinstance(node, Sequence):
-        yield from (text for part in node for text in strings(part))
-
-
-def test_no_command_of_the_description_has_a_secret_for_a_word() -> None:
-    """Bash would put a variable's value in place of its name where that stands in no single quotes."""
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    commands = [text for key, value in config.items() if key.endswith("_commands") for text in strings(value)]
-    assert len(commands) > 15
-    for text in strings(config):
-        bare = re.sub(r"'[^']*'", "", text)
-        assert not re.search(r"(?i)\$\{?\w*(token|secret|password|key)", bare), text
-        assert not re.search(r"(?i)\bhf_\w{10}|AKIA[0-9A-Z]{12}|://[^/@:\s]+:[^@\s]+@", text), text
-    assert any("${HF_TOKEN" in text for text in commands), "this would see one"
-
-
-def test_what_every_shell_of_a_node_reads_says_where_the_token_is_and_not_what(tmp_path: Path) -> None:
-    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    value = planted("x")
-    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "HF_TOKEN": value["x"]}
-    for command in (c for c in config["setup_commands"] if "lora_env" in c and "storage.sh" not in c):
-        subprocess.run(["bash", "-c", command], check=True, env=environment)
-    assert found(value, tmp_path) == []
-    shell = subprocess.run(
-        ["bash", "-c", ". ~/.bashrc; printenv HF_TOKEN; set | grep -c ^hub_token"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert shell.stdout.split() == [value["x"], "0"]
-    assert (tmp_path / ".lora_env").read_text().count("HF_TOKEN") == 2
-
-
-@pytest.mark.cluster
-def test_what_ray_up_derives_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import boto3
-    import moto
-    from ray.autoscaler._private import commands
-    from stack import deploy
-
-    names = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
-    values = planted(*names, "the token's file")
-    for name in names:
-        monkeypatch.setenv(name, values[name])
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAnobody")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    for folder in ("tmp", "home/.ray", "head"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "home/.ray/auth_token").write_text(values["the token's file"])
-    with moto.mock_aws():
-        deploy(boto3.client)
-        config = commands._bootstrap_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
-    cached = list((tmp_path / "tmp").glob("ray-config-*"))
-    assert len(cached) == 1, "Ray keeps the description that it has made of ours"
-    (key,) = (tmp_path / "home/.ssh").glob("*.pem")
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    values["the key pair's private half"] = key.read_text().splitlines()[1]
-    (tmp_path / "head/ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))  # as Ray sends it there
-    hits = found(values, tmp_path)
-    assert [hit.partition(":")[0] for hit in hits] == ["the key pair's private half", "the token's file"]
-    assert {Path(hit.partition(": ")[2]) for hit in hits} == {key, tmp_path / "home/.ray/auth_token"}

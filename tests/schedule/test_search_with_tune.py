@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
-from test_search import STEPS, build, space
+from search_drive import STEPS, build, space
 
 from orchestrator.record.store import Store
 from orchestrator.schedule.ledger import Ledger, opened
