@@ -76,10 +76,14 @@ def _order(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="session")
 def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a `bases` folder with the pretrained base model of `letters` (20 s of CPU time)."""
+    """Return a `bases` folder with the pretrained base model of `letters` (20 s of CPU time).
+
+    The workers of pytest-xdist share it: the first one pretrains, the others wait for it.
+    """
     from orchestrator.finetune import models
 
-    root = tmp_path_factory.mktemp("bases")
+    folder = tmp_path_factory.getbasetemp()
+    root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "letters-bases"
     models.prepare("letters-base", root, lambda text: None)
     return root
 

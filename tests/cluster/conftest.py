@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import lab as machines
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "study"))
+
+from in_process import restored
+
+__all__ = ["restored"]
 
 WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,8 +52,38 @@ def command(shared: Path, *arguments: str) -> list[str]:
     return [*own, "--output", str(shared / "results"), *arguments]
 
 
-def check(address: str, *arguments: str, **environment: str) -> tuple[int, dict[str, str]]:
-    """The exit code, and the lines by what they are about."""
+Check = Callable[..., tuple[int, dict[str, str]]]
+
+
+@pytest.fixture
+def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Return the check, as it is called with RAY_ADDRESS and options.
+
+    It runs in this process, which has imported already what takes a new one eight seconds of CPU time, and
+    returns the exit code and the lines by what they are about.
+    """
+
+    def check(address: str, *arguments: str) -> tuple[int, dict[str, str]]:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
+        capsys.readouterr()
+        try:
+            code = command_line._command()
+        finally:
+            out, err = capsys.readouterr()
+            print(out, err)
+        return code, by_subject(out)
+
+    return check
+
+
+def by_subject(out: str) -> dict[str, str]:
+    lines = [line.split(None, 2) for line in out.splitlines()]
+    return {name: f"{mark} {text}" for mark, name, text in lines}
+
+
+def check_process(address: str, *arguments: str, **environment: str) -> tuple[int, dict[str, str]]:
+    """Check in a process of its own, with more in its environment."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", "check", *arguments],
         capture_output=True,
@@ -63,10 +93,9 @@ def check(address: str, *arguments: str, **environment: str) -> tuple[int, dict[
         env={**os.environ, "RAY_ADDRESS": address, **environment},
     )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
-    lines = [line.split(None, 2) for line in done.stdout.splitlines()]
-    assert lines, done.stderr
+    assert done.stdout, done.stderr
     print(done.stdout, done.stderr)
-    return done.returncode, {name: f"{mark} {text}" for mark, name, text in lines}
+    return done.returncode, by_subject(done.stdout)
 
 
 def there(folder: Path) -> set[Path]:
@@ -75,7 +104,9 @@ def there(folder: Path) -> set[Path]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(cluster: Cluster, shared: Path) -> None:
+def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(
+    cluster: Cluster, shared: Path, check: Check
+) -> None:
     before = there(shared)
     code, lines = check(cluster.address, *command(shared, "--lanes-per-seat", "2"))
     assert not {name: line for name, line in lines.items() if not line.startswith("ok ")}
@@ -102,7 +133,8 @@ def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(cluster: Cluster, share
 def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared: Path) -> None:
     away = ["--task", "glosses", "--model", "organisation/model", "--tracking-uri", "http://127.0.0.1:1"]
     output = ["--output", str(shared / "results"), "--gpus-per-seat", "1"]
-    code, lines = check(
+    # The libraries read these when they are imported.
+    code, lines = check_process(
         cluster.address, *away, *output, WNSEARCHDIR="/nowhere", HF_ENDPOINT="http://127.0.0.1:1"
     )
     assert code == 1
@@ -118,7 +150,7 @@ def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared:
 
 
 @pytest.mark.cluster
-def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path) -> None:
+def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path, check: Check) -> None:
     """Ray is not asked to join such a cluster: that takes minutes, and its words are others."""
     gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
     code, lines = check("127.0.0.1:1", *gone)
@@ -139,7 +171,7 @@ available_node_types:
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
-    cluster: Cluster, shared: Path, home: Path
+    cluster: Cluster, shared: Path, home: Path, check: Check
 ) -> None:
     (home / "ray_bootstrap_config.yaml").write_text(GROWS)
     try:
@@ -156,7 +188,7 @@ def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
-    cluster: Cluster, shared: Path, tmp_path: Path
+    cluster: Cluster, shared: Path, tmp_path: Path, check: Check
 ) -> None:
     with odd.odd_node(cluster.address, ODD, shared, tmp_path):
         wait_for_nodes(cluster, 3, tmp_path / "odd.log")

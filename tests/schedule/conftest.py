@@ -28,7 +28,8 @@ class SharedCluster:
 
     def start(self) -> Cluster:
         if self.cluster is None:
-            head = {"num_cpus": 2, "include_dashboard": True}
+            # The log monitor reads what nobody looks at, of all workers that there ever were.
+            head = {"num_cpus": 2, "include_dashboard": True, "include_log_monitor": False}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
         return self.cluster
 

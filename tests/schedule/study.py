@@ -103,12 +103,16 @@ def altered(folder: Path, *before: str) -> str:
 def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
     """Wait until `what` holds; fail when the study's `process` ends before, or after `HANG_SECONDS`."""
     deadline = time.monotonic() + HANG_SECONDS
-    while not what():
+    while True:
+        asked = time.monotonic()
+        if what():
+            return
+        took = time.monotonic() - asked
         assert process is None or process.poll() is None or what(), "the study ended first: " + "\n".join(
             end(process)[1:]
         )
         assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
-        time.sleep(0.1)
+        time.sleep(max(0.1, 4 * took))  # some questions to Ray cost as much as a study's own work
 
 
 def finals(output: Path) -> int:
@@ -207,10 +211,23 @@ def artifacts(output: Path, study: str) -> set[str]:
     return {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def run_here(output: Path, *arguments: str, script: str = "lr_sensitivity.py") -> int:
-    """Run a script in this process, where it plans, reports what is known, or raises BadInput.
+def run_here(
+    output: Path, *arguments: str, address: str | None = None, script: str = "lr_sensitivity.py"
+) -> int:
+    """Run a script in this process, which has imported already what takes a new one ten seconds of CPU time.
 
-    Nothing may be left to train: Ray would be started here.
+    Args:
+        output: the option `--output`.
+        arguments: other options.
+        address: of the Ray cluster that trains; this process is not connected to it yet. Without one nothing
+            may be left to train.
+        script: a file of `experiments`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: as the script does.
     """
     spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
     assert spec is not None
@@ -222,7 +239,16 @@ def run_here(output: Path, *arguments: str, script: str = "lr_sensitivity.py") -
         command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
         patch.setattr(sys, "argv", command)
         patch.setenv("COLUMNS", "80")
-        return int(module.run())
+        if address:
+            patch.setenv("RAY_ADDRESS", address)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        wakeup = signal.set_wakeup_fd(-1)
+        try:
+            return int(module.run())
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def hold(folder: Path, store: Store, records: int, step: int) -> Path:

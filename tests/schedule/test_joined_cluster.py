@@ -67,6 +67,7 @@ broker.BROKER_LOST_SECONDS = 3.0
 """
 
 
+@pytest.mark.nightly
 def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def noted(output: Path) -> dict[str, tuple[str, str]]:
     }
 
 
+@pytest.mark.nightly
 def test_one_lane_raises_and_the_others_of_its_pack_finish(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:

@@ -69,8 +69,8 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     assert before < set(there)
     on_the_rung = study.half_trained(output, 8) - set(there)
 
-    code, out, err = study.run(output, *asha, address=cluster.address)
-    assert code == 0, out + err
+    assert study.run_here(output, *asha, address=cluster.address) == 0
+    out = capsys.readouterr().out
     assert f"{len(there)} of 7 known" in out
     left = 7 - len(there)
     assert f"{left} of them stopped early" in out
@@ -102,8 +102,8 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
 ) -> None:
     # A place for each lane: none has to make way for another one.
     arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
-    code, out, err = study.run(output, *arguments, script="early_stopping.py", address=cluster.address)
-    assert code == 0, out + err
+    assert study.run_here(output, *arguments, script="early_stopping.py", address=cluster.address) == 0
+    out = capsys.readouterr().out
     assert "early_stopping-letters-asha: 0 of 5 known" in out
     to_the_end = re.search(r"early_stopping-letters-grid: (\d) of 5 known", out)
     assert to_the_end, out
@@ -129,11 +129,14 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     assert len(study.records(output)) == 5
 
 
-def test_hyperband_pauses_more_lanes_than_there_are_places(cluster: Cluster, output: Path) -> None:
+@pytest.mark.nightly
+def test_hyperband_pauses_more_lanes_than_there_are_places(
+    cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its bracket of three waits for lanes that only get a place when others give theirs."""
     arguments = (*SMALL, *GRID, "--lanes-per-seat", "1", "--scheduler", "hyperband")
-    code, out, err = study.run(output, *arguments, address=cluster.address)
-    assert code == 0, out + err
+    assert study.run_here(output, *arguments, address=cluster.address) == 0
+    out = capsys.readouterr().out
     now = study.records(output)
     assert Counter(r.state for r in now.values()) == {"finished": 3, "stopped": 2}
     assert all(r.steps == 8 for r in now.values() if r.state == "stopped")

@@ -44,11 +44,11 @@ def of(output: Path, stage: str) -> list[Record]:
 def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def compare(*more: str) -> tuple[int, str, str]:
-        return study.run(output, *asking(*more), script=SCRIPT, address=cluster.address)
+    def compare(*more: str) -> str:
+        assert study.run_here(output, *asking(*more), script=SCRIPT, address=cluster.address) == 0
+        return capsys.readouterr().out
 
-    code, out, err = compare("--confirm-seeds", "2")
-    assert code == 0, out + err
+    out = compare("--confirm-seeds", "2")
     assert f"{NAME}-tune: 0 of 4 known" in out
     assert f"{NAME}-confirm: 0 of 4 known" in out
     said = verdict(out)
@@ -76,8 +76,7 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
     assert study.parents(output, f"{NAME}-confirm") == ["FINISHED"]
     assert "forest.png" in study.artifacts(output, f"{NAME}-confirm")
 
-    code, out, err = compare("--confirm-seeds", "3")
-    assert code == 0, out + err
+    out = compare("--confirm-seeds", "3")
     assert "4 of 4 known, nothing to train" in out
     assert f"{NAME}-confirm: 4 of 6 known" in out
     said = verdict(out)

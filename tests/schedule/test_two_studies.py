@@ -101,12 +101,19 @@ Limits.look = later
 """
 
 
+GPU_HOURS, HOURS = "--max-gpu-hours", "--max-hours"
+
+
+@pytest.mark.parametrize(
+    "limits", [(GPU_HOURS,), pytest.param((GPU_HOURS, HOURS), marks=pytest.mark.nightly)], ids="-".join
+)
 def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
-    machines: Machines, output: Path, tmp_path: Path, steps: Steps
+    machines: Machines, output: Path, tmp_path: Path, steps: Steps, limits: tuple[str, ...]
 ) -> None:
     """So many steps that no machine gets through them.
 
-    Once the file `pass` is there, an hour passes at each look at the limits.
+    Once the file `pass` is there, an hour passes at each look at the limits. Where one limit has left the
+    lanes, the same command goes on, up to the next one.
     """
     machines.add()
     before = study.rays()
@@ -114,18 +121,16 @@ def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
     command = (*GPU, "--study", "limited", "--learning-rates", "3e-3", "1e-2", "--steps", str(length))
     hours = tmp_path / "pass"
     script = study.altered(tmp_path, study.PATIENT, HOURS_PASS.format(file=str(hours)))
-
-    def ended_by(*limit: str) -> str:
-        """Return the last line of a study that has taken some steps when it comes to its limit."""
+    for limit in limits:
         already = steps.taken()
-        process = study.start(output, *command, *limit, script=script, address=machines.address)
-        study.wait_for(lambda: steps.taken() >= already + 10, process)
+        process = study.start(output, *command, limit, "0.5", script=script, address=machines.address)
+        study.wait_for(lambda already=already: steps.taken() >= already + 10, process)  # type: ignore[misc]
         hours.touch()
         code, out, err = study.end(process)
         hours.unlink()
         assert code == 3, out + err
         assert "Traceback" not in err
-        assert f"{' '.join(limit)}: the seats save their lanes" in out
+        assert f"{limit} 0.5: the seats save their lanes" in out
         assert study.parents(output, "limited") == ["KILLED"]
         saved = study.saved(output)
         assert len(saved) == 2
@@ -135,18 +140,12 @@ def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
         assert int(counted[1]) == steps.taken() - already
         study.wait_for(lambda: not left())
         study.wait_for(lambda: not workers(before))
-        return out.strip().splitlines()[-1]
-
-    ended = re.fullmatch(
-        r"Ended by --max-gpu-hours 0\.5: 0 of 2 configurations are done, ([\d.]+) GPU hours used; "
-        r"to go on: python .*--max-gpu-hours 0\.5",
-        ended_by("--max-gpu-hours", "0.5"),
-    )
-    assert ended
-    assert float(ended[1]) >= 0.5
+        ended = re.fullmatch(
+            rf"Ended by {limit} 0\.5: 0 of 2 configurations are done, ([\d.]+) GPU hours used; "
+            rf"to go on: python .*{limit} 0\.5",
+            out.strip().splitlines()[-1],
+        )
+        assert ended
+        if limit == GPU_HOURS:
+            assert float(ended[1]) >= 0.5
     assert (output / "limited" / "report.html").exists()
-    # The other limit, of the command's whole time: where the first one left the lanes, this one goes on.
-    assert re.fullmatch(
-        r"Ended by --max-hours 0\.5: 0 of 2 .* GPU hours used; to go on: python .*--max-hours 0\.5",
-        ended_by("--max-hours", "0.5"),
-    )
