@@ -57,10 +57,10 @@ Check = Callable[..., tuple[int, dict[str, str]]]
 
 @pytest.fixture
 def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Return the check, as it is called with RAY_ADDRESS and options.
+    """Return a function that runs `python -m orchestrator check` with RAY_ADDRESS and options.
 
-    It runs in this process, which has imported already what takes a new one eight seconds of CPU time, and
-    returns the exit code and the lines by what they are about.
+    It runs in this process: a new one needs 8 s of CPU time for its imports alone. It returns the exit code,
+    and the lines by what they are about.
     """
 
     def check(address: str, *arguments: str) -> tuple[int, dict[str, str]]:

@@ -28,7 +28,7 @@ class SharedCluster:
 
     def start(self) -> Cluster:
         if self.cluster is None:
-            # The log monitor reads what nobody looks at, of all workers that there ever were.
+            # The log monitor would go on reading the logs of all workers that have ended, for nobody.
             head = {"num_cpus": 2, "include_dashboard": True, "include_log_monitor": False}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
         return self.cluster

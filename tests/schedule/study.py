@@ -112,7 +112,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = N
             end(process)[1:]
         )
         assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
-        time.sleep(max(0.1, 4 * took))  # some questions to Ray cost as much as a study's own work
+        time.sleep(min(max(0.1, 4 * took), 2.0))  # asking Ray may cost as much CPU time as the study
 
 
 def finals(output: Path) -> int:
@@ -214,7 +214,7 @@ def artifacts(output: Path, study: str) -> set[str]:
 def run_here(
     output: Path, *arguments: str, address: str | None = None, script: str = "lr_sensitivity.py"
 ) -> int:
-    """Run a script in this process, which has imported already what takes a new one ten seconds of CPU time.
+    """Run a script in this process: a new one needs 10 s of CPU time for its imports alone.
 
     Args:
         output: the option `--output`.
