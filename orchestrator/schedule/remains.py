@@ -60,8 +60,9 @@ def _alive(pid: int, created: float) -> psutil.Process | None:
 def _in_our_namespace(pid: int) -> bool:
     """Tell whether a process is in the same Linux PID namespace as this process.
 
-    A process in a container is in another one. The PID of its raylet, which is in its environment, is valid
-    there only: on this side of the container, that number belongs to an unrelated process or to none.
+    A process in a container is in another namespace. Its environment holds the PID of its raylet, which is
+    valid in that namespace only: in the namespace of this process, the same number belongs to an unrelated
+    process or to none.
 
     Args:
         pid: the process, as numbered in the namespace of this process.

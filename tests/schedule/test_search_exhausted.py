@@ -73,13 +73,20 @@ def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Pa
     assert len(last.ledger.asked) == last.ledger.total == 20
 
 
-def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
+def with_one_rank(folder: Path, rank: int) -> Drive:
+    """Return a search for two of 2,000 ranks, of which LoRA refuses all but `rank`."""
+
     def picky(variant: str, values: Mapping[str, Value]) -> Configuration | None:
-        return build(variant, values) if values["rank"] == 7 else None
+        return build(variant, values) if values["rank"] == rank else None
 
     over = parse(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    drive = Drive(tmp_path, over, points=2)
+    drive = Drive(folder, over, points=2)
     drive.ledger.build = picky
+    return drive
+
+
+def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
+    drive = with_one_rank(tmp_path, 7)
     drive.all()
     assert [point.variant.rank for point in drive.given] == [7]
     assert drive.ledger.file.exhausted == ("lora",)
@@ -93,12 +100,7 @@ def test_a_large_space_that_is_refused_throughout_ends(tmp_path: Path) -> None:
 
 
 def test_a_variant_that_refuses_most_points_ends(tmp_path: Path) -> None:
-    def picky(variant: str, values: Mapping[str, Value]) -> Configuration | None:
-        return build(variant, values) if values["rank"] == 8 else None
-
-    over = parse(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    drive = Drive(tmp_path, over, points=2)
-    drive.ledger.build = picky
+    drive = with_one_rank(tmp_path, 8)
     drive.all()
     assert drive.ledger.file.exhausted == ("lora",)
     assert drive.ledger.total == len(drive.given) <= 1

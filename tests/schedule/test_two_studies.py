@@ -121,10 +121,11 @@ def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
     command = (*GPU, "--study", "limited", "--learning-rates", "3e-3", "1e-2", "--steps", str(length))
     hours = tmp_path / "pass"
     script = study.altered(tmp_path, study.PATIENT, HOURS_PASS.format(file=str(hours)))
-    for limit in limits:
+
+    def ends_by(limit: str) -> None:
         already = steps.taken()
         process = study.start(output, *command, limit, "0.5", script=script, address=machines.address)
-        study.wait_for(lambda already=already: steps.taken() >= already + 10, process)  # type: ignore[misc]
+        study.wait_for(lambda: steps.taken() >= already + 10, process)
         hours.touch()
         code, out, err = study.end(process)
         hours.unlink()
@@ -148,4 +149,7 @@ def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
         assert ended
         if limit == GPU_HOURS:
             assert float(ended[1]) >= 0.5
+
+    for limit in limits:
+        ends_by(limit)
     assert (output / "limited" / "report.html").exists()
