@@ -36,11 +36,12 @@ os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 
 
-GROUPS = ("cluster", "ray", "ray-alone")
+GROUPS = ("cluster", "ray")
 """The groups of long tests, in the order in which they start.
 
-Two workers start the first two at once; the one that ends first takes the third. A single worker starts the
-shared cluster of `ray` after the `cluster` tests, which could join it by mistake.
+Two workers start them at once; the one that ends first takes the next file of `ray` tests that start a Ray
+instance of their own. A single worker starts the shared cluster of `ray` after the `cluster` tests, which
+could join it by mistake.
 """
 
 
@@ -48,15 +49,15 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Put the tests of a group on one worker of pytest-xdist, and all others of a file on one worker.
 
     The `ray` tests that join the shared cluster are one group, those that start a Ray instance of their own
-    another. Two Ray instances on one machine were once seen to end each other's Train runs; two workers,
-    with a temporary folder each, have run side by side without that. A file's fixtures are made once a
-    worker.
+    a group for each file. Two Ray instances on one machine were once seen to end each other's Train runs;
+    two workers, with a temporary folder each, have run side by side without that. A file's fixtures are made
+    once a worker.
     """
-    if item.get_closest_marker("ray"):
-        joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
-        group = "ray" if joins else "ray-alone"
-    elif item.get_closest_marker("cluster"):
+    joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
+    if item.get_closest_marker("cluster"):
         group = "cluster"
+    elif item.get_closest_marker("ray") and joins:
+        group = "ray"
     else:
         group = item.nodeid.partition("::")[0]
     if not item.get_closest_marker("xdist_group"):
@@ -71,7 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _order(item: pytest.Item) -> int:
     group = item.get_closest_marker("xdist_group")
     assert group is not None
-    return GROUPS.index(group.args[0]) if group.args[0] in GROUPS else len(GROUPS)
+    if group.args[0] in GROUPS:
+        return GROUPS.index(group.args[0])
+    return len(GROUPS) + (item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")

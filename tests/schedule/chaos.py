@@ -157,7 +157,9 @@ class Run:
     def start_again(self, code: int, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
         """It has ended with `code`, and nobody had killed it."""
         kind = f", the last of a {self.kills[-1].kind}" if self.kills else ""
-        self.exits.append(f"start {self.starts} ended with {code} after {len(self.kills)} kills{kind}")
+        said = self.log.read_text().splitlines() if self.log.exists() else []
+        last = f": {said[-1]}" if said else ""
+        self.exits.append(f"start {self.starts} ended with {code} after {len(self.kills)} kills{kind}{last}")
         say(f"{self.exits[-1]}; started again")
         return self.start()
 
