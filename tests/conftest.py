@@ -49,15 +49,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Put the tests of a group on one worker of pytest-xdist, and all others of a file on one worker.
 
     The `ray` tests that join the shared cluster are one group, those that start a Ray instance of their own
-    a group for each file. Two Ray instances on one machine were once seen to end each other's Train runs;
-    two workers, with a temporary folder each, have run side by side without that. A file's fixtures are made
-    once a worker.
+    a group for each file, and the two of the default run (`smoke`) one: they wait much, and the other worker
+    has tests that do not. Two Ray instances on one machine were once seen to end each other's Train runs; two
+    workers, with a temporary folder each, have run side by side without that. A file's fixtures are made once
+    a worker.
     """
     joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
     if item.get_closest_marker("cluster"):
         group = "cluster"
     elif item.get_closest_marker("ray") and joins:
         group = "ray"
+    elif item.get_closest_marker("smoke"):
+        group = "smoke"
     else:
         group = item.nodeid.partition("::")[0]
     if not item.get_closest_marker("xdist_group"):
