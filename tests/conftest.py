@@ -49,10 +49,10 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Put the tests of a group on one worker of pytest-xdist, and all others of a file on one worker.
 
     The `ray` tests that join the shared cluster are one group, those that start a Ray instance of their own
-    a group for each file, and the two of the default run (`smoke`) one: they wait much, and the other worker
-    has tests that do not. Two Ray instances on one machine were once seen to end each other's Train runs; two
-    workers, with a temporary folder each, have run side by side without that. A file's fixtures are made once
-    a worker.
+    a group for each file, and those of the default run (`smoke`) one, so that the other worker has tests that
+    need no Ray. Two Ray instances on one machine were once seen to end each other's Train runs; two workers,
+    with a temporary folder each, have run side by side without that. A file's fixtures are made once a
+    worker.
     """
     joins = {"cluster", "connected"} & set(getattr(item, "fixturenames", ()))
     if item.get_closest_marker("cluster"):
@@ -77,7 +77,7 @@ def _order(item: pytest.Item) -> int:
     assert group is not None
     if group.args[0] in GROUPS:
         return GROUPS.index(group.args[0])
-    return len(GROUPS) + (item.get_closest_marker("ray") is None)
+    return len(GROUPS) if item.get_closest_marker("ray") else len(GROUPS) + 1
 
 
 @pytest.fixture(scope="session")
