@@ -178,6 +178,7 @@ def test_no_other_machine_reaches_them(lab: Lab, services: Host) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 def test_what_dies_is_started_again_and_nothing_that_was_reported_is_missing(services: Host) -> None:
     head, reporter = services, Reporter(services)

@@ -269,7 +269,7 @@ def release(task: Path) -> None:
     task.with_name("released").touch()
 
 
-def keep_known(options: StudyOptions, loss: float) -> set[str]:
+def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[str]:
     """Put a finished record of each configuration that `options` ask for into the store.
 
     Returns the fingerprints.
@@ -277,6 +277,7 @@ def keep_known(options: StudyOptions, loss: float) -> set[str]:
     Args:
         options: those of a grid.
         loss: the validation loss of all of them, at each evaluation.
+        score: the same of the task's metric.
     """
     store = Store(options.store_folder)
     chosen = resolve.names(options, "letters", ("lora",), store.bases)
@@ -284,7 +285,7 @@ def keep_known(options: StudyOptions, loss: float) -> set[str]:
     templates = resolve.templates(options, chosen, content, store.bases)
     found = set()
     for configuration in grid(templates, chosen.learning_rates, range(options.seed_count)):
-        steps, scores = due(configuration), {"loss": loss, configuration.task.metric: 0.5}
+        steps, scores = due(configuration), {"loss": loss, configuration.task.metric: score}
         record = Record(
             configuration.fingerprint,
             configuration,

@@ -1,4 +1,4 @@
-"""Six kills, a process of another kind each time, in one study: it ends as if nothing had happened. And the
+"""Four kills, a process of another kind each time, in one study: it ends as if nothing had happened. And the
 page that promises this, docs/faults.md, names tests that exist."""
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from orchestrator.schedule import remains
 PROJECT = Path(__file__).parents[2]
 PAGE = PROJECT / "docs" / "faults.md"
 SEED = 4
-SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
+SMALL = chaos.Size(variants=("lora", "hira"), seeds=1, steps=200)
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("no_cluster")
-def test_six_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
+def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
+    """`.ci/nightly` kills 20 processes, a seat's controller and the actor that started it among them."""
     before = study.rays()
-    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=6, seed=SEED, say=print)
-    assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker", "controller", "host"]
+    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, say=print)
+    assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker"]
     assert not run.exits, "nothing but a killed driver ends the command"
     assert run.starts == 1 + 1, "one start, and one more for the killed driver"
     assert not chaos.wrong(run, expected)
     said = run.log.read_text()
-    assert 1 <= len(re.findall(r"seat-\d+ died", said)) <= 3, "a trial or a broker that dies costs no seat"
+    assert len(re.findall(r"seat-\d+ died", said)) == 1, "a trial or a broker that dies costs no seat"
     assert "trials failed" not in said
     study.wait_for(lambda: study.rays() <= before)
 

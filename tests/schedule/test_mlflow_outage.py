@@ -42,6 +42,7 @@ def runs_on(client: MlflowClient) -> list[Run]:
 
 
 @pytest.mark.ray
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_mlflow_is_down_in_the_middle_and_misses_nothing(
     cluster: Cluster, output: Path, server: Server, tmp_path: Path

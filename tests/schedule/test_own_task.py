@@ -15,7 +15,7 @@ from orchestrator.finetune.pretraining import word_tokenizer
 from orchestrator.record import gc
 from orchestrator.record.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 TASK = """
 from functools import lru_cache

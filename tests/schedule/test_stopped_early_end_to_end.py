@@ -46,6 +46,7 @@ def steps_said(out: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@pytest.mark.nightly
 def test_kill_9_in_the_middle_of_asha_loses_nothing(
     cluster: Cluster, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.nightly
 def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

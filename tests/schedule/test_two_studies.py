@@ -29,6 +29,7 @@ def seconds_at_work(output: Path, name: str) -> float:
     return times[1] - times[0] + 1
 
 
+@pytest.mark.nightly
 def test_two_studies_at_once_share_what_they_know_and_both_finish(
     machines: Machines, output: Path, steps: Steps
 ) -> None:

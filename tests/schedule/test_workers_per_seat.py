@@ -6,6 +6,7 @@ tests/finetune/test_team.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import alone
@@ -13,6 +14,7 @@ import pytest
 import study
 from ray.cluster_utils import Cluster
 
+from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -21,11 +23,20 @@ TWO = ("--seats", "1", "--workers-per-seat", "2", "--accumulation", "2", "--grad
 SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "12", "--learning-rates", "1e-3", "1e-2")
 
 
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.nightly), 1])
+def test_two_workers_give_what_one_gives(
+    cluster: Cluster, output: Path, letters_bases: Path, tmp_path: Path
+) -> None:
+    assert study.run_here(output, *SMALL, *TWO, address=cluster.address) == 0
+    both = study.records(output)
+    assert [record.provenance.resumed_from for record in both.values()] == [()] * 2
+    they_are_as_of_one_worker(both, letters_bases, tmp_path / "alone")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("which", [0, 1])
 def test_a_worker_that_dies_takes_its_seat_with_it_and_nothing_is_lost(
     cluster: Cluster, output: Path, letters_bases: Path, tmp_path: Path, which: int
 ) -> None:
-    """And two workers give what one gives."""
     task = study.hold(tmp_path / "task", Store(output / "store"), records=0, step=6)
     process = study.start(output, *SMALL, *TWO, "--task", str(task), address=cluster.address)
     study.wait_for(lambda: study.held(task), process)
@@ -37,11 +48,14 @@ def test_a_worker_that_dies_takes_its_seat_with_it_and_nothing_is_lost(
     assert code == 0, out + err
     assert out.count("seat-0 died") == 1
     both = study.records(output)
-    assert [record.state for record in both.values()] == ["finished"] * 2
     assert [record.provenance.resumed_from for record in both.values()] == [(4,)] * 2
+    they_are_as_of_one_worker(both, letters_bases, tmp_path / "alone")
 
-    # How it is computed is no part of what is asked.
-    expected = alone.train((r.configuration for r in both.values()), letters_bases, tmp_path / "alone")
+
+def they_are_as_of_one_worker(both: Mapping[str, Record], bases: Path, folder: Path) -> None:
+    """How it is computed is no part of what is asked."""
+    assert [record.state for record in both.values()] == ["finished"] * 2
+    expected = alone.train((record.configuration for record in both.values()), bases, folder)
     for fingerprint, record in both.items():
         other = expected[fingerprint]
         assert (record.provenance.workers, other.provenance.workers) == (2, 1)
