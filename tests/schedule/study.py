@@ -277,7 +277,7 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
     Args:
         options: those of a grid.
         loss: the validation loss of all of them, at each evaluation.
-        score: the same of the task's metric.
+        score: their validation score by the task's metric, at each evaluation.
     """
     store = Store(options.store_folder)
     chosen = resolve.names(options, "letters", ("lora",), store.bases)
@@ -285,7 +285,8 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
     templates = resolve.templates(options, chosen, content, store.bases)
     found = set()
     for configuration in grid(templates, chosen.learning_rates, range(options.seed_count)):
-        steps, scores = due(configuration), {"loss": loss, configuration.task.metric: score}
+        steps, metric = due(configuration), configuration.task.metric
+        scores, others = {"loss": loss, metric: score}, {"loss": loss, metric: 0.5}
         record = Record(
             configuration.fingerprint,
             configuration,
@@ -293,9 +294,9 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
             steps[-1],
             evaluations=(
                 *(Evaluation(step, "validation", scores) for step in steps),
-                Evaluation(steps[-1], "test", scores),
+                Evaluation(steps[-1], "test", others),
             ),
-            untrained={"validation": scores, "test": scores},
+            untrained={"validation": others, "test": others},
             provenance=Provenance(started=1e9, ended=1e9 + 1),
         )
         assert store.put(record)

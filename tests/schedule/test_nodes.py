@@ -17,7 +17,7 @@ from orchestrator.schedule.trial import MEMORY_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
-LANES, STEPS = 6, 60
+LANES, STEPS, INTERVAL = 6, 60, 6
 RATES = ("--variants", "lora", "--seeds", str(LANES // 2), "--learning-rates", "3e-3", "1e-2")
 SIX = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--lanes-per-seat", "2", *GPUS)
 
@@ -69,13 +69,13 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     assert len(saved) == 2
     assert sum(saved.values()) == steps.taken(), "not a step is repeated"
     machines.lose(first)
+    study.wait_for(lambda: "1 node left: 1 there" in study.log(output), process)
 
     second = machines.add()
     study.wait_for(lambda: trainers(second) == 1, process)
     steps.run_free()
     code, out, err = study.end(process)
     assert code == 0, out + err
-    assert "1 node left" in out
     assert out.count("1 node joined: 2 there") == 2
     assert "was lost with a node" not in out, "the seat had left before its node did"
     assert not re.search(r"seat-\d+ died", out)
@@ -106,6 +106,8 @@ def test_a_node_that_is_lost_with_its_gpu_and_more_seats_than_gpus(
     code, out, err = study.end(process)
     assert code == 0, out + err
     assert out.count("was lost with a node") == 2, out
+    # Each of the two seats held two lanes.
+    assert LANES * STEPS <= steps.taken() <= LANES * STEPS + 2 * 2 * INTERVAL
     assert "died" not in out
     trained_as_alone(output, letters_bases, tmp_path / "alone")
     assert any(record.provenance.resumed_from for record in study.records(output).values())
