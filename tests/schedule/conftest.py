@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -29,7 +30,9 @@ class SharedCluster:
     def start(self) -> Cluster:
         if self.cluster is None:
             # The log monitor would go on reading the logs of all workers that have ended, for nobody.
-            head = {"num_cpus": 2, "include_dashboard": True, "include_log_monitor": False}
+            head: dict[str, Any] = {"num_cpus": 2, "include_log_monitor": False}
+            # The dashboard tells of actors. Its port is the next free one: another Ray may have 8265.
+            head |= {"include_dashboard": True, "dashboard_port": None}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
         return self.cluster
 
