@@ -21,7 +21,7 @@ from orchestrator.schedule import remains
 PROJECT = Path(__file__).parents[2]
 PAGE = PROJECT / "docs" / "faults.md"
 SEED = 4
-SMALL = chaos.Size(variants=("lora", "hira"), seeds=1, steps=200)
+SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
 
 
 @pytest.mark.ray
