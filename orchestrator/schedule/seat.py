@@ -12,11 +12,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from orchestrator.schedule.seat_end import How, SeatEnd, end_of
 
 if TYPE_CHECKING:
     from orchestrator.finetune.models import Bench
@@ -28,10 +26,6 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 60.0
 DRAIN_SECONDS = 3.0  # how often a worker asks whether its node has to go; spot machines give 30 s and more
 RAYLET_SECONDS = 1.0  # how often a worker looks whether its Ray is still there
-NEEDLESS = (  # callbacks of Ray Train
-    "PlacementGroupCleanerCallback",  # `orphans` does it for all seats; its actor outlives a killed driver
-    "DatasetsCallback",  # for Ray Data's
-)
 MALLOC = {
     # glibc gives large blocks back to the system at every free; on a CPU each step would fault them in again,
     # a sixth of a small model's time.
@@ -163,48 +157,3 @@ def _leave_before_the_node(name: str) -> None:
             if not said:  # or Ray tells it in another way now, and the next time will be as this one
                 log.warning("cannot look whether this node has to go: %s: %s", type(error).__name__, error)
             said = True
-
-
-class SeatHost:
-    """An actor. Starts one Train run and waits for its end: `fit` blocks, so each seat has its own host."""
-
-    def run(self, name: str, plan: SeatPlan, namespace: str) -> SeatEnd:
-        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a finished run is noticed
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, plan.start_seconds))
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a seat; `work` looks itself
-        from ray.exceptions import RayError
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        base: Any = TorchTrainer  # type checkers see Train's first version
-
-        class Trainer(base):
-            def _create_default_callbacks(self) -> list[Any]:
-                """Without those that start a process a seat for nothing."""
-                return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
-
-        run_config: Any = RunConfig
-        failure_config: Any = FailureConfig
-        trainer = Trainer(
-            work,
-            train_loop_config={"name": name, "plan": asdict(plan)},
-            scaling_config=ScalingConfig(
-                num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
-            ),
-            # A single worker talks to nobody.
-            torch_config=TorchConfig(backend="nccl" if plan.on_gpus and plan.workers > 1 else "gloo"),
-            run_config=run_config(
-                name=f"{namespace}-{name}",
-                storage_path=plan.scratch,
-                worker_runtime_env={} if plan.on_gpus else {"env_vars": MALLOC},
-                # A dead seat is replaced as a whole, by the driver.
-                failure_config=failure_config(
-                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-                ),
-            ),
-        )
-        try:
-            trainer.fit()
-        except (RayError, TrainingFailedError) as error:
-            return end_of(error)
-        return SeatEnd(How.DONE)

@@ -85,8 +85,13 @@ class Deaths:
         return ""
 
 
-def end_of(error: Exception) -> SeatEnd:
-    """What `TorchTrainer.fit` raised means. Asks Ray how its actors died."""
+def end_of(error: Exception, controller: Any = None) -> SeatEnd:
+    """Say what an error of `TorchTrainer.fit` means. Asks Ray how its actors died.
+
+    Args:
+        error: what `fit` raised.
+        controller: the actor that was the run's controller; None when there was none yet.
+    """
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import ControllerError, WorkerGroupError
     from ray.train.v2._internal.exceptions import (
@@ -101,7 +106,8 @@ def end_of(error: Exception) -> SeatEnd:
         if isinstance(failure, WorkerGroupStartupTimeoutError):
             return SeatEnd(How.NO_ROOM, reason(error))
         # A worker died while it was started; Train does not say which.
-        if isinstance(failure, (WorkerGroupStartupFailedError, RayActorError)) and _lost_a_worker():
+        died = isinstance(failure, (WorkerGroupStartupFailedError, RayActorError))
+        if died and controller is not None and lost_a_worker(controller):
             return SeatEnd(How.LOST, reason(error))
     if not isinstance(error, WorkerGroupError):  # the controller died, which ends its workers, or gave up
         return SeatEnd(How.FAILED, reason(error))
@@ -152,16 +158,14 @@ def _fate(death: RayActorError) -> How:
         time.sleep(0.5)
 
 
-def _lost_a_worker() -> bool:
-    """Whether one of the workers that this process's last run has started was on a node that is lost."""
-    import ray
+def lost_a_worker(controller: Any) -> bool:
+    """Tell whether an actor that the actor `controller` has started was on a node that is lost."""
     from ray._private.state import actors
 
-    me = actors(ray.get_runtime_context().get_actor_id())
+    own = actors(controller._actor_id.hex())
     # Addresses are used again: those of actors that were there before this one mean somebody else.
-    mine = [actor for actor in actors().values() if actor["StartTime"] >= me["StartTime"]]
-    controllers = [actor["Address"] for actor in mine if actor["OwnerAddress"] == me["Address"]]
-    return any(_on_a_lost_node(actor) for actor in mine if actor["OwnerAddress"] in controllers)
+    its = [a for a in actors().values() if a["OwnerAddress"] == own["Address"]]
+    return any(_on_a_lost_node(actor) for actor in its if actor["StartTime"] >= own["StartTime"])
 
 
 def _with_its_node(death: RayActorError) -> bool:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from orchestrator.schedule import orphans
-from orchestrator.schedule.cluster import Cluster, beside_the_driver, nodes_now
-from orchestrator.schedule.seat import SeatHost, SeatPlan
-from orchestrator.schedule.seat_end import How, SeatEnd, reason
+from orchestrator.schedule.cluster import Cluster, nodes_now
+from orchestrator.schedule.seat import SeatPlan
+from orchestrator.schedule.seat_end import How, SeatEnd
+from orchestrator.schedule.seat_run import SeatRun
 from orchestrator.schedule.sight import Sight
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
+KILLED_SECONDS = 5.0  # what the thread of a killed run gets to end
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
-HOST_BYTES = 512 * 2**20  # a seat's host and controller: 247 MiB each, measured on Linux x86-64
-
-
-@dataclass(frozen=True)
-class Running:
-    name: str
-    host: Any
+CONTROLLER_BYTES = 256 * 2**20  # of a seat's controller: 247 MiB, measured on Linux x86-64
 
 
 class Seats:
@@ -47,8 +41,8 @@ class Seats:
         self.sight = sight
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
         self.follow, self.to_come = follow, to_come
-        self.running: dict[Any, Running] = {}
-        """By what `run` promised."""
+        self.running: dict[str, SeatRun] = {}
+        """By their names."""
         self.spoken: frozenset[str] = frozenset()
         """Names of seats that have spoken to the broker: they have found their place."""
         self.started = 0
@@ -59,8 +53,8 @@ class Seats:
         self.nodes = Cluster(())
         """Those that can take a seat."""
         self.most: int | None = None
-        """Seats whose hosts half of the memory of the driver's node is enough for; the other half is the
-        trials'. None before the nodes were counted."""
+        """Seats for whose controllers half of the memory of the driver's node is enough; the other half is
+        the trials'. None before the nodes were counted."""
         self._counted = self._orphans_until = -float("inf")
 
     def look(
@@ -111,18 +105,21 @@ class Seats:
     def end(self, seconds: float) -> None:
         """They were told that nothing more comes; those that do not go by themselves within `seconds` are
         killed, at once where they have found no place yet."""
-        placed = [promise for promise, seat in self.running.items() if seat.name in self.spoken]
-        if placed:
-            ray.wait(placed, num_returns=len(placed), timeout=seconds)
-        for seat in self.running.values():
-            ray.kill(seat.host)
+        until = time.monotonic() + seconds
+        for name, run in self.running.items():
+            if name in self.spoken:
+                run.join(max(0.0, until - time.monotonic()))
+        for run in self.running.values():
+            run.kill()
+        for run in self.running.values():  # Ray is about to be left
+            run.join(KILLED_SECONDS)
         self.running.clear()
 
     def lacking(self, waiting: int, training: int, free: int) -> int:
         """How many to start, or less than 0: no more than what waits can fill. `free`: as many as would find
         a place now, which is of interest where they follow the cluster, which others may use too."""
         lanes, running = self.plan.lanes, len(self.running)
-        unplaced = sum(seat.name not in self.spoken for seat in self.running.values())
+        unplaced = sum(name not in self.spoken for name in self.running)
         wanted = -(-waiting // lanes) - unplaced if self.started else self.count
         if self.most is not None:
             wanted = min(wanted, self.most - running)
@@ -149,7 +146,7 @@ class Seats:
         before = {node.id for node in self.nodes.nodes}
         here = ray.get_runtime_context().get_node_id()
         self.nodes = Cluster(self.sight.of(nodes_now(), here))
-        self._count_hosts(here)
+        self._count_controllers(here)
         now = {node.id for node in self.nodes.nodes}
         news = (len(now - before), "joined"), (len(before - now), "left")
         said = [f"{count} node{'s' if count > 1 else ''} {what}" for count, what in news if count]
@@ -161,49 +158,37 @@ class Seats:
                 "while there is no seat"
             )
 
-    def _count_hosts(self, here: str) -> None:
-        """`here`: the driver's node, where all hosts are."""
+    def _count_controllers(self, here: str) -> None:
+        """`here`: the driver's node, where all controllers are."""
         memory = next((node.memory for node in self.nodes.nodes if node.id == here), None)
         if memory is None or self.most is not None:  # it is about to go, or was counted before
             return
-        self.most = max(1, int(memory / 2 / HOST_BYTES))
+        self.most = max(1, int(memory / 2 / CONTROLLER_BYTES))
         if self.most < self.count:
+            each = CONTROLLER_BYTES / 2**30
             self.say(
-                f"{self.most} seats at most, not {self.count}: each keeps {HOST_BYTES / 2**30:g} GiB on the "
-                f"driver's node, half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or "
-                "more --lanes-per-seat"
+                f"{self.most} seats at most, not {self.count}: each keeps {each:g} GiB on the driver's node, "
+                f"half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or more "
+                "--lanes-per-seat"
             )
 
     def _start(self) -> None:
         name = f"seat-{self.started}"
         self.started += 1
-        actor: Any = ray.remote(SeatHost)
-        # Train puts its controller beside the host: what dies with a node is the workers that were on it, and
-        # nothing else.
-        host = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
-        self.running[host.run.remote(name, self.plan, self.namespace)] = Running(name, host)
+        self.running[name] = SeatRun(name, self.plan, self.namespace)
+        self.running[name].start()
 
     def _end_stuck(self, names: Collection[str], now: float) -> None:
         """What hangs does not end by itself, and others could have its place."""
-        for promise in [promise for promise, seat in self.running.items() if seat.name in names]:
-            seat = self.running.pop(promise)
-            ray.kill(seat.host)
-            self._mourn(seat.name, SeatEnd(How.FAILED, "it hung, and was ended"), now)
+        for name in [name for name in self.running if name in names]:
+            self.running.pop(name).kill()
+            self._mourn(name, SeatEnd(How.FAILED, "it hung, and was ended"), now)
 
     def _bury(self, now: float) -> None:
-        done, _ = (
-            ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-            if self.running
-            else ([], [])
-        )
-        for promise in done:
-            seat = self.running.pop(promise)
-            try:
-                end: SeatEnd = ray.get(promise)
-            except RayError as error:  # its host died
-                end = SeatEnd(How.FAILED, reason(error))
-            self._mourn(seat.name, end, now)
-            ray.kill(seat.host)
+        ended = {name: run.end for name, run in self.running.items() if run.end is not None}
+        for name, end in ended.items():
+            self.running.pop(name).kill()
+            self._mourn(name, end, now)
         if now < self._orphans_until:
             orphans.remove_placement_groups()
 

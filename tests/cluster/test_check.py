@@ -186,6 +186,7 @@ def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
 
 @needs_mounts
 @pytest.mark.cluster
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
     cluster: Cluster, shared: Path, tmp_path: Path, check: Check

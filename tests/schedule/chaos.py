@@ -48,7 +48,6 @@ TITLES = {
     "trial": ["ResourceTrainable", "Trial"],  # its class is wrapped by Tune
     "broker": ["Broker"],
     "controller": ["TrainController"],
-    "host": ["SeatHost"],
 }
 """What Ray calls the processes that are killed, besides the driver."""
 KINDS = ("driver", *TITLES)

@@ -30,9 +30,7 @@ class SharedCluster:
     def start(self) -> Cluster:
         if self.cluster is None:
             # The log monitor would go on reading the logs of all workers that have ended, for nobody.
-            head: dict[str, Any] = {"num_cpus": 2, "include_log_monitor": False}
-            # The dashboard tells of actors. Its port is the next free one: another Ray may have 8265.
-            head |= {"include_dashboard": True, "dashboard_port": None}
+            head: dict[str, Any] = {"num_cpus": 2, "include_log_monitor": False, "include_dashboard": False}
             self.cluster = Cluster(initialize_head=True, head_node_args=head)
         return self.cluster
 

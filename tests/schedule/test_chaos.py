@@ -28,7 +28,7 @@ SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("no_cluster")
 def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
-    """`.ci/nightly` kills 20 processes, a seat's controller and the actor that started it among them."""
+    """`.ci/nightly` kills 20 processes, a seat's controller among them."""
     before = study.rays()
     run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, say=print)
     assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker"]

@@ -12,9 +12,10 @@ import pytest
 import ray
 import study
 from machines import no_room
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors
-from ray.util.state import list_actors, list_placement_groups
+from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
 from orchestrator.finetune import checkpoint
@@ -32,9 +33,10 @@ RAYS_OWN = "_AutoscalingCoordinatorActor"
 
 def left() -> list[str]:
     """Return what of a study is still held, for people to read."""
-    actors = [a for a in list_actors(limit=1000) if a.state != "DEAD" and a.class_name != RAYS_OWN]
-    found = [f"actor {a.class_name} {a.state}" for a in actors]
-    found += [f"placement group {g.state}" for g in list_placement_groups(limit=1000) if g.state != "REMOVED"]
+    there = [a for a in actors().values() if a["State"] != "DEAD" and a["ActorClassName"] != RAYS_OWN]
+    found = [f"actor {a['ActorClassName']} {a['State']}" for a in there]
+    groups = [group["state"] for group in placement_group_table().values()]
+    found += [f"placement group {state}" for state in groups if state != "REMOVED"]
     free, all_of = ray.available_resources(), ray.cluster_resources()
     return found + [
         f"{all_of[k] - free.get(k, 0):g} {k}"

@@ -1,5 +1,5 @@
 """Where a seat's worker died, and what it leaves: asked of a real Ray, of actors that stand to each other as
-a seat's host, Train's controller and its worker do."""
+Train's controller and its worker do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.schedule import orphans
 from orchestrator.schedule.cluster import beside_the_driver
-from orchestrator.schedule.seat_end import _lost_a_worker
+from orchestrator.schedule.seat_end import lost_a_worker
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -49,19 +49,9 @@ class Controller:
         return os.getpid(), self.worker
 
 
-class Host:
-    def start(self, group: bool = False) -> tuple[int, int, Any]:
-        actor: Any = ray.remote(Controller)
-        self.controller = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
-        return os.getpid(), *ray.get(self.controller.start.remote(group))
-
-    def lost(self) -> bool:
-        return _lost_a_worker()
-
-
-def host(group: bool = False) -> tuple[Any, int, int, Any]:
-    """Return a host on the head, its process and its controller's, and the worker of its controller."""
-    actor: Any = ray.remote(Host)
+def controller(group: bool = False) -> tuple[Any, int, Any]:
+    """Return a controller on the head, its process, and its worker."""
+    actor: Any = ray.remote(Controller)
     made = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
     return made, *ray.get(made.start.remote(group))
 
@@ -76,29 +66,28 @@ def groups() -> int:
 
 def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machines) -> None:
     node = machines.add(gpus=2)
-    crashing, _, _, worker = host()
-    other, *_ = host()
-    assert not ray.get(crashing.lost.remote()), "nothing has died"
+    crashing, _, worker = controller()
+    other, *_ = controller()
+    assert not lost_a_worker(crashing), "nothing has died"
     with pytest.raises(RayActorError):
         ray.get(worker.crash.remote())
 
     def known() -> bool:
-        assert not ray.get(crashing.lost.remote()), "the node lives: a crash must count against its seat"
+        assert not lost_a_worker(crashing), "the node lives: a crash must count against its seat"
         return is_dead(worker)
 
     study.wait_for(known)  # Ray learns of a death bit by bit
     assert known()
     machines.lose(node)
-    assert ray.get(other.lost.remote()), "at once, before Ray has marked the node dead"
+    assert lost_a_worker(other), "at once, before Ray has marked the node dead"
 
 
-@pytest.mark.parametrize("killed", ["host", "controller"])
-def test_the_place_of_a_killed_controller_is_free_again(machines: Machines, killed: str) -> None:
+def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> None:
     machines.add(gpus=2)
-    lives, *_ = host(group=True)
-    _dying, of_host, of_controller, worker = host(group=True)
+    lives, *_ = controller(group=True)
+    _dying, process, worker = controller(group=True)
     assert groups() == 2
-    os.kill(of_host if killed == "host" else of_controller, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
     study.wait_for(lambda: is_dead(worker))  # it ends with what has started it
 
     def clear() -> int:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from orchestrator.schedule.cluster import Cluster, Node
 from orchestrator.schedule.seat import SeatPlan
-from orchestrator.schedule.seats import Running, Seats
+from orchestrator.schedule.seat_run import SeatRun
+from orchestrator.schedule.seats import Seats
 from orchestrator.schedule.sight import Sight
 
 
@@ -29,7 +30,7 @@ def seats(
     made = Seats(plan, count, "space", None, sight, print, follow, to_come)
     made.nodes = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"seat-{n}" for n in range(placed + unplaced)]
-    made.running = {name: Running(name, None) for name in names}
+    made.running = {name: SeatRun(name, plan, "space") for name in names}
     made.spoken = frozenset(names[:placed])
     made.started = len(names) + started
     return made
@@ -74,17 +75,17 @@ def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     said: list[str] = []
     now = seats(8, 8, placed=1)
     now.say = said.append
-    now.nodes = Cluster((Node(4, 0, 3 * 2**30, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
+    now.nodes = Cluster((Node(4, 0, 3 * 2**29, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
     for _ in range(2):
-        now._count_hosts("here")
-    assert now.lacking(60, 4, 7) == 2, "half of 3 GiB is enough for three"
+        now._count_controllers("here")
+    assert now.lacking(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
     assert len(said) == 1
-    assert said[0].startswith("3 seats at most, not 8: each keeps 0.5 GiB")
+    assert said[0].startswith("3 seats at most, not 8: each keeps 0.25 GiB")
     now.follow = False
     assert now.lacking(60, 4, 7) == 2
     poor = seats(8, 8, started=False)
     poor.nodes, poor.say = Cluster((Node(4, 1, 2**20, "here"),)), said.append
-    poor._count_hosts("here")
+    poor._count_controllers("here")
     assert poor.lacking(60, 0, 1) == 1, "one is always tried"
 
 
