@@ -37,8 +37,6 @@ SAMPLE_SECONDS = 1.0
 ROLES = {
     "RayTrainWorker": "worker",
     "TrainController": "controller",
-    "SeatHost": "host",
-    "PlacementGroupCleaner": "cleaner",
     "Broker": "broker",
     "ResourceTrainable": "trial",
 }

@@ -20,7 +20,7 @@ from orchestrator.schedule import remains
 from orchestrator.study.command import ending_at_once
 from orchestrator.study.errors import BadInput
 
-SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker, controller and cleaner hold about 1 GiB with a small model
+SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
 ONE_RAY = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
@@ -138,6 +138,7 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a late call must not start a second Ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records

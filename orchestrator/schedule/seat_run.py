@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from orchestrator.schedule.cluster import beside_the_driver
 from orchestrator.schedule.seat import MALLOC, SeatPlan, work
-from orchestrator.schedule.seat_end import How, SeatEnd, end_of, reason
+from orchestrator.schedule.seat_end import How, SeatEnd, end_of
 
 NEEDLESS = (  # callbacks of Ray Train
     "PlacementGroupCleanerCallback",  # `orphans` does it for all seats; its actor outlives a killed driver
@@ -37,14 +37,15 @@ class SeatRun(threading.Thread):
 
     def run(self) -> None:
         """Run `fit` and note how it ends."""
+        end = SeatEnd(How.FAILED, "Ray did not say how it ended")
         try:
             self._trainer().fit()
-            self.end = SeatEnd(How.DONE)
+            end = SeatEnd(How.DONE)
         except Exception as error:
-            try:
-                self.end = end_of(error, self._controller)
-            except Exception as second:  # Ray, when it was asked how its actors died
-                self.end = SeatEnd(How.FAILED, reason(second))
+            with suppress(Exception):  # of Ray, when it is asked how its actors died
+                end = end_of(error, self._controller)
+        finally:
+            self.end = end
 
     def kill(self) -> None:
         """Kill Train's controller, by which its workers and this thread end, too."""
@@ -54,10 +55,13 @@ class SeatRun(threading.Thread):
                 ray.kill(self._controller)
 
     def _trainer(self) -> Any:
-        os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # how soon a finished run is noticed
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(max(60.0, self.plan.start_seconds))
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process a seat; `work` looks itself
         plan, seat_run = self.plan, self
+        environment = get_env_vars_to_propagate() | {
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, plan.start_seconds)),
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a seat; `work` looks itself
+            "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it
+        }
         base: Any = TorchTrainer  # type checkers see Train's first version
         actor: Any = ray.remote(TrainController)
 
@@ -68,13 +72,14 @@ class SeatRun(threading.Thread):
 
             def _initialize_and_run_controller(self, **arguments: Any) -> Any:
                 """As Train does, but the seat knows its controller, without which it could not be killed."""
-                environment = {"env_vars": get_env_vars_to_propagate()}
                 placed = actor.options(
-                    num_cpus=0, scheduling_strategy=beside_the_driver(), runtime_env=environment
+                    num_cpus=0,
+                    scheduling_strategy=beside_the_driver(),
+                    runtime_env={"env_vars": environment},
                 )
                 with seat_run._lock:
-                    if seat_run._killed:  # Ray may be left by now: an actor would start another one
-                        raise RuntimeError("it was ended before it began")
+                    if seat_run._killed:
+                        raise RuntimeError("it was killed before it began")
                     seat_run._controller = controller = placed.remote(**arguments)
                 ray.get(controller.run.remote())
                 return ray.get(controller.get_result.remote())

@@ -16,7 +16,7 @@ from orchestrator.schedule.seat_run import SeatRun
 from orchestrator.schedule.sight import Sight
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
-KILLED_SECONDS = 5.0  # what the thread of a killed run gets to end
+KILLED_SECONDS = 2.0  # what the threads of killed runs get to end
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
 CONTROLLER_BYTES = 256 * 2**20  # of a seat's controller: 247 MiB, measured on Linux x86-64
 
@@ -53,8 +53,8 @@ class Seats:
         self.nodes = Cluster(())
         """Those that can take a seat."""
         self.most: int | None = None
-        """Seats for whose controllers half of the memory of the driver's node is enough; the other half is
-        the trials'. None before the nodes were counted."""
+        """How many seats' controllers fit in half of the memory of the driver's node; the other half is the
+        trials'. None before the nodes were counted."""
         self._counted = self._orphans_until = -float("inf")
 
     def look(
@@ -111,8 +111,9 @@ class Seats:
                 run.join(max(0.0, until - time.monotonic()))
         for run in self.running.values():
             run.kill()
-        for run in self.running.values():  # Ray is about to be left
-            run.join(KILLED_SECONDS)
+        until = time.monotonic() + KILLED_SECONDS  # Ray is about to be shut down
+        for run in self.running.values():
+            run.join(max(0.0, until - time.monotonic()))
         self.running.clear()
 
     def lacking(self, waiting: int, training: int, free: int) -> int:
@@ -175,8 +176,9 @@ class Seats:
     def _start(self) -> None:
         name = f"seat-{self.started}"
         self.started += 1
-        self.running[name] = SeatRun(name, self.plan, self.namespace)
-        self.running[name].start()
+        run = SeatRun(name, self.plan, self.namespace)
+        run.start()
+        self.running[name] = run
 
     def _end_stuck(self, names: Collection[str], now: float) -> None:
         """What hangs does not end by itself, and others could have its place."""

@@ -1,7 +1,7 @@
 """Kills what a study is made of, one process after another, at random moments; starts the command again each
 time that it has ended; and compares what the study leaves with what an undisturbed training leaves.
 
-    python -m tests.schedule.chaos                  6 kills, one of each kind
+    python -m tests.schedule.chaos                  5 kills, one of each kind
     python -m tests.schedule.chaos --kills 20       what docs/faults.md reports
 
 Nobody knows better than the processes themselves how many steps they took, and a killed one can say nothing:
@@ -311,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=6, help="how many processes are killed")
+    parser.add_argument("--kills", type=int, default=len(KINDS), help="how many processes are killed")
     parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="of the moments")
     parser.add_argument("--steps", type=int, help="of a configuration (default: 50 a kill, 600 at least)")
     parser.add_argument("--folder", type=Path, help="where the studies go (default: a temporary folder)")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import study
 from machines import Machines
 from ray import cloudpickle
 from ray._private.state import actors
+from ray.cluster_utils import Cluster
 from ray.exceptions import RayActorError
 from ray.util import placement_group
 from ray.util.placement_group import placement_group_table
@@ -21,7 +24,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.schedule import orphans
 from orchestrator.schedule.cluster import beside_the_driver
-from orchestrator.schedule.seat_end import lost_a_worker
+from orchestrator.schedule.seat import SeatPlan
+from orchestrator.schedule.seat_end import How, lost_a_worker
+from orchestrator.schedule.seat_run import SeatRun
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -98,4 +103,34 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
     study.wait_for(lambda: ray.available_resources().get("GPU") == 1)
     assert clear() == 1, "that of a controller that lives stays"
     ray.kill(lives)
+    study.wait_for(lambda: clear() == 0)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path: Path, begun: bool) -> None:
+    """It waits for a GPU that nobody has, and would do so for an hour."""
+    plan = SeatPlan(lanes=1, gpus=1.0, store=str(tmp_path), scratch=str(tmp_path), start_seconds=3600)
+    run = SeatRun("seat-0", plan, uuid.uuid4().hex)
+
+    def controllers(*states: str) -> int:
+        rows = [actor for actor in actors().values() if actor["ActorClassName"] == "TrainController"]
+        return sum(row["State"] in states for row in rows)
+
+    if begun:
+        run.start()
+        study.wait_for(lambda: groups() == 1)
+        assert run.is_alive()
+        run.kill()
+    else:
+        run.kill()
+        run.start()
+    run.join(study.HANG_SECONDS)
+    assert run.end is not None
+    assert run.end.how is How.FAILED
+    study.wait_for(lambda: not controllers("ALIVE", "PENDING_CREATION", "DEPENDENCIES_UNREADY"))
+
+    def clear() -> int:
+        orphans.remove_placement_groups()
+        return groups()
+
     study.wait_for(lambda: clear() == 0)

@@ -270,12 +270,12 @@ def test_seats_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
     for number in range(4 * DEATHS_ALLOWED):
         saved[POINTS[0].fingerprint] += 5
         assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.seat_ended(f"seat-{number}", 0.0, How.FAILED, "its host was killed")
+        core.seat_ended(f"seat-{number}", 0.0, How.FAILED, "its controller was killed")
         assert not core.deaths.hopeless
     for number in range(DEATHS_ALLOWED):
         assert not core.deaths.hopeless
         core.lease(f"again-{number}.x", None, 1, 0.0)
-        core.seat_ended(f"again-{number}", 0.0, How.FAILED, "its host was killed")
+        core.seat_ended(f"again-{number}", 0.0, How.FAILED, "its controller was killed")
     assert core.deaths.hopeless
 
 

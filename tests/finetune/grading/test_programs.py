@@ -27,8 +27,8 @@ SHORT = Limits(seconds=0.5, cpu=1, memory=512 << 20)
 
 
 def some(number: int) -> Any:
-    """Every `number`th program of a list by default, all of them in the slow tier."""
-    return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.slow)])
+    """Every `number`th program of a list by default, all of them in the nightly tier."""
+    return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.nightly)])
 
 
 def _read(name: str) -> Any:
