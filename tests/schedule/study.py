@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,9 @@ def release(task: Path) -> None:
     task.with_name("released").touch()
 
 
-def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[str]:
+def keep_known(
+    options: StudyOptions, loss: float, score: float = 0.5, seeds: Iterable[int] | None = None
+) -> set[str]:
     """Put a finished record of each configuration that `options` ask for into the store.
 
     Returns the fingerprints.
@@ -278,13 +280,14 @@ def keep_known(options: StudyOptions, loss: float, score: float = 0.5) -> set[st
         options: those of a grid.
         loss: the validation loss of all of them, at each evaluation.
         score: their validation score by the task's metric, at each evaluation.
+        seeds: these in place of those that `options` ask for.
     """
     store = Store(options.store_folder)
     chosen = resolve.names(options, "letters", ("lora",), store.bases)
     content = resolve.base(chosen.model, store.bases, lambda text: None)
     templates = resolve.templates(options, chosen, content, store.bases)
     found = set()
-    for configuration in grid(templates, chosen.learning_rates, range(options.seed_count)):
+    for configuration in grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
         steps, metric = due(configuration), configuration.task.metric
         scores, others = {"loss": loss, metric: score}, {"loss": loss, metric: 0.5}
         record = Record(

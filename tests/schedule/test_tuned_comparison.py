@@ -53,12 +53,14 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
         assert study.run_here(output, *asking(*more), script=SCRIPT, address=cluster.address) == 0
         return capsys.readouterr().out
 
+    def asked_of(variant: str, rate: str) -> StudyOptions:
+        return StudyOptions(
+            task="letters", variants=(variant,), learning_rates=(rate,), seeds=1, steps=60, output=output
+        )
+
     for variant, best in BEST.items():
         for rate in RATES:
-            one = StudyOptions(
-                task="letters", variants=(variant,), learning_rates=(rate,), seeds=1, steps=60, output=output
-            )
-            study.keep_known(one, loss=1.0, score=0.8 if rate == best else 0.4)
+            study.keep_known(asked_of(variant, rate), loss=1.0, score=0.8 if rate == best else 0.4)
     out = compare("--confirm-seeds", "2")
     assert f"{NAME}-tune: 4 of 4 known, nothing to train" in out
     assert f"{NAME}-confirm: 0 of 4 known" in out
@@ -84,9 +86,11 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
     assert study.parents(output, f"{NAME}-confirm") == ["FINISHED"]
     assert "forest.png" in study.artifacts(output, f"{NAME}-confirm")
 
+    for variant, best in BEST.items():
+        study.keep_known(asked_of(variant, best), loss=1.0, seeds=(1002,))
     out = compare("--confirm-seeds", "3")
     assert "4 of 4 known, nothing to train" in out
-    assert f"{NAME}-confirm: 4 of 6 known" in out
+    assert f"{NAME}-confirm: 6 of 6 known, nothing to train" in out
     said = verdict(out)
     assert "confirmed with 3 fresh seeds" in said
     children = study.children(output, f"{NAME}-confirm")
