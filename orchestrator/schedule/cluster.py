@@ -138,7 +138,7 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a late call must not start a second Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no call may start Ray implicitly
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records

@@ -86,11 +86,15 @@ class Deaths:
 
 
 def end_of(error: Exception, controller: Any = None) -> SeatEnd:
-    """Say what an error of `TorchTrainer.fit` means. Asks Ray how its actors died.
+    """Classify the error that ended a seat's Ray Train run. This function asks Ray how the run's actors died.
 
     Args:
-        error: what `fit` raised.
-        controller: the actor that was the run's controller; None when there was none yet.
+        error: the exception that `TorchTrainer.fit` raised.
+        controller: the actor handle of the run's Train controller, or None if none was created. With None a
+            worker that was lost while the run started counts as FAILED instead of LOST.
+
+    Returns:
+        The kind of the end, and its reason in one line.
     """
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import ControllerError, WorkerGroupError
@@ -159,7 +163,11 @@ def _fate(death: RayActorError) -> How:
 
 
 def lost_a_worker(controller: Any) -> bool:
-    """Tell whether an actor that the actor `controller` has started was on a node that is lost."""
+    """Return whether one of a Train controller's workers was on a node that is dead, draining or unreachable.
+
+    Args:
+        controller: the actor handle of the Train controller, which owns the worker actors.
+    """
     from ray._private.state import actors
 
     own = actors(controller._actor_id.hex())

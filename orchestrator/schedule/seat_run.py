@@ -1,4 +1,8 @@
-"""The driver's side of one seat: its Ray Train run, in a thread."""
+"""Run the Ray Train run of one seat from a thread of the driver.
+
+A seat is one Ray Train run, whose workers train packs of lanes (`seat.py`). The driver starts one `SeatRun`
+for each seat, and `seats.py` decides how many there are.
+"""
 
 from __future__ import annotations
 
@@ -15,46 +19,58 @@ from ray.train.v2._internal.execution.controller import TrainController
 
 from orchestrator.schedule.cluster import beside_the_driver
 from orchestrator.schedule.seat import MALLOC, SeatPlan, work
-from orchestrator.schedule.seat_end import How, SeatEnd, end_of
+from orchestrator.schedule.seat_end import How, SeatEnd, end_of, reason
 
-NEEDLESS = (  # callbacks of Ray Train
-    "PlacementGroupCleanerCallback",  # `orphans` does it for all seats; its actor outlives a killed driver
-    "DatasetsCallback",  # for Ray Data's
+NEEDLESS = (  # Ray Train's default callbacks that each start one more process per seat
+    "PlacementGroupCleanerCallback",  # orphans.py does its work; its actor outlives a killed driver
+    "DatasetsCallback",  # it serves Ray Data, which the seats do not use
 )
 
 
 class SeatRun(threading.Thread):
-    """The Ray Train run of one seat, in a thread of the driver: `TorchTrainer.fit` blocks until its end."""
+    """Hold the Ray Train run of one seat in a thread, because `TorchTrainer.fit` blocks until the run ends.
+
+    Args:
+        name: the seat's name, which the broker knows too.
+        plan: the number of workers, their resources and what they train.
+        namespace: the Ray namespace of the study; it makes the name of the Train run unique.
+    """
 
     def __init__(self, name: str, plan: SeatPlan, namespace: str) -> None:
         super().__init__(name=name, daemon=True)
         self.plan, self.namespace = plan, namespace
         self.end: SeatEnd | None = None
-        """How the run has ended; None until then."""
+        """How the run has ended. It is None while the run lasts."""
         self._controller: Any = None
         self._killed = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Run `fit` and note how it ends."""
-        end = SeatEnd(How.FAILED, "Ray did not say how it ended")
+        """Call `TorchTrainer.fit` and store in `end` how the run has ended."""
+        end = SeatEnd(How.FAILED, "its thread ended without a result")
         try:
             self._trainer().fit()
             end = SeatEnd(How.DONE)
         except Exception as error:
-            with suppress(Exception):  # of Ray, when it is asked how its actors died
+            end = SeatEnd(How.FAILED, reason(error))
+            with suppress(Exception):  # `end_of` asks Ray how its actors died, which may fail as well
                 end = end_of(error, self._controller)
         finally:
             self.end = end
 
     def kill(self) -> None:
-        """Kill Train's controller, by which its workers and this thread end, too."""
+        """Kill the Train controller of this run.
+
+        Ray then ends the workers, which the controller owns, and `fit` raises, which ends this thread. A run
+        that has no controller yet does not create one any more.
+        """
         with self._lock:
             self._killed = True
             if self._controller is not None:
                 ray.kill(self._controller)
 
     def _trainer(self) -> Any:
+        """Return the trainer of this run, which stores its controller in this object."""
         plan, seat_run = self.plan, self
         environment = get_env_vars_to_propagate() | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
@@ -67,11 +83,15 @@ class SeatRun(threading.Thread):
 
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
-                """Without those that start a process a seat for nothing."""
+                """Return Train's default callbacks except `NEEDLESS`."""
                 return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
 
             def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-                """As Train does, but the seat knows its controller, without which it could not be killed."""
+                """Create the controller actor and wait for its result.
+
+                This does what Train's own method does. It also stores the actor's handle, which `kill`
+                needs and Train does not expose.
+                """
                 placed = actor.options(
                     num_cpus=0,
                     scheduling_strategy=beside_the_driver(),

@@ -16,9 +16,9 @@ from orchestrator.schedule.seat_run import SeatRun
 from orchestrator.schedule.sight import Sight
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
-KILLED_SECONDS = 2.0  # what the threads of killed runs get to end
+KILLED_SECONDS = 2.0  # how long all threads of killed runs together may take to end
 ORPHAN_SECONDS = 20.0  # how long after a death its placement group is looked for
-CONTROLLER_BYTES = 256 * 2**20  # of a seat's controller: 247 MiB, measured on Linux x86-64
+CONTROLLER_BYTES = 256 * 2**20  # memory of a seat's Train controller: 247 MiB measured on Linux x86-64
 
 
 class Seats:
@@ -42,7 +42,7 @@ class Seats:
         self.plan, self.count, self.namespace, self.broker, self.say = plan, count, namespace, broker, say
         self.follow, self.to_come = follow, to_come
         self.running: dict[str, SeatRun] = {}
-        """By their names."""
+        """The seats that have started and not ended, by name."""
         self.spoken: frozenset[str] = frozenset()
         """Names of seats that have spoken to the broker: they have found their place."""
         self.started = 0
@@ -111,7 +111,7 @@ class Seats:
                 run.join(max(0.0, until - time.monotonic()))
         for run in self.running.values():
             run.kill()
-        until = time.monotonic() + KILLED_SECONDS  # Ray is about to be shut down
+        until = time.monotonic() + KILLED_SECONDS  # a thread that used Ray after its shutdown would fail
         for run in self.running.values():
             run.join(max(0.0, until - time.monotonic()))
         self.running.clear()
@@ -160,7 +160,11 @@ class Seats:
             )
 
     def _count_controllers(self, here: str) -> None:
-        """`here`: the driver's node, where all controllers are."""
+        """Compute `most` once, from the memory of the driver's node, on which all Train controllers run.
+
+        Args:
+            here: the id of the driver's node.
+        """
         memory = next((node.memory for node in self.nodes.nodes if node.id == here), None)
         if memory is None or self.most is not None:  # it is about to go, or was counted before
             return

@@ -55,7 +55,7 @@ class Controller:
 
 
 def controller(group: bool = False) -> tuple[Any, int, Any]:
-    """Return a controller on the head, its process, and its worker."""
+    """Return a controller actor on the head node, its process id, and the handle of its worker."""
     actor: Any = ray.remote(Controller)
     made = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
     return made, *ray.get(made.start.remote(group))
@@ -108,7 +108,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path: Path, begun: bool) -> None:
-    """It waits for a GPU that nobody has, and would do so for an hour."""
+    """The run waits for a GPU that no node has, and would do so for an hour."""
     plan = SeatPlan(lanes=1, gpus=1.0, store=str(tmp_path), scratch=str(tmp_path), start_seconds=3600)
     run = SeatRun("seat-0", plan, uuid.uuid4().hex)
 
