@@ -71,10 +71,14 @@ class _Interrupt:
     `ending_at_once` it ends the process. The second one does so anywhere.
 
     A thread hears of signals too, as an exception is not enough: it may be raised where Python drops it (in a
-    callback of its imports), or the main thread may be deep in a library and see no signal for minutes."""
+    callback of its imports), or the main thread may be deep in a library and see no signal for minutes. Even
+    `time.sleep` sees none that arrives between Python's check for signals and the system call."""
 
     def __init__(self) -> None:
         self.signals = 0
+        """Those that the main thread has taken."""
+        self.arrived = 0
+        """Those that the thread has heard of while work was to end gently."""
         self.gently: Callable[[], None] | None = None
         self.last: Callable[[], object] | None = None
         self.ending = threading.Lock()
@@ -108,7 +112,8 @@ class _Interrupt:
 
     def _listen(self) -> None:
         while True:
-            if os.read(self._ear, 1)[0] not in _SIGNALS:
+            number = os.read(self._ear, 1)[0]
+            if number not in _SIGNALS:
                 continue
             with self.ending:
                 if self.last is not None:
@@ -123,6 +128,10 @@ class _Interrupt:
                 if self.signals:  # else the handler is another's
                     self.say_how_to_go_on()
                     _end_at_once()
+                continue
+            self.arrived += 1
+            if self.arrived > 1 and signal.getsignal(number) == self.heard:
+                _end_at_once()
 
     def _more(self, seconds: float) -> bool:
         return bool(select.select([self._ear], [], [], seconds)[0])
@@ -171,7 +180,7 @@ def gently(stop: Callable[[], None]) -> Iterator[None]:
 def let_go() -> None:
     """Called by another thread inside `gently`, when all is saved: KeyboardInterrupt in the main thread,
     where somebody else's loop would take its time to end."""
-    _interrupt.gently, _interrupt.signals = None, 0
+    _interrupt.gently, _interrupt.signals, _interrupt.arrived = None, 0, 0
     ident = threading.main_thread().ident
     assert ident is not None
     signal.pthread_kill(ident, signal.SIGINT)  # a real one: it wakes a thread that sleeps

@@ -76,9 +76,13 @@ def test_another_thread_may_let_go_of_work_that_does_not_end():
 
 
 def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
+    """Also while the main thread is in one long call of a library, where it runs no handler of a signal."""
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
-    heard = "lambda: print('heard', flush=True)"
-    process = _start(f"{child}\nwith gently({heard}):\n    started()\n    time.sleep(600)")
+    long_call = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    process = _start(
+        f"import hashlib\n{child}\nwith gently(done.set):\n"
+        f"    started()\n    {LOOP}\n    print('heard', flush=True)\n    {long_call}"
+    )
     (other,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
     assert _line(process) == "heard\n", "the first one has been taken and ends nothing"
