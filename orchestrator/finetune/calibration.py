@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from orchestrator.finetune import tensor_files
 from orchestrator.finetune.data import longest, training_batch
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import settings_of
 from orchestrator.finetune.team import Team
-from orchestrator.record import files
 from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
 from variants.attach import Adapters, Distilled
 from variants.calibrate import calibrate
@@ -65,14 +64,14 @@ def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
     made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}
-    files.replace(file, save(tensors))  # of two seats that make the same, either's is whole
+    tensor_files.write(file, tensors)  # of two seats that make the same, either's is whole
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(file, device=str(device)).items():
+    for name, tensor in tensor_files.read(file)[0].items():
         layer, key = name.rsplit("/", 1)
-        found.setdefault(layer, {})[key] = tensor
+        found.setdefault(layer, {})[key] = tensor.to(device)
     return found
 
 

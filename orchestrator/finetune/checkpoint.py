@@ -3,25 +3,21 @@
     <folder of the fingerprint>/<attempt>/step-00000015.safetensors
 
 Tensors are named `trainable/..`, `frozen/..` and `moments/<moment>/<parameter>`; everything else is one JSON
-text in the file's metadata. Opening one runs no code.
+text in the file's metadata, with a digest of all (`tensor_files.py`). Opening one runs no code.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from orchestrator.finetune import tensor_files
 
 KEPT = 2
 """Checkpoints kept of an attempt: the newest, and the one before it should the newest be torn."""
@@ -51,19 +47,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     head = {"fingerprint": checkpoint.fingerprint, "step": checkpoint.step, "state": checkpoint.state}
     path = place(folder, checkpoint.attempt, checkpoint.step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        # Into the file and not into memory first: of a whole model that would be one copy more.
-        safetensors.torch.save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            draft,
-            {"lane": json.dumps(head)},
-        )
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    tensor_files.write(path, tensors, json.dumps(head))
     for old in sorted(path.parent.glob("step-*.safetensors"))[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
@@ -73,22 +57,31 @@ def place(folder: Path, attempt: int, step: int) -> Path:
     return folder / str(attempt) / f"step-{step:08d}.safetensors"
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The whole checkpoint with the most steps, over all attempts; of two alike the later attempt's. What
-    cannot be read is skipped with a warning in the log."""
+def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Find the checkpoint from which a lane goes on.
+
+    Args:
+        folder: The checkpoints of one fingerprint.
+        say: Is told, in one line each, which files were skipped because they cannot be read, or do not hold
+            what was written to them.
+
+    Returns:
+        The whole checkpoint with the most steps over all attempts (of two alike the later attempt's); None
+        when there is none.
+    """
     for _, _, path in sorted(_places(folder), reverse=True):
         try:
             return read(path)
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
-            log.warning("skipping the checkpoint %s: %s: %s", path, type(error).__name__, error)
+            reason = " ".join(str(error).replace(f"{path}: ", "").split())
+            say(f"skipped the damaged checkpoint {path}: {reason}")
     return None
 
 
 def read(path: Path) -> Checkpoint:
     """Raises SafetensorError, OSError, KeyError or ValueError when the file is not a whole checkpoint."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        head = json.loads((file.metadata() or {})["lane"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    tensors, text = tensor_files.read(path)
+    head = json.loads(text)
     parts: dict[str, Any] = {"trainable": {}, "frozen": {}, "moments": {}}
     for name, tensor in tensors.items():
         part, rest = name.split("/", 1)

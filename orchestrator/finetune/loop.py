@@ -77,7 +77,14 @@ def run(
     loop = _Loop(
         rank_0_source=source,
         store=store,
-        books=Books(store, made, provenance, team.size, record_seconds),
+        books=Books(
+            store,
+            made,
+            provenance,
+            team.size,
+            record_seconds,
+            say=source.say if source is not None else log.warning,
+        ),
         workshop=made,
         team=team,
         places=Places(lanes, spill_seconds),
@@ -209,7 +216,7 @@ class _Loop:
 
         def look() -> tuple[int, int] | None:
             """Rank 0."""
-            if (newest := checkpoint.newest(folder)) is None:
+            if (newest := checkpoint.newest(folder, self.books.warn)) is None:
                 return None
             found.append(newest)
             return newest.attempt, newest.step

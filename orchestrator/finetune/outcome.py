@@ -54,10 +54,17 @@ class Books:
     """As in `loop.run`."""
     workers: int
     patience: float
+    say: Callable[[str], None]
+    """Shows a line to the people who watch the study."""
     saved: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What a lane's newest checkpoint holds: steps, evaluations."""
     warned: bool = False
     full_since: float | None = None
+
+    def warn(self, line: str) -> None:
+        """Write `line` to this process's log and show it to the people who watch the study."""
+        log.warning("%s", line)
+        self.say(line)
 
     def opened(self, lane: Lane) -> None:
         """It goes on from its newest checkpoint."""
@@ -80,7 +87,7 @@ class Books:
             if not refused and fault_of(error) not in (Fault.DISK, Fault.MEMORY):
                 raise
             if not self.warned:
-                log.warning("cannot save lanes in %s: %s; training goes on", self.store.checkpoints, error)
+                self.warn(f"cannot save lanes in {self.store.checkpoints}: {error}; training goes on")
             self.warned = True
         else:
             self.saved[lane.name], self.warned = what, False
@@ -122,11 +129,10 @@ class Books:
         try:
             path = limits.remember(self.store.limits, shape, self.workshop.place, lanes, tried)
         except OSError as error:
-            log.warning(
-                "out of memory with %d lanes, now %d at once (not remembered: %s)", tried, lanes, error
-            )
+            kept = f"not remembered: {error}"
         else:
-            log.warning("out of memory with %d lanes, now %d at once; remembered in %s", tried, lanes, path)
+            kept = f"remembered in {path}"
+        self.warn(f"out of memory with {tried} lanes, now {lanes} at once; {kept}")
 
     def most_lanes(self, shape: str, told: int) -> int | None:
         """That there is memory for, if that is known; says so where it is less than the seat was `told`."""
@@ -134,7 +140,7 @@ class Books:
         most = limits.most_lanes(self.store.limits, shape, place)
         if most is not None and most < told:
             path = limits.file_of(self.store.limits, shape, place)
-            log.warning("at most %d lanes at once: more had no memory before (remove %s to try)", most, path)
+            self.warn(f"at most {most} lanes at once: more had no memory before (remove {path} to try)")
         return most
 
     def wait_for_space(self, why: object) -> None:
@@ -142,7 +148,7 @@ class Books:
         now = time.monotonic()
         if self.full_since is None:
             self.full_since = now
-            log.warning("%s; waiting for space up to %g s", why, self.patience)
+            self.warn(f"{why}; waiting for space up to {self.patience:g} s")
         if now - self.full_since > self.patience:
             where = self.store.checkpoints.parent
             raise StoreFull(f"no space left on {where}; free some, then run the command again")

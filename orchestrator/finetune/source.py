@@ -80,6 +80,10 @@ class Source(Protocol):
         parked one first for its trial to ask on."""
         ...
 
+    def say(self, line: str) -> None:
+        """Show `line` to the people who watch the study."""
+        ...
+
     def done(self, fingerprint: str, attempt: int, state: State) -> None:
         """The lane has ended and its record, if any, is in the store already."""
         ...

@@ -61,6 +61,8 @@ class Broker:
         self.given_up = False
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
+        self.lines: list[str] = []
+        """What seats have to say to the people who watch the study."""
 
     # -- trials
 
@@ -109,6 +111,9 @@ class Broker:
     async def spill(self, seat: str, fingerprint: str, attempt: int) -> None:
         self.core.spill(seat, fingerprint, attempt, time.monotonic())
 
+    async def say(self, line: str) -> None:
+        self.lines.append(line)
+
     async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
         self.core.done(seat, fingerprint, attempt, state, time.monotonic())
         self._tell(fingerprint)
@@ -126,15 +131,16 @@ class Broker:
 
     # -- the driver
 
-    async def news(self, since: int, born: str) -> dict[str, Any]:
-        """Lanes that ended from number `since` on (all, for who knew another incarnation), the counts, the
-        steps that each seat has taken, the names of seats that hang, and why no other should be started, if
-        so."""
+    async def news(self, since: int, lines: int, born: str) -> dict[str, Any]:
+        """Lanes that ended from number `since` on and what seats said from line `lines` on (all, for who knew
+        another incarnation), the counts, the steps that each seat has taken, the names of seats that hang,
+        and why no other should be started, if so."""
         self.core.tick(time.monotonic())
-        ended = self.core.ended[since if born == self.born else 0 :]
+        since, lines = (since, lines) if born == self.born else (0, 0)
         return {
             "born": self.born,
-            "ended": ended,
+            "ended": self.core.ended[since:],
+            "lines": self.lines[lines:],
             "counts": self.core.counts(),
             "taken": dict(self.core.taken),
             "stuck": self.core.stuck(time.monotonic()),
@@ -231,6 +237,9 @@ class BrokerSource:
     def spill(self, fingerprint: str, attempt: int) -> None:
         self._call("spill", self.seat, fingerprint, attempt)
         self.held.pop(fingerprint, None)
+
+    def say(self, line: str) -> None:
+        self._call("say", line)
 
     def done(self, fingerprint: str, attempt: int, state: State) -> None:
         self._call("done", self.seat, fingerprint, attempt, state)

@@ -220,7 +220,7 @@ class _Watch(threading.Thread):
         self.left = False
         self.stop = threading.Event()
         self.all_told, self.settled = threading.Event(), threading.Event()
-        self.read, self.born = 0, ""
+        self.read, self.lines, self.born = 0, 0, ""
         self.taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
         self.error: Exception | None = None
         self.heard = time.monotonic() + seats.plan.start_seconds  # of the broker, which has yet to start
@@ -282,11 +282,11 @@ class _Watch(threading.Thread):
 
     def _look(self) -> None:
         all_told = self.all_told.is_set()
-        news = ray.get(self.broker.news.remote(self.read, self.born), timeout=10)
+        news = ray.get(self.broker.news.remote(self.read, self.lines, self.born), timeout=10)
         if news["born"] != self.born:  # it restarted: its list of the ended began anew
             for trial, stopped in list(self.owed.items()):
                 ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
-            self.read, self.born = 0, news["born"]
+            self.read, self.lines, self.born = 0, 0, news["born"]
         for trial, (configuration, _) in list(self.owed.items()):
             fingerprint = configuration.fingerprint
             met = self.store.meets(fingerprint, settings(self.scheduler, configuration))
@@ -298,6 +298,9 @@ class _Watch(threading.Thread):
                 self.progress.ended(record)
                 self.ended(record)
         self.read += len(news["ended"])
+        for line in news["lines"]:
+            self.progress.say(line)
+        self.lines += len(news["lines"])
         for seat, taken in news["taken"].items():
             self.taken[seat] = max(taken, self.taken.get(seat, 0))
         progress, counts = self.progress, news["counts"]

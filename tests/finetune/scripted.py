@@ -158,6 +158,7 @@ class Script:
     parked: set[str] = field(default_factory=set)
     steps: Mapping[str, int] = field(default_factory=dict)
     spilled: list[tuple[str, int]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     taken: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict)
 
@@ -196,6 +197,9 @@ class Script:
 
     def spill(self, fingerprint: str, attempt: int) -> None:
         self.spilled.append((fingerprint, attempt))
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
     def done(self, fingerprint: str, attempt: int, state: str) -> None:
         self.ended.append((fingerprint, attempt, state))

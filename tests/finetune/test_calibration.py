@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,11 +50,14 @@ def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, stor
         assert record.state == "finished", record.traceback
 
 
-def test_a_torn_file_is_made_anew(store: Store) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
+)
+def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], bytes]) -> None:
     train(Script(leases([point("eva")])), store)
     (file,) = store.evidence.iterdir()
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(damage(whole))
     again = point("eva", rate=1e-3)
     train(Script(leases([again])), store)
     assert file.read_bytes() == whole

@@ -324,7 +324,7 @@ def test_a_checkpoint_that_finds_no_space_is_left_out(
 
     def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
         step = steps.get(points[0].fingerprint, 0)
-        found = newest(disk.folder / points[0].fingerprint)
+        found = newest(disk.folder / points[0].fingerprint, print)
         seen.setdefault(step, found.step if found else 0)
         leaves = step == 7 and not source.spilled
         return {points[0].fingerprint: Answer.LEAVE} if leaves else {}
@@ -435,7 +435,7 @@ def test_a_lane_that_leaves_is_saved_at_once_and_goes_on_elsewhere(store: Store,
     train(source, store)
     assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
     assert source.ended == []
-    assert {newest(store.checkpoints / point.fingerprint).step for point in points} == {3}  # type: ignore[union-attr]
+    assert {newest(store.checkpoints / point.fingerprint, print).step for point in points} == {3}  # type: ignore[union-attr]
     train(Script(leases(points, attempt=2)), store)
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))

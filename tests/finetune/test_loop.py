@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,14 +192,22 @@ def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
     assert get(store, one.fingerprint).provenance.resumed_from == (9,)
 
 
-def test_a_torn_checkpoint_costs_steps_and_nothing_else(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
+)
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+    store: Store, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
     one = configuration(steps=12, evaluations=4)
 
     with pytest.raises(Interrupted):
         train(Script(leases([one]), answers=dies_at_9), store)
     last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
-    last.write_bytes(last.read_bytes()[:-1])
-    train(Script(leases([one], attempt=2)), store)
+    last.write_bytes(damage(last.read_bytes()))
+    source = Script(leases([one], attempt=2))
+    train(source, store)
+    (line,) = source.said
+    assert line.startswith(f"skipped the damaged checkpoint {last}: ")
     record = get(store, one.fingerprint)
     assert record.provenance.resumed_from == (6,)
     assert numbers(record) == numbers(solo(one, tmp_path))
@@ -217,7 +225,7 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
     assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
     assert source.ended == [(one.fingerprint, 1, "stopped")]
-    saved = newest(store.checkpoints / one.fingerprint)
+    saved = newest(store.checkpoints / one.fingerprint, print)
     assert saved is not None
     assert saved.step == 6
     train(Script([Lease(one, 2, "asha")]), store)

@@ -39,6 +39,9 @@ class _Queue:
     def spill(self, fingerprint: str, attempt: int) -> None:
         raise AssertionError(f"{fingerprint[:12]} was given back")
 
+    def say(self, line: str) -> None:
+        raise AssertionError(line)
+
     def done(self, fingerprint: str, attempt: int, state: State) -> None:
         pass
 

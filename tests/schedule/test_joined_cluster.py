@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     saved = study.saved(output)
     assert list(saved.values()) == [8, 8], "the two steps since then are lost"
     for fingerprint, step in saved.items():
-        whole = checkpoint.newest(store.checkpoints / fingerprint)
+        whole = checkpoint.newest(store.checkpoints / fingerprint, print)
         assert whole is not None
         assert whole.step == step, "nothing on disk is broken"
     study.release(task)

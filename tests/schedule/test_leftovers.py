@@ -43,7 +43,8 @@ def ours(output: Path) -> list[str]:
 def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     output: Path, tmp_path: Path
 ) -> None:
-    """The first lane is done, the second one has a checkpoint and two steps more, the third one waits."""
+    """The first lane is done, the second one has a checkpoint and two steps more, the third one waits. The
+    disk then damages what would be the newest checkpoint: the user is told, and the one before is used."""
     before = study.rays()
     task = study.hold(tmp_path / "task", Store(output / "store"), records=1, step=10)
     arguments = (*THREE, *ONE_PLACE, "--task", str(task))
@@ -57,8 +58,14 @@ def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     half = {f: step for f, step in study.saved(output).items() if f not in done}
     assert (len(done), list(half.values())) == (1, [8])
 
+    (whole,) = Store(output / "store").checkpoints.glob(f"{next(iter(half))}/*/step-00000008.safetensors")
+    damaged = whole.with_name("step-00000010.safetensors")
+    damaged.write_bytes(whole.read_bytes()[:-1] + bytes([whole.read_bytes()[-1] ^ 1]))
+
     code, out, err = study.run(output, *arguments)
     assert code == 0, out + err
+    assert "skipped the damaged checkpoint" in out
+    assert f"skipped the damaged checkpoint {damaged}: " in (output / NAME / "study.log").read_text()
     now = study.records(output)
     assert Counter(r.state for r in now.values()) == {"finished": 3}
     for fingerprint, ended in done.items():

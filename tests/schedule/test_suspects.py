@@ -197,7 +197,7 @@ def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) 
     async def crash(number: int) -> str:
         assert len((await broker.lease(f"seat-{number}.x", None, 1, {}, 0)).leases) == 1
         await broker.seat_ended(f"seat-{number}", How.CRASHED, "killed by SIGKILL")
-        return str((await broker.news(0, ""))["hopeless"])
+        return str((await broker.news(0, 0, ""))["hopeless"])
 
     for number in range(2 * FAILURES_ALLOWED):
         (folder / str(number + 1)).mkdir(parents=True)

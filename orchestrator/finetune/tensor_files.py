@@ -1,0 +1,86 @@
+"""Tensors in a safetensors file that says whether it is what was written.
+
+The file's metadata hold one text (`head`) and a SHA-256 over that text and all tensors. Reading verifies it:
+a bit that a disk, a copy or a network file system has changed is an error and never another number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+ABOUT = "about"
+"""The file's only metadata, as safetensors writes several in a random order: one content is one file."""
+
+
+class Damaged(ValueError):
+    """The content of a file is not what was written to it."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:
+    """Write the tensors to `path`, under a temporary name that is synced and renamed.
+
+    A reader sees the old file or the whole new one.
+
+    Args:
+        path: The file; its folder exists.
+        tensors: Name -> tensor of any shape, dtype and device.
+        head: A text that is kept with them.
+
+    Raises:
+        OSError, SafetensorError: The disk refuses; what was at `path` is still there.
+    """
+    # Written straight to the file: a whole model in memory once more would be too much.
+    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        about = {"head": head, "sha256": _digest(here, head)}
+        safetensors.torch.save_file(here, draft, {ABOUT: json.dumps(about)})
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Read what `write` has written.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by name, on the CPU and in the order of their names, and the head.
+
+    Raises:
+        Damaged: The content has changed since it was written, or `write` has not written it.
+        OSError, SafetensorError: The file cannot be read, or is no safetensors file.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get(ABOUT, "{}")
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    try:
+        about = json.loads(text)
+        whole = about["sha256"] == _digest(tensors, about["head"])
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{path}: its content is not what was written (its SHA-256 differs)")
+    return tensors, about["head"]
+
+
+def _digest(tensors: Mapping[str, Tensor], head: str) -> str:
+    found = hashlib.sha256(head.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
