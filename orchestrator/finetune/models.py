@@ -158,6 +158,8 @@ def load(
         from orchestrator.finetune import deberta
 
         deberta.positions_of_rows(model)
+    if not headed:
+        _check_next_tokens(model, choice.name)
     images = task is not None and task.inputs == "image"
     heads = _heads(model, choice.name, set(info["missing_keys"])) if headed else ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -227,7 +229,32 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"Model {choice.name!r} does not suit task {task.name!r}: {reason}") from error
+    if not task.has_head:
+        _check_next_tokens(model, choice.name)
     return model, _heads(model, choice.name, set()) if task.has_head else ()
+
+
+def _check_next_tokens(model: Any, name: str) -> None:
+    """Refuse a model whose tokens see those that come after them: it would see the answer that it is to give.
+
+    Args:
+        model: A transformers model with a language-modelling head, with or without weights.
+        name: Its name, for the error.
+
+    Raises:
+        BadInput: The model is an encoder, such as a BERT that is no decoder, or an XLNet.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    config = model.config
+    # Some architectures have no such attribute: of these, what is trained to fill gaps sees both ways.
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
+    if not (any(said) if said else getattr(config, "is_decoder", False) or not encoder):
+        raise BadInput(
+            f"Model {name!r} ({type(model).__name__}): its tokens see those after them, so it would see the "
+            "answer that this task asks for. Take a decoder, or a task of classes."
+        )
 
 
 def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:

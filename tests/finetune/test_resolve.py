@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import encoders
 import pytest
 
 from orchestrator.finetune import models, resolve
@@ -12,7 +13,7 @@ from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.finetune.tasks.reviews import Reviews
-from orchestrator.study.configuration import Batches, Configuration
+from orchestrator.study.configuration import Batches, Configuration, ModelChoice
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
 
@@ -112,6 +113,27 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
     content = models.prepare(str(tmp_path), bases, lambda text: None)
     with pytest.raises(BadInput, match="is an encoder with a decoder"):
         resolve.templates(typed, chosen, content, bases)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "deberta"])
+def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(
+    kind: str, bases: Path, tmp_path: Path
+) -> None:
+    """It attends both ways and would see the answer: in the plan, and where the weights are loaded."""
+    folder = encoders.save(kind, tmp_path)
+    typed = StudyOptions(task="letters", model=str(folder))
+    chosen = resolve.names(typed, "letters", ("lora",), bases)
+    content = models.prepare(str(folder), bases, lambda text: None)
+    for refuses in (
+        lambda: resolve.templates(typed, chosen, content, bases),
+        lambda: models.load(ModelChoice(str(folder), content), bases, "cpu", chosen.task),
+    ):
+        with pytest.raises(BadInput) as caught:
+            refuses()
+        assert "\n" not in str(caught.value)
+        # Other reasons: no such class of transformers', and no end token in BERT's and ELECTRA's tokenizers.
+        other = kind in ("distilbert", "deberta") or "no end token" in str(caught.value)
+        assert other or "would see the answer" in str(caught.value)
 
 
 def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
