@@ -25,14 +25,16 @@ class LaneTensors:
     def put(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        """Gives `lane` copies of what changes; the rest may be shared with others."""
+        """Gives `lane` copies of what changes; the rest may be shared with others. Tensors are kept in the
+        order of their names: a file of tensors is read in that order, and a sum over a lane's gradients has
+        other last bits in another order."""
         self.trainable[lane] = {
             name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
-            for name, tensor in trainable.items()
+            for name, tensor in sorted(trainable.items())
         }
         self.frozen[lane] = {
             name: tensor.detach().to(device, copy=name in self.moving).contiguous()
-            for name, tensor in frozen.items()
+            for name, tensor in sorted(frozen.items())
         }
         self._stacks.clear()
 
