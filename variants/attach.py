@@ -27,7 +27,7 @@ from variants.heads import LaneHead
 from variants.lane_linear import Board, BypassedLayer, LaneLinear, Rows, RowsWithoutLane
 from variants.lane_tensors import LaneTensors
 from variants.targets import find
-from variants.whole import Whole
+from variants.whole import PREFIX, Whole
 
 __all__ = ["Adapters", "BypassedLayer", "LaneLinear", "RowsWithoutLane", "attach"]
 
@@ -219,6 +219,11 @@ class Adapters:
     def is_head(self, parameter: str) -> bool:
         """Whether a name that `trainable` gives belongs to the task's head."""
         return parameter.rpartition(".")[0] in self.heads
+
+    def owner(self, parameter: str) -> nn.Module | None:
+        """The module of the model whose own parameter a lane learns in its place (`full`); None elsewhere."""
+        place = parameter.rpartition(".")[0]
+        return self.model.get_submodule(place.removeprefix(PREFIX)) if place.startswith(PREFIX) else None
 
     def ranks(self, lane: str) -> dict[str, int]:
         """Layer -> ranks in use."""

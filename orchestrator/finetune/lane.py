@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from variants.attach import Adapters, Distilled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CLIP_EPSILON = 1e-6
+"""Of torch.nn.utils.clip_grad_norm_, which transformers' Trainer clips with."""
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+"""In lower-case names of parameters, as in transformers' Trainer.get_decay_parameter_names."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,19 @@ class Taken:
     loss: float
     norm: float
     tokens: int
+
+
+def decays(name: str, adapters: Adapters) -> bool:
+    """Whether weight decay reaches a parameter: the rule of transformers' Trainer, by name and by module.
+
+    Args:
+        name: As `Adapters.trainable` gives it.
+        adapters: The model's adapters.
+
+    Returns:
+        False for biases and for the parameters of norms.
+    """
+    return not (_NO_DECAY.search(name.lower()) or isinstance(adapters.owner(name), torch.nn.LayerNorm))
 
 
 def settings_of(configuration: Configuration) -> Settings:
@@ -123,19 +141,22 @@ class Lane:
     def _optimizer(self) -> torch.optim.AdamW:
         options = self.configuration.optimizer
         head = options.head_learning_rate
-        groups: dict[float, list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             if self.adapters.is_head(name):
                 scale = 1.0 if head is None else head / options.learning_rate
             else:
                 scale = self.adapters.variant.learning_rate_scale(name.rpartition(".")[2], self.settings)
-            groups.setdefault(scale, []).append(parameter)
+            decay = options.weight_decay if decays(name, self.adapters) else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
         return torch.optim.AdamW(
-            [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+            [
+                {"params": parameters, "scale": scale, "weight_decay": decay}
+                for (scale, decay), parameters in groups.items()
+            ],
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             eps=options.epsilon,
-            weight_decay=options.weight_decay,
             fused=True,
         )
 
@@ -157,10 +178,10 @@ class Lane:
         reason = self.watch.observe(self.step, loss, norm)
         if reason is not None:
             return reason
-        clip = self.configuration.optimizer.clip_norm
-        if norm > clip:
+        clipped = self.configuration.optimizer.clip_norm / (norm + CLIP_EPSILON)
+        if clipped < 1:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            torch._foreach_mul_(gradients, clip / norm)
+            torch._foreach_mul_(gradients, clipped)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         steps = self.configuration.schedule.steps

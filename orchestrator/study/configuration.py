@@ -61,8 +61,8 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW. `clip_norm` bounds the global gradient norm of a lane. `head_learning_rate` is that of a task's
-    head; None: the same as all."""
+    """AdamW as transformers' Trainer runs it: biases and norms do not decay. `clip_norm` bounds the global
+    gradient norm of a lane. `head_learning_rate` is that of a task's head; None: the same as all."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -75,7 +75,8 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate over `steps` optimizer steps: linear warm-up for the share `warmup`, then `name`."""
+    """The learning rate over `steps` optimizer steps: linear warm-up from 0 for the share `warmup`, then
+    `name`."""
 
     steps: int
     name: ScheduleName = "cosine"
@@ -114,7 +115,9 @@ class Configuration:
     evaluations: int = 4
     """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
     seed: int = 0
-    loop_numerics: int = 1
+    loop_numerics: int = 2
+    """Raised by hand when a change of the loop alters results. 1: warm-up began at (step + 1) / w, biases and
+    norms decayed, tensors had no fixed order, tokenizers gave no BOS."""
 
     @cached_property
     def fingerprint(self) -> str:
