@@ -174,6 +174,10 @@ class Variant:
     """Whether there is an `auxiliary_loss`."""
     extra: ClassVar[Extra] = {}
     """Hyperparameters that only this variant knows, with their defaults."""
+    frozen_part: ClassVar[frozenset[str]] = frozenset()
+    """Names of the frozen tensors whose part of the update belongs to the frozen weight (PiSSA's residual,
+    ReLoRA's merged factors), so that no dropout reaches it. They are given to `undropped` then, and left out
+    of what `prepare` gets."""
     drops_base: ClassVar[bool] = False
     """The update reads the frozen layer's output too, so that dropout has to reach that output as well."""
 
@@ -220,6 +224,23 @@ class Variant:
 
         Parameters come in `layer.dtype`; cast them to `x.dtype` where they meet x, and multiply them by `bmm`
         and `baddbmm` below.
+        """
+        raise NotImplementedError
+
+    def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+        """Add the part of the update that is frozen, which reads the input without dropout.
+
+        Called in training with dropout only, and only for a layer that has tensors of `frozen_part`.
+
+        Args:
+            x: The layer's input without dropout, (K, N, in).
+            base: The frozen layer's output with bias, (K, N, out).
+            params: The lanes' tensors as they are kept, (K, ...).
+            layer: The frozen layer.
+            scaling: The factor s of each lane, (K, 1, 1).
+
+        Returns:
+            What `forward` is given as `base`, (K, N, out).
         """
         raise NotImplementedError
 

@@ -153,13 +153,20 @@ class LaneLinear(nn.Module):
             return self._adapt(flat, flat_base, rows).view(base.shape)
         dropped = flat * self._mask(flat, rows)
         if not self.variant.drops_base:
-            return self._adapt(dropped, flat_base, rows).view(base.shape)
+            return self._adapt(dropped, flat_base, rows, flat).view(base.shape)
         seen = self.base(dropped)
         return (flat_base + (self._adapt(dropped, seen, rows) - seen)).view(base.shape)
 
-    def _adapt(self, x: Tensor, base: Tensor, rows: Rows) -> Tensor:
+    def _adapt(self, x: Tensor, base: Tensor, rows: Rows, undropped: Tensor | None = None) -> Tensor:
+        """The lanes' outputs, (K, N, out), from the input and the frozen layer's output. `undropped`: the
+        input without dropout where `x` is with it."""
         lanes, layer, variant = rows.lanes, self.layer, self.variant
         scaling = self.board.scaling(variant, lanes, layer)
+        if undropped is not None and (frozen := variant.frozen_part & self.one(lanes[0]).keys()):
+            params = self._stack(lanes)
+            base = variant.undropped(undropped, base, params, layer, scaling)
+            learnt = {name: tensor for name, tensor in params.items() if name not in frozen}
+            return variant.forward(x, base, variant.prepare(learnt, layer, scaling), layer, scaling)
         if variant.kind == Kind.DENSE and layer.weight.numel() * len(lanes) > LARGE:
             parts = [self._alone(x[k : k + 1], base[k : k + 1], lane, layer) for k, lane in enumerate(lanes)]
             return torch.cat(parts)

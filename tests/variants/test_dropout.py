@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.contract import Settings
+from variants.contract import Adapts, Evidence, Settings
 
 SETTINGS = Settings(rank=8, alpha=16.0, dropout=0.25)
 
@@ -33,6 +33,37 @@ def adapted(name: str = "lora") -> Adapters:
             adapters.trainable(str(lane))["blocks.0.B"].normal_(generator=torch.Generator().manual_seed(5))
             adapters.trainable(str(lane))["blocks.0.A"].normal_(generator=torch.Generator().manual_seed(6))
     return adapters
+
+
+def begun_settings(name: str) -> Settings:
+    variant = catalogue.get(name)
+    few = {"calibration_batches": 1} if "calibration_batches" in variant.extra else {}
+    return variant.checked_settings(Settings(rank=4, alpha=8.0, dropout=0.25, extra=few))
+
+
+def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
+    """What a start is computed from, of random gradients or inputs."""
+    variant = adapters.variant
+    if variant.evidence is Evidence.NONE:
+        return None
+    found = {}
+    for name, layer in adapters.layers.items():
+        out, inside = layer.layer.weight.shape
+        rows = out if variant.evidence is Evidence.GRADIENT else inside
+        matrix = torch.randn(rows, inside, generator=torch.Generator().manual_seed(1))
+        matrix = matrix if variant.evidence is Evidence.GRADIENT else matrix @ matrix.T
+        found[name] = variant.distill(layer.layer, matrix, adapters.settings)
+    return found
+
+
+def begun(name: str) -> set[str]:
+    """The names of the tensors that a lane of this variant has in a layer."""
+    variant, settings = catalogue.get(name), begun_settings(name)
+    if variant.adapts is not Adapts.LAYERS:
+        return set()
+    adapters = attach(Block(), variant, settings)
+    adapters.add("0", settings, seed=0, evidence=evidence(adapters))
+    return set(adapters.layers["blocks.0"].one("0"))
 
 
 def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int = 0) -> Tensor:
@@ -75,3 +106,29 @@ def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None
     kept = change > 0.5
     torch.testing.assert_close(change, torch.where(kept, 1 / 0.75, 0.0), rtol=0, atol=1e-5)
     assert 0.65 < kept.float().mean() < 0.85
+
+
+WITH_A_FROZEN_PART = [name for name in catalogue.names() if "A0" in begun(name) or "merged A" in begun(name)]
+
+
+@pytest.mark.parametrize("name", WITH_A_FROZEN_PART)
+def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
+    """W' x = (W + frozen part) x + s B A drop(x), with the lane's own mask."""
+    model, settings = Block(), begun_settings(name)
+    adapters = attach(model, catalogue.get(name), settings)
+    adapters.add("0", settings, seed=0, evidence=evidence(adapters))
+    (layer,) = adapters.layers.values()
+    lane = layer.own.one("0")
+    with torch.no_grad():
+        for number, tensor in enumerate(lane.values()):
+            tensor.normal_(generator=torch.Generator().manual_seed(number))
+    a0, b0 = (lane["merged A"], lane["merged B"]) if "merged A" in lane else (lane["A0"], -lane["B0"])
+    scaling = adapters.variant.scaling(settings)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad(), adapters.rows(["0"], 3) as rows:
+        found = model(x)
+        dropped = (x.unsqueeze(0) * layer._mask(x.unsqueeze(0), rows))[0]
+    assert (dropped == 0).float().mean() > 0.1
+    frozen = layer.base.weight + scaling * b0 @ a0
+    expected = x @ frozen.T + layer.base.bias + scaling * dropped @ lane["A"].T @ lane["B"].T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

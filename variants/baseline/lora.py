@@ -32,7 +32,8 @@ class LoRA(Variant):
     A start that is not zero (PiSSA, OLoRA, MiLoRA, LoRA-GA) is handled here: if `start` puts frozen copies
     A0, B0 beside A, B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
     s (B (A - A0) + (B - B0) A0): the same, but exactly zero at the start in every dtype, and what was learned
-    is not rounded against the larger B0 A0.
+    is not rounded against the larger B0 A0. With dropout the input of B A is dropped and that of
+    W - s B0 A0, the weight that the papers freeze, is not.
     """
 
     name: ClassVar[str] = "lora"
@@ -41,6 +42,7 @@ class LoRA(Variant):
     paper: ClassVar[str] = "2106.09685"
     checked: ClassVar[Checked] = Checked.ORACLE
     kind: ClassVar[Kind] = Kind.STACKED
+    frozen_part: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
     def scaling(self, settings: Settings) -> float:
         return _alpha(settings) / settings.rank
@@ -55,6 +57,14 @@ class LoRA(Variant):
             return a, b
         a0, b0 = params["A0"], params["B0"]
         return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
+
+    def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        """A (..., R, in) and B (..., out, R) of what `frozen_part` adds to the frozen weight, s B A."""
+        return params["A0"], -params["B0"]
+
+    def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+        a, b = widened(*self.frozen_factors(params))
+        return LoRA.forward(self, x, base, {"A": a, "sB": b * scaling}, layer, scaling)
 
     def export_rank(self, settings: Settings) -> int:
         """Of the plain LoRA that the export is, over the unchanged base: above the rank that is learnt where

@@ -28,11 +28,12 @@ class ReLoRA(LoRA):
     """W' = W + s (B A + sum over i of Bi Ai), s = alpha / rank: a sum of rank up to rank * (merges + 1).
 
     Start as LoRA. The horizon has merges + 1 equal parts. After each but the last, B A joins the frozen Bi Ai
-    (not W: exact in every dtype, and over one base for all lanes), A is drawn anew and B is zero, so W' stays
-    as it is. Then Adam is made to forget: both moments of each A and B become zero where exp_avg is smallest,
-    in the share `pruned` of all places; and the learning rate warms up again from zero to its schedule,
-    linearly over `warmup` of the horizon, at least one step ("jagged cosine"). Parameters: rank * (in + out)
-    a layer; the frozen factors are there from the start, as zeros.
+    (not W: exact in every dtype, and over one base for all lanes; dropout does not reach it, as it would not
+    reach W), A is drawn anew and B is zero, so W' stays as it is. Then Adam is made to forget: both moments
+    of each A and B become zero where exp_avg is smallest, in the share `pruned` of all places; and the
+    learning rate warms up again from zero to its schedule, linearly over `warmup` of the horizon, at least
+    one step ("jagged cosine"). Parameters: rank * (in + out) a layer; the frozen factors are there from the
+    start, as zeros.
 
     Defaults: 3 merges and 10 of 1,562 steps of warm-up, as in the published study; pruning as the paper says
     it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code calls 99.9 % at random
@@ -49,6 +50,7 @@ class ReLoRA(LoRA):
     paper: ClassVar[str] = "2307.05695"
     checked: ClassVar[Checked] = Checked.PAPER
     moving: ClassVar[frozenset[str]] = frozenset({"merged A", "merged B"})
+    frozen_part: ClassVar[frozenset[str]] = moving
     extra: ClassVar[Extra] = {"merges": 3, "warmup": 10 / 1562, "pruned": 0.99}
 
     def checked_settings(self, settings: Settings) -> Settings:
@@ -87,8 +89,14 @@ class ReLoRA(LoRA):
                 _prune(lane.moments(parameter), real_number(lane.settings, "pruned"))
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        a = torch.cat([params["A"], params["merged A"]], dim=-2)
-        return a, torch.cat([params["B"], params["merged B"]], dim=-1)
+        a, b = super().factors(params)
+        if "merged A" not in params:
+            return a, b
+        merged_a, merged_b = self.frozen_factors(params)
+        return torch.cat([a, merged_a], dim=-2), torch.cat([b, merged_b], dim=-1)
+
+    def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
+        return params["merged A"], params["merged B"]
 
     def export_rank(self, settings: Settings) -> int:
         return settings.rank * (whole_number(settings, "merges") + 1)
