@@ -55,8 +55,8 @@ IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES}
 ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
 """The same of `Row`. Targets that are values are numbers."""
 
-FORMAT = 1
-"""Raised by hand when what is kept of the same task changes."""
+FORMAT = 2
+"""Raised by hand when what is kept of the same task changes. 1: token ids without the tokenizer's BOS."""
 CHUNK = 4096
 FILES_CHUNK = 128  # of images: they are in memory until they are written, a photo may be a megabyte
 QUIET_SECONDS = 4.0

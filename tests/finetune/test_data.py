@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -75,6 +78,49 @@ def test_an_item_with_nothing_to_read_is_named() -> None:
         encode([Example("", "b")], Characters(), None)
     assert encode([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), "to learn from it is well"
     assert encode([Example("", "b", scored="loss")], Characters(), None)[0].ids == (98,)
+
+
+class Words(Task):
+    name = "words"
+
+
+def llama(**begin: bool) -> Any:
+    from transformers import LlamaTokenizer
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3, "▁b": 4, "a": 5, "b": 6, "▁": 7}
+    return LlamaTokenizer(vocab=vocab, merges=[("▁", "a"), ("▁", "b")], **begin)
+
+
+def gemma(**begin: bool) -> Any:
+    from transformers import GemmaTokenizer
+
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "a": 5, "b": 6, "▁": 7}
+    return GemmaTokenizer(vocab=vocab, merges=[], **begin)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+@pytest.mark.parametrize("adds", [True, False])
+def test_bos_stands_before_the_prompt_where_the_tokenizer_puts_it(
+    make: Callable[..., Any], adds: bool
+) -> None:
+    words = make(add_bos_token=adds)
+    assert words.bos_token_id is not None
+    (row,) = encode([Example("a b", "b a")], Words(), words)
+    assert list(row.prompt) == words("a b")["input_ids"]
+    assert row.ids[: len(row.prompt)] == row.prompt, "in training as in generation"
+    assert (row.ids[0] == words.bos_token_id) is adds
+    assert row.ids.count(words.bos_token_id) == int(adds), "and not before the answer"
+    assert set(row.targets[: len(row.prompt) - 1]) == {NO_LOSS}
+    assert row.targets[-1] == words.eos_token_id
+
+
+def test_without_a_bos_token_nothing_stands_before_the_prompt() -> None:
+    from orchestrator.finetune.tasks.letters import tokenizer
+
+    words = tokenizer()
+    assert words.bos_token_id is None
+    (row,) = encode([Example("a b", "b")], Words(), words)
+    assert list(row.prompt) == words("a b", add_special_tokens=False)["input_ids"]
 
 
 def test_pad_on_the_right() -> None:

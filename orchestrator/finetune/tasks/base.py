@@ -156,8 +156,10 @@ class Task:
 
     def encode(self, example: Example, tokenizer: Any) -> Encoded:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
-        apart, so that the prompt has the same ids in training and in generation. For a task with a head: the
-        prompt with the special tokens that the model knows around it; `target` says the rest."""
+        apart, so that the prompt has the same ids in training and in generation; it begins with the token
+        that the tokenizer puts before every text (BOS of Llama, Mistral and Gemma), if it puts one. For a
+        task with a head: the prompt with the special tokens that the model knows around it; `target` says
+        the rest."""
         return self._together([example], tokenizer)[0]
 
     def encode_all(self, examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
@@ -175,7 +177,9 @@ class Task:
         asked = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
         said = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
         found = []
-        for prompt, words in zip(asked, said, strict=True):
+        begin = _beginning(tokenizer)
+        for words_before, words in zip(asked, said, strict=True):
+            prompt = [*begin, *words_before]
             answer = [*words, tokenizer.eos_token_id]
             found.append(Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt)))
         return found
@@ -304,6 +308,12 @@ class Task:
                 f"makes {here}. Install the same versions on every machine."
             )
         return {s: found[s][: wanted[s]] for s in SPLITS}
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The BOS token in a list where the tokenizer puts it before a text by itself, else an empty list."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
 
 
 def _content(example: Example) -> tuple[object, ...]:
