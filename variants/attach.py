@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from variants.base_dropout import LaneDropout, TableDropout
 from variants.contract import (
     Adapts,
     Evidence,
@@ -24,8 +25,9 @@ from variants.contract import (
     number,
 )
 from variants.heads import LaneHead
-from variants.lane_linear import Board, BypassedLayer, LaneLinear, Rows, RowsWithoutLane
+from variants.lane_linear import BypassedLayer, LaneLinear
 from variants.lane_tensors import LaneTensors
+from variants.rows import Board, Rows, RowsWithoutLane
 from variants.targets import find
 from variants.whole import PREFIX, Whole
 
@@ -42,13 +44,15 @@ def attach(
     settings: Settings,
     targets: str = "blocks",
     heads: Sequence[str] = (),
+    base_dropout: bool = False,
 ) -> Adapters:
     """Replaces the model's target layers by layers that K lanes share, and freezes the model.
 
     `settings` says what all lanes have alike (rank, dropout, extra); its alpha is checked and otherwise
     unused. `heads` names the modules that are the task's own: every linear layer in them is learnt whole, by
-    each lane. Attach after the model is on its device. Raises Unsupported (a ValueError) on targets that do
-    not exist or cannot be adapted, and on settings that do not fit a layer.
+    each lane. `base_dropout`: the model's own dropout is on where lanes train, by masks of each lane's own
+    (`LaneDropout`). Attach after the model is on its device. Raises Unsupported (a ValueError) on targets
+    that do not exist or cannot be adapted, and on settings that do not fit a layer.
     """
     if any(isinstance(module, (LaneLinear, LaneHead)) for module in model.modules()):
         raise Unsupported("the model carries adapters already; detach() them first")
@@ -75,7 +79,7 @@ def attach(
             raise Unsupported(
                 f"rank {settings.rank} is larger than layer {tightest} allows: at most {largest[tightest]}"
             )
-    return Adapters(model, variant, settings, found, inside)
+    return Adapters(model, variant, settings, found, inside, base_dropout)
 
 
 class Adapters:
@@ -88,6 +92,7 @@ class Adapters:
         settings: Settings,
         found: Mapping[str, nn.Module],
         heads: Mapping[str, nn.Module] | None = None,
+        base_dropout: bool = False,
     ) -> None:
         self.model, self.variant, self.settings = model, variant, settings
         self._board = Board()
@@ -105,6 +110,18 @@ class Adapters:
         self.heads = {name: LaneHead(name, base, self._board) for name, base in (heads or {}).items()}  # type: ignore[arg-type]
         wrapper: dict[int, nn.Module] = {id(layer.base): layer for layer in self.layers.values()}
         wrapper |= {id(head.base): head for head in self.heads.values()}
+        self._attention: list[nn.Module] = []
+        if base_dropout:
+            wrapper |= {
+                id(module): LaneDropout(name, module.p, self._board, isinstance(module, TableDropout))
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Dropout) and module.p > 0
+            }
+            for name, module in list(model.named_modules()):
+                if hasattr(module, "is_causal"):  # an attention module of transformers
+                    module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self._board)
+                    module.training = True  # or it tells its attention function that there is no dropout
+                    self._attention.append(module)
         # A layer may hang in several places of the model: all of them are replaced.
         self._places = [
             (parent, key, child)
@@ -360,7 +377,10 @@ class Adapters:
             parent._modules[key] = child
         for parameter, required in self._required:
             parameter.requires_grad_(required)
-        self._places, self._required = [], []
+        for module in self._attention:
+            del module.lane_dropout
+            module.training = False
+        self._places, self._required, self._attention = [], [], []
         for lane in self.lanes:
             self.remove(lane)
 

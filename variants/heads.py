@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from variants.contract import stream
-from variants.lane_linear import Board, by_lane
 from variants.lane_tensors import LaneTensors
+from variants.rows import Board, by_lane
 
 DEVIATION = 0.02
 """Of a head's first weights: what transformers initialises new layers with, for BERT and most others."""

@@ -111,6 +111,7 @@ _OPTIONS = {
     "rank": "--rank",
     "alpha": "--alpha",
     "dropout": "--dropout",
+    "base_dropout": "--base-dropout",
     "steps_horizon": "--steps",
     "head_learning_rate": "--head-learning-rate",
     "task": "--task",

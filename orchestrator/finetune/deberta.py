@@ -3,7 +3,8 @@
 It projects its table of relative positions once for the whole batch, as one row more, by layers that carry
 adapters (in DeBERTa-v3 by those that project queries and keys); but each lane projects it its own way. Here
 every row projects the positions that its length needs, at most twice its length of them where they are not in
-buckets. With one lane the numbers are transformers' own.
+buckets. With one lane the numbers are transformers' own. Where lanes have dropout masks for the table, each row
+has a table: (rows, positions, features) in place of (positions, features).
 """
 
 from __future__ import annotations
@@ -15,14 +16,24 @@ from torch import Tensor, nn
 from transformers.models.deberta import modeling_deberta as first
 from transformers.models.deberta_v2 import modeling_deberta_v2 as second
 
+from variants.base_dropout import TableDropout
+
 
 def positions_of_rows(model: nn.Module) -> None:
     """Changes the attention of a DeBERTa in place."""
     for module in model.modules():
         if isinstance(module, first.DisentangledSelfAttention):
             module.__class__ = First
+            _mark(module)
         elif isinstance(module, second.DisentangledSelfAttention):
             module.__class__ = Second
+            _mark(module)
+
+
+def _mark(module: Any) -> None:
+    """Say of the module's dropout that its input is a table which the rows of a batch share."""
+    if getattr(module, "relative_attention", False):
+        module.pos_dropout = TableDropout(module.pos_dropout.p)
 
 
 class First(first.DisentangledSelfAttention):
@@ -37,7 +48,7 @@ class First(first.DisentangledSelfAttention):
         """query_layer, key_layer: (rows, heads, L, d), the query scaled; to (rows, heads, L, L)."""
         rows, _, length, size = query_layer.shape
         middle, span = self.max_relative_positions, min(length, self.max_relative_positions)
-        table = rel_embeddings[middle - span : middle + span].expand(rows, -1, -1)
+        table = rel_embeddings[..., middle - span : middle + span, :].expand(rows, -1, -1)
         towards = _places(relative_pos + span, 2 * span).expand(*query_layer.shape[:2], -1, -1)
         back = _places(span - relative_pos, 2 * span).expand(*query_layer.shape[:2], -1, -1)
         score: Any = 0
@@ -65,9 +76,9 @@ class Second(second.DisentangledSelfAttention):
         # Farther tokens share buckets, up to the last; nearer ones have a position each.
         near = self.position_buckets <= 0 or length - 1 <= self.position_buckets // 2
         reach = min(length - 1, span) if near else span
-        table = rel_embeddings[span - reach : min(span + reach + 1, 2 * span)]
-        towards = _places(relative_pos + reach, len(table)).expand(of_all, -1, -1)
-        back = _places(reach - relative_pos, len(table)).expand(of_all, -1, -1)
+        table = rel_embeddings[..., span - reach : min(span + reach + 1, 2 * span), :]
+        towards = _places(relative_pos + reach, table.shape[-2]).expand(of_all, -1, -1)
+        back = _places(reach - relative_pos, table.shape[-2]).expand(of_all, -1, -1)
         rows = table.expand(of_all // heads, -1, -1)
         scale = (size * scale_factor) ** 0.5
         score: Any = 0

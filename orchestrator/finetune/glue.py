@@ -44,6 +44,7 @@ def published(train: int, validation: int, test: int, epochs: int = 10) -> TaskD
         warmup=0.03,
         schedule="linear",
         weight_decay=0.0,
+        base_dropout="on",
     )
 
 

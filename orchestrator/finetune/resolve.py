@@ -107,6 +107,7 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
                 options.steps or defaults.steps, options.schedule or defaults.schedule, defaults.warmup
             ),
             batches=Batches(batch_size // parts, parts, defaults.max_length),
+            base_dropout=options.base_dropout or defaults.base_dropout,
             evaluations=min(options.evaluations or defaults.evaluations, options.steps or defaults.steps),
         )
         for name in chosen.variants
@@ -250,6 +251,7 @@ def _variant(name: str, options: StudyOptions) -> VariantChoice:
 
 def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
     """Attaches each variant to the model's shapes (no weights): what would fail on a GPU fails here."""
+    from orchestrator.finetune import base_dropout
     from variants.attach import attach
     from variants.contract import Settings
 
@@ -258,6 +260,8 @@ def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path)
         settings = Settings(variant.rank, variant.alpha, variant.dropout, variant.extra)
         try:
             model, heads = models.skeleton(configuration.model, bases, task)
+            if configuration.base_dropout == "on":
+                base_dropout.check(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
         except ValueError as error:
             raise BadInput(f"{configuration.model.name} with {variant.name}: {error}") from None

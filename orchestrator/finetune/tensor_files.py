@@ -82,5 +82,5 @@ def _digest(tensors: Mapping[str, Tensor], head: str) -> str:
     found = hashlib.sha256(head.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from orchestrator.finetune import base_dropout
 from orchestrator.finetune.calibration import evidence
 from orchestrator.finetune.checkpoint import Checkpoint
 from orchestrator.finetune.lane import Lane, settings_of
@@ -20,7 +21,7 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.team import ALONE, Team
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
-from variants.attach import attach
+from variants.attach import Adapters, attach
 from variants.contract import Kind, Unsupported, Variant
 from variants.storage import save_lane, save_peft
 
@@ -97,13 +98,20 @@ class Workshop:
                     "install the same version on every machine"
                 )
         bench = self._load(configuration.model, task)
-        adapters = attach(bench.model, variant, settings_of(configuration), choice.targets, heads=bench.heads)
+        drops = configuration.base_dropout == "on"
+        if drops:
+            base_dropout.check(bench.model, configuration.model.name)
+        adapters = attach(
+            bench.model, variant, settings_of(configuration), choice.targets, bench.heads, drops
+        )
+        if drops:
+            base_dropout.turn_on(bench.model)
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if key not in self._data:
                 self._data[key] = Data.of(configuration, task, bench, adapters, self.team, self._folder)
         except BaseException:
-            adapters.detach()
+            _take_off(adapters)
             raise
         self._pack, self._shape, self.variant = (
             Pack(bench, adapters, self._data[key], self.team),
@@ -146,8 +154,14 @@ class Workshop:
     def close(self) -> None:
         """Takes the adapters off; the base stays loaded."""
         if self._pack is not None:
-            self._pack.adapters.detach()
+            _take_off(self._pack.adapters)
             self._pack = None
+
+
+def _take_off(adapters: Adapters) -> None:
+    """Give the base back as it was."""
+    base_dropout.turn_off(adapters.model)
+    adapters.detach()
 
 
 def _memory(device: torch.device) -> int:

@@ -20,7 +20,7 @@ NAME = "records.parquet"
 # Arrow type by column, in the order of the file. Types are stated, never inferred: a column that happens to
 # be empty today has the type it will have tomorrow.
 _CONFIGURATION = {
-    "string": "variant task model model_content dtype targets schedule task_revision",
+    "string": "variant task model model_content dtype targets schedule task_revision base_dropout",
     "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
     "task_validation_size task_test_size task_numerics evaluations variant_numerics loop_numerics",
     "float64": "learning_rate alpha dropout weight_decay beta1 beta2 epsilon clip_norm head_learning_rate "

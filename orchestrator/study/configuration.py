@@ -111,6 +111,8 @@ class Configuration:
     optimizer: Optimizer
     schedule: Schedule
     batches: Batches
+    base_dropout: Literal["on", "off"] = "off"
+    """Whether the base model's own dropout is on in training, as its config.json says it."""
     divergence: Divergence = Divergence()
     evaluations: int = 4
     """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
@@ -169,7 +171,7 @@ class Configuration:
         columns |= nested["batches"]
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}
         columns |= {f"divergence_{k}": v for k, v in nested["divergence"].items()}
-        columns |= {"evaluations": self.evaluations, "seed": self.seed}
+        columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
         return columns
 

@@ -69,6 +69,9 @@ class StudyOptions:
     """LoRA's alpha; the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank)). HiRA has none."""
     dropout: float = 0.0
     """Probability that an input of an adapter is zeroed in training."""
+    base_dropout: Literal["on", "off"] | None = None
+    """Whether the base model's own dropout is on in training (0.1 in RoBERTa, BERT, DeBERTa and GPT-2; Llama
+    and Qwen have none). Default: the task's; on for GLUE's, whose published runs had it."""
     steps: int | None = None
     """Optimizer steps of a fine-tune. Default: the task's."""
     evaluations: int | None = None

@@ -249,6 +249,21 @@ class Queue(Script):
         self.away[fingerprint] = len(self.held)
 
 
+class Interrupted(Exception):
+    """What `dies_at` raises: the end of a process, as far as the loop can see it."""
+
+
+def dies_at(step: int) -> Callable[[Report], Answer]:
+    """Return answers that let a lane go on, until one reports from this step."""
+
+    def answer(report: Report) -> Answer:
+        if report.step == step:
+            raise Interrupted
+        return Answer.GO
+
+    return answer
+
+
 def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Lease]:
     return [Lease(c, attempt) for c in configurations]
 

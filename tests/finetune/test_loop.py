@@ -12,8 +12,10 @@ import torch
 from scripted import (
     POISONED,
     WORDS_TASK,
+    Interrupted,
     Script,
     configuration,
+    dies_at,
     leases,
     numbers_of,
     solo,
@@ -24,7 +26,7 @@ from scripted import (
 from orchestrator.finetune.checkpoint import newest
 from orchestrator.finetune.faults import SeatBroken
 from orchestrator.finetune.models import Bench
-from orchestrator.finetune.source import Answer, Lease, Offer, Report
+from orchestrator.finetune.source import Answer, Lease, Offer
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -118,17 +120,14 @@ def test_training_brings_the_loss_down(dtype: str, tmp_path: Path) -> None:
 def test_learning_rate_groups_and_the_curve(tmp_path: Path) -> None:
     record = solo(configuration(rate=1e-2, steps=20), tmp_path)
     assert [s.step for s in record.curve] == list(range(1, 21))
-    assert record.curve[0].learning_rate == pytest.approx(1e-2)  # 5 % of 20 steps: one step of warm-up
+    rates = [step.learning_rate for step in record.curve]
+    assert rates[:2] == pytest.approx([0.0, 1e-2])  # 5 % of 20 steps: one step of warm-up
     assert record.curve[-1].learning_rate < 1e-4
     assert record.cost.trainable_parameters > 0
     assert record.cost.tokens == 20 * 8 * 6
 
 
 # -- interruption -------------------------------------------------------------------------------------------
-
-
-class Interrupted(Exception):
-    pass
 
 
 def to_be_interrupted(variant: str) -> Configuration:
@@ -174,17 +173,11 @@ def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: 
     assert weights[0] == weights[1]
 
 
-def dies_at_9(report: Report) -> Answer:
-    if report.step == 9:
-        raise Interrupted
-    return Answer.GO
-
-
 def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=dies_at_9), store)
+        train(Script(leases([one]), answers=dies_at(9)), store)
     source = Script(leases([one], attempt=2), answers=lambda report: Answer.PARK)
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
@@ -201,7 +194,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
     one = configuration(steps=12, evaluations=4)
 
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=dies_at_9), store)
+        train(Script(leases([one]), answers=dies_at(9)), store)
     last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
     last.write_bytes(damage(last.read_bytes()))
     source = Script(leases([one], attempt=2))
@@ -237,7 +230,7 @@ def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_schedule
     one = configuration(steps=12, evaluations=4)
 
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=dies_at_9), store)
+        train(Script(leases([one]), answers=dies_at(9)), store)
     train(Script([Lease(one, 2, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO), store)
     record = get(store, one.fingerprint)
     assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripted import Script, configuration, leases, numbers_of, solo, train
+from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, train
 
-from orchestrator.finetune.source import Answer, Report
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
@@ -19,16 +18,6 @@ NAMES = {
     "reviews": catalogue.names(),
 }
 """Task -> variants: a language model, and an encoder with a head that every lane learns whole."""
-
-
-class Interrupted(Exception):
-    pass
-
-
-def dies_at_4(report: Report) -> Answer:
-    if report.step == 4:
-        raise Interrupted
-    return Answer.GO
 
 
 def point(variant: str, task: str) -> Configuration:
@@ -58,7 +47,7 @@ def point(variant: str, task: str) -> Configuration:
 def test_a_resumed_lane_is_bit_equal(task: str, variant: str, store: Store, tmp_path: Path) -> None:
     one = point(variant, task)
     with pytest.raises(Interrupted):
-        train(Script(leases([one]), answers=dies_at_4), store)
+        train(Script(leases([one]), answers=dies_at(4)), store)
     train(Script(leases([one], attempt=2)), store)
     record = store.get(one.fingerprint)
     assert record is not None

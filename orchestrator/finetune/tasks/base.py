@@ -92,6 +92,8 @@ class TaskDefaults:
     dtype: Dtype = "float32"
     schedule: ScheduleName = "cosine"
     weight_decay: float = 0.0
+    base_dropout: Literal["on", "off"] = "off"
+    """Whether the base's own dropout is on."""
     accumulation: int = 1
     """Parts in which a batch is computed: of a task whose whole batch is more than usual GPUs hold."""
 
