@@ -215,7 +215,8 @@ class Variant:
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         """What `forward` needs and what depends on the parameters alone: done once per generation, not once
-        per token. In training it runs at every forward, inside the graph. `scaling` is (K, 1, 1)."""
+        per token. In training it runs at every forward, inside the graph. `scaling` is (K, 1, 1): it fits
+        tensors (K, rows, columns), others need `per_lane`."""
         return params
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
@@ -369,6 +370,22 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] > 1:
         return a, b
     return torch.nn.functional.pad(a, (0, 0, 0, 1)), torch.nn.functional.pad(b, (0, 1))
+
+
+def per_lane(scaling: Tensor, tensor: Tensor) -> Tensor:
+    """Give `scaling` as many dimensions as `tensor` has.
+
+    Beside a tensor of four dimensions, (K, experts, out, rank) say, PyTorch would match the lanes of a
+    (K, 1, 1) with the experts, without a word where there are as many, or one.
+
+    Args:
+        scaling: One factor a lane, (K, 1, 1).
+        tensor: (K, ...).
+
+    Returns:
+        (K, 1, ..., 1).
+    """
+    return scaling.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def bmm(x: Tensor, y: Tensor) -> Tensor:

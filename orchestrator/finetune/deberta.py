@@ -3,8 +3,8 @@
 It projects its table of relative positions once for the whole batch, as one row more, by layers that carry
 adapters (in DeBERTa-v3 by those that project queries and keys); but each lane projects it its own way. Here
 every row projects the positions that its length needs, at most twice its length of them where they are not in
-buckets. With one lane the numbers are transformers' own. Where lanes have dropout masks for the table, each row
-has a table: (rows, positions, features) in place of (positions, features).
+buckets. With one lane the numbers are transformers' own. Where lanes have dropout masks for the table, each
+row has a table: (rows, positions, features) in place of (positions, features).
 """
 
 from __future__ import annotations

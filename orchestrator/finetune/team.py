@@ -77,6 +77,10 @@ class Team(Protocol):
         """Adds everybody's `tensor` up, in place; afterwards all hold the same bits."""
         ...
 
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Give all workers the `tensor` of rank 0, in place, whatever its dtype."""
+        ...
+
 
 class Alone:
     """A seat of one worker, or none at all."""
@@ -98,6 +102,9 @@ class Alone:
             raise Failed.of(error) from error
 
     def sum_(self, tensor: Tensor) -> None:
+        pass
+
+    def broadcast_(self, tensor: Tensor) -> None:
         pass
 
 
@@ -143,6 +150,9 @@ class TorchTeam:
 
     def sum_(self, tensor: Tensor) -> None:
         self._distributed.all_reduce(tensor)
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        self._distributed.broadcast(tensor, src=0)
 
     def _gather(self, what: str, value: T) -> list[T]:
         found: list[Any] = [None] * self.size

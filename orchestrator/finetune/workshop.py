@@ -129,8 +129,7 @@ class Workshop:
         if saved is None and self.team.size > 1:
             with torch.no_grad():  # one start: another kind of GPU may find singular vectors of other signs
                 for tensor in (*lane.parameters.values(), *pack.adapters.frozen(lane.name).values()):
-                    tensor.mul_(float(self.team.rank == 0))
-                    self.team.sum_(tensor)
+                    self.team.broadcast_(tensor)
 
     def _load(self, choice: ModelChoice, task: Task) -> Bench:
         key = (choice, task.name if task.has_head else "")  # tasks with a head have a model of their own

@@ -94,6 +94,17 @@ class LeaksBetweenLanes(LoRA):
         return super().prepare(params, layer, scaling[:1])
 
 
+class ScalesAcrossExperts(LoRA):
+    """Three experts of equal weight, whose factors have a dimension more: the lanes' scaling, (K, 1, 1),
+    meets the experts' dimension. With one lane that is right; with three nothing complains."""
+
+    experts = 3
+
+    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+        b = params["B"].unsqueeze(1).expand(-1, self.experts, -1, -1)
+        return {"A": params["A"], "sB": (b * scaling).mean(1)}
+
+
 class CountsWrong(LoRA):
     def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
         return settings.rank * (in_features + out_features) + out_features

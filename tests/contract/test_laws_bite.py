@@ -23,6 +23,7 @@ BREAKS: list[tuple[type[Variant], Case, str]] = [
     (broken.MovesFrozen, ONE, "frozen_stays_frozen"),
     (broken.ForgetsFrozen, SEVERAL, "saved_is_loaded"),
     (broken.LeaksBetweenLanes, SEVERAL, "lanes_do_not_notice_each_other"),
+    (broken.ScalesAcrossExperts, SEVERAL, "lanes_do_not_notice_each_other"),
     (broken.CountsWrong, ONE, "counts_its_parameters"),
     (broken.GoesUphill, SEVERAL, "fits_what_it_can_represent"),
     (broken.ExportsWrongAlpha, SEVERAL, "export_loads_in_peft"),

@@ -183,7 +183,8 @@ def test_they_train_and_lanes_in_company_get_what_they_get_alone(
     for number, one in enumerate(members):
         (alone,) = trained([one], folders[kind], tmp_path / f"alone-{number}")
         assert numbers_of(alone) == numbers_of(together[number])
-        assert len({step.loss for step in alone.curve}) == 8
+        # Each step changes the loss but the first one, whose rate is 0.
+        assert len({step.loss for step in alone.curve[1:]}) == 7
         assert alone.curve[-1].loss < alone.curve[0].loss
 
 

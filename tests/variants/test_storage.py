@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants import catalogue
 from variants.attach import attach
-from variants.contract import Settings, Unsupported
+from variants.baseline.lora import LoRA
+from variants.contract import Layer, Settings, Start, Unsupported
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 IDS = torch.randint(0, 16, (8, 5), generator=torch.Generator().manual_seed(0))
@@ -120,6 +121,50 @@ def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/base"
     back = load_peft(llama(), tmp_path)
     assert (back.variant.name, back.settings.rank) == ("lora", 20)
+
+
+class Aardvark(LoRA):
+    """Somebody's variant whose name sorts before LoRA's: another start, the same factors."""
+
+    name = "aardvark"
+
+    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+        return Start(
+            {name: 2 * tensor for name, tensor in super().start(layer, settings, generator).trainable.items()}
+        )
+
+
+class Thirds(LoRA):
+    """Somebody's variant with a factor of its own."""
+
+    name = "thirds"
+
+    def scaling(self, settings: Settings) -> float:
+        return super().scaling(settings) / 3
+
+
+def test_a_subclass_does_not_take_plain_lora_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_by_peft(tmp_path, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]), llama())
+    known = {"aardvark": Aardvark(), **{name: catalogue.get(name) for name in catalogue.names()}}
+    monkeypatch.setattr(catalogue, "names", lambda: tuple(sorted(known)))
+    monkeypatch.setattr(catalogue, "get", known.__getitem__)
+    assert catalogue.names()[0] < "lora"
+    assert load_peft(llama(), tmp_path).variant.name == "lora"
+
+
+@pytest.mark.parametrize(
+    "name", [*(n for n in catalogue.names() if isinstance(catalogue.get(n), LoRA)), "thirds"]
+)
+def test_the_exports_alpha_gives_the_variants_scaling(name: str) -> None:
+    variant = Thirds() if name == "thirds" else catalogue.get(name)
+    settings = variant.checked_settings(Settings(4, 6.0))
+    config = variant.peft_config(settings)
+    if config["peft_type"] != "LORA":
+        pytest.skip("PEFT scales this method by other rules")
+    rank = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
+    assert config["lora_alpha"] / rank == pytest.approx(variant.scaling(settings))
 
 
 def test_a_lanes_file_knows_its_variant(tmp_path: Path) -> None:

@@ -92,10 +92,12 @@ class LoRA(Variant):
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         rank = self.export_rank(settings)
+        # PEFT divides by the rank: alpha itself where s is alpha / rank, else what gives this variant's s.
+        own = rank != settings.rank or type(self).scaling is not LoRA.scaling
         return {
             "peft_type": "LORA",
             "r": rank,
-            "lora_alpha": settings.alpha if rank == settings.rank else rank * self.scaling(settings),
+            "lora_alpha": rank * self.scaling(settings) if own else settings.alpha,
             "lora_dropout": settings.dropout,
             "use_rslora": False,
             "use_dora": False,
@@ -103,8 +105,8 @@ class LoRA(Variant):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        if type(self).export_rank is not LoRA.export_rank:
-            return None  # what was exported is a plain LoRA by then
+        if "peft_config" not in vars(type(self)) or type(self).export_rank is not LoRA.export_rank:
+            return None  # a subclass that exports a plain LoRA, which is `lora`'s to read
         mine = self.peft_config(Settings())
         for key in ("peft_type", "use_rslora", "use_dora"):
             if config.get(key, False) != mine[key]:

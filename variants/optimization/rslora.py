@@ -25,4 +25,4 @@ class RsLoRA(LoRA):
         return super().scaling(settings) * math.sqrt(settings.rank)
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
-        return {**super().peft_config(settings), "use_rslora": True}
+        return {**super().peft_config(settings), "use_rslora": True, "lora_alpha": settings.alpha}
