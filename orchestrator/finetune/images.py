@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.tasks.base import Image
+from orchestrator.record.files import Damaged
 from orchestrator.study.errors import BadInput
 
 KEPT = 2048  # 224 x 224 in three colours: 300 MB
@@ -94,7 +95,11 @@ class ImageProcessor:
         import PIL.Image
 
         try:
-            opened = PIL.Image.open(io.BytesIO(image.read())).convert("RGB")
+            data = image.read()
+        except Damaged as error:
+            raise BadInput(f"{error}; remove the task's *.examples.arrow there.") from None
+        try:
+            opened = PIL.Image.open(io.BytesIO(data)).convert("RGB")
         except PIL.UnidentifiedImageError:  # its own words name an address in memory
             raise BadInput(
                 f"{image.name} is not an image that Pillow can read: of no kind it knows."

@@ -3,10 +3,11 @@
     <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow     a split as the task gives it
     <folder>/letters-77aa10c9b2e4d5f6.rows.arrow         a split as one tokenizer and length cut it
 
-A file's name is a hash over all that its content follows from, which stands in full in its metadata; one that
-is torn, or is another's, is made anew. Arrow's IPC format: opened without running code, and a reader's memory
-is the page cache, which the workers of a node share. Where the examples are, no worker needs the hub, or the
-file that they came from.
+A file's name is a hash over all that its content follows from, which stands in full in its metadata; every
+record batch has a SHA-256 of its own, and every image's file; the last batch says how many there are. A file
+that is torn, damaged, or another's, is made anew; an image's file is looked at when the image is shown. Arrow's
+IPC format: opened without running code, and a reader's memory is the page cache, which the workers of a node
+share. Where the examples are, no worker needs the hub, or the file that they came from.
 """
 
 from __future__ import annotations
@@ -50,13 +51,14 @@ TEXT, BYTES, INTEGER, INTEGERS, NUMBERS = (
 )
 EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
-IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES}
+IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 """The same of `Shown`."""
 ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
 """The same of `Row`. Targets that are values are numbers."""
 
 FORMAT = 2
 """Raised by hand when what is kept of the same task changes. 1: token ids without the tokenizer's BOS."""
+DIGEST, BATCHES = b"sha256", b"batches"
 CHUNK = 4096
 FILES_CHUNK = 128  # of images: they are in memory until they are written, a photo may be a megabyte
 QUIET_SECONDS = 4.0
@@ -227,18 +229,22 @@ def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[s
 
 
 def _read(path: Path, schema: Any, view: View[T]) -> Sequence[T] | None:
-    """None when it is not there, or is not what it should be. It is fsynced before it gets its name, so what
-    is torn lacks its end (a copy that was cut short, say)."""
+    """None when it is not there, or is not what was written. For that all of it but images' files is read."""
     try:
         file = ipc.open_file(pa.memory_map(str(path)))
         if not file.schema.equals(schema, check_metadata=True):
             return None
-        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-        for batch in batches:
+        batches, count = [], None
+        for number in range(file.num_record_batches):
+            batch, metadata = file.get_batch_with_custom_metadata(number)
             batch.validate(full=True)  # lengths, and that text is text
-    except (OSError, pa.ArrowInvalid):
+            if metadata is None or metadata.get(DIGEST) != _digest(batch):
+                return None
+            batches.append(batch)
+            count = metadata.get(BATCHES)
+    except (OSError, pa.ArrowException):
         return None
-    return view(batches)
+    return view(batches) if count == str(len(batches)).encode() else None
 
 
 @contextmanager
@@ -250,14 +256,26 @@ def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[s
             with ipc.new_file(file, schema) as writer:
                 done, source = 0, iter(values)
                 size = FILES_CHUNK if BYTES in schema.types else CHUNK
-                while chunk := list(islice(source, size)):
-                    writer.write_batch(_batch(chunk, schema, done, about))
-                    done += len(chunk)
+                chunk, number = list(islice(source, size)), 1
+                while True:
+                    batch, ahead = _batch(chunk, schema, done, about), list(islice(source, size))
+                    metadata = {DIGEST: _digest(batch)} | ({} if ahead else {BATCHES: str(number).encode()})
+                    writer.write_batch(batch, custom_metadata=metadata)
+                    if not ahead:
+                        break
+                    done, chunk, number = done + len(chunk), ahead, number + 1
             file.flush()
             os.fsync(file.fileno())
         yield name
     finally:
         name.unlink(missing_ok=True)
+
+
+def _digest(batch: Any) -> bytes:
+    """A SHA-256 over a record batch's values but for images' files, which have their own: over the IPC
+    message, which is the same for equal batches."""
+    small = batch.select([field.name for field in batch.schema if field.type != BYTES])
+    return hashlib.sha256(small.serialize()).hexdigest().encode()
 
 
 def _batch(chunk: Sequence[object], schema: Any, done: int, about: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, overload
 from orchestrator.finetune.data import Row, image_row
 from orchestrator.finetune.stored import Stored
 from orchestrator.finetune.tasks.base import Example, Image, Task
+from orchestrator.record.files import Damaged
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Shown:
     answer: str
     name: str
     file: bytes
+    digest: str
+    """SHA-256 (hex) of `file`."""
 
 
 def shown(examples: Iterable[Example], task: Task) -> Iterator[Shown]:
@@ -26,7 +30,8 @@ def shown(examples: Iterable[Example], task: Task) -> Iterator[Shown]:
     for number, example in enumerate(examples):
         image = image_row(example, task, number).image
         assert image is not None
-        yield Shown(example.answer, image.name, image.read())
+        file = image.read()
+        yield Shown(example.answer, image.name, file, hashlib.sha256(file).hexdigest())
 
 
 class StoredImages(Sequence[Example]):
@@ -34,7 +39,7 @@ class StoredImages(Sequence[Example]):
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self._labels = Stored(batches, lambda answer, name: (answer, name), ("answer", "name"))
-        self._files: Stored[bytes] = Stored(batches, lambda file: file, ("file",))
+        self._files: Stored[bytes] = Stored(batches, _whole, ("name", "file", "digest"))
         self._made: dict[int, Example] = {}
 
     def __len__(self) -> int:
@@ -54,6 +59,13 @@ class StoredImages(Sequence[Example]):
             image = Image(name, partial(self._files.__getitem__, place))
             self._made[place] = Example("", answer, image=image)
         return self._made[place]
+
+
+def _whole(name: str, file: bytes, digest: str) -> bytes:
+    """The bytes of an image's file. Raises Damaged when they are not those that were kept."""
+    if hashlib.sha256(file).hexdigest() != digest:
+        raise Damaged(f"image {name}: its file in the store's data folder is not what was written there")
+    return file
 
 
 class ImageRows(Sequence[Row]):

@@ -18,12 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from orchestrator.record.files import Damaged
+
 ABOUT = "about"
 """The file's only metadata, as safetensors writes several in a random order: one content is one file."""
-
-
-class Damaged(ValueError):
-    """The content of a file is not what was written to it."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:

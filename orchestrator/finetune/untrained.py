@@ -29,16 +29,18 @@ def scores(
     place = folder / f"{Path(task.name).stem}-{_key(configuration, task)}.untrained.json"
 
     def look() -> Scores | None:
-        with suppress(OSError, ValueError):  # not there, or torn: found anew
-            return json.loads(place.read_text("utf-8"))
+        with suppress(OSError, ValueError):  # not there, or damaged: found anew
+            data = place.read_bytes()
+            files.check_seal(data)
+            return {split: of for split, of in json.loads(data).items() if split != "sha256"}
         return None
 
     kept = team.agree(look)
     if kept is not None:
         return kept
     found = compute()
-    text = json.dumps({split: dict(of) for split, of in found.items()})
-    team.attempt(lambda: files.replace(place, text.encode()) if team.rank == 0 else None)
+    sealed = files.seal(json.dumps({split: dict(of) for split, of in found.items()}))
+    team.attempt(lambda: files.replace(place, sealed) if team.rank == 0 else None)
     return found
 
 

@@ -1,8 +1,14 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, then named."""
+"""Files that are there whole or not at all: written under a temporary name, synced, then named.
+
+A JSON file may be sealed: its last member is then a SHA-256 over all that stands before it, so that a reader
+notices a change that leaves valid JSON (another digit of a score).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -10,6 +16,41 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.study.errors import BadInput
+
+_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*')
+_SEAL_BYTES = 100
+
+
+class Damaged(ValueError):
+    """The content of a file is not what was written to it."""
+
+
+def seal(text: str) -> bytes:
+    """Add a SHA-256 over a JSON object to it.
+
+    Args:
+        text: The JSON text of an object with at least one member.
+
+    Returns:
+        The text of the same object with the last member "sha256", and a newline.
+    """
+    body = text.rstrip().removesuffix("}").rstrip().encode()
+    return body + f',"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
+
+
+def check_seal(data: bytes) -> None:
+    """Check what `seal` has added.
+
+    Args:
+        data: The bytes of a JSON file. Without a seal, as files of earlier versions are, they pass.
+
+    Raises:
+        Damaged: The bytes before the seal are others than those that were sealed.
+    """
+    start = max(0, len(data) - _SEAL_BYTES)
+    found = next((m for m in _SEAL.finditer(data, start) if m.end() == len(data)), None)
+    if found is not None and hashlib.sha256(data[: found.start()]).hexdigest().encode() != found[1]:
+        raise Damaged("its content is not what was written (its SHA-256 differs)")
 
 
 @contextmanager

@@ -12,7 +12,8 @@
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
 in its folder, synced, then linked (final ones: link() fails if the name is taken, so the first wins whatever
 its state) or renamed (the others). A reader thus never meets half a record of ours. A full disk, an editor or
-a copy can still leave one: such a file is skipped with one warning.
+a copy can still leave one, and a disk can flip a bit: such a file is skipped with one warning, and its
+configuration counts as not trained.
 """
 
 from __future__ import annotations
@@ -209,7 +210,9 @@ class Store:
     def _load(self, path: Path) -> dict[str, Any] | None:
         """The JSON object in `path`; None, with one warning, when there is something else."""
         try:
-            data = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            files.check_seal(text)
+            data = json.loads(text)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -270,5 +273,4 @@ class Store:
 def _bytes(record: Record, more: Mapping[str, Any] | None = None) -> bytes:
     data = record.to_json()
     head = {key: data.pop(key) for key in ("schema_version", "fingerprint", "state")}
-    text = json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False) + "\n"
-    return text.encode()
+    return files.seal(json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False))

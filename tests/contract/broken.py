@@ -95,13 +95,12 @@ class LeaksBetweenLanes(LoRA):
 
 
 class ScalesAcrossExperts(LoRA):
-    """Three experts of equal weight, whose factors have a dimension more: the lanes' scaling, (K, 1, 1),
-    meets the experts' dimension. With one lane that is right; with three nothing complains."""
-
-    experts = 3
+    """Experts of equal weight, whose factors have a dimension more: the lanes' scaling, (K, 1, 1), meets the
+    experts' dimension. With one lane that is right; with as many lanes as experts nothing complains."""
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        b = params["B"].unsqueeze(1).expand(-1, self.experts, -1, -1)
+        experts = len(scaling)
+        b = params["B"].unsqueeze(1).expand(-1, experts, -1, -1)
         return {"A": params["A"], "sB": (b * scaling).mean(1)}
 
 

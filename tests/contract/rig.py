@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants.attach import Adapters, Distilled, attach
 from variants.calibrate import calibrate
-from variants.contract import Evidence, Settings, Unsupported, Variant
+from variants.contract import Evidence, Settings, Unsupported, Variant, number
 
 ROWS, LENGTH, WORDS, CLASSES = 8, 5, 64, 6
 """Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the vocabulary,
@@ -186,15 +186,15 @@ def evidence(case: Case, adapters: Adapters, lane: int) -> Distilled | None:
 @torch.no_grad()
 def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
     """Moves every trainable number of every lane, until each lane's output has left the base's by
-    `change`."""
-    noise = torch.Generator().manual_seed(99)
+    `change`. The noise of a tensor follows from its name, whatever order a lane keeps its tensors in."""
     base = frozen_output(case, adapters).chunk(len(adapters.lanes))
-    for _ in range(50):
+    for again in range(50):
         now = output(case, adapters).chunk(len(base))
         if all(distance(out, still) > change for out, still in zip(now, base, strict=True)):
             return
         for lane in adapters.lanes:
-            for parameter in adapters.trainable(lane).values():
+            for name, parameter in adapters.trainable(lane).items():
+                noise = torch.Generator().manual_seed(number(99, lane, name, again))
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: moving its parameters does not change the output")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.contract import Adapts, Evidence, Settings
+from variants.rows import masks
 
 SETTINGS = Settings(rank=8, alpha=16.0, dropout=0.25)
 
@@ -108,7 +109,11 @@ def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None
     assert 0.65 < kept.float().mean() < 0.85
 
 
-WITH_A_FROZEN_PART = [name for name in catalogue.names() if "A0" in begun(name) or "merged A" in begun(name)]
+WITH_A_FROZEN_PART = [n for n in catalogue.names() if catalogue.get(n).frozen_part & begun(n)]
+
+
+def test_those_with_a_frozen_part_are_known() -> None:
+    assert WITH_A_FROZEN_PART == ["pissa", "relora"]
 
 
 @pytest.mark.parametrize("name", WITH_A_FROZEN_PART)
@@ -127,7 +132,7 @@ def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), adapters.rows(["0"], 3) as rows:
         found = model(x)
-        dropped = (x.unsqueeze(0) * layer._mask(x.unsqueeze(0), rows))[0]
+        dropped = (x.unsqueeze(0) * masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0}))[0]
     assert (dropped == 0).float().mean() > 0.1
     frozen = layer.base.weight + scaling * b0 @ a0
     expected = x @ frozen.T + layer.base.bias + scaling * dropped @ lane["A"].T @ lane["B"].T

@@ -31,9 +31,9 @@ class LoRAGA(LoRA):
     and A, B begin as A0, B0, so W' = W. Each rank takes two singular directions, so that there are at most
     half as many ranks as the layer's smaller side is long. Parameters: rank * (in + out) a layer.
 
-    The paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors, which
-    dropout does not reach either. So with dropout the start is not W: in the published study dropout broke
-    LoRA-GA. Deviations: the SVD is randomised with 4 power iterations as in the authors'
+    Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
+    and dropout hides the offset wherever it hides B A, unlike PiSSA's. So the start is W with dropout too (in
+    the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the authors'
     code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as good
     with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
     largest entry of v is positive (theirs: whatever the machine's linear algebra returns). PEFT's `lora_ga`
@@ -48,6 +48,7 @@ class LoRAGA(LoRA):
     checked: ClassVar[Checked] = Checked.OFFICIAL
     evidence: ClassVar[Evidence] = Evidence.GRADIENT
     directions: ClassVar[int] = 2
+    frozen_part: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[int] = 2  # 1: signs as the SVD happened to return them
     extra: ClassVar[Extra] = {"calibration_batches": 64, "gamma": 16.0}
 
