@@ -5,9 +5,9 @@
 
 A file's name is a hash over all that its content follows from, which stands in full in its metadata; every
 record batch has a SHA-256 of its own, and every image's file; the last batch says how many there are. A file
-that is torn, damaged, or another's, is made anew; an image's file is looked at when the image is shown. Arrow's
-IPC format: opened without running code, and a reader's memory is the page cache, which the workers of a node
-share. Where the examples are, no worker needs the hub, or the file that they came from.
+that is torn, damaged, or another's, is made anew; an image's file is looked at when the image is shown.
+Arrow's IPC format: opened without running code, and a reader's memory is the page cache, which the workers of
+a node share. Where the examples are, no worker needs the hub, or the file that they came from.
 """
 
 from __future__ import annotations

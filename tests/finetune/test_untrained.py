@@ -52,11 +52,18 @@ def test_another_base_dtype_length_or_size_of_a_split_has_its_own(tmp_path: Path
         assert asked(tmp_path, other) == (FOUND, 1)
 
 
-def test_a_torn_file_is_found_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[:-5], lambda text: text.replace('"loss": ', '"loss": 1', 1)],
+    ids=["cut", "digit"],
+)
+def test_a_damaged_file_is_found_anew(tmp_path: Path, damage: Callable[[str], str]) -> None:
     first = configuration()
     asked(tmp_path, first)
     (file,) = tmp_path.glob("*.untrained.json")
-    file.write_text(file.read_text()[:-5])
+    whole = file.read_text()
+    file.write_text(damage(whole))
+    assert file.read_text() != whole
     assert asked(tmp_path, first) == (FOUND, 1)
     assert asked(tmp_path, first) == (FOUND, 0)
 

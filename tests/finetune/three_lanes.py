@@ -11,6 +11,7 @@ from orchestrator.finetune.models import Bench
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
 from variants.contract import Settings
+from variants.contract import number as seed_of
 
 NAMES = ("x", "y", "z")
 
@@ -21,8 +22,8 @@ def three_lanes(bench: Bench, deviation: float = 0.5) -> Iterator[Adapters]:
     adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.heads)
     for number, name in enumerate(NAMES):
         adapters.add(name, settings, seed=number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in adapters.trainable(name).values():
+        for place, parameter in adapters.trainable(name).items():
+            generator = torch.Generator().manual_seed(seed_of(number, place))
             parameter.data.copy_(deviation * torch.randn(parameter.shape, generator=generator))
     yield adapters
     adapters.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from in_process import ORCHESTRATOR
 from safetensors.numpy import save_file
 
+from orchestrator.record.files import seal
 from orchestrator.record.merge import merge
 from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
@@ -178,7 +180,9 @@ def test_a_store_is_not_merged_with_itself_and_another_schema_is_refused(stores,
     newer = make_record(seed=1)
     there.put(newer)
     (path,) = there.records_folder.glob("*/*.json")
-    path.write_bytes(path.read_bytes().replace(b'"schema_version":1', b'"schema_version":99'))
+    data = {**json.loads(path.read_bytes()), "schema_version": 99}
+    del data["sha256"]
+    path.write_bytes(seal(json.dumps(data)))
     with pytest.raises(BadInput, match="schema version 99"):
         merge(here, Store(there.root))
 

@@ -33,9 +33,9 @@ class LoRAGA(LoRA):
 
     Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
     and dropout hides the offset wherever it hides B A, unlike PiSSA's. So the start is W with dropout too (in
-    the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the authors'
-    code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as good
-    with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
+    the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the
+    authors' code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as
+    good with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
     largest entry of v is positive (theirs: whatever the machine's linear algebra returns). PEFT's `lora_ga`
     is another method: it multiplies B0 by the singular values and by c, leaves A0 unscaled, and divides by
     `rank` unless told not to; so there is no oracle here.
