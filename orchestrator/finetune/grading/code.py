@@ -18,8 +18,8 @@ killing its parent, writing result files, or returning an object that is equal t
 **What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
 that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
 and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
-kernel is shared: a hole in it is a hole in this sandbox; of system calls only those that make sockets, rings
-or memory of no process are filtered. Memory is limited for each process: `processes` times `memory` at
+kernel is shared: a hole in it is a hole in this sandbox; the system calls that no program needs are refused
+(`sandbox/calls.py`), the others are not. Memory is limited for each process: `processes` times `memory` at
 worst, and the machine's out-of-memory killer takes these processes first. A name that the tests use, and
 that neither they nor Python define, is the program's.
 """

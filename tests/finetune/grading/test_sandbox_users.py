@@ -123,11 +123,15 @@ def reaches():
     except PermissionError:
         return False
     return True
+def new_users():
+    import ctypes
+    return ctypes.CDLL(None).unshare(0x10000000) == 0
 def fake():
     os._exit(0)
 '''.replace('MARK', repr(mark))
 wide, short = Limits(seconds=200.0, cpu=60), Limits(seconds=200.0, cpu=1)
-for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()"):
+for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()",
+              "assert not new_users()"):
     print(run(program, tests, short if tests == "hang()" else wide, "limits").why)
 """
 
@@ -139,6 +143,7 @@ def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tup
         "AssertionError: assert add(1, 2) == 4",
         "out of CPU time, or killed",
         "the program ended before its tests did (exit code 0)",
+        "passed",
         "passed",
     ]
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or ())]

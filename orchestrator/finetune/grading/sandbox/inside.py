@@ -31,6 +31,7 @@ def main() -> None:
     connection = socket.socket(fileno=order["connection"])
     try:
         _write_quietly("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
+        walls.leave_session_keys()
         if order["namespaces"]:
             walls.new_namespaces()
         else:

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.finetune.grading.sandbox.calls import number_of
+
 NOBODY = 65534
 
 # <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; the same numbers on every architecture.
@@ -27,6 +29,7 @@ _DETACH = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_MOUNT_SETATTR = 442
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _PR_DEATHSIG, _PR_DUMPABLE, _PR_CAPBSET_DROP, _PR_NO_NEW_PRIVS, _PR_SUBREAPER = 1, 4, 24, 38, 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -184,6 +187,14 @@ def drop_rights() -> None:
 
 def end_with_parent() -> None:
     _call("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
+
+
+def leave_session_keys() -> None:
+    """Take an empty session key ring in place of the caller's, of which /proc/keys would give the names.
+
+    A wish, not a wall: where a container forbids it the filter of calls still lets no key be read.
+    """
+    _libc.syscall(ctypes.c_long(number_of("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
 
 def adopt_orphans() -> None:
