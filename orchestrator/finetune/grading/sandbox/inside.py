@@ -56,7 +56,7 @@ def _first(order: dict[str, Any], connection: socket.socket) -> None:
     limits = order["limits"]
     try:
         if order["namespaces"]:
-            walls.own_root(order["shown"], limits["disk"], limits["files"])
+            walls.own_root(order["shown"], order["hidden"], limits["disk"], limits["files"])
         else:
             os.chdir(order["folder"])
         walls.drop_rights()

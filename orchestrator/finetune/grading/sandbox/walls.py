@@ -95,10 +95,18 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def own_root(shown: Sequence[str], disk: int, files: int) -> None:
-    """A new root for this process namespace's first process: `shown` folders for reading, an empty /tmp
-    (`disk` bytes, `files` files), four devices, /proc of this namespace where the machine lets it be
-    mounted. Nothing else of the machine is left to be seen."""
+def own_root(shown: Sequence[str], hidden: Sequence[str], disk: int, files: int) -> None:
+    """Make a new root for this process namespace's first process.
+
+    There are the `shown` folders for reading, of which `hidden` ones are empty, an empty /tmp, four devices,
+    and /proc of this namespace where the machine lets it be mounted. Nothing else of the machine is seen.
+
+    Args:
+        shown: folders of the machine.
+        hidden: folders below them, by their real paths.
+        disk: bytes of /tmp.
+        files: how many it may hold.
+    """
     _mount("none", "/", "none", _REC | _PRIVATE)
     root = "/sys"  # a folder that every machine has and of which nothing is shown
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=4096,mode=755")
@@ -115,6 +123,9 @@ def own_root(shown: Sequence[str], disk: int, files: int) -> None:
         _mount(folder, root + folder, "none", _BIND | _REC)
         _read_only(root + folder)
         done.append(folder)
+    for folder in hidden:
+        if os.path.isdir(root + folder):
+            _mount("tmpfs", root + folder, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k,mode=755")
     for folder in shown:  # a name that leads elsewhere is shown under both
         if not os.path.lexists(root + folder):
             os.makedirs(os.path.dirname(root + folder), mode=0o755, exist_ok=True)
