@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator.finetune.grading.programs import human_eval_program, mbpp_program, parts, with_tests
-from orchestrator.finetune.grading.sandbox.run import Limits, Verdict, level, run
+from orchestrator.finetune.grading.sandbox.run import KILLED, TIMED_OUT, Limits, Verdict, level, run
 
 __all__ = [
     "Limits",
@@ -57,8 +57,21 @@ def passes_all(
     workers: int | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> list[Verdict]:
-    """The verdicts in order, `workers` programs at once (default: as many as this process has cores)."""
+    """Return the verdicts in order.
+
+    A program that starts many processes takes time and memory from those beside it. So one that was out of
+    time by the wall clock, or killed by something else than its limit of CPU time, is judged again by itself.
+
+    Args:
+        programs: with their tests.
+        workers: how many run at once; by default as many as this process has cores.
+        limits: of each.
+    """
     level()  # once, before there are threads that would all ask
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: passes(program, limits), programs))
+        verdicts = list(pool.map(lambda program: passes(program, limits), programs))
+    return [
+        passes(program, limits) if verdict.why in (KILLED, TIMED_OUT) else verdict
+        for program, verdict in zip(programs, verdicts, strict=True)
+    ]

@@ -77,7 +77,7 @@ def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
     assert len(hostile) >= 10
     for verdict in passes_all([*hostile, *small][::every], workers=4, limits=SHORT):
         assert not verdict.passed
-        assert verdict.why in ("out of time", "out of CPU time, or killed")
+        assert verdict.why in ("out of time", "out of CPU time")
 
 
 @some(7)

@@ -212,6 +212,17 @@ def adopt_orphans() -> None:
     _call("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
 
 
+def tasks_of_this_user() -> int:
+    """Count this user's threads on the machine: outside of a namespace the limit of processes counts them."""
+    count = 0
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:  # one may end meanwhile
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+            if int(fields["Uid"].split()[0]) == os.getuid():
+                count += int(fields["Threads"])
+    return count
+
+
 def limit(cpu: int, memory: int, processes: int, file: int, files: int) -> None:
     """Limits of this process and its children, each of its own but for `processes`, which counts the user's
     (in a user namespace: this sandbox's)."""
