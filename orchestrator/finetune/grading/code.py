@@ -12,16 +12,20 @@ in one line (`level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 **A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
 verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
 what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
-"passed", ending early with exit code 0, overriding assert, check or isclose, reading frames or memory,
-killing its parent, writing result files, or returning an object that is equal to everything gains nothing.
+"passed", ending early with exit code 0, overriding assert, check or isclose, tracing, reading frames or
+memory, killing its parent, writing result files, or returning an object that is equal to everything gains
+nothing. What it raises cannot end a loop of the tests. SystemExit, a stack that ran out or an early end pass
+for no exception that a test expects: the program has failed then, even where a test catches everything. The
+solutions that a benchmark's package brings are not shown.
 
-**What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
-that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
-and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
-kernel is shared: a hole in it is a hole in this sandbox; the system calls that no program needs are refused
-(`sandbox/calls.py`), the others are not. Memory is limited for each process: `processes` times `memory` at
-worst, and the machine's out-of-memory killer takes these processes first. A name that the tests use, and
-that neither they nor Python define, is the program's.
+**What remains** (docs/grading.md has the whole list). It can answer rightly by other means than the intended
+ones (a table of known answers); that is beyond any test. Arguments and answers are copies: the tests see
+neither what a function does to its arguments in place nor whether it returns one of them. (Were they to see
+it, a function could make its arguments fit its answer.) Objects of classes of its own are equal to no plain
+value and cannot call the tests' functions. The kernel is shared: a hole in it is a hole in this sandbox; the
+system calls that no program needs are refused (`sandbox/calls.py`), the others are not. Memory is limited for
+each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes these
+processes first. A name that the tests use, and that neither they nor Python define, is the program's.
 """
 
 from __future__ import annotations
