@@ -112,14 +112,25 @@ def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 
 
 def address() -> str | None:
-    """The running cluster that a study would join: RAY_ADDRESS, else one that `ray start` left word of."""
+    """Return the address of the running cluster that a study would join.
+
+    It is RAY_ADDRESS, else that of which `ray start` left word.
+
+    Raises:
+        BadInput: neither this user nor root has left that word. Any user can write it where Ray keeps it.
+    """
     if os.environ.get("RAY_ADDRESS"):
         return os.environ["RAY_ADDRESS"]
     word = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
-    with suppress(OSError):
-        found = word.read_text().strip()
+    with suppress(OSError, ValueError), word.open() as file:
+        found, owner = file.read().strip(), os.fstat(file.fileno()).st_uid
         host, _, port = found.rpartition(":")
         if found and listens(host, int(port)):
+            if owner not in (0, os.getuid()):
+                raise BadInput(
+                    f"{word} names the Ray cluster of another user (number {owner}); set RAY_ADDRESS={found} "
+                    "to join it all the same, or TMPDIR to a folder of your own to start Ray here."
+                )
             return found
     return None
 
@@ -129,6 +140,8 @@ def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
     """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join. `last`
     is called when Ctrl-C ends the process meanwhile: no exception comes out of Ray's start then."""
     where = address()
+    if where is None:
+        remains.folder().mkdir(mode=0o700, exist_ok=True)  # asked again below: who has made it first?
     with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
         remains.end()
         yield from _connected(where, last)
@@ -183,8 +196,7 @@ def _not_joined(where: str, why: str) -> BadInput:
 
 @contextmanager
 def exclusively(file: Path, refusal: str) -> Iterator[None]:
-    """Holds a lock that goes with the process, however it ends. Raises BadInput when another holds it."""
-    file.parent.mkdir(mode=0o700, exist_ok=True)
+    """Hold a lock that goes with the process, however it ends. Raises BadInput when another holds it."""
     lock = FileLock(file, timeout=5)
     try:
         lock.acquire()

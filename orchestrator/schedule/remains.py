@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,27 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.study.errors import BadInput
+
 MOMENT_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
 
 
 def folder() -> Path:
-    return Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
+    """Return this user's folder in the temporary folder; it need not be there yet.
+
+    Raises:
+        BadInput: it is there, and another user has made it or could write to it.
+    """
+    path = Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise BadInput(
+                f"{path} is not a folder that only you can write to (it belongs to user {found.st_uid}, mode "
+                f"{stat.filemode(found.st_mode)}), and processes that are listed there are ended; remove it, "
+                "or set TMPDIR to a folder of your own."
+            )
+    return path
 
 
 def _file() -> Path:
@@ -80,7 +97,7 @@ def _in_our_namespace(pid: int) -> bool:
 
 
 def end() -> None:
-    """Ends the processes of Rays whose driver is gone."""
+    """End the processes of Rays whose driver is gone. Raises BadInput as `folder` does."""
     for file in folder().glob("*.json"):
         try:
             (driver, *rays) = json.loads(file.read_text())

@@ -70,7 +70,7 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
     try:
         folder = remains.folder()
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         born = [(p.pid, psutil.Process(p.pid).create_time()) for p in (driver, raylet)]
         (folder / f"{driver.pid}.json").write_text(json.dumps(born))
         remains.end()
@@ -98,7 +98,7 @@ def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pyte
     container = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *worker])
     try:
         study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
-        remains.folder().mkdir()
+        remains.folder().mkdir(mode=0o700)
         born = [(raylet.pid, 0.0), (raylet.pid, psutil.Process(raylet.pid).create_time())]
         (remains.folder() / "0.json").write_text(json.dumps(born))  # of a driver that is gone
         remains.end()

@@ -12,16 +12,20 @@ in one line (`level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 **A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
 verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
 what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
-"passed", ending early with exit code 0, overriding assert, check or isclose, reading frames or memory,
-killing its parent, writing result files, or returning an object that is equal to everything gains nothing.
+"passed", ending early with exit code 0, overriding assert, check or isclose, tracing, reading frames or
+memory, killing its parent, writing result files, or returning an object that is equal to everything gains
+nothing. What it raises cannot end a loop of the tests. SystemExit, a stack that ran out or an early end pass
+for no exception that a test expects: the program has failed then, even where a test catches everything. The
+solutions that a benchmark's package brings are not shown.
 
-**What remains.** It can answer rightly by other means than the intended ones (a table of known answers);
-that is beyond any test. Changes that a function makes to its arguments in place are not seen by the tests,
-and objects of classes of its own are never equal to anything (none of HumanEval's tests needs either). The
-kernel is shared: a hole in it is a hole in this sandbox; of system calls only those that make sockets, rings
-or memory of no process are filtered. Memory is limited for each process: `processes` times `memory` at
-worst, and the machine's out-of-memory killer takes these processes first. A name that the tests use, and
-that neither they nor Python define, is the program's.
+**What remains** (docs/grading.md has the whole list). It can answer rightly by other means than the intended
+ones (a table of known answers); that is beyond any test. Arguments and answers are copies: the tests see
+neither what a function does to its arguments in place nor whether it returns one of them. (Were they to see
+it, a function could make its arguments fit its answer.) Objects of classes of its own are equal to no plain
+value and cannot call the tests' functions. The kernel is shared: a hole in it is a hole in this sandbox; the
+system calls that no program needs are refused (`sandbox/calls.py`), the others are not. Memory is limited for
+each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes these
+processes first. A name that the tests use, and that neither they nor Python define, is the program's.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator.finetune.grading.programs import human_eval_program, mbpp_program, parts, with_tests
-from orchestrator.finetune.grading.sandbox.run import Limits, Verdict, level, run
+from orchestrator.finetune.grading.sandbox.run import KILLED, TIMED_OUT, Limits, Verdict, level, run
 
 __all__ = [
     "Limits",
@@ -57,8 +61,21 @@ def passes_all(
     workers: int | None = None,
     limits: Limits = Limits(),  # noqa: B008 (frozen)
 ) -> list[Verdict]:
-    """The verdicts in order, `workers` programs at once (default: as many as this process has cores)."""
+    """Return the verdicts in order.
+
+    A program that starts many processes takes time and memory from those beside it. So one that was out of
+    time by the wall clock, or killed by something else than its limit of CPU time, is judged again by itself.
+
+    Args:
+        programs: with their tests.
+        workers: how many run at once; by default as many as this process has cores.
+        limits: of each.
+    """
     level()  # once, before there are threads that would all ask
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda program: passes(program, limits), programs))
+        verdicts = list(pool.map(lambda program: passes(program, limits), programs))
+    return [
+        passes(program, limits) if verdict.why in (KILLED, TIMED_OUT) else verdict
+        for program, verdict in zip(programs, verdicts, strict=True)
+    ]

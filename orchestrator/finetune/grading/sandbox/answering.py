@@ -8,7 +8,7 @@ import sys
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Ended, Talk
+from orchestrator.finetune.grading.sandbox.wire import Ended, Talk, told_error
 
 
 def answer_calls(connection: socket.socket, text: str) -> None:
@@ -21,7 +21,7 @@ def answer_calls(connection: socket.socket, text: str) -> None:
     try:
         exec(compile(text, "<program>", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
-        talk.send(_raised(error))
+        talk.send(told_error(error))
         return
     talk.send(("", list(map(str, module.__dict__))))
     while True:
@@ -32,13 +32,13 @@ def answer_calls(connection: socket.socket, text: str) -> None:
         try:
             reply: Any = ("", _do(module.__dict__, *request))
         except BaseException as error:
-            reply = _raised(error)
+            reply = told_error(error)
         try:
             talk.send(reply)
         except Ended:
             return
         except BaseException as error:  # an object that cannot be sent: nothing of it has gone yet
-            talk.send(_raised(error))
+            talk.send(told_error(error))
 
 
 def _do(names: dict[str, Any], verb: str, subject: Any, *rest: Any) -> Any:
@@ -51,9 +51,11 @@ def _do(names: dict[str, Any], verb: str, subject: Any, *rest: Any) -> Any:
             return getattr(subject, *rest)
         case "setattr":
             return setattr(subject, *rest)
+        case "len":
+            return len(subject)
+        case "bool":
+            return bool(subject)
+        case "equal":
+            return bool(subject == rest[0])
         case _:
             return list(subject)
-
-
-def _raised(error: BaseException) -> tuple[str, str]:
-    return type(error).__name__ or "Exception", str(error)[:300]

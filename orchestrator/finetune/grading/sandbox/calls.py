@@ -1,10 +1,10 @@
-"""A filter of system calls (seccomp): no sockets but those between the sandbox's own processes, and no memory
-that belongs to no process.
+"""A filter of system calls (seccomp): refuses what reaches further than the program and its own processes.
 
-Some kinds of socket belong to no network namespace (a virtual machine's vsock reaches its hypervisor), and
-without namespaces this is all that keeps a program from the network. System V's shared memory and queues and
-memfd's files count in no limit of a process, so a program could fill the machine's memory with them, and
-without namespaces the former outlive it.
+Most of these calls need rights that a program does not have in the sandbox. They are refused all the same,
+so that a mistake of the kernel's in one of them cannot be used. Others need no right at all: without the
+filter a program reads the keys of whoever started the sandbox, fills the machine's memory past every limit,
+or reaches a virtual machine's hypervisor by a socket that belongs to no network namespace. Where no
+namespaces can be made, the filter is all that keeps a program from the network.
 """
 
 from __future__ import annotations
@@ -14,45 +14,157 @@ import errno
 import os
 import struct
 
-_ARCHITECTURE = {
-    "x86_64": (0xC000003E, 41, (29, 64, 68, 319)),
-    "aarch64": (0xC00000B7, 198, (194, 190, 186, 279)),
+REFUSED: dict[str, tuple[int, int | None]] = {
+    # Keys of the session that started the sandbox.
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # Programs in the kernel, tracing, and other processes' memory and files.
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "lookup_dcookie": (212, 18),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "pidfd_getfd": (438, 438),
+    "kcmp": (312, 272),
+    "move_pages": (279, 239),
+    "migrate_pages": (256, 238),
+    # Mounts and roots; files by handle, which pass by every folder's rights.
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "statmount": (457, 457),
+    "listmount": (458, 458),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "fanotify_init": (300, 262),
+    "fanotify_mark": (301, 263),
+    # Namespaces.
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    # Memory that counts in no limit of a process.
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    # Rings make calls that no filter sees.
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    # The machine.
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "syslog": (103, 116),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "vhangup": (153, 58),
+    "nfsservctl": (180, 42),
+    "iopl": (172, None),
+    "ioperm": (173, None),
+    "modify_ldt": (154, None),
 }
-"""What the kernel calls the machine, its number of socket(2), and those of shmget(2), semget(2), msgget(2)
-and memfd_create(2)."""
-_IO_URING_SETUP, _MEMFD_SECRET = 425, 447  # on every machine. Rings open sockets without socket(2)
-_X32 = 0x40000000  # a second set of numbers on x86-64
+"""The refused calls: their numbers on x86-64 and on ARM (None: not there), from the kernel's headers."""
 
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EACCES, 0x80000000
+_MACHINES = ("x86_64", "aarch64")
+_ARCHITECTURE = (0xC000003E, 0xC00000B7)  # what the kernel calls each of them
+_SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
+_NEWER = 463
+"""The first number after Linux 6.12's. Later calls, and the second set of numbers that x86-64 has, are not
+known to this list: the C library does without, as on an older kernel."""
+_NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make one
+
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
 _PR_SET_SECCOMP, _FILTER = 22, 2
 _AF_UNIX = 1
+
+_Step = tuple[str, int, int, str, str]
+"""(label, operation, value, label to go on at when so, when not); no label: the next step."""
 
 
 class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
+def number_of(name: str) -> int | None:
+    """Return the number of a refused call on this machine, None where it has none."""
+    return REFUSED[name][_MACHINES.index(os.uname().machine)]
+
+
 def filter_calls() -> None:
-    """For this process and all that it starts, for good; needs `no_new_privs`."""
-    machine, socket, memory = _ARCHITECTURE[os.uname().machine]
-    refused = (_IO_URING_SETUP, _MEMFD_SECRET, *memory)
-    steps = [  # (operation, value, steps to skip when so, when not)
-        (_LOAD, _MACHINE, 0, 0),
-        (_EQUAL, machine, 1, 0),
-        (_RETURN, _KILL, 0, 0),
-        (_LOAD, _NUMBER, 0, 0),
-        (_AT_LEAST, _X32, len(refused) + 4, 0),
-        *((_EQUAL, number, len(refused) + 3 - place, 0) for place, number in enumerate(refused)),
-        (_EQUAL, socket, 0, 2),
-        (_LOAD, _FIRST_ARGUMENT, 0, 0),
-        (_EQUAL, _AF_UNIX, 0, 1),
-        (_RETURN, _ALLOW, 0, 0),
-        (_RETURN, _REFUSE, 0, 0),
-    ]
-    code = b"".join(struct.pack("<HBBI", step[0], step[2], step[3], step[1]) for step in steps)
+    """Refuse the calls for this process and all that it starts, for good; needs `no_new_privs`."""
+    steps = _steps(_MACHINES.index(os.uname().machine))
+    code = _assembled(steps)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_Program(len(steps), code)), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
+
+
+def _steps(machine: int) -> list[_Step]:
+    refused = [numbers[machine] for numbers in REFUSED.values()]
+    return [
+        ("", _LOAD, _MACHINE, "", ""),
+        ("", _EQUAL, _ARCHITECTURE[machine], "", "kill"),
+        ("", _LOAD, _NUMBER, "", ""),
+        ("", _AT_LEAST, _NEWER, "unknown", ""),
+        ("", _EQUAL, _CLONE3, "unknown", ""),  # its flags are out of a filter's sight; `clone` does the same
+        *(("", _EQUAL, number, "refuse", "") for number in refused if number is not None),
+        ("", _EQUAL, _CLONE[machine], "clone", ""),
+        ("", _EQUAL, _SOCKETPAIR[machine], "socket", ""),
+        ("", _EQUAL, _SOCKET[machine], "socket", "allow"),
+        ("clone", _LOAD, _FIRST_ARGUMENT, "", ""),
+        ("", _ANY_BIT, _NEW_NAMESPACES, "refuse", "allow"),
+        ("socket", _LOAD, _FIRST_ARGUMENT, "", ""),
+        ("", _EQUAL, _AF_UNIX, "allow", "refuse"),
+        ("allow", _RETURN, _ALLOW, "", ""),
+        ("refuse", _RETURN, _ERROR | errno.EACCES, "", ""),
+        ("unknown", _RETURN, _ERROR | errno.ENOSYS, "", ""),
+        ("kill", _RETURN, _KILL, "", ""),
+    ]
+
+
+def _assembled(steps: list[_Step]) -> bytes:
+    """Return the filter as the kernel reads it: a jump says how many steps are skipped."""
+    places = {step[0]: place for place, step in enumerate(steps)}
+    code = b""
+    for place, (_, operation, value, so, otherwise) in enumerate(steps):
+        skipped = [places[label] - place - 1 if label else 0 for label in (so, otherwise)]
+        code += struct.pack("<HBBI", operation, *skipped, value)
+    return code

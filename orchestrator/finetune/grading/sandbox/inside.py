@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,8 +23,9 @@ from orchestrator.finetune.grading.sandbox.answering import answer_calls
 from orchestrator.finetune.grading.sandbox.calls import filter_calls
 from orchestrator.finetune.grading.sandbox.judging import judge
 
-NOT_SET_UP, OUT_OF_TIME = 125, 124
-"""What the launcher ends with: a wall could not be put up (stderr says which); the wall clock's limit."""
+NOT_SET_UP, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
+"""What the launcher ends with: a wall could not be put up (stderr says which); the limit of the wall clock;
+that of CPU time."""
 
 
 def main() -> None:
@@ -31,6 +33,7 @@ def main() -> None:
     connection = socket.socket(fileno=order["connection"])
     try:
         _write_quietly("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
+        walls.leave_session_keys()
         if order["namespaces"]:
             walls.new_namespaces()
         else:
@@ -55,7 +58,7 @@ def _first(order: dict[str, Any], connection: socket.socket) -> None:
     limits = order["limits"]
     try:
         if order["namespaces"]:
-            walls.own_root(order["shown"], limits["disk"], limits["files"])
+            walls.own_root(order["shown"], order["hidden"], limits["disk"], limits["files"])
         else:
             os.chdir(order["folder"])
         walls.drop_rights()
@@ -77,9 +80,19 @@ def _first(order: dict[str, Any], connection: socket.socket) -> None:
     signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
     _to_nothing()
     while True:
-        ended, status = os.wait()
+        ended, status, used = os.wait4(-1, 0)
         if ended == child:
-            os._exit(_code(status))
+            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu"]) else _code(status))
+
+
+def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
+    """Tell whether a process was ended for its CPU time; anything else may have killed it, too.
+
+    The kernel counts the time for its limit more coarsely than the time that it reports.
+    """
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    spent = used.ru_utime + used.ru_stime >= 0.8 * limit
+    return ended_by == signal.SIGXCPU or (ended_by == signal.SIGKILL and spent)
 
 
 def _second(order: dict[str, Any], connection: socket.socket) -> None:
@@ -88,7 +101,10 @@ def _second(order: dict[str, Any], connection: socket.socket) -> None:
         if not order["namespaces"]:
             os.setsid()
             walls.end_with_parent()
-        walls.limit(limits["cpu"], limits["memory"], limits["processes"] + 1, limits["disk"], limits["open"])
+        processes = limits["processes"] + 1
+        if not order["namespaces"]:
+            processes += walls.tasks_of_this_user() + limits["processes"] * (os.cpu_count() or 1)
+        walls.limit(limits["cpu"], limits["memory"], processes, limits["disk"], limits["open"])
         sys.path[:] = [p for p in sys.path if p != order["project"]] + order["packages"]
     except BaseException as error:
         _not_set_up(error)

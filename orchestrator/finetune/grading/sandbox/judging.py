@@ -34,12 +34,20 @@ class Program:
 
 
 def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
-    """(passed, why)."""
+    """Return (passed, why) of the tests `text` on the program at the other end of the connection."""
     talk = Talk(connection)
+    passed, why = _judged(talk, text)
+    if talk.failed is None:
+        return passed, why
+    return False, ENDED if isinstance(talk.failed, Ended) else str(talk.failed)
+
+
+def _judged(talk: Talk, text: str) -> tuple[bool, str]:
+    """As `judge`, but for a failure that the tests themselves have caught."""
     try:
         raised, names = talk.receive()
-        if raised:
-            return False, f"{raised}: {names}"
+        if raised != "":
+            return False, ": ".join(names)
         program = Program(talk, set(names))
         code = compile(text, "<tests>", "exec", dont_inherit=True)
         space: dict[str, Any] = {"__name__": "tests", "program": program}
@@ -51,10 +59,9 @@ def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
                 space[name] = getattr(program, name)
         random.seed(0)
         exec(code, space)
-    except Ended:
-        return False, ENDED
     except BaseException as error:
-        return False, f"{type(error).__name__}: {str(error)[:300] or _line(error, text)}"
+        said = next(iter(getattr(error, "__notes__", ())), "") or str(error)[:300] or _line(error, text)
+        return False, f"{type(error).__name__}: {said}"
     return True, "passed"
 
 

