@@ -11,7 +11,7 @@ from orchestrator.finetune import hub_data, metrics, models
 from orchestrator.finetune.faults import FULL
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import rates, space
+from orchestrator.study import bounds, rates, space
 from orchestrator.study.configuration import (
     Batches,
     Configuration,
@@ -63,6 +63,7 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
     model = options.model or task.default_model
     models.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
+    bounds.check_grid(options.seed_count, len(grid))
     fixed, searched = _searched(options, variants, task, grid)
     return Names(variants, task, model, grid, fixed, searched)
 

@@ -68,6 +68,51 @@ BAD = {
     "more seats than there are cores": ((*DRY, "--seats", "4000"), ["--seats 4000", "take --seats "]),
     "a GPU where there is none": ((*DRY, "--gpus-per-seat", "1"), ["--gpus-per-seat 1", "0 GPUs"]),
     "study name": ((*DRY, "--study", "a/b"), ["--study 'a/b'"]),
+    "too many seeds": (
+        (*DRY, "--seeds", "1000000000"),
+        ["--seeds 1000000000", "10000 or less", "take 10000"],
+    ),
+    "too many seeds at all rates": (
+        (*DRY, "--seeds", "9000"),
+        ["63000", "10000 or less", "take --seeds 1428"],
+    ),
+    "too many rates": (
+        (*DRY, "--learning-rates", "1e-5:1e-2:1000000000"),
+        ["'1e-5:1e-2:1000000000'", "10000 rates", "points a decade"],
+    ),
+    "too many rates that are one when rounded": (
+        (*DRY, "--learning-rates", "1e-3:1.001e-3:1000000000000"),
+        ["10000 rates"],
+    ),
+    "too many rates over too much": (
+        (*DRY, "--learning-rates", "1e-300:1e300:100000"),
+        ["'1e-300:1e300:100000'", "600 decades"],
+    ),
+    "too many decades": ((*DRY, "--learning-rates", "1e-300:1e300:1"), ["600 decades", "100 or less"]),
+    "a number of 5,000 digits": ((*DRY, "--learning-rates", f"1e-5:1e-2:{'9' * 5000}"), ["10000 rates"]),
+    "too many steps": ((*DRY, "--steps", f"1{'0' * 30}"), ["--steps 1000", "take 10000000"]),
+    "too many evaluations": ((*DRY, "--evaluations", f"1{'0' * 30}"), ["--evaluations 1000", "take 100000"]),
+    "too large a batch": ((*DRY, "--batch-size", f"1{'0' * 15}"), ["--batch-size 1000", "take 1000000"]),
+    "too large a rank": ((*DRY, "--rank", f"1{'0' * 30}"), ["--rank 1000", "take 100000"]),
+    "too many lanes": ((*DRY, "--lanes-per-seat", f"1{'0' * 30}"), ["--lanes-per-seat 1", "take 10000"]),
+    "too many parts of a batch": (
+        (*DRY, "--accumulation", f"1{'0' * 12}"),
+        ["--accumulation 1", "16", "take 16"],
+    ),
+    "too large a rank by --set": ((*DRY, "--set", "rank=1e300"), ["'rank=1e300'", "at most 100000"]),
+    "too large a batch by --set": (
+        (*DRY, "--set", "batch_size=1e18"),
+        ["'batch_size=1e18'", "at most 1e+06"],
+    ),
+    "too large a batch in a space": (
+        (*DRY, "--search", "qmc", "--space", "batch_size=int:1:1e18"),
+        ["'batch_size=int:1:1e18'", "'1e18'", "at most 1e+06"],
+    ),
+    "seat timeout not finite": ((*DRY, "--seat-timeout", "inf"), ["--seat-timeout inf", "finite"]),
+    "empty task": ((*DRY, "--task", ""), ["--task is empty", "leave it out"]),
+    "empty model": ((*DRY, "--model", ""), ["--model is empty", "leave it out"]),
+    "empty tracking uri": ((*DRY, "--tracking-uri", ""), ["--tracking-uri is empty", "leave it out"]),
+    "empty cluster file": ((*DRY, "--on", ""), ["--on is empty", "leave it out"]),
     "nothing to run on": ((), ["GPU", "--dry-run"]),
 }
 
