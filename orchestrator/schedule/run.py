@@ -90,7 +90,7 @@ def run_study(
     parts = [experiment.script, Path(chosen.task.name).stem, Path(chosen.model).name]
     parts += [options.method] if searches else []
     name = options.study or "-".join(parts).replace("@", "-")
-    folder = options.output / name
+    folder = options.study_folder(name)
 
     def ask() -> Asked:
         if wanted is not None:

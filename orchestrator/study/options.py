@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.study import bounds, price, rates
+from orchestrator.study import bounds, naming, price, rates
 from orchestrator.study.errors import BadInput, nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
@@ -213,12 +213,8 @@ class StudyOptions:
                 f"--seat-timeout {self.seat_timeout:g}: must be a finite number of seconds above 0; the "
                 "default is 300."
             )
-        if self.study is not None and (
-            not self.study.strip() or "/" in self.study or self.study.startswith(".")
-        ):
-            raise BadInput(
-                f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty."
-            )
+        if self.study is not None:
+            self.study_folder(self.study)
 
     @property
     def method(self) -> str:
@@ -274,7 +270,11 @@ class StudyOptions:
 
     @property
     def store_folder(self) -> Path:
-        return self.store if self.store is not None else self.output / "store"
+        return self.store if self.store is not None else self.output / naming.STORE
+
+    def study_folder(self, name: str) -> Path:
+        """Return the folder of the study `name`. Raises BadInput where it can have none."""
+        return naming.folder(name, self.output, self.store_folder)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
