@@ -65,7 +65,7 @@ class Check:
 
     def sources(self, store: Store, chosen: Names) -> list[Configuration] | None:
         """What a study would train, but for rates and seeds; None when model or data cannot be had."""
-        name = self.options.model or chosen.task.default_model
+        name = self.options.model or resolve.default_model(chosen.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # as nodes have to find it
         hub_data.keep_pins_in(store.bases, new=False)

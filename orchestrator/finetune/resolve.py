@@ -60,12 +60,19 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
             f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."
         )
     options = split_as(options, task)
-    model = options.model or task.default_model
+    model = options.model or default_model(task)
     models.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
     bounds.check_grid(options.seed_count, len(grid))
     fixed, searched = _searched(options, variants, task, grid)
     return Names(variants, task, model, grid, fixed, searched)
+
+
+def default_model(task: Task) -> str:
+    """Return the name of the task's own base model. Raises BadInput for a user's task that names none."""
+    if not hasattr(task, "default_model"):
+        raise BadInput(f"Task {task.name!r} has no default_model; name one there, or take a --model.")
+    return task.default_model
 
 
 def split_as(options: StudyOptions, task: Task) -> StudyOptions:

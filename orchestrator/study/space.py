@@ -56,15 +56,15 @@ class Hyperparameter:
         return f"must be {bounds}"
 
 
-def _count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperparameter:
-    """Return the rule of a whole number from 1 to `most`."""
+def count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperparameter:
+    """Return the rule for a whole number from 1 to `most`."""
     return Hyperparameter(part, field, True, least=1, most=most, open_below=False, open_above=False)
 
 
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "learning_rate": Hyperparameter("optimizer", "learning_rate"),
     "head_learning_rate": Hyperparameter("optimizer", "head_learning_rate"),
-    "rank": _count("variant", "rank", bounds.RANK),
+    "rank": count("variant", "rank", bounds.RANK),
     "alpha": Hyperparameter("variant", "alpha"),
     "dropout": Hyperparameter("variant", "dropout", most=1, open_below=False),
     "weight_decay": Hyperparameter("optimizer", "weight_decay", open_below=False),
@@ -74,7 +74,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "clip_norm": Hyperparameter("optimizer", "clip_norm"),
     "warmup": Hyperparameter("schedule", "warmup", most=1, open_below=False, open_above=False),
     "schedule": Hyperparameter("schedule", "name", words=("constant", "linear", "cosine")),
-    "batch_size": _count("batches", "batch_size", bounds.BATCH_SIZE),
+    "batch_size": count("batches", "batch_size", bounds.BATCH_SIZE),
 }
 OF_VARIANTS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
