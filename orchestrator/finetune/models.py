@@ -107,7 +107,7 @@ def prepare(name: str, root: Path, progress: Progress = print) -> str:
     if content is not None and Path(name).is_dir():
         # A worker has another working folder: it finds the model by content, whatever the path was called.
         where = {"folder": str(Path(name).resolve())}
-        bases.write_pointer(root, f"folder-{content[:12]}", where, replace=True)
+        bases.write_pointer(root, f"folder-{content[:12]}", where, "folder", replace=True)
         return content
     return content or hub.pin(name, root, progress)
 
@@ -271,8 +271,8 @@ def where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
     Raises BadInput when the model is not there, or is another."""
     if choice.name in names():
         folder = bases.folder_of(root, choice.name, choice.content)
-    elif (pointer := bases.read_pointer(root, f"folder-{choice.content[:12]}")) is not None:
-        folder = Path(pointer["folder"])
+    elif (kept := bases.read_pointer(root, f"folder-{choice.content[:12]}", "folder")) is not None:
+        folder = Path(kept)
     elif Path(choice.name).is_dir():
         folder = Path(choice.name)
     elif hub.is_hub_name(choice.name):

@@ -7,7 +7,9 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from orchestrator.study.errors import BadInput
 
@@ -43,6 +45,51 @@ def replace(path: Path, data: bytes) -> None:
     with temporary(path, data) as source:
         os.replace(source, path)
         sync_folder(path.parent)
+
+
+def read(path: Path, kind: Any, what: str, remedy: str) -> Any:
+    """Return the JSON file `path` as a `kind`, None where there is no such file.
+
+    Args:
+        path: The file.
+        kind: A type that pydantic knows.
+        what: What the file should be, with its article: "a study".
+        remedy: What to do about a file that is something else.
+
+    Raises:
+        BadInput: The file cannot be read or is no `kind`.
+    """
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    return parsed(text, kind, str(path), what, remedy)
+
+
+def parsed(text: bytes, kind: Any, where: str, what: str, remedy: str) -> Any:
+    """Return JSON as a `kind`; the other arguments as in `read`, with `where` for the path.
+
+    Raises:
+        BadInput: It is no `kind`.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        part = ".".join(str(each) for each in first["loc"])
+        said = f"{part + ': ' if part else ''}{first['msg']}"
+        raise BadInput(f"{where}: not {what} ({said}); {remedy}") from error
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@ code 2, before Ray starts. The scripts run in this process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,3 +132,76 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, ru
     (tmp_path / "my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
     done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
+
+
+# -- the store and the studies -------------------------------------------------------------------------------
+
+
+def _file(name: str, text: bytes) -> Callable[[Path], Path]:
+    """Return a function that writes this file below the output folder."""
+
+    def write(results: Path) -> Path:
+        path = results / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(text)
+        return path
+
+    return write
+
+
+def _folder(name: str) -> Callable[[Path], Path]:
+    """Return a function that makes a folder where a file should be."""
+
+    def make(results: Path) -> Path:
+        (results / name).mkdir(parents=True)
+        return results / name
+
+    return make
+
+
+def _loop(name: str) -> Callable[[Path], Path]:
+    """Return a function that makes a link to itself where a file should be."""
+
+    def make(results: Path) -> Path:
+        path = results / name
+        path.parent.mkdir(parents=True)
+        path.symlink_to(path.name)
+        return path
+
+    return make
+
+
+POINTER = f"store/bases/letters-base.{Letters().pretrain_recipe()}.json"
+PATHS = b'{"name": "s", "question": "", "command": "", "configurations": ["../x"]}'
+PLAN = (SWEEP, *DRY)
+STUDY = (SWEEP, "--dry-run", "--study", "s")
+SEARCH = (SWEEP, *DRY, "--search", "qmc", "--study", "s")
+TUNED = (SWEEP.with_name("tuned_comparison.py"), *DRY, "--study", "s")
+
+STORED = {
+    "a torn pointer to a base": (
+        PLAN,
+        _file(POINTER, b'{"content": "43f4'),
+        ["not a base's pointer", "remove it"],
+    ),
+    "a list for a pointer": (PLAN, _file(POINTER, b"[]"), ["not a base's pointer", "remove it"]),
+    "a pointer of bytes": (PLAN, _file(POINTER, b"\xff\0\1"), ["not a base's pointer", "remove it"]),
+    "a pointer to a number": (PLAN, _file(POINTER, b'{"content": 5}'), ["content", "string", "remove it"]),
+    "a pointer to nothing": (PLAN, _file(POINTER, b'{"name": "x"}'), ["content", "remove it"]),
+    "a folder for a pointer": (PLAN, _folder(POINTER), ["Is a directory", "remove it"]),
+    "a loop for a pointer": (PLAN, _loop(POINTER), ["symbolic links", "remove it"]),
+    "a study of bytes": (STUDY, _file("s/study.json", b"\xff\0"), ["not a study", "delete it"]),
+    "a study of paths": (STUDY, _file("s/study.json", PATHS), ["'../x' is no fingerprint", "delete it"]),
+    "a folder for a study": (STUDY, _folder("s/study.json"), ["Is a directory", "delete it"]),
+    "a search of bytes": (SEARCH, _file("s/search.json", b"\xff\0"), ["not a search", "another --study"]),
+    "a folder for a search": (SEARCH, _folder("s/search.json"), ["Is a directory", "another --study"]),
+    "a choice of bytes": (TUNED, _file("s-tune/choice.json", b"\xff\0"), ["not a choice", "delete it"]),
+    "a folder for a choice": (TUNED, _folder("s-tune/choice.json"), ["Is a directory", "delete it"]),
+}
+
+
+@pytest.mark.parametrize("what", STORED)
+def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+    command, spoil, said = STORED[what]
+    path = spoil(tmp_path / "results")
+    run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
