@@ -54,7 +54,7 @@ def _content(files: tuple[tuple[str, int, int], ...]) -> str:
 def _file_hash(path: Path) -> str:
     if path.suffix == ".json":
         # A JSON file that does not parse, or holds NaN, is hashed as bytes below.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(path.read_text("utf-8"))
             if isinstance(data, dict):
                 data = {key: value for key, value in data.items() if key not in _NOT_CONTENT}

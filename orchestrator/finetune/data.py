@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Image, Task
-from orchestrator.study.errors import BadInput, quoted
+from orchestrator.study.errors import BadInput, quoted, reason
 
 TOGETHER = 1024
 """Examples that a tokenizer is given at once."""
@@ -195,13 +195,12 @@ def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -
         for number, example in enumerate(block, start):
             try:
                 task.encode_all([example], processor)
-            except Exception as reason:
-                said = " ".join(f"{type(reason).__name__}: {reason}".split())
+            except Exception as one:
                 text = quoted(f"{example.prompt} {example.answer}")
                 raise BadInput(
-                    f"Task {task.name!r}: example {number}, {text}, cannot be encoded ({said}); change it, "
-                    "or take a --model whose tokenizer knows its words."
-                ) from reason
+                    f"Task {task.name!r}: example {number}, {text}, cannot be encoded ({reason(one)}); "
+                    "change it, or take a --model whose tokenizer knows its words."
+                ) from one
         raise error
 
 

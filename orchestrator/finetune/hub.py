@@ -73,6 +73,14 @@ def _cached(repository: str, revision: str | None) -> str | None:
     return Path(path).parent.name  # the cache keeps a commit's files in snapshots/<commit>/
 
 
+def snapshot(name: str, commit: str) -> Path | None:
+    """Return the folder of the local cache with this commit's files, as far as they were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository_of(name), "config.json", revision=commit)
+    return Path(path).parent if isinstance(path, str) else None
+
+
 def unreachable(name: str, error: Exception) -> BadInput:
     return BadInput(
         f"Model {name!r} cannot be read from the model hub ({type(error).__name__}). Set HF_TOKEN if it is "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from orchestrator.finetune import hub_data, metrics, models
+from orchestrator.finetune import hub_data, metrics, models, user_code
 from orchestrator.finetune.faults import FULL
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -101,7 +101,8 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     batch_size, parts = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
-    choice = task.choice()  # reads all of the data
+    with user_code.told(task.name, "gives no examples"):
+        choice = task.choice()  # reads all of the data
     made = [
         Configuration(
             variant=_variant(name, options),

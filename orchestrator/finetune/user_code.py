@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.study.errors import BadInput, Trouble, reason
 
 
 @contextmanager
@@ -37,5 +37,5 @@ def told(name: str, doing: str) -> Iterator[None]:
         if isinstance(error, SystemExit):
             said = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
         else:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            said = reason(error)
         raise BadInput(f"Task file {name!r}{where} {doing}: {said}") from error

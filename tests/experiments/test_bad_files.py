@@ -3,6 +3,7 @@ code 2, before Ray starts. The scripts run in this process."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,62 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, ru
     (tmp_path / "my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
     done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+Spoil = Callable[[Path], object]
+
+
+def config(text: str | bytes) -> Spoil:
+    """Return a function that writes the model's config.json."""
+    return lambda folder: (folder / "config.json").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
+
+
+def tokenizer(text: str) -> Spoil:
+    """Return a function that writes the model's tokenizer.json."""
+    return lambda folder: (folder / "tokenizer.json").write_text(text)
+
+
+def _half(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+MODELS: dict[str, tuple[Spoil, list[str]]] = {
+    "a torn configuration": (config('{"model_type": "lla'), ["config.json", "not a valid JSON file"]),
+    "a configuration of bytes": (config(b"\xff\0\1"), ["config.json", "not a valid JSON file"]),
+    "a list for a configuration": (config("[]"), ["model_type"]),
+    "a configuration too deep": (config("[" * 100_000), ["config.json", "RecursionError"]),
+    "a configuration of no model": (config('{"model_type": "foo"}'), ["`foo`"]),
+    "a word for a number": (
+        config('{"model_type": "llama", "hidden_size": "x"}'),
+        ["hidden_size", "expected int"],
+    ),
+    "no heads": (config('{"model_type": "llama", "num_attention_heads": 0}'), ["ZeroDivisionError"]),
+    "a negative size": (config('{"model_type": "llama", "hidden_size": -4}'), ["-4", "not a multiple"]),
+    "an encoder with a decoder": (config('{"model_type": "t5"}'), ["T5Config"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights"]),
+    "half of the weights": (_half, ["model.safetensors", "is cut"]),
+    "a torn tokenizer": (tokenizer('{"version'), ["Unterminated string"]),
+    "a tokenizer of nothing": (tokenizer("{}"), ["does not load"]),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_model_with(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+    folder = shutil.copytree(base, tmp_path / "m")
+    spoil, said = MODELS[what]
+    spoil(folder)
+    # A plan needs no tokenizer.
+    plan = () if "tokenizer" in what else ("--plan",)
+    run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *said)
+
+
+def test_a_model_whose_name_is_too_long(run: Run) -> None:
+    run(SWEEP, *DRY, "--model", "a" * 5000).assert_refused("Unknown model")
 
 
 # -- the store and the studies -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from orchestrator.finetune import hub_data, user_code
+from orchestrator.finetune import hub_data
 from orchestrator.finetune.npm import Package
 from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
 from orchestrator.study.errors import BadInput, nearest
@@ -261,8 +261,7 @@ class Task:
     def _first(self, split: Split, count: int) -> list[Example]:
         """Return what `examples` gives. Raises BadInput when that is not `count` examples: a user's own task
         may give anything."""
-        with user_code.told(self.name, "gives no examples"):
-            found = list(self.examples(split, count))
+        found = list(self.examples(split, count))
         for number, example in enumerate(found):
             if not isinstance(example, Example):
                 kind = type(example).__name__
