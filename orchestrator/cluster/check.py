@@ -10,7 +10,8 @@ from pathlib import Path
 from orchestrator.cluster import growth, room, sources, storage
 from orchestrator.cluster.finding import Finding, failed, later, ok
 from orchestrator.finetune import hub_data, models, resolve
-from orchestrator.finetune.resolve import UNPREPARED, Names
+from orchestrator.finetune.models import UNPREPARED
+from orchestrator.finetune.resolve import Names
 from orchestrator.record.store import Store
 from orchestrator.record.tracking_uri import checked, shown
 from orchestrator.schedule import cluster as ray_cluster

@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.cluster.finding import Finding, failed, later, listed, ok
 from orchestrator.cluster.finding import nodes as count
 from orchestrator.finetune import hub, hub_data, models, user_code
-from orchestrator.finetune.resolve import UNPREPARED
+from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice, TaskChoice

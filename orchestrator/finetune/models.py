@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+UNPREPARED = "not prepared yet"
+"""The content of a base that has yet to be made, in a plan: it meets no record."""
+
 PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
 """Models that travel in Python packages: modules with NAME, RECIPE and `build(folder, progress)`."""
 
@@ -234,17 +237,28 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     import torch
     from transformers import AutoConfig
 
-    source, revision = where(choice, root)
     kind, own = _kind(task)
     try:
+        if (config := unmade(choice)) is None:
+            source, revision = where(choice, root)
+            config = AutoConfig.from_pretrained(source, revision=revision, **own)
+        for name, value in own.items():
+            setattr(config, name, value)
         with bases.quiet(), torch.device("meta"):
-            model = kind.from_config(AutoConfig.from_pretrained(source, revision=revision, **own))
+            model = kind.from_config(config)
     except Exception as error:  # transformers' classes of configurations and models raise many kinds
         raise BadInput(
             f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; mend its config.json, "
             "or take another --model."
         ) from error
     return model, _heads(model, choice.name, set()) if task.has_head else ()
+
+
+def unmade(choice: ModelChoice) -> Any:
+    """Return transformers' configuration of a base that has yet to be made; None for one that is there, and
+    where nothing is known of it before (a hub's model)."""
+    task = _task_bases().get(choice.name)
+    return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
 def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:

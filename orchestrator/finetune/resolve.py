@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.finetune import hub_data, metrics, models, user_code
 from orchestrator.finetune.faults import FULL
+from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study import bounds, rates, space
@@ -24,9 +25,6 @@ from orchestrator.study.errors import BadInput, Trouble, nearest
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
-
-UNPREPARED = "not prepared yet"
-"""The content of a base that has yet to be made, in a plan: it meets no record."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,14 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     for configuration in tried:
         if (refused := refusal(configuration)) is not None:
             raise BadInput(refused)
-    if content != UNPREPARED:
+    if has_shapes(model):
         _check_fit(_unlike(tried), task, bases)
     return made
+
+
+def has_shapes(model: ModelChoice) -> bool:
+    """Return whether rank and targets can be checked against the model's layers."""
+    return model.content != UNPREPARED or models.unmade(model) is not None
 
 
 def data(

@@ -342,11 +342,15 @@ def _dimension(word: str, variant: str, name: str, spec: str, own: Own) -> Dimen
 
 
 def _choice(word: str, variant: str, name: str, spec: str, own: Own) -> Dimension:
-    values = [_value("--space", word, variant, name, text, own) for text in spec.split(",") if text]
+    texts = [text for text in spec.split(",") if text]
+    typed = word.partition("=")[0]
+    if len(texts) <= spec.count(","):
+        better = f"take {typed}={','.join(texts)}" if texts else EXAMPLE
+        raise BadInput(f"--space {word!r}: a choice of it is empty; {better}.")
+    values = [_value("--space", word, variant, name, text, own) for text in texts]
     distinct = list(dict.fromkeys(values))
     if len(distinct) < 2:
-        typed = word.partition("=")[0]
-        raise BadInput(f"--space {word!r} has one value only; take --set {typed}={spec.strip(',')}.")
+        raise BadInput(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
     dimension = Dimension(name, variant, choices=tuple(distinct))
     if dimension.numeric:
         dimension = replace(dimension, choices=tuple(sorted(distinct)))  # type: ignore[type-var]

@@ -216,6 +216,11 @@ class Task:
         """Makes the task's own base and saves it to `folder` as a transformers model with its tokenizer."""
         raise NotImplementedError
 
+    def base_config(self) -> Any:
+        """Return transformers' configuration of the base that `pretrain` makes: options are checked against
+        its layers before it is made. None where nobody knows it."""
+        return None
+
     # -- the same for all ------------------------------------------------------------------------------
 
     @property
