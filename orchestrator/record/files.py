@@ -114,6 +114,16 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of the store. Raises BadInput where something else has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"store {folder}: cannot be made ({error.strerror}); move what is there, or take another --store"
+        ) from None
+
+
 def check_writable(folder: Path) -> None:
     """Creates `folder` if needed. Raises BadInput when it cannot be written or knows no hard links."""
     try:

@@ -106,7 +106,12 @@ def run_study(
         asked = ask()
         print_plan(console, templates[0], asked.wanted, asked.pending, store, options, asked.search)
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--study {name!r}: {folder} cannot be made ({error.strerror}); take another --study."
+        ) from None
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
         scratch_folders.clear(store)

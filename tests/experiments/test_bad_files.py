@@ -252,6 +252,12 @@ STORED = {
     "a folder for a study": (STUDY, _folder("s/study.json"), ["Is a directory", "delete it"]),
     "a search of bytes": (SEARCH, _file("s/search.json", b"\xff\0"), ["not a search", "another --study"]),
     "a folder for a search": (SEARCH, _folder("s/search.json"), ["Is a directory", "another --study"]),
+    "a file for a study's folder": (
+        STUDY,
+        _file("s", b""),
+        ["--study 's'", "File exists", "another --study"],
+    ),
+    "a file for the records' folder": (PLAN, _file("store/records", b""), ["File exists", "another --store"]),
     "a choice of bytes": (TUNED, _file("s-tune/choice.json", b"\xff\0"), ["not a choice", "delete it"]),
     "a folder for a choice": (TUNED, _folder("s-tune/choice.json"), ["Is a directory", "delete it"]),
 }
@@ -262,3 +268,17 @@ def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Pa
     command, spoil, said = STORED[what]
     path = spoil(tmp_path / "results")
     run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
+
+
+@pytest.mark.parametrize("name", ["s/.lock", "store/bases"])
+def test_what_is_in_the_way_of_a_file_is_one_line(name: str, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "results" / name
+    path.parent.mkdir(parents=True)
+    if name == "s/.lock":
+        path.mkdir()
+    else:
+        path.touch()
+    done = run(SWEEP, "--dry-run", "--study", "s")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert name in done.stderr
