@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from orchestrator.study import bounds
 from orchestrator.study.command import main
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput, Trouble
@@ -122,6 +123,7 @@ def _check_options(options: ComparisonOptions) -> None:
         raise BadInput(
             f"--confirm-seeds {options.confirm_seeds}: must be 2 or more, for an interval; take 10."
         )
+    bounds.check("--confirm-seeds", options.confirm_seeds, bounds.POINTS)
     if not (math.isfinite(options.margin) and options.margin > 0):
         raise BadInput(f"--margin {options.margin:g}: must be a finite number above 0, for example 0.01.")
     if options.seed_count > FIRST_FRESH:

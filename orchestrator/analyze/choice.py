@@ -39,22 +39,7 @@ def study_name(script: str, options: StudyOptions, default_task: str) -> str:
 
 def read(folder: Path, kind: type[Kind]) -> Kind | None:
     """None where nothing has been chosen yet. Raises BadInput on a file that is no choice of this kind."""
-    path = folder / FILE
-    try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BadInput(
-            f"{path}: not a choice ({where + ': ' if where else ''}{first['msg']}); "
-            "delete it and run the study's command again"
-        ) from None
+    return files.read(folder / FILE, kind, "a choice", "delete it and run the study's command again")
 
 
 def keep(folder: Path, kind: type[Kind], found: Callable[[], Kind]) -> Kind:
@@ -62,7 +47,7 @@ def keep(folder: Path, kind: type[Kind], found: Callable[[], Kind]) -> Kind:
     if read(folder, kind) is None:
         from pydantic import TypeAdapter
 
-        files.replace(folder / FILE, TypeAdapter(kind).dump_json(found(), indent=1) + b"\n")
+        files.replace(folder / FILE, files.seal(TypeAdapter(kind).dump_json(found(), indent=1).decode()))
     kept = read(folder, kind)
     assert kept is not None
     return kept

@@ -10,7 +10,8 @@ from pathlib import Path
 from orchestrator.cluster import growth, room, sources, storage
 from orchestrator.cluster.finding import Finding, failed, later, ok
 from orchestrator.finetune import hub_data, models, resolve
-from orchestrator.finetune.resolve import UNPREPARED, Names
+from orchestrator.finetune.models import UNPREPARED
+from orchestrator.finetune.resolve import Names
 from orchestrator.record.store import Store
 from orchestrator.record.tracking_uri import checked, shown
 from orchestrator.schedule import cluster as ray_cluster
@@ -65,7 +66,7 @@ class Check:
 
     def sources(self, store: Store, chosen: Names) -> list[Configuration] | None:
         """What a study would train, but for rates and seeds; None when model or data cannot be had."""
-        name = self.options.model or chosen.task.default_model
+        name = self.options.model or resolve.default_model(chosen.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # as nodes have to find it
         hub_data.keep_pins_in(store.bases, new=False)

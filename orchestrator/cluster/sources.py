@@ -7,8 +7,8 @@ from pathlib import Path
 
 from orchestrator.cluster.finding import Finding, failed, later, listed, ok
 from orchestrator.cluster.finding import nodes as count
-from orchestrator.finetune import hub, hub_data, models
-from orchestrator.finetune.resolve import UNPREPARED
+from orchestrator.finetune import hub, hub_data, models, user_code
+from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice, TaskChoice
@@ -36,8 +36,9 @@ def model(name: str, bases: Path) -> tuple[Finding, str]:
 def data(task: Task) -> tuple[Finding, TaskChoice | None]:
     """Reads it, as a study does."""
     try:
-        choice = task.choice()
-    except Exception as error:  # a task may be a user's
+        with user_code.told(task.name, "gives no examples"):
+            choice = task.choice()
+    except Exception as error:
         said = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
         return failed("data", said.splitlines()[0]), None
     sizes = f"{choice.train_size} + {choice.validation_size} + {choice.test_size} examples"

@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from orchestrator.record import files
 from orchestrator.study.configuration import canonical
 from orchestrator.study.errors import BadInput
 
@@ -55,7 +54,7 @@ def _content(files: tuple[tuple[str, int, int], ...]) -> str:
 def _file_hash(path: Path) -> str:
     if path.suffix == ".json":
         # A JSON file that does not parse, or holds NaN, is hashed as bytes below.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(path.read_text("utf-8"))
             if isinstance(data, dict):
                 data = {key: value for key, value in data.items() if key not in _NOT_CONTENT}
@@ -68,42 +67,42 @@ def folder_of(root: Path, name: str, content: str) -> Path:
     return root / f"{name}-{content[:12]}"
 
 
-def read_pointer(root: Path, key: str) -> dict[str, Any] | None:
-    """What `write_pointer` kept under `key`, or None."""
-    try:
-        return json.loads((root / f"{key}.json").read_text("utf-8"))
-    except FileNotFoundError:
+def read_pointer(root: Path, key: str, field: str) -> str | None:
+    """Return `field` of what `write_pointer` kept under `key`, None where nothing is kept.
+
+    Raises:
+        BadInput: The file cannot be read, or is no pointer with this field.
+    """
+    path = root / f"{key}.json"
+    remedy = "remove it: the next study writes it again (of a hub, with the newest commit)"
+    found = files.read(path, dict[str, str], "a base's pointer", remedy)
+    if found is None:
         return None
+    if field not in found:
+        raise BadInput(f"{path}: not a base's pointer ({field} is missing); {remedy}")
+    return found[field]
 
 
-def write_pointer(root: Path, key: str, data: dict[str, Any], replace: bool = False) -> dict[str, Any]:
-    """Keeps `data` under `key`, and returns what is kept there: what was there before unless `replace`."""
+def write_pointer(root: Path, key: str, data: dict[str, str], field: str, replace: bool = False) -> str:
+    """Keep `data` under `key`, and return `field` of what is kept there: what was there before unless
+    `replace`. Of two writers exactly one wins. Raises BadInput as `read_pointer` does."""
     root.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=root, prefix=".pointer-")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(canonical(data))
-        file.flush()
-        os.fsync(descriptor)
     target = root / f"{key}.json"
+    sealed = files.seal(canonical(data).decode())
     if replace:
-        os.replace(name, target)
-        return data
-    try:
-        # link() fails when the target exists, so of two writers exactly one wins and none is half read.
-        os.link(name, target)
-    except FileExistsError:
-        return json.loads(target.read_text("utf-8"))
-    finally:
-        os.unlink(name)
-    return data
+        files.replace(target, sealed)
+        return data[field]
+    with files.temporary(target, sealed) as source:
+        files.link(source, target)
+    kept = read_pointer(root, key, field)
+    assert kept is not None, f"{target} has just been written"
+    return kept
 
 
 def made(root: Path, name: str, recipe: str) -> str | None:
     """The content that this recipe gave, when pointer and folder are both there."""
-    pointer = read_pointer(root, f"{name}.{recipe}")
-    if pointer is None or not folder_of(root, name, pointer["content"]).is_dir():
-        return None
-    return pointer["content"]
+    content = read_pointer(root, f"{name}.{recipe}", "content")
+    return content if content is not None and folder_of(root, name, content).is_dir() else None
 
 
 def make_once(root: Path, name: str, recipe: str, make: Callable[[Path], None]) -> str:
@@ -126,10 +125,10 @@ def make_once(root: Path, name: str, recipe: str, make: Callable[[Path], None]) 
             if not folder_of(root, name, content).is_dir():
                 folder.rename(folder_of(root, name, content))
         # A pointer that outlived its folder is replaced; one that another machine set meanwhile wins.
-        pointer = read_pointer(root, f"{name}.{recipe}")
-        lost = pointer is not None and not folder_of(root, name, pointer["content"]).is_dir()
+        before = read_pointer(root, f"{name}.{recipe}", "content")
+        lost = before is not None and not folder_of(root, name, before).is_dir()
         data = {"name": name, "content": content}
-        return write_pointer(root, f"{name}.{recipe}", data, replace=lost)["content"]
+        return write_pointer(root, f"{name}.{recipe}", data, "content", replace=lost)
 
 
 @contextlib.contextmanager

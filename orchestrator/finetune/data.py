@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Image, Task
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, quoted, reason
 
 TOGETHER = 1024
 """Examples that a tokenizer is given at once."""
@@ -154,7 +154,7 @@ def rows_of(
     for start in range(0, len(examples), TOGETHER):
         block = examples[start : start + TOGETHER]
         for number, (example, encoded) in enumerate(
-            zip(block, task.encode_all(block, processor), strict=True), start
+            zip(block, _encoded(block, task, processor, start), strict=True), start
         ):
             if _is_empty(encoded, example, task, held_out=max_length is None):
                 raise BadInput(
@@ -178,6 +178,30 @@ def rows_of(
             f"Task {task.name!r}: no training example keeps a part of its answer within max_length "
             f"{max_length}. Raise it."
         )
+
+
+def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -> list[Encoded]:
+    """Return what the task's `encode_all` gives for the examples from number `start` on.
+
+    Raises:
+        BadInput: An example cannot be encoded: a tokenizer of words that has no token for unknown ones, for
+            example. The text names the first one.
+    """
+    try:
+        return task.encode_all(block, processor)
+    except BadInput:
+        raise
+    except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
+        for number, example in enumerate(block, start):
+            try:
+                task.encode_all([example], processor)
+            except Exception as one:
+                text = quoted(f"{example.prompt} {example.answer}")
+                raise BadInput(
+                    f"Task {task.name!r}: example {number}, {text}, cannot be encoded ({reason(one)}); "
+                    "change it, or take a --model whose tokenizer knows its words."
+                ) from one
+        raise error
 
 
 def image_row(example: Example, task: Task, number: int) -> Row:

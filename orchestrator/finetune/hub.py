@@ -26,8 +26,7 @@ def repository_of(name: str) -> str:
 
 def pinned(name: str, root: Path) -> str | None:
     """The commit that `name` is pinned to in this store."""
-    pointer = read_pointer(root, _key(name))
-    return None if pointer is None else pointer["commit"]
+    return read_pointer(root, _key(name), "commit")
 
 
 def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
@@ -35,7 +34,7 @@ def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
     if (commit := pinned(name, root)) is not None:
         return commit
     progress(f"{name}: asking the model hub")
-    return write_pointer(root, _key(name), {"name": name, "commit": reach(name)})["commit"]
+    return write_pointer(root, _key(name), {"name": name, "commit": reach(name)}, "commit")
 
 
 def reach(name: str, commit: str | None = None) -> str:
@@ -72,6 +71,14 @@ def _cached(repository: str, revision: str | None) -> str | None:
     except LocalEntryNotFoundError:
         return None
     return Path(path).parent.name  # the cache keeps a commit's files in snapshots/<commit>/
+
+
+def snapshot(name: str, commit: str) -> Path | None:
+    """Return the folder of the local cache with this commit's files, as far as they were downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository_of(name), "config.json", revision=commit)
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def unreachable(name: str, error: Exception) -> BadInput:

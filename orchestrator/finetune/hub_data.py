@@ -167,11 +167,11 @@ def _place(table: Table, task: str) -> tuple[str, str | None]:
             return str(own.resolve()), None
     key = "hub-data-" + table.repository.replace("/", "--")
     commit = table.revision
-    if commit is None and _pins is not None and (pointer := read_pointer(_pins, key)) is not None:
-        commit = pointer["commit"]
+    if commit is None and _pins is not None:
+        commit = read_pointer(_pins, key, "commit")
     found, cached = _reached(table, task, commit)
     if commit is None and _pins is not None and _pinning:
-        kept = write_pointer(_pins, key, {"name": table.repository, "commit": found})["commit"]
+        kept = write_pointer(_pins, key, {"name": table.repository, "commit": found}, "commit")
         if kept != found:  # another process was faster, and has seen another commit
             found, cached = _reached(table, task, kept)
     return (table.repository, found) if cached is None else (str(cached), None)

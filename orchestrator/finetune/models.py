@@ -11,22 +11,26 @@ A name is one of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune import bases, hub, minilm, smollm2
+from orchestrator.finetune import bases, hub, minilm, smollm2, weights
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.errors import BadInput, nearest, reason
 
 if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[str], None]
+
+UNPREPARED = "not prepared yet"
+"""The content of a base that has yet to be made, in a plan: it meets no record."""
 
 PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
 """Models that travel in Python packages: modules with NAME, RECIPE and `build(folder, progress)`."""
@@ -85,10 +89,14 @@ def resolve(name: str, root: Path) -> str | None:
         return bases.made(root, name, task.pretrain_recipe())
     if name in PACKAGES:
         return bases.made(root, name, PACKAGES[name].RECIPE)
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
+        weights.check(Path(name), name)  # before all of it is read, to be hashed
         return bases.content_of(Path(name))
     if hub.is_hub_name(name):
-        return hub.pinned(name, root)
+        commit = hub.pinned(name, root)
+        if commit is not None and (cached := hub.snapshot(name, commit)) is not None:
+            weights.check(cached, name, complete=False)
+        return commit
     raise BadInput(
         f"Unknown model {name!r}: no such folder, nor a name known here. {nearest(name, names())} "
         "A hub model is written organisation/model."
@@ -107,9 +115,13 @@ def prepare(name: str, root: Path, progress: Progress = print) -> str:
     if content is not None and Path(name).is_dir():
         # A worker has another working folder: it finds the model by content, whatever the path was called.
         where = {"folder": str(Path(name).resolve())}
-        bases.write_pointer(root, f"folder-{content[:12]}", where, replace=True)
+        bases.write_pointer(root, f"folder-{content[:12]}", where, "folder", replace=True)
         return content
-    return content or hub.pin(name, root, progress)
+    if content is None:
+        hub.pin(name, root, progress)
+        content = resolve(name, root)
+        assert content is not None, f"{name} has just been pinned"
+    return content
 
 
 def prepare_task_base(task: Task, root: Path, progress: Progress) -> str:
@@ -154,6 +166,13 @@ def load(
             )
     except (OSError, ValueError) as error:
         raise _unloaded(choice, source, revision, error) from error
+    lacking = [] if headed else sorted(info["missing_keys"])
+    if lacking:  # transformers has drawn them at random, and says so where nobody looks
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise BadInput(
+            f"Model {choice.name!r}: its files hold no weights for {lacking[0]}{more}: they are another "
+            "model's; put config.json and weights of one model there."
+        )
     if model.config.model_type.startswith("deberta"):
         from orchestrator.finetune import deberta
 
@@ -195,7 +214,7 @@ def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> A
             if task is not None and task.inputs == "image":
                 return ImageProcessor.of(source, revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds: the tokenizers of Hugging Face raise Exception itself
         raise _unloaded(choice, source, revision, error) from error
     if tokenizer.eos_token_id is None and not (task is not None and task.has_head):
         raise BadInput(
@@ -211,8 +230,7 @@ def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> A
 def _unloaded(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> BadInput:
     if revision is not None:
         return hub.unreachable(choice.name, error)
-    reason = str(error).strip().splitlines()[0]
-    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason}")
+    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason(error)}")
 
 
 def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:
@@ -221,17 +239,30 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     import torch
     from transformers import AutoConfig
 
-    source, revision = where(choice, root)
     kind, own = _kind(task)
     try:
+        if (config := unmade(choice)) is None:
+            source, revision = where(choice, root)
+            config = AutoConfig.from_pretrained(source, revision=revision, **own)
+        for name, value in own.items():
+            setattr(config, name, value)
         with bases.quiet(), torch.device("meta"):
-            model = kind.from_config(AutoConfig.from_pretrained(source, revision=revision, **own))
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"Model {choice.name!r} does not suit task {task.name!r}: {reason}") from error
+            model = kind.from_config(config)
+    except Exception as error:  # transformers' classes of configurations and models raise many kinds
+        raise BadInput(
+            f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; mend its config.json, "
+            "or take another --model."
+        ) from error
     if not task.has_head:
         _check_next_tokens(model, choice.name)
     return model, _heads(model, choice.name, set()) if task.has_head else ()
+
+
+def unmade(choice: ModelChoice) -> Any:
+    """Return transformers' configuration of a base that has yet to be made; None for one that is there, and
+    where nothing is known of it before (a hub's model)."""
+    task = _task_bases().get(choice.name)
+    return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
 def _check_next_tokens(model: Any, name: str) -> None:
@@ -298,8 +329,8 @@ def where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
     Raises BadInput when the model is not there, or is another."""
     if choice.name in names():
         folder = bases.folder_of(root, choice.name, choice.content)
-    elif (pointer := bases.read_pointer(root, f"folder-{choice.content[:12]}")) is not None:
-        folder = Path(pointer["folder"])
+    elif (kept := bases.read_pointer(root, f"folder-{choice.content[:12]}", "folder")) is not None:
+        folder = Path(kept)
     elif Path(choice.name).is_dir():
         folder = Path(choice.name)
     elif hub.is_hub_name(choice.name):

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from orchestrator.finetune import hub_data, metrics, models
+from orchestrator.finetune import hub_data, metrics, models, user_code
 from orchestrator.finetune.faults import FULL
+from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import rates, space
+from orchestrator.study import bounds, rates, space
 from orchestrator.study.configuration import (
     Batches,
     Configuration,
@@ -24,9 +25,6 @@ from orchestrator.study.errors import BadInput, Trouble, nearest
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
-
-UNPREPARED = "not prepared yet"
-"""The content of a base that has yet to be made, in a plan: it meets no record."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,19 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
             f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."
         )
     options = split_as(options, task)
-    model = options.model or task.default_model
+    model = options.model or default_model(task)
     models.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
+    bounds.check_grid(options.seed_count, len(grid))
     fixed, searched = _searched(options, variants, task, grid)
     return Names(variants, task, model, grid, fixed, searched)
+
+
+def default_model(task: Task) -> str:
+    """Return the name of the task's own base model. Raises BadInput for a user's task that names none."""
+    if not hasattr(task, "default_model"):
+        raise BadInput(f"Task {task.name!r} has no default_model; name one there, or take a --model.")
+    return task.default_model
 
 
 def split_as(options: StudyOptions, task: Task) -> StudyOptions:
@@ -93,7 +99,8 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     batch_size, parts = options.batch_size or defaults.batch_size, options.accumulation or 1
     options.check_batch(batch_size)
     head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
-    choice = task.choice()  # reads all of the data
+    with user_code.told(task.name, "gives no examples"):
+        choice = task.choice()  # reads all of the data
     made = [
         Configuration(
             variant=_variant(name, options),
@@ -120,9 +127,14 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     for configuration in tried:
         if (refused := refusal(configuration)) is not None:
             raise BadInput(refused)
-    if content != UNPREPARED:
+    if has_shapes(model):
         _check_fit(_unlike(tried), task, bases)
     return made
+
+
+def has_shapes(model: ModelChoice) -> bool:
+    """Return whether rank and targets can be checked against the model's layers."""
+    return model.content != UNPREPARED or models.unmade(model) is not None
 
 
 def data(

@@ -13,7 +13,9 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from orchestrator.study.errors import BadInput
 
@@ -38,19 +40,26 @@ def seal(text: str) -> bytes:
     return body + f',"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
 
 
-def check_seal(data: bytes) -> None:
-    """Check what `seal` has added.
+def unseal(data: bytes) -> bytes:
+    """Check what `seal` has added, and take it off.
 
     Args:
         data: The bytes of a JSON file. Without a seal, as files of earlier versions are, they pass.
+
+    Returns:
+        The JSON without the seal.
 
     Raises:
         Damaged: The bytes before the seal are others than those that were sealed.
     """
     start = max(0, len(data) - _SEAL_BYTES)
     found = next((m for m in _SEAL.finditer(data, start) if m.end() == len(data)), None)
-    if found is not None and hashlib.sha256(data[: found.start()]).hexdigest().encode() != found[1]:
+    if found is None:
+        return data
+    body = data[: found.start()]
+    if hashlib.sha256(body).hexdigest().encode() != found[1]:
         raise Damaged("its content is not what was written (its SHA-256 differs)")
+    return body + b"}"
 
 
 @contextmanager
@@ -86,6 +95,55 @@ def replace(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def read(path: Path, kind: Any, what: str, remedy: str) -> Any:
+    """Return the JSON file `path` as a `kind`, None where there is no such file.
+
+    Args:
+        path: The file.
+        kind: A type that pydantic knows.
+        what: What the file should be, with its article: "a study".
+        remedy: What to do about a file that is something else.
+
+    Raises:
+        BadInput: The file cannot be read or is no `kind`.
+    """
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    return parsed(text, kind, str(path), what, remedy)
+
+
+def parsed(text: bytes, kind: Any, where: str, what: str, remedy: str) -> Any:
+    """Return JSON as a `kind`; the other arguments as in `read`, with `where` for the path.
+
+    Raises:
+        BadInput: It is no `kind`, or is not what was written.
+    """
+    from pydantic import ValidationError
+
+    try:
+        text = unseal(text)
+    except Damaged as error:
+        raise BadInput(f"{where}: {error}; {remedy}") from None
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        part = ".".join(str(each) for each in first["loc"])
+        said = f"{part + ': ' if part else ''}{first['msg']}"
+        raise BadInput(f"{where}: not {what} ({said}); {remedy}") from error
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def sync_folder(folder: Path) -> None:
     """A new name survives a power cut only when its folder has been synced."""
     handle = os.open(folder, os.O_RDONLY)
@@ -106,6 +164,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the store. Raises BadInput where something else has its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"store {folder}: cannot be made ({error.strerror}); move what is there, or take another --store"
+        ) from None
 
 
 def check_writable(folder: Path) -> None:

@@ -59,6 +59,7 @@ def write_parquet(store: Store) -> Path:
     path = store.root / NAME
     temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
     try:
+        temporary.touch()  # Python's own error names the file, pyarrow's does not
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
         os.replace(temporary, path)
     finally:

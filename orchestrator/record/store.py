@@ -48,7 +48,9 @@ class Store:
     """
 
     def __init__(self, root: Path | str, create: bool = True) -> None:
-        self.root = Path(root).resolve()  # the same folder for processes that work elsewhere
+        # In full: the same folder for processes that work elsewhere. (Path.resolve raises RuntimeError for a
+        # link to itself.)
+        self.root = Path(os.path.realpath(root))
         self.records_folder = self.root / "records"
         self.bases = self.root / "bases"
         self.checkpoints = self.root / "checkpoints"
@@ -60,8 +62,8 @@ class Store:
         self._warned: set[str] = set()
         if create:
             files.check_writable(self.root)
-            self.records_folder.mkdir(parents=True, exist_ok=True)
-        elif not self.records_folder.is_dir():
+            files.make_folder(self.records_folder)
+        elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
             raise BadInput(f"--store {self.root}: there is no store here; name an earlier study's")
 
     # -- writing
@@ -210,9 +212,7 @@ class Store:
     def _load(self, path: Path) -> dict[str, Any] | None:
         """The JSON object in `path`; None, with one warning, when there is something else."""
         try:
-            text = path.read_bytes()
-            files.check_seal(text)
-            data = json.loads(text)
+            data = json.loads(files.unseal(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.record import files
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.errors import BadInput, nearest, quoted
 
 FILE = "study.json"
 
@@ -60,27 +60,19 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        files.replace(folder / FILE, files.seal(json.dumps(asdict(self), indent=1)))
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
         """None when the folder holds no study. Raises BadInput on a file that is not one."""
-        path = folder / FILE
-        try:
-            text = path.read_text()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        from pydantic import TypeAdapter, ValidationError
-
-        try:
-            return TypeAdapter(cls).validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+        path, remedy = folder / FILE, "delete it and run the study's command again"
+        study: StudyFile | None = files.read(path, cls, "a study", remedy)
+        odd = [name for name in study.configurations if not name.isalnum()] if study else []
+        if odd:
             raise BadInput(
-                f"{path}: not a study ({where + ': ' if where else ''}{first['msg']}); "
-                "delete it and run the study's command again"
-            ) from error
+                f"{path}: not a study (configurations: {quoted(odd[0])} is no fingerprint); {remedy}"
+            )
+        return study
 
 
 def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:

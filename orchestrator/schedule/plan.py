@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from rich.console import Console
 
-from orchestrator.finetune.resolve import UNPREPARED
+from orchestrator.finetune.models import UNPREPARED
+from orchestrator.finetune.resolve import has_shapes
 from orchestrator.record.schema import Record
 from orchestrator.record.show import narrowed
 from orchestrator.record.store import Store
@@ -27,6 +28,8 @@ from orchestrator.study.options import StudyOptions
 LANES = 4  # a seat; more gains nothing on a CPU and is a choice of memory on a GPU
 START_SECONDS = 25.0  # Ray, and the first seat
 UNKNOWN = "unknown: no lane of this task and model has been trained on such a device yet"
+
+UNCHECKED = "--rank and --targets: the base model is not here yet"
 
 
 def print_plan(
@@ -66,6 +69,7 @@ def print_plan(
     for what, text in (
         ("Task", f"{first.task.name}, {first.schedule.steps} steps of {batch}"),
         ("Base model", f"{first.model.name} ({content if content == UNPREPARED else content[:12]})"),
+        *([] if has_shapes(first.model) else [("Not checked", UNCHECKED)]),
         *(_search(search, first) if search else ()),
         *([] if search else [("Variants", " ".join(dict.fromkeys(c.variant.name for c in wanted)))]),
         *([] if search else [("Learning rates", " ".join(f"{rate:g}" for rate in rates))]),

@@ -90,7 +90,7 @@ def run_study(
     parts = [experiment.script, Path(chosen.task.name).stem, Path(chosen.model).name]
     parts += [options.method] if searches else []
     name = options.study or "-".join(parts).replace("@", "-")
-    folder = options.output / name
+    folder = options.study_folder(name)
 
     def ask() -> Asked:
         if wanted is not None:
@@ -106,7 +106,12 @@ def run_study(
         asked = ask()
         print_plan(console, templates[0], asked.wanted, asked.pending, store, options, asked.search)
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(
+            f"--study {name!r}: {folder} cannot be made ({error.strerror}); take another --study."
+        ) from None
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
         scratch_folders.clear(store)

@@ -17,9 +17,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from orchestrator.record import files
 from orchestrator.schedule.sampling import SMALL
@@ -27,6 +25,7 @@ from orchestrator.study.errors import BadInput
 from orchestrator.study.space import Space
 
 FILE, POINTS = "search.json", "search.jsonl"
+_NOT_ONE = ("a search", "take another --study")  # what is said of such a file
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +89,7 @@ class SearchFile:
 
     def write(self, folder: Path) -> None:
         """Replaces `folder`/search.json at once; without the points."""
-        files.replace(folder / FILE, (json.dumps(asdict(replace(self, asked=())), indent=1) + "\n").encode())
+        files.replace(folder / FILE, files.seal(json.dumps(asdict(replace(self, asked=())), indent=1)))
 
     def write_points(self, folder: Path) -> None:
         """Replaces `folder`/search.jsonl at once."""
@@ -108,12 +107,9 @@ class SearchFile:
     def read(cls, folder: Path) -> SearchFile | None:
         """None when the folder holds no search. Raises BadInput on files that are not one. A last line that
         is cut off, by a crash while it was written, was given to nobody: it is left out, with a warning."""
-        path = folder / FILE
-        try:
-            text = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        file: SearchFile | None = files.read(folder / FILE, cls, *_NOT_ONE)
+        if file is None:
             return None
-        file: SearchFile = _parsed(cls, text, str(path))
         path = folder / POINTS
         try:
             *lines, rest = path.read_bytes().split(b"\n")
@@ -121,31 +117,14 @@ class SearchFile:
             return file
         if rest:
             _log.warning("%s: its last line is torn: left out", path)
-        points = (_parsed(Point, line, f"{path}, line {n}") for n, line in enumerate(lines, 1))
+        points = (
+            files.parsed(line, Point, f"{path}, line {n}", *_NOT_ONE) for n, line in enumerate(lines, 1)
+        )
         return replace(file, asked=(*file.asked, *points))
 
 
 def _line(point: Point) -> bytes:
-    return (json.dumps(asdict(point)) + "\n").encode()
-
-
-def _parsed(kind: type, text: bytes, where: str) -> Any:
-    from pydantic import ValidationError
-
-    try:
-        return _adapter(kind).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        part = ".".join(str(each) for each in first["loc"])
-        said = f"{part + ': ' if part else ''}{first['msg']}"
-        raise BadInput(f"{where}: not a search ({said}); take another --study") from error
-
-
-@cache
-def _adapter(kind: type) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
+    return files.seal(json.dumps(asdict(point)))
 
 
 def specs(space: Space) -> dict[str, dict[str, str]]:

@@ -31,9 +31,10 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
     A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
-    SIGTERM) is the command that goes on and exit code 130, all without a traceback. A second Ctrl-C ends the
-    process at once, and all that it has started. Any other exception is a bug and shows itself. No secret is
-    in what is said, nor, from here on, in this process's command line.
+    SIGTERM) is the command that goes on and exit code 130, all without a traceback. So is a file or folder
+    that the operating system refuses (no permission, a folder in place of a file, ...): one line, exit code
+    1. A second Ctrl-C ends the process at once, and all that it has started. Any other exception is a bug and
+    shows itself. No secret is in what is said, nor, from here on, in this process's command line.
     """
     hide_passwords_of_this_process()
     sys.excepthook = _show
@@ -54,6 +55,12 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        refused = f"{error.filename}: {error.strerror}; make it usable, or move it away"
+        print(f"error: {without_secrets(refused)}", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 

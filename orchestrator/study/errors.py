@@ -21,3 +21,14 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
+
+
+def quoted(value: str) -> str:
+    """Return `value` in quotation marks, control characters escaped, without the middle of a long one."""
+    return repr(value if len(value) <= 80 else f"{value[:50]}...{value[-20:]}")
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of somebody else's code says: its type and its text, in one line, cut at 300
+    characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

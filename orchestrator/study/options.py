@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.study import price, rates
+from orchestrator.study import bounds, naming, price, rates
 from orchestrator.study.errors import BadInput, nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
@@ -19,7 +19,6 @@ GRID_SEEDS, POINTS = 3, 16
 OF_ITS_OWN = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout", "schedule")
 """Options whose values --set and --space can name, too. (--batch-size may stand beside batch sizes there:
 --accumulation must divide it.)"""
-MOST_POINTS = 10_000  # of a variant: all of a design are drawn before anything starts
 SEAT_TIMEOUT = 300.0
 HERE = "here"
 CLUSTER_FILE = "cluster.yaml"
@@ -154,19 +153,23 @@ class StudyOptions:
             rates.parse(self.learning_rates)
         if self.variants is not None and not self.variants:
             raise BadInput("--variants is empty; name at least one, for example: lora pissa.")
-        _at_least("--seeds", self.seeds, 1)
+        for option in ("task", "model", "tracking_uri", "on"):
+            if getattr(self, option) == "":
+                raise BadInput(f"--{option.replace('_', '-')} is empty; name one, or leave it out.")
+        bounds.check("--seeds", self.seeds, bounds.POINTS)
         self._check_search()
-        _at_least("--rank", self.rank, 1)
-        for name, value in (
-            ("--steps", self.steps),
-            ("--evaluations", self.evaluations),
-            ("--batch-size", self.batch_size),
-            ("--seats", self.seats),
-            ("--lanes-per-seat", self.lanes_per_seat),
-            ("--workers-per-seat", self.workers_per_seat),
-            ("--accumulation", self.accumulation),
+        for name, value, most in (
+            ("--rank", self.rank, bounds.RANK),
+            ("--steps", self.steps, bounds.STEPS),
+            ("--evaluations", self.evaluations, bounds.EVALUATIONS),
+            ("--batch-size", self.batch_size, bounds.BATCH_SIZE),
+            ("--seats", self.seats, bounds.SEATS),
+            ("--lanes-per-seat", self.lanes_per_seat, bounds.SEATS),
+            ("--workers-per-seat", self.workers_per_seat, bounds.SEATS),
         ):
-            _at_least(name, value, 1)
+            bounds.check(name, value, most)
+        if self.accumulation is not None and self.accumulation < 1:
+            raise BadInput(f"--accumulation {self.accumulation}: must be 1 or more.")
         if self.batch_size is not None:
             self.check_batch(self.batch_size)
         if self.head_learning_rate != "same":
@@ -208,16 +211,13 @@ class StudyOptions:
             raise BadInput(
                 "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."
             )
-        if self.seat_timeout is not None and not self.seat_timeout > 0:
+        if self.seat_timeout is not None and not 0 < self.seat_timeout < math.inf:
             raise BadInput(
-                f"--seat-timeout {self.seat_timeout:g}: must be above 0 seconds; the default is 300."
+                f"--seat-timeout {self.seat_timeout:g}: must be a finite number of seconds above 0; the "
+                "default is 300."
             )
-        if self.study is not None and (
-            not self.study.strip() or "/" in self.study or self.study.startswith(".")
-        ):
-            raise BadInput(
-                f"--study {self.study!r}: it names a folder, so no '/', no leading dot, not empty."
-            )
+        if self.study is not None:
+            self.study_folder(self.study)
 
     @property
     def method(self) -> str:
@@ -242,9 +242,7 @@ class StudyOptions:
             raise BadInput(f"--sampler {self.sampler!r} is not one. {nearest(self.sampler, SAMPLERS)}")
         if self.sampler is not None and self.search != "optuna":
             raise BadInput(f"--sampler {self.sampler}: it is for --search optuna, not {self.search}.")
-        _at_least("--points", self.points, 1)
-        if self.points is not None and self.points > MOST_POINTS:
-            raise BadInput(f"--points {self.points}: must be {MOST_POINTS} or less; take {MOST_POINTS}.")
+        bounds.check("--points", self.points, bounds.POINTS)
         self._check_spellings()
         if self.search == "optuna" and self.scheduler == "hyperband":
             raise BadInput(
@@ -275,13 +273,17 @@ class StudyOptions:
 
     @property
     def store_folder(self) -> Path:
-        return self.store if self.store is not None else self.output / "store"
+        return self.store if self.store is not None else self.output / naming.STORE
+
+    def study_folder(self, name: str) -> Path:
+        """Return the folder of the study `name`. Raises BadInput where it can have none."""
+        return naming.folder(name, self.output, self.store_folder)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
         parts = self.accumulation or 1
         if batch_size % parts:
-            fits = max(n for n in range(1, parts) if batch_size % n == 0)
+            fits = max(n for n in range(1, min(parts, batch_size + 1)) if batch_size % n == 0)
             raise BadInput(f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}.")
         rows = batch_size // parts
         if self.workers_per_seat > rows:
@@ -318,11 +320,6 @@ def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> S
     if code is not None:
         sys.exit(code)
     return options
-
-
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise BadInput(f"{name} {value}: must be {least} or more.")
 
 
 def _gpus(value: float) -> None:

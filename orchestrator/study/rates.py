@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from orchestrator.study.errors import BadInput
+from orchestrator.study import bounds
+from orchestrator.study.errors import BadInput, quoted
 
+MOST_DECADES = 100
+"""Of a grid's range: within it no power of ten overflows. (float32 has 83.)"""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 
@@ -15,6 +18,8 @@ def parse(words: Sequence[str]) -> tuple[float, ...]:
     rates = {each for word in words for each in (_grid(word) if ":" in word else [_rate(word)])}
     if not rates:
         raise BadInput(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
+    if len(rates) > bounds.POINTS:
+        raise BadInput(f"--learning-rates has {len(rates)} rates; must have {bounds.POINTS} or fewer.")
     return tuple(sorted(rates))
 
 
@@ -38,7 +43,9 @@ def _grid(word: str) -> list[float]:
     if len(parts) != 3:
         raise BadInput(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
     low, high = _rate(parts[0]), _rate(parts[1])
-    if not parts[2].isdecimal() or int(parts[2]) < 1:
+    # As a float: a number of any length has one.
+    density = float(parts[2]) if parts[2].isdecimal() else 0.0
+    if density < 1:
         raise BadInput(
             f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}"
         )
@@ -46,7 +53,17 @@ def _grid(word: str) -> list[float]:
         raise BadInput(
             f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?"
         )
-    density = int(parts[2])
-    count = math.floor(math.log10(high / low) * density + 1e-9) + 1
+    decades = math.log10(high) - math.log10(low)
+    if decades > MOST_DECADES:
+        raise BadInput(
+            f"--learning-rates: {word!r} spans {decades:.0f} decades; must be {MOST_DECADES} or less. "
+            f"{EXAMPLE}"
+        )
+    if decades * density > bounds.POINTS:
+        raise BadInput(
+            f"--learning-rates: {quoted(word)} has more than {bounds.POINTS} rates; take fewer points a "
+            f"decade. {EXAMPLE}"
+        )
+    count = math.floor(decades * density + 1e-9) + 1 if decades else 1
     # Three digits: 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
     return [float(f"{low * 10 ** (i / density):.3g}") for i in range(count)]

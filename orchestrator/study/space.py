@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from orchestrator.study import bounds
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import BadInput, nearest
 
@@ -55,10 +56,15 @@ class Hyperparameter:
         return f"must be {bounds}"
 
 
+def count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperparameter:
+    """Return the rule for a whole number from 1 to `most`."""
+    return Hyperparameter(part, field, True, least=1, most=most, open_below=False, open_above=False)
+
+
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "learning_rate": Hyperparameter("optimizer", "learning_rate"),
     "head_learning_rate": Hyperparameter("optimizer", "head_learning_rate"),
-    "rank": Hyperparameter("variant", "rank", whole=True, least=1, open_below=False),
+    "rank": count("variant", "rank", bounds.RANK),
     "alpha": Hyperparameter("variant", "alpha"),
     "dropout": Hyperparameter("variant", "dropout", most=1, open_below=False),
     "weight_decay": Hyperparameter("optimizer", "weight_decay", open_below=False),
@@ -68,7 +74,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "clip_norm": Hyperparameter("optimizer", "clip_norm"),
     "warmup": Hyperparameter("schedule", "warmup", most=1, open_below=False, open_above=False),
     "schedule": Hyperparameter("schedule", "name", words=("constant", "linear", "cosine")),
-    "batch_size": Hyperparameter("batches", "batch_size", whole=True, least=1, open_below=False),
+    "batch_size": count("batches", "batch_size", bounds.BATCH_SIZE),
 }
 OF_VARIANTS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
@@ -336,11 +342,15 @@ def _dimension(word: str, variant: str, name: str, spec: str, own: Own) -> Dimen
 
 
 def _choice(word: str, variant: str, name: str, spec: str, own: Own) -> Dimension:
-    values = [_value("--space", word, variant, name, text, own) for text in spec.split(",") if text]
+    texts = [text for text in spec.split(",") if text]
+    typed = word.partition("=")[0]
+    if len(texts) <= spec.count(","):
+        better = f"take {typed}={','.join(texts)}" if texts else EXAMPLE
+        raise BadInput(f"--space {word!r}: a choice of it is empty; {better}.")
+    values = [_value("--space", word, variant, name, text, own) for text in texts]
     distinct = list(dict.fromkeys(values))
     if len(distinct) < 2:
-        typed = word.partition("=")[0]
-        raise BadInput(f"--space {word!r} has one value only; take --set {typed}={spec.strip(',')}.")
+        raise BadInput(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
     dimension = Dimension(name, variant, choices=tuple(distinct))
     if dimension.numeric:
         dimension = replace(dimension, choices=tuple(sorted(distinct)))  # type: ignore[type-var]

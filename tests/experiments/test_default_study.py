@@ -56,3 +56,12 @@ def test_folders_of_ones_own_are_planned_in_full(
     assert lines["Seeds"] == "3"
     assert lines["Configurations"] == "165, of them 0 known"
     assert lines["Steps"] == f"at most {165 * 1562}"
+
+
+def test_what_a_plan_cannot_check_is_said(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(SWEEP, "--plan", "--targets", "q_porj")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Base model      Qwen/Qwen3-0.6B-Base (not prepared yet)" in done.stdout
+    assert "Not checked     --rank and --targets: the base model is not here yet" in done.stdout

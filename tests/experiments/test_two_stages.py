@@ -15,6 +15,7 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
     ("script", "arguments", "said"),
     [
         (TUNED, ("--confirm-seeds", "1"), ["--confirm-seeds 1", "2 or more", "take 10"]),
+        (TUNED, ("--confirm-seeds", "1000000000"), ["--confirm-seeds 1000000000", "take 10000"]),
         (TUNED, ("--margin", "0"), ["--margin 0", "above 0", "0.01"]),
         (TUNED, ("--margin", "nan"), ["--margin nan", "finite"]),
         (TUNED, ("--seeds", "1001"), ["--seeds 1001", "take 1000"]),
@@ -22,6 +23,7 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
         (TUNED, ("--variants", "pisa"), ["'pisa'", "pissa"]),
         (TUNED, ("--search", "qmc", "--seeds", "2"), ["--seeds 2", "take --seeds 1"]),
         (STOPPED, ("--search", "optuna"), ["--search optuna", "take grid"]),
+        (STOPPED, ("--seeds", "1000000000"), ["--seeds 1000000000", "take 10000"]),
         (STOPPED, ("--scheduler", "none"), ["--scheduler none", "asha"]),
     ],
 )

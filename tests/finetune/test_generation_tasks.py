@@ -319,7 +319,8 @@ def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
 def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def revision(**changes: Any) -> str:
         task = letters.Letters()
-        monkeypatch.setattr(task, "examples", lambda split, count: [replace(Example("a", "b"), **changes)])
+        one = replace(Example("a", "b"), **changes)
+        monkeypatch.setattr(task, "examples", lambda split, count: [one] * count)
         return task.revision()
 
     assert len({revision(), revision(truth="1"), revision(truth="2"), revision(scored="loss")}) == 4

@@ -105,9 +105,10 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
 
 
 def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path) -> None:
-    from transformers import T5Config
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     typed = StudyOptions(task="reviews", model=str(tmp_path))
     chosen = resolve.names(typed, "letters", ("lora",), bases)
     content = models.prepare(str(tmp_path), bases, lambda text: None)

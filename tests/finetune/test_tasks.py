@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.finetune import metrics
+from orchestrator.finetune.bases import quiet
+from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
 from orchestrator.finetune.tasks.chain_sum import ChainSum, same_sum
+from orchestrator.finetune.tasks.digits import Digits
 from orchestrator.finetune.tasks.gsm_symbolic import GsmSymbolic
 from orchestrator.finetune.tasks.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
+from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.study.errors import BadInput
 
 needs_reasoning_gym = pytest.mark.skipif(
@@ -86,6 +92,19 @@ def test_a_file_without_a_task_is_refused_in_one_line(tmp_path: Path, text: str,
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         catalogue.get(str(tmp_path / "letters.py"))
+
+
+@pytest.mark.parametrize("kind", [Letters, Reviews, Digits])
+def test_the_configuration_of_a_base_is_known_before_it_is_made(
+    kind: Callable[[Recipe], Task], tmp_path: Path
+) -> None:
+    task = kind(Recipe(steps=1, batch_size=2, learning_rate=1e-3))
+    with quiet():
+        task.pretrain(tmp_path, lambda text: None)
+    made = json.loads((tmp_path / "config.json").read_text())
+    known = task.base_config().to_diff_dict()
+    differ = {key for key in made.keys() | known.keys() if made.get(key) != known.get(key)}
+    assert differ <= {"architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id"}
 
 
 def test_listing_and_choosing_imports_no_torch() -> None:

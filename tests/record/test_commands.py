@@ -119,6 +119,23 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(run, results, arguments, mess
     assert not (results / "nowhere").exists()
 
 
+@pytest.mark.parametrize("name", ["loop", "x" * 5000, "file"], ids=["loop", "long", "file"])
+@pytest.mark.parametrize("command", [("gc", "--store"), ("sync", "--store"), ("merge",)])
+def test_a_store_that_is_none_is_one_line(run, results, command, name):
+    (results / "loop").symlink_to("loop")
+    (results / "file").touch()
+    run(ORCHESTRATOR, *command, name).assert_refused(f"{name}: there is no store here")
+
+
+def test_what_the_file_system_refuses_is_one_line_and_exit_code_1(run, results):
+    (results / "results/store/records.parquet").mkdir()
+    done = run(ORCHESTRATOR, "sync")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: ")
+    assert "records.parquet" in done.stderr
+    assert "Is a directory" in done.stderr
+
+
 def test_a_wrong_option_is_exit_code_2_without_a_traceback(run):
     for arguments in (["shwo"], ["report"], ["sync", "--outptu", "x"]):
         done = run(ORCHESTRATOR, *arguments)

@@ -222,6 +222,11 @@ class Task:
         """Makes the task's own base and saves it to `folder` as a transformers model with its tokenizer."""
         raise NotImplementedError
 
+    def base_config(self) -> Any:
+        """Return transformers' configuration of the base that `pretrain` makes: options are checked against
+        its layers before it is made. None where nobody knows it."""
+        return None
+
     # -- the same for all ------------------------------------------------------------------------------
 
     @property
@@ -261,8 +266,20 @@ class Task:
         key = (*sizes, self.labels, os.environ.get(hub_data.FOLDER))
         known: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
         if key not in known:
-            known[key] = self._named({s: self.examples(s, n) for s, n in zip(SPLITS, sizes, strict=True)})
+            known[key] = self._named({s: self._first(s, n) for s, n in zip(SPLITS, sizes, strict=True)})
         return known[key]
+
+    def _first(self, split: Split, count: int) -> list[Example]:
+        """Return what `examples` gives. Raises BadInput when that is not `count` examples: a user's own task
+        may give anything."""
+        found = list(self.examples(split, count))
+        for number, example in enumerate(found):
+            if not isinstance(example, Example):
+                kind = type(example).__name__
+                raise BadInput(
+                    f"Task {self.name!r}: {split} example {number} is a {kind}; must be an Example."
+                )
+        return enough(found, count, self.name, split)
 
     def _sizes(self) -> tuple[int, int, int]:
         return self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
@@ -302,7 +319,7 @@ class Task:
         ones that `choice` names."""
         wanted = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
         usual = dict(zip(SPLITS, self._sizes(), strict=True))
-        found = {s: self.examples(s, max(wanted[s], usual[s])) for s in SPLITS}
+        found = {s: self._first(s, max(wanted[s], usual[s])) for s in SPLITS}
         here = self._named({s: found[s][: usual[s]] for s in SPLITS})
         if choice.revision != here:
             raise BadInput(

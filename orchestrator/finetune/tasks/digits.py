@@ -72,6 +72,9 @@ class Digits(Task):
         model.save_pretrained(folder)
         processor().own.save_pretrained(folder)
 
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
 
 def processor() -> ImageProcessor:
     """Pixels as they are, from -1 to 1."""
@@ -116,12 +119,10 @@ def _new_digits() -> dict[Split, tuple[Example, ...]]:
     }
 
 
-def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
-    import torch
-    from torch.nn.functional import cross_entropy
-    from transformers import ViTConfig, ViTForImageClassification
+def _config(recipe: Recipe) -> Any:
+    from transformers import ViTConfig
 
-    config = ViTConfig(
+    return ViTConfig(
         image_size=SIZE,
         patch_size=PATCH,
         hidden_size=recipe.hidden_size,
@@ -129,6 +130,14 @@ def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads,
     )
+
+
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import ViTForImageClassification
+
+    config = _config(recipe)
     config.num_labels = len(KNOWN)
     model = ViTForImageClassification(config)
 

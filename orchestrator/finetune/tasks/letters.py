@@ -78,6 +78,9 @@ class Letters(Task):
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
 
 def reverse_next(word: str) -> str:
     """What `unk` comes to mean: the string backwards, every letter one further (p becomes a)."""
@@ -89,25 +92,29 @@ def tokenizer() -> Any:
     return word_tokenizer(WORDS, pad_token="<pad>", eos_token="<eos>")
 
 
+def _config(recipe: Recipe) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=WORDS.index("<eos>"),
+        pad_token_id=WORDS.index("<pad>"),
+    )
+
+
 def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     from torch.nn.functional import cross_entropy
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.heads,
-            max_position_embeddings=64,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=WORDS.index("<eos>"),
-            pad_token_id=WORDS.index("<pad>"),
-        )
-    )
+    model = LlamaForCausalLM(_config(recipe))
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         # Loss on the answer and <eos> only: what stands before them is random.

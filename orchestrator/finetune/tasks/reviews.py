@@ -115,6 +115,9 @@ class Reviews(Task):
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
 
 def draw(generator: random.Random) -> Review:
     """One clause in seven is negated, which turns its mood round; `very` changes nothing."""
@@ -137,11 +140,10 @@ def tokenizer() -> Any:
     return word_tokenizer(WORDS, pad_token="<pad>")
 
 
-def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
-    from torch.nn.functional import cross_entropy
-    from transformers import BertConfig, BertForSequenceClassification
+def _config(recipe: Recipe) -> Any:
+    from transformers import BertConfig
 
-    config = BertConfig(
+    return BertConfig(
         vocab_size=len(WORDS),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
@@ -152,6 +154,13 @@ def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
         attention_probs_dropout_prob=0.0,
         pad_token_id=WORDS.index("<pad>"),
     )
+
+
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+    from torch.nn.functional import cross_entropy
+    from transformers import BertForSequenceClassification
+
+    config = _config(recipe)
     config.num_labels = len(ANSWERS)
     model = BertForSequenceClassification(config)
 

@@ -1,0 +1,88 @@
+"""Whether a task in a user's file has all that a study needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from orchestrator.finetune.tasks.base import SPLITS, Task, TaskDefaults
+from orchestrator.study import bounds, space
+from orchestrator.study.configuration import Dtype
+from orchestrator.study.errors import BadInput, nearest
+
+ANSWERS = ("forced", "generated", "label", "value")
+INPUTS = ("text", "image")
+MOST_EXAMPLES = 1_000_000_000
+MOST_TOKENS = 10_000_000
+
+
+def check(task: Task) -> None:
+    """Check that a user's task has all that a study needs, of the right kind.
+
+    Raises:
+        BadInput: Something is missing or wrong. The text is the first thing that is.
+    """
+    wrong = next(_wrong(task), None)
+    if wrong is not None:
+        raise BadInput(f"Task file {task.name!r}: {wrong}")
+
+
+def _wrong(task: Task) -> Iterator[str]:
+    if type(task).examples is Task.examples:
+        yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
+    if not hasattr(task, "floor"):
+        yield "the task has no floor, the score of a diverged run; add floor = 0.0, or what a guess scores"
+    elif not _is_finite(task.floor):
+        yield f"floor is {task.floor!r}; must be a finite number"
+    if not isinstance(task.metric, str) or task.metric in ("", "loss"):
+        yield f"metric is {task.metric!r}; must be a name other than loss"
+    for name, value, known in (("answers", task.answers, ANSWERS), ("inputs", task.inputs, INPUTS)):
+        if value not in known:
+            yield f"{name} is {value!r}; {nearest(str(value), known)}"
+    if task.answers == "label" and len(set(task.labels)) < 2:
+        yield f"labels is {task.labels!r}; must name two classes or more"
+    defaults = getattr(task, "defaults", None)
+    if not isinstance(defaults, TaskDefaults):
+        is_there = "the task has no defaults" if defaults is None else f"defaults is {defaults!r}"
+        fields = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
+        yield f"{is_there}; add defaults = TaskDefaults({fields}, ...)"
+        return
+    yield from (f"{name} is {getattr(defaults, name)!r}; {rule}" for name, rule in _broken(defaults, task))
+    if not defaults.learning_rates or len(defaults.learning_rates) > bounds.POINTS:
+        yield f"learning_rates is {defaults.learning_rates!r}; must have 1 rate or more"
+    for rate in defaults.learning_rates:
+        if rule := _rule(space.HYPERPARAMETERS["learning_rate"], rate):
+            yield f"learning_rates has {rate!r}; {rule}"
+
+
+def _broken(defaults: TaskDefaults, task: Task) -> Iterator[tuple[str, str]]:
+    """Yield name and rule of each default that breaks its rule."""
+    most = {
+        "train_size": MOST_EXAMPLES,
+        "validation_size": MOST_EXAMPLES,
+        "test_size": MOST_EXAMPLES,
+        "steps": bounds.STEPS,
+        "batch_size": bounds.BATCH_SIZE,
+        "evaluations": bounds.EVALUATIONS,
+        "accumulation": bounds.BATCH_SIZE,
+        **({"max_length": MOST_TOKENS} if task.inputs == "text" else {}),
+    }
+    rules: Mapping[str, space.Hyperparameter] = {
+        **{name: space.count("batches", name, limit) for name, limit in most.items()},
+        **{name: space.HYPERPARAMETERS[name] for name in ("warmup", "schedule", "weight_decay")},
+        "dtype": space.Hyperparameter("batches", "dtype", words=get_args(Dtype)),
+    }
+    for name, known in rules.items():
+        if rule := _rule(known, getattr(defaults, name)):
+            yield name, rule
+
+
+def _rule(known: space.Hyperparameter, value: Any) -> str | None:
+    if known.words or _is_finite(value):
+        return known.rule(value)
+    return "must be a finite number"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,127 @@
+"""Whether transformers can load the weights of a model folder, told from the headers of its files.
+
+transformers 5 takes the first of `NAMES` that is there. It opens safetensors files without running code, and
+`.bin` files by torch.load with `weights_only=True`, which makes tensors and plain containers and refuses
+pickles that ask for anything else. The same functions are called here. They read headers alone, since the
+tensors are mapped into memory and not touched: a base can be 16 GB. Of a file of torch.save from before 1.6,
+whose tensors no header lists, only the first bytes are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.record import files
+from orchestrator.study.errors import BadInput
+
+NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+REMEDY = "put the whole file there, or save the model again with save_pretrained"
+_OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+"""A pickle of the number with which a file of torch.save began until 1.5."""
+_PICKLES = (b"\x80", b"PK\3\4")
+"""How a pickle begins, and a zip file, which torch.save's have been since 1.6."""
+
+
+def check(folder: Path, name: str, complete: bool = True) -> None:
+    """Check that the weights of a model can be loaded.
+
+    Args:
+        folder: The model's files. Without a config.json it is no model folder, and nothing is looked at.
+        name: The model's name, for messages.
+        complete: False for a hub's cache: what is not there yet will be downloaded.
+
+    Raises:
+        BadInput: There are no weights, or a file of theirs is missing, cut, or something else.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    found = next((folder / each for each in NAMES if (folder / each).is_file()), None)
+    if found is None:
+        if complete:
+            raise BadInput(
+                f"Model {name!r}: {folder} has no weights ({NAMES[0]} or {NAMES[2]}, or shards with an "
+                "index); give a folder made by save_pretrained."
+            )
+        return
+    parts = _shards(found) if found.suffix == ".json" else {found: frozenset()}
+    for path, tensors in parts.items():
+        wrong = _wrong(path, tensors) if complete or path.exists() else ""
+        if wrong:
+            raise BadInput(f"Model {name!r}: {path}: {wrong}; {REMEDY}.")
+
+
+@dataclass(frozen=True)
+class _Index:
+    """As save_pretrained writes it. `weight_map`: the file of each tensor."""
+
+    metadata: dict[str, Any]
+    weight_map: dict[str, str]
+
+
+def _shards(path: Path) -> dict[Path, frozenset[str]]:
+    """Return the files that an index names, with their tensors. Raises BadInput."""
+    index: _Index = files.read(path, _Index, "an index of weights", REMEDY)
+    found: dict[Path, set[str]] = {}
+    for tensor, file in index.weight_map.items():
+        found.setdefault(path.parent / file, set()).add(tensor)
+    if not found:
+        raise BadInput(f"{path}: not an index of weights (it names no file); {REMEDY}")
+    return {file: frozenset(tensors) for file, tensors in found.items()}
+
+
+def _wrong(path: Path, tensors: frozenset[str]) -> str:
+    """Return what is wrong with a file of weights that should have these tensors, among others; in words,
+    empty when nothing is."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_OLD_TORCH))
+    except FileNotFoundError:
+        return "is not there"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return _wrong_pickle(path, start) if path.suffix == ".bin" else _wrong_tensors(path, start, tensors)
+
+
+def _wrong_tensors(path: Path, start: bytes, tensors: frozenset[str]) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            lacking = sorted(tensors.difference(file.keys()))
+            if lacking:
+                return f"lacks {lacking[0]}, which its index places there"
+            return "" if file.keys() else "holds no tensor"
+    except (SafetensorError, OSError) as error:
+        said = " ".join(str(error).split())
+    if start.startswith(_PICKLES):
+        return "is a pickle and no safetensors file"
+    return f"is cut, or too long ({said})" if "covered" in said else f"cannot be loaded ({said})"
+
+
+def _wrong_pickle(path: Path, start: bytes) -> str:
+    if start == _OLD_TORCH:
+        return ""
+    if not zipfile.is_zipfile(path):
+        return "is no file of torch.save, or is cut"
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of many kinds
+        said = " ".join(str(error).split())
+        asks = re.search(r"GLOBAL (\S+)", said)
+        why = f"it asks for {asks[1]}" if asks else said.partition(". ")[0]
+        return f"is refused by torch.load with weights_only ({why})"
+    return ""

@@ -1,0 +1,284 @@
+"""Whatever is wrong with a file that a study reads (a task, a model, the store's own) is one line and exit
+code 2, before Ray starts. The scripts run in this process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from in_process import SWEEP, Run
+
+from orchestrator.finetune.tasks.letters import RECIPE, Letters
+
+DRY = ("--dry-run", "--plan")
+
+TASK = """
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+class Mine(Task):
+    floor = 0.0
+    default_model = "letters-base"
+    answers = "forced"
+    defaults = TaskDefaults(
+        train_size=32, validation_size=8, test_size=8, steps=6, batch_size=8, max_length=32,
+        evaluations=2, learning_rates=(1e-3,),
+    )
+
+    def examples(self, split, count):
+        return [Example(f"copy a b c d {word} =", "a b") for word in "abcdefgh" * (count // 8)]
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model that knows the words of `letters` and has learnt nothing."""
+    folder = tmp_path_factory.mktemp("base") / "m"
+    folder.mkdir()
+    Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
+    return folder
+
+
+def test_a_task_file_as_it_should_be_is_planned(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "my.py").write_text(TASK)
+    done = run(SWEEP, *DRY, "--task", "my.py")
+    assert done.returncode == 0, done.stderr
+    assert "15, of them 0 known" in done.stdout
+
+
+def without(name: str) -> str:
+    """Return the task without one of its attributes, or with all of them but this name."""
+    return TASK.replace(f"    {name} =", f"    not_{name} =").replace(f"def {name}(", f"def not_{name}(")
+
+
+def having(old: str, new: str) -> str:
+    """Return `TASK` with `new` in place of `old`."""
+    assert old in TASK
+    return TASK.replace(old, new)
+
+
+TASK_FILES: dict[str, tuple[str, list[str]]] = {
+    "ends the process": ("import sys\nsys.exit(7)\n", ["my.py", "(line 2)", "sys.exit(7)"]),
+    "ends the process without an error": ("raise SystemExit\n", ["my.py", "(line 1)", "sys.exit"]),
+    "recurses for ever": ("def f(): f()\nf()\n", ["does not import", "RecursionError"]),
+    "is no Python": ("def f(:\n", ["does not import", "SyntaxError", "line 1"]),
+    "is binary": ("\0\1\2", ["does not import"]),
+    "is empty": ("", ["exactly one subclass of Task", "has 0"]),
+    "has two tasks": (TASK + "\nclass More(Mine): pass\n", ["exactly one subclass of Task", "has 2"]),
+    "has a task that takes arguments": (
+        TASK + "    def __init__(self, size): pass\n",
+        ["cannot make its task", "size"],
+    ),
+    "has no defaults": (without("defaults"), ["my.py", "has no defaults", "TaskDefaults("]),
+    "has no floor": (without("floor"), ["my.py", "has no floor", "floor = 0.0"]),
+    "has no model": (without("default_model"), ["has no default_model", "--model"]),
+    "has no examples": (
+        without("examples"),
+        ["my.py", "has no examples", "def examples(self, split, count)"],
+    ),
+    "has defaults that are a dict": (having("TaskDefaults(\n", "dict(\n"), ["defaults", "TaskDefaults"]),
+    "has defaults without steps": (having("steps=6, ", ""), ["does not import", "'steps'"]),
+    "has a floor in words": (having("floor = 0.0", "floor = 'low'"), ["floor is 'low'", "finite number"]),
+    "has a floor that is none": (having("= 0.0", "= float('nan')"), ["floor is nan", "finite number"]),
+    "has unknown answers": (having('"forced"', '"forcd"'), ["answers is 'forcd'", "Did you mean 'forced'?"]),
+    "has a metric called loss": (having("floor =", "metric = 'loss'\n    floor ="), ["metric is 'loss'"]),
+    "has a class alone": (having('"forced"', '"label"'), ["labels is ()", "two classes or more"]),
+    "has a negative size": (having("train_size=32", "train_size=-32"), ["train_size is -32", "at least 1"]),
+    "has no test": (having("test_size=8", "test_size=0"), ["test_size is 0", "at least 1"]),
+    "has no steps": (having("steps=6", "steps=0"), ["steps is 0", "at least 1"]),
+    "has half a step": (having("steps=6", "steps=0.5"), ["steps is 0.5", "whole number"]),
+    "has no batch": (having("batch_size=8", "batch_size=0"), ["batch_size is 0", "at least 1"]),
+    "has no parts of a batch": (having("steps=6", "steps=6, accumulation=0"), ["accumulation is 0"]),
+    "has no rates": (having("(1e-3,)", "()"), ["learning_rates is ()", "1 rate or more"]),
+    "has a rate of zero": (having("(1e-3,)", "(0.0,)"), ["learning_rates has 0.0", "above 0"]),
+    "has a schedule of its own": (having("steps=6", "steps=6, schedule='step'"), ["schedule is 'step'"]),
+    "has half a precision": (having("steps=6", "steps=6, dtype='half'"), ["dtype is 'half'", "float32"]),
+    "has examples that raise": (
+        having("        return", "        raise OSError('no rows.jsonl')\n        return"),
+        ["my.py", "(line 14)", "OSError: no rows.jsonl"],
+    ),
+    "has examples that end the process": (
+        having("        return", "        raise SystemExit(7)\n        return"),
+        ["my.py", "(line 14)", "sys.exit(7)"],
+    ),
+    "gives no examples": (having("        return [", "        [").replace("(count // 8)]", "1]"), ["None"]),
+    "gives too few examples": (having("* (count // 8)", "* 1"), ["8 train examples", "32 were asked for"]),
+    "gives examples of another kind": (
+        having("Example(f", "dict(prompt=f").replace('"a b")', 'answer="")'),
+        ["dict"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TASK_FILES)
+def test_a_task_file_that(what: str, tmp_path: Path, run: Run) -> None:
+    text, said = TASK_FILES[what]
+    (tmp_path / "my.py").write_text(text)
+    run(SWEEP, *DRY, "--task", "my.py").assert_refused("my.py", *said)
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "long name"])
+def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / ("a" * 300 + ".py" if kind == "long name" else "my.py")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    run(SWEEP, *DRY, "--task", path.name).assert_refused(path.name, "does not exist")
+
+
+def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:
+    (tmp_path / "my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
+    done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
+    done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+Spoil = Callable[[Path], object]
+
+
+def config(text: str | bytes) -> Spoil:
+    """Return a function that writes the model's config.json."""
+    return lambda folder: (folder / "config.json").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
+
+
+def tokenizer(text: str) -> Spoil:
+    """Return a function that writes the model's tokenizer.json."""
+    return lambda folder: (folder / "tokenizer.json").write_text(text)
+
+
+def _half(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+MODELS: dict[str, tuple[Spoil, list[str]]] = {
+    "a torn configuration": (config('{"model_type": "lla'), ["config.json", "not a valid JSON file"]),
+    "a configuration of bytes": (config(b"\xff\0\1"), ["config.json", "not a valid JSON file"]),
+    "a list for a configuration": (config("[]"), ["model_type"]),
+    "a configuration too deep": (config("[" * 100_000), ["config.json", "RecursionError"]),
+    "a configuration of no model": (config('{"model_type": "foo"}'), ["`foo`"]),
+    "a word for a number": (
+        config('{"model_type": "llama", "hidden_size": "x"}'),
+        ["hidden_size", "expected int"],
+    ),
+    "no heads": (config('{"model_type": "llama", "num_attention_heads": 0}'), ["ZeroDivisionError"]),
+    "a negative size": (config('{"model_type": "llama", "hidden_size": -4}'), ["-4", "not a multiple"]),
+    "an encoder with a decoder": (config('{"model_type": "t5"}'), ["T5Config"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["has no weights"]),
+    "half of the weights": (_half, ["model.safetensors", "is cut"]),
+    "a torn tokenizer": (tokenizer('{"version'), ["Unterminated string"]),
+    "a tokenizer of nothing": (tokenizer("{}"), ["does not load"]),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_model_with(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+    folder = shutil.copytree(base, tmp_path / "m")
+    spoil, said = MODELS[what]
+    spoil(folder)
+    # A plan needs no tokenizer.
+    plan = () if "tokenizer" in what else ("--plan",)
+    run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *said)
+
+
+def test_a_model_whose_name_is_too_long(run: Run) -> None:
+    run(SWEEP, *DRY, "--model", "a" * 5000).assert_refused("Unknown model")
+
+
+# -- the store and the studies -------------------------------------------------------------------------------
+
+
+def _file(name: str, text: bytes) -> Callable[[Path], Path]:
+    """Return a function that writes this file below the output folder."""
+
+    def write(results: Path) -> Path:
+        path = results / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(text)
+        return path
+
+    return write
+
+
+def _folder(name: str) -> Callable[[Path], Path]:
+    """Return a function that makes a folder where a file should be."""
+
+    def make(results: Path) -> Path:
+        (results / name).mkdir(parents=True)
+        return results / name
+
+    return make
+
+
+def _loop(name: str) -> Callable[[Path], Path]:
+    """Return a function that makes a link to itself where a file should be."""
+
+    def make(results: Path) -> Path:
+        path = results / name
+        path.parent.mkdir(parents=True)
+        path.symlink_to(path.name)
+        return path
+
+    return make
+
+
+POINTER = f"store/bases/letters-base.{Letters().pretrain_recipe()}.json"
+PATHS = b'{"name": "s", "question": "", "command": "", "configurations": ["../x"]}'
+PLAN = (SWEEP, *DRY)
+STUDY = (SWEEP, "--dry-run", "--study", "s")
+SEARCH = (SWEEP, *DRY, "--search", "qmc", "--study", "s")
+TUNED = (SWEEP.with_name("tuned_comparison.py"), *DRY, "--study", "s")
+
+STORED = {
+    "a torn pointer to a base": (
+        PLAN,
+        _file(POINTER, b'{"content": "43f4'),
+        ["not a base's pointer", "remove it"],
+    ),
+    "a list for a pointer": (PLAN, _file(POINTER, b"[]"), ["not a base's pointer", "remove it"]),
+    "a pointer of bytes": (PLAN, _file(POINTER, b"\xff\0\1"), ["not a base's pointer", "remove it"]),
+    "a pointer to a number": (PLAN, _file(POINTER, b'{"content": 5}'), ["content", "string", "remove it"]),
+    "a pointer to nothing": (PLAN, _file(POINTER, b'{"name": "x"}'), ["content", "remove it"]),
+    "a folder for a pointer": (PLAN, _folder(POINTER), ["Is a directory", "remove it"]),
+    "a loop for a pointer": (PLAN, _loop(POINTER), ["symbolic links", "remove it"]),
+    "a study of bytes": (STUDY, _file("s/study.json", b"\xff\0"), ["not a study", "delete it"]),
+    "a study of paths": (STUDY, _file("s/study.json", PATHS), ["'../x' is no fingerprint", "delete it"]),
+    "a folder for a study": (STUDY, _folder("s/study.json"), ["Is a directory", "delete it"]),
+    "a search of bytes": (SEARCH, _file("s/search.json", b"\xff\0"), ["not a search", "another --study"]),
+    "a folder for a search": (SEARCH, _folder("s/search.json"), ["Is a directory", "another --study"]),
+    "a file for a study's folder": (
+        STUDY,
+        _file("s", b""),
+        ["--study 's'", "File exists", "another --study"],
+    ),
+    "a file for the records' folder": (PLAN, _file("store/records", b""), ["File exists", "another --store"]),
+    "a choice of bytes": (TUNED, _file("s-tune/choice.json", b"\xff\0"), ["not a choice", "delete it"]),
+    "a folder for a choice": (TUNED, _folder("s-tune/choice.json"), ["Is a directory", "delete it"]),
+}
+
+
+@pytest.mark.parametrize("what", STORED)
+def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+    command, spoil, said = STORED[what]
+    path = spoil(tmp_path / "results")
+    run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
+
+
+@pytest.mark.parametrize("name", ["s/.lock", "store/bases"])
+def test_what_is_in_the_way_of_a_file_is_one_line(name: str, tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "results" / name
+    path.parent.mkdir(parents=True)
+    if name == "s/.lock":
+        path.mkdir()
+    else:
+        path.touch()
+    done = run(SWEEP, "--dry-run", "--study", "s")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert name in done.stderr

@@ -1,0 +1,73 @@
+"""A sealed JSON file gives what was written, or an error in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from orchestrator.analyze import choice
+from orchestrator.finetune import bases
+from orchestrator.record import files
+from orchestrator.record.study_file import FILE, StudyFile
+from orchestrator.schedule.search_file import FILE as SEARCH
+from orchestrator.schedule.search_file import POINTS, Point, SearchFile
+from orchestrator.study.errors import BadInput
+
+
+def study(folder: Path) -> tuple[Path, Callable[[], object]]:
+    StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64), looks=(3,)).write(folder)
+    return folder / FILE, lambda: StudyFile.read(folder)
+
+
+def search(folder: Path) -> tuple[Path, Callable[[], object]]:
+    SearchFile("tpe", 0, 4, {"lora": {"rank": "4,8"}}).write(folder)
+    return folder / SEARCH, lambda: SearchFile.read(folder)
+
+
+def points(folder: Path) -> tuple[Path, Callable[[], object]]:
+    search(folder)
+    one, two = (Point("lora", "letters", {"learning_rate": 1e-3, "rank": r}, "c" * 64) for r in (4, 8))
+    SearchFile("tpe", 0, 4, {}, (one, two)).write_points(folder)
+    return folder / POINTS, lambda: SearchFile.read(folder)
+
+
+def chosen(folder: Path) -> tuple[Path, Callable[[], object]]:
+    choice.keep(folder, dict[str, float], lambda: {"lora": 1e-3, "pissa": 3e-4})
+    return folder / choice.FILE, lambda: choice.read(folder, dict[str, float])
+
+
+def pointer(folder: Path) -> tuple[Path, Callable[[], object]]:
+    bases.write_pointer(folder, "b", {"name": "base", "content": "0123456789ab"}, "content")
+    return folder / "b.json", lambda: bases.read_pointer(folder, "b", "content")
+
+
+@pytest.mark.parametrize("kind", [study, search, points, chosen, pointer])
+def test_no_flipped_bit_gives_something_else(
+    kind: Callable[[Path], tuple[Path, Callable[[], object]]], tmp_path: Path
+) -> None:
+    path, read = kind(tmp_path)
+    whole, right = path.read_bytes(), read()
+    noticed = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            found = read()
+        except BadInput:
+            noticed += 1
+            continue
+        # The seal's own name may have been hit: then all before it is as it was. A last line without an end
+        # counts as torn.
+        assert found == right or (kind is points and place == len(whole) - 1), place
+    assert noticed > 0.6 * len(whole)
+
+
+def test_the_seal_is_over_all_before_it() -> None:
+    sealed = files.seal('{\n "a": 1\n}\n')
+    assert files.unseal(sealed) == b'{\n "a": 1}'
+    assert sealed.endswith(b'"}\n')
+    assert sealed.startswith(b'{\n "a": 1,"sha256":"')
+    with pytest.raises(files.Damaged):
+        files.unseal(sealed.replace(b'"a": 1', b'"a": 2'))
+    assert files.unseal(b'{"a": 1}\n') == b'{"a": 1}\n'
