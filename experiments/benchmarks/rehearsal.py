@@ -158,6 +158,9 @@ class _Adapters:
     def is_head(self, name: str) -> bool:
         return False
 
+    def owner(self, name: str) -> None:
+        return None
+
     def before_step(self, *lane: Any) -> None:
         pass
 

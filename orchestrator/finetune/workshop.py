@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -42,6 +43,8 @@ class Workshop:
         self._bench: tuple[tuple[ModelChoice, str], Bench] | None = None
         self._data: dict[tuple[object, ...], Data] = {}
         self._shape = ""
+        self._dropping: Any = None
+        """The model whose own dropout is on."""
         self._pack: Pack | None = None
         self.variant: Variant
 
@@ -106,12 +109,13 @@ class Workshop:
         )
         if drops:
             base_dropout.turn_on(bench.model)
+            self._dropping = bench.model
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
             if key not in self._data:
                 self._data[key] = Data.of(configuration, task, bench, adapters, self.team, self._folder)
         except BaseException:
-            _take_off(adapters)
+            self._take_off(adapters)
             raise
         self._pack, self._shape, self.variant = (
             Pack(bench, adapters, self._data[key], self.team),
@@ -153,14 +157,15 @@ class Workshop:
     def close(self) -> None:
         """Takes the adapters off; the base stays loaded."""
         if self._pack is not None:
-            _take_off(self._pack.adapters)
+            self._take_off(self._pack.adapters)
             self._pack = None
 
-
-def _take_off(adapters: Adapters) -> None:
-    """Give the base back as it was."""
-    base_dropout.turn_off(adapters.model)
-    adapters.detach()
+    def _take_off(self, adapters: Adapters) -> None:
+        """Give the base back as it was."""
+        if self._dropping is not None:
+            base_dropout.turn_off(self._dropping)
+            self._dropping = None
+        adapters.detach()
 
 
 def _memory(device: torch.device) -> int:

@@ -30,7 +30,7 @@ POINT = Configuration(
 
 def test_the_fingerprint_is_what_it_was() -> None:
     """Every record anybody holds is filed under it: a change here orphans them all."""
-    assert POINT.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
+    assert POINT.fingerprint == "8c67629ad07ef61f87a1fd4c1f48adba42af1564e57071b1c956ac5414946206"
 
 
 def test_it_survives_json_and_pickle() -> None:
@@ -79,7 +79,8 @@ CHANGES = {
     "data": replace(POINT, task=replace(POINT.task, revision="r1")),
     "variant numerics": replace(POINT, variant=replace(POINT.variant, numerics=2)),
     "task numerics": replace(POINT, task=replace(POINT.task, numerics=2)),
-    "loop numerics": replace(POINT, loop_numerics=2),
+    "loop numerics": replace(POINT, loop_numerics=POINT.loop_numerics + 1),
+    "the base's dropout": replace(POINT, base_dropout="on"),
 }
 MAY_DIFFER_IN_A_PACK = {
     "learning rate", "the head's rate", "decay", "alpha", "schedule", "horizon", "seed", "divergence rule",
