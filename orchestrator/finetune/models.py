@@ -288,6 +288,24 @@ def _check_next_tokens(model: Any, name: str) -> None:
         )
 
 
+def positions(model: Any) -> int | None:
+    """Return how many tokens a model has positions for; None where they are not learnt (rotary ones).
+
+    Args:
+        model: A transformers model, with or without weights.
+    """
+    from torch.nn import Embedding
+
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding) and name.rpartition(".")[2] in _TABLES_OF_POSITIONS:
+            # RoBERTa's begin after the number of its padding token.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+_TABLES_OF_POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+
+
 def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:
     """transformers' class for the task, and what its configuration needs besides."""
     from transformers import (

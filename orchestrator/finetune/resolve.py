@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from orchestrator.finetune import hub_data, metrics, models, user_code
 from orchestrator.finetune.faults import FULL
@@ -261,6 +262,18 @@ def _variant(name: str, options: StudyOptions) -> VariantChoice:
     )
 
 
+def _check_positions(model: Any, configuration: Configuration, task: Task) -> None:
+    """Raise ValueError where training texts are longer than the model has positions for."""
+    from orchestrator.finetune.data import longest
+
+    room, most = models.positions(model), longest(task, configuration.batches.max_length)
+    if room is not None and most > room:
+        raise ValueError(
+            f"it has positions for {room} tokens, and texts of task {task.name!r} have up to {most}; take "
+            "another --model"
+        )
+
+
 def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
     """Attaches each variant to the model's shapes (no weights): what would fail on a GPU fails here."""
     from orchestrator.finetune import base_dropout
@@ -272,6 +285,7 @@ def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path)
         settings = Settings(variant.rank, variant.alpha, variant.dropout, variant.extra)
         try:
             model, heads = models.skeleton(configuration.model, bases, task)
+            _check_positions(model, configuration, task)
             if configuration.base_dropout == "on":
                 base_dropout.check(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)

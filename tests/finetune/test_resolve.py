@@ -137,6 +137,26 @@ def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(
         assert other or "would see the answer" in str(caught.value)
 
 
+def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
+    """An index of a table that is out of range takes a GPU's process with it."""
+    most = Reviews.defaults.max_length
+    for room, padding in ((most, 0), (most - 1, 0), (most + 1, 2)):
+        folder = encoders.save(
+            "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
+        )
+        typed = StudyOptions(task="reviews", model=str(folder))
+        chosen = resolve.names(typed, "letters", ("lora",), tmp_path)
+        content = models.prepare(str(folder), tmp_path, lambda text: None)
+        if room - padding >= most:
+            resolve.templates(typed, chosen, content, tmp_path)
+            continue
+        with pytest.raises(
+            BadInput, match=f"positions for {most - 1} tokens, .* up to {most}; take"
+        ) as caught:
+            resolve.templates(typed, chosen, content, tmp_path)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
     source = Path(resolve.__file__).with_name("tasks") / "reviews.py"
     path = tmp_path / "mine.py"
