@@ -1,8 +1,9 @@
 """`study.json`: what a study asked for, kept in its folder so that everything about it can be rebuilt.
 
 <output>/<study>/study.json
-{"name", "question", "command", "configurations": [fingerprint, ...], "reused": [fingerprint, ...],
- "tracking_uri", "baseline", "margin", "tuning", "searched", "looks": [seeds, ...]}
+{"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
+ "reused": [fingerprint, ...], "tracking_uri", "baseline", "margin", "tuning", "searched",
+ "looks": [seeds, ...]}
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 from orchestrator.record import files
 from orchestrator.study.errors import BadInput, nearest
 
 FILE = "study.json"
+SCHEMA_VERSION = 1
+"""Of study.json; raised when a field comes, changes its meaning or goes. A file without it has version 1."""
+PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")
+"""Of a study's report, beside study.json; a study has some of them."""
+REPORT = ("report.html", *PICTURES, "summary.json")
+"""All files of a study's report."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,8 @@ class StudyFile:
     """`command` is the command line as typed, but for passwords. `reused` are the configurations that were
     known already when the study first asked for them; being kept, it stays true after a crash and a second
     run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     question: str
@@ -60,11 +70,22 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        files.replace(folder / FILE, (json.dumps(data, indent=1) + "\n").encode())
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
-        """None when the folder holds no study. Raises BadInput on a file that is not one."""
+        """Read `folder`/study.json.
+
+        Args:
+            folder: the study's folder.
+
+        Returns:
+            The study, or None where the folder holds none.
+
+        Raises:
+            BadInput: the file is no study's, or a newer version of this program has written it.
+        """
         path = folder / FILE
         try:
             text = path.read_text()
@@ -73,14 +94,33 @@ class StudyFile:
         from pydantic import TypeAdapter, ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(text)
+            data = json.loads(text)
+        except ValueError as error:
+            raise _no_study(path, str(error)) from None
+        if not isinstance(data, dict):
+            raise _no_study(path, "it holds no object")
+        version = data.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise _newer(path, f"schema_version {version}")
+        try:
+            return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise BadInput(
-                f"{path}: not a study ({where + ': ' if where else ''}{first['msg']}); "
-                "delete it and run the study's command again"
-            ) from error
+            if first["type"] == "unexpected_keyword_argument":
+                raise _newer(path, f"field {where!r}") from None
+            raise _no_study(path, f"{where + ': ' if where else ''}{first['msg']}") from None
+
+
+def _newer(path: Path, what: str) -> BadInput:
+    return BadInput(
+        f"{path}: this program does not know its {what}: a newer version has written it; update the program, "
+        "or choose another --study"
+    )
+
+
+def _no_study(path: Path, why: str) -> BadInput:
+    return BadInput(f"{path}: not a study ({why}); delete it and run the study's command again")
 
 
 def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
