@@ -148,6 +148,7 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    before = remains.children()
     if where is None:
         with ending_at_once(last):
             ray.init(
@@ -167,7 +168,7 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
                 ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise _not_joined(where, str(error).splitlines()[0]) from None
-    with remains.guarded() if where is None else nullcontext():
+    with remains.guarded(before) if where is None else nullcontext():
         try:
             yield Cluster(nodes_now(), namespace=namespace, local=where is None)
         finally:
