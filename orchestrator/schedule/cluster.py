@@ -51,6 +51,8 @@ class Cluster:
     namespace: str = ""
     local: bool = True
     """Started here, for this study. Others may grow."""
+    control_store: str = ""
+    """Address of its GCS, HOST:PORT."""
 
     @property
     def memory(self) -> float:
@@ -181,7 +183,8 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
             raise _not_joined(where, str(error).splitlines()[0]) from None
     with remains.guarded(before) if where is None else nullcontext():
         try:
-            yield Cluster(nodes_now(), namespace=namespace, local=where is None)
+            store = ray.get_runtime_context().gcs_address
+            yield Cluster(nodes_now(), namespace=namespace, local=where is None, control_store=store)
         finally:
             ray.shutdown()
 

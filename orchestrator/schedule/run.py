@@ -22,6 +22,7 @@ from orchestrator.record.store import Store
 from orchestrator.record.study_file import PICTURES, REPORT, StudyFile
 from orchestrator.record.tracking_uri import checked, named, shown
 from orchestrator.schedule import cluster as ray_cluster
+from orchestrator.schedule import control_store
 from orchestrator.schedule.asked import Asked, builder
 from orchestrator.schedule.ledger import opened
 from orchestrator.schedule.limits import Limits
@@ -237,11 +238,16 @@ class _Run:
         options, store, search, before = self.options, self.store, asked.search, len(asked.wanted)
         progress = Progress(self.folder, asked.total, asked.total - asked.new, self.console)
         known = {c.fingerprint for c in asked.met}
+
+        def last() -> None:
+            writer.close(HASTE_SECONDS, "KILLED")
+
         with (
             progress,
             scratch_folders.scratch(store) as scratch,
-            ray_cluster.connect(lambda: writer.close(HASTE_SECONDS, "KILLED")) as cluster,
+            ray_cluster.connect(last) as cluster,
             gently(self.limits.ask),
+            control_store.watched(cluster, progress.say, last),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
             from orchestrator.cluster.nodes import refuse_unfit
