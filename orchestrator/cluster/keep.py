@@ -29,6 +29,7 @@ from typing import IO, Any
 import psutil
 
 from orchestrator.cluster import raylets
+from orchestrator.schedule.remains import born
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # before a command that keeps ending is started again
 LONG_ENOUGH = 60.0  # a command that lived so long had not failed to start
@@ -160,7 +161,7 @@ def _taken_over(path: Path) -> Iterator[IO[str]]:
             time.sleep(0.2)
         left = _read(file)
         with suppress(psutil.Error):  # a keeper that was killed could not end its command
-            if psutil.Process(left.get("child", 0)).create_time() == left.get("created"):
+            if abs(born(psutil.Process(left.get("child", 0))) - left.get("born", -1.0)) < 1.0:
                 _end_group(left["child"])
         _write(file, 0)
         yield file
@@ -182,12 +183,12 @@ def _read(file: IO[str]) -> dict[str, Any]:
 
 
 def _write(file: IO[str], child: int) -> None:
-    created = 0.0
+    began = -1.0
     with suppress(psutil.Error):
-        created = psutil.Process(child).create_time() if child else 0.0
+        began = born(psutil.Process(child)) if child else -1.0
     file.seek(0)
     file.truncate()
-    file.write(json.dumps({"keeper": os.getpid(), "child": child, "created": created}))
+    file.write(json.dumps({"keeper": os.getpid(), "child": child, "born": began}))
     file.flush()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.record import files, mlflow_run
 from orchestrator.record.schema import Record
-from orchestrator.record.tracking_uri import shown, sqlite_path
+from orchestrator.record.tracking_uri import damage, shown, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,6 +43,10 @@ _SETTINGS = {
 
 class TrackingDown(Exception):
     """MLflow's server or database does not answer. Nothing is lost: the store has the records."""
+
+
+class TrackingDamaged(TrackingDown):
+    """MLflow's SQLite file is damaged. Waiting does not help: it has to be made again from the store."""
 
 
 @dataclass
@@ -115,7 +120,7 @@ class MlflowLog:
         known = self._studies[study]
         child = known.children.get(record.fingerprint)
         if child is not None and child.identity != mlflow_run.identity(record):
-            self._client.delete_run(child.run)
+            self._delete(child.run)
             del known.children[record.fingerprint]
             child = None
         if child is not None and child.complete:
@@ -156,7 +161,7 @@ class MlflowLog:
                 parent = parent or run.info.run_id
             elif found.get("study") == name and "fingerprint" in found:
                 if found["fingerprint"] in children:  # of two drivers that wrote at once; the older one stays
-                    self._client.delete_run(run.info.run_id)
+                    self._delete(run.info.run_id)
                     continue
                 complete = run.info.status in ("FINISHED", "FAILED")
                 children[found["fingerprint"]] = _Child(run.info.run_id, found.get("record", ""), complete)
@@ -207,7 +212,27 @@ class MlflowLog:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
             _make_database(self._database)
+            self._refuse_damage()  # MLflow would try again and again to open it
         return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    def _refuse_damage(self, every_page: bool = False) -> None:
+        """Raises TrackingDamaged when MLflow's SQLite file is damaged; `every_page`: see `damage`."""
+        if self._database is not None and (why := damage(self._database, every_page)):
+            raise TrackingDamaged(shown(f"{self.tracking_uri}: the file is damaged ({why})"))
+
+    def _delete(self, run: str) -> None:
+        """Delete a child run with its artifacts, for good where MLflow lets us.
+
+        Its client only marks a run as deleted. In a database, what `mlflow gc` calls removes the run. On a
+        server the marked run stays until somebody calls `mlflow gc` there.
+        """
+        self._client.delete_run(run)
+        store = self._client._tracking_client.store
+        if hasattr(store, "_hard_delete_run"):
+            store._hard_delete_run(run)
+            if self._artifacts is not None:
+                for folder in self._artifacts.glob(f"*/{run}"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -216,6 +241,7 @@ class MlflowLog:
         except Exception as error:
             # A request whose answer was lost may have been carried out: look at what is there first.
             self._studies.clear()
+            self._refuse_damage(every_page=True)
             if _is_down(error):
                 first = (str(error) or type(error).__name__).splitlines()[0]
                 raise TrackingDown(shown(f"{self.tracking_uri}: {first}")) from error

@@ -1,21 +1,29 @@
 """`study.json`: what a study asked for, kept in its folder so that everything about it can be rebuilt.
 
 <output>/<study>/study.json
-{"name", "question", "command", "configurations": [fingerprint, ...], "reused": [fingerprint, ...],
- "tracking_uri", "baseline", "margin", "tuning", "searched", "looks": [seeds, ...]}
+{"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
+ "reused": [fingerprint, ...], "tracking_uri", "baseline", "margin", "tuning", "searched",
+ "looks": [seeds, ...]}
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.record import files
 from orchestrator.study.errors import BadInput, nearest, quoted
 
 FILE = "study.json"
+SCHEMA_VERSION = 1
+"""Of study.json; raised when a field comes, changes its meaning or goes. A file without it has version 1."""
+PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")
+"""Of a study's report, beside study.json; a study has some of them."""
+REPORT = ("report.html", *PICTURES, "summary.json")
+"""All files of a study's report."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +68,47 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / FILE, files.seal(json.dumps(asdict(self), indent=1)))
+        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        files.replace(folder / FILE, files.seal(json.dumps(data, indent=1)))
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
-        """None when the folder holds no study. Raises BadInput on a file that is not one."""
+        """Read `folder`/study.json.
+
+        Args:
+            folder: the study's folder.
+
+        Returns:
+            The study, or None where the folder holds none.
+
+        Raises:
+            BadInput: the file is no study's, is damaged, or a newer version of this program has written it.
+        """
         path, remedy = folder / FILE, "delete it and run the study's command again"
-        study: StudyFile | None = files.read(path, cls, "a study", remedy)
-        odd = [name for name in study.configurations if not name.isalnum()] if study else []
+        data: dict[str, Any] | None = files.read(path, dict[str, Any], "a study", remedy)
+        if data is None:
+            return None
+        version = data.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise _newer(path, f"schema_version {version}")
+        unknown = sorted(data.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise _newer(path, f"field {unknown[0]!r}")
+        text = json.dumps(data).encode()
+        study: StudyFile = files.parsed(text, cls, str(path), "a study", remedy)
+        odd = [name for name in study.configurations if not name.isalnum()]
         if odd:
             raise BadInput(
                 f"{path}: not a study (configurations: {quoted(odd[0])} is no fingerprint); {remedy}"
             )
         return study
+
+
+def _newer(path: Path, what: str) -> BadInput:
+    return BadInput(
+        f"{path}: this program does not know its {what}: a newer version has written it; update the program, "
+        "or choose another --study"
+    )
 
 
 def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:

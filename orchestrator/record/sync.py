@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
+from orchestrator.record.mlflow_log import MlflowLog, TrackingDamaged, TrackingDown
 from orchestrator.record.parquet import write_parquet
+from orchestrator.record.rebuild import set_aside
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, all_studies
+from orchestrator.record.study_file import REPORT, StudyFile, all_studies
 from orchestrator.record.tracking_uri import check_uri, of_study, shown
 
 
-def sync(store: Store, output: Path, tracking_uri: str | None, say: Callable[[str], None]) -> int:
-    """Writes both projections anew and says what there is, a line each. Returns 1 when MLflow stopped
-    answering on the way. Raises BadInput on a tracking URI that cannot be used.
+def sync(
+    store: Store, output: Path, tracking_uri: str | None, say: Callable[[str], None], rebuild: bool = False
+) -> int:
+    """Write both projections anew and say what there is, a line each.
 
     A study's adapters are logged where the store keeps them, with those children that have yet to be written.
+
+    Args:
+        store: the records.
+        output: the folder of the studies.
+        tracking_uri: where all studies are logged; None: each where its file says.
+        say: called with each line.
+        rebuild: set SQLite files aside before, so that they are made again.
+
+    Returns:
+        0, or 1 when MLflow stopped answering on the way.
+
+    Raises:
+        BadInput: a tracking URI cannot be used, or there is nothing that can be rebuilt now.
     """
+    studies = all_studies(output)
+    uris = {name: tracking_uri or of_study(study.tracking_uri, store) for name, (_, study) in studies.items()}
+    for folder in set_aside(studies, uris) if rebuild else ():
+        old = folder.name.rpartition(".")[0]
+        say(f"{folder}: the old {old}; delete it unless you have logged more there yourself")
     path = write_parquet(store)
     say(f"{path}: {len(store.states())} records")
     logs: dict[str, MlflowLog] = {}
-    for _folder, study in all_studies(output).values():
-        uri = tracking_uri or of_study(study.tracking_uri, store)
+    for name, (folder, study) in studies.items():
+        uri = uris[name]
         if uri not in logs:
             check_uri(uri)
             logs[uri] = MlflowLog(uri)
         try:
-            say(_sync_study(store, study, logs[uri]))
+            report = [file for each in REPORT if (file := folder / each).exists()] if rebuild else []
+            say(_sync_study(store, study, logs[uri], report))
+        except TrackingDamaged as damaged:
+            say(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
+            return 1
         except TrackingDown as down:
             say(f"{study.name}: MLflow does not answer ({down}); run this command again when it does")
             return 1
     return 0
 
 
-def _sync_study(store: Store, study: StudyFile, log: MlflowLog) -> str:
+def _sync_study(store: Store, study: StudyFile, log: MlflowLog, report: Sequence[Path]) -> str:
     parent = log.ensure_study(study.name, study.question, {"command": study.command})
     there = written = 0
     for fingerprint in study.configurations:
@@ -43,7 +67,7 @@ def _sync_study(store: Store, study: StudyFile, log: MlflowLog) -> str:
             folders = {fingerprint: store.adapters / fingerprint}
             written += log.log_records(study.name, [record], frozenset(study.reused), folders)
             there += 1
-    log.finish_study(parent, "FINISHED" if there == len(study.configurations) else "KILLED")
+    log.finish_study(parent, "FINISHED" if there == len(study.configurations) else "KILLED", report)
     return (
         f"{study.name}: {there} of {len(study.configurations)} configurations in {shown(log.tracking_uri)}, "
         f"{written} of them written now"

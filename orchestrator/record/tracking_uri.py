@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from orchestrator.record.store import Store
 from orchestrator.study.errors import BadInput, nearest
@@ -56,6 +58,28 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.split("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
+def damage(database: Path, every_page: bool = False) -> str:
+    """Say what is wrong with a SQLite file.
+
+    Args:
+        database: the file; it need not exist.
+        every_page: read the whole file. Without it, only the header, the size and the schema are read, which
+            takes no time and finds a file that was cut or is of another kind.
+
+    Returns:
+        SQLite's words in one line; empty where the file is whole, is not there, or cannot be read now.
+    """
+    uri = f"file:{quote(str(database.resolve()))}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, timeout=0, uri=True)) as opened:
+            opened.execute("select count(*) from sqlite_master").fetchone()
+            found = opened.execute("pragma quick_check(1)").fetchone()[0] if every_page else "ok"
+    except sqlite3.Error as error:
+        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the upper bits are details
+        return str(error) if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
+    return "" if found == "ok" else " ".join(found.split())
+
+
 def shown(uri: str) -> str:
     """The URI for a message or a file: without its password."""
     return without_secrets(uri)
@@ -63,7 +87,7 @@ def shown(uri: str) -> str:
 
 def check_uri(uri: str) -> None:
     """Raises BadInput when `uri` is malformed, lacks its password, its server does not answer, or its file
-    cannot be written."""
+    cannot be written or is damaged."""
     if STARS in uri:
         raise BadInput(
             f"--tracking-uri {shown(uri)!r}: passwords are kept nowhere; give the option with its own again"
@@ -113,6 +137,11 @@ def _check_sqlite(uri: str) -> None:
             f"--tracking-uri {shown(uri)!r}: the file and its folder must be writable "
             f"({error.strerror or error}); name another file"
         ) from error
+    if why := damage(path):
+        raise BadInput(
+            f"--tracking-uri {shown(uri)!r}: the file is damaged ({why}); "
+            "`python -m orchestrator sync --rebuild`, with the same --output, makes it again from the records"
+        )
 
 
 def _check_host(uri: str) -> None:

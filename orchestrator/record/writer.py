@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
+from orchestrator.record.mlflow_log import MlflowLog, TrackingDamaged, TrackingDown
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -43,6 +43,8 @@ class Writer:
         self._report: Sequence[Path] = ()
         self.error = ""
         """Why something is delayed; kept when it has since been logged."""
+        self.damaged = False
+        """Whether that is for a SQLite file that is damaged."""
         self.ended = False
         """Whether the study's own run has been ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
@@ -89,6 +91,7 @@ class Writer:
                 return
             except TrackingDown as down:
                 parent, self.error = "", str(down)
+                self.damaged = isinstance(down, TrackingDamaged)
             except Exception as error:  # ours is a side show: nothing in it may end a study
                 parent, self.error = "", without_secrets(f"{type(error).__name__}: {error}")
             if not self._pause(pause):

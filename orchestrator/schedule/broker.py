@@ -7,8 +7,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
@@ -22,6 +22,7 @@ from orchestrator.schedule.cluster import beside_the_driver
 from orchestrator.schedule.life import Life
 from orchestrator.schedule.rungs import settings
 from orchestrator.schedule.seat_end import How
+from orchestrator.schedule.watched_clock import WatchedClock
 from orchestrator.study.configuration import Configuration
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ STUCK_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
 NAME = "broker"
 FINAL = ("finished", "diverged")
+Answered = TypeVar("Answered")
 
 
 class Broker:
@@ -57,6 +59,7 @@ class Broker:
         def give_up(life: Life, configuration: Configuration, why: str) -> State:
             return _failed(store, life, configuration, why)
 
+        self.clock = WatchedClock()
         self.core = BrokerCore(newest_attempt, store.failures, known, scheduler, give_up, saved)
         self.given_up = False
         self.born = uuid.uuid4().hex
@@ -71,10 +74,10 @@ class Broker:
     ) -> Report | State | None:
         """Submits (again, after a restart) and waits for the report beyond step `after` or the end."""
         fingerprint = configuration.fingerprint
-        self.core.submit(trial, configuration, time.monotonic())
+        self.core.submit(trial, configuration, self.clock())
         deadline = time.monotonic() + timeout
         while True:
-            answer = "failed" if self.given_up else self.core.next(fingerprint, after, time.monotonic())
+            answer = "failed" if self.given_up else self.core.next(fingerprint, after, self.clock())
             left = deadline - time.monotonic()
             if answer is not None or left <= 0:
                 return answer
@@ -89,7 +92,7 @@ class Broker:
         self.core.release(trial)
 
     async def stop(self, trial: str, configuration: Configuration, seen: int) -> None:
-        self.core.stop(trial, configuration, seen, time.monotonic())
+        self.core.stop(trial, configuration, seen, self.clock())
 
     # -- seats
 
@@ -97,31 +100,31 @@ class Broker:
         self, seat: str, shape: str | None, room: int, held: Mapping[str, Held], taken: int
     ) -> Offer:
         await self.exchange(seat, held, taken)
-        return self.core.lease(seat, shape, room, time.monotonic())
+        return self.core.lease(seat, shape, room, self.clock())
 
     async def exchange(self, seat: str, held: Mapping[str, Held], taken: int) -> dict[str, Answer]:
-        answers = self.core.exchange(seat, held, taken, time.monotonic())
+        answers = self.core.exchange(seat, held, taken, self.clock())
         for fingerprint in held:
             self._tell(fingerprint)
         return answers
 
     async def alive(self, seat: str) -> None:
-        self.core.alive(seat, time.monotonic())
+        self.core.alive(seat, self.clock())
 
     async def spill(self, seat: str, fingerprint: str, attempt: int) -> None:
-        self.core.spill(seat, fingerprint, attempt, time.monotonic())
+        self.core.spill(seat, fingerprint, attempt, self.clock())
 
     async def say(self, line: str) -> None:
         self.lines.append(line)
 
     async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
-        self.core.done(seat, fingerprint, attempt, state, time.monotonic())
+        self.core.done(seat, fingerprint, attempt, state, self.clock())
         self._tell(fingerprint)
 
     async def seat_ended(self, name: str, how: How, reason: str = "") -> None:
         """All incarnations of the seat called `name` are gone; `how`, and why, they came to their end."""
         held = [f for seat, view in self.core.seats.items() if name_of(seat) == name for f in view.lanes]
-        self.core.seat_ended(name, time.monotonic(), how, reason)
+        self.core.seat_ended(name, self.clock(), how, reason)
         for fingerprint in held:
             self._tell(fingerprint)
 
@@ -135,7 +138,7 @@ class Broker:
         """Lanes that ended from number `since` on and what seats said from line `lines` on (all, for who knew
         another incarnation), the counts, the steps that each seat has taken, the names of seats that hang,
         and why no other should be started, if so."""
-        self.core.tick(time.monotonic())
+        self.core.tick(self.clock())
         since, lines = (since, lines) if born == self.born else (0, 0)
         return {
             "born": self.born,
@@ -143,7 +146,7 @@ class Broker:
             "lines": self.lines[lines:],
             "counts": self.core.counts(),
             "taken": dict(self.core.taken),
-            "stuck": self.core.stuck(time.monotonic()),
+            "stuck": self.core.stuck(self.clock()),
             "hopeless": self.core.deaths.hopeless,
         }
 
@@ -255,11 +258,29 @@ class BrokerSource:
 
     def _call(self, method: str, *args: Any) -> Any:
         self.spoke = time.monotonic()
-        deadline = time.monotonic() + BROKER_LOST_SECONDS
-        while True:
-            try:
-                return ray.get(getattr(self.broker, method).remote(*args), timeout=BROKER_LOST_SECONDS)
-            except (ActorUnavailableError, RayActorError, GetTimeoutError):
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
+        call = getattr(self.broker, method)
+        return until_lost(lambda: ray.get(call.remote(*args), timeout=BROKER_LOST_SECONDS))
+
+
+def until_lost(call: Callable[[], Answered]) -> Answered:
+    """Call the broker until it answers.
+
+    Args:
+        call: one call, which may take up to BROKER_LOST_SECONDS.
+
+    Returns:
+        The answer.
+
+    Raises:
+        ActorUnavailableError, RayActorError, GetTimeoutError: as the last call did, when the broker has not
+            answered for BROKER_LOST_SECONDS.
+    """
+    clock = WatchedClock(most=BROKER_LOST_SECONDS * 2 / 3)  # after a jump, a third is left for new calls
+    deadline = clock() + BROKER_LOST_SECONDS
+    while True:
+        try:
+            return call()
+        except (ActorUnavailableError, RayActorError, GetTimeoutError):
+            if clock() > deadline:
+                raise
+            time.sleep(0.5)

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from orchestrator.schedule import remains
+from orchestrator.schedule import auth_token, remains
 from orchestrator.study.command import ending_at_once
 from orchestrator.study.errors import BadInput
 
@@ -24,6 +24,13 @@ SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 Gi
 ONE_RAY = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
+ALONE = {
+    # Ray reads this on any system, in spite of its name: a Ray that is no cluster has the address 127.0.0.1,
+    # and its processes listen there only. Else they listen on all addresses of the machine.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "0",  # its port would tell Prometheus what runs here; nobody has asked
+}
+"""The environment of a Ray that is started here, for this machine alone."""
 TRIES = 3  # of a second each, to reach a cluster
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
 
@@ -44,6 +51,8 @@ class Cluster:
     namespace: str = ""
     local: bool = True
     """Started here, for this study. Others may grow."""
+    control_store: str = ""
+    """Address of its GCS, HOST:PORT."""
 
     @property
     def memory(self) -> float:
@@ -156,11 +165,16 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
+    auth_token.keep_private(create=where is None)
+    if where is None:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
     with ending_at_once(last):  # an exception may strike imports, too
         import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    before = remains.children()
     if where is None:
         with ending_at_once(last):
             ray.init(
@@ -180,9 +194,10 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
                 ray.init(address=where, **quiet)
         except (ConnectionError, RuntimeError) as error:
             raise _not_joined(where, str(error).splitlines()[0]) from None
-    with remains.guarded() if where is None else nullcontext():
+    with remains.guarded(before) if where is None else nullcontext():
         try:
-            yield Cluster(nodes_now(), namespace=namespace, local=where is None)
+            store = ray.get_runtime_context().gcs_address
+            yield Cluster(nodes_now(), namespace=namespace, local=where is None, control_store=store)
         finally:
             ray.shutdown()
 

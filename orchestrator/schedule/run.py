@@ -19,9 +19,10 @@ from orchestrator.record.parquet import write_parquet
 from orchestrator.record.provenance import commit
 from orchestrator.record.schema import FAILURES_ALLOWED, Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile
+from orchestrator.record.study_file import PICTURES, REPORT, StudyFile
 from orchestrator.record.tracking_uri import checked, named, shown
 from orchestrator.schedule import cluster as ray_cluster
+from orchestrator.schedule import control_store
 from orchestrator.schedule.asked import Asked, builder
 from orchestrator.schedule.ledger import opened
 from orchestrator.schedule.limits import Limits
@@ -41,8 +42,6 @@ LOG_SECONDS = 60.0  # what MLflow gets at the end of a study to catch up
 HASTE_SECONDS = 5.0  # the same when a study has ended in trouble, and at most after Ctrl-C
 REPORT_SECONDS, REPORT_ROWS = 4.0, 500  # what a report needs of the time that Ctrl-C leaves, and its size
 Log = Callable[[Record], None]
-PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")  # a study has some of them
-REPORT = ("report.html", *PICTURES, "summary.json")
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,8 @@ def run_study(
         ) from None
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
     with ray_cluster.exclusively(folder / ".lock", refusal):
+        command = typed(sys.argv)
+        study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         scratch_folders.clear(store)
         asked = ask()
         check(asked.wanted)
@@ -122,8 +123,6 @@ def run_study(
         if asked.search is not None:
             asked.search.keep()
         known = {*asked.hopeless, *(c.fingerprint for c in asked.met)}
-        command = typed(sys.argv)
-        study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         study = study.extended([c.fingerprint for c in asked.wanted], known)
         study = replace(study, command=command, tracking_uri=shown(named(options.tracking_uri)))
         study = replace(study, searched=study.searched or asked.search is not None)
@@ -213,7 +212,7 @@ class _Run:
             late = writer.close(seconds, status, [file for file in files if file.exists()])
             if late or not writer.ended:
                 what = f"{late} runs" if late else "the study's own run"
-                later = f"{self._ours('sync')} logs them later."
+                later = f"{self._ours('sync --rebuild' if writer.damaged else 'sync')} logs them later."
                 why = writer.error or "it is slow"
                 self.console.print(f"MLflow: {what} delayed ({why}); {later}", markup=False, soft_wrap=True)
         if stopped:
@@ -244,11 +243,16 @@ class _Run:
         options, store, search, before = self.options, self.store, asked.search, len(asked.wanted)
         progress = Progress(self.folder, asked.total, asked.total - asked.new, self.console)
         known = {c.fingerprint for c in asked.met}
+
+        def last() -> None:
+            writer.close(HASTE_SECONDS, "KILLED")
+
         with (
             progress,
             scratch_folders.scratch(store) as scratch,
-            ray_cluster.connect(lambda: writer.close(HASTE_SECONDS, "KILLED")) as cluster,
+            ray_cluster.connect(last) as cluster,
             gently(self.limits.ask),
+            control_store.watched(cluster, progress.say, last),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
             from orchestrator.cluster.nodes import refuse_unfit

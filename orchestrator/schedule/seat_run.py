@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
@@ -25,6 +26,22 @@ NEEDLESS = (  # Ray Train's default callbacks that each start one more process p
     "PlacementGroupCleanerCallback",  # orphans.py does its work; its actor outlives a killed driver
     "DatasetsCallback",  # it serves Ray Data, which the seats do not use
 )
+
+
+class _NoGroup(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Start no process group."""
+
+
+class Alone(TorchConfig):
+    """Torch for a run of one worker, which needs no process group.
+
+    The store of a process group listens on all addresses of its machine, and lets everybody in.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _NoGroup
 
 
 class SeatRun(threading.Thread):
@@ -80,6 +97,7 @@ class SeatRun(threading.Thread):
         }
         base: Any = TorchTrainer  # type checkers see Train's first version
         actor: Any = ray.remote(TrainController)
+        backend = "nccl" if plan.on_gpus else "gloo"
 
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
@@ -112,8 +130,7 @@ class SeatRun(threading.Thread):
             scaling_config=ScalingConfig(
                 num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
-            # A single worker talks to nobody.
-            torch_config=TorchConfig(backend="nccl" if plan.on_gpus and plan.workers > 1 else "gloo"),
+            torch_config=TorchConfig(backend=backend) if plan.workers > 1 else Alone(backend=backend),
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
                 storage_path=plan.scratch,

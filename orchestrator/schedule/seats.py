@@ -14,6 +14,7 @@ from orchestrator.schedule.seat import SeatPlan
 from orchestrator.schedule.seat_end import How, SeatEnd
 from orchestrator.schedule.seat_run import SeatRun
 from orchestrator.schedule.sight import Sight
+from orchestrator.schedule.watched_clock import WatchedClock
 
 NODES_SECONDS = 2.0  # how often the cluster is counted
 KILLED_SECONDS = 2.0  # how long all threads of killed runs together may take to end
@@ -46,6 +47,7 @@ class Seats:
         self.spoken: frozenset[str] = frozenset()
         """Names of seats that have spoken to the broker: they have found their place."""
         self.started = 0
+        self.clock = WatchedClock()
         self.without_since: float | None = None
         self.waited = False
         self.trouble = ""
@@ -70,7 +72,7 @@ class Seats:
         ever spoke and of those that hang, and why no more should be started, if so. The first seats start at
         once: known results may be replayed before a lane waits. A seat that has ended for want of work is
         replaced when lanes wait for longer than a moment."""
-        now = time.monotonic()
+        now = self.clock()
         self.spoken = frozenset(spoken)
         self.trouble = self.trouble or hopeless
         self._bury(now)

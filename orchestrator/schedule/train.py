@@ -32,6 +32,7 @@ from orchestrator.schedule.seat_end import reason
 from orchestrator.schedule.seats import Seats
 from orchestrator.schedule.sight import Sight
 from orchestrator.schedule.trial import MEMORY_BYTES, Trial
+from orchestrator.schedule.watched_clock import WatchedClock
 from orchestrator.study.command import let_go
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.errors import Trouble
@@ -223,15 +224,16 @@ class _Watch(threading.Thread):
         self.read, self.lines, self.born = 0, 0, ""
         self.taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
         self.error: Exception | None = None
-        self.heard = time.monotonic() + seats.plan.start_seconds  # of the broker, which has yet to start
+        self.clock = WatchedClock()
+        self.heard = self.clock() + seats.plan.start_seconds  # of the broker, which has yet to start
 
     def run(self) -> None:
         while not self.stop.wait(LOOK_SECONDS):
             try:
                 self._look()
-                self.heard = time.monotonic()
+                self.heard = self.clock()
             except RayError as error:  # the broker restarts; what ended meanwhile is in the store
-                if time.monotonic() - self.heard > BROKER_LOST_SECONDS:
+                if self.clock() - self.heard > BROKER_LOST_SECONDS:
                     self.seats.trouble = (
                         f"The broker has been lost for {BROKER_LOST_SECONDS:g} s: {reason(error)}. "
                         "What is done is kept; run the command again."

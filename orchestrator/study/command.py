@@ -17,6 +17,8 @@ from typing import NoReturn
 from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
 
+FAILED = 1
+"""The exit code where something outside the command went wrong."""
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 LIMIT = 3
@@ -193,7 +195,22 @@ def let_go() -> None:
     signal.pthread_kill(ident, signal.SIGINT)  # a real one: it wakes a thread that sleeps
 
 
-def _end_at_once() -> NoReturn:
+def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
+    """End the process with exit code 1 and one `error:` line, and all processes that it has started.
+
+    This is for a thread, where the main thread is deep in a library that does not come back.
+
+    Args:
+        error: the line, without `error:`.
+        last: called and waited for before the end.
+    """
+    with _interrupt.ending:
+        print(f"error: {without_secrets(error)}", file=sys.__stderr__, flush=True)
+        last()
+        _end_at_once(FAILED)
+
+
+def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
     """Nothing is tidied up: what is on disk is whole at any moment. Processes of ours, such as those of a Ray
     that was started here, would outlive us."""
     import psutil
@@ -205,4 +222,4 @@ def _end_at_once() -> NoReturn:
             continue
     if sys.stdout.isatty():
         os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the live line hides the cursor
-    os._exit(INTERRUPTED)
+    os._exit(code)

@@ -115,6 +115,23 @@ def test_a_command_that_dies_is_started_again_with_nothing_of_it_left(kept: Kept
     until(lambda: len(kept.alive()) == 3)  # the keeper, the command, its child: that of the first has gone
 
 
+def test_the_command_of_a_killed_keeper_is_ended_though_the_clock_was_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Setting the clock moves the time at which Linux says that the machine and its processes began."""
+    left = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        with (tmp_path / "server").open("a+") as file:
+            keep._write(file, left.pid)
+        began = psutil.boot_time()
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + 3600)
+        with keep._taken_over(tmp_path / "server"):
+            assert left.poll() == -signal.SIGTERM
+    finally:
+        left.kill()
+        left.wait()
+
+
 def test_it_comes_back_when_the_server_answers(kept: Kept) -> None:
     with reserved_port() as port:
         for times in (1, 2):  # what answered before is not what the second one waits for

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
@@ -62,6 +63,59 @@ def test_sync_rebuilds_both_projections(results, run):
     }
     other = empty_database(results / "other.db")
     assert f"in {other}, 4 of them written now" in run(ORCHESTRATOR, "sync", "--tracking-uri", other).stdout
+
+
+def _states(uri: str, study: str) -> list[str]:
+    """Return the states of a study's MLflow children, sorted."""
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id])
+    return sorted(r.data.tags["state"] for r in runs if "fingerprint" in r.data.tags)
+
+
+def test_a_damaged_database_is_named_and_made_again_from_the_records(results, run):
+    database = results / "results/store/mlflow.db"
+    uri = empty_database(database)
+    store = Store(results / "results/store")
+    adapter = store.adapters / next(iter(store.states()))
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (results / "results/rates/report.html").write_text("<html>")
+    old = database.with_name("mlflow-artifacts") / "rates" / "a run" / "artifacts" / "adapter"
+    old.mkdir(parents=True)
+    cut = database.read_bytes()[:-5000]
+    database.write_bytes(cut)
+    database.with_name("mlflow.db.old-1").mkdir()
+
+    run(ORCHESTRATOR, "sync").assert_refused(str(database), "malformed", "sync --rebuild")
+    assert database.read_bytes() == cut
+
+    Path(f"{database}-journal").write_bytes(b"of the damaged file")
+    done = run(ORCHESTRATOR, "sync", "--rebuild")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rates: 4 of 4 configurations" in done.stdout
+    assert done.stdout.count("4 of them written now") == 1
+    assert _states(uri, "rates") == ["diverged", "failed", "finished", "stopped"]
+    assert _states(uri, "second") == ["finished"]
+    aside = database.with_name("mlflow.db.old-2")
+    assert f"{aside}: the old mlflow.db" in done.stdout
+    assert (aside / "mlflow.db").read_bytes() == cut
+    assert {p.name for p in aside.iterdir()} == {"mlflow.db", "mlflow.db-journal", "mlflow-artifacts"}
+    assert not old.exists()
+    artifacts = [p.name for p in database.with_name("mlflow-artifacts").rglob("*") if p.is_file()]
+    assert sorted(artifacts) == ["adapter_config.json", "adapter_config.json", "report.html"]
+    assert "0 of them written now" in run(ORCHESTRATOR, "sync").stdout
+
+
+def test_what_is_not_made_again(results, run):
+    """A database that a study writes to now, and a server's."""
+    database = results / "results/store/mlflow.db"
+    empty_database(database)
+    before = database.read_bytes()
+    with FileLock(results / "results/rates/.lock"):
+        run(ORCHESTRATOR, "sync", "--rebuild").assert_refused("'rates' is running")
+    assert database.read_bytes() == before
+    uri = "http://127.0.0.1:9"
+    run(ORCHESTRATOR, "sync", "--rebuild", "--tracking-uri", uri).assert_refused(uri, "SQLite")
 
 
 def test_show_tells_all_about_one_record(results, make_record):
@@ -146,6 +200,24 @@ def test_a_wrong_option_is_exit_code_2_without_a_traceback(run):
 def test_a_study_file_that_is_none_is_named(run, results):
     (results / "results/rates/study.json").write_text('{"name": 3}')
     run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
+
+
+@pytest.mark.parametrize("newer", ['"schema_version": 2,', '"nights": 3,'])
+def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
+    file = results / "results/rates/study.json"
+    text = file.read_text()
+    version = '"schema_version": 1,'
+    assert version in text
+    file.write_text(text.replace(version, f"{version} {newer}" if "nights" in newer else newer))
+    run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", newer.split('"')[1], "update the program")
+
+
+def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
+    study = StudyFile("old", "Why?", "python x.py", ("a",))
+    study.write(tmp_path)
+    file = tmp_path / "study.json"
+    file.write_text(file.read_text().replace('"schema_version": 1,', ""))
+    assert StudyFile.read(tmp_path) == study
 
 
 @pytest.mark.usefixtures("restored")

@@ -8,18 +8,20 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import count
 from multiprocessing.synchronize import Event
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 from mlflow_server import empty_database, wait
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from orchestrator.record.mlflow_log import MlflowLog, TrackingDown
 from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.tracking_uri import sqlite_path
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,10 @@ def study(request) -> str:
 
 
 def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """The study's parent and its children by fingerprint; each must be there once."""
+    """The study's parent and its children by fingerprint; each must be there once, deleted ones included."""
     client = MlflowClient(uri, uri)
-    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
+    experiment = client.get_experiment_by_name(study).experiment_id
+    runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
     (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
     children = [r for r in runs if "fingerprint" in r.data.tags]
     by_fingerprint = {r.data.tags["fingerprint"]: r for r in children}
@@ -217,6 +220,21 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
         assert child.data.tags["state"] == state
         history = MlflowClient(uri, uri).get_metric_history(child.info.run_id, "train_loss")
         assert len(history) == steps
+
+
+def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, make_record, tmp_path):
+    """The child of the torn record goes for good, with its artifacts."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    first = make_record()
+    again = replace(first, provenance=replace(first.provenance, ended=2e9))
+    for record in (first, again):
+        log = MlflowLog(uri)
+        log.ensure_study(study, "")
+        assert log.log_records(study, [record], artifacts={record.fingerprint: tmp_path}) == 1
+    child = _runs(uri, study)[1][first.fingerprint]
+    assert child.info.end_time == 2_000_000_000_000
+    root = sqlite_path(uri).parent / "mlflow-artifacts" / study
+    assert [folder.name for folder in root.iterdir()] == [child.info.run_id]
 
 
 def test_two_runs_of_one_configuration_become_one(uri, study, make_record):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from orchestrator.record import tracking_uri
 from orchestrator.record.store import Store
-from orchestrator.record.tracking_uri import check_uri, default_uri, shown, sqlite_path
+from orchestrator.record.tracking_uri import check_uri, damage, default_uri, shown, sqlite_path
 from orchestrator.study.command import typed
 from orchestrator.study.errors import BadInput
 
@@ -43,6 +45,29 @@ def test_a_sqlite_file_that_cannot_be_written(tmp_path):
         with pytest.raises(BadInput, match="must be writable"):
             check_uri(f"sqlite:///{path}")
     check_uri(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+
+
+def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
+    """Its pages are read only where that is asked for; a file that another program holds is not damaged."""
+    file = tmp_path / "my runs#1.db"
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("create table runs (words text)")
+        database.execute("create index by_words on runs (words)")
+        database.executemany("insert into runs values (?)", [[f"run {n} " * 50] for n in range(200)])
+        database.commit()
+        database.execute("begin exclusive")
+        assert damage(file) == damage(file, every_page=True) == ""
+    whole = file.read_bytes()
+    check_uri(f"sqlite:///{file}")
+    assert damage(tmp_path / "none.db") == ""
+    for torn, why in ((whole[:-4096], "malformed"), (b"no database" * 500, "not a database")):
+        file.write_bytes(torn)
+        with pytest.raises(BadInput, match=f"damaged .*{why}.* sync --rebuild") as caught:
+            check_uri(f"sqlite:///{file}")
+        assert "\n" not in str(caught.value)
+    file.write_bytes(whole[:20_000] + bytes(200) + whole[20_200:])
+    assert damage(file) == ""
+    assert damage(file, every_page=True)
 
 
 def test_the_default_is_a_file_in_the_store(tmp_path, monkeypatch):

@@ -137,6 +137,23 @@ def holding() -> Iterator[Holding]:
     server.server_close()
 
 
+def test_a_database_that_is_damaged_on_the_way_is_told_from_one_that_is_down(tmp_path, store, make_record):
+    database = tmp_path / "mlflow.db"
+    writer = Writer(MlflowLog(empty_database(database)), store, StudyFile("damaged", "", "x"))
+    records = [make_record(seed=seed) for seed in range(2)]
+    for record in records:
+        store.put(record)
+    writer.put(records[0])
+    wait(lambda: writer.delayed == 0, "the first one is not logged")
+    assert not writer.damaged
+    whole = database.read_bytes()
+    database.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
+    writer.put(records[1])
+    wait(lambda: writer.damaged, "the writer has not noticed")
+    assert writer.close(0.1) == 1
+    assert f"{database}: the file is damaged (" in writer.error
+
+
 def test_neither_put_nor_close_waits_for_an_answer(store, make_record, holding, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
     record = make_record()

@@ -61,18 +61,23 @@ def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
     assert found[1:] == ["2 starts for 0 killed drivers"]
 
 
+@pytest.mark.parametrize("jump", [0.0, 3600.0, -3600.0])
 def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive."""
+    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive. The
+    machine's clock is set by `jump` seconds meanwhile, which moves the time at which Linux says it began."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
     worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
     try:
         folder = remains.folder()
         folder.mkdir(mode=0o700)
-        born = [(p.pid, psutil.Process(p.pid).create_time()) for p in (driver, raylet)]
-        (folder / f"{driver.pid}.json").write_text(json.dumps(born))
+        known = remains.written([psutil.Process(p.pid) for p in (driver, raylet)])
+        (folder / f"{driver.pid}.json").write_text(known)
+        began = psutil.boot_time()
+        if jump:
+            monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + jump)
         remains.end()
         assert worker.poll() is None, "its driver lives"
         driver.kill()
@@ -88,6 +93,31 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
             process.wait()
 
 
+LEAVES_A_RAY = """
+import os, subprocess
+from orchestrator.schedule import remains
+sleep = ["sleep", "600"]
+earlier = subprocess.Popen(sleep)
+before = remains.children()
+raylet = subprocess.Popen(sleep)
+remains.folder().mkdir(mode=0o700)
+with remains.guarded(before):
+    worker = subprocess.Popen(sleep, env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
+left = remains.children()
+print([process.pid == earlier.pid for process in left], list(remains.folder().iterdir()))
+for process in left:
+    process.kill()
+"""
+
+
+def test_what_is_left_of_a_ray_after_its_own_end_is_ended_by_the_driver(tmp_path: Path) -> None:
+    """It ends what came with Ray, and its workers; what ran below the driver before goes on."""
+    command = [sys.executable, "-c", LEAVES_A_RAY]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert (done.stdout, done.stderr) == ("[True] []\n", "")
+
+
 @pytest.mark.cluster
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a PID namespace")
 def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +129,9 @@ def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pyte
     try:
         study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
         remains.folder().mkdir(mode=0o700)
-        born = [(raylet.pid, 0.0), (raylet.pid, psutil.Process(raylet.pid).create_time())]
-        (remains.folder() / "0.json").write_text(json.dumps(born))  # of a driver that is gone
+        known = json.loads(remains.written([psutil.Process(raylet.pid)] * 2))
+        known["processes"][0][1] = -1.0  # of a driver that is gone
+        (remains.folder() / "0.json").write_text(json.dumps(known))
         remains.end()
         assert not psutil.pid_exists(raylet.pid)
         assert commands_below(container.pid) == [["sleep", "600"]]

@@ -1,4 +1,4 @@
-"""What is left when a study was killed: nothing that runs, and all that it knew.
+"""What is left when a study was killed, or its Ray: nothing that runs, and all that it knew.
 
 On a cluster that was there before: test_joined_cluster.py (actors, placement groups, resources, processes).
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -81,3 +83,62 @@ def test_kill_9_of_the_driver_leaves_nothing_that_runs_and_loses_nothing(
     study.wait_for(lambda: study.rays() <= before)
     study.wait_for(lambda: not ours(output))
     assert not list((output / "store" / "scratch").iterdir())
+
+
+def listening(driver: psutil.Process) -> set[str]:
+    """Return the addresses on which a study and its Ray listen."""
+    found = set()
+    for process in (driver, *driver.children(recursive=True)):
+        sockets = process.net_connections("tcp")
+        found |= {each.laddr.ip.removeprefix("::ffff:") for each in sockets if each.status == "LISTEN"}
+    return found
+
+
+CONTROL_STORE_LOST_SOON = """
+from orchestrator.schedule import control_store
+control_store.LOST_SECONDS = 3.0
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("no_cluster")
+def test_a_killed_control_store_ends_the_study_and_the_same_command_goes_on(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that, the study's Ray is a new user's: see docs/security.md."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    before = study.rays()
+    task = study.hold(tmp_path / "task", Store(output / "store"), records=1, step=10)
+    arguments = (*THREE, *ONE_PLACE, "--task", str(task))
+    script = study.altered(tmp_path, CONTROL_STORE_LOST_SOON)
+    process = study.start(output, *arguments, script=script)
+    study.wait_for(lambda: study.held(task), process)
+
+    driver = psutil.Process(process.pid)
+    assert listening(driver) == {"127.0.0.1"}
+    assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+    (control_store,) = [p for p in driver.children() if p.name() == "gcs_server"]
+    control_store.kill()
+    code, out, err = study.end(process)
+    assert (code, len(err.splitlines())) == (1, 1), out + err
+    assert re.match(r"error: Ray's control store \(GCS, 127.0.0.1:\d+\) has not answered for 3 s: ", err)
+    assert err.endswith(f"to go on: {shlex.join(['python', *process.args[1:]])}\n")  # type: ignore[misc, list-item]
+    assert ") does not answer; waiting 3 s\n" in out
+    study.wait_for(lambda: study.rays() <= before)
+    assert study.parents(output, NAME) == ["KILLED"]
+    assert len(study.records(output)) == 1
+    half = {f: step for f, step in study.saved(output).items() if f not in study.records(output)}
+    assert list(half.values()) == [8]
+
+    code, out, err = study.run(output, *arguments)
+    assert code == 0, out + err
+    now = study.records(output)
+    assert Counter(r.state for r in now.values()) == {"finished": 3}
+    for fingerprint in half:
+        assert now[fingerprint].provenance.resumed_from == (8,)
+    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in now)
+    assert study.parents(output, NAME) == ["FINISHED"]
