@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
+from orchestrator.record.files import seal, unseal
 from orchestrator.record.show import narrowed
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies, find_study
@@ -76,7 +78,8 @@ def test_a_damaged_database_is_named_and_made_again_from_the_records(results, ru
     database = results / "results/store/mlflow.db"
     uri = empty_database(database)
     store = Store(results / "results/store")
-    adapter = store.adapters / next(iter(store.states()))
+    of_both = find_study(results / "results", "second")[1].configurations[0]
+    adapter = store.adapters / of_both
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (results / "results/rates/report.html").write_text("<html>")
@@ -202,21 +205,22 @@ def test_a_study_file_that_is_none_is_named(run, results):
     run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
 
 
-@pytest.mark.parametrize("newer", ['"schema_version": 2,', '"nights": 3,'])
+@pytest.mark.parametrize("newer", [{"schema_version": 2}, {"nights": 3}], ids=["version", "field"])
 def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
     file = results / "results/rates/study.json"
-    text = file.read_text()
-    version = '"schema_version": 1,'
-    assert version in text
-    file.write_text(text.replace(version, f"{version} {newer}" if "nights" in newer else newer))
-    run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", newer.split('"')[1], "update the program")
+    data = json.loads(unseal(file.read_bytes()))
+    assert data["schema_version"] == 1
+    file.write_bytes(seal(json.dumps(data | newer)))
+    run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer, "update the program")
 
 
 def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
     study = StudyFile("old", "Why?", "python x.py", ("a",))
     study.write(tmp_path)
     file = tmp_path / "study.json"
-    file.write_text(file.read_text().replace('"schema_version": 1,', ""))
+    data = json.loads(unseal(file.read_bytes()))
+    del data["schema_version"]
+    file.write_text(json.dumps(data))
     assert StudyFile.read(tmp_path) == study
 
 

@@ -56,7 +56,7 @@ def test_no_seat_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Pat
     broker = Broker(str(tmp_path), "none")
 
     async def seats() -> int:
-        return int((await broker.news(0, ""))["counts"]["seats"])
+        return int((await broker.news(0, 0, ""))["counts"]["seats"])
 
     asyncio.run(broker.next("trial", POINTS[0], 0, 0.0))
     asyncio.run(broker.lease("seat-0.x", None, 1, {}, 0))
