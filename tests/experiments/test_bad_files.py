@@ -130,9 +130,10 @@ def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
 
 
 def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:
-    (tmp_path / "my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
-    done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
+    (tmp_path / "[bold]my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
+    done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
+    assert "[bold]my: reading the examples" in done.stdout, "what looks like markup is a name"
 
 
 # -- models --------------------------------------------------------------------------------------------------
