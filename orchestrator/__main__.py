@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from orchestrator.study.command import main
+from orchestrator.study.command import main, say_what_comes
 from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions, default_output
 
@@ -244,6 +244,7 @@ def _command() -> int:
         prog="python -m orchestrator",
         description="Look at what is recorded, rebuild what is derived from it.",
     )
+    say_what_comes("Reading libraries and records ...")
     return command.run()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from orchestrator.analyze import choice, groups, verdict, words
 from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
+from orchestrator.record import files
 from orchestrator.record.schema import Record
 
 SCHEMA_VERSION = 1
@@ -68,9 +68,9 @@ def write_report(
     pictures = _pictures(summary)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.items():
-        _write(folder / picture, content)
-    _write(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
-    _write(folder / "report.html", _html(summary, about, records, pictures).encode())
+        files.replace(folder / picture, content)
+    files.replace(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
+    files.replace(folder / "report.html", _html(summary, about, records, pictures).encode())
     return summary
 
 
@@ -92,16 +92,6 @@ def _chosen(tuning: Path | None) -> Mapping[str, Chosen | None]:
     """What the first stage of a comparison has chosen; nothing where that is not at hand."""
     kept = choice.read(tuning, TunedChoice) if tuning else None
     return kept.variants if kept else {}
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Renamed into place: a reader sees the old file or the new one, never a half."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def as_json(summary: Summary, about: About) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def make_once(root: Path, name: str, recipe: str, make: Callable[[Path], None]) 
     with FileLock(root / f".{name}.lock"):
         if (content := made(root, name, recipe)) is not None:
             return content
-        _clear_abandoned(root, name)
+        clear_abandoned(root, name)
         with _work_folder(root, name) as work:
             folder = work / "model"
             folder.mkdir()
@@ -140,7 +140,8 @@ def _work_folder(root: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _clear_abandoned(root: Path, name: str) -> None:
+def clear_abandoned(root: Path, name: str) -> None:
+    """Remove the hidden work folders `.<name>-...` in `root` that a killed process has left."""
     for folder in root.glob(f".{name}-*"):
         if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)

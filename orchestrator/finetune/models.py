@@ -32,6 +32,9 @@ Progress = Callable[[str], None]
 UNPREPARED = "not prepared yet"
 """The content of a base that has yet to be made, in a plan: it meets no record."""
 
+MOST_LAYERS = 10_000
+"""Each is made, without its weights, before it can be looked at: a torn configuration may name a billion."""
+
 PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
 """Models that travel in Python packages: modules with NAME, RECIPE and `build(folder, progress)`."""
 
@@ -244,10 +247,15 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
         if (config := unmade(choice)) is None:
             source, revision = where(choice, root)
             config = AutoConfig.from_pretrained(source, revision=revision, **own)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        if layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers}; must be {MOST_LAYERS} or less")
         for name, value in own.items():
             setattr(config, name, value)
         with bases.quiet(), torch.device("meta"):
             model = kind.from_config(config)
+    except BadInput:
+        raise
     except Exception as error:  # transformers' classes of configurations and models raise many kinds
         raise BadInput(
             f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; mend its config.json, "

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.finetune.bases import clear_abandoned
 from orchestrator.finetune.hub_data import FOLDER
 from orchestrator.study.errors import BadInput
 
@@ -50,6 +51,7 @@ class Package:
         progress(f"{self.name}@{self.version}: downloading ({self.megabytes} MB)")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear_abandoned(path.parent, "fetch")
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
                 self._pack(Path(work))
                 os.replace(Path(work) / self.file, path)

@@ -40,7 +40,11 @@ WHY = {
 _FINAL = ("finished", "diverged")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What our writers call a file until it is whole, a record that was no record, a probe of the file system.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}|\..+\.torn|\.probe-.+|\.pointer-.+|\.mlflow\.db\.new.*")
+# (`.part` and `.pointer-` are names of earlier versions.)
+_TEMPORARY = re.compile(
+    r"\..+\.[0-9a-f]{32}|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*"
+    r"|\.pointer-.+|\..+\.\d+\.part"
+)
 _BASE_IN_THE_MAKING = re.compile(r"\..+-[a-z0-9_]{8}")
 
 
@@ -103,8 +107,12 @@ class _Collector:
         self._checkpoints(studies)
         self._superseded()
         store = self.store
-        folders = [store.root, store.evidence, store.data, store.bases, *store.records_folder.glob("*")]
-        folders += [*store.checkpoints.glob("*/*"), *store.adapters.glob("*"), store.root / "limits"]
+        folders = [store.root, store.evidence, store.data, store.bases, store.limits, store.adapters]
+        folders += [
+            *store.records_folder.glob("*"),
+            *store.checkpoints.glob("*/*"),
+            *store.adapters.glob("*"),
+        ]
         folders += [self.output, *(folder for folder, _ in studies)]
         for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
             self._temporary(folder)

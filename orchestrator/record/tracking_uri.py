@@ -9,7 +9,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -127,11 +127,8 @@ def _check_sqlite(uri: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-        if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
-        if path.exists():
-            with path.open("r+b"):
-                pass
+        with suppress(FileNotFoundError), path.open("r+b"):
+            pass
     except OSError as error:
         raise BadInput(
             f"--tracking-uri {shown(uri)!r}: the file and its folder must be writable "

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 
 from orchestrator.record.schema import Record
@@ -69,6 +71,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays, on the terminal and in the log."""
+        if self._live is None:  # which clears its line by itself; else ^C may stand there
+            self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 0)))
         self.console.print(text, markup=False)
         self._write(text)
 

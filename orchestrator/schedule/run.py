@@ -69,7 +69,7 @@ def run_study(
     """Trains what is not known yet, logs, reports. Returns the exit code: 0, 1 when configurations have no
     result, LIMIT when that is for a limit. `wanted`: exactly these, in place of the options' grid or search.
     `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False)
     _needs_hardware(experiment, options)
     options = growth.suited(options)
     options.check_output()

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO, TypeGuard
 
 from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
@@ -25,6 +25,9 @@ LIMIT = 3
 """The exit code of a study that a limit has ended before all was trained."""
 PATIENCE_SECONDS = 20.0
 """From Ctrl-C until the process is ended from outside of the main thread; half of it is promised."""
+
+CLEAR_LINE = "\r\x1b[K"
+"""Clears the line of a terminal in which the cursor is."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
@@ -148,8 +151,7 @@ class _Interrupt:
     def say_how_to_go_on(self) -> None:
         if not self.said:
             self.said = True
-            # Whatever stderr is by now: a study's is a file while it trains.
-            print(f"interrupted; to go on: {typed(sys.orig_argv[1:])}", file=sys.__stderr__, flush=True)
+            say_interrupted(f"interrupted; to go on: {typed(sys.orig_argv[1:])}")
 
 
 _interrupt = _Interrupt()
@@ -220,6 +222,24 @@ def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
             process.kill()
         except psutil.Error:
             continue
-    if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the live line hides the cursor
+    if _is_terminal(sys.__stdout__):
+        os.write(sys.__stdout__.fileno(), f"{CLEAR_LINE}\x1b[?25h".encode())  # the live line hides the cursor
     os._exit(code)
+
+
+def say_what_comes(text: str) -> None:
+    """Say on a terminal, before the first library is imported, what the next seconds go to. Elsewhere nothing
+    is said: a script that reads stderr finds errors there and nothing else."""
+    if _is_terminal(sys.__stderr__):
+        print(text, file=sys.__stderr__, flush=True)
+
+
+def say_interrupted(text: str) -> None:
+    """Say `text` on stderr, on a line of its own: a terminal shows ^C when it is typed, and a study's live
+    line may be there. Not on `sys.stderr`: a study's is a file while it trains."""
+    clear = CLEAR_LINE if _is_terminal(sys.__stderr__) else ""
+    print(f"{clear}{text}", file=sys.__stderr__, flush=True)
+
+
+def _is_terminal(stream: TextIO | None) -> TypeGuard[TextIO]:
+    return stream is not None and not stream.closed and stream.isatty()

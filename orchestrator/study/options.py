@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.study import bounds, naming, price, rates
+from orchestrator.study.command import say_what_comes
 from orchestrator.study.errors import BadInput, nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
@@ -312,6 +313,7 @@ def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> S
     import tyro
 
     options = tyro.cli(kind, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    say_what_comes("Reading libraries, the task's data, the model and the records ...")
     if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
         return options  # without looking for a cluster, which takes a moment
     from orchestrator.cluster.where import elsewhere

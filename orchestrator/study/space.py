@@ -76,6 +76,8 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "schedule": Hyperparameter("schedule", "name", words=("constant", "linear", "cosine")),
     "batch_size": count("batches", "batch_size", bounds.BATCH_SIZE),
 }
+WHOLE = replace(count("variant", "extra", bounds.RANK), least=0)
+"""A variant's own setting that is a whole number. The variant says what else it may be."""
 OF_VARIANTS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
 
@@ -285,7 +287,8 @@ def _value(option: str, word: str, variant: str, name: str, text: str, own: Own)
             near = f"; take {max(1, round(number))}"
             raise BadInput(f"{option} {word!r}: {text!r} must be a whole number{near}.")
         value = int(number) if (known.whole if known else isinstance(default, int)) else number
-    broken = known.rule(value) if known else None
+    rule = known or (WHOLE if isinstance(value, int) else None)
+    broken = rule.rule(value) if rule else None
     if broken:
         hint = f" {nearest(text, known.words)}" if known and known.words else ""
         raise BadInput(f"{option} {word!r}: {text!r} {broken}.{hint}")
@@ -333,8 +336,9 @@ def _dimension(word: str, variant: str, name: str, spec: str, own: Own) -> Dimen
         )
     if log and low <= 0:
         raise BadInput(f"--space {word!r}: {low_text!r} must be above 0 for a logarithm.")
+    rule = known or (WHOLE if whole else None)
     for text, end in ((low_text, low), (high_text, high)):
-        broken = known.rule(end) if known else None
+        broken = rule.rule(end) if rule else None
         if broken:
             raise BadInput(f"--space {word!r}: {text!r} {broken}.")
     digits = known.digits if known else DIGITS

@@ -3,6 +3,7 @@ code 2, before Ray starts. The scripts run in this process."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -130,9 +131,10 @@ def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
 
 
 def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:
-    (tmp_path / "my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
-    done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
+    (tmp_path / "[bold]my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
+    done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
+    assert "[bold]my: reading the examples" in done.stdout, "what looks like markup is a name"
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -166,6 +168,10 @@ MODELS: dict[str, tuple[Spoil, list[str]]] = {
     "a word for a number": (
         config('{"model_type": "llama", "hidden_size": "x"}'),
         ["hidden_size", "expected int"],
+    ),
+    "a billion layers": (
+        config('{"model_type": "llama", "num_hidden_layers": 1000000000}'),
+        ["num_hidden_layers", "10000 or less"],
     ),
     "no heads": (config('{"model_type": "llama", "num_attention_heads": 0}'), ["ZeroDivisionError"]),
     "a negative size": (config('{"model_type": "llama", "hidden_size": -4}'), ["-4", "not a multiple"]),
@@ -270,15 +276,25 @@ def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Pa
     run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
 
 
+def test_a_base_that_has_changed_is_one_line(tmp_path: Path, base: Path, run: Run) -> None:
+    """The store's own, known by what its files held when it was made."""
+    bases = tmp_path / "results" / "store" / "bases"
+    shutil.copytree(base, bases / f"letters-base-{'0' * 12}")
+    (tmp_path / "results" / POINTER).write_text(json.dumps({"name": "letters-base", "content": "0" * 64}))
+    run(SWEEP, *DRY).assert_refused(
+        "error: Model 'letters-base': ", "holds content", "Put the old files back"
+    )
+
+
 @pytest.mark.parametrize("name", ["s/.lock", "store/bases"])
-def test_what_is_in_the_way_of_a_file_is_one_line(name: str, tmp_path: Path, run: Run) -> None:
+def test_what_is_in_the_way_of_a_file_is_one_line(name: str, tmp_path: Path, base: Path, run: Run) -> None:
     path = tmp_path / "results" / name
     path.parent.mkdir(parents=True)
     if name == "s/.lock":
         path.mkdir()
     else:
         path.touch()
-    done = run(SWEEP, "--dry-run", "--study", "s")
+    done = run(*STUDY, "--model", str(base))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr.startswith("error: ")
     assert name in done.stderr

@@ -148,6 +148,14 @@ BAD = {
         (*DRY, "--set", "batch_size=1e18"),
         ["'batch_size=1e18'", "at most 1e+06"],
     ),
+    "too large a number of a variant's own": (
+        (*DRY, "--variants", "relora", "--set", "relora.merges=1e18"),
+        ["'relora.merges=1e18'", "at most 100000"],
+    ),
+    "too large a range of a variant's own": (
+        (*DRY, "--variants", "relora", "--search", "qmc", "--space", "relora.merges=int:1:1e18"),
+        ["'1e18'", "at most 100000"],
+    ),
     "too large a batch in a space": (
         (*DRY, "--search", "qmc", "--space", "batch_size=int:1:1e18"),
         ["'batch_size=int:1:1e18'", "'1e18'", "at most 1e+06"],

@@ -10,8 +10,12 @@ import pytest
 from filelock import FileLock
 from in_process import ORCHESTRATOR
 
+from orchestrator.analyze.report import write_report
+from orchestrator.finetune import bases
 from orchestrator.record import gc
 from orchestrator.record.gc import collect, shown
+from orchestrator.record.merge import merge
+from orchestrator.record.parquet import write_parquet
 from orchestrator.record.scratch import scratch
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -110,6 +114,11 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
         _file(store.root / ".probe-abc" / "a").parent,
         _file(output / ".probe-17"),
         _file(output / "rates" / f".study.json.{hexes}"),
+        _file(output / "rates" / f".report.html.{hexes}"),
+        _file(output / "rates" / ".report.html.4711.part"),
+        _file(store.root / f".check-{hexes}" / "driver").parent,
+        _file(store.bases / f".hub-org--model.json.{hexes}"),
+        _file(store.adapters / f".{record.fingerprint}.{hexes}" / "adapter_model.safetensors").parent,
         _file(store.evidence / f".e.safetensors.{hexes}"),
         _file(store.data / f".letters-0123456789abcdef.rows.arrow.{hexes}"),
         _file(store.bases / ".pointer-x1"),
@@ -134,6 +143,42 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
     assert all(path.exists() for path in kept)
     assert found.left[gc.BUSY].count == 1
     assert store.get(record.fingerprint).to_json() == record.to_json()
+
+
+@pytest.mark.parametrize("writer", ["report", "parquet", "record", "study", "pointer", "adapters of a merge"])
+def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, make_record, writer):
+    output, record = tmp_path / "results", make_record(seed=1)
+    other = Store(tmp_path / "other")
+    other.put(record)
+    store.put(record)
+    _file(other.adapters / record.fingerprint / "adapter_model.safetensors")
+    write = {
+        "report": lambda: write_report(
+            [record], output / "s", name="s", question="", command="python x", tracking_uri="", pending=0
+        ),
+        "parquet": lambda: write_parquet(store),
+        "record": lambda: store.put(make_record(seed=2)),
+        "study": lambda: StudyFile("s", "", "").write(output / "s"),
+        "pointer": lambda: bases.write_pointer(store.bases, "hub-a--b", {"commit": "c"}, "commit"),
+        "adapters of a merge": lambda: merge(store, other),
+    }[writer]
+    StudyFile("s", "", "").write(output / "s")
+    before = {path for path in output.rglob("*") if path.is_file()}
+    if (child := os.fork()) == 0:
+        if "merge" not in writer:  # its records come first
+            os.replace = os.link = lambda *names: os._exit(0)
+        Path.rename = lambda *names: os._exit(0)
+        write()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, "it renames nothing"
+    left = {path for path in output.rglob("*") if path.is_file()} - before
+    assert left, "it has left nothing to be cleared"
+    for path in left:
+        _age(path, LONG_AGO)
+        _age(path.parent, LONG_AGO)
+    collect(store, output)
+    assert not [path for path in left if path.exists()]
+    assert {path for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_record):

@@ -41,7 +41,8 @@ def test_a_malformed_uri_is_one_line_with_the_right_choice(uri, hint):
 
 def test_a_sqlite_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file" / "mlflow.db", tmp_path, "/proc/here/mlflow.db"):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "file" / "mlflow.db", tmp_path, tmp_path / "loop", "/proc/here/mlflow.db"):
         with pytest.raises(BadInput, match="must be writable"):
             check_uri(f"sqlite:///{path}")
     check_uri(f"sqlite:///{tmp_path}/new/folder/mlflow.db")

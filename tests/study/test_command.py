@@ -6,9 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
+from in_process import ORCHESTRATOR, SWEEP
+from terminal import CTRL_C, Terminal, hides_cursor
 
 LOOP = "while not done.wait(0.05): pass"
 HEAD = """
@@ -148,3 +152,105 @@ def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
 def test_trouble_is_one_line_and_1():
     process = _start("started()\nraise Trouble('no seat')")
     assert _end(process) == (1, "", "error: no seat\n")
+
+
+# -- in a terminal -------------------------------------------------------------------------------------------
+
+LIVE = """
+import tempfile
+from pathlib import Path
+from rich.console import Console
+from orchestrator.schedule.progress import Progress
+from orchestrator.study import command
+folder = Path(tempfile.mkdtemp())
+progress = Progress(folder, 5, 0, Console(file=sys.stdout))
+def started():
+    print("started", file=sys.__stdout__, flush=True)
+"""
+"""What a study shows; what is printed meanwhile goes to a file, but for `started`."""
+
+
+def _in_a_terminal(folder: Path, body: str) -> Terminal:
+    """A process in a terminal whose command does what `body` says, when it has said that it has started."""
+    program = folder / "x.py"
+    program.write_text(f"{HEAD}{LIVE}def run():\n{textwrap.indent(body, '    ')}\nmain(run)\n")
+    terminal = Terminal(program)
+    terminal.wait_for("started\r\n")
+    return terminal
+
+
+def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
+    terminal = _in_a_terminal(tmp_path, f"started()\n{LOOP}")
+    terminal.type(CTRL_C)
+    code, lines = terminal.end()
+    assert "^C" in terminal.shown, "the terminal has echoed it"
+    assert (code, lines) == (130, ["started", f"interrupted; to go on: python {tmp_path}/x.py"])
+
+
+def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
+    body = (
+        f"with progress, gently(done.set):\n    started()\n    {LOOP}\n    progress.say('Ctrl-C: seats save')"
+    )
+    terminal = _in_a_terminal(tmp_path, body)
+    terminal.type(CTRL_C)
+    assert terminal.end() == (0, ["started", "Ctrl-C: seats save"])
+
+
+def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
+    body = (
+        "with progress, gently(lambda: progress.say('heard')):\n"
+        "    started()\n    progress.show()\n    while True: time.sleep(0.05)"
+    )
+    terminal = _in_a_terminal(tmp_path, body)
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    terminal.wait_for("heard")
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    assert terminal.end() == (130, ["started", "heard"])
+    assert not hides_cursor(terminal.shown)
+
+
+def test_how_to_go_on_is_not_glued_to_the_live_line(tmp_path):
+    """Python has dropped the interrupt, and the process is ended from outside of the main thread."""
+    work = f"progress.show()\n{DROPPED}dropped.set()\n{LOOP}"
+    terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    code, lines = terminal.end()
+    assert (code, lines[-1]) == (130, f"interrupted; to go on: python {tmp_path}/x.py")
+    assert not [line for line in lines if "0/5 done" in line]
+    assert not hides_cursor(terminal.shown)
+
+
+WITHOUT_LIBRARIES = """
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic", "pyarrow"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+sys.argv = {arguments}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
+    ids=["study", "command"],
+)
+def test_a_terminal_hears_what_takes_so_long_before_the_first_library_is_imported(
+    tmp_path, script, arguments
+):
+    """Before the first library is imported. With `--help` it hears nothing; elsewhere neither, as
+    tests/experiments/test_bad_input.py shows."""
+    program = tmp_path / "x.py"
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
+    code, lines = Terminal(program).end()
+    assert lines[0].startswith("Reading ")
+    assert code != 0, "there is no library to go on with"
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), "--help"]))
+    code, lines = Terminal(program).end()
+    assert code == 0
+    assert not [line for line in lines if line.startswith("Reading ")]
