@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 
 from orchestrator.finetune import hub_data, metrics, models
-from orchestrator.finetune.faults import FULL
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.files import naming
 from orchestrator.study import rates, space
 from orchestrator.study.configuration import (
     Batches,
@@ -20,7 +20,7 @@ from orchestrator.study.configuration import (
     Schedule,
     VariantChoice,
 )
-from orchestrator.study.errors import BadInput, Trouble, nearest
+from orchestrator.study.errors import BadInput, nearest
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
@@ -128,19 +128,15 @@ def data(
     configurations: Sequence[Configuration], bases: Path, folder: Path, progress: Callable[[str], None]
 ) -> None:
     """Examples and token ids for all of them, in `folder`, made where they are lacking: before a GPU is asked
-    for. Raises BadInput when examples cannot be had or tokenised, and Trouble when there is no space."""
+    for. Raises BadInput when examples cannot be had or tokenised, and OSError when there is no space."""
     from orchestrator.finetune import prepared
 
     alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in alike.values():
         task = tasks.get(configuration.task.name)
         processor = models.processor_of(configuration.model, bases, task)
-        try:
+        with naming(folder):
             prepared.prepare(folder, configuration, task, processor, progress)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise Trouble(f"{folder}: no space for {task.name}'s examples ({error.strerror})") from error
 
 
 def _had(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:

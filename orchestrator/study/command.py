@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
 from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
 
 FAILED = 1
@@ -32,10 +32,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the seco
 def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
-    A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
-    SIGTERM) is the command that goes on and exit code 130, all without a traceback. A second Ctrl-C ends the
-    process at once, and all that it has started. Any other exception is a bug and shows itself. No secret is
-    in what is said, nor, from here on, in this process's command line.
+    A `BadInput` is a line on stderr and exit code 2, a `Trouble` or a disk that refuses one line and exit
+    code 1, Ctrl-C (or SIGTERM) is the command that goes on and exit code 130, all without a traceback. A
+    second Ctrl-C ends the process at once, and all that it has started. Any other exception is a bug and
+    shows itself. No secret is in what is said, nor, from here on, in this process's command line.
     """
     hide_passwords_of_this_process()
     sys.excepthook = _show
@@ -49,13 +49,18 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         code = 2
     except Trouble as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        code = 1
+        code = FAILED
     except KeyboardInterrupt:
         _interrupt.say_how_to_go_on()
         code = INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        if not (line := refused_by_disk(error)):
+            raise
+        print(f"error: {without_secrets(line)}", file=sys.stderr)
+        code = FAILED
     sys.exit(code)
 
 
