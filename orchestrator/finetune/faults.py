@@ -9,7 +9,8 @@ from enum import StrEnum
 
 from safetensors import SafetensorError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from orchestrator.study.errors import FULL
+
 # What torch says in words only: of the host's allocator, of CUDA's and of the libraries above it.
 _MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"

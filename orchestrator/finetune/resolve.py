@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.finetune import hub_data, metrics, models, user_code
-from orchestrator.finetune.faults import FULL
 from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.files import naming
 from orchestrator.study import bounds, rates, space
 from orchestrator.study.configuration import (
     Batches,
@@ -22,7 +22,7 @@ from orchestrator.study.configuration import (
     Schedule,
     VariantChoice,
 )
-from orchestrator.study.errors import BadInput, Trouble, nearest
+from orchestrator.study.errors import BadInput, nearest
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
 from variants import catalogue
@@ -142,19 +142,15 @@ def data(
     configurations: Sequence[Configuration], bases: Path, folder: Path, progress: Callable[[str], None]
 ) -> None:
     """Examples and token ids for all of them, in `folder`, made where they are lacking: before a GPU is asked
-    for. Raises BadInput when examples cannot be had or tokenised, and Trouble when there is no space."""
+    for. Raises BadInput when examples cannot be had or tokenised, and OSError when there is no space."""
     from orchestrator.finetune import prepared
 
     alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in alike.values():
         task = tasks.get(configuration.task.name)
         processor = models.processor_of(configuration.model, bases, task)
-        try:
+        with naming(folder):
             prepared.prepare(folder, configuration, task, processor, progress)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise Trouble(f"{folder}: no space for {task.name}'s examples ({error.strerror})") from error
 
 
 def _had(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:

@@ -17,7 +17,56 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, or the temporary one of `path`, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if not error.filename or Path(error.filename).name.startswith(f".{path.name}."):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def blamed(*folders: Path) -> Iterator[None]:
+    """Inside, whatever goes wrong because one of `folders` refuses to be written is told as such.
+
+    A library may turn a full disk into an error of its own, from which nobody sees what happened.
+
+    Args:
+        folders: those that what runs inside writes to. The first one is named where an error names no file.
+
+    Raises:
+        OSError: one of the folders cannot be written, and is named.
+        Trouble: one of them is gone.
+    """
+    try:
+        with naming(folders[0]):
+            yield
+    except (BadInput, Trouble):
+        raise
+    except Exception as error:
+        for folder in folders if not refused_by_disk(error) else ():
+            _try(folder, error)
+        raise
+
+
+def _try(folder: Path, error: Exception) -> None:
+    """Write something into `folder`; raise, from `error`, what hinders that."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+    except FileNotFoundError:
+        raise Trouble(f"{folder} is gone; mount its disk again, then run the command again") from error
+    except OSError as refusal:
+        refusal.filename = str(folder)
+        raise refusal from error
+
 
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*')
 _SEAL_BYTES = 100
@@ -67,7 +116,7 @@ def temporary(path: Path, data: bytes) -> Iterator[Path]:
     """A synced file with `data` in the folder of `path`, under a name nobody else uses; gone afterwards."""
     name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with name.open("xb") as file:
+        with naming(path), name.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

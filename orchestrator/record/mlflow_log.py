@@ -243,9 +243,18 @@ class MlflowLog:
             self._studies.clear()
             self._refuse_damage(every_page=True)
             if _is_down(error):
-                first = (str(error) or type(error).__name__).splitlines()[0]
+                first = _first_line(error)
                 raise TrackingDown(shown(f"{self.tracking_uri}: {first}")) from error
             raise
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says first: of one of a database's, the database's own words."""
+    cause: BaseException | None = error
+    while cause is not None and not hasattr(cause, "orig"):
+        cause = cause.__cause__
+    said = str(getattr(cause, "orig", None) or error) or type(error).__name__
+    return said.splitlines()[0]
 
 
 def _make_database(path: Path) -> None:

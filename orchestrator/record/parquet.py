@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.record.files import naming
 from orchestrator.record.schema import SCHEMA_VERSION, Record
 from orchestrator.record.store import Store
 
@@ -59,8 +60,8 @@ def write_parquet(store: Store) -> Path:
     path = store.root / NAME
     temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
     try:
-        temporary.touch()  # Python's own error names the file, pyarrow's does not
-        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
+        with naming(path):
+            pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,8 +3,9 @@ What Ray prints meanwhile goes to `ray.log`."""
 
 from __future__ import annotations
 
+import io
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,18 @@ from rich.text import Text
 from orchestrator.record.schema import Record
 
 PLAIN_SECONDS = 10.0  # how often a plain line is written where there is no terminal
+
+
+class _Log(io.TextIOWrapper):
+    """A log that loses what its disk has no space for: a study goes on without it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
 
 
 @dataclass
@@ -57,8 +70,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         with ExitStack() as stack:
-            self._log = stack.enter_context((self.folder / "study.log").open("a", buffering=1))
-            noise = stack.enter_context((self.folder / "ray.log").open("a", buffering=1))
+            self._log = stack.enter_context(_Log(self.folder / "study.log"))
+            noise = stack.enter_context(_Log(self.folder / "ray.log"))
             stack.enter_context(redirect_stdout(noise))
             stack.enter_context(redirect_stderr(noise))
             self._stack = stack.pop_all()

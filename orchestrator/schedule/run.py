@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orchestrator.cluster import growth
 from orchestrator.finetune import resolve
+from orchestrator.record import files
 from orchestrator.record import scratch as scratch_folders
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.provenance import commit
@@ -112,7 +113,7 @@ def run_study(
             f"--study {name!r}: {folder} cannot be made ({error.strerror}); take another --study."
         ) from None
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
-    with ray_cluster.exclusively(folder / ".lock", refusal):
+    with ray_cluster.exclusively(folder / ".lock", refusal), files.blamed(folder, store.root):
         command = typed(sys.argv)
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
         scratch_folders.clear(store)
@@ -198,7 +199,7 @@ class _Run:
             name = shlex.quote(self.study.name)
             again = f"{self._ours(f'report {name}')} writes it."
             self.console.print(f"Without a report: {again}", markup=False, soft_wrap=True)
-        files = [self.folder / name for name in REPORT] if report else []
+        parts = [self.folder / name for name in REPORT] if report else []
         try:
             if report:
                 with gently(self.limits.ask):
@@ -209,7 +210,7 @@ class _Run:
             seconds = LOG_SECONDS if status == "FINISHED" or self.limits.reached else HASTE_SECONDS
             if self.limits.hasty:
                 seconds = min(HASTE_SECONDS, max(0.5, self.limits.seconds_left() - 1))
-            late = writer.close(seconds, status, [file for file in files if file.exists()])
+            late = writer.close(seconds, status, [file for file in parts if file.exists()])
             if late or not writer.ended:
                 what = f"{late} runs" if late else "the study's own run"
                 later = f"{self._ours('sync --rebuild' if writer.damaged else 'sync')} logs them later."

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO, TypeGuard
 
-from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
 from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
 
 FAILED = 1
@@ -36,10 +36,11 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
     A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
-    SIGTERM) is the command that goes on and exit code 130, all without a traceback. So is a file or folder
-    that the operating system refuses (no permission, a folder in place of a file, ...): one line, exit code
-    1. A second Ctrl-C ends the process at once, and all that it has started. Any other exception is a bug and
-    shows itself. No secret is in what is said, nor, from here on, in this process's command line.
+    SIGTERM) is the command that goes on and exit code 130, all without a traceback. So is a disk that refuses
+    and a file or folder that the operating system refuses (no permission, a folder in place of a file, ...):
+    one line, exit code 1. A second Ctrl-C ends the process at once, and all that it has started. Any other
+    exception is a bug and shows itself. No secret is in what is said, nor, from here on, in this process's
+    command line.
     """
     hide_passwords_of_this_process()
     sys.excepthook = _show
@@ -53,19 +54,21 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         code = 2
     except Trouble as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        code = 1
+        code = FAILED
     except KeyboardInterrupt:
         _interrupt.say_how_to_go_on()
         code = INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        line = refused_by_disk(error)
+        if not line and isinstance(error, OSError) and error.filename is not None:
+            line = f"{error.filename}: {error.strerror}; make it usable, or move it away"
+        if not line:
             raise
-        refused = f"{error.filename}: {error.strerror}; make it usable, or move it away"
-        print(f"error: {without_secrets(refused)}", file=sys.stderr)
-        code = 1
+        print(f"error: {without_secrets(line)}", file=sys.stderr)
+        code = FAILED
     sys.exit(code)
 
 

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_ADVICE = {
+    **dict.fromkeys(FULL, "free some space"),
+    errno.EROFS: "make it writable",
+    errno.EACCES: "let this user read and write it",
+    errno.EIO: "look after that disk",
+    errno.ESTALE: "mount its file system again",
+    errno.ENOTCONN: "mount its file system again",
+}
+"""What helps where a disk refuses, by the number of the error."""
 
 
 class BadInput(Exception):
@@ -14,6 +28,25 @@ class BadInput(Exception):
 class Trouble(Exception):
     """Something outside the user's command went wrong and the study cannot go on. Its text is one line;
     commands print it without a traceback, exit code 1."""
+
+
+def refused_by_disk(error: BaseException | None) -> str:
+    """Say in one line that a disk is full or cannot be used.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The line; empty where neither `error` nor what it was raised from is such an error.
+    """
+    if error is None:
+        return ""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises errors of its own
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number not in _ADVICE:
+        return refused_by_disk(error.__cause__)
+    where = getattr(error, "filename", None) or "a file"
+    return f"{where}: {os.strerror(number)}; {_ADVICE[number]}, then run the command again"
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import psutil
 import pytest
 import short_of_memory
 import torch
+from full_disk import Disk, mounted
 from pair import process
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
@@ -256,39 +254,10 @@ def test_an_index_out_of_range_on_a_gpu_is_a_lost_device(tmp_path: Path) -> None
 # -- a full disk --------------------------------------------------------------------------------------------
 
 
-LINUX = sys.platform == "linux"
-
-
-class Disk:
-    """A small file system of its own, and a file that fills it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def fill(self) -> None:
-        with (self.folder / "filler").open("ab", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(b"0" * 4096)
-        assert shutil.disk_usage(self.folder).free == 0
-
-    def free(self) -> None:
-        (self.folder / "filler").unlink()
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False) if LINUX else None
-    if done is None or done.returncode:
-        why = "needs the right to mount a file system, as root has on Linux"
-        # A summary that shows no reasons shows this.
-        warnings.warn(f"a full disk is not tested here: {why} ({done.stderr if done else ''})", stacklevel=2)
-        pytest.skip(why)
-    yield Disk(folder)
-    # Checkpoints that were read are mapped still.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with mounted(tmp_path / "disk", megabytes=2) as disk:
+        yield disk
 
 
 class Filling(Again):

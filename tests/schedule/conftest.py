@@ -1,8 +1,9 @@
-"""The Ray cluster that studies join, its nodes, and the steps that studies take."""
+"""The Ray cluster that studies join, its nodes, the steps that studies take; fixtures of tests/study."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ import ray
 from machines import Machines
 from ray.cluster_utils import Cluster
 from steps import FOLDER, Steps
+
+sys.path.append(str(Path(__file__).parents[1] / "study"))
+
+from in_process import restored, run
+
+__all__ = ["restored", "run"]
 
 # Before a Ray is started, which hands it on to its workers.
 os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")

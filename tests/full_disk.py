@@ -1,0 +1,56 @@
+"""A small file system of its own, which a test can fill, or make read-only."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+LINUX = sys.platform == "linux"
+
+
+class Disk:
+    """A file system at `folder`, and the file that fills it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mounts = 1
+
+    def fill(self) -> None:
+        with (self.folder / "filler").open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"0" * 4096)
+        assert shutil.disk_usage(self.folder).free == 0
+
+    def free(self) -> None:
+        (self.folder / "filler").unlink()
+
+    def close(self) -> None:
+        """Put an empty disk in its place, on which nobody can write."""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(self.folder)], check=True)
+        self.mounts += 1
+
+
+@contextmanager
+def mounted(folder: Path, megabytes: int) -> Iterator[Disk]:
+    """Mount a disk of this size at the new folder `folder`; skip the test where that is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if LINUX else None
+    if done is None or done.returncode:
+        why = "needs the right to mount a file system, as root has on Linux"
+        # A summary that shows no reasons shows this.
+        warnings.warn(f"a full disk is not tested here: {why} ({done.stderr if done else ''})", stacklevel=2)
+        pytest.skip(why)
+    disk = Disk(folder)
+    try:
+        yield disk
+    finally:
+        for _ in range(disk.mounts):  # lazily, because checkpoints that were read are mapped still
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
