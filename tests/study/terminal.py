@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
@@ -26,6 +27,7 @@ class Terminal:
 
     def __init__(self, program: Path) -> None:
         self.shown, self._seen = "", 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._ours, theirs = pty.openpty()
         program.write_text(HEAD + program.read_text())
         self._process = subprocess.Popen(
@@ -65,7 +67,7 @@ class Terminal:
             data = os.read(self._ours, 65536)
         except OSError:  # Linux, when nobody has the other side any more
             return False
-        self.shown += data.decode()
+        self.shown += self._decoder.decode(data)  # a character may come in two parts
         return bool(data)
 
 

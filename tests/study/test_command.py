@@ -240,9 +240,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
     ids=["study", "command"],
 )
-def test_a_terminal_hears_what_takes_so_long_before_the_first_library_is_imported(
-    tmp_path, script, arguments
-):
+def test_a_terminal_hears_first_what_the_next_seconds_go_to(tmp_path, script, arguments):
     """Before the first library is imported. With `--help` it hears nothing; elsewhere neither, as
     tests/experiments/test_bad_input.py shows."""
     program = tmp_path / "x.py"
