@@ -1,15 +1,14 @@
 """Whether transformers can load the weights of a model folder, told from the headers of its files.
 
 transformers 5 takes the first of `NAMES` that is there. It opens safetensors files without running code, and
-`.bin` files by torch.load with `weights_only=True`, which makes tensors and plain containers and refuses
-pickles that ask for anything else. The same functions are called here. They read headers alone, since the
-tensors are mapped into memory and not touched: a base can be 16 GB. Of a file of torch.save from before 1.6,
-whose tensors no header lists, only the first bytes are looked at.
+`.bin` files with `weights_only=True`, with which torch makes tensors and plain containers and refuses pickles
+that ask for anything else. Here the same header of safetensors files is read, and of a `.bin` file what its
+pickle asks for is listed; no pickle is opened. The tensors are not read: a base can be 16 GB. Of a file of
+torch.save from before 1.6, which has no list of its tensors, only the first bytes are looked at.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record import files
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, reason
 
 NAMES = (
     "model.safetensors",
@@ -113,15 +112,12 @@ def _wrong_pickle(path: Path, start: bytes) -> str:
         return ""
     if not zipfile.is_zipfile(path):
         return "is no file of torch.save, or is cut"
-    import torch
+    from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            asks = get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # of many kinds
-        said = " ".join(str(error).split())
-        asks = re.search(r"GLOBAL (\S+)", said)
-        why = f"it asks for {asks[1]}" if asks else said.partition(". ")[0]
-        return f"is refused by torch.load with weights_only ({why})"
-    return ""
+        return f"is cut, or no file of torch.save ({reason(error).partition('. ')[0]})"
+    return f"asks for {asks[0]}, which torch refuses with weights_only" if asks else ""
