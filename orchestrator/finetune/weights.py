@@ -25,6 +25,7 @@ NAMES = (
     "pytorch_model.bin.index.json",
 )
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
+CACHE_REMEDY = "remove it from the cache: it is downloaded again"
 _OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 """A pickle of the number with which a file of torch.save began until 1.5."""
 _PICKLES = (b"\x80", b"PK\3\4")
@@ -52,11 +53,12 @@ def check(folder: Path, name: str, complete: bool = True) -> None:
                 "index); give a folder made by save_pretrained."
             )
         return
-    parts = _shards(found) if found.suffix == ".json" else {found: frozenset()}
+    remedy = REMEDY if complete else CACHE_REMEDY
+    parts = _shards(found, remedy) if found.suffix == ".json" else {found: frozenset()}
     for path, tensors in parts.items():
         wrong = _wrong(path, tensors) if complete or path.exists() else ""
         if wrong:
-            raise BadInput(f"Model {name!r}: {path}: {wrong}; {REMEDY}.")
+            raise BadInput(f"Model {name!r}: {path}: {wrong}; {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,14 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def _shards(path: Path) -> dict[Path, frozenset[str]]:
+def _shards(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
     """Return the files that an index names, with their tensors. Raises BadInput."""
-    index: _Index = files.read(path, _Index, "an index of weights", REMEDY)
+    index: _Index = files.read(path, _Index, "an index of weights", remedy)
     found: dict[Path, set[str]] = {}
     for tensor, file in index.weight_map.items():
         found.setdefault(path.parent / file, set()).add(tensor)
     if not found:
-        raise BadInput(f"{path}: not an index of weights (it names no file); {REMEDY}")
+        raise BadInput(f"{path}: not an index of weights (it names no file); {remedy}")
     return {file: frozenset(tensors) for file, tensors in found.items()}
 
 
