@@ -42,6 +42,8 @@ def _wrong(task: Task) -> Iterator[str]:
             yield f"{name} is {value!r}; {nearest(str(value), known)}"
     if task.answers == "label" and len(set(task.labels)) < 2:
         yield f"labels is {task.labels!r}; must name two classes or more"
+    if task.answers == "generated" and task.max_new_tokens < 1:
+        yield f"max_new_tokens is {task.max_new_tokens!r}; an answer that is generated needs 1 or more"
     defaults = getattr(task, "defaults", None)
     if not isinstance(defaults, TaskDefaults):
         is_there = "the task has no defaults" if defaults is None else f"defaults is {defaults!r}"

@@ -1,15 +1,14 @@
 """Whether transformers can load the weights of a model folder, told from the headers of its files.
 
 transformers 5 takes the first of `NAMES` that is there. It opens safetensors files without running code, and
-`.bin` files by torch.load with `weights_only=True`, which makes tensors and plain containers and refuses
-pickles that ask for anything else. The same functions are called here. They read headers alone, since the
-tensors are mapped into memory and not touched: a base can be 16 GB. Of a file of torch.save from before 1.6,
-whose tensors no header lists, only the first bytes are looked at.
+`.bin` files with `weights_only=True`, with which torch makes tensors and plain containers and refuses pickles
+that ask for anything else. Here the same header of safetensors files is read, and of a `.bin` file what its
+pickle asks for is listed; no pickle is opened. The tensors are not read: a base can be 16 GB. Of a file of
+torch.save from before 1.6, which has no list of its tensors, only the first bytes are looked at.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.record import files
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, reason
 
 NAMES = (
     "model.safetensors",
@@ -26,6 +25,7 @@ NAMES = (
     "pytorch_model.bin.index.json",
 )
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
+CACHE_REMEDY = "remove it from the cache: it is downloaded again"
 _OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 """A pickle of the number with which a file of torch.save began until 1.5."""
 _PICKLES = (b"\x80", b"PK\3\4")
@@ -53,11 +53,12 @@ def check(folder: Path, name: str, complete: bool = True) -> None:
                 "index); give a folder made by save_pretrained."
             )
         return
-    parts = _shards(found) if found.suffix == ".json" else {found: frozenset()}
+    remedy = REMEDY if complete else CACHE_REMEDY
+    parts = _shards(found, remedy) if found.suffix == ".json" else {found: frozenset()}
     for path, tensors in parts.items():
         wrong = _wrong(path, tensors) if complete or path.exists() else ""
         if wrong:
-            raise BadInput(f"Model {name!r}: {path}: {wrong}; {REMEDY}.")
+            raise BadInput(f"Model {name!r}: {path}: {wrong}; {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class _Index:
     weight_map: dict[str, str]
 
 
-def _shards(path: Path) -> dict[Path, frozenset[str]]:
+def _shards(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
     """Return the files that an index names, with their tensors. Raises BadInput."""
-    index: _Index = files.read(path, _Index, "an index of weights", REMEDY)
+    index: _Index = files.read(path, _Index, "an index of weights", remedy)
     found: dict[Path, set[str]] = {}
     for tensor, file in index.weight_map.items():
         found.setdefault(path.parent / file, set()).add(tensor)
     if not found:
-        raise BadInput(f"{path}: not an index of weights (it names no file); {REMEDY}")
+        raise BadInput(f"{path}: not an index of weights (it names no file); {remedy}")
     return {file: frozenset(tensors) for file, tensors in found.items()}
 
 
@@ -113,15 +114,12 @@ def _wrong_pickle(path: Path, start: bytes) -> str:
         return ""
     if not zipfile.is_zipfile(path):
         return "is no file of torch.save, or is cut"
-    from transformers.modeling_utils import load_state_dict
+    from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            load_state_dict(str(path), map_location="meta", weights_only=True)
+            asks = get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # of many kinds
-        said = " ".join(str(error).split())
-        asks = re.search(r"GLOBAL (\S+)", said)
-        why = f"it asks for {asks[1]}" if asks else said.partition(". ")[0]
-        return f"is refused by torch.load with weights_only ({why})"
-    return ""
+        return f"is cut, or no file of torch.save ({reason(error).partition('. ')[0]})"
+    return f"asks for {asks[0]}, which torch refuses with weights_only" if asks else ""

@@ -86,6 +86,11 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has unknown answers": (having('"forced"', '"forcd"'), ["answers is 'forcd'", "Did you mean 'forced'?"]),
     "has a metric called loss": (having("floor =", "metric = 'loss'\n    floor ="), ["metric is 'loss'"]),
     "has a class alone": (having('"forced"', '"label"'), ["labels is ()", "two classes or more"]),
+    "has classes that are none": (
+        having('"forced"', '"label"\n    labels = None'),
+        ["cannot make its task", "NoneType"],
+    ),
+    "has answers of no token": (having('"forced"', '"generated"'), ["max_new_tokens is 0", "1 or more"]),
     "has a negative size": (having("train_size=32", "train_size=-32"), ["train_size is -32", "at least 1"]),
     "has no test": (having("test_size=8", "test_size=0"), ["test_size is 0", "at least 1"]),
     "has no steps": (having("steps=6", "steps=0"), ["steps is 0", "at least 1"]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -269,6 +270,14 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     assert models.prepare(name, root, silent) == models.resolve(name, root) == commit
     bench = models.load(ModelChoice(name, commit), root, "cpu")
     assert (type(bench.model).__name__, bench.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
+
+    os.truncate(repository / "snapshots" / commit / "model.safetensors", 5000)
+    (repository / "refs" / "main").write_text(commit)
+    for bases_folder in (root, root.with_name("bases of another study")):
+        with pytest.raises(BadInput, match=r"model\.safetensors: is cut"):
+            models.prepare(name, bases_folder, silent)
+    (repository / "snapshots" / commit / "model.safetensors").unlink()
+    assert models.resolve(name, root) == commit, "what is not in the cache will be downloaded"
 
 
 def test_a_download_that_fails_says_why_in_one_line(

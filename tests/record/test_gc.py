@@ -167,7 +167,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
     if (child := os.fork()) == 0:
         if "merge" not in writer:  # its records come first
             os.replace = os.link = lambda *names: os._exit(0)
-        Path.rename = lambda *names: os._exit(0)
+        setattr(Path, "rename", lambda *names: os._exit(0))  # noqa: B010
         write()
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0, "it renames nothing"

@@ -36,8 +36,8 @@ def _in_file(path: Path) -> Task:
     module = _load_file(path)
     with user_code.told(str(path), "cannot make its task"):
         task = _only_task(module)
-    task.name = str(path)
-    own_task.check(task)
+        task.name = str(path)
+        own_task.check(task)
     return task
 
 
