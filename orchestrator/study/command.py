@@ -91,9 +91,9 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.signals = 0
-        """Those that the main thread has taken."""
+        """How many signals the main thread has handled."""
         self.arrived = 0
-        """Those that the thread has heard of while work was to end gently."""
+        """How many signals have reached the listening thread while the work was to end by itself."""
         self.gently: Callable[[], None] | None = None
         self.last: Callable[[], object] | None = None
         self.ending = threading.Lock()
