@@ -12,7 +12,7 @@ A name is one of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -240,13 +240,10 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     """The base's modules with shapes but no weights (torch's meta device), to check options against, and the
     names of its heads (those that no checkpoint of a base has)."""
     import torch
-    from transformers import AutoConfig
 
     kind, own = _kind(task)
     try:
-        if (config := unmade(choice)) is None:
-            source, revision = where(choice, root)
-            config = AutoConfig.from_pretrained(source, revision=revision, **own)
+        config = _config(choice, root, own)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > MOST_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MOST_LAYERS} or less")
@@ -264,6 +261,27 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
     if not task.has_head:
         _check_next_tokens(model, choice.name)
     return model, _heads(model, choice.name, set()) if task.has_head else ()
+
+
+def embeddings(choice: ModelChoice, root: Path) -> int | None:
+    """Return how many tokens a model has embeddings for; None where its configuration does not say.
+
+    Args:
+        choice: the model; its configuration can be read.
+        root: the folder of prepared bases.
+    """
+    found: int | None = getattr(_config(choice, root, {}).get_text_config(), "vocab_size", None)
+    return found
+
+
+def _config(choice: ModelChoice, root: Path, own: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration of a model, with `own` values in place of its files'."""
+    from transformers import AutoConfig
+
+    if (config := unmade(choice)) is not None:
+        return config
+    source, revision = where(choice, root)
+    return AutoConfig.from_pretrained(source, revision=revision, **own)
 
 
 def unmade(choice: ModelChoice) -> Any:

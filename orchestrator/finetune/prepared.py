@@ -103,6 +103,11 @@ def prepare(
     return Prepared(found, rows)
 
 
+def largest_id(found: Prepared) -> int:
+    """Return the largest token id of all rows of texts, -1 where they have none."""
+    return max(rows.largest("ids") for rows in found.rows.values() if isinstance(rows, Stored))
+
+
 def examples(
     folder: Path, choice: TaskChoice, task: Task, progress: Progress = silent
 ) -> dict[Split, Sequence[Example]]:

@@ -150,7 +150,21 @@ def data(
         task = tasks.get(configuration.task.name)
         processor = models.processor_of(configuration.model, bases, task)
         with naming(folder):
-            prepared.prepare(folder, configuration, task, processor, progress)
+            found = prepared.prepare(folder, configuration, task, processor, progress)
+        if task.inputs != "image":
+            _check_ids(configuration, bases, prepared.largest_id(found))
+
+
+def _check_ids(configuration: Configuration, bases: Path, largest: int) -> None:
+    """Raise BadInput where an example has a token for which the model has no embedding."""
+    model = configuration.model
+    count = models.embeddings(model, bases)
+    if count is not None and largest >= count:
+        raise BadInput(
+            f"Model {model.name!r}: its tokenizer gives token {largest} for an example of task "
+            f"{configuration.task.name!r}, and the model has embeddings for {count} tokens, from 0 on; take "
+            "the tokenizer that belongs to the model."
+        )
 
 
 def _had(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ class Stored(Sequence[T]):
     def __init__(
         self, batches: Sequence[Any], of: Callable[..., T], columns: Sequence[str] | None = None
     ) -> None:
-        self._of = of
+        self._of, self._batches = of, batches
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self._readers = [
             {name: _reader(batch.column(name)) for name in columns or batch.schema.names} for batch in batches
@@ -27,6 +28,11 @@ class Stored(Sequence[T]):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def largest(self, column: str) -> int:
+        """Return the largest number in the lists of a column, -1 where they are all empty."""
+        found = [pc.max(batch.column(column).values).as_py() for batch in self._batches]
+        return max((number for number in found if number is not None), default=-1)
 
     @overload
     def __getitem__(self, place: int) -> T: ...

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+import orchestrator
 from orchestrator.schedule import auth_token, remains
 from orchestrator.study.command import ending_at_once
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, Trouble, reason
 
 SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
 ONE_RAY = (  # two Rays on one machine can end each other's Train runs
@@ -32,6 +33,7 @@ ALONE = {
 }
 """The environment of a Ray that is started here, for this machine alone."""
 TRIES = 3  # of a second each, to reach a cluster
+STARTS = 2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
 
 
@@ -146,8 +148,16 @@ def address() -> str | None:
 
 @contextmanager
 def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
-    """Joins or starts Ray; on leaving, what the study made is gone. Raises BadInput if it cannot join. `last`
-    is called when Ctrl-C ends the process meanwhile: no exception comes out of Ray's start then."""
+    """Join or start Ray; on leaving, what the study made is gone.
+
+    Args:
+        last: called when Ctrl-C ends the process meanwhile: no exception comes out of Ray's start then.
+
+    Raises:
+        BadInput: the cluster cannot be joined, or its workers would import another copy of this code.
+        Trouble: Ray does not start here.
+    """
+    _refuse_another_copy()
     where = address()
     if where is None:
         remains.folder().mkdir(mode=0o700, exist_ok=True)  # asked again below: who has made it first?
@@ -177,12 +187,7 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
     before = remains.children()
     if where is None:
         with ending_at_once(last):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+            _start(quiet, before)
     else:
         host, _, port = where.rpartition(":")
         # Ray itself tries for minutes, even where nothing is.
@@ -200,6 +205,46 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
             yield Cluster(nodes_now(), namespace=namespace, local=where is None, control_store=store)
         finally:
             ray.shutdown()
+
+
+def _start(quiet: Mapping[str, Any], before: Collection[psutil.Process]) -> None:
+    """Start Ray here, once more where it did not answer in time.
+
+    Args:
+        quiet: arguments of `ray.init`.
+        before: processes below this one that are not Ray's.
+
+    Raises:
+        Trouble: no start has been answered in time.
+    """
+    import ray
+
+    for _ in range(STARTS):
+        try:
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+            )
+            return
+        except Exception as error:  # Ray 2.60 raises bare Exceptions here
+            if "timed out" not in str(error).lower():
+                raise
+            said = reason(error)
+            remains.end_children(before)
+    raise Trouble(
+        f"Ray did not start within its 30 s, {STARTS} times ({said}); the load of this machine is "
+        f"{os.getloadavg()[0]:.0f}: run the command again when other work is done."
+    )
+
+
+def _refuse_another_copy() -> None:
+    """Raise BadInput in a folder with another copy of this code: Ray's workers import from there first."""
+    here, ours = Path.cwd(), Path(orchestrator.__file__).resolve().parent.parent
+    for package in ("orchestrator", "variants"):
+        if here != ours and (here / package / "__init__.py").is_file():
+            raise BadInput(
+                f"{here} has another {package!r} than {ours}, which runs this command, and Ray's workers "
+                "would import that one; run the command in another folder, or the one of that copy."
+            )
 
 
 def _not_joined(where: str, why: str) -> BadInput:

@@ -161,6 +161,11 @@ def _end(rays: Sequence[Identity]) -> None:
     psutil.wait_procs(doomed, timeout=10)
 
 
+def end_children(before: Collection[psutil.Process]) -> None:
+    """End what runs below this process and did not `before`: a Ray whose start has failed."""
+    _end([(process.pid, born(process)) for process in children() - frozenset(before)])
+
+
 @contextmanager
 def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
     """Around the life of a Ray that this process has just started: should the process be killed meanwhile, a

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import encoders
 import pytest
 
-from orchestrator.finetune import models, resolve
+from orchestrator.finetune import models, prepared, resolve
 from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.letters import Letters
@@ -31,7 +32,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
-    typed = StudyOptions(task=task, model=str(bases / task), **options)
+    typed = StudyOptions(task=task, **{"model": str(bases / task)} | options)
     chosen = resolve.names(typed, "letters", ("lora",), bases)
     content = resolve.base(chosen.model, bases, lambda text: None)
     return resolve.templates(typed, chosen, content, bases)
@@ -155,6 +156,36 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         ) as caught:
             resolve.templates(typed, chosen, content, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_token_without_an_embedding_is_refused_before_ray_starts(
+    missing: int, bases: Path, tmp_path: Path
+) -> None:
+    """On a GPU, an index that is out of range ends the process of the worker, and all its lanes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shutil.copytree(bases / "letters", tmp_path / "base")
+    found = resolved(bases, "letters")[0]
+    resolve.data([found], bases, tmp_path / "data", lambda text: None)
+    kept = prepared.prepare(
+        tmp_path / "data",
+        found,
+        tasks.get("letters"),
+        models.processor_of(found.model, bases, tasks.get("letters")),
+    )
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.vocab_size = prepared.largest_id(kept) + 1 - missing
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    smaller = resolved(tmp_path, "letters", model=str(tmp_path / "base"))
+    if not missing:
+        resolve.data(smaller, tmp_path, tmp_path / "data", lambda text: None)
+        return
+    with pytest.raises(
+        BadInput, match=f"embeddings for {config.vocab_size} tokens, from 0 on; take"
+    ) as caught:
+        resolve.data(smaller, tmp_path, tmp_path / "data", lambda text: None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from orchestrator.schedule.cluster import Cluster, Node
+from orchestrator.schedule.cluster import Cluster, Node, connect
 from orchestrator.study.errors import BadInput
 
 GIB = float(2**30)
@@ -68,3 +70,15 @@ def test_no_room(
     for part in said:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["orchestrator", "variants"])
+def test_no_study_starts_in_a_folder_with_another_copy_of_this_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Ray's workers import from the folder in which the command runs before they look anywhere else."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=f"{tmp_path} has another '{package}'"), connect():
+        pass
