@@ -176,8 +176,8 @@ class Variant:
     """Hyperparameters that only this variant knows, with their defaults."""
     frozen_part: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update belongs to the frozen weight (PiSSA's residual,
-    ReLoRA's merged factors), so that no dropout reaches it. They are given to `undropped` then, and left out
-    of what `prepare` gets."""
+    ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout `undropped`
+    adds that part, and `prepare` does not get these tensors."""
     drops_base: ClassVar[bool] = False
     """The update reads the frozen layer's output too, so that dropout has to reach that output as well."""
 
@@ -231,7 +231,7 @@ class Variant:
     def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
         """Add the part of the update that is frozen, which reads the input without dropout.
 
-        Called in training with dropout only, and only for a layer that has tensors of `frozen_part`.
+        It is called only in training with dropout, for layers that have tensors of `frozen_part`.
 
         Args:
             x: The layer's input without dropout, (K, N, in).
@@ -241,7 +241,7 @@ class Variant:
             scaling: The factor s of each lane, (K, 1, 1).
 
         Returns:
-            What `forward` is given as `base`, (K, N, out).
+            The `base` that `forward` gets, (K, N, out).
         """
         raise NotImplementedError
 
@@ -375,11 +375,11 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def per_lane(scaling: Tensor, tensor: Tensor) -> Tensor:
     """Give `scaling` as many dimensions as `tensor` has.
 
-    Beside a tensor of four dimensions, (K, experts, out, rank) say, PyTorch would match the lanes of a
-    (K, 1, 1) with the experts, without a word where there are as many, or one.
+    With a tensor of four dimensions, such as (K, experts, out, rank), PyTorch would broadcast the lanes of a
+    (K, 1, 1) along the experts, without an error where K equals their number, or either is 1.
 
     Args:
-        scaling: One factor a lane, (K, 1, 1).
+        scaling: One factor per lane, (K, 1, 1).
         tensor: (K, ...).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Whose rows a call of the model computes, and what follows from that: a lane's rows, and its masks."""
+"""Which lanes' rows a call of the model computes, and the dropout masks of these lanes."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
 
 
 def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) -> Tensor:
-    """Draw the lanes' masks for one place of the model.
+    """Draw the lanes' dropout masks for one module of the model.
 
-    A mask is a function of the lane's seed, its step, the place and the micro-batch alone. A worker that has
-    a part of a lane's rows draws for all of them and keeps its own.
+    A mask depends on the lane's seed, its step, the module's name and the micro-batch only. A worker that has
+    a part of a lane's rows draws the mask of all of them and keeps its own part.
 
     Args:
-        x: What is dropped out, (K, N, features).
+        x: The tensor to apply the masks to, (K, N, features).
         p: The probability of a zero.
-        name: The place in the model.
+        name: The module's path in the model.
         rows: Whose rows they are.
         seeds: Lane -> seed.
 

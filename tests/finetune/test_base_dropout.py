@@ -1,4 +1,4 @@
-"""The base's own dropout: all of it, by masks that are a lane's own."""
+"""The base's own dropout: at every place of the model, with separate masks for each lane."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Recorded(TorchFunctionMode):
 
 @pytest.mark.parametrize("kind", [*encoders.KINDS, "gpt2"])
 def test_it_is_transformers_own_in_training_mode_but_for_the_masks(kind: str, tmp_path: Path) -> None:
-    """Every place where transformers drops out, and none besides, with the same probability: with our masks
-    its model computes what ours computes."""
+    """Dropout is at the places where transformers has it, and nowhere else, with the same probability: given
+    our masks, its model computes what ours computes."""
     model = model_of(kind, tmp_path)
     ids = torch.randint(5, 25, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_changes_nothing(store: Store, tmp_path: Path) ->
 
 
 def test_it_is_off_in_scores_and_another_experiment(tmp_path: Path) -> None:
-    """At a rate of nearly zero the scores are those without it, and the training losses are not."""
+    """At a learning rate near zero the scores equal those without dropout; the training losses do not."""
     on, off = point(rate=1e-30), replace(point(rate=1e-30), base_dropout="off")
     assert on.fingerprint != off.fingerprint
     assert on.shape != off.shape
@@ -225,7 +225,7 @@ def test_glue_has_it_and_the_others_have_not() -> None:
             {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
             "has no dropout",
         ),
-        ("letters", "llama", {}, "is a 'llama', whose dropout is not known here"),
+        ("letters", "llama", {}, "has type 'llama'; must be one of bert, deberta, "),
     ],
 )
 def test_a_model_without_it_is_refused_in_one_line(
@@ -244,4 +244,4 @@ def test_a_model_without_it_is_refused_in_one_line(
     with pytest.raises(BadInput, match=said) as caught:
         resolve.templates(typed, chosen, content, tmp_path)
     assert "\n" not in str(caught.value)
-    assert "take --base-dropout off" in str(caught.value)
+    assert "Use --base-dropout off." in str(caught.value)

@@ -43,7 +43,7 @@ def begun_settings(name: str) -> Settings:
 
 
 def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """What a start is computed from, of random gradients or inputs."""
+    """Return what a start is computed from, for random gradients or inputs."""
     variant = adapters.variant
     if variant.evidence is Evidence.NONE:
         return None
@@ -58,7 +58,7 @@ def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
 
 
 def begun(name: str) -> set[str]:
-    """The names of the tensors that a lane of this variant has in a layer."""
+    """Return the names of the tensors that a lane of this variant has in a layer."""
     variant, settings = catalogue.get(name), begun_settings(name)
     if variant.adapts is not Adapts.LAYERS:
         return set()

@@ -124,7 +124,7 @@ def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
 
 
 class Aardvark(LoRA):
-    """Somebody's variant whose name sorts before LoRA's: another start, the same factors."""
+    """A user's variant whose name sorts before "lora": another start, the same factors."""
 
     name = "aardvark"
 
@@ -135,7 +135,7 @@ class Aardvark(LoRA):
 
 
 class Thirds(LoRA):
-    """Somebody's variant with a factor of its own."""
+    """A user's variant with its own scaling."""
 
     name = "thirds"
 
