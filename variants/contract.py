@@ -216,7 +216,8 @@ class Variant:
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         """What `forward` needs and what depends on the parameters alone: done once per generation, not once
         per token. In training it runs at every forward, inside the graph. `scaling` is (K, 1, 1): it fits
-        tensors (K, rows, columns), others need `per_lane`."""
+        tensors (K, rows, columns). With four dimensions, as (K, experts, out, rank), PyTorch would broadcast
+        the lanes along the experts: take `scaling.view(-1, 1, 1, 1)`."""
         return params
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
@@ -296,7 +297,8 @@ class Variant:
         raise NotImplementedError
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        """The settings behind a PEFT config that is this variant's, else None."""
+        """The settings behind a PEFT config that is this variant's, else None. A subclass that does not
+        define it loads none: what it exports, its parent loads."""
         return None
 
     def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
@@ -370,22 +372,6 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] > 1:
         return a, b
     return torch.nn.functional.pad(a, (0, 0, 0, 1)), torch.nn.functional.pad(b, (0, 1))
-
-
-def per_lane(scaling: Tensor, tensor: Tensor) -> Tensor:
-    """Give `scaling` as many dimensions as `tensor` has.
-
-    With a tensor of four dimensions, such as (K, experts, out, rank), PyTorch would broadcast the lanes of a
-    (K, 1, 1) along the experts, without an error where K equals their number, or either is 1.
-
-    Args:
-        scaling: One factor per lane, (K, 1, 1).
-        tensor: (K, ...).
-
-    Returns:
-        (K, 1, ..., 1).
-    """
-    return scaling.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def bmm(x: Tensor, y: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ KINDS = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "robe
 _OWN_ATTENTION = ("deberta", "deberta-v2")  # computed without an attention function, by `nn.Dropout`
 ATTENTION = "lane_dropout"
 """The name under which `_attention` is registered with transformers."""
+_BEFORE = "attention_before_dropout"
+"""An attribute of a model: the name of its own attention function."""
 
 
 def check(model: Any, name: str) -> None:
@@ -54,13 +56,14 @@ def turn_on(model: Any) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     if model.config.model_type not in _OWN_ATTENTION:
+        setattr(model, _BEFORE, model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION
 
 
 def turn_off(model: Any) -> None:
     """Undo `turn_on`."""
     if model.config._attn_implementation == ATTENTION:
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = getattr(model, _BEFORE)
 
 
 def _attention(

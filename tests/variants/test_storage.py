@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,9 @@ class Aardvark(LoRA):
     """A user's variant whose name sorts before "lora": another start, the same factors."""
 
     name = "aardvark"
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
         return Start(

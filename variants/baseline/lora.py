@@ -105,16 +105,26 @@ class LoRA(Variant):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        if "peft_config" not in vars(type(self)) or type(self).export_rank is not LoRA.export_rank:
-            return None  # this subclass exports a plain LoRA, which `lora` loads
-        mine = self.peft_config(Settings())
-        for key in ("peft_type", "use_rslora", "use_dora"):
-            if config.get(key, False) != mine[key]:
-                return None
-        return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
+        return lora_settings(config)
 
     def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         return Start({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
+
+
+def lora_settings(config: Mapping[str, Any], flag: str = "") -> Settings | None:
+    """Return the settings behind a PEFT config of LoRA with exactly this flag.
+
+    Args:
+        config: The content of adapter_config.json.
+        flag: "use_rslora" or "use_dora"; empty for plain LoRA.
+
+    Returns:
+        None where the config is another method's.
+    """
+    on = {name for name in ("use_rslora", "use_dora") if config.get(name, False)}
+    if config.get("peft_type") != "LORA" or on != ({flag} if flag else set()):
+        return None
+    return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
 
 
 def _alpha(settings: Settings) -> float:
