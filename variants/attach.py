@@ -50,9 +50,9 @@ def attach(
 
     `settings` says what all lanes have alike (rank, dropout, extra); its alpha is checked and otherwise
     unused. `heads` names the modules that are the task's own: every linear layer in them is learnt whole, by
-    each lane. `base_dropout`: the model's own dropout is on where lanes train, by masks of each lane's own
-    (`LaneDropout`). Attach after the model is on its device. Raises Unsupported (a ValueError) on targets
-    that do not exist or cannot be adapted, and on settings that do not fit a layer.
+    each lane. `base_dropout` turns the model's own dropout on in training, with separate masks for each
+    lane (`LaneDropout`). Attach after the model is on its device. Raises Unsupported (a ValueError) on
+    targets that do not exist or cannot be adapted, and on settings that do not fit a layer.
     """
     if any(isinstance(module, (LaneLinear, LaneHead)) for module in model.modules()):
         raise Unsupported("the model carries adapters already; detach() them first")
@@ -120,7 +120,7 @@ class Adapters:
             for name, module in list(model.named_modules()):
                 if hasattr(module, "is_causal"):  # an attention module of transformers
                     module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self._board)
-                    module.training = True  # or it tells its attention function that there is no dropout
+                    module.training = True  # else it passes dropout 0 to its attention function
                     self._attention.append(module)
         # A layer may hang in several places of the model: all of them are replaced.
         self._places = [
@@ -238,7 +238,14 @@ class Adapters:
         return parameter.rpartition(".")[0] in self.heads
 
     def owner(self, parameter: str) -> nn.Module | None:
-        """The module of the model whose own parameter a lane learns in its place (`full`); None elsewhere."""
+        """Return the module of the model that owns a parameter of a `full` lane.
+
+        Args:
+            parameter: A name that `trainable` gives.
+
+        Returns:
+            The module; None for parameters of adapters and heads.
+        """
         place = parameter.rpartition(".")[0]
         return self.model.get_submodule(place.removeprefix(PREFIX)) if place.startswith(PREFIX) else None
 

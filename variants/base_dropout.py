@@ -1,4 +1,4 @@
-"""Dropout of the frozen model's own, with masks that belong to a lane."""
+"""The frozen model's own dropout, with separate masks for each lane."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from variants.rows import Board, by_lane, masks
 
 
 class TableDropout(nn.Dropout):
-    """Dropout of a table that all rows of a batch share (DeBERTa's relative positions): (T, features)."""
+    """Marks dropout whose input (T, features) all rows of a batch share: DeBERTa's relative positions."""
 
 
 class LaneDropout(nn.Module):
-    """Zero what the model drops out in training, each lane by masks of its own.
+    """Apply dropout in training, with separate masks for each lane.
 
-    Stands where one of the model's `nn.Dropout` stood; another one, in each attention module, is for the
-    probabilities of attention. Passes its input through where no lane is trained.
+    It replaces an `nn.Dropout` of the model; every attention module gets one more, for the attention
+    probabilities. When no lane is trained it returns its input.
     """
 
     def __init__(self, name: str, p: float, board: Board, table: bool = False) -> None:
         """
         Args:
-            name: Its place in the model; masks follow from it.
+            name: The module's path in the model. The masks depend on it.
             p: The probability that a number is zeroed.
-            board: Says whose rows are computed.
-            table: It stands for a `TableDropout`.
+            board: Knows which lanes' rows are computed.
+            table: Whether it replaces a `TableDropout`.
         """
         super().__init__()
         self.name, self.p, self.board, self.table = name, p, board, table
 
     @property
     def active(self) -> bool:
-        """Whether rows of lanes in training are computed."""
+        """Whether the rows being computed belong to lanes in training."""
         rows = self.board.rows(self.name)
         return bool(rows.lanes) and rows.steps is not None
 
     def forward(self, x: Tensor, p: float | None = None) -> Tensor:
-        """Drop out.
+        """Zero numbers of `x` while lanes are trained.
 
         Args:
-            x: (K*R, ...), the rows of K lanes, lane-major; a table (T, features).
-            p: In place of its own probability.
+            x: The rows of K lanes, lane-major, (K*R, ...); or a table, (T, features).
+            p: Replaces the module's own probability.
 
         Returns:
-            `x` with zeros, the rest divided by 1 - p; of a table (K*R, T, features), with one mask a lane.
+            `x` with zeros, the rest divided by 1 - p. For a table (K*R, T, features), with one mask per lane.
         """
         p = self.p if p is None else p
         if p == 0 or not self.active:

@@ -176,8 +176,8 @@ class Variant:
     """Hyperparameters that only this variant knows, with their defaults."""
     frozen_part: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update belongs to the frozen weight (PiSSA's residual,
-    ReLoRA's merged factors), so that no dropout reaches it. They are given to `undropped` then, and left out
-    of what `prepare` gets."""
+    ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout `undropped`
+    adds that part, and `prepare` does not get these tensors."""
     drops_base: ClassVar[bool] = False
     """The update reads the frozen layer's output too, so that dropout has to reach that output as well."""
 
@@ -216,7 +216,8 @@ class Variant:
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         """What `forward` needs and what depends on the parameters alone: done once per generation, not once
         per token. In training it runs at every forward, inside the graph. `scaling` is (K, 1, 1): it fits
-        tensors (K, rows, columns), others need `per_lane`."""
+        tensors (K, rows, columns). With four dimensions, as (K, experts, out, rank), PyTorch would broadcast
+        the lanes along the experts: take `scaling.view(-1, 1, 1, 1)`."""
         return params
 
     def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class Variant:
     def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
         """Add the part of the update that is frozen, which reads the input without dropout.
 
-        Called in training with dropout only, and only for a layer that has tensors of `frozen_part`.
+        It is called only in training with dropout, for layers that have tensors of `frozen_part`.
 
         Args:
             x: The layer's input without dropout, (K, N, in).
@@ -241,7 +242,7 @@ class Variant:
             scaling: The factor s of each lane, (K, 1, 1).
 
         Returns:
-            What `forward` is given as `base`, (K, N, out).
+            The `base` that `forward` gets, (K, N, out).
         """
         raise NotImplementedError
 
@@ -296,7 +297,8 @@ class Variant:
         raise NotImplementedError
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        """The settings behind a PEFT config that is this variant's, else None."""
+        """The settings behind a PEFT config that is this variant's, else None. A subclass that does not
+        define it loads none: what it exports, its parent loads."""
         return None
 
     def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
@@ -370,22 +372,6 @@ def widened(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape[1] > 1:
         return a, b
     return torch.nn.functional.pad(a, (0, 0, 0, 1)), torch.nn.functional.pad(b, (0, 1))
-
-
-def per_lane(scaling: Tensor, tensor: Tensor) -> Tensor:
-    """Give `scaling` as many dimensions as `tensor` has.
-
-    Beside a tensor of four dimensions, (K, experts, out, rank) say, PyTorch would match the lanes of a
-    (K, 1, 1) with the experts, without a word where there are as many, or one.
-
-    Args:
-        scaling: One factor a lane, (K, 1, 1).
-        tensor: (K, ...).
-
-    Returns:
-        (K, 1, ..., 1).
-    """
-    return scaling.view(-1, *[1] * (tensor.dim() - 1))
 
 
 def bmm(x: Tensor, y: Tensor) -> Tensor:

@@ -89,8 +89,17 @@ class LaneLinear(nn.Module):
         return (flat_base + (self._adapt(dropped, seen, rows) - seen)).view(base.shape)
 
     def _adapt(self, x: Tensor, base: Tensor, rows: Rows, undropped: Tensor | None = None) -> Tensor:
-        """The lanes' outputs, (K, N, out), from the input and the frozen layer's output. `undropped`: the
-        input without dropout where `x` is with it."""
+        """Compute the lanes' outputs.
+
+        Args:
+            x: The layer's input, after dropout if there is any, (K, N, in).
+            base: The frozen layer's output, (K, N, out).
+            rows: Whose rows they are.
+            undropped: The input before dropout; None where the whole update reads `x`.
+
+        Returns:
+            (K, N, out).
+        """
         lanes, layer, variant = rows.lanes, self.layer, self.variant
         scaling = self.board.scaling(variant, lanes, layer)
         if undropped is not None and (frozen := variant.frozen_part & self.one(lanes[0]).keys()):

@@ -25,9 +25,9 @@ class LaneTensors:
     def put(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        """Gives `lane` copies of what changes; the rest may be shared with others. Tensors are kept in the
-        order of their names: a file of tensors is read in that order, and a sum over a lane's gradients has
-        other last bits in another order."""
+        """Gives `lane` copies of what changes; the rest may be shared with others. They are kept in the
+        order of their names: safetensors returns them in that order after a resumption, and the last bits of
+        the gradient norm, a sum, depend on the order."""
         self.trainable[lane] = {
             name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
             for name, tensor in sorted(trainable.items())

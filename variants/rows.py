@@ -1,8 +1,9 @@
-"""Whose rows a call of the model computes, and what follows from that: a lane's rows, and its masks."""
+"""Which lanes' rows a call of the model computes, and the dropout masks of these lanes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ class Rows:
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """For the frozen base: the weights of its heads."""
     called: set[str] = field(default_factory=set)
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Module -> how often its masks were drawn. A model may call a module twice; each call has its own."""
     read: set[str] = field(default_factory=set)
     prepared: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Without gradients (generation, evaluation) the same parameters serve many calls: a layer's prepared
@@ -64,6 +67,14 @@ class Board:
             return self.latest
         raise RowsWithoutLane(f"{layer} was called outside rows() and off(): no lane owns these rows")
 
+    def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return contexts for a part of the model that starts now, and for its recomputation in backward.
+
+        The recomputation draws the masks that were drawn the first time.
+        """
+        rows = self.now or self.latest
+        return nullcontext(), nullcontext() if rows is None else _drawn_again(rows, dict(rows.drawn))
+
     def scaling(self, variant: Variant, lanes: tuple[str, ...], like: Layer) -> Tensor:
         """(K, 1, 1)"""
         key = (lanes, like.weight.device, like.dtype)
@@ -79,6 +90,16 @@ class Board:
         self.latest = None
 
 
+@contextmanager
+def _drawn_again(rows: Rows, drawn: dict[str, int]) -> Iterator[None]:
+    """Count the masks of `rows` from `drawn` on."""
+    after, rows.drawn = rows.drawn, drawn
+    try:
+        yield
+    finally:
+        rows.drawn = after
+
+
 def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
     """x (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
     lanes = len(rows.lanes)
@@ -92,15 +113,16 @@ def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
 
 
 def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) -> Tensor:
-    """Draw the lanes' masks for one place of the model.
+    """Draw the lanes' dropout masks for one module of the model.
 
-    A mask is a function of the lane's seed, its step, the place and the micro-batch alone. A worker that has
-    a part of a lane's rows draws for all of them and keeps its own.
+    A mask depends on the lane's seed, its step, the module's name, the micro-batch, and how often the model
+    has called the module before. A worker that has a part of a lane's rows draws the mask of all of them and
+    keeps its own part.
 
     Args:
-        x: What is dropped out, (K, N, features).
+        x: The tensor to apply the masks to, (K, N, features).
         p: The probability of a zero.
-        name: The place in the model.
+        name: The module's path in the model.
         rows: Whose rows they are.
         seeds: Lane -> seed.
 
@@ -108,6 +130,9 @@ def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) 
         (K, N, features): 0 or 1 / (1 - p).
     """
     assert rows.steps is not None
+    before = rows.drawn.get(name, 0)
+    rows.drawn[name] = before + 1
+    call = f"{name} {before}" if before else name
     like, mine = x[0], slice(None)
     if rows.part is not None and rows.rows is not None:
         first, of = rows.part
@@ -115,7 +140,7 @@ def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) 
         like, mine = x.new_empty(of * each, x.shape[2]), slice(first * each, (first + rows.rows) * each)
     found = []
     for lane, step in zip(rows.lanes, rows.steps, strict=True):
-        generator = torch.Generator(x.device).manual_seed(number(seeds[lane], step, name, rows.micro))
+        generator = torch.Generator(x.device).manual_seed(number(seeds[lane], step, call, rows.micro))
         mask = torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
         found.append(mask[mine])
     return torch.stack(found)

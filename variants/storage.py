@@ -145,6 +145,8 @@ def _recognise(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Settin
         raise Unsupported(f"{folder}: a {start} adapter over a changed base; let PEFT save it as plain LoRA")
     for name in catalogue.names():
         variant = catalogue.get(name)
+        if "from_peft" not in vars(type(variant)):
+            continue  # it exports what its parent loads
         settings = variant.from_peft(config)
         if settings is not None:
             return variant, settings

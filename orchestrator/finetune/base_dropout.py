@@ -1,8 +1,8 @@
 """The dropout that a base model has of its own (RoBERTa, BERT, DeBERTa and GPT-2: 0.1), on in training.
 
-transformers' own switch, training mode, draws masks from the process's random state: lanes would depend on
-their company. `variants.base_dropout` replaces the model's dropout modules; the dropout of attention's
-probabilities is inside PyTorch's fused kernel, and is computed here.
+In training mode transformers draws masks from the global random state, so that a lane's numbers would
+depend on the lanes beside it. `variants.base_dropout` replaces the model's dropout modules. PyTorch's fused
+attention draws masks of its own, so attention with dropout is computed here.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from variants.contract import Unsupported
 
 KINDS = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
-"""Values of `config.model_type` whose dropout is known to be all in modules and in attention's function."""
-_OWN_ATTENTION = ("deberta", "deberta-v2")  # with a dropout module in it
+"""Values of `config.model_type`: models whose dropout is all in `nn.Dropout` modules and in attention."""
+_OWN_ATTENTION = ("deberta", "deberta-v2")  # computed without an attention function, by `nn.Dropout`
 ATTENTION = "lane_dropout"
-"""Our attention function, as transformers knows it."""
+"""The name under which `_attention` is registered with transformers."""
+_BEFORE = "attention_before_dropout"
+"""An attribute of a model: the name of its own attention function."""
 
 
 def check(model: Any, name: str) -> None:
-    """Refuse a model whose dropout could not be given to lanes, or that has none.
+    """Refuse a model that has no dropout of its own, or whose dropout is not known here.
 
     Args:
         model: A transformers model, with or without weights.
         name: Its name, for the error.
 
     Raises:
-        Unsupported: `--base-dropout on` makes no sense for it.
+        Unsupported: The model cannot be trained with --base-dropout on.
     """
     kind = model.config.model_type
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
@@ -37,15 +39,16 @@ def check(model: Any, name: str) -> None:
         what = (
             "has no dropout of its own"
             if kind in KINDS
-            else f"is a {kind!r}, whose dropout is not known here"
+            else f"has type {kind!r}; must be one of {', '.join(KINDS)}"
         )
-        raise Unsupported(f"--base-dropout on: model {name!r} {what}; take --base-dropout off")
+        raise Unsupported(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
 
 
 def turn_on(model: Any) -> None:
-    """Let the attention modules of `model` drop out by lanes' masks.
+    """Make attention of `model` apply the lanes' dropout masks to its probabilities.
 
-    Their adapters (`variants.attach.attach` with `base_dropout`) have to be there.
+    Call it after `variants.attach.attach` with `base_dropout`, which gives every attention module its
+    `LaneDropout`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -53,13 +56,14 @@ def turn_on(model: Any) -> None:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     if model.config.model_type not in _OWN_ATTENTION:
+        setattr(model, _BEFORE, model.config._attn_implementation)
         model.config._attn_implementation = ATTENTION
 
 
 def turn_off(model: Any) -> None:
-    """Give the attention modules back what `turn_on` took from them."""
+    """Undo `turn_on`."""
     if model.config._attn_implementation == ATTENTION:
-        model.config._attn_implementation = "sdpa"
+        model.config._attn_implementation = getattr(model, _BEFORE)
 
 
 def _attention(
@@ -73,15 +77,15 @@ def _attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention, with lanes' masks on its probabilities while lanes train.
+    """Compute attention, with the lanes' dropout masks on its probabilities while lanes are trained.
 
     Args:
         module: The attention module, with a `LaneDropout` named `lane_dropout`.
         query, key, value: (rows, heads, length, size of a head).
         attention_mask: Broadcasts to (rows, heads, length, length): True where a token is seen, or numbers to
             add; None: all tokens are seen, or those before, if `is_causal`.
-        dropout: Probability that a probability is zeroed.
-        scaling: Of the products; by default 1 / sqrt(size of a head).
+        dropout: Probability that an attention probability is zeroed.
+        scaling: Factor of the products; by default 1 / sqrt(size of a head).
         is_causal: By default the module's.
 
     Returns:

@@ -184,8 +184,8 @@ def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -
     """Return what the task's `encode_all` gives for the examples from number `start` on.
 
     Raises:
-        BadInput: An example cannot be encoded: a tokenizer of words that has no token for unknown ones, for
-            example. The text names the first one.
+        BadInput: An example cannot be encoded, for instance by a word-level tokenizer that has no token for
+            unknown words. The error names the first such example.
     """
     try:
         return task.encode_all(block, processor)

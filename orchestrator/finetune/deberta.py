@@ -4,7 +4,7 @@ It projects its table of relative positions once for the whole batch, as one row
 adapters (in DeBERTa-v3 by those that project queries and keys); but each lane projects it its own way. Here
 every row projects the positions that its length needs, at most twice its length of them where they are not in
 buckets. With one lane the numbers are transformers' own. Where lanes have dropout masks for the table, each
-row has a table: (rows, positions, features) in place of (positions, features).
+row has its own: (rows, positions, features) instead of (positions, features).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def positions_of_rows(model: nn.Module) -> None:
 
 
 def _mark(module: Any) -> None:
-    """Say of the module's dropout that its input is a table which the rows of a batch share."""
+    """Mark the dropout of the table of positions, which all rows of a batch share."""
     if getattr(module, "relative_attention", False):
         module.pos_dropout = TableDropout(module.pos_dropout.p)
 

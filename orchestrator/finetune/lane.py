@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CLIP_EPSILON = 1e-6
-"""Of torch.nn.utils.clip_grad_norm_, which transformers' Trainer clips with."""
+"""What torch.nn.utils.clip_grad_norm_, which transformers' Trainer uses, adds to the norm."""
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
-"""In lower-case names of parameters, as in transformers' Trainer.get_decay_parameter_names."""
+"""Matches the lower-case names of parameters that do not decay, as transformers'
+Trainer.get_decay_parameter_names does."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Taken:
 
 
 def decays(name: str, adapters: Adapters) -> bool:
-    """Whether weight decay reaches a parameter: the rule of transformers' Trainer, by name and by module.
+    """Return whether weight decay applies to a parameter, by the rule of transformers' Trainer.
 
     Args:
         name: As `Adapters.trainable` gives it.

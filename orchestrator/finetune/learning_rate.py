@@ -10,14 +10,14 @@ from orchestrator.study.configuration import Schedule
 def warmup_steps(schedule: Schedule) -> int:
     """Return the number of warm-up steps: `warmup * steps`, rounded up.
 
-    As transformers' Trainer, but for rounding errors: 0.07 * 100 is 7.000000000000001 in floating point, and
-    7 steps here (8 there).
+    The same as in transformers' Trainer, but for rounding errors: 0.07 * 100 is 7.000000000000001 in floating
+    point, which is 7 steps here and 8 there.
     """
     return min(schedule.steps, math.ceil(round(schedule.warmup * schedule.steps, 9)))
 
 
 def factor(schedule: Schedule, step: int) -> float:
-    """Return what the peak learning rate is multiplied by in a step, as transformers' schedules do.
+    """Return the factor of the peak learning rate in a step, the same as in transformers' schedules.
 
     With w warm-up steps and n = steps - w after them: step / w while step < w (the first step has rate 0);
     then, at p = (step - w) / n in [0, 1), one of constant: 1, linear: 1 - p, cosine: (1 + cos(pi p)) / 2.

@@ -8,7 +8,7 @@ frozen base, and it makes the embeddings' output require gradients that nobody n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -33,15 +33,22 @@ def recompute_blocks(model: Any) -> None:
             "again; leave the option out."
         )
     for block in blocks:
-        block.forward = _recomputed(block.forward)
+        block.forward = _recomputed(block)
     setattr(model, RECOMPUTES, True)
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(block: Any) -> Any:
+    """Return `block.forward` with its dropout masks and without what it keeps for backward."""
+    forward = block.forward
+
+    def contexts() -> Any:
+        board = next((module.board for module in block.modules() if hasattr(module, "board")), None)
+        return (nullcontext(), nullcontext()) if board is None else board.recomputing()
+
     @wraps(forward)
     def again(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # evaluation, generation
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return again

@@ -1,7 +1,7 @@
-"""Tensors in a safetensors file that says whether it is what was written.
+"""Safetensors files with a digest that reading verifies.
 
-The file's metadata hold one text (`head`) and a SHA-256 over that text and all tensors. Reading verifies it:
-a bit that a disk, a copy or a network file system has changed is an error and never another number.
+The file's metadata holds one text (`head`) and a SHA-256 over that text and all tensors: a bit that a disk, a
+copy or a network file system has changed raises an error and never gives another number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 from orchestrator.record.files import Damaged
 
 ABOUT = "about"
-"""The file's only metadata, as safetensors writes several in a random order: one content is one file."""
+"""The only key of the file's metadata: safetensors writes several keys in random order, and equal content is
+to give equal files."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:
@@ -35,13 +36,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:
         head: A text that is kept with them.
 
     Raises:
-        OSError, SafetensorError: The disk refuses; what was at `path` is still there.
+        OSError, SafetensorError: The file cannot be written; what was at `path` is still there.
     """
-    # Written straight to the file: a whole model in memory once more would be too much.
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         about = {"head": head, "sha256": _digest(here, head)}
+        # `save_file`, not `save`: that would hold a whole model in memory once more.
         safetensors.torch.save_file(here, draft, {ABOUT: json.dumps(about)})
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())
@@ -60,7 +61,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
         The tensors by name, on the CPU and in the order of their names, and the head.
 
     Raises:
-        Damaged: The content has changed since it was written, or `write` has not written it.
+        Damaged: The content has changed since it was written, or another program has written the file.
         OSError, SafetensorError: The file cannot be read, or is no safetensors file.
     """
     with safetensors.safe_open(path, framework="pt") as file:
@@ -69,7 +70,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         about = json.loads(text)
         whole = about["sha256"] == _digest(tensors, about["head"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
         raise Damaged(f"{path}: its content is not what was written (its SHA-256 differs)")

@@ -107,11 +107,11 @@ class Workshop:
         adapters = attach(
             bench.model, variant, settings_of(configuration), choice.targets, bench.heads, drops
         )
-        if drops:
-            base_dropout.turn_on(bench.model)
-            self._dropping = bench.model
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
+            if drops:
+                self._dropping = bench.model
+                base_dropout.turn_on(bench.model)
             if key not in self._data:
                 self._data[key] = Data.of(configuration, task, bench, adapters, self.team, self._folder)
         except BaseException:

@@ -119,7 +119,8 @@ class Configuration:
     seed: int = 0
     loop_numerics: int = 2
     """Raised by hand when a change of the loop alters results. 1: warm-up began at (step + 1) / w, biases and
-    norms decayed, tensors had no fixed order, tokenizers gave no BOS."""
+    norms decayed, tensors had no fixed order, tokenizers gave no BOS, dropout reached what PiSSA and ReLoRA
+    freeze, clipping divided by the norm without 1e-6."""
 
     @cached_property
     def fingerprint(self) -> str:

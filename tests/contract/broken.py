@@ -95,8 +95,8 @@ class LeaksBetweenLanes(LoRA):
 
 
 class ScalesAcrossExperts(LoRA):
-    """Experts of equal weight, whose factors have a dimension more: the lanes' scaling, (K, 1, 1), meets the
-    experts' dimension. With one lane that is right; with as many lanes as experts nothing complains."""
+    """Takes the mean of experts, whose B has one dimension more, and broadcasts the lanes' scaling along
+    that dimension: right with one lane, and no error with as many lanes as experts."""
 
     def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
         experts = len(scaling)

@@ -10,8 +10,14 @@ import pytest
 import torch
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
+from orchestrator.finetune.deberta import positions_of_rows
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.recompute import recompute_blocks
 from orchestrator.finetune.tasks.base import Task
@@ -44,6 +50,27 @@ def bert() -> nn.Module:
             attention_probs_dropout_prob=0.5,
         )
         return BertForSequenceClassification(config).eval().requires_grad_(False)
+
+
+def deberta() -> nn.Module:
+    """Its attention calls the same projections twice: each call has masks of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = DebertaV2Config(
+            vocab_size=25,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            relative_attention=True,
+            pos_att_type="p2c|c2p",
+            position_buckets=32,
+            share_att_key=True,
+            type_vocab_size=0,
+        )
+        model = DebertaV2ForSequenceClassification(config)
+    positions_of_rows(model)
+    return model.eval().requires_grad_(False)
 
 
 def adapted(model: nn.Module, variant: str) -> Adapters:
@@ -81,7 +108,7 @@ def counted(model: Any) -> Counter[str]:
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
-@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("make", [llama, bert, deberta])
 def test_the_same_gradients_to_the_bit_with_dropout(make: Any, variant: str) -> None:
     plain = gradients(adapted(make(), variant))
     model = make()

@@ -21,8 +21,8 @@ NAMES = {
 
 
 def point(variant: str, task: str) -> Configuration:
-    """Eight steps, with a checkpoint after every second one; gradients are clipped in all of them, so that
-    the order in which their norm is summed counts."""
+    """Return a configuration of eight steps with a checkpoint after every second one. Gradients are clipped
+    in every step, so that the parameters depend on the order in which the norm is summed."""
     rule = catalogue.get(variant)
     extra = dict(rule.extra)
     if "calibration_batches" in extra:

@@ -43,7 +43,7 @@ def begun_settings(name: str) -> Settings:
 
 
 def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """What a start is computed from, of random gradients or inputs."""
+    """Return what a start is computed from, for random gradients or inputs."""
     variant = adapters.variant
     if variant.evidence is Evidence.NONE:
         return None
@@ -58,7 +58,7 @@ def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
 
 
 def begun(name: str) -> set[str]:
-    """The names of the tensors that a lane of this variant has in a layer."""
+    """Return the names of the tensors that a lane of this variant has in a layer."""
     variant, settings = catalogue.get(name), begun_settings(name)
     if variant.adapts is not Adapts.LAYERS:
         return set()
@@ -132,6 +132,7 @@ def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), adapters.rows(["0"], 3) as rows:
         found = model(x)
+        rows.drawn.clear()  # the same masks again
         dropped = (x.unsqueeze(0) * masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0}))[0]
     assert (dropped == 0).float().mean() > 0.1
     frozen = layer.base.weight + scaling * b0 @ a0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,9 +125,12 @@ def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
 
 
 class Aardvark(LoRA):
-    """Somebody's variant whose name sorts before LoRA's: another start, the same factors."""
+    """A user's variant whose name sorts before "lora": another start, the same factors."""
 
     name = "aardvark"
+
+    def peft_config(self, settings: Settings) -> dict[str, Any]:
+        return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
     def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
         return Start(
@@ -135,7 +139,7 @@ class Aardvark(LoRA):
 
 
 class Thirds(LoRA):
-    """Somebody's variant with a factor of its own."""
+    """A user's variant with its own scaling."""
 
     name = "thirds"
 

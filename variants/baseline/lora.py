@@ -32,8 +32,8 @@ class LoRA(Variant):
     A start that is not zero (PiSSA, OLoRA, MiLoRA, LoRA-GA) is handled here: if `start` puts frozen copies
     A0, B0 beside A, B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
     s (B (A - A0) + (B - B0) A0): the same, but exactly zero at the start in every dtype, and what was learned
-    is not rounded against the larger B0 A0. With dropout the input of B A is dropped and that of
-    W - s B0 A0, the weight that the papers freeze, is not.
+    is not rounded against the larger B0 A0. Dropout applies to the input of B A, and not to that of
+    W - s B0 A0, the weight that the papers freeze (but see LoRA-GA, whose `frozen_part` is empty).
     """
 
     name: ClassVar[str] = "lora"
@@ -59,7 +59,7 @@ class LoRA(Variant):
         return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
 
     def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """A (..., R, in) and B (..., out, R) of what `frozen_part` adds to the frozen weight, s B A."""
+        """Return A (..., R, in) and B (..., out, R): `frozen_part` adds s B A to the frozen weight."""
         return params["A0"], -params["B0"]
 
     def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class LoRA(Variant):
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         rank = self.export_rank(settings)
-        # PEFT divides by the rank: alpha itself where s is alpha / rank, else what gives this variant's s.
+        # PEFT scales by lora_alpha / r. That has to be this variant's s, which may not be alpha / rank.
         own = rank != settings.rank or type(self).scaling is not LoRA.scaling
         return {
             "peft_type": "LORA",
@@ -105,16 +105,26 @@ class LoRA(Variant):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        if "peft_config" not in vars(type(self)) or type(self).export_rank is not LoRA.export_rank:
-            return None  # a subclass that exports a plain LoRA, which is `lora`'s to read
-        mine = self.peft_config(Settings())
-        for key in ("peft_type", "use_rslora", "use_dora"):
-            if config.get(key, False) != mine[key]:
-                return None
-        return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
+        return lora_settings(config)
 
     def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         return Start({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
+
+
+def lora_settings(config: Mapping[str, Any], flag: str = "") -> Settings | None:
+    """Return the settings behind a PEFT config of LoRA with exactly this flag.
+
+    Args:
+        config: The content of adapter_config.json.
+        flag: "use_rslora" or "use_dora"; empty for plain LoRA.
+
+    Returns:
+        None where the config is another method's.
+    """
+    on = {name for name in ("use_rslora", "use_dora") if config.get(name, False)}
+    if config.get("peft_type") != "LORA" or on != ({flag} if flag else set()):
+        return None
+    return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
 
 
 def _alpha(settings: Settings) -> float:

@@ -32,8 +32,8 @@ class LoRAGA(LoRA):
     half as many ranks as the layer's smaller side is long. Parameters: rank * (in + out) a layer.
 
     Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
-    and dropout hides the offset wherever it hides B A, unlike PiSSA's. So the start is W with dropout too (in
-    the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the
+    and dropout applies to the offset as it does to B A, unlike in PiSSA. So the start is W with dropout too
+    (in the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the
     authors' code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as
     good with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
     largest entry of v is positive (theirs: whatever the machine's linear algebra returns). PEFT's `lora_ga`

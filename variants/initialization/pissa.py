@@ -17,7 +17,7 @@ class PiSSA(LoRA):
 
     Start: with W = U S V^T and its `rank` largest triplets, B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T, and A,
     B begin as A0, B0, so W' = W. The paper writes the residual into W; here A0 and B0 stay beside it as
-    frozen tensors, exact in bfloat16 and over one base for all lanes; dropout does not reach the residual.
+    frozen tensors, exact in bfloat16 and over one base for all lanes. Dropout does not apply to the residual.
     Parameters: rank * (in + out) a layer.
 
     `svd`: "exact", or the number of power iterations of a randomised one (the paper advises 16 for speed).

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LoRA, lora_settings
 from variants.contract import Layer, Params, Settings, Start, widened
 
 
@@ -63,6 +63,9 @@ class DoRA(LoRA):
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         return {**super().peft_config(settings), "use_dora": True}
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        return lora_settings(config, "use_dora")
 
     def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
         begin = super().start_from_peft(tensors, layer, settings)

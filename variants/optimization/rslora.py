@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from variants.baseline.lora import LoRA
+from variants.baseline.lora import LoRA, lora_settings
 from variants.contract import Settings
 
 
@@ -26,3 +27,6 @@ class RsLoRA(LoRA):
 
     def peft_config(self, settings: Settings) -> dict[str, Any]:
         return {**super().peft_config(settings), "use_rslora": True, "lora_alpha": settings.alpha}
+
+    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+        return lora_settings(config, "use_rslora")

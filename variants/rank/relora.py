@@ -28,8 +28,8 @@ class ReLoRA(LoRA):
     """W' = W + s (B A + sum over i of Bi Ai), s = alpha / rank: a sum of rank up to rank * (merges + 1).
 
     Start as LoRA. The horizon has merges + 1 equal parts. After each but the last, B A joins the frozen Bi Ai
-    (not W: exact in every dtype, and over one base for all lanes; dropout does not reach it, as it would not
-    reach W), A is drawn anew and B is zero, so W' stays as it is. Then Adam is made to forget: both moments
+    (not W: exact in every dtype, and over one base for all lanes; dropout does not apply to it, as it would
+    not to W), A is drawn anew and B is zero, so W' stays as it is. Then Adam is made to forget: both moments
     of each A and B become zero where exp_avg is smallest, in the share `pruned` of all places; and the
     learning rate warms up again from zero to its schedule, linearly over `warmup` of the horizon, at least
     one step ("jagged cosine"). Parameters: rank * (in + out) a layer; the frozen factors are there from the
