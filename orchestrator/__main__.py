@@ -1,7 +1,7 @@
 """`python -m orchestrator`: look at what is recorded, rebuild what is derived from it.
 
 python -m orchestrator sync                    # Parquet and MLflow anew from the store
-python -m orchestrator sync --rebuild          # the same, and MLflow's SQLite file is made again
+python -m orchestrator sync --rebuild          # the same, with a new SQLite file for MLflow
 python -m orchestrator show 3fa9               # one record, by the first digits of its fingerprint
 python -m orchestrator report STUDY            # a study's report anew
 python -m orchestrator fetch-model NAME        # a base model, before a study needs it
@@ -46,7 +46,7 @@ class Sync(Places):
     tracking_uri: str | None = None
     """Where MLflow keeps its runs; by default what each study used."""
     rebuild: bool = False
-    """Make MLflow's SQLite file again, when it is damaged. The old one is kept beside it."""
+    """Make MLflow's SQLite file again: for one that is damaged. The old one is kept beside it."""
 
     def run(self) -> int:
         from orchestrator.record.store import Store

@@ -22,7 +22,7 @@ from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, or the temporary one of `path`, names `path`."""
+    """Put `path` into an OSError that is raised inside and names no file, or the temporary file of `path`."""
     try:
         yield
     except OSError as error:
@@ -33,16 +33,18 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def blamed(*folders: Path) -> Iterator[None]:
-    """Inside, whatever goes wrong because one of `folders` refuses to be written is told as such.
+    """Replace an error raised inside by the disk's own error, where one of `folders` cannot be written.
 
-    A library may turn a full disk into an error of its own, from which nobody sees what happened.
+    A library may turn a full disk into an error of its own that does not mention the disk. So after any error
+    that does not mention it, each folder is written to, to see whether that works.
 
     Args:
-        folders: those that what runs inside writes to. The first one is named where an error names no file.
+        folders: The folders that the code inside writes to. An OSError that names no file gets the name of
+            the first one.
 
     Raises:
-        OSError: one of the folders cannot be written, and is named.
-        Trouble: one of them is gone.
+        OSError: One of the folders cannot be written; the error names it.
+        Trouble: One of the folders is gone.
     """
     try:
         with naming(folders[0]):
@@ -56,7 +58,7 @@ def blamed(*folders: Path) -> Iterator[None]:
 
 
 def _try(folder: Path, error: Exception) -> None:
-    """Write something into `folder`; raise, from `error`, what hinders that."""
+    """Write to `folder`. Where that fails, raise the reason, with `error` as its cause."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0" * 4096)
@@ -77,7 +79,7 @@ class Damaged(ValueError):
 
 
 def seal(text: str) -> bytes:
-    """Add a SHA-256 over a JSON object to it.
+    """Add a SHA-256 checksum to a JSON object.
 
     Args:
         text: The JSON text of an object with at least one member.
@@ -90,16 +92,16 @@ def seal(text: str) -> bytes:
 
 
 def unseal(data: bytes) -> bytes:
-    """Check what `seal` has added, and take it off.
+    """Verify the checksum that `seal` has added, and remove it.
 
     Args:
-        data: The bytes of a JSON file. Without a seal, as files of earlier versions are, they pass.
+        data: The bytes of a JSON file. Files of earlier versions have no checksum: they are not verified.
 
     Returns:
-        The JSON without the seal.
+        The JSON without the checksum.
 
     Raises:
-        Damaged: The bytes before the seal are others than those that were sealed.
+        Damaged: The content does not have this checksum.
     """
     start = max(0, len(data) - _SEAL_BYTES)
     found = next((m for m in _SEAL.finditer(data, start) if m.end() == len(data)), None)
@@ -151,10 +153,10 @@ def read(path: Path, kind: Any, what: str, remedy: str) -> Any:
         path: The file.
         kind: A type that pydantic knows.
         what: What the file should be, with its article: "a study".
-        remedy: What to do about a file that is something else.
+        remedy: What the user can do about a bad file; the end of the error line.
 
     Raises:
-        BadInput: The file cannot be read or is no `kind`.
+        BadInput: The file cannot be read, is damaged, or is no `kind`.
     """
     try:
         text = path.read_bytes()
@@ -169,7 +171,7 @@ def parsed(text: bytes, kind: Any, where: str, what: str, remedy: str) -> Any:
     """Return JSON as a `kind`; the other arguments as in `read`, with `where` for the path.
 
     Raises:
-        BadInput: It is no `kind`, or is not what was written.
+        BadInput: It is damaged, or is no `kind`.
     """
     from pydantic import ValidationError
 

@@ -46,7 +46,7 @@ class TrackingDown(Exception):
 
 
 class TrackingDamaged(TrackingDown):
-    """MLflow's SQLite file is damaged. Waiting does not help: it has to be made again from the store."""
+    """MLflow's SQLite file is damaged. Waiting does not help: it has to be rebuilt from the store."""
 
 
 @dataclass
@@ -212,19 +212,19 @@ class MlflowLog:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
             _make_database(self._database)
-            self._refuse_damage()  # MLflow would try again and again to open it
+            self._refuse_damage()  # MLflow would keep retrying to open the file
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
     def _refuse_damage(self, every_page: bool = False) -> None:
-        """Raises TrackingDamaged when MLflow's SQLite file is damaged; `every_page`: see `damage`."""
+        """Raise TrackingDamaged if MLflow's SQLite file is damaged. `every_page`: see `damage`."""
         if self._database is not None and (why := damage(self._database, every_page)):
             raise TrackingDamaged(shown(f"{self.tracking_uri}: the file is damaged ({why})"))
 
     def _delete(self, run: str) -> None:
-        """Delete a child run with its artifacts, for good where MLflow lets us.
+        """Delete a child run, in a database permanently, with its artifacts.
 
-        Its client only marks a run as deleted. In a database, what `mlflow gc` calls removes the run. On a
-        server the marked run stays until somebody calls `mlflow gc` there.
+        MLflow's client only marks a run as deleted. `_hard_delete_run`, which `mlflow gc` uses, removes it. A
+        server does not offer that: the marked run stays there until somebody runs `mlflow gc`.
         """
         self._client.delete_run(run)
         store = self._client._tracking_client.store
@@ -249,7 +249,7 @@ class MlflowLog:
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says first: of one of a database's, the database's own words."""
+    """Return the first line of an error's text; for an error of SQLAlchemy's, of the database's own error."""
     cause: BaseException | None = error
     while cause is not None and not hasattr(cause, "orig"):
         cause = cause.__cause__

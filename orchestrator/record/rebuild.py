@@ -3,8 +3,8 @@
     <folder>/mlflow.db, mlflow-artifacts/<study>/    what MLflow had
     <folder>/mlflow.db.old-1/                        the same, set aside: the file, its journal, the artifacts
 
-Everything that a study logs is a copy: of its records, its adapters and its report. The old file is kept all
-the same, because somebody may have logged other runs there.
+Everything that a study logs is a copy of its records, its adapters and its report. The old file is kept,
+because a user may have logged other runs there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.record.tracking_uri import shown, sqlite_path
 from orchestrator.study.errors import BadInput
 
 JOURNALS = ("-journal", "-wal", "-shm")
-"""What SQLite keeps beside a file: it would mend the new file with what belongs to the old one."""
+"""Endings of the files that SQLite keeps beside a database. It would apply old ones to the new database."""
 
 
 def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, str]) -> list[Path]:
@@ -34,7 +34,7 @@ def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, 
         The new folders, one for each SQLite file that was there.
 
     Raises:
-        BadInput: no study has a SQLite file, or one of those that have is running now.
+        BadInput: no study logs to a SQLite file, or a study that does is running now.
     """
     of_file: dict[Path, list[str]] = {}
     for name, uri in uris.items():
@@ -47,7 +47,9 @@ def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, 
                 )
     if not of_file:
         others = ", ".join(sorted({shown(uri) for uri in uris.values()})) or "there is no study"
-        raise BadInput(f"--rebuild: makes a SQLite file again, and none is in use ({others}); leave it out")
+        raise BadInput(
+            f"--rebuild: it rebuilds SQLite files, and no study logs to one ({others}); leave it out"
+        )
     return [_move(file, names) for file, names in of_file.items() if file.exists()]
 
 
@@ -65,5 +67,5 @@ def _move(database: Path, studies: Collection[str]) -> Path:
         file = database.with_name(database.name + journal)
         if file.exists():
             file.rename(aside / file.name)
-    database.rename(aside / database.name)  # last: while it is there, the command can be repeated
+    database.rename(aside / database.name)  # last: until then the command can be repeated
     return aside

@@ -48,8 +48,8 @@ class Store:
     """
 
     def __init__(self, root: Path | str, create: bool = True) -> None:
-        # In full: the same folder for processes that work elsewhere. (Path.resolve raises RuntimeError for a
-        # link to itself.)
+        # Absolute, so that processes with another working directory find the same folder. (Path.resolve
+        # raises RuntimeError for a link to itself.)
         self.root = Path(os.path.realpath(root))
         self.records_folder = self.root / "records"
         self.bases = self.root / "bases"

@@ -19,9 +19,10 @@ from orchestrator.study.errors import BadInput, nearest, quoted
 
 FILE = "study.json"
 SCHEMA_VERSION = 1
-"""Of study.json; raised when a field comes, changes its meaning or goes. A file without it has version 1."""
+"""Of study.json; to be raised when a field is added, removed or changes its meaning. A file that says none
+has version 1."""
 PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")
-"""Of a study's report, beside study.json; a study has some of them."""
+"""The pictures of a study's report, beside study.json. A study has some of them."""
 REPORT = ("report.html", *PICTURES, "summary.json")
 """All files of a study's report."""
 
@@ -82,7 +83,7 @@ class StudyFile:
             The study, or None where the folder holds none.
 
         Raises:
-            BadInput: the file is no study's, is damaged, or a newer version of this program has written it.
+            BadInput: the file is not a study, is damaged, or was written by a newer version of this program.
         """
         path, remedy = folder / FILE, "delete it and run the study's command again"
         data: dict[str, Any] | None = files.read(path, dict[str, Any], "a study", remedy)
@@ -106,8 +107,8 @@ class StudyFile:
 
 def _newer(path: Path, what: str) -> BadInput:
     return BadInput(
-        f"{path}: this program does not know its {what}: a newer version has written it; update the program, "
-        "or choose another --study"
+        f"{path}: {what} is unknown to this program, so a newer version of it has written the file; "
+        "update the program, or choose another --study"
     )
 
 

@@ -16,7 +16,7 @@ from orchestrator.record.tracking_uri import check_uri, of_study, shown
 def sync(
     store: Store, output: Path, tracking_uri: str | None, say: Callable[[str], None], rebuild: bool = False
 ) -> int:
-    """Write both projections anew and say what there is, a line each.
+    """Write Parquet and MLflow again from the records, and say in one line for each what is there.
 
     A study's adapters are logged where the store keeps them, with those children that have yet to be written.
 
@@ -25,7 +25,7 @@ def sync(
         output: the folder of the studies.
         tracking_uri: where all studies are logged; None: each where its file says.
         say: called with each line.
-        rebuild: set SQLite files aside before, so that they are made again.
+        rebuild: first set SQLite files aside, so that they are made again.
 
     Returns:
         0, or 1 when MLflow stopped answering on the way.
@@ -37,7 +37,7 @@ def sync(
     uris = {name: tracking_uri or of_study(study.tracking_uri, store) for name, (_, study) in studies.items()}
     for folder in set_aside(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
-        say(f"{folder}: the old {old}; delete it unless you have logged more there yourself")
+        say(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
     path = write_parquet(store)
     say(f"{path}: {len(store.states())} records")
     logs: dict[str, MlflowLog] = {}

@@ -59,15 +59,15 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def damage(database: Path, every_page: bool = False) -> str:
-    """Say what is wrong with a SQLite file.
+    """Return what is wrong with a SQLite file.
 
     Args:
         database: the file; it need not exist.
-        every_page: read the whole file. Without it, only the header, the size and the schema are read, which
-            takes no time and finds a file that was cut or is of another kind.
+        every_page: read the whole file. Otherwise only the header, the size and the schema are read, which
+            takes no time and finds a file that was cut or is no database.
 
     Returns:
-        SQLite's words in one line; empty where the file is whole, is not there, or cannot be read now.
+        SQLite's message in one line; empty if the file is whole, missing, or cannot be read now (locked).
     """
     uri = f"file:{quote(str(database.resolve()))}?mode=ro"
     try:
@@ -75,7 +75,7 @@ def damage(database: Path, every_page: bool = False) -> str:
             opened.execute("select count(*) from sqlite_master").fetchone()
             found = opened.execute("pragma quick_check(1)").fetchone()[0] if every_page else "ok"
     except sqlite3.Error as error:
-        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the upper bits are details
+        kind = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the upper bits of an extended code are details
         return str(error) if kind in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
     return "" if found == "ok" else " ".join(found.split())
 
@@ -137,7 +137,8 @@ def _check_sqlite(uri: str) -> None:
     if why := damage(path):
         raise BadInput(
             f"--tracking-uri {shown(uri)!r}: the file is damaged ({why}); "
-            "`python -m orchestrator sync --rebuild`, with the same --output, makes it again from the records"
+            "`python -m orchestrator sync --rebuild`, with the same --output and --store, makes it again "
+            "from the records"
         )
 
 

@@ -44,7 +44,7 @@ class Writer:
         self.error = ""
         """Why something is delayed; kept when it has since been logged."""
         self.damaged = False
-        """Whether that is for a SQLite file that is damaged."""
+        """Whether `error` is about a damaged SQLite file."""
         self.ended = False
         """Whether the study's own run has been ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)

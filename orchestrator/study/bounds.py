@@ -1,7 +1,7 @@
 """The largest numbers that options may have.
 
-A study keeps a row for each configuration and each optimizer step. Numbers beyond these bounds are typing
-errors: without a bound they would fill the memory before anything is trained.
+A study keeps a row in memory for each configuration and each optimizer step. A number above these bounds is a
+typing error: it would fill the memory before anything is trained.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from __future__ import annotations
 from orchestrator.study.errors import BadInput
 
 POINTS = 10_000
-"""Of a variant: the points of its search, or its learning rates times its seeds."""
+"""For each variant: the points of its search, or its learning rates times its seeds."""
 STEPS = 10_000_000
 EVALUATIONS = 100_000
 BATCH_SIZE = 1_000_000
 RANK = 100_000
 SEATS = 10_000
-"""Of seats, of lanes of a seat, of workers of a seat."""
+"""The bound of --seats, --lanes-per-seat and --workers-per-seat."""
 
 
 def check(option: str, value: int | None, most: int, least: int = 1) -> None:
-    """Check that the value of `option` lies from `least` to `most`; None is a value that was not given.
+    """Check that `value` is at least `least` and at most `most`.
+
+    Args:
+        option: The option's name, for the error line.
+        value: The option's value; None, if it was not given, passes.
+        most: The largest value that is allowed.
+        least: The smallest value that is allowed.
 
     Raises:
-        BadInput: It does not.
+        BadInput: The value is too small or too large.
     """
     if value is None:
         return
@@ -33,10 +39,14 @@ def check(option: str, value: int | None, most: int, least: int = 1) -> None:
 
 
 def check_grid(seeds: int, rates: int) -> None:
-    """Check that a grid of so many learning rates and seeds has at most `POINTS` points a variant.
+    """Check that a grid has at most `POINTS` points for each variant.
+
+    Args:
+        seeds: The number of seeds.
+        rates: The number of learning rates.
 
     Raises:
-        BadInput: It has more.
+        BadInput: The grid has more.
     """
     if seeds * rates > POINTS:
         raise BadInput(

@@ -18,7 +18,7 @@ from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
 from orchestrator.study.secrets import hide_passwords_of_this_process, without_secrets
 
 FAILED = 1
-"""The exit code where something outside the command went wrong."""
+"""The exit code when something outside the command went wrong."""
 INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 LIMIT = 3
@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 20.0
 """From Ctrl-C until the process is ended from outside of the main thread; half of it is promised."""
 
 CLEAR_LINE = "\r\x1b[K"
-"""Clears the line of a terminal in which the cursor is."""
+"""What clears the line of a terminal that the cursor is in."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a cluster's manager sends the second one
 
@@ -36,9 +36,9 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     """Calls `run` and exits with what it returns (None is 0).
 
     A `BadInput` is a line on stderr and exit code 2, a `Trouble` one line and exit code 1, Ctrl-C (or
-    SIGTERM) is the command that goes on and exit code 130, all without a traceback. So is a disk that refuses
-    and a file or folder that the operating system refuses (no permission, a folder in place of a file, ...):
-    one line, exit code 1. A second Ctrl-C ends the process at once, and all that it has started. Any other
+    SIGTERM) is the command that goes on and exit code 130, all without a traceback. A full disk, or a file
+    that the operating system refuses (no permission, a folder in its place, ...), is one line and exit code
+    1, too. A second Ctrl-C ends the process at once, and all that it has started. Any other
     exception is a bug and shows itself. No secret is in what is said, nor, from here on, in this process's
     command line.
     """
@@ -201,16 +201,16 @@ def let_go() -> None:
 
 
 def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
-    """End the process with exit code 1 and one `error:` line, and all processes that it has started.
+    """Print one `error:` line, then end this process with exit code 1, and all processes that it has started.
 
-    This is for a thread, where the main thread is deep in a library that does not come back.
+    Another thread than the main one calls this, when a call into a library blocks the main thread.
 
     Args:
-        error: the line, without `error:`.
-        last: called and waited for before the end.
+        error: The line, without `error:`.
+        last: Called after the line is printed; the process ends when it returns.
     """
     with _interrupt.ending:
-        print(f"error: {without_secrets(error)}", file=sys.__stderr__, flush=True)
+        say_interrupted(f"error: {without_secrets(error)}")
         last()
         _end_at_once(FAILED)
 
@@ -231,15 +231,20 @@ def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
 
 
 def say_what_comes(text: str) -> None:
-    """Say on a terminal, before the first library is imported, what the next seconds go to. Elsewhere nothing
-    is said: a script that reads stderr finds errors there and nothing else."""
+    """Print `text` if stderr is a terminal: what the next seconds are spent on, before the slow imports.
+
+    Where stderr is no terminal nothing is printed: a script that reads it shall find errors and nothing else.
+    """
     if _is_terminal(sys.__stderr__):
         print(text, file=sys.__stderr__, flush=True)
 
 
 def say_interrupted(text: str) -> None:
-    """Say `text` on stderr, on a line of its own: a terminal shows ^C when it is typed, and a study's live
-    line may be there. Not on `sys.stderr`: a study's is a file while it trains."""
+    """Print `text` on the process's first stderr, on a line of its own.
+
+    On a terminal the line is cleared before: it may hold a typed ^C, or a study's live line. `sys.stderr` is
+    not used, because it is a file while a study trains.
+    """
     clear = CLEAR_LINE if _is_terminal(sys.__stderr__) else ""
     print(f"{clear}{text}", file=sys.__stderr__, flush=True)
 

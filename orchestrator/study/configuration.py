@@ -112,15 +112,15 @@ class Configuration:
     schedule: Schedule
     batches: Batches
     base_dropout: Literal["on", "off"] = "off"
-    """Whether the base model's own dropout is on in training, as its config.json says it."""
+    """Whether the base model's own dropout is on in training, with the rates in its config.json."""
     divergence: Divergence = Divergence()
     evaluations: int = 4
     """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
     seed: int = 0
     loop_numerics: int = 2
-    """Raised by hand when a change of the loop alters results. 1: warm-up began at (step + 1) / w, biases and
-    norms decayed, tensors had no fixed order, tokenizers gave no BOS, dropout reached what PiSSA and ReLoRA
-    freeze, clipping divided by the norm without 1e-6."""
+    """Raised by hand when a change of the loop alters results. With 1, warm-up began at (step + 1) / w, weight
+    decay reached biases and norms, tensors had no fixed order, prompts began without BOS, dropout reached what
+    PiSSA and ReLoRA freeze, and clipping divided by the norm without 1e-6."""
 
     @cached_property
     def fingerprint(self) -> str:

@@ -13,11 +13,11 @@ _ADVICE = {
     **dict.fromkeys(FULL, "free some space"),
     errno.EROFS: "make it writable",
     errno.EACCES: "let this user read and write it",
-    errno.EIO: "look after that disk",
+    errno.EIO: "check that disk",
     errno.ESTALE: "mount its file system again",
     errno.ENOTCONN: "mount its file system again",
 }
-"""What helps where a disk refuses, by the number of the error."""
+"""What the user can do about a disk's error, by its errno."""
 
 
 class BadInput(Exception):
@@ -31,17 +31,17 @@ class Trouble(Exception):
 
 
 def refused_by_disk(error: BaseException | None) -> str:
-    """Say in one line that a disk is full or cannot be used.
+    """Return a line for the user if an error says that a disk is full or cannot be used.
 
     Args:
-        error: what was raised.
+        error: The error; its causes are looked at, too.
 
     Returns:
-        The line; empty where neither `error` nor what it was raised from is such an error.
+        The line; empty if neither the error nor one of its causes says so.
     """
     if error is None:
         return ""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors raises errors of its own
+    found = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' own errors
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number not in _ADVICE:
         return refused_by_disk(error.__cause__)
@@ -62,6 +62,6 @@ def quoted(value: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error of somebody else's code says: its type and its text, in one line, cut at 300
+    """Return the type and the text of an error from a library or a user's code, in one line, cut at 300
     characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

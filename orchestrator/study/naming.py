@@ -8,23 +8,24 @@ from pathlib import Path
 from orchestrator.study.errors import BadInput, quoted
 
 STORE = "store"
-"""The folder of the records in an output folder, where no other one is named."""
+"""The name of the default store, a folder in the output folder."""
 MOST_BYTES = 200
-"""Of a name in UTF-8. File systems allow 255, of which a script of two stages needs some for its endings."""
+"""Of a name in UTF-8. File systems allow 255, and a script of two stages adds endings to the name."""
 
 
 def check(name: str) -> None:
     """Check that `name` can be a study's name.
 
     Raises:
-        BadInput: It is empty, too long, or has characters that a folder or a terminal would not show as they
-            are. The text says the nearest name that is allowed.
+        BadInput: It is empty, too long, or has characters that cannot be in a folder's name or that a
+            terminal would not print. The error names the nearest name that is allowed.
     """
     near = nearest_name(name)
     if name != near:
         raise BadInput(
             f"--study {quoted(name)}: must be 1 to {MOST_BYTES} bytes of printable characters, none of them "
-            f"'/' or '\\', with no '.', '-' or space in front and no space behind; take {quoted(near)}."
+            f"'/' or '\\', with no '.', '-' or space at the start and no space at the end; take "
+            f"{quoted(near)}."
         )
 
 
@@ -39,8 +40,8 @@ def folder(name: str, output: Path, store: Path) -> Path:
     """Return the folder of the study `name` below `output`.
 
     Raises:
-        BadInput: The name is not allowed, or the folder would lie in `store`, the folder of the records (or
-            in the folder that is the store of other commands).
+        BadInput: The name is not allowed, or the folder would lie in `store`, the folder of the records, or
+            in the default store.
     """
     check(name)
     found = output / name

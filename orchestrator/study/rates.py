@@ -9,7 +9,7 @@ from orchestrator.study import bounds
 from orchestrator.study.errors import BadInput, quoted
 
 MOST_DECADES = 100
-"""Of a grid's range: within it no power of ten overflows. (float32 has 83.)"""
+"""The widest range of a grid; float32 spans 83. In a wider one a power of ten could overflow."""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 
@@ -43,7 +43,7 @@ def _grid(word: str) -> list[float]:
     if len(parts) != 3:
         raise BadInput(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
     low, high = _rate(parts[0]), _rate(parts[1])
-    # As a float: a number of any length has one.
+    # float(), because int() refuses more than 4,300 digits.
     density = float(parts[2]) if parts[2].isdecimal() else 0.0
     if density < 1:
         raise BadInput(

@@ -57,7 +57,13 @@ class Hyperparameter:
 
 
 def count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperparameter:
-    """Return the rule for a whole number from 1 to `most`."""
+    """Return the rule for a whole number.
+
+    Args:
+        part: The part of a configuration that has the number.
+        field: Its name there.
+        most: The largest value that is allowed; the smallest is 1.
+    """
     return Hyperparameter(part, field, True, least=1, most=most, open_below=False, open_above=False)
 
 
@@ -77,7 +83,7 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "batch_size": count("batches", "batch_size", bounds.BATCH_SIZE),
 }
 WHOLE = replace(count("variant", "extra", bounds.RANK), least=0)
-"""A variant's own setting that is a whole number. The variant says what else it may be."""
+"""The rule for whole numbers among a variant's own settings. The variant itself may allow fewer."""
 OF_VARIANTS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
 
@@ -349,8 +355,8 @@ def _choice(word: str, variant: str, name: str, spec: str, own: Own) -> Dimensio
     texts = [text for text in spec.split(",") if text]
     typed = word.partition("=")[0]
     if len(texts) <= spec.count(","):
-        better = f"take {typed}={','.join(texts)}" if texts else EXAMPLE
-        raise BadInput(f"--space {word!r}: a choice of it is empty; {better}.")
+        better = f"take {typed}={','.join(texts)}." if texts else f"name two values or more. {EXAMPLE}"
+        raise BadInput(f"--space {word!r}: one of its values is empty; {better}")
     values = [_value("--space", word, variant, name, text, own) for text in texts]
     distinct = list(dict.fromkeys(values))
     if len(distinct) < 2:

@@ -50,7 +50,7 @@ def test_a_task_file_as_it_should_be_is_planned(tmp_path: Path, run: Run) -> Non
 
 
 def without(name: str) -> str:
-    """Return the task without one of its attributes, or with all of them but this name."""
+    """Return `TASK` without the attribute or method `name`: it is renamed."""
     return TASK.replace(f"    {name} =", f"    not_{name} =").replace(f"def {name}(", f"def not_{name}(")
 
 
@@ -282,7 +282,7 @@ def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Pa
 
 
 def test_a_base_that_has_changed_is_one_line(tmp_path: Path, base: Path, run: Run) -> None:
-    """The store's own, known by what its files held when it was made."""
+    """The store made the base itself and keeps a hash of its files."""
     bases = tmp_path / "results" / "store" / "bases"
     shutil.copytree(base, bases / f"letters-base-{'0' * 12}")
     (tmp_path / "results" / POINTER).write_text(json.dumps({"name": "letters-base", "content": "0" * 64}))

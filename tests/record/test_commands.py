@@ -110,7 +110,7 @@ def test_a_damaged_database_is_named_and_made_again_from_the_records(results, ru
 
 
 def test_what_is_not_made_again(results, run):
-    """A database that a study writes to now, and a server's."""
+    """`--rebuild` refuses a database that a running study writes to, and a server's."""
     database = results / "results/store/mlflow.db"
     empty_database(database)
     before = database.read_bytes()

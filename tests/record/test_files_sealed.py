@@ -1,4 +1,4 @@
-"""A sealed JSON file gives what was written, or an error in one line."""
+"""Reading a JSON file with a checksum gives what was written, or an error in one line."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_no_flipped_bit_gives_something_else(
         except BadInput:
             noticed += 1
             continue
-        # The seal's own name may have been hit: then all before it is as it was. A last line without an end
-        # counts as torn.
+        # Where the bit was in the checksum's own name, the content before it is unchanged. A last line
+        # without its newline counts as torn.
         assert found == right or (kind is points and place == len(whole) - 1), place
     assert noticed > 0.6 * len(whole)
 

@@ -223,7 +223,7 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
 
 
 def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, make_record, tmp_path):
-    """The child of the torn record goes for good, with its artifacts."""
+    """The child of the torn record is deleted permanently, with its artifacts."""
     (tmp_path / "adapter_config.json").write_text("{}")
     first = make_record()
     again = replace(first, provenance=replace(first.provenance, ended=2e9))

@@ -175,8 +175,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
 
 
 def test_no_flipped_bit_makes_another_record(store, make_record, caplog):
-    """Of every third byte of the file one bit is flipped: the record is skipped with a line, or it is the
-    same."""
+    """With a bit flipped, in every third byte in turn, the record is skipped with a warning or unchanged."""
     record = make_record()
     whole = _text_of(store, record).encode()
     path = _file(store, record)

@@ -49,7 +49,7 @@ def test_a_sqlite_file_that_cannot_be_written(tmp_path):
 
 
 def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
-    """Its pages are read only where that is asked for; a file that another program holds is not damaged."""
+    """All pages are read on request only; a file that another program has locked is not damaged."""
     file = tmp_path / "my runs#1.db"
     with closing(sqlite3.connect(file)) as database:
         database.execute("create table runs (words text)")

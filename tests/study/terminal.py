@@ -1,4 +1,4 @@
-"""A terminal for a command: it is typed to as by a keyboard, and what it shows is read off a screen."""
+"""A pseudo-terminal for tests of commands: keys can be typed into it, and the lines on its screen be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
 HEAD = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-"""Makes the terminal that of the process: Ctrl-C is a signal to it."""
+"""Makes the terminal the controlling one of the process, so that Ctrl-C sends it a signal."""
 LIMIT_SECONDS = 200.0
 
 

@@ -167,11 +167,11 @@ progress = Progress(folder, 5, 0, Console(file=sys.stdout))
 def started():
     print("started", file=sys.__stdout__, flush=True)
 """
-"""What a study shows; what is printed meanwhile goes to a file, but for `started`."""
+"""A study's live line. While it is shown, prints go to a file; `started` prints on the terminal."""
 
 
 def _in_a_terminal(folder: Path, body: str) -> Terminal:
-    """A process in a terminal whose command does what `body` says, when it has said that it has started."""
+    """Start a process in a terminal whose command is `body`; return when it has printed "started"."""
     program = folder / "x.py"
     program.write_text(f"{HEAD}{LIVE}def run():\n{textwrap.indent(body, '    ')}\nmain(run)\n")
     terminal = Terminal(program)
@@ -212,7 +212,7 @@ def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
 
 
 def test_how_to_go_on_is_not_glued_to_the_live_line(tmp_path):
-    """Python has dropped the interrupt, and the process is ended from outside of the main thread."""
+    """Python has dropped the interrupt, so another thread than the main one ends the process."""
     work = f"progress.show()\n{DROPPED}dropped.set()\n{LOOP}"
     terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
     terminal.wait_for("0/5 done")
@@ -241,8 +241,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ids=["study", "command"],
 )
 def test_a_terminal_hears_first_what_the_next_seconds_go_to(tmp_path, script, arguments):
-    """Before the first library is imported. With `--help` it hears nothing; elsewhere neither, as
-    tests/experiments/test_bad_input.py shows."""
+    """The line is printed before the first library is imported, and not with `--help`. Where stderr is no
+    terminal nothing is printed: see tests/experiments/test_bad_input.py."""
     program = tmp_path / "x.py"
     program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
     code, lines = Terminal(program).end()
