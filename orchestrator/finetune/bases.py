@@ -70,11 +70,16 @@ def folder_of(root: Path, name: str, content: str) -> Path:
 def read_pointer(root: Path, key: str, field: str) -> str | None:
     """Return `field` of what `write_pointer` kept under `key`, None where nothing is kept.
 
+    Args:
+        root: The store's folder of bases.
+        key: The name of the file, without its ending.
+        field: The member of its JSON object.
+
     Raises:
         BadInput: The file cannot be read, or is no pointer with this field.
     """
     path = root / f"{key}.json"
-    remedy = "remove it: the next study writes it again (of a hub, with the newest commit)"
+    remedy = "remove it: the next study writes it again (for a hub model, with the newest commit)"
     found = files.read(path, dict[str, str], "a base's pointer", remedy)
     if found is None:
         return None
@@ -84,8 +89,20 @@ def read_pointer(root: Path, key: str, field: str) -> str | None:
 
 
 def write_pointer(root: Path, key: str, data: dict[str, str], field: str, replace: bool = False) -> str:
-    """Keep `data` under `key`, and return `field` of what is kept there: what was there before unless
-    `replace`. Of two writers exactly one wins. Raises BadInput as `read_pointer` does."""
+    """Keep `data` under `key`, and return `field` of what is then kept there.
+
+    Of two writers exactly one wins.
+
+    Args:
+        root: The store's folder of bases.
+        key: The name of the file, without its ending.
+        data: What is kept.
+        field: The member that is returned.
+        replace: Whether `data` takes the place of what is there already; otherwise that stays.
+
+    Raises:
+        BadInput: As `read_pointer` does.
+    """
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"{key}.json"
     sealed = files.seal(canonical(data).decode())

@@ -74,7 +74,10 @@ def _cached(repository: str, revision: str | None) -> str | None:
 
 
 def snapshot(name: str, commit: str) -> Path | None:
-    """Return the folder of the local cache with this commit's files, as far as they were downloaded."""
+    """Return the folder of the local cache with this commit's files, None where config.json is not in it.
+
+    Files that were not downloaded yet are missing there.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(repository_of(name), "config.json", revision=commit)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 UNPREPARED = "not prepared yet"
-"""The content of a base that has yet to be made, in a plan: it meets no record."""
+"""The content, in a plan, of a base that is not made yet. No record has it."""
 
 MOST_LAYERS = 10_000
 """Each is made, without its weights, before it can be looked at: a torn configuration may name a billion."""
@@ -170,11 +170,11 @@ def load(
     except (OSError, ValueError) as error:
         raise _unloaded(choice, source, revision, error) from error
     lacking = [] if headed else sorted(info["missing_keys"])
-    if lacking:  # transformers has drawn them at random, and says so where nobody looks
+    if lacking:  # transformers initialises them at random, with a warning that quiet() hides
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise BadInput(
-            f"Model {choice.name!r}: its files hold no weights for {lacking[0]}{more}: they are another "
-            "model's; put config.json and weights of one model there."
+            f"Model {choice.name!r}: its files hold no weights for {lacking[0]}{more}: they are those of "
+            "another model; put config.json and weights of one model there."
         )
     if model.config.model_type.startswith("deberta"):
         from orchestrator.finetune import deberta
@@ -255,8 +255,8 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
         raise
     except Exception as error:  # transformers' classes of configurations and models raise many kinds
         raise BadInput(
-            f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; mend its config.json, "
-            "or take another --model."
+            f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; correct its "
+            "config.json, or take another --model."
         ) from error
     if not task.has_head:
         _check_next_tokens(model, choice.name)
@@ -285,37 +285,36 @@ def _config(choice: ModelChoice, root: Path, own: Mapping[str, Any]) -> Any:
 
 
 def unmade(choice: ModelChoice) -> Any:
-    """Return transformers' configuration of a base that has yet to be made; None for one that is there, and
-    where nothing is known of it before (a hub's model)."""
+    """Return transformers' configuration of a task's own base that is not made yet, None for other models."""
     task = _task_bases().get(choice.name)
     return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
 def _check_next_tokens(model: Any, name: str) -> None:
-    """Refuse a model whose tokens see those that come after them: it would see the answer that it is to give.
+    """Refuse a model whose tokens attend to later ones: it would see the answer that it has to predict.
 
     Args:
         model: A transformers model with a language-modelling head, with or without weights.
         name: Its name, for the error.
 
     Raises:
-        BadInput: The model is an encoder, such as a BERT that is no decoder, or an XLNet.
+        BadInput: The model is an encoder (a BERT without is_decoder) or an XLNet.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     config = model.config
-    # Some architectures have no such attribute: of these, what is trained to fill gaps sees both ways.
+    # Some architectures have no such attribute: of these, masked language models attend both ways.
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
     if not (any(said) if said else getattr(config, "is_decoder", False) or not encoder):
         raise BadInput(
-            f"Model {name!r} ({type(model).__name__}): its tokens see those after them, so it would see the "
-            "answer that this task asks for. Take a decoder, or a task of classes."
+            f"Model {name!r} ({type(model).__name__}): its tokens attend to later ones, so it would see the "
+            "answer that this task asks for; take a decoder-only model, or a task of classes."
         )
 
 
 def positions(model: Any) -> int | None:
-    """Return how many tokens a model has positions for; None where they are not learnt (rotary ones).
+    """Return how many tokens a model has learnt positions for; None where it has none (rotary ones).
 
     Args:
         model: A transformers model, with or without weights.
@@ -324,7 +323,7 @@ def positions(model: Any) -> int | None:
 
     for name, module in model.named_modules():
         if isinstance(module, Embedding) and name.rpartition(".")[2] in _TABLES_OF_POSITIONS:
-            # RoBERTa's begin after the number of its padding token.
+            # RoBERTa's first position is the one after its padding index.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

@@ -1,4 +1,4 @@
-"""Whether a task in a user's file has all that a study needs."""
+"""Check that a task in a user's file has all that a study needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check(task: Task) -> None:
     """Check that a user's task has all that a study needs, of the right kind.
 
     Raises:
-        BadInput: Something is missing or wrong. The text is the first thing that is.
+        BadInput: Something is missing or wrong. The text names the first such thing.
     """
     wrong = next(_wrong(task), None)
     if wrong is not None:
@@ -51,8 +51,10 @@ def _wrong(task: Task) -> Iterator[str]:
         yield f"{is_there}; add defaults = TaskDefaults({fields}, ...)"
         return
     yield from (f"{name} is {getattr(defaults, name)!r}; {rule}" for name, rule in _broken(defaults, task))
-    if not defaults.learning_rates or len(defaults.learning_rates) > bounds.POINTS:
+    if not defaults.learning_rates:
         yield f"learning_rates is {defaults.learning_rates!r}; must have 1 rate or more"
+    if (count := len(defaults.learning_rates)) > bounds.POINTS:
+        yield f"learning_rates has {count} rates; must have {bounds.POINTS} or fewer"
     for rate in defaults.learning_rates:
         if rule := _rule(space.HYPERPARAMETERS["learning_rate"], rate):
             yield f"learning_rates has {rate!r}; {rule}"
@@ -74,6 +76,7 @@ def _broken(defaults: TaskDefaults, task: Task) -> Iterator[tuple[str, str]]:
         **{name: space.count("batches", name, limit) for name, limit in most.items()},
         **{name: space.HYPERPARAMETERS[name] for name in ("warmup", "schedule", "weight_decay")},
         "dtype": space.Hyperparameter("batches", "dtype", words=get_args(Dtype)),
+        "base_dropout": space.Hyperparameter("batches", "base_dropout", words=("on", "off")),
     }
     for name, known in rules.items():
         if rule := _rule(known, getattr(defaults, name)):

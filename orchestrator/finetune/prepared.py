@@ -5,7 +5,7 @@
 
 A file's name is a hash over all that its content follows from, which stands in full in its metadata; every
 record batch has a SHA-256 of its own, and every image's file; the last batch says how many there are. A file
-that is torn, damaged, or another's, is made anew; an image's file is looked at when the image is shown.
+that is torn, damaged, or another's, is made anew; an image's file is checked when the image is read.
 Arrow's IPC format: opened without running code, and a reader's memory is the page cache, which the workers of
 a node share. Where the examples are, no worker needs the hub, or the file that they came from.
 """
@@ -234,7 +234,10 @@ def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[s
 
 
 def _read(path: Path, schema: Any, view: View[T]) -> Sequence[T] | None:
-    """None when it is not there, or is not what was written. For that all of it but images' files is read."""
+    """Return the view of a file, None when it is missing or not what was written.
+
+    All of the file but images' files is read for that.
+    """
     try:
         file = ipc.open_file(pa.memory_map(str(path)))
         if not file.schema.equals(schema, check_metadata=True):
@@ -277,8 +280,10 @@ def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[s
 
 
 def _digest(batch: Any) -> bytes:
-    """A SHA-256 over a record batch's values but for images' files, which have their own: over the IPC
-    message, which is the same for equal batches."""
+    """Return the SHA-256 (hex) of a record batch's IPC message, which is the same for equal batches.
+
+    Images' files are left out: each has a digest of its own.
+    """
     small = batch.select([field.name for field in batch.schema if field.type != BYTES])
     return hashlib.sha256(small.serialize()).hexdigest().encode()
 

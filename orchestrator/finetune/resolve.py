@@ -70,7 +70,7 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
 def default_model(task: Task) -> str:
     """Return the name of the task's own base model. Raises BadInput for a user's task that names none."""
     if not hasattr(task, "default_model"):
-        raise BadInput(f"Task {task.name!r} has no default_model; name one there, or take a --model.")
+        raise BadInput(f"Task {task.name!r} has no default_model; add one to the task, or choose a --model.")
     return task.default_model
 
 

@@ -62,7 +62,7 @@ class StoredImages(Sequence[Example]):
 
 
 def _whole(name: str, file: bytes, digest: str) -> bytes:
-    """The bytes of an image's file. Raises Damaged when they are not those that were kept."""
+    """Return the bytes of an image's file. Raises Damaged when they are not those that were written."""
     if hashlib.sha256(file).hexdigest() != digest:
         raise Damaged(f"image {name}: its file in the store's data folder is not what was written there")
     return file

@@ -1,4 +1,4 @@
-"""What goes wrong in a user's Python file, told in one line."""
+"""Report what goes wrong in a user's Python file in one line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from orchestrator.study.errors import BadInput, Trouble, reason
 
 @contextmanager
 def told(name: str, doing: str) -> Iterator[None]:
-    """Turn what the code of the task `name` raises into one line, if it is a file of the user's.
+    """Turn what the code of the task `name` raises into a BadInput of one line, if the task is a user's file.
 
-    SystemExit as well: a file that calls sys.exit would end the study, with an exit code of its own. Errors
-    of the project's own tasks are bugs and show themselves.
+    SystemExit as well: sys.exit in the file would end the study, with an exit code of its own. Errors of the
+    project's own tasks are bugs and keep their tracebacks.
 
     Args:
         name: The task's name; a user's is the path of its file.
-        doing: What does not work, in words that follow the name.
+        doing: What fails, in words that follow the name.
 
     Raises:
         BadInput: The code of the file raised anything but BadInput, Trouble or KeyboardInterrupt.

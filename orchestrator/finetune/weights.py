@@ -1,10 +1,10 @@
-"""Whether transformers can load the weights of a model folder, told from the headers of its files.
+"""Check that transformers can load the weights of a model folder, by the headers of its files.
 
 transformers 5 takes the first of `NAMES` that is there. It opens safetensors files without running code, and
 `.bin` files with `weights_only=True`, with which torch makes tensors and plain containers and refuses pickles
-that ask for anything else. Here the same header of safetensors files is read, and of a `.bin` file what its
-pickle asks for is listed; no pickle is opened. The tensors are not read: a base can be 16 GB. Of a file of
-torch.save from before 1.6, which has no list of its tensors, only the first bytes are looked at.
+that ask for anything else. This module reads the same header of safetensors files, and lists what the pickle
+in a `.bin` file asks for, without loading it. The tensors are not read: a base can be 16 GB. Of a file of
+torch.save from before 1.6, which has no list of its tensors, only the first bytes are read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NAMES = (
     "pytorch_model.bin.index.json",
 )
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
-CACHE_REMEDY = "remove it from the cache: it is downloaded again"
+CACHE_REMEDY = "remove it from the cache, with the blob that it links to: it is downloaded again"
 _OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-"""A pickle of the number with which a file of torch.save began until 1.5."""
+"""The first bytes of a file of torch.save until 1.5: a pickle of its magic number."""
 _PICKLES = (b"\x80", b"PK\3\4")
-"""How a pickle begins, and a zip file, which torch.save's have been since 1.6."""
+"""The first bytes of a pickle, and of a zip file, which torch.save writes since 1.6."""
 
 
 def check(folder: Path, name: str, complete: bool = True) -> None:
@@ -41,7 +41,7 @@ def check(folder: Path, name: str, complete: bool = True) -> None:
         complete: False for a hub's cache: what is not there yet will be downloaded.
 
     Raises:
-        BadInput: There are no weights, or a file of theirs is missing, cut, or something else.
+        BadInput: There are no weights, or a file of theirs is missing, cut, or of another kind.
     """
     if not (folder / "config.json").is_file():
         return
@@ -63,7 +63,7 @@ def check(folder: Path, name: str, complete: bool = True) -> None:
 
 @dataclass(frozen=True)
 class _Index:
-    """As save_pretrained writes it. `weight_map`: the file of each tensor."""
+    """An index of shards, as save_pretrained writes it. `weight_map`: the file of each tensor."""
 
     metadata: dict[str, Any]
     weight_map: dict[str, str]
@@ -81,8 +81,7 @@ def _shards(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
 
 
 def _wrong(path: Path, tensors: frozenset[str]) -> str:
-    """Return what is wrong with a file of weights that should have these tensors, among others; in words,
-    empty when nothing is."""
+    """Return in words what is wrong with a file of weights that should have `tensors`; empty: nothing."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_OLD_TORCH))

@@ -161,7 +161,7 @@ class Workshop:
             self._pack = None
 
     def _take_off(self, adapters: Adapters) -> None:
-        """Give the base back as it was."""
+        """Detach the adapters, and turn the base's own dropout off."""
         if self._dropping is not None:
             base_dropout.turn_off(self._dropping)
             self._dropping = None

@@ -14,13 +14,13 @@ verdict; the two share one socket. The program is asked for what its functions r
 what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
 "passed", ending early with exit code 0, overriding assert, check or isclose, tracing, reading frames or
 memory, killing its parent, writing result files, or returning an object that is equal to everything gains
-nothing. What it raises cannot end a loop of the tests. SystemExit, a stack that ran out or an early end pass
-for no exception that a test expects: the program has failed then, even where a test catches everything. The
-solutions that a benchmark's package brings are not shown.
+nothing. What it raises cannot end a loop of the tests. SystemExit, an exhausted stack and an early end are
+never taken for an exception that a test expects: the program has failed then, even where a test catches
+everything. The solutions in the package of an installed benchmark are hidden.
 
 **What remains** (docs/grading.md has the whole list). It can answer rightly by other means than the intended
 ones (a table of known answers); that is beyond any test. Arguments and answers are copies: the tests see
-neither what a function does to its arguments in place nor whether it returns one of them. (Were they to see
+neither what a function does to its arguments in place nor whether it returns one of them. (If they saw
 it, a function could make its arguments fit its answer.) Objects of classes of its own are equal to no plain
 value and cannot call the tests' functions. The kernel is shared: a hole in it is a hole in this sandbox; the
 system calls that no program needs are refused (`sandbox/calls.py`), the others are not. Memory is limited for
@@ -63,13 +63,13 @@ def passes_all(
 ) -> list[Verdict]:
     """Return the verdicts in order.
 
-    A program that starts many processes takes time and memory from those beside it. So one that was out of
-    time by the wall clock, or killed by something else than its limit of CPU time, is judged again by itself.
+    A program that starts many processes takes time and memory from those that run beside it. So one that
+    exceeded the wall-clock limit, or was killed by something other than its CPU limit, is judged again alone.
 
     Args:
-        programs: with their tests.
-        workers: how many run at once; by default as many as this process has cores.
-        limits: of each.
+        programs: Programs with their tests, as `with_tests` joins them.
+        workers: How many run at once; by default as many as this process has cores.
+        limits: The limits of each program.
     """
     level()  # once, before there are threads that would all ask
     workers = workers or len(os.sched_getaffinity(0))

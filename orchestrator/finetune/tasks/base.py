@@ -93,7 +93,7 @@ class TaskDefaults:
     schedule: ScheduleName = "cosine"
     weight_decay: float = 0.0
     base_dropout: Literal["on", "off"] = "off"
-    """Whether the base's own dropout is on."""
+    """Whether the base's own dropout is on in training."""
     accumulation: int = 1
     """Parts in which a batch is computed: of a task whose whole batch is more than usual GPUs hold."""
 
@@ -224,7 +224,7 @@ class Task:
 
     def base_config(self) -> Any:
         """Return transformers' configuration of the base that `pretrain` makes: options are checked against
-        its layers before it is made. None where nobody knows it."""
+        its layers before it is made. None where it is not known before."""
         return None
 
     # -- the same for all ------------------------------------------------------------------------------

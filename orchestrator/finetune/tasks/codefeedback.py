@@ -75,7 +75,7 @@ class CodeFeedback(Task):
     metric = "pass_at_1"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    numerics = 2  # what a program raises, and objects that it answers with, are judged otherwise than under 1
+    numerics = 2  # under 1 exceptions of a program, and objects as its answers, were judged differently
     answers = "generated"
     max_new_tokens = 512
     samples = 8

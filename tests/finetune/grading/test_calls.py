@@ -1,4 +1,4 @@
-"""System calls that no program needs which solves a problem are refused, by their numbers."""
+"""System calls that no solution of a problem needs are refused, by their numbers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def call(number, *arguments):
 
 
 def answers(expression: str, body: str = "") -> None:
-    """Run tests that hold `expression` against what the program's `call` got."""
+    """Assert `expression` in the tests of a program that has `call` and `body`."""
     verdict = passes(with_tests(PRELUDE + body, f"assert {expression}"), WIDE)
     assert verdict.passed, verdict.why
 

@@ -1,7 +1,7 @@
 """A filter of system calls (seccomp): refuses what reaches further than the program and its own processes.
 
 Most of these calls need rights that a program does not have in the sandbox. They are refused all the same,
-so that a mistake of the kernel's in one of them cannot be used. Others need no right at all: without the
+so that a bug of the kernel in one of them cannot be exploited. Others need no right at all: without the
 filter a program reads the keys of whoever started the sandbox, fills the machine's memory past every limit,
 or reaches a virtual machine's hypervisor by a socket that belongs to no network namespace. Where no
 namespaces can be made, the filter is all that keeps a program from the network.
@@ -104,9 +104,9 @@ _MACHINES = ("x86_64", "aarch64")
 _ARCHITECTURE = (0xC000003E, 0xC00000B7)  # what the kernel calls each of them
 _SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
 _NEWER = 463
-"""The first number after Linux 6.12's. Later calls, and the second set of numbers that x86-64 has, are not
-known to this list: the C library does without, as on an older kernel."""
-_NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make one
+"""The first number after those of Linux 6.12. Later calls, and the second set of numbers of x86-64 (x32), are
+not in the list and fail with ENOSYS: the C library then falls back, as on an older kernel."""
+_NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make a namespace
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
@@ -115,7 +115,7 @@ _PR_SET_SECCOMP, _FILTER = 22, 2
 _AF_UNIX = 1
 
 _Step = tuple[str, int, int, str, str]
-"""(label, operation, value, label to go on at when so, when not); no label: the next step."""
+"""(label, operation, value, label to jump to when true, when false). An empty label: the next step."""
 
 
 class _Program(ctypes.Structure):
@@ -144,7 +144,7 @@ def _steps(machine: int) -> list[_Step]:
         ("", _EQUAL, _ARCHITECTURE[machine], "", "kill"),
         ("", _LOAD, _NUMBER, "", ""),
         ("", _AT_LEAST, _NEWER, "unknown", ""),
-        ("", _EQUAL, _CLONE3, "unknown", ""),  # its flags are out of a filter's sight; `clone` does the same
+        ("", _EQUAL, _CLONE3, "unknown", ""),  # a filter cannot read its flags
         *(("", _EQUAL, number, "refuse", "") for number in refused if number is not None),
         ("", _EQUAL, _CLONE[machine], "clone", ""),
         ("", _EQUAL, _SOCKETPAIR[machine], "socket", ""),
@@ -161,7 +161,7 @@ def _steps(machine: int) -> list[_Step]:
 
 
 def _assembled(steps: list[_Step]) -> bytes:
-    """Return the filter as the kernel reads it: a jump says how many steps are skipped."""
+    """Return the filter as the kernel reads it: a jump is the number of steps to skip."""
     places = {step[0]: place for place, step in enumerate(steps)}
     code = b""
     for place, (_, operation, value, so, otherwise) in enumerate(steps):

@@ -86,9 +86,10 @@ def _first(order: dict[str, Any], connection: socket.socket) -> None:
 
 
 def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
-    """Tell whether a process was ended for its CPU time; anything else may have killed it, too.
+    """Return whether the CPU limit ended a process.
 
-    The kernel counts the time for its limit more coarsely than the time that it reports.
+    SIGKILL may also come from elsewhere, such as the out-of-memory killer. The kernel counts CPU time
+    for the limit more coarsely than the time that it reports: hence 0.8 of the limit.
     """
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     spent = used.ru_utime + used.ru_stime >= 0.8 * limit

@@ -43,7 +43,7 @@ def judge(connection: socket.socket, text: str) -> tuple[bool, str]:
 
 
 def _judged(talk: Talk, text: str) -> tuple[bool, str]:
-    """As `judge`, but for a failure that the tests themselves have caught."""
+    """Return (passed, why) as the tests saw it: a failure that they caught is not in it."""
     try:
         raised, names = talk.receive()
         if raised != "":

@@ -25,7 +25,7 @@ from orchestrator.study.errors import BadInput, Trouble
 
 WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
-"""Verdicts that what runs beside a program can bring about, too."""
+"""Verdicts that other programs on the machine can cause, too."""
 GRACE = 60.0
 """Seconds that putting up the walls may take on a busy machine before the machine is blamed."""
 
@@ -77,12 +77,13 @@ def level() -> Level:
 
 
 def _try(how: Level) -> None:
-    text = (
-        "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # nothing here imports it before
-    )
+    text = "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # wave: not imported before
     verdict = run(text, "assert program.double(21) == 42", Limits(), how)
     if verdict.why.startswith("ModuleNotFoundError"):
-        raise Trouble(f"user nobody, who runs the programs, cannot read {sys.base_prefix}, where Python is")
+        raise Trouble(
+            f"user nobody, who runs the programs, cannot read Python in {sys.base_prefix}; "
+            "let every user read it"
+        )
     if not verdict.passed:
         raise Trouble(verdict.why)
 
@@ -115,7 +116,7 @@ def run(program: str, tests: str, limits: Limits, how: Level | None = None) -> V
 
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """Make a folder that a program may write to where it gets no root of its own; clear it at the end."""
+    """Make a writable folder for a program that gets no root of its own; remove it at the end."""
     folder = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(folder, 0o777)
     try:

@@ -98,14 +98,14 @@ def _write(path: str, text: str) -> None:
 def own_root(shown: Sequence[str], hidden: Sequence[str], disk: int, files: int) -> None:
     """Make a new root for this process namespace's first process.
 
-    There are the `shown` folders for reading, of which `hidden` ones are empty, an empty /tmp, four devices,
-    and /proc of this namespace where the machine lets it be mounted. Nothing else of the machine is seen.
+    It has the `shown` folders, read-only, in which the `hidden` ones are empty; an empty /tmp; four devices;
+    and /proc of this namespace where the machine lets it be mounted. Nothing else of the machine is visible.
 
     Args:
-        shown: folders of the machine.
-        hidden: folders below them, by their real paths.
-        disk: bytes of /tmp.
-        files: how many it may hold.
+        shown: Folders of the machine.
+        hidden: Folders below them, by their real paths.
+        disk: The size of /tmp in bytes.
+        files: How many files /tmp may hold.
     """
     _mount("none", "/", "none", _REC | _PRIVATE)
     root = "/sys"  # a folder that every machine has and of which nothing is shown
@@ -201,9 +201,9 @@ def end_with_parent() -> None:
 
 
 def leave_session_keys() -> None:
-    """Take an empty session key ring in place of the caller's, of which /proc/keys would give the names.
+    """Replace the caller's session key ring by an empty one: /proc/keys would show the names of its keys.
 
-    A wish, not a wall: where a container forbids it the filter of calls still lets no key be read.
+    An error is ignored: where a container forbids this, the filter of calls still lets no key be read.
     """
     _libc.syscall(ctypes.c_long(number_of("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
@@ -213,7 +213,7 @@ def adopt_orphans() -> None:
 
 
 def tasks_of_this_user() -> int:
-    """Count this user's threads on the machine: outside of a namespace the limit of processes counts them."""
+    """Count this user's threads on the machine: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:  # one may end meanwhile

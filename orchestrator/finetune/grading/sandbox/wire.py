@@ -61,7 +61,7 @@ class Failed(BaseException):
     """The program has failed, whatever its tests make of it.
 
     It is no Exception: a test that expects one must not take it for that. A test that catches everything can
-    hold it up; `Talk.failed` keeps it all the same.
+    suppress it; `Talk.failed` records it all the same.
     """
 
 
@@ -72,8 +72,8 @@ class Ended(Failed):
 class Remote:
     """An object that lives on the other side: it can be called, walked through, its attributes read and set.
 
-    Its class there says whether it is true, how long it is, and whether it is equal to another such object.
-    It is never equal to a plain value.
+    Its class there decides its truth, its length, and whether it is equal to another such object. It is never
+    equal to a plain value.
     """
 
     def __init__(self, talk: Talk, number: int) -> None:
@@ -110,8 +110,8 @@ class Talk:
     """One end of the socket.
 
     Attributes:
-        objects: what this side gave numbers to.
-        failed: how the program has failed, if it has.
+        objects: The objects of this side that were sent, by their numbers.
+        failed: How the program has failed, if it has.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -145,8 +145,8 @@ class Talk:
         """Return what the other side answers.
 
         Raises:
-            Exception: what it raised, as the nearest class that Python itself defines.
-            Failed: it raised something that no test may expect, or sent no answer that can be read.
+            Exception: What it raised, as the nearest class that Python itself defines.
+            Failed: It raised something that no test may expect, or sent no answer that can be read.
         """
         self.send(request)
         try:
@@ -177,19 +177,20 @@ class Talk:
 
 
 def told_error(error: BaseException) -> tuple[str, tuple[str, str]]:
-    """Return what crosses of an exception: (nearest class of Python's, (its own class, its text))."""
+    """Return what is sent of an exception: (name of its nearest builtin class, (its own class, its text))."""
     kinds = (kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
-    said = error.args[0] if len(error.args) == 1 else error
+    # KeyError's own text is the repr of its argument, and would get quotation marks twice.
+    said = error.args[0] if type(error).__str__ is KeyError.__str__ and len(error.args) == 1 else error
     return next(kinds).__name__, (type(error).__name__, str(said)[:300])
 
 
 def _raised(kind: str, own: str, text: str) -> BaseException:
-    """Return what the tests meet where the program raised an exception."""
+    """Return what the tests get raised where the program raised an exception."""
     found = getattr(builtins, kind, None)
     told = f"raised by the program: {own}: {text}"
     if not (isinstance(found, type) and issubclass(found, Exception)) or issubclass(found, NEVER_EXPECTED):
         return Failed(told)
-    if issubclass(found, UnicodeError):  # its subclasses and groups are not made of a text alone
+    if issubclass(found, UnicodeError):  # neither its subclasses nor groups can be made of a text alone
         found = UnicodeError
     elif issubclass(found, ExceptionGroup):
         found = Exception
