@@ -1,4 +1,4 @@
-"""A small file system of its own, which a test can fill, or make read-only."""
+"""A small file system for one test, which the test can fill or make read-only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Disk:
         (self.folder / "filler").unlink()
 
     def close(self) -> None:
-        """Put an empty disk in its place, on which nobody can write."""
+        """Mount an empty file system over it, to which nobody can write."""
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(self.folder)], check=True)
         self.mounts += 1
 

@@ -1,7 +1,8 @@
-"""Ray's token, which lets a process into a Ray: a file that only its user may read.
+"""Keep the file with Ray's authentication token readable by its user only.
 
-Ray 2.60 makes `~/.ray/auth_token` for the first Ray that it starts here, and users of a cluster put its token
-there. Ray leaves the mode of the file to the umask, by which most systems let everybody read it.
+Ray 2.60 writes a new token to `~/.ray/auth_token` when it starts a local Ray and there is none. The user of
+a remote cluster copies that cluster's token there. Ray creates the file with the permissions of the umask,
+and on most systems these let every user read it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from pathlib import Path
 
 from orchestrator.record import files
 
-BYTES = 32  # of randomness, as Ray's own tokens
-OTHERS = 0o077  # the permissions of everybody but the user
+BYTES = 32  # of randomness, as in the tokens that Ray makes
+OTHERS = 0o077  # the permissions of the group and of all other users
 
 
 def keep_private(create: bool) -> None:
-    """Let nobody but the user read the file, and make it where it is missing.
+    """Take the permissions of other users away from the token file.
 
-    Where that is impossible (a home folder that cannot be written, a file of another user) nothing happens:
-    Ray reads or makes the file as it would have done.
+    Where that is impossible (no home folder or one that cannot be written, a file of another user), nothing
+    happens: Ray then reads or creates the file by itself.
 
     Args:
-        create: whether to make the file, for a Ray that is about to start here.
+        create: whether to create the file where it is missing, because a local Ray is about to start.
     """
-    path = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        path = Path.home() / ".ray" / "auth_token"
         if path.exists():
             mode = path.stat().st_mode
             if mode & OTHERS:
@@ -37,13 +38,13 @@ def keep_private(create: bool) -> None:
 
 
 def _ray_makes_one() -> bool:
-    """Tell whether Ray would make the file: it has no other token, and nobody has turned tokens off."""
+    """Tell whether Ray would create the file: no variable names a token or turns tokens off."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return not named and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 
 
 def _make(path: Path) -> None:
-    """Make the file with a new token, whole or not at all; one that another process makes now stays."""
+    """Create the file with a new token in one step, unless another process has created it meanwhile."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -65,7 +65,7 @@ class Broker:
         self.born = uuid.uuid4().hex
         self.changed: dict[str, asyncio.Event] = {}
         self.lines: list[str] = []
-        """What seats have to say to the people who watch the study."""
+        """Lines from the seats that the driver shows to the user."""
 
     # -- trials
 
@@ -135,9 +135,19 @@ class Broker:
     # -- the driver
 
     async def news(self, since: int, lines: int, born: str) -> dict[str, Any]:
-        """Lanes that ended from number `since` on and what seats said from line `lines` on (all, for who knew
-        another incarnation), the counts, the steps that each seat has taken, the names of seats that hang,
-        and why no other should be started, if so."""
+        """Return what is new for the driver.
+
+        Args:
+            since: how many ended lanes the driver knows already.
+            lines: how many lines of the seats it knows already.
+            born: the incarnation of the broker that gave it those. Where this is another one, all ended lanes
+                and all lines are returned.
+
+        Returns:
+            "born": this incarnation; "ended" and "lines": what is new of each; "counts": the lanes in each
+            phase and the live seats; "taken": the optimizer steps of each seat; "stuck": the names of seats
+            that hang; "hopeless": why no more seats should be started, empty where they should.
+        """
         self.core.tick(self.clock())
         since, lines = (since, lines) if born == self.born else (0, 0)
         return {
@@ -273,9 +283,10 @@ def until_lost(call: Callable[[], Answered]) -> Answered:
 
     Raises:
         ActorUnavailableError, RayActorError, GetTimeoutError: as the last call did, when the broker has not
-            answered for BROKER_LOST_SECONDS.
+            answered for BROKER_LOST_SECONDS. A single call counts as two thirds of that at most, so there are
+            always at least two.
     """
-    clock = WatchedClock(most=BROKER_LOST_SECONDS * 2 / 3)  # after a jump, a third is left for new calls
+    clock = WatchedClock(most=BROKER_LOST_SECONDS * 2 / 3)  # a call in which the clock jumps decides nothing
     deadline = clock() + BROKER_LOST_SECONDS
     while True:
         try:

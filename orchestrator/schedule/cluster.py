@@ -26,12 +26,12 @@ ONE_RAY = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
 ALONE = {
-    # Ray reads this on any system, in spite of its name: a Ray that is no cluster has the address 127.0.0.1,
-    # and its processes listen there only. Else they listen on all addresses of the machine.
+    # In spite of its name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1
+    # and Ray's processes listen there only. Otherwise they listen on all addresses of the machine.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_enable_metrics_collection": "0",  # its port would tell Prometheus what runs here; nobody has asked
+    "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
-"""The environment of a Ray that is started here, for this machine alone."""
+"""Environment variables of a Ray that is started here, which serves this machine only."""
 TRIES = 3  # of a second each, to reach a cluster
 STARTS = 2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
@@ -125,10 +125,11 @@ def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 def address() -> str | None:
     """Return the address of the running cluster that a study would join.
 
-    It is RAY_ADDRESS, else that of which `ray start` left word.
+    It is RAY_ADDRESS, else the address in the file that `ray start` writes to the temporary folder, where
+    something answers at that address.
 
     Raises:
-        BadInput: neither this user nor root has left that word. Any user can write it where Ray keeps it.
+        BadInput: the file belongs neither to this user nor to root. Any user can write to that folder.
     """
     if os.environ.get("RAY_ADDRESS"):
         return os.environ["RAY_ADDRESS"]
@@ -139,8 +140,9 @@ def address() -> str | None:
         if found and listens(host, int(port)):
             if owner not in (0, os.getuid()):
                 raise BadInput(
-                    f"{word} names the Ray cluster of another user (number {owner}); set RAY_ADDRESS={found} "
-                    "to join it all the same, or TMPDIR to a folder of your own to start Ray here."
+                    f"{word} announces a Ray cluster of another user (user id {owner}), which is joined on "
+                    f"request only; set RAY_ADDRESS={found} to join it, or TMPDIR to a folder of your own to "
+                    "start Ray here."
                 )
             return found
     return None
@@ -160,7 +162,7 @@ def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
     _refuse_another_copy()
     where = address()
     if where is None:
-        remains.folder().mkdir(mode=0o700, exist_ok=True)  # asked again below: who has made it first?
+        remains.folder().mkdir(mode=0o700, exist_ok=True)  # `folder` then checks whose it is
     with exclusively(remains.folder() / "lock", ONE_RAY) if where is None else nullcontext():
         remains.end()
         yield from _connected(where, last)

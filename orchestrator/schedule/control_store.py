@@ -1,8 +1,8 @@
-"""Watches Ray's control store (GCS), without which a Ray cannot go on.
+"""Watch Ray's control store (GCS), without which Ray cannot go on.
 
-When the GCS is gone, every call of Ray's that needs it waits for a minute, deep in C++, and then Ray ends the
-process with a line of its own. A thread here finds out before, and ends the study with one line that says
-what happened and which command goes on.
+When the GCS is gone, every call to Ray that needs it blocks in C++ for a minute, and then Ray ends the
+process with a message of its own. The thread here notices this earlier and ends the study with one line that
+says what happened and which command goes on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from orchestrator.schedule.watched_clock import WatchedClock
 from orchestrator.study.command import end_with, typed
 
 LOOK_SECONDS = 2.0
-LOST_SECONDS = 30.0  # half of what Ray itself gives it
-STOP_SECONDS = 5.0  # a look takes one at most
+LOST_SECONDS = 30.0  # half of the time after which Ray itself gives up
+STOP_SECONDS = 5.0  # a check takes one second at most
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def watched(cluster: Cluster, say: Callable[[str], None], last: Callable[[], obj
     """End the process when the GCS of the cluster has not answered for LOST_SECONDS.
 
     Args:
-        cluster: the one that is joined.
-        say: called with a line when the GCS stops to answer.
+        cluster: the Ray that the study uses.
+        say: called with a line when the GCS stops answering.
         last: called before the process ends.
     """
     stop = threading.Event()
@@ -60,7 +60,7 @@ def _watch(
 
 
 def _line(cluster: Cluster) -> str:
-    """Return what happened and how to go on."""
+    """Return the error line: what happened and how to go on."""
     what = "its process" if cluster.local else "its process or its machine"
     first = "" if cluster.local else "start the cluster again, then "
     return (

@@ -22,7 +22,7 @@ PLAIN_SECONDS = 10.0  # how often a plain line is written where there is no term
 
 
 class _Log(io.TextIOWrapper):
-    """A log that loses what its disk has no space for: a study goes on without it."""
+    """A log file that drops what it cannot write, because a full disk must not end a study here."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays, on the terminal and in the log."""
-        if self._live is None:  # which clears its line by itself; else ^C may stand there
+        if self._live is None:  # a live display clears its line by itself; else ^C may be there
             self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 0)))
         self.console.print(text, markup=False)
         self._write(text)

@@ -3,7 +3,7 @@
 A driver that dies by kill -9 cannot end its Ray. Most of that ends by itself, Ray's agents do not within a
 minute, and two Rays on one machine can end each other's Train runs. So a driver writes down its Ray's
 processes, and a guard beside it ends them once the driver is gone; the next driver does so, too, in case that
-the guard has died. A driver that lives on ends what is left after Ray's own shutdown.
+the guard has died. A driver that is not killed ends what Ray's own shutdown leaves.
 
     python -m orchestrator.schedule.remains      the guard: waits for the end of its standard input
 """
@@ -27,16 +27,16 @@ from orchestrator.study.errors import BadInput
 
 MOMENT_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
 Identity = tuple[int, float]
-"""A process: its number, and `born`, the seconds from the start of the machine to its own."""
+"""A process: its PID, and what `born` returns for it."""
 GONE: Identity = (0, -1.0)
-"""A driver that is no process."""
+"""No process: in place of a driver that nobody knows."""
 
 
 def folder() -> Path:
     """Return this user's folder in the temporary folder; it need not be there yet.
 
     Raises:
-        BadInput: it is there, and another user has made it or could write to it.
+        BadInput: it is there, and it is not a folder of this user that nobody else can write to.
     """
     path = Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
     with suppress(FileNotFoundError):
@@ -44,8 +44,8 @@ def folder() -> Path:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
             raise BadInput(
                 f"{path} is not a folder that only you can write to (it belongs to user {found.st_uid}, mode "
-                f"{stat.filemode(found.st_mode)}), and processes that are listed there are ended; remove it, "
-                "or set TMPDIR to a folder of your own."
+                f"{stat.filemode(found.st_mode)}), and the processes that it lists would be ended; remove "
+                "it, or set TMPDIR to a folder of your own."
             )
     return path
 
@@ -55,23 +55,31 @@ def _file() -> Path:
 
 
 def children() -> frozenset[psutil.Process]:
-    """Return what runs below this process."""
+    """Return the processes that this process has started, and theirs."""
     return frozenset(psutil.Process().children(recursive=True))
 
 
 def write(before: Collection[psutil.Process] = ()) -> None:
-    """Write down this process and its Ray's: what runs below it now, and did not `before` Ray was started."""
+    """Write this process and its Ray's processes to the file of this process.
+
+    Args:
+        before: what `children` returned before Ray was started; these are not Ray's processes.
+    """
     rays = [process for process in children() if process.is_running() and process not in before]
     _file().write_text(written([psutil.Process(), *rays]))
 
 
 def written(processes: Sequence[psutil.Process]) -> str:
-    """Return what a file says of a driver and its Ray's processes, for `_read`."""
+    """Return the content of a file for `_read`.
+
+    Args:
+        processes: a driver, then its Ray's processes.
+    """
     return json.dumps({"boot": _boot(), "processes": [(p.pid, born(p)) for p in processes]})
 
 
 def _read(file: Path) -> list[Identity]:
-    """Return what `written` put into a file; nothing where it is torn, or older than the machine's start."""
+    """Return the processes in a file; none where it is torn, or was written before the last boot."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(file.read_text())
         if found["boot"] == _boot():
@@ -80,16 +88,16 @@ def _read(file: Path) -> list[Identity]:
 
 
 def born(process: psutil.Process) -> float:
-    """Return the seconds from the start of the machine to that of a process.
+    """Return the seconds from the boot of the machine to the start of a process.
 
-    Whoever sets the clock changes the time at which a process says that it began, and not this.
+    On Linux, setting the clock changes `create_time` and does not change this.
     """
-    boot = psutil.boot_time()  # first: older versions of psutil keep it for `create_time`
+    boot = psutil.boot_time()  # first: older versions of psutil use its last result in `create_time`
     return process.create_time() - boot
 
 
 def _boot() -> str:
-    """Return what tells one start of the machine from another; empty outside of Linux."""
+    """Return the id of the current boot of the machine; empty outside of Linux."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -146,8 +154,9 @@ def end() -> None:
 def _end(rays: Sequence[Identity]) -> None:
     """End these processes, and the workers of raylets among them.
 
-    A number may be another process's by now. Where nobody reaps the dead (the first process of many a
-    container does not), a raylet's workers take it for alive, and train on.
+    A PID may belong to another process by now: such a process is left alone. Where nobody reaps dead
+    processes (the first process of many containers does not), the workers of a dead raylet take it for alive
+    and train on: they are found by the PID of the raylet in their environment.
     """
     raylets = {str(pid) for pid, born in rays if not psutil.pid_exists(pid) or _there(pid, born)}
     doomed = [process for identity in rays if (process := _alive(*identity))]
@@ -168,8 +177,14 @@ def end_children(before: Collection[psutil.Process]) -> None:
 
 @contextmanager
 def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
-    """Around the life of a Ray that this process has just started: should the process be killed meanwhile, a
-    guard ends what is left. So does this process itself, afterwards. `before`: see `write`."""
+    """End what is left of the Ray that this process has just started.
+
+    Should this process be killed inside the context, a second process, the guard, does so. Otherwise this
+    process does so when it leaves the context.
+
+    Args:
+        before: as for `write`.
+    """
     write(before)
     guard = subprocess.Popen(
         [sys.executable, "-m", __name__],
@@ -181,7 +196,7 @@ def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        _end(_read(_file())[1:])  # Ray's own end leaves workers whose raylet has died, and what hangs
+        _end(_read(_file())[1:])  # Ray's shutdown leaves processes that hang, and workers of a dead raylet
         guard.kill()
         guard.wait()
         _file().unlink(missing_ok=True)

@@ -34,9 +34,9 @@ class _NoGroup(_TorchBackend):
 
 
 class Alone(TorchConfig):
-    """Torch for a run of one worker, which needs no process group.
+    """Configure torch for a run of one worker, which needs no process group.
 
-    The store of a process group listens on all addresses of its machine, and lets everybody in.
+    The TCP store of a process group listens on all addresses of its machine and asks for no token.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""A clock for deadlines that end something because it was silent."""
+"""A clock for timeouts after which a silent process is given up."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ MOST_SECONDS = 15.0
 
 
 class WatchedClock:
-    """Monotonic seconds, as far as somebody looked at the clock.
+    """A monotonic clock on which a gap between two readings counts as `most` seconds at most.
 
-    A machine that was suspended, a process that was stopped and a clock that jumps leave a gap between two
-    looks. Such a gap says nothing of those who did not answer meanwhile: it counts as `most` seconds at most.
+    Where the machine is suspended, this process is stopped or the clock jumps, there is a long gap between
+    two readings. In that time others may have had no chance to answer, so it must not count as their silence.
 
     Args:
-        most: longer than the longest time between two looks where nothing is wrong, in seconds.
+        most: seconds; longer than any gap between two readings where nothing is wrong.
     """
 
     def __init__(self, most: float = MOST_SECONDS) -> None:
@@ -22,7 +22,7 @@ class WatchedClock:
         self._now = self._looked = time.monotonic()
 
     def __call__(self) -> float:
-        """Return the seconds of this clock, whose zero means nothing."""
+        """Return the time in seconds, of which only differences have a meaning."""
         looked = time.monotonic()
         self._now += min(max(0.0, looked - self._looked), self._most)
         self._looked = looked

@@ -1,9 +1,10 @@
-"""Who may read the token of a Ray that is started here. A real one's is in test_leftovers.py."""
+"""Who may read the token of a Ray that is started here. A test with a real Ray is in test_leftovers.py."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from orchestrator.schedule.auth_token import keep_private
 
 
 @pytest.fixture
-def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return where the token of a new user lies; files are made for everybody to read."""
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the path of a new user's token, with a umask that lets every user read new files."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)

@@ -65,8 +65,8 @@ def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
 def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
 ) -> None:
-    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive. The
-    machine's clock is set by `jump` seconds meanwhile, which moves the time at which Linux says it began."""
+    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive.
+    Meanwhile the machine's clock is set by `jump` seconds, which changes the boot time that Linux reports."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
     worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
@@ -111,7 +111,7 @@ for process in left:
 
 
 def test_what_is_left_of_a_ray_after_its_own_end_is_ended_by_the_driver(tmp_path: Path) -> None:
-    """It ends what came with Ray, and its workers; what ran below the driver before goes on."""
+    """The driver ends what Ray has started, workers included, and nothing that it had started before."""
     command = [sys.executable, "-c", LEAVES_A_RAY]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)

@@ -29,7 +29,7 @@ Jump = Callable[[float], None]
 
 @pytest.fixture
 def jump(monkeypatch: pytest.MonkeyPatch) -> Jump:
-    """Return what sets the monotonic clock of this process forward by so many seconds."""
+    """Return a function that sets the monotonic clock of this process forward by so many seconds."""
     real, ahead = time.monotonic, [0.0]
 
     def set_forward(seconds: float) -> None:

@@ -62,7 +62,7 @@ def test_a_report_that_cannot_be_written(
     why: str,
     advice: str,
 ) -> None:
-    """The disk with the studies' folders refuses when the records are read, before the report is written."""
+    """The disk with the studies' folders refuses writes after the records are read, before the report."""
     write = study_run.write_parquet
 
     def write_parquet(store: Any) -> None:
@@ -101,7 +101,7 @@ def test_a_store_of_which_a_part_cannot_be_written(run: Run, disk: Disk, known: 
 
 
 def test_a_librarys_own_error_about_a_full_disk_is_told_as_such(disk: Disk, tmp_path: Path) -> None:
-    """As Ray Tune's, which misses a file that it could not write."""
+    """Ray Tune, for example, raises one about a missing file that it could not write before."""
 
     def fails() -> None:
         with files.blamed(tmp_path, disk.folder):

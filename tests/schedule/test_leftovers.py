@@ -106,7 +106,7 @@ control_store.LOST_SECONDS = 3.0
 def test_a_killed_control_store_ends_the_study_and_the_same_command_goes_on(
     output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before that, the study's Ray is a new user's: see docs/security.md."""
+    """Before the kill, it shows what docs/security.md says of addresses and of a new user's token."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))

@@ -35,7 +35,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def list_of(process: subprocess.Popen[bytes]) -> str:
-    """The list that a driver writes down, of one that is dead and whose Ray had this process."""
+    """Return the list that a driver has written which is dead now, with `process` as its Ray."""
     with subprocess.Popen(["true"]) as driver:
         driver.wait()
     known = json.loads(remains.written([psutil.Process(process.pid)] * 2))
