@@ -118,9 +118,9 @@ class Configuration:
     """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
     seed: int = 0
     loop_numerics: int = 2
-    """Raised by hand when a change of the loop alters results. With 1, warm-up began at (step + 1) / w, weight
-    decay reached biases and norms, tensors had no fixed order, prompts began without BOS, dropout reached what
-    PiSSA and ReLoRA freeze, and clipping divided by the norm without 1e-6."""
+    """Raised by hand when a change of the loop alters results. With 1, warm-up began at (step + 1) / w,
+    weight decay reached biases and norms, tensors had no fixed order, prompts began without BOS, dropout
+    reached what PiSSA and ReLoRA freeze, and clipping divided by the norm without 1e-6."""
 
     @cached_property
     def fingerprint(self) -> str:
