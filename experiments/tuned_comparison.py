@@ -149,8 +149,8 @@ def _check(tune: ComparisonOptions, wanted: Sequence[Configuration]) -> None:
         if others:
             raise BadInput(
                 f"--study {tune.study!r}: it has begun with {len(others)} configurations that this command "
-                "does not ask for (other steps, rates, variants, ...), and a choice among both would compare "
-                "unlike runs; repeat its options, or take another --study."
+                "does not ask for (other steps, rates, variants, ..., or an earlier version's numerics), and "
+                "a choice among both would compare unlike runs; repeat its options, or take another --study."
             )
         return
     _refuse_new(kept, tune)

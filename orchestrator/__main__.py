@@ -46,7 +46,8 @@ class Sync(Places):
     tracking_uri: str | None = None
     """Where MLflow keeps its runs; by default what each study used."""
     rebuild: bool = False
-    """Make MLflow's SQLite file again: for one that is damaged. The old one is kept beside it."""
+    """Make the SQLite files of MLflow again to which studies below --output log: for one that is damaged. The
+    old files are kept beside the new ones, with other runs that they have."""
 
     def run(self) -> int:
         from orchestrator.record.store import Store

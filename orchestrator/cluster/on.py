@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cluster import alike, description, head, retyped
 from orchestrator.cluster.jobs import Jobs
-from orchestrator.study.command import INTERRUPTED, say_interrupted, typed
+from orchestrator.study.command import INTERRUPTED, say_on_a_line, typed
 from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.options import StudyOptions
 
@@ -135,7 +135,7 @@ class _Study:
             again = typed(sys.orig_argv[1:])
             says = f"goes on on {self.cluster}; to follow it: {again}; to end it: {again} --stop"
             says = f"ends on {self.cluster}" if self.options.stop else says
-            say_interrupted(f"let go: the study {says}")
+            say_on_a_line(f"let go: the study {says}")
             return INTERRUPTED
         if code != NOTHING_RAN:
             self._bring(_command(job))

@@ -22,11 +22,15 @@ from orchestrator.study.errors import BadInput, Trouble, refused_by_disk
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put `path` into an OSError that is raised inside and names no file, or the temporary file of `path`."""
+    """Put `path` into a disk's error that is raised inside and names no file, or the temporary one of `path`.
+
+    Other errors are left as they are: those of networks and of Ray's time limits are OSErrors, too.
+    """
     try:
         yield
     except OSError as error:
-        if not error.filename or Path(error.filename).name.startswith(f".{path.name}."):
+        nameless = not error.filename and refused_by_disk(error)
+        if nameless or Path(error.filename or "").name.startswith(f".{path.name}."):
             error.filename = str(path)
         raise
 
@@ -39,8 +43,8 @@ def blamed(*folders: Path) -> Iterator[None]:
     that does not mention it, each folder is written to, to see whether that works.
 
     Args:
-        folders: The folders that the code inside writes to. An OSError that names no file gets the name of
-            the first one.
+        folders: The folders that the code inside writes to. A disk's error that names no file gets the name
+            of the first one.
 
     Raises:
         OSError: One of the folders cannot be written; the error names it.
@@ -101,11 +105,13 @@ def unseal(data: bytes) -> bytes:
         The JSON without the checksum.
 
     Raises:
-        Damaged: The content does not have this checksum.
+        Damaged: The content does not have this checksum, or another program has written the file.
     """
     start = max(0, len(data) - _SEAL_BYTES)
     found = next((m for m in _SEAL.finditer(data, start) if m.end() == len(data)), None)
     if found is None:
+        if b'"sha256"' in data[start:]:
+            raise Damaged("another program has rewritten it, so that its SHA-256 cannot be verified")
         return data
     body = data[: found.start()]
     if hashlib.sha256(body).hexdigest().encode() != found[1]:

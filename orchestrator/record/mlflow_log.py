@@ -212,7 +212,6 @@ class MlflowLog:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
             _make_database(self._database)
-            self._refuse_damage()  # MLflow would keep retrying to open the file
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
     def _refuse_damage(self, every_page: bool = False) -> None:

@@ -10,7 +10,7 @@ from orchestrator.record.parquet import write_parquet
 from orchestrator.record.rebuild import set_aside
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import REPORT, StudyFile, all_studies
-from orchestrator.record.tracking_uri import check_uri, of_study, shown
+from orchestrator.record.tracking_uri import check_uri, of_study, shown, sqlite_path
 
 
 def sync(
@@ -35,6 +35,9 @@ def sync(
     """
     studies = all_studies(output)
     uris = {name: tracking_uri or of_study(study.tracking_uri, store) for name, (_, study) in studies.items()}
+    for uri in set(uris.values()):
+        if not (rebuild and sqlite_path(uri)):  # a file is looked at once it is whole again
+            check_uri(uri)
     for folder in set_aside(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
         say(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
@@ -44,7 +47,8 @@ def sync(
     for name, (folder, study) in studies.items():
         uri = uris[name]
         if uri not in logs:
-            check_uri(uri)
+            if rebuild:
+                check_uri(uri)
             logs[uri] = MlflowLog(uri)
         try:
             report = [file for each in REPORT if (file := folder / each).exists()] if rebuild else []

@@ -137,8 +137,8 @@ def _check_sqlite(uri: str) -> None:
     if why := damage(path):
         raise BadInput(
             f"--tracking-uri {shown(uri)!r}: the file is damaged ({why}); "
-            "`python -m orchestrator sync --rebuild`, with the same --output and --store, makes it again "
-            "from the records"
+            "name another file, or, if studies of this --output log to it, have it made again from the "
+            "records: python -m orchestrator sync --rebuild, with the same --output and --store"
         )
 
 

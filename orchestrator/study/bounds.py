@@ -18,22 +18,21 @@ SEATS = 10_000
 """The bound of --seats, --lanes-per-seat and --workers-per-seat."""
 
 
-def check(option: str, value: int | None, most: int, least: int = 1) -> None:
-    """Check that `value` is at least `least` and at most `most`.
+def check(option: str, value: int | None, most: int) -> None:
+    """Check that `value` is at least 1 and at most `most`.
 
     Args:
         option: The option's name, for the error line.
         value: The option's value; None, if it was not given, passes.
         most: The largest value that is allowed.
-        least: The smallest value that is allowed.
 
     Raises:
         BadInput: The value is too small or too large.
     """
     if value is None:
         return
-    if value < least:
-        raise BadInput(f"{option} {value}: must be {least} or more.")
+    if value < 1:
+        raise BadInput(f"{option} {value}: must be 1 or more.")
     if value > most:
         raise BadInput(f"{option} {value}: must be {most} or less; take {most}.")
 

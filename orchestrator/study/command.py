@@ -63,7 +63,7 @@ def main(run: Callable[[], int | None]) -> NoReturn:
         code = 0
     except Exception as error:
         line = refused_by_disk(error)
-        if not line and isinstance(error, OSError) and error.filename is not None:
+        if not line and isinstance(error, OSError) and error.filename is not None and error.strerror:
             line = f"{error.filename}: {error.strerror}; make it usable, or move it away"
         if not line:
             raise
@@ -154,7 +154,7 @@ class _Interrupt:
     def say_how_to_go_on(self) -> None:
         if not self.said:
             self.said = True
-            say_interrupted(f"interrupted; to go on: {typed(sys.orig_argv[1:])}")
+            say_on_a_line(f"interrupted; to go on: {typed(sys.orig_argv[1:])}")
 
 
 _interrupt = _Interrupt()
@@ -210,7 +210,7 @@ def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
         last: Called after the line is printed; the process ends when it returns.
     """
     with _interrupt.ending:
-        say_interrupted(f"error: {without_secrets(error)}")
+        say_on_a_line(f"error: {without_secrets(error)}")
         last()
         _end_at_once(FAILED)
 
@@ -239,7 +239,7 @@ def say_what_comes(text: str) -> None:
         print(text, file=sys.__stderr__, flush=True)
 
 
-def say_interrupted(text: str) -> None:
+def say_on_a_line(text: str) -> None:
     """Print `text` on the process's first stderr, on a line of its own.
 
     On a terminal the line is cleared before: it may hold a typed ^C, or a study's live line. `sys.stderr` is

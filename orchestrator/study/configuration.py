@@ -125,10 +125,13 @@ class Configuration:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON, the base by content alone: its name is for people. A head that
-        learns at the rate of all the rest is left out, however that was said."""
+        learns at the rate of all the rest is left out, however that was said, and so is dropout of the base
+        that is off: earlier versions had no such field."""
         data = replace(self, model=replace(self.model, name="")).to_json()
         if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
             del data["optimizer"]["head_learning_rate"]
+        if data["base_dropout"] == "off":
+            del data["base_dropout"]
         return hashlib.sha256(canonical(data)).hexdigest()
 
     @cached_property

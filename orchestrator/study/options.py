@@ -218,6 +218,7 @@ class StudyOptions:
                 "default is 300."
             )
         if self.study is not None:
+            naming.check(self.study)
             self.study_folder(self.study)
 
     @property

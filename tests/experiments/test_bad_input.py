@@ -106,11 +106,11 @@ BAD = {
     "study name of the store": ((*DRY, "--study", "store"), ["--study 'store'", "results/store", "another"]),
     "study in the store": (
         (*DRY, "--study", "records", "--output", "all", "--store", "all"),
-        ["--study 'records'", "lies in the store", "another --output"],
+        ["--study 'records'", "one of the store's own", "another --output"],
     ),
     "study in the store by another way": (
         (*DRY, "--study", "a", "--output", "x", "--store", "x/../x/a"),
-        ["--study 'a'", "lies in the store"],
+        ["--study 'a'", "one of the store's own"],
     ),
     "too many seeds": (
         (*DRY, "--seeds", "1000000000"),

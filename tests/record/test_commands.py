@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -118,7 +119,11 @@ def test_what_is_not_made_again(results, run):
         run(ORCHESTRATOR, "sync", "--rebuild").assert_refused("'rates' is running")
     assert database.read_bytes() == before
     uri = "http://127.0.0.1:9"
-    run(ORCHESTRATOR, "sync", "--rebuild", "--tracking-uri", uri).assert_refused(uri, "SQLite")
+    run(ORCHESTRATOR, "sync", "--rebuild", "--tracking-uri", uri).assert_refused(uri, "cannot be reached")
+    folder, study = find_study(results / "results", "second")
+    replace(study, tracking_uri=uri).write(folder)
+    run(ORCHESTRATOR, "sync", "--rebuild").assert_refused(uri, "cannot be reached")
+    assert database.read_bytes() == before
 
 
 def test_show_tells_all_about_one_record(results, make_record):

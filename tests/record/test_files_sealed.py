@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from orchestrator.record.study_file import FILE, StudyFile
 from orchestrator.schedule.search_file import FILE as SEARCH
 from orchestrator.schedule.search_file import POINTS, Point, SearchFile
 from orchestrator.study.errors import BadInput
+
+FULL = OSError(errno.ENOSPC, "full")
 
 
 def study(folder: Path) -> tuple[Path, Callable[[], object]]:
@@ -71,3 +75,18 @@ def test_the_seal_is_over_all_before_it() -> None:
     with pytest.raises(files.Damaged):
         files.unseal(sealed.replace(b'"a": 1', b'"a": 2'))
     assert files.unseal(b'{"a": 1}\n') == b'{"a": 1}\n'
+
+
+def test_a_sealed_file_that_another_program_has_rewritten_is_refused(tmp_path: Path) -> None:
+    """It would pass for one of an earlier version, which has no seal, whatever its numbers are."""
+    path, read = study(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    with pytest.raises(BadInput, match="another program has rewritten it"):
+        read()
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionRefusedError(111, "no"), FULL])
+def test_only_a_disks_error_gets_the_name_of_a_folder(error: OSError, tmp_path: Path) -> None:
+    with pytest.raises(type(error), match="") as raised, files.blamed(tmp_path):
+        raise error
+    assert raised.value.filename == (str(tmp_path) if error is FULL else None)

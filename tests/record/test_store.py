@@ -184,10 +184,7 @@ def test_no_flipped_bit_makes_another_record(store, make_record, caplog):
     for place in places:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         caplog.clear()
-        try:
-            found = Store(store.root).get(record.fingerprint)
-        except BadInput:  # the record of another schema version
-            continue
+        found = Store(store.root).get(record.fingerprint)
         assert found is None or repr(found) == repr(record), place
         assert (found is None) == ("skipped" in caplog.text), place
         skipped += found is None

@@ -1,0 +1,33 @@
+"""Where a study's folder may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.record.store import Store
+from orchestrator.study import naming
+from orchestrator.study.errors import BadInput
+
+
+@pytest.mark.parametrize("store", ["out", ".", "out/store"])
+def test_studies_may_lie_beside_the_folders_of_a_store_and_not_in_them(store: str, tmp_path: Path) -> None:
+    made = Store(tmp_path / store)
+    output = tmp_path / "out"
+    assert naming.folder("mine", output, made.root) == output / "mine"
+    own = {path.name for path in vars(made).values() if isinstance(path, Path)} - {made.root.name}
+    assert own >= {"records", "bases"}
+    for name in own:
+        with pytest.raises(BadInput, match="one of the store's own"):
+            naming.folder(name, made.root, made.root)
+    with pytest.raises(BadInput, match="one of the store's own"):
+        naming.folder(made.root.name, made.root.parent, made.root)
+
+
+def test_a_name_of_the_most_bytes_has_room_for_a_stages_ending(tmp_path: Path) -> None:
+    name = "x" * naming.MOST_BYTES
+    naming.check(name)
+    assert naming.folder(f"{name}-confirm", tmp_path, tmp_path / "store").name == f"{name}-confirm"
+    with pytest.raises(BadInput, match="1 to 200 bytes"):
+        naming.check(f"{name}x")
