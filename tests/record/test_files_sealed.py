@@ -17,6 +17,7 @@ from orchestrator.study.errors import BadInput
 
 
 def study(folder: Path) -> tuple[Path, Callable[[], object]]:
+    folder /= "s"
     StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64), looks=(3,)).write(folder)
     return folder / FILE, lambda: StudyFile.read(folder)
 
@@ -71,3 +72,23 @@ def test_the_seal_is_over_all_before_it() -> None:
     with pytest.raises(files.Damaged):
         files.unseal(sealed.replace(b'"a": 1', b'"a": 2'))
     assert files.unseal(b'{"a": 1}\n') == b'{"a": 1}\n'
+
+
+def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
+    """Two were swapped, or one was copied: under this name it would bring another study's results."""
+    for name in ("a", "b"):
+        StudyFile(name, "", "", (name * 64,)).write(tmp_path / name)
+    (tmp_path / "a" / FILE).write_bytes((tmp_path / "b" / FILE).read_bytes())
+    with pytest.raises(BadInput, match=r"a/study.json: .*'b'.*not 'a'.*") as caught:
+        StudyFile.read(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    """Two were swapped, or one was renamed: this recipe would have another one's base."""
+    for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
+        bases.write_pointer(tmp_path, key, {"name": "base", "content": content}, "content")
+    (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())
+    with pytest.raises(BadInput, match=r"base\.r2\.json: .*base\.r1.*remove it"):
+        bases.read_pointer(tmp_path, "base.r2", "content")
+    assert bases.read_pointer(tmp_path, "base.r1", "content") == "0123456789ab"
