@@ -85,7 +85,7 @@ class StudyFile:
             The study, or None where the folder holds none.
 
         Raises:
-            BadInput: the file is no study's, is damaged, another study's, or a newer version's of this program.
+            BadInput: the file is no study's, is damaged, another study's, or a newer version's.
         """
         study = cls._read(folder)
         if study is not None and study.name != folder.name:
