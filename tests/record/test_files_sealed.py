@@ -10,6 +10,8 @@ import pytest
 from orchestrator.analyze import choice
 from orchestrator.finetune import bases
 from orchestrator.record import files
+from orchestrator.record.parquet import write_parquet
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import FILE, StudyFile
 from orchestrator.schedule.search_file import FILE as SEARCH
 from orchestrator.schedule.search_file import POINTS, Point, SearchFile
@@ -72,6 +74,21 @@ def test_the_seal_is_over_all_before_it() -> None:
     with pytest.raises(files.Damaged):
         files.unseal(sealed.replace(b'"a": 1', b'"a": 2'))
     assert files.unseal(b'{"a": 1}\n') == b'{"a": 1}\n'
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    """And not the temporary file beside it, of which nobody has heard."""
+    store = Store(tmp_path / "store")
+    report, parquet = tmp_path / "report.html", store.root / "records.parquet"
+    for path in (report, parquet):
+        path.mkdir()
+    for path, write in (
+        (report, lambda: files.replace(report, b"x")),
+        (parquet, lambda: write_parquet(store)),
+    ):
+        with pytest.raises(OSError, match="Is a directory") as caught:
+            write()
+        assert caught.value.filename == str(path)
 
 
 def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
