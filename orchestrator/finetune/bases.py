@@ -20,7 +20,7 @@ from pathlib import Path
 
 from orchestrator.record import files
 from orchestrator.study.configuration import canonical
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, quoted
 
 _NOT_CONTENT = {"transformers_version", "_name_or_path"}
 _ABANDONED_SECONDS = 3600.0
@@ -83,6 +83,8 @@ def read_pointer(root: Path, key: str, field: str) -> str | None:
     found = files.read(path, dict[str, str], "a base's pointer", remedy)
     if found is None:
         return None
+    if found.get("key", key) != key:
+        raise BadInput(f"{path}: it is of {quoted(found['key'])}; {remedy}")
     if field not in found:
         raise BadInput(f"{path}: not a base's pointer ({field} is missing); {remedy}")
     return found[field]
@@ -105,7 +107,7 @@ def write_pointer(root: Path, key: str, data: dict[str, str], field: str, replac
     """
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"{key}.json"
-    sealed = files.seal(canonical(data).decode())
+    sealed = files.seal(canonical({**data, "key": key}).decode())
     if replace:
         files.replace(target, sealed)
         return data[field]

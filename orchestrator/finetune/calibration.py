@@ -1,7 +1,7 @@
 """The evidence behind a start: computed once for a model, task, variant and seed, whatever the learning rate,
 and kept in the store.
 
-    <folder>/<key>.safetensors        tensors named <layer>/<name>
+    <folder>/<key>.safetensors        tensors named <layer>/<name>; the head is the key
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from orchestrator.finetune.data import longest, training_batch
 from orchestrator.finetune.forward import losses, outputs
 from orchestrator.finetune.lane import settings_of
 from orchestrator.finetune.team import Team
+from orchestrator.record.files import Damaged
 from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
 from variants.attach import Adapters, Distilled
 from variants.calibrate import calibrate
@@ -58,18 +59,22 @@ def _key(configuration: Configuration) -> str:
 
 
 def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
-    with suppress(OSError, ValueError, SafetensorError):  # not there, or torn: made anew
+    with suppress(OSError, ValueError, SafetensorError):  # not there, torn, or another's: made anew
         _read(file, torch.device("cpu"))
         return
     made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}
-    tensor_files.write(file, tensors)  # of two seats that make the same, either's is whole
+    tensor_files.write(file, tensors, file.stem)  # of two seats that make the same, either's is whole
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """Raises ValueError, OSError or SafetensorError when the file is not there, or not what was written."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensor_files.read(file)[0].items():
+    tensors, key = tensor_files.read(file)
+    if key != file.stem:
+        raise Damaged(f"{file}: holds what was found for another configuration")
+    for name, tensor in tensors.items():
         layer, key = name.rsplit("/", 1)
         found.setdefault(layer, {})[key] = tensor.to(device)
     return found

@@ -57,13 +57,14 @@ def place(folder: Path, attempt: int, step: int) -> Path:
     return folder / str(attempt) / f"step-{step:08d}.safetensors"
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: Path, say: Callable[[str], None], fingerprint: str = "") -> Checkpoint | None:
     """Find the checkpoint from which a lane goes on.
 
     Args:
         folder: The checkpoints of one fingerprint.
         say: Is told, in one line each, which files were skipped because they cannot be read, or do not hold
-            what was written to them.
+            what was written to them, or are another lane's.
+        fingerprint: The lane's; empty: whoever's they are.
 
     Returns:
         The whole checkpoint with the most steps over all attempts (of two alike the later attempt's); None
@@ -71,7 +72,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """
     for _, _, path in sorted(_places(folder), reverse=True):
         try:
-            return read(path)
+            found = read(path)
+            if fingerprint not in ("", found.fingerprint):
+                raise ValueError(f"it is of another lane, {found.fingerprint[:12]}")
+            return found
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             reason = " ".join(str(error).replace(f"{path}: ", "").split())
             say(f"skipped the damaged checkpoint {path}: {reason}")
@@ -82,6 +86,8 @@ def read(path: Path) -> Checkpoint:
     """Raises SafetensorError, OSError, KeyError or ValueError when the file is not a whole checkpoint."""
     tensors, text = tensor_files.read(path)
     head = json.loads(text)
+    if path.name != place(path.parent, 0, head["step"]).name:
+        raise ValueError(f"it is of step {head['step']}")
     parts: dict[str, Any] = {"trainable": {}, "frozen": {}, "moments": {}}
     for name, tensor in tensors.items():
         part, rest = name.split("/", 1)

@@ -216,7 +216,7 @@ class _Loop:
 
         def look() -> tuple[int, int] | None:
             """Rank 0."""
-            if (newest := checkpoint.newest(folder, self.books.warn)) is None:
+            if (newest := checkpoint.newest(folder, self.books.warn, lane.name)) is None:
                 return None
             found.append(newest)
             return newest.attempt, newest.step

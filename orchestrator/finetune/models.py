@@ -383,9 +383,11 @@ def where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
     if not folder.is_dir():
         raise BadInput(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
     if (here := bases.content_of(folder)) != choice.content:
+        ours = choice.name in names()
+        other = "remove that folder: the base is made again" if ours else "start a study of the new ones"
         raise BadInput(
             f"Model {choice.name!r}: {folder} holds content {here[:12]}, the configuration names "
-            f"{choice.content[:12]}. Put the old files back, or start a study of the new ones."
+            f"{choice.content[:12]}. Put the old files back, or {other}."
         )
     return str(folder), None
 

@@ -1,7 +1,8 @@
 """The base's own scores, found once a store: where answers are generated and graded that takes minutes, and
 every seat would begin with it.
 
-    <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json      split -> score -> number
+    <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
+        {"key": as in the file's name, "scores": split -> score -> number}
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ def scores(
     folder: Path, configuration: Configuration, task: Task, team: Team, compute: Callable[[], Scores]
 ) -> Scores:
     """What is kept, or what `compute` gives on all of the team, which rank 0 keeps."""
-    place = folder / f"{Path(task.name).stem}-{_key(configuration, task)}.untrained.json"
+    key = _key(configuration, task)
+    place = folder / f"{Path(task.name).stem}-{key}.untrained.json"
 
     def look() -> Scores | None:
-        with suppress(OSError, ValueError):  # not there, or damaged: found anew
-            return json.loads(files.unseal(place.read_bytes()))
+        # Not there, damaged, another's, or of an earlier version, which did not say whose it is: found anew.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(files.unseal(place.read_bytes()))
+            return kept["scores"] if kept["key"] == key else None
         return None
 
-    kept = team.agree(look)
-    if kept is not None:
-        return kept
+    known = team.agree(look)
+    if known is not None:
+        return known
     found = compute()
-    sealed = files.seal(json.dumps({split: dict(of) for split, of in found.items()}))
+    kept = {"key": key, "scores": {split: dict(of) for split, of in found.items()}}
+    sealed = files.seal(json.dumps(kept))
     team.attempt(lambda: files.replace(place, sealed) if team.rank == 0 else None)
     return found
 

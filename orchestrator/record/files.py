@@ -147,7 +147,7 @@ def link(source: Path, path: Path) -> bool:
 
 def replace(path: Path, data: bytes) -> None:
     """Writes `data` to `path`; a reader sees the old file or the new one."""
-    with temporary(path, data) as source:
+    with naming(path), temporary(path, data) as source:
         os.replace(source, path)
         sync_folder(path.parent)
 

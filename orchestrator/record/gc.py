@@ -23,6 +23,7 @@ TEMPORARY = "temporary files"
 SCRATCH = "scratch folders of dead processes"
 UNFINISHED = "checkpoints of lanes that go on from there"
 UNWANTED = "checkpoints that no study here asks for"
+DAMAGED = "checkpoints of lanes whose record is damaged"
 BUSY = "things that may be in use"
 ELSEWHERE = "scratch folders of other machines"
 REFUSED = "things that could not be removed"
@@ -30,6 +31,7 @@ REFUSED = "things that could not be removed"
 WHY = {
     STOPPED: "--stopped clears them; asked for without early stopping, such a lane then starts anew",
     UNFINISHED: "running, interrupted or failed",
+    DAMAGED: "their study's command goes on from there",
     UNWANTED: "another --output may; else delete their folders",
     BUSY: "younger than --older-than, or wanted by a study that runs",
     ELSEWHERE: "run gc there",
@@ -128,7 +130,9 @@ class _Collector:
             if not folder.is_dir() or not _FINGERPRINT.fullmatch(name):
                 continue
             state = states.get(name)
-            if state in _FINAL:
+            if state in _FINAL and self.store.meets(name) is None:
+                self._leave(DAMAGED, folder)  # by its first bytes it looked whole
+            elif state in _FINAL:
                 self._clear(ENDED, folder)
             elif state == "stopped" and not self.stopped:
                 self._leave(STOPPED, folder)
@@ -143,7 +147,8 @@ class _Collector:
         """A process that dies between a final record and the end of what it replaces leaves both."""
         states = self.store.states()
         for path in sorted(self.store.records_folder.glob("*/*.*.json")):
-            if states.get(path.name.split(".")[0]) in _FINAL:
+            name = path.name.split(".")[0]
+            if states.get(name) in _FINAL and self.store.meets(name) is not None:
                 self._clear(SUPERSEDED, path)
 
     def _temporary(self, folder: Path) -> None:

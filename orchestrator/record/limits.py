@@ -1,6 +1,6 @@
 """How many lanes of a shape a machine has memory for, learnt the hard way and kept beside the records.
 
-    root/limits/<shape and place, hashed>.json    {"shape", "place", "lanes", "tried"}
+    root/limits/<shape and place, hashed>.json    {"shape", "place", "lanes", "tried"}, sealed
 
 The place says all that counts but the shape: the device and its memory, a seat's share of it, how it is used.
 
@@ -19,7 +19,8 @@ from orchestrator.record import files
 def most_lanes(folder: Path, shape: str, place: str) -> int | None:
     """Lanes of `shape` that fit on `place`; None when nothing is known, or what is known cannot be read."""
     try:
-        lanes = json.loads(file_of(folder, shape, place).read_bytes())["lanes"]
+        found = json.loads(files.unseal(file_of(folder, shape, place).read_bytes()))
+        lanes = found["lanes"] if (found["shape"], found["place"]) == (shape, place) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return lanes if isinstance(lanes, int) and lanes >= 1 else None
@@ -33,7 +34,7 @@ def remember(folder: Path, shape: str, place: str, lanes: int, tried: int) -> Pa
     if known is None or lanes < known:
         folder.mkdir(parents=True, exist_ok=True)
         data = {"shape": shape, "place": place, "lanes": lanes, "tried": tried}
-        files.replace(path, (json.dumps(data, indent=1) + "\n").encode())
+        files.replace(path, files.seal(json.dumps(data, indent=1)))
     return path
 
 

@@ -62,7 +62,7 @@ def write_parquet(store: Store) -> Path:
     try:
         with naming(path):
             pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

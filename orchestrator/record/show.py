@@ -11,16 +11,21 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies
 from orchestrator.study.configuration import Configuration
+from orchestrator.study.errors import BadInput
 from orchestrator.study.space import spelled, told
 
 
 def show(store: Store, output: Path, prefix: str) -> str:
     """The record whose fingerprint starts with `prefix`: state, scores, cost, provenance, evaluations, the
     traceback of a failed one, and the command that runs it again. Raises BadInput when `prefix` names none or
-    several."""
+    several, or a file that is damaged."""
     fingerprint = store.one(prefix)
     record = store.get(fingerprint)
-    assert record is not None  # `one` lists only files that can be read
+    if record is None:  # `one` looks at the files' first bytes alone
+        raise BadInput(
+            f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} holds no whole record of it "
+            "any more; its study's command trains it again"
+        )
     studies = [s for _folder, s in all_studies(output).values() if fingerprint in s.configurations]
     lines = [*_head(record, store.failures(fingerprint)), *_scores(record), *_cost(record)]
     if record.traceback:

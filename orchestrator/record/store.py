@@ -36,6 +36,13 @@ _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
 # What `_bytes` puts first, so that the state is known without parsing the file.
 _HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
 _HEAD_BYTES = 256
+_ENDINGS: Mapping[State, str] = {
+    "finished": ".json",
+    "diverged": ".json",
+    "stopped": ".stopped.json",
+    "failed": ".failed.json",
+}
+"""Of the name of a record in that state, behind its fingerprint."""
 
 _Stamp = tuple[str, int, int]  # path, modification time in ns, size
 
@@ -149,6 +156,9 @@ class Store:
                 if not entry.name.startswith("."):  # temporary files, and what file systems leave
                     self._warn(Path(entry.path), "is not a record")
                 continue
+            if entry.path != str(self._path(match[1], match[2] or "")):
+                self._warn(Path(entry.path), f"belongs in {self.records_folder / match[1][:2]}")
+                continue
             try:
                 status = entry.stat()
             except FileNotFoundError:  # a stopped one whose final one has just come
@@ -203,9 +213,10 @@ class Store:
                 whole = file.read() == b"}\n"
         except OSError:  # gone, or empty: `_read` tells these apart
             head, whole = None, False
-        ours = head and whole and int(head[1]) == SCHEMA_VERSION and path.name.startswith(head[2].decode())
-        if ours and head and (state := head[3].decode()) in get_args(State):
-            return cast(State, state)
+        if head and whole and int(head[1]) == SCHEMA_VERSION:
+            fingerprint, state = head[2].decode(), head[3].decode()
+            if state in get_args(State) and path.name == fingerprint + _ENDINGS[cast(State, state)]:
+                return cast(State, state)
         record = self._read(path)
         return record.state if record else None
 
@@ -243,6 +254,9 @@ class Store:
             return None
         if not path.name.startswith(f"{record.fingerprint}."):
             self._warn(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
+            return None
+        if path.name != record.fingerprint + _ENDINGS[record.state]:
+            self._warn(path, f"has not the name of a {record.state} record (*{_ENDINGS[record.state]})")
             return None
         return record
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 from orchestrator.record import files
 from orchestrator.study.errors import BadInput, nearest, quoted
+
+_log = logging.getLogger(__name__)
 
 FILE = "study.json"
 SCHEMA_VERSION = 1
@@ -83,8 +86,20 @@ class StudyFile:
             The study, or None where the folder holds none.
 
         Raises:
-            BadInput: the file is not a study, is damaged, or was written by a newer version of this program.
+            BadInput: the file is not a study, is damaged, or was written by a newer version of this program;
+                or it is another study's.
         """
+        study = cls._read(folder)
+        if study is not None and study.name != folder.name:
+            raise BadInput(
+                f"{folder / FILE}: is of the study {quoted(study.name)}, not {quoted(folder.name)}; put the "
+                "right file back, or delete it and run the study's command again"
+            )
+        return study
+
+    @classmethod
+    def _read(cls, folder: Path) -> StudyFile | None:
+        """Do as `read`, whatever the folder is called."""
         path, remedy = folder / FILE, "delete it and run the study's command again"
         data: dict[str, Any] | None = files.read(path, dict[str, Any], "a study", remedy)
         if data is None:
@@ -113,11 +128,16 @@ def _newer(path: Path, what: str) -> BadInput:
 
 
 def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
-    """name -> (folder, study) of every study under `output`, sorted by name."""
+    """name -> (folder, study) of every study under `output`, sorted by name. A copy in a folder of another
+    name is left out, with a warning."""
     found = {}
     for path in sorted(output.glob(f"*/{FILE}")):
-        study = StudyFile.read(path.parent)
-        if study is not None:
+        study = StudyFile._read(path.parent)
+        if study is not None and study.name != path.parent.name:
+            _log.warning(
+                "%s is of the study %s, which has a folder of its own: left out", path, quoted(study.name)
+            )
+        elif study is not None:
             found[study.name] = (path.parent, study)
     return found
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -109,18 +110,30 @@ class SearchFile:
         is cut off, by a crash while it was written, was given to nobody: it is left out, with a warning."""
         file: SearchFile | None = files.read(folder / FILE, cls, *_NOT_ONE)
         if file is None:
+            if (folder / POINTS).exists():
+                raise BadInput(
+                    f"{folder / FILE}: is gone, and {POINTS} is there; put it back, or take another --study"
+                )
             return None
         path = folder / POINTS
         try:
             *lines, rest = path.read_bytes().split(b"\n")
         except FileNotFoundError:
-            return file
+            lines, rest = [], b""
         if rest:
             _log.warning("%s: its last line is torn: left out", path)
         points = (
             files.parsed(line, Point, f"{path}, line {n}", *_NOT_ONE) for n, line in enumerate(lines, 1)
         )
-        return replace(file, asked=(*file.asked, *points))
+        found = replace(file, asked=(*file.asked, *points))
+        counts = Counter(point.variant for point in found.asked)
+        for variant, spent in file.spent.items():
+            if counts[variant] < spent.asked:
+                raise BadInput(
+                    f"{path}: holds {counts[variant]} points of {variant}, of {spent.asked} that this search "
+                    "has asked for; put the whole file back, or take another --study"
+                )
+        return found
 
 
 def _line(point: Point) -> bytes:

@@ -66,6 +66,22 @@ def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], byt
     assert record.state == "finished", record.traceback
 
 
+def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Path) -> None:
+    """Two files were swapped, or one was renamed: each is whole."""
+    train(Script(leases([point("eva")])), store)
+    (mine,) = store.evidence.iterdir()
+    whole = mine.read_bytes()
+    train(Script(leases([point("eva", seed=1)])), store)
+    (its,) = set(store.evidence.iterdir()) - {mine}
+    mine.write_bytes(its.read_bytes())
+    again = point("eva", rate=1e-3)
+    train(Script(leases([again])), store)
+    assert mine.read_bytes() == whole
+    record = store.get(again.fingerprint)
+    assert record is not None
+    assert numbers_of(record) == numbers_of(solo(again, tmp_path))
+
+
 @pytest.mark.parametrize("variant", CALIBRATED)
 def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
     pack = [point(variant, seed=seed) for seed in range(3)]

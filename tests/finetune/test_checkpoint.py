@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,23 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
     found = newest(tmp_path, print)
     assert found is not None
     assert found.step == 5
+
+
+@pytest.mark.parametrize("other", ["another lane's", "of another step"])
+def test_a_whole_one_in_the_place_of_another_is_skipped_with_a_line(tmp_path: Path, other: str) -> None:
+    """Two files were swapped, renamed, or copied back into another's place: each is whole."""
+    mine = tmp_path / ("f" * 64)
+    write(mine, make(5))
+    path = write(mine, make(10))
+    if other == "another lane's":
+        theirs = write(tmp_path / ("e" * 64), replace(make(10), fingerprint="e" * 64))
+        path.write_bytes(theirs.read_bytes())
+    else:
+        path = path.rename(path.with_name("step-00000012.safetensors"))
+    said: list[str] = []
+    found = newest(mine, said.append, "f" * 64)
+    assert found is not None
+    assert found.step == 5
+    (line,) = said
+    assert line.startswith(f"skipped the damaged checkpoint {path}: ")
+    assert ("eeeeeeeeeeee" if other == "another lane's" else "step 10") in line

@@ -181,6 +181,12 @@ def test_limits_only_get_lower_and_what_cannot_be_read_is_not_there(tmp_path: Pa
     assert limits.most_lanes(tmp_path, "shape", "gpu") is None
     limits.remember(tmp_path, "shape", "gpu", 6, 12)
     assert limits.most_lanes(tmp_path, "shape", "gpu") == 6
+    other = limits.remember(tmp_path, "another shape", "gpu", 1, 2)
+    other.replace(path)  # of another shape
+    assert limits.most_lanes(tmp_path, "shape", "gpu") is None
+    limits.remember(tmp_path, "shape", "gpu", 6, 12)
+    path.write_bytes(path.read_bytes().replace(b'"lanes": 6', b'"lanes": 2'))  # a flipped bit
+    assert limits.most_lanes(tmp_path, "shape", "gpu") is None
 
 
 def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(

@@ -206,6 +206,23 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
     assert numbers(record) == numbers(solo(one, tmp_path))
 
 
+def test_swapped_checkpoints_are_nobodys(store: Store, tmp_path: Path) -> None:
+    two = [configuration(steps=12, evaluations=4, rate=rate) for rate in (1e-3, 1e-2)]
+    with pytest.raises(Interrupted):
+        train(Script(leases(two), answers=dies_at(9)), store)
+    one, other = (store.checkpoints / each.fingerprint / "1" for each in two)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    source = Script(leases(two, attempt=2))
+    train(source, store)
+    assert {line.split(": ")[0] for line in source.said} >= {
+        f"skipped the damaged checkpoint {folder / 'step-00000006.safetensors'}" for folder in (one, other)
+    }
+    for each in two:
+        assert numbers(get(store, each.fingerprint)) == numbers(solo(each, tmp_path))
+
+
 # -- answers ------------------------------------------------------------------------------------------------
 
 

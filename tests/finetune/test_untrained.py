@@ -68,6 +68,19 @@ def test_a_damaged_file_is_found_anew(tmp_path: Path, damage: Callable[[str], st
     assert asked(tmp_path, first) == (FOUND, 0)
 
 
+def test_a_file_in_the_place_of_another_is_found_anew(tmp_path: Path) -> None:
+    """Two files were swapped, or one was renamed: each is whole."""
+    first = configuration()
+    other = replace(first, model=replace(first.model, content="another"))
+    asked(tmp_path, first)
+    (mine,) = tmp_path.glob("*.untrained.json")
+    asked(tmp_path, other)
+    (its,) = set(tmp_path.glob("*.untrained.json")) - {mine}
+    mine.write_bytes(its.read_bytes())
+    assert asked(tmp_path, first) == (FOUND, 1)
+    assert asked(tmp_path, first) == (FOUND, 0)
+
+
 def once(team: Team, folder: Path) -> tuple[Scores, int]:
     folder.mkdir(exist_ok=True)
     team.agree(lambda: None)

@@ -221,12 +221,12 @@ def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
 
 def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
     study = StudyFile("old", "Why?", "python x.py", ("a",))
-    study.write(tmp_path)
-    file = tmp_path / "study.json"
+    study.write(tmp_path / "old")
+    file = tmp_path / "old" / "study.json"
     data = json.loads(unseal(file.read_bytes()))
     del data["schema_version"]
     file.write_text(json.dumps(data))
-    assert StudyFile.read(tmp_path) == study
+    assert StudyFile.read(tmp_path / "old") == study
 
 
 @pytest.mark.usefixtures("restored")
@@ -269,3 +269,13 @@ def test_a_study_that_grows_remembers_what_it_found(tmp_path):
     assert list(all_studies(tmp_path)) == ["s"]
     with pytest.raises(BadInput, match="no study under"):
         find_study(tmp_path / "s", "s")
+
+
+def test_a_record_with_a_flipped_bit_is_not_shown(results, run):
+    store = Store(results / "results/store")
+    first = min(store.states())
+    (path,) = store.records_folder.glob(f"*/{first}*")
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"tokens":4096', b'"tokens":4097'))
+    assert path.read_bytes() != data
+    run(ORCHESTRATOR, "show", first[:12]).assert_refused(first[:12], str(path.parent), "trains it again")

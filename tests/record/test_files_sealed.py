@@ -12,6 +12,8 @@ import pytest
 from orchestrator.analyze import choice
 from orchestrator.finetune import bases
 from orchestrator.record import files
+from orchestrator.record.parquet import write_parquet
+from orchestrator.record.store import Store
 from orchestrator.record.study_file import FILE, StudyFile
 from orchestrator.schedule.search_file import FILE as SEARCH
 from orchestrator.schedule.search_file import POINTS, Point, SearchFile
@@ -21,6 +23,7 @@ FULL = OSError(errno.ENOSPC, "full")
 
 
 def study(folder: Path) -> tuple[Path, Callable[[], object]]:
+    folder /= "s"
     StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64), looks=(3,)).write(folder)
     return folder / FILE, lambda: StudyFile.read(folder)
 
@@ -90,3 +93,38 @@ def test_only_a_disks_error_gets_the_name_of_a_folder(error: OSError, tmp_path: 
     with pytest.raises(type(error), match=".") as raised, files.blamed(tmp_path):
         raise error
     assert raised.value.filename == (str(tmp_path) if error is FULL else None)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    """And not the temporary file beside it, of which nobody has heard."""
+    store = Store(tmp_path / "store")
+    report, parquet = tmp_path / "report.html", store.root / "records.parquet"
+    for path in (report, parquet):
+        path.mkdir()
+    for path, write in (
+        (report, lambda: files.replace(report, b"x")),
+        (parquet, lambda: write_parquet(store)),
+    ):
+        with pytest.raises(OSError, match="Is a directory") as caught:
+            write()
+        assert caught.value.filename == str(path)
+
+
+def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
+    """Two were swapped, or one was copied: under this name it would bring another study's results."""
+    for name in ("a", "b"):
+        StudyFile(name, "", "", (name * 64,)).write(tmp_path / name)
+    (tmp_path / "a" / FILE).write_bytes((tmp_path / "b" / FILE).read_bytes())
+    with pytest.raises(BadInput, match=r"a/study.json: .*'b'.*not 'a'.*") as caught:
+        StudyFile.read(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    """Two were swapped, or one was renamed: this recipe would have another one's base."""
+    for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
+        bases.write_pointer(tmp_path, key, {"name": "base", "content": content}, "content")
+    (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())
+    with pytest.raises(BadInput, match=r"base\.r2\.json: .*base\.r1.*remove it"):
+        bases.read_pointer(tmp_path, "base.r2", "content")
+    assert bases.read_pointer(tmp_path, "base.r1", "content") == "0123456789ab"

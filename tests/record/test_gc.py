@@ -229,3 +229,19 @@ def test_the_command_says_what_it_did(run, store, make_record):
 )
 def test_bytes_for_people(size, words):
     assert shown(size) == words
+
+
+def test_a_record_with_a_flipped_bit_ends_no_lane(store, tmp_path, make_record):
+    """It counts as none: the lane goes on from its checkpoint, an early stop beside it is what is known."""
+    record = make_record(seed=1)
+    store.put(make_record(seed=1, state="stopped"))
+    (stopped,) = store.records_folder.glob("*/*.stopped.json")
+    data = stopped.read_bytes()
+    store.put(record)
+    stopped.write_bytes(data)
+    folder = _checkpoint(store, record.fingerprint)
+    (final,) = set(store.records_folder.glob("*/*.json")) - {stopped}
+    final.write_bytes(final.read_bytes().replace(b'"tokens":4096', b'"tokens":4097'))
+    collect(Store(store.root), tmp_path / "results")
+    assert stopped.exists()
+    assert folder.exists()

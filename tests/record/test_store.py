@@ -292,3 +292,35 @@ def test_the_file_is_plain_json_without_nan(store, make_record):
 
     text = _text_of(store, make_record(state="diverged"))
     assert json.loads(text, parse_constant=refuse)["curve"][-1]["loss"] == "NaN"
+
+
+@pytest.mark.parametrize(
+    ("state", "name"), [("stopped", ""), ("failed", ""), ("finished", ".stopped"), ("stopped", ".failed")]
+)
+def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record, caplog, state, name):
+    """A lane that was stopped or has failed would count as trained to its end."""
+    record = make_record(state=state)
+    store.put(record)
+    (path,) = store.records_folder.glob("*/*.json")
+    path.rename(_file(store, record, name))
+    again = Store(store.root)
+    assert again.meets(record.fingerprint) is None
+    assert again.get(record.fingerprint) is None
+    assert again.states() == {}
+    assert f"has not the name of a {state} record" in caplog.text
+    assert again.put(make_record(state="diverged"))
+    assert list(Store(store.root).states().values()) == ["diverged"]
+
+
+def test_a_record_in_the_folder_of_other_digits_is_skipped(store, make_record, caplog):
+    record = make_record()
+    store.put(record)
+    path = _file(store, record)
+    moved = path.parent.with_name("zz" if path.parent.name == "00" else "00")
+    if moved.name == "zz":
+        moved = path.parent.with_name("01")
+    path.parent.rename(moved)
+    again = Store(store.root)
+    assert again.states() == {}
+    assert again.get(record.fingerprint) is None
+    assert str(moved / path.name) in caplog.text

@@ -14,7 +14,7 @@ from search_drive import STEPS, Drive, build, record, score, space
 
 from orchestrator.schedule.ledger import opened
 from orchestrator.schedule.search import PerGroupSearch
-from orchestrator.schedule.search_file import POINTS, SearchFile
+from orchestrator.schedule.search_file import FILE, POINTS, SearchFile
 from orchestrator.study.configuration import Configuration, Schedule
 from orchestrator.study.errors import BadInput
 from orchestrator.study.space import Value
@@ -179,3 +179,22 @@ def test_what_seats_of_a_killed_driver_have_written_meanwhile_is_known(tmp_path:
     assert known == {first.given[1].fingerprint}
     assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
     assert Counter(t.state.name for t in second.told("lora")) == {"COMPLETE": 1, "RUNNING": 1}
+
+
+@pytest.mark.parametrize("loss", ["a line", "all lines", "the file", "the file beside it"])
+def test_lost_points_of_an_ended_search_are_told(tmp_path: Path, loss: str) -> None:
+    """An older copy, a cut at the end of a line: more points would be asked than the budget has."""
+    drive = Drive(tmp_path, space())
+    drive.all()
+    drive.ledger.spent(drive.store)
+    path = drive.study / POINTS
+    lines = path.read_bytes().splitlines(keepends=True)
+    if loss == "the file beside it":
+        (drive.study / FILE).unlink()
+    elif loss == "the file":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(lines[:-1]) if loss == "a line" else b"")
+    with pytest.raises(BadInput, match=r"search\.json.*back, or take another --study") as caught:
+        Drive(tmp_path, space())
+    assert "\n" not in str(caught.value)
