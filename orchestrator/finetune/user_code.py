@@ -13,8 +13,8 @@ from orchestrator.study.errors import BadInput, Trouble, reason
 def told(name: str, doing: str) -> Iterator[None]:
     """Turn what the code of the task `name` raises into one line, if it is a file of the user's.
 
-    SystemExit as well: a file that calls sys.exit would end the study, with an exit code of its own. Errors
-    of the project's own tasks are bugs and show themselves.
+    SystemExit as well, and what is derived from BaseException alone: a file that calls sys.exit would end the
+    study, with an exit code of its own. Errors of the project's own tasks are bugs and show themselves.
 
     Args:
         name: The task's name; a user's is the path of its file.
@@ -25,9 +25,9 @@ def told(name: str, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BadInput, Trouble):
+    except (BadInput, Trouble, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if not name.endswith(".py"):
             raise
         lines = [
