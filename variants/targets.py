@@ -7,12 +7,18 @@ import difflib
 import re
 from collections.abc import Iterable
 
+import regex
 import torch
 from torch import nn
 
 from variants.contract import Unsupported
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+PATTERN_SECONDS = 5.0
+"""Of a regular expression on the name of one layer. With repetitions inside of repetitions it may take years,
+which Python's own `re` cannot be kept from."""
 
 
 def find(model: nn.Module, targets: str) -> dict[str, nn.Module]:
@@ -69,10 +75,17 @@ def _inside_lists(model: nn.Module) -> list[str]:
 
 def _matching(modules: dict[str, nn.Module], targets: str) -> list[str]:
     try:
-        pattern = re.compile(targets.removeprefix("re:"))
-    except re.error as error:
+        re.compile(targets.removeprefix("re:"))
+        pattern = regex.compile(targets.removeprefix("re:"))
+    except (re.error, regex.error) as error:
         raise Unsupported(f"targets {targets!r}: not a regular expression ({error})") from None
-    return [name for name in modules if pattern.fullmatch(name)]
+    try:
+        return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_SECONDS)]
+    except TimeoutError:
+        raise Unsupported(
+            f"targets {targets!r}: one name takes more than {PATTERN_SECONDS:g} s; write it without a "
+            "repetition inside of a repetition"
+        ) from None
 
 
 def _ending(modules: dict[str, nn.Module], targets: str) -> list[str]:

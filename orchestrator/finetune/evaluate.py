@@ -20,6 +20,7 @@ from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
 from orchestrator.finetune.team import ALONE, Team
 from orchestrator.record.schema import Items
+from orchestrator.study.errors import BadInput, quoted
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,14 @@ def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], 
     ]
     mine = said[team.rank :: team.size]
     worths = task.grade_all([example for example, _ in mine], [answer for _, answer in mine])
+    if len(worths) != len(mine):
+        raise BadInput(f"Task {task.name!r}: grade_all gives {len(worths)} grades for {len(mine)} answers.")
+    for worth, (_, answer) in zip(worths, mine, strict=True):
+        if not 0 <= worth <= 1:  # NaN as well
+            raise BadInput(
+                f"Task {task.name!r}: the grade of the answer {quoted(answer)} is {worth!r}; must be a "
+                "number from 0 to 1."
+            )
     whole = np.zeros(len(said))
     for rank, theirs in enumerate(team.gather(worths)):
         whole[rank :: team.size] = theirs

@@ -45,7 +45,10 @@ class ImageProcessor:
         transformers would take where it finds it, gives other pixels."""
         from transformers import AutoImageProcessor
 
-        return cls(AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil"))
+        own = AutoImageProcessor.from_pretrained(
+            source, revision=revision, backend="pil", trust_remote_code=False
+        )
+        return cls(own)
 
     def inputs(self, images: Sequence[Image], device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, C, H, W), what the model is given. An image that is there several times (for several lanes) is

@@ -12,7 +12,7 @@ A name is one of
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +61,7 @@ class Bench:
     @cached_property
     def causal(self) -> bool:
         """Whether a token sees those before it only, as the attention modules of transformers say."""
-        return any(getattr(module, "is_causal", False) for module in self.model.modules())
+        return _is_causal(self.model)
 
     @cached_property
     def typed(self) -> bool:
@@ -151,7 +151,6 @@ def load(
     CPU a row's result then does not depend on the other rows (to the bit, from 8 rows on). Raises BadInput
     when the base is not there, is not the one that `choice` names, or does not suit the task."""
     import torch
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     source, revision = where(choice, root)
     processor = processor_of(choice, root, task)
@@ -163,12 +162,17 @@ def load(
                 source,
                 revision=revision,
                 dtype=getattr(torch, choice.dtype),
-                ignore_mismatched_sizes=headed,  # a head for other classes: it is replaced anyway
+                ignore_mismatched_sizes=True,  # of a head, which is replaced; others are refused below
                 output_loading_info=True,
+                trust_remote_code=False,
                 **own,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise _unloaded(choice, source, revision, error) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BadInput(f"Model {choice.name!r}: {weights.WITH_ADAPTER}.")
+    _check_sizes(model, choice.name, info["mismatched_keys"], headed)
+    _check_count(model, choice.name, info["unexpected_keys"])
     lacking = [] if headed else sorted(info["missing_keys"])
     if lacking:  # transformers initialises them at random, with a warning that quiet() hides
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -188,11 +192,7 @@ def load(
     bench = Bench(model.eval().requires_grad_(False).to(place), processor, place, heads)
     if heads:
         if not images:
-            if not bench.causal and type(model.config) not in MODEL_FOR_MASKED_LM_MAPPING:
-                kind = type(model).__name__
-                raise BadInput(
-                    f"Model {choice.name!r} ({kind}): neither an encoder nor a decoder known here."
-                )
+            _check_reading(model, choice.name)
             # A causal model pools before it.
             model.config.get_text_config().pad_token_id = processor.pad_token_id
         with torch.no_grad():
@@ -202,6 +202,7 @@ def load(
                     if isinstance(module, torch.nn.Linear):
                         for parameter in module.parameters(recurse=False):
                             parameter.zero_()
+    _check_finite(model, choice.name)
     return bench
 
 
@@ -216,9 +217,15 @@ def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> A
         with bases.quiet():
             if task is not None and task.inputs == "image":
                 return ImageProcessor.of(source, revision)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # of many kinds: the tokenizers of Hugging Face raise Exception itself
         raise _unloaded(choice, source, revision, error) from error
+    if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
+        # transformers makes one without words where it finds no vocabulary: every text would be the same.
+        raise BadInput(
+            f"Model {choice.name!r}: its tokenizer has no words; put the tokenizer's files (tokenizer.json, "
+            "or a vocabulary) beside the model."
+        )
     if tokenizer.eos_token_id is None and not (task is not None and task.has_head):
         raise BadInput(
             f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
@@ -247,6 +254,8 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > MOST_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MOST_LAYERS} or less")
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised (quantization_config), and lanes need plain floats")
         for name, value in own.items():
             setattr(config, name, value)
         with bases.quiet(), torch.device("meta"):
@@ -260,7 +269,11 @@ def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[st
         ) from error
     if not task.has_head:
         _check_next_tokens(model, choice.name)
-    return model, _heads(model, choice.name, set()) if task.has_head else ()
+        return model, ()
+    heads = _heads(model, choice.name, set())
+    if task.inputs == "text":
+        _check_reading(model, choice.name)
+    return model, heads
 
 
 def embeddings(choice: ModelChoice, root: Path) -> int | None:
@@ -281,13 +294,86 @@ def _config(choice: ModelChoice, root: Path, own: Mapping[str, Any]) -> Any:
     if (config := unmade(choice)) is not None:
         return config
     source, revision = where(choice, root)
-    return AutoConfig.from_pretrained(source, revision=revision, **own)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **own)
 
 
 def unmade(choice: ModelChoice) -> Any:
     """Return transformers' configuration of a task's own base that is not made yet, None for other models."""
     task = _task_bases().get(choice.name)
     return task.base_config() if task is not None and choice.content == UNPREPARED else None
+
+
+def _base_modules(model: Any) -> set[str]:
+    """Return the names of the model's children that are the base, not the head of a task.
+
+    By their class: CLIP's image tower is not called what `base_model_prefix` says.
+    """
+    from transformers import PreTrainedModel
+
+    return {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
+
+
+def _check_sizes(model: Any, name: str, mismatched: Iterable[tuple[str, Any, Any]], headed: bool) -> None:
+    """Refuse weights of other sizes than the configuration's: transformers has drawn others at random.
+
+    Args:
+        model: The model as transformers has loaded it.
+        name: Its name, for the error.
+        mismatched: Of each such weight its key, its size in the files, and its size in the model.
+        headed: Whether the model has a head, whose weights in the files are not used.
+
+    Raises:
+        BadInput: There is such a weight, and it is not the head's.
+    """
+    base = _base_modules(model)
+    for key, there, here in sorted(mismatched):
+        if not headed or key.partition(".")[0] in base:
+            raise BadInput(
+                f"Model {name!r}: its files hold {key} of size {list(there)}, and its config.json asks for "
+                f"{list(here)}; put config.json and weights of one model there."
+            )
+
+
+def _check_count(model: Any, name: str, unused: Iterable[str]) -> None:
+    """Refuse weights of more blocks than the configuration has: the model would be another than the files'.
+
+    Args:
+        model: The model as transformers has loaded it.
+        name: Its name, for the error.
+        unused: The keys of the weights that have no place in it.
+
+    Raises:
+        BadInput: One of them is a block's.
+    """
+    from torch.nn import ModuleList
+
+    for place, module in model.named_modules():
+        if isinstance(module, ModuleList):
+            for key in sorted(unused):
+                number = key.removeprefix(f"{place}.").partition(".")[0]
+                if key.startswith(f"{place}.") and number.isdecimal() and int(number) >= len(module):
+                    raise BadInput(
+                        f"Model {name!r}: its files hold {key}, and its config.json asks for {len(module)} "
+                        f"blocks in {place}; put config.json and weights of one model there."
+                    )
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """Refuse a model with a weight that is no finite number: every lane on it would be recorded as diverged.
+
+    Args:
+        model: A transformers model with its weights, on the device where checking them is cheapest.
+        name: Its name, for the error.
+
+    Raises:
+        BadInput: There is such a weight.
+    """
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadInput(
+                f"Model {name!r}: {key} holds a number that is not finite as {tensor.dtype}; put the model's "
+                "own weights there, or take another --dtype."
+            )
 
 
 def _check_next_tokens(model: Any, name: str) -> None:
@@ -310,6 +396,33 @@ def _check_next_tokens(model: Any, name: str) -> None:
         raise BadInput(
             f"Model {name!r} ({type(model).__name__}): its tokens attend to later ones, so it would see the "
             "answer that this task asks for; take a decoder-only model, or a task of classes."
+        )
+
+
+def _is_causal(model: Any) -> bool:
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _check_reading(model: Any, name: str) -> None:
+    """Refuse a model whose head would not see the whole text.
+
+    Args:
+        model: A transformers model with a head for texts, with or without weights.
+        name: Its name, for the error.
+
+    Raises:
+        BadInput: Nobody knows whether the model is an encoder, whose head reads the first token or all, or a
+            decoder, whose head reads the last one; or it is an encoder that is set to see as a decoder does.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    encoder, kind = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING, type(model).__name__
+    if not encoder and not _is_causal(model):
+        raise BadInput(f"Model {name!r} ({kind}): neither an encoder nor a decoder known here.")
+    if encoder and _is_causal(model):
+        raise BadInput(
+            f"Model {name!r} ({kind}): its head reads the first token, which sees no other with is_decoder; "
+            "set is_decoder to false in its config.json."
         )
 
 
@@ -350,20 +463,26 @@ def _heads(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
     no weights for (BERT's pooler, often)."""
     if model.config.is_encoder_decoder:
         raise BadInput(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
-    from transformers import PreTrainedModel
-
-    # By its class: CLIP's image tower is not called what `base_model_prefix` says.
-    base = {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
+    base = _base_modules(model)
     beside = [
         child
         for child, module in model.named_children()
         if child not in base and next(module.parameters(), None) is not None
     ]
+    from torch.nn import ModuleList
+
+    lists = [f"{place}." for place, module in model.named_modules() if isinstance(module, ModuleList)]
     lacking = {key.rpartition(".")[0] for key in missing if key.partition(".")[0] in base}
     for place in sorted(lacking):
-        kind = type(model.get_submodule(place)).__name__
-        if kind != "Linear":
-            raise BadInput(f"Model {name!r}: its files hold no weights for {place} ({kind}).")
+        module = model.get_submodule(place)
+        whole = all(f"{place}.{key}" in missing for key, _ in module.named_parameters())
+        # Only a layer after the blocks can be a head: one of a block is the base's, and its file is cut.
+        if type(module).__name__ != "Linear" or not whole or place.startswith(tuple(lists)):
+            kind = type(module).__name__
+            raise BadInput(
+                f"Model {name!r}: its files hold no weights for {place} ({kind}): they are another model's; "
+                "put config.json and weights of one model there."
+            )
     return (*beside, *sorted(lacking))
 
 

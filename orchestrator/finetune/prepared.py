@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import ipc
 
+from orchestrator.finetune import user_code
 from orchestrator.finetune.data import Row, longest, rows_of
 from orchestrator.finetune.stored import Stored, batch_of
 from orchestrator.finetune.stored_images import ImageRows, StoredImages, shown
@@ -118,7 +119,8 @@ def examples(
     def make(split: Split) -> Iterable[object]:
         if not loaded:
             progress(f"{Path(task.name).stem}: reading the examples")
-            loaded.update(task.load(choice))
+            with user_code.told(task.name, "gives no examples"):
+                loaded.update(task.load(choice))
         return shown(loaded[split], task) if task.inputs == "image" else loaded[split]
 
     name, columns, view = _examples_of(task)

@@ -24,6 +24,11 @@ NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER = "adapter_config.json"
+WITH_ADAPTER = (
+    f"it holds an adapter beside the model ({ADAPTER}), whose base transformers would load in its place; "
+    "merge the adapter into the model (merge_and_unload) and save that, or take the adapter's files away"
+)
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
 CACHE_REMEDY = "remove it from the cache, with the blob that it links to: it is downloaded again"
 _OLD_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
@@ -45,6 +50,8 @@ def check(folder: Path, name: str, complete: bool = True) -> None:
     """
     if not (folder / "config.json").is_file():
         return
+    if (folder / ADAPTER).exists():
+        raise BadInput(f"Model {name!r} in {folder}: {WITH_ADAPTER}.")
     found = next((folder / each for each in NAMES if (folder / each).is_file()), None)
     if found is None:
         if complete:
@@ -74,6 +81,8 @@ def _shards(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
     index: _Index = files.read(path, _Index, "an index of weights", remedy)
     found: dict[Path, set[str]] = {}
     for tensor, file in index.weight_map.items():
+        if Path(file).name != file:  # a model is known by the files of its own folder
+            raise BadInput(f"{path}: not an index of weights ({file!r} is not a file's name); {remedy}")
         found.setdefault(path.parent / file, set()).add(tensor)
     if not found:
         raise BadInput(f"{path}: not an index of weights (it names no file); {remedy}")

@@ -92,8 +92,8 @@ class StudyFile:
         study = cls._read(folder)
         if study is not None and study.name != folder.name:
             raise BadInput(
-                f"{folder / FILE}: is of the study {quoted(study.name)}, not {quoted(folder.name)}; put the "
-                "right file back, or delete it and run the study's command again"
+                f"{folder / FILE}: is of the study {quoted(study.name)}, not {quoted(folder.name)}; give the "
+                "folder its name back, or delete the file and run the study's command again"
             )
         return study
 
@@ -135,7 +135,7 @@ def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
         study = StudyFile._read(path.parent)
         if study is not None and study.name != path.parent.name:
             _log.warning(
-                "%s is of the study %s, which has a folder of its own: left out", path, quoted(study.name)
+                "%s is of the study %s: left out until the folder has this name", path, quoted(study.name)
             )
         elif study is not None:
             found[study.name] = (path.parent, study)

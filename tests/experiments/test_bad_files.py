@@ -63,6 +63,10 @@ def having(old: str, new: str) -> str:
 TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "ends the process": ("import sys\nsys.exit(7)\n", ["my.py", "(line 2)", "sys.exit(7)"]),
     "ends the process without an error": ("raise SystemExit\n", ["my.py", "(line 1)", "sys.exit"]),
+    "raises what is no Exception": (
+        "class Stop(BaseException): pass\nraise Stop('no more')\n",
+        ["my.py", "(line 2)", "does not import", "Stop: no more"],
+    ),
     "recurses for ever": ("def f(): f()\nf()\n", ["does not import", "RecursionError"]),
     "is no Python": ("def f(:\n", ["does not import", "SyntaxError", "line 1"]),
     "is binary": ("\0\1\2", ["does not import"]),
@@ -133,6 +137,12 @@ def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
     elif kind == "loop":
         path.symlink_to(path.name)
     run(SWEEP, *DRY, "--task", path.name).assert_refused(path.name, "does not exist")
+
+
+def test_examples_that_are_others_each_time_are_refused(tmp_path: Path, base: Path, run: Run) -> None:
+    (tmp_path / "my.py").write_text("import random\n" + having("{word} =", "{random.choice('abcdefgh')} ="))
+    done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
+    done.assert_refused("my.py", "the same each time", "seed")
 
 
 def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:

@@ -134,6 +134,15 @@ def test_a_text_of_all_the_positions_that_there_are(folders: dict[str, Path]) ->
         assert outputs(here, Same(), pad(rows, 256, here.tokenizer.pad_token_id))[0].isfinite().all()
 
 
+def test_an_encoder_that_sees_as_a_decoder_does_is_refused(tmp_path: Path) -> None:
+    """Its head would read a token that has seen nothing of the text."""
+    folder = encoders.save("bert", tmp_path / "decoder", is_decoder=True)
+    choice = ModelChoice(str(folder), bases.content_of(folder))
+    for call in (models.skeleton, partial(models.load, device="cpu")):
+        with pytest.raises(BadInput, match="set is_decoder to false"):
+            call(choice, tmp_path, task=Same())
+
+
 # -- lanes -----------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import NO_LOSS, Task
 from orchestrator.study.configuration import ModelChoice
+from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
 from variants.contract import Settings
@@ -51,6 +52,22 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(name: str) -> None:
         alone = [evaluate(here, task, split, 1, lambda n=n: adapters.rows([n], None))[0] for n in NAMES]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
+
+
+@pytest.mark.parametrize("worth", [float("nan"), 1.5, -0.1, float("inf")])
+def test_a_grade_that_is_none_is_named(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the mean of a lane's grades, and a score in its record."""
+    here, task = bench(), tasks.get(WORDS_TASK)
+    monkeypatch.setattr(type(task), "grade", lambda *_: worth)
+    with three_lanes(here) as adapters, pytest.raises(BadInput, match=f"is {worth}; must be a number from 0"):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
+
+
+def test_grades_that_are_too_few_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, task = bench(), tasks.get(WORDS_TASK)
+    monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
+    with three_lanes(here) as adapters, pytest.raises(BadInput, match="grade_all gives 1 grades for 24"):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
 
 
 def test_scores_are_what_the_model_itself_says() -> None:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import encoders
 import pytest
 import torch
 from huggingface_hub import constants
 
 from orchestrator.finetune import bases, models, smollm2
+from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.study.errors import BadInput
@@ -223,6 +225,31 @@ def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None
     words.save_pretrained(folder)
     with pytest.raises(BadInput, match="no end token"):
         models.load(ModelChoice(str(folder), models.prepare(str(folder), root, silent)), root, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
+    """transformers makes a tokenizer of special tokens alone: all texts would be the same to the model."""
+    folder = encoders.save(kind, tmp_path / kind)
+    choice = ModelChoice(str(folder), bases.content_of(folder))
+    assert len(models.processor_of(choice, root, catalogue.get("reviews"))) > 5
+    for file in folder.glob("*token*"):
+        file.unlink()
+    choice = ModelChoice(str(folder), bases.content_of(folder))
+    with pytest.raises(BadInput, match=r"has no words; put the tokenizer's files \(tokenizer\.json"):
+        models.processor_of(choice, root, catalogue.get("reviews"))
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks at the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(BadInput, match="custom code"):
+        models.skeleton(ModelChoice(str(folder), bases.content_of(folder)), root, Letters(QUICK))
 
 
 # -- names, the hub, the package -------------------------------------------------------------------------

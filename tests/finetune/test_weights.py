@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import encoders
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,8 @@ from transformers.utils import (
 )
 
 from orchestrator.finetune import models, weights
-from orchestrator.finetune.bases import quiet
+from orchestrator.finetune.bases import content_of, quiet
+from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.letters import RECIPE, Letters
 from orchestrator.study.errors import BadInput
 
@@ -174,6 +176,12 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "torch.save's cut": (lambda f: cut(pickled(f)), "is no file of torch.save"),
     "torch.save's with a hole": (holed, "pytorch_model.bin"),
     "torch.save's with code": (planted, "mkdir"),
+    "an index of a file elsewhere": (
+        lambda f: indexed(
+            f, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], "../elsewhere.safetensors"))
+        ),
+        "'../elsewhere.safetensors' is not a file's name",
+    ),
     "torch.save's shard missing": (lambda f: sharded(f, "bin").unlink(), "pytorch_model-00002-of-00002.bin"),
 }
 
@@ -221,6 +229,94 @@ def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) ->
     assert content is not None
     with pytest.raises(BadInput, match=r"no weights for lm_head\.weight and \d+ more"):
         models.load(models.ModelChoice(str(folder), content), tmp_path)
+
+
+def changed(folder: Path, **values: Any) -> None:
+    """Set values in the model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the weights in their file."""
+    found = tensors(folder)
+    change(found)
+    save_file(found, one(folder), {"format": "pt"})
+
+
+def spoilt(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that sets one number of the first weight with `key` in its name."""
+    return lambda found: next(found[name] for name in sorted(found) if key in name).view(-1)[0].fill_(value)
+
+
+def without(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that takes the weights with `key` in their names away."""
+    return lambda found: [found.pop(name) for name in list(found) if key in name]
+
+
+QUERY = "encoder.layer.1.attention.self.query"
+OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "wider layers": ("label", lambda f: changed(f, intermediate_size=48), r"size \[64\].*asks for \[48\]"),
+    "more tokens": ("label", lambda f: changed(f, vocab_size=300), r"word_embeddings.*asks for \[300, 32\]"),
+    "more positions": ("label", lambda f: changed(f, max_position_embeddings=300), "position_embeddings"),
+    "wider layers, and answers": ("forced", lambda f: changed(f, intermediate_size=48), r"asks for .*48"),
+    "fewer blocks": (
+        "label",
+        lambda f: changed(f, num_hidden_layers=1),
+        "asks for 1 blocks in bert.encoder.layer",
+    ),
+    "fewer blocks, and answers": (
+        "forced",
+        lambda f: changed(f, num_hidden_layers=1),
+        "1 blocks in model.layers",
+    ),
+    "a layer that is not there": (
+        "label",
+        lambda f: rewritten(f, without(QUERY)),
+        f"no weights for bert.{QUERY}",
+    ),
+    "half a layer": (
+        "label",
+        lambda f: rewritten(f, without(f"{QUERY}.bias")),
+        f"no weights for bert.{QUERY}",
+    ),
+    "a number that is none": (
+        "forced",
+        lambda f: rewritten(f, spoilt("up_proj", float("nan"))),
+        "not finite",
+    ),
+    "an infinite number": ("label", lambda f: rewritten(f, spoilt(QUERY, float("inf"))), "not finite"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
+    what: str, folder: Path, tmp_path: Path
+) -> None:
+    answers, spoil, said = OTHERS[what]
+    task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
+    if answers == "label":
+        folder = encoders.save("bert", tmp_path / "bert")
+    models.load(models.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    spoil(folder)
+    with pytest.raises(BadInput, match=said) as refused:
+        models.load(models.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
+    """transformers would load the adapter's base, whatever the folder holds, and the adapter on it."""
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}'
+    )
+    with pytest.raises(BadInput, match="merge_and_unload"):
+        weights.check(folder, "m")
+
+
+def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
+    changed(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(BadInput, match=r"quantised \(quantization_config\)"):
+        models.skeleton(models.ModelChoice(str(folder), content_of(folder)), tmp_path, Letters(RECIPE))
 
 
 def test_only_headers_are_read(folder: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from variants import catalogue
+from variants import catalogue, targets
 from variants.attach import attach
 from variants.contract import Settings, Unsupported
 from variants.targets import find
@@ -111,6 +111,18 @@ def test_what_is_out_of_scope_does_not_matter() -> None:
     assert list(find(Holder(nn.Conv1d(4, 4, 3)), "blocks")) == ["blocks.0.plain"]
     with pytest.raises(Unsupported, match="MultiheadAttention"):
         find(Holder(nn.MultiheadAttention(8, 2)), "out_proj")
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"re:(\w+\.?)+!", r"re:(.*)*\d+x", r"re:(?:\w|\w\w|\.|\.\w)+(?<=x)q_proj"]
+)
+def test_a_pattern_that_python_would_try_for_years_is_refused(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.1)
+    model = nn.ModuleDict({"layers_of_the_model_number_0_self_attention_q_proj": nn.Linear(4, 4)})
+    with pytest.raises(Unsupported, match=r"repetition inside of a repetition|no linear layer"):
+        find(model, pattern)
 
 
 def test_a_model_without_blocks_says_so() -> None:

@@ -324,7 +324,8 @@ class Task:
         if choice.revision != here:
             raise BadInput(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, this machine "
-                f"makes {here}. Install the same versions on every machine."
+                f"makes {here}. Examples have to be the same each time they are asked for (a seed for all "
+                "that is drawn), and versions the same on every machine."
             )
         return {s: found[s][: wanted[s]] for s in SPLITS}
 
