@@ -13,8 +13,8 @@ from orchestrator.study.errors import BadInput, Trouble, reason
 def told(name: str, doing: str) -> Iterator[None]:
     """Turn what the code of the task `name` raises into a BadInput of one line, if the task is a user's file.
 
-    SystemExit and all other BaseExceptions as well: sys.exit in the file would end the study, with an exit code
-    of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
+    SystemExit and all other BaseExceptions as well: sys.exit in the file would end the study, with an exit
+    code of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
 
     Args:
         name: The task's name; a user's is the path of its file.
