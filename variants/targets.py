@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-import regex
+import regex  # type: ignore[import-untyped]
 import torch
 from torch import nn
 

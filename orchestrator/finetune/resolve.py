@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.finetune import hub_data, metrics, models, user_code
 from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.base import HELD_OUT, Example, Split, Task
 from orchestrator.record.files import naming
 from orchestrator.study import bounds, rates, space
 from orchestrator.study.configuration import (
@@ -153,6 +153,30 @@ def data(
             found = prepared.prepare(folder, configuration, task, processor, progress)
         if task.inputs != "image":
             _check_ids(configuration, bases, prepared.largest_id(found))
+            tell_shared(task, found.examples, progress)
+
+
+def tell_shared(
+    task: Task, examples: Mapping[Split, Sequence[Example]], progress: Callable[[str], None]
+) -> None:
+    """Say how many examples of a user's task are scored and trained on: their scores show what was learnt by
+    heart. Data may have a few by themselves, so they are not refused.
+
+    Args:
+        task: The task. The project's own have splits that are known.
+        examples: Its texts.
+        progress: What takes the line.
+    """
+    if not task.name.endswith(".py"):
+        return
+    train = {(example.prompt, example.pair, example.answer) for example in examples["train"]}
+    for split in HELD_OUT:
+        shared = sum((each.prompt, each.pair, each.answer) in train for each in examples[split])
+        if shared:
+            progress(
+                f"{Path(task.name).stem}: {shared} of {len(examples[split])} {split} examples are train "
+                "examples as well; their scores show what was learnt by heart"
+            )
 
 
 def _check_ids(configuration: Configuration, bases: Path, largest: int) -> None:

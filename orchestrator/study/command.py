@@ -42,6 +42,11 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     exception is a bug and shows itself. No secret is in what is said, nor, from here on, in this process's
     command line.
     """
+    for name in ("stdout", "stderr"):
+        if (
+            getattr(sys, name) is None
+        ):  # closed by the shell: the next file that is opened would take its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     hide_passwords_of_this_process()
     sys.excepthook = _show
     _interrupt.watch()

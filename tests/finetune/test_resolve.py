@@ -8,10 +8,12 @@ from typing import Any
 
 import encoders
 import pytest
+from scripted import WORDS_TASK
 
 from orchestrator.finetune import models, prepared, resolve
 from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.finetune.tasks.reviews import Reviews
 from orchestrator.study.configuration import Batches, Configuration, ModelChoice
@@ -36,6 +38,19 @@ def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configu
     chosen = resolve.names(typed, "letters", ("lora",), bases)
     content = resolve.base(chosen.model, bases, lambda text: None)
     return resolve.templates(typed, chosen, content, bases)
+
+
+def test_examples_that_are_scored_and_trained_on_are_told() -> None:
+    task = tasks.get(WORDS_TASK)
+    said: list[str] = []
+    one, other = Example("a", "b"), Example("a", "c")
+    resolve.tell_shared(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
+    assert said == []
+    resolve.tell_shared(task, {"train": [one], "validation": [one, other], "test": [one]}, said.append)
+    assert [line.partition(" examples")[0] for line in said] == [
+        "words_task: 1 of 2 validation",
+        "words_task: 1 of 1 test",
+    ]
 
 
 def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:

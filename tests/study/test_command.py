@@ -149,6 +149,16 @@ def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
     assert err.startswith("interrupted; to go on: python -c ")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stdout_or_stderr_changes_no_exit_code(closed):
+    code = "from orchestrator.study.command import main; main(lambda: print('said') or 3)"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == ("said\n" if closed == "2>&-" else "")
+
+
 def test_trouble_is_one_line_and_1():
     process = _start("started()\nraise Trouble('no seat')")
     assert _end(process) == (1, "", "error: no seat\n")
