@@ -190,6 +190,9 @@ def load(
     heads = _heads(model, choice.name, set(info["missing_keys"])) if headed else ()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bench = Bench(model.eval().requires_grad_(False).to(place), processor, place, heads)
+    if place.type == "cpu":  # safetensors has mapped the files: one that is overwritten would change the base
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     if heads:
         if not images:
             _check_reading(model, choice.name)

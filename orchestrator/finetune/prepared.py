@@ -222,7 +222,8 @@ def _kept(
         with _written(path, schema, make(), about) as source:
             # A name that is taken is a torn file's, or another node's that was faster.
             if not files.link(source, path) and _read(path, schema, view) is None:
-                os.replace(source, path)
+                with files.naming(path):
+                    os.replace(source, path)
     found = _read(path, schema, view)
     assert found is not None, f"{path} is not what was written there"
     return found

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,8 @@ class _Child:
     run: str
     identity: str
     complete: bool
+    latest: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each of its metrics."""
 
 
 @dataclass
@@ -94,7 +96,8 @@ class MlflowLog:
         """Makes each record's child run what the record says; returns how many had to be written.
 
         One child a (study, fingerprint): a complete one is left alone, one that a killed driver left half
-        written is completed, one of an older record (stopped, since finished) is replaced. `reused`: the
+        written is completed, one of an older record (stopped, since finished) is replaced, and so is one whose
+        last values are others than the record's (a damaged database). `reused`: the
         fingerprints whose new child is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as
         artifact "adapter". `ensure_study` comes first, once.
         """
@@ -119,7 +122,7 @@ class MlflowLog:
     def _write(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:
         known = self._studies[study]
         child = known.children.get(record.fingerprint)
-        if child is not None and child.identity != mlflow_run.identity(record):
+        if child is not None and not _says(child, record):
             self._delete(child.run)
             del known.children[record.fingerprint]
             child = None
@@ -144,7 +147,7 @@ class MlflowLog:
         if folder is not None and folder.is_dir():
             self._client.log_artifacts(child.run, str(folder), "adapter")
         self._client.set_terminated(child.run, mlflow_run.STATUS[record.state], end)
-        child.complete = True
+        child.complete, child.latest = True, mlflow_run.latest(record)
         return True
 
     def _open(self, name: str) -> _Study:
@@ -164,7 +167,8 @@ class MlflowLog:
                     self._delete(run.info.run_id)
                     continue
                 complete = run.info.status in ("FINISHED", "FAILED")
-                children[found["fingerprint"]] = _Child(run.info.run_id, found.get("record", ""), complete)
+                child = _Child(run.info.run_id, found.get("record", ""), complete, run.data.metrics)
+                children[found["fingerprint"]] = child
         if parent:
             self._client.log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()])
             self._client.update_run(parent, "RUNNING")
@@ -254,6 +258,14 @@ def _first_line(error: Exception) -> str:
         cause = cause.__cause__
     said = str(getattr(cause, "orig", None) or error) or type(error).__name__
     return said.splitlines()[0]
+
+
+def _says(child: _Child, record: Record) -> bool:
+    """Tell whether a child is of this record and, if it is complete, has the record's last values."""
+    if child.identity != mlflow_run.identity(record):
+        return False
+    wanted = mlflow_run.latest(record) if child.complete else {}
+    return all(child.latest.get(key) == value for key, value in wanted.items())
 
 
 def _make_database(path: Path) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import Record, Step
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
@@ -100,12 +100,18 @@ def metrics(record: Record) -> list[Metric]:
 
     return [
         Metric(_key(key), value if math.isfinite(value) else math.nan, at(step), step)
-        for key, step, value in _values(record)
+        for key, step, value in _values(record, record.curve)
     ]
 
 
-def _values(record: Record) -> Iterator[tuple[str, int, float]]:
-    for step in record.curve:
+def latest(record: Record) -> dict[str, float]:
+    """Return the last value of each metric of which it is finite: what MLflow's tables show of a run."""
+    last = {_key(key): value for key, _, value in _values(record, record.curve[-1:])}
+    return {key: value for key, value in last.items() if math.isfinite(value)}
+
+
+def _values(record: Record, curve: Sequence[Step]) -> Iterator[tuple[str, int, float]]:
+    for step in curve:
         yield "train_loss", step.step, step.loss
         yield "learning_rate", step.step, step.learning_rate
         yield "gradient_norm", step.step, step.gradient_norm

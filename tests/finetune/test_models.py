@@ -214,6 +214,19 @@ def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
         models.load(ModelChoice("./mine", content), root, "cpu")
 
 
+def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(folder: Path, root: Path) -> None:
+    """Their content is checked when they are loaded, and on a CPU safetensors maps the file into memory."""
+    content = models.prepare(str(folder), root, silent)
+    bench = models.load(ModelChoice(str(folder), content), root, "cpu")
+    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        file.write(b"\x3f" * 4096)
+    assert models.bases.content_of(folder) != content
+    after = bench.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None:
     with pytest.raises(BadInput, match=r"has no config\.json"):
         models.resolve(str(tmp_path), root)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from multiprocessing.synchronize import Event
@@ -235,6 +237,20 @@ def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, m
     assert child.info.end_time == 2_000_000_000_000
     root = sqlite_path(uri).parent / "mlflow-artifacts" / study
     assert [folder.name for folder in root.iterdir()] == [child.info.run_id]
+
+
+def test_a_child_with_another_value_than_its_record_is_written_again(uri, study, make_record):
+    """As after a flipped bit in the database, which SQLite does not notice."""
+    record = make_record()
+    for changed, written in ((False, 1), (False, 0), (True, 1), (False, 0)):
+        if changed:
+            with closing(sqlite3.connect(sqlite_path(uri))) as database, database:
+                for table in ("metrics", "latest_metrics"):
+                    database.execute(f"update {table} set value = value + 1 where key = 'tokens'")
+        log = MlflowLog(uri)
+        log.ensure_study(study, "")
+        assert log.log_records(study, [record]) == written
+    assert _runs(uri, study)[1][record.fingerprint].data.metrics["tokens"] == record.cost.tokens
 
 
 def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
