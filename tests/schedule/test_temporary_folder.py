@@ -86,6 +86,19 @@ def test_a_list_of_ones_own_is_followed(temporary: Path, sleeper: subprocess.Pop
     assert list(folder.iterdir()) == []
 
 
+def test_a_list_that_is_written_again_stays_whole_for_its_readers(
+    temporary: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    remains.folder().mkdir(mode=0o700)
+    remains.write()
+    (file,) = remains.folder().iterdir()
+    with file.open() as reader:
+        remains.write([psutil.Process(sleeper.pid)])
+        assert len(json.loads(reader.read())["processes"]) == 2
+    assert len(json.loads(file.read_text())["processes"]) == 1
+    assert list(remains.folder().iterdir()) == [file]
+
+
 def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(temporary: Path) -> None:
     word = temporary / "ray" / "ray_current_cluster"
     word.parent.mkdir()
