@@ -29,7 +29,7 @@ from typing import IO, Any
 import psutil
 
 from orchestrator.cluster import raylets
-from orchestrator.schedule.remains import born
+from orchestrator.schedule.remains import boot, born
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # before a command that keeps ending is started again
 LONG_ENOUGH = 60.0  # a command that lived so long had not failed to start
@@ -161,7 +161,8 @@ def _taken_over(path: Path) -> Iterator[IO[str]]:
             time.sleep(0.2)
         left = _read(file)
         with suppress(psutil.Error):  # a keeper that was killed could not end its command
-            if abs(born(psutil.Process(left.get("child", 0))) - left.get("born", -1.0)) < 1.0:
+            began = born(psutil.Process(left.get("child", 0)))
+            if left.get("boot") == boot() and abs(began - left.get("born", -1.0)) < 1.0:
                 _end_group(left["child"])
         _write(file, 0)
         yield file
@@ -188,7 +189,7 @@ def _write(file: IO[str], child: int) -> None:
         began = born(psutil.Process(child)) if child else -1.0
     file.seek(0)
     file.truncate()
-    file.write(json.dumps({"keeper": os.getpid(), "child": child, "born": began}))
+    file.write(json.dumps({"keeper": os.getpid(), "child": child, "born": began, "boot": boot()}))
     file.flush()
 
 

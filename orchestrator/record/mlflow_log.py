@@ -98,7 +98,8 @@ class MlflowLog:
         One child a (study, fingerprint): a complete one is left alone, one that a killed driver left half
         written is completed, one of an older record (stopped, since finished) is replaced, and so is one with
         other last values than the record's (a damaged database). `reused`: the fingerprints whose new child
-        is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as artifact "adapter". `ensure_study` comes first, once.
+        is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as artifact "adapter".
+        `ensure_study` comes first, once.
         """
         if study not in self._asked:
             raise ValueError(f"ensure_study({study!r}) comes first")

@@ -50,6 +50,9 @@ def _make(path: Path) -> None:
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(secrets.token_hex(BYTES))
-        files.link(part, path)
+        try:
+            files.link(part, path)
+        except OSError:  # a file system without hard links; of a user's studies here one at a time starts Ray
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,6 +33,7 @@ ALONE = {
     "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
 """Environment variables of a Ray that is started here, which serves this machine only."""
+ADDRESS_CHARACTERS = 300  # as many as a host name and a port may have
 TRIES = 3  # of a second each, to reach a cluster
 STARTS = 2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
@@ -134,9 +136,13 @@ def address() -> str | None:
     if os.environ.get("RAY_ADDRESS"):
         return os.environ["RAY_ADDRESS"]
     word = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
-    with suppress(OSError, ValueError), word.open() as file:
-        found, owner = file.read().strip(), os.fstat(file.fileno()).st_uid
+    with suppress(OSError, ValueError), open(word, opener=_carefully) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        found, owner = file.read(ADDRESS_CHARACTERS).strip(), status.st_uid
         host, _, port = found.rpartition(":")
+        # Connecting sends nothing; it alone tells the cluster of another user from a file that one has left.
         if found and listens(host, int(port)):
             if owner not in (0, os.getuid()):
                 raise BadInput(
@@ -146,6 +152,11 @@ def address() -> str | None:
                 )
             return found
     return None
+
+
+def _carefully(path: str, flags: int) -> int:
+    """Open a file that another user may have planted: follow no link, and do not wait for a pipe's writer."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 @contextmanager
@@ -274,7 +285,7 @@ def listens(host: str, port: int) -> bool:
     """Whether something answers there, within a second."""
     import socket
 
-    with suppress(OSError), socket.create_connection((host, port), timeout=1):
+    with suppress(OSError, OverflowError), socket.create_connection((host, port), timeout=1):
         return True
     return False
 

@@ -7,27 +7,30 @@ says what happened and which command goes on.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from orchestrator.schedule.cluster import Cluster, listens
 from orchestrator.schedule.watched_clock import WatchedClock
 from orchestrator.study.command import end_with, typed
 
 LOOK_SECONDS = 2.0
-LOST_SECONDS = 30.0  # half of the time after which Ray itself gives up
+LOST_SECONDS = 30.0  # for a Ray that was started here: nobody starts its GCS again
+RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
+RAY_WAITS_SECONDS = 60.0  # where that variable is not set
 STOP_SECONDS = 5.0  # a check takes one second at most
 
 
 @contextmanager
 def watched(cluster: Cluster, say: Callable[[str], None], last: Callable[[], object]) -> Iterator[None]:
-    """End the process when the GCS of the cluster has not answered for LOST_SECONDS.
+    """End the process when the GCS of the cluster has not answered for `_patience`.
 
     Args:
         cluster: the Ray that the study uses.
-        say: called with a line when the GCS stops answering.
+        say: called with a line when the GCS stops answering, and when it answers again.
         last: called before the process ends.
     """
     stop = threading.Event()
@@ -42,10 +45,22 @@ def watched(cluster: Cluster, say: Callable[[str], None], last: Callable[[], obj
         thread.join(STOP_SECONDS)
 
 
+def _patience(cluster: Cluster) -> float:
+    """Return how many seconds the GCS may be silent.
+
+    The GCS of a joined cluster may be started again, for which Ray waits. That time is used except for its
+    last tenth: then Ray ends the process.
+    """
+    if cluster.local:
+        return LOST_SECONDS
+    return 0.9 * float(os.environ.get(RAY_WAITS, RAY_WAITS_SECONDS))
+
+
 def _watch(
     cluster: Cluster, say: Callable[[str], None], last: Callable[[], object], stop: threading.Event
 ) -> None:
     host, _, port = cluster.control_store.rpartition(":")
+    patience = _patience(cluster)
     clock = WatchedClock()
     heard, answers = clock(), True
     while not stop.wait(LOOK_SECONDS):
@@ -53,17 +68,21 @@ def _watch(
         now = clock()
         if answers:
             heard = now
-        elif now - heard > LOST_SECONDS:
-            end_with(_line(cluster), last)
-        elif before:
-            say(f"Ray's control store ({cluster.control_store}) does not answer; waiting {LOST_SECONDS:g} s")
+        elif now - heard > patience:
+            end_with(_line(cluster, patience), last)
+        if answers != before:
+            what = "answers again" if answers else f"does not answer; waiting {patience:g} s"
+            with suppress(Exception):  # a line that cannot be shown must not end the watch
+                say(f"Ray's control store ({cluster.control_store}) {what}")
 
 
-def _line(cluster: Cluster) -> str:
-    """Return the error line: what happened and how to go on."""
-    what = "its process" if cluster.local else "its process or its machine"
-    first = "" if cluster.local else "start the cluster again, then "
+def _line(cluster: Cluster, patience: float) -> str:
+    """Return the error line: what is known, and how to go on."""
+    if cluster.local:
+        why, how = "its process is gone", "to go on"
+    else:
+        why, how = "it has ended, or the network to it is down", "to go on once it answers"
     return (
-        f"Ray's control store (GCS, {cluster.control_store}) has not answered for {LOST_SECONDS:g} s: {what} "
-        f"is gone. What is done is kept; to go on: {first}{typed(sys.orig_argv[1:])}"
+        f"Ray's control store (GCS, {cluster.control_store}) has not answered for {patience:g} s: {why}. "
+        f"What is done is kept; {how}: {typed(sys.orig_argv[1:])}"
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.record import files
 from orchestrator.study.errors import BadInput
 
 MOMENT_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
@@ -66,7 +67,7 @@ def write(before: Collection[psutil.Process] = ()) -> None:
         before: what `children` returned before Ray was started; these are not Ray's processes.
     """
     rays = [process for process in children() if process.is_running() and process not in before]
-    _file().write_text(written([psutil.Process(), *rays]))
+    files.replace(_file(), written([psutil.Process(), *rays]).encode())  # `end` may read it meanwhile
 
 
 def written(processes: Sequence[psutil.Process]) -> str:
@@ -75,14 +76,14 @@ def written(processes: Sequence[psutil.Process]) -> str:
     Args:
         processes: a driver, then its Ray's processes.
     """
-    return json.dumps({"boot": _boot(), "processes": [(p.pid, born(p)) for p in processes]})
+    return json.dumps({"boot": boot(), "processes": [(p.pid, born(p)) for p in processes]})
 
 
 def _read(file: Path) -> list[Identity]:
     """Return the processes in a file; none where it is torn, or was written before the last boot."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(file.read_text())
-        if found["boot"] == _boot():
+        if found["boot"] == boot():
             return [(int(pid), float(seconds)) for pid, seconds in found["processes"]]
     return []
 
@@ -92,11 +93,11 @@ def born(process: psutil.Process) -> float:
 
     On Linux, setting the clock changes `create_time` and does not change this.
     """
-    boot = psutil.boot_time()  # first: older versions of psutil use its last result in `create_time`
-    return process.create_time() - boot
+    began = psutil.boot_time()  # first: older versions of psutil use its last result in `create_time`
+    return process.create_time() - began
 
 
-def _boot() -> str:
+def boot() -> str:
     """Return the id of the current boot of the machine; empty outside of Linux."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -13,8 +13,8 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
@@ -28,20 +28,16 @@ NEEDLESS = (  # Ray Train's default callbacks that each start one more process p
 )
 
 
-class _NoGroup(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Start no process group."""
-
-
 class Alone(TorchConfig):
     """Configure torch for a run of one worker, which needs no process group.
 
-    The TCP store of a process group listens on all addresses of its machine and asks for no token.
+    The TCP store of a process group listens on all addresses of its machine and asks for no token. RANK and
+    WORLD_SIZE are not set in the worker's environment: Ray sets them when it starts a group.
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _NoGroup
+    def backend_cls(self) -> type[Backend]:
+        return Backend
 
 
 class SeatRun(threading.Thread):
@@ -130,7 +126,7 @@ class SeatRun(threading.Thread):
             scaling_config=ScalingConfig(
                 num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
             ),
-            torch_config=TorchConfig(backend=backend) if plan.workers > 1 else Alone(backend=backend),
+            torch_config=TorchConfig(backend=backend) if plan.workers > 1 else Alone(),
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
                 storage_path=plan.scratch,

@@ -212,27 +212,34 @@ def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
 
     Args:
         error: The line, without `error:`.
-        last: Called after the line is printed; the process ends when it returns.
+        last: Called after the line is printed; the process ends when it returns or raises.
     """
     with _interrupt.ending:
-        say_on_a_line(f"error: {without_secrets(error)}")
-        last()
-        _end_at_once(FAILED)
+        try:
+            say_on_a_line(f"error: {without_secrets(error)}")
+        finally:
+            try:
+                last()
+            finally:
+                _end_at_once(FAILED)
 
 
 def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
     """Nothing is tidied up: what is on disk is whole at any moment. Processes of ours, such as those of a Ray
     that was started here, would outlive us."""
-    import psutil
+    try:
+        import psutil
 
-    for process in psutil.Process().children(recursive=True):
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    if _is_terminal(sys.__stdout__):
-        os.write(sys.__stdout__.fileno(), f"{CLEAR_LINE}\x1b[?25h".encode())  # the live line hides the cursor
-    os._exit(code)
+        for process in psutil.Process().children(recursive=True):
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        if _is_terminal(sys.__stdout__):
+            show_cursor = "\x1b[?25h"  # the live line hides it
+            os.write(sys.__stdout__.fileno(), f"{CLEAR_LINE}{show_cursor}".encode())
+    finally:
+        os._exit(code)
 
 
 def say_what_comes(text: str) -> None:

@@ -132,6 +132,21 @@ def test_the_command_of_a_killed_keeper_is_ended_though_the_clock_was_set(
         left.wait()
 
 
+def test_a_number_from_before_the_last_boot_ends_nobody(tmp_path: Path) -> None:
+    """A process may have the same number and have started as many seconds after another boot."""
+    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    file = tmp_path / "server"
+    try:
+        with file.open("a+") as known:
+            keep._write(known, other.pid)
+        file.write_text(file.read_text().replace(keep.boot(), "another-boot"))
+        with keep._taken_over(file):
+            assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_it_comes_back_when_the_server_answers(kept: Kept) -> None:
     with reserved_port() as port:
         for times in (1, 2):  # what answered before is not what the second one waits for

@@ -86,6 +86,19 @@ def test_a_list_of_ones_own_is_followed(temporary: Path, sleeper: subprocess.Pop
     assert list(folder.iterdir()) == []
 
 
+def test_a_list_that_is_written_again_stays_whole_for_its_readers(
+    temporary: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    remains.folder().mkdir(mode=0o700)
+    remains.write()
+    (file,) = remains.folder().iterdir()
+    with file.open() as reader:
+        remains.write([psutil.Process(sleeper.pid)])
+        assert len(json.loads(reader.read())["processes"]) == 2
+    assert len(json.loads(file.read_text())["processes"]) == 1
+    assert list(remains.folder().iterdir()) == [file]
+
+
 def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(temporary: Path) -> None:
     word = temporary / "ray" / "ray_current_cluster"
     word.parent.mkdir()
@@ -101,8 +114,30 @@ def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(tempora
     assert cluster.address() is None, "one that does not answer is nobody's"
 
 
-def test_a_word_that_names_no_cluster_is_none(temporary: Path) -> None:
+def pipe(word: Path) -> None:
+    os.mkfifo(word)
+
+
+def link(word: Path) -> None:
+    word.with_name("elsewhere").write_text("127.0.0.1:1")
+    word.symlink_to("elsewhere")
+
+
+def text(word: Path) -> None:
+    word.write_text("no address")
+
+
+@pytest.mark.timeout(60)  # a pipe without a writer would be waited for without end
+@pytest.mark.parametrize("planted", [pipe, link, Path.mkdir, text])
+def test_a_word_that_names_no_cluster_is_none(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, planted: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(cluster, "listens", lambda host, port: True)
     word = temporary / "ray" / "ray_current_cluster"
     word.parent.mkdir()
-    word.write_text("no address")
+    planted(word)
     assert cluster.address() is None
+
+
+def test_a_port_that_is_none_does_not_listen() -> None:
+    assert not cluster.listens("127.0.0.1", 10**30)

@@ -164,6 +164,31 @@ def test_trouble_is_one_line_and_1():
     assert _end(process) == (1, "", "error: no seat\n")
 
 
+ENDED_BY_A_THREAD = """
+from orchestrator.study.command import end_with
+def last():
+    print("last", flush=True)
+    {last}
+with gently(done.set):
+    started()
+    done.wait()
+{before}
+threading.Thread(target=end_with, args=("gone", last)).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "before", "said"),
+    [("raise OSError", "", "error: gone\n"), ("", "sys.__stderr__.close()", "")],
+    ids=["its last act fails", "its line cannot be printed"],
+)
+def test_what_a_thread_ends_is_ended_though(last, before, said):
+    process = _start(ENDED_BY_A_THREAD.format(last=last, before=before))
+    process.send_signal(signal.SIGINT)
+    assert _end(process) == (1, "last\n", said)
+
+
 # -- in a terminal -------------------------------------------------------------------------------------------
 
 LIVE = """
