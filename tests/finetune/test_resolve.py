@@ -247,6 +247,51 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+LONG = """
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+class Long(Task):
+    floor, default_model, answers = 0.0, "letters-base", ANSWERS
+    defaults = TaskDefaults(
+        train_size=8, validation_size=8, test_size=8, steps=1, batch_size=8, max_length=5,
+        evaluations=1, learning_rates=(1e-3,),
+    )
+
+    def examples(self, split, count):
+        prompt = "a b c d e f g =" if split == "test" else "a ="
+        return [Example(prompt, "a b")] * count
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "needed"), [('"forced"', 10), ('"generated"\n    max_new_tokens = 5', 12)]
+)
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
+    answers: str, needed: int, missing: int, tmp_path: Path
+) -> None:
+    """Held-out texts are kept whole, and eight tokens of a prompt grow by four that the model is given."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    words, room = letters.tokenizer(), needed - missing
+    config = GPT2Config(vocab_size=len(words), n_positions=room, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "m")
+    words.save_pretrained(tmp_path / "m")
+    (tmp_path / "long.py").write_text(LONG.replace("ANSWERS", answers))
+    (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
+    prepare = lambda: resolve.data([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
+    if missing:
+        refused(
+            prepare, f"positions for {room} tokens, and task .* needs up to {needed}; take another --model"
+        )
+        return
+    prepare()
+    if "generated" in answers:
+        prompt = torch.tensor([words("a b c d e f g =")["input_ids"]])
+        model.generate(prompt, max_new_tokens=5, min_new_tokens=5)
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     missing: int, bases: Path, tmp_path: Path
