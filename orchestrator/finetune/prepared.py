@@ -109,6 +109,16 @@ def largest_id(found: Prepared) -> int:
     return max(rows.largest("ids") for rows in found.rows.values() if isinstance(rows, Stored))
 
 
+def longest_row(found: Prepared, task: Task) -> int:
+    """Return how many tokens the model is given at once, at most, of the rows of texts: those of a row, or of
+    a prompt and of the answer that is generated to it (whose last token it is not given)."""
+    rows = {split: of for split, of in found.rows.items() if isinstance(of, Stored)}
+    most = max(of.longest("ids") for of in rows.values())
+    if task.answers != "generated":
+        return most
+    return max(most, *(rows[split].longest("prompt") + task.max_new_tokens - 1 for split in HELD_OUT))
+
+
 def examples(
     folder: Path, choice: TaskChoice, task: Task, progress: Progress = silent
 ) -> dict[Split, Sequence[Example]]:

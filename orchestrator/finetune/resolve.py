@@ -144,6 +144,7 @@ def data(
     """Examples and token ids for all of them, in `folder`, made where they are lacking: before a GPU is asked
     for. Raises BadInput when examples cannot be had or tokenised, and OSError when there is no space."""
     from orchestrator.finetune import prepared
+    from orchestrator.finetune.data import longest
 
     alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in alike.values():
@@ -153,6 +154,13 @@ def data(
             found = prepared.prepare(folder, configuration, task, processor, progress)
         if task.inputs != "image":
             _check_ids(configuration, bases, prepared.largest_id(found))
+            most = prepared.longest_row(found, task)
+            if most > longest(task, configuration.batches.max_length):  # else `_check_fit` has compared it
+                model, _ = models.skeleton(configuration.model, bases, task)
+                try:
+                    _check_positions(model, most, task)
+                except ValueError as error:
+                    raise BadInput(f"Model {configuration.model.name!r}: {error}") from None
             tell_shared(task, found.examples, progress)
 
 
@@ -296,21 +304,21 @@ def _variant(name: str, options: StudyOptions) -> VariantChoice:
     )
 
 
-def _check_positions(model: Any, configuration: Configuration, task: Task) -> None:
-    """Raise ValueError where training texts are longer than the model has positions for."""
-    from orchestrator.finetune.data import longest
-
-    room, most = models.positions(model), longest(task, configuration.batches.max_length)
+def _check_positions(model: Any, most: int, task: Task) -> None:
+    """Raise ValueError where `most` tokens of a text, or of a prompt and what is generated to it, are more
+    than the model has positions for."""
+    room = models.positions(model)
     if room is not None and most > room:
         raise ValueError(
-            f"it has positions for {room} tokens, and texts of task {task.name!r} have up to {most}; take "
-            "another --model"
+            f"it has positions for {room} tokens, and task {task.name!r} needs up to {most}; take another "
+            "--model, or shorter texts"
         )
 
 
 def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
     """Attaches each variant to the model's shapes (no weights): what would fail on a GPU fails here."""
     from orchestrator.finetune import base_dropout
+    from orchestrator.finetune.data import longest
     from variants.attach import attach
     from variants.contract import Settings
 
@@ -319,7 +327,7 @@ def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path)
         settings = Settings(variant.rank, variant.alpha, variant.dropout, variant.extra)
         try:
             model, heads = models.skeleton(configuration.model, bases, task)
-            _check_positions(model, configuration, task)
+            _check_positions(model, longest(task, configuration.batches.max_length), task)
             if configuration.base_dropout == "on":
                 base_dropout.check(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)

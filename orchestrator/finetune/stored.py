@@ -34,6 +34,11 @@ class Stored(Sequence[T]):
         found = [pc.max(batch.column(column).values).as_py() for batch in self._batches]
         return max((number for number in found if number is not None), default=-1)
 
+    def longest(self, column: str) -> int:
+        """Return the length of the longest list of a column, 0 where there is none."""
+        found = [pc.max(pc.list_value_length(batch.column(column))).as_py() for batch in self._batches]
+        return max((length for length in found if length is not None), default=0)
+
     @overload
     def __getitem__(self, place: int) -> T: ...
 

@@ -114,6 +114,14 @@ def test_bos_stands_before_the_prompt_where_the_tokenizer_puts_it(
     assert row.targets[-1] == words.eos_token_id
 
 
+def test_an_end_token_that_is_appended_and_is_bos_too_does_not_stand_before_the_prompt() -> None:
+    words = llama(add_bos_token=False, add_eos_token=True)
+    words.bos_token = words.eos_token
+    assert words("")["input_ids"] == words("a")["input_ids"][-1:] == [words.bos_token_id]
+    (row,) = encode([Example("a b", "b a")], Words(), words)
+    assert words.bos_token_id not in row.ids
+
+
 def test_without_a_bos_token_nothing_stands_before_the_prompt() -> None:
     from orchestrator.finetune.tasks.letters import tokenizer
 

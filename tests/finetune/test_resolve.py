@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import encoders
 import pytest
+import torch
 from scripted import WORDS_TASK
 
 from orchestrator.finetune import models, prepared, resolve
+from orchestrator.finetune.bases import quiet
 from orchestrator.finetune.pretraining import Recipe
 from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.letters import Letters
 from orchestrator.finetune.tasks.reviews import Reviews
@@ -132,25 +136,110 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
         resolve.templates(typed, chosen, content, bases)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "deberta"])
-def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(
-    kind: str, bases: Path, tmp_path: Path
-) -> None:
-    """It attends both ways and would see the answer: in the plan, and where the weights are loaded."""
-    folder = encoders.save(kind, tmp_path)
+SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
+
+
+def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
+    """Return what plans a study of `letters` with the model of a folder, and what loads its weights."""
     typed = StudyOptions(task="letters", model=str(folder))
-    chosen = resolve.names(typed, "letters", ("lora",), bases)
-    content = models.prepare(str(folder), bases, lambda text: None)
-    for refuses in (
-        lambda: resolve.templates(typed, chosen, content, bases),
-        lambda: models.load(ModelChoice(str(folder), content), bases, "cpu", chosen.task),
-    ):
-        with pytest.raises(BadInput) as caught:
-            refuses()
-        assert "\n" not in str(caught.value)
-        # Other reasons: no such class of transformers', and no end token in BERT's and ELECTRA's tokenizers.
-        other = kind in ("distilbert", "deberta") or "no end token" in str(caught.value)
-        assert other or "would see the answer" in str(caught.value)
+    chosen = resolve.names(typed, "letters", ("lora",), root)
+    content = models.prepare(str(folder), root, lambda text: None)
+    return [
+        lambda: resolve.templates(typed, chosen, content, root),
+        lambda: models.load(ModelChoice(str(folder), content), root, "cpu", chosen.task),
+    ]
+
+
+def refused(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(BadInput, match=said) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def with_an_end_token(folder: Path) -> Path:
+    """Give the tokenizer of a folder, which may have none, an end token."""
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(folder)
+    words.eos_token = words.sep_token
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "deberta"])
+def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(kind: str, tmp_path: Path) -> None:
+    """It attends both ways and would see the answer: in the plan, and where the weights are loaded."""
+    from transformers import AutoModelForMaskedLM
+
+    folder = with_an_end_token(encoders.save(kind, tmp_path))
+    with quiet():  # the discriminator of ELECTRA has no head for words
+        AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    # Of the last two transformers has no class for language models.
+    said = "Unrecognized configuration class" if kind in ("distilbert", "deberta") else SEES_ANSWER
+    for refuses in planned_and_loaded(folder, tmp_path / "bases"):
+        refused(refuses, said)
+
+
+def test_a_bert_that_is_a_decoder_may_give_the_next_tokens(tmp_path: Path) -> None:
+    folder = with_an_end_token(encoders.save("bert", tmp_path, is_decoder=True))
+    for accepts in planned_and_loaded(folder, tmp_path / "bases"):
+        accepts()
+
+
+def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
+    bases: Path, tmp_path: Path
+) -> None:
+    """As LLM2Vec writes it. Its attention modules say is_causal all the same."""
+    from transformers import AutoConfig
+
+    shutil.copytree(bases / "letters", tmp_path / "m")
+    config = AutoConfig.from_pretrained(tmp_path / "m")
+    config.is_causal = False
+    config.save_pretrained(tmp_path / "m")
+    for refuses in planned_and_loaded(tmp_path / "m", tmp_path / "bases"):
+        refused(refuses, SEES_ANSWER)
+
+
+def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_are_there(
+    tmp_path: Path,
+) -> None:
+    """CpmAnt has no is_causal, and its whole text is context, which sees itself both ways."""
+    from transformers import CpmAntConfig, CpmAntForCausalLM
+
+    words = letters.tokenizer()
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "dim_head": 8,
+        "dim_ff": 32,
+        "num_hidden_layers": 1,
+    }
+    model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    content = models.prepare(str(tmp_path), tmp_path / "bases", lambda text: None)
+    refused(lambda: models.load(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("GPT2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}),
+        ("OpenAIGPT", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}),
+        ("OPT", {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}),
+        ("Bart", {"d_model": 16, "decoder_ffn_dim": 32, "decoder_layers": 1, "decoder_attention_heads": 2}),
+    ],
+)
+def test_the_positions_of_a_model_are_as_many_as_it_computes(kind: str, sizes: dict[str, int]) -> None:
+    import transformers
+
+    made = {"max_position_embeddings": 12, "vocab_size": 30, "word_embed_proj_dim": 16, **sizes}
+    config = getattr(transformers, f"{kind}Config")(**made)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert models.positions(model) == 12
+    model(input_ids=torch.zeros((1, 12), dtype=torch.int64))
+    with pytest.raises(Exception, match=r"size of tensor|out of range|expanded size"):
+        model(input_ids=torch.zeros((1, 13), dtype=torch.int64))
 
 
 def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
@@ -171,6 +260,51 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         ) as caught:
             resolve.templates(typed, chosen, content, tmp_path)
         assert "\n" not in str(caught.value)
+
+
+LONG = """
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+class Long(Task):
+    floor, default_model, answers = 0.0, "letters-base", ANSWERS
+    defaults = TaskDefaults(
+        train_size=8, validation_size=8, test_size=8, steps=1, batch_size=8, max_length=5,
+        evaluations=1, learning_rates=(1e-3,),
+    )
+
+    def examples(self, split, count):
+        prompt = "a b c d e f g =" if split == "test" else "a ="
+        return [Example(prompt, "a b")] * count
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "needed"), [('"forced"', 10), ('"generated"\n    max_new_tokens = 5', 12)]
+)
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
+    answers: str, needed: int, missing: int, tmp_path: Path
+) -> None:
+    """Held-out texts are kept whole, and eight tokens of a prompt grow by four that the model is given."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    words, room = letters.tokenizer(), needed - missing
+    config = GPT2Config(vocab_size=len(words), n_positions=room, n_embd=16, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "m")
+    words.save_pretrained(tmp_path / "m")
+    (tmp_path / "long.py").write_text(LONG.replace("ANSWERS", answers))
+    (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
+    prepare = lambda: resolve.data([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
+    if missing:
+        refused(
+            prepare, f"positions for {room} tokens, and task .* needs up to {needed}; take another --model"
+        )
+        return
+    prepare()
+    if "generated" in answers:
+        prompt = torch.tensor([words("a b c d e f g =")["input_ids"]])
+        model.generate(prompt, max_new_tokens=5, min_new_tokens=5)
 
 
 @pytest.mark.parametrize("missing", [0, 1])

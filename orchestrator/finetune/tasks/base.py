@@ -333,7 +333,9 @@ class Task:
 def _beginning(tokenizer: Any) -> list[int]:
     """The BOS token in a list where the tokenizer puts it before a text by itself, else an empty list."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+    # Of an empty text the first token may be the end token that the tokenizer appends, which may be BOS too.
+    first = lambda adds: list(tokenizer("a", add_special_tokens=adds)["input_ids"])[:1]  # noqa: E731
+    return [bos] if bos is not None and first(True) == [bos] != first(False) else []
 
 
 def _content(example: Example) -> tuple[object, ...]:

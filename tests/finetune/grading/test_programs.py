@@ -63,6 +63,36 @@ def test_what_a_program_raises_or_answers_with_does_not_steer_its_tests(every: i
     assert _disagreements(labelled[::every]) == []
 
 
+SETS = """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class P:
+    x: int
+class Odd:
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return self.x == other.x
+def points(*xs): return {P(x) for x in xs}
+def same(objects): return objects == {*objects}
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert {P(1)} == {P(1)} != {P(2)}",
+        "assert len({P(1), P(2), P(1)}) == 2",
+        "assert points(1, 2) == {P(2), P(1)}",
+        "assert {P(1): 7}[P(1)] == 7",
+        "assert P(1) not in {1} and 1 not in {P(1)}",
+        "class Mine: pass\nassert same({Mine(), Mine()})",
+        "try:\n    {Odd(1)}\nexcept TypeError:\n    pass\nelse:\n    raise AssertionError",
+    ],
+)
+def test_the_programs_objects_have_the_hashes_that_it_gives_them(test: str) -> None:
+    verdict = passes(with_tests(SETS, test), WIDE)
+    assert verdict.passed, verdict.why
+
+
 @some(5)
 def test_no_fake_pass_counts_and_no_odd_program_is_wronged(every: int) -> None:
     labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")

@@ -221,6 +221,16 @@ def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
     assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
 
+def test_a_folder_that_cannot_be_cleared_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: None)
+    with run._folder() as folder:
+        pass
+    assert [record.getMessage() for record in caplog.records if folder in record.getMessage()]
+    os.rmdir(folder)
+
+
 def test_disk_and_files() -> None:
     limits = replace(WIDE, disk=1 << 20, files=20)
     _nothing_to_be_had(

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from orchestrator.finetune.grading.sandbox import run
-from orchestrator.study.errors import Trouble
 
 PROJECT = Path(run.__file__).parents[4]
 NOBODY = 65534
@@ -182,13 +181,48 @@ def test_the_weaker_sandbox_does_not_count_its_users_other_processes(readable: t
     assert _as_nobody(readable, CROWDED).splitlines() == ["passed", "passed"]
 
 
-def test_the_weaker_sandbox_is_refused_where_its_user_cannot_read_the_interpreter() -> None:
-    """Started by root the program is another user: every import of its own would fail."""
-    program = "import wave\n\ndef there():\n    return wave.__name__"
-    why = run.run(program, "assert there() == 'wave'", run.Limits(), "limits").why
-    if why == "passed":
-        run._try("limits")
-        return
+HIDDEN = """
+import os, sys, tempfile
+from pathlib import Path
+from orchestrator.finetune.grading.sandbox import run, walls
+from orchestrator.study.errors import Trouble
+
+own, shown = Path(os.path.realpath(sys.base_prefix)), Path(tempfile.mkdtemp())
+walls._call("unshare", 0x20000)
+walls._mount("none", "/", "none", walls._REC | walls._PRIVATE)  # nobody else sees what follows
+walls._mount(str(own), str(shown), "none", walls._BIND | walls._REC)
+walls._mount("tmpfs", str(own), "tmpfs", 0, "mode=0700")
+for part in shown.iterdir():
+    if part.is_symlink():
+        (own / part.name).symlink_to(part.readlink())
+    elif part.is_dir():
+        (own / part.name).mkdir()
+        walls._mount(str(part), str(own / part.name), "none", walls._BIND | walls._REC)
+program = "import wave\\n\\ndef there():\\n    return wave.__name__"
+print(run.run(program, "assert there() == 'wave'", run.Limits(), "limits").why)
+try:
+    run._try("limits")
+except Trouble as error:
+    print(error)
+"""
+
+
+def test_the_weaker_sandbox_is_refused_where_its_user_cannot_read_the_interpreter(tmp_path: Path) -> None:
+    """Started by root the program is another user: every import of its own would fail.
+
+    The script hides the interpreter's folder from other users, in a mount namespace of its own.
+    """
+    if os.getuid() != 0:
+        pytest.skip("not root: programs run as the user that starts them")
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", HIDDEN],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    why, refusal = done.stdout.splitlines() or [done.stderr, ""]
     assert why == "ModuleNotFoundError: No module named 'wave'"
-    with pytest.raises(Trouble, match="cannot read"):
-        run._try("limits")
+    assert "cannot read Python in" in refusal
+    assert refusal.endswith("let every user read it")

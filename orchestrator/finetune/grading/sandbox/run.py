@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import select
 import signal
@@ -22,6 +23,8 @@ from typing import IO, Any, Literal
 from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_CPU, OUT_OF_TIME
 from orchestrator.finetune.grading.sandbox.judging import ENDED
 from orchestrator.study.errors import BadInput, Trouble
+
+_log = logging.getLogger(__name__)
 
 WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
@@ -124,6 +127,8 @@ def _folder() -> Iterator[str]:
     finally:  # shutil.rmtree of Python before 3.13 fails where folders are nested a thousand deep
         clear = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
         subprocess.run(clear, stderr=subprocess.DEVNULL, check=False)
+        if os.path.exists(folder):
+            _log.warning("%s, where a program was run, could not be removed; remove it", folder)
 
 
 def _hear(result: IO[bytes], until: float) -> bytes:

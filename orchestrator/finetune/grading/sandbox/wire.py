@@ -72,8 +72,8 @@ class Ended(Failed):
 class Remote:
     """An object that lives on the other side: it can be called, walked through, its attributes read and set.
 
-    Its class there decides its truth, its length, and whether it is equal to another such object. It is never
-    equal to a plain value.
+    Its class there decides its truth, its length, its hash, and whether it is equal to another such object.
+    It is never equal to a plain value.
     """
 
     def __init__(self, talk: Talk, number: int) -> None:
@@ -103,19 +103,22 @@ class Remote:
         return isinstance(other, Remote) and self._talk.ask("equal", self, other) is True
 
     def __hash__(self) -> int:
-        return hash(self.__dict__["_number"])
+        talk, number = self.__dict__["_talk"], self.__dict__["_number"]
+        return hash(number) if talk.answers else talk.ask("hash", self)
 
 
 class Talk:
     """One end of the socket.
 
     Attributes:
+        answers: Whether this is the program's end, which is asked and asks nothing.
         objects: The objects of this side that were sent, by their numbers.
         failed: How the program has failed, if it has.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, answers: bool = False) -> None:
         self.connection = connection
+        self.answers = answers
         self.objects: list[Any] = []
         self.failed: Failed | None = None
         self._numbers: dict[int, int] = {}
