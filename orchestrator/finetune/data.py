@@ -185,22 +185,25 @@ def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -
 
     Raises:
         BadInput: An example cannot be encoded, for instance by a word-level tokenizer that has no token for
-            unknown words. The error names the first such example.
+            unknown words, or because a user's `encode` raises or ends the process. The error names the
+            first such example.
     """
     try:
         return task.encode_all(block, processor)
     except BadInput:
         raise
-    except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
+    except (Exception, SystemExit) as error:  # the tokenizers of Hugging Face raise Exception itself
         for number, example in enumerate(block, start):
             try:
                 task.encode_all([example], processor)
-            except Exception as one:
+            except (Exception, SystemExit) as one:
                 text = quoted(f"{example.prompt} {example.answer}")
                 raise BadInput(
-                    f"Task {task.name!r}: example {number}, {text}, cannot be encoded ({reason(one)}); "
-                    "change it, or take a --model whose tokenizer knows its words."
+                    f"Task {task.name!r}: {reason(one)}, where example {number}, {text}, is encoded; correct "
+                    "the task or the example, or take a --model whose tokenizer knows its words."
                 ) from one
+        if isinstance(error, SystemExit):
+            raise BadInput(f"Task {task.name!r}: {reason(error)}, where its examples are encoded.") from error
         raise error
 
 

@@ -20,7 +20,7 @@ from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
 from orchestrator.finetune.team import ALONE, Team
 from orchestrator.record.schema import Items
-from orchestrator.study.errors import BadInput, quoted
+from orchestrator.study.errors import BadInput, quoted, reason
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], 
         for answer in samples
     ]
     mine = said[team.rank :: team.size]
-    worths = task.grade_all([example for example, _ in mine], [answer for _, answer in mine])
+    try:
+        worths = task.grade_all([example for example, _ in mine], [answer for _, answer in mine])
+    except SystemExit as error:  # of a user's task: it would end the worker, and fail no lane
+        raise RuntimeError(f"grading ends the process: {reason(error)}") from error
     if len(worths) != len(mine):
         raise BadInput(f"Task {task.name!r}: grade_all gives {len(worths)} grades for {len(mine)} answers.")
     for worth, (_, answer) in zip(worths, mine, strict=True):

@@ -243,9 +243,13 @@ def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> A
 
 
 def _unloaded(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> BadInput:
-    if revision is not None:
+    # transformers makes an OSError also of a configuration that is no JSON.
+    if revision is not None and isinstance(error, OSError) and "valid JSON" not in str(error):
         return hub.unreachable(choice.name, error)
-    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason(error)}")
+    remedy = (
+        "" if revision is None else "; remove a damaged file from the hub's cache: it is downloaded again"
+    )
+    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason(error)}{remedy}")
 
 
 def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:

@@ -94,7 +94,7 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
         having('"forced"', '"label"\n    labels = None'),
         ["cannot make its task", "NoneType"],
     ),
-    "has answers of no token": (having('"forced"', '"generated"'), ["max_new_tokens is 0", "1 or more"]),
+    "has answers of no token": (having('"forced"', '"generated"'), ["max_new_tokens is 0", "at least 1"]),
     "has a negative size": (having("train_size=32", "train_size=-32"), ["train_size is -32", "at least 1"]),
     "has no test": (having("test_size=8", "test_size=0"), ["test_size is 0", "at least 1"]),
     "has no steps": (having("steps=6", "steps=0"), ["steps is 0", "at least 1"]),
@@ -104,6 +104,30 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has no rates": (having("(1e-3,)", "()"), ["learning_rates is ()", "1 rate or more"]),
     "has a rate of zero": (having("(1e-3,)", "(0.0,)"), ["learning_rates has 0.0", "above 0"]),
     "has a schedule of its own": (having("steps=6", "steps=6, schedule='step'"), ["schedule is 'step'"]),
+    "has a dropout in words of its own": (
+        having("steps=6", "steps=6, base_dropout='yes'"),
+        ["base_dropout is 'yes'", "on"],
+    ),
+    "has samples that are none": (
+        having("floor =", "samples = -1\n    floor ="),
+        ["samples is -1", "at least 1"],
+    ),
+    "has numerics in words": (
+        having("floor =", "numerics = '2'\n    floor ="),
+        ["numerics is '2'", "number"],
+    ),
+    "has a negative temperature": (
+        having("floor =", "temperature = -0.5\n    floor ="),
+        ["temperature is -0.5", "0"],
+    ),
+    "has a probability of 2": (having("floor =", "top_p = 2\n    floor ="), ["top_p is 2", "1"]),
+    "has a stop of nothing": (having("floor =", "stop = ('',)\n    floor ="), ["stop is ('',)", "not empty"]),
+    "has a word for its stops": (having("floor =", "stop = 'end'\n    floor ="), ["stop is 'end'", "tuple"]),
+    "is graded at another time": (having("floor =", "graded = 'never'\n    floor ="), ["graded is 'never'"]),
+    "has half a new token": (
+        having('"forced"', '"generated"\n    max_new_tokens = 2.5'),
+        ["max_new_tokens is 2.5", "whole number"],
+    ),
     "has half a precision": (having("steps=6", "steps=6, dtype='half'"), ["dtype is 'half'", "float32"]),
     "has examples that raise": (
         having("        return", "        raise OSError('no rows.jsonl')\n        return"),

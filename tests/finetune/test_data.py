@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -53,6 +53,30 @@ def test_training_cuts_and_leaves_out_what_has_no_answer_left() -> None:
     assert [(r.ids, r.targets) for r in rows] == [((97, 98, 99), (NO_LOSS, 99, 100))]
     with pytest.raises(BadInput, match="max_length 2"):
         encode([Example("ab", "cd")], Characters(), None, max_length=2)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_encode_that_raises_or_ends_the_process_is_named_by_what_it_raises(ends: bool) -> None:
+    class Broken(Characters):
+        def encode(self, example: Example, tokenizer: object) -> Encoded:
+            if example.prompt == "b":
+                raise SystemExit(7) if ends else KeyError("title")
+            return super().encode(example, tokenizer)
+
+    said = "SystemExit: 7" if ends else "KeyError: 'title'"
+    with pytest.raises(BadInput, match=f"'characters': {said}, where example 1, 'b c', .* correct the task"):
+        encode([Example("a", "c"), Example("b", "c")], Broken(), None)
+
+
+def test_an_encoding_of_all_that_ends_the_process_is_refused() -> None:
+    class Ends(Characters):
+        def encode_all(self, examples: Sequence[Example], tokenizer: object) -> list[Encoded]:
+            if len(examples) > 1:
+                raise SystemExit(7)
+            return super().encode_all(examples, tokenizer)
+
+    with pytest.raises(BadInput, match="SystemExit: 7"):
+        encode([Example("a", "c"), Example("b", "c")], Ends(), None)
 
 
 def test_an_item_that_cannot_be_scored_is_named() -> None:

@@ -8,11 +8,12 @@ import torch
 from scripted import WORDS_TASK, tiny_bench
 from torch.nn.functional import cross_entropy
 
-from orchestrator.finetune.evaluate import Split, evaluate
+from orchestrator.finetune.evaluate import Split, _worth, evaluate
 from orchestrator.finetune.forward import outputs, takes_columns
 from orchestrator.finetune.models import Bench
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import NO_LOSS, Task
+from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.team import ALONE, Failed
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.study.errors import BadInput
 from variants import catalogue as variants
@@ -167,3 +168,16 @@ def test_bf16_base() -> None:
     with three_lanes(here) as adapters:
         scored = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
     assert all(0 < one.scores["loss"] < 50 for one in scored)
+
+
+def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> None:
+    class Ends(Task):
+        name = "ends"
+
+        def grade(self, example: Example, answer: str) -> float:
+            raise SystemExit(7)
+
+    split = Split([Example("a", "b")], [], cap=8, padding=0)
+    with pytest.raises(Failed, match="SystemExit: 7") as caught:
+        ALONE.attempt(lambda: _worth(Ends(), split, [[("b",)]], ALONE))
+    assert "in grade" in caught.value.trace

@@ -320,6 +320,23 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     assert models.resolve(name, root) == commit, "what is not in the cache will be downloaded"
 
 
+def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
+    """No token is missing, and the hub can be read."""
+    name, commit = "some-lab/some-model", "1" * 40
+    repository = cache / "models--some-lab--some-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    kept = folder.rename(repository / "snapshots" / commit)
+    choice = ModelChoice(name, models.prepare(name, root, silent))
+    for file in ("tokenizer.json", "config.json"):
+        os.truncate(kept / file, 50)
+        with pytest.raises(BadInput, match=r"does not load: .*; remove a damaged file from") as caught:
+            models.processor_of(choice, root)
+        assert "\n" not in str(caught.value)
+        assert "HF_TOKEN" not in str(caught.value)
+
+
 def test_a_download_that_fails_says_why_in_one_line(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
