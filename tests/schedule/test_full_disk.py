@@ -98,6 +98,14 @@ def test_a_disk_that_refuses_from_the_start(
     assert done.stderr == f"error: {disk.folder / 'mine'}: {said}, then run the command again\n"
 
 
+def test_a_check_of_a_disk_that_refuses_has_a_line_for_it(run: Run, disk: Disk, tmp_path: Path) -> None:
+    disk.close()
+    store = disk.folder / "mine"
+    done = run(ORCHESTRATOR, "check", "--output", str(tmp_path / "output"), "--store", str(store))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{store}: Read-only file system; make it writable" in done.stdout
+
+
 def test_a_studys_folder_that_finds_no_space(
     run: Run, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
