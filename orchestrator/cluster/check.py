@@ -18,7 +18,7 @@ from orchestrator.schedule import cluster as ray_cluster
 from orchestrator.schedule.cluster import Cluster
 from orchestrator.schedule.plan import LANES
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, refused_by_disk
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.secrets import without_secrets
 
@@ -48,8 +48,8 @@ class Check:
         with as_it_was(options.output, options.store_folder):
             try:
                 store = Store(options.store_folder)
-            except BadInput as error:
-                self.say(failed("storage", str(error)))
+            except (BadInput, OSError) as error:
+                self.say(failed("storage", refused_by_disk(error) or str(error)))
                 return 1
             self.tracking(store)
             configurations = self.sources(store, chosen)

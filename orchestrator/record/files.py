@@ -224,23 +224,33 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the store. Raises BadInput where something else has its name."""
+    """Make a folder of the store. Raises BadInput where something else has its name, or OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if refused_by_disk(error):
+            raise
         raise BadInput(
             f"store {folder}: cannot be made ({error.strerror}); move what is there, or take another --store"
         ) from None
 
 
 def check_writable(folder: Path) -> None:
-    """Creates `folder` if needed. Raises BadInput when it cannot be written or knows no hard links."""
+    """Create the folder of a store if needed, and try to write there.
+
+    Raises:
+        BadInput: It is no folder, or has no hard links.
+        OSError: The disk is full or cannot be used, as `refused_by_disk` tells; the error names the folder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as probe:
             (Path(probe) / "a").write_text("probe")
             os.link(Path(probe) / "a", Path(probe) / "b")
     except OSError as error:
+        error.filename = str(folder)
+        if refused_by_disk(error):
+            raise
         raise BadInput(
             f"store {folder}: must be a folder that can be written and has hard links "
             f"({error.strerror or error}); choose another --store or --output"

@@ -50,8 +50,8 @@ _Stamp = tuple[str, int, int]  # path, modification time in ns, size
 class Store:
     """Records under `root`.
 
-    Raises BadInput when `root` cannot be written or its file system has no hard links; with `create=False`
-    (for commands that only read) when there is no store at `root`.
+    Raises what `files.check_writable` does; with `create=False` (for commands that only read) BadInput when
+    there is no store at `root`.
     """
 
     def __init__(self, root: Path | str, create: bool = True) -> None:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
 STUCK_SECONDS = 1800.0
-BROKER_LOST_SECONDS = 30.0  # a seat that misses the broker for so long gives up its lanes
+BROKER_LOST_SECONDS = 30.0  # who misses the broker for so long gives it up; see `until_lost` for a seat
 NAME = "broker"
 FINAL = ("finished", "diverged")
 Answered = TypeVar("Answered")
@@ -284,7 +284,8 @@ def until_lost(call: Callable[[], Answered]) -> Answered:
     Raises:
         ActorUnavailableError, RayActorError, GetTimeoutError: as the last call did, when the broker has not
             answered for BROKER_LOST_SECONDS. A single call counts as two thirds of that at most, so there are
-            always at least two.
+            always at least two. So a broker whose calls fail at once is given up after BROKER_LOST_SECONDS,
+            one that lets calls wait until they time out after twice that.
     """
     clock = WatchedClock(most=BROKER_LOST_SECONDS * 2 / 3)  # a call in which the clock jumps decides nothing
     deadline = clock() + BROKER_LOST_SECONDS

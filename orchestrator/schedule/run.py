@@ -32,7 +32,7 @@ from orchestrator.schedule.progress import Progress, clock
 from orchestrator.schedule.rungs import entry, settings
 from orchestrator.study.command import LIMIT, gently, typed
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput
+from orchestrator.study.errors import BadInput, refused_by_disk
 from orchestrator.study.grid import grid
 from orchestrator.study.options import SEAT_TIMEOUT, StudyOptions, default_output
 
@@ -69,7 +69,8 @@ def run_study(
 ) -> int:
     """Trains what is not known yet, logs, reports. Returns the exit code: 0, 1 when configurations have no
     result, LIMIT when that is for a limit. `wanted`: exactly these, in place of the options' grid or search.
-    `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt."""
+    `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt, and the
+    OSError of a disk that refuses."""
     console = Console(file=sys.stdout, highlight=False, markup=False)
     _needs_hardware(experiment, options)
     options = growth.suited(options)
@@ -109,6 +110,8 @@ def run_study(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if refused_by_disk(error):
+            raise
         raise BadInput(
             f"--study {name!r}: {folder} cannot be made ({error.strerror}); take another --study."
         ) from None

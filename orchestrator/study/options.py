@@ -11,7 +11,7 @@ from typing import Literal
 
 from orchestrator.study import bounds, naming, price, rates
 from orchestrator.study.command import say_what_comes
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.errors import BadInput, nearest, refused_by_disk
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 SEARCHES = ("grid", "random", "qmc", "optuna")
@@ -295,7 +295,12 @@ class StudyOptions:
             )
 
     def check_output(self) -> None:
-        """Makes the output folder; raises BadInput if it cannot be written."""
+        """Make the folders of results and records, and try to write there.
+
+        Raises:
+            BadInput: One of them is no folder.
+            OSError: The disk is full or cannot be used, as `refused_by_disk` tells; it names the folder.
+        """
         for name, folder in (("--output", self.output), ("--store", self.store_folder)):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -303,6 +308,9 @@ class StudyOptions:
                 probe.touch()
                 probe.unlink()
             except OSError as error:
+                error.filename = str(folder)
+                if refused_by_disk(error):
+                    raise
                 raise BadInput(
                     f"{name} {str(folder)!r} cannot be written ({error.strerror}); name a folder that can."
                 ) from None

@@ -5,7 +5,9 @@ What seats do then is in tests/finetune/test_faults.py.
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +77,49 @@ def test_a_report_that_cannot_be_written(
     assert done.stderr.startswith(f"error: {disk.folder}/")
     assert why in done.stderr
     assert f"{advice}, then run the command again" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("refuse", "option", "said"),
+    [
+        (Disk.fill, "--store", "No space left on device; free some space"),
+        (Disk.close, "--store", "Read-only file system; make it writable"),
+        (Disk.close, "--output", "Read-only file system; make it writable"),
+    ],
+)
+def test_a_disk_that_refuses_from_the_start(
+    run: Run, disk: Disk, tmp_path: Path, refuse: Callable[[Disk], None], option: str, said: str
+) -> None:
+    """The value of the option is not wrong: the same command goes on when the disk does."""
+    refuse(disk)
+    at = {"--output": tmp_path / "output", "--store": tmp_path / "store"} | {option: disk.folder / "mine"}
+    done = run(SWEEP, *ONE, "--plan", *(str(word) for each in at.items() for word in each))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr == f"error: {disk.folder / 'mine'}: {said}, then run the command again\n"
+
+
+def test_a_check_of_a_disk_that_refuses_has_a_line_for_it(run: Run, disk: Disk, tmp_path: Path) -> None:
+    disk.close()
+    store = disk.folder / "mine"
+    done = run(ORCHESTRATOR, "check", "--output", str(tmp_path / "output"), "--store", str(store))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{store}: Read-only file system; make it writable" in done.stdout
+
+
+def test_a_studys_folder_that_finds_no_space(
+    run: Run, known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mkdir = tmp_path / "output" / "mine", Path.mkdir
+
+    def full(path: Path, *arguments: Any, **named: Any) -> None:
+        if path == folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    done = run(SWEEP, *ONE, "--study", "mine", "--output", str(tmp_path / "output"), "--store", str(known))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {folder}: No space left on device; free some space")
 
 
 def test_a_study_file_that_finds_no_space(run: Run, disk: Disk, known: Path) -> None:
