@@ -34,6 +34,8 @@ class Rows:
     called: set[str] = field(default_factory=set)
     drawn: dict[str, int] = field(default_factory=dict)
     """Module -> how often its masks were drawn. A model may call a module twice; each call has its own."""
+    drawn_again: dict[str, int] | None = None
+    """The same in the part of the model that is recomputed in backward (`Board.recomputing`)."""
     read: set[str] = field(default_factory=set)
     prepared: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Without gradients (generation, evaluation) the same parameters serve many calls: a layer's prepared
@@ -92,12 +94,30 @@ class Board:
 
 @contextmanager
 def _drawn_again(rows: Rows, drawn: dict[str, int]) -> Iterator[None]:
-    """Count the masks of `rows` from `drawn` on."""
-    after, rows.drawn = rows.drawn, drawn
+    """Count the masks that are drawn in backward from `drawn` on."""
+    rows.drawn_again = drawn
     try:
         yield
     finally:
-        rows.drawn = after
+        rows.drawn_again = None
+
+
+def _call(name: str, rows: Rows) -> str:
+    """Return the module's name and, if the model has called it before, how often. Raises RuntimeError."""
+    if torch._C._current_graph_task_id() == -1:
+        drawn = rows.drawn
+    elif rows.drawn_again is not None:
+        drawn = rows.drawn_again
+    elif rows.drawn.get(name, 0) > 1:
+        raise RuntimeError(
+            f"{name} was called {rows.drawn[name]} times, and it is not known which call is recomputed; use "
+            "orchestrator.finetune.recompute in place of another gradient checkpointing"
+        )
+    else:
+        drawn = {}
+    before = drawn.get(name, 0)
+    drawn[name] = before + 1
+    return f"{name} {before}" if before else name
 
 
 def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
@@ -130,9 +150,7 @@ def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) 
         (K, N, features): 0 or 1 / (1 - p).
     """
     assert rows.steps is not None
-    before = rows.drawn.get(name, 0)
-    rows.drawn[name] = before + 1
-    call = f"{name} {before}" if before else name
+    call = _call(name, rows)
     like, mine = x[0], slice(None)
     if rows.part is not None and rows.rows is not None:
         first, of = rows.part

@@ -145,15 +145,16 @@ def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_a_choice_is_made_once(tmp_path: Path) -> None:
     study_file = StudyFile("s", "", "", ("a", "b"))
-    study_file.write(tmp_path)
-    assert not choice.refuse_another(tmp_path, "s", ["c"], "tuning", "")
-    first = choice.keep(tmp_path, choice.Choice, lambda: choice.Choice(("a", "b")))
-    assert choice.keep(tmp_path, choice.Choice, lambda: pytest.fail("asked again")) == first
-    assert choice.refuse_another(tmp_path, "s", ["b"], "tuning", "")
+    folder = tmp_path / "s"
+    study_file.write(folder)
+    assert not choice.refuse_another(folder, "s", ["c"], "tuning", "")
+    first = choice.keep(folder, choice.Choice, lambda: choice.Choice(("a", "b")))
+    assert choice.keep(folder, choice.Choice, lambda: pytest.fail("asked again")) == first
+    assert choice.refuse_another(folder, "s", ["b"], "tuning", "")
     with pytest.raises(
         BadInput, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
     ):
-        choice.refuse_another(tmp_path, "s", ["c"], "tuning", "; no")
+        choice.refuse_another(folder, "s", ["c"], "tuning", "; no")
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,8 @@ def together(folder: Path) -> None:
 def alone(folder: Path) -> None:
     """Train a lane that has no memory even alone, then one that has."""
     runs = Runs(folder)
+    # Tokenising has threads, each with memory of its own, and ends the process where it finds none.
+    runs.play("data", 1, [configuration(steps=1, train_size=512), configuration(steps=1)])
     limit(status("VmSize") + 2**28)
     source = runs.play("alone", 1, [HUGE, configuration(steps=2)])
     limit(resource.RLIM_INFINITY)

@@ -55,7 +55,8 @@ def test_what_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -
 def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:
     other = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=3)
     other.all()
-    (other.study / FILE).unlink()
+    for file in (FILE, POINTS):
+        (other.study / file).unlink()
     drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
     assert drive.all() == {"lora": 3}
     assert len(drive.ledger.asked) == 6
