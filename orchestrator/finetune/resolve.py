@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.finetune import hub_data, metrics, models, user_code
+from orchestrator.finetune.learning_rate import warmup_steps
 from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import HELD_OUT, Example, Split, Task
@@ -128,6 +129,11 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
     for configuration in tried:
         if (refused := refusal(configuration)) is not None:
             raise BadInput(refused)
+        if configuration.schedule.steps == warmup_steps(configuration.schedule) == 1:
+            raise BadInput(
+                "--steps 1: the only step would be warm-up, at learning rate 0, and nothing would be learnt; "
+                "take more steps, or --set warmup=0."
+            )
     if has_shapes(model):
         _check_fit(_unlike(tried), task, bases)
     return made

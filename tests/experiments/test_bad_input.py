@@ -134,6 +134,7 @@ BAD = {
     ),
     "too many decades": ((*DRY, "--learning-rates", "1e-300:1e300:1"), ["600 decades", "100 or less"]),
     "a number of 5,000 digits": ((*DRY, "--learning-rates", f"1e-5:1e-2:{'9' * 5000}"), ["10000 rates"]),
+    "a step without a learning rate": ((*DRY, "--steps", "1"), ["--steps 1", "learning rate 0", "warmup=0"]),
     "too many steps": ((*DRY, "--steps", f"1{'0' * 30}"), ["--steps 1000", "take 10000000"]),
     "too many evaluations": ((*DRY, "--evaluations", f"1{'0' * 30}"), ["--evaluations 1000", "take 100000"]),
     "too large a batch": ((*DRY, "--batch-size", f"1{'0' * 15}"), ["--batch-size 1000", "take 1000000"]),

@@ -268,7 +268,7 @@ from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
 class Long(Task):
     floor, default_model, answers = 0.0, "letters-base", ANSWERS
     defaults = TaskDefaults(
-        train_size=8, validation_size=8, test_size=8, steps=1, batch_size=8, max_length=5,
+        train_size=8, validation_size=8, test_size=8, steps=2, batch_size=8, max_length=5,
         evaluations=1, learning_rates=(1e-3,),
     )
 
