@@ -302,6 +302,7 @@ def test_a_database_that_cannot_be_opened_is_down_not_a_crash(tmp_path):
         MlflowLog(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
 
 
+@pytest.mark.slow
 def test_processes_that_meet_a_fresh_database_at_once_make_one_and_say_nothing(tmp_path):
     """Two interpreters, which import everything first and then wait for each other."""
     code = (
@@ -341,6 +342,7 @@ def _make(uri: str, stopped: Event) -> None:
     MlflowLog(uri).ensure_study("first", "")
 
 
+@pytest.mark.slow
 def test_a_driver_killed_while_it_makes_the_database(tmp_path):
     uri, stopped = f"sqlite:///{tmp_path}/mlflow.db", PROCESSES.Event()
     process = PROCESSES.Process(target=_make, args=(uri, stopped))

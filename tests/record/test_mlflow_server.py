@@ -121,6 +121,7 @@ def _children(uri: str, study: str) -> dict[str, str]:
     return {"parent": parent.info.status, **found}
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make_record, run):
     output = tmp_path / "results"
     store = Store(output / "store")
