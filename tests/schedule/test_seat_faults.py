@@ -188,7 +188,8 @@ def test_data_that_go_away_with_the_stores_copy_are_named_in_the_records(
     assert set(found) == {1e-3, 1e-2}
     for record in found.values():
         assert record.state == "failed"
-        assert record.reason.startswith("FileNotFoundError: ")
+        assert record.reason.startswith("BadInput: Task file ")
+        assert "gives no examples: FileNotFoundError: " in record.reason
         assert str(data) in record.reason
         assert "\n" not in record.reason
 
