@@ -10,7 +10,10 @@ from variants.rows import Board, by_lane, masks
 
 
 class TableDropout(nn.Dropout):
-    """Marks dropout whose input (T, features) all rows of a batch share: DeBERTa's relative positions."""
+    """Mark dropout of a table that all rows of a batch share, with input (T, features).
+
+    DeBERTa's embeddings of T relative positions are such a table.
+    """
 
 
 class LaneDropout(nn.Module):

@@ -25,9 +25,11 @@ class LaneTensors:
     def put(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        """Gives `lane` copies of what changes; the rest may be shared with others. They are kept in the
-        order of their names: safetensors returns them in that order after a resumption, and the last bits of
-        the gradient norm, a sum, depend on the order."""
+        """Give `lane` copies of the tensors that training changes; other lanes may share the rest.
+
+        The tensors are kept in the order of their names. safetensors returns them in that order after a
+        resumption, and the last bits of the gradient norm, which is a sum, depend on the order.
+        """
         self.trainable[lane] = {
             name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
             for name, tensor in sorted(trainable.items())

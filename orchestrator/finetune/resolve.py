@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune import hub_data, metrics, models, user_code
+from orchestrator.finetune import hub_data, metrics, model_checks, models, user_code
 from orchestrator.finetune.learning_rate import warmup_steps
 from orchestrator.finetune.models import UNPREPARED
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -313,7 +313,7 @@ def _variant(name: str, options: StudyOptions) -> VariantChoice:
 def _check_positions(model: Any, most: int, task: Task) -> None:
     """Raise ValueError where `most` tokens of a text, or of a prompt and what is generated to it, are more
     than the model has positions for."""
-    room = models.positions(model)
+    room = model_checks.positions(model)
     if room is not None and most > room:
         raise ValueError(
             f"it has positions for {room} tokens, and task {task.name!r} needs up to {most}; take another "
