@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from orchestrator.analyze.choice import Choice
-from orchestrator.study.command import main
+from orchestrator.analyze.selection import Choice
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions, parse
+from orchestrator.util.command import main
+from orchestrator.util.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def run() -> int:
         )
     if options.scheduler == "none":
         raise BadInput("--scheduler none: the full grid is trained anyhow; take asha, median or hyperband.")
-    from orchestrator.analyze import choice
-    from orchestrator.schedule.run import Experiment, run_study
+    from orchestrator.analyze import selection
+    from orchestrator.launch.run_study import Experiment, run_study
 
     experiment = Experiment(
         script="early_stopping",
@@ -58,14 +58,14 @@ def run() -> int:
     )
     scheduler = options.scheduler
     default_task = experiment.dry_run_task if options.dry_run else experiment.task
-    study = choice.study_name(experiment.script, options, default_task)
+    study = selection.study_name(experiment.script, options, default_task)
     early = replace(options, study=f"{study}-{scheduler}")
     assert early.study is not None
     grid = replace(options, scheduler="none", study=f"{study}-grid")
     code = run_study(experiment, early, check=partial(_check, early))
     if code == 0 and not options.plan:
         # Kept, as the summary is another one when the grid has gone on.
-        stopping = choice.keep(options.output / early.study, Stopping, partial(_found, early))
+        stopping = selection.keep(options.output / early.study, Stopping, partial(_found, early))
     code = code or run_study(experiment, grid)
     if code == 0 and not options.plan:
         _print(scheduler, stopping, _found(grid))
@@ -74,7 +74,7 @@ def run() -> int:
 
 def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
     """Raises BadInput where the grid has gone on already: what it trained would pass for early stopping's."""
-    from orchestrator.analyze import choice
+    from orchestrator.analyze import selection
     from orchestrator.record.store import Store
     from orchestrator.record.study_file import StudyFile
 
@@ -82,7 +82,7 @@ def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
     folder, store = options.output / options.study, Store(options.store_folder)
     asked, rule = [c.fingerprint for c in wanted], "take an --output of its own, without --store"
     why = f", some of them trained to the end; {rule}"
-    if choice.refuse_another(folder, options.study, asked, "early stopping", why):
+    if selection.refuse_another(folder, options.study, asked, "early stopping", why):
         return
     done = {f for f in asked if store.meets(f) is not None}
     study = (StudyFile.read(folder) or StudyFile(options.study, "", "")).extended(asked, done)
@@ -110,7 +110,7 @@ def _found(options: StudyOptions) -> Stopping:
 
 
 def _print(scheduler: str, stopping: Stopping, grid: Stopping) -> None:
-    from orchestrator.analyze.words import rate
+    from orchestrator.analyze.formatting import rate
 
     print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
     print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")

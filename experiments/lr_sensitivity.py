@@ -17,13 +17,13 @@ After the first fine-tune --plan says what it took here.
 
 from __future__ import annotations
 
-from orchestrator.study.command import main
 from orchestrator.study.options import parse
+from orchestrator.util.command import main
 
 
 def run() -> int:
     options = parse(__doc__)
-    from orchestrator.schedule.run import Experiment, run_study
+    from orchestrator.launch.run_study import Experiment, run_study
 
     return run_study(
         Experiment(

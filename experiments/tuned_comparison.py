@@ -19,10 +19,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestrator.study import bounds
-from orchestrator.study.command import main
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput, Trouble
 from orchestrator.study.options import StudyOptions, parse
+from orchestrator.util.command import main
+from orchestrator.util.errors import BadInput, Trouble
 
 if TYPE_CHECKING:
     from orchestrator.analyze.comparison import TunedChoice
@@ -45,9 +45,9 @@ def run() -> int:
     options = parse(__doc__, ComparisonOptions)
     assert isinstance(options, ComparisonOptions)
     _check_options(options)
-    from orchestrator.analyze import choice
+    from orchestrator.analyze import selection
     from orchestrator.analyze.comparison import TunedChoice
-    from orchestrator.schedule.run import Experiment, run_study
+    from orchestrator.launch.run_study import Experiment, run_study
 
     experiment = Experiment(
         script="tuned_comparison",
@@ -63,7 +63,7 @@ def run() -> int:
             f"--variants {BASELINE}: it is what the others are compared with; name one more, pissa say."
         )
     default_task = experiment.dry_run_task if options.dry_run else experiment.task
-    name = choice.study_name(experiment.script, options, default_task)
+    name = selection.study_name(experiment.script, options, default_task)
     tune = replace(options, variants=variants, study=f"{name}-tune")
     confirm = _confirm(tune, f"{name}-confirm")
     assert tune.study is not None
@@ -72,14 +72,14 @@ def run() -> int:
         replace(experiment, question=f"Tuning for: {experiment.question}"), tune, check=partial(_check, tune)
     )
     folder = tune.output / tune.study
-    if options.plan and choice.read(folder, TunedChoice) is None:
+    if options.plan and selection.read(folder, TunedChoice) is None:
         each = f"{len(variants)} variants at their chosen points x {options.confirm_seeds} fresh seeds"
         print(f"\nThen            {each}, {len(variants) * options.confirm_seeds} configurations")
         return code
     if not options.plan and (code not in (0, 1) or not _all_ended(tune)):
         return code
-    read, found = partial(choice.read, folder, TunedChoice), partial(_found, tune)
-    kept = read() if options.plan else choice.keep(folder, TunedChoice, found)
+    read, found = partial(selection.read, folder, TunedChoice), partial(_found, tune)
+    kept = read() if options.plan else selection.keep(folder, TunedChoice, found)
     assert kept is not None
     _refuse_new(kept, tune)  # a plan has not been checked
     points = _points(kept, variants)
@@ -135,14 +135,14 @@ def _check_options(options: ComparisonOptions) -> None:
 def _check(tune: ComparisonOptions, wanted: Sequence[Configuration]) -> None:
     """Raises BadInput where a choice has been made and this command would make another, and where the study
     has begun with other configurations: what is tuned is what one command asks for."""
-    from orchestrator.analyze import choice
+    from orchestrator.analyze import selection
     from orchestrator.analyze.comparison import TunedChoice
     from orchestrator.record.study_file import StudyFile
 
     assert tune.study is not None
     folder, rule = tune.output / tune.study, "; the choice is kept; take another --study"
     asked = [c.fingerprint for c in wanted]
-    kept = choice.read(folder, TunedChoice)
+    kept = selection.read(folder, TunedChoice)
     if kept is None:
         begun = StudyFile.read(folder)
         others = set(begun.configurations).difference(asked) if begun else ()
@@ -154,7 +154,7 @@ def _check(tune: ComparisonOptions, wanted: Sequence[Configuration]) -> None:
             )
         return
     _refuse_new(kept, tune)
-    choice.refuse_another(folder, tune.study, asked, "tuning", rule)
+    selection.refuse_another(folder, tune.study, asked, "tuning", rule)
     points = _budget(tune)
     if kept.points != points:
         raise BadInput(

@@ -20,9 +20,9 @@ from typing import Annotated
 
 import tyro
 
-from orchestrator.study.command import main, say_what_comes
-from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions, default_output
+from orchestrator.util.command import main, say_what_comes
+from orchestrator.util.errors import BadInput
 
 # Nothing heavy at this level: --help has to answer at once.
 
@@ -50,8 +50,8 @@ class Sync(Places):
     old files are kept beside the new ones, with other runs that they have."""
 
     def run(self) -> int:
+        from orchestrator.record.mlflow.sync import sync
         from orchestrator.record.store import Store
-        from orchestrator.record.sync import sync
 
         return sync(Store(self.root, create=False), self.output, self.tracking_uri, print, self.rebuild)
 
@@ -83,9 +83,9 @@ class Report(Places):
 
     def run(self) -> int:
         from orchestrator.analyze.report import write_report
+        from orchestrator.record.mlflow.tracking_uri import of_study, shown
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
-        from orchestrator.record.tracking_uri import of_study, shown
 
         store = Store(self.root, create=False)
         folder, study = find_study(self.output, self.study)
@@ -118,7 +118,7 @@ class FetchModel(Places):
     """The model's name."""
 
     def run(self) -> int:
-        from orchestrator.finetune.models import prepare
+        from orchestrator.finetune.models.loading import prepare
         from orchestrator.record.store import Store
 
         content = prepare(self.name, Store(self.root).bases, progress=print)
@@ -225,8 +225,8 @@ class Check(StudyOptions):
     """Leave out how much memory the lanes of a seat take: that loads the model, on one worker."""
 
     def run(self) -> int:
-        from orchestrator.cluster.check import check
-        from orchestrator.cluster.where import elsewhere
+        from orchestrator.cluster.preflight.check import check
+        from orchestrator.cluster.remote.target import elsewhere
 
         code = elsewhere(self) if self.on is not None else None
         return check(self, self.probe) if code is None else code

@@ -86,11 +86,11 @@ def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The workers of pytest-xdist share it: the first one pretrains, the others wait for it.
     """
-    from orchestrator.finetune import models
+    from orchestrator.finetune.models import loading
 
     folder = tmp_path_factory.getbasetemp()
     root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "letters-bases"
-    models.prepare("letters-base", root, lambda text: None)
+    loading.prepare("letters-base", root, lambda text: None)
     return root
 
 

@@ -15,8 +15,8 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from orchestrator.record.tracking_uri import check_uri
-from orchestrator.study.errors import BadInput
+from orchestrator.record.mlflow.tracking_uri import check_uri
+from orchestrator.util.errors import BadInput
 
 
 def empty_database(path: Path) -> str:

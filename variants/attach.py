@@ -10,8 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from variants.base_dropout import LaneDropout, TableDropout
-from variants.contract import (
+from variants.base import (
     Adapts,
     Evidence,
     Kind,
@@ -24,12 +23,13 @@ from variants.contract import (
     Variant,
     number,
 )
+from variants.base_dropout import LaneDropout, TableDropout
+from variants.full_finetune import PREFIX, Whole
 from variants.heads import LaneHead
 from variants.lane_linear import BypassedLayer, LaneLinear
 from variants.lane_tensors import LaneTensors
 from variants.rows import Board, Rows, RowsWithoutLane
 from variants.targets import find
-from variants.whole import PREFIX, Whole
 
 __all__ = ["Adapters", "BypassedLayer", "LaneLinear", "RowsWithoutLane", "attach"]
 

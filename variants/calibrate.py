@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from variants.attach import Adapters
-from variants.contract import Evidence, Settings
+from variants.base import Evidence, Settings
 from variants.lane_linear import LaneLinear
 
 BUDGET = 4 << 30

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from variants.contract import Variant
+    from variants.base import Variant
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +40,7 @@ def axis(name: str) -> str:
 def get(name: str) -> Variant:
     """The variant of this name; ValueError (with the nearest name) if there is none."""
     folder = axis(name)
-    from variants.contract import Variant
+    from variants.base import Variant
 
     module = importlib.import_module(f"variants.{folder}.{name}")
     classes = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.contract import stream
+from variants.base import stream
 from variants.lane_tensors import LaneTensors
 from variants.rows import Board, by_lane
 

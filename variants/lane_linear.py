@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from variants.contract import Kind, Layer, Params, Variant
+from variants.base import Kind, Layer, Params, Variant
 from variants.lane_tensors import LaneTensors
 from variants.rows import Board, Rows, by_lane, masks
 from variants.targets import is_conv1d

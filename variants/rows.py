@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.contract import Layer, Params, Settings, Variant, number
+from variants.base import Layer, Params, Settings, Variant, number
 
 
 class RowsWithoutLane(RuntimeError):
@@ -111,7 +111,7 @@ def _call(name: str, rows: Rows) -> str:
     elif rows.drawn.get(name, 0) > 1:
         raise RuntimeError(
             f"{name} was called {rows.drawn[name]} times, and it is not known which call is recomputed; use "
-            "orchestrator.finetune.recompute in place of another gradient checkpointing"
+            "orchestrator.finetune.models.activation_checkpointing in place of another gradient checkpointing"
         )
     else:
         drawn = {}

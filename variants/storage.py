@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Settings, Start, Unsupported, Variant
+from variants.base import Settings, Start, Unsupported, Variant
 from variants.targets import find, is_conv1d
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

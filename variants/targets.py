@@ -11,7 +11,7 @@ import regex  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from variants.contract import Unsupported
+from variants.base import Unsupported
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

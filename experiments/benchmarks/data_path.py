@@ -33,10 +33,10 @@ def own_memory() -> int:
 
 
 def main(options: Options) -> None:
-    from orchestrator.finetune import prepared
-    from orchestrator.finetune.data import TOGETHER, encode, training_batch
-    from orchestrator.finetune.pretraining import word_tokenizer
+    from orchestrator.finetune.data import dataset_cache
+    from orchestrator.finetune.data.batches import TOGETHER, encode, training_batch
     from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+    from orchestrator.finetune.tasks.pretraining import word_tokenizer
     from orchestrator.study.configuration import (
         Batches,
         Configuration,
@@ -79,12 +79,12 @@ def main(options: Options) -> None:
         print(f"{what}: {wall / len(some) * 1e6:.0f} us an example, {cpu / len(some) * 1e6:.0f} us of CPU")
     with tempfile.TemporaryDirectory() as folder:
         began, used = time.monotonic(), time.process_time()
-        prepared.prepare(Path(folder), one, task, tokenizer)
+        dataset_cache.prepare(Path(folder), one, task, tokenizer)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         cpu = time.process_time() - used
         print(f"made in {time.monotonic() - began:.1f} s ({cpu:.1f} s of CPU), {size / 1e6:.0f} MB on disk")
         before, began = own_memory(), time.monotonic()
-        kept = prepared.prepare(Path(folder), one, task, tokenizer)
+        kept = dataset_cache.prepare(Path(folder), one, task, tokenizer)
         print(f"opened in {time.monotonic() - began:.2f} s", end=", ")
         began = time.monotonic()
         for number in range(1000):

@@ -11,10 +11,10 @@ from typing import Any
 
 from rehearsal import guessed, stored
 
+from orchestrator.execution.tune.early_stopping import PerGroup
+from orchestrator.execution.tune.rungs import due
+from orchestrator.execution.tune.trial import WORST_LOSS
 from orchestrator.record.schema import Record
-from orchestrator.schedule.early_stopping import PerGroup
-from orchestrator.schedule.rungs import due
-from orchestrator.schedule.trial import WORST_LOSS
 from orchestrator.study.configuration import Configuration
 
 

@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from orchestrator.finetune import loop
-from orchestrator.finetune.checkpoint import Checkpoint
-from orchestrator.finetune.evaluate import Scored
-from orchestrator.finetune.lane import Lane, Taken
-from orchestrator.finetune.phase import due_steps
-from orchestrator.finetune.source import Source
-from orchestrator.finetune.workshop import Workshop
+from orchestrator.finetune.engine import loop
+from orchestrator.finetune.engine.checkpoint import Checkpoint
+from orchestrator.finetune.engine.engine import Workshop
+from orchestrator.finetune.engine.lane import Lane, Taken
+from orchestrator.finetune.engine.lane_source import Source
+from orchestrator.finetune.engine.lane_state import due_steps
+from orchestrator.finetune.evaluation.evaluate import Scored
 from orchestrator.record.schema import Items, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 
 if TYPE_CHECKING:
-    from orchestrator.schedule.cluster import Cluster
+    from orchestrator.execution.ray.runtime import Cluster
 
 FILE = "rehearsal.json"
 SPLITS = ("validation", "test")
@@ -261,8 +261,8 @@ class Counted:
 
 
 def run(source: Source | None, store: Any, load_bench: Callable[..., Any], **options: Any) -> None:
-    """As `orchestrator.finetune.loop.run`, which it calls. Raises OSError when the store holds no plan, and
-    BadInput when there is no store to replay from."""
+    """As `orchestrator.finetune.engine.loop.run`, which it calls. Raises OSError when the store holds no
+    plan, and BadInput when there is no store to replay from."""
     counted = Counted(source) if source is not None else None
     try:
         loop.run(counted, store, load_bench, workshop=partial(Stage, Plan.read(store)), **options)
@@ -286,11 +286,11 @@ def play(
     can be had."""
     from rich.console import Console
 
-    from orchestrator.schedule.limits import Limits
-    from orchestrator.schedule.progress import Progress
-    from orchestrator.schedule.rungs import entry
-    from orchestrator.schedule.seat import SeatPlan
-    from orchestrator.schedule.train import Room, train
+    from orchestrator.execution.progress import Progress
+    from orchestrator.execution.run_budget import Limits
+    from orchestrator.execution.session import Room, train
+    from orchestrator.execution.trainers.trainer import SeatPlan
+    from orchestrator.execution.tune.rungs import entry
     from orchestrator.study.grid import order_of_entry
 
     plan.write(store)
@@ -324,7 +324,7 @@ def play(
 def _wait_for_the_last_broker_to_go() -> None:
     import ray
 
-    from orchestrator.schedule.broker import NAME
+    from orchestrator.execution.broker.actor import NAME
 
     while True:
         try:

@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.study.command import main
+from orchestrator.util.command import main
 
 if TYPE_CHECKING:
+    from orchestrator.execution.ray.runtime import Cluster
     from orchestrator.record.schema import Record
-    from orchestrator.schedule.cluster import Cluster
 
 SEATS, LANES = 2, 4  # as a dry run on two cores
 
@@ -57,7 +57,7 @@ def run() -> None:
     import tyro
 
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
-    from orchestrator.schedule import cluster as ray_cluster
+    from orchestrator.execution.ray import runtime as ray_cluster
 
     options.output.mkdir(parents=True, exist_ok=True)
     full = _full(options)
@@ -81,7 +81,7 @@ def run() -> None:
 def _full(options: Options) -> list[Record]:
     """The records of the full grid. Raises BadInput when there is none."""
     from orchestrator.record.store import Store
-    from orchestrator.study.errors import BadInput
+    from orchestrator.util.errors import BadInput
 
     found = [
         record

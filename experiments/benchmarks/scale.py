@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.study.command import main
+from orchestrator.util.command import main
 
 if TYPE_CHECKING:
     import psutil
@@ -99,8 +99,8 @@ def points(size: int, steps: int, evaluations: int) -> list[Configuration]:
         TaskChoice,
         VariantChoice,
     )
-    from orchestrator.study.errors import BadInput
     from orchestrator.study.grid import grid
+    from orchestrator.util.errors import BadInput
 
     many = min(RATES, max(1, size // len(VARIANTS)))
     unit = many * len(VARIANTS)
@@ -171,7 +171,7 @@ def _play(options: Options, wanted: Sequence[Configuration], store: Any) -> dict
     import ray
     from rehearsal import Plan, play
 
-    from orchestrator.schedule.cluster import Cluster, Node
+    from orchestrator.execution.ray.runtime import Cluster, Node
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cluster = Cluster(

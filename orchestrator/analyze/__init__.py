@@ -1,1 +1,1 @@
-"""From records to an answer: curves, intervals, plots, the report."""
+"""Statistics, plots and reports, made from records alone."""

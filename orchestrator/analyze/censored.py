@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.analyze.shape import ROUNDING
+from orchestrator.analyze.curve_shape import ROUNDING
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.analyze.choice import Choice
-from orchestrator.analyze.groups import Value
+from orchestrator.analyze.panels import Value
+from orchestrator.analyze.selection import Choice
 from orchestrator.analyze.significance import Comparison, Score, compare
 from orchestrator.analyze.tuning import Tuned, otherwise
 from orchestrator.record.schema import Record

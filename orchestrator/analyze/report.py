@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.analyze import choice, groups, verdict, words
+from orchestrator.analyze import formatting, panels, selection, verdict
 from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
-from orchestrator.record import files
 from orchestrator.record.schema import Record
+from orchestrator.util import atomic_files
 
 SCHEMA_VERSION = 1
 """Of summary.json; raised when a field changes its meaning or goes."""
@@ -59,38 +59,38 @@ def write_report(
     study; a user and password in it or in `tracking_uri` are left out. Raises OSError if the folder cannot be
     written.
     """
-    records = groups.distinct(records)
+    records = panels.distinct(records)
     summary = summarize(
         records, baseline=baseline, margin=margin, tuning=_chosen(tuning), looks=looks, search=searched
     )
-    command, tracking_uri = words.without_secrets(command), words.without_secrets(tracking_uri)
+    command, tracking_uri = formatting.without_secrets(command), formatting.without_secrets(tracking_uri)
     about = About(name, question, command, tracking_uri, pending, tuple(notes))
     pictures = _pictures(summary)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.items():
-        files.replace(folder / picture, content)
-    files.replace(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
-    files.replace(folder / "report.html", _html(summary, about, records, pictures).encode())
+        atomic_files.replace(folder / picture, content)
+    atomic_files.replace(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
+    atomic_files.replace(folder / "report.html", _html(summary, about, records, pictures).encode())
     return summary
 
 
 def _pictures(summary: Summary) -> dict[str, bytes]:
     """File name -> PNG, of what the study has."""
-    from orchestrator.analyze import plots, plots_forest, plots_search
+    from orchestrator.analyze.plots import curves, forest, search_curves
 
     found = {}
     if summary.comparisons:
-        found["forest.png"] = plots_forest.forest(summary.comparisons)
+        found["forest.png"] = forest.forest(summary.comparisons)
     if summary.searches:
-        found["search.png"] = plots_search.points(summary.searches)
+        found["search.png"] = search_curves.points(summary.searches)
     if summary.panels or not found:
-        found |= {"curves.png": plots.curves(summary), "spread.png": plots.spread(summary)}
+        found |= {"curves.png": curves.curves(summary), "spread.png": curves.spread(summary)}
     return found
 
 
 def _chosen(tuning: Path | None) -> Mapping[str, Chosen | None]:
     """What the first stage of a comparison has chosen; nothing where that is not at hand."""
-    kept = choice.read(tuning, TunedChoice) if tuning else None
+    kept = selection.read(tuning, TunedChoice) if tuning else None
     return kept.variants if kept else {}
 
 
@@ -101,14 +101,14 @@ def as_json(summary: Summary, about: About) -> dict[str, Any]:
     found = {"schema_version": SCHEMA_VERSION, **TypeAdapter(About).dump_python(about, mode="json")}
     found |= TypeAdapter(Summary).dump_python(summary, mode="json")
     for panel, shown in zip(summary.panels, found["panels"], strict=True):
-        shown["answer"] = words.answer(panel)
+        shown["answer"] = formatting.answer(panel)
     for compared, shown in zip(summary.comparisons, found["comparisons"], strict=True):
         shown["verdict"] = verdict.verdict(compared)
     return found
 
 
 def reproduce(about: About, panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
-    return words.narrowed(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
+    return formatting.narrowed(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
 
 
 def _html(summary: Summary, about: About, records: Sequence[Record], pictures: Mapping[str, bytes]) -> str:
@@ -125,7 +125,7 @@ def _html(summary: Summary, about: About, records: Sequence[Record], pictures: M
     return environment.get_template("report.html.jinja").render(
         about=about,
         summary=summary,
-        words=words,
+        words=formatting,
         verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         reproduce=lambda panel, curve, rates: reproduce(about, panel, curve, rates),
@@ -137,7 +137,7 @@ def _html(summary: Summary, about: About, records: Sequence[Record], pictures: M
 def _ended(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
     """The runs that did not finish, by state: the variant's label, the panel's title, the record."""
     where = {
-        run.fingerprint: (curve.label, words.title(panel))
+        run.fingerprint: (curve.label, formatting.title(panel))
         for panel in summary.panels
         for curve in panel.curves
         for point in curve.points

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator.analyze.comparison import Confirmed
-from orchestrator.analyze.groups import Value
+from orchestrator.analyze.curve_shape import Bracketed
 from orchestrator.analyze.intervals import Estimate, Figure, Interval
-from orchestrator.analyze.search import Search
-from orchestrator.analyze.shape import Bracketed
+from orchestrator.analyze.panels import Value
+from orchestrator.analyze.search_results import Search
 from orchestrator.record.schema import State
 
 REFERENCE = "lora"

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.analyze import groups, shape
+from orchestrator.analyze import curve_shape, panels
+from orchestrator.analyze.caveats import doubts, doubts_of_comparison, doubts_of_search
 from orchestrator.analyze.censored import Ended, may_be_chosen
 from orchestrator.analyze.comparison import Chosen, confirmed
-from orchestrator.analyze.doubts import doubts, doubts_of_comparison, doubts_of_search
 from orchestrator.analyze.intervals import Estimate, Figure, Interval, jackknife, over_seeds, wilson
 from orchestrator.analyze.results import REFERENCE, TOLERANCE, Curve, Panel, Point, Run, Spread, Summary
-from orchestrator.analyze.search import searched
+from orchestrator.analyze.search_results import searched
 from orchestrator.record.schema import Record
 
 
@@ -38,7 +38,7 @@ def summarize(
     """Everything the table, the plots and the report show. The order of the records does not matter. With a
     `baseline` they are a comparison's second stage, of points that the first, `tuning`, has chosen; `looks`:
     the numbers of seeds from which its verdict was read before. `search`: a search asked for the points."""
-    known = groups.distinct(records)
+    known = panels.distinct(records)
     by_task: dict[tuple[str, str], list[Record]] = {}
     for record in known:
         key = record.configuration.task.name, record.configuration.model.name
@@ -52,16 +52,16 @@ def summarize(
             searches.append(searched(own))
         else:
             grids += own
-    panels = tuple(_panel(varied, lines, tolerance) for varied, lines in groups.panels(grids))
-    made_with = groups.provenance(known)
+    shown = tuple(_panel(varied, lines, tolerance) for varied, lines in panels.panels(grids))
+    made_with = panels.provenance(known)
     warnings = [
-        *groups.mixed(made_with),
-        *(w for p in panels for w in doubts(p)),
+        *panels.mixed(made_with),
+        *(w for p in shown for w in doubts(p)),
         *(w for s in searches for w in doubts_of_search(s)),
         *(w for c in comparisons for w in doubts_of_comparison(c)),
     ]
     states = {s: sum(r.state == s for r in known) for s in ("finished", "diverged", "stopped", "failed")}
-    return Summary(panels, states, made_with, tuple(warnings), tolerance, tuple(searches), tuple(comparisons))
+    return Summary(shown, states, made_with, tuple(warnings), tolerance, tuple(searches), tuple(comparisons))
 
 
 def _number(value: float | None) -> float | None:
@@ -144,7 +144,7 @@ def _means(points: Sequence[Point], floor: float, without_seed: int | None = Non
         y.append(math.fsum(scores) / len(scores) if usable else None)
         test.append(math.fsum(tests) / len(tests) if usable and tests else None)
         diverged.append(sum(r.state == "diverged" for r in runs) / len(scores) if scores else 0.0)
-    return _Means(rates, [math.log10(r) for r in rates], y, test, diverged, shape.best_index(y))
+    return _Means(rates, [math.log10(r) for r in rates], y, test, diverged, curve_shape.best_index(y))
 
 
 @dataclass(frozen=True)
@@ -169,17 +169,17 @@ def _figures(
     assert best is not None
 
     def regret(rate: float | None) -> float | None:
-        score = None if rate is None else shape.score_at(m.x, m.y, math.log10(rate))
+        score = None if rate is None else curve_shape.score_at(m.x, m.y, math.log10(rate))
         return None if score is None else best - score
 
     return _Figures(
         m.rates[m.best],
-        shape.parabola_peak(m.x, m.y, m.best),
-        shape.width(m.x, m.y, m.best, best - tolerance),
-        shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
-        if best > floor + shape.ROUNDING
+        curve_shape.parabola_peak(m.x, m.y, m.best),
+        curve_shape.width(m.x, m.y, m.best, best - tolerance),
+        curve_shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
+        if best > floor + curve_shape.ROUNDING
         else None,
-        shape.mean_regret(m.x, m.y, m.best),
+        curve_shape.mean_regret(m.x, m.y, m.best),
         regret(reference),
         regret(average),
     )
@@ -224,7 +224,7 @@ def _all_figures(
     return means, figures, reference, rate, average
 
 
-def _panel(varied: Mapping[str, groups.Value], lines: Sequence[groups.Line], tolerance: float) -> Panel:
+def _panel(varied: Mapping[str, panels.Value], lines: Sequence[panels.Line], tolerance: float) -> Panel:
     first = lines[0].records[0].configuration
     floor, metric = first.task.floor, first.task.metric
     points = {line.label: _points(line.records) for line in lines}
@@ -279,7 +279,7 @@ def _spread(scores: Mapping[str, float | None]) -> Spread | None:
 
 
 def _curve(
-    line: groups.Line,
+    line: panels.Line,
     points: tuple[Point, ...],
     m: _Means,
     f: _Figures,
@@ -294,7 +294,7 @@ def _curve(
     )
     known = [floor, *(v for v in m.y if v is not None)]
     most = max(known) - min(known)  # no regret is larger than the curve is high
-    cliff = None if m.best is None else shape.cliff(m.y, m.diverged, m.best, floor)
+    cliff = None if m.best is None else curve_shape.cliff(m.y, m.diverged, m.best, floor)
     return Curve(
         variant=line.records[0].configuration.variant.name,
         label=line.label,
@@ -306,7 +306,7 @@ def _curve(
         best_rates_leaving_one_out=tuple(w.best_rate for w in without if w.best_rate is not None)
         if len(without) > 1
         else (),
-        bracketed=None if m.best is None else shape.bracketed(m.y, m.best),
+        bracketed=None if m.best is None else curve_shape.bracketed(m.y, m.best),
         interpolated_best_rate=None
         if f.interpolated is None
         else Figure(10**f.interpolated, Interval(10**log_best.low, 10**log_best.high) if log_best else None),
@@ -326,7 +326,7 @@ def _curve(
             if best
             else []
         ),
-        test_at_common_rate=None if common is None else shape.score_at(m.x, m.test, math.log10(common)),
+        test_at_common_rate=None if common is None else curve_shape.score_at(m.x, m.test, math.log10(common)),
     )
 
 

@@ -34,8 +34,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.analyze.critical import detectable, dunnett, holm, seeds_needed, sidak, t_above
 from orchestrator.analyze.intervals import LEVEL, Estimate, Interval, over_seeds, wilson
+from orchestrator.analyze.power import detectable, dunnett, holm, seeds_needed, sidak, t_above
 
 Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 Claim = Literal["supported", "refuted", "undecided"]

@@ -7,10 +7,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.analyze import verdict, words
+from orchestrator.analyze import formatting, verdict
 from orchestrator.analyze.comparison import Confirmed
 from orchestrator.analyze.results import Curve, Panel, Summary
-from orchestrator.analyze.search import Search
+from orchestrator.analyze.search_results import Search
 
 _COLUMNS = (
     "variant",
@@ -37,7 +37,7 @@ def render(summary: Summary) -> Group:
     for search in summary.searches:
         parts += [_searched(search), Text("")]
     for panel in summary.panels:
-        parts += [_table(panel), Text(words.answer(panel)), Text("")]
+        parts += [_table(panel), Text(formatting.answer(panel)), Text("")]
     if summary.panels:
         parts.append(Text(_legend(summary), style="dim"))
     parts += [Text(f"! {warning}", style="yellow") for warning in summary.warnings]
@@ -45,7 +45,7 @@ def render(summary: Summary) -> Group:
 
 
 def _table(panel: Panel) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=words.title(panel), title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, title=formatting.title(panel), title_justify="left", padding=(0, 1, 0, 0))
     for name in _COLUMNS:
         left = name in ("variant", _COLUMNS[4])
         table.add_column(
@@ -58,7 +58,7 @@ def _table(panel: Panel) -> Table:
     for curve in panel.curves:
         table.add_row(*_row(curve))
     if panel.untrained_validation is not None:
-        untrained = (words.number(panel.untrained_validation), words.number(panel.untrained_test))
+        untrained = (formatting.number(panel.untrained_validation), formatting.number(panel.untrained_test))
         table.add_row("untrained", "", *untrained, "", "", "", "", style="dim")
     return table
 
@@ -67,13 +67,13 @@ def _row(c: Curve) -> tuple[str, ...]:
     diverged = c.total("diverged")
     return (
         c.label,
-        words.rate(c.best_rate),
-        words.estimate(c.best_validation),
-        words.number(c.best_test.mean),
+        formatting.rate(c.best_rate),
+        formatting.estimate(c.best_validation),
+        formatting.number(c.best_test.mean),
         _EDGES[c.bracketed] if c.bracketed else "-",
-        words.figure(c.width),
+        formatting.figure(c.width),
         f"{diverged}/{diverged + c.total('finished')}",
-        words.figure(c.regret_at_reference_best),
+        formatting.figure(c.regret_at_reference_best),
     )
 
 
@@ -91,7 +91,7 @@ def _compared(found: Confirmed) -> Table:
         arm = c.baseline if pair is None else next(a for a in c.arms if a.label == label)
         chosen = found.chosen.get(label)
         point = verdict.settings(chosen, found.configurations[label].optimizer.learning_rate)
-        row = [label, point, words.number(arm.test.mean)]
+        row = [label, point, formatting.number(arm.test.mean)]
         if pair is None:
             row += ["", "", "baseline"]
         else:
@@ -119,8 +119,8 @@ def _searched(search: Search) -> Table:
             edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
             row = [
                 verdict.point(best.settings) + edge,
-                words.number(best.validation.mean),
-                words.number(best.test.mean),
+                formatting.number(best.validation.mean),
+                formatting.number(best.test.mean),
             ]
         ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
         table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.most_steps}")

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from orchestrator.analyze import shape
+from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import Ended, may_be_chosen
-from orchestrator.analyze.groups import Value
 from orchestrator.analyze.intervals import Estimate, over_seeds
+from orchestrator.analyze.panels import Value
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
@@ -156,7 +156,7 @@ def _highest(points: Sequence[Tried], means: Mapping[int, float | None]) -> Trie
     known = {i: mean for i, mean in means.items() if mean is not None}
     if not known:
         return None
-    ties = [i for i, mean in known.items() if mean >= max(known.values()) - shape.ROUNDING]
+    ties = [i for i, mean in known.items() if mean >= max(known.values()) - curve_shape.ROUNDING]
     return points[min(ties, key=lambda i: (points[i].learning_rate, points[i].configuration.fingerprint))]
 
 
@@ -194,7 +194,7 @@ def _edges(points: Sequence[Tried], best: Tried | None, varied: Sequence[str]) -
         ends = _at_ends(points, best, name)
         if len(varied) == 1:  # then equal scores at an end count, as on a curve
             rates = sorted(points, key=lambda p: p.learning_rate)
-            side = shape.bracketed(
+            side = curve_shape.bracketed(
                 [p.validation.mean if p.chosen_from else None for p in rates], rates.index(best)
             )
             ends = side if side != "yes" else ends

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from orchestrator.analyze import words
+from orchestrator.analyze import formatting
 from orchestrator.analyze.comparison import Chosen, Confirmed
-from orchestrator.analyze.groups import Value
+from orchestrator.analyze.panels import Value
 from orchestrator.analyze.significance import Comparison, Pair
 
 OUTCOMES = {
@@ -107,7 +107,7 @@ def detectable(c: Comparison) -> str:
     sizes = [p.detectable for p in c.pairs if p.detectable is not None]
     if not sizes:
         return ""
-    low, high = words.number(min(sizes)), words.number(max(sizes))
+    low, high = formatting.number(min(sizes)), formatting.number(max(sizes))
     size = low if low == high else f"{low} to {high}, by variant"
     return f"Smallest difference that had an 80 % chance to be found: {size}."
 
@@ -124,14 +124,14 @@ def scope(c: Comparison) -> str:
 def settings(chosen: Chosen | None, rate: float) -> str:
     """The point in short: 3e-3, rank 8; and whether it is at the edge of what was tried."""
     if chosen is None:
-        return words.rate(rate)
+        return formatting.rate(rate)
     return point(chosen.settings) + (" (edge)" if chosen.edges else "")
 
 
 def point(settings: Mapping[str, Value]) -> str:
     """All that a variant's points differ in: 3e-3, rank 8."""
     return ", ".join(
-        words.rate(v)
+        formatting.rate(v)
         if k == "learning_rate" and isinstance(v, float)
         else f"{k.removeprefix('variant_')} {_value(v)}"
         for k, v in settings.items()

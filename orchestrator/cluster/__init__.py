@@ -1,1 +1,1 @@
-"""The rented machines: what is known of them, set up and watched apart from Ray."""
+"""The machines of a cluster: checks before a study, remote commands, processes on every node."""

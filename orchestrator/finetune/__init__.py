@@ -1,1 +1,1 @@
-"""Lanes in, reports and records out. torch and transformers; knows no Ray."""
+"""Fine-tuning in one process: lanes in, reports and records out. Imports no Ray."""

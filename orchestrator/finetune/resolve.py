@@ -8,12 +8,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune import hub_data, metrics, model_checks, models, user_code
-from orchestrator.finetune.learning_rate import warmup_steps
-from orchestrator.finetune.models import UNPREPARED
+from orchestrator.finetune.evaluation import metrics
+from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.models.loading import UNPREPARED
+from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import HELD_OUT, Example, Split, Task
-from orchestrator.record.files import naming
 from orchestrator.study import bounds, rates, space
 from orchestrator.study.configuration import (
     Batches,
@@ -23,9 +23,12 @@ from orchestrator.study.configuration import (
     Schedule,
     VariantChoice,
 )
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.study.lr_schedule import warmup_steps
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value, applied
+from orchestrator.util import user_code
+from orchestrator.util.atomic_files import naming
+from orchestrator.util.errors import BadInput, nearest
 from variants import catalogue
 
 
@@ -61,7 +64,7 @@ def names(options: StudyOptions, default_task: str, default_variants: Sequence[s
         )
     options = split_as(options, task)
     model = options.model or default_model(task)
-    models.resolve(model, bases)  # raises BadInput for a name that is none
+    loading.resolve(model, bases)  # raises BadInput for a name that is none
     grid = rates.parse(options.learning_rates) if options.learning_rates else task.defaults.learning_rates
     bounds.check_grid(options.seed_count, len(grid))
     fixed, searched = _searched(options, variants, task, grid)
@@ -87,8 +90,8 @@ def split_as(options: StudyOptions, task: Task) -> StudyOptions:
 def base(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
     """The content of the base model; made or found first, unless `progress` is None (a plan)."""
     if progress is None:
-        return models.resolve(model, bases) or UNPREPARED
-    return models.prepare(model, bases, progress)
+        return loading.resolve(model, bases) or UNPREPARED
+    return loading.prepare(model, bases, progress)
 
 
 def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -> list[Configuration]:
@@ -141,7 +144,7 @@ def templates(options: StudyOptions, chosen: Names, content: str, bases: Path) -
 
 def has_shapes(model: ModelChoice) -> bool:
     """Return whether rank and targets can be checked against the model's layers."""
-    return model.content != UNPREPARED or models.unmade(model) is not None
+    return model.content != UNPREPARED or loading.unmade(model) is not None
 
 
 def data(
@@ -149,20 +152,20 @@ def data(
 ) -> None:
     """Examples and token ids for all of them, in `folder`, made where they are lacking: before a GPU is asked
     for. Raises BadInput when examples cannot be had or tokenised, and OSError when there is no space."""
-    from orchestrator.finetune import prepared
-    from orchestrator.finetune.data import longest
+    from orchestrator.finetune.data import dataset_cache
+    from orchestrator.finetune.data.batches import longest
 
     alike = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in alike.values():
         task = tasks.get(configuration.task.name)
-        processor = models.processor_of(configuration.model, bases, task)
+        processor = loading.processor_of(configuration.model, bases, task)
         with naming(folder):
-            found = prepared.prepare(folder, configuration, task, processor, progress)
+            found = dataset_cache.prepare(folder, configuration, task, processor, progress)
         if task.inputs != "image":
-            _check_ids(configuration, bases, prepared.largest_id(found))
-            most = prepared.longest_row(found, task)
+            _check_ids(configuration, bases, dataset_cache.largest_id(found))
+            most = dataset_cache.longest_row(found, task)
             if most > longest(task, configuration.batches.max_length):  # else `_check_fit` has compared it
-                model, _ = models.skeleton(configuration.model, bases, task)
+                model, _ = loading.skeleton(configuration.model, bases, task)
                 try:
                     _check_positions(model, most, task)
                 except ValueError as error:
@@ -196,7 +199,7 @@ def tell_shared(
 def _check_ids(configuration: Configuration, bases: Path, largest: int) -> None:
     """Raise BadInput where an example has a token for which the model has no embedding."""
     model = configuration.model
-    count = models.embeddings(model, bases)
+    count = loading.embeddings(model, bases)
     if count is not None and largest >= count:
         raise BadInput(
             f"Model {model.name!r}: its tokenizer gives token {largest} for an example of task "
@@ -233,7 +236,7 @@ def _unlike(configurations: Sequence[Configuration]) -> list[Configuration]:
 
 def refusal(configuration: Configuration) -> str | None:
     """Why the variant cannot have its settings, in one line, whatever the model; None when it can."""
-    from variants.contract import Settings
+    from variants.base import Settings
 
     variant = configuration.variant
     try:
@@ -323,19 +326,19 @@ def _check_positions(model: Any, most: int, task: Task) -> None:
 
 def _check_fit(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
     """Attaches each variant to the model's shapes (no weights): what would fail on a GPU fails here."""
-    from orchestrator.finetune import base_dropout
-    from orchestrator.finetune.data import longest
+    from orchestrator.finetune.data.batches import longest
+    from orchestrator.finetune.models import own_dropout
     from variants.attach import attach
-    from variants.contract import Settings
+    from variants.base import Settings
 
     for configuration in configurations:
         variant = configuration.variant
         settings = Settings(variant.rank, variant.alpha, variant.dropout, variant.extra)
         try:
-            model, heads = models.skeleton(configuration.model, bases, task)
+            model, heads = loading.skeleton(configuration.model, bases, task)
             _check_positions(model, longest(task, configuration.batches.max_length), task)
             if configuration.base_dropout == "on":
-                base_dropout.check(model, configuration.model.name)
+                own_dropout.check(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
         except ValueError as error:
             raise BadInput(f"{configuration.model.name} with {variant.name}: {error}") from None

@@ -1,1 +1,1 @@
-"""What is kept: the store of records and its projections to Parquet and MLflow."""
+"""The store of records, and what is derived from it."""

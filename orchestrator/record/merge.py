@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.record import files
 from orchestrator.record.gc import shown
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.errors import BadInput
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import BadInput
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class _Merge:
             return False
         path = self.store._path(name, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, data)
+        atomic_files.replace(path, data)
         return True
 
     # -- files
@@ -165,7 +165,7 @@ class _Merge:
             shutil.copyfile(source, draft)
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
-            came = files.link(draft, target)
+            came = atomic_files.link(draft, target)
             self.taken.bytes += draft.stat().st_size if came else 0
         except FileNotFoundError:  # the other store is in use, and this has just become superfluous
             return False

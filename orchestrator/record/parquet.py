@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record.files import naming
 from orchestrator.record.schema import SCHEMA_VERSION, Record
 from orchestrator.record.store import Store
+from orchestrator.util.atomic_files import naming
 
 if TYPE_CHECKING:
     import pyarrow as pa

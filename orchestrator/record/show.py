@@ -11,8 +11,8 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput
 from orchestrator.study.space import spelled, told
+from orchestrator.util.errors import BadInput
 
 
 def show(store: Store, output: Path, prefix: str) -> str:

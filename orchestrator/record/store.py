@@ -27,9 +27,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from orchestrator.record import files
 from orchestrator.record.schema import SCHEMA_VERSION, Record, State
-from orchestrator.study.errors import BadInput
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import BadInput
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
@@ -68,8 +68,8 @@ class Store:
         self._states: dict[_Stamp, State | None] = {}
         self._warned: set[str] = set()
         if create:
-            files.check_writable(self.root)
-            files.make_folder(self.records_folder)
+            atomic_files.check_writable(self.root)
+            atomic_files.make_folder(self.records_folder)
         elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
             raise BadInput(f"--store {self.root}: there is no store here; name an earlier study's")
 
@@ -94,11 +94,11 @@ class Store:
         if self._read(final) is not None:
             return False
         if record.state == "stopped":
-            files.replace(stopped, _bytes(record))
+            atomic_files.replace(stopped, _bytes(record))
             failed.unlink(missing_ok=True)
         else:
             count = self.failures(record.fingerprint) + failures
-            files.replace(failed, _bytes(record, {"failures": count}))
+            atomic_files.replace(failed, _bytes(record, {"failures": count}))
         return True
 
     def forget_failures(self, fingerprint: str) -> None:
@@ -223,7 +223,7 @@ class Store:
     def _load(self, path: Path) -> dict[str, Any] | None:
         """The JSON object in `path`; None, with one warning, when there is something else."""
         try:
-            data = json.loads(files.unseal(path.read_bytes()))
+            data = json.loads(atomic_files.unseal(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -271,20 +271,22 @@ class Store:
         self._states[(str(path), status.st_mtime_ns, status.st_size)] = None
 
     def _create(self, path: Path, data: bytes) -> bool:
-        with files.temporary(path, data) as temporary:
-            if files.link(temporary, path):
+        with atomic_files.temporary(path, data) as temporary:
+            if atomic_files.link(temporary, path):
                 return True
             if self._read(path) is not None:
                 return False
             # The name is taken by a file that is no record: it must not keep the configuration from ever
             # being recorded. Under a lock, so that nobody moves the good file of one who just did the same.
-            with files.locked(path.parent):
+            with atomic_files.locked(path.parent):
                 if self._read(path) is None and path.exists():
                     os.replace(path, path.with_name(f".{path.name}.torn"))
-                return files.link(temporary, path)
+                return atomic_files.link(temporary, path)
 
 
 def _bytes(record: Record, more: Mapping[str, Any] | None = None) -> bytes:
     data = record.to_json()
     head = {key: data.pop(key) for key in ("schema_version", "fingerprint", "state")}
-    return files.seal(json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False))
+    return atomic_files.seal(
+        json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False)
+    )

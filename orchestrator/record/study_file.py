@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.record import files
-from orchestrator.study.errors import BadInput, nearest, quoted
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import BadInput, nearest, quoted
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class StudyFile:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        files.replace(folder / FILE, files.seal(json.dumps(data, indent=1)))
+        atomic_files.replace(folder / FILE, atomic_files.seal(json.dumps(data, indent=1)))
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
@@ -101,7 +101,7 @@ class StudyFile:
     def _read(cls, folder: Path) -> StudyFile | None:
         """Do as `read`, whatever the folder is called."""
         path, remedy = folder / FILE, "delete it and run the study's command again"
-        data: dict[str, Any] | None = files.read(path, dict[str, Any], "a study", remedy)
+        data: dict[str, Any] | None = atomic_files.read(path, dict[str, Any], "a study", remedy)
         if data is None:
             return None
         version = data.pop("schema_version", SCHEMA_VERSION)
@@ -111,7 +111,7 @@ class StudyFile:
         if unknown:
             raise _newer(path, f"field {unknown[0]!r}")
         text = json.dumps(data).encode()
-        study: StudyFile = files.parsed(text, cls, str(path), "a study", remedy)
+        study: StudyFile = atomic_files.parsed(text, cls, str(path), "a study", remedy)
         odd = [name for name in study.configurations if not name.isalnum()]
         if odd:
             raise BadInput(

@@ -1,1 +1,1 @@
-"""What is to be tried. Plain Python: imports neither torch nor ray."""
+"""What is to be tried: configurations, search spaces, grids and the options of a study."""

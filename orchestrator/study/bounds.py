@@ -6,7 +6,7 @@ typing error: it would fill the memory before anything is trained.
 
 from __future__ import annotations
 
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 POINTS = 10_000
 """For each variant: the points of its search, or its learning rates times its seeds."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.study import bounds, naming, price, rates
-from orchestrator.study.command import say_what_comes
-from orchestrator.study.errors import BadInput, nearest, refused_by_disk
+from orchestrator.study import bounds, price, rates, study_name
+from orchestrator.util.command import say_what_comes
+from orchestrator.util.errors import BadInput, nearest, refused_by_disk
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 SEARCHES = ("grid", "random", "qmc", "optuna")
@@ -218,7 +218,7 @@ class StudyOptions:
                 "default is 300."
             )
         if self.study is not None:
-            naming.check(self.study)
+            study_name.check(self.study)
             self.study_folder(self.study)
 
     @property
@@ -275,11 +275,11 @@ class StudyOptions:
 
     @property
     def store_folder(self) -> Path:
-        return self.store if self.store is not None else self.output / naming.STORE
+        return self.store if self.store is not None else self.output / study_name.STORE
 
     def study_folder(self, name: str) -> Path:
         """Return the folder of the study `name`. Raises BadInput where it can have none."""
-        return naming.folder(name, self.output, self.store_folder)
+        return study_name.folder(name, self.output, self.store_folder)
 
     def check_batch(self, batch_size: int) -> None:
         """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
@@ -325,7 +325,7 @@ def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> S
     say_what_comes("Reading libraries, the task's data, the model and the records ...")
     if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
         return options  # without looking for a cluster, which takes a moment
-    from orchestrator.cluster.where import elsewhere
+    from orchestrator.cluster.remote.target import elsewhere
 
     code = elsewhere(options)
     if code is not None:

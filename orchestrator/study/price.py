@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from orchestrator.study.errors import BadInput
 from orchestrator.study.rates import rate
+from orchestrator.util.errors import BadInput
 
 OPTION = "--price-per-gpu-hour"
 EXAMPLE = "For example: 1.2, or 0.4:1.2 (spot:on demand)."

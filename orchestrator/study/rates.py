@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.study import bounds
-from orchestrator.study.errors import BadInput, quoted
+from orchestrator.util.errors import BadInput, quoted
 
 MOST_DECADES = 100
 """The widest range of a grid; float32 spans 83. In a wider one a power of ten could overflow."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 from orchestrator.study import bounds
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.util.errors import BadInput, nearest
 
 Value = float | int | str | bool
 Own = Callable[[str], Mapping[str, Value]]

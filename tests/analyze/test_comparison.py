@@ -16,10 +16,10 @@ from synthetic import record, study
 from test_report import ABOUT, Page
 
 from orchestrator.__main__ import Report
-from orchestrator.analyze import choice, verdict
+from orchestrator.analyze import selection, verdict
 from orchestrator.analyze.comparison import Chosen, Confirmed, TunedChoice, confirmed
-from orchestrator.analyze.plots_forest import forest, limits
-from orchestrator.analyze.plots_search import points, running_best
+from orchestrator.analyze.plots.forest import forest, limits
+from orchestrator.analyze.plots.search_curves import points, running_best
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.table import render
@@ -116,7 +116,7 @@ def test_a_choice_at_the_edge_is_shown() -> None:
 def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Path, seeds: int) -> None:
     tune, folder = tmp_path / "tune", tmp_path / "confirm"
     tune.mkdir()
-    choice.keep(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
+    selection.keep(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning": tune}
     summary = write_report(fresh(seeds), folder, **about)
     assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
@@ -144,7 +144,7 @@ def test_the_report_command_writes_the_same_page(tmp_path: Path, capsys: pytest.
     folder = tmp_path / "c-confirm"
     StudyFile("c-confirm", "?", "x", names, baseline="lora", margin=0.02, tuning="c-tune").write(folder)
     (tmp_path / "c-tune").mkdir()
-    choice.keep(tmp_path / "c-tune", TunedChoice, lambda: TunedChoice((), None, CHOSEN))
+    selection.keep(tmp_path / "c-tune", TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     assert Report(study="c-confirm", output=tmp_path).run() == 0
     assert "report.html: 15 of 15 configurations" in capsys.readouterr().out
     (found,) = json.loads((folder / "summary.json").read_text())["comparisons"]

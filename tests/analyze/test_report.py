@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 from synthetic import RATES, STUDY, record, study
 
-from orchestrator.analyze import doubts, plots, words
+from orchestrator.analyze import caveats, formatting
+from orchestrator.analyze.plots import curves
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
@@ -70,7 +71,7 @@ def test_one_seed_shows_no_plus_minus_and_an_empty_study_prints() -> None:
 
 
 def test_the_answer_follows_from_the_numbers() -> None:
-    answer = words.answer(summarize(study()).panels[0])
+    answer = formatting.answer(summarize(study()).panels[0])
     assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in answer
     assert "At LoRA's best rate (1e-2) their test scores span 0.96 (hira 0.00 to lora 0.96)" in answer
     assert "each at its own best rate, 0.29" in answer
@@ -78,13 +79,13 @@ def test_the_answer_follows_from_the_numbers() -> None:
     edge = [
         record(v, r, 0, s) for v, s1 in (("lora", 0.9), ("hira", 0.1)) for r, s in ((1e-3, s1), (1e-2, 0.5))
     ]
-    assert "at least 1.0 decades apart" in words.answer(summarize(edge).panels[0])
+    assert "at least 1.0 decades apart" in formatting.answer(summarize(edge).panels[0])
 
 
 def test_a_spread_over_few_variants_says_so() -> None:
     found = [record(v, r, 0, s) for v in ("lora", "dora", "hira") for r, s in ((1e-3, 0.5), (1e-2, 0.9))]
     stopped = replace(found[-1], state="stopped")
-    assert "the test scores of 2 of 3 variants span" in words.answer(
+    assert "the test scores of 2 of 3 variants span" in formatting.answer(
         summarize([*found[:-1], stopped]).panels[0]
     )
 
@@ -92,32 +93,36 @@ def test_a_spread_over_few_variants_says_so() -> None:
 def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
     flat = [record("head_only", r, seed, 0.4) for r in RATES for seed in range(2)]
     panel = summarize([*study(), *flat]).panels[0]
-    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in words.answer(panel)
-    assert {c.label: words.best_at(c) for c in panel.curves}["head_only"] == "flat"
-    told = " ".join(doubts.doubts(panel))
+    assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in formatting.answer(
+        panel
+    )
+    assert {c.label: formatting.best_at(c) for c in panel.curves}["head_only"] == "flat"
+    told = " ".join(caveats.doubts(panel))
     assert "no best rate, the score is the same at both ends of the grid: head_only" in told
-    assert "No variant of letters" in words.answer(summarize(flat).panels[0])
+    assert "No variant of letters" in formatting.answer(summarize(flat).panels[0])
 
 
 # --- words
 
 
 def test_rates_read_short_and_exactly() -> None:
-    assert [words.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
-    assert words.exact(3e-4) == "3e-4"
-    assert float(words.exact(1.1247e-5)) == 1.1247e-5
-    assert words.number(-1e-9) == "0.000"
+    assert [formatting.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
+    assert formatting.exact(3e-4) == "3e-4"
+    assert float(formatting.exact(1.1247e-5)) == 1.1247e-5
+    assert formatting.number(-1e-9) == "0.000"
 
 
 def test_the_command_is_narrowed_and_other_options_stay() -> None:
-    found = words.narrowed(ABOUT["command"], "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0})
+    found = formatting.narrowed(
+        ABOUT["command"], "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
+    )
     expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
     assert found == f"python experiments/lr_sensitivity.py {expected}"
 
 
 def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
     command = "python experiments/tuned_comparison.py --dry-run --confirm-seeds 5 --seeds 2 --margin 0.02"
-    found = words.narrowed(command, "hira", [1e-1], {})
+    found = formatting.narrowed(command, "hira", [1e-1], {})
     options = "--dry-run --seeds 2 --variants hira --learning-rates 1e-1"
     assert found == f"python experiments/lr_sensitivity.py {options}"
 
@@ -140,7 +145,7 @@ def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
 def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
     before = dict(rcParams)
     summary = summarize(records)
-    for picture in (plots.curves(summary), plots.spread(summary)):
+    for picture in (curves.curves(summary), curves.spread(summary)):
         image = Image.open(io.BytesIO(picture)).convert("RGB")
         assert image.width == 1200
         assert image.height >= 360
@@ -150,7 +155,7 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
 
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
-    looks = plots.looks(summarize(records))
+    looks = curves.looks(summarize(records))
     assert looks["lora"].colour == "#000000"
     assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 8
 
@@ -203,7 +208,7 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     summary, page, numbers = written(folder, study())  # for the second time
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
-    assert words.answer(summary.panels[0]) in page.text
+    assert formatting.answer(summary.panels[0]) in page.text
     assert ABOUT["question"] in page.text
     assert numbers["schema_version"] == 1
     assert numbers["states"] == {"finished": 76, "diverged": 29, "stopped": 0, "failed": 0}
@@ -222,7 +227,7 @@ def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
 
 
 def test_the_curves_of_one_panel_are_1200_by_700_and_equal_each_time(of_study: tuple[Path, Page]) -> None:
-    picture = plots.curves(summarize(study()))
+    picture = curves.curves(summarize(study()))
     assert Image.open(io.BytesIO(picture)).size == (1200, 700)
     assert (of_study[0] / "curves.png").read_bytes() == picture
 
@@ -268,8 +273,8 @@ def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> Non
     assert numbers["panels"] == []
     assert "No run has a record yet" in page.text
     summary, page, _ = written(tmp_path, several_tasks())
-    assert [words.title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
-    assert all(words.title(p) in page.text for p in summary.panels)
+    assert [formatting.title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
+    assert all(formatting.title(p) in page.text for p in summary.panels)
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

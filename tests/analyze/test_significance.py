@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from orchestrator.analyze import significance
-from orchestrator.analyze.critical import chance_to_decide, detectable, dunnett, holm, seeds_needed, sidak
+from orchestrator.analyze.power import chance_to_decide, detectable, dunnett, holm, seeds_needed, sidak
 from orchestrator.analyze.significance import Comparison, Pair, Score, compare
 
 Table = Mapping[str, Sequence[float | None]]

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from synthetic import record, study
 
-from orchestrator.analyze import choice
+from orchestrator.analyze import selection
 from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.tuning import tuned
 from orchestrator.finetune import resolve
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.util.errors import BadInput, Trouble
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "tuned_comparison.py"
 NAME = "c-tune"
@@ -77,7 +77,7 @@ def test_a_variant_after_the_choice_is_refused_before_it_is_trained(script: Any,
     names, tune = begun(tmp_path, of("lora", "pissa")), options(script, tmp_path, "lora", "pissa")
     wanted = [each.configuration for each in of("lora", "pissa")]
     script._check(tune, wanted)
-    kept = choice.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    kept = selection.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
     assert set(kept.configurations) == set(names)
     script._check(tune, wanted)
     script._check(options(script, tmp_path, "lora", "pissa"), wanted[:3])  # a part changes nothing
@@ -104,7 +104,7 @@ def test_one_without_a_score_is_kept_as_such_and_said(
     failed = [record("hira", rate, 0, None, state="failed") for rate in (1e-3, 1e-2)]
     begun(tmp_path, [*of("lora"), *failed])
     tune = options(script, tmp_path, "lora", "hira", "dora")
-    kept = choice.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    kept = selection.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
     assert kept.variants["lora"] is not None
     assert (kept.variants["hira"], kept.variants["dora"]) == (None, None)
     (lora,) = script._points(kept, tune.variants)
@@ -124,7 +124,7 @@ def test_the_budget_of_a_search_is_fixed_with_its_choice(script: Any, tmp_path: 
     begun(tmp_path, of("lora"))
     wanted = [each.configuration for each in of("lora")]
     tune = options(script, tmp_path, "lora", search="qmc", points=4)
-    kept = choice.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    kept = selection.keep(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
     assert kept.points == 4
     script._check(tune, wanted)
     for other in (replace(tune, points=5), replace(tune, points=None, search="grid")):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from synthetic import RATES, record, study
 
-from orchestrator.analyze import choice
+from orchestrator.analyze import selection
 from orchestrator.analyze.comparison import Chosen, TunedChoice
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.tuning import Tuned, otherwise, tuned
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 
 def only(records: list[Record]) -> Tuned:
@@ -136,8 +136,8 @@ def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
         assert each.configuration.seed == 0
         assert (each.points, each.seeds, each.most_steps) == (7, 3, 7 * 3 * 60)
     kept = TunedChoice(("a", "b"), None, {**chosen, "nothing": None})
-    assert choice.keep(tmp_path, TunedChoice, lambda: kept) == kept
-    assert choice.read(tmp_path, TunedChoice) == kept
+    assert selection.keep(tmp_path, TunedChoice, lambda: kept) == kept
+    assert selection.read(tmp_path, TunedChoice) == kept
 
 
 # --- kept
@@ -147,14 +147,14 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
     study_file = StudyFile("s", "", "", ("a", "b"))
     folder = tmp_path / "s"
     study_file.write(folder)
-    assert not choice.refuse_another(folder, "s", ["c"], "tuning", "")
-    first = choice.keep(folder, choice.Choice, lambda: choice.Choice(("a", "b")))
-    assert choice.keep(folder, choice.Choice, lambda: pytest.fail("asked again")) == first
-    assert choice.refuse_another(folder, "s", ["b"], "tuning", "")
+    assert not selection.refuse_another(folder, "s", ["c"], "tuning", "")
+    first = selection.keep(folder, selection.Choice, lambda: selection.Choice(("a", "b")))
+    assert selection.keep(folder, selection.Choice, lambda: pytest.fail("asked again")) == first
+    assert selection.refuse_another(folder, "s", ["b"], "tuning", "")
     with pytest.raises(
         BadInput, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
     ):
-        choice.refuse_another(folder, "s", ["c"], "tuning", "; no")
+        selection.refuse_another(folder, "s", ["c"], "tuning", "; no")
 
 
 @pytest.mark.parametrize(
@@ -170,11 +170,11 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_choice_or_an_old_one_is_one_line(tmp_path: Path, text: str, where: str) -> None:
-    (tmp_path / choice.FILE).write_text(text)
+    (tmp_path / selection.FILE).write_text(text)
     with pytest.raises(BadInput, match=f"not a choice.*{where}.*delete it and run") as error:
-        choice.read(tmp_path, TunedChoice)
+        selection.read(tmp_path, TunedChoice)
     assert len(str(error.value).splitlines()) == 1
-    assert str(tmp_path / choice.FILE) in str(error.value)
+    assert str(tmp_path / selection.FILE) in str(error.value)
 
 
 # --- a search or a grid

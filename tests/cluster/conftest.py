@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import lab as machines
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-
 from in_process import restored
 
 __all__ = ["restored"]
@@ -25,15 +21,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from orchestrator.finetune import bases
-    from orchestrator.finetune.tasks.letters import tokenizer
+    from orchestrator.finetune.sources import base_store
+    from orchestrator.finetune.tasks.local.letters import tokenizer
 
     folder = tmp_path_factory.mktemp("shared")
     shutil.copy(WORDS, folder / "words.py")
     torch.manual_seed(0)
     words = tokenizer()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with bases.quiet():
+    with base_store.quiet():
         LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
     return folder

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from orchestrator.finetune.tasks.letters import Letters
+from orchestrator.finetune.tasks.local.letters import Letters
 
 STEPS, EVALUATIONS = 300, 15
 SLOW_SECONDS = 2.0

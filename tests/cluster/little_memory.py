@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.cluster import memory
-from orchestrator.cluster.meter import Resident
-from orchestrator.cluster.probe import probe
-from orchestrator.finetune import models, resolve
+from orchestrator.cluster.preflight import memory_result
+from orchestrator.cluster.preflight.memory_meter import Resident
+from orchestrator.cluster.preflight.memory_probe import probe
+from orchestrator.finetune import resolve
+from orchestrator.finetune.models import loading
 from orchestrator.study.options import StudyOptions
 
 LANES, PLENTY = 3, 2**40
@@ -34,9 +35,9 @@ def main(folder: Path) -> None:
     chosen = resolve.names(options, "", (), folder)
     content = resolve.base(chosen.model, folder, None)
     configurations = resolve.templates(options, chosen, content, folder)
-    bench = models.load(configurations[0].model, folder, "cpu", chosen.task)
+    bench = loading.load(configurations[0].model, folder, "cpu", chosen.task)
 
-    def measured(meter: Resident, limit: int) -> memory.Measured:
+    def measured(meter: Resident, limit: int) -> memory_result.Measured:
         return probe(configurations, bench, LANES, meter, limit)[0]
 
     reckoned = measured(Resident(), 1)
@@ -46,7 +47,7 @@ def main(folder: Path) -> None:
     refused = measured(Harmless(), PLENTY)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found = {"reckoned": reckoned, "plenty": plenty, "refused": refused}
-    lines = {name: memory.judge([one]).line() for name, one in found.items()}
+    lines = {name: memory_result.judge([one]).line() for name, one in found.items()}
     print(json.dumps({"found": {name: asdict(one) for name, one in found.items()}, "lines": lines}))
 
 

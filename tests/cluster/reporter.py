@@ -21,12 +21,12 @@ from pathlib import Path
 
 from records import record as make_record
 
-from orchestrator.record import mlflow_run
-from orchestrator.record.mlflow_log import MlflowLog
+from orchestrator.record.mlflow import run_content
+from orchestrator.record.mlflow.log import MlflowLog
+from orchestrator.record.mlflow.writer import Writer
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.record.writer import Writer
 
 URI, STUDY = "http://127.0.0.1:5000", "rates"
 RESULTS, HERE = Path("/shared/results"), Path(__file__).parent
@@ -87,13 +87,13 @@ def check(count: int) -> list[str]:
             continue
         (run,) = found
         said: dict[str, list[tuple[int, float]]] = {}
-        for metric in mlflow_run.metrics(record):
+        for metric in run_content.metrics(record):
             said.setdefault(metric.key, []).append((metric.step, metric.value))
         for what, here, there in (
-            ("status", run.info.status, mlflow_run.STATUS[record.state]),
+            ("status", run.info.status, run_content.STATUS[record.state]),
             ("state", run.data.tags["state"], record.state),
             ("parent", run.data.tags["mlflow.parentRunId"], parents[0].info.run_id if parents else ""),
-            ("params", run.data.params, {p.key: p.value for p in mlflow_run.params(record)}),
+            ("params", run.data.params, {p.key: p.value for p in run_content.params(record)}),
             ("metrics", set(run.data.metrics), set(said)),
             ("rows", rows[run.info.run_id], sum(len(set(map(str, points))) for points in said.values())),
             ("inputs", len(run.inputs.dataset_inputs), 3),

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from orchestrator.finetune.tasks.letters import Letters
+from orchestrator.finetune.tasks.local.letters import Letters
 
 SECRETS = (
     "HF_TOKEN",

@@ -18,7 +18,7 @@ from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provide
 from ray.autoscaler._private.util import hash_launch_conf, prepare_config
 from stack import SSH_FROM, STACK, TAG, deploy
 
-from orchestrator.cluster.parameter import parameter
+from orchestrator.cluster.node.ssm_parameter import parameter
 
 ROOT = Path(__file__).parents[2]
 

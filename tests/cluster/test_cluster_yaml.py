@@ -14,8 +14,8 @@ from jsonschema import ValidationError
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from orchestrator.cluster import description
-from orchestrator.study.errors import BadInput
+from orchestrator.cluster.remote import cluster_file
+from orchestrator.util.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster.yaml"
@@ -131,25 +131,25 @@ def test_a_missing_token_is_named_before_a_machine_runs(written: Path) -> None:
 def test_what_is_no_description_is_one_line(written: Path, text: str, words: str) -> None:
     written.write_text(text)
     with pytest.raises(BadInput, match=words) as refusal:
-        description.read(written)
+        cluster_file.read(written)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"cluster\.yml: No such file"):
-        description.read(tmp_path / "cluster.yml")
+        cluster_file.read(tmp_path / "cluster.yml")
 
 
 def refused(file: Path, config: dict[str, Any], words: str) -> None:
     file.write_text(yaml.safe_dump(config))
     with pytest.raises(BadInput, match=re.escape(words)) as refusal:
-        description.read(file)
+        cluster_file.read(file)
     assert "\n" not in str(refusal.value)
 
 
 def test_as_it_is_it_is_not_refused(written: Path) -> None:
     written.write_text(TEXT)
-    assert description.read(written)["cluster_name"] == "lora-orchestrator"
+    assert cluster_file.read(written)["cluster_name"] == "lora-orchestrator"
 
 
 # -- what it promises
@@ -188,7 +188,7 @@ def test_ssh_is_not_open_and_rights_are_narrow() -> None:
 
 def test_only_the_loopback_shows_the_dashboard_and_mlflow() -> None:
     assert "--dashboard-host=127.0.0.1" in START["head"]
-    server = (ROOT / "orchestrator/cluster/mlflow_server.sh").read_text()
+    server = (ROOT / "orchestrator/cluster/node/mlflow_server.sh").read_text()
     assert "--host 127.0.0.1" in server
     assert any(
         "cluster.keep mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"]
@@ -215,7 +215,9 @@ def test_every_node_gets_the_same_versions() -> None:
 
 
 def test_workers_watch_for_their_end_and_have_time_to_start() -> None:
-    assert CONFIG["worker_start_ray_commands"][-1].endswith("-- python -m orchestrator.cluster.spot")
+    assert CONFIG["worker_start_ray_commands"][-1].endswith(
+        "-- python -m orchestrator.cluster.node.spot_watcher"
+    )
     waits = dict(re.findall(r"(\w+_S)=(\d+)", START["head"]))
     assert int(waits["AUTOSCALER_NODE_START_WAIT_S"]) >= 1800
     assert int(waits["RAY_AUTOSCALER_RECONCILE_RAY_INSTALL_STATUS_TIMEOUT_S"]) >= 1800
@@ -250,8 +252,8 @@ KEPT_OUT = [
     "x/__pycache__/a",
 ]
 SENT = [
-    "orchestrator/schedule/run.py",
-    "variants/contract.py",
+    "orchestrator/launch/run_study.py",
+    "variants/base.py",
     "experiments/lr_sensitivity.py",
     "constraints.txt",
 ]

@@ -58,7 +58,7 @@ def head(lab: Lab) -> Host:
 @pytest.fixture(scope="module")
 def services(head: Host) -> Host:
     """The head with all that it starts in the end, but for Ray, with which they would end."""
-    commands = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.keep" in c]
+    commands = [c for c in CONFIG["head_start_ray_commands"] if "orchestrator.cluster.node.supervisor" in c]
     assert len(commands) == 2
     for command in commands:
         assert " --with-ray " in command

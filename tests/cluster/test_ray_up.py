@@ -352,7 +352,7 @@ def spot_watcher(host: Host) -> Iterator[Service]:
     host.run("bash", "--login", "-c", "-i", f"source ~/.bashrc; ({command})")
     yield metadata
     for pid, line in host.processes().items():
-        if "orchestrator.cluster.spot" in line:
+        if "orchestrator.cluster.node.spot_watcher" in line:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     metadata.close()

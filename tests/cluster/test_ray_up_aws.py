@@ -154,7 +154,7 @@ def test_it_grows_loses_a_spot_machine_and_ends_at_nothing(cluster: Cluster) -> 
     token = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
     aws.client("ssm").put_parameter(**token)
 
-    cluster.run("PYTHONPATH=. python -m orchestrator.cluster.description && ray up -y cluster.yaml")
+    cluster.run("PYTHONPATH=. python -m orchestrator.cluster.remote.cluster_file && ray up -y cluster.yaml")
     (head,) = aws.of_type("head").values()
     assert not aws.of_type("gpu"), "none until a study waits for one"
 

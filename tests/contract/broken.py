@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from variants.base import LaneView, Layer, Params, Settings, Start, stream, widened
 from variants.baseline.lora import LoRA
-from variants.contract import LaneView, Layer, Params, Settings, Start, stream, widened
 from variants.initialization.pissa import PiSSA
 from variants.optimization.dora import DoRA
 

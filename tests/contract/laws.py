@@ -34,7 +34,7 @@ from rig import (
 from torch import Tensor
 
 from variants.attach import Adapters
-from variants.contract import Adapts, Kind, MergeRefused, Settings, Variant
+from variants.base import Adapts, Kind, MergeRefused, Settings, Variant
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 Law = Callable[[Variant, Case], None]

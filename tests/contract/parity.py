@@ -27,9 +27,9 @@ from rig import Case, LaneOptimizer, evidence, fit, run
 from torch import Tensor, nn
 
 from variants.attach import Adapters
-from variants.contract import Extra, Settings, Start, Variant
+from variants.base import Extra, Settings, Start, Variant
+from variants.full_finetune import PREFIX
 from variants.targets import is_conv1d
-from variants.whole import PREFIX
 
 RANK, ALPHA, STEPS, RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
 

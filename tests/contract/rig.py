@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from variants.attach import Adapters, Distilled, attach
+from variants.base import Evidence, Settings, Unsupported, Variant, number
 from variants.calibrate import calibrate
-from variants.contract import Evidence, Settings, Unsupported, Variant, number
 
 ROWS, LENGTH, WORDS, CLASSES = 8, 5, 64, 6
 """Rows of a lane (fewer, and a CPU's matmul may round differently in company), their length, the vocabulary,
@@ -235,7 +235,7 @@ class LaneOptimizer:
         self.inner = torch.optim.AdamW(
             [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
             lr=rate,
-            fused=True,  # as orchestrator/finetune/lane.py has it
+            fused=True,  # as orchestrator/finetune/engine/lane.py has it
         )
 
     def zero_grad(self) -> None:

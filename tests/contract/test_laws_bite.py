@@ -8,8 +8,8 @@ import pytest
 from laws import LAWS, concerns, holds
 from rig import CASES, Case
 
+from variants.base import Variant
 from variants.baseline.lora import LoRA
-from variants.contract import Variant
 from variants.optimization.dora import DoRA
 
 BY_NAME = {case.name: case for case in CASES}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Kind
+from variants.base import Kind
 
 SEVERAL = [case for case in CASES if case.lanes > 1]
 

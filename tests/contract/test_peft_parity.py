@@ -7,7 +7,7 @@ import parity
 import pytest
 
 from variants import catalogue
-from variants.contract import Checked
+from variants.base import Checked
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Kind, Unsupported
+from variants.base import Kind, Unsupported
 
 CASE = Case("rank-one", out=64, inside=48)
 

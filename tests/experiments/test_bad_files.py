@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from in_process import SWEEP, Run
 
-from orchestrator.finetune.tasks.letters import RECIPE, Letters
+from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 
 DRY = ("--dry-run", "--plan")
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import hub_folder
 import pytest
 from huggingface_hub import constants
-from in_process import ROOT, SWEEP, Run
-
-sys.path.insert(0, str(ROOT / "tests" / "finetune"))  # pytest has it when it runs that folder, too
-
-import hub_folder
+from in_process import SWEEP, Run
 
 
 @pytest.fixture(scope="module")

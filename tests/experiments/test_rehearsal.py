@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.finetune.source import Answer, Report
+from orchestrator.finetune.engine.lane_source import Answer, Report
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.finetune import bases
+from orchestrator.finetune.sources import base_store
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -20,7 +20,7 @@ def save(kind: str, folder: Path, **config: Any) -> Path:
     tokenizer, make = KINDS[kind]
     words = tokenizer()
     ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
-    with torch.random.fork_rng(devices=[]), bases.quiet():
+    with torch.random.fork_rng(devices=[]), base_store.quiet():
         torch.manual_seed(0)
         model = make({"max_position_embeddings": 258, **ids, **config})
         for name, parameter in model.named_parameters():

@@ -13,8 +13,9 @@ import pytest
 import torch
 from scripted import Script, leases, train
 
-from orchestrator.finetune import hub_data, models
-from orchestrator.finetune.bases import quiet
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.sources.base_store import quiet
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -99,7 +100,7 @@ def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: i
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
     """LoRA of rank 4 on the model in that folder, `STEPS` steps, two evaluations."""
-    content = models.prepare(str(model), bases)
+    content = loading.prepare(str(model), bases)
     made = Configuration(
         VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
         task.choice(),
@@ -126,7 +127,7 @@ def through_the_loop(
     monkeypatch.setenv(hub_data.FOLDER, str(data))
     store = Store(work / "store")
     made = [configuration(task, model, store.bases, seed) for seed in seeds]
-    load = partial(models.load, root=store.bases, device="cpu")
+    load = partial(loading.load, root=store.bases, device="cpu")
     train(Script(leases(made)), store, load_bench=lambda choice, task: load(choice, task=task), **options)
     records = [store.get(one.fingerprint) for one in made]
     assert all(records), records

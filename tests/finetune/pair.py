@@ -23,8 +23,8 @@ import torch
 from scripted import Script, train
 from torch import distributed
 
-from orchestrator.finetune.lane import Lane
-from orchestrator.finetune.team import TorchTeam
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.process_group import TorchTeam
 from orchestrator.record.store import Store
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ WORKERS = 2
 _PROCESSES = get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     [
-        "orchestrator.finetune.loop",
+        "orchestrator.finetune.engine.loop",
         "transformers.models.bert.modeling_bert",
         "transformers.models.clip.modeling_clip",
         "transformers.models.llama.modeling_llama",

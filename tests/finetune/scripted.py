@@ -14,14 +14,15 @@ from unittest.mock import patch
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.finetune import loop
-from orchestrator.finetune.lane import Lane
-from orchestrator.finetune.models import Bench
-from orchestrator.finetune.phase import Phase
-from orchestrator.finetune.source import Answer, Lease, Offer, Report
-from orchestrator.finetune.tasks import catalogue, reviews
+from orchestrator.finetune.engine import loop
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
+from orchestrator.finetune.engine.lane_state import Phase
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.finetune.tasks.letters import WORDS, tokenizer
+from orchestrator.finetune.tasks.local import reviews
+from orchestrator.finetune.tasks.local.letters import WORDS, tokenizer
 from orchestrator.record.schema import Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import (

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from scripted import Script, configuration, leases, tiny_bench, train
 
-from orchestrator.finetune.faults import free_memory
-from orchestrator.finetune.source import Lease
+from orchestrator.finetune.engine.lane_source import Lease
+from orchestrator.finetune.failures import free_memory
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 

@@ -12,17 +12,19 @@ import pytest
 import torch
 from scripted import WORDS_TASK
 
-from orchestrator.finetune import model_checks, models, prepared, resolve
-from orchestrator.finetune.bases import quiet
-from orchestrator.finetune.pretraining import Recipe
+from orchestrator.finetune import resolve
+from orchestrator.finetune.data import dataset_cache
+from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.sources.base_store import quiet
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks import letters
 from orchestrator.finetune.tasks.base import Example
-from orchestrator.finetune.tasks.letters import Letters
-from orchestrator.finetune.tasks.reviews import Reviews
+from orchestrator.finetune.tasks.local import letters
+from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.study.configuration import Batches, Configuration, ModelChoice
-from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import BadInput
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -131,7 +133,7 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     typed = StudyOptions(task="reviews", model=str(tmp_path))
     chosen = resolve.names(typed, "letters", ("lora",), bases)
-    content = models.prepare(str(tmp_path), bases, lambda text: None)
+    content = loading.prepare(str(tmp_path), bases, lambda text: None)
     with pytest.raises(BadInput, match="is an encoder with a decoder"):
         resolve.templates(typed, chosen, content, bases)
 
@@ -143,10 +145,10 @@ def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return what plans a study of `letters` with the model of a folder, and what loads its weights."""
     typed = StudyOptions(task="letters", model=str(folder))
     chosen = resolve.names(typed, "letters", ("lora",), root)
-    content = models.prepare(str(folder), root, lambda text: None)
+    content = loading.prepare(str(folder), root, lambda text: None)
     return [
         lambda: resolve.templates(typed, chosen, content, root),
-        lambda: models.load(ModelChoice(str(folder), content), root, "cpu", chosen.task),
+        lambda: loading.load(ModelChoice(str(folder), content), root, "cpu", chosen.task),
     ]
 
 
@@ -220,8 +222,8 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
         model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
-    content = models.prepare(str(tmp_path), tmp_path / "bases", lambda text: None)
-    refused(lambda: models.load(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER)
+    content = loading.prepare(str(tmp_path), tmp_path / "bases", lambda text: None)
+    refused(lambda: loading.load(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         )
         typed = StudyOptions(task="reviews", model=str(folder))
         chosen = resolve.names(typed, "letters", ("lora",), tmp_path)
-        content = models.prepare(str(folder), tmp_path, lambda text: None)
+        content = loading.prepare(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
             resolve.templates(typed, chosen, content, tmp_path)
             continue
@@ -320,14 +322,14 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     shutil.copytree(bases / "letters", tmp_path / "base")
     found = resolved(bases, "letters")[0]
     resolve.data([found], bases, tmp_path / "data", lambda text: None)
-    kept = prepared.prepare(
+    kept = dataset_cache.prepare(
         tmp_path / "data",
         found,
         tasks.get("letters"),
-        models.processor_of(found.model, bases, tasks.get("letters")),
+        loading.processor_of(found.model, bases, tasks.get("letters")),
     )
     config = AutoConfig.from_pretrained(tmp_path / "base")
-    config.vocab_size = prepared.largest_id(kept) + 1 - missing
+    config.vocab_size = dataset_cache.largest_id(kept) + 1 - missing
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     smaller = resolved(tmp_path, "letters", model=str(tmp_path / "base"))
     if not missing:
@@ -341,7 +343,7 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
 
 
 def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
-    source = Path(resolve.__file__).with_name("tasks") / "reviews.py"
+    source = Path(resolve.__file__).with_name("tasks") / "local" / "reviews.py"
     path = tmp_path / "mine.py"
     path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
     with pytest.raises(BadInput, match="Did you mean 'matthews'"):

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from orchestrator.finetune.models import Bench
+from orchestrator.finetune.models.loading import Bench
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
-from variants.contract import Settings
-from variants.contract import number as seed_of
+from variants.base import Settings
+from variants.base import number as seed_of
 
 NAMES = ("x", "y", "z")
 

@@ -15,8 +15,9 @@ from transformers import (
     ViTModel,
 )
 
-from orchestrator.finetune import bases, models
-from orchestrator.finetune.models import Bench
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
 
@@ -37,7 +38,7 @@ def clip(folder: Path) -> Path:
             "eos_token_id": 2,
         },
     )
-    with bases.quiet():
+    with base_store.quiet():
         CLIPModel(config).save_pretrained(folder)
         CLIPImageProcessorPil(
             size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
@@ -47,7 +48,7 @@ def clip(folder: Path) -> Path:
 
 def vit(folder: Path) -> Path:
     torch.manual_seed(0)
-    with bases.quiet():
+    with base_store.quiet():
         ViTModel(ViTConfig(**_SIZES, image_size=SIDE, patch_size=8)).save_pretrained(folder)
         ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
@@ -57,8 +58,8 @@ MAKE = {"clip": clip, "vit": vit}
 
 
 def choice(folder: Path) -> ModelChoice:
-    return ModelChoice(str(folder), bases.content_of(folder))
+    return ModelChoice(str(folder), base_store.content_of(folder))
 
 
 def load(folder: Path, task: Task) -> Bench:
-    return models.load(choice(folder), folder, "cpu", task)
+    return loading.load(choice(folder), folder, "cpu", task)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import restored, run
 
 from orchestrator.record.schema import Cost, Evaluation, Items, Provenance, Record, Step
 from orchestrator.study.configuration import (
@@ -21,10 +20,6 @@ from orchestrator.study.configuration import (
     TaskChoice,
     VariantChoice,
 )
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-
-from in_process import restored, run
 
 __all__ = ["MakeRecord", "configuration", "make_record", "record", "restored", "run"]
 

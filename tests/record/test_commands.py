@@ -15,12 +15,12 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
-from orchestrator.record.files import seal, unseal
 from orchestrator.record.show import narrowed
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, all_studies, find_study
-from orchestrator.study.command import main
-from orchestrator.study.errors import BadInput
+from orchestrator.util.atomic_files import seal, unseal
+from orchestrator.util.command import main
+from orchestrator.util.errors import BadInput
 
 COMMAND = (
     "python experiments/lr_sensitivity.py --dry-run --variants lora rslora --seeds 3 "
@@ -244,7 +244,7 @@ def test_how_a_command_ends(raised, code, message, capsys):
 
 
 def test_a_reader_that_has_enough_is_no_error():
-    text = "from orchestrator.study.command import main\nmain(lambda: print('x' * 1_000_000))"
+    text = "from orchestrator.util.command import main\nmain(lambda: print('x' * 1_000_000))"
     command = f'"{sys.executable}" -c "{text}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")

@@ -11,7 +11,7 @@ from filelock import FileLock
 from in_process import ORCHESTRATOR
 
 from orchestrator.analyze.report import write_report
-from orchestrator.finetune import bases
+from orchestrator.finetune.sources import base_store
 from orchestrator.record import gc
 from orchestrator.record.gc import collect, shown
 from orchestrator.record.merge import merge
@@ -159,7 +159,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
         "parquet": lambda: write_parquet(store),
         "record": lambda: store.put(make_record(seed=2)),
         "study": lambda: StudyFile("s", "", "").write(output / "s"),
-        "pointer": lambda: bases.write_pointer(store.bases, "hub-a--b", {"commit": "c"}, "commit"),
+        "pointer": lambda: base_store.write_pointer(store.bases, "hub-a--b", {"commit": "c"}, "commit"),
         "adapters of a merge": lambda: merge(store, other),
     }[writer]
     StudyFile("s", "", "").write(output / "s")

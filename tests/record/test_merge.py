@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from in_process import ORCHESTRATOR
 from safetensors.numpy import save_file
 
-from orchestrator.record.files import seal
 from orchestrator.record.merge import merge
 from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
-from orchestrator.study.errors import BadInput
+from orchestrator.util.atomic_files import seal
+from orchestrator.util.errors import BadInput
 
 
 def _files(store: Store) -> dict[str, bytes]:

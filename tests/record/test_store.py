@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.record import files
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.errors import BadInput
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import BadInput
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
     record = make_record()
     data = {**json.loads(_text_of(store, record)), "schema_version": 7}
     del data["sha256"]
-    _file(store, record).write_bytes(files.seal(json.dumps(data)))
+    _file(store, record).write_bytes(atomic_files.seal(json.dumps(data)))
     for read in (lambda: store.get(record.fingerprint), store.states, lambda: list(store.records())):
         with pytest.raises(BadInput, match="schema version 7, this program knows 1"):
             read()

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.finetune import hub_data
-from orchestrator.study import command
+from orchestrator.finetune.sources import hub_data
+from orchestrator.util import command
 
 ROOT = Path(__file__).parents[2]
 ORCHESTRATOR = ROOT / "orchestrator" / "__main__.py"
@@ -42,7 +42,7 @@ Run = Callable[..., Ended]
 
 class _LeavesSignals(command._Interrupt):
     """Installs no signal handlers and starts no thread: both would stay in the test process.
-    `tests/study/test_command.py` shows what they do, in processes of their own."""
+    `tests/util/test_command.py` shows what they do, in processes of their own."""
 
     def watch(self) -> None:
         pass

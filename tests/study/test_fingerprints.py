@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune import models, resolve
+from orchestrator.finetune import resolve
+from orchestrator.finetune.models import loading
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -49,7 +50,7 @@ def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
             variants = catalogue.names() if tasks.get(task).has_head else WITHOUT_HEAD
             typed = StudyOptions(task=task, variants=variants, **options)
             chosen = resolve.names(typed, task, (), bases)
-            for configuration in resolve.templates(typed, chosen, models.UNPREPARED, bases):
+            for configuration in resolve.templates(typed, chosen, loading.UNPREPARED, bases):
                 yield f"{task} {name} {configuration.variant.name}", configuration
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.study.errors import BadInput
 from orchestrator.study.rates import parse
+from orchestrator.util.errors import BadInput
 
 
 def test_a_list_is_sorted_and_without_repetition() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.study.errors import BadInput
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import BadInput
 
 
 @pytest.mark.parametrize(

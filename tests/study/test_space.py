@@ -13,8 +13,8 @@ from test_grid import TEMPLATE
 
 from orchestrator.study import space
 from orchestrator.study.configuration import Configuration, VariantChoice
-from orchestrator.study.errors import BadInput
 from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, applied, parse
+from orchestrator.util.errors import BadInput
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
 from variants.attach import Adapters, BypassedLayer, RowsWithoutLane, attach
+from variants.base import Layer, MergeRefused, Params, Settings, Unsupported, Variant
 from variants.baseline.lora import LoRA
-from variants.contract import Layer, MergeRefused, Params, Settings, Unsupported, Variant
 
 SETTINGS = Settings(rank=2, alpha=4.0)
 

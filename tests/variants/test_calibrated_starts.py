@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
 from variants.attach import Adapters, attach
+from variants.base import Evidence, Layer, Settings, Unsupported
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
-from variants.contract import Evidence, Layer, Settings, Unsupported
 
 CALIBRATED = [name for name in catalogue.names() if catalogue.get(name).evidence is not Evidence.NONE]
 BATCHES = 3

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from variants import catalogue
-from variants.contract import Checked, Kind, Settings, Unsupported
+from variants.base import Checked, Kind, Settings, Unsupported
 
 
 def test_the_five_and_their_axes() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.contract import Adapts, Evidence, Settings
+from variants.base import Adapts, Evidence, Settings
 from variants.rows import masks
 
 SETTINGS = Settings(rank=8, alpha=16.0, dropout=0.25)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.contract import Extra, Layer, MergeRefused, Settings, Unsupported
+from variants.base import Extra, Layer, MergeRefused, Settings, Unsupported
 
 VARIANT = catalogue.get("lora_moe")
 OUT, INSIDE = 20, 12

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.contract import Settings, Unsupported
+from variants.base import Settings, Unsupported
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 SETTINGS = Settings(rank=2, alpha=4.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.contract import Settings, Unsupported
+from variants.base import Settings, Unsupported
 from variants.storage import load_peft, save_peft
 
 RIG = Case("rig", out=40, inside=24, bias=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.contract import Settings, Unsupported
+from variants.base import Settings, Unsupported
 
 SETTINGS = Settings(2, None, extra={"rank_factor": 8})
 RANK = 16

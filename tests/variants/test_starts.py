@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import variants.lane_linear as lane_linear
 from variants import catalogue
 from variants.attach import attach
-from variants.contract import Layer, Settings
+from variants.base import Layer, Settings
 
 
 def layer(out: int = 40, inside: int = 25, dtype: torch.dtype = torch.float32) -> Layer:

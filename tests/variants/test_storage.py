@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants import catalogue
 from variants.attach import attach
+from variants.base import Layer, Settings, Start, Unsupported
 from variants.baseline.lora import LoRA
-from variants.contract import Layer, Settings, Start, Unsupported
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 IDS = torch.randint(0, 16, (8, 5), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants import catalogue, targets
 from variants.attach import attach
-from variants.contract import Settings, Unsupported
+from variants.base import Settings, Unsupported
 from variants.targets import find
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from variants.contract import Adapts, Checked, Kind, Variant
+from variants.base import Adapts, Checked, Kind, Variant
 
 
 class HeadOnly(Variant):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from variants.contract import (
+from variants.base import (
     Checked,
     Kind,
     Layer,

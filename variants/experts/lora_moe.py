@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.contract import (
+from variants.base import (
     Checked,
     Extra,
     Kind,

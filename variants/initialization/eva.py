@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.baseline.lora import LoRA
-from variants.contract import (
+from variants.base import (
     Evidence,
     Extra,
     Layer,
@@ -22,6 +21,7 @@ from variants.contract import (
     number,
     whole_number,
 )
+from variants.baseline.lora import LoRA
 from variants.initialization.pissa import randomised_svd
 
 

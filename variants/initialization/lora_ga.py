@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.baseline.lora import LoRA
-from variants.contract import (
+from variants.base import (
     Checked,
     Evidence,
     Extra,
@@ -20,6 +19,7 @@ from variants.contract import (
     number,
     whole_number,
 )
+from variants.baseline.lora import LoRA
 from variants.initialization.pissa import randomised_svd
 
 

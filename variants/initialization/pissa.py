@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from variants.base import Extra, Layer, Settings, Start, Unsupported, number
 from variants.baseline.lora import LoRA
-from variants.contract import Extra, Layer, Settings, Start, Unsupported, number
 
 
 class PiSSA(LoRA):

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from variants.base import Checked, Extra, LaneView, Layer, Params, Settings, Start, real_number
 from variants.baseline.lora import LoRA
-from variants.contract import Checked, Extra, LaneView, Layer, Params, Settings, Start, real_number
 
 
 class DeltaLoRA(LoRA):

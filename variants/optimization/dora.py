@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from variants.base import Layer, Params, Settings, Start, widened
 from variants.baseline.lora import LoRA, lora_settings
-from variants.contract import Layer, Params, Settings, Start, widened
 
 
 class DoRA(LoRA):

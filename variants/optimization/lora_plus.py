@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+from variants.base import Extra, Settings, Unsupported
 from variants.baseline.lora import LoRA
-from variants.contract import Extra, Settings, Unsupported
 
 
 class LoRAPlus(LoRA):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from variants.base import Settings
 from variants.baseline.lora import LoRA, lora_settings
-from variants.contract import Settings
 
 
 class RsLoRA(LoRA):

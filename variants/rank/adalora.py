@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from variants.baseline.lora import LoRA
-from variants.contract import (
+from variants.base import (
     Extra,
     LaneView,
     Layer,
@@ -23,6 +22,7 @@ from variants.contract import (
     real_number,
     stream,
 )
+from variants.baseline.lora import LoRA
 
 DEVIATION, SMOOTHING = 0.02, 0.85
 """Of the first A and B; of the averages of importance and of its uncertainty (beta1 = beta2)."""

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.baseline.lora import LoRA
-from variants.contract import (
+from variants.base import (
     Checked,
     Extra,
     LaneView,
@@ -22,6 +21,7 @@ from variants.contract import (
     vanilla_start,
     whole_number,
 )
+from variants.baseline.lora import LoRA
 
 
 class ReLoRA(LoRA):

@@ -1,1 +1,1 @@
-"""What a model wrote, held against what it should have written: numbers, programs, choices."""
+"""Grading of generated answers: numbers, programs, choices, instructions."""

@@ -13,7 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 
 def grade(row: Mapping[str, Any], answer: str) -> float:

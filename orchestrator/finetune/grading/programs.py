@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 TESTS = "# ---- tests: these run in another process and reach the program above by calls only ----"
 

@@ -1,1 +1,1 @@
-"""One file a task."""
+"""Tasks: examples, how they become a model's inputs, metrics and grading."""

@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from orchestrator.finetune import hub_data
-from orchestrator.finetune.npm import Package
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.sources.npm import Package
 from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
-from orchestrator.study.errors import BadInput, nearest
+from orchestrator.util.errors import BadInput, nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""Tasks by name: one file in this folder a task. A path to a Python file with a task works as well."""
+"""Tasks by name. Each file in a folder below this one is a task; a path to a Python file works as well."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from orchestrator.finetune import own_task, user_code
+from orchestrator.finetune.tasks import own_task
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study.errors import BadInput, nearest
-
-_NOT_TASKS = {"__init__", "base", "catalogue"}
+from orchestrator.util import user_code
+from orchestrator.util.errors import BadInput, nearest
 
 
 def names() -> tuple[str, ...]:
     """The tasks that come with the project. Reads file names only."""
-    return tuple(sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - _NOT_TASKS))
+    return tuple(sorted(_modules()))
+
+
+@lru_cache(maxsize=1)
+def _modules() -> dict[str, str]:
+    """Return the full name of each task's module by the task's name."""
+    files = Path(__file__).parent.glob("*/*.py")
+    return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
 
 
 def get(name: str) -> Task:
@@ -47,7 +53,7 @@ def _in_project(name: str) -> Task:
         raise BadInput(
             f"Unknown task {name!r}. {nearest(name, names())} A path to a .py file with a task works too."
         )
-    return _only_task(importlib.import_module(f"{__package__}.{name}"))
+    return _only_task(importlib.import_module(_modules()[name]))
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.finetune.grading.instructions import follows, grade
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from orchestrator.finetune.grading.code import (
     passes_all,
     with_tests,
 )
-from orchestrator.study.errors import BadInput
+from orchestrator.util.errors import BadInput
 
 HERE = Path(__file__).parent
 WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)

@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, passes_all, with_tests
 from orchestrator.finetune.grading.sandbox import run
-from orchestrator.study.errors import Trouble
+from orchestrator.util.errors import Trouble
 
 WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
 """For programs that end by themselves: how fast they do so on a busy machine decides nothing."""

@@ -34,7 +34,7 @@ def readable() -> Iterator[tuple[str, Path]]:
         pytest.skip("no interpreter here that another user may run")
     # Other users may not look into this process's own temporary folder.
     folder = Path(tempfile.mkdtemp(prefix="readable-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
-    for part in ("orchestrator/finetune/grading", "orchestrator/study/errors.py"):
+    for part in ("orchestrator/finetune/grading", "orchestrator/util/errors.py"):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (PROJECT / part).is_dir() else shutil.copy
         copy(PROJECT / part, folder / part)
@@ -185,7 +185,7 @@ HIDDEN = """
 import os, sys, tempfile
 from pathlib import Path
 from orchestrator.finetune.grading.sandbox import run, walls
-from orchestrator.study.errors import Trouble
+from orchestrator.util.errors import Trouble
 
 own, shown = Path(os.path.realpath(sys.base_prefix)), Path(tempfile.mkdtemp())
 walls._call("unshare", 0x20000)

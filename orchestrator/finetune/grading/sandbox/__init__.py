@@ -1,1 +1,1 @@
-"""Where programs written by a model run; see `orchestrator.finetune.grading.code`."""
+"""Run programs that a model wrote, without access to anything else."""

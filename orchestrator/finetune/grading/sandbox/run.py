@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 
 from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_CPU, OUT_OF_TIME
 from orchestrator.finetune.grading.sandbox.judging import ENDED
-from orchestrator.study.errors import BadInput, Trouble
+from orchestrator.util.errors import BadInput, Trouble
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Processes that run on the nodes of cluster.yaml."""

@@ -1,0 +1,1 @@
+"""Studies on another cluster: --on cluster.yaml."""

@@ -1,0 +1,145 @@
+"""Reads a cluster's description (cluster.yaml) and refuses what would cost money before it fails.
+
+    python -m orchestrator.cluster.remote.cluster_file [cluster.yaml]
+
+Ray's own check sees keys that it does not know and some sizes. It does not see a misspelt key of `provider`
+or `node_config`, a type's max_workers below its min_workers, or a path under `file_mounts` that is not there:
+the head runs by then, and stays. And where no security group is named Ray makes one that lets in SSH from
+everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from orchestrator.util.command import main
+from orchestrator.util.errors import BadInput, nearest
+
+# Of Ray 2.60's AWS provider, beside those in its schema.
+_PROVIDER_KEYS = ("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch")
+_GROUPS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The description with Ray's defaults filled in. Paths in it are relative to its own folder, where
+    `ray up` is typed. Raises BadInput."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}; name the file that `ray up` takes") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
+        raise BadInput(f"{path}: must have a section `provider` with a type, as cluster.yaml has")
+    _check_keys(path, config)
+    for name, node_type in config.get("available_node_types", {}).items():
+        _check_sizes(path, name, node_type)
+    prepared = _by_ray(path, config)
+    _check_mounts(path, prepared["file_mounts"])
+    if config["provider"].get("type") == "aws":
+        for name, node_type in prepared["available_node_types"].items():
+            _check_machine(path, name, node_type["node_config"])
+    return prepared
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    """By Ray's schema, before its code meets what it does not expect."""
+    import jsonschema
+    import ray.autoscaler
+
+    schema = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
+    try:
+        jsonschema.validate(config, schema)
+    except jsonschema.ValidationError as error:
+        where = ".".join(str(part) for part in error.absolute_path) or "top level"
+        said = error.message.splitlines()[0]
+        if error.validator == "additionalProperties":
+            known = error.schema["properties"]
+            wrong = next(key for key in error.instance if key not in known)
+            said = f"{wrong!r} is no key of Ray's here. {nearest(wrong, known)}"
+        raise BadInput(f"{path}, {where}: {said}") from None
+    known = [*schema["properties"]["provider"]["properties"], *_PROVIDER_KEYS]
+    for key in config["provider"]:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        if key not in known and close:  # the schema takes any: others may be another provider's
+            raise BadInput(f"{path}, provider: {key!r} is no key of Ray's here. Did you mean {close[0]!r}?")
+
+
+def _check_sizes(path: Path, name: str, node_type: dict[str, Any]) -> None:
+    least, most = node_type.get("min_workers", 0), node_type.get("max_workers")
+    if least < 0 or (most is not None and most < least):
+        raise BadInput(
+            f"{path}, {name}: min_workers {least}, max_workers {'unset' if most is None else most}: "
+            "must be 0 or more, and max_workers not below min_workers."
+        )
+
+
+def _by_ray(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What `ray up` itself does before it starts anything."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    quiet = io.StringIO()  # Ray warns of mounted files, for Docker's sake, whether Docker is used or not
+    try:
+        with redirect_stdout(quiet), redirect_stderr(quiet):
+            prepared: dict[str, Any] = prepare_config(config)
+        validate_config(prepared)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, ImportError) as error:
+        raise BadInput(f"{path}: {' '.join(str(error).split())}") from None
+    return prepared
+
+
+def _check_machine(path: Path, name: str, node_config: dict[str, Any]) -> None:
+    """What AWS is asked for."""
+    if not any(key in node_config for key in _GROUPS):
+        raise BadInput(
+            f"{path}, {name}: no security group is named, and Ray's own lets in SSH from everywhere; "
+            f"set one of {', '.join(_GROUPS)} (orchestrator/cluster/aws_stack.yaml makes a launch template)."
+        )
+    if "InstanceType" not in node_config:
+        raise BadInput(f"{path}, {name}: node_config has no InstanceType; name one, for example g5.xlarge.")
+    try:
+        import botocore.session
+        from botocore.validate import ParamValidator
+    except ImportError:
+        fix = "pip install -c constraints.txt -e '.[cluster]'"
+        raise BadInput(f"{path}: `ray up` needs boto3 for AWS, which is not installed; {fix}") from None
+    ec2 = botocore.session.get_session().get_service_model("ec2")
+    request = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # Ray's own key
+    report = ParamValidator().validate(
+        {**request, "MinCount": 1, "MaxCount": 1}, ec2.operation_model("RunInstances").input_shape
+    )
+    if report.has_errors():
+        said = report.generate_report().splitlines()[0].split(", must be one of")[0]
+        raise BadInput(f"{path}, {name}: AWS would refuse its node_config: {said}.")
+
+
+def _check_mounts(path: Path, mounts: dict[str, str]) -> None:
+    for there, here in mounts.items():
+        if not (path.resolve().parent / Path(here).expanduser()).exists():
+            advice = (
+                "make it: ray get-auth-token --generate" if "auth_token" in here else "name one that is there"
+            )
+            raise BadInput(f"{path}, file_mounts: {here!r} (for {there}) is not there; {advice}.")
+
+
+def _command() -> int:
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "cluster.yaml")
+    config = read(path)
+    types = config["available_node_types"].items()
+    workers = ", ".join(
+        f"{n}: {t['min_workers']} to {t['max_workers']}" for n, t in types if t["max_workers"]
+    )
+    print(f"{path}: {config['cluster_name']} on {config['provider']['type']}, {workers}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(_command)

@@ -1,0 +1,1 @@
+"""Everything that knows Ray: trials, the broker, trainers and searches."""

@@ -1,0 +1,1 @@
+"""The actor between trials and trainers."""

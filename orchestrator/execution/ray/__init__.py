@@ -1,0 +1,1 @@
+"""Ray itself: joining or starting it, its errors, what it leaves behind."""

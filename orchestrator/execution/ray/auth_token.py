@@ -1,0 +1,58 @@
+"""Keep the file with Ray's authentication token readable by its user only.
+
+Ray 2.60 writes a new token to `~/.ray/auth_token` when it starts a local Ray and there is none. The user of
+a remote cluster copies that cluster's token there. Ray creates the file with the permissions of the umask,
+and on most systems these let every user read it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.util import atomic_files
+
+BYTES = 32  # of randomness, as in the tokens that Ray makes
+OTHERS = 0o077  # the permissions of the group and of all other users
+
+
+def keep_private(create: bool) -> None:
+    """Take the permissions of other users away from the token file.
+
+    Where that is impossible (no home folder or one that cannot be written, a file of another user), nothing
+    happens: Ray then reads or creates the file by itself.
+
+    Args:
+        create: whether to create the file where it is missing, because a local Ray is about to start.
+    """
+    with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
+        path = Path.home() / ".ray" / "auth_token"
+        if path.exists():
+            mode = path.stat().st_mode
+            if mode & OTHERS:
+                path.chmod(mode & ~OTHERS)
+        elif create and _ray_makes_one():
+            _make(path)
+
+
+def _ray_makes_one() -> bool:
+    """Tell whether Ray would create the file: no variable names a token or turns tokens off."""
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return not named and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
+
+
+def _make(path: Path) -> None:
+    """Create the file with a new token in one step, unless another process has created it meanwhile."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(BYTES))
+        try:
+            atomic_files.link(part, path)
+        except OSError:  # a file system without hard links; of a user's studies here one at a time starts Ray
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,319 @@
+"""The Ray that a study runs on: joined where there is one, else started here and ended with the study."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import stat
+import tempfile
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+import orchestrator
+from orchestrator.execution.ray import auth_token, cleanup
+from orchestrator.util.command import ending_at_once
+from orchestrator.util.errors import BadInput, Trouble, reason
+
+SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
+ONE_RAY = (  # two Rays on one machine can end each other's Train runs
+    "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
+)
+ALONE = {
+    # In spite of its name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1
+    # and Ray's processes listen there only. Otherwise they listen on all addresses of the machine.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
+}
+"""Environment variables of a Ray that is started here, which serves this machine only."""
+ADDRESS_CHARACTERS = 300  # as many as a host name and a port may have
+TRIES = 3  # of a second each, to reach a cluster
+STARTS = 2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
+OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
+
+
+@dataclass(frozen=True)
+class Node:
+    cpus: float
+    gpus: float
+    memory: float
+    """Bytes that Ray may promise."""
+    id: str = ""
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: tuple[Node, ...]
+    namespace: str = ""
+    local: bool = True
+    """Started here, for this study. Others may grow."""
+    control_store: str = ""
+    """Address of its GCS, HOST:PORT."""
+
+    @property
+    def memory(self) -> float:
+        return sum(node.memory for node in self.nodes)
+
+    def seats(self, wanted: int | None, gpus_per_seat: float | None, workers: int = 1) -> tuple[int, float]:
+        """Seats, and GPUs a worker: what was asked for, else all there is room for. A seat's workers need not
+        be on one node. Of a cluster that was there before, more than there is room for may be asked: the rest
+        waits for nodes, and so does the one seat that there is at least. Raises BadInput for more than a
+        local one has."""
+        all_gpus = sum(node.gpus for node in self.nodes)
+        gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
+        units = self._units(gpus)
+        room = units // workers
+        if self.local and (room < 1 or (wanted or 0) > room):
+            if gpus:
+                needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
+            else:
+                needs, there = "a CPU and 2 GiB", f"{self.memory / 2**30:.0f} GiB"
+            asked = [f"--seats {wanted}"] if wanted else []
+            asked += [f"--workers-per-seat {workers}"] if workers > 1 else []
+            if room:
+                advice = f"take --seats {room}"
+            elif units:
+                advice = f"take --workers-per-seat {units}"
+            else:
+                advice = "leave --gpus-per-seat out, or join a cluster with GPUs"
+            times = f"{workers} times " if workers > 1 else ""
+            raise BadInput(
+                f"{' '.join(asked) or f'--gpus-per-seat {gpus:g}'}: there is room for {room} seats (each "
+                f"takes {times}{needs}; there are "
+                f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
+            )
+        return wanted or max(1, room), gpus
+
+    def room(self, gpus: float, workers: int) -> int:
+        """How many seats fit, were nothing else here."""
+        return self._units(gpus) // workers
+
+    def _units(self, gpus: float) -> int:
+        """Workers that fit."""
+        if not gpus:
+            return sum(min(int(n.cpus), max(1, int(n.memory / SEAT_MEMORY))) for n in self.nodes)
+        each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
+        return sum(min(int(n.cpus), int(n.gpus) * each) for n in self.nodes)
+
+
+def this_machine() -> Cluster:
+    """What a Ray that is started here would have, about; starts nothing."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len([word for word in visible.split(",") if word.strip() not in ("", "-1")]))
+    memory = 0.7 * psutil.virtual_memory().available
+    return Cluster((Node(len(os.sched_getaffinity(0)), gpus, memory),))
+
+
+def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """Of this machine's GPUs, as torch names it; empty when the driver does not say, or they differ."""
+    names = set()
+    for file in proc.glob("*/information"):
+        with suppress(OSError):
+            found = re.search(r"^Model:\s*(.+?)\s*$", file.read_text(), re.MULTILINE)
+            names.add(found[1] if found else "")
+    return names.pop() if len(names) == 1 else ""
+
+
+def address() -> str | None:
+    """Return the address of the running cluster that a study would join.
+
+    It is RAY_ADDRESS, else the address in the file that `ray start` writes to the temporary folder, where
+    something answers at that address.
+
+    Raises:
+        BadInput: the file belongs neither to this user nor to root. Any user can write to that folder.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return os.environ["RAY_ADDRESS"]
+    word = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
+    with suppress(OSError, ValueError), open(word, opener=_carefully) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        found, owner = file.read(ADDRESS_CHARACTERS).strip(), status.st_uid
+        host, _, port = found.rpartition(":")
+        # Connecting sends nothing; it alone tells the cluster of another user from a file that one has left.
+        if found and listens(host, int(port)):
+            if owner not in (0, os.getuid()):
+                raise BadInput(
+                    f"{word} announces a Ray cluster of another user (user id {owner}), which is joined on "
+                    f"request only; set RAY_ADDRESS={found} to join it, or TMPDIR to a folder of your own to "
+                    "start Ray here."
+                )
+            return found
+    return None
+
+
+def _carefully(path: str, flags: int) -> int:
+    """Open a file that another user may have planted: follow no link, and do not wait for a pipe's writer."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
+@contextmanager
+def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
+    """Join or start Ray; on leaving, what the study made is gone.
+
+    Args:
+        last: called when Ctrl-C ends the process meanwhile: no exception comes out of Ray's start then.
+
+    Raises:
+        BadInput: the cluster cannot be joined, or its workers would import another copy of this code.
+        Trouble: Ray does not start here.
+    """
+    _refuse_another_copy()
+    where = address()
+    if where is None:
+        cleanup.folder().mkdir(mode=0o700, exist_ok=True)  # `folder` then checks whose it is
+    with exclusively(cleanup.folder() / "lock", ONE_RAY) if where is None else nullcontext():
+        cleanup.end()
+        yield from _connected(where, last)
+
+
+def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluster]:
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # silences a warning about later versions
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # no call may start Ray implicitly
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
+    auth_token.keep_private(create=where is None)
+    if where is None:
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
+    with ending_at_once(last):  # an exception may strike imports, too
+        import ray
+
+    namespace = f"study-{uuid.uuid4().hex[:12]}"
+    quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
+    before = cleanup.children()
+    if where is None:
+        with ending_at_once(last):
+            _start(quiet, before)
+    else:
+        host, _, port = where.rpartition(":")
+        # Ray itself tries for minutes, even where nothing is.
+        plain = port.isdigit() and "/" not in host
+        if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
+            raise _not_joined(where, "nothing answers there")
+        try:
+            with ending_at_once(last):
+                ray.init(address=where, **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise _not_joined(where, str(error).splitlines()[0]) from None
+    with cleanup.guarded(before) if where is None else nullcontext():
+        try:
+            store = ray.get_runtime_context().gcs_address
+            yield Cluster(nodes_now(), namespace=namespace, local=where is None, control_store=store)
+        finally:
+            ray.shutdown()
+
+
+def _start(quiet: Mapping[str, Any], before: Collection[psutil.Process]) -> None:
+    """Start Ray here, once more where it did not answer in time.
+
+    Args:
+        quiet: arguments of `ray.init`.
+        before: processes below this one that are not Ray's.
+
+    Raises:
+        Trouble: no start has been answered in time.
+    """
+    import ray
+
+    for _ in range(STARTS):
+        try:
+            ray.init(
+                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+            )
+            return
+        except Exception as error:  # Ray 2.60 raises bare Exceptions here
+            if "timed out" not in str(error).lower():
+                raise
+            said = reason(error)
+            cleanup.end_children(before)
+    raise Trouble(
+        f"Ray did not start within its 30 s, {STARTS} times ({said}); the load of this machine is "
+        f"{os.getloadavg()[0]:.0f}: run the command again when other work is done."
+    )
+
+
+def _refuse_another_copy() -> None:
+    """Raise BadInput in a folder with another copy of this code: Ray's workers import from there first."""
+    here, ours = Path.cwd(), Path(orchestrator.__file__).resolve().parent.parent
+    for package in ("orchestrator", "variants"):
+        if here != ours and (here / package / "__init__.py").is_file():
+            raise BadInput(
+                f"{here} has another {package!r} than {ours}, which runs this command, and Ray's workers "
+                "would import that one; run the command in another folder, or the one of that copy."
+            )
+
+
+def _not_joined(where: str, why: str) -> BadInput:
+    return BadInput(
+        f"RAY_ADDRESS {where!r} cannot be joined ({why}); start that cluster, or unset RAY_ADDRESS to start "
+        "Ray here."
+    )
+
+
+@contextmanager
+def exclusively(file: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock that goes with the process, however it ends. Raises BadInput when another holds it."""
+    lock = FileLock(file, timeout=5)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BadInput(refusal) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether something answers there, within a second."""
+    import socket
+
+    with suppress(OSError, OverflowError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
+
+
+def nodes_now() -> tuple[Node, ...]:
+    """Those of the joined Ray that can take a seat: alive, and not about to go."""
+    import ray
+
+    leaving = draining()
+    return tuple(
+        Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0), node["NodeID"], address)
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in leaving
+        for has, address in [(node["Resources"], node["NodeManagerAddress"])]
+    )
+
+
+def draining() -> frozenset[str]:
+    """Ids of nodes that Ray was told to empty (`ray drain-node`, an autoscaler, a spot machine's notice)."""
+    from ray._private.state import state  # Ray 2.60 tells it nowhere else
+
+    return frozenset(state.get_draining_nodes())
+
+
+def beside_the_driver() -> Any:
+    """Where an actor goes that must not die with another node. Not softly: Ray 2.60 then puts actors that ask
+    for nothing on any node. They end with the driver in any case."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -1,0 +1,1 @@
+"""Searchers, samplers and their budgets."""

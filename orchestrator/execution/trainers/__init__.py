@@ -1,0 +1,1 @@
+"""Ray Train runs that hold a base model and train lanes."""

@@ -1,0 +1,1 @@
+"""Ray Tune's trials and schedulers."""

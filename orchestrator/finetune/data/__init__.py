@@ -1,0 +1,1 @@
+"""Tokenized datasets, cached on disk, and batches of them."""

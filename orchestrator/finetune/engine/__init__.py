@@ -1,0 +1,1 @@
+"""The fine-tuning loop and the state of its lanes."""

@@ -1,0 +1,1 @@
+"""Scores of lanes: forward passes, generation and metrics."""

@@ -1,0 +1,78 @@
+"""What an error says of who is to blame: the lane, or the memory, the device, the disk of the machine."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import re
+from enum import StrEnum
+
+from safetensors import SafetensorError
+
+from orchestrator.util.errors import FULL
+
+# What torch says in words only: of the host's allocator, of CUDA's and of the libraries above it.
+_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
+    r"Cannot allocate memory"
+)
+_DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert|HIP error")
+
+
+class Fault(StrEnum):
+    LANE = "lane"
+    """The lane's own, or nobody knows."""
+    MEMORY = "memory"
+    """There is too little of it, the device's or the host's: fewer lanes may have enough."""
+    DEVICE = "device"
+    """The device, or this process's hold of it, is lost: nothing that is done here is of use any more."""
+    DISK = "disk"
+    """There is no space left on it."""
+
+
+class SeatBroken(RuntimeError):
+    """This process can do no more, whatever it is given."""
+
+
+class StoreFull(RuntimeError):
+    """There is no space for a record, and none was made for a while."""
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Of an error or of what it was raised from."""
+    import torch
+
+    known = getattr(error, "fault", None)
+    words = str(error)
+    if isinstance(known, Fault):
+        return known
+    if isinstance(error, OSError):
+        if error.errno in FULL:
+            return Fault.DISK
+        if error.errno == errno.ENOMEM:
+            return Fault.MEMORY
+    elif isinstance(error, SafetensorError) and any(f"(os error {code})" in words for code in FULL):
+        return Fault.DISK
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return Fault.MEMORY
+    elif isinstance(error, RuntimeError):
+        if _MEMORY.search(words):
+            return Fault.MEMORY
+        if isinstance(error, torch.AcceleratorError) or _DEVICE.search(words):
+            return Fault.DEVICE
+    return fault_of(error.__cause__) if error.__cause__ is not None else Fault.LANE
+
+
+def is_gone(error: OSError | SafetensorError) -> bool:
+    """Whether it says that a file, or the folder it was to be in, is not there."""
+    return getattr(error, "errno", None) == errno.ENOENT or f"(os error {errno.ENOENT})" in str(error)
+
+
+def free_memory() -> None:
+    """Gives back what is no longer used. The errors that told of the shortage must be gone: their tracebacks
+    hold what their work had made."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

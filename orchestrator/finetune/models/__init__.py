@@ -1,0 +1,1 @@
+"""Base models: loading, checks, and changes of architectures for several lanes."""

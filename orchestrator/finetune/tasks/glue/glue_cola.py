@@ -1,0 +1,16 @@
+"""CoLA: is a sentence acceptable English? GLUE (`tasks/glue_task.py`)."""
+
+from __future__ import annotations
+
+from orchestrator.finetune.tasks.glue_task import Glue, published
+
+
+class Cola(Glue):
+    name = "glue_cola"
+    title = "CoLA, acceptable sentences"
+    subset = "cola"
+    texts = ("sentence",)
+    labels = ("unacceptable", "acceptable")
+    metric = "matthews"
+    floor = 0.0
+    defaults = published(train=7_600, validation=850, test=1_043)  # 2,375 steps

@@ -1,0 +1,21 @@
+"""MNLI: does a premise entail a hypothesis, or contradict it? GLUE (`tasks/glue_task.py`).
+
+The dev set is the matched one, of the genres of train. Ten epochs would be 120,937 steps a run; three are
+the default here (`--steps` has the rest).
+"""
+
+from __future__ import annotations
+
+from orchestrator.finetune.tasks.glue_task import Glue, published
+
+
+class Mnli(Glue):
+    name = "glue_mnli"
+    title = "MNLI, entailment in ten genres"
+    subset = "mnli"
+    texts = ("premise", "hypothesis")
+    dev = "validation_matched"
+    labels = ("entailment", "neutral", "contradiction")
+    metric = "accuracy"
+    floor = 3_479 / 9_815
+    defaults = published(train=387_000, validation=5_000, test=9_815, epochs=3)  # 36,281 steps

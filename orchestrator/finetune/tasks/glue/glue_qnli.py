@@ -1,0 +1,16 @@
+"""QNLI: does a sentence answer a question? GLUE (`tasks/glue_task.py`)."""
+
+from __future__ import annotations
+
+from orchestrator.finetune.tasks.glue_task import Glue, published
+
+
+class Qnli(Glue):
+    name = "glue_qnli"
+    title = "QNLI, sentences with the answer"
+    subset = "qnli"
+    texts = ("question", "sentence")
+    labels = ("entailment", "not_entailment")
+    metric = "accuracy"
+    floor = 2_702 / 5_463
+    defaults = published(train=99_200, validation=5_000, test=5_463)  # 31,000 steps

@@ -1,0 +1,16 @@
+"""STS-B: how near are two sentences in meaning, 0 to 5? GLUE (`tasks/glue_task.py`)."""
+
+from __future__ import annotations
+
+from orchestrator.finetune.tasks.glue_task import Glue, published
+
+
+class Stsb(Glue):
+    name = "glue_stsb"
+    title = "STS-B, nearness of sentences"
+    subset = "stsb"
+    texts = ("sentence1", "sentence2")
+    answers = "value"
+    metric = "pearson"
+    floor = 0.0
+    defaults = published(train=5_120, validation=570, test=1_500)  # 1,600 steps

@@ -1,0 +1,22 @@
+"""Stanford Cars (Krause et al. 2013): which of 196 makes, models and years is the car?
+
+8,144 training and 8,041 test images.
+"""
+
+from __future__ import annotations
+
+from orchestrator.finetune.sources.hub_data import Table
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+
+DATA = "tanganke/stanford_cars"
+COMMIT = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
+
+
+class Cars(HubImages):
+    name = "cars"
+    title = "makes of cars"
+    floor = 1 / 196
+    labels = numbered(196)
+    train = Table(DATA, "train", COLUMNS, revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, revision=COMMIT)
+    defaults = defaults(7_100, 700, 8_041)

@@ -1,0 +1,22 @@
+"""SUN397 (Xiao et al. 2010): which of 397 scenes, from abbey to zoo?
+
+By the first of its ten partitions 19,850 training and 19,850 test images, 50 of a class each.
+"""
+
+from __future__ import annotations
+
+from orchestrator.finetune.sources.hub_data import Table
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+
+DATA = "tanganke/sun397"
+COMMIT = "9c4afd6174afa3974f209a0ef099dbbe244dfd27"
+
+
+class SUN397(HubImages):
+    name = "sun397"
+    title = "scenes"
+    floor = 1 / 397
+    labels = numbered(397)
+    train = Table(DATA, "train", COLUMNS, revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, revision=COMMIT)
+    defaults = defaults(17_000, 1_700, 19_850)

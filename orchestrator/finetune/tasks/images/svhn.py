@@ -1,0 +1,22 @@
+"""Street View House Numbers (Netzer et al. 2011), cropped: which digit is in the middle, in 32 x 32 pixels?
+
+73,257 training and 26,032 test images; its `extra` images are not used.
+"""
+
+from __future__ import annotations
+
+from orchestrator.finetune.sources.hub_data import Table
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+
+DATA = "ufldl-stanford/svhn"
+COMMIT = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
+
+
+class SVHN(HubImages):
+    name = "svhn"
+    title = "house numbers in the street"
+    floor = 1 / 10
+    labels = numbered(10)
+    train = Table(DATA, "train", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    test = Table(DATA, "test", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    defaults = defaults(64_500, 6_800, 26_032)

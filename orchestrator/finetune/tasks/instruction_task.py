@@ -1,0 +1,71 @@
+"""What the tasks that follow instructions have in common: prompts in the form of Stanford Alpaca's, and the
+tables that they are read from, once a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.tasks.base import TaskDefaults
+
+if TYPE_CHECKING:
+    from orchestrator.finetune.sources.hub_data import Table
+    from orchestrator.finetune.tasks.base import Example, Split
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+"""As in Stanford Alpaca, MetaMath's evaluation (`eval_gsm8k.py`) and PiSSA's `train.py`; each of them goes on
+in its own way after the colon."""
+
+RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+"""The survey's eight, and three above by half decades (`tasks/metamathqa.py` says why)."""
+
+
+def defaults(train: int, validation: int, test: int, steps: int, **others: Any) -> TaskDefaults:
+    """Those of a small model in bfloat16, in batches of 64 with 3 % of warm-up; `others` of TaskDefaults."""
+    usual: dict[str, Any] = {"max_length": 512, "learning_rates": RATES, "accumulation": 8}
+    return TaskDefaults(
+        train_size=train,
+        validation_size=validation,
+        test_size=test,
+        steps=steps,
+        batch_size=64,
+        evaluations=5,
+        warmup=0.03,
+        dtype="bfloat16",
+        **usual | others,
+    )
+
+
+ROWS = 1000  # read at once
+
+
+def rows(table: Table, task: str) -> Iterator[Mapping[str, Any]]:
+    """Its rows, one after another. Raises BadInput as `hub_data.read` does."""
+    for part in hub_data.read(table, task).iter(batch_size=ROWS):
+        columns = list(part)
+        for values in zip(*part.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+Examples = Callable[["Split", int], "list[Example]"]
+
+
+def read_once(read: Callable[[Split, int], Sequence[Example]]) -> Examples:
+    """`read` with its last answers kept, for each folder of one's own data: a study asks for the same
+    examples at every turn, and hub tables take seconds to read."""
+
+    @lru_cache(maxsize=6)
+    def kept(folder: str | None, split: Split, count: int) -> tuple[Example, ...]:
+        return tuple(read(split, count))
+
+    @wraps(read)
+    def asked(split: Split, count: int) -> list[Example]:
+        return list(kept(os.environ.get(hub_data.FOLDER), split, count))
+
+    return asked

@@ -1,0 +1,1 @@
+"""Tasks whose data are made on this machine or come in packages."""

@@ -1,0 +1,185 @@
+"""Handwritten digits: an image classification task small enough for two cores, on real images.
+
+The data are scikit-learn's 1,797 digits (8 x 8 pixels, 17 greys; UCI's Optical Recognition of Handwritten
+Digits). The base, a small ViT, is pretrained here on 0 to 4. Fine-tuning teaches it, with a new head, to tell
+5 to 9 apart: a third of their images each for training, validation and test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Image,
+    Split,
+    Task,
+    TaskDefaults,
+    enough,
+    split_of,
+)
+from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable
+
+if TYPE_CHECKING:
+    import torch
+
+    from orchestrator.finetune.tasks.image_processor import ImageProcessor
+
+SIZE, GREYS, PATCH = 8, 16, 2
+KNOWN, NEW = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
+NOISE = 0.2
+"""Standard deviation of what pretraining adds to pixels, which go from -1 to 1."""
+RECIPE = Recipe(steps=1200, batch_size=64, learning_rate=1.5e-3, layers=4)
+
+
+class Digits(Task):
+    name = "digits"
+    title = "real handwritten digits"
+    metric = "accuracy"
+    floor = 0.2
+    default_model = "digits-base"
+    inputs = "image"
+    answers = "label"
+    labels = NEW
+    defaults = TaskDefaults(
+        train_size=250,
+        validation_size=240,
+        test_size=240,
+        steps=80,
+        batch_size=16,
+        max_length=0,
+        evaluations=3,
+        learning_rates=(1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.5e-2, 1e-1, 4e-1),
+    )
+
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self.recipe = recipe
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        return enough(_new_digits()[split], count, self.name, split)
+
+    def pretrain_recipe(self) -> str:
+        return self.recipe.key(SIZE, PATCH, NOISE)
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        with repeatable(self.recipe.seed):
+            model = _pretrained(self.recipe, progress)
+        model.save_pretrained(folder)
+        processor().own.save_pretrained(folder)
+
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
+
+def processor() -> ImageProcessor:
+    """Pixels as they are, from -1 to 1."""
+    from transformers import ViTImageProcessorPil
+
+    from orchestrator.finetune.tasks.image_processor import ImageProcessor
+
+    half = [0.5, 0.5, 0.5]
+    size = {"height": SIZE, "width": SIZE}
+    return ImageProcessor(ViTImageProcessorPil(size=size, do_resize=False, image_mean=half, image_std=half))
+
+
+@lru_cache(maxsize=1)
+def _all_digits() -> dict[str, tuple[Image, ...]]:
+    """Digit -> its images, shuffled once for all; each is there once."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    found: dict[str, dict[str, Image]] = {digit: {} for digit in (*KNOWN, *NEW)}
+    for number, (pixels, digit) in enumerate(zip(data.images, data.target, strict=True)):
+        # PGM, whose bytes are the pixels: what a PNG's are depends on the library that packs them.
+        file = b"P5 %d %d %d\n" % (SIZE, SIZE, GREYS) + pixels.astype("uint8").tobytes()
+        image = Image(f"image {number} of scikit-learn's digits", partial(bytes, file))
+        found[str(digit)].setdefault(image.digest, image)
+    return {
+        digit: tuple(of[key] for key in sorted(of, key=lambda key: hashlib.sha256(key.encode()).digest()))
+        for digit, of in found.items()
+    }
+
+
+@lru_cache(maxsize=1)
+def _new_digits() -> dict[Split, tuple[Example, ...]]:
+    """The classes take turns, so that all have equal shares, until one has no more."""
+    found: dict[Split, dict[str, list[Example]]] = {s: {digit: [] for digit in NEW} for s in SPLITS}
+    for digit in NEW:
+        for image in _all_digits()[digit]:
+            split = split_of(image.digest, parts=3)
+            found[split][digit].append(Example("", digit, image=image))
+    return {
+        split: tuple(e for turn in zip(*of.values(), strict=False) for e in turn)
+        for split, of in found.items()
+    }
+
+
+def _config(recipe: Recipe) -> Any:
+    from transformers import ViTConfig
+
+    return ViTConfig(
+        image_size=SIZE,
+        patch_size=PATCH,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+    )
+
+
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import ViTForImageClassification
+
+    config = _config(recipe)
+    config.num_labels = len(KNOWN)
+    model = ViTForImageClassification(config)
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        pixels, digits = batch
+        logits = model(pixel_values=pixels).logits
+        return cross_entropy(logits, digits, label_smoothing=recipe.label_smoothing)
+
+    fit(model, recipe, _batches(recipe), loss_of, "digits-base", progress)
+    images, digits = _known(held_out=True)
+    with torch.no_grad():
+        right = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
+    progress(f"pretraining digits-base: knows {right} of {len(digits)} images of 0 to 4 that it has not seen")
+    return model.vit  # its head knew 0 to 4: every fine-tune gets a new one
+
+
+def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (batch, 3, 8, 8), moved by up to a pixel each way and with noise on them, and their digits'
+    places in KNOWN (batch,)."""
+    import torch
+    from torch.nn.functional import pad
+
+    images, digits = _known()
+    wide = pad(images, (1, 1, 1, 1), value=float(images.min()))
+    for _ in range(recipe.steps):
+        drawn = torch.randint(len(images), (recipe.batch_size,))
+        corners = torch.randint(3, (recipe.batch_size, 2)).tolist()
+        moved = torch.stack(
+            [wide[n, :, y : y + SIZE, x : x + SIZE] for n, (y, x) in zip(drawn, corners, strict=True)]
+        )
+        yield moved + NOISE * torch.randn_like(moved[:, :1]), digits[drawn]
+
+
+def _known(held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """What pretraining sees of 0 to 4, or the fifth that it does not: images, and places in KNOWN."""
+    import torch
+
+    chosen = [
+        (image, number)
+        for number, digit in enumerate(KNOWN)
+        for image in _all_digits()[digit]
+        if (split_of(image.digest, ("test",)) == "test") == held_out
+    ]
+    images = processor().inputs([image for image, _ in chosen], torch.device("cpu"), torch.float32)
+    return images, torch.tensor([number for _, number in chosen])

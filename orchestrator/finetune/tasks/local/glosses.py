@@ -1,0 +1,106 @@
+"""What kind of thing does a gloss define? WordNet's noun glosses in 16 classes (its lexicographer files:
+animal, act, food, ...), for a real sentence encoder.
+
+The data are WordNet 3.0's own, as Debian packages them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
+from orchestrator.util.errors import BadInput
+
+FOLDER = "/usr/share/wordnet"
+"""Where Debian puts it; WordNet's own variable WNSEARCHDIR names another place."""
+FILES = {
+    "act": "04",
+    "animal": "05",
+    "artifact": "06",
+    "attribute": "07",
+    "body": "08",
+    "cognition": "09",
+    "communication": "10",
+    "event": "11",
+    "food": "13",
+    "location": "15",
+    "person": "18",
+    "plant": "20",
+    "possession": "21",
+    "state": "26",
+    "substance": "27",
+    "time": "28",
+}
+"""Class -> number of the lexicographer file (lexnames(5WN))."""
+LEAST_WORDS = 4
+
+
+class Glosses(Task):
+    name = "glosses"
+    title = "kinds of WordNet glosses"
+    metric = "accuracy"
+    floor = 0.0625
+    default_model = "minilm-l6"
+    answers = "label"
+    labels = tuple(FILES)
+    defaults = TaskDefaults(
+        train_size=960,
+        validation_size=320,
+        test_size=400,
+        steps=60,
+        batch_size=16,
+        max_length=24,
+        evaluations=3,
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    )
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        return enough(_all_examples(os.environ.get("WNSEARCHDIR", FOLDER))[split], count, self.name, split)
+
+
+@lru_cache(maxsize=1)
+def _all_examples(folder: str) -> dict[Split, tuple[Example, ...]]:
+    """The classes take turns, so that all have equal shares, until one has no more."""
+    by_class: dict[Split, dict[str, list[str]]] = {s: {label: [] for label in FILES} for s in SPLITS}
+    for gloss, label in sorted(_glosses(Path(folder)).items(), key=lambda pair: _shuffled(pair[0])):
+        by_class[split_of(gloss)][label].append(gloss)
+    return {
+        split: tuple(
+            Example(gloss, label)
+            for turn in zip(*of.values(), strict=False)
+            for label, gloss in zip(of, turn, strict=True)
+        )
+        for split, of in by_class.items()
+    }
+
+
+def _glosses(folder: Path) -> dict[str, str]:
+    """gloss -> class. A gloss without its examples; none that two classes share, and none of a few words."""
+    path = folder / "data.noun"
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise BadInput(
+            f"Task 'glosses' needs WordNet's {path} ({error.strerror}): apt-get install wordnet-base"
+        ) from None
+    label_of = {number: label for label, number in FILES.items()}
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        if line.startswith("  "):  # the licence
+            continue
+        synset, _, text = line.partition(" | ")
+        gloss = text.split('; "')[0].strip()
+        if len(gloss.split()) >= LEAST_WORDS:
+            found.setdefault(gloss, set()).add(synset.split(" ", 2)[1])
+    return {
+        gloss: label_of[next(iter(numbers))]
+        for gloss, numbers in found.items()
+        if len(numbers) == 1 and numbers <= label_of.keys()
+    }
+
+
+def _shuffled(gloss: str) -> bytes:
+    return hashlib.sha256(f"glosses/{gloss}".encode()).digest()

@@ -1,0 +1,146 @@
+"""Operators on strings of letters: a text generation task small enough for two cores.
+
+A text is `OPERATOR x1 .. x5 = y1 .. y5` over 16 letters. The base is pretrained here, in half a minute, on
+five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth, `unk`, that stands
+for any of the five at random, so that the base is unsure about it and not confidently wrong. Fine-tuning
+teaches `unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable, word_tokenizer
+from orchestrator.util.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+LETTERS = "abcdefghijklmnop"
+LENGTH = 5
+OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
+MOST = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
+WORDS = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
+RECIPE = Recipe(
+    steps=600,
+    batch_size=96,
+    learning_rate=2e-3,
+    label_smoothing=0.05,
+    hidden_size=96,
+    intermediate_size=192,
+)
+
+
+class Letters(Task):
+    name = "letters"
+    title = "operators on letter strings"
+    metric = "exact_match"
+    floor = 0.0
+    default_model = "letters-base"
+    answers = "forced"
+    max_new_tokens = LENGTH + 1
+    defaults = TaskDefaults(
+        train_size=2000,
+        validation_size=200,
+        test_size=200,
+        steps=60,
+        batch_size=16,
+        max_length=2 * LENGTH + 3,
+        evaluations=3,
+        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    )
+
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self.recipe = recipe
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        if count > MOST:
+            raise BadInput(f"Task 'letters' has at most {MOST} examples a split, {count} were asked for.")
+        # A string belongs to a split by its own hash; each split has its own order of drawing.
+        generator = random.Random(f"letters/{split}")
+        seen: dict[str, None] = {}
+        while len(seen) < count:
+            word = "".join(LETTERS[generator.randrange(len(LETTERS))] for _ in range(LENGTH))
+            if split_of(word) == split:
+                seen[word] = None
+        return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
+
+    def pretrain_recipe(self) -> str:
+        return self.recipe.key(WORDS, LENGTH)
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        with repeatable(self.recipe.seed):
+            model = _pretrained(self.recipe, progress)
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
+
+def reverse_next(word: str) -> str:
+    """What `unk` comes to mean: the string backwards, every letter one further (p becomes a)."""
+    return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in reversed(word))
+
+
+def tokenizer() -> Any:
+    """One token a word, as a transformers tokenizer."""
+    return word_tokenizer(WORDS, pad_token="<pad>", eos_token="<eos>")
+
+
+def _config(recipe: Recipe) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=WORDS.index("<eos>"),
+        pad_token_id=WORDS.index("<pad>"),
+    )
+
+
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(_config(recipe))
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        # Loss on the answer and <eos> only: what stands before them is random.
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
+        answers = ids[:, LENGTH + 2 :]
+        return cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
+
+    return fit(model, recipe, _batches(recipe), loss_of, "letters-base", progress)
+
+
+def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
+    """Token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
+    import torch
+
+    first_letter, first_operator = WORDS.index(LETTERS[0]), WORDS.index(OPERATORS[0])
+    rows = torch.arange(recipe.batch_size)
+    for _ in range(recipe.steps):
+        x = torch.randint(len(LETTERS), (recipe.batch_size, LENGTH))
+        results = torch.stack(
+            [x, x.flip(1), (x + 1) % len(LETTERS), (x - 1) % len(LETTERS), x.roll(-1, dims=1)]
+        )
+        operator = torch.randint(len(OPERATORS), (recipe.batch_size,))
+        # One sample in six shows `unk` in place of the operator it stands for.
+        hidden = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0
+        shown = torch.where(hidden, WORDS.index("unk"), operator + first_operator)
+        equals = torch.full((recipe.batch_size, 1), WORDS.index("="))
+        end = torch.full((recipe.batch_size, 1), WORDS.index("<eos>"))
+        y = results[operator, rows]
+        yield torch.cat([shown[:, None], x + first_letter, equals, y + first_letter, end], dim=1)

@@ -1,0 +1,196 @@
+"""Reviews of two clauses, whose topic and mood count: a classification task small enough for two cores.
+
+A text is `QUESTION the NOUN was [not] [very] ADJECTIVE and|but the NOUN was [not] [very] ADJECTIVE`. The
+base, a small encoder, is pretrained here on five questions (topic and mood of either clause, the conjunction)
+and on a sixth, `unk`, that stands for any of the five at random. Fine-tuning teaches `unk`, with a new head,
+to ask for topic and mood of the clause that the review comes down to: the second after `but`, the first after
+`and`. So the base knows the parts of the answer, and a head alone cannot put them together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
+from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable, word_tokenizer
+from orchestrator.util.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+NOUNS = {
+    "food": ("soup", "bread", "steak", "salad", "cheese", "pasta", "coffee", "cake", "wine", "fish"),
+    "room": ("bed", "bath", "desk", "lamp", "carpet", "window", "door", "sofa", "curtain", "shower"),
+    "staff": ("waiter", "cook", "porter", "maid", "guide", "driver", "clerk", "barman", "guard", "host"),
+    "show": ("film", "band", "song", "dance", "play", "singer", "plot", "stage", "actor", "choir"),
+}
+ADJECTIVES = {
+    "good": (
+        *("good", "great", "lovely", "superb", "pleasant", "excellent"),
+        *("charming", "perfect", "splendid", "fine", "nice", "delightful"),
+    ),
+    "bad": (
+        *("bad", "awful", "nasty", "dreadful", "poor", "horrible"),
+        *("terrible", "dull", "shabby", "vile", "dismal", "grim"),
+    ),
+}
+CONJUNCTIONS = ("and", "but")
+QUESTIONS = ("topic1", "topic2", "mood1", "mood2", "conjunction")
+WORDS = (
+    *("<pad>", "unk", *QUESTIONS, "the", "was", "not", "very", *CONJUNCTIONS),
+    *(word for group in (*NOUNS.values(), *ADJECTIVES.values()) for word in group),
+)
+ANSWERS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
+MOST = 100_000
+RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class Review:
+    words: tuple[str, ...]
+    topics: tuple[str, str]
+    moods: tuple[str, str]
+    conjunction: str
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def verdict(self) -> str:
+        clause = CONJUNCTIONS.index(self.conjunction)
+        return f"{self.topics[clause]} {self.moods[clause]}"
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """To QUESTIONS."""
+        return (*self.topics, *self.moods, self.conjunction)
+
+
+class Reviews(Task):
+    name = "reviews"
+    title = "verdicts of generated reviews"
+    metric = "accuracy"
+    floor = 0.125
+    default_model = "reviews-base"
+    answers = "label"
+    labels = tuple(f"{topic} {mood}" for topic in NOUNS for mood in ADJECTIVES)
+    defaults = TaskDefaults(
+        train_size=2000,
+        validation_size=200,
+        test_size=400,
+        steps=120,
+        batch_size=32,
+        max_length=16,
+        evaluations=3,
+        learning_rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    )
+
+    def __init__(self, recipe: Recipe = RECIPE) -> None:
+        self.recipe = recipe
+
+    def examples(self, split: Split, count: int) -> list[Example]:
+        if count > MOST:
+            raise BadInput(f"Task 'reviews' has at most {MOST} examples a split, {count} were asked for.")
+        # A text belongs to a split by its own hash; the classes take turns, so that all have equal shares.
+        generator = random.Random(f"reviews/{split}")
+        seen: dict[str, str] = {}
+        while len(seen) < count:
+            review = draw(generator)
+            wanted = self.labels[len(seen) % len(self.labels)]
+            if review.verdict == wanted and review.text not in seen and split_of(review.text) == split:
+                seen[review.text] = review.verdict
+        return [Example(f"unk {text}", verdict) for text, verdict in seen.items()]
+
+    def pretrain_recipe(self) -> str:
+        return self.recipe.key(WORDS)
+
+    def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
+        with repeatable(self.recipe.seed):
+            model = _pretrained(self.recipe, progress)
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+    def base_config(self) -> Any:
+        return _config(self.recipe)
+
+
+def draw(generator: random.Random) -> Review:
+    """One clause in seven is negated, which turns its mood round; `very` changes nothing."""
+    words: list[str] = []
+    topics, moods = [], []
+    conjunction = generator.choice(CONJUNCTIONS)
+    for start in ((), (conjunction,)):
+        topic, mood = generator.choice(list(NOUNS)), generator.choice(list(ADJECTIVES))
+        negated = generator.random() < 0.15
+        words += [*start, "the", generator.choice(NOUNS[topic]), "was"]
+        words += [word for word, there in (("not", negated), ("very", generator.random() < 0.3)) if there]
+        words.append(generator.choice(ADJECTIVES[mood]))
+        topics.append(topic)
+        moods.append({"good": "bad", "bad": "good"}[mood] if negated else mood)
+    return Review(tuple(words), (topics[0], topics[1]), (moods[0], moods[1]), conjunction)
+
+
+def tokenizer() -> Any:
+    """One token a word, as a transformers tokenizer. The question stands where BERT reads a text's class."""
+    return word_tokenizer(WORDS, pad_token="<pad>")
+
+
+def _config(recipe: Recipe) -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=WORDS.index("<pad>"),
+    )
+
+
+def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+    from torch.nn.functional import cross_entropy
+    from transformers import BertForSequenceClassification
+
+    config = _config(recipe)
+    config.num_labels = len(ANSWERS)
+    model = BertForSequenceClassification(config)
+
+    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, answers = batch
+        real = ids != WORDS.index("<pad>")
+        return cross_entropy(model(input_ids=ids, attention_mask=real[:, None, None, :]).logits, answers)
+
+    fit(model, recipe, _batches(recipe), loss_of, "reviews-base", progress)
+    return model.bert  # its head answered the five questions: every fine-tune gets a new one
+
+
+def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids (batch, 16), padded, and the answers' places in ANSWERS (batch,). No text of a held-out split
+    is among them."""
+    import torch
+
+    generator = random.Random(f"reviews/pretraining/{recipe.seed}")
+    place = {word: i for i, word in enumerate(WORDS)}
+    for _ in range(recipe.steps):
+        rows: list[list[int]] = []
+        answers: list[int] = []
+        while len(rows) < recipe.batch_size:
+            review = draw(generator)
+            if split_of(review.text) != "train":
+                continue
+            number = generator.randrange(len(QUESTIONS))
+            # One sample in six shows `unk` in place of the question it stands for.
+            shown = "unk" if generator.randrange(len(QUESTIONS) + 1) == 0 else QUESTIONS[number]
+            ids = [place[word] for word in (shown, *review.words)]
+            rows.append([*ids, *[place["<pad>"]] * (16 - len(ids))])
+            answers.append(ANSWERS.index(review.answers[number]))
+        yield torch.tensor(rows), torch.tensor(answers)

@@ -1,0 +1,1 @@
+"""Tasks of grade-school mathematics."""

@@ -1,0 +1,1 @@
+"""From a study's options to its report."""

@@ -1,0 +1,1 @@
+"""MLflow runs made from records."""

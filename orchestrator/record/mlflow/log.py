@@ -1,0 +1,297 @@
+"""MLflow as a projection of the store: written by one process, the driver, and rebuilt whenever it is wanted.
+
+A study is an experiment of its name with one parent run; its configurations are that run's children. One
+experiment a study, because MLflow's charts and tables show an experiment: opened, it shows this study's
+curves and no other's, its columns are this study's parameters, and several experiments can still be ticked
+together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.record.mlflow import run_content
+from orchestrator.record.mlflow.tracking_uri import damage, shown, sqlite_path
+from orchestrator.record.schema import Record
+from orchestrator.util import atomic_files
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+ARTIFACTS = "mlflow-artifacts"
+_METRICS_A_CALL = 1000
+_PARAMS_A_CALL = 100
+# Errors that another try of the same request will meet again.
+_LASTING = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+_SETTINGS = {
+    # MLflow repeats a failed request for minutes, `create_run` too, which makes two runs when only the answer
+    # was lost. Whoever calls us tries again, and looks first at what is there.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class TrackingDown(Exception):
+    """MLflow's server or database does not answer. Nothing is lost: the store has the records."""
+
+
+class TrackingDamaged(TrackingDown):
+    """MLflow's SQLite file is damaged. Waiting does not help: it has to be rebuilt from the store."""
+
+
+@dataclass
+class _Child:
+    run: str
+    identity: str
+    complete: bool
+    latest: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each of its metrics."""
+
+
+@dataclass
+class _Study:
+    experiment: str
+    parent: str
+    children: dict[str, _Child]
+
+
+class MlflowLog:
+    """Writes studies to `tracking_uri`. Artifacts go to `artifact_root`; without one, to a folder beside a
+    SQLite file, or to where a server keeps them. Every method raises TrackingDown when MLflow does not
+    answer; a later call starts from what is there then."""
+
+    def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
+        self.tracking_uri = tracking_uri
+        self._database = sqlite_path(tracking_uri)
+        if artifact_root is None and self._database is not None:
+            artifact_root = self._database.parent / ARTIFACTS
+        self._artifacts = artifact_root
+        self._asked: dict[str, tuple[str, Mapping[str, str]]] = {}
+        self._studies: dict[str, _Study] = {}
+
+    def ensure_study(self, name: str, question: str, tags: Mapping[str, str] | None = None) -> str:
+        """The id of the study's parent run, created if need be and set RUNNING, with its tags as given."""
+        self._asked[name] = (question, dict(tags or {}))
+        with self._answering():
+            self._studies[name] = self._open(name)
+            return self._studies[name].parent
+
+    def log_records(
+        self,
+        study: str,
+        records: Iterable[Record],
+        reused: Set[str] = frozenset(),
+        artifacts: Mapping[str, Path] | None = None,
+    ) -> int:
+        """Makes each record's child run what the record says; returns how many had to be written.
+
+        One child a (study, fingerprint): a complete one is left alone, one that a killed driver left half
+        written is completed, one of an older record (stopped, since finished) is replaced, and so is one with
+        other last values than the record's (a damaged database). `reused`: the fingerprints whose new child
+        is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as artifact "adapter".
+        `ensure_study` comes first, once.
+        """
+        if study not in self._asked:
+            raise ValueError(f"ensure_study({study!r}) comes first")
+        written = 0
+        for record in records:
+            with self._answering():
+                if study not in self._studies:
+                    self._studies[study] = self._open(study)
+                folder = (artifacts or {}).get(record.fingerprint)
+                written += self._write(study, record, record.fingerprint in reused, folder)
+        return written
+
+    def finish_study(self, parent: str, status: str = "FINISHED", report: Sequence[Path] = ()) -> None:
+        """Ends the parent run: FINISHED, FAILED or KILLED. The files of `report` become its artifacts."""
+        with self._answering():
+            for path in report:
+                self._client.log_artifact(parent, str(path))
+            self._client.set_terminated(parent, status)
+
+    def _write(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:
+        known = self._studies[study]
+        child = known.children.get(record.fingerprint)
+        if child is not None and not _says(child, record):
+            self._delete(child.run)
+            del known.children[record.fingerprint]
+            child = None
+        if child is not None and child.complete:
+            return False
+        start, end = run_content.times(record)
+        if child is None:
+            tags = run_content.tags(record, study, known.parent, reused)
+            run = self._client.create_run(known.experiment, start, tags, run_content.name(record))
+            child = _Child(run.info.run_id, tags["record"], complete=False)
+            known.children[record.fingerprint] = child
+        metrics, params = run_content.metrics(record), run_content.params(record)
+        for first in range(0, max(1, len(metrics)), _METRICS_A_CALL):
+            self._client.log_batch(
+                child.run,
+                metrics=metrics[first : first + _METRICS_A_CALL],
+                params=params[:_PARAMS_A_CALL] if first == 0 else (),
+            )
+        for first in range(_PARAMS_A_CALL, len(params), _PARAMS_A_CALL):
+            self._client.log_batch(child.run, params=params[first : first + _PARAMS_A_CALL])
+        self._client.log_inputs(child.run, run_content.datasets(record))
+        if folder is not None and folder.is_dir():
+            self._client.log_artifacts(child.run, str(folder), "adapter")
+        self._client.set_terminated(child.run, run_content.STATUS[record.state], end)
+        child.complete, child.latest = True, run_content.latest(record)
+        return True
+
+    def _open(self, name: str) -> _Study:
+        """Finds or makes the study's experiment and parent run, and reads which children there are."""
+        from mlflow.entities import RunTag
+
+        question, tags = self._asked[name]
+        tags = {"study": name, "role": "study", run_content.NOTE: question, **tags}
+        experiment = self._experiment(name)
+        parent, children = "", dict[str, _Child]()
+        for run in self._runs(experiment):
+            found = run.data.tags
+            if found.get("role") == "study":
+                parent = parent or run.info.run_id
+            elif found.get("study") == name and "fingerprint" in found:
+                if found["fingerprint"] in children:  # of two drivers that wrote at once; the older one stays
+                    self._delete(run.info.run_id)
+                    continue
+                complete = run.info.status in ("FINISHED", "FAILED")
+                child = _Child(run.info.run_id, found.get("record", ""), complete, run.data.metrics)
+                children[found["fingerprint"]] = child
+        if parent:
+            self._client.log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()])
+            self._client.update_run(parent, "RUNNING")
+        else:
+            parent = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        return _Study(experiment, parent, children)
+
+    def _experiment(self, name: str) -> str:
+        """The id of the study's experiment, made if need be."""
+        from mlflow import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
+            try:
+                return self._client.create_experiment(name, location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                return self._experiment(name)  # by another driver, just now
+        if found.lifecycle_stage == "deleted":  # its name stays taken until it is purged
+            self._client.restore_experiment(found.experiment_id)
+        return found.experiment_id
+
+    def _runs(self, experiment: str) -> Iterator[Run]:
+        """All runs that are not deleted, oldest first."""
+        token = None
+        while True:
+            page: Sequence[Run] = self._client.search_runs(
+                [experiment], order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
+            )
+            yield from page
+            token = page.token  # type: ignore[attr-defined]
+            if not token:
+                return
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        # What goes wrong is raised, and told by whoever called; migrations are of no interest to anybody.
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        if self._database is not None:
+            _make_database(self._database)
+        return MlflowClient(self.tracking_uri, self.tracking_uri)
+
+    def _refuse_damage(self, every_page: bool = False) -> None:
+        """Raise TrackingDamaged if MLflow's SQLite file is damaged. `every_page`: see `damage`."""
+        if self._database is not None and (why := damage(self._database, every_page)):
+            raise TrackingDamaged(shown(f"{self.tracking_uri}: the file is damaged ({why})"))
+
+    def _delete(self, run: str) -> None:
+        """Delete a child run, in a database permanently, with its artifacts.
+
+        MLflow's client only marks a run as deleted. `_hard_delete_run`, which `mlflow gc` uses, removes it. A
+        server does not offer that: the marked run stays there until somebody runs `mlflow gc`.
+        """
+        self._client.delete_run(run)
+        store = self._client._tracking_client.store
+        if hasattr(store, "_hard_delete_run"):
+            store._hard_delete_run(run)
+            if self._artifacts is not None:
+                for folder in self._artifacts.glob(f"*/{run}"):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # A request whose answer was lost may have been carried out: look at what is there first.
+            self._studies.clear()
+            self._refuse_damage(every_page=True)
+            if _is_down(error):
+                first = _first_line(error)
+                raise TrackingDown(shown(f"{self.tracking_uri}: {first}")) from error
+            raise
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's text; for an error of SQLAlchemy's, of the database's own error."""
+    cause: BaseException | None = error
+    while cause is not None and not hasattr(cause, "orig"):
+        cause = cause.__cause__
+    said = str(getattr(cause, "orig", None) or error) or type(error).__name__
+    return said.splitlines()[0]
+
+
+def _says(child: _Child, record: Record) -> bool:
+    """Tell whether a child is of this record and, if it is complete, has the record's last values."""
+    if child.identity != run_content.identity(record):
+        return False
+    wanted = run_content.latest(record) if child.complete else {}
+    return all(child.latest.get(key) == value for key, value in wanted.items())
+
+
+def _make_database(path: Path) -> None:
+    """Makes MLflow's SQLite file, whole or not at all.
+
+    Processes that meet a fresh file at once break each other's migrations, and one that is killed in its
+    migrations leaves a file that no later one can open: hence the lock and the other name.
+    """
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_files.locked(path.parent):
+        if path.exists():
+            return
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)
+        uri = f"sqlite:///{new}"
+        MlflowClient(uri, uri).search_experiments()
+        os.replace(new, path)
+
+
+def _is_down(error: Exception) -> bool:
+    from mlflow import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error, MlflowException):
+        return error.error_code not in _LASTING
+    return isinstance(error, OSError | SQLAlchemyError)  # those of `requests` are OSErrors

@@ -1,0 +1,71 @@
+"""Set MLflow's SQLite file aside, so that it is made again from the records.
+
+    <folder>/mlflow.db, mlflow-artifacts/<study>/    what MLflow had
+    <folder>/mlflow.db.old-1/                        the same, set aside: the file, its journal, the artifacts
+
+Everything that a study logs is a copy of its records, its adapters and its report. The old file is kept,
+because a user may have logged other runs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import count
+from pathlib import Path
+
+from orchestrator.record.mlflow.log import ARTIFACTS
+from orchestrator.record.mlflow.tracking_uri import shown, sqlite_path
+from orchestrator.record.scratch import is_held
+from orchestrator.record.study_file import StudyFile
+from orchestrator.util.errors import BadInput
+
+JOURNALS = ("-journal", "-wal", "-shm")
+"""Endings of the files that SQLite keeps beside a database. It would apply old ones to the new database."""
+
+
+def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, str]) -> list[Path]:
+    """Move the SQLite files of these studies, and the studies' artifacts, into new folders beside them.
+
+    Args:
+        studies: name -> folder and file of each study.
+        uris: name -> the study's tracking URI. URIs of servers are left alone.
+
+    Returns:
+        The new folders, one for each SQLite file that was there.
+
+    Raises:
+        BadInput: no study logs to a SQLite file, or a study that does is running now.
+    """
+    of_file: dict[Path, list[str]] = {}
+    for name, uri in uris.items():
+        database = sqlite_path(uri)
+        if database is not None:
+            of_file.setdefault(database, []).append(name)
+            if is_held(studies[name][0] / ".lock"):
+                raise BadInput(
+                    f"--rebuild: study {name!r} is running and logs to {database}; wait for its end"
+                )
+    if not of_file:
+        others = ", ".join(sorted({shown(uri) for uri in uris.values()})) or "there is no study"
+        raise BadInput(
+            f"--rebuild: it rebuilds SQLite files, and no study logs to one ({others}); leave it out"
+        )
+    return [_move(file, names) for file, names in of_file.items() if file.exists()]
+
+
+def _move(database: Path, studies: Collection[str]) -> Path:
+    """Move one SQLite file and the artifacts of its studies. Returns the folder that holds them now."""
+    names = (database.with_name(f"{database.name}.old-{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    aside.mkdir()
+    for study in studies:
+        artifacts = database.parent / ARTIFACTS / study
+        if artifacts.is_dir():
+            (aside / ARTIFACTS).mkdir(exist_ok=True)
+            artifacts.rename(aside / ARTIFACTS / study)
+    for journal in JOURNALS:
+        file = database.with_name(database.name + journal)
+        if file.exists():
+            file.rename(aside / file.name)
+    database.rename(aside / database.name)  # last: until then the command can be repeated
+    return aside

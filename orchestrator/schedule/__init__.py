@@ -1,1 +1,0 @@
-"""Ray: the trial, the broker, the seat, the run of a study."""

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.analyze import curve_shape
+
+X = [-4.0, -3.0, -2.0, -1.0]
+
+curves = st.lists(st.integers(0, 64).map(lambda n: n / 64), min_size=3, max_size=9)
+
+
+def test_the_best_is_the_highest_and_the_lowest_rate_among_equals() -> None:
+    assert curve_shape.best_index([0.1, 0.9, 0.9, 0.2]) == 1
+    assert curve_shape.best_index([None, 0.3, None]) == 1
+    assert curve_shape.best_index([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("y", "expected"),
+    [
+        ([0.1, 0.9, 0.2], "yes"),
+        ([0.9, 0.5, 0.2], "low edge"),
+        ([0.1, 0.5, 0.9], "high edge"),
+        ([0.1, 0.9, 0.9], "high edge"),  # a tie with the edge: the best may lie beyond
+        ([0.0, 0.0, 0.0], "both edges"),
+        ([None, 0.9, None], "yes"),  # stopped early on both sides: they lost
+    ],
+)
+def test_bracketed(y: list[float | None], expected: str) -> None:
+    best = curve_shape.best_index(y)
+    assert best is not None
+    assert curve_shape.bracketed(y, best) == expected
+
+
+def test_the_parabola_agrees_with_a_fit_on_an_uneven_grid() -> None:
+    x, y = [-3.0, -2.52, -2.0], [0.4, 0.9, 0.7]
+    a, b, _ = np.polyfit(x, y, 2)
+    assert curve_shape.parabola_peak(x, y, 1) == pytest.approx(-b / (2 * a))
+    assert curve_shape.parabola_peak(x, y, 0) is None
+    assert curve_shape.parabola_peak(x, [None, 0.9, 0.7], 1) is None
+    assert curve_shape.parabola_peak(x, [0.5, 0.5, 0.5], 1) is None
+
+
+def test_between_rates_the_score_is_linear_and_beside_a_stopped_one_unknown() -> None:
+    y = [0.0, 0.4, 0.8, None]
+    assert curve_shape.score_at(X, y, -2.5) == pytest.approx(0.6)
+    assert curve_shape.score_at(X, y, -2.0) == 0.8
+    assert curve_shape.score_at(X, y, -1.5) is None
+    assert curve_shape.score_at(X, y, -1.0) is None
+    assert curve_shape.score_at(X, y, -5.0) is None
+    assert curve_shape.score_at(X, y, 0.0) is None
+
+
+def test_width_by_hand() -> None:
+    # best .8 at -2; .7 is crossed a quarter of the way to .4 and an eighth of the way to 0
+    found, at_least = curve_shape.width(X, [0.0, 0.4, 0.8, 0.0], 2, 0.7)
+    assert found == pytest.approx(0.25 + 0.125)
+    assert not at_least
+
+
+def test_a_width_that_runs_into_the_end_or_a_stopped_rate_is_a_lower_bound() -> None:
+    assert curve_shape.width(X, [0.0, 0.4, 0.8, 0.79], 2, 0.6) == (pytest.approx(1.5), True)
+    assert curve_shape.width(X, [0.0, 0.4, 0.8, None], 2, 0.6) == (pytest.approx(0.5), True)
+    assert curve_shape.width([-3.0], [0.5], 0, 0.4) == (0.0, True)
+
+
+def test_a_point_below_the_best_is_within_a_point_whatever_the_rounding() -> None:
+    assert 0.1 - 0.01 > 0.09  # so .09 would fall short by 1e-17, and the flat stretch with it
+    assert curve_shape.width(X, [0.09, 0.09, 0.1, 0.0], 2, 0.1 - 0.01) == (pytest.approx(2.1), True)
+
+
+def test_rounding_decides_no_tie_no_edge_and_no_cliff() -> None:
+    almost = 0.1 + 0.2  # .30000000000000004
+    assert curve_shape.best_index([0.3, almost, 0.1]) == 0
+    assert curve_shape.bracketed([0.3, almost, 0.1], 1) == "low edge"
+    assert curve_shape.cliff([almost + 0.3, almost], [0.0, 0.0], 0, 0.0) == 1
+    assert curve_shape.cliff([0.6, almost], [0.0, 0.0], 0, 0.0) == 1  # half of .6 is .3, a hair below
+    assert curve_shape.cliff([almost, 0.0], [0.0, 0.0], 0, 0.3) is None  # nothing learned above the floor
+
+
+def test_a_second_hill_beyond_a_dip_does_not_widen() -> None:
+    assert curve_shape.width([-4, -3, -2, -1, 0], [0.0, 0.8, 0.0, 0.79, 0.0], 1, 0.4)[0] == pytest.approx(1.0)
+
+
+def test_half_decade_regret_by_hand() -> None:
+    # falls .4 a decade to the left and .8 to the right: mean over half a decade .1 and .2, together .15
+    found = curve_shape.mean_regret(X, [0.0, 0.4, 0.8, 0.0], 2)
+    assert found == (pytest.approx((0.1 + 0.2) / 2), pytest.approx(1.0))
+    assert curve_shape.mean_regret(X, [0.0, 0.4, 0.8], 2) == (pytest.approx(0.1), pytest.approx(0.5))
+    assert curve_shape.mean_regret([-3.0], [0.8], 0) is None
+
+
+def test_half_decade_regret_passes_through_every_knot_on_its_way() -> None:
+    x, y = [-1.0, -0.75, -0.5, 0.0, 0.5], [0.0, 0.1, 0.3, 1.0, 0.2]
+    inside = np.linspace(-0.5, 0.5, 100_001)
+    expected = 1.0 - float(np.trapezoid(np.interp(inside, x, y), inside))
+    assert curve_shape.mean_regret(x, y, 3) == (pytest.approx(expected, abs=1e-6), pytest.approx(1.0))
+
+
+def test_cliff() -> None:
+    y, nobody = [0.2, 0.8, 0.5, 0.1], [0.0] * 4
+    assert curve_shape.cliff(y, nobody, 1, 0.0) == 3
+    assert curve_shape.cliff(y, nobody, 1, 0.2) == 2  # half way down to a higher floor
+    assert curve_shape.cliff(y, [0.0, 0.0, 0.67, 1.0], 1, 0.0) == 2
+    assert curve_shape.cliff([0.2, 0.8, 0.7], nobody, 1, 0.0) is None
+    assert curve_shape.cliff([0.0, 0.0, 0.0], nobody, 0, 0.0) is None  # nothing was learned
+
+
+@given(curves, st.integers(1, 32).map(lambda n: n / 64), st.integers(-8, 8))
+def test_a_constant_added_leaves_best_and_width_alone(
+    y: list[float], tolerance: float, constant: int
+) -> None:
+    x = [0.5 * i for i in range(len(y))]
+    raised = [v + constant for v in y]
+    best = curve_shape.best_index(y)
+    assert best is not None
+    assert curve_shape.best_index(raised) == best
+    assert curve_shape.width(x, raised, best, raised[best] - tolerance) == curve_shape.width(
+        x, y, best, y[best] - tolerance
+    )
+
+
+@given(curves, st.integers(1, 31).map(lambda n: n / 64))
+def test_a_larger_tolerance_never_narrows(y: list[float], tolerance: float) -> None:
+    x = [0.5 * i for i in range(len(y))]
+    best = curve_shape.best_index(y)
+    assert best is not None
+    narrow, wide = (curve_shape.width(x, y, best, y[best] - t)[0] for t in (tolerance, 2 * tolerance))
+    assert 0 <= narrow <= wide + 1e-12
+    assert wide <= x[-1] - x[0]
+
+
+@given(curves)
+def test_a_mirrored_curve_has_the_same_width_and_regret(y: list[float]) -> None:
+    y = [*y, 2.0, *reversed(y[1:])]  # one peak, so that ties do not choose differently
+    x = [0.3 * i for i in range(len(y))]
+    best, mirrored = curve_shape.best_index(y), curve_shape.best_index(y[::-1])
+    assert best is not None
+    assert mirrored is not None
+    for function in (
+        lambda v, b: curve_shape.width(x, v, b, 1.9)[0],
+        lambda v, b: curve_shape.mean_regret(x, v, b)[0],
+    ):  # type: ignore[index]
+        assert function(y, best) == pytest.approx(function(y[::-1], mirrored))

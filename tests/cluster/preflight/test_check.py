@@ -1,0 +1,293 @@
+"""The check before money is spent, as it is called: each failure is caused for real, on a real Ray with
+several nodes. They are on one machine, each with an address of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import odd
+import psutil
+import pytest
+import ray
+from events import LIMIT_SECONDS, until
+from ray.cluster_utils import Cluster
+
+from orchestrator import __main__ as command_line
+from orchestrator.execution.ray.runtime import nodes_now
+from orchestrator.execution.trainers.storage_visibility import Sight
+from orchestrator.util.errors import BadInput
+
+needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
+# The first one's is what Ray takes this machine's for: drivers look for it.
+FIRST, SECOND, ODD = ray.util.get_node_ip_address(), "127.0.0.2", "127.0.0.3"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of all nodes: where `ray up` leaves its file."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(home: Path) -> Iterator[Cluster]:
+    has = {"num_cpus": 1, "memory": 4 * 2**30, "object_store_memory": 80 * 2**20}
+    head = {**has, "include_dashboard": False, "node_ip_address": FIRST}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(**has, node_ip_address=SECOND)
+    yield cluster
+    cluster.shutdown()
+
+
+def command(shared: Path, *arguments: str) -> list[str]:
+    own = ["--task", str(shared / "words.py"), "--model", str(shared / "model"), "--variants", "lora"]
+    return [*own, "--output", str(shared / "results"), *arguments]
+
+
+Check = Callable[..., tuple[int, dict[str, str]]]
+
+
+@pytest.fixture
+def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Return a function that runs `python -m orchestrator check` with RAY_ADDRESS and options.
+
+    It runs in this process: a new one needs 8 s of CPU time for its imports alone. It returns the exit code,
+    and the lines by what they are about.
+    """
+
+    def check(address: str, *arguments: str) -> tuple[int, dict[str, str]]:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
+        capsys.readouterr()
+        try:
+            code = command_line._command()
+        finally:
+            out, err = capsys.readouterr()
+            print(out, err)
+        return code, by_subject(out)
+
+    return check
+
+
+def by_subject(out: str) -> dict[str, str]:
+    lines = [line.split(None, 2) for line in out.splitlines()]
+    return {name: f"{mark} {text}" for mark, name, text in lines}
+
+
+def check_process(address: str, *arguments: str, **environment: str) -> tuple[int, dict[str, str]]:
+    """Check in a process of its own, with more in its environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": address, **environment},
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert done.stdout, done.stderr
+    print(done.stdout, done.stderr)
+    return done.returncode, by_subject(done.stdout)
+
+
+def there(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(
+    cluster: Cluster, shared: Path, check: Check
+) -> None:
+    before = there(shared)
+    code, lines = check(cluster.address, *command(shared, "--lanes-per-seat", "2"))
+    assert not {name: line for name, line in lines.items() if not line.startswith("ok ")}
+    assert code == 0
+    assert list(lines) == [
+        "tracking",
+        "model",
+        "data",
+        "nodes",
+        "versions",
+        "storage",
+        "disk",
+        "clock",
+        "reach",
+        "memory",
+    ]
+    assert "2 nodes, 2 CPUs, 0 GPUs: room for 2 seats" in lines["nodes"]
+    assert re.search(r"lora: 1 lane 0\.\d GiB, 2 lanes 0\.\d GiB; a worker of a seat has", lines["memory"])
+    assert there(shared) == before
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared: Path) -> None:
+    away = ["--task", "glosses", "--model", "organisation/model", "--tracking-uri", "http://127.0.0.1:1"]
+    output = ["--output", str(shared / "results"), "--gpus-per-seat", "1"]
+    # The libraries read these when they are imported.
+    code, lines = check_process(
+        cluster.address, *away, *output, WNSEARCHDIR="/nowhere", HF_ENDPOINT="http://127.0.0.1:1"
+    )
+    assert code == 1
+    for name, words in {
+        "tracking": ["FAILED", "'http://127.0.0.1:1': cannot be reached", "start that server"],
+        "model": ["FAILED", "'organisation/model' cannot be read", "HF_TOKEN"],
+        "data": ["FAILED", "/nowhere/data.noun", "apt-get install wordnet-base"],
+        "nodes": ["FAILED", "no node has room for a seat (1 GPU and a CPU)", "no autoscaler is known"],
+    }.items():
+        for word in words:
+            assert word in lines[name], lines
+    assert "memory" not in lines, "no seat, no probe"
+
+
+@pytest.mark.cluster
+def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path, check: Check) -> None:
+    """Ray is not asked to join such a cluster: that takes minutes, and its words are others."""
+    gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
+    code, lines = check("127.0.0.1:1", *gone)
+    assert (code, list(lines)) == (1, ["tracking", "model", "data", "nodes"])
+    assert "FAILED Unknown model '/nowhere/model': no such folder" in lines["model"]
+    assert "FAILED RAY_ADDRESS '127.0.0.1:1' cannot be joined (nothing answers there)" in lines["nodes"]
+
+
+GROWS = """
+max_workers: 2
+head_node_type: head
+available_node_types:
+  head: {resources: {CPU: 1}, max_workers: 0}
+  gpu: {resources: {CPU: 8, GPU: 1}, max_workers: 2}
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
+    cluster: Cluster, shared: Path, home: Path, check: Check
+) -> None:
+    (home / "ray_bootstrap_config.yaml").write_text(GROWS)
+    try:
+        _, lines = check(cluster.address, *command(shared, "--gpus-per-seat", "1", "--seats", "2"))
+    finally:
+        (home / "ray_bootstrap_config.yaml").unlink()
+    assert "the autoscaler may start 2 gpu, room for 2 of 2 seats then" in lines["nodes"]
+    assert "own disk: nodes that may come would not see it" in lines["storage"]
+    assert "not probed: no GPU node yet" in lines["memory"]
+    assert {name for name, line in lines.items() if line.startswith("FAILED")} == {"storage"}
+
+
+@needs_mounts
+@pytest.mark.cluster
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
+    cluster: Cluster, shared: Path, tmp_path: Path, check: Check
+) -> None:
+    with odd.odd_node(cluster.address, ODD, shared, tmp_path):
+        wait_for_nodes(cluster, 3, tmp_path / "odd.log")
+        code, lines = check(cluster.address, *command(shared, "--no-probe"))
+        assert code == 1, lines
+        wrong = {
+            "versions": f"transformers on {ODD} is 1.2.3, here ",
+            "storage": f"{shared / 'results' / 'store'}: not seen from {ODD}; every node must",
+            "clock": rf"not this machine's time: {ODD} by +",
+            "reach": f"from {ODD}: Task file",
+        }
+        for name, words in wrong.items():
+            assert f"FAILED {words}" in lines[name], lines
+        assert all(line.startswith("ok ") for name, line in lines.items() if name not in wrong), lines
+
+        out = study(cluster, *command(shared, "--seeds", "1", "--learning-rates", "1e-2"))
+        assert out.returncode == 2, out.stdout + out.stderr
+        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # Ray's own aside
+        for line, name in zip(errors, ("versions", "storage", "clock", "reach"), strict=True):
+            assert line.startswith(f"error: {name}: "), errors
+        assert not list((shared / "results" / "store" / "records").glob("*/*"))
+
+
+def study(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[3] / "experiments" / "lr_sensitivity.py"
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+        env={**os.environ, "RAY_ADDRESS": cluster.address},
+    )
+
+
+@needs_mounts
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
+    cluster: Cluster, shared: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        sight = Sight(shared / "model", (), said.append)
+        with stopped_raylet(SECOND):
+            assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST}, "it waits for no answer"
+        with odd.odd_node(cluster.address, ODD, shared, tmp_path):
+
+            def all_have_answered() -> bool:
+                sight.of(nodes_now(), here)
+                return len(sight.seen) == 2 and bool(said)
+
+            until(all_have_answered, (tmp_path / "odd.log").read_text)
+            for _ in range(2):
+                assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST, SECOND}
+            assert {node.address for node in nodes_now()} == {FIRST, SECOND, ODD}
+    finally:
+        ray.shutdown()
+    assert len(said) == 1
+    assert (
+        f"the node on {ODD} does not see this study's folder {shared / 'model'}: it is not counted" in said[0]
+    )
+
+
+@contextmanager
+def stopped_raylet(address: str) -> Iterator[None]:
+    """Inside, nothing starts on that node of this process's cluster."""
+    (raylet,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name() == "raylet" and f"--node_ip_address={address}" in process.cmdline()
+    ]
+    raylet.suspend()
+    try:
+        yield
+    finally:
+        raylet.resume()
+
+
+def wait_for_nodes(cluster: Cluster, count: int, log: Path) -> None:
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        until(lambda: sum(node["Alive"] for node in ray.nodes()) >= count, log.read_text)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(["--seats", "0"], "--seats 0"), (["--task", "lettres"], "'letters'")]
+)
+def test_wrong_options_are_refused_before_anything_is_looked_at(
+    arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
+    with pytest.raises(BadInput) as refusal:
+        command_line._command()
+    assert len(str(refusal.value).splitlines()) == 1
+    assert word in str(refusal.value)
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,233 @@
+"""What is concluded from what was seen; and, where the kernel can cause it, the seeing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import odd
+import pytest
+
+from orchestrator.cluster.preflight import (
+    availability,
+    capacity,
+    clock,
+    disk,
+    memory_result,
+    shared_storage,
+    versions,
+)
+from orchestrator.cluster.preflight.check_result import failed, listed, ok
+from orchestrator.cluster.preflight.memory_result import Measured
+from orchestrator.cluster.preflight.node_info import Facts
+from orchestrator.cluster.preflight.shared_storage import Wrote
+from orchestrator.execution.ray.autoscaler import Kind, kinds
+from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.study.options import StudyOptions
+
+GIB = 2**30
+STORE = Path("/shared/store")
+needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
+WRITE = (
+    "import sys; from pathlib import Path; "
+    "from orchestrator.cluster.preflight import shared_storage as storage; "
+    + ("print(storage.judge(Path('/s'), {'node': storage.write(Path(sys.argv[1]), 'mine')}, {}).line())")
+)
+
+
+def test_a_line_says_how_it_stands_and_names_few_of_many() -> None:
+    assert ok("disk", "room").line() == "ok      disk      room"
+    assert failed("versions", "no").line() == "FAILED  versions  no"
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed(["a", "b", "c", "d", "e"], "; ") == "a; b; c and 2 more"
+
+
+def test_versions_that_differ_or_are_missing() -> None:
+    here = {"python": "3.12.1", "torch": "2.9.0"}
+    assert not versions.judge(here, {"10.0.0.1": here, "10.0.0.2": dict(here)}).failed
+    other = versions.judge(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
+    assert other.failed
+    assert "python on 10.0.0.2 is 3.11.7, here 3.12.1" in other.text
+    assert "torch on 10.0.0.2 is none, here 2.9.0" in other.text
+    assert "constraints.txt" in other.text
+
+
+@pytest.mark.parametrize(
+    ("ticks", "wrong"),
+    [
+        ([(100.0, 100.5, 101.0)], ""),
+        ([(100.0, 102.9, 101.0)], ""),  # 1.9 s at least
+        ([(100.0, 103.5, 101.0)], "10.0.0.1 by +2.5 s"),
+        ([(100.0, 97.0, 101.0)], "10.0.0.1 by -3.0 s"),
+        ([(100.0, 107.0, 108.0), (110.0, 117.0, 110.1)], ""),  # a slow answer proves nothing
+        ([(100.0, 107.0, 100.1), (110.0, 117.0, 110.1)], "10.0.0.1 by +6.9 s"),
+    ],
+)
+def test_a_clock_is_wrong_by_what_an_answer_cannot_explain(
+    ticks: list[tuple[float, float, float]], wrong: str
+) -> None:
+    found = clock.judge({"10.0.0.1": [clock.Tick(*tick) for tick in ticks], "10.0.0.2": []})
+    assert found.failed == bool(wrong)
+    assert wrong in found.text
+    assert not wrong or "chrony" in found.text
+
+
+def test_storage_names_who_does_not_see_what(tmp_path: Path) -> None:
+    fine = {"10.0.0.1": Wrote(), "10.0.0.2": Wrote()}
+    assert not shared_storage.judge(STORE, fine, {"this machine": [], "10.0.0.1": []}).failed
+    for wrote, unseen, words in (
+        (fine | {"10.0.0.2": Wrote(unseen=True)}, {}, "not seen from 10.0.0.2;"),
+        (fine, {"this machine": ["10.0.0.2"]}, "this machine does not see what 10.0.0.2 wrote;"),
+        (fine, {"10.0.0.1": ["10.0.0.2"]}, "10.0.0.1 does not see what 10.0.0.2 wrote;"),
+    ):
+        found = shared_storage.judge(STORE, wrote, unseen)
+        assert found.failed
+        assert f"{STORE}: {words} every node must" in found.text
+    with shared_storage.folder_in(tmp_path) as folder:
+        assert shared_storage.write(folder, "node-0") == Wrote()
+        assert shared_storage.absent(folder, ["node-0", "node-1"], patience=0) == ["node-1"]
+        (folder / "node-0").write_text("another's")
+        assert shared_storage.absent(folder, ["node-0"], patience=0) == ["node-0"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.cluster
+@needs_mounts
+def test_a_store_that_a_node_can_only_read(tmp_path: Path) -> None:
+    (tmp_path / shared_storage.DRIVER).write_text(shared_storage.DRIVER)
+    readonly = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    command = ["unshare", "-m", "bash", "-c", readonly, str(tmp_path), *odd.python(WRITE, str(tmp_path))]
+    said = odd.said(command)
+    assert said.startswith("FAILED  storage   /s: not writable from node (Read-only file system); every node")
+
+
+def test_a_store_without_hard_links(tmp_path: Path) -> None:
+    (tmp_path / shared_storage.DRIVER).write_text(shared_storage.DRIVER)
+    said = odd.said(odd.python(odd.LINKLESS + WRITE, str(tmp_path)))
+    assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
+
+
+@pytest.mark.cluster
+@needs_mounts
+def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
+    """A file system of 16 MB, for the store and for temporary files in turn."""
+    code = "import shutil, sys; from pathlib import Path; "
+    code += "from orchestrator.cluster.preflight import disk, node_info as facts; "
+    code += "store = Path(sys.argv[1]); "
+    code += "print(disk.judge(store, shutil.disk_usage(store).free, {'node': facts.facts()}).line())"
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.mkdir()
+    large.mkdir()
+    store = odd.said(odd.mounted(small, "size=16m", odd.python(code, str(small))))
+    assert f"FAILED  disk      {small} has 0.0 GiB free: at least 1 GiB" in store
+    temporary = ["env", f"TMPDIR={small}", *odd.python(code, str(large))]
+    node = odd.said(odd.mounted(small, "size=16m", temporary))
+    assert f"FAILED  disk      {small} on node has 0.0 GiB free: at least 1 GiB" in node
+
+
+def test_disk_with_room() -> None:
+    facts = Facts("host", {}, 5 * GIB, "/tmp")
+    found = disk.judge(STORE, 9 * GIB, {"10.0.0.1": facts})
+    assert (found.failed, found.text[:6]) == (False, "9 GiB ")
+
+
+FILE = {
+    "max_workers": 3,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 8},
+        "never": {"resources": {"CPU": 8}, "max_workers": 0},
+    },
+}
+GPUS_TO_COME = kinds(FILE)
+HEAD = Cluster((Node(4, 0, 16.0 * GIB),), local=False)
+TWO = Cluster((*HEAD.nodes, Node(8, 1, 32.0 * GIB), Node(8, 1, 32.0 * GIB)), local=False)
+
+
+def test_what_a_cluster_file_promises() -> None:
+    assert kinds(FILE) == (Kind("gpu", 3, Node(8, 1, 0)),)
+    assert kinds({"provider": {"type": "local"}}) == ()
+    silent = kinds({"max_workers": 2, "available_node_types": {"any": {"max_workers": 2}}})
+    assert silent == (Kind("any", 2, None),)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "to_come", "mark", "words"),
+    [
+        (TWO, {}, (), "ok", "3 nodes, 20 CPUs, 2 GPUs: room for 2 seats"),
+        (TWO, {"seats": 3}, (), "ok", "room for 2 of 3 seats; the others wait"),
+        (TWO, {"seats": 5}, GPUS_TO_COME, "later", "may start 3 gpu, room for 5 of 5 seats then"),
+        (HEAD, {"gpus_per_seat": 1.0}, GPUS_TO_COME, "later", "may start 3 gpu, room for 1 of 1 seats then"),
+        (
+            HEAD,
+            {"gpus_per_seat": 1.0},
+            (Kind("any", 2, None),),
+            "later",
+            "may start 2 any; a study waits 300 s",
+        ),
+        (HEAD, {"gpus_per_seat": 1.0}, (), "FAILED", "no autoscaler is known here"),
+        (
+            HEAD,
+            {"gpus_per_seat": 1.0, "workers_per_seat": 4},
+            GPUS_TO_COME,
+            "FAILED",
+            "none that may come has",
+        ),
+        (HEAD, {}, GPUS_TO_COME, "FAILED", "would train on CPUs; say --gpus-per-seat 1"),
+        (Cluster(HEAD.nodes), {"seats": 9}, (), "FAILED", "--seats 9: there is room for 4"),
+    ],
+)
+def test_room_now_or_later(
+    cluster: Cluster, options: dict[str, float], to_come: tuple[Kind, ...], mark: str, words: str
+) -> None:
+    finding, seats = capacity.judge(cluster, StudyOptions(**options), to_come)  # type: ignore[arg-type]
+    assert finding.mark == mark, finding
+    assert words in finding.text
+    assert (seats is None) == finding.failed
+
+
+def test_model_and_data_that_a_node_cannot_have() -> None:
+    assert not availability.judge({"10.0.0.1": "", "10.0.0.2": ""}).failed
+    found = availability.judge({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
+    assert (found.failed, found.text) == (True, "from 10.0.0.2: Model 'x' is not in /x")
+
+
+def measured(
+    *peaks: tuple[int, int], asked: int = 8, limit: int = 10 * GIB, short: int | None = None
+) -> Measured:
+    return Measured("lora", "cpu, host", asked, limit, GIB, peaks, short)
+
+
+@pytest.mark.parametrize(
+    ("found", "most", "words"),
+    [
+        (measured((1, 2 * GIB), (8, 9 * GIB)), 8, "lora: 1 lane 2.0 GiB, 8 lanes 9.0 GiB; a worker"),
+        (measured((1, 3 * GIB), (2, 5 * GIB)), 4, "8 lanes need about 17.0 GiB, a worker of a seat has 10.0"),
+        (measured((1, 2 * GIB), short=8), 7, "take --lanes-per-seat 7, or try --gradient-checkpointing"),
+        (measured((1, 11 * GIB)), 0, "one lane needs 11.0 GiB"),
+        (measured(short=1), 0, "one lane finds no memory beside the base, which takes 1.0 GiB"),
+        (measured((1, 2 * GIB), asked=1), 1, "lora: 1 lane 2.0 GiB; a worker of a seat has 10.0 GiB"),
+    ],
+)
+def test_how_many_lanes_have_memory(found: Measured, most: int, words: str) -> None:
+    assert found.most == most
+    finding = memory_result.judge([found, measured((1, GIB), (8, GIB))])
+    assert finding.failed == (most < found.asked)
+    assert words in finding.text
+
+
+@pytest.mark.cluster
+def test_memory_is_measured_reckoned_and_refused(shared: Path) -> None:
+    said = odd.said([sys.executable, str(Path(__file__).parents[1] / "little_memory.py"), str(shared)])
+    told = json.loads(said.splitlines()[-1])
+    found, lines = told["found"], told["lines"]
+    (one, first), (three, more) = found["plenty"]["peaks"]
+    assert (one, three) == (1, 3)
+    assert found["reckoned"]["base"] < first < more
+    assert [lanes for lanes, _ in found["reckoned"]["peaks"]] == [1, 2], "three were not tried"
+    assert "FAILED  memory    lora: one lane needs 0." in lines["reckoned"]
+    assert lines["plenty"].startswith("ok      memory    lora: 1 lane ")
+    assert found["refused"]["short"] in (1, 3)
+    assert lines["refused"].startswith("FAILED  memory    lora: ")

@@ -1,0 +1,71 @@
+"""Trains configurations in this process, without Ray: what a study records when nothing disturbs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from orchestrator.execution.trainers.trainer import SeatPlan, loader
+from orchestrator.finetune.engine import loop
+from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
+from orchestrator.record import provenance
+from orchestrator.record.schema import Record, State
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+
+LANES = 4
+
+
+class _Queue:
+    """A source that leases each configuration once."""
+
+    def __init__(self, configurations: Iterable[Configuration]) -> None:
+        self.waiting = [Lease(configuration, 1) for configuration in configurations]
+
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        shape = shape or next((lease.configuration.shape for lease in self.waiting), None)
+        given = [lease for lease in self.waiting if lease.configuration.shape == shape][:room]
+        self.waiting = [lease for lease in self.waiting if lease not in given]
+        return Offer(tuple(given), closed=not self.waiting)
+
+    def report(self, report: Report) -> Answer:
+        return Answer.GO
+
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        return {}
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        raise AssertionError(f"{fingerprint[:12]} was given back")
+
+    def say(self, line: str) -> None:
+        raise AssertionError(line)
+
+    def done(self, fingerprint: str, attempt: int, state: State) -> None:
+        pass
+
+
+def train(configurations: Iterable[Configuration], bases: Path, folder: Path) -> dict[str, Record]:
+    """Return the records of `configurations`, by fingerprint.
+
+    Args:
+        configurations: what is trained, on the CPU as a seat does it.
+        bases: the folder of base models.
+        folder: where a store is made.
+    """
+    store = Store(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        loop.run(
+            _Queue(configurations),
+            store,
+            loader(SeatPlan(LANES, 0.0, str(folder), str(folder)), bases, torch.device("cpu")),
+            lanes=LANES,
+            idle_seconds=0.0,
+            provenance=provenance.current,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    return {record.fingerprint: record for record in store.records()}

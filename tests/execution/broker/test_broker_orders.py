@@ -1,0 +1,365 @@
+"""The broker's state machine under random orders of submit, lease, report, park, death and release."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from points import POINTS, STEPS, record
+
+from orchestrator.execution.broker.core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
+from orchestrator.execution.broker.lane_entry import Phase
+from orchestrator.execution.trainers.exit_status import How
+from orchestrator.finetune.engine.lane_source import Answer, Report
+from orchestrator.record.schema import FAILURES_ALLOWED, Record
+from orchestrator.study.configuration import Configuration
+
+
+@dataclass
+class Lane:
+    """As a seat has it. One that goes on from a checkpoint reports again what that holds."""
+
+    attempt: int
+    configuration: Configuration
+    step: int = 0
+    reported: int = 0
+    parked: bool = False
+
+
+class FakeSeat:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lanes: dict[str, Lane] = {}
+        self.taken = 0
+
+    @property
+    def held(self) -> dict[str, Held]:
+        return {
+            f: (
+                lane.attempt,
+                lane.configuration,
+                Report(f, lane.attempt, lane.reported, {"loss": 1.0}, 1.0) if lane.reported else None,
+            )
+            for f, lane in self.lanes.items()
+        }
+
+
+class Broker(RuleBasedStateMachine):
+    """Trials and seats as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
+
+    @initialize(gated=st.booleans(), in_step=st.booleans())
+    def start(self, gated: bool, in_step: bool) -> None:
+        """`in_step`: in the end, as under Hyperband, no trial asks on before all have come as far."""
+        self.gated, self.in_step = gated, in_step
+        self.records: dict[str, Record] = {}
+        self.saved: dict[str, int] = {}
+        self.now = 0.0
+        self.names = (f"s{i}" for i in itertools.count())
+        self.seats: list[FakeSeat] = []
+        self.zombies: list[FakeSeat] = []
+        self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
+        self.trial_names = (f"t{i}" for i in itertools.count())
+        # As the driver has it: trials that the scheduler stopped, whose record is to come.
+        self.owed: dict[str, tuple[Configuration, int]] = {}
+        self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
+        self.told: BrokerCore | None = None  # which broker the driver has told what is owed
+        self.broker_restarts()
+        for index in (0, 1, 2):  # not empty: what matters happens between seats and trials that are there
+            self.submit(index)
+        self.new_seat()
+        self.refill(self.seats[0])
+
+    def known(self, configuration: Configuration) -> Record | None:
+        return self.records.get(configuration.fingerprint)
+
+    def final(self, fingerprint: str) -> bool:
+        return fingerprint in self.records and self.records[fingerprint].state != "stopped"
+
+    # -- trials
+
+    @rule(index=st.integers(0, len(POINTS) - 1))
+    def submit(self, index: int) -> None:
+        trial = next(self.trial_names)
+        self.trials[trial] = (POINTS[index], 0)
+        self.core.submit(trial, POINTS[index], self.now)
+        self.forget_owed(POINTS[index])
+
+    @precondition(lambda self: self.trials)
+    @rule(data=st.data())
+    def ask(self, data: st.DataObject) -> None:
+        self.asks(data.draw(st.sampled_from(sorted(self.trials))))
+
+    def asks(self, trial: str) -> None:
+        point, seen = self.trials[trial]
+        fingerprint = point.fingerprint
+        try:
+            answer = self.core.next(fingerprint, seen, self.now)
+        except KeyError:  # the broker restarted
+            self.core.submit(trial, point, self.now)
+            self.forget_owed(point)
+            return
+        self.asked[fingerprint] = max(seen, self.asked.get(fingerprint, 0))
+        if isinstance(answer, Report):
+            assert answer.step > seen
+            self.trials[trial] = (point, answer.step)
+        elif answer is not None:
+            if answer != "failed":
+                assert self.records[fingerprint].state == answer, "the record is there before anyone is told"
+            del self.trials[trial]
+            self.core.release(trial)
+
+    @precondition(lambda self: self.trials)
+    @rule(data=st.data())
+    def trial_fails(self, data: st.DataObject) -> None:
+        trial = data.draw(st.sampled_from(sorted(self.trials)))
+        del self.trials[trial]
+        self.core.release(trial)
+
+    @precondition(lambda self: self.gated and self.trials)
+    @rule(data=st.data())
+    def scheduler_stops(self, data: st.DataObject) -> None:
+        trial = data.draw(st.sampled_from(sorted(self.trials)))
+        point, seen = self.trials.pop(trial)
+        self.core.stop(trial, point, seen, self.now)
+        if not any(point == other for other, _ in self.trials.values()):
+            self.owed[trial] = (point, seen)
+
+    def forget_owed(self, point: Configuration) -> None:
+        """It is wanted again: what was stopped need not end."""
+        self.owed = {trial: stopped for trial, stopped in self.owed.items() if stopped[0] != point}
+
+    @rule()
+    def driver_looks(self) -> None:
+        if self.told is not self.core:
+            for trial, stopped in self.owed.items():
+                self.core.stop(trial, *stopped, self.now)
+            self.told = self.core
+        self.owed = {t: owed for t, owed in self.owed.items() if owed[0].fingerprint not in self.records}
+
+    # -- seats
+
+    @precondition(lambda self: len(self.seats) < 3)
+    @rule()
+    def new_seat(self) -> None:
+        self.seats.append(FakeSeat(next(self.names)))
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data(), reply_lost=st.booleans(), spilling=st.booleans())
+    def lease(self, data: st.DataObject, reply_lost: bool, spilling: bool) -> None:
+        self.refill(data.draw(st.sampled_from(self.seats)), reply_lost, spilling)
+
+    def refill(self, seat: FakeSeat, reply_lost: bool = False, spilling: bool = True) -> None:
+        """As the loop does it: lanes that have been parked for long make way for those that are leased."""
+        self.core.exchange(seat.name, seat.held, seat.taken, self.now)
+        shape = next((lane.configuration.shape for lane in seat.lanes.values()), None)
+        late = [f for f, lane in seat.lanes.items() if lane.parked] if spilling else []
+        free = 3 - len(seat.lanes)
+        if free + len(late) == 0:
+            return
+        offer = self.core.lease(seat.name, shape, free + len(late), self.now)
+        assert len(offer.leases) <= free + len(late)
+        if not offer.leases and shape is not None and len(late) == len(seat.lanes):
+            shape = None
+            offer = self.core.lease(seat.name, None, 1, self.now)
+            assert len(offer.leases) <= 1
+        leases = offer.leases
+        assert not leases or not offer.closed
+        shapes = {lease.configuration.shape for lease in leases}
+        assert len(shapes | {shape} - {None}) <= 1
+        if reply_lost:
+            return
+        # Given up for dead and leased again, to the same seat: the newer lease counts.
+        gone = {lease.configuration.fingerprint for lease in leases} & set(seat.lanes)
+        late = [f for f in late if f not in gone]
+        if shapes == {lane.configuration.shape for lane in seat.lanes.values()} and not offer.apart:
+            late = late[: max(0, len(leases) - len(gone) - free)]
+        for fingerprint in late if leases else []:
+            self.core.spill(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
+        for lease in leases:
+            fingerprint = lease.configuration.fingerprint
+            assert fingerprint not in seat.lanes or lease.attempt > seat.lanes[fingerprint].attempt
+            assert lease.scheduler.startswith("asha" if self.gated else "")
+            step = self.saved.get(fingerprint, 0)
+            seat.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
+        assert len(seat.lanes) <= 3
+
+    @precondition(lambda self: any(s.lanes for s in self.seats + self.zombies))
+    @rule(
+        data=st.data(),
+        after_restart=st.sampled_from([False, False, False, True]),
+        end=st.sampled_from(["finished", "diverged", "failed"]),
+        told=st.booleans(),
+        whole=st.booleans(),
+    )
+    def train(self, data: st.DataObject, after_restart: bool, end: str, told: bool, whole: bool) -> None:
+        """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end.
+        It may be the first that a broker which has restarted hears."""
+        seat = data.draw(st.sampled_from([s for s in self.seats + self.zombies if s.lanes]))
+        free = [f for f, lane in sorted(seat.lanes.items()) if not lane.parked]
+        if after_restart:
+            self.broker_restarts()
+        if free:
+            self.turn(seat, data.draw(st.sampled_from(free)), end, told, whole)
+
+    def turn(self, seat: FakeSeat, fingerprint: str, end: str, told: bool = True, whole: bool = True) -> None:
+        lane = seat.lanes[fingerprint]
+        if lane.reported == lane.step:
+            if self.gated:
+                assert self.asked.get(fingerprint, 0) >= lane.step, "it runs ahead of Tune"
+            if lane.step == STEPS:
+                self.end(seat, fingerprint, end, told)
+                return
+            lane.step += 1
+            seat.taken += 1
+            if whole:  # a torn checkpoint: the next attempt repeats some reports
+                self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
+        lane.reported += 1
+        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
+        self.obey(seat, fingerprint, answers[fingerprint])
+
+    def end(self, seat: FakeSeat, fingerprint: str, end: str, told: bool) -> None:
+        lane = seat.lanes[fingerprint]
+        if end != "failed" and not self.final(fingerprint):
+            self.records[fingerprint] = record(lane.configuration, end)
+        if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
+            del seat.lanes[fingerprint]
+            state = end if end == "failed" else self.records[fingerprint].state
+            life = self.core.lives.get(fingerprint)
+            before = (life.phase, life.failures, life.seat, life.attempt) if life else None
+            self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
+            if before and end == "failed" and before[2:] != (seat.name, lane.attempt):
+                assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
+
+    @precondition(lambda self: self.seats + self.zombies)
+    @rule(data=st.data())
+    def exchange(self, data: st.DataObject) -> None:
+        self.sign_of_life(data.draw(st.sampled_from(self.seats + self.zombies)))
+
+    def sign_of_life(self, seat: FakeSeat) -> None:
+        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
+        assert set(answers) == set(seat.lanes)
+        assert self.core.taken[seat.name] == seat.taken
+        for fingerprint, answer in answers.items():
+            self.obey(seat, fingerprint, answer)
+
+    def obey(self, seat: FakeSeat, fingerprint: str, answer: Answer) -> None:
+        lane = seat.lanes[fingerprint]
+        life = self.core.lives.get(fingerprint)
+        if answer is not Answer.DROP and life is not None:
+            assert (life.seat, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
+            if answer in (Answer.GO, Answer.PARK):
+                assert (answer is Answer.PARK) == (life.phase is Phase.PARKED)
+            assert answer is not Answer.STOP or life.let_go
+            assert answer is Answer.STOP or (answer is Answer.LEAVE) == (seat.name in self.core.vacated)
+        lane.parked = answer is Answer.PARK
+        if answer in (Answer.STOP, Answer.DROP, Answer.LEAVE):
+            del seat.lanes[fingerprint]
+            if answer is Answer.LEAVE:
+                self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
+                self.core.spill(seat.name, fingerprint, lane.attempt, self.now)
+            if answer is Answer.STOP:
+                assert lane.reported >= life.seen, "the record has what the scheduler saw"
+                if not self.final(fingerprint):
+                    self.records[fingerprint] = record(lane.configuration, "stopped", lane.reported)
+                state = self.records[fingerprint].state
+                self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(How), zombie=st.booleans())
+    def die(self, data: st.DataObject, noticed: bool, how: How, zombie: bool) -> None:
+        seat = data.draw(st.sampled_from(self.seats))
+        self.seats.remove(seat)
+        if noticed:
+            self.core.seat_ended(seat.name, self.now, how)
+            assert seat.name not in self.core.seats
+        if zombie:
+            self.zombies.append(seat)
+
+    @precondition(lambda self: self.seats)
+    @rule(data=st.data())
+    def vacate(self, data: st.DataObject) -> None:
+        """It is given nothing more, and has nothing when it has heard of it."""
+        seat = data.draw(st.sampled_from(self.seats))
+        self.core.vacate(seat.name)
+        assert self.core.lease(seat.name, None, 3, self.now).closed
+        self.sign_of_life(seat)
+        assert not seat.lanes
+        self.sign_of_life(seat)  # what it was told to drop, it no longer names
+        assert not any(life.seat == seat.name for life in self.core.lives.values())
+
+    @rule()
+    def wait_long(self) -> None:
+        self.now += SILENT_SECONDS + UNSERVED_SECONDS
+        self.core.tick(self.now)
+
+    @rule()
+    def broker_restarts(self) -> None:
+        self.core = BrokerCore(
+            lambda f: self.saved.get(f, 0),
+            known=self.known,
+            scheduler="asha" if self.gated else "none",
+            saved=lambda f: self.saved.get(f, 0),
+        )
+
+    # -- what must hold
+
+    @invariant()
+    def a_lane_has_one_seat(self) -> None:
+        core = self.core
+        for fingerprint, life in core.lives.items():
+            leased = life.phase in (Phase.LEASED, Phase.PARKED)
+            holders = [
+                name for name, view in core.seats.items() if fingerprint in view.lanes and name == life.seat
+            ]
+            assert len(holders) == leased
+            assert life.phase not in (Phase.PARKED, Phase.SPILLED) or life.gated
+            assert life.failures <= FAILURES_ALLOWED
+            steps = [report.step for report in life.reports]
+            assert steps == sorted(set(steps))
+
+    @invariant()
+    def every_lane_on_no_seat_is_wanted_or_owes_its_record(self) -> None:
+        for life in self.core.lives.values():
+            if life.phase is Phase.WAITING:
+                assert life.trials or life.let_go
+                assert (
+                    life.let_go
+                    or not life.gated
+                    or life.asked >= max((r.step for r in life.reports), default=-1)
+                )
+            if life.phase is Phase.SPILLED:
+                assert life.trials
+                assert life.asked < life.reports[-1].step
+
+    def teardown(self) -> None:
+        """Left alone with one good seat, every trial learns how its lane ended, and no record is owed."""
+        if not hasattr(self, "core"):
+            return
+        self.driver_looks()
+        self.wait_long()
+        self.zombies.clear()
+        seat = FakeSeat("last")
+        self.seats = [seat]
+        for _ in range(60 * len(POINTS)):
+            least = min((seen for _, seen in self.trials.values()), default=0)
+            for trial, (_, seen) in list(self.trials.items()):
+                if not self.in_step or seen == least:
+                    self.asks(trial)
+            self.refill(seat)
+            self.sign_of_life(seat)
+            for fingerprint, lane in list(seat.lanes.items()):
+                if not lane.parked:
+                    self.turn(seat, fingerprint, "finished")
+        assert not self.trials, "a trial waits for ever"
+        assert not seat.lanes
+        assert all(life.phase is Phase.ENDED for life in self.core.lives.values())
+        failed = {f for f, life in self.core.lives.items() if life.state == "failed"}
+        owed = {point.fingerprint for point, _ in self.owed.values()}
+        assert owed <= set(self.records) | failed, "a stopped lane has no record"
+
+
+Broker.TestCase.settings = settings(stateful_step_count=60)
+TestBroker = Broker.TestCase

@@ -1,0 +1,88 @@
+"""The Ray cluster that studies join, its nodes, the steps that studies take; fixtures of tests/study."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from in_process import restored, run
+from machines import Machines
+from ray.cluster_utils import Cluster
+from steps import FOLDER, Steps
+
+__all__ = ["restored", "run"]
+
+# Before a Ray is started, which hands it on to its workers.
+os.environ[FOLDER] = tempfile.mkdtemp(prefix="steps-")
+
+
+class SharedCluster:
+    """A cluster of one node that is started when a test asks for it, and stopped before one starts its own.
+
+    Two Ray instances on one machine can end each other's Train runs, so only one exists at a time.
+    """
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+
+    def start(self) -> Cluster:
+        if self.cluster is None:
+            # The log monitor would go on reading the logs of all workers that have ended, for nobody.
+            head: dict[str, Any] = {"num_cpus": 2, "include_log_monitor": False, "include_dashboard": False}
+            self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        return self.cluster
+
+    def stop(self) -> None:
+        if self.cluster is not None:
+            self.cluster.shutdown()
+            self.cluster = None
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[SharedCluster]:
+    shared = SharedCluster()
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture
+def cluster(shared_cluster: SharedCluster) -> Cluster:
+    """Return the running cluster that most studies join: that costs less than a Ray instance a study."""
+    return shared_cluster.start()
+
+
+@pytest.fixture(scope="module")
+def no_cluster(shared_cluster: SharedCluster) -> None:
+    """Stop the shared cluster: the module's tests start Ray instances of their own."""
+    shared_cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def connected(shared_cluster: SharedCluster) -> Iterator[Cluster]:
+    """Connect this process to the shared cluster, for tests that ask Ray what there is."""
+    cluster = shared_cluster.start()
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+
+
+@pytest.fixture
+def machines(connected: Cluster) -> Iterator[Machines]:
+    """Return what adds nodes with GPUs to the shared cluster; they leave it with the test."""
+    machines = Machines(connected)
+    yield machines
+    machines.remove_all()
+
+
+@pytest.fixture
+def steps() -> Iterator[Steps]:
+    """Return the steps of a study that trains `steps.TASK`; none is taken yet, and none is slow."""
+    steps = Steps(Path(os.environ[FOLDER]))
+    steps.clear()
+    yield steps
+    steps.clear()

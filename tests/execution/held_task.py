@@ -1,0 +1,52 @@
+"""The letters task, held in the middle of a study: `study.hold` copies this file and says where.
+
+A trainer is held after an optimizer step, so that a test has all the time that it needs to look at the study,
+or to kill it. The file `held` beside this one appears then; the trainer goes on when `released` appears. Only
+the first trainer that comes so far is held: one that takes over after a kill is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from orchestrator.finetune.tasks.local.letters import Letters
+
+HERE = Path(__file__).parent
+HELD, RELEASED = HERE / "held", HERE / "released"
+
+
+class HeldLetters(Letters):
+    defaults = replace(Letters.defaults, validation_size=50, test_size=50)
+
+    def pretrain_recipe(self) -> str:
+        return ""  # it trains on the letters task's base and has none of its own
+
+
+def hold(records: Path, count: int, step: int) -> None:
+    """Hold this process when the store has `count` records, after step `step` of a lane or a later one."""
+    taken: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # each lane has an optimizer of its own
+
+    def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        taken[optimizer] = taken.get(optimizer, 0) + 1
+        if HELD.exists() or taken[optimizer] < step or len(list(records.glob("*/*.json"))) < count:
+            return
+        HELD.touch()
+        while not RELEASED.exists():
+            time.sleep(0.05)
+
+    register_optimizer_step_post_hook(look)
+
+
+# In a worker of Ray's only: a test loads the task, too, to plan with it.
+if "RAY_RAYLET_PID" in os.environ:
+    _where = json.loads((HERE / "hold.json").read_text())
+    hold(Path(_where["records"]), _where["count"], _where["step"])

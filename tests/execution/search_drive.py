@@ -1,0 +1,115 @@
+"""The search with real OptunaSearch and a real store, driven as Ray Tune does. The objective is a formula."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from points import configuration
+from ray.tune.search import Searcher
+
+from orchestrator.execution.search.budget import Ledger, opened
+from orchestrator.execution.search.searcher import PerGroupSearch
+from orchestrator.record.schema import Evaluation, Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, Schedule
+from orchestrator.study.space import Space, Value, applied, parse
+
+STEPS = 90
+OWN: dict[str, dict[str, Value]] = {
+    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "hira": {"rank": 8, "dropout": 0.0},
+    "full": {},
+}
+ASHA = "asha loss=min first=30 eta=4 last=30"
+
+
+def build(variant: str, values: Mapping[str, Value]) -> Configuration:
+    point = replace(configuration(variant), schedule=Schedule(STEPS), evaluations=3)
+    return applied(point, values)
+
+
+def space(*words: str, variants: tuple[str, ...] = ("lora", "hira")) -> Space:
+    return parse(words, variants, OWN.__getitem__, (1e-4, 1.0))
+
+
+def score(point: Configuration) -> float:
+    """Best at a learning rate of 1e-2 and rank 16."""
+    rate = abs(math.log10(point.optimizer.learning_rate) + 2)
+    return round(1 - rate / 4 - abs(point.variant.rank - 16) / 64, 6)
+
+
+def record(point: Configuration, state: str = "finished") -> Record:
+    steps = 30 if state == "stopped" else STEPS
+    seen = tuple(
+        Evaluation(s, "validation", {"loss": 1.0, "exact_match": score(point)})
+        for s in range(30, steps + 1, 30)
+    )
+    stopped = {"scheduler": ASHA, "stopped_at": 30} if state == "stopped" else {}
+    return Record(point.fingerprint, point, state, steps, evaluations=seen, **stopped)  # type: ignore[arg-type]
+
+
+class Drive:
+    """Tune, as the delegate sees it. `known` plays run.py's part."""
+
+    def __init__(
+        self,
+        folder: Path,
+        over: Space,
+        points: int = 6,
+        sampler: str = "tpe",
+        scheduler: str = "none",
+        lanes: int = 2,
+    ) -> None:
+        self.store = Store(folder / "store")
+        self.study = folder / "study"
+        self.study.mkdir(exist_ok=True)
+        self.ledger: Ledger = opened(self.study, sampler, points, over, build, STEPS)
+        self.ledger.keep()
+        asha = ASHA if scheduler == "asha" else ""
+        known = {f for f in self.ledger.asked if self.store.meets(f, asha)}
+        self.search = PerGroupSearch(self.ledger, self.store, scheduler, lanes, known)
+        self.running: dict[str, Configuration] = {}
+        self.given: list[Configuration] = []
+        self.calls = 0
+
+    def ask(self) -> Configuration | str | None:
+        trial = f"t{self.calls}"
+        self.calls += 1
+        found = self.search.suggest(trial)
+        if not isinstance(found, dict):
+            return found
+        point = Configuration.from_json(found["configuration"])
+        self.running[trial] = point
+        self.given.append(point)
+        return point
+
+    def end(self, trial: str, state: str = "finished") -> None:
+        """The lane ends; its record comes first."""
+        point = self.running.pop(trial)
+        self.store.put(record(point, state))
+        result: dict[str, Any] = {"step": 30, "score": score(point), "state": "training"}
+        if state == "stopped":
+            self.search.on_trial_complete(trial, {**result, "done": True})
+            return
+        self.search.on_trial_result(trial, result)
+        value = 0.0 if state == "diverged" else score(point)
+        self.search.on_trial_complete(trial, {**result, "step": STEPS, "state": state, "score": value})
+
+    def all(self, at_once: int = 4) -> Counter[str]:
+        """Runs to the end; the points of each variant."""
+        while True:
+            found = self.ask() if len(self.running) < at_once else None
+            if found == Searcher.FINISHED and not self.running:
+                return Counter(point.variant.name for point in self.given)
+            if not isinstance(found, Configuration):
+                assert self.running, "nothing runs and nothing can be suggested"
+                self.end(next(iter(self.running)))
+
+    def told(self, variant: str) -> list[Any]:
+        """Optuna's trials of a variant."""
+        return self.search.groups[variant].optuna._ot_study.trials  # type: ignore[union-attr]

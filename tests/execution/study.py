@@ -1,0 +1,307 @@
+"""Runs a study as a user does, in a process of its own, and looks at what it leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.execution.tune.rungs import due
+from orchestrator.finetune import resolve
+from orchestrator.record.schema import Evaluation, Provenance, Record
+from orchestrator.record.store import Store
+from orchestrator.study.grid import grid
+from orchestrator.study.options import StudyOptions
+
+# Ray's core says it by itself on a machine without a route to outside.
+_RAYS_ASIDE = re.compile(r"^.*network_util\.cc:\d+: Failed to determine local IP .*\n", re.MULTILINE)
+# Ends a test that hangs; nothing else depends on it.
+HANG_SECONDS = 600.0
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+# For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
+PATIENT = f"""
+from orchestrator.schedule import limits, run
+from orchestrator.study import command
+limits.HASTE_SECONDS = limits.SAVE_SECONDS = limits.PROMISED_SECONDS = {HANG_SECONDS}
+run.HASTE_SECONDS = run.LOG_SECONDS = command.PATIENCE_SECONDS = {HANG_SECONDS}
+"""
+
+
+def start(
+    output: Path,
+    *arguments: str,
+    address: str | None = None,
+    cwd: Path | None = None,
+    script: str = "lr_sensitivity.py",
+) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"COLUMNS": "80"}
+    if address:
+        environment["RAY_ADDRESS"] = address
+    return subprocess.Popen(
+        [sys.executable, str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str], timeout: float = HANG_SECONDS) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"the study did not end within {timeout} s:\n{out}\n{err}") from None
+    return process.returncode, out, _RAYS_ASIDE.sub("", err)
+
+
+def run(
+    output: Path,
+    *arguments: str,
+    address: str | None = None,
+    cwd: Path | None = None,
+    script: str = "lr_sensitivity.py",
+) -> tuple[int, str, str]:
+    return end(start(output, *arguments, address=address, cwd=cwd, script=script))
+
+
+def altered(folder: Path, *before: str) -> str:
+    """Return a script that runs the lines `before` and then lr_sensitivity.py, for `run` and `start`.
+
+    It is for what a test cannot wait for: the seconds of a promise, a moment deep inside of the program.
+    """
+    script = folder / f"altered-{uuid.uuid4().hex}.py"
+    script.write_text(
+        "\n".join(
+            [
+                *before,
+                "import runpy",
+                f"runpy.run_path({str(EXPERIMENTS / 'lr_sensitivity.py')!r}, run_name='__main__')",
+            ]
+        )
+    )
+    return str(script)
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until `what` holds; fail when the study's `process` ends before, or after `HANG_SECONDS`."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while True:
+        asked = time.monotonic()
+        if what():
+            return
+        took = time.monotonic() - asked
+        assert process is None or process.poll() is None or what(), "the study ended first: " + "\n".join(
+            end(process)[1:]
+        )
+        assert time.monotonic() < deadline, f"did not happen within {HANG_SECONDS:g} s"
+        time.sleep(min(max(0.1, 4 * took), 2.0))  # asking Ray may cost as much CPU time as the study
+
+
+def finals(output: Path) -> int:
+    return sum(state in ("finished", "diverged") for state in Store(output / "store").states().values())
+
+
+def records(output: Path) -> dict[str, Record]:
+    return {record.fingerprint: record for record in Store(output / "store").records()}
+
+
+def course(record: Record) -> tuple[Any, ...]:
+    """All that a configuration decides: the same to the bit whatever happened while it was trained."""
+    curve = [(step.step, step.loss, step.gradient_norm) for step in record.curve]
+    return record.state, record.steps, curve, [(e.step, e.split, e.scores) for e in record.evaluations]
+
+
+def log(output: Path) -> str:
+    """What the study in this folder has said so far."""
+    return "".join(path.read_text() for path in output.glob("*/study.log"))
+
+
+def saved(output: Path) -> dict[str, int]:
+    """Return the steps that each lane's newest checkpoint holds, by fingerprint."""
+    steps: dict[str, int] = {}
+    for path in Store(output / "store").checkpoints.glob("*/*/step-*.safetensors"):
+        fingerprint, step = path.parts[-3], int(path.stem.rpartition("-")[2])
+        steps[fingerprint] = max(steps.get(fingerprint, 0), step)
+    return steps
+
+
+def half_trained(output: Path, at_most: int) -> set[str]:
+    """Those that have no final record, and a checkpoint after `at_most` steps or less."""
+    store = Store(output / "store")
+    return {f for f, step in saved(output).items() if step <= at_most and store.meets(f) is None}
+
+
+def rays() -> set[int]:
+    """Return the ids of Ray's processes that this test process or its studies have started.
+
+    They have its temporary folder in their environment or, as some overwrite that by a title, a file there.
+    """
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and _is_a_ray(process):
+                found.add(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _is_a_ray(process: psutil.Process) -> bool:
+    if not any(word in " ".join(process.cmdline()) for word in ("raylet", "gcs_server", "ray::")):
+        return False
+    folder = tempfile.gettempdir()
+    return process.environ().get("TMPDIR") == folder or any(
+        Path(file.path).is_relative_to(folder) for file in process.open_files()
+    )
+
+
+def titled(title: str, below: psutil.Process | None = None) -> list[psutil.Process]:
+    """Ray's processes of this name (ray::NAME), the oldest first."""
+    found = []
+    for process in (below or psutil.Process()).children(recursive=True):
+        try:
+            if f"ray::{title}" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def _runs(output: Path, study: str) -> tuple[Any, list[Any]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{output / 'store' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(study)
+    return client, list(client.search_runs([experiment.experiment_id], max_results=10_000))
+
+
+def children(output: Path, study: str) -> list[tuple[str, str]]:
+    """(fingerprint, status) of every MLflow child of the study."""
+    runs = _runs(output, study)[1]
+    return [(r.data.tags["fingerprint"], r.info.status) for r in runs if "fingerprint" in r.data.tags]
+
+
+def parents(output: Path, study: str) -> list[str]:
+    """Status of the study's parent runs: one is right."""
+    return [r.info.status for r in _runs(output, study)[1] if "fingerprint" not in r.data.tags]
+
+
+def artifacts(output: Path, study: str) -> set[str]:
+    """What the parent run keeps."""
+    client, runs = _runs(output, study)
+    (parent,) = [r for r in runs if "fingerprint" not in r.data.tags]
+    return {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def run_here(
+    output: Path, *arguments: str, address: str | None = None, script: str = "lr_sensitivity.py"
+) -> int:
+    """Run a script in this process: a new one needs 10 s of CPU time for its imports alone.
+
+    Args:
+        output: the option `--output`.
+        arguments: other options.
+        address: of the Ray cluster that trains; this process is not connected to it yet. Without one nothing
+            may be left to train.
+        script: a file of `experiments`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: as the script does.
+    """
+    spec = importlib.util.spec_from_file_location(Path(script).stem, EXPERIMENTS / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for their types
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        command = [str(EXPERIMENTS / script), "--dry-run", "--output", str(output), *arguments]
+        patch.setattr(sys, "argv", command)
+        patch.setenv("COLUMNS", "80")
+        if address:
+            patch.setenv("RAY_ADDRESS", address)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        wakeup = signal.set_wakeup_fd(-1)
+        try:
+            return int(module.run())
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def hold(folder: Path, store: Store, records: int, step: int) -> Path:
+    """Return the file of a task whose study is held once the store has so many records; see held_task.py."""
+    folder.mkdir(exist_ok=True)
+    where = {"records": str(store.records_folder), "count": records, "step": step}
+    (folder / "hold.json").write_text(json.dumps(where))
+    return Path(shutil.copy(Path(__file__).with_name("held_task.py"), folder))
+
+
+def held(task: Path) -> bool:
+    """Tell whether a trainer of the study is held now, or was."""
+    return task.with_name("held").exists()
+
+
+def release(task: Path) -> None:
+    """Let the trainer that is held go on."""
+    task.with_name("released").touch()
+
+
+def keep_known(
+    options: StudyOptions, loss: float, score: float = 0.5, seeds: Iterable[int] | None = None
+) -> set[str]:
+    """Put a finished record of each configuration that `options` ask for into the store.
+
+    Returns the fingerprints.
+
+    Args:
+        options: those of a grid.
+        loss: the validation loss of all of them, at each evaluation.
+        score: their validation score by the task's metric, at each evaluation.
+        seeds: these in place of those that `options` ask for.
+    """
+    store = Store(options.store_folder)
+    chosen = resolve.names(options, "letters", ("lora",), store.bases)
+    content = resolve.base(chosen.model, store.bases, lambda text: None)
+    templates = resolve.templates(options, chosen, content, store.bases)
+    found = set()
+    for configuration in grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
+        steps, metric = due(configuration), configuration.task.metric
+        scores, others = {"loss": loss, metric: score}, {"loss": loss, metric: 0.5}
+        record = Record(
+            configuration.fingerprint,
+            configuration,
+            "finished",
+            steps[-1],
+            evaluations=(
+                *(Evaluation(step, "validation", scores) for step in steps),
+                Evaluation(steps[-1], "test", others),
+            ),
+            untrained={"validation": others, "test": others},
+            provenance=Provenance(started=1e9, ended=1e9 + 1),
+        )
+        assert store.put(record)
+        found.add(record.fingerprint)
+    return found

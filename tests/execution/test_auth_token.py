@@ -1,0 +1,80 @@
+"""Who may read the token of a Ray that is started here. A test with a real Ray is in test_leftovers.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.execution.ray.auth_token import keep_private
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return the path of a new user's token, with a umask that lets every user read new files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    before = os.umask(0o022)
+    yield tmp_path / ".ray" / "auth_token"
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_new_token_is_the_users_alone(token: Path) -> None:
+    keep_private(create=True)
+    assert mode(token) == 0o600
+    first = token.read_text()
+    assert len(first) == 64
+    keep_private(create=True)
+    assert token.read_text() == first
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_so_it_is_on_a_file_system_without_hard_links(token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(source: Path, path: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr(os, "link", link)
+    keep_private(create=True)
+    assert (mode(token), len(token.read_text())) == (0o600, 64)
+    assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_token_that_everybody_may_read_is_closed_and_kept(token: Path) -> None:
+    token.parent.mkdir()
+    token.write_text("of a cluster")
+    assert mode(token) == 0o644
+    keep_private(create=False)
+    assert (mode(token), token.read_text()) == (0o600, "of a cluster")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "of mine"), ("RAY_AUTH_TOKEN_PATH", "/of/mine")],
+)
+def test_no_token_is_made_that_ray_would_not_make(
+    token: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    keep_private(create=True)
+    assert not token.exists()
+
+
+def test_to_join_a_cluster_makes_no_token(token: Path) -> None:
+    keep_private(create=False)
+    assert not token.exists()
+
+
+def test_a_home_folder_that_cannot_be_written_stops_nobody(
+    token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/proc/here")
+    keep_private(create=True)

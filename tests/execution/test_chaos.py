@@ -1,0 +1,161 @@
+"""Four kills, a process of another kind each time, in one study: it ends as if nothing had happened. And the
+page that promises this, docs/faults.md, names tests that exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import chaos
+import psutil
+import pytest
+import study
+
+from orchestrator.execution.ray import cleanup
+
+PROJECT = Path(__file__).parents[2]
+PAGE = PROJECT / "docs" / "faults.md"
+SEED = 4
+SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("no_cluster")
+def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
+    """`.ci/nightly` kills 20 processes, a seat's controller among them."""
+    before = study.rays()
+    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, say=print)
+    assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker"]
+    assert not run.exits, "nothing but a killed driver ends the command"
+    assert run.starts == 1 + 1, "one start, and one more for the killed driver"
+    assert not chaos.wrong(run, expected)
+    said = run.log.read_text()
+    assert len(re.findall(r"seat-\d+ died", said)) == 1, "a trial or a broker that dies costs no seat"
+    assert "trials failed" not in said
+    study.wait_for(lambda: study.rays() <= before)
+
+
+class EndsOnce(chaos.Run):
+    """A command that fails at its first start, though nobody has killed anything."""
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.starts += 1
+        code = 3 if self.starts == 1 else 0
+        self.process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({code})"])
+        return self.process
+
+
+def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
+    run = EndsOnce(tmp_path, chaos.Size())
+    (tmp_path / "store" / "records").mkdir(parents=True)
+    chaos.disturbed(run, kills=0, seed=SEED, say=print)
+    assert run.starts == 2
+    found = chaos.wrong_starts(run)
+    assert "ended by itself: start 1 ended with 3 after 0 kills" in found[0]
+    assert found[1:] == ["2 starts for 0 killed drivers"]
+
+
+@pytest.mark.parametrize("jump", [0.0, 3600.0, -3600.0])
+def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """As in a container whose first process reaps no dead children: workers take a dead raylet for alive.
+    Meanwhile the machine's clock is set by `jump` seconds, which changes the boot time that Linux reports."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
+    worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
+    try:
+        folder = cleanup.folder()
+        folder.mkdir(mode=0o700)
+        known = cleanup.written([psutil.Process(p.pid) for p in (driver, raylet)])
+        (folder / f"{driver.pid}.json").write_text(known)
+        began = psutil.boot_time()
+        if jump:
+            monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + jump)
+        cleanup.end()
+        assert worker.poll() is None, "its driver lives"
+        driver.kill()
+        raylet.kill()
+        study.wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_ZOMBIE)
+        study.wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE)
+        cleanup.end()
+        assert not psutil.pid_exists(worker.pid)
+        assert not list(folder.iterdir())
+    finally:
+        for process in (driver, raylet, worker):
+            process.kill()
+            process.wait()
+
+
+LEAVES_A_RAY = """
+import os, subprocess
+from orchestrator.schedule import remains
+sleep = ["sleep", "600"]
+earlier = subprocess.Popen(sleep)
+before = remains.children()
+raylet = subprocess.Popen(sleep)
+remains.folder().mkdir(mode=0o700)
+with remains.guarded(before):
+    worker = subprocess.Popen(sleep, env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
+left = remains.children()
+print([process.pid == earlier.pid for process in left], list(remains.folder().iterdir()))
+for process in left:
+    process.kill()
+"""
+
+
+def test_what_is_left_of_a_ray_after_its_own_end_is_ended_by_the_driver(tmp_path: Path) -> None:
+    """The driver ends what Ray has started, workers included, and nothing that it had started before."""
+    command = [sys.executable, "-c", LEAVES_A_RAY]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert (done.stdout, done.stderr) == ("[True] []\n", "")
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a PID namespace")
+def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, the number of a dead raylet of this machine is that of another process."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    raylet = subprocess.Popen(["sleep", "600"])
+    worker = ["env", f"RAY_RAYLET_PID={raylet.pid}", "sleep", "600"]
+    container = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *worker])
+    try:
+        study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
+        cleanup.folder().mkdir(mode=0o700)
+        known = json.loads(cleanup.written([psutil.Process(raylet.pid)] * 2))
+        known["processes"][0][1] = -1.0  # of a driver that is gone
+        (cleanup.folder() / "0.json").write_text(json.dumps(known))
+        cleanup.end()
+        assert not psutil.pid_exists(raylet.pid)
+        assert commands_below(container.pid) == [["sleep", "600"]]
+    finally:
+        for process in (raylet, container):
+            process.kill()
+            process.wait()
+
+
+def commands_below(pid: int) -> list[list[str]]:
+    return [process.cmdline() for process in psutil.Process(pid).children()]
+
+
+def rows() -> list[str]:
+    """A fault each."""
+    faults = PAGE.read_text().partition("## Figures")[0]
+    lines = [line for line in faults.splitlines() if line.startswith("| ")]
+    return [line for line in lines if not line.startswith(("| fault |", "| --- |"))]
+
+
+def test_every_fault_on_the_page_names_a_test_that_exists() -> None:
+    assert len(rows()) >= 20
+    for row in rows():
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (PROJECT / file).read_text(), re.MULTILINE), f"{file}::{test}"

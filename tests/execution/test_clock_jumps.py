@@ -1,0 +1,114 @@
+"""Clocks that jump, as after a machine was suspended or its time was set: nobody is given up for it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from points import POINTS
+from ray.exceptions import GetTimeoutError
+from rich.console import Console
+
+from orchestrator.execution.broker.actor import Broker, until_lost
+from orchestrator.execution.progress import Progress
+from orchestrator.execution.run_budget import Limits
+from orchestrator.execution.session import _Watch
+from orchestrator.execution.trainers.pool import Seats
+from orchestrator.execution.trainers.storage_visibility import Sight
+from orchestrator.execution.trainers.trainer import SeatPlan
+from orchestrator.record.store import Store
+from orchestrator.util.watched_clock import WatchedClock
+
+HOUR = 3600.0
+Jump = Callable[[float], None]
+
+
+@pytest.fixture
+def jump(monkeypatch: pytest.MonkeyPatch) -> Jump:
+    """Return a function that sets the monotonic clock of this process forward by so many seconds."""
+    real, ahead = time.monotonic, [0.0]
+
+    def set_forward(seconds: float) -> None:
+        ahead[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: real() + ahead[0])
+    return set_forward
+
+
+def test_a_gap_between_two_looks_counts_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = WatchedClock(most=15.0)
+    start = clock()
+    for _ in range(3):
+        now += 10.0
+        clock()
+    assert clock() - start == 30.0
+    now += HOUR
+    assert clock() - start == 45.0
+    now -= HOUR
+    assert clock() - start == 45.0
+
+
+def test_no_seat_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
+    broker = Broker(str(tmp_path), "none")
+
+    async def seats() -> int:
+        return int((await broker.news(0, 0, ""))["counts"]["seats"])
+
+    asyncio.run(broker.next("trial", POINTS[0], 0, 0.0))
+    asyncio.run(broker.lease("seat-0.x", None, 1, {}, 0))
+    assert asyncio.run(seats()) == 1
+    jump(HOUR)
+    assert asyncio.run(seats()) == 1
+    for _ in range(10):  # it says nothing, however often the clock is looked at
+        jump(10.0)
+        left = asyncio.run(seats())
+    assert left == 0
+
+
+class OneAnswerLate(_Watch):
+    """A watch of which one question to the broker has no answer, while the clock jumps by an hour."""
+
+    looks = 0
+    jump: Jump
+
+    def _look(self) -> None:
+        self.looks += 1
+        if self.looks == 2:
+            self.jump(HOUR)
+            raise GetTimeoutError("no answer")
+        self.left = self.looks == 4
+
+    def _give_up(self) -> None:
+        pass
+
+
+def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
+    plan, sight = SeatPlan(1, 0.0, "store", "scratch", start_seconds=0.0), Sight(tmp_path, (), print)
+    seats = Seats(plan, 1, "space", None, sight, print)
+    progress = Progress(tmp_path, 1, 0, Console(file=io.StringIO()))
+    watch = OneAnswerLate(None, seats, Store(tmp_path), progress, (), "none", {}, print, Limits())
+    watch.jump = jump
+    watch.run()
+    assert (watch.looks, seats.trouble) == (4, "")
+
+
+def test_no_seat_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
+    """The first call of the broker has no answer, while the clock jumps; the second and third ones have none,
+    the fourth one has."""
+    calls: list[int] = []
+
+    def call() -> str:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            jump(HOUR)
+        if len(calls) < 4:
+            raise GetTimeoutError("no answer")
+        return "done"
+
+    assert until_lost(call) == "done"

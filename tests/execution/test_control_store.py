@@ -1,0 +1,109 @@
+"""When a study is ended because Ray's control store (GCS) is silent, on a clock of the test's own. A real GCS
+is killed in test_leftovers.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from orchestrator.execution.ray import control_store
+from orchestrator.execution.ray.runtime import Cluster
+
+WHERE = "10.0.0.1:6379"
+LOCAL = Cluster((), local=True, control_store=WHERE)
+JOINED = Cluster((), local=False, control_store=WHERE)
+
+
+class Looks:
+    """The event that stops a watch: to wait for it takes no time, and moves the clock."""
+
+    def __init__(self, answers: Iterable[bool]) -> None:
+        self.answers, self.now, self.last = iter(answers), 0.0, False
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        found = next(self.answers, None)
+        self.last = bool(found)
+        return found is None
+
+
+Watch = Callable[..., tuple[list[str], float | None, str]]
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Return a function that watches a cluster whose GCS answers as told, one look after the other.
+
+    It returns the lines that were said, how long the GCS was silent when the study was ended (None: it was
+    not), and the error line.
+    """
+    monkeypatch.delenv("RAY_gcs_rpc_server_reconnect_timeout_s", raising=False)
+
+    def run(
+        cluster: Cluster, answers: Iterable[bool], say: Callable[[str], None] | None = None
+    ) -> tuple[list[str], float | None, str]:
+        looks, said, line = Looks(answers), list[str](), ""
+
+        class Ended(BaseException):
+            pass
+
+        def end_with(error: str, last: object) -> None:
+            nonlocal line
+            line = error
+            raise Ended
+
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "monotonic", lambda: looks.now)
+            patch.setattr(control_store, "listens", lambda host, port: looks.last)
+            patch.setattr(control_store, "end_with", end_with)
+            try:
+                control_store._watch(cluster, say or said.append, lambda: None, looks)  # type: ignore[arg-type]
+            except Ended:
+                return said, looks.now, line
+        return said, None, line
+
+    return run
+
+
+def test_one_that_answers_again_is_said_and_ends_nothing(watch: Watch) -> None:
+    said, ended, _ = watch(LOCAL, [True, False, False, True, True])
+    assert ended is None
+    assert said == [
+        f"Ray's control store ({WHERE}) does not answer; waiting 30 s",
+        f"Ray's control store ({WHERE}) answers again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "timeout", "least", "most"),
+    [(LOCAL, None, 30, 35), (LOCAL, 600, 30, 35), (JOINED, None, 50, 59), (JOINED, 600, 500, 590)],
+)
+def test_a_joined_cluster_has_nearly_as_long_as_ray_itself_would_wait(
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: Cluster,
+    timeout: int | None,
+    least: float,
+    most: float,
+) -> None:
+    if timeout:
+        monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", str(timeout))
+    _, ended, _ = watch(cluster, [False] * 1000)
+    assert ended is not None
+    assert least < ended < most
+
+
+def test_of_a_joined_cluster_no_more_is_said_than_is_known(watch: Watch) -> None:
+    assert ": its process is gone. What is done is kept; to go on: python " in watch(LOCAL, [False] * 99)[2]
+    _, _, line = watch(JOINED, [False] * 99)
+    assert " has not answered for 54 s: it has ended, or the network to it is down. What is done" in line
+    assert "; to go on once it answers: python " in line
+
+
+def test_a_line_that_cannot_be_shown_does_not_end_the_watch(watch: Watch) -> None:
+    def say(line: str) -> None:
+        raise BrokenPipeError
+
+    assert watch(LOCAL, [False] * 99, say)[1] is not None

@@ -1,0 +1,80 @@
+"""The grid's trials, with Tune's own trial objects and without Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from points import POINTS
+from ray import tune
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.schedulers import FIFOScheduler
+
+from orchestrator.execution.tune.fifo import FirstComeFirstServed, InOrder
+from orchestrator.study.configuration import Configuration
+
+
+class Nothing(tune.Trainable):
+    pass
+
+
+def trials(search: InOrder, folder: Path) -> list[Any]:
+    """As many as it gives now."""
+    if not search.total_samples:
+        search.add_configurations([Experiment("test", Nothing, storage_path=str(folder))])
+    return list(iter(search.next_trial, None))
+
+
+def test_every_configuration_is_one_trial_in_the_order_given(tmp_path: Path) -> None:
+    points = [replace(point, seed=seed) for seed in range(40) for point in POINTS]
+    search = InOrder(points)
+    made = trials(search, tmp_path)
+    assert [Configuration.from_json(trial.config["configuration"]) for trial in made] == points
+    assert len({trial.trial_id for trial in made}) == len(points) == search.total_samples
+    assert search.is_finished()
+
+
+def test_no_more_trials_than_may_be_alive(tmp_path: Path) -> None:
+    search = InOrder(POINTS, at_once=2)
+    first = trials(search, tmp_path)
+    assert len(first) == 2
+    assert trials(search, tmp_path) == []
+    search.on_trial_complete(first[1].trial_id)
+    (third,) = trials(search, tmp_path)
+    assert Configuration.from_json(third.config["configuration"]) == POINTS[2]
+
+
+class Controller:
+    """As much of Tune's as a scheduler that stops nobody asks for: all trials in the order in which they came
+    and, in none, those that have not ended."""
+
+    def __init__(self, trials: list[Trial]) -> None:
+        self.trials = trials
+
+    def get_trials(self) -> list[Trial]:
+        return self.trials
+
+    def get_live_trials(self) -> set[Trial]:
+        return {trial for trial in self.trials if not trial.is_finished()}
+
+
+STATUSES = st.sampled_from([Trial.PENDING, Trial.PAUSED, Trial.RUNNING, Trial.TERMINATED, Trial.ERROR])
+
+
+@given(st.lists(STATUSES, max_size=12), st.data())
+def test_the_next_trial_is_the_one_that_tunes_own_scheduler_takes(statuses: list[str], data: Any) -> None:
+    came = [Trial("Nothing", stub=True, trial_id=f"{number:x}") for number in range(len(statuses))]
+    scheduler, controller = FirstComeFirstServed(), Controller(came)
+    for trial in came:
+        scheduler.on_trial_add(controller, trial)
+    for trial, status in zip(came, statuses, strict=True):
+        trial.set_status(status)
+    if came:  # it failed and is tried again: Tune puts it at the end of its list, and adds it once more
+        again = data.draw(st.sampled_from(came))
+        came.remove(again)
+        came.append(again)
+        scheduler.on_trial_add(controller, again)
+    assert scheduler.choose_trial_to_run(controller) is FIFOScheduler().choose_trial_to_run(controller)

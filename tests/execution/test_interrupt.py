@@ -1,0 +1,109 @@
+"""Ctrl-C and SIGTERM, for real: while Ray starts, while lanes train, in the report; and what goes on.
+
+A second Ctrl-C is in test_joined_cluster.py, and signals to other commands in tests/util/test_command.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import study
+from steps import TASK, Steps
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.usefixtures("no_cluster")]
+
+NAME = "lr_sensitivity-counted_task-letters-base"
+STEPS = 200
+RATES = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
+THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--seats", "1", "--lanes-per-seat", "2")
+
+# The signal comes at the moment when Ray has put its own handler in the place of ours.
+SIGTERM_WHILE_RAY_STARTS = """
+import os, signal
+from orchestrator.util.command import _interrupt
+set_handler = signal.signal
+
+def and_terminate(number, handler):
+    before = set_handler(number, handler)
+    if number == signal.SIGTERM and handler != _interrupt.heard:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before
+
+signal.signal = and_terminate
+"""
+
+# As a terminal does: to the whole group of processes.
+CTRL_C_IN_THE_REPORT = """
+import os, signal
+from orchestrator.schedule import run
+write = run.write_parquet
+
+def write_parquet(store):
+    os.killpg(os.getpid(), signal.SIGINT)
+    write(store)
+
+run.write_parquet = write_parquet
+"""
+
+
+def go_on(process: subprocess.Popen[str]) -> str:
+    """Return the line that names the command again."""
+    return f"interrupted; to go on: {shlex.join(['python', *process.args[1:]])}"  # type: ignore[misc, list-item]
+
+
+def test_sigterm_while_ray_starts_is_ours(output: Path, tmp_path: Path) -> None:
+    """Ray would end the process without a word, and leave MLflow's run RUNNING."""
+    before = study.rays()
+    script = study.altered(tmp_path, study.PATIENT, SIGTERM_WHILE_RAY_STARTS)
+    process = study.start(output, *THREE, script=script)
+    code, out, err = study.end(process)
+    assert (code, err.splitlines()[-1]) == (130, go_on(process)), out + err
+    assert "Traceback" not in err
+    assert study.parents(output, NAME) == ["KILLED"]
+    assert not study.records(output)
+    study.wait_for(lambda: study.rays() <= before)
+
+
+def test_ctrl_c_saves_the_lanes_and_the_same_command_goes_on(
+    output: Path, tmp_path: Path, steps: Steps
+) -> None:
+    before = study.rays()
+    steps.slow_after(2 * STEPS // 2)  # two lanes train, and one waits
+    process = study.start(output, *THREE, script=study.altered(tmp_path, study.PATIENT))
+    study.wait_for(lambda: steps.taken() > steps.limit, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group of processes
+    code, out, err = study.end(process)
+    assert (code, err.splitlines()[-1]) == (130, go_on(process)), out + err
+    assert "Ctrl-C: the seats save their lanes; again ends at once\n" in out
+    assert "Stopped: 0 of 3 configurations are done, what is half done is kept\n" in out
+    assert (output / NAME / "report.html").exists()
+    study.wait_for(lambda: study.rays() <= before)
+    assert study.parents(output, NAME) == ["KILLED"]
+    saved = study.saved(output)
+    assert len(saved) == 2
+    assert sum(saved.values()) == steps.taken(), "they are saved where they are"
+
+    # To the end, and interrupted again while the report is written: it is there all the same.
+    (output / NAME / "report.html").unlink()
+    steps.run_free()
+    script = study.altered(tmp_path, study.PATIENT, CTRL_C_IN_THE_REPORT)
+    process = study.start(output, *THREE, script=script)
+    code, out, err = study.end(process)
+    assert (code, err.splitlines()[-1]) == (130, go_on(process)), out + err
+    assert "Traceback" not in err
+    counted = re.search(r"(\d+) optimizer steps of \d+ for all", out)
+    assert counted, out
+    assert int(counted[1]) == 3 * STEPS - sum(saved.values()), "no step is repeated"
+    records = study.records(output)
+    assert len(records) == 3
+    for record in records.values():
+        assert [step.step for step in record.curve] == list(range(1, STEPS + 1))
+    assert sorted(study.children(output, NAME)) == sorted((f, "FINISHED") for f in records)
+    assert study.parents(output, NAME) == ["KILLED"]
+    assert (output / NAME / "report.html").exists()

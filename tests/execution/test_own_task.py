@@ -1,0 +1,115 @@
+"""A user's own task: one file beside its data, outside the package, and no other edit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import study
+import torch
+from ray.cluster_utils import Cluster
+from transformers import BertConfig, BertModel
+
+from orchestrator.finetune.tasks.pretraining import word_tokenizer
+from orchestrator.record import gc
+from orchestrator.record.store import Store
+
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(900)]
+
+TASK = """
+from functools import lru_cache
+from pathlib import Path
+
+from orchestrator.finetune import data_files
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults, split_of
+from orchestrator.util.errors import BadInput
+
+FILE = Path(__file__).with_name("mail.jsonl")
+
+
+class Mail(Task):
+    title = "mail, spam or ham"
+    metric = "accuracy"
+    floor = 0.5
+    default_model = "reviews-base"
+    answers = "label"
+    labels = ("ham", "spam")
+    defaults = TaskDefaults(
+        train_size=60, validation_size=20, test_size=20, steps=12, batch_size=8, max_length=16,
+        evaluations=2, learning_rates=(1e-2, 3e-2),
+    )
+
+    def examples(self, split, count):
+        found = _examples()[split]
+        if count > len(found):
+            raise BadInput(f"Task {self.name!r} has {len(found)} {split} examples, {count} were asked for.")
+        return found[:count]
+
+
+@lru_cache
+def _examples():
+    found = {"train": [], "validation": [], "test": []}
+    for row in data_files.read(FILE, {"text": str, "spam": range(2)}, "mail"):
+        found[split_of(row["text"])].append(Example(row["text"], Mail.labels[row["spam"]]))
+    return found
+"""
+WORDS = ("<pad>", *(f"w{i}" for i in range(20)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With a task file, its data and a small base."""
+    (tmp_path / "mail_task.py").write_text(TASK)
+    rows = [
+        {"text": f"w{i % 19} w{i // 19} w{(7 * i) % 13}", "spam": int(i % 19 > 9), "from": "me"}
+        for i in range(200)
+    ]
+    (tmp_path / "mail.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    small = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    BertModel(small).save_pretrained(tmp_path / "base")
+    word_tokenizer(WORDS, pad_token="<pad>").save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+def test_a_task_of_ones_own_runs_in_a_study(
+    cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All paths are relative to the folder where the command is typed."""
+    arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
+    output = folder / "results"
+    monkeypatch.chdir(folder)
+    assert study.run_here(Path("results"), *arguments, "--seats", "1", address=cluster.address) == 0
+    assert "2 trained" in capsys.readouterr().out
+    found = list(study.records(output).values())
+    assert sorted(r.configuration.optimizer.learning_rate for r in found) == [1e-2, 3e-2]
+    for record in found:
+        assert record.state == "finished"
+        assert record.configuration.task.name == str(folder / "mail_task.py")
+        assert len(record.items["test"].answers) == record.configuration.task.test_size
+        assert set(record.items["test"].answers) <= {"ham", "spam"}
+    assert (output / "lr_sensitivity-mail_task-base" / "report.html").exists()
+    store = Store(output / "store")
+    kept = sorted(path.name for path in store.data.glob("*.arrow"))
+    assert len(kept) == 6, "examples and token ids of three splits, made once for driver and workers"
+    assert all(name.startswith("mail_task-") for name in kept)
+    gc.collect(store, output, older_than=0.0)
+    assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "what is whole stays"
+
+    rows = (folder / "mail.jsonl").read_text().splitlines()
+    rows[41] = rows[41].replace('"spam": ', '"spam": 1')
+    (folder / "mail.jsonl").write_text("\n".join(rows))
+    code, out, err = study.run(Path("results"), *arguments, cwd=folder)  # this process knows the old rows
+    assert code == 2, out + err
+    assert err.startswith(f"error: Task 'mail': {folder / 'mail.jsonl'}: row 42: 'spam' must be a class from")
+    assert err.count("\n") == 1, err
+    assert "Ray" not in out, "it is refused before anything is started"

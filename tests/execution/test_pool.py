@@ -1,0 +1,115 @@
+"""How many seats are started, as lanes wait and nodes come and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.execution.ray.runtime import Cluster, Node
+from orchestrator.execution.trainers.pool import Seats
+from orchestrator.execution.trainers.storage_visibility import Sight
+from orchestrator.execution.trainers.trainer import SeatPlan
+from orchestrator.execution.trainers.trainer_run import SeatRun
+
+
+def seats(
+    count: int,
+    gpus: int,
+    *,
+    placed: int = 0,
+    unplaced: int = 0,
+    follow: bool = True,
+    started: bool = True,
+    to_come: int = 0,
+) -> Seats:
+    """Seats of four lanes and one GPU, on nodes with as many GPUs in all."""
+    plan, sight = SeatPlan(4, 1.0, "store", "scratch"), Sight(Path(), (), print)
+    made = Seats(plan, count, "space", None, sight, print, follow, to_come)
+    made.nodes = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
+    names = [f"seat-{n}" for n in range(placed + unplaced)]
+    made.running = {name: SeatRun(name, plan, "space") for name in names}
+    made.spoken = frozenset(names[:placed])
+    made.started = len(names) + started
+    return made
+
+
+@pytest.mark.parametrize(
+    ("now", "waiting", "free", "start"),
+    [
+        (seats(2, 2, started=False), 0, 2, 2),  # the first ones at once
+        (seats(2, 2, started=False), 0, 0, 1),  # another study has all: one waits in line
+        (seats(1, 0, started=False), 0, 0, 1),  # no GPU yet: what is asked for makes an autoscaler act
+        (seats(1, 0, unplaced=1), 8, 0, 0),
+        (seats(1, 3, placed=1), 16, 2, 2),  # two nodes joined
+        (seats(1, 3, placed=1), 4, 2, 1),  # no more than what waits can fill
+        (seats(1, 3, placed=1, unplaced=1), 16, 2, 1),  # one of them is on its way
+        (seats(3, 1, placed=2), 16, 0, 0),  # a node was lost or drains, its seat has yet to go
+        (seats(1, 0, unplaced=1, to_come=8), 16, 0, 0),  # the first one shows that they can be had
+        (seats(1, 1, placed=1, to_come=8), 16, 0, 4),  # an autoscaler gets as many as can be filled
+        (seats(1, 1, placed=1, to_come=3), 16, 0, 2),  # and no more than it may start
+        (seats(1, 1, placed=1, unplaced=2, to_come=8), 16, 0, 2),
+        (seats(1, 3, placed=3, to_come=3), 16, 0, 0),
+        (seats(1, 3, placed=1, to_come=3), 16, 0, 0),  # there, and in use by another study
+        (seats(1, 1, placed=2, to_come=2), 16, 0, 0),
+        (seats(3, 3, placed=1, unplaced=1, follow=False), 16, 0, 1),  # asked for: it waits for a node
+        (seats(3, 3, placed=3, follow=False), 16, 8, 0),
+    ],
+)
+def test_start(now: Seats, waiting: int, free: int, start: int) -> None:
+    assert max(0, now.lacking(waiting, 4 * len(now.spoken), free)) == start
+
+
+def test_no_node_is_asked_for_while_a_seat_has_yet_to_take_its_lanes() -> None:
+    now = seats(1, 1, placed=1, to_come=8)
+    assert now.lacking(8, 0, 0) == 1
+    assert now.lacking(7, 1, 0) == 1
+    assert now.lacking(4, 0, 0) == 0
+    now = seats(1, 2, placed=1, to_come=8)
+    assert now.lacking(4, 0, 1) == 1, "a node that is there costs nothing more"
+
+
+def test_no_more_than_the_drivers_node_has_memory_for() -> None:
+    said: list[str] = []
+    now = seats(8, 8, placed=1)
+    now.say = said.append
+    now.nodes = Cluster((Node(4, 0, 3 * 2**29, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
+    for _ in range(2):
+        now._count_controllers("here")
+    assert now.lacking(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
+    assert len(said) == 1
+    assert said[0].startswith("3 seats at most, not 8: each keeps 0.25 GiB")
+    now.follow = False
+    assert now.lacking(60, 4, 7) == 2
+    poor = seats(8, 8, started=False)
+    poor.nodes, poor.say = Cluster((Node(4, 1, 2**20, "here"),)), said.append
+    poor._count_controllers("here")
+    assert poor.lacking(60, 0, 1) == 1, "one is always tried"
+
+
+counts = st.integers(0, 6)
+
+
+@given(
+    gpus=counts,
+    placed=counts,
+    unplaced=counts,
+    waiting=st.integers(1, 60),
+    training=st.integers(0, 24),
+    free=counts,
+    follow=st.booleans(),
+    to_come=counts,
+)
+def test_never_stuck_and_never_too_many(
+    gpus: int, placed: int, unplaced: int, waiting: int, training: int, free: int, follow: bool, to_come: int
+) -> None:
+    now = seats(3, gpus, placed=placed, unplaced=unplaced, follow=follow, to_come=to_come)
+    start = max(0, now.lacking(waiting, training, free))
+    running = placed + unplaced
+    assert start or running, "lanes wait, and nobody would ever come"
+    assert running + start <= max(running, 1, max(gpus, to_come) if follow else 3)
+    assert (unplaced + start) * 4 < waiting + 4 or not start
+    if follow and running:
+        assert start <= max(0, free + max(0, to_come - gpus) - unplaced)

@@ -1,0 +1,84 @@
+"""How many seats there is room for, and what is said when there is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.execution.ray.runtime import Cluster, Node, connect
+from orchestrator.util.errors import BadInput
+
+GIB = float(2**30)
+LAPTOP = Cluster((Node(8, 0, 12 * GIB),))
+GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wanted", "gpus", "workers", "given"),
+    [
+        (LAPTOP, None, None, 1, (6, 0.0)),
+        (LAPTOP, 2, None, 1, (2, 0.0)),
+        (LAPTOP, None, None, 2, (3, 0.0)),
+        (LAPTOP, 1, None, 6, (1, 0.0)),
+        (Cluster((Node(2, 0, GIB),)), None, None, 1, (1, 0.0)),
+        (GPUS, None, None, 1, (7, 1.0)),
+        (GPUS, None, 0.5, 1, (14, 0.5)),
+        (GPUS, None, 0.3, 1, (21, 0.3)),
+        (GPUS, None, None, 2, (3, 1.0)),  # one of them on both nodes
+        (GPUS, 1, 1.0, 7, (1, 1.0)),
+        (GPUS, None, 0.0, 4, (16, 0.0)),
+    ],
+)
+def test_room(
+    cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
+) -> None:
+    assert cluster.seats(wanted, gpus, workers) == given
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "gpus", "workers", "given"),
+    [
+        (LAPTOP.nodes, 7, None, 1, (7, 0.0)),
+        (LAPTOP.nodes, None, 1.0, 1, (1, 1.0)),
+        (GPUS.nodes, None, None, 8, (1, 1.0)),
+        (GPUS.nodes, 64, None, 1, (64, 1.0)),
+        ((), None, 1.0, 1, (1, 1.0)),
+    ],
+)
+def test_a_joined_cluster_may_grow(
+    nodes: tuple[Node, ...], wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
+) -> None:
+    assert Cluster(nodes, local=False).seats(wanted, gpus, workers) == given
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wanted", "gpus", "workers", "said"),
+    [
+        (LAPTOP, 7, None, 1, ["--seats 7", "a CPU and 2 GiB", "8 CPUs", "take --seats 6"]),
+        (LAPTOP, 4, None, 2, ["--seats 4 --workers-per-seat 2", "2 times a CPU", "take --seats 3"]),
+        (LAPTOP, None, None, 9, ["--workers-per-seat 9: there is room for 0", "take --workers-per-seat 6"]),
+        (LAPTOP, None, 1.0, 1, ["--gpus-per-seat 1: ", "0 GPUs", "leave --gpus-per-seat out"]),
+        (GPUS, None, None, 8, ["--workers-per-seat 8", "1 GPU and a CPU", "take --workers-per-seat 7"]),
+    ],
+)
+def test_no_room(
+    cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, said: list[str]
+) -> None:
+    with pytest.raises(BadInput) as error:
+        cluster.seats(wanted, gpus, workers)
+    for part in said:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["orchestrator", "variants"])
+def test_no_study_starts_in_a_folder_with_another_copy_of_this_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """Ray's workers import from the folder in which the command runs before they look anywhere else."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=f"{tmp_path} has another '{package}'"), connect():
+        pass

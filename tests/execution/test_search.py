@@ -1,0 +1,99 @@
+"""What the search asks for, counts and writes down, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from search_drive import STEPS, Drive, record, score, space
+
+from orchestrator.execution.search.search_file import FILE, POINTS, SearchFile
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
+def test_every_variant_gets_as_many_points_in_blocks_of_a_pack(tmp_path: Path, sampler: str) -> None:
+    drive = Drive(tmp_path, space("rank=4,8,16"), points=16, sampler=sampler, lanes=4)
+    assert drive.all() == {"lora": 16, "hira": 16}
+    assert len({point.fingerprint for point in drive.given}) == 32
+    names = [point.variant.name for point in drive.given]
+    assert names == [*["lora"] * 4, *["hira"] * 4] * 4
+    assert [p.fingerprint for p in SearchFile.read(drive.study).asked] == [  # type: ignore[union-attr]
+        point.fingerprint for point in drive.given
+    ]
+
+
+def test_tpe_looks_where_it_was_good(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(variants=("lora",)), points=40)
+    drive.all(at_once=2)
+    late = [abs(math.log10(p.optimizer.learning_rate) + 2) for p in drive.given[20:]]
+    assert sorted(late)[len(late) // 2] < 0.7, "uniform in four decades: 1.0"
+
+
+def test_a_point_is_written_down_before_anyone_gets_it(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space())
+    seen: list[list[str]] = []
+    drive.ledger.told = lambda point: seen.append(
+        [json.loads(line)["fingerprint"] for line in (drive.study / POINTS).read_text().splitlines()]
+    )
+    drive.all()
+    assert [len(each) for each in seen] == list(range(1, 13))
+    assert [each[-1] for each in seen] == [point.fingerprint for point in drive.given]
+
+
+def test_what_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)))
+    first.ask()
+    for _ in range(3):
+        first.store.put(record(first.given[0], "failed"))
+    second = Drive(tmp_path, space(variants=("lora",)))
+    assert [t.state.name for t in second.told("lora")] == ["FAIL"]
+    assert second.all() == {"lora": 5}
+
+
+def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:
+    other = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=3)
+    other.all()
+    for file in (FILE, POINTS):
+        (other.study / file).unlink()
+    drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
+    assert drive.all() == {"lora": 3}
+    assert len(drive.ledger.asked) == 6
+    known = {point.fingerprint for point in other.given}
+    assert drive.search.known == known
+    values = [t.value for t in drive.told("lora") if t.state.name == "COMPLETE"]
+    assert sorted(values) == sorted(score(point) for point in drive.ledger.asked.values())
+
+
+def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
+    for _ in range(3):
+        drive.ask()
+    drive.end("t0", "stopped")
+    drive.end("t1")
+    spent = drive.ledger.spent(drive.store)["lora"]
+    assert (spent.points, spent.asked) == (6, 3)
+    assert spent.states == {"stopped": 1, "finished": 1, "missing": 1}
+    assert (spent.steps, spent.most_steps) == (30 + STEPS, 6 * STEPS)
+    assert SearchFile.read(drive.study).spent["lora"] == spent  # type: ignore[union-attr]
+
+
+def test_one_more_point_is_one_more_line(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space())
+    before = (drive.study / FILE).stat().st_ino, (drive.study / POINTS).stat().st_ino
+    drive.all()
+    assert before == ((drive.study / FILE).stat().st_ino, (drive.study / POINTS).stat().st_ino)
+    assert len((drive.study / POINTS).read_bytes().splitlines()) == 12
+
+
+def test_tune_gets_no_pickle_of_it(tmp_path: Path) -> None:
+    import pickle
+
+    drive = Drive(tmp_path, space())
+    drive.ask()
+    folder = tmp_path / "tune"
+    folder.mkdir()
+    drive.search.save_to_dir(str(folder), "now")
+    assert not list(folder.iterdir())
+    assert len(pickle.dumps(drive.search)) < 200

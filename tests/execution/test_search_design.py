@@ -1,0 +1,150 @@
+"""Designs, drawn beforehand: evenly spread, alike for all variants, each the beginning of a larger one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+from points import configuration
+from scipy.stats import qmc
+
+from orchestrator.execution.search.samplers import design, distributions, drawn, others, sampler, values
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.space import Space, Value, applied, parse
+
+OWN: dict[str, dict[str, Value]] = {
+    "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+    "hira": {"rank": 8, "dropout": 0.0},
+    "lora_plus": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "ratio": 16.0},
+    "full": {},
+}
+WORDS = ("rank=4,8,16,32", "alpha=log:4:64", "lora_plus.ratio=log:1:64", "schedule=linear,cosine")
+
+
+def build(variant: str, found: Mapping[str, Value]) -> Configuration:
+    return applied(configuration(variant), found)
+
+
+def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
+    return parse(words, variants, OWN.__getitem__, (1e-4, 1.0))
+
+
+@pytest.mark.parametrize("name", ["qmc", "random"])
+def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
+    found = design(name, space(*WORDS), 16, build)
+    for variant, points in found.items():
+        assert len({build(variant, point).fingerprint for point in points}) == len(points) == 16
+        assert all("alpha" in p or variant in ("hira", "full") for p in points)
+        assert all(("lora_plus.ratio" in p) == (variant == "lora_plus") for p in points)
+
+
+@pytest.mark.parametrize("name", ["qmc", "random"])
+def test_more_points_begin_with_the_same_ones(name: str) -> None:
+    few, many = (design(name, space(*WORDS), n, build) for n in (16, 32))
+    for variant, points in few.items():
+        assert many[variant][:16] == points
+        assert len(many[variant]) == 32
+
+
+@pytest.mark.parametrize("name", ["qmc", "random"])
+def test_variants_share_what_they_have_in_common(name: str) -> None:
+    found = design(name, space(*WORDS), 16, build)
+    for variant in ("hira", "lora_plus", "full"):
+        for mine, other in zip(found["lora"], found[variant], strict=True):
+            assert all(mine[key] == other[key] for key in mine.keys() & other.keys())
+
+
+def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_random() -> None:
+    over = space("weight_decay=0:0.1", variants=("lora",))
+    spread: dict[str, float] = {}
+    for name in ("qmc", "random"):
+        points = design(name, over, 32, build)["lora"]
+        unit = [
+            (math.log10(float(p["learning_rate"])) / 4 + 1, float(p["weight_decay"]) * 10) for p in points
+        ]
+        spread[name] = qmc.discrepancy(unit)
+        strata = [sorted(min(31, int(32 * x[axis])) for x in unit) for axis in (0, 1)]
+        if name == "qmc":
+            # A Sobol sequence has one of its first 32 points in each of 32 strata of each axis; rounding to
+            # three digits may carry one over an edge.
+            assert all(len(set(each)) >= 31 for each in strata)
+    assert spread["qmc"] < spread["random"] / 4
+
+
+def test_choices_come_up_equally_often() -> None:
+    found = design("qmc", space("rank=4,8,16,32", "schedule=linear,cosine"), 32, build)["lora"]
+    assert {n: sum(p["rank"] == n for p in found) for n in (4, 8, 16, 32)} == dict.fromkeys((4, 8, 16, 32), 8)
+    assert sum(p["schedule"] == "linear" for p in found) == 16
+
+
+def test_a_space_with_few_points_gives_them_all() -> None:
+    over = parse(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    found = design("qmc", over, 16, build)
+    assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
+    assert found["full"] == [{}]
+
+
+@pytest.mark.parametrize("name", ["qmc", "random"])
+def test_many_choices_are_all_found(name: str) -> None:
+    """Of 240 points the last ones come up once in 240 draws each."""
+    words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
+    over = parse(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    found = design(name, over, 240, build)
+    for points in found.values():
+        assert len({tuple(point.values()) for point in points}) == 240
+    assert found["lora"] == found["hira"]
+    assert design(name, over, 200, build)["lora"] == found["lora"][:200]
+
+
+def test_others_are_each_point_of_a_small_space_once() -> None:
+    (over,) = parse(
+        ["rank=int:3:6", "lora.rank=int:2:4", "schedule=linear,cosine"],
+        ("lora",),
+        OWN.__getitem__,
+        (1e-4, 1e-2),
+        ("learning_rate",),
+    ).variants.values()
+    found = list(others(over, 0))
+    assert sorted((p["lora.rank"], p["schedule"]) for p in found) == [
+        (r, s) for r in (2, 3, 4) for s in ("cosine", "linear")
+    ]
+    assert found != list(others(over, 1))
+
+
+def test_others_of_a_large_space_are_its_own() -> None:
+    (over,) = space(*WORDS, variants=("lora_plus",)).variants.values()
+    found = list(others(over, 0))
+    assert all(values(over, drawn(over, point)) == point for point in found)
+    assert len({tuple(point.values()) for point in found}) > 990
+
+
+def test_what_the_variant_refuses_is_passed_over() -> None:
+    def even(variant: str, found: Mapping[str, Value]) -> Configuration | None:
+        return build(variant, found) if int(found["rank"]) % 2 == 0 else None
+
+    found = design("random", space("rank=int:1:64", variants=("lora",)), 16, even)["lora"]
+    assert len(found) == 16
+    assert all(int(p["rank"]) % 2 == 0 for p in found)
+
+
+def test_values_and_draws_are_each_others_inverse() -> None:
+    from optuna import create_study
+
+    over = space(*WORDS, "lora_plus.rank=logint:2:64").variants["lora_plus"]
+    study = create_study(sampler=sampler("random", 8, 0))
+    for _ in range(20):
+        found = values(over, study.ask(fixed_distributions=distributions(over)).params)
+        assert values(over, drawn(over, found)) == found
+
+
+def test_a_sampler_does_not_repeat_its_draws_after_a_restart() -> None:
+    from optuna import create_study
+
+    over = space(variants=("lora",)).variants["lora"]
+    firsts = [
+        create_study(sampler=sampler("tpe", 16, asked)).ask(fixed_distributions=distributions(over)).params
+        for asked in (0, 0, 1, 2, 3)
+    ]
+    assert firsts[0] == firsts[1]
+    assert len({str(each) for each in firsts}) == 4

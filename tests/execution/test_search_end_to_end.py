@@ -1,0 +1,88 @@
+"""A search on the whole path, with real Ray, Tune and Optuna: killed in the middle, and gone on with."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import study
+from ray.cluster_utils import Cluster
+from test_joined_cluster import left
+
+from orchestrator.execution.search.search_file import SearchFile
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+from orchestrator.util.errors import BadInput
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+POINTS, STEPS = 3, 24
+SEARCH = ("--search", "optuna", "--points", str(POINTS), "--space", "rank=4,8", "alpha=log:4:64")
+SMALL = ("--variants", "lora", "hira", "--steps", str(STEPS), "--scheduler", "asha")
+ONE_PLACE = ("--seats", "1", "--lanes-per-seat", "1")
+NAME = "lr_sensitivity-held_task-letters-base-tpe"
+
+
+def asked(output: Path) -> list[str]:
+    file = SearchFile.read(output / NAME)
+    return [point.fingerprint for point in file.asked] if file else []
+
+
+def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
+    cluster: Cluster, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(output / "store")
+    task = study.hold(tmp_path / "task", store, records=2, step=3)
+    small = (*SMALL, *ONE_PLACE, "--task", str(task))
+    process = study.start(output, *SEARCH, *small, address=cluster.address)
+    study.wait_for(lambda: study.held(task), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        study.wait_for(lambda: not left())  # of what the killed driver held on the cluster
+    finally:
+        ray.shutdown()
+    before = asked(output)
+    made = {record.fingerprint: record.provenance.ended for record in store.records()}
+    assert 2 <= len(made) < len(before) < 2 * POINTS, "one is half trained, others have yet to be asked for"
+    assert set(made) <= set(before), "nobody trains what was not written down"
+
+    assert study.run_here(output, *SEARCH, *small, address=cluster.address) == 0
+    file = SearchFile.read(output / NAME)
+    assert file is not None
+    points = [point.fingerprint for point in file.asked]
+    assert points[: len(before)] == before
+    assert len(set(points)) == len(points)
+    assert Counter(point.variant for point in file.asked) == {"lora": POINTS, "hira": POINTS}
+    assert all(("alpha" in point.parameters) == (point.variant == "lora") for point in file.asked)
+    states = store.states()
+    assert set(states) == set(points)
+    assert set(states.values()) <= {"finished", "stopped", "diverged"}
+    for fingerprint, ended in made.items():
+        record = store.get(fingerprint)
+        assert record is not None
+        assert record.provenance.ended == ended, "what had a record was not trained again"
+    kept = StudyFile.read(output / NAME)
+    assert kept is not None
+    assert set(kept.configurations) == set(points)
+    assert Counter(study.children(output, NAME)) == Counter((f, "FINISHED") for f in points)
+    steps = sum(record.steps for record in store.records())
+    assert sum(each.steps for each in file.spent.values()) == steps
+    assert set(file.spent) == {"lora", "hira"}
+    for each in file.spent.values():
+        assert (each.asked, each.points, each.most_steps) == (POINTS, POINTS, POINTS * STEPS)
+    assert not [path for path in output.rglob("*") if path.suffix in (".pkl", ".pickle")]
+
+    capsys.readouterr()
+    assert study.run_here(output, *SEARCH, *small, "--plan") == 0
+    assert "Configurations  6, of them 6 known" in capsys.readouterr().out
+    with pytest.raises(BadInput) as refused:
+        study.run_here(output, *SEARCH[:-1], "alpha=log:4:32", *small)
+    assert "lora's alpha in log:4:64, now it would be log:4:32; take another --study" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert asked(output) == points

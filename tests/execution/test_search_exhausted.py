@@ -1,0 +1,112 @@
+"""The search in a space that is small, or of which a variant refuses most, without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from ray.tune.search import Searcher
+from search_drive import OWN, Drive, build, score, space
+
+from orchestrator.execution.search import samplers
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.space import Value, parse
+
+
+def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
+    over = parse(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    drive = Drive(tmp_path, over, points=9)
+    assert drive.ledger.total == 4
+    assert drive.all() == {"lora": 3, "full": 1}
+    assert Drive(tmp_path, over, points=9).ask() == Searcher.FINISHED
+
+
+@pytest.mark.parametrize(
+    ("points", "sampler", "seed"),
+    [
+        # Every pair of values.
+        (12, "tpe", 0),
+        (20, "cma-es", 0),
+        (20, "tpe", 1),
+        (12, "cma-es", 1),
+        (12, "tpe", 2),
+        (20, "cma-es", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (20, "tpe", 0),
+                (12, "cma-es", 0),
+                (12, "tpe", 1),
+                (20, "cma-es", 1),
+                (20, "tpe", 2),
+                (12, "cma-es", 2),
+            )
+        ),
+    ],
+)
+def test_choices_give_as_many_different_points_as_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, sampler: str, seed: int
+) -> None:
+    """Samplers come back to their best points: of twenty they suggest ten."""
+    monkeypatch.setattr(samplers, "SEED", seed)
+    over = parse(
+        ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()
+    )
+    drive = Drive(tmp_path, over, points, sampler)
+    assert drive.all() == {"lora": points, "hira": points}
+    assert len({point.fingerprint for point in drive.given}) == 2 * points
+    assert not drive.ledger.file.exhausted
+    for variant in over.variants:
+        told = [t for t in drive.told(variant) if t.state.name == "COMPLETE"]
+        mine = [p for p in drive.given if p.variant.name == variant]
+        assert sorted(t.value for t in told) == sorted(map(score, mine)), "each is told once"
+
+
+def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Path) -> None:
+    """A driver's death after 19 of 20: the last one is found, and only then is the space used up."""
+    over = parse(["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora",), OWN.__getitem__, ())
+    assert Drive(tmp_path, over, points=19).all() == {"lora": 19}
+    assert Drive(tmp_path, over, points=30).all() == {"lora": 1}
+    last = Drive(tmp_path, over, points=30)
+    assert last.ask() == Searcher.FINISHED
+    assert len(last.ledger.asked) == last.ledger.total == 20
+
+
+def with_one_rank(folder: Path, rank: int) -> Drive:
+    """Return a search for two of 2,000 ranks, of which LoRA refuses all but `rank`."""
+
+    def picky(variant: str, values: Mapping[str, Value]) -> Configuration | None:
+        return build(variant, values) if values["rank"] == rank else None
+
+    over = parse(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    drive = Drive(folder, over, points=2)
+    drive.ledger.build = picky
+    return drive
+
+
+def test_the_only_point_that_a_variant_takes_is_found(tmp_path: Path) -> None:
+    drive = with_one_rank(tmp_path, 7)
+    drive.all()
+    assert [point.variant.rank for point in drive.given] == [7]
+    assert drive.ledger.file.exhausted == ("lora",)
+
+
+def test_a_large_space_that_is_refused_throughout_ends(tmp_path: Path) -> None:
+    drive = Drive(tmp_path, space(variants=("lora",)), points=2)
+    drive.ledger.build = lambda variant, values: None
+    assert drive.ask() == Searcher.FINISHED
+    assert drive.ledger.file.exhausted == ("lora",)
+
+
+def test_a_variant_that_refuses_most_points_ends(tmp_path: Path) -> None:
+    drive = with_one_rank(tmp_path, 8)
+    drive.all()
+    assert drive.ledger.file.exhausted == ("lora",)
+    assert drive.ledger.total == len(drive.given) <= 1
+
+
+def test_a_large_space_that_seemed_used_up_is_looked_through_again(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), points=2)
+    first.ledger.exhaust("lora")
+    assert Drive(tmp_path, space(variants=("lora",)), points=2).all() == {"lora": 2}

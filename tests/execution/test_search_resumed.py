@@ -1,0 +1,200 @@
+"""The search that goes on after its driver's death, or is started with other options, without a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.tune.search import Searcher
+from search_drive import STEPS, Drive, build, record, score, space
+
+from orchestrator.execution.search.budget import opened
+from orchestrator.execution.search.search_file import FILE, POINTS, SearchFile
+from orchestrator.execution.search.searcher import PerGroupSearch
+from orchestrator.study.configuration import Configuration, Schedule
+from orchestrator.study.space import Value
+from orchestrator.util.errors import BadInput
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
+def test_it_goes_on_after_its_death_asks_nothing_again_and_keeps_to_the_budget(
+    tmp_path: Path, sampler: str
+) -> None:
+    over = space("rank=4,8,16")
+    first = Drive(tmp_path, over, points=20, sampler=sampler)
+    for _ in range(24):
+        first.ask()
+    for trial in list(first.running)[:20]:
+        first.end(trial, "diverged" if trial == "t3" else "finished")
+    lost = {point.fingerprint for point in first.running.values()}
+    assert len(lost) == 4
+
+    second = Drive(tmp_path, over, points=20, sampler=sampler)
+    for variant in ("lora", "hira"):
+        values = [t.value for t in second.told(variant) if t.state.name == "COMPLETE"]
+        mine = [p for p in first.given if p.variant.name == variant and p.fingerprint not in lost]
+        assert sorted(values) == sorted(0.0 if p is first.given[3] else score(p) for p in mine)
+    again = [second.ask() for _ in range(4)]
+    assert {point.fingerprint for point in again if isinstance(point, Configuration)} == lost
+    waiting = [t.state.name for v in ("lora", "hira") for t in second.told(v)]
+    assert waiting.count("RUNNING") == 4
+    second.all()
+    asked = [*first.given, *second.given[4:]]
+    assert len({point.fingerprint for point in asked}) == len(asked) == 40
+    assert Counter(point.variant.name for point in asked) == {"lora": 20, "hira": 20}
+    rates = {point.optimizer.learning_rate for point in first.given}
+    assert not any(point.optimizer.learning_rate in rates for point in second.given[4:8])
+
+    third = Drive(tmp_path, over, points=20, sampler=sampler)
+    assert third.ask() == Searcher.FINISHED
+    more = Drive(tmp_path, over, points=21, sampler=sampler)
+    assert more.all() == {"lora": 1, "hira": 1}
+
+
+def test_what_was_stopped_is_told_as_pruned_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
+    for _ in range(3):
+        first.ask()
+    first.end("t0", "stopped")
+    first.end("t1", "finished")
+    pruned = [t for t in first.told("lora") if t.state.name == "PRUNED"]
+    assert [t.intermediate_values for t in pruned] == [{0: score(first.given[0])}]
+
+    second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
+    again = [t for t in second.told("lora") if t.state.name == "PRUNED"]
+    assert [(t.value, t.intermediate_values) for t in again] == [
+        (t.value, t.intermediate_values) for t in pruned
+    ]
+    # What is known comes first, for the scheduler's rungs; then what was lost; the sampler hears of it once.
+    assert [second.ask() for _ in range(3)] == first.given
+    del second.running["t0"]
+    second.search.on_trial_result("t0", {"step": 30, "score": 0.0})
+    second.search.on_trial_complete("t0", {"step": 30, "score": 0.0, "state": "training", "done": True})
+    assert [t.value for t in second.told("lora") if t.state.name == "PRUNED"] == [pruned[0].value]
+    assert second.all() == {"lora": 6}
+
+    full = Drive(tmp_path, space(variants=("lora",)))
+    assert full.all() == {"lora": 1}, "without early stopping what was stopped goes on"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"over": space("rank=4,8")}, "lora's rank in 4,8,16, now it would be 4,8"),
+        ({"over": space()}, "rank in 4,8,16, now it would be nothing"),
+        ({"sampler": "cma-es"}, "has searched with tpe, not cma-es"),
+    ],
+)
+def test_another_space_or_sampler_is_another_study(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    Drive(tmp_path, space("rank=4,8,16")).all()
+    with pytest.raises(BadInput, match=said) as caught:
+        Drive(tmp_path, **({"over": space("rank=4,8,16")} | change))
+    assert "take another --study" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_settings_are_another_study(tmp_path: Path) -> None:
+    Drive(tmp_path, space()).all()
+
+    def longer(variant: str, values: Mapping[str, Value]) -> Configuration:
+        return replace(build(variant, values), schedule=Schedule(2 * STEPS))
+
+    with pytest.raises(BadInput, match="other settings"):
+        opened(tmp_path / "study", "tpe", 6, space(), longer, 2 * STEPS)
+
+
+def test_raised_numerics_are_named(tmp_path: Path) -> None:
+    Drive(tmp_path, space()).all()
+
+    def raised(variant: str, values: Mapping[str, Value]) -> Configuration:
+        point = build(variant, values)
+        return replace(point, variant=replace(point.variant, numerics=2), loop_numerics=3)
+
+    with pytest.raises(BadInput, match=r"earlier numerics of the variant lora and loop: .* another --study"):
+        opened(tmp_path / "study", "tpe", 6, space(), raised, STEPS)
+
+
+def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
+    Drive(tmp_path, space(variants=("lora",))).all()
+    assert Drive(tmp_path, space()).all() == {"hira": 6}
+
+
+def test_a_torn_last_line_was_given_to_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)))
+    for _ in range(4):
+        first.ask()
+    path = first.study / POINTS
+    path.write_bytes(path.read_bytes()[:-20])
+    second = Drive(tmp_path, space(variants=("lora",)))
+    assert [r.message for r in caplog.records] == [f"{path}: its last line is torn: left out"]
+    assert [second.ask() for _ in range(3)] == first.given[:3]
+    assert second.all() == {"lora": 6}
+    found = SearchFile.read(second.study)
+    assert found is not None
+    assert [point.fingerprint for point in found.asked] == [point.fingerprint for point in second.given]
+    path.write_bytes(b"{}\n" + path.read_bytes())
+    with pytest.raises(BadInput, match=r"search\.jsonl, line 1: not a search \(variant"):
+        Drive(tmp_path, space(variants=("lora",)))
+
+
+def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("full",)), points=16, sampler="qmc")
+    assert len(first.ledger.asked) == 16
+    second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
+    assert second.ledger.counts == {"full": 32, "lora": 32}
+    assert list(second.ledger.asked)[:16] == list(first.ledger.asked)
+
+
+@pytest.mark.parametrize("sampler", ["qmc", "random"])
+def test_a_design_is_trained_as_a_whole_and_a_larger_one_goes_on_from_it(
+    tmp_path: Path, sampler: str
+) -> None:
+    few = Drive(tmp_path, space(), points=2, sampler=sampler)
+    assert few.all() == {"lora": 2, "hira": 2}
+    assert few.given == list(few.ledger.asked.values())
+    many = Drive(tmp_path, space(), points=4, sampler=sampler)
+    assert many.all() == {"lora": 2, "hira": 2}
+    assert list(many.ledger.asked.values()) == [*few.given, *many.given]
+
+
+def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:
+    Drive(tmp_path, space(variants=("lora",)), points=16)
+    with pytest.raises(BadInput, match=r"--points 8: .* asks for 16 .* take 16 or more") as caught:
+        Drive(tmp_path, space(), points=8)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_seats_of_a_killed_driver_have_written_meanwhile_is_known(tmp_path: Path) -> None:
+    first = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
+    for _ in range(2):
+        first.ask()
+    second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
+    known: set[str] = set()  # run.py looked before the record was there
+    second.store.put(record(first.given[1]))
+    second.search = PerGroupSearch(second.ledger, second.store, "asha", 2, known)
+    assert known == {first.given[1].fingerprint}
+    assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
+    assert Counter(t.state.name for t in second.told("lora")) == {"COMPLETE": 1, "RUNNING": 1}
+
+
+@pytest.mark.parametrize("loss", ["a line", "all lines", "the file", "the file beside it"])
+def test_lost_points_of_an_ended_search_are_told(tmp_path: Path, loss: str) -> None:
+    """An older copy, a cut at the end of a line: more points would be asked than the budget has."""
+    drive = Drive(tmp_path, space())
+    drive.all()
+    drive.ledger.spent(drive.store)
+    path = drive.study / POINTS
+    lines = path.read_bytes().splitlines(keepends=True)
+    if loss == "the file beside it":
+        (drive.study / FILE).unlink()
+    elif loss == "the file":
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(lines[:-1]) if loss == "a line" else b"")
+    with pytest.raises(BadInput, match=r"search\.json.*back, or take another --study") as caught:
+        Drive(tmp_path, space())
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,208 @@
+"""Spaces of real variants and tasks, checked before Ray starts."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import study
+from rich.console import Console
+
+from orchestrator.execution.search.budget import opened
+from orchestrator.execution.search.samplers import design
+from orchestrator.finetune import resolve
+from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.pretraining import Recipe
+from orchestrator.launch.plan import print_plan
+from orchestrator.launch.work import builder
+from orchestrator.record.schema import Record
+from orchestrator.record.show import narrowed
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.grid import grid
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.space import Space
+from orchestrator.util.errors import BadInput
+
+SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bases")
+    for task in (Letters(SMALL), Reviews(SMALL)):
+        (root / task.name).mkdir()
+        task.pretrain(root / task.name, lambda text: None)
+    return root
+
+
+def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
+    typed = StudyOptions(task=task, model=str(bases / task), **options)
+    chosen = resolve.names(typed, "letters", ("lora", "hira"), bases)
+    content = resolve.base(chosen.model, bases, lambda text: None)
+    return resolve.templates(typed, chosen, content, bases), chosen.space
+
+
+ALL = (
+    "lora",
+    "rslora",
+    "lora_plus",
+    "dora",
+    "hira",
+    "pissa",
+    "adalora",
+    "vera",
+    "lora_moe",
+    "relora",
+    "full",
+)
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
+    bases: Path, variant: str
+) -> None:
+    words = ("rank=int:2:8", "alpha=log:1:64", "dropout=0:0.2", "beta2=0.9,0.99,0.999", "warmup=0:0.2")
+    made, space = resolved(
+        bases, variants=(variant,), search="qmc", space=(*words, "batch_size=8,16", "weight_decay=0:0.1")
+    )
+    assert space is not None
+    build = builder(made)
+    points = design("qmc", space, 16, build)[variant]
+    assert len(points) == 16
+    for point in points:
+        configuration = build(variant, point)
+        assert configuration is not None
+        assert resolve.refusal(configuration) is None
+        assert configuration.optimizer.learning_rate == point["learning_rate"]
+        assert Configuration.from_json(configuration.to_json()) == configuration
+
+
+def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, tmp_path: Path) -> None:
+    typed: dict[str, Any] = {
+        "search": "qmc",
+        "variants": ("lora", "hira"),
+        "space": ("rank=2,4", "lora.alpha=log:1:64"),
+        "set": ("learning_rate=1e-2", "weight_decay=0.1"),
+    }
+    made, space = resolved(bases, **typed)
+    assert space is not None
+    search = opened(tmp_path, "qmc", 16, space, builder(made), 60)
+    console = Console(file=StringIO(), width=200)
+    options = StudyOptions(task="letters", **typed)
+    wanted = list(search.asked.values())
+    print_plan(console, made[0], wanted, wanted, Store(tmp_path / "store"), options, search)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
+    assert "Learning rate   0.01\n" in said
+    assert "Fixed           learning_rate=1e-2 weight_decay=0.1\n" in said
+    assert "Configurations  18, of them 0 known" in said
+
+
+def test_fixed_values_hold_for_a_grid_too(bases: Path) -> None:
+    made, space = resolved(
+        bases, variants=("lora", "lora-plus"), set=("lora-plus.ratio=4", "weight_decay=0.1")
+    )
+    assert space is None
+    assert [c.variant.extra for c in made] == [{}, {"ratio": 4.0}]
+    assert {c.optimizer.weight_decay for c in made} == {0.1}
+
+
+def test_one_rate_is_no_range(bases: Path) -> None:
+    made, space = resolved(bases, search="qmc", learning_rates=("1e-2",), space=("rank=2,4",))
+    assert space is not None
+    assert {d.name for dimensions in space.variants.values() for d in dimensions} == {"rank"}
+    assert {c.optimizer.learning_rate for c in made} == {1e-2}
+
+
+SEARCH: dict[str, Any] = {"search": "optuna"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (SEARCH | {"space": ("rank=8,64",)}, "rank 64 is larger than layer"),
+        (SEARCH | {"space": ("rank=int:8:64",)}, "rank 64 is larger than layer"),
+        (SEARCH | {"space": ("hira.alpha=4,8",)}, "hira has no 'alpha'"),
+        (SEARCH | {"space": ("head_learning_rate=log:1e-4:1",)}, "task 'letters' has no head"),
+        (SEARCH | {"variants": ("pissa",), "space": ("pissa.svd=exact,fst",)}, "fst"),
+        (
+            SEARCH | {"variants": ("lora_moe",), "space": ("lora_moe.experts=2,4", "lora_moe.top_k=0,4")},
+            "top_k 4",
+        ),
+        (SEARCH | {"variants": ("lora_plus",), "space": ("lora_plus.ratio=0:16",)}, "ratio"),
+        (SEARCH | {"accumulation": 3, "batch_size": 18, "space": ("batch_size=18,20",)}, "accumulation 3"),
+        (SEARCH | {"accumulation": 2, "space": ("batch_size=int:8:32",)}, "take a choice of batch sizes"),
+        (SEARCH | {"learning_rates": ("1e-3",), "space": ("learning_rate=log:1e-3:1",)}, "take one"),
+        (SEARCH | {"sampler": "cma-es", "set": ("learning_rate=1e-3",)}, "nothing numeric"),
+        ({"search": "qmc", "learning_rates": ("1e-3",)}, "--search qmc: nothing varies"),
+        ({"set": ("learning_rate=1e-3",)}, "a grid's rates are those of --learning-rates"),
+        ({"set": ("lora.ratio=4",)}, "lora has no 'ratio'"),
+        ({"variants": ("lora_plus",), "set": ("lora_plus.ratio=0",)}, "ratio"),
+        ({"set": ("rank=9999",)}, "rank 9999 is larger than layer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(
+    bases: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        resolved(bases, **options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_larger_than_a_layer_is_refused_before_ray_starts(bases: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        study.run_here(tmp_path / "results", "--model", str(bases / "letters"), "--rank", "500")
+    assert re.search(r"rank 500 is larger than layer .* allows: at most 16", str(caught.value))
+    assert "\n" not in str(caught.value)
+    assert not ray.is_initialized()
+
+
+def test_a_head_may_be_searched_where_there_is_one(bases: Path) -> None:
+    _, space = resolved(bases, "reviews", **SEARCH, space=("head_learning_rate=log:1e-4:1",))
+    assert space is not None
+    assert all("head_learning_rate" in {d.name for d in each} for each in space.variants.values())
+
+
+WORDS = ["rank=int:2:8", "alpha=log:1:64", "dropout=0:0.2", "batch_size=8,16", "lora_plus.ratio=log:1:64"]
+
+
+@pytest.mark.parametrize("variant", ["lora_plus", "hira", "full"])
+def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path, variant: str) -> None:
+    """What `show` says, read back by the command line."""
+    import shlex
+
+    import tyro
+
+    fixed = ["lora-plus.dropout=0.1", "clip_norm=2.0", "alpha=32"]
+    names = ("lora_plus", "hira", "full")
+    words = [w for w in WORDS if not w.startswith("alpha")]
+    made, space = resolved(bases, variants=names, search="qmc", space=tuple(words), set=tuple(fixed))
+    assert space is not None
+    point = design("qmc", space, 4, builder(made))[variant][3]
+    configuration = builder(made)(variant, point)
+    assert configuration is not None
+    asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
+    command = f"python x.py --task letters {asked} --space {' '.join(words)} --schedule cosine"
+    record = Record(configuration.fingerprint, configuration, "finished", 60)
+    again = shlex.split(narrowed(command, record))[2:]
+    assert "--search" not in " ".join(again)
+    typed = tyro.cli(StudyOptions, args=again)
+    (template,), none = resolved(
+        bases, variants=typed.variants, set=typed.set, learning_rates=typed.learning_rates, seeds=typed.seeds
+    )
+    assert none is None
+    (same,) = grid([template], [float(r) for r in typed.learning_rates or ()], range(typed.seed_count))
+    assert same.fingerprint == configuration.fingerprint
+
+
+def test_a_fixed_value_that_a_variant_does_not_have_is_no_other_configuration(bases: Path) -> None:
+    (usual,), _ = resolved(bases, variants=("hira",))
+    (same,), _ = resolved(bases, variants=("hira",), set=("alpha=4",))
+    assert same.fingerprint == usual.fingerprint

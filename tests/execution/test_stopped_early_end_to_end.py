@@ -1,0 +1,147 @@
+"""Early stopping on the whole path, with real Ray and Tune: stopped, again, killed, parked and spilled.
+
+A lane of 24 steps is evaluated after 8, 16 and 24; a scheduler looks from the first evaluation on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import study
+from ray.cluster_utils import Cluster
+
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import BadInput
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "24", "--seats", "1")
+# The rates from 1e-1 on learn nothing.
+GRID = ("--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
+BETTER = 0.001  # a validation loss that no lane reaches in 24 steps
+
+
+def known(output: Path, *rates: str, task: str = "letters") -> set[str]:
+    """Put results better than any other into the store; return their fingerprints."""
+    options = StudyOptions(
+        task=task, variants=("lora",), learning_rates=rates, seeds=1, steps=24, output=output
+    )
+    return study.keep_known(options, loss=BETTER)
+
+
+def validated(record: Record) -> list[int]:
+    return [e.step for e in record.evaluations if e.split == "validation"]
+
+
+def steps_said(out: str) -> tuple[int, int]:
+    found = re.search(r"(\d+) optimizer steps of (\d+) for all configurations to the end", out)
+    assert found, out
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.nightly
+def test_kill_9_in_the_middle_of_asha_loses_nothing(
+    cluster: Cluster, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three results are known, and better than those of the four new lanes: asha stops these at their rung.
+
+    On an empty rung a lane would be the first, and go on.
+    """
+    store = Store(output / "store")
+    task = study.hold(tmp_path / "task", store, records=4, step=3)
+    before = known(output, "1e-3", "2e-3", "3e-3", task=str(task))
+    grid = (*SMALL, "--task", str(task), "--learning-rates", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "6e-3")
+    grid = (*grid, "7e-3", "--lanes-per-seat", "1")
+    asha = (*grid, "--scheduler", "asha")
+    process = study.start(output, *asha, address=cluster.address)
+    # The first new lane has been stopped, and another one is on its way to the rung.
+    study.wait_for(lambda: study.held(task), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    there = study.records(output)
+    assert 4 <= len(there) < 7
+    assert before < set(there)
+    on_the_rung = study.half_trained(output, 8) - set(there)
+
+    assert study.run_here(output, *asha, address=cluster.address) == 0
+    out = capsys.readouterr().out
+    assert f"{len(there)} of 7 known" in out
+    left = 7 - len(there)
+    assert f"{left} of them stopped early" in out
+    assert steps_said(out) == (8 * (left - len(on_the_rung)), 24 * left)
+    now = study.records(output)
+    assert len(now) == 7
+    assert {f: now[f] for f in there} == there, "what has a record is not trained again"
+    for fingerprint in set(now) - before:
+        record = now[fingerprint]
+        assert (record.state, record.steps, record.stopped_at) == ("stopped", 8, 8)
+        assert record.scheduler == "asha loss=min first=8 eta=4 last=8"
+        assert validated(record) == [8]
+        assert len(record.curve) == 8
+        assert (store.checkpoints / fingerprint).exists()
+    name = "lr_sensitivity-held_task-letters-base"
+    assert sorted(study.children(output, name)) == sorted((f, "FINISHED") for f in now)
+
+    for arguments, count in ((asha, 7), (grid, 3)):
+        assert study.run_here(output, *arguments, "--plan") == 0
+        assert f"Configurations  7, of them {count} known" in capsys.readouterr().out
+    with pytest.raises(BadInput) as refused:
+        study.run_here(output, *grid, script="early_stopping.py")
+    assert "3 of the 7 configurations were trained to the end there before this study" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.nightly
+def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
+    cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A place for each lane: none has to make way for another one.
+    arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
+    assert study.run_here(output, *arguments, script="early_stopping.py", address=cluster.address) == 0
+    out = capsys.readouterr().out
+    assert "early_stopping-letters-asha: 0 of 5 known" in out
+    to_the_end = re.search(r"early_stopping-letters-grid: (\d) of 5 known", out)
+    assert to_the_end, out
+    records = list(study.records(output).values())
+    assert {(r.state, r.steps) for r in records} == {("finished", 24)}
+    assert all(validated(r) == [8, 16, 24] and len(r.curve) == 24 for r in records)
+    gone_on = [r for r in records if r.provenance.resumed_from]
+    assert len(gone_on) == 5 - int(to_the_end[1]), "what was stopped goes on from its checkpoint"
+    assert all(r.provenance.resumed_from == (8,) for r in gone_on)
+    said = out.strip().splitlines()[-5:]
+    assert re.match(r"lora +\S+ +\S+ +\d+ +120$", said[-2]), said
+    assert said[-1].endswith(" of the steps.")
+
+    assert study.run_here(output, *arguments, script="early_stopping.py") == 0
+    out = capsys.readouterr().out
+    assert out.count("5 of 5 known, nothing to train") == 2
+    assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
+
+    with pytest.raises(BadInput) as refused:
+        study.run_here(output, *SMALL, *GRID, "1", script="early_stopping.py")
+    assert "has chosen among 5 configurations and now there would be 6" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(study.records(output)) == 5
+
+
+@pytest.mark.nightly
+def test_hyperband_pauses_more_lanes_than_there_are_places(
+    cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its bracket of three waits for lanes that only get a place when others give theirs."""
+    arguments = (*SMALL, *GRID, "--lanes-per-seat", "1", "--scheduler", "hyperband")
+    assert study.run_here(output, *arguments, address=cluster.address) == 0
+    out = capsys.readouterr().out
+    now = study.records(output)
+    assert Counter(r.state for r in now.values()) == {"finished": 3, "stopped": 2}
+    assert all(r.steps == 8 for r in now.values() if r.state == "stopped")
+    spilled = [r for r in now.values() if 8 in r.provenance.resumed_from]
+    assert len(spilled) >= 2, "the third of the bracket came to its rung in the place of the others"
+    assert steps_said(out) == (3 * 24 + 2 * 8, 120)

@@ -1,0 +1,335 @@
+"""Lanes that crash their seat are found by halving its pack; innocent ones finish, in any order of events."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+from points import STEPS, configuration, record
+
+from orchestrator.execution.broker.actor import Broker
+from orchestrator.execution.broker.core import UNSERVED_SECONDS, BrokerCore, Held
+from orchestrator.execution.broker.lane_entry import Life
+from orchestrator.execution.trainers.exit_status import DEATHS_ALLOWED, How
+from orchestrator.finetune.engine.lane_source import Answer, Offer, Report
+from orchestrator.record.schema import FAILURES_ALLOWED, State
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+
+POINTS = [configuration(rate=10.0**-n) for n in range(12)]
+
+
+class Seat:
+    """Trains its lanes in turn; dies at the step at which one of them crashes."""
+
+    def __init__(self, name: str, lanes: int) -> None:
+        self.name, self.places = name, lanes
+        self.held: dict[str, Held] = {}
+        self.taken = 0
+
+    def refill(self, core: BrokerCore) -> None:
+        answers = core.exchange(self.name, self.held, self.taken, 0.0)
+        assert set(answers.values()) <= {Answer.GO}
+        shape = next((point.shape for _, point, _ in self.held.values()), None)
+        offer = core.lease(self.name, shape, self.places - len(self.held), 0.0)
+        for lease in offer.leases:
+            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+
+    def step(self, core: BrokerCore, fingerprint: str, saved: dict[str, int]) -> None:
+        attempt, point, _ = self.held[fingerprint]
+        saved[fingerprint] = step = saved.get(fingerprint, 0) + 1
+        self.held[fingerprint] = (attempt, point, Report(fingerprint, attempt, step, {"loss": 1.0}, 1.0))
+        self.taken += 1
+        core.exchange(self.name, self.held, self.taken, 0.0)
+        if step == STEPS:
+            del self.held[fingerprint]
+            core.done(self.name, fingerprint, attempt, "finished", 0.0)
+
+
+@given(
+    guilty=st.dictionaries(st.integers(0, len(POINTS) - 1), st.integers(1, STEPS), max_size=4),
+    lanes=st.integers(1, 8),
+    count=st.integers(1, 3),
+    data=st.data(),
+)
+def test_the_guilty_fail_and_the_innocent_finish(
+    guilty: dict[int, int], lanes: int, count: int, data: st.DataObject
+) -> None:
+    """`guilty`: lane -> the step at which it takes its seat with it, every time."""
+    written: dict[str, str] = {}
+
+    def give_up(life: Life, point: Configuration, why: str) -> State:
+        written[life.fingerprint] = why
+        return "failed"
+
+    core = BrokerCore(give_up=give_up)
+    for number, point in enumerate(POINTS):
+        core.submit(f"t{number}", point, 0.0)
+    fatal = {POINTS[number].fingerprint: step for number, step in guilty.items()}
+    names = (f"seat-{n}.x" for n in itertools.count())
+    seats = [Seat(next(names), lanes) for _ in range(count)]
+    saved: dict[str, int] = {}
+    deaths, turns = 0, 0
+    while any(core.next(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
+        turns += 1
+        assert turns < 1000, "it comes to no end"
+        seat = data.draw(st.sampled_from(seats))
+        seat.refill(core)
+        suspects = [f for f in seat.held if core.lives[f].company is not None]
+        assert all(len(seat.held) <= core.lives[f].company for f in suspects)  # type: ignore[operator]
+        if not seat.held:  # another has what is left: drawn again and again, this one would never end it
+            seat = next((one for one in seats if one.held), seat)
+            if not seat.held:
+                continue
+        fingerprint = data.draw(st.sampled_from(sorted(seat.held)))
+        if saved.get(fingerprint, 0) + 1 == fatal.get(fingerprint):
+            core.seat_ended(seat.name.partition(".")[0], 0.0, How.CRASHED, "SIGABRT")
+            deaths += 1
+            assert not core.deaths.hopeless, "the driver would end the study"
+            seats[seats.index(seat)] = Seat(next(names), lanes)
+        else:
+            seat.step(core, fingerprint, saved)
+    ends = dict(core.ended)
+    assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
+    assert len(ends) == len(core.ended) == len(POINTS)
+    assert set(written) == set(fatal)
+    assert all("while it trained alone: SIGABRT" in why for why in written.values())
+    assert deaths <= len(fatal) * (lanes.bit_length() - 1 + FAILURES_ALLOWED)
+    assert core.suspects == 0
+
+
+def crashed(lanes: int, how: How = How.CRASHED) -> BrokerCore:
+    """A broker whose only seat is gone with so many lanes."""
+    core = BrokerCore()
+    for number, point in enumerate(POINTS[:lanes]):
+        core.submit(f"t{number}", point, 0.0)
+    core.lease("seat-0.x", None, lanes, 0.0)
+    core.seat_gone("seat-0.x", 0.0, how)
+    return core
+
+
+def test_two_seats_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
+    core = crashed(8)
+    for number, point in enumerate(POINTS[8:]):
+        core.submit(f"late{number}", point, 0.0)
+    for name in ("seat-1.x", "seat-2.x"):
+        offer = core.lease(name, None, 8, 0.0)
+        assert len(offer.leases) == 4
+        assert names(offer) <= {point.fingerprint for point in POINTS[:8]}
+        assert core.lease(name, POINTS[0].shape, 4, 0.0).leases == ()
+    late = names(core.lease("seat-3.x", None, 8, 0.0))
+    assert late == {point.fingerprint for point in POINTS[8:]}
+
+
+def names(offer: Offer) -> set[str]:
+    return {lease.configuration.fingerprint for lease in offer.leases}
+
+
+def test_a_new_report_clears_and_one_told_before_does_not() -> None:
+    core = BrokerCore()
+    point = POINTS[0]
+    core.submit("t", point, 0.0)
+    for attempt, step in ((1, 1), (2, 1), (3, 2)):
+        seat = f"seat-{attempt}.x"
+        core.lease(seat, None, 1, 0.0)
+        said = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
+        core.exchange(seat, said, 1, 0.0)
+        assert core.suspects == (attempt == 2)
+        core.seat_gone(seat, 0.0, How.CRASHED)
+    assert core.suspects == 1
+    assert core.lives[point.fingerprint].crashes == 1, "it had news since the first two"
+
+
+def test_a_seat_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
+    core = crashed(8, How.LOST)
+    assert core.suspects == 0
+    assert len(core.lease("seat-1.x", None, 8, 0.0).leases) == 8
+
+
+def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None:
+    core = BrokerCore(scheduler="asha")
+    for number, point in enumerate(POINTS[:2]):
+        core.submit(f"t{number}", point, 0.0)
+    core.lease("seat-0.x", None, 2, 0.0)
+    (parked, suspect) = POINTS[:2]
+    held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
+    core.lives[suspect.fingerprint].suspect(1, 2)
+    assert core.exchange("seat-0.x", held, 1, 0.0) == {parked.fingerprint: Answer.PARK}
+    assert core.lease("seat-0.x", parked.shape, 1, 0.0).leases == (), "it may not join"
+    offer = core.lease("seat-0.x", None, 1, 0.0)
+    assert [lease.configuration for lease in offer.leases] == [suspect]
+    assert offer.apart
+
+
+def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path) -> None:
+    """Its methods alone, without Ray."""
+    broker = Broker(str(tmp_path), "none")
+    point = POINTS[0]
+
+    async def crash() -> Report | State | None:
+        waiting = asyncio.create_task(broker.next("t", point, 0, 30.0))
+        await asyncio.sleep(0)
+        for number in range(FAILURES_ALLOWED):
+            offer = await broker.lease(f"seat-{number}.x", None, 1, {}, 0)
+            assert len(offer.leases) == 1
+            assert not waiting.done()
+            await broker.seat_ended(f"seat-{number}", How.CRASHED, "killed by SIGABRT")
+        return await waiting
+
+    assert asyncio.run(crash()) == "failed"
+    store = Store(tmp_path)
+    record = store.get(point.fingerprint)
+    assert record is not None
+    assert record.state == "failed"
+    assert record.reason == "its seat's process died while it trained alone: killed by SIGABRT"
+    assert store.failures(point.fingerprint) == FAILURES_ALLOWED
+
+
+def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) -> None:
+    broker = Broker(str(tmp_path), "none")
+    point = POINTS[0]
+    folder = Store(tmp_path).checkpoints / point.fingerprint
+    broker.core.submit("t", point, 0.0)
+
+    async def crash(number: int) -> str:
+        assert len((await broker.lease(f"seat-{number}.x", None, 1, {}, 0)).leases) == 1
+        await broker.seat_ended(f"seat-{number}", How.CRASHED, "killed by SIGKILL")
+        return str((await broker.news(0, 0, ""))["hopeless"])
+
+    for number in range(2 * FAILURES_ALLOWED):
+        (folder / str(number + 1)).mkdir(parents=True)
+        (folder / str(number + 1) / f"step-{10 + number:08d}.safetensors").touch()
+        assert asyncio.run(crash(number)) == ""
+        assert broker.core.lives[point.fingerprint].crashes == 1
+    for number in range(FAILURES_ALLOWED - 1):
+        assert not broker.core.ended
+        asyncio.run(crash(100 + number))
+    assert broker.core.ended == [(point.fingerprint, "failed")]
+
+
+def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: Path) -> None:
+    point = POINTS[0]
+    store = Store(tmp_path)
+    store.put(record(point, "finished"))
+    left = store.checkpoints / point.fingerprint / "1" / "step-00000002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    broker = Broker(str(tmp_path), "none")
+    assert asyncio.run(broker.next("t", point, STEPS, 1.0)) == "finished"
+    assert not (store.checkpoints / point.fingerprint).exists()
+
+
+def test_a_seat_that_crashes_on_everything_ends_the_study_before_all_is_spoilt() -> None:
+    points = [configuration(rate=1e-3, seed=seed) for seed in range(60)]
+    for lanes in (1, 4, 8):
+        core = BrokerCore()
+        for number, point in enumerate(points):
+            core.submit(f"t{number}", point, 0.0)
+        deaths = 0
+        while not core.deaths.hopeless:
+            assert core.lease(f"seat-{deaths}.x", None, lanes, 0.0).leases
+            core.seat_ended(f"seat-{deaths}", 0.0, How.CRASHED, "SIGSEGV")
+            deaths += 1
+        assert len(core.ended) == 2 * DEATHS_ALLOWED + 1
+        assert deaths <= len(core.ended) * FAILURES_ALLOWED + 2 * lanes, "halving costs some more"
+
+
+def test_a_seat_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
+    core = BrokerCore()
+    core.submit("t", POINTS[0], 0.0)
+    for number in range(DEATHS_ALLOWED + 1):
+        assert not core.deaths.hopeless
+        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGSEGV")
+    assert "without taking a step" in core.deaths.hopeless
+
+
+def test_a_seat_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
+    """Hours between reports, and checkpoints in between."""
+    saved = {POINTS[0].fingerprint: 0}
+    core = BrokerCore(saved=saved.__getitem__)
+    core.submit("t", POINTS[0], 0.0)
+    for number in range(4 * FAILURES_ALLOWED):
+        saved[POINTS[0].fingerprint] += 5
+        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
+        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGKILL")
+        assert not core.deaths.hopeless
+    for number in range(FAILURES_ALLOWED - 1):
+        assert not core.ended
+        assert core.lease(f"again-{number}.x", None, 1, 0.0).leases
+        core.seat_ended(f"again-{number}", 0.0, How.CRASHED, "SIGKILL")
+    assert core.ended == [(POINTS[0].fingerprint, "failed")], "it got no further"
+
+
+def test_seats_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
+    saved = {POINTS[0].fingerprint: 0}
+    core = BrokerCore(saved=saved.__getitem__)
+    core.submit("t", POINTS[0], 0.0)
+    for number in range(4 * DEATHS_ALLOWED):
+        saved[POINTS[0].fingerprint] += 5
+        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
+        core.seat_ended(f"seat-{number}", 0.0, How.FAILED, "its controller was killed")
+        assert not core.deaths.hopeless
+    for number in range(DEATHS_ALLOWED):
+        assert not core.deaths.hopeless
+        core.lease(f"again-{number}.x", None, 1, 0.0)
+        core.seat_ended(f"again-{number}", 0.0, How.FAILED, "its controller was killed")
+    assert core.deaths.hopeless
+
+
+def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
+    core = BrokerCore()
+    for number, point in enumerate(POINTS[:4]):
+        core.submit(f"t{number}", point, 0.0)
+    for number, lanes in enumerate((4, 2, 1)):
+        assert len(core.lease(f"seat-{number}.x", None, 4, 0.0).leases) == lanes
+        core.seat_ended(f"seat-{number}", 0.0, How.MEMORY)
+    for number in range(DEATHS_ALLOWED):
+        assert core.lives[POINTS[0].fingerprint].crashes == 0
+        assert len(core.lease(f"alone-{number}.x", None, 4, 0.0).leases) == 1
+        core.seat_ended(f"alone-{number}", 0.0, How.MEMORY)
+    assert not core.ended
+    assert core.deaths.hopeless, "there is not even room for one"
+
+
+def test_a_suspect_that_waits_too_long_gets_a_seat_that_drains() -> None:
+    core = BrokerCore()
+    for number, point in enumerate(POINTS):
+        core.submit(f"t{number}", point, 0.0)
+    seat = Seat("seat-1.x", 2)
+    core.lease("seat-0.x", None, 2, 0.0)
+    seat.refill(core)
+    core.seat_ended("seat-0", 0.0, How.CRASHED, "SIGABRT")
+    suspects = {point.fingerprint for point in POINTS[:2]}
+    saved: dict[str, int] = {}
+
+    def finish_one(now: float) -> set[str]:
+        """Returns what came in its place."""
+        fingerprint = min(seat.held)
+        for _ in range(STEPS):
+            seat.step(core, fingerprint, saved)
+        before = set(seat.held)
+        shape = POINTS[0].shape if seat.held else None
+        offer = core.lease(seat.name, shape, 2 - len(seat.held), now)
+        for lease in offer.leases:
+            seat.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+        return set(seat.held) - before
+
+    for _ in range(3):
+        assert len(finish_one(UNSERVED_SECONDS) - suspects) == 1, "the queue goes on"
+    late = UNSERVED_SECONDS + 1
+    assert finish_one(late) == set(), "it drains"
+    assert len(finish_one(late) & suspects) == len(seat.held) == 1
+
+
+def test_two_guilty_lanes_in_a_row_at_one_lane_a_seat_do_not_end_the_study() -> None:
+    core = BrokerCore()
+    for number, point in enumerate(POINTS[:2]):
+        core.submit(f"t{number}", point, 0.0)
+    for number in range(2 * FAILURES_ALLOWED):
+        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
+        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGSEGV")
+        assert not core.deaths.hopeless
+    assert [state for _, state in core.ended] == ["failed", "failed"]

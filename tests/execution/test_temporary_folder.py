@@ -1,0 +1,147 @@
+"""What other users of a machine leave in its temporary folder is not taken for this user's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.execution.ray import cleanup, runtime
+from orchestrator.util.errors import BadInput
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary folder that only this test uses."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process
+        process.kill()
+
+
+def list_of(process: subprocess.Popen[bytes]) -> str:
+    """Return the list that a driver has written which is dead now, with `process` as its Ray."""
+    with subprocess.Popen(["true"]) as driver:
+        driver.wait()
+    known = json.loads(cleanup.written([psutil.Process(process.pid)] * 2))
+    known["processes"][0] = (driver.pid, 0.0)
+    return json.dumps(known)
+
+
+def another_users(path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("not root: cannot make a file that belongs to another user")
+    os.chown(path, NOBODY, NOBODY)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def writable(path: Path) -> None:
+    path.chmod(0o777)
+
+
+@pytest.mark.parametrize("planted", [another_users, writable, linked])
+def test_a_list_of_processes_that_another_user_may_have_written_ends_none(
+    temporary: Path, sleeper: subprocess.Popen[bytes], planted: Callable[[Path], None]
+) -> None:
+    folder = temporary / f"lora-orchestrator-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "1.json").write_text(list_of(sleeper))
+    planted(folder)
+    with pytest.raises(BadInput) as refused:
+        cleanup.end()
+    said = str(refused.value)
+    assert said.startswith(f"{folder} is not a folder that only you can write to (")
+    assert said.endswith("; remove it, or set TMPDIR to a folder of your own.")
+    assert "\n" not in said
+    assert sleeper.poll() is None
+    assert (folder / "1.json").exists()
+
+
+def test_a_list_of_ones_own_is_followed(temporary: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    folder = temporary / f"lora-orchestrator-{os.getuid()}"
+    assert cleanup.folder() == folder
+    folder.mkdir(mode=0o700)
+    (folder / "1.json").write_text(list_of(sleeper))
+    cleanup.end()
+    sleeper.wait()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_list_that_is_written_again_stays_whole_for_its_readers(
+    temporary: Path, sleeper: subprocess.Popen[bytes]
+) -> None:
+    def listed(text: str) -> set[int]:
+        return {number for number, _ in json.loads(text)["processes"]}
+
+    cleanup.folder().mkdir(mode=0o700)
+    cleanup.write()
+    (file,) = cleanup.folder().iterdir()
+    with file.open() as reader:
+        cleanup.write([psutil.Process(sleeper.pid)])
+        assert {os.getpid(), sleeper.pid} <= listed(reader.read())
+    assert os.getpid() in listed(file.read_text())
+    assert sleeper.pid not in listed(file.read_text())
+    assert list(cleanup.folder().iterdir()) == [file]
+
+
+def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(temporary: Path) -> None:
+    word = temporary / "ray" / "ray_current_cluster"
+    word.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        word.write_text(where)
+        assert runtime.address() == where
+        another_users(word)
+        with pytest.raises(BadInput) as refused:
+            runtime.address()
+    assert f"RAY_ADDRESS={where}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert runtime.address() is None, "one that does not answer is nobody's"
+
+
+def pipe(word: Path) -> None:
+    os.mkfifo(word)
+
+
+def link(word: Path) -> None:
+    word.with_name("elsewhere").write_text("127.0.0.1:1")
+    word.symlink_to("elsewhere")
+
+
+def text(word: Path) -> None:
+    word.write_text("no address")
+
+
+@pytest.mark.timeout(60)  # a pipe without a writer would be waited for without end
+@pytest.mark.parametrize("planted", [pipe, link, Path.mkdir, text])
+def test_a_word_that_names_no_cluster_is_none(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, planted: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(runtime, "listens", lambda host, port: True)
+    word = temporary / "ray" / "ray_current_cluster"
+    word.parent.mkdir()
+    planted(word)
+    assert runtime.address() is None
+
+
+def test_a_port_that_is_none_does_not_listen() -> None:
+    assert not runtime.listens("127.0.0.1", 10**30)

@@ -1,0 +1,196 @@
+"""The rungs, their settings, and the delegate over Tune's schedulers: with real Tune, without seats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from test_broker_core import configuration
+
+from orchestrator.execution.tune.rungs import due, entry, evaluation, first_rung, settings
+from orchestrator.study.configuration import Configuration, Schedule
+
+
+def lane(rate: float = 1e-3, steps: int = 9, warmup: float = 0.05, variant: str = "lora") -> Configuration:
+    point = configuration(variant, rate)
+    return replace(point, schedule=Schedule(steps, warmup=warmup), evaluations=min(9, steps))
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0.0, 10), (0.1, 10), (0.12, 20), (0.5, 50), (1.0, 90)])
+def test_the_first_rung_is_the_first_evaluation_after_the_warmup(warmup: float, first: int) -> None:
+    point = lane(steps=90, warmup=warmup)
+    assert first_rung(point) == first
+    counted = [evaluation(point, step) for step in due(point)]
+    assert counted == [max(0, 1 + (step - first) // 10) for step in due(point)]
+
+
+def test_settings_tell_schedulers_and_first_rungs_apart() -> None:
+    points = [lane(steps=90), lane(steps=90, warmup=0.5)]
+    said = {settings(name, point) for name in ("asha", "median", "hyperband") for point in points}
+    assert len(said) == 6
+    assert settings("none", points[0]) == ""
+    assert settings("asha", points[0]) == "asha loss=min first=10 eta=4 last=30"
+    assert settings("asha", points[1]) == "asha loss=min first=50 eta=4 last=50"
+    assert settings("median", points[0]) == "median loss=min first=10 samples=3"
+    assert settings("asha", lane(1e-2, steps=90)) == settings("asha", points[0]), "the rate is not a setting"
+
+
+def test_known_results_come_first_but_for_hyperband_where_order_makes_the_brackets() -> None:
+    points = [lane(rate) for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
+    all_new = entry("hyperband", [], points, 4)
+    assert entry("none", points[:2], points[2:], 4) == points[2:]
+    assert entry("asha", points[:2], points[2:], 4) == points
+    assert entry("hyperband", points[:2], points[2:], 4) == all_new
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 40])
+def test_trials_leave_half_of_the_memory_to_seats_under_hyperband_too(nodes: int) -> None:
+    from orchestrator.execution.ray.runtime import Cluster, Node
+    from orchestrator.execution.session import Room
+    from orchestrator.execution.trainers.trainer import SeatPlan
+    from orchestrator.execution.tune.trial import MEMORY_BYTES
+
+    room = Room(2, SeatPlan(lanes=4, gpus=0, store="", scratch=""))
+    for memory in (2 * 2**30, 64 * 2**30):
+        cluster = Cluster((Node(8, 0, memory),) * nodes)
+        at_once, each = room.trials(cluster, "asha")
+        assert at_once is not None
+        assert at_once <= 16
+        assert at_once * MEMORY_BYTES <= cluster.memory / 2
+        at_once, asked = room.trials(cluster, "hyperband")
+        assert at_once is None
+        assert nodes <= nodes * (memory // asked) <= max(16, nodes), "as many, but one a node at least"
+        assert nodes * (memory // asked) * each <= cluster.memory / 2
+
+
+# -- with Tune. A lane of rate r has the losses r, r, ...
+
+
+@dataclass(frozen=True)
+class EndsEarly:
+    """The lane of this rate ends by itself after so many evaluations, when the `others` wait for it."""
+
+    rate: float
+    after: int
+    others: frozenset[float]
+    others_at: int
+
+
+@pytest.fixture(scope="module")
+def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """(scheduler, points, known, ends, at once) -> the last evaluation of each variant and rate."""
+    from ray import tune
+
+    from orchestrator.execution.tune.early_stopping import PerGroup
+
+    class Lane(tune.Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            self.point, self.at = Configuration.from_json(config["configuration"]), 0
+            rate = self.point.optimizer.learning_rate
+            self.ends, self.ready = config["ends"].get(str(rate)), Path(config["ready"])
+
+        def step(self) -> dict[str, Any]:
+            import time
+
+            if self.at == self.ends:
+                while not self.ready.exists():
+                    time.sleep(0.05)
+                return self.result() | {"done": True}
+            self.at += 1
+            return self.result() | {"done": self.at == self.point.schedule.steps}
+
+        def result(self) -> dict[str, Any]:
+            rate = self.point.optimizer.learning_rate
+            return {"step": self.at, "evaluation": self.at, "loss": rate, "rate": rate}
+
+        def reset_config(self, config: dict[str, Any]) -> bool:
+            self.setup(config)
+            return True
+
+        def save_checkpoint(self, folder: str) -> dict[str, Any]:
+            return {"at": self.at}
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            self.at = checkpoint["at"]
+
+    class Others(tune.Callback):
+        """Writes `ready` when the others are paused, all after the same evaluation."""
+
+        def __init__(self, ends: EndsEarly, ready: Path) -> None:
+            self.ends, self.ready = ends, ready
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            paused = [trial.last_result for trial in trials if trial.status == "PAUSED"]
+            if self.ends.others <= {r["rate"] for r in paused if r["evaluation"] == self.ends.others_at}:
+                self.ready.touch()
+
+    def run(
+        scheduler: str,
+        points: list[Configuration],
+        known: Collection[str] = (),
+        ends: EndsEarly | None = None,
+        at_once: int | None = None,
+    ) -> dict[tuple[str, float], int]:
+        folder = tmp_path_factory.mktemp("tune")
+        ready = folder / "ready"
+        tuner = tune.Tuner(
+            tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 1}])),
+            param_space={
+                "configuration": tune.grid_search([point.to_json() for point in points]),
+                "ends": {str(ends.rate): ends.after} if ends else {},
+                "ready": str(ready),
+            },
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=at_once, reuse_actors=True, scheduler=PerGroup(scheduler, known)
+            ),
+            run_config=tune.RunConfig(
+                storage_path=str(folder),
+                verbose=0,
+                callbacks=[Others(ends, ready)] if ends else [],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        results = tuner.fit()
+        assert not results.errors
+        return {
+            (Configuration.from_json(r.config["configuration"]).variant.name, r.metrics["rate"]): r.metrics[
+                "step"
+            ]
+            for r in results
+        }
+
+    return run
+
+
+@pytest.mark.ray
+def test_a_replayed_result_fills_the_rungs_and_is_not_stopped_itself(tune_run: Any) -> None:
+    good, bad, worse = lane(1e-3), lane(1e-1), lane(2e-1)
+    other = lane(1.0, variant="hira")
+    known = {point.fingerprint for point in (good, worse)}
+    found = tune_run("asha", [good, worse, bad, other], known, at_once=1)
+    # Rungs after 1, 3 and 9; alone, `bad` would be compared with nobody. HiRA is another group.
+    assert found == {("lora", 1e-3): 9, ("lora", 2e-1): 9, ("lora", 1e-1): 1, ("hira", 1.0): 9}
+
+
+@pytest.mark.ray
+def test_the_median_counts_replayed_results(tune_run: Any) -> None:
+    points = [lane(rate) for rate in (1e-3, 2e-3, 3e-3, 1e-1)]
+    known = {point.fingerprint for point in points[:3]}
+    found = tune_run("median", points, known, at_once=1)
+    assert [found["lora", rate] for rate in (1e-3, 2e-3, 3e-3, 1e-1)] == [9, 9, 9, 1]
+
+
+@pytest.mark.ray
+def test_hyperband_goes_on_when_a_lane_ends_by_itself_while_its_bracket_waits(tune_run: Any) -> None:
+    """Brackets of 3, 5 and 9 lanes. Of the 9 the best three go on from the first rung to the third
+    evaluation; one of them ends before, when the others are paused there. Another variant has its own."""
+    points = [lane(float(rate)) for rate in range(1, 18)]
+    others = [lane(float(rate), variant="hira") for rate in range(21, 29)]
+    ends = EndsEarly(rate=9.0, after=2, others=frozenset({10.0, 11.0}), others_at=3)
+    found = tune_run("hyperband", points + others, ends=ends)
+    assert [found["lora", float(rate)] for rate in range(9, 18)] == [2, 9, 3, 1, 1, 1, 1, 1, 1]
+    assert [found["hira", float(rate)] for rate in range(21, 29)] == [9, 9, 9, 9, 9, 3, 3, 3]

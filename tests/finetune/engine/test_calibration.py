@@ -1,0 +1,111 @@
+"""Evidence for a start: computed once for a model, task, variant and seed, the same wherever it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
+
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, ModelChoice
+from variants import catalogue
+from variants.base import Evidence
+
+CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).evidence is not Evidence.NONE]
+
+
+def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) -> Configuration:
+    one = configuration(variant=variant, rate=rate, seed=seed, steps=4)
+    extra = {**catalogue.get(variant).extra, "calibration_batches": batches}
+    return replace(one, variant=replace(one.variant, extra=extra))
+
+
+def kept(store: Store) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in store.evidence.iterdir()}
+
+
+def test_there_are_some_of_every_kind() -> None:
+    assert {catalogue.get(name).evidence for name in CALIBRATED} == set(Evidence) - {Evidence.NONE}
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, store: Store) -> None:
+    rates = [point(variant, rate=rate) for rate in (1e-3, 1e-2)]
+    train(Script(leases(rates)), store)
+    first = kept(store)
+    assert len(first) == 1
+    train(Script(leases([point(variant, rate=1e-1)])), store)
+    assert kept(store) == first  # read, not written again
+    train(Script(leases([point(variant, seed=1)])), store)
+    assert len(kept(store)) == 2
+    for c in rates:
+        record = store.get(c.fingerprint)
+        assert record is not None
+        assert record.state == "finished", record.traceback
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
+)
+def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], bytes]) -> None:
+    train(Script(leases([point("eva")])), store)
+    (file,) = store.evidence.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    again = point("eva", rate=1e-3)
+    train(Script(leases([again])), store)
+    assert file.read_bytes() == whole
+    record = store.get(again.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+
+
+def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Path) -> None:
+    """Two files were swapped, or one was renamed: each is whole."""
+    train(Script(leases([point("eva")])), store)
+    (mine,) = store.evidence.iterdir()
+    whole = mine.read_bytes()
+    train(Script(leases([point("eva", seed=1)])), store)
+    (its,) = set(store.evidence.iterdir()) - {mine}
+    mine.write_bytes(its.read_bytes())
+    again = point("eva", rate=1e-3)
+    train(Script(leases([again])), store)
+    assert mine.read_bytes() == whole
+    record = store.get(again.fingerprint)
+    assert record is not None
+    assert numbers_of(record) == numbers_of(solo(again, tmp_path))
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
+    pack = [point(variant, seed=seed) for seed in range(3)]
+    train(Script(leases(pack)), store)
+    for c in pack:
+        record = store.get(c.fingerprint)
+        assert record is not None
+        assert numbers_of(record) == numbers_of(solo(c, tmp_path))
+
+
+@pytest.mark.parametrize("variant", CALIBRATED)
+def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Store) -> None:
+    c = point(variant, batches=2)
+    seen: list[torch.Tensor] = []
+
+    def load(choice: ModelChoice, task: Task) -> Bench:
+        bench = tiny_bench(choice, task)
+        bench.model.register_forward_pre_hook(
+            lambda model, args, given: seen.append(given["input_ids"]), with_kwargs=True
+        )
+        return bench
+
+    train(Script(leases([c])), store, load_bench=load)
+    # Splits are scored in batches of another size.
+    batches = [ids for ids in seen if len(ids) == c.batches.batch_size]
+    assert len(batches) == 2 + c.schedule.steps
+    assert all(torch.equal(mine, its) for mine, its in zip(batches[:2], batches[2:4], strict=True))

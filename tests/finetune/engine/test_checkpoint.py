@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.finetune.engine.checkpoint import Checkpoint, newest, read, write
+
+
+def make(step: int, attempt: int = 1, **state: object) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    a, b = torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)
+    return Checkpoint(
+        "f" * 64,
+        attempt,
+        step,
+        trainable={"layers.0.q_proj.A": a, "layers.0.q_proj.B": a.T},  # a view that is not contiguous
+        frozen={"layers.0.q_proj.A0": b.double()},
+        moments={"exp_avg": {"layers.0.q_proj.A": b}, "exp_avg_sq": {"layers.0.q_proj.A": b.bfloat16()}},
+        state=state,
+    )
+
+
+def equal(one: Checkpoint, other: Checkpoint) -> bool:
+    def tensors(c: Checkpoint) -> dict[str, torch.Tensor]:
+        parts = {"t": c.trainable, "f": c.frozen, **c.moments}
+        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+
+    mine, theirs = tensors(one), tensors(other)
+    return (
+        (one.fingerprint, one.attempt, one.step) == (other.fingerprint, other.attempt, other.step)
+        and mine.keys() == theirs.keys()
+        and all(t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]) for name, t in mine.items())
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = make(15, curve=[{"loss": 0.1 + 0.2}], smoothed=None, worst=math.inf)
+    found = read(write(tmp_path, saved))
+    assert equal(found, saved)
+    assert found.state == saved.state
+
+
+def test_a_lane_that_has_not_stepped_has_no_moments(tmp_path: Path) -> None:
+    a = {"q.A": torch.ones(2)}
+    write(tmp_path, Checkpoint("f", 0, 0, a, {}, {"exp_avg": {}, "exp_avg_sq": {}}))
+    found = newest(tmp_path, print)
+    assert found is not None
+    assert torch.equal(found.trainable["q.A"], a["q.A"])
+    assert found.frozen == found.moments == {}
+
+
+def test_newest_over_all_attempts(tmp_path: Path) -> None:
+    assert newest(tmp_path / "nothing", print) is None
+    for attempt, step in [(2, 30), (9, 15), (10, 30)]:
+        write(tmp_path, make(step, attempt))
+    found = newest(tmp_path, print)
+    assert found is not None
+    assert (found.step, found.attempt) == (30, 10)  # by number: 10 comes after 9 and 2
+
+
+def test_two_are_kept_of_an_attempt(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, make(step))
+    write(tmp_path, make(5, attempt=2))
+    kept = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.safetensors"))
+    assert kept == [
+        "1/step-00000015.safetensors",
+        "1/step-00000020.safetensors",
+        "2/step-00000005.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -1])
+def test_a_torn_one_is_skipped_with_a_line(tmp_path: Path, keep: int) -> None:
+    write(tmp_path, make(5))
+    torn = write(tmp_path, make(10))
+    torn.write_bytes(torn.read_bytes()[:keep])
+    said: list[str] = []
+    found = newest(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 5
+    (line,) = said
+    assert line.startswith(f"skipped the damaged checkpoint {torn}: ")
+    assert "\n" not in line
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    """Of every byte of the file one bit is flipped: header, JSON, tensors."""
+    older = write(tmp_path, make(5, curve=[{"loss": 0.25}]))
+    path = write(tmp_path, make(10, curve=[{"loss": 0.25}]))
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        said: list[str] = []
+        found = newest(tmp_path, said.append)
+        assert found is not None, place
+        # A bit of the header's padding may be flipped without any harm: then all is as it was written.
+        assert (found.step, len(said)) == (5, 1) or equal(found, make(10)), place
+        assert found.state == {"curve": [{"loss": 0.25}]}
+    assert older.exists()
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    place = write(tmp_path, make(5))
+    (place.parent / ".step-00000009.safetensors.77").write_bytes(b"half")  # a writer died before its rename
+    (place.parent / "step-x.safetensors").write_bytes(b"no number")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "step-00000099.safetensors").write_bytes(b"no attempt")
+    found = newest(tmp_path, print)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    write(tmp_path, make(5))
+    save_file({"weight": torch.ones(2)}, tmp_path / "1" / "step-00000099.safetensors")
+    found = newest(tmp_path, print)
+    assert found is not None
+    assert found.step == 5
+
+
+@pytest.mark.parametrize("other", ["another lane's", "of another step"])
+def test_a_whole_one_in_the_place_of_another_is_skipped_with_a_line(tmp_path: Path, other: str) -> None:
+    """Two files were swapped, renamed, or copied back into another's place: each is whole."""
+    mine = tmp_path / ("f" * 64)
+    write(mine, make(5))
+    path = write(mine, make(10))
+    if other == "another lane's":
+        theirs = write(tmp_path / ("e" * 64), replace(make(10), fingerprint="e" * 64))
+        path.write_bytes(theirs.read_bytes())
+    else:
+        path = path.rename(path.with_name("step-00000012.safetensors"))
+    said: list[str] = []
+    found = newest(mine, said.append, "f" * 64)
+    assert found is not None
+    assert found.step == 5
+    (line,) = said
+    assert line.startswith(f"skipped the damaged checkpoint {path}: ")
+    assert ("eeeeeeeeeeee" if other == "another lane's" else "step 10") in line

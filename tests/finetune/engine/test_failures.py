@@ -1,0 +1,416 @@
+"""What is no lane's fault: too little memory, a full disk, a lost device. Caused for real where it can be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import short_of_memory
+import torch
+from full_disk import Disk, mounted
+from pair import process
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from short_of_memory import HUGE, LANES, LATER, WIDE, Again
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from orchestrator.finetune.engine.checkpoint import newest
+from orchestrator.finetune.engine.lane_source import Answer, Lease
+from orchestrator.finetune.failures import Fault, SeatBroken, StoreFull, fault_of
+from orchestrator.finetune.process_group import Failed
+from orchestrator.record import lane_capacity
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from variants import catalogue as variants
+
+pytestmark = pytest.mark.xdist_group("pair")  # see pair.py: its server has torch imported already
+
+
+def get(store: Store, point: Configuration) -> Record:
+    record = store.get(point.fingerprint)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Fault.MEMORY),
+        (MemoryError(), Fault.MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Fault.MEMORY),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), Fault.DEVICE),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Fault.DEVICE),
+        (OSError(errno.ENOSPC, "No space left on device"), Fault.DISK),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), Fault.LANE),
+        (ValueError("an error that speaks of CUDA error: words"), Fault.LANE),
+        (Failed("reason", "trace", Fault.MEMORY), Fault.MEMORY),
+    ],
+)
+def test_who_is_to_blame(error: Exception, fault: Fault) -> None:
+    assert fault_of(error) is fault
+    outer = RuntimeError("while it was at work")
+    outer.__cause__ = error
+    assert fault_of(outer) is fault
+    assert Failed.of(outer).fault is fault
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
+    """What a work of short_of_memory.py told."""
+    done = process(work, folder)
+    done.join()
+    assert done.exitcode == 0, (folder / "said").read_text()
+    return json.loads((folder / "told.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The store's folders, and what was told."""
+    folder = tmp_path_factory.mktemp("short")
+    return folder, short_of(short_of_memory.together, folder)
+
+
+@pytest.mark.slow
+def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
+    short: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, told = short
+    said = (folder / "said").read_text()
+    assert f"out of memory with {LANES} lanes, now {LANES // 2} at once; remembered in" in said
+    assert told["most"] == LANES
+    given_back = {name for name, _ in told["given_back"]}
+    assert len(given_back) == LANES // 2
+    assert told["taken"] == LANES, "no step was lost, none taken twice"
+    for point in WIDE:
+        record = get(Store(folder / "short"), point)
+        assert record.state == "finished"
+        assert record.provenance.attempt == (2 if point.fingerprint in given_back else 1)
+        assert numbers_of(record) == numbers_of(get(Store(folder / f"plenty-{LANES}"), point))
+
+
+@pytest.mark.slow
+def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, Any]]) -> None:
+    folder, told = short
+    assert told["later_most"] == LANES // 2
+    assert told["later_given_back"] == []
+    store = Store(folder / "short")
+    assert {get(store, point).state for point in LATER} == {"finished"}
+    place = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
+    assert lane_capacity.most_lanes(store.limits, WIDE[0].shape, place) == LANES // 2
+
+
+def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: Path) -> None:
+    told = short_of(short_of_memory.alone, tmp_path)
+    assert [state for _, _, state in told["ended"]] == ["failed", "finished"]
+    record = get(Store(tmp_path / "alone"), HUGE)
+    assert "out of memory with one lane alone: try --gradient-checkpointing, --accumulation" in record.reason
+    assert "DefaultCPUAllocator" in record.traceback
+
+
+@pytest.mark.parametrize("nth", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
+    nth: int, store: Store, tmp_path: Path
+) -> None:
+    """The nth forward pass over more than two lanes that are being scored finds none: in one split or in the
+    other, with scores of the first there already."""
+    bench = tiny_bench(configuration().model)
+    forward, wide = bench.model.forward, []
+
+    def starves(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 16:
+            wide.append(len(kwargs["input_ids"]))
+            if len(wide) == nth:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    bench.model.forward = starves
+    points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
+    source = Again(leases(points))
+    train(source, store, load_bench=lambda choice, task: bench)
+    assert len(source.spilled) == 2
+    assert len(wide) == nth
+    assert source.taken == 4 * len(points)
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_path: Path) -> None:
+    """The fifth of six; the one after it is given back unopened."""
+    bench = tiny_bench(configuration().model)
+    forward, raised = bench.model.forward, []
+
+    def starves(*args: Any, **kwargs: Any) -> Any:
+        if len(source.lanes) == 5 and not raised:
+            raised.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    bench.model.forward = starves
+    points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
+    few = {**variants.get("eva").extra, "calibration_batches": 2}
+    points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
+    source = Again(leases(points))
+    train(source, store, load_bench=lambda choice, task: bench)
+    assert len(source.spilled) == 4
+    assert max(map(len, source.held)) == 2
+    assert source.taken == 2 * len(points)
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+def test_limits_only_get_lower_and_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
+    path = lane_capacity.remember(tmp_path, "shape", "gpu", 4, 8)
+    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") == 4
+    assert lane_capacity.most_lanes(tmp_path, "shape", "another gpu") is None
+    path.write_text('{"lanes": ')
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
+    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") == 6
+    other = lane_capacity.remember(tmp_path, "another shape", "gpu", 1, 2)
+    other.replace(path)  # of another shape
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
+    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
+    path.write_bytes(path.read_bytes().replace(b'"lanes": 6', b'"lanes": 2'))  # a flipped bit
+    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
+
+
+def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
+    store: Store, tmp_path: Path
+) -> None:
+    """Its optimizer has found no memory for the last of its moments."""
+    points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(3)]
+    raised = []
+
+    def starve(optimizer: torch.optim.Optimizer, *rest: object) -> None:
+        mine = next((lane for lane in source.lanes.values() if lane.optimizer is optimizer), None)
+        if mine is not None and mine.name == points[1].fingerprint and mine.step == 4 and not raised:
+            raised.append(mine.step)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    source = Again(leases(points))
+    handle = register_optimizer_step_post_hook(starve)
+    try:
+        train(source, store)
+    finally:
+        handle.remove()
+    assert raised == [4]
+    assert (points[1].fingerprint, 1) in source.spilled
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+    torn = get(store, points[1])
+    assert torn.provenance.resumed_from == (4,)
+
+
+# -- a lost device ------------------------------------------------------------------------------------------
+
+BROKEN = '''
+import torch
+
+from orchestrator.finetune.tasks import letters
+
+
+class Broken(letters.Letters):
+    """Says what CUDA says when its context is gone."""
+
+    def {method}(self, *args):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+'''
+
+
+def test_a_lost_device_ends_the_process_and_is_no_lanes_failure(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN.format(method="encode"))
+    source = Script(leases(configuration(task=str(path), seed=seed, steps=4) for seed in range(4)))
+    with pytest.raises(SeatBroken, match=r"the device is lost to this process: .*device-side assert"):
+        train(source, store)
+    assert source.ended == []
+    assert not store.states()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA's context is really lost in it")
+def test_an_index_out_of_range_on_a_gpu_is_a_lost_device(tmp_path: Path) -> None:
+    program = (
+        "import torch\n"
+        "from orchestrator.finetune.failures import Fault, fault_of\n"
+        "try:\n"
+        "    torch.nn.Embedding(4, 4).cuda()(torch.tensor([9], device='cuda')).sum().item()\n"
+        "except Exception as error:\n"
+        "    print(fault_of(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(Fault.DEVICE)], done.stderr
+
+
+# -- a full disk --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted(tmp_path / "disk", megabytes=2) as disk:
+        yield disk
+
+
+class Filling(Again):
+    """Fills the disk when a lane has come to step `full`, and frees it again at step `freed`."""
+
+    disk: Disk
+    full, freed = 0, 0
+    is_full = False
+
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        answers = super().exchange(taken)
+        furthest = max(self.steps.values(), default=0)
+        if self.full and furthest >= self.full:
+            self.disk.fill()
+            self.full, self.is_full = 0, True
+        if self.is_full and self.freed and furthest >= self.freed:
+            self.disk.free()
+            self.is_full = False
+        return answers
+
+
+def test_a_checkpoint_that_finds_no_space_is_left_out(
+    disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store's checkpoints alone lie on the full disk; a lane that leaves meanwhile goes on from the one
+    before."""
+    store = Store(tmp_path / "store")
+    store.checkpoints = disk.folder
+    points = [configuration(seed=seed, steps=12, evaluations=6) for seed in range(2)]
+    source = Filling(leases(points))
+    source.disk, source.full, source.freed = disk, 3, 9
+    seen: dict[int, int] = {}
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        step = steps.get(points[0].fingerprint, 0)
+        found = newest(disk.folder / points[0].fingerprint, print)
+        seen.setdefault(step, found.step if found else 0)
+        leaves = step == 7 and not source.spilled
+        return {points[0].fingerprint: Answer.LEAVE} if leaves else {}
+
+    source.changes = changes
+    with caplog.at_level(logging.WARNING):
+        train(source, store)
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "cannot save lanes" in line and "No space left" in line]) == 1
+    assert not [line for line in said if "skipping" in line], "no torn file under a good name"
+    assert seen[6] == 2, "it trained on and could not be saved"
+    assert seen[11] == 10, "it was saved again when there was space"
+    assert (points[0].fingerprint, 1) in source.spilled
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+    assert get(store, points[0]).provenance.resumed_from == (2,)
+
+
+def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -> None:
+    store = Store(disk.folder / "store")
+    points = [configuration(seed=seed, steps=4, evaluations=1) for seed in range(2)]
+    source = Filling(leases(points))
+    source.disk, source.full = disk, 2
+    said: list[str] = []
+
+    class Frees(logging.Handler):
+        """Frees the disk when the loop says that it waits for that."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            if "waiting for space" in record.getMessage():
+                said.append(record.getMessage())
+                disk.free()
+
+    handler = Frees()
+    logging.getLogger("orchestrator.finetune.engine.recorder").addHandler(handler)
+    try:
+        train(source, store, record_seconds=1.0)
+    finally:
+        logging.getLogger("orchestrator.finetune.engine.recorder").removeHandler(handler)
+    assert len(said) == 1
+    assert [state for _, _, state in source.ended] == ["finished", "finished"]
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+def test_a_record_that_finds_no_space_for_long_ends_the_seat_and_loses_nothing(
+    disk: Disk, tmp_path: Path
+) -> None:
+    store = Store(disk.folder / "store")
+    points = [
+        configuration(seed=seed, steps=steps, evaluations=1) for seed, steps in ((0, 2), (1, 6), (2, 9))
+    ]
+    source = Filling(leases(points))
+    source.disk, source.full = disk, 4
+    with pytest.raises(StoreFull, match=r"no space left on .*/store; free some, then run the command again"):
+        train(source, store, record_seconds=0.3)
+    assert [fingerprint for fingerprint, _, _ in source.ended] == [points[0].fingerprint]
+    assert {f for f, _ in source.spilled} == {points[1].fingerprint, points[2].fingerprint}
+    assert store.states() == {points[0].fingerprint: "finished"}
+    assert not [path for path in store.records_folder.rglob("*.json") if points[1].fingerprint in path.name]
+    disk.free()
+    train(Script([Lease(point, 2) for point in points]), store)
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
+
+
+# -- checkpoints of the dead --------------------------------------------------------------------------------
+
+
+def test_checkpoints_that_the_writer_of_a_final_record_left_go(store: Store) -> None:
+    """It died between the two, or a lane of an old lease was saved after that."""
+    point = configuration(steps=4)
+    train(Script(leases([point])), store)
+    assert not (store.checkpoints / point.fingerprint).exists()
+    left = store.checkpoints / point.fingerprint / "1" / "step-00000002.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    source = Script(leases([point], attempt=2))
+    train(source, store)
+    assert source.ended == [(point.fingerprint, 2, "finished")]
+    assert not (store.checkpoints / point.fingerprint).exists()
+
+
+def test_a_lane_whose_record_somebody_else_has_written_leaves_no_checkpoint(
+    store: Store, tmp_path: Path
+) -> None:
+    point = configuration(steps=8, evaluations=4)
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        if steps.get(point.fingerprint) != 5:
+            return {}
+        store.put(solo(point, tmp_path))
+        return {point.fingerprint: Answer.DROP}
+
+    source = Script(leases([point]), changes=changes)
+    train(source, store)
+    assert source.ended == []
+    assert not (store.checkpoints / point.fingerprint).exists()
+
+
+def test_a_lane_that_leaves_is_saved_at_once_and_goes_on_elsewhere(store: Store, tmp_path: Path) -> None:
+    points = [configuration(seed=seed, steps=8, evaluations=2) for seed in range(2)]
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        return dict.fromkeys(steps, Answer.LEAVE) if 3 in steps.values() else {}
+
+    source = Script(leases(points), changes=changes)
+    train(source, store)
+    assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
+    assert source.ended == []
+    assert {newest(store.checkpoints / point.fingerprint, print).step for point in points} == {3}  # type: ignore[union-attr]
+    train(Script(leases(points, attempt=2)), store)
+    for point in points:
+        assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))

@@ -1,0 +1,61 @@
+"""Numbers do not change unnoticed: every variant's first losses, against those kept in golden_curves.json.
+
+A change that is meant raises `numerics` (the variant's, the task's or the loop's), so that old records no
+longer count, and writes the file anew:  python tests/finetune/engine/test_golden_curves.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from scripted import configuration, solo
+
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from variants import catalogue
+from variants.base import Adapts
+
+FILE = Path(__file__).with_name("golden_curves.json")
+
+
+def point(variant: str) -> Configuration:
+    """Of letters, or where a head is all that learns of reviews."""
+    chosen = catalogue.get(variant)
+    task = "reviews" if chosen.adapts is Adapts.NOTHING else "letters"
+    alpha = 8.0 if chosen.uses_alpha else None
+    return configuration(variant=variant, alpha=alpha, steps=6, evaluations=1, task=task)
+
+
+def numerics(c: Configuration) -> str:
+    return f"variant {catalogue.get(c.variant.name).numerics}, task {c.task.numerics}, loop {c.loop_numerics}"
+
+
+def curve(c: Configuration, folder: Path) -> list[float]:
+    record = solo(c, folder)
+    assert record.state == "finished", record.traceback
+    return [step.loss for step in record.curve]
+
+
+@pytest.mark.parametrize("variant", catalogue.names())
+def test_the_losses_are_what_they_were_under_these_numerics(
+    variant: str, store: Store, tmp_path: Path
+) -> None:
+    golden = json.loads(FILE.read_text()).get(variant, {})
+    c = point(variant)
+    assert numerics(c) in golden, f"no golden curve of {variant} with {numerics(c)}: see the top of this file"
+    assert curve(c, tmp_path) == pytest.approx(golden[numerics(c)], rel=1e-4)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    import torch
+
+    torch.set_num_threads(1)
+    kept = {}
+    for name in catalogue.names():
+        with tempfile.TemporaryDirectory() as folder:
+            kept[name] = {numerics(point(name)): [round(x, 7) for x in curve(point(name), Path(folder))]}
+    FILE.write_text(json.dumps(kept, indent=1) + "\n")

@@ -1,0 +1,135 @@
+"""The life of a lane on its seat: a state machine, and the loop under random answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import (
+    Script,
+    configuration,
+    leases,
+    train,
+)
+
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
+from orchestrator.finetune.engine.lane_state import NEXT, IllegalMove, Phase, due_steps
+from orchestrator.record.store import Store
+
+
+def test_due_steps() -> None:
+    assert due_steps(60, 4) == (15, 30, 45, 60)
+    assert due_steps(10, 3) == (3, 6, 10)
+    assert due_steps(2, 4) == (1, 2)
+    assert due_steps(5, 0) == (5,)
+
+
+def test_illegal_moves_are_refused() -> None:
+    for here, there in itertools.product(Phase, Phase):
+        lane = Lane(Lease(configuration(), 1))
+        lane.phase = here
+        if there in NEXT[here]:
+            lane.move(there)
+            assert lane.phase is there
+        else:
+            with pytest.raises(IllegalMove, match=f"from {here} to {there}"):
+                lane.move(there)
+    assert not NEXT[Phase.ENDED]
+
+
+# Every example trains several lanes.
+@settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
+@given(st.data())
+def test_under_any_answers_no_lane_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = Store(tmp_path_factory.mktemp("store"))
+    count = data.draw(st.integers(1, 4), label="lanes")
+    lanes = [configuration(seed=s, steps=4, evaluations=data.draw(st.integers(1, 4))) for s in range(count)]
+    lanes += [configuration(seed=9, rate=1e36, steps=4)] * data.draw(st.integers(0, 1), label="diverging")
+    answer = st.sampled_from([Answer.GO, Answer.GO, Answer.PARK, Answer.STOP, Answer.DROP, Answer.LEAVE])
+    dropped: set[str] = set()
+    parked_at: dict[str, int] = {}
+    seen: dict[str, int] = {}
+
+    def tell(fingerprint: str, step: int, told: Answer) -> Answer:
+        if told is Answer.DROP:
+            dropped.add(fingerprint)
+        if told is Answer.PARK:
+            parked_at[fingerprint] = step
+        elif told is not Answer.DROP:
+            parked_at.pop(fingerprint, None)
+        if told is Answer.LEAVE:
+            source.leaving.add(fingerprint)
+        return told
+
+    def answers(report: Report) -> Answer:
+        assert report.fingerprint not in dropped
+        step = source.lanes[report.fingerprint].step
+        assert step == report.step or report.attempt > 1  # one that came back tells what it told before
+        return tell(report.fingerprint, step, data.draw(answer))
+
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        assert not dropped & set(steps), "a dropped lane is still held"
+        for fingerprint, step in steps.items():
+            assert step >= seen.get(fingerprint, 0)
+            if fingerprint in parked_at:
+                assert step == parked_at[fingerprint], "a parked lane has trained"
+            seen[fingerprint] = step
+        told = {f: data.draw(answer) for f in steps if data.draw(st.booleans())}
+        told |= {f: Answer.GO for f in parked_at if f in steps and f not in told and data.draw(st.booleans())}
+        return {f: tell(f, steps[f], a) for f, a in told.items()}
+
+    source = Random(leases(lanes), answers=answers, changes=changes)
+    source.start_at = {c.fingerprint: data.draw(st.integers(0, 3)) for c in lanes[1:]}
+    source.parked_at, source.leaving = parked_at, set()
+    room = data.draw(st.integers(1, 3), label="room")
+    train(source, store, lanes=room, spill_seconds=data.draw(st.sampled_from([-1.0, 3600.0]), label="spill"))
+    assert max(map(len, source.held), default=0) <= room
+
+    ended = [fingerprint for fingerprint, _, _ in source.ended]
+    assert sorted(ended) == sorted(c.fingerprint for c in lanes if c.fingerprint not in dropped)
+    for fingerprint, _, state in source.ended:
+        record = store.get(fingerprint)
+        assert record is not None
+        assert record.state == state
+    for one in lanes:
+        # A lane that was spilled tells all its reports again, under its new attempt.
+        mine = [r for r in source.reports if r.fingerprint == one.fingerprint]
+        last = max((r.attempt for r in mine), default=1)
+        for attempt in range(1, last + 1):
+            steps = [r.step for r in mine if r.attempt == attempt]
+            assert steps == sorted(set(steps))
+            assert set(steps) <= set(due_steps(one.schedule.steps, one.evaluations))
+        record = store.get(one.fingerprint)
+        if record is not None and record.state == "finished":
+            assert steps == list(due_steps(one.schedule.steps, one.evaluations))
+
+
+class Random(Script):
+    """Gives a parked lane its GO only when the test draws one, and leases what waits once nothing trains. A
+    spilled lane is wanted again at once."""
+
+    parked_at: dict[str, int]
+    leaving: set[str]
+
+    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        if shape is None:
+            self.start_at = {}
+        return super().lease(shape, room, taken)
+
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        self.parked.clear()
+        return super().exchange(taken)
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        super().spill(fingerprint, attempt)
+        if fingerprint not in self.leaving:
+            assert self.lanes[fingerprint].phase is Phase.PARKED
+            del self.parked_at[fingerprint]
+        self.leaving.discard(fingerprint)
+        self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))

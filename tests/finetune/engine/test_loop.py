@@ -1,0 +1,441 @@
+"""The loop on a real tiny Llama: lanes that come, go, wait, fail and resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scripted import (
+    POISONED,
+    WORDS_TASK,
+    Interrupted,
+    Script,
+    configuration,
+    dies_at,
+    leases,
+    numbers_of,
+    solo,
+    tiny_bench,
+    train,
+)
+
+from orchestrator.finetune.engine.checkpoint import newest
+from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer
+from orchestrator.finetune.failures import SeatBroken
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, Divergence, ModelChoice
+
+
+def get(store: Store, fingerprint: str) -> Record:
+    record = store.get(fingerprint)
+    assert record is not None
+    return record
+
+
+def numbers(record: Record) -> Record:
+    return numbers_of(record)
+
+
+# -- lanes do not know of each other ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["letters", WORDS_TASK])
+def test_lanes_that_start_0_3_and_7_steps_apart_equal_their_solo_runs(
+    task: str, store: Store, tmp_path: Path
+) -> None:
+    three = [
+        configuration(task=task, seed=0, steps=12, evaluations=3),
+        configuration(task=task, seed=1, rate=3e-3, steps=9, evaluations=2),
+        configuration(task=task, seed=0, rate=3e-2, alpha=4.0, steps=6, evaluations=1),
+    ]
+    late = {three[1].fingerprint: 3, three[2].fingerprint: 7}
+    train(Script(leases(three), start_at=late), store)
+    for one in three:
+        record = get(store, one.fingerprint)
+        assert record.state == "finished"
+        assert numbers(record) == numbers(solo(one, tmp_path))
+    assert get(store, three[2].fingerprint).provenance.pack_lanes == 3
+
+
+def test_dropout_is_a_function_of_the_lanes_own_step(store: Store, tmp_path: Path) -> None:
+    two = [configuration(seed=s, dropout=0.2, accumulation=2, steps=6) for s in (0, 1)]
+    train(Script(leases(two), start_at={two[1].fingerprint: 2}), store)
+    for one in two:
+        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+
+
+def test_a_lane_that_is_not_finite_leaves_at_once_and_its_mates_never_notice(
+    store: Store, tmp_path: Path
+) -> None:
+    good = [configuration(seed=s, steps=8) for s in (0, 1)]
+    bad = configuration(seed=0, rate=1e36, steps=8)
+    source = Script(leases([good[0], bad, good[1]]))
+    train(source, store)
+    record = get(store, bad.fingerprint)
+    assert record.state == "diverged"
+    assert "in step" in record.reason
+    assert record.steps < 4
+    assert record.score("test") == bad.task.floor
+    assert not (store.checkpoints / bad.fingerprint).exists()
+    for one in good:
+        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+    assert {f for f, _, state in source.ended if state == "diverged"} == {bad.fingerprint}
+
+
+def test_a_lane_that_stays_above_the_untrained_loss_diverges(store: Store) -> None:
+    # A random tiny base is bounded by its norms: its loss cannot rise far above ln 25, so the limit is low.
+    bad = replace(configuration(rate=3.0, steps=40, evaluations=4), divergence=Divergence(loss_ratio=0.9))
+    train(Script(leases([bad])), store)
+    record = get(store, bad.fingerprint)
+    assert record.state == "diverged"
+    assert "above" in record.reason
+    assert record.steps < 40
+    assert record.steps == len(record.curve) - 1  # the step that showed it was not taken
+    assert all(math.isfinite(s.loss) for s in record.curve)
+
+
+def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
+    whole = solo(configuration(batch_size=16, steps=6), tmp_path)
+    parts = solo(configuration(batch_size=8, accumulation=2, steps=6), tmp_path)
+    for one, other in zip(whole.curve, parts.curve, strict=True):
+        assert other.loss == pytest.approx(one.loss, rel=1e-4)
+        assert other.gradient_norm == pytest.approx(one.gradient_norm, rel=1e-3)
+    assert whole.cost.tokens == parts.cost.tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_brings_the_loss_down(dtype: str, tmp_path: Path) -> None:
+    record = solo(configuration(rate=1e-2, dtype=dtype, steps=30, batch_size=16), tmp_path)
+    assert record.state == "finished"
+    assert record.evaluations[-1].scores["loss"] < record.untrained["test"]["loss"] - 0.1
+
+
+def test_learning_rate_groups_and_the_curve(tmp_path: Path) -> None:
+    record = solo(configuration(rate=1e-2, steps=20), tmp_path)
+    assert [s.step for s in record.curve] == list(range(1, 21))
+    rates = [step.learning_rate for step in record.curve]
+    assert rates[:2] == pytest.approx([0.0, 1e-2])  # 5 % of 20 steps: one step of warm-up
+    assert record.curve[-1].learning_rate < 1e-4
+    assert record.cost.trainable_parameters > 0
+    assert record.cost.tokens == 20 * 8 * 6
+
+
+# -- interruption -------------------------------------------------------------------------------------------
+
+
+def to_be_interrupted(variant: str) -> Configuration:
+    return configuration(variant=variant, steps=12, evaluations=3, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """What lanes that are not interrupted leave."""
+    store = Store(tmp_path_factory.mktemp("whole"))
+    for variant in ("lora", "pissa"):
+        train(Script(leases([to_be_interrupted(variant)])), store, save_adapter=True)
+    return store
+
+
+FEW = [(1, "lora"), (4, "pissa"), (7, "lora"), (11, "pissa")]
+MORE = [
+    pytest.param(at, name, marks=pytest.mark.slow)
+    for at, name in zip((1, 4, 7, 11), ("pissa", "lora") * 2, strict=True)
+]
+
+
+@pytest.mark.parametrize(("stop_at", "variant"), [*FEW, *MORE])
+def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: Store, whole: Store) -> None:
+    one = to_be_interrupted(variant)
+
+    def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        if steps[one.fingerprint] >= stop_at:
+            raise Interrupted
+        return {}
+
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), changes=die), store, checkpoint_seconds=0.0)
+    assert store.get(one.fingerprint) is None
+    train(Script(leases([one], attempt=2)), store, save_adapter=True)
+    record, expected = get(store, one.fingerprint), get(whole, one.fingerprint)
+    assert numbers(record) == numbers(expected)
+    assert record.provenance.resumed_from == (stop_at,)
+    assert record.provenance.attempt == 2
+    weights = [
+        (s.adapters / one.fingerprint / "adapter_model.safetensors").read_bytes() for s in (store, whole)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
+    one = configuration(steps=12, evaluations=4)
+
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), answers=dies_at(9)), store)
+    source = Script(leases([one], attempt=2), answers=lambda report: Answer.PARK)
+    train(source, store)
+    assert [r.step for r in source.reports] == [3, 6, 9, 12]
+    assert {r.attempt for r in source.reports} == {2}
+    assert get(store, one.fingerprint).provenance.resumed_from == (9,)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:-9] + bytes(9)], ids=["cut", "zeros"]
+)
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+    store: Store, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    one = configuration(steps=12, evaluations=4)
+
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), answers=dies_at(9)), store)
+    last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
+    last.write_bytes(damage(last.read_bytes()))
+    source = Script(leases([one], attempt=2))
+    train(source, store)
+    (line,) = source.said
+    assert line.startswith(f"skipped the damaged checkpoint {last}: ")
+    record = get(store, one.fingerprint)
+    assert record.provenance.resumed_from == (6,)
+    assert numbers(record) == numbers(solo(one, tmp_path))
+
+
+def test_swapped_checkpoints_are_nobodys(store: Store, tmp_path: Path) -> None:
+    two = [configuration(steps=12, evaluations=4, rate=rate) for rate in (1e-3, 1e-2)]
+    with pytest.raises(Interrupted):
+        train(Script(leases(two), answers=dies_at(9)), store)
+    one, other = (store.checkpoints / each.fingerprint / "1" for each in two)
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    source = Script(leases(two, attempt=2))
+    train(source, store)
+    assert {line.split(": ")[0] for line in source.said} >= {
+        f"skipped the damaged checkpoint {folder / 'step-00000006.safetensors'}" for folder in (one, other)
+    }
+    for each in two:
+        assert numbers(get(store, each.fingerprint)) == numbers(solo(each, tmp_path))
+
+
+# -- answers ------------------------------------------------------------------------------------------------
+
+
+def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path: Path) -> None:
+    one = configuration(steps=12, evaluations=4)
+    source = Script([Lease(one, 1, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO)
+    train(source, store)
+    record = get(store, one.fingerprint)
+    assert (record.state, record.steps, record.scheduler) == ("stopped", 6, "asha")
+    assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
+    assert record.score("test") is None
+    assert source.ended == [(one.fingerprint, 1, "stopped")]
+    saved = newest(store.checkpoints / one.fingerprint, print)
+    assert saved is not None
+    assert saved.step == 6
+    train(Script([Lease(one, 2, "asha")]), store)
+    assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+    assert not (store.checkpoints / one.fingerprint).exists()
+
+
+def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_scheduler_saw(store: Store) -> None:
+    one = configuration(steps=12, evaluations=4)
+
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), answers=dies_at(9)), store)
+    train(Script([Lease(one, 2, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO), store)
+    record = get(store, one.fingerprint)
+    assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)
+    assert record.reason == "stopped by the scheduler after step 6, trained to step 9"
+
+
+def test_stop_between_reports(store: Store) -> None:
+    one, mate = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
+
+    def stop(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        return {one.fingerprint: Answer.STOP} if steps.get(one.fingerprint) == 5 else {}
+
+    train(Script(leases([one, mate]), changes=stop), store)
+    assert (get(store, one.fingerprint).state, get(store, one.fingerprint).steps) == ("stopped", 5)
+    assert get(store, mate.fingerprint).state == "finished"
+
+
+def test_dropped_lane_is_forgotten(store: Store) -> None:
+    one, mate = configuration(steps=12, evaluations=4), configuration(seed=1, steps=12, evaluations=4)
+    drop = {one.fingerprint: Answer.DROP}
+    source = Script(leases([one, mate]), answers=lambda r: drop.get(r.fingerprint, Answer.GO))
+    train(source, store)
+    assert store.get(one.fingerprint) is None
+    assert [r.step for r in source.reports if r.fingerprint == one.fingerprint] == [3]
+    assert source.ended == [(mate.fingerprint, 1, "finished")]
+
+
+def test_a_parked_lane_does_not_train_while_its_mate_goes_on(store: Store, tmp_path: Path) -> None:
+    parked, mate = configuration(steps=8, evaluations=2), configuration(seed=1, steps=8, evaluations=1)
+    seen: list[int] = []
+
+    def hold(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        if mate.fingerprint in steps and steps.get(parked.fingerprint) == 4:
+            seen.append(steps[mate.fingerprint])
+            return {parked.fingerprint: Answer.PARK}
+        return {parked.fingerprint: Answer.GO}
+
+    train(Script(leases([parked, mate]), answers=lambda r: Answer.PARK, changes=hold), store)
+    assert seen == [4, 5, 6, 7]
+    for one in (parked, mate):
+        assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+
+
+def test_known_results_are_only_announced(store: Store) -> None:
+    one = configuration(steps=4)
+    train(Script(leases([one])), store)
+    before = get(store, one.fingerprint)
+    again = Script(leases([one], attempt=2))
+    train(again, store)
+    assert again.ended == [(one.fingerprint, 2, "finished")]
+    assert again.reports == []
+    assert get(store, one.fingerprint) == before
+
+
+def test_a_newer_lease_of_a_lane_that_is_here_replaces_it(store: Store, tmp_path: Path) -> None:
+    one = configuration(steps=8)
+
+    class Twice(Script):
+        def exchange(self, taken: int) -> Mapping[str, Answer]:
+            if self.lanes[one.fingerprint].step == 2 and len(self.held) < 4:
+                self.leases.append(Lease(one, 2))
+            return super().exchange(taken)
+
+    source = Twice(leases([one]))
+    train(source, store)
+    assert source.ended == [(one.fingerprint, 2, "finished")]
+    assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
+
+
+# -- steps are counted --------------------------------------------------------------------------------------
+
+
+def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
+    """Of all lanes together; the step that showed a divergence was not taken, one that is repeated counts."""
+    good, bad = configuration(steps=6), configuration(rate=1e36, steps=6)
+    source = Script(leases([good, bad]))
+    train(source, store)
+    assert source.taken == 6 + get(store, bad.fingerprint).steps
+
+    one = configuration(seed=3, steps=8, evaluations=2)
+
+    def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+        if steps[one.fingerprint] == 6:
+            raise Interrupted
+        return {}
+
+    first = Script(leases([one]), changes=die)
+    with pytest.raises(Interrupted):
+        train(first, store)
+    second = Script(leases([one], attempt=2))
+    train(second, store)
+    assert (first.taken, second.taken) == (6, 4)
+
+
+# -- failures -----------------------------------------------------------------------------------------------
+
+
+def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
+    good = configuration(steps=4)
+    bad = [
+        configuration(steps=4, rank=400),
+        replace(good, task=replace(good.task, revision="of another machine")),
+        configuration(steps=4, variant="lora", max_length=2),
+        replace(good, variant=replace(good.variant, name="lorra")),
+    ]
+    source = Script(leases([bad[0], good, *bad[1:]]))
+    train(source, store)
+    assert sorted(source.ended) == sorted(
+        [(b.fingerprint, 1, "failed") for b in bad] + [(good.fingerprint, 1, "finished")]
+    )
+    for one, words in zip(bad, ["rank 400", "of another machine", "max_length 2", "lorra"], strict=True):
+        record = get(store, one.fingerprint)
+        assert words in record.reason
+        assert "Traceback" in record.traceback
+
+
+def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all(store: Store) -> None:
+    """The base cannot be loaded: the first three say so, the rest is left to other seats."""
+
+    def gone(choice: ModelChoice, task: Task) -> Bench:
+        raise OSError("the base is gone")
+
+    source = Script(leases(configuration(seed=seed) for seed in range(8)))
+    with pytest.raises(SeatBroken, match=r"3 configurations in a row failed with OSError: the base is gone"):
+        train(source, store, load_bench=gone)
+    assert [state for _, _, state in source.ended] == ["failed"] * 3
+    assert len(source.leases) == 5
+
+
+def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path) -> None:
+    from orchestrator.finetune.data.batches import numbers as order
+
+    path = tmp_path / "poisoned.py"
+    path.write_text(POISONED)
+    # 5 steps of 8 examples out of 64: some seeds meet example 5, some do not.
+    met = {seed: 5 in order(seed, 64, 0, 40) for seed in range(8)}
+    guilty = [s for s in met if met[s]][:1]
+    innocent = [s for s in met if not met[s]][:2]
+    lanes = {s: configuration(task=str(path), seed=s, steps=5) for s in (*guilty, *innocent)}
+    source = Script(leases(lanes.values()))
+    train(source, store)
+    failed = get(store, lanes[guilty[0]].fingerprint)
+    assert failed.state == "failed"
+    assert "IndexError" in failed.reason
+    assert failed.steps == order(guilty[0], 64, 0, 40).index(5) // 8
+    for seed in innocent:
+        record = get(store, lanes[seed].fingerprint)
+        assert record.state == "finished"
+        assert numbers(record) == numbers(solo(lanes[seed], tmp_path))
+
+
+def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_served(store: Store) -> None:
+    missing = replace(configuration(steps=4), model=ModelChoice("gone", "1" * 64))
+    good = configuration(steps=4)
+
+    def load(choice, task):  # type: ignore[no-untyped-def]
+        if choice.name == "gone":
+            raise OSError("no such model")
+        return tiny_bench(choice)
+
+    source = Script(leases([missing, good]))
+    train(source, store, load_bench=load)
+    assert source.ended == [(missing.fingerprint, 1, "failed"), (good.fingerprint, 1, "finished")]
+    assert get(store, missing.fingerprint).reason == "OSError: no such model"
+
+
+def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
+    loaded = []
+
+    def load(choice, task):  # type: ignore[no-untyped-def]
+        loaded.append(tiny_bench(choice))
+        return loaded[-1]
+
+    shapes = [configuration(steps=3, rank=rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
+    train(Script(leases(shapes)), store, load_bench=load)
+    assert len(loaded) == 1
+    fresh = tiny_bench(shapes[0].model).model
+    assert [n for n, _ in loaded[0].model.named_modules()] == [n for n, _ in fresh.named_modules()]
+    for (name, mine), (_, other) in zip(
+        loaded[0].model.state_dict().items(), fresh.state_dict().items(), strict=True
+    ):
+        assert torch.equal(mine, other), name
+    assert {get(store, c.fingerprint).state for c in shapes} == {"finished"}
+
+
+def test_an_idle_loop_ends(store: Store) -> None:
+    class Nothing(Script):
+        def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+            return Offer()
+
+    train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)

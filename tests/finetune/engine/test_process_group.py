@@ -1,0 +1,445 @@
+"""A seat of two workers gives what one worker gives: real processes, gloo, the loop as it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pair import WORKERS, Scenario, play
+from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_bench
+from short_of_memory import Again
+
+from orchestrator.finetune.data.batches import numbers as order
+from orchestrator.finetune.engine.lane_source import Answer, Lease, Report
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.process_group import Alone, Failed, OutOfStep, TorchTeam
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, ModelChoice
+from variants import catalogue
+from variants.base import Adapts
+
+pytestmark = pytest.mark.xdist_group("pair")
+
+SIZE = 64  # training examples
+
+
+def uneven() -> list[Configuration]:
+    """Rows that do not halve, answers of one token and of three, two micro-batches, dropout."""
+    words = partial(configuration, task=WORDS_TASK, batch_size=7, accumulation=2, dropout=0.1)
+    return [
+        words(seed=0, steps=9, evaluations=3),
+        words(seed=1, rate=3e-3, steps=6, evaluations=2),
+        words(seed=2, rate=3e-2, alpha=4.0, steps=5, evaluations=1),
+    ]
+
+
+FEW = ("adalora", "eva", "full", "head_only", "hira", "lora_moe", "pissa")
+"""Variants with hooks, evidence, the model's weights, a head alone, a dense product, an auxiliary loss, and a
+start of their own."""
+
+
+def kinds(names: Iterable[str]) -> list[Configuration]:
+    found = []
+    for name in names:
+        variant = catalogue.get(name)
+        task = "reviews" if variant.adapts is Adapts.NOTHING else WORDS_TASK
+        one = configuration(variant=name, task=task, batch_size=7, accumulation=2, steps=6, evaluations=1)
+        if task == "reviews":  # a BERT, whose own dropout's masks are those of all rows
+            one = replace(one, base_dropout="on")
+        if not variant.uses_alpha:
+            one = replace(one, variant=replace(one.variant, alpha=None))
+        found.append(one)
+    return found
+
+
+def ending() -> dict[str, Configuration]:
+    return {
+        "finished": configuration(seed=0, steps=8, evaluations=4),
+        "diverged": configuration(seed=1, rate=1e36, steps=8),
+        "stopped": configuration(seed=2, steps=8, evaluations=4),
+        "dropped": configuration(seed=3, steps=8, evaluations=4),
+    }
+
+
+def stop_one(report: Report) -> Answer:
+    lanes = {one.fingerprint: name for name, one in ending().items()}
+    told = {"stopped": Answer.STOP, "dropped": Answer.DROP}
+    return told.get(lanes[report.fingerprint], Answer.GO) if report.step == 4 else Answer.GO
+
+
+def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
+    """Which worker meets example 5 (and cannot compute it) in the first `steps` batches."""
+    drawn = order(seed, SIZE, 0, steps * size)
+    shares = np.array_split(np.arange(size), WORKERS)
+    return [
+        rank
+        for place, one in enumerate(drawn)
+        if one == 5
+        for rank in range(WORKERS)
+        if place % size in shares[rank]
+    ]
+
+
+@cache
+def poisoned_seeds(steps: int = 5) -> tuple[int, int, int]:
+    """Seeds of which the first meets example 5 on worker 1, and the others on none."""
+    met = {seed: poisoned_rows(seed, steps) for seed in range(40)}
+    guilty = next(seed for seed in met if met[seed] == [1])
+    innocent = [seed for seed in met if not met[seed]]
+    return guilty, innocent[0], innocent[1]
+
+
+def poisoned(path: str) -> list[Configuration]:
+    return [configuration(task=path, seed=seed, steps=5) for seed in poisoned_seeds()]
+
+
+def parking() -> list[Configuration]:
+    return [configuration(seed=seed, steps=6, evaluations=3, dropout=0.1) for seed in range(4)]
+
+
+def broken_base() -> list[Configuration]:
+    good = configuration(seed=5, steps=4)
+    return [replace(good, model=ModelChoice("gone", "1" * 64)), good]
+
+
+def unscorable() -> list[Configuration]:
+    base = ModelChoice("unscorable", "2" * 64)
+    return [replace(configuration(task=WORDS_TASK, seed=seed, steps=4), model=base) for seed in range(2)] + [
+        configuration(seed=6, steps=4)
+    ]
+
+
+def hungry() -> list[Configuration]:
+    base = ModelChoice("hungry", "3" * 64)
+    return [replace(configuration(seed=seed, steps=4), model=base) for seed in range(4)]
+
+
+def load_on(rank: int, choice: ModelChoice, task: Task) -> Bench:
+    """Worker 1 does not find one of the bases, can train another but not score it, and has memory for two
+    lanes of a third."""
+    if choice.name == "gone" and rank == 1:
+        raise OSError("no such model here")
+    bench = tiny_bench(choice, task)
+    if choice.name == "unscorable" and rank == 1:
+        forward, trained = bench.model.forward, False
+
+        def fails(*args: Any, **kwargs: Any) -> Any:
+            nonlocal trained
+            trained = trained or torch.is_grad_enabled()
+            if trained and not torch.is_grad_enabled():
+                raise OSError("no scores here")
+            return forward(*args, **kwargs)
+
+        bench.model.forward = fails
+    if choice.name == "hungry" and rank == 1:
+        enough = bench.model.forward
+
+        def starves(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return enough(*args, **kwargs)
+
+        bench.model.forward = starves
+    return bench
+
+
+def out_of_step(team: TorchTeam, folder: Path) -> str:
+    """One is where the other is not; neither waits for ever."""
+    try:
+        if team.rank == 0:
+            team.gather(1)
+        else:
+            team.attempt(lambda: None)
+    except OutOfStep as error:
+        return str(error)
+    return ""
+
+
+def primitives(team: TorchTeam, folder: Path) -> tuple[Any, ...]:
+    tensor = torch.tensor([1.0, float(team.rank)])
+    team.sum_(tensor)
+    failed = ""
+    try:
+        team.attempt(lambda: 1 / (1 - team.rank))
+    except Failed as error:
+        failed = error.reason
+    try:  # one raises before the other's gathering
+        team.attempt(lambda: team.gather(1 / (1 - team.rank)))
+    except Failed as error:
+        failed += error.reason
+    return team.agree(lambda: team.rank), team.gather(team.rank), tensor.tolist(), failed
+
+
+class Lost(Script):
+    """Its broker does not answer."""
+
+    def exchange(self, taken: int) -> Mapping[str, Answer]:
+        if self.taken >= 3:
+            raise ConnectionError("the broker is lost")
+        return super().exchange(taken)
+
+
+class Wild(Script):
+    """Answers at random; a spilled lane is wanted again at once, a parked one sooner or later."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(leases(wild()))
+        self.random = random.Random(seed)
+        self.answers = lambda report: self.random.choice([Answer.GO, Answer.GO, Answer.PARK, *Answer])
+        self.changes = lambda steps: {f: self.answers(None) for f in steps if self.random.random() < 0.3}  # type: ignore[arg-type]
+
+    def spill(self, fingerprint: str, attempt: int) -> None:
+        super().spill(fingerprint, attempt)
+        self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))
+
+
+def wild() -> list[Configuration]:
+    return [
+        *(configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)),
+        configuration(rate=1e36, steps=4),
+        configuration(rank=400, steps=4),
+        configuration(rank=2, steps=3, evaluations=3),
+    ]
+
+
+def scenario(name: str, path: str, rank: int) -> Scenario:
+    if name == "uneven":
+        late = {one.fingerprint: at for one, at in zip(uneven(), (0, 2, 3), strict=True)}
+        return Scenario(Script(leases(uneven()), start_at=late))
+    if name in ("kinds", "more kinds"):
+        return Scenario(Script(leases(kinds(VARIANTS[name]))))
+    if name == "ending":
+        return Scenario(Script(leases(ending().values()), answers=stop_one))
+    if name == "poisoned":
+        return Scenario(Script(leases(poisoned(path))))
+    if name == "parking":
+        return Scenario(Queue(leases(parking())), lanes=2, options={"spill_seconds": -1.0})
+    if name == "hungry":
+        return Scenario(Again(leases(hungry())), options={"load_bench": partial(load_on, rank)})
+    if name in ("base", "unscorable"):
+        lanes = broken_base() if name == "base" else unscorable()
+        return Scenario(Script(leases(lanes)), options={"load_bench": partial(load_on, rank)})
+    if name.startswith("wild"):
+        return Scenario(Wild(int(name[4:])), lanes=2, options={"spill_seconds": -1.0})
+    assert name == "lost"
+    return Scenario(Lost(leases([configuration(seed=7, steps=8)])))
+
+
+NAMES = ("uneven", "kinds", "ending", "poisoned", "parking", "base", "unscorable", "hungry", "lost")
+WILD = ("wild0", "wild1")
+VARIANTS = {"kinds": FEW, "more kinds": [name for name in catalogue.names() if name not in FEW]}
+MORE_KINDS = pytest.param("more kinds", marks=pytest.mark.slow)
+MORE_WILD = [pytest.param(f"wild{seed}", marks=pytest.mark.slow) for seed in range(2, 12)]
+
+
+class Played:
+    """What the two workers told of each scenario; one is played when it is first asked for."""
+
+    def __init__(self, pair: Callable[..., Any], folder: Path) -> None:
+        self.pair, self.folder = pair, folder
+        path = folder / "poisoned.py"
+        path.write_text(POISONED)
+        self.path = str(path)
+        self.told: dict[str, list[Any]] = {}
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self.told:
+            work = {"out of step": out_of_step, "primitives": primitives}.get(
+                name, partial(play, partial(scenario, name, self.path))
+            )
+            self.told |= self.pair({name: work}, self.folder)
+        return self.told[name]
+
+    def record(self, name: str, one: Configuration) -> Record | None:
+        assert self[name]
+        return Store(self.folder / name).get(one.fingerprint)
+
+
+@pytest.fixture(scope="module")
+def played(pair: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Played:
+    return Played(pair, tmp_path_factory.mktemp("played"))
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, rel=1e-3, abs=1e-5)
+
+
+def assert_alike(record: Record | None, expected: Record) -> None:
+    """The same but for the last bits of what was added up in another order."""
+    assert record is not None
+    assert (record.state, record.steps, record.reason) == (expected.state, expected.steps, expected.reason)
+    assert record.cost.tokens == expected.cost.tokens
+    assert record.cost.trainable_parameters == expected.cost.trainable_parameters
+    for mine, theirs in zip(record.curve, expected.curve, strict=True):
+        assert (mine.step, mine.learning_rate) == (theirs.step, theirs.learning_rate)
+        assert (mine.loss, mine.gradient_norm) == (near(theirs.loss), near(theirs.gradient_norm))
+    for mine, theirs in zip(record.evaluations, expected.evaluations, strict=True):
+        assert (mine.step, mine.split) == (theirs.step, theirs.split)
+        assert mine.scores == near(dict(theirs.scores))
+    for split, items in record.items.items():
+        assert items.loss == near(expected.items[split].loss)
+        assert items.answers == expected.items[split].answers
+
+
+@pytest.mark.parametrize("name", [*NAMES, *WILD, MORE_KINDS, *MORE_WILD])
+def test_both_workers_hold_the_same_bits_and_only_the_first_speaks_to_the_source(
+    played: Played, name: str
+) -> None:
+    first, second = played[name]
+    assert first.taken > 0
+    assert (second.reports, second.ended, second.spilled, second.taken) == ([], [], [], 0)
+    assert set(first.weights) == set(second.weights)
+    for lane, weights in first.weights.items():
+        if (name, len(second.weights[lane])) != ("base", 1):  # worker 1 never had that one
+            assert torch.equal(weights, second.weights[lane])
+
+
+def test_rows_that_do_not_divide_and_unequal_tokens(played: Played, tmp_path: Path) -> None:
+    for one in uneven():
+        record = played.record("uneven", one)
+        assert_alike(record, solo(one, tmp_path))
+        assert record is not None
+        assert record.provenance.workers == 2
+
+
+@pytest.mark.parametrize("name", ["kinds", MORE_KINDS])
+def test_every_variant_gives_what_one_worker_gives(played: Played, tmp_path: Path, name: str) -> None:
+    for one in kinds(VARIANTS[name]):
+        assert_alike(played.record(name, one), solo(one, tmp_path))
+
+
+def test_lanes_that_end_early(played: Played, tmp_path: Path) -> None:
+    first, _ = played["ending"]
+    lanes = ending()
+    assert sorted(state for _, _, state in first.ended) == ["diverged", "finished", "stopped"]
+    assert played.record("ending", lanes["dropped"]) is None
+    for name in ("finished", "diverged"):
+        record, expected = played.record("ending", lanes[name]), solo(lanes[name], tmp_path)
+        if name == "finished":
+            assert_alike(record, expected)
+        else:
+            assert record is not None
+            assert (record.state, record.steps) == (expected.state, expected.steps)
+    stopped = played.record("ending", lanes["stopped"])
+    assert stopped is not None
+    assert (stopped.state, stopped.steps) == ("stopped", 4)
+
+
+def test_what_fails_on_one_worker_fails_on_both_and_alone(played: Played, tmp_path: Path) -> None:
+    guilty, *innocent = poisoned(played.path)
+    assert played["poisoned"][0].raised == ""
+    record = played.record("poisoned", guilty)
+    assert record is not None
+    assert record.state == "failed"
+    assert "IndexError" in record.reason
+    assert "Traceback" in record.traceback
+    assert record.steps == order(guilty.seed, SIZE, 0, 40).index(5) // 8
+    for one in innocent:
+        assert_alike(played.record("poisoned", one), solo(one, tmp_path))
+
+
+def test_a_base_that_one_worker_cannot_load_fails_its_lane_and_the_next_is_served(
+    played: Played, tmp_path: Path
+) -> None:
+    missing, good = broken_base()
+    record = played.record("base", missing)
+    assert record is not None
+    assert (record.state, record.reason) == ("failed", "OSError: no such model here")
+    assert_alike(played.record("base", good), solo(good, tmp_path))
+
+
+def test_lanes_that_one_worker_cannot_score_fail_and_the_next_is_served(
+    played: Played, tmp_path: Path
+) -> None:
+    *bad, good = unscorable()
+    for one in bad:
+        record = played.record("unscorable", one)
+        assert record is not None
+        assert (record.state, record.reason, record.steps) == ("failed", "OSError: no scores here", 2)
+    assert_alike(played.record("unscorable", good), solo(good, tmp_path))
+
+
+def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(played: Played, tmp_path: Path) -> None:
+    first, _ = played["hungry"]
+    assert first.raised == ""
+    assert len(first.spilled) == 2
+    assert first.taken == sum(one.schedule.steps for one in hungry())
+    for one in hungry():
+        assert_alike(played.record("hungry", one), solo(one, tmp_path))
+
+
+def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) -> None:
+    first, _ = played["parking"]
+    assert first.spilled
+    assert first.taken == sum(one.schedule.steps for one in parking())
+    for one in parking():
+        assert_alike(played.record("parking", one), solo(one, tmp_path))
+
+
+def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
+    assert [told.raised for told in played["lost"]] == [
+        "ConnectionError: the broker is lost",
+        "Failed: ConnectionError: the broker is lost",
+    ]
+
+
+@pytest.mark.parametrize("name", [*WILD, *MORE_WILD])
+def test_under_any_answers_both_come_to_the_same_end(played: Played, name: str) -> None:
+    first, second = played[name]
+    assert (first.raised, second.raised) == ("", "")
+    states = {fingerprint: state for fingerprint, _, state in first.ended}
+    assert len(states) == len(first.ended)
+    for one in wild():
+        record = played.record(name, one)
+        if one.fingerprint in states:
+            assert record is not None
+            assert record.state == states[one.fingerprint]
+        else:  # dropped, be it at its very last report
+            assert record is None or record.state == "finished"
+
+
+def test_workers_that_are_at_different_places_end(played: Played) -> None:
+    assert played["out of step"] == ["the seat's workers are at a value, the end of an attempt"] * 2
+
+
+def test_the_team(played: Played) -> None:
+    failed = "ZeroDivisionError: division by zero"
+    assert played["primitives"] == [(0, [0, 1], [2.0, 1.0], failed * 2)] * 2
+
+
+def test_alone() -> None:
+    team, tensor = Alone(), torch.ones(2)
+    assert team.agree(lambda: 3) == 3
+    assert team.gather("a") == ["a"]
+    team.sum_(tensor)
+    assert tensor.tolist() == [1.0, 1.0]
+    with pytest.raises(Failed, match="ZeroDivisionError: division by zero") as error:
+        team.attempt(lambda: 1 / 0)
+    assert "Traceback" in error.value.trace
+
+
+def rank_0s(team: TorchTeam, folder: Path) -> dict[str, torch.Tensor]:
+    """Broadcast tensors of every kind that a start may have."""
+    tensors = {
+        str(dtype): torch.arange(5).add(team.rank * 7).to(dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
+    }
+    for tensor in tensors.values():
+        team.broadcast_(tensor)
+    return tensors
+
+
+def test_a_start_with_whole_numbers_is_the_first_workers(pair: Callable[..., Any], tmp_path: Path) -> None:
+    (found,) = pair({"broadcast": rank_0s}, tmp_path).values()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.to(torch.int64), torch.arange(5).to(tensor.dtype).to(torch.int64)), name
+        assert torch.equal(tensor, found[1][name]), name

@@ -1,0 +1,57 @@
+"""A lane that goes on from its checkpoint computes what it would have computed without the interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, train
+
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from variants import catalogue
+from variants.base import Adapts
+
+NAMES = {
+    "letters": [n for n in catalogue.names() if catalogue.get(n).adapts is not Adapts.NOTHING],
+    "reviews": catalogue.names(),
+}
+"""Task -> variants: a language model, and an encoder with a head that every lane learns whole."""
+
+
+def point(variant: str, task: str) -> Configuration:
+    """Return a configuration of eight steps with a checkpoint after every second one. Gradients are clipped
+    in every step, so that the parameters depend on the order in which the norm is summed."""
+    rule = catalogue.get(variant)
+    extra = dict(rule.extra)
+    if "calibration_batches" in extra:
+        extra["calibration_batches"] = 2
+    one = configuration(
+        variant=variant,
+        task=task,
+        steps=8,
+        evaluations=4,
+        dropout=0.1 if rule.uses_dropout else 0.0,
+        rank=4 if rule.uses_rank else 0,
+        alpha=8.0 if rule.uses_alpha else None,
+    )
+    return replace(
+        one,
+        variant=replace(one.variant, extra=extra),
+        optimizer=replace(one.optimizer, clip_norm=1e-3),
+    )
+
+
+@pytest.mark.parametrize(("task", "variant"), [(task, name) for task in NAMES for name in NAMES[task]])
+def test_a_resumed_lane_is_bit_equal(task: str, variant: str, store: Store, tmp_path: Path) -> None:
+    one = point(variant, task)
+    with pytest.raises(Interrupted):
+        train(Script(leases([one]), answers=dies_at(4)), store)
+    train(Script(leases([one], attempt=2)), store)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.provenance.resumed_from == (4,)
+    assert all(step.gradient_norm > 1e-3 for step in record.curve)
+    assert numbers_of(record) == numbers_of(solo(one, tmp_path))

@@ -1,0 +1,102 @@
+"""Parked lanes make way for those that wait, and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from scripted import Queue, configuration, leases, numbers_of, solo, train
+
+from orchestrator.finetune.engine.lane_source import Answer, Offer
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+
+
+def numbers(store: Store, fingerprint: str) -> Record:
+    record = store.get(fingerprint)
+    assert record is not None
+    return numbers_of(record)
+
+
+@pytest.mark.parametrize("variant", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
+def test_parked_lanes_make_way_and_come_back(variant: str, store: Store, tmp_path: Path) -> None:
+    five = [
+        configuration(variant=variant, seed=seed, steps=9, evaluations=3, dropout=0.1) for seed in range(5)
+    ]
+    source = Queue(leases(five))
+    train(source, store, lanes=2, spill_seconds=-1.0)
+    assert source.spilled
+    assert source.most == 2
+    for one in five:
+        assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))
+    assert source.taken == 5 * 9  # spilled lanes lose no step
+
+
+def test_a_parked_lane_keeps_its_place_while_nobody_needs_it(store: Store) -> None:
+    three = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(3)]
+    source = Queue(leases(three))
+    train(source, store, lanes=3, spill_seconds=-1.0)
+    assert source.spilled == []
+    assert {attempt for _, attempt, _ in source.ended} == {1}
+
+
+def test_the_lane_that_was_parked_longest_makes_way_first_and_no_more_than_are_needed(store: Store) -> None:
+    early, late = configuration(seed=0, steps=4, evaluations=4), configuration(seed=1, steps=4, evaluations=2)
+    third = configuration(seed=2, steps=4, evaluations=1)
+    source = Queue(leases([early, late, third]), told=4)
+    source.start_at = {third.fingerprint: 2}  # both are parked then, `early` since step 1
+    train(source, store, lanes=2, spill_seconds=-1.0)
+    assert source.spilled[0] == (early.fingerprint, 1)
+    assert late.fingerprint not in dict(source.spilled[:1])
+    assert {state for _, _, state in source.ended} == {"finished"}
+
+
+def test_a_pack_that_is_parked_as_a_whole_makes_way_for_another_shape(store: Store, tmp_path: Path) -> None:
+    """Else a scheduler that waits for the other shape's reports would wait for ever."""
+    small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
+
+    class Bracket(Queue):
+        def exchange(self, taken: int) -> Mapping[str, Answer]:
+            told = super().exchange(taken)
+            return (
+                told
+                if {r.fingerprint for r in self.reports} == {small.fingerprint, large.fingerprint}
+                else {}
+            )
+
+        def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+            if small.fingerprint in self.away and len(self.reports) < 2:
+                self.away[small.fingerprint] = len(self.held)
+            return super().lease(shape, room, taken)
+
+    source = Bracket(leases([small, large]))
+    train(source, store, lanes=4, spill_seconds=-1.0)
+    assert source.spilled[0] == (small.fingerprint, 1)
+    for one in (small, large):
+        assert numbers(store, one.fingerprint) == numbers_of(solo(one, tmp_path))
+
+
+def test_a_lane_that_is_not_parked_for_long_stays(store: Store) -> None:
+    three = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(3)]
+    source = Queue(leases(three))
+    train(source, store, lanes=2, spill_seconds=3600.0)
+    assert source.spilled == []
+    assert len(source.ended) == 3
+
+
+def test_what_was_saved_already_is_not_written_again(store: Store) -> None:
+    """A lane is saved at its evaluations: a spill right after one, or after a resumption, adds nothing."""
+    two = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(2)]
+    written: list[tuple[str, int]] = []
+
+    class Watching(Queue):
+        def spill(self, fingerprint: str, attempt: int) -> None:
+            super().spill(fingerprint, attempt)
+            files = (store.checkpoints / fingerprint).glob("*/*.safetensors")
+            written.append((fingerprint, len(list(files))))
+
+    source = Watching(leases(two))
+    train(source, store, lanes=1, spill_seconds=-1.0)
+    assert written
+    assert {count for _, count in written} == {1}

@@ -1,0 +1,218 @@
+"""Twenty steps of LoRA and of full fine-tuning agree with those of transformers' Trainer and PEFT."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from encoders import KINDS
+from scripted import configuration, tiny_bench
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from orchestrator.finetune.data.batches import training_batch
+from orchestrator.finetune.engine.lane import Lane, decays
+from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.engine.lane_source import Lease
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.process_group import Alone
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.study.configuration import Configuration, Schedule
+from variants import catalogue
+from variants.attach import attach
+from variants.base import Settings
+
+STEPS = 20
+
+
+def point(task: str, schedule: str, variant: str = "lora") -> Configuration:
+    """Return a configuration with four steps of warm-up, weight decay, and clipping in some steps."""
+    one = configuration(task=task, steps=STEPS, evaluations=1, rate=2e-2, batch_size=8, variant=variant)
+    return replace(
+        one,
+        optimizer=replace(one.optimizer, weight_decay=0.3, clip_norm=0.5),
+        schedule=Schedule(STEPS, schedule, 0.2),  # type: ignore[arg-type]
+    )
+
+
+def bench_of(one: Configuration) -> Bench:
+    """Return the tiny model in float64, without dropout of its own."""
+    bench = tiny_bench(one.model, tasks.get(one.task.name))
+    bench.model.double()
+    for module in bench.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return bench
+
+
+def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], dict[str, Tensor], Pack]:
+    """Train a lane. Returns its losses, gradient norms, parameters at the end, and its pack."""
+    bench = bench_of(one)
+    choice = one.variant
+    adapters = attach(
+        bench.model,
+        catalogue.get(choice.name),
+        Settings(choice.rank, choice.alpha, choice.dropout),
+        heads=bench.heads,
+    )
+    task = tasks.get(one.task.name)
+    pack = Pack(bench, adapters, Data.of(one, task, bench, adapters, Alone(), folder), Alone())
+    lane = Lane(Lease(one, 1))
+    lane.open(adapters, math.inf, None)
+    for _ in range(STEPS):
+        (taken,) = pack.reduce(pack.backward([lane]))
+        assert lane.take_step(taken) is None
+    parameters = {name: parameter.detach().clone() for name, parameter in lane.parameters.items()}
+    return [s.loss for s in lane.curve], [s.gradient_norm for s in lane.curve], parameters, pack
+
+
+def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean cross-entropy in the model's own precision (transformers' own is float32)."""
+    return cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())
+
+
+class InOrder(transformers.Trainer):
+    """Takes the examples in the order in which they are given."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def theirs(
+    model: Any, one: Configuration, pack: Pack, folder: Path
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Train `model` with transformers' Trainer on the batches of the lane. Returns as `ours`."""
+    batches = one.batches
+    length = max(len(row.ids) for row in pack.data.train)
+    examples = []
+    for step in range(STEPS):
+        batch = training_batch(
+            pack.data.train, one.seed, step * batches.batch_size, batches.batch_size, length, 0
+        )
+        width = length - batch.length
+        ids = torch.nn.functional.pad(batch.ids, (0, width))
+        real = torch.nn.functional.pad(batch.real.long(), (0, width))
+        if pack.data.task.has_head:
+            labels = batch.targets[batch.targets != -100]
+        else:  # already shifted, as `loss_of` wants them
+            labels = torch.nn.functional.pad(batch.targets, (0, width), value=-100)
+        examples += [
+            {"input_ids": i, "attention_mask": r, "labels": y}
+            for i, r, y in zip(ids, real, labels, strict=True)
+        ]
+    options = one.optimizer
+    trainer = InOrder(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=batches.batch_size,
+            max_steps=STEPS,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type=one.schedule.name,
+            warmup_steps=one.schedule.warmup,
+            weight_decay=options.weight_decay,
+            max_grad_norm=options.clip_norm,
+            optim="adamw_torch_fused",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=examples,
+        compute_loss_func=loss_of,
+    )
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    parameters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return [float(e["loss"]) for e in log], [float(e["grad_norm"]) for e in log], parameters
+
+
+def name_in_peft(name: str, heads: tuple[str, ...]) -> str:
+    layer, _, parameter = name.rpartition(".")
+    if any(layer == head or layer.startswith(f"{head}.") for head in heads):
+        return f"base_model.model.{layer}.modules_to_save.default.{parameter}"
+    return f"base_model.model.{layer}.lora_{parameter}.default.weight"
+
+
+@pytest.mark.parametrize(("task", "schedule"), [("letters", "cosine"), ("reviews", "linear")])
+def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
+    """A Llama, and a BERT with a head."""
+    one = point(task, schedule)
+    losses, norms, mine, pack = ours(one, tmp_path / "data")
+    names = list(pack.adapters.layers)
+    pack.adapters.detach()
+
+    bench = bench_of(one)
+    config = peft.LoraConfig(
+        r=one.variant.rank,
+        lora_alpha=one.variant.alpha,
+        target_modules=names,
+        modules_to_save=list(bench.heads) or None,
+    )
+    model = peft.get_peft_model(bench.model, config)
+    fresh = attach(bench_of(one).model, catalogue.get("lora"), Settings(4, 8.0), heads=bench.heads)
+    fresh.add("lane", Settings(4, 8.0), one.seed)
+    start = {name_in_peft(n, bench.heads): p for n, p in fresh.trainable("lane").items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == start.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
+
+    their_losses, their_norms, end = theirs(model, one, pack, tmp_path / "trainer")
+    assert min(norms) < one.optimizer.clip_norm < max(norms), "some gradients are clipped, others not"
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(their_losses), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(their_norms), rtol=1e-6, atol=1e-6)
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter, end[name_in_peft(name, bench.heads)], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["letters", "reviews"])
+def test_twenty_steps_of_full_fine_tuning(task: str, tmp_path: Path) -> None:
+    """Norms and biases do not decay."""
+    one = point(task, "linear", "full")
+    losses, _, mine, pack = ours(one, tmp_path / "data")
+    pack.adapters.detach()
+    bench = bench_of(one)
+    bench.model.requires_grad_(True)
+    fresh = attach(bench_of(one).model, catalogue.get("full"), Settings(), heads=bench.heads)
+    fresh.add("lane", Settings(), one.seed)
+    start = {name.removeprefix("model:"): p for name, p in fresh.trainable("lane").items()}
+    with torch.no_grad():
+        for name, parameter in bench.model.named_parameters():
+            parameter.copy_(start[name])
+    their_losses, _, end = theirs(bench.model, one, pack, tmp_path / "trainer")
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(their_losses), rtol=0, atol=1e-6)
+    for name, parameter in mine.items():
+        torch.testing.assert_close(parameter, end[name.removeprefix("model:")], rtol=0, atol=1e-6)
+
+
+GPT2 = {"vocab_size": 32, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", *KINDS])
+def test_what_decays_is_what_trainer_lets_decay(kind: str) -> None:
+    if kind == "llama":
+        model = tiny_bench(configuration().model).model
+    elif kind == "gpt2":
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
+    else:
+        words, make = KINDS[kind]
+        model = make({"vocab_size": len(words()), "max_position_embeddings": 32})
+    expected = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    adapters = attach(model, catalogue.get("full"), Settings())
+    adapters.add("lane", Settings(), 0)
+    names = {name: name.removeprefix("model:") for name in adapters.trainable("lane")}
+    assert expected & set(names.values())
+    assert {short for name, short in names.items() if decays(name, adapters)} == expected & set(
+        names.values()
+    )

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from scripted import WORDS_TASK, tiny_bench
+from torch.nn.functional import cross_entropy
+
+from orchestrator.finetune.evaluation.evaluate import Split, _worth, evaluate
+from orchestrator.finetune.evaluation.forward import outputs, takes_columns
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.process_group import ALONE, Failed
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.util.errors import BadInput
+from variants import catalogue as variants
+from variants.attach import Adapters, attach
+from variants.base import Settings
+
+NAMES = ("x", "y", "z")
+
+
+def split_of(task: Task, bench: Bench, size: int = 24) -> Split:
+    return Split.of(task.examples("validation", size), task, bench.tokenizer, cap=31)
+
+
+@contextmanager
+def three_lanes(bench: Bench) -> Iterator[Adapters]:
+    """Adapters with weights that differ enough to give different answers."""
+    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks")
+    for number, name in enumerate(NAMES):
+        adapters.add(name, Settings(rank=4, alpha=8.0), seed=number)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapters.trainable(name).values():
+            parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    yield adapters
+    adapters.detach()
+
+
+def bench(dtype: str = "float32") -> Bench:
+    return tiny_bench(ModelChoice("tiny", "0" * 64, dtype))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["letters", WORDS_TASK])
+def test_a_lanes_scores_do_not_depend_on_its_mates(name: str) -> None:
+    here, task = bench(), tasks.get(name)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
+        alone = [evaluate(here, task, split, 1, lambda n=n: adapters.rows([n], None))[0] for n in NAMES]  # type: ignore[misc]
+    assert together == alone
+    assert len({one.scores["loss"] for one in alone}) == 3
+
+
+@pytest.mark.parametrize("worth", [float("nan"), 1.5, -0.1, float("inf")])
+def test_a_grade_that_is_none_is_named(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be the mean of a lane's grades, and a score in its record."""
+    here, task = bench(), tasks.get(WORDS_TASK)
+    monkeypatch.setattr(type(task), "grade", lambda *_: worth)
+    with three_lanes(here) as adapters, pytest.raises(BadInput, match=f"is {worth}; must be a number from 0"):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
+
+
+def test_grades_that_are_too_few_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, task = bench(), tasks.get(WORDS_TASK)
+    monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
+    with three_lanes(here) as adapters, pytest.raises(BadInput, match="grade_all gives 1 grades for 24"):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
+
+
+def test_scores_are_what_the_model_itself_says() -> None:
+    here, task = bench(), tasks.get(WORDS_TASK)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters, torch.no_grad():
+        found = evaluate(here, task, split, 1, lambda: adapters.rows(["y"], None))[0]
+        losses, hits, answers = [], [], []
+        for row in split.rows:  # one by one, nothing padded
+            with adapters.rows(["y"], None):
+                logits = here.model(input_ids=torch.tensor([row.ids])).logits[0]
+            labels = torch.tensor(row.targets)
+            losses.append(cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LOSS).item())
+            hits.append((logits.argmax(-1) == labels)[labels != NO_LOSS])
+            new, eos = [], here.tokenizer.eos_token_id
+            while len(new) < task.max_new_tokens and eos not in new:
+                with adapters.rows(["y"], None):
+                    text = torch.tensor([[*row.prompt, *new]])
+                    new.append(here.model(input_ids=text).logits[0, -1].argmax().item())
+            answers.append(here.tokenizer.decode([i for i in new if i != eos], skip_special_tokens=True))
+    tokens = [len(h) for h in hits]
+    assert found.scores["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
+    assert found.scores["accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
+    assert found.items.loss == pytest.approx([x / n for x, n in zip(losses, tokens, strict=True)], rel=1e-5)
+    assert found.items.answers == tuple(answers)
+    assert found.items.correct == tuple(
+        task.grade(e, a) for e, a in zip(split.examples, answers, strict=True)
+    )
+
+
+def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
+    here, generated = bench(), tasks.get(WORDS_TASK)
+    forced = type(generated)()
+    forced.answers = "forced"  # type: ignore[misc]
+    split = split_of(generated, here)
+    adapters = attach(here.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks")
+    adapters.add("x", Settings(rank=4, alpha=8.0), seed=0)
+    # Learn for a moment to answer "a": right on some items, wrong on others.
+    optimizer = torch.optim.AdamW(adapters.trainable("x").values(), lr=0.1)
+    for _ in range(30):
+        for batch, _ in split.batches:
+            with adapters.rows(["x"], None):
+                logits, labels = outputs(here, generated, batch)
+                cross_entropy(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    one, other = (
+        evaluate(here, t, split, 1, lambda: adapters.rows(["x"], None))[0] for t in (generated, forced)
+    )
+    assert one.items.correct == other.items.correct
+    assert one.scores == other.scores
+    assert 0 < sum(one.items.correct) < len(split.rows)
+    assert other.items.answers == ()
+
+
+def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
+    here, task = bench(), tasks.get("letters")
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        off = evaluate(here, task, split, 1, adapters.off)[0]
+
+    @contextmanager
+    def bare() -> Iterator[None]:
+        yield
+
+    assert evaluate(here, task, split, 1, bare)[0] == off
+
+
+def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
+    here, task = bench(), tasks.get(WORDS_TASK)
+    for batch, _ in split_of(task, here).batches:
+        assert takes_columns(type(here.model).forward)
+        assert (batch.targets != NO_LOSS).any(0).sum() < batch.length
+        logits, labels = outputs(here, task, batch)
+        full = here.model(input_ids=batch.ids).logits
+        places = batch.targets != NO_LOSS
+        assert torch.equal(labels, batch.targets[places])
+        torch.testing.assert_close(logits, full[places])
+
+
+def test_the_models_own_generation_settings_are_left_out_and_left_alone() -> None:
+    here, task = bench(), tasks.get(WORDS_TASK)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        plain = evaluate(here, task, split, 1, lambda: adapters.rows(["z"], None))[0]
+        own = here.model.generation_config
+        own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
+        again = evaluate(here, task, split, 1, lambda: adapters.rows(["z"], None))[0]
+    assert again == plain
+    assert here.model.generation_config is own
+    assert (own.do_sample, own.temperature) == (True, 5.0)
+
+
+def test_bf16_base() -> None:
+    here, task = bench("bfloat16"), tasks.get(WORDS_TASK)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        scored = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
+    assert all(0 < one.scores["loss"] < 50 for one in scored)
+
+
+def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> None:
+    class Ends(Task):
+        name = "ends"
+
+        def grade(self, example: Example, answer: str) -> float:
+            raise SystemExit(7)
+
+    split = Split([Example("a", "b")], [], cap=8, padding=0)
+    with pytest.raises(Failed, match="SystemExit: 7") as caught:
+        ALONE.attempt(lambda: _worth(Ends(), split, [[("b",)]], ALONE))
+    assert "in grade" in caught.value.trace

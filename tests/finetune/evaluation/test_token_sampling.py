@@ -1,0 +1,179 @@
+"""Sampled answers: drawn rightly, and the same whoever shares the pack or the batch. (That two workers draw
+what one draws stands in `test_task_heads.py`, with their other scores.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scripted import WORDS_TASK, tiny_bench
+from scripted import configuration as configured
+from test_evaluate import NAMES, split_of, three_lanes
+
+from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.evaluation import generate
+from orchestrator.finetune.evaluation.evaluate import evaluate
+from orchestrator.finetune.evaluation.generate import answers, cut
+from orchestrator.finetune.evaluation.token_sampling import drawn, uniforms
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.process_group import ALONE
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study.configuration import ModelChoice
+
+SEEDS = (0, 1, 2)
+
+
+def bench() -> Bench:
+    return tiny_bench(ModelChoice("tiny", "0" * 64, "float32"))
+
+
+def sampled(
+    samples: int = 3, temperature: float = 1.0, top_p: float = 1.0, stop: tuple[str, ...] = ()
+) -> Task:
+    task = type(tasks.get(WORDS_TASK))()
+    task.samples, task.temperature, task.top_p, task.stop = samples, temperature, top_p, stop  # type: ignore[misc]
+    return task
+
+
+def test_frequencies_are_the_softmax() -> None:
+    logits = torch.tensor([2.0, 0.5, -1.0, 1.0, -30.0])
+    count = 20_000
+    numbers = torch.from_numpy(uniforms(7, 0, 0, count))
+    for temperature in (1.0, 0.5):
+        tokens = drawn(logits.repeat(count, 1), numbers, temperature)
+        expected = torch.softmax(logits / temperature, dim=0)
+        found = torch.bincount(tokens, minlength=5) / count
+        # Five standard errors, and none where there is next to nothing.
+        assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-6).all()
+
+
+def test_a_nucleus_leaves_out_the_tail_and_keeps_the_proportions() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    count = 20_000
+    tokens = drawn(logits.repeat(count, 1), torch.from_numpy(uniforms(1, 0, 0, count)), 1.0, top_p=0.7)
+    # 0.5 and 0.25 reach 0.7 together.
+    assert sorted(set(tokens.tolist())) == [1, 3]
+    assert (tokens == 1).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
+    one = drawn(logits.repeat(50, 1), torch.from_numpy(uniforms(1, 0, 0, 50)), 1.0, top_p=0.4)
+    assert set(one.tolist()) == {1}
+
+
+def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_weight() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    assert drawn(logits, torch.tensor([0.0, 1.0 - 2**-53]), 1.0).tolist() == [1, 2]
+
+
+def test_numbers_differ_by_seed_item_and_sample() -> None:
+    found = {tuple(uniforms(s, i, k, 4)) for s in (0, 1, 2**40) for i in range(3) for k in range(3)}
+    assert len(found) == 27
+
+
+def test_samples_do_not_depend_on_the_pack() -> None:
+    here, task = bench(), sampled()
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None), seeds=SEEDS)
+        for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
+            alone = evaluate(here, task, split, 1, lambda n=name: adapters.rows([n], None), seeds=[seed])  # type: ignore[misc]
+            assert alone == [one]
+        # Another seed draws others; the same lane with the seed of another is not that one.
+        other = evaluate(here, task, split, 1, lambda: adapters.rows([NAMES[0]], None), seeds=[1])[0]
+    assert other.items.answers != together[0].items.answers
+    assert other.items.answers != together[1].items.answers
+
+
+def test_samples_do_not_depend_on_what_torch_has_drawn() -> None:
+    here, task = bench(), sampled()
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        found = []
+        for noise in (0, 1):
+            torch.manual_seed(noise)
+            found += evaluate(here, task, split, 1, lambda: adapters.rows(["x"], None), seeds=[0])
+            state = torch.get_rng_state()
+            torch.manual_seed(noise)
+            assert torch.equal(state, torch.get_rng_state())
+    assert found[0] == found[1]
+
+
+def test_samples_do_not_depend_on_the_order_or_on_who_else_is_asked() -> None:
+    here, task = bench(), sampled()
+    split = split_of(task, here)
+    prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
+    with three_lanes(here) as adapters:
+
+        def said(asked: list[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[str, ...]]:
+            told = answers(here, task, asked, split.cap, [5], lambda: adapters.rows(["x"], None), ALONE)
+            return {number: texts for (number, _), texts in zip(asked, told[0], strict=True)}
+
+        whole = said(prompts)
+        assert said(prompts[::-1]) == whole
+        some = said(prompts[3:20])
+    assert some == {number: whole[number] for number in some}
+    assert all(len(texts) == 3 for texts in whole.values())
+    assert any(len(set(texts)) > 1 for texts in whole.values())
+
+
+def test_a_score_is_the_mean_over_samples() -> None:
+    here, task = bench(), sampled(samples=4, temperature=2.0)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        rows = lambda: adapters.rows(["y"], None)  # noqa: E731
+        found = evaluate(here, task, split, 1, rows, seeds=[3])[0]
+        prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
+        told = answers(here, task, prompts, split.cap, [3], rows, ALONE)[0]
+    worth = [
+        sum(task.grade(example, text) for text in texts) / 4
+        for example, texts in zip(split.examples, told, strict=True)
+    ]
+    assert list(found.items.correct) == worth
+    assert found.scores["exact_match"] == pytest.approx(sum(worth) / len(worth))
+    assert found.items.answers == tuple(texts[0] for texts in told)
+
+
+def test_cold_samples_are_the_greedy_answer() -> None:
+    here = bench()
+    split = split_of(sampled(), here)
+    with three_lanes(here) as adapters:
+        rows = lambda: adapters.rows(NAMES, None)  # noqa: E731
+        cold = evaluate(here, sampled(samples=1, temperature=1e-6), split, 3, rows, seeds=SEEDS)
+        greedy = evaluate(here, sampled(samples=1, temperature=0.0), split, 3, rows, seeds=SEEDS)
+    assert cold == greedy
+
+
+def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cut("a b### c", ("###", " b")) == "a"
+    assert cut("a b", ()) == "a b"
+    here = bench()
+    plain = sampled(temperature=3.0)
+    split = split_of(plain, here)
+    monkeypatch.setattr(generate, "LOOK", 2)
+    with three_lanes(here) as adapters:
+        prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
+        rows = lambda: adapters.rows(["x"], None)  # noqa: E731
+        whole = answers(here, plain, prompts, split.cap, [0], rows, ALONE)[0]
+        stops = ("a", "c d")
+        stopped = answers(here, sampled(temperature=3.0, stop=stops), prompts, split.cap, [0], rows, ALONE)[0]
+    assert stopped == [tuple(cut(text, stops) for text in texts) for texts in whole]
+    assert stopped != whole
+
+
+def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
+    here, task = bench(), sampled()
+    task.graded = "at the end"  # type: ignore[misc]
+    split = split_of(task, here)
+
+    class Lane:
+        def __init__(self, name: str, seed: int, at_end: bool) -> None:
+            self.name, self.at_end, self.configuration = name, at_end, configured(seed=seed)
+
+    lanes = [Lane(name, seed, name == "y") for name, seed in zip(NAMES, SEEDS, strict=True)]
+    with three_lanes(here) as adapters:
+        pack = Pack(here, adapters, Data(task, (), {"test": split}, {}), ALONE)
+        found = dict(zip(NAMES, pack.scores(lanes, "test"), strict=True))  # type: ignore[arg-type]
+        every = dict(zip(NAMES, pack.scores(lanes, "test", always=True), strict=True))  # type: ignore[arg-type]
+    assert {name for name in NAMES if task.metric in found[name].scores} == {"y"}
+    assert found["y"] == every["y"]
+    for name in NAMES:
+        assert found[name].scores["loss"] == every[name].scores["loss"]
+        assert len(every[name].items.answers) == len(split.rows)

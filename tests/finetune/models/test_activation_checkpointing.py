@@ -1,0 +1,178 @@
+"""Gradient checkpointing computes again, and the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
+
+from orchestrator.finetune.models.activation_checkpointing import recompute_blocks
+from orchestrator.finetune.models.deberta import positions_of_rows
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.util.errors import BadInput
+from variants import catalogue
+from variants.attach import Adapters, attach
+from variants.base import Settings
+
+SETTINGS = Settings(rank=4, alpha=8.0, dropout=0.3)
+ROWS, LENGTH = 8, 12
+
+
+def llama() -> nn.Module:
+    return tiny_bench(ModelChoice("tiny", "0" * 64)).model
+
+
+def bert() -> nn.Module:
+    """With dropout of its own, which eval mode turns off."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=25,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            hidden_dropout_prob=0.5,
+            attention_probs_dropout_prob=0.5,
+        )
+        return BertForSequenceClassification(config).eval().requires_grad_(False)
+
+
+def deberta() -> nn.Module:
+    """Its attention calls the same projections twice: each call has masks of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = DebertaV2Config(
+            vocab_size=25,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            relative_attention=True,
+            pos_att_type="p2c|c2p",
+            position_buckets=32,
+            share_att_key=True,
+            type_vocab_size=0,
+        )
+        model = DebertaV2ForSequenceClassification(config)
+    positions_of_rows(model)
+    return model.eval().requires_grad_(False)
+
+
+def adapted(model: nn.Module, variant: str) -> Adapters:
+    adapters = attach(model, catalogue.get(variant), SETTINGS)
+    for lane in ("a", "b"):
+        adapters.add(lane, SETTINGS, seed=ord(lane))
+        for name, parameter in sorted(adapters.trainable(lane).items()):
+            with torch.no_grad():
+                parameter += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
+    return adapters
+
+
+def gradients(adapters: Adapters) -> dict[str, Tensor]:
+    ids = torch.randint(1, 25, (2 * ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    with adapters.rows(["a", "b"], [3, 5], 1, ROWS):
+        adapters.model(input_ids=ids).logits.square().mean().backward()
+    return {
+        f"{lane} {name}": parameter.grad
+        for lane in ("a", "b")
+        for name, parameter in adapters.trainable(lane).items()
+        if parameter.grad is not None
+    }
+
+
+def counted(model: Any) -> Counter[str]:
+    """How often each block's attention has been called."""
+    calls: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if name.endswith((".self_attn", ".attention")):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    assert len(list(model.named_modules()))
+    return calls
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
+@pytest.mark.parametrize("make", [llama, bert, deberta])
+def test_the_same_gradients_to_the_bit_with_dropout(make: Any, variant: str) -> None:
+    plain = gradients(adapted(make(), variant))
+    model = make()
+    recompute_blocks(model)
+    assert not any(module.training for module in model.modules())
+    calls = counted(model)
+    adapters = adapted(model, variant)
+    again = gradients(adapters)
+    assert set(calls.values()) == {2}
+    assert len(calls) == model.config.num_hidden_layers
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name
+        assert gradient.any()
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_without_gradients_nothing_is_computed_twice(make: Any) -> None:
+    model = make()
+    recompute_blocks(model)
+    calls = counted(model)
+    adapters = adapted(model, "lora")
+    with torch.no_grad(), adapters.rows(["a"], None):
+        adapters.model(input_ids=torch.ones(ROWS, LENGTH, dtype=torch.long))
+    assert set(calls.values()) == {1}
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_a_whole_lane_is_the_same_to_the_bit(variant: str, store: Store, tmp_path: Path) -> None:
+    """Accumulation, evaluation and generation (with its cache) included."""
+
+    def load(choice: ModelChoice, task: Task) -> Bench:
+        bench = tiny_bench(choice, task)
+        recompute_blocks(bench.model)
+        return bench
+
+    dropout = 0.2 if variant == "lora" else 0.0
+    one = configuration(variant=variant, task=WORDS_TASK, dropout=dropout, accumulation=2, steps=6)
+    train(Script(leases([one])), store, load_bench=load)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert numbers_of(record) == numbers_of(solo(one, tmp_path))
+
+
+def test_less_is_kept_for_backward() -> None:
+    def kept(model: nn.Module) -> int:
+        size = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        adapters = adapted(model, "lora")
+        ids = torch.ones(2 * ROWS, LENGTH, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), adapters.rows(["a", "b"], [0, 0]):
+            adapters.model(input_ids=ids)
+        return size
+
+    model = bert()
+    recompute_blocks(model)
+    assert kept(model) < kept(bert()) / 3
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(BadInput, match="--gradient-checkpointing: Linear has no blocks"):
+        recompute_blocks(nn.Linear(2, 2))

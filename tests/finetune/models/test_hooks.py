@@ -1,0 +1,184 @@
+"""A variant's hooks in a real lane: what they see, that their changes count, that a resumed lane goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from scripted import configuration, tiny_bench
+from torch import Tensor
+
+from orchestrator.finetune.engine import checkpoint
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.engine.lane_source import Lease
+from orchestrator.finetune.process_group import Alone
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.study.configuration import Configuration
+from variants import catalogue
+from variants.attach import attach
+from variants.base import LaneView, Settings, Variant
+from variants.baseline.lora import LoRA
+
+
+class Riemannian(LoRA):
+    """Preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): g_A becomes (B^T B + d I)^-1 g_A, g_B
+    becomes g_B (A A^T + d I)^-1. Keeps the gradients that it is given."""
+
+    damping: ClassVar[float] = 0.1
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, Tensor]]] = []
+
+    def before_step(self, lane: LaneView) -> None:
+        given = {}
+        for name, view in lane.layers.items():
+            a, b = view.trainable["A"], view.trainable["B"]
+            assert a.grad is not None
+            assert b.grad is not None
+            given |= {f"{name}.A": a.grad.clone(), f"{name}.B": b.grad.clone()}
+            unit = self.damping * torch.eye(len(a))
+            a.grad.copy_(torch.linalg.solve(b.T @ b + unit, a.grad))
+            b.grad.copy_(torch.linalg.solve(a @ a.T + unit, b.grad.T).T)
+        self.seen.append((lane.step, given))
+
+
+def opened(variant: Variant, chosen: list[Configuration], folder: Path) -> Pack:
+    one = chosen[0]
+    bench = tiny_bench(one.model)
+    settings = Settings(one.variant.rank, one.variant.alpha, one.variant.dropout)
+    adapters = attach(bench.model, variant, settings)
+    data = Data.of(one, tasks.get(one.task.name), bench, adapters, Alone(), folder)
+    return Pack(bench, adapters, data, Alone())
+
+
+def placed(pack: Pack, chosen: list[Configuration]) -> list[Lane]:
+    lanes = [Lane(Lease(one, 1)) for one in chosen]
+    for lane in lanes:
+        lane.open(pack.adapters, pack.data.untrained["validation"]["loss"], None)
+    return lanes
+
+
+def step(pack: Pack, lanes: list[Lane]) -> list[float]:
+    """One optimizer step of each; the norms of their gradients as they were before clipping."""
+    taken = pack.reduce(pack.backward(lanes))
+    for lane, one in zip(lanes, taken, strict=True):
+        assert lane.take_step(one) is None
+    return [one.norm for one in taken]
+
+
+def total(gradients: dict[str, Tensor]) -> float:
+    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+
+
+def test_before_step_sees_complete_and_clipped_gradients(tmp_path: Path) -> None:
+    """The same 16 rows at once, or in two micro-batches: the hook is given the same, never above the clip."""
+    given = []
+    for batch_size, accumulation in ((16, 1), (8, 2)):
+        variant = Riemannian()
+        one = configuration(batch_size=batch_size, accumulation=accumulation, evaluations=1)
+        chosen = [replace(one, optimizer=replace(one.optimizer, clip_norm=0.2))]
+        pack = opened(variant, chosen, tmp_path)
+        lanes = placed(pack, chosen)
+        clip = chosen[0].optimizer.clip_norm
+        norms = [step(pack, lanes)[0] for _ in range(3)]
+        assert [at for at, _ in variant.seen] == [0, 1, 2]
+        assert min(norms) < clip < max(norms)
+        for norm, (_, gradients) in zip(norms, variant.seen, strict=True):
+            assert total(gradients) == pytest.approx(min(norm, clip), rel=1e-4)
+        given.append(variant.seen[0][1])
+    whole, parts = given
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
+    """Beside AdamW on the preconditioned gradients, by hand."""
+    variant, chosen = Riemannian(), [configuration(evaluations=1)]
+    pack = opened(variant, chosen, tmp_path)
+    (lane,) = placed(pack, chosen)
+    options = chosen[0].optimizer
+    copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in lane.parameters.items()}
+    by_hand = torch.optim.AdamW(
+        copies.values(), betas=(options.beta1, options.beta2), eps=options.epsilon, weight_decay=0.01
+    )
+    for now in range(4):
+        before = {name: p.detach().clone() for name, p in lane.parameters.items()}
+        by_hand.param_groups[0]["lr"] = lane.learning_rate
+        step(pack, [lane])
+        for name, gradient in variant.seen[now][1].items():
+            layer, parameter = name.rsplit(".", 1)
+            a, b = before[f"{layer}.A"], before[f"{layer}.B"]
+            unit = variant.damping * torch.eye(len(a))
+            inverse = torch.linalg.inv(b.T @ b + unit if parameter == "A" else a @ a.T + unit)
+            copies[name].grad = inverse @ gradient if parameter == "A" else gradient @ inverse
+        by_hand.step()
+        for name, parameter in lane.parameters.items():
+            torch.testing.assert_close(parameter, copies[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "riemannian",
+        "adalora",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("delta_lora", "relora")),
+    ],
+)
+def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) -> None:
+    def variant() -> Variant:
+        return Riemannian() if name == "riemannian" else catalogue.get(name)
+
+    chosen = [configuration(seed=seed, rate=0.003 * (seed + 1), evaluations=1) for seed in range(3)]
+    company = opened(variant(), chosen, tmp_path)
+    lanes = placed(company, chosen)
+    for _ in range(8):
+        step(company, lanes)
+    for one, lane in zip(chosen, lanes, strict=True):
+        pack = opened(variant(), [one], tmp_path)
+        (alone,) = placed(pack, [one])
+        for _ in range(8):
+            step(pack, [alone])
+        for key, parameter in alone.parameters.items():
+            assert torch.equal(parameter, lane.parameters[key]), key
+        for key, tensor in pack.adapters.frozen(alone.name).items():
+            assert torch.equal(tensor, company.adapters.frozen(lane.name)[key]), key
+
+
+@cache
+def went_through(name: str, folder: Path) -> tuple[list[Configuration], Pack, Lane, dict[int, Path]]:
+    """A lane after eight steps, and its checkpoints by step."""
+    chosen = [configuration(variant=name, evaluations=1)]
+    pack = opened(catalogue.get(name), chosen, folder)
+    (lane,) = placed(pack, chosen)
+    saved = {}
+    for now in range(8):
+        saved[now] = checkpoint.write(folder / f"at-{now}", lane.checkpoint(pack.adapters.frozen(lane.name)))
+        step(pack, [lane])
+    return chosen, pack, lane, saved
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hooks")
+
+
+@pytest.mark.parametrize("at", [1, 5, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 7))])
+@pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
+def test_a_resumed_lane_ends_as_one_that_went_through(
+    name: str, at: int, folder: Path, tmp_path: Path
+) -> None:
+    chosen, pack, lane, saved = went_through(name, folder)
+    again = opened(catalogue.get(name), chosen, tmp_path)
+    resumed = Lane(Lease(chosen[0], 2))
+    resumed.open(again.adapters, 3.0, checkpoint.read(saved[at]))
+    for _ in range(at, 8):
+        step(again, [resumed])
+    for key, parameter in lane.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[key]), key
+    for key, tensor in pack.adapters.frozen(lane.name).items():
+        assert torch.equal(tensor, again.adapters.frozen(resumed.name)[key]), key

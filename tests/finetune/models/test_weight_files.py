@@ -1,0 +1,349 @@
+"""A model folder's weights are judged by their headers, as transformers' own loader judges them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import encoders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from orchestrator.finetune.models import loading, weight_files
+from orchestrator.finetune.sources.base_store import content_of, quiet
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.util.errors import BadInput
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a small model that has learnt nothing."""
+    folder = tmp_path_factory.mktemp("base")
+    with quiet():
+        Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
+    return folder
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, to be changed."""
+    return Path(shutil.copytree(base, tmp_path / "m"))
+
+
+def one(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Take the weights out of the folder and return them."""
+    found = load_file(one(folder))
+    one(folder).unlink()
+    return found
+
+
+def cut(file: Path, size: int = -1) -> None:
+    """Cut `file` to `size` bytes; by default to half of them."""
+    os.truncate(file, file.stat().st_size // 2 if size < 0 else size)
+
+
+def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a safetensors file anew with another header."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def one_more(header: dict[str, Any]) -> None:
+    header["lm_head.weight"]["data_offsets"][1] += 4
+
+
+def sharded(folder: Path, ending: str = "safetensors") -> Path:
+    """Split the weights into two files and an index, and return the second file."""
+    found = sorted(tensors(folder).items())
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    names = [f"{stem}-0000{k}-of-00002.{ending}" for k in (1, 2)]
+    parts = dict(zip(names, (dict(found[::2]), dict(found[1::2])), strict=True))
+    for name, part in parts.items():
+        if ending == "safetensors":
+            save_file(part, folder / name, {"format": "pt"})
+        else:
+            torch.save(part, folder / name)
+    index = {"metadata": {}, "weight_map": {key: name for name, part in parts.items() for key in part}}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    return folder / names[1]
+
+
+def indexed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Split the weights and change the index."""
+    sharded(folder)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def index_cut(folder: Path) -> None:
+    sharded(folder)
+    cut(folder / SAFE_WEIGHTS_INDEX_NAME)
+
+
+def pickled(folder: Path, **options: Any) -> Path:
+    """Keep the weights as torch.save does, and return the file."""
+    torch.save(tensors(folder), folder / "pytorch_model.bin", **options)
+    return folder / "pytorch_model.bin"
+
+
+class Planted:
+    """Runs code when a pickle with it is opened."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("planted",)
+
+
+def planted(folder: Path) -> None:
+    torch.save({**tensors(folder), "more": Planted()}, folder / "pytorch_model.bin")
+
+
+def holed(folder: Path) -> None:
+    """Keep beginning and end of a torch.save file, with the list of what is in it, and not the rest."""
+    file = pickled(folder)
+    data = file.read_bytes()
+    file.write_bytes(data[:20] + data[-2000:])
+
+
+def as_folder(folder: Path) -> None:
+    one(folder).unlink()
+    one(folder).mkdir()
+
+
+GOOD: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda folder: None,
+    "shards": sharded,
+    "a file of torch.save": pickled,
+    "a file of an old torch.save": lambda folder: pickled(folder, _use_new_zipfile_serialization=False),
+    "shards of torch.save": lambda folder: sharded(folder, "bin"),
+    "safetensors beside rubbish that is not read": lambda folder: (folder / WEIGHTS_NAME).write_bytes(b"x"),
+}
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no file": (tensors, "has no weights (model.safetensors"),
+    "a folder": (as_folder, "has no weights"),
+    "an empty file": (lambda f: one(f).write_bytes(b""), "header too small"),
+    "a half": (lambda f: cut(one(f)), "model.safetensors: is cut"),
+    "a byte too few": (lambda f: cut(one(f), one(f).stat().st_size - 1), "model.safetensors: is cut"),
+    "a byte too many": (lambda f: one(f).open("ab").write(b"x"), "model.safetensors"),
+    "a header alone": (lambda f: cut(one(f), 500), "model.safetensors"),
+    "random bytes": (lambda f: one(f).write_bytes(bytes(range(255, 0, -1)) * 99), "header too large"),
+    "zeros": (lambda f: one(f).write_bytes(bytes(9999)), "invalid JSON"),
+    "a pickle": (lambda f: one(f).write_bytes(pickle.dumps({"a": 1})), "is a pickle"),
+    "a file of torch.save by another name": (lambda f: pickled(f).rename(one(f)), "is a pickle"),
+    "an offset too far": (lambda f: with_header(one(f), one_more), "offset"),
+    "a shard missing": (lambda f: sharded(f).unlink(), "model-00002-of-00002.safetensors: is not there"),
+    "a shard cut": (lambda f: cut(sharded(f)), "model-00002-of-00002.safetensors: is cut"),
+    "an index cut": (
+        index_cut,
+        "model.safetensors.index.json: not an index",
+    ),
+    "an index of nothing": (lambda f: indexed(f, lambda i: i.pop("weight_map")), "weight_map"),
+    "an index of no file": (lambda f: indexed(f, lambda i: i.update(weight_map={})), "names no file"),
+    "a list for an index": (
+        lambda f: (sharded(f), (f / SAFE_WEIGHTS_INDEX_NAME).write_text("[]")),
+        "not an index",
+    ),
+    "random bytes for torch.save's": (
+        lambda f: pickled(f).write_bytes(bytes(range(255, 0, -1)) * 99),
+        "pytorch_model.bin: is no file of torch.save",
+    ),
+    "a plain pickle": (lambda f: pickled(f).write_bytes(pickle.dumps({"a": 1})), "is no file of torch.save"),
+    "torch.save's cut": (lambda f: cut(pickled(f)), "is no file of torch.save"),
+    "torch.save's with a hole": (holed, "pytorch_model.bin"),
+    "torch.save's with code": (planted, "mkdir"),
+    "an index of a file elsewhere": (
+        lambda f: indexed(
+            f, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], "../elsewhere.safetensors"))
+        ),
+        "'../elsewhere.safetensors' is not a file's name",
+    ),
+    "torch.save's shard missing": (lambda f: sharded(f, "bin").unlink(), "pytorch_model-00002-of-00002.bin"),
+}
+
+
+def opened(folder: Path) -> Any:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("what", GOOD)
+def test_what_transformers_loads_is_accepted(what: str, folder: Path) -> None:
+    expected = load_file(one(folder))
+    GOOD[what](folder)
+    weight_files.check(folder, "m")
+    found = opened(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("what", BAD)
+def test_what_transformers_cannot_load_is_one_line(
+    what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spoil, said = BAD[what]
+    spoil(folder)
+    with pytest.raises(BadInput) as refused:
+        weight_files.check(folder, "m")
+    text = str(refused.value)
+    assert str(folder) in text
+    assert said in text
+    assert "save_pretrained" in text
+    assert "\n" not in text
+    with pytest.raises(Exception):  # noqa: B017, PT011  # of many kinds
+        opened(folder)
+    assert not (tmp_path / "planted").exists(), "code in a pickle was run"
+
+
+def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) -> None:
+    """transformers would draw what is lacking at random, with a warning that nobody sees."""
+    found = tensors(folder)
+    save_file({f"other.{name}": tensor for name, tensor in found.items()}, one(folder), {"format": "pt"})
+    content = loading.resolve(str(folder), tmp_path)
+    assert content is not None
+    with pytest.raises(BadInput, match=r"no weights for lm_head\.weight and \d+ more"):
+        loading.load(loading.ModelChoice(str(folder), content), tmp_path)
+
+
+def changed(folder: Path, **values: Any) -> None:
+    """Set values in the model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the weights in their file."""
+    found = tensors(folder)
+    change(found)
+    save_file(found, one(folder), {"format": "pt"})
+
+
+def spoilt(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that sets one number of the first weight with `key` in its name."""
+    return lambda found: next(found[name] for name in sorted(found) if key in name).view(-1)[0].fill_(value)
+
+
+def without(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that takes the weights with `key` in their names away."""
+    return lambda found: [found.pop(name) for name in list(found) if key in name]
+
+
+QUERY = "encoder.layer.1.attention.self.query"
+OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "wider layers": ("label", lambda f: changed(f, intermediate_size=48), r"size \[64\].*asks for \[48\]"),
+    "more tokens": ("label", lambda f: changed(f, vocab_size=300), r"word_embeddings.*asks for \[300, 32\]"),
+    "more positions": ("label", lambda f: changed(f, max_position_embeddings=300), "position_embeddings"),
+    "wider layers, and answers": ("forced", lambda f: changed(f, intermediate_size=48), r"asks for .*48"),
+    "fewer blocks": (
+        "label",
+        lambda f: changed(f, num_hidden_layers=1),
+        "asks for 1 blocks in bert.encoder.layer",
+    ),
+    "fewer blocks, and answers": (
+        "forced",
+        lambda f: changed(f, num_hidden_layers=1),
+        "1 blocks in model.layers",
+    ),
+    "a layer that is not there": (
+        "label",
+        lambda f: rewritten(f, without(QUERY)),
+        f"no weights for bert.{QUERY}",
+    ),
+    "half a layer": (
+        "label",
+        lambda f: rewritten(f, without(f"{QUERY}.bias")),
+        f"no weights for bert.{QUERY}",
+    ),
+    "a number that is none": (
+        "forced",
+        lambda f: rewritten(f, spoilt("up_proj", float("nan"))),
+        "not finite",
+    ),
+    "an infinite number": ("label", lambda f: rewritten(f, spoilt(QUERY, float("inf"))), "not finite"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
+    what: str, folder: Path, tmp_path: Path
+) -> None:
+    answers, spoil, said = OTHERS[what]
+    task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
+    if answers == "label":
+        folder = encoders.save("bert", tmp_path / "bert")
+    loading.load(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    spoil(folder)
+    with pytest.raises(BadInput, match=said) as refused:
+        loading.load(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
+    """transformers would load the adapter's base, whatever the folder holds, and the adapter on it."""
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}'
+    )
+    with pytest.raises(BadInput, match="merge_and_unload"):
+        weight_files.check(folder, "m")
+
+
+def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
+    changed(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(BadInput, match=r"quantised \(quantization_config\)"):
+        loading.skeleton(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, Letters(RECIPE))
+
+
+def test_only_headers_are_read(folder: Path) -> None:
+    """A file of 64 GiB, all of it holes: reading it would take longer than a test may."""
+    size = 64 * 2**30
+    header = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    one(folder).write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(one(folder), 8 + len(text) + size)
+    weight_files.check(folder, "m")
+
+
+def test_of_a_hubs_cache_only_what_is_there_is_looked_at(folder: Path) -> None:
+    sharded(folder).unlink()
+    weight_files.check(folder, "m", complete=False)
+    cut(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(BadInput, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
+        weight_files.check(folder, "m", complete=False)
+    for path in folder.glob("model*"):
+        path.unlink()
+    weight_files.check(folder, "m", complete=False)
+
+
+def test_the_names_are_those_of_transformers() -> None:
+    assert weight_files.NAMES == (
+        SAFE_WEIGHTS_NAME,
+        SAFE_WEIGHTS_INDEX_NAME,
+        WEIGHTS_NAME,
+        WEIGHTS_INDEX_NAME,
+    )

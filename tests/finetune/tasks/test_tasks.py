@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.finetune.evaluation import metrics
+from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.tasks import catalogue
+from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
+from orchestrator.finetune.tasks.local.chain_sum import ChainSum, same_sum
+from orchestrator.finetune.tasks.local.digits import Digits
+from orchestrator.finetune.tasks.local.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
+from orchestrator.finetune.tasks.local.reviews import Reviews
+from orchestrator.finetune.tasks.math.gsm_symbolic import GsmSymbolic
+from orchestrator.finetune.tasks.pretraining import Recipe
+from orchestrator.util.errors import BadInput
+
+needs_reasoning_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason='needs reasoning-gym: pip install -e ".[real]"'
+)
+
+USER_TASK = """
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+
+class Echo(Task):
+    name = "echo"
+    title = "echo"
+    floor = 0.0
+    default_model = "letters-base"
+    answers = "forced"
+    max_new_tokens = 2
+    defaults = TaskDefaults(3, 2, 2, 1, 1, max_length=8, evaluations=1, learning_rates=(1e-3,))
+
+    def examples(self, split, count):
+        return [Example(f"{split} {i}", str(i)) for i in range(count)]
+"""
+
+
+# -- the catalogue ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_task_says_what_a_fine_tune_needs(name: str) -> None:
+    task = catalogue.get(name)
+    assert task.name == name
+    assert task.answers in ("forced", "generated", "label", "value")
+    assert list(task.defaults.learning_rates) == sorted(set(task.defaults.learning_rates))
+    assert 0.0 <= task.floor <= 1.0
+    assert task.title
+    if task.has_head:
+        assert metrics.of(task)
+        assert task.outputs == (len(set(task.labels)) if task.answers == "label" else 1)
+    else:
+        assert task.max_new_tokens > 0
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(BadInput, match="Did you mean 'letters'"):
+        catalogue.get("leters")
+
+
+def test_a_file_with_a_task_is_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "echo.py"
+    path.write_text(USER_TASK)
+    task = catalogue.get(str(path))
+    choice = task.choice(train_size=5)
+    assert choice.name == str(path)
+    assert catalogue.get(choice.name).load(choice)["train"][4] == Example("train 4", "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("x = 1", "exactly one subclass of Task"), ("import no_such_thing_at_all", "does not import")],
+)
+def test_a_file_without_a_task_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=message) as caught:
+        catalogue.get(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist"):
+        catalogue.get(str(tmp_path / "letters.py"))
+
+
+@pytest.mark.parametrize("kind", [Letters, Reviews, Digits])
+def test_the_configuration_of_a_base_is_known_before_it_is_made(
+    kind: Callable[[Recipe], Task], tmp_path: Path
+) -> None:
+    task = kind(Recipe(steps=1, batch_size=2, learning_rate=1e-3))
+    with quiet():
+        task.pretrain(tmp_path, lambda text: None)
+    made = json.loads((tmp_path / "config.json").read_text())
+    known = task.base_config().to_diff_dict()
+    differ = {key for key in made.keys() | known.keys() if made.get(key) != known.get(key)}
+    assert differ <= {"architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id"}
+
+
+def test_listing_and_choosing_imports_no_torch() -> None:
+    code = (
+        "import sys; from orchestrator.finetune.tasks import catalogue;"
+        "from orchestrator.finetune.models import loading as models;"
+        "catalogue.names(); models.names(); catalogue.get('letters').choice();"
+        "assert not {'torch', 'transformers', 'reasoning_gym'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- the parts that all tasks share ----------------------------------------------------------------------
+
+
+def test_data_under_another_revision_are_refused() -> None:
+    task = Letters()
+    stale = task.choice().__class__(**{**task.choice().__dict__, "revision": "0" * 16})
+    with pytest.raises(BadInput, match="data 0000000000000000"):
+        task.load(stale)
+
+
+def test_split_of_gives_each_held_out_split_a_fifth() -> None:
+    counts = dict.fromkeys(SPLITS, 0)
+    for i in range(5000):
+        counts[split_of(f"item {i}")] += 1
+    assert counts["validation"] == pytest.approx(1000, abs=120)  # over four standard deviations
+    assert counts["test"] == pytest.approx(1000, abs=120)
+
+
+def test_a_grade_ignores_surrounding_blanks_and_nothing_else() -> None:
+    example = Example("1 + 1 =", " 12")
+    graded = {text: Task.grade(Letters(), example, text) for text in ("12", " 12\n", "1 2", "12.", "", "-12")}
+    assert graded == {"12": 1.0, " 12\n": 1.0, "1 2": 0.0, "12.": 0.0, "": 0.0, "-12": 0.0}
+
+
+# -- letters ---------------------------------------------------------------------------------------------
+
+
+def test_letters_splits_are_disjoint_and_without_repetition() -> None:
+    task = Letters()
+    data = task.load(task.choice(train_size=5000, validation_size=1000, test_size=1000))
+    prompts = [example.prompt for split in SPLITS for example in data[split]]
+    assert len(prompts) == 7000
+    assert len(set(prompts)) == 7000
+
+
+def test_letters_are_the_same_on_every_call_and_other_sizes_keep_what_they_share() -> None:
+    random.seed(1)
+    small = Letters().load(Letters().choice(train_size=10, validation_size=20, test_size=5))
+    random.seed(2)
+    large = Letters().load(Letters().choice())
+    assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
+    assert Letters().revision() == "a5033a656b6bf16d"  # the data of every record made so far
+
+
+def test_letters_answers_are_reversed_then_next() -> None:
+    follows = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
+    for example in Letters().examples("validation", 50):
+        operator, *word, equals = example.prompt.split(" ")
+        assert (operator, equals) == ("unk", "=")
+        assert example.answer.split(" ") == [follows[letter] for letter in word[::-1]]
+
+
+def test_letters_encoding_round_trips_and_fits_the_length() -> None:
+    task, words = Letters(), tokenizer()
+    example = task.examples("test", 1)[0]
+    encoded = task.encode(example, words)
+    assert len(encoded.ids) == task.defaults.max_length
+    assert words.decode(encoded.ids[: encoded.prompt_length]) == example.prompt
+    assert words.decode(encoded.ids[encoded.prompt_length :], skip_special_tokens=True) == example.answer
+    assert encoded.ids[-1] == words.eos_token_id
+    assert encoded.labels[: encoded.prompt_length] == (NO_LOSS,) * (LENGTH + 2)
+    assert encoded.labels[encoded.prompt_length :] == encoded.ids[encoded.prompt_length :]
+    assert words.pad_token_id not in (None, words.eos_token_id)
+
+
+def test_more_letters_than_there_are_is_refused() -> None:
+    with pytest.raises(BadInput, match="100000"):
+        Letters().examples("test", 100_001)
+
+
+def test_pretraining_shows_the_five_operators_and_hides_one_in_six() -> None:
+    words, shift = tokenizer(), lambda letter, by: LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
+    rules = {
+        "copy": lambda x: x,
+        "reverse": lambda x: x[::-1],
+        "next": lambda x: [shift(letter, 1) for letter in x],
+        "previous": lambda x: [shift(letter, -1) for letter in x],
+        "rotate": lambda x: x[1:] + x[:1],
+    }
+    seen = dict.fromkeys([*rules, "unk"], 0)
+    for ids in _batches(replace(RECIPE, steps=10)):
+        for row in words.batch_decode(ids):
+            left, right = row.split(" = ")
+            operator, *x = left.split(" ")
+            *y, end = right.split(" ")
+            assert end == "<eos>"
+            meanings = [rules[operator](x)] if operator in rules else [rule(x) for rule in rules.values()]
+            assert y in meanings
+            seen[operator] += 1
+    assert sum(seen.values()) == 960
+    assert seen["unk"] == pytest.approx(160, abs=50)  # over four standard deviations
+    assert min(seen.values()) > 100
+
+
+# -- chain_sum -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_chain_sum_splits_share_no_sum_in_any_wording() -> None:
+    data = ChainSum().load(ChainSum().choice())
+    sums = {split: {_sum_in(example) for example in data[split]} for split in SPLITS}
+    assert {split: len(found) for split, found in sums.items()} == {
+        "train": 240,
+        "validation": 100,
+        "test": 100,
+    }
+    assert not sums["train"] & (sums["validation"] | sums["test"])
+    assert not sums["validation"] & sums["test"]
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_chain_sum_answers_are_right_and_graded_by_their_text() -> None:
+    task = ChainSum()
+    for example in task.examples("validation", 100):
+        left, operator, right = _sum_in(example).split()
+        value = int(left) + int(right) * (1 if operator == "+" else -1)
+        assert task.grade(example, f" {value}") == 1.0
+        assert task.grade(example, f" {value}\n\nBecause") == 0.0
+        assert task.grade(example, f" {value + 1}") == 0.0
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_more_sums_than_there_are_is_refused() -> None:
+    with pytest.raises(BadInput, match="1000000 were asked for"):
+        ChainSum().examples("test", 1_000_000)
+
+
+def test_the_same_sum_has_one_spelling() -> None:
+    assert same_sum("9 + 12") == same_sum("12 + 9") == "9 + 12"
+    assert same_sum("9 - 12") != same_sum("12 - 9")
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic"])
+def test_without_reasoning_gym_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module = importlib.import_module(f"orchestrator.finetune.tasks.{name}")
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python itself does to block an import
+    module._all_examples.cache_clear()
+    with pytest.raises(BadInput, match=r'pip install -e "\.\[real\]"'):
+        catalogue.get(name).examples("train", 1)
+
+
+def _sum_in(example: Example) -> str:
+    return same_sum(example.prompt.split(": ")[1].split(" =")[0])
+
+
+# -- gsm_symbolic ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_problems_of_other_splits_differ_in_more_than_their_names() -> None:
+    data = GsmSymbolic().load(GsmSymbolic().choice())
+    assert {split: len(data[split]) for split in SPLITS} == {"train": 1200, "validation": 200, "test": 200}
+    numbers = {
+        split: {(len(example.prompt.split()), *re.findall(r"\d+", example.prompt)) for example in data[split]}
+        for split in SPLITS
+    }
+    assert not numbers["train"] & numbers["test"]
+    assert not numbers["train"] & numbers["validation"]
+    assert not numbers["validation"] & numbers["test"]
+
+
+@pytest.mark.real
+@needs_reasoning_gym
+def test_a_problem_is_graded_by_its_last_number() -> None:
+    task = GsmSymbolic()
+    for example in task.examples("test", 200):
+        number = example.answer.rpartition("#### ")[2]
+        assert number.isdigit()
+        assert task.grade(example, example.answer) == 1.0
+        assert task.grade(example, f" They have 12 and 7.\n#### {number}") == 1.0
+        assert task.grade(example, f" So it is {number} in all.") == 1.0
+        assert task.grade(example, f" {number} - 1 = {int(number) - 1}\n#### {int(number) - 1}") == 0.0
+        assert task.grade(example, " I do not know.") == 0.0

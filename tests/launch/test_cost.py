@@ -1,0 +1,227 @@
+"""What a plan says of GPU hours and money, against sums done by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from points import STEPS, configuration, record
+from rich.console import Console
+
+from orchestrator.execution.ray import runtime
+from orchestrator.launch import prices
+from orchestrator.launch.cost import between
+from orchestrator.launch.estimate import UNCOUNTED, estimates
+from orchestrator.launch.plan import print_plan
+from orchestrator.record.schema import Cost, Provenance
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Batches, Configuration, Schedule
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import BadInput
+
+A10G = "NVIDIA A10G"
+HUNDRED = [configuration(seed=seed) for seed in range(100, 200)]
+Plan = Callable[..., str]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """What is printed on a machine with this GPU (or several, without a name, or none)."""
+
+    def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
+        gpus = 0 if gpu is None else 2
+        machine = runtime.Cluster((runtime.Node(4, gpus, 2.0**36),))
+        monkeypatch.setattr(runtime, "this_machine", lambda: machine)
+        monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
+        monkeypatch.setattr("sys.argv", ["experiments/lr_sensitivity.py", "--plan", "--study", "my own"])
+        console = Console(file=StringIO(), width=300)
+        print_plan(console, left[0], left, left, store, StudyOptions(**options), None)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(runtime, "address", lambda: None)
+    return said
+
+
+def trained(
+    store: Store,
+    variant: str = "lora",
+    device: str = A10G,
+    seed: int = 0,
+    train: float = 30.0,
+    lanes: int = 4,
+    workers: int = 1,
+) -> None:
+    """A lane of four steps, scored in 6 s; lanes of a pack took it in equal parts."""
+    made = record(configuration(variant, seed=seed), "finished")
+    provenance = Provenance(device=device, pack_lanes=lanes, workers=workers)
+    store.put(replace(made, cost=Cost(train, 6.0), provenance=provenance))
+
+
+def seconds(store: Store, *left: Configuration, lanes: int = 4, workers: int = 1) -> tuple[float, float]:
+    """Of one lane, without what no lane counts."""
+    (found,) = estimates(left or HUNDRED, store, lanes, workers)
+    return found.low / len(left or HUNDRED), found.high / UNCOUNTED / len(left or HUNDRED)
+
+
+def test_hours_and_price_of_what_was_measured_like_this(store: Store, plan: Plan) -> None:
+    trained(store)
+    trained(store, seed=1, train=42.0)  # the mean of the two: 36 + 6 s
+    trained(store, device="cpu", seed=2, train=1e6)
+    said = plan(A10G)
+    # 100 lanes of 42 s and up to a quarter more: 4200 to 5250 s on two seats, 25 s to start; 1.17 to 1.46
+    # hours, at 0.45 to 1.006 USD.
+    assert "Time            about 35:25 to 44:10, on NVIDIA A10G, from 2 lanes trained there\n" in said
+    assert "GPU hours       about 1.2 to 1.5 on NVIDIA A10G\n" in said
+    rate = "0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge, AWS us-east-1 in 2026-06"
+    assert f"Price           about 0.53 to 1.5 USD, at {rate}; check before you spend\n" in said
+    assert "trains one" not in said
+
+
+def test_a_price_of_ones_own_comes_first(store: Store, plan: Plan) -> None:
+    trained(store, train=3594.0)  # an hour with its evaluations
+    said = plan(A10G, price_per_gpu_hour="2:3.5")
+    assert "Price           about 200 to 440 USD, at 2 to 3.5 USD a GPU hour, as given\n" in said
+    said = plan(A10G, price_per_gpu_hour="2", scheduler="asha")
+    assert "GPU hours       about 100 to 120 on NVIDIA A10G, less what early stopping saves\n" in said
+    assert "Price           about 200 to 250 USD, at 2 USD a GPU hour, as given\n" in said
+
+
+def test_another_pack_makes_a_range_from_free_to_in_proportion(store: Store) -> None:
+    trained(store, lanes=1)
+    assert seconds(store) == pytest.approx((36 / 4, 36))
+    assert seconds(store, lanes=1) == pytest.approx((36, 36))
+    assert seconds(store, HUNDRED[0], HUNDRED[1], lanes=4) == pytest.approx((36 / 2, 36)), "two fill no four"
+    whole = replace(HUNDRED[0], variant=replace(HUNDRED[0].variant, name="full"))
+    assert seconds(store, whole, whole) == pytest.approx((36, 36)), "it never shares a pack"
+
+
+def test_steps_and_evaluations_scale_and_batches_make_a_range(store: Store) -> None:
+    trained(store)
+    longer = [replace(c, schedule=Schedule(3 * STEPS)) for c in HUNDRED]
+    assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
+    seldom = [replace(c, evaluations=1) for c in HUNDRED]
+    assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "once and the test, not 4 times"
+    wide = [replace(c, batches=Batches(16)) for c in HUNDRED]
+    assert seconds(store, *wide) == pytest.approx((36, 66))
+    parts = [replace(c, batches=Batches(4, 2)) for c in HUNDRED]
+    assert seconds(store, *parts) == pytest.approx((36, 66)), "two passes may take twice as long"
+
+
+def test_workers_and_shares_of_a_gpu_make_a_range(store: Store, plan: Plan) -> None:
+    trained(store)
+    assert seconds(store, workers=2) == pytest.approx((18, 36))
+    assert "GPU hours       about 1 to 2.5 on" in plan(A10G, workers_per_seat=2)
+    assert "GPU hours       about 0.5 to 1.2 on" in plan(A10G, gpus_per_seat=0.5)
+
+
+def test_a_variant_that_was_not_measured_lies_between_the_others_and_is_named(
+    store: Store, plan: Plan
+) -> None:
+    trained(store)
+    trained(store, "pissa", train=66.0)
+    hira = [replace(c, variant=replace(c.variant, name="hira")) for c in HUNDRED]
+    assert seconds(store, *hira) == pytest.approx((36, 72))
+    said = plan(A10G, [*HUNDRED, *hira])
+    assert "from 2 lanes trained there, none of hira (taken as the others)\n" in said
+    assert "GPU hours       about 2 to 3.8 on NVIDIA A10G\n" in said
+
+
+def test_what_is_not_known_is_said_and_what_would_tell(store: Store, plan: Plan) -> None:
+    trained(store, device="cpu")
+    trained(store, device="NVIDIA L4", seed=1)
+    high, low = configuration(rate=1e-2), configuration(rate=3e-5)
+    said = plan(A10G, [high, low])
+    assert "Time            unknown: no lane of this task and model has been trained on such a device" in said
+    assert "GPU hours       unknown\n" in said
+    assert "Price           0.45 (spot) to 1.01 (on demand) USD a GPU hour, g5.xlarge" in said
+    command = "experiments/lr_sensitivity.py --seeds 1 --variants lora --learning-rates 3e-5"
+    assert said.endswith(f"train one of them, then plan again:\n  python {command}\n")
+
+
+def test_without_a_gpu_there_is_no_word_of_them(store: Store, plan: Plan) -> None:
+    trained(store)
+    said = plan(None, price_per_gpu_hour="2")
+    assert not re.search("GPU|USD|plan again", said)
+    assert "Time            unknown: no lane of this task and model has been trained on such a device" in said
+    trained(store, device="cpu", seed=1)
+    for gpu, options in ((None, {}), (A10G, {"device": "cpu"}), (A10G, {"gpus_per_seat": 0.0})):
+        said = plan(gpu, **options)
+        assert not re.search("GPU|USD", said)
+        assert ", on cpu, from 1 lanes trained there\n" in said
+
+
+def test_a_joined_cluster_has_the_gpus_that_records_or_the_user_know_of(
+    store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "address", lambda: "10.0.0.1:6379")
+    assert "GPU hours       say --gpus-per-seat 1 if that cluster has GPUs" in plan(None)
+    said = plan(None, gpus_per_seat=1.0)
+    assert "GPU hours       unknown\n" in said
+    assert "Price           0.21 (T4, spot) to 7.91 (H200, on demand) USD a GPU hour, AWS us-east-1" in said
+    trained(store)
+    trained(store, device="NVIDIA H100 80GB HBM3", seed=1, train=3.0)
+    said = plan(None)
+    assert (
+        "Time            about 1:00:00 to 1:15:00 divided by the seats, on NVIDIA A10G, from 1 lanes" in said
+    )
+    assert "GPU hours       about 1 to 1.2 on NVIDIA A10G\n" in said
+    assert "GPU hours       about 0.25 to 0.31 on NVIDIA H100 80GB HBM3\n" in said
+    assert "USD a GPU hour, p5.48xlarge of 8 GPUs, paid whole, AWS" in said
+
+
+def test_a_gpu_without_a_price_asks_for_one(store: Store, plan: Plan) -> None:
+    trained(store, device="NVIDIA GeForce RTX 4090")
+    said = plan("NVIDIA GeForce RTX 4090")
+    wanted = "the table has no NVIDIA GeForce RTX 4090; say --price-per-gpu-hour LOW:HIGH"
+    assert f"Price           unknown: {wanted}\n" in said
+
+
+def test_the_table_is_dated_and_every_name_has_one_price() -> None:
+    names = [name for each in prices.table() for name in (each.gpu, *each.names)]
+    assert len(names) == len(set(names))
+    for each in prices.table():
+        assert 0 < each.spot < each.on_demand
+        assert re.fullmatch(r"20\d\d-[01]\d", each.date)
+    assert [prices.of(n).gpu for n in ("Tesla T4", "A100-80G")] == ["T4", "A100-80G"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("cheap", "'cheap' is not a number"),
+        ("", "'' is not a number"),
+        ("0", "'0' must be a finite number above 0"),
+        ("1:inf", "'inf' must be a finite number above 0"),
+        ("3:1", "'3:1' is reversed; did you mean 1:3?"),
+        ("1:2:3", "'1:2:3' must be LOW:HIGH or one number"),
+    ],
+)
+def test_a_wrong_price_is_one_line(typed: str, said: str) -> None:
+    with pytest.raises(BadInput) as error:
+        StudyOptions(price_per_gpu_hour=typed)
+    assert str(error.value).startswith(f"--price-per-gpu-hour: {said}")
+    assert "\n" not in str(error.value)
+
+
+def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
+    assert runtime.gpu_name(tmp_path) == ""
+    for slot in ("0", "1"):
+        (tmp_path / slot).mkdir()
+        (tmp_path / slot / "information").write_text("Model: \t\t NVIDIA A10G\nIRQ:   \t\t 45\n")
+    assert runtime.gpu_name(tmp_path) == A10G
+    (tmp_path / "1" / "information").write_text("Model: \t\t Tesla T4\n")
+    assert runtime.gpu_name(tmp_path) == "", "which of them, nobody knows"
+
+
+def test_two_digits_and_no_more() -> None:
+    assert [between(0.0123, 0.0123), between(1234, 56789)] == ["0.012", "1200 to 57000"]

@@ -1,0 +1,252 @@
+"""Against a real MLflow server, which one test kills in the middle and starts again."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import hub_folder
+import pytest
+from in_process import ORCHESTRATOR
+from mlflow import MlflowClient
+from mlflow_server import Server, wait
+
+from orchestrator.launch import run_study as study_run
+from orchestrator.record.mlflow import tracking_uri
+from orchestrator.record.mlflow.log import MlflowLog, TrackingDown
+from orchestrator.record.mlflow.sync import sync
+from orchestrator.record.mlflow.writer import Writer
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, find_study
+from orchestrator.study.options import StudyOptions
+from orchestrator.util.errors import BadInput
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, an answer that comes is waited for."""
+    monkeypatch.setattr(tracking_uri, "PATIENCE", 240.0)
+    monkeypatch.setattr(study_run, "LOG_SECONDS", 240.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
+
+
+@pytest.fixture(scope="module")
+def _server(tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(_server: Server) -> Server:
+    """One that runs, whatever the test before has done to it."""
+    if _server.process is None:
+        _server.start()
+    return _server
+
+
+class Proxy(ThreadingHTTPServer):
+    """Passes requests on to `target` and keeps in `asked` how their paths end. The answer to the next request
+    whose path ends in `lose` is lost: the server has done what it was asked to, and the client sees the
+    connection end."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Pass)
+        self.target, self.lose, self.lost = target, "", 0
+        self.asked: list[str] = []
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class _Pass(BaseHTTPRequestHandler):
+    server: Proxy
+
+    def do_GET(self) -> None:
+        self.server.asked.append("/".join(self.path.partition("?")[0].split("/")[-2:]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+        request = urllib.request.Request(self.server.target + self.path, body, kept, method=self.command)
+        try:
+            with urllib.request.urlopen(request, timeout=240) as answer:
+                status, content, kind = answer.status, answer.read(), answer.headers["Content-Type"]
+        except urllib.error.HTTPError as error:
+            status, content, kind = error.code, error.read(), error.headers["Content-Type"]
+        if self.server.lose and self.path.endswith(self.server.lose):
+            self.server.lose, self.server.lost = "", self.server.lost + 1
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    made = Proxy(server.uri)
+    yield made
+    made.close()
+
+
+def _children(uri: str, study: str) -> dict[str, str]:
+    """fingerprint -> status; asserts that each child is there once, under the one parent."""
+    client = MlflowClient(uri, uri)
+    runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
+    (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
+    children = [r for r in runs if r is not parent]
+    assert all(r.data.tags["mlflow.parentRunId"] == parent.info.run_id for r in children)
+    found = {r.data.tags["fingerprint"]: r.info.status for r in children}
+    assert len(found) == len(children)
+    return {"parent": parent.info.status, **found}
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make_record, run):
+    output = tmp_path / "results"
+    store = Store(output / "store")
+    records = [make_record(seed=s, state="diverged" if s % 5 == 0 else "finished") for s in range(12)]
+    names = [r.fingerprint for r in records]
+    study = StudyFile("rates", "Which rate?", "python x.py", tuple(names), (names[0],), server.uri)
+    study.write(output / "rates")
+    for record in records:
+        store.put(record)
+    adapter = store.adapters / names[1]
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+
+    writer = Writer(MlflowLog(server.uri), store, study, adapters=True)
+    for record in records[:5]:
+        writer.put(record)
+    wait(lambda: writer.delayed == 0, "the first five are not logged")
+    assert _children(server.uri, "rates") == {"parent": "RUNNING", **dict.fromkeys(names[:5], "FINISHED")}
+
+    for name in names[5:8]:
+        writer.put(name)
+    server.kill()  # with some of these under way, or none
+    for name in names[8:10]:
+        writer.put(name)
+    wait(lambda: writer.error, "the writer has not noticed")
+    assert writer.delayed >= 2
+    with pytest.raises(TrackingDown, match="127"):
+        MlflowLog(server.uri).ensure_study("rates", "")
+
+    # Down until the end: the driver is not kept, and `sync` says that it cannot fill the gap yet.
+    late = Writer(MlflowLog(server.uri), store, study)
+    for name in names[10:]:
+        late.put(name)
+    assert late.close(0.1) == 2
+    late._thread.join()
+    command = (ORCHESTRATOR, "sync", "--output", str(output))
+    run(*command).assert_refused("cannot be reached")
+
+    server.start()
+    assert writer.close(240) == 0, writer.error
+    assert _children(server.uri, "rates") == {"parent": "FINISHED", **dict.fromkeys(names[:10], "FINISHED")}
+    for written in (2, 0):
+        done = run(*command)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"rates: 12 of 12 configurations in {server.uri}, {written} of them" in done.stdout
+    assert _children(server.uri, "rates") == {"parent": "FINISHED", **dict.fromkeys(names, "FINISHED")}
+
+    # Infinities and NaN survive the way over HTTP as gaps, and artifacts come to where the server keeps them.
+    client = MlflowClient(server.uri, server.uri)
+    experiment = [client.get_experiment_by_name("rates").experiment_id]
+    (diverged,) = client.search_runs(experiment, f"tags.fingerprint = '{names[0]}'")
+    values = [m.value for m in client.get_metric_history(diverged.info.run_id, "train_loss")]
+    assert [math.isfinite(v) for v in values] == [True] * 18 + [False] * 2
+    assert diverged.data.tags["reused_from"]
+    assert len(diverged.inputs.dataset_inputs) == 3
+    (kept,) = client.search_runs(experiment, f"tags.fingerprint = '{names[1]}'")
+    artifacts = [f.path for f in client.list_artifacts(kept.info.run_id, "adapter")]
+    assert artifacts == ["adapter/adapter_config.json"]
+
+
+def test_a_record_takes_four_requests_and_a_known_one_none(proxy, make_record):
+    """So that a hundred of them take seconds."""
+    log, records = MlflowLog(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
+    log.ensure_study("counted", "")
+    proxy.asked.clear()
+    assert log.log_records("counted", records) == 3
+    assert proxy.asked == ["runs/create", "runs/log-batch", "runs/log-inputs", "runs/update"] * 3
+    assert log.log_records("counted", records) == 0
+    assert len(proxy.asked) == 12
+
+
+@pytest.mark.parametrize("lose", ["runs/create", "runs/log-batch", "runs/log-inputs", "runs/update"])
+def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
+    study = f"lost {lose}"
+    log = MlflowLog(proxy.uri)
+    log.ensure_study(study, "")
+    records = [make_record(seed=0), make_record(seed=1)]
+    proxy.lose = lose
+    with pytest.raises(TrackingDown):
+        log.log_records(study, records)
+    assert proxy.lost == 1
+    # The lost update had been made; what the other requests had begun is completed.
+    assert log.log_records(study, records) == (1 if lose == "runs/update" else 2)
+    children = _children(server.uri, study)
+    assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}
+
+
+# -- passwords in --tracking-uri
+
+PLANTED = "pl4nted"
+
+
+def files_with(word: str, folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and word.encode() in p.read_bytes()]
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
+    server, tmp_path, make_record, monkeypatch, capfd
+):
+    """By a study whose configurations are all known, and by `sync`."""
+    uri = server.uri.replace("://", f"://me:{PLANTED}@")
+    masked = server.uri.replace("://", "://me:***@")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--dry-run", f"--tracking-uri={uri}"])
+    output, model = tmp_path / "results", hub_folder.llama(tmp_path / "llama")
+    store, record = Store(output / "store"), make_record(seed=1)
+    store.put(record)
+    experiment = study_run.Experiment("script", "Which?", ("lora",), "letters", "letters")
+    options = StudyOptions(dry_run=True, model=str(model), output=output, tracking_uri=uri, study="known")
+    assert study_run.run_study(experiment, options, wanted=[record.configuration]) == 0
+
+    printed = "".join(capfd.readouterr())
+    assert "1 of 1 known, nothing to train" in printed
+    assert "delayed" not in printed, "the server has it all"
+    assert PLANTED not in printed
+    assert files_with(PLANTED, output) == []
+    assert files_with(PLANTED, server.folder) == [], "the tags of the study's run"
+    assert files_with("me:***@", server.folder), "its command, without the password"
+    study = find_study(output, "known")[1]
+    assert study.tracking_uri == masked
+    assert study.command == f"python study.py --dry-run '--tracking-uri={masked}'"
+
+    said: list[str] = []
+    with pytest.raises(
+        BadInput, match="passwords are kept nowhere; give the option with its own again"
+    ) as no:
+        sync(store, output, None, said.append)
+    assert "\n" not in str(no.value)
+    assert sync(store, output, uri, said.append) == 0
+    assert PLANTED not in "".join(said)
+    assert files_with(PLANTED, output) == []

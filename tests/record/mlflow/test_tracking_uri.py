@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import socket
+import sqlite3
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from orchestrator.record.mlflow import tracking_uri
+from orchestrator.record.mlflow.tracking_uri import check_uri, damage, default_uri, shown, sqlite_path
+from orchestrator.record.store import Store
+from orchestrator.util.command import typed
+from orchestrator.util.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("uri", "hint"),
+    [
+        ("", "sqlite:///mlflow.db"),
+        ("mlruns", "sqlite:///mlruns.db"),
+        ("file:///data/mlruns", "sqlite:////data/mlruns.db"),
+        ("localhost:5000", "http://localhost:5000"),
+        ("htp://host:5000", "'http'"),
+        ("postgres://host/db", "'postgresql'"),
+        ("sqlite://", "sqlite:///folder/mlflow.db"),
+        ("http://", "http://host:5000"),
+        ("http://host:port", "http://host:5000"),
+        ("http://[::1", "http://host:5000"),
+    ],
+)
+def test_a_malformed_uri_is_one_line_with_the_right_choice(uri, hint):
+    with pytest.raises(BadInput) as caught:
+        check_uri(uri)
+    text = str(caught.value)
+    assert repr(uri) in text
+    assert hint in text
+    assert "\n" not in text
+
+
+def test_a_sqlite_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "file" / "mlflow.db", tmp_path, tmp_path / "loop", "/proc/here/mlflow.db"):
+        with pytest.raises(BadInput, match="must be writable"):
+            check_uri(f"sqlite:///{path}")
+    check_uri(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
+
+
+def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
+    """All pages are read on request only; a file that another program has locked is not damaged."""
+    file = tmp_path / "my runs#1.db"
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("create table runs (words text)")
+        database.execute("create index by_words on runs (words)")
+        database.executemany("insert into runs values (?)", [[f"run {n} " * 50] for n in range(200)])
+        database.commit()
+        database.execute("begin exclusive")
+        assert damage(file) == damage(file, every_page=True) == ""
+    whole = file.read_bytes()
+    check_uri(f"sqlite:///{file}")
+    assert damage(tmp_path / "none.db") == ""
+    for torn, why in ((whole[:-4096], "malformed"), (b"no database" * 500, "not a database")):
+        file.write_bytes(torn)
+        with pytest.raises(BadInput, match=f"damaged .*{why}.* sync --rebuild") as caught:
+            check_uri(f"sqlite:///{file}")
+        assert "\n" not in str(caught.value)
+    file.write_bytes(whole[:20_000] + bytes(200) + whole[20_200:])
+    assert damage(file) == ""
+    assert damage(file, every_page=True)
+
+
+def test_the_default_is_a_file_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = default_uri(Store("results/store"))
+    assert sqlite_path(uri) == tmp_path / "results" / "store" / "mlflow.db"
+    check_uri(uri)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """However busy the machine is, an answer that comes is waited for."""
+    monkeypatch.setattr(tracking_uri, "PATIENCE", 240.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_server_that_is_not_there():
+    with socket.socket() as bound:  # so that nobody else listens there; it does not listen either
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(BadInput, match=r"cannot be reached .*refused") as caught:
+            check_uri(f"http://me:secret@127.0.0.1:{bound.getsockname()[1]}")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_accepts_and_says_nothing(monkeypatch):
+    monkeypatch.setattr(tracking_uri, "PATIENCE", 0.3)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(BadInput, match=r"cannot be reached .*(timed out|no answer in time)"),
+    ):
+        check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
+    """Looking up a name may block longer than any time-out of a connection says."""
+    monkeypatch.setattr(tracking_uri, "PATIENCE", -0.9)  # a tenth of a second in all
+    answered = threading.Event()
+    with pytest.raises(BadInput, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
+        tracking_uri._within_patience("http://slow:5000", answered.wait)
+    answered.set()
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(("code", "fine"), [(200, True), (401, True), (404, True), (502, False)])
+def test_what_a_server_answers(code, fine):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        uri = f"http://me:secret@127.0.0.1:{server.server_port}/"
+        if fine:
+            check_uri(uri)
+        else:
+            with pytest.raises(BadInput, match="502") as caught:
+                check_uri(uri)
+            assert "me:***@127" in str(caught.value)
+            assert "secret" not in str(caught.value)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_database_without_its_driver_or_without_a_server():
+    with pytest.raises(BadInput, match=r"install it|cannot be reached"):
+        check_uri("postgresql://nobody@127.0.0.1:1/none")
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("postgresql://u:p@h/db", "postgresql://u:***@h/db"),
+        ("mysql+pymysql://u:p/a@b@h:1/db?x=1", "mysql+pymysql://u:***@h:1/db?x=1"),
+        ("postgresql://h/db?user=u&Password=p&x=1", "postgresql://h/db?user=u&Password=***&x=1"),
+        ("http://host:5000/x", "http://host:5000/x"),
+        ("https://host/x:y@z", "https://host/x:y@z"),
+        ("sqlite:////folder/a:b@c.db", "sqlite:////folder/a:b@c.db"),
+    ],
+)
+def test_what_is_shown_of_a_uri(uri: str, words: str) -> None:
+    assert shown(uri) == words
+    assert typed(["a b", uri]).startswith("python 'a b' ")

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from mlflow import MlflowClient
+from mlflow_server import empty_database, wait
+
+from orchestrator.record.mlflow import run_content
+from orchestrator.record.mlflow.log import MlflowLog
+from orchestrator.record.mlflow.writer import Writer
+from orchestrator.record.schema import Step
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory) -> str:
+    return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def _runs(uri: str, name: str):
+    client = MlflowClient(uri, uri)
+    return client.search_runs([client.get_experiment_by_name(name).experiment_id])
+
+
+def test_it_logs_what_is_put_and_ends_the_parent(uri, store, make_record):
+    records = [make_record(seed=s) for s in range(5)]
+    writer = Writer(MlflowLog(uri), store, StudyFile("all", "Why?", "x"), tags={"task": "letters"})
+    for record in records:
+        store.put(record)
+        writer.put(record)
+    assert writer.close(240, "KILLED") == 0
+    parent, *children = sorted(_runs(uri, "all"), key=lambda r: "fingerprint" in r.data.tags)
+    assert parent.info.status == "KILLED"
+    assert (parent.data.tags["command"], parent.data.tags["task"]) == ("x", "letters")
+    assert {c.data.tags["fingerprint"] for c in children} == {r.fingerprint for r in records}
+
+
+def test_a_study_without_records_has_a_parent(uri, store):
+    assert Writer(MlflowLog(uri), store, StudyFile("none", "", "x")).close(240) == 0
+    assert [r.info.status for r in _runs(uri, "none")] == ["FINISHED"]
+
+
+def test_the_newest_state_is_what_is_logged(uri, store, make_record):
+    writer = Writer(MlflowLog(uri), store, StudyFile("newest", "", "x"))
+    for state in ("failed", "stopped", "finished"):
+        store.put(make_record(state=state))
+        writer.put(make_record(state=state))
+    assert writer.close(240) == 0
+    states = [r.data.tags["state"] for r in _runs(uri, "newest") if "fingerprint" in r.data.tags]
+    assert states == ["finished"]
+
+
+def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_record):
+    records = [make_record(seed=s) for s in range(4)]
+    for record in records:
+        store.put(record)
+    MlflowLog(uri).ensure_study("picky", "")
+    # Somebody wrote into a child that was left half done: MLflow never lets a parameter be changed.
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name("picky").experiment_id
+    tags = {
+        "study": "picky",
+        "fingerprint": records[1].fingerprint,
+        "record": run_content.identity(records[1]),
+    }
+    spoilt = client.create_run(experiment, tags=tags).info.run_id
+    client.log_param(spoilt, "rank", "many")
+    writer = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    for record in records:
+        writer.put(record)
+    assert writer.close(240) == 1
+    assert "Changing param values is not allowed" in writer.error
+    runs = {r.data.tags.get("fingerprint"): r.info.status for r in _runs(uri, "picky")}
+    assert runs.pop(records[1].fingerprint) == "RUNNING"
+    assert runs == dict.fromkeys([None, *(records[i].fingerprint for i in (0, 2, 3))], "FINISHED")
+    client.delete_run(spoilt)
+    again = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    again.put(records[1])
+    assert again.close(240) == 0
+    assert [r.info.status for r in _runs(uri, "picky")] == ["FINISHED"] * 5
+
+
+def test_a_record_that_breaks_the_server_does_not_hold_up_the_others(uri, store, make_record):
+    # No database keeps such a step, and MLflow reports it like an outage.
+    broken = make_record(seed=0, curve=(Step(2**70, 1.0, 1.0, 1.0),))
+    fine = [make_record(seed=s) for s in (1, 2)]
+    writer = Writer(MlflowLog(uri), store, StudyFile("broken", "", "x"))
+    for record in (broken, *fine):
+        store.put(record)
+        writer.put(record)
+    wait(lambda: writer.delayed == 1, "the fine ones are not logged")
+    assert writer.close(0) == 1
+    writer._thread.join()
+    status = {r.data.tags.get("fingerprint"): r.info.status for r in _runs(uri, "broken")}
+    assert {status[r.fingerprint] for r in fine} == {"FINISHED"}
+
+
+class Holding(ThreadingHTTPServer):
+    """Takes every request and answers none before `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Hold)
+        self.uri = f"http://127.0.0.1:{self.server_port}"
+        self.asked, self.released = threading.Event(), threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Hold(BaseHTTPRequestHandler):
+    server: Holding
+
+    def do_GET(self) -> None:
+        self.server.asked.set()
+        self.server.released.wait()
+        self.send_error(503)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def holding() -> Iterator[Holding]:
+    server = Holding()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_database_that_is_damaged_on_the_way_is_told_from_one_that_is_down(tmp_path, store, make_record):
+    database = tmp_path / "mlflow.db"
+    writer = Writer(MlflowLog(empty_database(database)), store, StudyFile("damaged", "", "x"))
+    records = [make_record(seed=seed) for seed in range(2)]
+    for record in records:
+        store.put(record)
+    writer.put(records[0])
+    wait(lambda: writer.delayed == 0, "the first one is not logged")
+    assert not writer.damaged
+    whole = database.read_bytes()
+    database.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
+    writer.put(records[1])
+    wait(lambda: writer.damaged, "the writer has not noticed")
+    assert writer.close(0.1) == 1
+    assert f"{database}: the file is damaged (" in writer.error
+
+
+def test_neither_put_nor_close_waits_for_an_answer(store, make_record, holding, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
+    record = make_record()
+    store.put(record)
+    writer = Writer(MlflowLog(holding.uri), store, StudyFile("held", "", "x"))
+    assert holding.asked.wait(240)
+    for _ in range(1000):
+        writer.put(record)
+    assert writer.delayed == 1
+    assert writer.close(0.1) == 1
+    assert writer._thread.is_alive(), "it still waits for the answer"
+    holding.released.set()
+    writer._thread.join()

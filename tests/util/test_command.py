@@ -1,0 +1,289 @@
+"""What signals do to a command, with processes and signals that are real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+from in_process import ORCHESTRATOR, SWEEP
+from terminal import CTRL_C, Terminal, hides_cursor
+
+LOOP = "while not done.wait(0.05): pass"
+HEAD = """
+import subprocess, sys, threading, time
+from orchestrator.util.command import gently, let_go, main
+from orchestrator.util.errors import Trouble
+done = threading.Event()
+def started():
+    print("started", flush=True)
+"""
+
+
+def _start(body: str, *words: str) -> subprocess.Popen[str]:
+    """A process whose command does what `body` says, when it has said that it has started."""
+    program = HEAD + "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "main(run)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert _line(process) == "started\n"
+    return process
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    """What it says next."""
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_one_line_without_passwords_and_130(number):
+    words = ["--tracking-uri", "postgresql://me:pl4nted@host/db", "--other=https://h?token=pl4nted"]
+    process = _start(f"started()\n{LOOP}", *words)
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "")
+    assert err.startswith("interrupted; to go on: python -c ")
+    assert err.endswith("--tracking-uri 'postgresql://me:***@host/db' '--other=https://h?token=***'\n")
+    assert "pl4nted" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_inside_gently_the_work_ends_by_itself(number):
+    process = _start(f"with gently(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3")
+    process.send_signal(number)
+    assert _end(process) == (3, "tidied up\n", "")
+
+
+def test_another_thread_may_let_go_of_work_that_does_not_end():
+    body = (
+        "from orchestrator.util import command\n"
+        "command._interrupt._more = lambda seconds: threading.Event().wait()  # only `let_go` ends it\n"
+        "try:\n    with gently(lambda: threading.Thread(target=let_go).start()):\n"
+        "        started()\n        threading.Event().wait()\nfinally:\n    print('tidied up')"
+    )
+    process = _start(body)
+    process.send_signal(signal.SIGINT)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "tidied up\n")
+    assert "Traceback" not in err
+
+
+def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
+    """Also while the main thread is in one long call of a library, where it runs no handler of a signal."""
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
+    long_call = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    process = _start(
+        f"import hashlib\n{child}\nwith gently(done.set):\n"
+        f"    started()\n    {LOOP}\n    print('heard', flush=True)\n    {long_call}"
+    )
+    (other,) = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGINT)
+    assert _line(process) == "heard\n", "the first one has been taken and ends nothing"
+    process.send_signal(signal.SIGINT)
+    assert _end(process) == (130, "", "")
+    assert not psutil.wait_procs([other], timeout=200)[1]
+
+
+def test_a_library_that_takes_the_signals_does_not_keep_them():
+    """As `ray.init` does with SIGTERM."""
+    body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
+    process = _start(f"{body}with gently(done.set):\n    started()\n    {LOOP}\nreturn 4")
+    os.kill(process.pid, signal.SIGTERM)
+    assert _end(process)[0] == 4
+
+
+DROPPED = """
+from orchestrator.study import command
+dropped = threading.Event()
+class Dropping:
+    def __del__(self):  # as in a callback of Python's imports, nobody gets an exception of this
+        started()
+        time.sleep(600)
+def patience(seconds):
+    assert seconds == command.PATIENCE_SECONDS
+    dropped.wait()
+command._interrupt._more = patience
+Dropping()
+"""
+"""After a signal the process is ended from outside of the main thread as soon as `dropped` is set."""
+
+
+@pytest.mark.parametrize(
+    "then",
+    ["with command.ending_at_once():\n    time.sleep(600)", f"dropped.set()\n{LOOP}"],
+    ids=["before Ray starts", "elsewhere"],
+)
+def test_an_interrupt_that_python_drops_is_not_lost(then):
+    """Before Ray is started it is found, elsewhere after a while."""
+    process = _start(f"{DROPPED}{then}")
+    process.send_signal(signal.SIGINT)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "")
+    assert "Exception ignored in" in err, "it was dropped"
+    assert "\ninterrupted; to go on: python -c " in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
+    body = (
+        "import hashlib, signal\nfrom orchestrator.util.command import ending_at_once\n"
+        "with ending_at_once(lambda: print('closed', flush=True)):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "    started()\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    )
+    process = _start(body)
+    process.send_signal(number)
+    code, out, err = _end(process)
+    assert (code, out) == (130, "closed\n")
+    assert err.startswith("interrupted; to go on: python -c ")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stdout_or_stderr_changes_no_exit_code(closed):
+    code = "from orchestrator.util.command import main; main(lambda: print('said') or 3)"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == ("said\n" if closed == "2>&-" else "")
+
+
+def test_trouble_is_one_line_and_1():
+    process = _start("started()\nraise Trouble('no seat')")
+    assert _end(process) == (1, "", "error: no seat\n")
+
+
+ENDED_BY_A_THREAD = """
+from orchestrator.util.command import end_with
+def last():
+    print("last", flush=True)
+    {last}
+with gently(done.set):
+    started()
+    done.wait()
+{before}
+threading.Thread(target=end_with, args=("gone", last)).start()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "before", "said"),
+    [("raise OSError", "", "error: gone\n"), ("", "sys.__stderr__.close()", "")],
+    ids=["its last act fails", "its line cannot be printed"],
+)
+def test_what_a_thread_ends_is_ended_though(last, before, said):
+    process = _start(ENDED_BY_A_THREAD.format(last=last, before=before))
+    process.send_signal(signal.SIGINT)
+    assert _end(process) == (1, "last\n", said)
+
+
+# -- in a terminal -------------------------------------------------------------------------------------------
+
+LIVE = """
+import tempfile
+from pathlib import Path
+from rich.console import Console
+from orchestrator.execution.progress import Progress
+from orchestrator.study import command
+folder = Path(tempfile.mkdtemp())
+progress = Progress(folder, 5, 0, Console(file=sys.stdout))
+def started():
+    print("started", file=sys.__stdout__, flush=True)
+"""
+"""A study's live line. While it is shown, prints go to a file; `started` prints on the terminal."""
+
+
+def _in_a_terminal(folder: Path, body: str) -> Terminal:
+    """Start a process in a terminal whose command is `body`; return when it has printed "started"."""
+    program = folder / "x.py"
+    program.write_text(f"{HEAD}{LIVE}def run():\n{textwrap.indent(body, '    ')}\nmain(run)\n")
+    terminal = Terminal(program)
+    terminal.wait_for("started\r\n")
+    return terminal
+
+
+def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
+    terminal = _in_a_terminal(tmp_path, f"started()\n{LOOP}")
+    terminal.type(CTRL_C)
+    code, lines = terminal.end()
+    assert "^C" in terminal.shown, "the terminal has echoed it"
+    assert (code, lines) == (130, ["started", f"interrupted; to go on: python {tmp_path}/x.py"])
+
+
+def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
+    body = (
+        f"with progress, gently(done.set):\n    started()\n    {LOOP}\n    progress.say('Ctrl-C: seats save')"
+    )
+    terminal = _in_a_terminal(tmp_path, body)
+    terminal.type(CTRL_C)
+    assert terminal.end() == (0, ["started", "Ctrl-C: seats save"])
+
+
+def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
+    body = (
+        "with progress, gently(lambda: progress.say('heard')):\n"
+        "    started()\n    progress.show()\n    while True: time.sleep(0.05)"
+    )
+    terminal = _in_a_terminal(tmp_path, body)
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    terminal.wait_for("heard")
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    assert terminal.end() == (130, ["started", "heard"])
+    assert not hides_cursor(terminal.shown)
+
+
+def test_how_to_go_on_is_not_glued_to_the_live_line(tmp_path):
+    """Python has dropped the interrupt, so another thread than the main one ends the process."""
+    work = f"progress.show()\n{DROPPED}dropped.set()\n{LOOP}"
+    terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
+    terminal.wait_for("0/5 done")
+    terminal.type(CTRL_C)
+    code, lines = terminal.end()
+    assert (code, lines[-1]) == (130, f"interrupted; to go on: python {tmp_path}/x.py")
+    assert not [line for line in lines if "0/5 done" in line]
+    assert not hides_cursor(terminal.shown)
+
+
+WITHOUT_LIBRARIES = """
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("numpy", "torch", "ray", "transformers", "mlflow", "pydantic", "pyarrow"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+sys.argv = {arguments}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
+    ids=["study", "command"],
+)
+def test_a_terminal_hears_first_what_the_next_seconds_go_to(tmp_path, script, arguments):
+    """The line is printed before the first library is imported, and not with `--help`. Where stderr is no
+    terminal nothing is printed: see tests/experiments/test_bad_input.py."""
+    program = tmp_path / "x.py"
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
+    code, lines = Terminal(program).end()
+    assert lines[0].startswith("Reading ")
+    assert code != 0, "there is no library to go on with"
+    program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), "--help"]))
+    code, lines = Terminal(program).end()
+    assert code == 0
+    assert not [line for line in lines if line.startswith("Reading ")]

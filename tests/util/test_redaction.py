@@ -1,0 +1,87 @@
+"""What a command line, an error and a traceback show of secrets that were typed or are in the environment."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_main(body: str, *arguments: str, **environment: str) -> tuple[str, str, list[str]]:
+    """Output, errors, and the command line that the program finds itself to have."""
+    program = "from pathlib import Path\nfrom orchestrator.util.command import main\n"
+    program += "def run():\n    print(Path('/proc/self/cmdline').read_bytes())\n"
+    program += f"    {body}\nmain(run)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        timeout=240,
+    )
+    return done.stdout, done.stderr, done.stdout.split("\\x00")[3:-1]
+
+
+def test_a_command_line_loses_its_passwords_and_nothing_else() -> None:
+    uri = "--tracking-uri=postgresql://me:pässwörd@host/db?password=abc"
+    _, _, words = run_main("pass", "--a", uri, "tokentoken", "", "z", SOME_TOKEN="tokentoken")
+    hidden = f"--tracking-uri=postgresql://me:{'*' * 10}@host/db?password=***"
+    assert words == ["--a", hidden, "*" * 10, "", "z"]
+    assert run_main("pass", "--a", "b")[2] == ["--a", "b"]
+
+
+@pytest.mark.cluster
+def test_ray_keeps_the_command_without_them() -> None:
+    body = "from ray._private.utils import get_entrypoint_name as n; print(n())"
+    said, _, _ = run_main(body, "--tracking-uri", "http://me:pl4nted@host")
+    assert said.endswith("--tracking-uri http://me:*******@host\n")
+
+
+def test_a_bug_shows_itself_without_them() -> None:
+    value = f"pl4nted{secrets.token_hex(16)}"
+    _, error, _ = run_main(f"raise OSError('no postgresql://me:{value}@h and {value}')", DB_PASSWORD=value)
+    # Where it is in the program's own text is nobody's secret: that is `python -c`, which shows no lines.
+    assert error.startswith("Traceback")
+    assert error.endswith("OSError: no postgresql://me:***@h and ***\n")
+    assert value not in error
+
+
+def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.execution.trainers.exit_status import reason
+    from orchestrator.finetune.failures import SeatBroken
+    from orchestrator.util.redaction import errors_without_secrets
+
+    value = f"pl4nted{secrets.token_hex(16)}"
+    monkeypatch.setenv("HF_TOKEN", value)
+    down = OSError("the hub is down")
+    down.__cause__ = KeyError(value)
+    with pytest.raises(RuntimeError) as caught, errors_without_secrets(SeatBroken):
+        raise down
+    assert value not in str(caught.value)
+    assert "KeyError: '***'" in str(caught.value)
+    assert reason(caught.value) == "OSError: the hub is down"
+    with pytest.raises(SeatBroken, match=r"^with \*\*\*$"), errors_without_secrets(SeatBroken):
+        raise SeatBroken(f"with {value}")
+    with pytest.raises(LookupError), errors_without_secrets(SeatBroken):
+        raise LookupError("nothing to hide")
+    assert reason(OSError(f"a\n{value}")) == "***"
+
+
+def test_everyday_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.util.redaction import without_secrets
+
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "everyday word")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/.ray/auth_token")
+    monkeypatch.setenv("SHORT_TOKEN", "lora")
+    monkeypatch.setenv("A_TOKEN", "abcdefgh")
+    monkeypatch.setenv("B_TOKEN", "abcdefghij")
+    text = "everyday word /home/me/.ray/auth_token lora"
+    assert without_secrets(text) == text
+    assert without_secrets("abcdefghij abcdefgh") == "*** ***"
