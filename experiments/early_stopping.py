@@ -19,19 +19,19 @@ from functools import partial
 
 from orchestrator.analyze.selection import Choice
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import StudyOptions, parse
+from orchestrator.study.options import StudyOptions, parse_options
 from orchestrator.util.command import main
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @dataclass(frozen=True)
-class StoppingOptions(StudyOptions):
+class EarlyStoppingOptions(StudyOptions):
     scheduler: str = "asha"
     """The early stopping that is judged: asha, median, hyperband (Ray Tune's)."""
 
 
 @dataclass(frozen=True)
-class Stopping(Choice):
+class EarlyStoppingChoice(Choice):
     """choice.json: of each variant the chosen rate and the optimizer steps of its lanes."""
 
     rates: Mapping[str, float | None]
@@ -39,13 +39,13 @@ class Stopping(Choice):
 
 
 def run() -> int:
-    options = parse(__doc__, StoppingOptions)
+    options = parse_options(__doc__, EarlyStoppingOptions)
     if options.search != "grid":
-        raise BadInput(
+        raise UsageError(
             f"--search {options.search}: early stopping is compared with the full grid; take grid."
         )
     if options.scheduler == "none":
-        raise BadInput("--scheduler none: the full grid is trained anyhow; take asha, median or hyperband.")
+        raise UsageError("--scheduler none: the full grid is trained anyhow; take asha, median or hyperband.")
     from orchestrator.analyze import selection
     from orchestrator.launch.run_study import Experiment, run_study
 
@@ -58,21 +58,23 @@ def run() -> int:
     )
     scheduler = options.scheduler
     default_task = experiment.dry_run_task if options.dry_run else experiment.task
-    study = selection.study_name(experiment.script, options, default_task)
-    early = replace(options, study=f"{study}-{scheduler}")
-    assert early.study is not None
-    grid = replace(options, scheduler="none", study=f"{study}-grid")
-    code = run_study(experiment, early, check=partial(_check, early))
+    study_name = selection.two_stage_study_name(experiment.script, options, default_task)
+    early_options = replace(options, study=f"{study_name}-{scheduler}")
+    assert early_options.study is not None
+    grid_options = replace(options, scheduler="none", study=f"{study_name}-grid")
+    code = run_study(experiment, early_options, check=partial(_refuse_unusable_results, early_options))
     if code == 0 and not options.plan:
         # Kept, as the summary is another one when the grid has gone on.
-        stopping = selection.keep(options.output / early.study, Stopping, partial(_found, early))
-    code = code or run_study(experiment, grid)
+        early_choice = selection.load_or_make_choice(
+            options.output / early_options.study, EarlyStoppingChoice, partial(_current_choice, early_options)
+        )
+    code = code or run_study(experiment, grid_options)
     if code == 0 and not options.plan:
-        _print(scheduler, stopping, _found(grid))
+        _print_comparison(scheduler, early_choice, _current_choice(grid_options))
     return code
 
 
-def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
+def _refuse_unusable_results(options: StudyOptions, configurations: Sequence[Configuration]) -> None:
     """Raises BadInput where the grid has gone on already: what it trained would pass for early stopping's."""
     from orchestrator.analyze import selection
     from orchestrator.record.store import Store
@@ -80,20 +82,25 @@ def _check(options: StudyOptions, wanted: Sequence[Configuration]) -> None:
 
     assert options.study is not None
     folder, store = options.output / options.study, Store(options.store_folder)
-    asked, rule = [c.fingerprint for c in wanted], "take an --output of its own, without --store"
-    why = f", some of them trained to the end; {rule}"
-    if selection.refuse_another(folder, options.study, asked, "early stopping", why):
+    fingerprints, advice = (
+        [c.fingerprint for c in configurations],
+        "take an --output of its own, without --store",
+    )
+    explanation = f", some of them trained to the end; {advice}"
+    if selection.check_same_candidates(folder, options.study, fingerprints, "early stopping", explanation):
         return
-    done = {f for f in asked if store.meets(f) is not None}
-    study = (StudyFile.read(folder) or StudyFile(options.study, "", "")).extended(asked, done)
-    if before := done.intersection(study.reused):
-        raise BadInput(
-            f"--store {str(store.root)!r}: {len(before)} of the {len(wanted)} configurations were trained to "
-            f"the end there before this study, too late for early stopping; {rule}."
+    finished = {f for f in fingerprints if store.get_reusable(f) is not None}
+    study = (StudyFile.read(folder) or StudyFile(options.study, "", "")).with_configurations(
+        fingerprints, finished
+    )
+    if finished_before := finished.intersection(study.reused):
+        raise UsageError(
+            f"--store {str(store.root)!r}: {len(finished_before)} of the {len(configurations)} configurations were trained to "
+            f"the end there before this study, too late for early stopping; {advice}."
         )
 
 
-def _found(options: StudyOptions) -> Stopping:
+def _current_choice(options: StudyOptions) -> EarlyStoppingChoice:
     """What the study says now."""
     from orchestrator.record.store import Store
     from orchestrator.record.study_file import find_study
@@ -106,20 +113,22 @@ def _found(options: StudyOptions) -> Stopping:
     for record in filter(None, map(store.get, study.configurations)):
         steps[record.configuration.variant.name] += record.steps
     rates = {curve["variant"]: curve["best_rate"] for curve in curves}
-    return Stopping(tuple(sorted(study.configurations)), rates, dict(steps))
+    return EarlyStoppingChoice(tuple(sorted(study.configurations)), rates, dict(steps))
 
 
-def _print(scheduler: str, stopping: Stopping, grid: Stopping) -> None:
+def _print_comparison(
+    scheduler: str, early_choice: EarlyStoppingChoice, grid_choice: EarlyStoppingChoice
+) -> None:
     from orchestrator.analyze.formatting import rate
 
     print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
     print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
-    rates = [(stopping.rates.get(variant), grid.rates[variant]) for variant in grid.rates]
-    for variant, (early, full) in zip(grid.rates, rates, strict=True):
-        counts = f"{stopping.steps.get(variant, 0):11} {grid.steps[variant]:7}"
+    rates = [(early_choice.rates.get(variant), grid_choice.rates[variant]) for variant in grid_choice.rates]
+    for variant, (early, full) in zip(grid_choice.rates, rates, strict=True):
+        counts = f"{early_choice.steps.get(variant, 0):11} {grid_choice.steps[variant]:7}"
         print(f"{variant:12} {rate(early):>9} {rate(full):>7} {counts}")
     same = sum(early == full for early, full in rates if full is not None)
-    share = sum(stopping.steps.values()) / sum(grid.steps.values())
+    share = sum(early_choice.steps.values()) / sum(grid_choice.steps.values())
     print(f"The same rate for {same} of {len(rates)} variants, in {share:.0%} of the steps.")
 
 

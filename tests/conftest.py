@@ -90,7 +90,7 @@ def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.getbasetemp()
     root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "letters-bases"
-    loading.prepare("letters-base", root, lambda text: None)
+    loading.prepare_base_model("letters-base", root, lambda text: None)
     return root
 
 

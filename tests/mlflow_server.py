@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from orchestrator.record.mlflow.tracking_uri import check_uri
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 def empty_database(path: Path) -> str:
@@ -83,7 +83,7 @@ class Server:
         assert self.process.poll() is None, (self.folder / "server.log").read_text()
         try:
             check_uri(self.uri)
-        except BadInput:
+        except UsageError:
             return False
         return True
 

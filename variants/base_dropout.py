@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from variants.rows import Board, by_lane, masks
+from variants.rows import AdapterState, draw_dropout_masks, split_by_lane
 
 
 class TableDropout(nn.Dropout):
@@ -23,7 +23,7 @@ class LaneDropout(nn.Module):
     probabilities. When no lane is trained it returns its input.
     """
 
-    def __init__(self, name: str, p: float, board: Board, table: bool = False) -> None:
+    def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
         """
         Args:
             name: The module's path in the model. The masks depend on it.
@@ -32,13 +32,13 @@ class LaneDropout(nn.Module):
             table: Whether it replaces a `TableDropout`.
         """
         super().__init__()
-        self.name, self.p, self.board, self.table = name, p, board, table
+        self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table
 
     @property
     def active(self) -> bool:
         """Whether the rows being computed belong to lanes in training."""
-        rows = self.board.rows(self.name)
-        return bool(rows.lanes) and rows.steps is not None
+        context = self.adapter_state.get_context(self.name)
+        return bool(context.lanes) and context.dropout_steps is not None
 
     def forward(self, x: Tensor, p: float | None = None) -> Tensor:
         """Zero numbers of `x` while lanes are trained.
@@ -53,10 +53,14 @@ class LaneDropout(nn.Module):
         p = self.p if p is None else p
         if p == 0 or not self.active:
             return x
-        rows = self.board.rows(self.name)
-        if self.table:
-            lanes = x.expand(len(rows.lanes), -1, -1)
-            lanes = lanes * masks(lanes, p, self.name, replace(rows, part=None), self.board.seeds)
-            return lanes.repeat_interleave(rows.rows or 1, dim=0)
-        flat = by_lane(x, rows, self.name)
-        return (flat * masks(flat, p, self.name, rows, self.board.seeds)).view(x.shape)
+        context = self.adapter_state.get_context(self.name)
+        if self.is_table:
+            lane_tables = x.expand(len(context.lanes), -1, -1)
+            lane_tables = lane_tables * draw_dropout_masks(
+                lane_tables, p, self.name, replace(context, shard=None), self.adapter_state.seeds
+            )
+            return lane_tables.repeat_interleave(context.rows_per_lane or 1, dim=0)
+        flat = split_by_lane(x, context, self.name)
+        return (flat * draw_dropout_masks(flat, p, self.name, context, self.adapter_state.seeds)).view(
+            x.shape
+        )

@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=1)
-def _files() -> dict[str, str]:
+def _axis_by_name() -> dict[str, str]:
     files = sorted(Path(__file__).parent.glob("*/*.py"))
     return {file.stem: file.parent.name for file in files if not file.stem.startswith("_")}
 
 
 def names() -> tuple[str, ...]:
     """All variants, in alphabetical order."""
-    return tuple(sorted(_files()))
+    return tuple(sorted(_axis_by_name()))
 
 
 def axis(name: str) -> str:
     """What the variant changes: baseline, rank, optimization, initialization, experts. ValueError if
     unknown."""
-    if name not in _files():
+    if name not in _axis_by_name():
         close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(names())}."
         raise ValueError(f"no variant {name!r}. {hint}")
-    return _files()[name]
+    return _axis_by_name()[name]
 
 
 @cache

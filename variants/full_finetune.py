@@ -10,19 +10,21 @@ from torch import nn
 
 from variants.lane_tensors import LaneTensors
 
-PREFIX = "model:"
+MODEL_PREFIX = "model:"
 
 
-class Whole:
+class FullModelParameters:
     """Takes the place of the frozen parameters while the lane is computed; they are never written. The lane's
     copies are float32 (float64 over float64) and cast to the model's dtype at every use."""
 
-    def __init__(self, model: nn.Module, heads: set[int]) -> None:
+    def __init__(self, model: nn.Module, excluded_module_ids: set[int]) -> None:
         """`heads`: ids of modules to leave out, with all that is in them."""
         self.tensors: dict[str, LaneTensors] = {}
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._frozen: dict[str, nn.Parameter] = {}
-        left_out = {id(inner) for m in model.modules() if id(m) in heads for inner in m.modules()}
+        self._slots: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._base_parameters: dict[str, nn.Parameter] = {}
+        left_out = {
+            id(inner) for m in model.modules() if id(m) in excluded_module_ids for inner in m.modules()
+        }
         first: dict[int, str] = {}
         for path, module in model.named_modules():
             if id(module) in left_out:
@@ -31,38 +33,38 @@ class Whole:
                 if parameter is None:
                     continue
                 # A parameter may hang in several places (tied embeddings): it is learnt once.
-                name = first.setdefault(id(parameter), f"{PREFIX}{path}.{key}")
-                self._places.setdefault(name, []).append((module, key))
-                self._frozen[name] = parameter
-        for name in self._frozen:
+                name = first.setdefault(id(parameter), f"{MODEL_PREFIX}{path}.{key}")
+                self._slots.setdefault(name, []).append((module, key))
+                self._base_parameters[name] = parameter
+        for name in self._base_parameters:
             self.tensors.setdefault(name.rpartition(".")[0], LaneTensors())
 
-    def start(self) -> dict[str, dict[str, torch.Tensor]]:
+    def init(self) -> dict[str, dict[str, torch.Tensor]]:
         """place -> parameter -> copy, to be put into `tensors`."""
-        made: dict[str, dict[str, torch.Tensor]] = {place: {} for place in self.tensors}
-        for name, parameter in self._frozen.items():
+        copies: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in self.tensors}
+        for name, parameter in self._base_parameters.items():
             place, _, key = name.rpartition(".")
-            made[place][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        return made
+            copies[place][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        return copies
 
     @contextmanager
-    def instead(self, lane: str) -> Iterator[None]:
+    def swap_in(self, lane: str) -> Iterator[None]:
         """During it the model computes with the lane's parameters. Backward has to run inside."""
         try:
-            for name, frozen in self._frozen.items():
-                place, _, key = name.rpartition(".")
-                mine = self.tensors[place].trainable[lane][key].to(frozen.dtype)
-                for module, slot in self._places[name]:
-                    module._parameters[slot] = mine  # type: ignore[assignment]
+            for name, frozen in self._base_parameters.items():
+                owner, _, key = name.rpartition(".")
+                lane_parameter = self.tensors[owner].trainable[lane][key].to(frozen.dtype)
+                for module, slot in self._slots[name]:
+                    module._parameters[slot] = lane_parameter  # type: ignore[assignment]
             yield
         finally:
-            for name, frozen in self._frozen.items():
-                for module, slot in self._places[name]:
+            for name, frozen in self._base_parameters.items():
+                for module, slot in self._slots[name]:
                     module._parameters[slot] = frozen
 
     @torch.no_grad()
-    def write(self, lane: str) -> None:
+    def copy_to_model(self, lane: str) -> None:
         """Makes the lane's parameters the model's."""
-        for name, frozen in self._frozen.items():
-            place, _, key = name.rpartition(".")
-            frozen.copy_(self.tensors[place].trainable[lane][key])
+        for name, frozen in self._base_parameters.items():
+            owner, _, key = name.rpartition(".")
+            frozen.copy_(self.tensors[owner].trainable[lane][key])

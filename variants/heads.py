@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.base import stream
+from variants.base import parameter_generator
 from variants.lane_tensors import LaneTensors
-from variants.rows import Board, by_lane
+from variants.rows import AdapterState, split_by_lane
 
-DEVIATION = 0.02
+INIT_STD = 0.02
 """Of a head's first weights: what transformers initialises new layers with, for BERT and most others."""
 
 
@@ -20,44 +20,44 @@ class LaneHead(nn.Module):
     from N(0, 0.02) and 0. Stands where the linear layer `base` stood, whose weights only the frozen model
     uses."""
 
-    def __init__(self, name: str, base: nn.Linear, board: Board) -> None:
+    def __init__(self, name: str, base_layer: nn.Linear, adapter_state: AdapterState) -> None:
         super().__init__()
-        self.name, self.base, self.board = name, base, board
-        self.own = LaneTensors()
+        self.name, self.base_layer, self.adapter_state = name, base_layer, adapter_state
+        self.own_tensors = LaneTensors()
 
     @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        return self.base_layer.weight
 
-    def start(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A lane's first weights, drawn on the CPU as a variant's are."""
-        weight = self.base.weight
+        weight = self.base_layer.weight
         draw = torch.empty(weight.shape, dtype=torch.float32)
-        draw.normal_(0, DEVIATION, generator=stream(generator, "weight"))
-        made = {"weight": draw.to(weight.device, _wide(weight.dtype))}
-        if self.base.bias is not None:
-            made["bias"] = torch.zeros_like(self.base.bias, dtype=_wide(weight.dtype))
-        return made
+        draw.normal_(0, INIT_STD, generator=parameter_generator(generator, "weight"))
+        tensors = {"weight": draw.to(weight.device, _lane_dtype(weight.dtype))}
+        if self.base_layer.bias is not None:
+            tensors["bias"] = torch.zeros_like(self.base_layer.bias, dtype=_lane_dtype(weight.dtype))
+        return tensors
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.board.rows(self.name)
-        rows.called.add(self.name)
-        if not rows.lanes and self.name not in rows.heads:
-            return self.base(x.to(self.base.weight.dtype))
-        x = x.to(_wide(self.base.weight.dtype))
-        if rows.lanes:
-            flat, params = by_lane(x, rows, self.name), self.own.stack(rows.lanes)
+        context = self.adapter_state.get_context(self.name)
+        context.called_layers.add(self.name)
+        if not context.lanes and self.name not in context.head_weights:
+            return self.base_layer(x.to(self.base_layer.weight.dtype))
+        x = x.to(_lane_dtype(self.base_layer.weight.dtype))
+        if context.lanes:
+            flat, params = split_by_lane(x, context, self.name), self.own_tensors.stack(context.lanes)
         else:
             flat = x.reshape(1, -1, x.shape[-1])
-            params = {name: tensor.unsqueeze(0) for name, tensor in rows.heads[self.name].items()}
-        return _apply(flat, params).view(*x.shape[:-1], -1)
+            params = {name: tensor.unsqueeze(0) for name, tensor in context.head_weights[self.name].items()}
+        return _batched_linear(flat, params).view(*x.shape[:-1], -1)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _lane_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _apply(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+def _batched_linear(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     weight, bias = params["weight"], params.get("bias")
     out = weight.shape[1]
     if out == 1:  # a single column is summed in another order for one lane than for several

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from variants.base import Kind, Layer, Params, Variant
+from variants.base import Batching, FrozenLayer, Params, Variant
 from variants.lane_tensors import LaneTensors
-from variants.rows import Board, Rows, by_lane, masks
+from variants.rows import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
 from variants.targets import is_conv1d
 
-LARGE = 1 << 20
+DENSE_RECOMPUTE_NUMEL = 1 << 20
 """A dense update with more numbers than this is recomputed in backward instead of kept: below it the Python
 cost of recomputing (about 0.1 ms) outweighs the memory."""
 
 
-class BypassedLayer(RuntimeError):
+class BypassedLayerError(RuntimeError):
     """The model read an adapted layer's weight and never called the layer: its adapter has no effect."""
 
 
@@ -26,69 +26,88 @@ class LaneLinear(nn.Module):
     """Stands in the model where the frozen layer `base` stood, and adds each lane's update to its output."""
 
     def __init__(
-        self, name: str, base: nn.Module, variant: Variant, board: Board, group: LaneTensors | None = None
+        self,
+        name: str,
+        base_layer: nn.Module,
+        variant: Variant,
+        adapter_state: AdapterState,
+        layer_group: LaneTensors | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.base, self.variant, self.board = name, base, variant, board
-        self.own = LaneTensors(variant.moving, variant.unseen)
-        self.group = group
-        self._layer: Layer | None = None
-        self._seen = (0, 0)
+        self.name, self.base_layer, self.variant, self.adapter_state = (
+            name,
+            base_layer,
+            variant,
+            adapter_state,
+        )
+        self.own_tensors = LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
+        self.layer_group = layer_group
+        self._frozen_layer: FrozenLayer | None = None
+        self._weight_version = (0, 0)
 
     @property
-    def layer(self) -> Layer:
+    def frozen_layer(self) -> FrozenLayer:
         """The frozen layer as variants see it; made anew when the weight has moved or was written."""
-        stored: Tensor = self.base.weight  # type: ignore[assignment]
-        seen = stored.data_ptr(), stored._version
-        if self._layer is None or self._seen != seen:
-            self._seen = seen
-            weight = stored.detach().t() if is_conv1d(self.base) else stored.detach()
-            bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-            self._layer = Layer(self.name, weight, None if bias is None else bias.detach())
-        return self._layer
+        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        version = stored.data_ptr(), stored._version
+        if self._frozen_layer is None or self._weight_version != version:
+            self._weight_version = version
+            weight = stored.detach().t() if is_conv1d(self.base_layer) else stored.detach()
+            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+            self._frozen_layer = FrozenLayer(self.name, weight, None if bias is None else bias.detach())
+        return self._frozen_layer
 
     @property
     def weight(self) -> Tensor:
         """The frozen layer's, for models that ask for its dtype or device."""
-        if self.board.now is not None:
-            self.board.now.read.add(self.name)
-        return self.base.weight  # type: ignore[return-value]
+        if self.adapter_state.current_context is not None:
+            self.adapter_state.current_context.weight_reads.add(self.name)
+        return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
+        return self.base_layer.bias  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":
+            if name == "base_layer":
                 raise
-            return getattr(self.base, name)  # in_features, nf, and whatever else models look at
+            return getattr(self.base_layer, name)  # in_features, nf, and whatever else models look at
 
-    def one(self, lane: str) -> dict[str, Tensor]:
+    def lane_tensors(self, lane: str) -> dict[str, Tensor]:
         """All that a lane has here: its own tensors and its group's."""
-        return {**(self.group.one(lane) if self.group else {}), **self.own.one(lane)}
+        return {
+            **(self.layer_group.lane_tensors(lane) if self.layer_group else {}),
+            **self.own_tensors.lane_tensors(lane),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.board.rows(self.name)
-        rows.called.add(self.name)
-        base = self.base(x)
-        if not rows.lanes or x.numel() == 0:
-            return base
-        flat = by_lane(x, rows, self.name)
-        flat_base = base.reshape(len(rows.lanes), -1, base.shape[-1])
-        if rows.steps is not None and self.variant.auxiliary and torch.is_grad_enabled():
-            self._add_auxiliary(flat, rows)
-        if rows.steps is None or self.board.dropout == 0:
-            return self._adapt(flat, flat_base, rows).view(base.shape)
-        dropped = flat * masks(flat, self.board.dropout, self.name, rows, self.board.seeds)
-        if not self.variant.drops_base:
-            return self._adapt(dropped, flat_base, rows, flat).view(base.shape)
-        seen = self.base(dropped)
-        return (flat_base + (self._adapt(dropped, seen, rows) - seen)).view(base.shape)
+        context = self.adapter_state.get_context(self.name)
+        context.called_layers.add(self.name)
+        base_output = self.base_layer(x)
+        if not context.lanes or x.numel() == 0:
+            return base_output
+        flat = split_by_lane(x, context, self.name)
+        flat_base = base_output.reshape(len(context.lanes), -1, base_output.shape[-1])
+        if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
+            self._record_auxiliary_loss(flat, context)
+        if context.dropout_steps is None or self.adapter_state.dropout == 0:
+            return self._apply_variant(flat, flat_base, context).view(base_output.shape)
+        dropped = flat * draw_dropout_masks(
+            flat, self.adapter_state.dropout, self.name, context, self.adapter_state.seeds
+        )
+        if not self.variant.dropout_on_base:
+            return self._apply_variant(dropped, flat_base, context, flat).view(base_output.shape)
+        dropped_base_output = self.base_layer(dropped)
+        return (
+            flat_base + (self._apply_variant(dropped, dropped_base_output, context) - dropped_base_output)
+        ).view(base_output.shape)
 
-    def _adapt(self, x: Tensor, base: Tensor, rows: Rows, undropped: Tensor | None = None) -> Tensor:
+    def _apply_variant(
+        self, x: Tensor, base_output: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None
+    ) -> Tensor:
         """Compute the lanes' outputs.
 
         Args:
@@ -100,48 +119,57 @@ class LaneLinear(nn.Module):
         Returns:
             (K, N, out).
         """
-        lanes, layer, variant = rows.lanes, self.layer, self.variant
-        scaling = self.board.scaling(variant, lanes, layer)
-        if undropped is not None and (frozen := variant.frozen_part & self.one(lanes[0]).keys()):
-            kept = self._stack(lanes)
-            base = variant.undropped(undropped, base, kept, layer, scaling)
-            learnt = {name: tensor for name, tensor in kept.items() if name not in frozen}
-            return variant.forward(x, base, variant.prepare(learnt, layer, scaling), layer, scaling)
-        if variant.kind == Kind.DENSE and layer.weight.numel() * len(lanes) > LARGE:
-            parts = [self._alone(x[k : k + 1], base[k : k + 1], lane, layer) for k, lane in enumerate(lanes)]
+        lanes, layer, variant = context.lanes, self.frozen_layer, self.variant
+        scaling = self.adapter_state.scaling(variant, lanes, layer)
+        if x_before_dropout is not None and (
+            frozen := variant.frozen_update_buffers & self.lane_tensors(lanes[0]).keys()
+        ):
+            stacked = self._stack_tensors(lanes)
+            base_output = variant.add_frozen_update(x_before_dropout, base_output, stacked, layer, scaling)
+            learnt = {name: tensor for name, tensor in stacked.items() if name not in frozen}
+            return variant.forward(x, base_output, variant.prepare(learnt, layer, scaling), layer, scaling)
+        if variant.batching == Batching.DENSE and layer.weight.numel() * len(lanes) > DENSE_RECOMPUTE_NUMEL:
+            parts = [
+                self._forward_one_lane(x[k : k + 1], base_output[k : k + 1], lane, layer)
+                for k, lane in enumerate(lanes)
+            ]
             return torch.cat(parts)
         if torch.is_grad_enabled():
-            params = variant.prepare(self._stack(lanes), layer, scaling)
+            params = variant.prepare(self._stack_tensors(lanes), layer, scaling)
         else:
-            versions = self.own.versions(lanes) + (self.group.versions(lanes) if self.group else [])
-            known = rows.prepared.get(self.name)
-            if known is None or known[0] != versions:
-                known = versions, variant.prepare(self._stack(lanes), layer, scaling)
-                rows.prepared[self.name] = known
-            params = known[1]
-        return variant.forward(x, base, params, layer, scaling)
+            versions = self.own_tensors.versions(lanes) + (
+                self.layer_group.versions(lanes) if self.layer_group else []
+            )
+            cached = context.prepared_params.get(self.name)
+            if cached is None or cached[0] != versions:
+                cached = versions, variant.prepare(self._stack_tensors(lanes), layer, scaling)
+                context.prepared_params[self.name] = cached
+            params = cached[1]
+        return variant.forward(x, base_output, params, layer, scaling)
 
-    def _alone(self, x: Tensor, base: Tensor, lane: str, layer: Layer) -> Tensor:
+    def _forward_one_lane(self, x: Tensor, base_output: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
         """One lane, keeping nothing of full size for backward."""
-        variant, scaling = self.variant, self.board.scaling(self.variant, (lane,), layer)
+        variant, scaling = self.variant, self.adapter_state.scaling(self.variant, (lane,), layer)
 
         def run(x: Tensor, base: Tensor, params: Params) -> Tensor:
             return variant.forward(x, base, variant.prepare(params, layer, scaling), layer, scaling)
 
-        params = self._stack((lane,))
+        params = self._stack_tensors((lane,))
         if not torch.is_grad_enabled():
-            return run(x, base, params)
-        return checkpoint(run, x, base, params, use_reentrant=False, preserve_rng_state=False)
+            return run(x, base_output, params)
+        return checkpoint(run, x, base_output, params, use_reentrant=False, preserve_rng_state=False)
 
-    def _stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        own = self.own.stack(lanes)
-        return {**self.group.stack(lanes), **own} if self.group else own
+    def _stack_tensors(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
+        own = self.own_tensors.stack(lanes)
+        return {**self.layer_group.stack(lanes), **own} if self.layer_group else own
 
-    def _add_auxiliary(self, x: Tensor, rows: Rows) -> None:
-        x = x.unflatten(1, (rows.rows or 1, -1))
-        real = x.new_ones(x.shape[:3])
-        if rows.real is not None and rows.real.numel() == real.numel():
-            real = rows.real.view(real.shape).to(x.dtype)
-        term = self.variant.auxiliary_loss(x, real, self._stack(rows.lanes), self.layer)
+    def _record_auxiliary_loss(self, x: Tensor, context: ForwardContext) -> None:
+        x = x.unflatten(1, (context.rows_per_lane or 1, -1))
+        attention_mask = x.new_ones(x.shape[:3])
+        if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
+            attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
+        term = self.variant.auxiliary_loss(
+            x, attention_mask, self._stack_tensors(context.lanes), self.frozen_layer
+        )
         # Recomputed in backward, it is there already: what is added once counts once.
-        rows.auxiliary.setdefault(self.name, term)
+        context.auxiliary_losses.setdefault(self.name, term)

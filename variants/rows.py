@@ -10,74 +10,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from variants.base import Layer, Params, Settings, Variant, number
+from variants.base import FrozenLayer, Params, Variant, VariantSettings, stable_seed
 
 
-class RowsWithoutLane(RuntimeError):
+class UnassignedRowsError(RuntimeError):
     """An adapted layer was called with rows of which nobody knows the lane."""
 
 
 @dataclass(eq=False)
-class Rows:
+class ForwardContext:
     """What a call of the model computes: K lanes' rows, lane-major. `lanes` is empty for the frozen base."""
 
     lanes: tuple[str, ...]
-    steps: tuple[int, ...] | None = None
-    micro: int = 0
-    rows: int | None = None
-    part: tuple[int, int] | None = None
+    dropout_steps: tuple[int, ...] | None = None
+    micro_batch: int = 0
+    rows_per_lane: int | None = None
+    shard: tuple[int, int] | None = None
     """(first, of): these are the rows from `first` on of `of` that a lane has on all workers together."""
-    real: Tensor | None = None
+    attention_mask: Tensor | None = None
     """(K*R, L), False at padding."""
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    head_weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """For the frozen base: the weights of its heads."""
-    called: set[str] = field(default_factory=set)
-    drawn: dict[str, int] = field(default_factory=dict)
+    called_layers: set[str] = field(default_factory=set)
+    mask_draws: dict[str, int] = field(default_factory=dict)
     """Module -> how often its masks were drawn. A model may call a module twice; each call has its own."""
-    drawn_again: dict[str, int] | None = None
+    recomputed_mask_draws: dict[str, int] | None = None
     """The same in the part of the model that is recomputed in backward (`Board.recomputing`)."""
-    read: set[str] = field(default_factory=set)
-    prepared: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
+    weight_reads: set[str] = field(default_factory=set)
+    prepared_params: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Without gradients (generation, evaluation) the same parameters serve many calls: a layer's prepared
     ones."""
-    auxiliary: dict[str, Tensor] = field(default_factory=dict)
+    auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> (K,), each lane's term of the auxiliary loss."""
 
     def auxiliary_loss(self) -> Tensor | None:
         """(K,): the mean over layers, or None where the variant has no such loss."""
-        return torch.stack(list(self.auxiliary.values())).mean(0) if self.auxiliary else None
+        return torch.stack(list(self.auxiliary_losses.values())).mean(0) if self.auxiliary_losses else None
 
 
-class Board:
+class AdapterState:
     """What all adapted layers of a model share."""
 
     def __init__(self) -> None:
-        self.settings: dict[str, Settings] = {}
+        self.settings: dict[str, VariantSettings] = {}
         self.seeds: dict[str, int] = {}
         self.dropout = 0.0
-        self.now: Rows | None = None
-        self.latest: Rows | None = None
+        self.current_context: ForwardContext | None = None
+        self.last_context: ForwardContext | None = None
         self._scalings: dict[Any, Tensor] = {}
 
-    def rows(self, layer: str) -> Rows:
+    def get_context(self, layer_name: str) -> ForwardContext:
         """Whose rows `layer` is computing; raises RowsWithoutLane."""
-        if self.now is not None:
-            return self.now
+        if self.current_context is not None:
+            return self.current_context
         # Gradient checkpointing calls the model again inside backward, when rows() may be closed already:
         # what is recomputed is the latest call, because a loop goes backward before it goes forward again.
-        if self.latest is not None and torch._C._current_graph_task_id() != -1:
-            return self.latest
-        raise RowsWithoutLane(f"{layer} was called outside rows() and off(): no lane owns these rows")
+        if self.last_context is not None and torch._C._current_graph_task_id() != -1:
+            return self.last_context
+        raise UnassignedRowsError(
+            f"{layer_name} was called outside rows() and off(): no lane owns these rows"
+        )
 
-    def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return contexts for a part of the model that starts now, and for its recomputation in backward.
 
         The recomputation draws the masks that were drawn the first time.
         """
-        rows = self.now or self.latest
-        return nullcontext(), nullcontext() if rows is None else _drawn_again(rows, dict(rows.drawn))
+        context = self.current_context or self.last_context
+        return nullcontext(), nullcontext() if context is None else _count_recomputed_draws(
+            context, dict(context.mask_draws)
+        )
 
-    def scaling(self, variant: Variant, lanes: tuple[str, ...], like: Layer) -> Tensor:
+    def scaling(self, variant: Variant, lanes: tuple[str, ...], like: FrozenLayer) -> Tensor:
         """(K, 1, 1)"""
         key = (lanes, like.weight.device, like.dtype)
         if key not in self._scalings:
@@ -86,31 +90,31 @@ class Board:
             self._scalings[key] = made.view(-1, 1, 1)
         return self._scalings[key]
 
-    def changed(self) -> None:
+    def invalidate(self) -> None:
         """Lanes have come or gone."""
         self._scalings.clear()
-        self.latest = None
+        self.last_context = None
 
 
 @contextmanager
-def _drawn_again(rows: Rows, drawn: dict[str, int]) -> Iterator[None]:
+def _count_recomputed_draws(context: ForwardContext, draws: dict[str, int]) -> Iterator[None]:
     """Count the masks that are drawn in backward from `drawn` on."""
-    rows.drawn_again = drawn
+    context.recomputed_mask_draws = draws
     try:
         yield
     finally:
-        rows.drawn_again = None
+        context.recomputed_mask_draws = None
 
 
-def _call(name: str, rows: Rows) -> str:
+def _next_call_key(name: str, context: ForwardContext) -> str:
     """Return the module's name and, if the model has called it before, how often. Raises RuntimeError."""
     if torch._C._current_graph_task_id() == -1:
-        drawn = rows.drawn
-    elif rows.drawn_again is not None:
-        drawn = rows.drawn_again
-    elif rows.drawn.get(name, 0) > 1:
+        drawn = context.mask_draws
+    elif context.recomputed_mask_draws is not None:
+        drawn = context.recomputed_mask_draws
+    elif context.mask_draws.get(name, 0) > 1:
         raise RuntimeError(
-            f"{name} was called {rows.drawn[name]} times, and it is not known which call is recomputed; use "
+            f"{name} was called {context.mask_draws[name]} times, and it is not known which call is recomputed; use "
             "orchestrator.finetune.models.activation_checkpointing in place of another gradient checkpointing"
         )
     else:
@@ -120,19 +124,21 @@ def _call(name: str, rows: Rows) -> str:
     return f"{name} {before}" if before else name
 
 
-def by_lane(x: Tensor, rows: Rows, layer: str) -> Tensor:
+def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor:
     """x (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
-    lanes = len(rows.lanes)
-    size = lanes * (rows.rows or 1)
-    if (lanes > 1 or rows.rows) and (x.dim() < 2 or x.shape[0] % size):
-        raise RowsWithoutLane(
-            f"{layer} was called with {x.shape[0]} rows, not a multiple of {lanes} lanes x "
-            f"{rows.rows or 1} rows: no lane owns the rest"
+    lane_count = len(context.lanes)
+    size = lane_count * (context.rows_per_lane or 1)
+    if (lane_count > 1 or context.rows_per_lane) and (x.dim() < 2 or x.shape[0] % size):
+        raise UnassignedRowsError(
+            f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {lane_count} lanes x "
+            f"{context.rows_per_lane or 1} rows: no lane owns the rest"
         )
-    return x.reshape(lanes, -1, x.shape[-1])
+    return x.reshape(lane_count, -1, x.shape[-1])
 
 
-def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) -> Tensor:
+def draw_dropout_masks(
+    x: Tensor, p: float, name: str, context: ForwardContext, seeds: Mapping[str, int]
+) -> Tensor:
     """Draw the lanes' dropout masks for one module of the model.
 
     A mask depends on the lane's seed, its step, the module's name, the micro-batch, and how often the model
@@ -149,16 +155,21 @@ def masks(x: Tensor, p: float, name: str, rows: Rows, seeds: Mapping[str, int]) 
     Returns:
         (K, N, features): 0 or 1 / (1 - p).
     """
-    assert rows.steps is not None
-    call = _call(name, rows)
-    like, mine = x[0], slice(None)
-    if rows.part is not None and rows.rows is not None:
-        first, of = rows.part
-        each = x.shape[1] // rows.rows
-        like, mine = x.new_empty(of * each, x.shape[2]), slice(first * each, (first + rows.rows) * each)
+    assert context.dropout_steps is not None
+    call_key = _next_call_key(name, context)
+    like, local_slice = x[0], slice(None)
+    if context.shard is not None and context.rows_per_lane is not None:
+        first, total_rows = context.shard
+        positions_per_row = x.shape[1] // context.rows_per_lane
+        like, local_slice = (
+            x.new_empty(total_rows * positions_per_row, x.shape[2]),
+            slice(first * positions_per_row, (first + context.rows_per_lane) * positions_per_row),
+        )
     found = []
-    for lane, step in zip(rows.lanes, rows.steps, strict=True):
-        generator = torch.Generator(x.device).manual_seed(number(seeds[lane], step, call, rows.micro))
+    for lane, step in zip(context.lanes, context.dropout_steps, strict=True):
+        generator = torch.Generator(x.device).manual_seed(
+            stable_seed(seeds[lane], step, call_key, context.micro_batch)
+        )
         mask = torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        found.append(mask[mine])
+        found.append(mask[local_slice])
     return torch.stack(found)

@@ -11,17 +11,17 @@ import regex  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
-from variants.base import Unsupported
+from variants.base import UnsupportedError
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-PATTERN_SECONDS = 5.0
+PATTERN_TIMEOUT_SECONDS = 5.0
 """Of a regular expression on the name of one layer. With repetitions inside of repetitions it may take years,
 which Python's own `re` cannot be kept from."""
 
 
-def find(model: nn.Module, targets: str) -> dict[str, nn.Module]:
+def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     """The linear layers that `targets` names, by dotted path.
 
     targets: "blocks" (every linear layer inside a ModuleList, so neither head nor embeddings), a
@@ -30,22 +30,22 @@ def find(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == "blocks":
-        scope = _inside_lists(model)
+        scope = _names_in_module_lists(model)
         if not scope:
-            raise Unsupported(
+            raise UnsupportedError(
                 "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
             )
-        whole = True
+        match_all = True
     elif targets.startswith("re:"):
-        scope, whole = _matching(modules, targets), False
+        scope, match_all = _match_pattern(modules, targets), False
     else:
-        scope, whole = _ending(modules, targets), False
+        scope, match_all = _match_suffixes(modules, targets), False
     for name in scope:
-        _refuse(name, modules, whole)
+        _check_adaptable(name, modules, match_all)
     found = {name: modules[name] for name in scope if is_linear(modules[name])}
     if not found:
-        nearest = _nearest(targets, (name for name, module in modules.items() if is_linear(module)))
-        raise Unsupported(f"targets {targets!r}: no linear layer among what it names. {nearest}")
+        nearest = _suggest_layer(targets, (name for name, module in modules.items() if is_linear(module)))
+        raise UnsupportedError(f"targets {targets!r}: no linear layer among what it names. {nearest}")
     return found
 
 
@@ -62,7 +62,7 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _inside_lists(model: nn.Module) -> list[str]:
+def _names_in_module_lists(model: nn.Module) -> list[str]:
     prefixes = tuple(
         f"{name}." if name else ""
         for name, module in model.named_modules()
@@ -73,67 +73,71 @@ def _inside_lists(model: nn.Module) -> list[str]:
     )
 
 
-def _matching(modules: dict[str, nn.Module], targets: str) -> list[str]:
+def _match_pattern(modules: dict[str, nn.Module], targets: str) -> list[str]:
     try:
         re.compile(targets.removeprefix("re:"))
         pattern = regex.compile(targets.removeprefix("re:"))
     except (re.error, regex.error) as error:
-        raise Unsupported(f"targets {targets!r}: not a regular expression ({error})") from None
+        raise UnsupportedError(f"targets {targets!r}: not a regular expression ({error})") from None
     try:
-        return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_SECONDS)]
+        return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_TIMEOUT_SECONDS)]
     except TimeoutError:
-        raise Unsupported(
-            f"targets {targets!r}: one name takes more than {PATTERN_SECONDS:g} s; write it without a "
+        raise UnsupportedError(
+            f"targets {targets!r}: one name takes more than {PATTERN_TIMEOUT_SECONDS:g} s; write it without a "
             "repetition inside of a repetition"
         ) from None
 
 
-def _ending(modules: dict[str, nn.Module], targets: str) -> list[str]:
+def _match_suffixes(modules: dict[str, nn.Module], targets: str) -> list[str]:
     scope: list[str] = []
     for ending in (part.strip() for part in targets.split(",")):
         fits = [name for name in modules if ending and f".{name}".endswith(f".{ending}")]
         if not fits:
-            nearest = _nearest(ending, (name for name, module in modules.items() if is_linear(module)))
-            raise Unsupported(f"target {ending!r}: no module's name ends so. {nearest}")
+            nearest = _suggest_layer(ending, (name for name, module in modules.items() if is_linear(module)))
+            raise UnsupportedError(f"target {ending!r}: no module's name ends so. {nearest}")
         for name in fits:
-            _refuse(name, modules, whole=False)
+            _check_adaptable(name, modules, match_all=False)
             if not is_linear(modules[name]):
                 kind = type(modules[name]).__name__
-                raise Unsupported(f"target {name!r} is of type {kind}; only Linear and Conv1D carry adapters")
+                raise UnsupportedError(
+                    f"target {name!r} is of type {kind}; only Linear and Conv1D carry adapters"
+                )
         scope += [name for name in fits if name not in scope]
     return scope
 
 
-def _nearest(name: str, layers: Iterable[str]) -> str:
+def _suggest_layer(name: str, layers: Iterable[str]) -> str:
     choices = sorted({end for layer in layers for end in (layer, layer.rsplit(".", 1)[-1])})
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     ends = sorted({choice for choice in choices if "." not in choice})
     return f"Did you mean {close[0]!r}?" if close else f"The model's linear layers end in: {', '.join(ends)}."
 
 
-def _refuse(name: str, modules: dict[str, nn.Module], whole: bool) -> None:
+def _check_adaptable(name: str, modules: dict[str, nn.Module], match_all: bool) -> None:
     """Raises for a module that adapters cannot reach. `whole`: every module in scope was meant, so that one
     without linear layers counts too."""
     parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
     for path in [*parents, name]:
         if isinstance(modules[path], nn.MultiheadAttention):
-            raise Unsupported(f"{path} is an nn.MultiheadAttention, which reads its weights past any adapter")
+            raise UnsupportedError(
+                f"{path} is an nn.MultiheadAttention, which reads its weights past any adapter"
+            )
     module = modules[name]
     if "quantized" in type(module).__module__:
-        raise Unsupported(
+        raise UnsupportedError(
             f"{name} is quantised ({type(module).__name__}): a row's output would depend on the others"
         )
-    if (whole or is_linear(module)) and not isinstance(module, nn.modules.conv._ConvNd):
+    if (match_all or is_linear(module)) and not isinstance(module, nn.modules.conv._ConvNd):
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and min(parameter.shape) > 1:
-                raise Unsupported(
+                raise UnsupportedError(
                     f"{name}.{key} is a 3-D weight of experts, which adapters do not reach; "
                     "name the layers to adapt instead of 'blocks'"
                 )
     if is_linear(module):
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
-        if weight.dtype not in FLOATS or weight.dim() != 2 or type(weight.data) is not torch.Tensor:
-            raise Unsupported(
+        if weight.dtype not in FLOAT_DTYPES or weight.dim() != 2 or type(weight.data) is not torch.Tensor:
+            raise UnsupportedError(
                 f"{name} holds a {weight.dtype} {type(weight.data).__name__}, not a plain float weight"
             )

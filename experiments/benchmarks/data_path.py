@@ -26,7 +26,7 @@ class Options:
     """Of a prompt; an answer has a fifth of it."""
 
 
-def own_memory() -> int:
+def anonymous_memory_bytes() -> int:
     """Of this process, no file's pages, in bytes."""
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon:")]
     return int(line.split()[1]) * 1024
@@ -34,15 +34,15 @@ def own_memory() -> int:
 
 def main(options: Options) -> None:
     from orchestrator.finetune.data import dataset_cache
-    from orchestrator.finetune.data.batches import TOGETHER, encode, training_batch
+    from orchestrator.finetune.data.batches import TOKENIZER_BATCH_SIZE, encode_examples, make_training_batch
     from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
     from orchestrator.finetune.tasks.pretraining import word_tokenizer
     from orchestrator.study.configuration import (
-        Batches,
+        BatchConfig,
         Configuration,
+        LRSchedule,
         ModelChoice,
-        Optimizer,
-        Schedule,
+        OptimizerConfig,
         VariantChoice,
     )
 
@@ -58,43 +58,47 @@ def main(options: Options) -> None:
 
     task = Texts()
     tokenizer = word_tokenizer(("<pad>", "<eos>", *(f"w{i}" for i in range(1000))), eos_token="<eos>")
-    one = Configuration(
+    configuration = Configuration(
         VariantChoice("lora"),
         task.choice(),
         ModelChoice("none", "0" * 64),
-        Optimizer(1e-3),
-        Schedule(1),
-        Batches(16, 1, task.defaults.max_length),
+        OptimizerConfig(1e-3),
+        LRSchedule(1),
+        BatchConfig(16, 1, task.defaults.max_length),
         evaluations=1,
     )
-    some = task.examples("train", min(options.examples, 20_000))
-    blocks = [some[start : start + TOGETHER] for start in range(0, len(some), TOGETHER)]
-    for what, work in (
-        ("one by one", lambda: [task.encode(example, tokenizer) for example in some]),
+    sample = task.examples("train", min(options.examples, 20_000))
+    blocks = [
+        sample[start : start + TOKENIZER_BATCH_SIZE] for start in range(0, len(sample), TOKENIZER_BATCH_SIZE)
+    ]
+    for label, encode_sample in (
+        ("one by one", lambda: [task.encode(example, tokenizer) for example in sample]),
         ("together", lambda: [task.encode_all(block, tokenizer) for block in blocks]),
     ):
         began, used = time.monotonic(), time.process_time()
-        work()
+        encode_sample()
         wall, cpu = time.monotonic() - began, time.process_time() - used
-        print(f"{what}: {wall / len(some) * 1e6:.0f} us an example, {cpu / len(some) * 1e6:.0f} us of CPU")
+        print(
+            f"{label}: {wall / len(sample) * 1e6:.0f} us an example, {cpu / len(sample) * 1e6:.0f} us of CPU"
+        )
     with tempfile.TemporaryDirectory() as folder:
         began, used = time.monotonic(), time.process_time()
-        dataset_cache.prepare(Path(folder), one, task, tokenizer)
+        dataset_cache.prepare_dataset(Path(folder), configuration, task, tokenizer)
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         cpu = time.process_time() - used
         print(f"made in {time.monotonic() - began:.1f} s ({cpu:.1f} s of CPU), {size / 1e6:.0f} MB on disk")
-        before, began = own_memory(), time.monotonic()
-        kept = dataset_cache.prepare(Path(folder), one, task, tokenizer)
+        before, began = anonymous_memory_bytes(), time.monotonic()
+        dataset = dataset_cache.prepare_dataset(Path(folder), configuration, task, tokenizer)
         print(f"opened in {time.monotonic() - began:.2f} s", end=", ")
         began = time.monotonic()
         for number in range(1000):
-            training_batch(kept.rows["train"], 0, 16 * number, 16, task.defaults.max_length, 0)
+            make_training_batch(dataset.rows["train"], 0, 16 * number, 16, task.defaults.max_length, 0)
         print(f"a batch of 16 in {time.monotonic() - began:.2f} ms", end=", ")
-        print(f"memory of its own {max(0, own_memory() - before) / 1e6:.0f} MB")
-        before = own_memory()
-        examples = list(kept.examples["train"])
-        rows = encode(examples, task, tokenizer, task.defaults.max_length)
-        print(f"as tuples {max(0, own_memory() - before) / 1e6:.0f} MB ({len(rows)} rows)")
+        print(f"memory of its own {max(0, anonymous_memory_bytes() - before) / 1e6:.0f} MB")
+        before = anonymous_memory_bytes()
+        examples = list(dataset.examples["train"])
+        rows = encode_examples(examples, task, tokenizer, task.defaults.max_length)
+        print(f"as tuples {max(0, anonymous_memory_bytes() - before) / 1e6:.0f} MB ({len(rows)} rows)")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rehearsal import guessed, stored
+from rehearsal import add_estimated_losses, curve_from_record
 
-from orchestrator.execution.tune.early_stopping import PerGroup
-from orchestrator.execution.tune.rungs import due
+from orchestrator.execution.tune.early_stopping import PerVariantScheduler
+from orchestrator.execution.tune.rungs import lane_evaluation_steps
 from orchestrator.execution.tune.trial import WORST_LOSS
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
@@ -23,52 +23,65 @@ class _Trial:
 
     status = "RUNNING"
 
-    def __init__(self, point: Configuration) -> None:
-        self.trial_id = point.fingerprint
-        self.config = {"configuration": point.to_json()}
+    def __init__(self, configuration: Configuration) -> None:
+        self.trial_id = configuration.fingerprint
+        self.config = {"configuration": configuration.to_json()}
 
 
-def results(point: Configuration, record: Record, guess: int) -> list[tuple[int, float]]:
+def reported_losses(
+    configuration: Configuration, record: Record, loss_window: int
+) -> list[tuple[int, float]]:
     """(step, loss) as the trial of `point` would tell Tune, from the stored record of the same training."""
-    course = stored(record)
-    course = guessed(course, point, guess) if guess else course
-    told = [(step, course.scores[step, "validation"]["loss"]) for step in due(point) if step <= record.steps]
+    curve = curve_from_record(record)
+    curve = add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
+    reports = [
+        (step, curve.scores[step, "validation"]["loss"])
+        for step in lane_evaluation_steps(configuration)
+        if step <= record.steps
+    ]
     if record.state == "diverged":
-        reached = told[-1][0] if told else 0
-        told.append((next((step for step in due(point) if step > reached), reached), WORST_LOSS))
-    return told
+        last_step = reports[-1][0] if reports else 0
+        reports.append(
+            (
+                next((step for step in lane_evaluation_steps(configuration) if step > last_step), last_step),
+                WORST_LOSS,
+            )
+        )
+    return reports
 
 
-def decide(
+def simulate_scheduler(
     scheduler: str,
-    points: Sequence[Configuration],
+    configurations: Sequence[Configuration],
     records: Mapping[str, Record],
-    at_once: int,
-    guess: int = 0,
+    max_concurrent_trials: int,
+    loss_window: int = 0,
 ) -> list[Record]:
     """The records that a study of `points`, entered in this order, would leave; `records` are the whole ones,
     by the fingerprints of the points."""
-    delegate: Any = PerGroup(scheduler)
-    waiting, left = deque(points), list[Record]()
+    tune_scheduler: Any = PerVariantScheduler(scheduler)
+    pending, ended_records = deque(configurations), list[Record]()
     running: list[tuple[_Trial, Record, deque[tuple[int, float]]]] = []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            point = waiting.popleft()
-            trial, record = _Trial(point), records[point.fingerprint]
-            delegate.on_trial_add(None, trial)
-            whole = replace(record, configuration=point, fingerprint=point.fingerprint)
-            running.append((trial, whole, deque(results(point, record, guess))))
+    while pending or running:
+        while pending and len(running) < max_concurrent_trials:
+            configuration = pending.popleft()
+            trial, record = _Trial(configuration), records[configuration.fingerprint]
+            tune_scheduler.on_trial_add(None, trial)
+            full_record = replace(record, configuration=configuration, fingerprint=configuration.fingerprint)
+            running.append((trial, full_record, deque(reported_losses(configuration, record, loss_window))))
         for each in list(running):
-            trial, record, told = each
-            step, loss = told.popleft()
+            trial, record, reports = each
+            step, loss = reports.popleft()
             result = {"step": step, "loss": loss}
-            stopped = delegate.on_trial_result(None, trial, result) == "STOP"
-            if not told:
-                delegate.on_trial_complete(None, trial, result)
-                left.append(record)
+            stopped = tune_scheduler.on_trial_result(None, trial, result) == "STOP"
+            if not reports:
+                tune_scheduler.on_trial_complete(None, trial, result)
+                ended_records.append(record)
             elif stopped:
-                seen = tuple(e for e in record.evaluations if e.step <= step)
-                left.append(replace(record, state="stopped", steps=step, stopped_at=step, evaluations=seen))
-            if stopped or not told:
+                evaluations = tuple(e for e in record.evaluations if e.step <= step)
+                ended_records.append(
+                    replace(record, state="stopped", steps=step, stopped_at=step, evaluations=evaluations)
+                )
+            if stopped or not reports:
                 running.remove(each)
-    return left
+    return ended_records

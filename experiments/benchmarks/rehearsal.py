@@ -25,12 +25,12 @@ import torch
 
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.engine import Workshop
-from orchestrator.finetune.engine.lane import Lane, Taken
-from orchestrator.finetune.engine.lane_source import Source
-from orchestrator.finetune.engine.lane_state import due_steps
-from orchestrator.finetune.evaluation.evaluate import Scored
-from orchestrator.record.schema import Items, Record
+from orchestrator.finetune.engine.engine import Engine
+from orchestrator.finetune.engine.lane import BackwardResult, Lane
+from orchestrator.finetune.engine.lane_source import LaneSource
+from orchestrator.finetune.engine.lane_state import evaluation_steps
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult
+from orchestrator.record.schema import ItemResults, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
@@ -38,13 +38,13 @@ from variants import catalogue
 if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
 
-FILE = "rehearsal.json"
+PLAN_FILE = "rehearsal.json"
 SPLITS = ("validation", "test")
-UNTRAINED = 2.5  # nats a token, of the synthetic base
+UNTRAINED_LOSS = 2.5  # nats a token, of the synthetic base
 
 
 @dataclass(frozen=True)
-class Plan:
+class SimulationPlan:
     """`store`: the folder of records whose curves are replayed; empty: synthetic curves. `evaluations`: how
     often those were evaluated, if it is not as often as the rehearsed lanes are. `guess`: where a lane is
     evaluated and the stored one was not, its validation loss is the mean training loss of so many steps
@@ -56,82 +56,84 @@ class Plan:
     seconds_per_step: float = 0.0
 
     def write(self, store: Store) -> None:
-        (store.root / FILE).write_text(json.dumps(asdict(self)) + "\n")
+        (store.root / PLAN_FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def read(cls, store: Any) -> Plan:
-        return cls(**json.loads((store.root / FILE).read_text()))
+    def read(cls, store: Any) -> SimulationPlan:
+        return cls(**json.loads((store.root / PLAN_FILE).read_text()))
 
-    def source(self, configuration: Configuration) -> Configuration:
+    def stored_configuration(self, configuration: Configuration) -> Configuration:
         """The one whose record is replayed for `configuration`."""
         return replace(configuration, evaluations=self.evaluations or configuration.evaluations)
 
 
 @dataclass(frozen=True)
-class Course:
+class SimulatedCurve:
     """What happens to one configuration: `losses` of training, one a step, with the gradient norms; `scores`
     by (step, split)."""
 
     losses: Sequence[float]
-    norms: Sequence[float]
+    gradient_norms: Sequence[float]
     scores: Mapping[tuple[int, str], Mapping[str, float]]
     untrained: Mapping[str, Mapping[str, float]]
-    tokens: int = 0
-    items: Mapping[str, Items] = field(default_factory=dict)
+    tokens_per_step: int = 0
+    items: Mapping[str, ItemResults] = field(default_factory=dict)
 
 
-def stored(record: Record) -> Course:
+def curve_from_record(record: Record) -> SimulatedCurve:
     """The course that a record tells."""
-    return Course(
+    return SimulatedCurve(
         losses=[step.loss for step in record.curve],
-        norms=[step.gradient_norm for step in record.curve],
+        gradient_norms=[step.gradient_norm for step in record.curve],
         scores={(e.step, e.split): e.scores for e in record.evaluations},
         untrained=record.untrained,
-        tokens=record.cost.tokens // max(1, len(record.curve)),
+        tokens_per_step=record.cost.tokens // max(1, len(record.curve)),
         items=record.items,
     )
 
 
-def guessed(course: Course, configuration: Configuration, steps: int) -> Course:
+def add_estimated_losses(
+    curve: SimulatedCurve, configuration: Configuration, loss_window: int
+) -> SimulatedCurve:
     """With a validation loss, see `Plan`, after each step at which `configuration` is evaluated. Such an
     evaluation has no score: the task's floor stands for it."""
-    due = due_steps(configuration.schedule.steps, configuration.evaluations)
-    scores = dict(course.scores)
+    due = evaluation_steps(configuration.schedule.steps, configuration.evaluations)
+    scores = dict(curve.scores)
     for step in due:
-        if step <= len(course.losses):
-            loss = statistics.fmean(course.losses[max(0, step - steps) : step])
+        if step <= len(curve.losses):
+            loss = statistics.fmean(curve.losses[max(0, step - loss_window) : step])
             told = {"loss": loss, configuration.task.metric: configuration.task.floor}
             scores.setdefault((step, "validation"), told)
-    return replace(course, scores=scores)
+    return replace(curve, scores=scores)
 
 
-def synthetic(configuration: Configuration) -> Course:
+def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
     """Smooth in the logarithm of the rate, with a best rate for each variant, noise for each seed, and a
     cliff, above which the loss grows from step to step."""
     best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
-    away = math.log10(configuration.optimizer.learning_rate) - best
-    gain = math.exp(-(away**2) / 0.5)
+    log_distance = math.log10(configuration.optimizer.learning_rate) - best
+    gain = math.exp(-(log_distance**2) / 0.5)
     steps, noise = configuration.schedule.steps, random.Random(configuration.fingerprint)
 
     def loss(step: int) -> float:
-        if away > 1.0:
-            return UNTRAINED * (1.0 + step)
+        if log_distance > 1.0:
+            return UNTRAINED_LOSS * (1.0 + step)
         way = 1.0 - math.exp(-4.0 * step / steps)
-        return UNTRAINED * (1.0 - 0.95 * gain * way) * math.exp(noise.gauss(0.0, 0.02))
+        return UNTRAINED_LOSS * (1.0 - 0.95 * gain * way) * math.exp(noise.gauss(0.0, 0.02))
 
     def scores(loss: float) -> dict[str, float]:
-        return {"loss": loss, configuration.task.metric: max(0.0, 1.0 - loss / UNTRAINED)}
+        return {"loss": loss, configuration.task.metric: max(0.0, 1.0 - loss / UNTRAINED_LOSS)}
 
-    due = due_steps(steps, configuration.evaluations)
-    return Course(
+    due = evaluation_steps(steps, configuration.evaluations)
+    return SimulatedCurve(
         losses=[loss(step) for step in range(steps)],
-        norms=[2.0] * steps,
+        gradient_norms=[2.0] * steps,
         scores={(step, split): scores(loss(step)) for step in due for split in SPLITS},
-        untrained=dict.fromkeys(SPLITS, scores(UNTRAINED)),
+        untrained=dict.fromkeys(SPLITS, scores(UNTRAINED_LOSS)),
     )
 
 
-class _Adapters:
+class _SimulatedAdapters:
     """In the place of a variant's: one number a lane, which never moves: its gradient is nil."""
 
     most_lanes = 10_000
@@ -173,69 +175,77 @@ class _Adapters:
         self.lanes.clear()
 
 
-class _Pack:
+class _SimulatedLaneGroup:
     """In the place of the arithmetic."""
 
-    def __init__(self, adapters: _Adapters, untrained: Any, seconds: float) -> None:
-        self.adapters, self.seconds = adapters, seconds
+    def __init__(self, adapters: _SimulatedAdapters, untrained: Any, seconds_per_step: float) -> None:
+        self.adapters, self.seconds_per_step = adapters, seconds_per_step
         self.data = SimpleNamespace(untrained=untrained)
-        self.courses: dict[str, Course] = {}
+        self.curves: dict[str, SimulatedCurve] = {}
 
     def backward(self, lanes: Sequence[Lane]) -> Sequence[Lane]:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds_per_step)
         for lane in lanes:
             for parameter in lane.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         return lanes
 
-    def reduce(self, lanes: Sequence[Lane]) -> list[Taken]:
-        courses = [(self.courses[lane.name], lane.step) for lane in lanes]
-        return [Taken(one.losses[step], one.norms[step], one.tokens) for one, step in courses]
+    def reduce_gradients(self, lanes: Sequence[Lane]) -> list[BackwardResult]:
+        courses = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
+        return [
+            BackwardResult(one.losses[step], one.gradient_norms[step], one.tokens_per_step)
+            for one, step in courses
+        ]
 
-    def scores(self, lanes: Sequence[Lane], split: str) -> list[Scored]:
-        courses = [(self.courses[lane.name], lane.step) for lane in lanes]
-        return [Scored(one.scores[step, split], one.items.get(split, Items())) for one, step in courses]
+    def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
+        courses = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
+        return [
+            EvaluationResult(one.scores[step, split], one.items.get(split, ItemResults()))
+            for one, step in courses
+        ]
 
 
-class Stage(Workshop):
+class SimulatedEngine(Engine):
     """A workshop whose packs follow courses."""
 
-    device = "rehearsal"
+    device_name = "rehearsal"
 
-    def __init__(self, plan: Plan, *of_a_workshop: Any) -> None:
-        super().__init__(*of_a_workshop)
+    def __init__(self, plan: SimulationPlan, *engine_arguments: Any) -> None:
+        super().__init__(*engine_arguments)
         self.plan = plan
-        self.records = Store(plan.store, create=False) if plan.store else None
+        self.store = Store(plan.store, create=False) if plan.store else None
 
-    def course(self, lane: Configuration) -> Course:
-        if self.records is None:
-            return synthetic(lane)
-        source = self.plan.source(lane)
-        record = self.records.meets(source.fingerprint)
+    def curve_for(self, configuration: Configuration) -> SimulatedCurve:
+        if self.store is None:
+            return synthetic_curve(configuration)
+        replayed = self.plan.stored_configuration(configuration)
+        record = self.store.get_reusable(replayed.fingerprint)
         if record is None:
-            raise LookupError(f"no whole curve of {source.fingerprint[:12]} in {self.plan.store} to replay")
-        course, guess = stored(record), self.plan.guess
-        return guessed(course, lane, guess) if guess else course
+            raise LookupError(f"no whole curve of {replayed.fingerprint[:12]} in {self.plan.store} to replay")
+        curve, loss_window = curve_from_record(record), self.plan.guess
+        return add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
 
-    def open(self, lane: Lane, saved: Checkpoint | None) -> None:
-        course, shape = self.course(lane.configuration), lane.configuration.shape
-        pack: Any = self._pack
-        if pack is None or shape != self._shape:
-            self.close()
+    def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
+        curve, group_key = self.curve_for(lane.configuration), lane.configuration.group_key
+        lane_group: Any = self._lane_group
+        if lane_group is None or group_key != self._shape:
+            self.detach_adapters()
             self.variant = catalogue.get(lane.configuration.variant.name)
-            pack = _Pack(_Adapters(self.variant), course.untrained, self.plan.seconds_per_step)
-            self._pack, self._shape = pack, shape
-        pack.courses[lane.name] = course
-        lane.open(pack.adapters, course.untrained["validation"]["loss"], saved)
+            lane_group = _SimulatedLaneGroup(
+                _SimulatedAdapters(self.variant), curve.untrained, self.plan.seconds_per_step
+            )
+            self._lane_group, self._shape = lane_group, group_key
+        lane_group.courses[lane.fingerprint] = curve
+        lane.initialize(lane_group.adapters, curve.untrained["validation"]["loss"], checkpoint)
 
-    def remove(self, lane: str) -> None:
-        super().remove(lane)
-        pack: Any = self._pack
-        if pack is not None:
-            pack.courses.pop(lane, None)
+    def remove_lane(self, fingerprint: str) -> None:
+        super().remove_lane(fingerprint)
+        lane_group: Any = self._lane_group
+        if lane_group is not None:
+            lane_group.courses.pop(fingerprint, None)
 
 
-class Counted:
+class CountingSource:
     """A source whose calls are counted and timed."""
 
     def __init__(self, source: Any) -> None:
@@ -260,26 +270,32 @@ class Counted:
         file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
 
 
-def run(source: Source | None, store: Any, load_bench: Callable[..., Any], **options: Any) -> None:
+def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., Any], **options: Any) -> None:
     """As `orchestrator.finetune.engine.loop.run`, which it calls. Raises OSError when the store holds no
     plan, and BadInput when there is no store to replay from."""
-    counted = Counted(source) if source is not None else None
+    counting_source = CountingSource(source) if source is not None else None
     try:
-        loop.run(counted, store, load_bench, workshop=partial(Stage, Plan.read(store)), **options)
+        loop.run(
+            counting_source,
+            store,
+            load_base_model,
+            make_engine=partial(SimulatedEngine, SimulationPlan.read(store)),
+            **options,
+        )
     finally:
-        if counted is not None:
-            counted.write(store)
+        if counting_source is not None:
+            counting_source.write(store)
 
 
-def play(
-    points: Sequence[Configuration],
+def train_simulated(
+    configurations: Sequence[Configuration],
     scheduler: str,
     cluster: Cluster,
-    seats: int,
-    lanes: int,
+    trainers: int,
+    lanes_per_trainer: int,
     store: Store,
-    plan: Plan,
-    gpus: float = 0.0,
+    plan: SimulationPlan,
+    gpus_per_worker: float = 0.0,
 ) -> int:
     """Trains `points`, by rehearsal, as a study does: Tune, broker and seats on the Ray that is connected,
     records in `store`. Returns the optimizer steps that the seats have counted. Raises Trouble when no seat
@@ -287,48 +303,50 @@ def play(
     from rich.console import Console
 
     from orchestrator.execution.progress import Progress
-    from orchestrator.execution.run_budget import Limits
-    from orchestrator.execution.session import Room, train
-    from orchestrator.execution.trainers.trainer import SeatPlan
-    from orchestrator.execution.tune.rungs import entry
-    from orchestrator.study.grid import order_of_entry
+    from orchestrator.execution.run_budget import RunBudget
+    from orchestrator.execution.session import PoolConfig, train
+    from orchestrator.execution.trainers.trainer import TrainerSpec
+    from orchestrator.execution.tune.rungs import submission_order
+    from orchestrator.study.grid import training_order
 
     plan.write(store)
     scratch = store.root / "scratch"
     scratch.mkdir(exist_ok=True)
-    _wait_for_the_last_broker_to_go()
-    seat = SeatPlan(
-        lanes=lanes,
-        gpus=gpus,
+    _wait_for_previous_broker()
+    spec = TrainerSpec(
+        lanes_per_trainer=lanes_per_trainer,
+        gpus_per_worker=gpus_per_worker,
         store=str(store.root),
         scratch=str(scratch),
         device="cpu",
-        loop=f"{__name__}:{run.__name__}",
+        train_loop=f"{__name__}:{run.__name__}",
     )
     console = Console(file=sys.stderr, highlight=False)
-    with Progress(store.root, len(points), 0, console) as progress:
+    with Progress(store.root, len(configurations), 0, console) as progress:
         return train(
-            entry(scheduler, [], order_of_entry(points, lanes), lanes),
+            submission_order(
+                scheduler, [], training_order(configurations, lanes_per_trainer), lanes_per_trainer
+            ),
             (),
             scheduler,
             cluster,
-            Room(seats, seat),
+            PoolConfig(trainers, spec),
             store,
             scratch,
             progress,
             lambda record: None,
-            Limits(),
+            RunBudget(),
         )
 
 
-def _wait_for_the_last_broker_to_go() -> None:
+def _wait_for_previous_broker() -> None:
     import ray
 
-    from orchestrator.execution.broker.actor import NAME
+    from orchestrator.execution.broker.actor import BROKER_NAME
 
     while True:
         try:
-            ray.get_actor(NAME)
+            ray.get_actor(BROKER_NAME)
         except ValueError:
             return
         time.sleep(0.2)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
     from orchestrator.record.schema import Record
 
-SEATS, LANES = 2, 4  # as a dry run on two cores
+TRAINERS, LANES_PER_TRAINER = 2, 4  # as a dry run on two cores
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,28 @@ def run() -> None:
     from orchestrator.execution.ray import runtime as ray_cluster
 
     options.output.mkdir(parents=True, exist_ok=True)
-    full = _full(options)
+    full_records = _full_grid_records(options)
     file = options.output / "replays.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["rates"], row["scheduler"], row["evaluations"], row["here"]) for row in rows}
-    stored = max(record.configuration.evaluations for record in full)
+    replayed = {(row["rates"], row["scheduler"], row["evaluations"], row["here"]) for row in rows}
+    stored_evaluations = max(record.configuration.evaluations for record in full_records)
     with nullcontext() if options.here else ray_cluster.connect() as cluster:
-        for evaluations in options.evaluations or (stored,):
+        for evaluations in options.evaluations or (stored_evaluations,):
             for rates in options.rates:
                 for scheduler in options.schedulers:
-                    if (rates, scheduler, evaluations, options.here) not in done:
-                        rows.append(_replay(options, cluster, full, rates, scheduler, evaluations))
+                    if (rates, scheduler, evaluations, options.here) not in replayed:
+                        rows.append(_replay(options, cluster, full_records, rates, scheduler, evaluations))
                         file.write_text(json.dumps(rows, indent=1) + "\n")
-                        print(_line(rows[-1]), flush=True)
+                        print(_format_row(rows[-1]), flush=True)
     text = _markdown(rows)
     (options.output / "replays.md").write_text(text)
     print(text)
 
 
-def _full(options: Options) -> list[Record]:
+def _full_grid_records(options: Options) -> list[Record]:
     """The records of the full grid. Raises BadInput when there is none."""
     from orchestrator.record.store import Store
-    from orchestrator.util.errors import BadInput
+    from orchestrator.util.errors import UsageError
 
     found = [
         record
@@ -90,18 +90,20 @@ def _full(options: Options) -> list[Record]:
         and (not options.variants or record.configuration.variant.name in options.variants)
     ]
     if not found:
-        raise BadInput(f"{str(options.store)!r} holds no whole curve; train the full grid first, see --help.")
+        raise UsageError(
+            f"{str(options.store)!r} holds no whole curve; train the full grid first, see --help."
+        )
     return found
 
 
-def _rate(record: Record) -> float:
+def _learning_rate(record: Record) -> float:
     return record.configuration.optimizer.learning_rate
 
 
 def _replay(
     options: Options,
     cluster: Cluster | None,
-    full: Sequence[Record],
+    full_records: Sequence[Record],
     rates: int,
     scheduler: str,
     evaluations: int,
@@ -109,30 +111,43 @@ def _replay(
     """One study under `scheduler`, in a store of its own, measured against the records of the same grid."""
     import shutil
 
-    from rehearsal import Plan, play
+    from rehearsal import SimulationPlan, train_simulated
 
     from orchestrator.record.store import Store
 
-    grid = sorted({_rate(record) for record in full})
+    grid = sorted({_learning_rate(record) for record in full_records})
     grid = grid[:: max(1, len(grid) // rates)]
-    same = [record for record in full if _rate(record) in grid]
-    stored = same[0].configuration.evaluations
-    points = [replace(record.configuration, evaluations=evaluations) for record in same]
+    grid_records = [record for record in full_records if _learning_rate(record) in grid]
+    stored_evaluations = grid_records[0].configuration.evaluations
+    configurations = [replace(record.configuration, evaluations=evaluations) for record in grid_records]
     began = time.monotonic()
     if cluster is None:
-        from decide import decide
+        from decide import simulate_scheduler
 
-        from orchestrator.study.grid import order_of_entry
+        from orchestrator.study.grid import training_order
 
-        whole = {point.fingerprint: record for point, record in zip(points, same, strict=True)}
-        found = decide(scheduler, order_of_entry(points, LANES), whole, SEATS * LANES, options.guess)
-        counted = sum(record.steps for record in found)
+        records_by_fingerprint = {
+            point.fingerprint: record for point, record in zip(configurations, grid_records, strict=True)
+        }
+        replayed_records = simulate_scheduler(
+            scheduler,
+            training_order(configurations, LANES_PER_TRAINER),
+            records_by_fingerprint,
+            TRAINERS * LANES_PER_TRAINER,
+            options.guess,
+        )
+        steps = sum(record.steps for record in replayed_records)
     else:
         folder = options.output / f"{rates}-{scheduler}-{evaluations}"
         shutil.rmtree(folder, ignore_errors=True)  # of a replay that was broken off
-        store, plan = Store(folder), Plan(str(options.store.resolve()), stored, options.guess)
-        counted = play(points, scheduler, cluster, SEATS, LANES, store, plan)
-        found = [record for point in points if (record := store.get(point.fingerprint)) is not None]
+        store, plan = (
+            Store(folder),
+            SimulationPlan(str(options.store.resolve()), stored_evaluations, options.guess),
+        )
+        steps = train_simulated(configurations, scheduler, cluster, TRAINERS, LANES_PER_TRAINER, store, plan)
+        replayed_records = [
+            record for point in configurations if (record := store.get(point.fingerprint)) is not None
+        ]
         shutil.rmtree(folder)
     seconds = time.monotonic() - began
     return {
@@ -140,19 +155,19 @@ def _replay(
         "scheduler": scheduler,
         "evaluations": evaluations,
         "here": options.here,
-        "guess": options.guess if evaluations > stored else 0,
-        "configurations": len(points),
-        "missing": len(points) - len(found),
-        "states": dict(Counter(record.state for record in found)),
+        "guess": options.guess if evaluations > stored_evaluations else 0,
+        "configurations": len(configurations),
+        "missing": len(configurations) - len(replayed_records),
+        "states": dict(Counter(record.state for record in replayed_records)),
         "seconds": round(seconds),
-        "steps": counted,
-        "share": counted / sum(record.steps for record in same),
-        "variants": _by_variant(grid, same, found),
+        "steps": steps,
+        "share": steps / sum(record.steps for record in grid_records),
+        "variants": _summarize_variants(grid, grid_records, replayed_records),
     }
 
 
-def _by_variant(
-    grid: Sequence[float], full: Sequence[Record], found: Sequence[Record]
+def _summarize_variants(
+    grid: Sequence[float], full_records: Sequence[Record], replayed_records: Sequence[Record]
 ) -> dict[str, dict[str, Any]]:
     """What was spent on each variant, which rate the product chooses from what it knows, and how far that is
     from the full grid's choice: in points of the grid, and in validation score."""
@@ -167,32 +182,37 @@ def _by_variant(
             counts[record.configuration.variant.name] += record.steps
         return counts
 
-    every, early, whole, spent = curves(full), curves(found), steps(full), steps(found)
-    told = {}
-    for variant, curve in every.items():
-        chosen = early[variant].best_rate if variant in early else None
+    full_curves, replayed_curves, full_steps, replayed_steps = (
+        curves(full_records),
+        curves(replayed_records),
+        steps(full_records),
+        steps(replayed_records),
+    )
+    summaries = {}
+    for variant, curve in full_curves.items():
+        chosen = replayed_curves[variant].best_rate if variant in replayed_curves else None
         means = {point.learning_rate: point.validation.mean for point in curve.points}
-        told[variant] = {
-            "share": spent[variant] / whole[variant],
+        summaries[variant] = {
+            "share": replayed_steps[variant] / full_steps[variant],
             "best": curve.best_rate,
             "chosen": chosen,
             "away": None if chosen is None else grid.index(chosen) - grid.index(curve.best_rate),
             "best_score": means[curve.best_rate],
             "lost": None if chosen is None else means[curve.best_rate] - means[chosen],
         }
-    return told
+    return summaries
 
 
-def _near(row: Mapping[str, Any]) -> str:
-    aways = [variant["away"] for variant in row["variants"].values()]
-    near = sum(away is not None and abs(away) <= 1 for away in aways)
-    return f"{near} of {len(aways)}"
+def _count_within_one_point(row: Mapping[str, Any]) -> str:
+    distances = [variant["away"] for variant in row["variants"].values()]
+    near = sum(away is not None and abs(away) <= 1 for away in distances)
+    return f"{near} of {len(distances)}"
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _format_row(row: Mapping[str, Any]) -> str:
     lost = [variant["lost"] for variant in row["variants"].values() if variant["lost"] is not None]
     return (
-        f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {row['share']:.0%} | {_near(row)} "
+        f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {row['share']:.0%} | {_count_within_one_point(row)} "
         f"| {sum(lost) / len(lost):.3f} | {max(lost):.3f} | {row['seconds']} |"
     )
 
@@ -203,7 +223,7 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "| evaluations | rates | scheduler | steps | within one point | mean score lost | most | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *map(_line, ordered),
+        *map(_format_row, ordered),
         "",
         "Each variant: share of the steps, and grid points from the full grid's best rate.",
         "",
@@ -214,12 +234,12 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         f"| --- | --- | --- | {' | '.join(['---'] * len(names))} |",
     ]
     for row in ordered:
-        cells = [_cell(row["variants"].get(name)) for name in names]
+        cells = [_format_cell(row["variants"].get(name)) for name in names]
         lines.append(f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(variant: Mapping[str, Any] | None) -> str:
+def _format_cell(variant: Mapping[str, Any] | None) -> str:
     if variant is None or variant["away"] is None:
         return "none"
     return (

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.study.configuration import Configuration
 
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
-RATES = 20
+MAX_RATES = 20
 SAMPLE_SECONDS = 1.0
 ROLES = {
     "RayTrainWorker": "worker",
@@ -67,62 +67,62 @@ def run() -> int:
     options = tyro.cli(Options, description=__doc__)
     options.output.mkdir(parents=True, exist_ok=True)
     if len(options.sizes) == 1:
-        _write(options, _measure(options, options.sizes[0]))
+        _write_result(options, _measure_study(options, options.sizes[0]))
         return 0
     for size in options.sizes:
-        words = {k: v for k, v in asdict(options).items() if k != "sizes"}
-        typed = [part for k, v in words.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-        subprocess.run([sys.executable, __file__, "--sizes", str(size), *typed], check=True)
-    rows = [json.loads(_file(options, size).read_text()) for size in options.sizes]
-    print(table(rows))
+        option_values = {k: v for k, v in asdict(options).items() if k != "sizes"}
+        arguments = [part for k, v in option_values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+        subprocess.run([sys.executable, __file__, "--sizes", str(size), *arguments], check=True)
+    rows = [json.loads(_result_file(options, size).read_text()) for size in options.sizes]
+    print(format_table(rows))
     return 0
 
 
-def _file(options: Options, size: int) -> Path:
+def _result_file(options: Options, size: int) -> Path:
     return options.output / f"{size}-{options.scheduler}.json"
 
 
-def _write(options: Options, row: dict[str, Any]) -> None:
-    _file(options, row["configurations"]).write_text(json.dumps(row, indent=1) + "\n")
-    print(table([row]), flush=True)
+def _write_result(options: Options, row: dict[str, Any]) -> None:
+    _result_file(options, row["configurations"]).write_text(json.dumps(row, indent=1) + "\n")
+    print(format_table([row]), flush=True)
 
 
-def points(size: int, steps: int, evaluations: int) -> list[Configuration]:
+def build_configurations(size: int, steps: int, evaluations: int) -> list[Configuration]:
     """`size` configurations of five variants and at most twenty rates, with as many seeds as it takes. Raises
     BadInput for a size that cannot be so divided."""
     from orchestrator.study.configuration import (
-        Batches,
+        BatchConfig,
         Configuration,
+        LRSchedule,
         ModelChoice,
-        Optimizer,
-        Schedule,
+        OptimizerConfig,
         TaskChoice,
         VariantChoice,
     )
-    from orchestrator.study.grid import grid
-    from orchestrator.util.errors import BadInput
+    from orchestrator.study.grid import build_grid
+    from orchestrator.util.errors import UsageError
 
-    many = min(RATES, max(1, size // len(VARIANTS)))
-    unit = many * len(VARIANTS)
+    rate_count = min(MAX_RATES, max(1, size // len(VARIANTS)))
+    unit = rate_count * len(VARIANTS)
     if size < unit or size % unit:
-        raise BadInput(f"--sizes {size}: must be a multiple of {unit}; take {max(1, size // unit) * unit}.")
+        raise UsageError(f"--sizes {size}: must be a multiple of {unit}; take {max(1, size // unit) * unit}.")
     templates = [
         Configuration(
             VariantChoice(name, alpha=None if name == "hira" else 16.0),
             TaskChoice("rehearsal", "0", 100, 100, 100, "exact_match", 0.0),
             ModelChoice("none", "0"),
-            Optimizer(1.0),
-            Schedule(steps),
-            Batches(1),
+            OptimizerConfig(1.0),
+            LRSchedule(steps),
+            BatchConfig(1),
             evaluations=evaluations,
         )
         for name in VARIANTS
     ]
-    rates = [float(f"{10 ** (-4 + 4 * index / many):.3g}") for index in range(many)]
-    return grid(templates, rates, range(size // unit))
+    rates = [float(f"{10 ** (-4 + 4 * index / rate_count):.3g}") for index in range(rate_count)]
+    return build_grid(templates, rates, range(size // unit))
 
 
-def _measure(options: Options, size: int) -> dict[str, Any]:
+def _measure_study(options: Options, size: int) -> dict[str, Any]:
     """One study, and what it took. Seconds, MiB."""
     import psutil
     import ray
@@ -131,18 +131,18 @@ def _measure(options: Options, size: int) -> dict[str, Any]:
     from orchestrator.record.store import Store
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    wanted = points(size, options.steps, options.evaluations)
+    configurations = build_configurations(size, options.steps, options.evaluations)
     folder = options.output / f"store-{size}-{options.scheduler}"
     shutil.rmtree(folder, ignore_errors=True)  # what is known would be replayed
     store = Store(folder)
-    memory = 2**30
+    gib = 2**30
     cluster = RayCluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": 1,
             "num_gpus": 0,
-            "memory": 40 * memory,
-            "object_store_memory": memory // 5,
+            "memory": 40 * gib,
+            "object_store_memory": gib // 5,
         },
     )
     try:
@@ -150,26 +150,26 @@ def _measure(options: Options, size: int) -> dict[str, Any]:
             cluster.add_node(
                 num_cpus=options.gpus + 1,
                 num_gpus=options.gpus,
-                memory=40 * memory,
-                object_store_memory=memory // 5,
+                memory=40 * gib,
+                object_store_memory=gib // 5,
             )
         ray.init(address=cluster.address, namespace="scale", log_to_driver=False, logging_level=logging.ERROR)
-        on_head: Any = cluster.head_node
-        head = on_head.all_processes["raylet"][0].process.pid
-        sampler = Sampler(psutil.Process(), head)
+        head_node: Any = cluster.head_node
+        head_pid = head_node.all_processes["raylet"][0].process.pid
+        sampler = MemorySampler(psutil.Process(), head_pid)
         sampler.start()
-        row = _play(options, wanted, store)
+        row = _run_study(options, configurations, store)
         sampler.stop.set()
         sampler.join()
-        return row | sampler.row()
+        return row | sampler.summary()
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
-def _play(options: Options, wanted: Sequence[Configuration], store: Any) -> dict[str, Any]:
+def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
-    from rehearsal import Plan, play
+    from rehearsal import SimulationPlan, train_simulated
 
     from orchestrator.execution.ray.runtime import Cluster, Node
 
@@ -179,60 +179,62 @@ def _play(options: Options, wanted: Sequence[Configuration], store: Any) -> dict
         namespace="scale",
         local=False,
     )
-    seats = options.nodes * options.gpus
+    trainers = options.nodes * options.gpus
     began, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
-    plan = Plan(seconds_per_step=options.seconds_per_step)
-    counted = play(wanted, options.scheduler, cluster, seats, options.lanes, store, plan, gpus=1.0)
+    plan = SimulationPlan(seconds_per_step=options.seconds_per_step)
+    steps = train_simulated(
+        configurations, options.scheduler, cluster, trainers, options.lanes, store, plan, gpus_per_worker=1.0
+    )
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     loop_cpu = time.thread_time() - loop_cpu
     records = list(store.records())
     reports = sum(e.split == "validation" for record in records for e in record.evaluations)
     calls = [json.loads(file.read_text()) for file in store.root.glob("calls-*.json")]
-    of_seats = sum(one["calls"] for one in calls)
-    of_trials = reports + 2 * len(records)  # each report, each end; and that the trial is over
+    trainer_calls = sum(one["calls"] for one in calls)
+    trial_calls = reports + 2 * len(records)  # each report, each end; and that the trial is over
     first = min(record.provenance.started for record in records)
     last = max(record.provenance.ended for record in records)
     return {
-        "configurations": len(wanted),
+        "configurations": len(configurations),
         "records": len(records),
         "states": {state: sum(r.state == state for r in records) for state in {r.state for r in records}},
         "scheduler": options.scheduler,
-        "seats": seats,
+        "seats": trainers,
         "lanes": options.lanes,
-        "steps": counted,
+        "steps": steps,
         "seconds": seconds,
         "busy_seconds": last - first,
         "driver_cpu_seconds": cpu,
         "loop_cpu_seconds": loop_cpu,
         "results": reports + len(records),
         "results_per_second": (reports + len(records)) / (last - first),
-        "broker_calls_per_second": (of_seats + of_trials) / (last - first),
-        "broker_call_seconds": sum(one["seconds"] for one in calls) / max(1, of_seats),
+        "broker_calls_per_second": (trainer_calls + trial_calls) / (last - first),
+        "broker_call_seconds": sum(one["seconds"] for one in calls) / max(1, trainer_calls),
         "load": os.getloadavg()[1],
     }
 
 
-class Sampler(threading.Thread):
+class MemorySampler(threading.Thread):
     """Looks at memory now and then: the driver's, and that of Ray's processes by role."""
 
     def __init__(self, driver: psutil.Process, head_raylet: int) -> None:
         super().__init__(daemon=True)
-        self.driver, self.head = driver, head_raylet
+        self.driver, self.head_raylet = driver, head_raylet
         self.stop = threading.Event()
-        self.before = self.peak = driver.memory_info().rss
-        self.most: dict[str, list[float]] = {}
-        self.on_head: dict[str, int] = {}
+        self.rss_before = self.rss_peak = driver.memory_info().rss
+        self.largest_sizes: dict[str, list[float]] = {}
+        self.processes_on_head: dict[str, int] = {}
         self.broker_cpu = 0.0
 
     def run(self) -> None:
         for turn in count():
             if self.stop.wait(SAMPLE_SECONDS):
                 return
-            self.peak = max(self.peak, self.driver.memory_info().rss)
+            self.rss_peak = max(self.rss_peak, self.driver.memory_info().rss)
             if turn % 10 == 9:
-                self._look()
+                self._sample_processes()
 
-    def _look(self) -> None:
+    def _sample_processes(self) -> None:
         import psutil
 
         found: dict[str, list[float]] = defaultdict(list)
@@ -243,29 +245,29 @@ class Sampler(threading.Thread):
                 role = next((r for name, r in ROLES.items() if title and name in title[0]), None)
                 if role is not None:
                     found[role].append(process.memory_full_info().pss)
-                    head[role] += process.ppid() == self.head
+                    head[role] += process.ppid() == self.head_raylet
                     if role == "broker":
                         self.broker_cpu = max(self.broker_cpu, sum(process.cpu_times()[:2]))
             except (psutil.Error, IndexError):
                 continue
         for role, sizes in found.items():
-            if sum(sizes) > sum(self.most.get(role, [])):
-                self.most[role], self.on_head[role] = sizes, head[role]
+            if sum(sizes) > sum(self.largest_sizes.get(role, [])):
+                self.largest_sizes[role], self.processes_on_head[role] = sizes, head[role]
 
-    def row(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         mib = 2**20
-        each = {role: sum(sizes) / len(sizes) / mib for role, sizes in self.most.items()}
+        each = {role: sum(sizes) / len(sizes) / mib for role, sizes in self.largest_sizes.items()}
         return {
-            "driver_mib_before": self.before / mib,
-            "driver_mib_peak": self.peak / mib,
+            "driver_mib_before": self.rss_before / mib,
+            "driver_mib_peak": self.rss_peak / mib,
             "process_mib": each,
-            "processes": {role: len(sizes) for role, sizes in self.most.items()},
-            "processes_on_head": self.on_head,
+            "processes": {role: len(sizes) for role, sizes in self.largest_sizes.items()},
+            "processes_on_head": self.processes_on_head,
             "broker_cpu_seconds": self.broker_cpu,
         }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The sizes beside each other, as Markdown. "More": what each configuration beyond the size before took,
     so without what starting takes."""
     lines = [

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.selection import Choice
-from orchestrator.analyze.significance import Comparison, Score, compare
-from orchestrator.analyze.tuning import Tuned, otherwise
+from orchestrator.analyze.significance import Comparison, SeedScore, compare_to_baseline
+from orchestrator.analyze.tuning import TuningResult, selection_frequencies
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
@@ -20,7 +20,7 @@ CONTROLS = ("full", "head_only")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenPoint:
     """What tuning chose for a variant, and what that took: `points` tried with `seeds` each, by the
     `states` of their runs; optimizer steps, and those of all runs to the end. `otherwise`: how often
     resampled seeds would choose each point; empty with one seed. It goes into choice.json."""
@@ -37,22 +37,22 @@ class Chosen:
     otherwise: tuple[tuple[Mapping[str, Value], float], ...] = ()
 
     @classmethod
-    def of(cls, found: Tuned) -> Chosen | None:
+    def from_tuning(cls, result: TuningResult) -> ChosenPoint | None:
         """None where no point has a score."""
-        best = found.best
+        best = result.best
         if best is None or best.validation.mean is None:
             return None
-        shares = [(p.settings, share) for p, share in otherwise(found) or ()]
+        shares = [(p.settings, share) for p, share in selection_frequencies(result) or ()]
         return cls(
             replace(best.configuration, seed=0),
             best.settings,
             best.validation.mean,
-            found.edges,
-            len(found.points),
-            len({seed for p in found.points for seed in p.scores}),
-            found.states,
-            found.steps,
-            found.most_steps,
+            result.edges,
+            len(result.points),
+            len({seed for p in result.points for seed in p.scores}),
+            result.states,
+            result.steps,
+            result.most_steps,
             tuple(shares),
         )
 
@@ -63,11 +63,11 @@ class TunedChoice(Choice):
     None for one that has no score at any point."""
 
     points: int | None
-    variants: Mapping[str, Chosen | None]
+    variants: Mapping[str, ChosenPoint | None]
 
 
 @dataclass(frozen=True)
-class Confirmed:
+class TunedComparison:
     """One task and base model. `chosen` is empty, and so are the words about tuning, where the first
     stage's choice is not at hand. `item_errors`: of each variant's mean difference, the standard error that
     comes from the test split's having so many items and no more. `untuned`: variants without a score at any
@@ -81,28 +81,28 @@ class Confirmed:
     failed: int
     comparison: Comparison
     configurations: Mapping[str, Configuration]
-    chosen: Mapping[str, Chosen]
+    chosen: Mapping[str, ChosenPoint]
     item_errors: Mapping[str, float]
     test_items: int
     untuned: tuple[str, ...] = ()
     looks: tuple[int, ...] = ()
 
 
-def confirmed(
+def compare_tuned(
     records: Sequence[Record],
     baseline: str,
     margin: float,
-    tuning: Mapping[str, Chosen | None] | None = None,
+    tuning_choices: Mapping[str, ChosenPoint | None] | None = None,
     looks: Sequence[int] = (),
-) -> Confirmed | None:
+) -> TunedComparison | None:
     """`records` are of one task and model. None without a score of the baseline. Of a variant with several
     points the chosen one counts, else the one with most seeds. What `tuning` knows and the records do not is
     unknown in the claim. `looks`: see StudyFile."""
-    chosen = {variant: found for variant, found in (tuning or {}).items() if found is not None}
-    points = _points(records, chosen)
+    chosen = {variant: found for variant, found in (tuning_choices or {}).items() if found is not None}
+    points = _records_by_variant(records, chosen)
     scores = {
         variant: {
-            r.configuration.seed: Score(value, r.state == "diverged")
+            r.configuration.seed: SeedScore(value, r.state == "diverged")
             for r in own
             if (value := r.score("test")) is not None and math.isfinite(value)
         }
@@ -111,35 +111,37 @@ def confirmed(
     if not scores.get(baseline):
         return None
     first = points[baseline][0].configuration
-    return Confirmed(
+    return TunedComparison(
         first.task.name,
         first.model.name,
         first.task.metric,
         first.schedule.steps,
         tuple(sorted({r.configuration.seed for own in points.values() for r in own})),
         sum(r.state == "failed" for own in points.values() for r in own),
-        compare(scores, baseline, margin, CONTROLS, unknown=tuple(tuning or ())),
+        compare_to_baseline(scores, baseline, margin, CONTROLS, unknown=tuple(tuning_choices or ())),
         {variant: replace(own[0].configuration, seed=0) for variant, own in points.items()},
         {variant: chosen[variant] for variant in points if variant in chosen},
         _item_errors(points, baseline),
         first.task.test_size,
-        tuple(variant for variant, found in (tuning or {}).items() if found is None),
+        tuple(variant for variant, found in (tuning_choices or {}).items() if found is None),
         tuple(n for n in looks if n < max(len(own) for own in points.values())),
     )
 
 
-def _points(records: Sequence[Record], chosen: Mapping[str, Chosen]) -> dict[str, list[Record]]:
+def _records_by_variant(
+    records: Sequence[Record], chosen: Mapping[str, ChosenPoint]
+) -> dict[str, list[Record]]:
     found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         point = replace(record.configuration, seed=0).fingerprint
         found[record.configuration.variant.name][point].append(record)
-    kept = {}
+    selected = {}
     for variant in sorted(found):
         points = found[variant]
         wanted = chosen[variant].configuration.fingerprint if variant in chosen else ""
         name = wanted if wanted in points else max(points, key=lambda p: (len(points[p]), p))
-        kept[variant] = sorted(points[name], key=lambda r: r.configuration.seed)
-    return kept
+        selected[variant] = sorted(points[name], key=lambda r: r.configuration.seed)
+    return selected
 
 
 def _item_errors(points: Mapping[str, Sequence[Record]], baseline: str) -> dict[str, float]:

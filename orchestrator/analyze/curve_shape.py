@@ -13,31 +13,31 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal
 
-ROUNDING = 1e-9
+SCORE_EPSILON = 1e-9
 """Scores closer than this are equal: means of the same numbers may differ in their last bits."""
 
-Scores = Sequence[float | None]
-Bracketed = Literal["yes", "low edge", "high edge", "both edges"]
+CurveScores = Sequence[float | None]
+BracketStatus = Literal["yes", "low edge", "high edge", "both edges"]
 
 
-def best_index(y: Scores) -> int | None:
+def best_index(y: CurveScores) -> int | None:
     """The highest known score; among equals the lowest rate, which is the farthest from the cliff."""
     known = [v for v in y if v is not None]
     if not known:
         return None
-    return next(i for i, v in enumerate(y) if v is not None and v >= max(known) - ROUNDING)
+    return next(i for i, v in enumerate(y) if v is not None and v >= max(known) - SCORE_EPSILON)
 
 
-def bracketed(y: Scores, best: int) -> Bracketed:
+def bracket_status(y: CurveScores, best: int) -> BracketStatus:
     """Whether the grid encloses the best. An edge rate that ties with it does not enclose it."""
     peak = y[best]
-    low, high = (peak is not None and v is not None and v >= peak - ROUNDING for v in (y[0], y[-1]))
+    low, high = (peak is not None and v is not None and v >= peak - SCORE_EPSILON for v in (y[0], y[-1]))
     if low and high:
         return "both edges"
     return "low edge" if low else "high edge" if high else "yes"
 
 
-def parabola_peak(x: Sequence[float], y: Scores, best: int) -> float | None:
+def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None:
     """The peak (in x) of the parabola through the best and its two neighbours; None without two known ones.
 
     With u, v the distances to the left and right neighbour and a, b >= 0 the falls towards them, the peak
@@ -52,51 +52,55 @@ def parabola_peak(x: Sequence[float], y: Scores, best: int) -> float | None:
     u, v = x[best] - x[best - 1], x[best + 1] - x[best]
     a, b = peak - left, peak - right
     steepness = a * v + b * u
-    return x[best] + (a * v * v - b * u * u) / (2 * steepness) if steepness > ROUNDING else None
+    return x[best] + (a * v * v - b * u * u) / (2 * steepness) if steepness > SCORE_EPSILON else None
 
 
-def score_at(x: Sequence[float], y: Scores, point: float) -> float | None:
+def score_at(x: Sequence[float], y: CurveScores, query_x: float) -> float | None:
     """The score at x = `point`; None outside the grid and beside a censored rate."""
-    i = bisect_left(x, point - 1e-9)
+    i = bisect_left(x, query_x - 1e-9)
     if i == len(x):
         return None
-    if abs(x[i] - point) <= 1e-9:
+    if abs(x[i] - query_x) <= 1e-9:
         return y[i]
     if i == 0:
         return None
     left, right = y[i - 1], y[i]
     if left is None or right is None:
         return None
-    share = (point - x[i - 1]) / (x[i] - x[i - 1])
+    share = (query_x - x[i - 1]) / (x[i] - x[i - 1])
     return left + share * (right - left)
 
 
-def width(x: Sequence[float], y: Scores, best: int, threshold: float) -> tuple[float, bool]:
+def width(x: Sequence[float], y: CurveScores, best: int, threshold: float) -> tuple[float, bool]:
     """Decades around the best over which the score stays at or above `threshold`, and whether that is only a
     lower bound: it is, where the grid ends or a censored rate comes before the score has fallen below.
 
     One connected stretch: a second hill beyond a dip does not count, since nobody tuning around the best
     would stay in it.
     """
-    left, open_left = _reach(x, y, best, threshold, -1)
-    right, open_right = _reach(x, y, best, threshold, +1)
+    left, open_left = _distance_to_threshold(x, y, best, threshold, -1)
+    right, open_right = _distance_to_threshold(x, y, best, threshold, +1)
     return left + right, open_left or open_right
 
 
-def _reach(x: Sequence[float], y: Scores, best: int, threshold: float, side: int) -> tuple[float, bool]:
+def _distance_to_threshold(
+    x: Sequence[float], y: CurveScores, best: int, threshold: float, side: int
+) -> tuple[float, bool]:
     i = best
     while 0 <= i + side < len(y):
-        here, there = y[i], y[i + side]
-        if here is None or there is None:
+        score, next_score = y[i], y[i + side]
+        if score is None or next_score is None:
             break
-        if there < threshold - ROUNDING:
-            share = (here - threshold) / (here - there)
+        if next_score < threshold - SCORE_EPSILON:
+            share = (score - threshold) / (score - next_score)
             return abs(x[i] + share * (x[i + side] - x[i]) - x[best]), False
         i += side
     return abs(x[i] - x[best]), True
 
 
-def mean_regret(x: Sequence[float], y: Scores, best: int, reach: float = 0.5) -> tuple[float, float] | None:
+def mean_regret(
+    x: Sequence[float], y: CurveScores, best: int, reach: float = 0.5
+) -> tuple[float, float] | None:
     """The mean of (best - score) over x within `reach` decades of the best, and the decades it covers: less
     than 2 `reach` where the grid ends or a censored rate is met. None where it would cover nothing."""
     first = last = best
@@ -118,14 +122,14 @@ def mean_regret(x: Sequence[float], y: Scores, best: int, reach: float = 0.5) ->
     return area / (high - low), high - low
 
 
-def cliff(y: Scores, diverged_share: Sequence[float], best: int, floor: float) -> int | None:
+def cliff_index(y: CurveScores, diverged_share: Sequence[float], best: int, floor: float) -> int | None:
     """The first rate above the best where more than half of the seeds diverge or the score is half way down
     to `floor`; None if the grid does not reach it or nothing was learned at the best."""
     peak = y[best]
-    if peak is None or peak <= floor + ROUNDING:
+    if peak is None or peak <= floor + SCORE_EPSILON:
         return None
     for i in range(best + 1, len(y)):
         score = y[i]
-        if diverged_share[i] > 0.5 or (score is not None and score <= (peak + floor) / 2 + ROUNDING):
+        if diverged_share[i] > 0.5 or (score is not None and score <= (peak + floor) / 2 + SCORE_EPSILON):
             return i
     return None

@@ -7,10 +7,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from orchestrator.analyze.intervals import Estimate, Figure
+from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.results import Curve, Panel
 
-HEDGE = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
+FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
 
 
 def rate(value: float | None) -> str:
@@ -21,7 +21,7 @@ def rate(value: float | None) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def exact(value: float) -> str:
+def exact_rate(value: float) -> str:
     """A learning rate that reads back as the very same number."""
     return rate(value) if float(rate(value)) == value else repr(value)
 
@@ -38,29 +38,29 @@ def estimate(value: Estimate, digits: int = 3) -> str:
     return f"{number(value.mean, digits)} ±{number((value.interval.high - value.interval.low) / 2, digits)}"
 
 
-def figure(value: Figure | None, digits: int = 2) -> str:
+def figure(value: CurveStatistic | None, digits: int = 2) -> str:
     """0.42, ≥0.42 for a bound, a dash if unknown."""
     return "-" if value is None else f"{'≥' if value.at_least else ''}{number(value.value, digits)}"
 
 
-def interval(value: Estimate | Figure | None, digits: int = 3) -> str:
+def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
     """[0.915, 1.019], empty where there is none."""
     if value is None or value.interval is None:
         return ""
     return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
 
 
-def settings(varied: Mapping[str, object]) -> str:
+def varied_text(varied: Mapping[str, object]) -> str:
     """What tells a panel from its neighbours: "rank=8, steps_horizon=60"."""
     return ", ".join(f"{k}={v}" for k, v in varied.items())
 
 
-def title(panel: Panel) -> str:
-    more = settings(panel.varied)
+def panel_title(panel: Panel) -> str:
+    more = varied_text(panel.varied)
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 
 
-def best_at(curve: Curve) -> str:
+def best_rate_text(curve: Curve) -> str:
     if curve.best_rate is None:
         return "no score yet"
     if curve.bracketed == "both edges":
@@ -75,12 +75,12 @@ def answer(panel: Panel) -> str:
     peaked = [c for c in scored if c.bracketed != "both edges"]
     ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
     if not scored:
-        return f"No learning rate of {title(panel)} has a score yet."
+        return f"No learning rate of {panel_title(panel)} has a score yet."
     if not ranked:
-        return f"No variant of {title(panel)} scores better inside the grid than at its ends. {HEDGE}"
+        return f"No variant of {panel_title(panel)} scores better inside the grid than at its ends. {FEW_SEEDS_CAVEAT}"
     if len(ranked) == 1:
         text = f"The best rate of {ranked[0][1]} is {rate(ranked[0][0])}."
-        return f"{text} {HEDGE}"
+        return f"{text} {FEW_SEEDS_CAVEAT}"
     low, high = ranked[0], ranked[-1]
     decades = math.log10(high[0] / low[0])
     if decades < 0.005:
@@ -103,11 +103,11 @@ def answer(panel: Panel) -> str:
             f"{number(common.size, 2)} ({common.worst} {number(common.low, 2)} to {common.best} "
             f"{number(common.high, 2)}); each at its own best rate, {number(own.size, 2)}."
         )
-    return f"{text} {HEDGE}"
+    return f"{text} {FEW_SEEDS_CAVEAT}"
 
 
 # Columns of a record that a study's command has an option for.
-_OPTIONS = {
+_OPTION_OF_COLUMN = {
     "rank": "--rank",
     "alpha": "--alpha",
     "dropout": "--dropout",
@@ -118,23 +118,25 @@ _OPTIONS = {
     "model": "--model",
 }
 # A script of two stages keeps its choice and refuses to choose among fewer; the plain one trains any part.
-_OF_TWO_STAGES = ("--confirm-seeds", "--margin")
+_TWO_STAGE_OPTIONS = ("--confirm-seeds", "--margin")
 
 
-def narrowed(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
+def narrow_command(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
     """The study's command cut down to one variant and some rates (and a panel's own rank, steps, ...)."""
-    options = {"--variants": [variant], "--learning-rates": [exact(r) for r in rates]}
-    options |= {_OPTIONS[k]: [str(v)] for k, v in varied.items() if k in _OPTIONS and v is not None}
-    kept: list[str] = []
+    options = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
+    options |= {
+        _OPTION_OF_COLUMN[k]: [str(v)] for k, v in varied.items() if k in _OPTION_OF_COLUMN and v is not None
+    }
+    words: list[str] = []
     dropping = False
     for word in shlex.split(command):
         if word.startswith("--"):
-            dropping = word.split("=")[0] in (*options, *_OF_TWO_STAGES)
+            dropping = word.split("=")[0] in (*options, *_TWO_STAGE_OPTIONS)
         if not dropping:
-            kept.append(re.sub(r"(tuned_comparison|early_stopping)\.py$", "lr_sensitivity.py", word))
-    return shlex.join([*kept, *(w for name, values in options.items() for w in (name, *values))])
+            words.append(re.sub(r"(tuned_comparison|early_stopping)\.py$", "lr_sensitivity.py", word))
+    return shlex.join([*words, *(w for name, values in options.items() for w in (name, *values))])
 
 
-def without_secrets(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """A URI or command without the user and password that a tracking URI may carry."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)

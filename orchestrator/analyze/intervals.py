@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Figure:
+class CurveStatistic:
     """A number read off a curve. `at_least`: the data only bound it from below, and `interval` is None."""
 
     value: float
@@ -34,13 +34,13 @@ class Figure:
     at_least: bool = False
 
 
-def _t(degrees: int, level: float) -> float:
+def _t_quantile(degrees: int, level: float) -> float:
     from scipy import stats
 
     return float(stats.t.ppf((1 + level) / 2, degrees))
 
 
-def over_seeds(values: Sequence[float], level: float = LEVEL) -> Estimate:
+def estimate_mean(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Estimate:
     """Mean and t-interval: mean -+ t(n-1) s / sqrt(n), s the sample standard deviation.
 
     Not a bootstrap: below ten seeds its percentile interval covers far less than it says (75 % with three).
@@ -53,12 +53,12 @@ def over_seeds(values: Sequence[float], level: float = LEVEL) -> Estimate:
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(1, mean)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = _t(n - 1, level) * spread / math.sqrt(n)
+    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = _t_quantile(n - 1, level) * std / math.sqrt(n)
     return Estimate(n, mean, Interval(mean - half, mean + half))
 
 
-def wilson(count: int, n: int, level: float = LEVEL) -> Interval | None:
+def wilson_interval(count: int, n: int, level: float = CONFIDENCE_LEVEL) -> Interval | None:
     """Wilson's score interval of a share (no continuity correction); None without a trial."""
     if n == 0:
         return None
@@ -68,11 +68,11 @@ def wilson(count: int, n: int, level: float = LEVEL) -> Interval | None:
     return Interval(float(found.low), float(found.high))
 
 
-def jackknife(
-    whole: float | None,
-    left_out: Sequence[float | None],
+def jackknife_interval(
+    full_value: float | None,
+    leave_one_out_values: Sequence[float | None],
     bounds: tuple[float, float] = (-math.inf, math.inf),
-    level: float = LEVEL,
+    level: float = CONFIDENCE_LEVEL,
 ) -> Interval | None:
     """An interval of a figure of the mean curve, from the same figure with each seed left out in turn.
 
@@ -85,11 +85,11 @@ def jackknife(
     width within a point of the best also reads up to half a decade too narrow. Near the cliff, where seeds
     fall into two humps, it is worse. Read it as the scale of the uncertainty, not as a test.
     """
-    n = len(left_out)
-    known = [v for v in left_out if v is not None]
-    if whole is None or n < 2 or len(known) < n:
+    n = len(leave_one_out_values)
+    known = [v for v in leave_one_out_values if v is not None]
+    if full_value is None or n < 2 or len(known) < n:
         return None
     centre = math.fsum(known) / n
     error = math.sqrt((n - 1) / n * math.fsum((v - centre) ** 2 for v in known))
-    half = _t(n - 1, level) * error
-    return Interval(max(bounds[0], whole - half), min(bounds[1], whole + half))
+    half = _t_quantile(n - 1, level) * error
+    return Interval(max(bounds[0], full_value - half), min(bounds[1], full_value + half))

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any
 
-MOST_SEEDS = 1000
-_NODES = 64  # of each of the two integrals below: four digits of the critical value
+MAX_SEEDS = 1000
+_QUADRATURE_NODES = 64  # of each of the two integrals below: four digits of the critical value
 
 
 @lru_cache(maxsize=4096)
-def dunnett(count: int, degrees: float, level: float) -> float:
+def dunnett_critical_value(count: int, degrees: float, level: float) -> float:
     """c with P(|T_1| < c, ..., |T_count| < c) = level, for t statistics that are pairwise correlated by 1/2
     because all compare with one baseline (Dunnett 1955). For one it is the two-sided t quantile.
 
@@ -23,8 +23,8 @@ def dunnett(count: int, degrees: float, level: float) -> float:
 
     if count == 1:
         return float(stats.t.ppf((1 + level) / 2, degrees))
-    z, dz = _hermite()
-    s, ds = _deviations(degrees)
+    z, dz = _hermite_quadrature()
+    s, ds = _std_ratio_quadrature(degrees)
     root = math.sqrt(2) * s[:, None]
     weight = ds[:, None] * (dz / math.sqrt(2 * math.pi))[None, :]
 
@@ -33,17 +33,19 @@ def dunnett(count: int, degrees: float, level: float) -> float:
         return float((weight * inside**count).sum()) - level
 
     lowest = float(stats.t.ppf((1 + level) / 2, degrees))
-    return float(optimize.brentq(surplus, 0.9 * lowest, 1.1 * sidak(count, degrees, level), xtol=1e-7))
+    return float(
+        optimize.brentq(surplus, 0.9 * lowest, 1.1 * sidak_critical_value(count, degrees, level), xtol=1e-7)
+    )
 
 
-def sidak(count: int, degrees: float, level: float) -> float:
+def sidak_critical_value(count: int, degrees: float, level: float) -> float:
     """The two-sided t quantile that serves for `count` tests, whatever their correlation."""
     from scipy import stats
 
     return float(stats.t.ppf((1 + level ** (1 / count)) / 2, degrees))
 
 
-def t_above(mean: float, error: float, degrees: float) -> float:
+def one_sided_p_value(mean: float, error: float, degrees: float) -> float:
     """One-sided p value of a mean above nil. Without any noise (error 0) it is 0 or 1, and 1 at nil."""
     from scipy import stats
 
@@ -52,7 +54,7 @@ def t_above(mean: float, error: float, degrees: float) -> float:
     return float(stats.t.sf(mean / error, degrees))
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down correction: reject where it is below alpha, and the chance of any false rejection is
     at most alpha."""
     found: dict[str, float] = {}
@@ -64,11 +66,11 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=4096)
-def detectable(critical: float, degrees: float, power: float) -> float:
+def minimum_detectable_effect(critical: float, degrees: float, power: float) -> float:
     """The true difference, in standard errors, that is found (|t| above `critical`) with chance `power`."""
     from scipy import optimize, special
 
-    s, ds = _deviations(degrees)
+    s, ds = _std_ratio_quadrature(degrees)
 
     def surplus(shift: float) -> float:
         found = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
@@ -77,7 +79,7 @@ def detectable(critical: float, degrees: float, power: float) -> float:
     return float(optimize.brentq(surplus, 0.0, 10 * critical + 10, xtol=1e-6))
 
 
-def chance_to_decide(mean: float, margin: float, error: float, degrees: float, critical: float) -> float:
+def decision_probability(mean: float, margin: float, error: float, degrees: float, critical: float) -> float:
     """The chance that an interval, observed difference -+ `critical` times its estimated error, says anything
     about a true difference `mean` whose true error is `error`.
 
@@ -90,24 +92,24 @@ def chance_to_decide(mean: float, margin: float, error: float, degrees: float, c
 
     if error == 0:
         return 1.0
-    s, ds = _deviations(degrees)
+    s, ds = _std_ratio_quadrature(degrees)
     silent = special.ndtr(critical * s - (margin + mean) / error) - special.ndtr(-critical * s - mean / error)
     return 1.0 - float((ds * silent.clip(min=0.0)).sum())
 
 
 @lru_cache(maxsize=4096)
-def _deviations(degrees: float) -> tuple[Any, Any]:
+def _std_ratio_quadrature(degrees: float) -> tuple[Any, Any]:
     """Nodes and weights of an integral over sqrt(chi2 / degrees): a sample's deviation in units of the true
     one."""
     import numpy as np
     from scipy import stats
 
-    u, du = _legendre()
+    u, du = _legendre_quadrature()
     return np.sqrt(stats.chi2.ppf((u + 1) / 2, degrees) / degrees), du / 2
 
 
 @cache  # computing the nodes each time took two fifths of the time of a comparison
-def _hermite() -> tuple[Any, Any]:
+def _hermite_quadrature() -> tuple[Any, Any]:
     """Return the nodes and weights of Gauss-Hermite quadrature.
 
     Returns:
@@ -116,11 +118,11 @@ def _hermite() -> tuple[Any, Any]:
     """
     import numpy as np
 
-    return np.polynomial.hermite_e.hermegauss(_NODES)
+    return np.polynomial.hermite_e.hermegauss(_QUADRATURE_NODES)
 
 
 @cache
-def _legendre() -> tuple[Any, Any]:
+def _legendre_quadrature() -> tuple[Any, Any]:
     """Return the nodes and weights of Gauss-Legendre quadrature.
 
     Returns:
@@ -129,15 +131,15 @@ def _legendre() -> tuple[Any, Any]:
     """
     import numpy as np
 
-    return np.polynomial.legendre.leggauss(_NODES)
+    return np.polynomial.legendre.leggauss(_QUADRATURE_NODES)
 
 
 def seeds_needed(
     mean: float,
     margin: float,
-    spread: float,
+    std: float,
     count: int,
-    degrees_a_seed: float,
+    degrees_per_seed: float,
     power: float,
     level: float,
     pooled: bool = True,
@@ -145,16 +147,16 @@ def seeds_needed(
     """How many seeds decide about a true difference `mean` with the chance `power`: how many it takes until
     its interval lies above minus the margin, or below nil. None: more than 1,000. `degrees_a_seed` times
     (n - 1) are the degrees of freedom with n seeds; `pooled`: the interval is Dunnett's, else Sidak's."""
-    critical = dunnett if pooled else sidak
+    critical = dunnett_critical_value if pooled else sidak_critical_value
 
     def decides(n: int) -> bool:
-        degrees = degrees_a_seed * (n - 1)
-        error = spread / math.sqrt(n)
-        return chance_to_decide(mean, margin, error, degrees, critical(count, degrees, level)) >= power
+        degrees = degrees_per_seed * (n - 1)
+        error = std / math.sqrt(n)
+        return decision_probability(mean, margin, error, degrees, critical(count, degrees, level)) >= power
 
-    if not decides(MOST_SEEDS):
+    if not decides(MAX_SEEDS):
         return None
-    low, high = 2, MOST_SEEDS
+    low, high = 2, MAX_SEEDS
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle + 1, high)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.analyze import formatting, panels, selection, verdict
-from orchestrator.analyze.comparison import Chosen, TunedChoice
+from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.record.schema import Record
@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class About:
+class StudyInfo:
     """What the records do not say: the study's name and question, and the command that made it."""
 
     name: str
@@ -46,8 +46,8 @@ def write_report(
     notes: Sequence[str] = (),
     baseline: str = "",
     margin: float = TOLERANCE,
-    tuning: Path | None = None,
-    searched: bool = False,
+    tuning_folder: Path | None = None,
+    is_search: bool = False,
     looks: Sequence[int] = (),
 ) -> Summary:
     """Writes the files into `folder`, each whole or not at all, and returns what they show.
@@ -59,59 +59,70 @@ def write_report(
     study; a user and password in it or in `tracking_uri` are left out. Raises OSError if the folder cannot be
     written.
     """
-    records = panels.distinct(records)
+    records = panels.deduplicate_records(records)
     summary = summarize(
-        records, baseline=baseline, margin=margin, tuning=_chosen(tuning), looks=looks, search=searched
+        records,
+        baseline=baseline,
+        margin=margin,
+        tuning_choices=_read_tuning_choices(tuning_folder),
+        looks=looks,
+        is_search=is_search,
     )
-    command, tracking_uri = formatting.without_secrets(command), formatting.without_secrets(tracking_uri)
-    about = About(name, question, command, tracking_uri, pending, tuple(notes))
-    pictures = _pictures(summary)
+    command, tracking_uri = formatting.redact_secrets(command), formatting.redact_secrets(tracking_uri)
+    about = StudyInfo(name, question, command, tracking_uri, pending, tuple(notes))
+    pictures = _render_pictures(summary)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.items():
-        atomic_files.replace(folder / picture, content)
-    atomic_files.replace(folder / "summary.json", json.dumps(as_json(summary, about), indent=1).encode())
-    atomic_files.replace(folder / "report.html", _html(summary, about, records, pictures).encode())
+        atomic_files.write_atomically(folder / picture, content)
+    atomic_files.write_atomically(
+        folder / "summary.json", json.dumps(summary_to_json(summary, about), indent=1).encode()
+    )
+    atomic_files.write_atomically(
+        folder / "report.html", _render_html(summary, about, records, pictures).encode()
+    )
     return summary
 
 
-def _pictures(summary: Summary) -> dict[str, bytes]:
+def _render_pictures(summary: Summary) -> dict[str, bytes]:
     """File name -> PNG, of what the study has."""
     from orchestrator.analyze.plots import curves, forest, search_curves
 
     found = {}
     if summary.comparisons:
-        found["forest.png"] = forest.forest(summary.comparisons)
+        found["forest.png"] = forest.plot_forest(summary.comparisons)
     if summary.searches:
-        found["search.png"] = search_curves.points(summary.searches)
+        found["search.png"] = search_curves.plot_search(summary.searches)
     if summary.panels or not found:
-        found |= {"curves.png": curves.curves(summary), "spread.png": curves.spread(summary)}
+        found |= {"curves.png": curves.plot_curves(summary), "spread.png": curves.plot_spread(summary)}
     return found
 
 
-def _chosen(tuning: Path | None) -> Mapping[str, Chosen | None]:
+def _read_tuning_choices(tuning_folder: Path | None) -> Mapping[str, ChosenPoint | None]:
     """What the first stage of a comparison has chosen; nothing where that is not at hand."""
-    kept = selection.read(tuning, TunedChoice) if tuning else None
-    return kept.variants if kept else {}
+    saved = selection.read_choice(tuning_folder, TunedChoice) if tuning_folder else None
+    return saved.variants if saved else {}
 
 
-def as_json(summary: Summary, about: About) -> dict[str, Any]:
+def summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
     """Every number of the report; JSON's own types only, no NaN."""
     from pydantic import TypeAdapter
 
-    found = {"schema_version": SCHEMA_VERSION, **TypeAdapter(About).dump_python(about, mode="json")}
+    found = {"schema_version": SCHEMA_VERSION, **TypeAdapter(StudyInfo).dump_python(about, mode="json")}
     found |= TypeAdapter(Summary).dump_python(summary, mode="json")
-    for panel, shown in zip(summary.panels, found["panels"], strict=True):
-        shown["answer"] = formatting.answer(panel)
-    for compared, shown in zip(summary.comparisons, found["comparisons"], strict=True):
-        shown["verdict"] = verdict.verdict(compared)
+    for panel, entry in zip(summary.panels, found["panels"], strict=True):
+        entry["answer"] = formatting.answer(panel)
+    for compared, entry in zip(summary.comparisons, found["comparisons"], strict=True):
+        entry["verdict"] = verdict.verdict_text(compared)
     return found
 
 
-def reproduce(about: About, panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
-    return formatting.narrowed(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
+def reproduction_command(about: StudyInfo, panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
+    return formatting.narrow_command(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
 
 
-def _html(summary: Summary, about: About, records: Sequence[Record], pictures: Mapping[str, bytes]) -> str:
+def _render_html(
+    summary: Summary, about: StudyInfo, records: Sequence[Record], pictures: Mapping[str, bytes]
+) -> str:
     # autoescape is set by hand: its usual rule goes by the ending .html and would skip this template.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -128,35 +139,35 @@ def _html(summary: Summary, about: About, records: Sequence[Record], pictures: M
         words=formatting,
         verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
-        reproduce=lambda panel, curve, rates: reproduce(about, panel, curve, rates),
-        ended=_ended(summary, records),
-        opens=how_to_open(about.tracking_uri),
+        reproduce=lambda panel, curve, rates: reproduction_command(about, panel, curve, rates),
+        ended=_unfinished_runs(summary, records),
+        opens=mlflow_ui_command(about.tracking_uri),
     )
 
 
-def _ended(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
+def _unfinished_runs(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
     """The runs that did not finish, by state: the variant's label, the panel's title, the record."""
     where = {
-        run.fingerprint: (curve.label, formatting.title(panel))
+        run.fingerprint: (curve.label, formatting.panel_title(panel))
         for panel in summary.panels
         for curve in panel.curves
         for point in curve.points
         for run in point.runs
     }
-    found: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
+    runs_by_state: dict[str, list[tuple[str, str, Record]]] = {"failed": [], "stopped": [], "diverged": []}
     for r in records:
-        if r.state in found:
+        if r.state in runs_by_state:
             c = r.configuration
             label, title = where.get(r.fingerprint, (c.variant.name, f"{c.task.name} on {c.model.name}"))
-            found[r.state].append((label, title, r))
-    for runs in found.values():
+            runs_by_state[r.state].append((label, title, r))
+    for runs in runs_by_state.values():
         runs.sort(
             key=lambda e: (e[1], e[0], e[2].configuration.optimizer.learning_rate, e[2].configuration.seed)
         )
-    return found
+    return runs_by_state
 
 
-def how_to_open(tracking_uri: str) -> str:
+def mlflow_ui_command(tracking_uri: str) -> str:
     """The command that shows the runs in MLflow's pages; empty for a server, which is opened by its
     address."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.analyze.comparison import Confirmed
-from orchestrator.analyze.curve_shape import Bracketed
-from orchestrator.analyze.intervals import Estimate, Figure, Interval
+from orchestrator.analyze.comparison import TunedComparison
+from orchestrator.analyze.curve_shape import BracketStatus
+from orchestrator.analyze.intervals import CurveStatistic, Estimate, Interval
 from orchestrator.analyze.panels import Value
-from orchestrator.analyze.search_results import Search
-from orchestrator.record.schema import State
+from orchestrator.analyze.search_results import SearchResult
+from orchestrator.record.schema import RecordState
 
-REFERENCE = "lora"
+REFERENCE_VARIANT = "lora"
 """The variant that the others are compared with."""
 TOLERANCE = 0.01
 """How far below the best a rate still counts as good: one point on a 0..1 metric."""
@@ -28,7 +28,7 @@ class Run:
 
     seed: int
     fingerprint: str
-    state: State
+    state: RecordState
     validation: float | None
     test: float | None
     last_seen: float | None
@@ -36,7 +36,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One learning rate of a curve. `survivors` is the validation mean of the seeds that did not diverge."""
 
     learning_rate: float
@@ -59,34 +59,34 @@ class Curve:
     variant: str
     label: str
     varied: Mapping[str, Value]
-    points: tuple[Point, ...]
+    points: tuple[CurvePoint, ...]
     best_rate: float | None
     best_validation: Estimate
     best_test: Estimate
     best_rates_leaving_one_out: tuple[float, ...]
     """The rate that would have been chosen without each seed in turn."""
-    bracketed: Bracketed | None
-    interpolated_best_rate: Figure | None
-    width: Figure | None
+    bracketed: BracketStatus | None
+    interpolated_best_rate: CurveStatistic | None
+    width: CurveStatistic | None
     """Decades of rate within the tolerance of the best."""
-    width_90: Figure | None
+    width_90: CurveStatistic | None
     """Decades of rate that keep 90 % of the way from the floor to the best."""
-    half_decade_regret: Figure | None
+    half_decade_regret: CurveStatistic | None
     half_decade_covered: float | None
     """Decades that mean covers: 1 unless the grid ends or a stopped run lies nearer."""
-    regret_at_reference_best: Figure | None
+    regret_at_reference_best: CurveStatistic | None
     """Validation score given up by training at LoRA's best rate."""
-    regret_at_average_best: Figure | None
+    regret_at_average_best: CurveStatistic | None
     """The same at the rate that is best on average over the variants."""
     cliff: float | None
     gain: Estimate
     """Test score at the chosen rate over the untrained base's, seed by seed."""
     test_at_common_rate: float | None
 
-    def point(self, learning_rate: float | None) -> Point | None:
+    def point_at_rate(self, learning_rate: float | None) -> CurvePoint | None:
         return next((p for p in self.points if p.learning_rate == learning_rate), None)
 
-    def total(self, state: State) -> int:
+    def count_runs(self, state: RecordState) -> int:
         return sum(p.states.get(state, 0) for p in self.points)
 
 
@@ -139,5 +139,5 @@ class Summary:
     provenance: Mapping[str, Mapping[str, int]]
     warnings: tuple[str, ...]
     tolerance: float = TOLERANCE
-    searches: tuple[Search, ...] = ()
-    comparisons: tuple[Confirmed, ...] = ()
+    searches: tuple[SearchResult, ...] = ()
+    comparisons: tuple[TunedComparison, ...] = ()

@@ -16,7 +16,7 @@ from typing import TypeVar
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 FILE = "choice.json"
 
@@ -27,46 +27,53 @@ class Choice:
     """Fingerprints of all that it was chosen among."""
 
 
-Kind = TypeVar("Kind", bound=Choice)
+ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 
-def study_name(script: str, options: StudyOptions, default_task: str) -> str:
+def two_stage_study_name(script: str, options: StudyOptions, default_task: str) -> str:
     """Of a script with two stages: --study, or made of script, task and model; the stages add an ending."""
     parts = [script, Path(options.task or default_task).stem]
     parts += [Path(options.model).name] if options.model else []
     return options.study or "-".join(parts).replace("@", "-")
 
 
-def read(folder: Path, kind: type[Kind]) -> Kind | None:
+def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:
     """None where nothing has been chosen yet. Raises BadInput on a file that is no choice of this kind."""
-    return atomic_files.read(folder / FILE, kind, "a choice", "delete it and run the study's command again")
+    return atomic_files.read_json(
+        folder / FILE, choice_type, "a choice", "delete it and run the study's command again"
+    )
 
 
-def keep(folder: Path, kind: type[Kind], found: Callable[[], Kind]) -> Kind:
+def load_or_make_choice(
+    folder: Path, choice_type: type[ChoiceT], make_choice: Callable[[], ChoiceT]
+) -> ChoiceT:
     """The choice that was kept; the first time, what `found` says now, which is kept then."""
-    if read(folder, kind) is None:
+    if read_choice(folder, choice_type) is None:
         from pydantic import TypeAdapter
 
-        atomic_files.replace(
-            folder / FILE, atomic_files.seal(TypeAdapter(kind).dump_json(found(), indent=1).decode())
+        atomic_files.write_atomically(
+            folder / FILE,
+            atomic_files.add_checksum(TypeAdapter(choice_type).dump_json(make_choice(), indent=1).decode()),
         )
-    kept = read(folder, kind)
-    assert kept is not None
-    return kept
+    saved = read_choice(folder, choice_type)
+    assert saved is not None
+    return saved
 
 
-def refuse_another(folder: Path, name: str, wanted: Iterable[str], who: str, why: str) -> bool:
+def check_same_candidates(
+    folder: Path, study_name: str, fingerprints: Iterable[str], selector: str, explanation: str
+) -> bool:
     """Raises BadInput where the study `name` has chosen and `wanted` (fingerprints) would make it choose
     among others; says whether it has chosen. `who` chooses; `why` says what is wrong about it and what to
     do instead."""
-    kept = read(folder, Choice)
-    if kept is None:
+    saved = read_choice(folder, Choice)
+    if saved is None:
         return False
-    study = StudyFile.read(folder) or StudyFile(name, "", "")
-    now = set(study.extended(wanted, ()).configurations)
-    if set(kept.configurations) != now:
-        raise BadInput(
-            f"--study {name!r}: {who} has chosen among {len(kept.configurations)} configurations and now "
-            f"there would be {len(now)}{why}."
+    study = StudyFile.read(folder) or StudyFile(study_name, "", "")
+    now = set(study.with_configurations(fingerprints, ()).configurations)
+    if set(saved.configurations) != now:
+        raise UsageError(
+            f"--study {study_name!r}: {selector} has chosen among {len(saved.configurations)} configurations and now "
+            f"there would be {len(now)}{explanation}."
         )
     return True

@@ -34,19 +34,32 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.analyze.intervals import LEVEL, Estimate, Interval, over_seeds, wilson
-from orchestrator.analyze.power import detectable, dunnett, holm, seeds_needed, sidak, t_above
+from orchestrator.analyze.intervals import (
+    CONFIDENCE_LEVEL,
+    Estimate,
+    Interval,
+    estimate_mean,
+    wilson_interval,
+)
+from orchestrator.analyze.power import (
+    dunnett_critical_value,
+    holm_correction,
+    minimum_detectable_effect,
+    one_sided_p_value,
+    seeds_needed,
+    sidak_critical_value,
+)
 
 Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 Claim = Literal["supported", "refuted", "undecided"]
 
 POWER = 0.8
-OWN_VARIANCE = 0.05
+VARIANCE_TEST_LEVEL = 0.05
 """Level of the test by which a variant leaves the pool."""
 
 
 @dataclass(frozen=True)
-class Score:
+class SeedScore:
     """One seed's test score; a diverged run's is the task's floor."""
 
     value: float
@@ -66,7 +79,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedComparison:
     """A variant against the baseline. `dropped`: seeds with a score in only one of the two. Figures are None
     where there is no interval, and `reason` says why. All p values are Holm's. `detectable`: the smallest
     true difference that had an 80 % chance to be told from nil. `seeds_to_decide`: for an undecided one, the
@@ -99,7 +112,7 @@ class Comparison:
 
     baseline: Arm
     arms: tuple[Arm, ...]
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PairedComparison, ...]
     margin: float
     spread: float | None
     correlation: float | None
@@ -107,48 +120,50 @@ class Comparison:
     counted: int
     baseline_holds: tuple[int, int]
     claim: Claim
-    level: float = LEVEL
+    level: float = CONFIDENCE_LEVEL
     unknown: tuple[str, ...] = ()
 
 
-Scores = Mapping[int, Score]
+ScoresBySeed = Mapping[int, SeedScore]
 
 
-def compare(
-    scores: Mapping[str, Scores],
+def compare_to_baseline(
+    scores: Mapping[str, ScoresBySeed],
     baseline: str,
     margin: float,
     controls: Collection[str] = (),
-    level: float = LEVEL,
+    level: float = CONFIDENCE_LEVEL,
     unknown: Collection[str] = (),
 ) -> Comparison:
     """`scores`: label -> seed -> test score; a seed that is not there is missing. The pairs are sorted by
     difference, the highest first, those without one last. KeyError without the baseline."""
-    arms = {label: _arm(label, list(own.values()), level) for label, own in scores.items()}
+    arms = {label: _summarize_arm(label, list(own.values()), level) for label, own in scores.items()}
     others = sorted(label for label in scores if label != baseline)
-    both = {v: sorted(set(scores[v]) & set(scores[baseline])) for v in others}
-    d = {v: [scores[v][s].value - scores[baseline][s].value for s in both[v]] for v in others}
-    why = {v: _why_not(arms[v], arms[baseline], len(both[v])) for v in others}
-    judged = [v for v in others if not why[v]]
-    errors = _errors({v: d[v] for v in judged}, level)
-    p = _tests(d, errors, margin)
+    shared_seeds = {v: sorted(set(scores[v]) & set(scores[baseline])) for v in others}
+    d = {v: [scores[v][s].value - scores[baseline][s].value for s in shared_seeds[v]] for v in others}
+    exclusion_reasons = {v: _exclusion_reason(arms[v], arms[baseline], len(shared_seeds[v])) for v in others}
+    tested = [v for v in others if not exclusion_reasons[v]]
+    errors = _difference_errors({v: d[v] for v in tested}, level)
+    p = _corrected_p_values(d, errors, margin)
     pairs = []
     for v in others:
         mean = math.fsum(d[v]) / len(d[v]) if d[v] else None
         dropped = tuple(sorted(set(scores[v]) ^ set(scores[baseline])))
-        pair = Pair(v, tuple(both[v]), dropped, mean, why[v])
+        pair = PairedComparison(v, tuple(shared_seeds[v]), dropped, mean, exclusion_reasons[v])
         if v in errors and mean is not None:
-            pair = _judged(pair, mean, errors[v], (p[0][v], p[1][v], p[2][v]), margin, len(judged), level)
+            pair = _apply_tests(
+                pair, mean, errors[v], (p[0][v], p[1][v], p[2][v]), margin, len(tested), level
+            )
         pairs.append(pair)
     pairs.sort(key=lambda x: (x.difference is None, -(x.difference or 0.0), x.label))
     missing = tuple(sorted(set(unknown) - set(scores)))
     counted = [pair for pair in pairs if pair.label not in controls]
     number = len(counted) + sum(label not in controls for label in missing)
-    holds_for = _baseline_holds(counted, margin, number)
-    pooled = [e.spread for e in errors.values() if e.pooled]
-    shared = sorted(set.intersection(*(set(scores[v]) for v in [baseline, *judged])))
-    table = [[scores[v][seed].value for seed in shared] for v in [baseline, *judged]]
-    correlation, helps = _worth(table, 1 - level)
+    holds_for = _baseline_holds_interval(counted, margin, number)
+    pooled = [e.std for e in errors.values() if e.pooled]
+    common_seeds = sorted(set.intersection(*(set(scores[v]) for v in [baseline, *tested])))
+    table = [[scores[v][seed].value for seed in common_seeds] for v in [baseline, *tested]]
+    correlation, helps = _pairing_gain(table, 1 - level)
     return Comparison(
         arms[baseline],
         tuple(arms[pair.label] for pair in pairs),
@@ -159,26 +174,28 @@ def compare(
         helps,
         number,
         holds_for,
-        _claim(holds_for, number),
+        _decide_claim(holds_for, number),
         level,
         missing,
     )
 
 
-def _judged(
-    pair: Pair,
+def _apply_tests(
+    pair: PairedComparison,
     mean: float,
-    error: _Error,
-    p: tuple[float, float, float],
+    error: _DifferenceError,
+    p_values: tuple[float, float, float],
     margin: float,
     count: int,
     level: float,
-) -> Pair:
-    interval = Interval(mean - error.critical * error.size, mean + error.critical * error.size)
-    outcome = _outcome(interval, margin)
-    a_seed = error.degrees / (len(pair.seeds) - 1)
+) -> PairedComparison:
+    interval = Interval(
+        mean - error.critical_value * error.standard_error, mean + error.critical_value * error.standard_error
+    )
+    outcome = _classify_interval(interval, margin)
+    degrees_per_seed = error.degrees / (len(pair.seeds) - 1)
     needed = (
-        seeds_needed(mean, margin, error.spread, count, a_seed, POWER, level, error.pooled)
+        seeds_needed(mean, margin, error.std, count, degrees_per_seed, POWER, level, error.pooled)
         if outcome == "undecided"
         else None
     )
@@ -186,68 +203,72 @@ def _judged(
         pair,
         reason="" if error.pooled else "its differences spread more than the others': its own variance",
         interval=interval,
-        p_differs=p[0],
-        p_equivalent=p[1],
-        p_not_inferior=p[2],
+        p_differs=p_values[0],
+        p_equivalent=p_values[1],
+        p_not_inferior=p_values[2],
         outcome=outcome,
-        detectable=error.size * detectable(error.critical, error.degrees, POWER),
+        detectable=error.standard_error
+        * minimum_detectable_effect(error.critical_value, error.degrees, POWER),
         seeds_to_decide=needed,
     )
 
 
-def _arm(label: str, own: Sequence[Score], level: float) -> Arm:
-    bad = sum(score.diverged for score in own)
-    test = over_seeds([score.value for score in own], level)
+def _summarize_arm(label: str, own: Sequence[SeedScore], level: float) -> Arm:
+    num_diverged = sum(score.diverged for score in own)
+    test = estimate_mean([score.value for score in own], level)
     return Arm(
         label,
-        Estimate(test.n, test.mean) if bad else test,
-        over_seeds([score.value for score in own if not score.diverged], level),
-        bad,
-        wilson(bad, len(own), level),
+        Estimate(test.n, test.mean) if num_diverged else test,
+        estimate_mean([score.value for score in own if not score.diverged], level),
+        num_diverged,
+        wilson_interval(num_diverged, len(own), level),
     )
 
 
-def _why_not(arm: Arm, baseline: Arm, paired: int) -> str:
+def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
     """Why a variant gets no interval; empty: it gets one."""
     if paired < 2:
         return f"{paired} seed{'' if paired == 1 else 's'} with a score of both"
     for who in (arm, baseline):
         if who.diverged:
-            of = "" if who is arm else f" of {who.label}"
-            return f"{who.diverged} of {who.test.n} seeds{of} diverged"
+            suffix = "" if who is arm else f" of {who.label}"
+            return f"{who.diverged} of {who.test.n} seeds{suffix} diverged"
     return ""
 
 
 @dataclass(frozen=True)
-class _Error:
+class _DifferenceError:
     """Of a mean difference: its standard error is `size`, `spread` is that of one difference."""
 
-    size: float
-    spread: float
+    standard_error: float
+    std: float
     degrees: float
-    critical: float
+    critical_value: float
     pooled: bool
 
 
-def _errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str, _Error]:
+def _difference_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str, _DifferenceError]:
     squares = {v: math.fsum((x - math.fsum(own) / len(own)) ** 2 for x in own) for v, own in d.items()}
     degrees = {v: len(own) - 1 for v, own in d.items()}
-    pool = _pool(squares, degrees)
+    pool = _poolable_variants(squares, degrees)
     found = {}
     total = sum(degrees[v] for v in pool)
     if pool:
-        spread, shared = math.sqrt(math.fsum(squares[v] for v in pool) / total), total * 4 / (len(pool) + 3)
-        critical = dunnett(len(d), shared, level)
+        std, pooled_degrees = (
+            math.sqrt(math.fsum(squares[v] for v in pool) / total),
+            total * 4 / (len(pool) + 3),
+        )
+        critical = dunnett_critical_value(len(d), pooled_degrees, level)
         for v in pool:
-            found[v] = _Error(spread / math.sqrt(len(d[v])), spread, shared, critical, True)
+            found[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, pooled_degrees, critical, True)
     for v in set(d) - set(pool):
-        spread = math.sqrt(squares[v] / degrees[v])
-        critical = sidak(len(d), degrees[v], level)
-        found[v] = _Error(spread / math.sqrt(len(d[v])), spread, degrees[v], critical, False)
+        std = math.sqrt(squares[v] / degrees[v])
+        critical = sidak_critical_value(len(d), degrees[v], level)
+        found[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, degrees[v], critical, False)
     return found
 
 
-def _pool(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]:
+def _poolable_variants(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]:
     """The variants whose variances may be pooled: the widest leaves while it is wider than all the rest."""
     from scipy import stats
 
@@ -257,29 +278,32 @@ def _pool(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]
         rest = [v for v in pool if v != widest]
         total = sum(degrees[v] for v in rest)
         others, own = math.fsum(squares[v] for v in rest) / total, squares[widest] / degrees[widest]
-        shared = total * 4 / (len(rest) + 3)
+        rest_degrees = total * 4 / (len(rest) + 3)
         if own <= 0 or (
-            others > 0 and stats.f.sf(own / others, degrees[widest], shared) >= OWN_VARIANCE / len(squares)
+            others > 0
+            and stats.f.sf(own / others, degrees[widest], rest_degrees) >= VARIANCE_TEST_LEVEL / len(squares)
         ):
             break
         pool = rest
     return pool
 
 
-def _tests(
-    d: Mapping[str, Sequence[float]], errors: Mapping[str, _Error], margin: float
+def _corrected_p_values(
+    d: Mapping[str, Sequence[float]], errors: Mapping[str, _DifferenceError], margin: float
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Holm's p values of: it differs, it lies within the margin, it is not below minus the margin."""
-    differs, equivalent, holds = {}, {}, {}
+    differs, equivalent, not_inferior = {}, {}, {}
     for v, error in errors.items():
         mean = math.fsum(d[v]) / len(d[v])
-        differs[v] = min(1.0, 2 * t_above(abs(mean), error.size, error.degrees))
-        holds[v] = t_above(mean + margin, error.size, error.degrees)
-        equivalent[v] = max(holds[v], t_above(margin - mean, error.size, error.degrees))
-    return holm(differs), holm(equivalent), holm(holds)
+        differs[v] = min(1.0, 2 * one_sided_p_value(abs(mean), error.standard_error, error.degrees))
+        not_inferior[v] = one_sided_p_value(mean + margin, error.standard_error, error.degrees)
+        equivalent[v] = max(
+            not_inferior[v], one_sided_p_value(margin - mean, error.standard_error, error.degrees)
+        )
+    return holm_correction(differs), holm_correction(equivalent), holm_correction(not_inferior)
 
 
-def _outcome(interval: Interval, margin: float) -> Outcome:
+def _classify_interval(interval: Interval, margin: float) -> Outcome:
     """Equivalent comes first: a difference that is shown to be smaller than what matters is none, even where
     it can be told from nil."""
     if -margin < interval.low and interval.high < margin:
@@ -291,7 +315,9 @@ def _outcome(interval: Interval, margin: float) -> Outcome:
     return "not inferior" if interval.low > -margin else "undecided"
 
 
-def _baseline_holds(pairs: Sequence[Pair], margin: float, number: int) -> tuple[int, int]:
+def _baseline_holds_interval(
+    pairs: Sequence[PairedComparison], margin: float, number: int
+) -> tuple[int, int]:
     """The intervals hold all at once, so what they say together does: at least as many variants as lie below
     the margin as a whole; at most all but those that lie above it as a whole."""
     sure = sum(pair.interval is not None and pair.interval.high < margin for pair in pairs)
@@ -299,13 +325,13 @@ def _baseline_holds(pairs: Sequence[Pair], margin: float, number: int) -> tuple[
     return sure, number - lost
 
 
-def _claim(holds: tuple[int, int], counted: int) -> Claim:
+def _decide_claim(holds: tuple[int, int], counted: int) -> Claim:
     if counted and holds[0] > counted / 2:
         return "supported"
     return "refuted" if counted and holds[1] <= counted / 2 else "undecided"
 
 
-def _worth(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float | None, bool | None]:
+def _pairing_gain(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float | None, bool | None]:
     """Of pairing by seed: the mean correlation of the first row with the others, and whether seeds differ by
     more than the noise in the table of rows x seeds."""
     import numpy as np

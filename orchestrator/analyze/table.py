@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.analyze import formatting, verdict
-from orchestrator.analyze.comparison import Confirmed
+from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.results import Curve, Panel, Summary
-from orchestrator.analyze.search_results import Search
+from orchestrator.analyze.search_results import SearchResult
 
 _COLUMNS = (
     "variant",
@@ -22,30 +22,32 @@ _COLUMNS = (
     "diver-\nged",
     "regret\n@LoRA",
 )
-_EDGES = {"yes": "yes", "low edge": "low edge", "high edge": "high edge", "both edges": "flat"}
+_BRACKET_TEXT = {"yes": "yes", "low edge": "low edge", "high edge": "high edge", "both edges": "flat"}
 
 
-def render(summary: Summary) -> Group:
+def render_summary(summary: Summary) -> Group:
     """One table a panel, a search or a comparison, best variant first, each closed by the answer in words;
     warnings last."""
     parts: list[Table | Text] = []
     for found in summary.comparisons:
         c = found.comparison
-        more = [verdict.detectable(c), verdict.scope(c), verdict.pairing(c)]
-        parts += [_compared(found), Text(verdict.verdict(found))]
+        more = [verdict.detectable_text(c), verdict.scope_text(c), verdict.pairing_text(c)]
+        parts += [_comparison_table(found), Text(verdict.verdict_text(found))]
         parts += [Text(" ".join(filter(None, more)), style="dim"), Text("")]
     for search in summary.searches:
-        parts += [_searched(search), Text("")]
+        parts += [_search_table(search), Text("")]
     for panel in summary.panels:
-        parts += [_table(panel), Text(formatting.answer(panel)), Text("")]
+        parts += [_panel_table(panel), Text(formatting.answer(panel)), Text("")]
     if summary.panels:
         parts.append(Text(_legend(summary), style="dim"))
     parts += [Text(f"! {warning}", style="yellow") for warning in summary.warnings]
     return Group(*parts)
 
 
-def _table(panel: Panel) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=formatting.title(panel), title_justify="left", padding=(0, 1, 0, 0))
+def _panel_table(panel: Panel) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD, title=formatting.panel_title(panel), title_justify="left", padding=(0, 1, 0, 0)
+    )
     for name in _COLUMNS:
         left = name in ("variant", _COLUMNS[4])
         table.add_column(
@@ -56,30 +58,30 @@ def _table(panel: Panel) -> Table:
             no_wrap=name != "variant" and not left,
         )
     for curve in panel.curves:
-        table.add_row(*_row(curve))
+        table.add_row(*_curve_row(curve))
     if panel.untrained_validation is not None:
         untrained = (formatting.number(panel.untrained_validation), formatting.number(panel.untrained_test))
         table.add_row("untrained", "", *untrained, "", "", "", "", style="dim")
     return table
 
 
-def _row(c: Curve) -> tuple[str, ...]:
-    diverged = c.total("diverged")
+def _curve_row(c: Curve) -> tuple[str, ...]:
+    diverged = c.count_runs("diverged")
     return (
         c.label,
         formatting.rate(c.best_rate),
         formatting.estimate(c.best_validation),
         formatting.number(c.best_test.mean),
-        _EDGES[c.bracketed] if c.bracketed else "-",
+        _BRACKET_TEXT[c.bracketed] if c.bracketed else "-",
         formatting.figure(c.width),
-        f"{diverged}/{diverged + c.total('finished')}",
+        f"{diverged}/{diverged + c.count_runs('finished')}",
         formatting.figure(c.regret_at_reference_best),
     )
 
 
-def _compared(found: Confirmed) -> Table:
-    c = found.comparison
-    title = f"{found.task} on {found.model}: test score against tuned {c.baseline.label}"
+def _comparison_table(result: TunedComparison) -> Table:
+    c = result.comparison
+    title = f"{result.task} on {result.model}: test score against tuned {c.baseline.label}"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("variant", overflow="fold", min_width=10)
     table.add_column("tuned point", overflow="fold")
@@ -89,24 +91,26 @@ def _compared(found: Confirmed) -> Table:
     table.add_column("verdict", overflow="fold")
     for label, pair in ((c.baseline.label, None), *((p.label, p) for p in c.pairs)):
         arm = c.baseline if pair is None else next(a for a in c.arms if a.label == label)
-        chosen = found.chosen.get(label)
-        point = verdict.settings(chosen, found.configurations[label].optimizer.learning_rate)
+        chosen = result.chosen.get(label)
+        point = verdict.chosen_point_text(chosen, result.configurations[label].optimizer.learning_rate)
         row = [label, point, formatting.number(arm.test.mean)]
         if pair is None:
             row += ["", "", "baseline"]
         else:
             ends = pair.interval
-            needs = verdict.undecided(pair)
+            needs = verdict.undecided_text(pair)
             row += [
-                verdict.signed(pair.difference),
-                "-" if ends is None else f"{verdict.signed(ends.low)} {verdict.signed(ends.high)}",
+                verdict.signed_number(pair.difference),
+                "-"
+                if ends is None
+                else f"{verdict.signed_number(ends.low)} {verdict.signed_number(ends.high)}",
                 pair.outcome + (f": {needs}" if needs else ""),
             ]
         table.add_row(*row, style="dim" if pair is None else None)
     return table
 
 
-def _searched(search: Search) -> Table:
+def _search_table(search: SearchResult) -> Table:
     title = f"{search.task} on {search.model}: the best of each search"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name in ("variant", "best point", "validation", "test", "points", "ended", "steps"):
@@ -118,7 +122,7 @@ def _searched(search: Search) -> Table:
         if best is not None:
             edge = f" (edge: {', '.join(v.edges)})" if v.edges else ""
             row = [
-                verdict.point(best.settings) + edge,
+                verdict.settings_text(best.settings) + edge,
                 formatting.number(best.validation.mean),
                 formatting.number(best.test.mean),
             ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.comparison import Chosen, Confirmed
+from orchestrator.analyze.comparison import ChosenPoint, TunedComparison
 from orchestrator.analyze.panels import Value
-from orchestrator.analyze.significance import Comparison, Pair
+from orchestrator.analyze.significance import Comparison, PairedComparison
 
-OUTCOMES = {
+OUTCOME_PHRASES = {
     "better": "better than",
     "worse": "worse than",
     "equivalent": "equivalent to",
@@ -18,58 +18,58 @@ OUTCOMES = {
 }
 
 
-def verdict(found: Confirmed) -> str:
+def verdict_text(result: TunedComparison) -> str:
     """Two sentences: which variants differ from the tuned baseline, and whether it matches or beats most of
     them. The task, model, variants, seeds and budget are named."""
-    c = found.comparison
+    c = result.comparison
     groups = []
-    for outcome, how in OUTCOMES.items():
-        who = [_named(found, p) for p in c.pairs if p.outcome == outcome]
+    for outcome, how in OUTCOME_PHRASES.items():
+        who = [_variant_phrase(result, p) for p in c.pairs if p.outcome == outcome]
         if who:
             groups.append(f"{', '.join(who)} {'is' if len(who) == 1 else 'are'} {how} {c.baseline.label}")
-    said = "; ".join(groups) or "nothing to compare"
-    return f"{found.task} on {found.model}, {found.steps} steps, {_budget(found)}: {said}. {claim(found)}"
+    outcomes = "; ".join(groups) or "nothing to compare"
+    return f"{result.task} on {result.model}, {result.steps} steps, {_budget_text(result)}: {outcomes}. {claim_text(result)}"
 
 
-def _named(found: Confirmed, pair: Pair) -> str:
+def _variant_phrase(result: TunedComparison, pair: PairedComparison) -> str:
     """pissa (+0.030, not bracketed)."""
-    about = [] if pair.difference is None else [signed(pair.difference)]
-    about += ["not bracketed"] if _edges(found, pair.label) else []
+    about = [] if pair.difference is None else [signed_number(pair.difference)]
+    about += ["not bracketed"] if _is_at_edge(result, pair.label) else []
     return f"{pair.label} ({', '.join(about)})" if about else pair.label
 
 
-def _edges(found: Confirmed, label: str) -> bool:
+def _is_at_edge(result: TunedComparison, label: str) -> bool:
     """Whether the optimum may lie beyond what was tried."""
-    return label in found.chosen and bool(found.chosen[label].edges)
+    return label in result.chosen and bool(result.chosen[label].edges)
 
 
-def _budget(found: Confirmed) -> str:
+def _budget_text(result: TunedComparison) -> str:
     """What was spent: 7 points x 3 seeds each to tune, 10 fresh seeds."""
-    seeds = many(len(found.seeds), "fresh seed")
-    if not found.chosen:
-        return f"{seeds}, margin {found.comparison.margin:g}"
-    each = sorted({(c.points, c.seeds) for c in found.chosen.values()})
+    seeds = count_text(len(result.seeds), "fresh seed")
+    if not result.chosen:
+        return f"{seeds}, margin {result.comparison.margin:g}"
+    each = sorted({(c.points, c.seeds) for c in result.chosen.values()})
     ends = each if len(each) < 2 else [each[0], each[-1]]
-    tuned = " to ".join(f"{many(points, 'point')} x {many(n, 'seed')}" for points, n in ends)
-    return f"each variant tuned with {tuned}, confirmed with {seeds}, margin {found.comparison.margin:g}"
+    tuned = " to ".join(f"{count_text(points, 'point')} x {count_text(n, 'seed')}" for points, n in ends)
+    return f"each variant tuned with {tuned}, confirmed with {seeds}, margin {result.comparison.margin:g}"
 
 
-def claim(found: Confirmed) -> str:
+def claim_text(result: TunedComparison) -> str:
     """Whether the tuned baseline matches or beats most variants, with the interval on how many."""
-    c = found.comparison
+    c = result.comparison
     if not c.counted:
         return ""
     low, high = c.baseline_holds
     count = f"{low}" if low == high else f"{low} to {high}"
     name = "LoRA" if c.baseline.label == "lora" else c.baseline.label
-    name += " (not bracketed)" if _edges(found, c.baseline.label) else ""
+    name += " (not bracketed)" if _is_at_edge(result, c.baseline.label) else ""
     return (
         f"Tuned {name} matches or beats most variants: {c.claim} (it is not inferior to {count} of "
         f"{c.counted}, {c.level:.0%} interval)."
     )
 
 
-def signed(value: float | None, digits: int = 3) -> str:
+def signed_number(value: float | None, digits: int = 3) -> str:
     """+0.012; never -0.000; a dash if there is none."""
     return "-" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}"
 
@@ -78,11 +78,11 @@ def p_value(value: float | None) -> str:
     return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def many(count: int, what: str) -> str:
+def count_text(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def undecided(pair: Pair) -> str:
+def undecided_text(pair: PairedComparison) -> str:
     """What an undecided pair needs; empty for the others."""
     if pair.outcome != "undecided":
         return ""
@@ -93,17 +93,17 @@ def undecided(pair: Pair) -> str:
     return f"{pair.seeds_to_decide} seeds would decide"
 
 
-def pairing(c: Comparison) -> str:
+def pairing_text(c: Comparison) -> str:
     """What the pairing by seed was worth."""
     if c.correlation is None or c.pairing_helps is None:
         return ""
-    r = f"correlation of the scores over seeds {signed(c.correlation, 2)}"
+    r = f"correlation of the scores over seeds {signed_number(c.correlation, 2)}"
     if not c.pairing_helps:
         return f"Pairing by seed gained nothing: {r}, seeds do not differ by more than the noise."
     return f"Pairing by seed helped: {r}."
 
 
-def detectable(c: Comparison) -> str:
+def detectable_text(c: Comparison) -> str:
     sizes = [p.detectable for p in c.pairs if p.detectable is not None]
     if not sizes:
         return ""
@@ -112,7 +112,7 @@ def detectable(c: Comparison) -> str:
     return f"Smallest difference that had an 80 % chance to be found: {size}."
 
 
-def scope(c: Comparison) -> str:
+def scope_text(c: Comparison) -> str:
     """What the intervals are about: as long as nothing diverges."""
     arms = [a for a in (c.baseline, *c.arms) if not a.diverged and a.diverged_interval is not None]
     if not any(p.interval is not None for p in c.pairs):
@@ -121,27 +121,27 @@ def scope(c: Comparison) -> str:
     return f"Intervals are of runs that do not diverge; without one so far, up to {high:.0%} still may."
 
 
-def settings(chosen: Chosen | None, rate: float) -> str:
+def chosen_point_text(chosen: ChosenPoint | None, rate: float) -> str:
     """The point in short: 3e-3, rank 8; and whether it is at the edge of what was tried."""
     if chosen is None:
         return formatting.rate(rate)
-    return point(chosen.settings) + (" (edge)" if chosen.edges else "")
+    return settings_text(chosen.settings) + (" (edge)" if chosen.edges else "")
 
 
-def point(settings: Mapping[str, Value]) -> str:
+def settings_text(settings: Mapping[str, Value]) -> str:
     """All that a variant's points differ in: 3e-3, rank 8."""
     return ", ".join(
         formatting.rate(v)
         if k == "learning_rate" and isinstance(v, float)
-        else f"{k.removeprefix('variant_')} {_value(v)}"
+        else f"{k.removeprefix('variant_')} {_value_text(v)}"
         for k, v in settings.items()
     )
 
 
-def _value(value: object) -> str:
+def _value_text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def stability(chosen: Chosen) -> str:
+def stability_text(chosen: ChosenPoint) -> str:
     """How often other seeds of the first stage would have chosen each point; empty with one seed."""
-    return ", ".join(f"{point(settings)} {share:.0%}" for settings, share in chosen.otherwise[:3])
+    return ", ".join(f"{settings_text(settings)} {share:.0%}" for settings, share in chosen.otherwise[:3])

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from orchestrator.record.schema import Record
 
-PLAIN_SECONDS = 10.0  # how often a plain line is written where there is no terminal
+PLAIN_LINE_INTERVAL_SECONDS = 10.0  # how often a plain line is written where there is no terminal
 
 
-class _Log(io.TextIOWrapper):
+class _LogFile(io.TextIOWrapper):
     """A log file that drops what it cannot write, because a full disk must not end a study here."""
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class _Log(io.TextIOWrapper):
 
 
 @dataclass
-class Best:
+class BestResult:
     score: float
     variant: str
     learning_rate: float
@@ -46,22 +46,22 @@ class Progress:
 
     folder: Path
     total: int
-    known: int
+    cached: int
     console: Console
     """Bound to its file: what others print meanwhile goes to ray.log."""
-    done: int = 0
+    num_ended: int = 0
     diverged: int = 0
     stopped: int = 0
     failed: int = 0
     training: int = 0
     waiting: int = 0
-    seats: int = 0
-    waits_for: str = ""
+    live_trainers: int = 0
+    waiting_for: str = ""
     """What must come before a seat can start; empty when nothing must."""
-    best: Best | None = None
+    best: BestResult | None = None
     started: float = field(default_factory=time.monotonic)
-    first_lane: float | None = None
-    taken: int = 0
+    first_lane_at: float | None = None
+    steps_taken: int = 0
     """Optimizer steps of all lanes, also of those that have not ended."""
     _ended_steps: int = 0
     _seen: set[str] = field(default_factory=set)
@@ -70,8 +70,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         with ExitStack() as stack:
-            self._log = stack.enter_context(_Log(self.folder / "study.log"))
-            noise = stack.enter_context(_Log(self.folder / "ray.log"))
+            self._log = stack.enter_context(_LogFile(self.folder / "study.log"))
+            noise = stack.enter_context(_LogFile(self.folder / "ray.log"))
             stack.enter_context(redirect_stdout(noise))
             stack.enter_context(redirect_stderr(noise))
             self._stack = stack.pop_all()
@@ -82,19 +82,19 @@ class Progress:
     ) -> None:
         self._stack.close()
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """A line that stays, on the terminal and in the log."""
         if self._live is None:  # a live display clears its line by itself; else ^C may be there
             self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 0)))
         self.console.print(text, markup=False)
-        self._write(text)
+        self._write_log(text)
 
-    def ended(self, record: Record) -> None:
+    def add_record(self, record: Record) -> None:
         """A lane has ended with this record."""
         if record.fingerprint in self._seen:
             return
         self._seen.add(record.fingerprint)
-        self.done += 1
+        self.num_ended += 1
         self.diverged += record.state == "diverged"
         self.stopped += record.state == "stopped"
         self.failed += record.state == "failed"
@@ -103,14 +103,14 @@ class Progress:
         rate = record.configuration.optimizer.learning_rate
         name = record.configuration.variant.name
         if score is not None and (self.best is None or score > self.best.score):
-            self.best = Best(score, name, rate)
-        self._write(
+            self.best = BestResult(score, name, rate)
+        self._write_log(
             f"{record.fingerprint[:12]} {name} lr={rate:g} seed={record.configuration.seed} {record.state}"
             + ("" if score is None else f" validation={score:.4f}")
             + (f" ({record.reason})" if record.reason else "")
         )
 
-    def show(self) -> None:
+    def refresh(self) -> None:
         """Refreshes the live line; where there is no terminal, writes one now and then."""
         if self.console.is_terminal:
             if self._live is None:  # only now: it would draw over the words of a Ctrl-C while Ray starts
@@ -122,51 +122,53 @@ class Progress:
                     redirect_stderr=False,
                 )
                 self._live = self._stack.enter_context(live)
-            self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"))
-        elif time.monotonic() - self._last_plain > PLAIN_SECONDS:
+            self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
+        elif time.monotonic() - self._last_plain > PLAIN_LINE_INTERVAL_SECONDS:
             self._last_plain = time.monotonic()
-            self.say(self.line())
+            self.notify(self.status_line())
 
-    def line(self) -> str:
+    def status_line(self) -> str:
         """At most 80 columns for up to 99,999 configurations: what matters least goes first."""
-        lines = [self._line(without) for without in range(4)]
+        lines = [self._format_status(without) for without in range(4)]
         return next((line for line in lines if len(line) <= 80), lines[-1])
 
-    def _line(self, without: int) -> str:
-        parts = [f"{self.known + self.done}/{self.total} done"]
-        if without < 2:
+    def _format_status(self, num_omitted: int) -> str:
+        parts = [f"{self.cached + self.num_ended}/{self.total} done"]
+        if num_omitted < 2:
             parts.append(f"{self.training} training")
-        if self.seats == 0:
-            parts.append(f"waiting for {self.waits_for}" if self.waits_for else "seats start")
+        if self.live_trainers == 0:
+            parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "seats start")
         if self.diverged:
             parts.append(f"{self.diverged} diverged")
         if self.stopped:
             parts.append(f"{self.stopped} stopped")
         if self.failed:
             parts.append(f"{self.failed} failed")
-        if self.best is not None and without < 3:
-            where = f" {self.best.variant} {self.best.learning_rate:g}" if not without else ""
+        if self.best is not None and num_omitted < 3:
+            where = f" {self.best.variant} {self.best.learning_rate:g}" if not num_omitted else ""
             parts.append(f"best {self.best.score:.3f}{where}")
         left = self.seconds_left()
         if left is not None:
-            parts.append(f"{clock(left)} left")
+            parts.append(f"{format_duration(left)} left")
         return " | ".join(parts)
 
     def seconds_left(self) -> float | None:
         """From the pace since the first lane trained, lanes under way counted in parts; None until one is
         done. Steps that an earlier start has taken make it longer, steps that are repeated shorter."""
-        if self.first_lane is None or not self.done:
+        if self.first_lane_at is None or not self.num_ended:
             return None
-        under_way = max(0, self.taken - self._ended_steps) / max(1.0, self._ended_steps / self.done)
-        done = self.done + min(under_way, self.training)
-        left = max(0.0, self.total - self.known - done)
-        return (time.monotonic() - self.first_lane) / done * left
+        under_way = max(0, self.steps_taken - self._ended_steps) / max(
+            1.0, self._ended_steps / self.num_ended
+        )
+        done = self.num_ended + min(under_way, self.training)
+        left = max(0.0, self.total - self.cached - done)
+        return (time.monotonic() - self.first_lane_at) / done * left
 
-    def _write(self, text: str) -> None:
+    def _write_log(self, text: str) -> None:
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """12 s, 3:07, 2:10:00."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60

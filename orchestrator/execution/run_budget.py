@@ -6,75 +6,77 @@ import math
 import time
 from dataclasses import dataclass, field
 
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 INTERRUPTED = "Ctrl-C"
-PROMISED_SECONDS = 10.0  # from Ctrl-C to the end
+INTERRUPT_DEADLINE_SECONDS = 10.0  # from Ctrl-C to the end
 SAVE_SECONDS = 60.0  # what seats get to save their lanes when a limit ends the study
-HASTE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
+INTERRUPT_SAVE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass
-class Limits:
+class RunBudget:
     """Asked at every look of the driver at its seats. Hours are those of this run."""
 
     max_hours: float | None = None
     max_gpu_hours: float | None = None
-    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
     """On the clock of `look`, in seconds."""
-    gpus: float = 0.0
+    gpus_per_trainer: float = 0.0
     """Of a seat, all its workers together."""
-    gpu_hours: float = 0.0
+    used_gpu_hours: float = 0.0
     """What the seats have held so far, from their first word to their last."""
-    reached: str = ""
+    stop_reason: str = ""
     """Why the study ends now: the limit as it was typed, or INTERRUPTED; empty while it goes on."""
-    interrupted: float | None = None
+    interrupted_at: float | None = None
     """When Ctrl-C came."""
-    _looked: float | None = None
-    _seats: int = 0
+    _last_update: float | None = None
+    _live_trainers: int = 0
 
-    def hold(self, gpus: float) -> None:
+    def set_gpus_per_trainer(self, gpus_per_trainer: float) -> None:
         """GPUs that each seat of this study holds. Raises BadInput when a limit on them means nothing."""
-        if self.max_gpu_hours is not None and not gpus:
-            raise BadInput(
+        if self.max_gpu_hours is not None and not gpus_per_trainer:
+            raise UsageError(
                 f"--max-gpu-hours {self.max_gpu_hours:g}: this study's seats hold no GPU; take --max-hours."
             )
-        self.gpus = gpus
+        self.gpus_per_trainer = gpus_per_trainer
 
     @property
-    def hasty(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Somebody waits for the end."""
-        return self.interrupted is not None
+        return self.interrupted_at is not None
 
     @property
-    def save_seconds(self) -> float:
+    def save_timeout(self) -> float:
         """What seats get to save their lanes."""
-        return HASTE_SECONDS if self.hasty else SAVE_SECONDS
+        return INTERRUPT_SAVE_SECONDS if self.is_interrupted else SAVE_SECONDS
 
-    def seconds_left(self) -> float:
+    def interrupt_seconds_left(self) -> float:
         """Of what Ctrl-C is promised; endless without one."""
-        if self.interrupted is None:
+        if self.interrupted_at is None:
             return math.inf
-        return PROMISED_SECONDS - (time.monotonic() - self.interrupted)
+        return INTERRUPT_DEADLINE_SECONDS - (time.monotonic() - self.interrupted_at)
 
-    def ask(self, why: str = INTERRUPTED) -> None:
+    def request_stop(self, reason: str = INTERRUPTED) -> None:
         """End it at the next look."""
-        if why == INTERRUPTED:
-            self.reached, self.interrupted = why, time.monotonic()
-        self.reached = self.reached or why
+        if reason == INTERRUPTED:
+            self.stop_reason, self.interrupted_at = reason, time.monotonic()
+        self.stop_reason = self.stop_reason or reason
 
-    def look(self, seats: int, now: float) -> str:
+    def update(self, live_trainers: int, now: float) -> str:
         """`seats` are there at `now`: counts what they hold, and returns why the study ends, if it does. A
         seat that came since the last look counts from now on, one that has gone until now."""
-        if self._looked is not None:
-            self.gpu_hours += self.gpus * self._seats * (now - self._looked) / 3600
-        self._looked, self._seats = now, seats
-        if self.max_hours is not None and now - self.began >= self.max_hours * 3600:
-            self.ask(f"--max-hours {self.max_hours:g}")
-        if self.max_gpu_hours is not None and self.gpu_hours >= self.max_gpu_hours:
-            self.ask(f"--max-gpu-hours {self.max_gpu_hours:g}")
-        return self.reached
+        if self._last_update is not None:
+            self.used_gpu_hours += (
+                self.gpus_per_trainer * self._live_trainers * (now - self._last_update) / 3600
+            )
+        self._last_update, self._live_trainers = now, live_trainers
+        if self.max_hours is not None and now - self.started_at >= self.max_hours * 3600:
+            self.request_stop(f"--max-hours {self.max_hours:g}")
+        if self.max_gpu_hours is not None and self.used_gpu_hours >= self.max_gpu_hours:
+            self.request_stop(f"--max-gpu-hours {self.max_gpu_hours:g}")
+        return self.stop_reason
 
-    def spent(self) -> str:
+    def format_usage(self) -> str:
         """For people; empty for a study without GPUs."""
-        return f"{self.gpu_hours:.3g} GPU hours" if self.gpus else ""
+        return f"{self.used_gpu_hours:.3g} GPU hours" if self.gpus_per_trainer else ""

@@ -9,14 +9,14 @@ from enum import StrEnum
 
 from safetensors import SafetensorError
 
-from orchestrator.util.errors import FULL
+from orchestrator.util.errors import DISK_FULL_ERRNOS
 
 # What torch says in words only: of the host's allocator, of CUDA's and of the libraries above it.
-_MEMORY = re.compile(
+_OUT_OF_MEMORY_PATTERN = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
     r"Cannot allocate memory"
 )
-_DEVICE = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert|HIP error")
+_DEVICE_ERROR_PATTERN = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|device-side assert|HIP error")
 
 
 class Fault(StrEnum):
@@ -30,40 +30,42 @@ class Fault(StrEnum):
     """There is no space left on it."""
 
 
-class SeatBroken(RuntimeError):
+class TrainerBrokenError(RuntimeError):
     """This process can do no more, whatever it is given."""
 
 
-class StoreFull(RuntimeError):
+class StoreFullError(RuntimeError):
     """There is no space for a record, and none was made for a while."""
 
 
-def fault_of(error: BaseException) -> Fault:
+def classify_error(error: BaseException) -> Fault:
     """Of an error or of what it was raised from."""
     import torch
 
     known = getattr(error, "fault", None)
-    words = str(error)
+    message = str(error)
     if isinstance(known, Fault):
         return known
     if isinstance(error, OSError):
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             return Fault.DISK
         if error.errno == errno.ENOMEM:
             return Fault.MEMORY
-    elif isinstance(error, SafetensorError) and any(f"(os error {code})" in words for code in FULL):
+    elif isinstance(error, SafetensorError) and any(
+        f"(os error {code})" in message for code in DISK_FULL_ERRNOS
+    ):
         return Fault.DISK
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Fault.MEMORY
     elif isinstance(error, RuntimeError):
-        if _MEMORY.search(words):
+        if _OUT_OF_MEMORY_PATTERN.search(message):
             return Fault.MEMORY
-        if isinstance(error, torch.AcceleratorError) or _DEVICE.search(words):
+        if isinstance(error, torch.AcceleratorError) or _DEVICE_ERROR_PATTERN.search(message):
             return Fault.DEVICE
-    return fault_of(error.__cause__) if error.__cause__ is not None else Fault.LANE
+    return classify_error(error.__cause__) if error.__cause__ is not None else Fault.LANE
 
 
-def is_gone(error: OSError | SafetensorError) -> bool:
+def is_file_not_found(error: OSError | SafetensorError) -> bool:
     """Whether it says that a file, or the folder it was to be in, is not there."""
     return getattr(error, "errno", None) == errno.ENOENT or f"(os error {errno.ENOENT})" in str(error)
 

@@ -12,8 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from orchestrator.finetune.failures import Fault, fault_of
-from orchestrator.util.redaction import without_secrets
+from orchestrator.finetune.failures import Fault, classify_error
+from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,59 +21,59 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Failed(RuntimeError):
+class WorkerError(RuntimeError):
     """Work of the team raised on a worker. The same on every worker."""
 
-    def __init__(self, reason: str, trace: str, fault: Fault = Fault.LANE) -> None:
-        super().__init__(reason, trace, fault)  # as it is pickled
-        self.reason, self.trace, self.fault = reason, trace, fault
+    def __init__(self, reason: str, traceback_text: str, fault: Fault = Fault.LANE) -> None:
+        super().__init__(reason, traceback_text, fault)  # as it is pickled
+        self.reason, self.traceback_text, self.fault = reason, traceback_text, fault
 
     def __str__(self) -> str:
         return self.reason
 
-    def bare(self) -> Failed:
+    def without_traceback(self) -> WorkerError:
         """The same without a traceback, which holds all that the work had at hand."""
-        return Failed(self.reason, self.trace, self.fault)
+        return WorkerError(self.reason, self.traceback_text, self.fault)
 
     @classmethod
-    def of(cls, error: BaseException) -> Failed:
+    def from_exception(cls, error: BaseException) -> WorkerError:
         """What the other workers, and the record, get to know of an error."""
         reason, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-        return cls(without_secrets(reason), without_secrets(trace), fault_of(error))
+        return cls(redact_secrets(reason), redact_secrets(trace), classify_error(error))
 
 
-def caught(work: Callable[[], T]) -> T | Failed:
+def result_or_error(work: Callable[[], T]) -> T | WorkerError:
     """What it returns, or as a value what it raises: for `gather`, where the others wait."""
     try:
         return work()
     except Exception as error:
-        return Failed.of(error)
+        return WorkerError.from_exception(error)
 
 
-class OutOfStep(RuntimeError):
+class WorkersOutOfSyncError(RuntimeError):
     """The workers are at different places of the loop: this seat cannot go on."""
 
 
-class Team(Protocol):
+class ProcessGroup(Protocol):
     @property
     def rank(self) -> int: ...
 
     @property
-    def size(self) -> int: ...
+    def world_size(self) -> int: ...
 
-    def agree(self, value: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
         """What `value` gives on rank 0, which alone calls it. What it raises ends the loop on all."""
         ...
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Everybody's value, by rank. Raises Failed when a worker raised before it came here."""
         ...
 
-    def attempt(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         """Everybody's own result of `work`. Raises Failed on all when it raises on any."""
         ...
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         """Adds everybody's `tensor` up, in place; afterwards all hold the same bits."""
         ...
 
@@ -82,33 +82,33 @@ class Team(Protocol):
         ...
 
 
-class Alone:
+class SingleProcessGroup:
     """A seat of one worker, or none at all."""
 
-    rank, size = 0, 1
+    rank, world_size = 0, 1
 
-    def agree(self, value: Callable[[], T]) -> T:
-        return value()
+    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
+        return compute()
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         return [value]
 
-    def attempt(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         try:
             return work()
-        except Failed:
+        except WorkerError:
             raise
         except Exception as error:
-            raise Failed.of(error) from error
+            raise WorkerError.from_exception(error) from error
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         pass
 
     def broadcast_(self, tensor: Tensor) -> None:
         pass
 
 
-class TorchTeam:
+class TorchProcessGroup:
     """The processes of an initialised torch.distributed. Tensors go by its backend, objects by gloo, so that
     no GPU is waited for."""
 
@@ -116,53 +116,55 @@ class TorchTeam:
         from torch import distributed
 
         self._distributed: Any = distributed
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         gloo = distributed.get_backend() == "gloo"
-        self._objects = distributed.group.WORLD if gloo else distributed.new_group(backend="gloo")
+        self._object_group = distributed.group.WORLD if gloo else distributed.new_group(backend="gloo")
 
-    def agree(self, value: Callable[[], T]) -> T:
-        told: list[Any] = [None]
+    def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
+        payload: list[Any] = [None]
         try:
             if self.rank == 0:
-                told[0] = value()
+                payload[0] = compute()
         except BaseException as error:
-            told[0] = Failed.of(error)
+            payload[0] = WorkerError.from_exception(error)
             raise
         finally:
-            self._distributed.broadcast_object_list(told, src=0, group=self._objects)
-        if isinstance(told[0], Failed):
-            raise told[0]
-        return told[0]
+            self._distributed.broadcast_object_list(payload, src=0, group=self._object_group)
+        if isinstance(payload[0], WorkerError):
+            raise payload[0]
+        return payload[0]
 
-    def gather(self, value: T) -> list[T]:
-        return self._gather("a value", value)
+    def all_gather(self, value: T) -> list[T]:
+        return self._all_gather("a value", value)
 
-    def attempt(self, work: Callable[[], T]) -> T:
+    def run_on_all(self, work: Callable[[], T]) -> T:
         try:
             result = work()
-        except (Failed, OutOfStep):  # all know it already
+        except (WorkerError, WorkersOutOfSyncError):  # all know it already
             raise
         except Exception as error:
             # Wherever in `work` the others are, their next gathering, or the one below, meets this one.
-            self._gather("", Failed.of(error))
-        self._gather("the end of an attempt", None)
+            self._all_gather("", WorkerError.from_exception(error))
+        self._all_gather("the end of an attempt", None)
         return result
 
-    def sum_(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         self._distributed.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor) -> None:
         self._distributed.broadcast(tensor, src=0)
 
-    def _gather(self, what: str, value: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        self._distributed.all_gather_object(found, (what, value), group=self._objects)
-        for _, theirs in found:
-            if isinstance(theirs, Failed):
+    def _all_gather(self, call_site: str, value: T) -> list[T]:
+        gathered: list[Any] = [None] * self.world_size
+        self._distributed.all_gather_object(gathered, (call_site, value), group=self._object_group)
+        for _, theirs in gathered:
+            if isinstance(theirs, WorkerError):
                 raise theirs
-        if len({theirs for theirs, _ in found}) > 1:
-            raise OutOfStep(f"the seat's workers are at {', '.join(theirs for theirs, _ in found)}")
-        return [theirs for _, theirs in found]
+        if len({theirs for theirs, _ in gathered}) > 1:
+            raise WorkersOutOfSyncError(
+                f"the seat's workers are at {', '.join(theirs for theirs, _ in gathered)}"
+            )
+        return [theirs for _, theirs in gathered]
 
 
-ALONE = Alone()
+SINGLE_PROCESS_GROUP = SingleProcessGroup()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Price:
+class GpuPrice:
     """USD a GPU hour, of an AWS instance's hour divided by its GPUs."""
 
     gpu: str
@@ -28,13 +28,13 @@ class Price:
 
 
 @lru_cache(maxsize=1)
-def table() -> tuple[Price, ...]:
+def load_prices() -> tuple[GpuPrice, ...]:
     data = json.loads(Path(__file__).with_name("prices.json").read_text())
     return tuple(
-        Price(**{**each, "names": tuple(each["names"]), "region": data["region"]}) for each in data["gpus"]
+        GpuPrice(**{**each, "names": tuple(each["names"]), "region": data["region"]}) for each in data["gpus"]
     )
 
 
-def of(device: str) -> Price | None:
+def find_price(device: str) -> GpuPrice | None:
     """By torch's name or Ray's, exactly: an H100 of another make has another price."""
-    return next((price for price in table() if device in (price.gpu, *price.names)), None)
+    return next((price for price in load_prices() if device in (price.gpu, *price.names)), None)

@@ -12,36 +12,39 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from orchestrator.execution.progress import Progress, clock
+from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, control_store
 from orchestrator.execution.ray import runtime as ray_cluster
-from orchestrator.execution.run_budget import Limits
-from orchestrator.execution.search.budget import opened
-from orchestrator.execution.tune.rungs import entry, settings
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.tune.rungs import scheduler_settings, submission_order
 from orchestrator.finetune import resolve
-from orchestrator.launch.plan import LANES, print_plan, print_short
-from orchestrator.launch.work import Asked, builder
+from orchestrator.launch.plan import DEFAULT_LANES_PER_TRAINER, print_plan, print_point_shortfall
+from orchestrator.launch.work import StudyWork, point_builder
 from orchestrator.record import scratch as scratch_folders
-from orchestrator.record.mlflow.tracking_uri import checked, named, shown
+from orchestrator.record.mlflow.tracking_uri import configured_uri, redact_uri, resolve_uri
 from orchestrator.record.parquet import write_parquet
-from orchestrator.record.provenance import commit
-from orchestrator.record.schema import FAILURES_ALLOWED, Record
+from orchestrator.record.provenance import current_commit
+from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import PICTURES, REPORT, StudyFile
+from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import grid
-from orchestrator.study.options import SEAT_TIMEOUT, StudyOptions, default_output
+from orchestrator.study.grid import build_grid
+from orchestrator.study.options import DEFAULT_TRAINER_TIMEOUT, StudyOptions, default_output
 from orchestrator.util import atomic_files
-from orchestrator.util.command import LIMIT, gently, typed
-from orchestrator.util.errors import BadInput, refused_by_disk
+from orchestrator.util.command import EXIT_LIMIT_REACHED, format_command, graceful_interrupts
+from orchestrator.util.errors import UsageError, describe_disk_error
 
 if TYPE_CHECKING:
-    from orchestrator.record.mlflow.writer import Writer
+    from orchestrator.record.mlflow.writer import MlflowWriter
 
-LOG_SECONDS = 60.0  # what MLflow gets at the end of a study to catch up
-HASTE_SECONDS = 5.0  # the same when a study has ended in trouble, and at most after Ctrl-C
-REPORT_SECONDS, REPORT_ROWS = 4.0, 500  # what a report needs of the time that Ctrl-C leaves, and its size
-Log = Callable[[Record], None]
+MLFLOW_FLUSH_SECONDS = 60.0  # what MLflow gets at the end of a study to catch up
+MLFLOW_INTERRUPTED_FLUSH_SECONDS = 5.0  # the same when a study has ended in trouble, and at most after Ctrl-C
+MIN_REPORT_SECONDS, MAX_INTERRUPTED_REPORT_ROWS = (
+    4.0,
+    500,
+)  # what a report needs of the time that Ctrl-C leaves, and its size
+RecordCallback = Callable[[Record], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def run_study(
     experiment: Experiment,
     options: StudyOptions,
     *,
-    wanted: Sequence[Configuration] | None = None,
+    requested: Sequence[Configuration] | None = None,
     check: Callable[[Sequence[Configuration]], None] = lambda wanted: None,
 ) -> int:
     """Trains what is not known yet, logs, reports. Returns the exit code: 0, 1 when configurations have no
@@ -71,96 +74,105 @@ def run_study(
     `check` may refuse, with BadInput, what is asked for. Raises BadInput, Trouble, KeyboardInterrupt, and the
     OSError of a disk that refuses."""
     console = Console(file=sys.stdout, highlight=False, markup=False)
-    _needs_hardware(experiment, options)
-    options = autoscaler.suited(options)
+    _require_hardware(experiment, options)
+    options = autoscaler.adapt_options(options)
     options.check_output()
     store = Store(options.store_folder)
-    uri = checked(options.tracking_uri, store)
-    limits = Limits(options.max_hours, options.max_gpu_hours)
+    tracking_uri = resolve_uri(options.tracking_uri, store)
+    budget = RunBudget(options.max_hours, options.max_gpu_hours)
     task = experiment.dry_run_task if options.dry_run else experiment.task
-    chosen = resolve.names(options, task, experiment.variants, store.bases)
-    if ray_cluster.address() is None:  # more than this machine has is refused before anything is made
-        _, gpus = ray_cluster.this_machine().seats(
-            options.seats, options.gpus_per_seat, options.workers_per_seat
+    resolved = resolve.resolve_options(options, task, experiment.variants, store.bases)
+    if (
+        ray_cluster.running_cluster_address() is None
+    ):  # more than this machine has is refused before anything is made
+        _, gpus = ray_cluster.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
-        limits.hold(gpus * options.workers_per_seat)
-    content = resolve.base(chosen.model, store.bases, None if options.plan else console.print)
-    templates = resolve.templates(options, chosen, content, store.bases)
-    searches = wanted is None and chosen.space is not None
-    parts = [experiment.script, Path(chosen.task.name).stem, Path(chosen.model).name]
-    parts += [options.method] if searches else []
+        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    content = resolve.resolve_base_model(resolved.model, store.bases, None if options.plan else console.print)
+    templates = resolve.build_configuration_templates(options, resolved, content, store.bases)
+    is_search = requested is None and resolved.space is not None
+    parts = [experiment.script, Path(resolved.task.name).stem, Path(resolved.model).name]
+    parts += [options.search_method] if is_search else []
     name = options.study or "-".join(parts).replace("@", "-")
     folder = options.study_folder(name)
 
-    def ask() -> Asked:
-        if wanted is not None:
-            return Asked.found(wanted, None, store, options)
-        if chosen.space is None:
-            all_points = grid(templates, chosen.learning_rates, range(options.seed_count))
-            return Asked.found(all_points, None, store, options)
-        build, steps = builder(templates), templates[0].schedule.steps
-        search = opened(folder, options.method, options.point_count, chosen.space, build, steps)
-        return Asked.found(list(search.asked.values()), search, store, options)
+    def collect_work() -> StudyWork:
+        if requested is not None:
+            return StudyWork.from_store(requested, None, store, options)
+        if resolved.space is None:
+            all_points = build_grid(templates, resolved.learning_rates, range(options.seed_count))
+            return StudyWork.from_store(all_points, None, store, options)
+        build, steps = point_builder(templates), templates[0].schedule.steps
+        search = open_search(folder, options.search_method, options.point_count, resolved.space, build, steps)
+        return StudyWork.from_store(list(search.configurations.values()), search, store, options)
 
     if options.plan:
-        asked = ask()
-        print_plan(console, templates[0], asked.wanted, asked.pending, store, options, asked.search)
+        work = collect_work()
+        print_plan(console, templates[0], work.requested, work.pending, store, options, work.search)
         return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if refused_by_disk(error):
+        if describe_disk_error(error):
             raise
-        raise BadInput(
+        raise UsageError(
             f"--study {name!r}: {folder} cannot be made ({error.strerror}); take another --study."
         ) from None
     refusal = f"study {name!r} is running already in {folder}; wait for it, or take another --study."
-    with ray_cluster.exclusively(folder / ".lock", refusal), atomic_files.blamed(folder, store.root):
-        command = typed(sys.argv)
+    with (
+        ray_cluster.exclusive_lock(folder / ".lock", refusal),
+        atomic_files.report_unwritable_folders(folder, store.root),
+    ):
+        command = format_command(sys.argv)
         study = StudyFile.read(folder) or StudyFile(name, experiment.question, command)
-        scratch_folders.clear(store)
-        asked = ask()
-        check(asked.wanted)
-        if asked.new:
-            resolve.data([*templates, *asked.pending], store.bases, store.data, console.print)
-        if asked.search is not None:
-            asked.search.keep()
-        known = {*asked.hopeless, *(c.fingerprint for c in asked.met)}
-        study = study.extended([c.fingerprint for c in asked.wanted], known)
-        study = replace(study, command=command, tracking_uri=shown(named(options.tracking_uri)))
-        study = replace(study, searched=study.searched or asked.search is not None)
+        scratch_folders.remove_stale_folders(store)
+        work = collect_work()
+        check(work.requested)
+        if work.num_to_train:
+            resolve.prepare_datasets([*templates, *work.pending], store.bases, store.data, console.print)
+        if work.search is not None:
+            work.search.save()
+        cached = {*work.retries_exhausted, *(c.fingerprint for c in work.satisfied)}
+        study = study.with_configurations([c.fingerprint for c in work.requested], cached)
+        study = replace(study, command=command, tracking_uri=redact_uri(configured_uri(options.tracking_uri)))
+        study = replace(study, searched=study.searched or work.search is not None)
         study = replace(
             study, baseline=experiment.baseline, margin=experiment.margin, tuning=experiment.tuning
         )
         study.write(folder)
         console.print(
-            f"{name}: {len(known)} of {asked.total} known{'' if asked.new else ', nothing to train'}"
+            f"{name}: {len(cached)} of {work.total} known{'' if work.num_to_train else ', nothing to train'}"
         )
-        if asked.hopeless:
+        if work.retries_exhausted:
             console.print(
-                f"{len(asked.hopeless)} of them failed three times; --retry-failed tries them again"
+                f"{len(work.retries_exhausted)} of them failed three times; --retry-failed tries them again"
             )
-        return _Run(console, folder, study, store, uri, options, limits).all(asked)
+        return _StudyRun(console, folder, study, store, tracking_uri, options, budget).execute(work)
 
 
 @dataclass
-class _Run:
+class _StudyRun:
     console: Console
     folder: Path
     study: StudyFile
     store: Store
-    uri: str
+    tracking_uri: str
     options: StudyOptions
-    limits: Limits
+    budget: RunBudget
 
-    def all(self, asked: Asked) -> int:
-        wanted = asked.wanted  # grows with a search
-        from orchestrator.record.mlflow.log import MlflowLog
-        from orchestrator.record.mlflow.writer import Writer
+    def execute(self, work: StudyWork) -> int:
+        requested = work.requested  # grows with a search
+        from orchestrator.record.mlflow.log import MlflowLogger
+        from orchestrator.record.mlflow.writer import MlflowWriter
 
-        tags = {"commit": commit()}
-        writer = Writer(
-            MlflowLog(self.uri), self.store, self.study, adapters=self.options.save_adapters, tags=tags
+        tags = {"commit": current_commit()}
+        writer = MlflowWriter(
+            MlflowLogger(self.tracking_uri),
+            self.store,
+            self.study,
+            log_adapters=self.options.save_adapters,
+            tags=tags,
         )
         logged: set[str] = set()
 
@@ -168,163 +180,193 @@ class _Run:
             logged.add(record.fingerprint)
             writer.put(record)
 
-        status, report = "KILLED", False
+        status, should_report = "KILLED", False
         try:
-            if asked.new:
-                self._train(asked, writer, log)
-            status, report = "KILLED" if self.limits.reached else "FINISHED", True
-        except BadInput:
+            if work.num_to_train:
+                self._train(work, writer, log)
+            status, should_report = "KILLED" if self.budget.stop_reason else "FINISHED", True
+        except UsageError:
             raise  # nothing was trained: there is nothing to report
         except BaseException as error:
-            report = True
+            should_report = True
             if isinstance(error, KeyboardInterrupt):
-                self._stopped(asked)
+                self._handle_interrupt(work)
             raise
         finally:
             # Known ones, and those whose end nobody was told (the broker restarted, the study was stopped).
-            for configuration in wanted:
+            for configuration in requested:
                 if configuration.fingerprint not in logged:
                     writer.put(configuration.fingerprint)
-            self._tell(writer, status, report)
-        if asked.search is not None:
-            spent = asked.search.spent(self.store)  # the report's table says it, too
-            print_short(self.console, spent, asked.search.file.points)
-        return self._check(asked)
+            self._report_and_close(writer, status, should_report)
+        if work.search is not None:
+            spent = work.search.update_usage(self.store)  # the report's table says it, too
+            print_point_shortfall(self.console, spent, work.search.file.points)
+        return self._exit_code(work)
 
-    def _tell(self, writer: Writer, status: str, report: bool) -> None:
+    def _report_and_close(self, writer: MlflowWriter, status: str, should_report: bool) -> None:
         """Writes the report, and gives MLflow its time to catch up. Ctrl-C lets the report come to its end
         and cuts the rest short: an exception anywhere in the report may strike Python in the middle of an
         import, whose lock it then holds for good."""
-        hasty = self.limits.hasty
-        if report and self.limits.hasty and not self._in_time():
-            report = False
+        was_interrupted = self.budget.is_interrupted
+        if should_report and self.budget.is_interrupted and not self._has_time_to_report():
+            should_report = False
             name = shlex.quote(self.study.name)
-            again = f"{self._ours(f'report {name}')} writes it."
+            again = f"{self._orchestrator_command(f'report {name}')} writes it."
             self.console.print(f"Without a report: {again}", markup=False, soft_wrap=True)
-        parts = [self.folder / name for name in REPORT] if report else []
+        report_files = [self.folder / name for name in REPORT_FILES] if should_report else []
         try:
-            if report:
-                with gently(self.limits.ask):
-                    self._report()
+            if should_report:
+                with graceful_interrupts(self.budget.request_stop):
+                    self._write_report()
         finally:
-            stopped = self.limits.hasty and not hasty
-            status = "KILLED" if stopped else status
-            seconds = LOG_SECONDS if status == "FINISHED" or self.limits.reached else HASTE_SECONDS
-            if self.limits.hasty:
-                seconds = min(HASTE_SECONDS, max(0.5, self.limits.seconds_left() - 1))
-            late = writer.close(seconds, status, [file for file in parts if file.exists()])
-            if late or not writer.ended:
-                what = f"{late} runs" if late else "the study's own run"
-                later = f"{self._ours('sync --rebuild' if writer.damaged else 'sync')} logs them later."
+            interrupted = self.budget.is_interrupted and not was_interrupted
+            status = "KILLED" if interrupted else status
+            seconds = (
+                MLFLOW_FLUSH_SECONDS
+                if status == "FINISHED" or self.budget.stop_reason
+                else MLFLOW_INTERRUPTED_FLUSH_SECONDS
+            )
+            if self.budget.is_interrupted:
+                seconds = min(
+                    MLFLOW_INTERRUPTED_FLUSH_SECONDS, max(0.5, self.budget.interrupt_seconds_left() - 1)
+                )
+            num_delayed = writer.close(seconds, status, [file for file in report_files if file.exists()])
+            if num_delayed or not writer.is_finished:
+                what = f"{num_delayed} runs" if num_delayed else "the study's own run"
+                later = f"{self._orchestrator_command('sync --rebuild' if writer.is_damaged else 'sync')} logs them later."
                 why = writer.error or "it is slow"
                 self.console.print(f"MLflow: {what} delayed ({why}); {later}", markup=False, soft_wrap=True)
-        if stopped:
+        if interrupted:
             raise KeyboardInterrupt
 
-    def _in_time(self) -> bool:
+    def _has_time_to_report(self) -> bool:
         """Whether a report can be had before the time is up that Ctrl-C was promised."""
-        return self.limits.seconds_left() > REPORT_SECONDS and len(self.study.configurations) <= REPORT_ROWS
+        return (
+            self.budget.interrupt_seconds_left() > MIN_REPORT_SECONDS
+            and len(self.study.configurations) <= MAX_INTERRUPTED_REPORT_ROWS
+        )
 
-    def _stopped(self, asked: Asked) -> None:
-        if not self.limits.hasty:
-            self.limits.ask()
-        self.console.print(f"Stopped: {self._done(asked)}, what is half done is kept", markup=False)
+    def _handle_interrupt(self, work: StudyWork) -> None:
+        if not self.budget.is_interrupted:
+            self.budget.request_stop()
+        self.console.print(f"Stopped: {self._progress_text(work)}, what is half done is kept", markup=False)
 
-    def _done(self, asked: Asked) -> str:
+    def _progress_text(self, work: StudyWork) -> str:
         """How many of how many, and what that has cost."""
         states = self.store.states()  # without reading them all
-        kept = [c for c in asked.wanted if states.get(c.fingerprint) not in (None, "failed")]
-        done = sum(states[c.fingerprint] != "stopped" or self._met(c) for c in kept)
-        spent = self.limits.spent()
-        return f"{done} of {asked.total} configurations are done{f', {spent} used' if spent else ''}"
+        recorded = [c for c in work.requested if states.get(c.fingerprint) not in (None, "failed")]
+        done = sum(states[c.fingerprint] != "stopped" or self._is_satisfied(c) for c in recorded)
+        spent = self.budget.format_usage()
+        return f"{done} of {work.total} configurations are done{f', {spent} used' if spent else ''}"
 
-    def _met(self, configuration: Configuration) -> bool:
-        asked = settings(self.options.scheduler, configuration)
-        return self.store.meets(configuration.fingerprint, asked) is not None
+    def _is_satisfied(self, configuration: Configuration) -> bool:
+        stopping_settings = scheduler_settings(self.options.scheduler, configuration)
+        return self.store.get_reusable(configuration.fingerprint, stopping_settings) is not None
 
-    def _train(self, asked: Asked, writer: Writer, log: Log) -> None:
-        options, store, search, before = self.options, self.store, asked.search, len(asked.wanted)
-        progress = Progress(self.folder, asked.total, asked.total - asked.new, self.console)
-        known = {c.fingerprint for c in asked.met}
+    def _train(self, work: StudyWork, writer: MlflowWriter, on_record: RecordCallback) -> None:
+        options, store, search, before = self.options, self.store, work.search, len(work.requested)
+        progress = Progress(self.folder, work.total, work.total - work.num_to_train, self.console)
+        cached = {c.fingerprint for c in work.satisfied}
 
-        def last() -> None:
-            writer.close(HASTE_SECONDS, "KILLED")
+        def close_writer() -> None:
+            writer.close(MLFLOW_INTERRUPTED_FLUSH_SECONDS, "KILLED")
 
         with (
             progress,
-            scratch_folders.scratch(store) as scratch,
-            ray_cluster.connect(last) as cluster,
-            gently(self.limits.ask),
-            control_store.watched(cluster, progress.say, last),
+            scratch_folders.scratch_folder(store) as scratch,
+            ray_cluster.connect(close_writer) as cluster,
+            graceful_interrupts(self.budget.request_stop),
+            control_store.watch_control_store(cluster, progress.notify, close_writer),
         ):
             # Imported here: Tune reads its environment, which `connect` sets, when it is imported.
-            from orchestrator.cluster.preflight.nodes import refuse_unfit
-            from orchestrator.execution.search.searcher import PerGroupSearch
-            from orchestrator.execution.session import Room, train
-            from orchestrator.execution.trainers.trainer import SeatPlan
+            from orchestrator.cluster.preflight.nodes import require_usable_cluster
+            from orchestrator.execution.search.searcher import PerVariantSearcher
+            from orchestrator.execution.session import PoolConfig, train
+            from orchestrator.execution.trainers.trainer import TrainerSpec
 
-            refuse_unfit(cluster, store.root, store.bases, asked.pending or asked.wanted)
-            count, gpus = cluster.seats(options.seats, options.gpus_per_seat, options.workers_per_seat)
-            plan = SeatPlan(
-                lanes=options.lanes_per_seat or LANES,
-                gpus=gpus,
+            require_usable_cluster(cluster, store.root, store.bases, work.pending or work.requested)
+            count, gpus_per_worker = cluster.plan_trainers(
+                options.trainers, options.gpus_per_worker, options.workers_per_trainer
+            )
+            trainer_spec = TrainerSpec(
+                lanes_per_trainer=options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+                gpus_per_worker=gpus_per_worker,
                 store=str(store.root),
                 scratch=str(scratch),
                 save_adapters=options.save_adapters,
-                start_seconds=options.seat_timeout or SEAT_TIMEOUT,
-                workers=options.workers_per_seat,
+                start_timeout=options.trainer_timeout or DEFAULT_TRAINER_TIMEOUT,
+                workers_per_trainer=options.workers_per_trainer,
                 gradient_checkpointing=options.gradient_checkpointing,
                 device=options.device,
             )
-            self.limits.hold(gpus * plan.workers)
+            self.budget.set_gpus_per_trainer(gpus_per_worker * trainer_spec.workers_per_trainer)
             reused: set[str] = set()
 
-            def told(configuration: Configuration) -> None:
+            def add_search_point(configuration: Configuration) -> None:
                 """The search has asked for one more."""
                 fingerprint = configuration.fingerprint
-                if self._met(configuration):
+                if self._is_satisfied(configuration):
                     reused.add(fingerprint)
-                    writer.reuse(fingerprint)
-                    progress.known += 1
-                asked.wanted.append(configuration)
-                self.study = self.study.extended([fingerprint], reused)
+                    writer.mark_reused(fingerprint)
+                    progress.cached += 1
+                work.requested.append(configuration)
+                self.study = self.study.with_configurations([fingerprint], reused)
                 self.study.write(self.folder)
 
             if search is not None:
-                search.told = told
+                search.on_point = add_search_point
             where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
-            grown = 0 if cluster.local else autoscaler.room(autoscaler.promised() or (), gpus) or 0
-            share = f", {gpus * plan.workers:g} GPUs each" if gpus else ""
-            progress.say(f"{where}: {count} seats of {plan.lanes} lanes{share}")
+            autoscaler_capacity = (
+                0
+                if cluster.local
+                else autoscaler.worker_capacity(autoscaler.load_node_types() or (), gpus_per_worker) or 0
+            )
+            share = (
+                f", {gpus_per_worker * trainer_spec.workers_per_trainer:g} GPUs each"
+                if gpus_per_worker
+                else ""
+            )
+            progress.notify(f"{where}: {count} seats of {trainer_spec.lanes_per_trainer} lanes{share}")
             began = time.monotonic()
             steps = train(
-                entry(options.scheduler, asked.met, asked.pending, plan.lanes),
-                known,
+                submission_order(
+                    options.scheduler, work.satisfied, work.pending, trainer_spec.lanes_per_trainer
+                ),
+                cached,
                 options.scheduler,
                 cluster,
-                Room(min(count, asked.new), plan, options.seats is None, grown // plan.workers),
+                PoolConfig(
+                    min(count, work.num_to_train),
+                    trainer_spec,
+                    options.trainers is None,
+                    autoscaler_capacity // trainer_spec.workers_per_trainer,
+                ),
                 store,
                 scratch,
                 progress,
-                log,
-                self.limits,
+                on_record,
+                self.budget,
                 None
                 if search is None
-                else PerGroupSearch(search, store, options.scheduler, plan.lanes, known),
+                else PerVariantSearcher(
+                    search, store, options.scheduler, trainer_spec.lanes_per_trainer, cached
+                ),
             )
             early = f", {progress.stopped} of them stopped early" if progress.stopped else ""
-            spent = f", {self.limits.spent()}" if self.limits.gpus else ""
-            progress.say(f"{progress.done} trained in {clock(time.monotonic() - began)}{early}{spent}")
-            trained = [*asked.pending, *(c for c in asked.wanted[before:] if c.fingerprint not in reused)]
-            horizons = sum(c.schedule.steps for c in trained)
-            progress.say(f"{steps} optimizer steps of {horizons} for all configurations to the end")
-        if self.limits.hasty:
+            spent = f", {self.budget.format_usage()}" if self.budget.gpus_per_trainer else ""
+            progress.notify(
+                f"{progress.num_ended} trained in {format_duration(time.monotonic() - began)}{early}{spent}"
+            )
+            trained = [*work.pending, *(c for c in work.requested[before:] if c.fingerprint not in reused)]
+            max_steps = sum(c.schedule.steps for c in trained)
+            progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
+        if self.budget.is_interrupted:
             raise KeyboardInterrupt
 
-    def _report(self) -> None:
+    def _write_report(self) -> None:
         """The projections that are files. The table shows the whole study, also what earlier runs asked."""
-        from orchestrator.analyze.report import how_to_open, write_report
-        from orchestrator.analyze.table import render
+        from orchestrator.analyze.report import mlflow_ui_command, write_report
+        from orchestrator.analyze.table import render_summary
 
         study, folder = self.study, self.folder
         found = [record for f in study.configurations if (record := self.store.get(f)) is not None]
@@ -335,58 +377,62 @@ class _Run:
             name=study.name,
             question=study.question,
             command=study.command,
-            tracking_uri=shown(self.uri),
+            tracking_uri=redact_uri(self.tracking_uri),
             pending=len(study.configurations) - len(found),
             baseline=study.baseline,
             margin=study.margin,
-            tuning=folder.parent / study.tuning if study.tuning else None,
-            searched=study.searched,
+            tuning_folder=folder.parent / study.tuning if study.tuning else None,
+            is_search=study.searched,
             looks=study.looks,
         )
-        picture = next(p for name in PICTURES if (p := folder / name).exists())
-        self.console.print(render(summary))
+        picture = next(p for name in PLOT_FILES if (p := folder / name).exists())
+        self.console.print(render_summary(summary))
         for what, where in (
             ("Report", folder / "report.html"),
             ("Picture", picture),
-            ("MLflow", how_to_open(shown(self.uri)) or "runs are on the tracking server"),
+            ("MLflow", mlflow_ui_command(redact_uri(self.tracking_uri)) or "runs are on the tracking server"),
         ):
             self.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
 
-    def _check(self, asked: Asked) -> int:
+    def _exit_code(self, work: StudyWork) -> int:
         """Says what has no result. Returns the exit code."""
-        lacking = [c.fingerprint for c in asked.wanted if not self._met(c)]
-        unasked = asked.total - len(asked.wanted)
-        if not lacking and not unasked:
+        unsatisfied = [c.fingerprint for c in work.requested if not self._is_satisfied(c)]
+        num_unsampled = work.total - len(work.requested)
+        if not unsatisfied and not num_unsampled:
             return 0
-        if self.limits.reached and (
-            unasked or any(self.store.failures(f) < FAILURES_ALLOWED for f in lacking)
+        if self.budget.stop_reason and (
+            num_unsampled or any(self.store.count_failures(f) < MAX_FAILURES for f in unsatisfied)
         ):
-            again = f"{self._done(asked)}; to go on: {self.study.command}"
-            self.console.print(f"Ended by {self.limits.reached}: {again}", markup=False, soft_wrap=True)
-            return LIMIT
-        failed = [f[:12] for f in lacking if self.store.failures(f)]
+            again = f"{self._progress_text(work)}; to go on: {self.study.command}"
+            self.console.print(f"Ended by {self.budget.stop_reason}: {again}", markup=False, soft_wrap=True)
+            return EXIT_LIMIT_REACHED
+        failed = [f[:12] for f in unsatisfied if self.store.count_failures(f)]
         why = (
-            f"; {self._ours('show ' + ' '.join(failed[:3]))} says why"
+            f"; {self._orchestrator_command('show ' + ' '.join(failed[:3]))} says why"
             if failed
             else "; see the messages above"
         )
-        more = f", {unasked} were not asked for" if unasked else ""
-        self.console.print(f"{len(lacking)} configurations failed{more}{why}", markup=False)
+        more = f", {num_unsampled} were not asked for" if num_unsampled else ""
+        self.console.print(f"{len(unsatisfied)} configurations failed{more}{why}", markup=False)
         return 1
 
-    def _ours(self, words: str) -> str:
+    def _orchestrator_command(self, arguments: str) -> str:
         """A command of ours that finds what this study left."""
-        places = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
-        places += ["--store", str(self.options.store)] if self.options.store else []
-        return " ".join(["python -m orchestrator", words, shlex.join(places)]).strip()
+        folder_options = (
+            [] if self.options.output == default_output() else ["--output", str(self.options.output)]
+        )
+        folder_options += ["--store", str(self.options.store)] if self.options.store else []
+        return " ".join(["python -m orchestrator", arguments, shlex.join(folder_options)]).strip()
 
 
-def _needs_hardware(experiment: Experiment, options: StudyOptions) -> None:
+def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
     """The full study wants GPUs: without options it does not start on a laptop."""
     if options.dry_run or options.plan or options.task or options.model:
         return
-    if ray_cluster.address() is None and not any(n.gpus for n in ray_cluster.this_machine().nodes):
-        raise BadInput(
+    if ray_cluster.running_cluster_address() is None and not any(
+        n.gpus for n in ray_cluster.estimate_local_cluster().nodes
+    ):
+        raise UsageError(
             f"the full study ({experiment.task}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
             "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
         )

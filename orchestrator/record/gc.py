@@ -14,32 +14,32 @@ from pathlib import Path
 
 from orchestrator.record import scratch
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, all_studies
+from orchestrator.record.study_file import StudyFile, read_studies
 
-ENDED = "checkpoints of lanes that have ended"
-STOPPED = "checkpoints of stopped lanes"
-SUPERSEDED = "records that a final one has replaced"
-TEMPORARY = "temporary files"
-SCRATCH = "scratch folders of dead processes"
-UNFINISHED = "checkpoints of lanes that go on from there"
-UNWANTED = "checkpoints that no study here asks for"
-DAMAGED = "checkpoints of lanes whose record is damaged"
-BUSY = "things that may be in use"
-ELSEWHERE = "scratch folders of other machines"
-REFUSED = "things that could not be removed"
+ENDED_CHECKPOINTS = "checkpoints of lanes that have ended"
+STOPPED_CHECKPOINTS = "checkpoints of stopped lanes"
+SUPERSEDED_RECORDS = "records that a final one has replaced"
+TEMPORARY_FILES = "temporary files"
+STALE_SCRATCH = "scratch folders of dead processes"
+RESUMABLE_CHECKPOINTS = "checkpoints of lanes that go on from there"
+UNREFERENCED_CHECKPOINTS = "checkpoints that no study here asks for"
+DAMAGED_RECORD_CHECKPOINTS = "checkpoints of lanes whose record is damaged"
+IN_USE = "things that may be in use"
+OTHER_HOST_SCRATCH = "scratch folders of other machines"
+NOT_REMOVABLE = "things that could not be removed"
 
-WHY = {
-    STOPPED: "--stopped clears them; asked for without early stopping, such a lane then starts anew",
-    UNFINISHED: "running, interrupted or failed",
-    DAMAGED: "their study's command goes on from there",
-    UNWANTED: "another --output may; else delete their folders",
-    BUSY: "younger than --older-than, or wanted by a study that runs",
-    ELSEWHERE: "run gc there",
-    REFUSED: "see their permissions",
+SKIP_REASONS = {
+    STOPPED_CHECKPOINTS: "--stopped clears them; asked for without early stopping, such a lane then starts anew",
+    RESUMABLE_CHECKPOINTS: "running, interrupted or failed",
+    DAMAGED_RECORD_CHECKPOINTS: "their study's command goes on from there",
+    UNREFERENCED_CHECKPOINTS: "another --output may; else delete their folders",
+    IN_USE: "younger than --older-than, or wanted by a study that runs",
+    OTHER_HOST_SCRATCH: "run gc there",
+    NOT_REMOVABLE: "see their permissions",
 }
 """Why something is left alone."""
 
-_FINAL = ("finished", "diverged")
+_FINAL_STATES = ("finished", "diverged")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What our writers call a file until it is whole, a record that was no record, a probe of the file system.
 # (`.part` and `.pointer-` are names of earlier versions.)
@@ -47,35 +47,35 @@ _TEMPORARY = re.compile(
     r"\..+\.[0-9a-f]{32}|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*"
     r"|\.pointer-.+|\..+\.\d+\.part"
 )
-_BASE_IN_THE_MAKING = re.compile(r"\..+-[a-z0-9_]{8}")
+_TEMPORARY_BASE = re.compile(r"\..+-[a-z0-9_]{8}")
 
 
 @dataclass
-class Pile:
+class FileTotal:
     count: int = 0
     bytes: int = 0
 
 
 @dataclass
-class Found:
+class GCReport:
     """What was cleared (or would be) and what was left alone, by kind."""
 
-    cleared: dict[str, Pile] = field(default_factory=dict)
-    left: dict[str, Pile] = field(default_factory=dict)
+    removed: dict[str, FileTotal] = field(default_factory=dict)
+    skipped: dict[str, FileTotal] = field(default_factory=dict)
 
-    def lines(self, dry_run: bool = False) -> Iterator[str]:
+    def to_lines(self, dry_run: bool = False) -> Iterator[str]:
         """For people."""
-        total = sum(pile.bytes for pile in self.cleared.values())
-        yield f"{'would clear' if dry_run else 'cleared'} {shown(total)}"
-        for kind, pile in self.cleared.items():
-            yield f"  {pile.count} {kind} ({shown(pile.bytes)})"
-        if self.left:
+        total = sum(pile.bytes for pile in self.removed.values())
+        yield f"{'would clear' if dry_run else 'cleared'} {format_bytes(total)}"
+        for kind, pile in self.removed.items():
+            yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)})"
+        if self.skipped:
             yield "left alone"
-        for kind, pile in self.left.items():
-            yield f"  {pile.count} {kind} ({shown(pile.bytes)}): {WHY[kind]}"
+        for kind, pile in self.skipped.items():
+            yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)}): {SKIP_REASONS[kind]}"
 
 
-def shown(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for people: 512 B, 1.5 kB, 20 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
@@ -84,32 +84,44 @@ def shown(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def collect(
-    store: Store, output: Path, *, stopped: bool = False, older_than: float = 3600.0, dry_run: bool = False
-) -> Found:
+def collect_garbage(
+    store: Store,
+    output: Path,
+    *,
+    include_stopped: bool = False,
+    older_than: float = 3600.0,
+    dry_run: bool = False,
+) -> GCReport:
     """Clears `store`, and the folders of the studies under `output`. Checkpoints go when their lane has a
     final record; with `stopped` also those of stopped lanes. Temporary files and stopped lanes' checkpoints
     that were written to in the last `older_than` seconds stay, as does all that a running study asks for.
     With `dry_run` nothing is removed."""
-    return _Collector(store, output, stopped, older_than, dry_run).run()
+    return _Collector(store, output, include_stopped, older_than, dry_run).run()
 
 
 @dataclass
 class _Collector:
     store: Store
     output: Path
-    stopped: bool
+    include_stopped: bool
     older_than: float
     dry_run: bool
-    found: Found = field(default_factory=Found)
+    report: GCReport = field(default_factory=GCReport)
     now: float = field(default_factory=time.time)
 
-    def run(self) -> Found:
-        studies = list(all_studies(self.output).values())
-        self._checkpoints(studies)
-        self._superseded()
+    def run(self) -> GCReport:
+        studies = list(read_studies(self.output).values())
+        self._collect_checkpoints(studies)
+        self._collect_superseded()
         store = self.store
-        folders = [store.root, store.evidence, store.data, store.bases, store.limits, store.adapters]
+        folders = [
+            store.root,
+            store.calibration,
+            store.data,
+            store.bases,
+            store.lane_capacity,
+            store.adapters,
+        ]
         folders += [
             *store.records_folder.glob("*"),
             *store.checkpoints.glob("*/*"),
@@ -117,66 +129,68 @@ class _Collector:
         ]
         folders += [self.output, *(folder for folder, _ in studies)]
         for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
-            self._temporary(folder)
-        self._scratch()
-        return self.found
+            self._collect_temporary(folder)
+        self._collect_scratch()
+        return self.report
 
-    def _checkpoints(self, studies: Collection[tuple[Path, StudyFile]]) -> None:
-        wanted = {f for _, study in studies for f in study.configurations}
-        in_use = {f for folder, study in studies if _runs(folder) for f in study.configurations}
+    def _collect_checkpoints(self, studies: Collection[tuple[Path, StudyFile]]) -> None:
+        referenced = {f for _, study in studies for f in study.configurations}
+        in_use = {f for folder, study in studies if _is_running(folder) for f in study.configurations}
         states = self.store.states()
         for folder in sorted(self.store.checkpoints.glob("*")):
             name = folder.name
             if not folder.is_dir() or not _FINGERPRINT.fullmatch(name):
                 continue
             state = states.get(name)
-            if state in _FINAL and self.store.meets(name) is None:
-                self._leave(DAMAGED, folder)  # by its first bytes it looked whole
-            elif state in _FINAL:
-                self._clear(ENDED, folder)
-            elif state == "stopped" and not self.stopped:
-                self._leave(STOPPED, folder)
-            elif state == "stopped" and (name in in_use or self._young(folder)):
-                self._leave(BUSY, folder)
+            if state in _FINAL_STATES and self.store.get_reusable(name) is None:
+                self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # by its first bytes it looked whole
+            elif state in _FINAL_STATES:
+                self._remove(ENDED_CHECKPOINTS, folder)
+            elif state == "stopped" and not self.include_stopped:
+                self._skip(STOPPED_CHECKPOINTS, folder)
+            elif state == "stopped" and (name in in_use or self._is_recent(folder)):
+                self._skip(IN_USE, folder)
             elif state == "stopped":
-                self._clear(STOPPED, folder)
+                self._remove(STOPPED_CHECKPOINTS, folder)
             else:
-                self._leave(UNFINISHED if name in wanted else UNWANTED, folder)
+                self._skip(RESUMABLE_CHECKPOINTS if name in referenced else UNREFERENCED_CHECKPOINTS, folder)
 
-    def _superseded(self) -> None:
+    def _collect_superseded(self) -> None:
         """A process that dies between a final record and the end of what it replaces leaves both."""
         states = self.store.states()
         for path in sorted(self.store.records_folder.glob("*/*.*.json")):
             name = path.name.split(".")[0]
-            if states.get(name) in _FINAL and self.store.meets(name) is not None:
-                self._clear(SUPERSEDED, path)
+            if states.get(name) in _FINAL_STATES and self.store.get_reusable(name) is not None:
+                self._remove(SUPERSEDED_RECORDS, path)
 
-    def _temporary(self, folder: Path) -> None:
+    def _collect_temporary(self, folder: Path) -> None:
         for path in sorted(folder.glob(".*")):
-            making = folder == self.store.bases and path.is_dir() and _BASE_IN_THE_MAKING.fullmatch(path.name)
-            if not making and not _TEMPORARY.fullmatch(path.name):
+            is_temporary_base = (
+                folder == self.store.bases and path.is_dir() and _TEMPORARY_BASE.fullmatch(path.name)
+            )
+            if not is_temporary_base and not _TEMPORARY.fullmatch(path.name):
                 continue
-            if self._young(path):
-                self._leave(BUSY, path)
+            if self._is_recent(path):
+                self._skip(IN_USE, path)
             else:
-                self._clear(TEMPORARY, path)
+                self._remove(TEMPORARY_FILES, path)
 
-    def _scratch(self) -> None:
-        for folder in scratch.folders(self.store):
-            if not scratch.of_this_host(folder):
-                self._leave(ELSEWHERE, folder)
-            elif scratch.in_use(folder):
-                self._leave(BUSY, folder)
+    def _collect_scratch(self) -> None:
+        for folder in scratch.list_folders(self.store):
+            if not scratch.is_on_this_host(folder):
+                self._skip(OTHER_HOST_SCRATCH, folder)
+            elif scratch.is_in_use(folder):
+                self._skip(IN_USE, folder)
             else:
-                self._clear(SCRATCH, folder)
+                self._remove(STALE_SCRATCH, folder)
                 if not self.dry_run and not folder.exists():
-                    scratch.discard(folder)  # its lock file
+                    scratch.remove_folder(folder)  # its lock file
 
-    def _young(self, path: Path) -> bool:
+    def _is_recent(self, path: Path) -> bool:
         newest = max((_stat(file, "st_mtime") for file in (path, *path.rglob("*"))), default=0.0)
         return self.now - newest < self.older_than
 
-    def _clear(self, kind: str, path: Path) -> None:
+    def _remove(self, kind: str, path: Path) -> None:
         size = _size(path)
         try:
             if not self.dry_run:
@@ -184,31 +198,31 @@ class _Collector:
         except FileNotFoundError:  # its study was faster
             return
         except OSError:
-            self._leave(REFUSED, path)
+            self._skip(NOT_REMOVABLE, path)
             return
-        _add(self.found.cleared, kind, size)
+        _add(self.report.removed, kind, size)
 
-    def _leave(self, kind: str, path: Path) -> None:
-        _add(self.found.left, kind, _size(path))
-
-
-def _add(piles: dict[str, Pile], kind: str, size: int) -> None:
-    pile = piles.setdefault(kind, Pile())
-    pile.count += 1
-    pile.bytes += size
+    def _skip(self, kind: str, path: Path) -> None:
+        _add(self.report.skipped, kind, _size(path))
 
 
-def _runs(folder: Path) -> bool:
+def _add(totals: dict[str, FileTotal], kind: str, size: int) -> None:
+    total = totals.setdefault(kind, FileTotal())
+    total.count += 1
+    total.bytes += size
+
+
+def _is_running(folder: Path) -> bool:
     """Whether a study runs in `folder`: it holds its lock."""
-    return scratch.is_held(folder / ".lock")
+    return scratch.is_locked(folder / ".lock")
 
 
 def _size(path: Path) -> int:
     return int(sum(_stat(file, "st_size") for file in (path, *path.rglob("*")) if not file.is_dir()))
 
 
-def _stat(path: Path, what: str) -> float:
+def _stat(path: Path, attribute: str) -> float:
     try:
-        return float(getattr(path.lstat(), what))
+        return float(getattr(path.lstat(), attribute))
     except OSError:  # gone meanwhile
         return 0.0

@@ -16,29 +16,33 @@ from pathlib import Path
 from orchestrator.util import atomic_files
 
 
-def most_lanes(folder: Path, shape: str, place: str) -> int | None:
+def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
     """Lanes of `shape` that fit on `place`; None when nothing is known, or what is known cannot be read."""
     try:
-        found = json.loads(atomic_files.unseal(file_of(folder, shape, place).read_bytes()))
-        lanes = found["lanes"] if (found["shape"], found["place"]) == (shape, place) else None
+        found = json.loads(
+            atomic_files.verify_checksum(capacity_file(folder, group_key, device_key).read_bytes())
+        )
+        lanes = found["lanes"] if (found["shape"], found["place"]) == (group_key, device_key) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return lanes if isinstance(lanes, int) and lanes >= 1 else None
 
 
-def remember(folder: Path, shape: str, place: str, lanes: int, tried: int) -> Path:
+def write_max_lanes(
+    folder: Path, group_key: str, device_key: str, max_lanes: int, attempted_lanes: int
+) -> Path:
     """`tried` lanes at once had not enough memory, so there are to be no more than `lanes`; what is known to
     be less stays. Returns the file. Raises OSError when the disk refuses."""
-    path = file_of(folder, shape, place)
-    known = most_lanes(folder, shape, place)
-    if known is None or lanes < known:
+    path = capacity_file(folder, group_key, device_key)
+    previous = read_max_lanes(folder, group_key, device_key)
+    if previous is None or max_lanes < previous:
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"shape": shape, "place": place, "lanes": lanes, "tried": tried}
-        atomic_files.replace(path, atomic_files.seal(json.dumps(data, indent=1)))
+        data = {"shape": group_key, "place": device_key, "lanes": max_lanes, "tried": attempted_lanes}
+        atomic_files.write_atomically(path, atomic_files.add_checksum(json.dumps(data, indent=1)))
     return path
 
 
-def file_of(folder: Path, shape: str, place: str) -> Path:
+def capacity_file(folder: Path, group_key: str, device_key: str) -> Path:
     """Where that is kept, if it is."""
-    name = hashlib.sha256(f"{shape} {place}".encode()).hexdigest()[:24]
+    name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
     return folder / f"{name}.json"

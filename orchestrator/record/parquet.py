@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.schema import SCHEMA_VERSION, Record
 from orchestrator.record.store import Store
-from orchestrator.util.atomic_files import naming
+from orchestrator.util.atomic_files import add_path_to_disk_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NAME = "records.parquet"
+PARQUET_FILE = "records.parquet"
 
 # Arrow type by column, in the order of the file. Types are stated, never inferred: a column that happens to
 # be empty today has the type it will have tomorrow.
@@ -54,13 +54,13 @@ def write_parquet(store: Store) -> Path:
     import pyarrow as pa
     import pyarrow.parquet
 
-    rows = [row(record) for record in store.records()]
-    fields = _fields(rows)
+    rows = [to_row(record) for record in store.records()]
+    fields = _arrow_fields(rows)
     schema = pa.schema(fields, metadata={"record_schema_version": str(SCHEMA_VERSION)})
-    path = store.root / NAME
-    temporary = path.with_name(f".{NAME}.{uuid.uuid4().hex}")
+    path = store.root / PARQUET_FILE
+    temporary = path.with_name(f".{PARQUET_FILE}.{uuid.uuid4().hex}")
     try:
-        with naming(path):
+        with add_path_to_disk_errors(path):
             pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
             os.replace(temporary, path)
     finally:
@@ -68,11 +68,11 @@ def write_parquet(store: Store) -> Path:
     return path
 
 
-def row(record: Record) -> dict[str, Any]:
+def to_row(record: Record) -> dict[str, Any]:
     """One record as named columns."""
     metric = record.configuration.task.metric
     cost, provenance = record.cost, record.provenance
-    columns: dict[str, Any] = {"fingerprint": record.fingerprint, **record.configuration.flat()}
+    columns: dict[str, Any] = {"fingerprint": record.fingerprint, **record.configuration.to_columns()}
     for evaluation in record.evaluations:  # in the order of steps: the last one stays
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):
@@ -100,34 +100,34 @@ def row(record: Record) -> dict[str, Any]:
     return columns
 
 
-def _fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
+def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
     import pyarrow as pa
 
     types = {t: pa.type_for_alias(t) for t in ("string", "int64", "float64", "bool")}
     types |= {"list<int64>": pa.list_(pa.int64()), "timestamp": pa.timestamp("ms", tz="UTC")}
 
-    def stated(group: Mapping[str, str]) -> list[pa.Field]:
+    def typed_fields(group: Mapping[str, str]) -> list[pa.Field]:
         return [pa.field(name, types[t]) for t, names in group.items() for name in names.split()]
 
     fixed = (
-        [pa.field("fingerprint", pa.string()), *stated(_CONFIGURATION)],
-        stated(_RESULT),
-        stated(_PROVENANCE),
+        [pa.field("fingerprint", pa.string()), *typed_fields(_CONFIGURATION)],
+        typed_fields(_RESULT),
+        typed_fields(_PROVENANCE),
     )
-    known = {field.name for group in fixed for field in group}
-    others: dict[str, set[type]] = {}
+    fixed_names = {field.name for group in fixed for field in group}
+    other_types: dict[str, set[type]] = {}
     for columns in rows:
-        for name in columns.keys() - known:
-            others.setdefault(name, set()).add(type(columns[name]))
+        for name in columns.keys() - fixed_names:
+            other_types.setdefault(name, set()).add(type(columns[name]))
     scores: list[pa.Field] = []
-    own: list[pa.Field] = []
-    for name in sorted(others):
-        field = pa.field(name, types[_type(others[name])])
-        (scores if name.startswith(("validation_", "test_")) else own).append(field)
-    return [*fixed[0], *own, *fixed[1], *scores, *fixed[2]]
+    variant_fields: list[pa.Field] = []
+    for name in sorted(other_types):
+        field = pa.field(name, types[_arrow_type_name(other_types[name])])
+        (scores if name.startswith(("validation_", "test_")) else variant_fields).append(field)
+    return [*fixed[0], *variant_fields, *fixed[1], *scores, *fixed[2]]
 
 
-def _type(values: set[type]) -> str:
+def _arrow_type_name(values: set[type]) -> str:
     """A number is a float64 even if it is whole in every record so far: the next one may not be."""
     values = values - {type(None)}
     if values == {bool}:

@@ -14,14 +14,14 @@ from pathlib import Path
 from orchestrator.record.schema import Provenance
 
 PACKAGES = ("torch", "transformers", "ray")
-_HOUSE = Path(__file__).resolve().parents[2]
+_REPOSITORY = Path(__file__).resolve().parents[2]
 _SOURCES = ("orchestrator", "variants", "experiments")
 
 
-def current(
+def current_provenance(
     device: str,
     *,
-    pack_lanes: int = 1,
+    lane_group_size: int = 1,
     workers: int = 1,
     attempt: int = 0,
     resumed_from: tuple[int, ...] = (),
@@ -30,11 +30,11 @@ def current(
 ) -> Provenance:
     """The provenance of a lane that this process trains. Imports no library whose version it reports."""
     return Provenance(
-        commit=commit(),
-        versions=versions(),
+        commit=current_commit(),
+        versions=package_versions(),
         device=device,
         host=socket.gethostname(),
-        pack_lanes=pack_lanes,
+        pack_lanes=lane_group_size,
         workers=workers,
         attempt=attempt,
         resumed_from=resumed_from,
@@ -44,30 +44,34 @@ def current(
 
 
 @lru_cache(maxsize=1)
-def commit() -> str:
+def current_commit() -> str:
     """The commit of the running code; see `commit_of`. Read once a process."""
-    return commit_of(_HOUSE)
+    return read_commit(_REPOSITORY)
 
 
-def commit_of(house: Path) -> str:
+def read_commit(repository: Path) -> str:
     """The commit checked out in `house`, with "-dirty" when the sources differ from it (new files count).
 
     "unknown" without git, outside a repository, or when the sources are not tracked by the repository around
     them (an installed copy in somebody's project must not be given that project's commit).
     """
-    if _git(house, "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
+    if _git(repository, "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
         return "unknown"
-    head = _git(house, "rev-parse", "HEAD")
+    head = _git(repository, "rev-parse", "HEAD")
     if not head:
         return "unknown"
-    there = [name for name in _SOURCES if (house / name).is_dir()]
-    return head + ("-dirty" if _git(house, "status", "--porcelain", "--", *there) else "")
+    source_folders = [name for name in _SOURCES if (repository / name).is_dir()]
+    return head + ("-dirty" if _git(repository, "status", "--porcelain", "--", *source_folders) else "")
 
 
-def _git(house: Path, *arguments: str) -> str | None:
+def _git(repository: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(house), *arguments], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", str(repository), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -75,7 +79,7 @@ def _git(house: Path, *arguments: str) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def versions() -> Mapping[str, str]:
+def package_versions() -> Mapping[str, str]:
     """Versions by name: Python, the libraries that do the numbers, and the NVIDIA driver if there is one."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:

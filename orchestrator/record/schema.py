@@ -12,17 +12,17 @@ from orchestrator.study.configuration import Configuration
 
 SCHEMA_VERSION = 1
 
-FAILURES_ALLOWED = 3
+MAX_FAILURES = 3
 """A configuration that failed is tried again twice, no more."""
 
-State = Literal["finished", "diverged", "stopped", "failed"]
+RecordState = Literal["finished", "diverged", "stopped", "failed"]
 
 # A diverged lane's curve may hold NaN and infinities; JSON has none, so they are written as strings.
 _WITH_NAN = {"ser_json_inf_nan": "strings"}
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMetrics:
     """One optimizer step of a lane, as it was taken (losses in nats a token)."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
@@ -43,7 +43,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Items:
+class ItemResults:
     """Per-item outcomes at the end of training, in the split's order. `answers` may be empty."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
@@ -85,17 +85,17 @@ class Record:
     __pydantic_config__: ClassVar = _WITH_NAN
     fingerprint: str
     configuration: Configuration
-    state: State
+    state: RecordState
     steps: int
     """Optimizer steps taken."""
     reason: str = ""
     """Why it ended, in words, for a state other than finished."""
     traceback: str = ""
-    curve: tuple[Step, ...] = ()
+    curve: tuple[StepMetrics, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """split -> scores of the base without an adapter."""
-    items: Mapping[str, Items] = field(default_factory=dict)
+    items: Mapping[str, ItemResults] = field(default_factory=dict)
     """split -> outcomes; for a finished record both "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
@@ -118,16 +118,16 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         # By way of bytes: dump_python(mode="json") leaves NaN and infinities as floats, which JSON has not.
-        return json.loads(_adapter().dump_json(self))
+        return json.loads(_type_adapter().dump_json(self))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
         """Raises pydantic.ValidationError on data that is not a record."""
-        return _adapter().validate_python(data)
+        return _type_adapter().validate_python(data)
 
 
 @lru_cache(maxsize=1)
-def _adapter() -> Any:
+def _type_adapter() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Record)

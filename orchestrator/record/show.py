@@ -9,31 +9,35 @@ from pathlib import Path
 
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, all_studies
+from orchestrator.record.study_file import StudyFile, read_studies
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import spelled, told
-from orchestrator.util.errors import BadInput
+from orchestrator.study.space import format_value, get_value
+from orchestrator.util.errors import UsageError
 
 
-def show(store: Store, output: Path, prefix: str) -> str:
+def format_record(store: Store, output: Path, prefix: str) -> str:
     """The record whose fingerprint starts with `prefix`: state, scores, cost, provenance, evaluations, the
     traceback of a failed one, and the command that runs it again. Raises BadInput when `prefix` names none or
     several, or a file that is damaged."""
-    fingerprint = store.one(prefix)
+    fingerprint = store.resolve_prefix(prefix)
     record = store.get(fingerprint)
     if record is None:  # `one` looks at the files' first bytes alone
-        raise BadInput(
+        raise UsageError(
             f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} holds no whole record of it "
             "any more; its study's command trains it again"
         )
-    studies = [s for _folder, s in all_studies(output).values() if fingerprint in s.configurations]
-    lines = [*_head(record, store.failures(fingerprint)), *_scores(record), *_cost(record)]
+    studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
+    lines = [
+        *_format_header(record, store.count_failures(fingerprint)),
+        *_format_scores(record),
+        *_format_cost(record),
+    ]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
-    return "\n".join([*lines, "", *_again(record, studies, output)])
+    return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
 
 
-def narrowed(command: str, record: Record) -> str:
+def narrow_command(command: str, record: Record) -> str:
     """A study's command for one of its configurations: the same options, but for variant, rate and seed, and
     in place of a search the values that it has found.
 
@@ -41,7 +45,7 @@ def narrowed(command: str, record: Record) -> str:
     """
     configuration = record.configuration
     kept: list[str] = []
-    typed: dict[str, list[str]] = {option: [] for option in _REPLACED}
+    typed: dict[str, list[str]] = {option: [] for option in _REPLACED_OPTIONS}
     option = ""
     for word in shlex.split(command):
         if word.startswith("--"):
@@ -57,38 +61,43 @@ def narrowed(command: str, record: Record) -> str:
         "--variants": [configuration.variant.name],
         "--learning-rates": [repr(configuration.optimizer.learning_rate)],
         "--seeds": [str(configuration.seed + 1)],
-        "--set": [*_of(typed["--set"], configuration), *_found(typed["--space"], configuration)],
+        "--set": [
+            *_select_fixed_values(typed["--set"], configuration),
+            *_format_found_values(typed["--space"], configuration),
+        ],
     }
     return shlex.join([*kept, *(part for o, values in chosen.items() if values for part in (o, *values))])
 
 
-_REPLACED = (
+_REPLACED_OPTIONS = (
     *("--variants", "--learning-rates", "--seeds", "--set"),
     *("--search", "--sampler", "--points", "--space"),
 )
 
 
-def _of(words: list[str], configuration: Configuration) -> list[str]:
+def _select_fixed_values(words: list[str], configuration: Configuration) -> list[str]:
     """Fixed values but for those of other variants, which are not in this command, and for the rate."""
     keys = [(word, word.partition("=")[0].replace("-", "_")) for word in words]
-    mine = ("", configuration.variant.name)
+    variants = ("", configuration.variant.name)
     return [
-        w for w, key in keys if key.rpartition(".")[0] in mine and key.rpartition(".")[2] != "learning_rate"
+        w
+        for w, key in keys
+        if key.rpartition(".")[0] in variants and key.rpartition(".")[2] != "learning_rate"
     ]
 
 
-def _found(space: list[str], configuration: Configuration) -> list[str]:
+def _format_found_values(space: list[str], configuration: Configuration) -> list[str]:
     """The values that a search over `space` has found, as they would be typed."""
     keys = [word.partition("=")[0].replace("-", "_") for word in space]
-    values = {key: told(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
+    values = {key: get_value(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
     return [
-        f"{key}={value!r}" if isinstance(value, float) else f"{key}={spelled(value)}"
+        f"{key}={value!r}" if isinstance(value, float) else f"{key}={format_value(value)}"
         for key, value in values.items()
         if value is not None
     ]
 
 
-def _head(record: Record, failures: int) -> Iterator[str]:
+def _format_header(record: Record, failures: int) -> Iterator[str]:
     configuration = record.configuration
     state = f"{record.state} after {record.steps} of {configuration.schedule.steps} steps"
     yield f"fingerprint  {record.fingerprint}"
@@ -96,11 +105,11 @@ def _head(record: Record, failures: int) -> Iterator[str]:
     if record.reason:
         yield f"reason       {record.reason}"
     yield ""
-    pairs = [f"{k} {_short(v)}" for k, v in configuration.flat().items() if v is not None]
-    yield from _wrapped(pairs)
+    pairs = [f"{k} {_shorten(v)}" for k, v in configuration.to_columns().items() if v is not None]
+    yield from _wrap_pairs(pairs)
 
 
-def _scores(record: Record) -> Iterator[str]:
+def _format_scores(record: Record) -> Iterator[str]:
     metric = record.configuration.task.metric
     yield ""
     for split in ("validation", "test"):
@@ -118,31 +127,35 @@ def _scores(record: Record) -> Iterator[str]:
         yield f"{e.step:>8}  {e.split:<10}" + "".join(f"  {cell}" for cell in cells)
 
 
-def _cost(record: Record) -> Iterator[str]:
-    cost, made = record.cost, record.provenance
+def _format_cost(record: Record) -> Iterator[str]:
+    cost, provenance = record.cost, record.provenance
     yield ""
     yield (
         f"cost         {cost.train_seconds:.1f} s training, {cost.evaluate_seconds:.1f} s evaluating, "
         f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
     )
-    if made.ended:
-        yield f"made         {datetime.fromtimestamp(made.ended, UTC):%Y-%m-%d %H:%M:%S} UTC on {made.host}"
-    yield f"with         {made.device}, commit {made.commit}"
-    if made.versions:
-        yield from _wrapped([f"{k} {v}" for k, v in made.versions.items()])
-    resumed = f", resumed from step {', '.join(map(str, made.resumed_from))}" if made.resumed_from else ""
-    yield f"             attempt {made.attempt}{resumed}, {made.pack_lanes} lanes, {made.workers} workers"
+    if provenance.ended:
+        yield f"made         {datetime.fromtimestamp(provenance.ended, UTC):%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
+    yield f"with         {provenance.device}, commit {provenance.commit}"
+    if provenance.versions:
+        yield from _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
+    resumed = (
+        f", resumed from step {', '.join(map(str, provenance.resumed_from))}"
+        if provenance.resumed_from
+        else ""
+    )
+    yield f"             attempt {provenance.attempt}{resumed}, {provenance.pack_lanes} lanes, {provenance.workers} workers"
 
 
-def _again(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
+def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
     if not studies:
         yield f"No study under {output} asks for it, so there is no command to run it again."
     for study in studies[:1]:
         yield f"To run it again (study {study.name}):"
-        yield f"  {narrowed(study.command, record)}"
+        yield f"  {narrow_command(study.command, record)}"
 
 
-def _wrapped(pairs: list[str], indent: str = "             ") -> Iterator[str]:
+def _wrap_pairs(pairs: list[str], indent: str = "             ") -> Iterator[str]:
     line = indent
     for pair in pairs:
         if len(line) + len(pair) > 78 and line.strip():
@@ -152,7 +165,7 @@ def _wrapped(pairs: list[str], indent: str = "             ") -> Iterator[str]:
     yield line.rstrip().rstrip(",")
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     text = str(value)

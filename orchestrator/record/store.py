@@ -27,16 +27,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from orchestrator.record.schema import SCHEMA_VERSION, Record, State
+from orchestrator.record.schema import SCHEMA_VERSION, Record, RecordState
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
 # What `_bytes` puts first, so that the state is known without parsing the file.
 _HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
 _HEAD_BYTES = 256
-_ENDINGS: Mapping[State, str] = {
+_SUFFIXES: Mapping[RecordState, str] = {
     "finished": ".json",
     "diverged": ".json",
     "stopped": ".stopped.json",
@@ -62,20 +62,20 @@ class Store:
         self.bases = self.root / "bases"
         self.checkpoints = self.root / "checkpoints"
         self.adapters = self.root / "adapters"
-        self.evidence = self.root / "evidence"
+        self.calibration = self.root / "evidence"
         self.data = self.root / "data"
-        self.limits = self.root / "limits"
-        self._states: dict[_Stamp, State | None] = {}
+        self.lane_capacity = self.root / "limits"
+        self._states: dict[_Stamp, RecordState | None] = {}
         self._warned: set[str] = set()
         if create:
             atomic_files.check_writable(self.root)
             atomic_files.make_folder(self.records_folder)
         elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
-            raise BadInput(f"--store {self.root}: there is no store here; name an earlier study's")
+            raise UsageError(f"--store {self.root}: there is no store here; name an earlier study's")
 
     # -- writing
 
-    def put(self, record: Record, failures: int = 1) -> bool:
+    def put(self, record: Record, new_failures: int = 1) -> bool:
         """Keeps `record`; False when a final record was there already (then nothing is written).
 
         A `stopped` record replaces stopped and failed ones. A `failed` one is kept beside a stopped one and
@@ -86,22 +86,22 @@ class Store:
         failed = self._path(record.fingerprint, "failed")
         final.parent.mkdir(parents=True, exist_ok=True)
         if record.state in ("finished", "diverged"):
-            won = self._create(final, _bytes(record))
-            if won:
+            is_created = self._create(final, _serialize(record))
+            if is_created:
                 stopped.unlink(missing_ok=True)
                 failed.unlink(missing_ok=True)
-            return won
-        if self._read(final) is not None:
+            return is_created
+        if self._read_record(final) is not None:
             return False
         if record.state == "stopped":
-            atomic_files.replace(stopped, _bytes(record))
+            atomic_files.write_atomically(stopped, _serialize(record))
             failed.unlink(missing_ok=True)
         else:
-            count = self.failures(record.fingerprint) + failures
-            atomic_files.replace(failed, _bytes(record, {"failures": count}))
+            count = self.count_failures(record.fingerprint) + new_failures
+            atomic_files.write_atomically(failed, _serialize(record, {"failures": count}))
         return True
 
-    def forget_failures(self, fingerprint: str) -> None:
+    def reset_failures(self, fingerprint: str) -> None:
         """A configuration that failed counts as new again."""
         self._path(fingerprint, "failed").unlink(missing_ok=True)
 
@@ -118,24 +118,24 @@ class Store:
         Raises BadInput on a record of an unknown schema version.
         """
         for kind in ("", "failed", "stopped"):
-            record = self._read(self._path(fingerprint, kind))
+            record = self._read_record(self._path(fingerprint, kind))
             if record is not None:
                 return record
         return None
 
-    def meets(self, fingerprint: str, scheduler: str = "") -> Record | None:
+    def get_reusable(self, fingerprint: str, scheduler: str = "") -> Record | None:
         """The record that answers a request, if any: finished and diverged answer every request, stopped only
         one whose scheduler has the same settings."""
-        record = self._read(self._path(fingerprint))
+        record = self._read_record(self._path(fingerprint))
         if record is None and scheduler:
-            record = self._read(self._path(fingerprint, "stopped"))
+            record = self._read_record(self._path(fingerprint, "stopped"))
             if record is not None and record.scheduler != scheduler:
                 return None
         return record
 
-    def failures(self, fingerprint: str) -> int:
+    def count_failures(self, fingerprint: str) -> int:
         """How often this configuration has failed since it last ended in another way."""
-        data = self._load(self._path(fingerprint, "failed"))
+        data = self._read_json(self._path(fingerprint, "failed"))
         count = data.get("failures", 1) if data else 0
         return count if isinstance(count, int) else 1
 
@@ -146,25 +146,25 @@ class Store:
             if record is not None:
                 yield record
 
-    def states(self) -> dict[str, State]:
+    def states(self) -> dict[str, RecordState]:
         """fingerprint -> state, without parsing records: a file's first bytes hold it, and are read once."""
-        found: dict[str, dict[str, State]] = {}
-        seen: dict[_Stamp, State | None] = {}
-        for entry in self._entries():
+        found: dict[str, dict[str, RecordState]] = {}
+        seen: dict[_Stamp, RecordState | None] = {}
+        for entry in self._scan_files():
             match = _NAME.fullmatch(entry.name)
             if match is None:
                 if not entry.name.startswith("."):  # temporary files, and what file systems leave
-                    self._warn(Path(entry.path), "is not a record")
+                    self._skip_file(Path(entry.path), "is not a record")
                 continue
             if entry.path != str(self._path(match[1], match[2] or "")):
-                self._warn(Path(entry.path), f"belongs in {self.records_folder / match[1][:2]}")
+                self._skip_file(Path(entry.path), f"belongs in {self.records_folder / match[1][:2]}")
                 continue
             try:
                 status = entry.stat()
             except FileNotFoundError:  # a stopped one whose final one has just come
                 continue
             stamp = (entry.path, status.st_mtime_ns, status.st_size)
-            seen[stamp] = self._states[stamp] if stamp in self._states else self._peek(Path(entry.path))
+            seen[stamp] = self._states[stamp] if stamp in self._states else self._read_state(Path(entry.path))
             state = seen[stamp]
             if state is not None:
                 found.setdefault(match[1], {})[match[2] or ""] = state
@@ -172,24 +172,24 @@ class Store:
         order = ("", "failed", "stopped")
         return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
 
-    def find(self, prefix: str) -> list[str]:
+    def find_by_prefix(self, prefix: str) -> list[str]:
         """All fingerprints that start with `prefix`, sorted."""
         return sorted(f for f in self.states() if f.startswith(prefix.lower()))
 
-    def one(self, prefix: str) -> str:
+    def resolve_prefix(self, prefix: str) -> str:
         """The one fingerprint that starts with `prefix`. Raises BadInput when there is none or several."""
         if not re.fullmatch(r"[0-9a-fA-F]{1,64}", prefix):
-            raise BadInput(f"fingerprint {prefix!r}: must be up to 64 hexadecimal digits, as in the report")
-        found = self.find(prefix)
+            raise UsageError(f"fingerprint {prefix!r}: must be up to 64 hexadecimal digits, as in the report")
+        found = self.find_by_prefix(prefix)
         if len(found) == 1:
             return found[0]
         if not found:
-            near = [f[:12] for f in self.find(prefix[:2])][:5]
+            near = [f[:12] for f in self.find_by_prefix(prefix[:2])][:5]
             hint = f"nearest: {', '.join(near)}" if near else f"{len(self.states())} records are there"
-            raise BadInput(f"fingerprint {prefix!r}: no record in {self.root} starts so; {hint}")
+            raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} starts so; {hint}")
         length = next(n for n in range(12, 65) if len({f[:n] for f in found}) == len(found))
         some = ", ".join(f[:length] for f in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise BadInput(f"fingerprint {prefix!r}: {len(found)} records start so, give more digits: {some}")
+        raise UsageError(f"fingerprint {prefix!r}: {len(found)} records start so, give more digits: {some}")
 
     # -- files
 
@@ -198,13 +198,13 @@ class Store:
             raise ValueError(f"not a fingerprint: {fingerprint!r}")
         return self.records_folder / fingerprint[:2] / f"{fingerprint}{'.' + kind if kind else ''}.json"
 
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
+    def _scan_files(self) -> Iterator[os.DirEntry[str]]:
         for shard in sorted(self.records_folder.glob("[0-9a-f][0-9a-f]")):
             if shard.is_dir():
                 with os.scandir(shard) as entries:
                     yield from entries
 
-    def _peek(self, path: Path) -> State | None:
+    def _read_state(self, path: Path) -> RecordState | None:
         """The state in a file's head, if the file is whole (it ends as ours do) or, failing that, parses."""
         try:
             with path.open("rb") as file:
@@ -215,32 +215,35 @@ class Store:
             head, whole = None, False
         if head and whole and int(head[1]) == SCHEMA_VERSION:
             fingerprint, state = head[2].decode(), head[3].decode()
-            if state in get_args(State) and path.name == fingerprint + _ENDINGS[cast(State, state)]:
-                return cast(State, state)
-        record = self._read(path)
+            if (
+                state in get_args(RecordState)
+                and path.name == fingerprint + _SUFFIXES[cast(RecordState, state)]
+            ):
+                return cast(RecordState, state)
+        record = self._read_record(path)
         return record.state if record else None
 
-    def _load(self, path: Path) -> dict[str, Any] | None:
+    def _read_json(self, path: Path) -> dict[str, Any] | None:
         """The JSON object in `path`; None, with one warning, when there is something else."""
         try:
-            data = json.loads(atomic_files.unseal(path.read_bytes()))
+            data = json.loads(atomic_files.verify_checksum(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self._warn(path, f"cannot be read ({error})")
+            self._skip_file(path, f"cannot be read ({error})")
             return None
         if not isinstance(data, dict) or "schema_version" not in data:
-            self._warn(path, "is not a record")
+            self._skip_file(path, "is not a record")
             return None
         if data["schema_version"] != SCHEMA_VERSION:
-            raise BadInput(
+            raise UsageError(
                 f"{path}: record of schema version {data['schema_version']}, this program knows "
                 f"{SCHEMA_VERSION}; update the program or choose another --store"
             )
         return data
 
-    def _read(self, path: Path) -> Record | None:
-        data = self._load(path)
+    def _read_record(self, path: Path) -> Record | None:
+        data = self._read_json(path)
         if data is None:
             return None
         from pydantic import ValidationError
@@ -250,20 +253,20 @@ class Store:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            self._warn(path, f"is not a record ({where}: {first['msg']})")
+            self._skip_file(path, f"is not a record ({where}: {first['msg']})")
             return None
         if not path.name.startswith(f"{record.fingerprint}."):
-            self._warn(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
+            self._skip_file(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
             return None
-        if path.name != record.fingerprint + _ENDINGS[record.state]:
-            self._warn(path, f"has not the name of a {record.state} record (*{_ENDINGS[record.state]})")
+        if path.name != record.fingerprint + _SUFFIXES[record.state]:
+            self._skip_file(path, f"has not the name of a {record.state} record (*{_SUFFIXES[record.state]})")
             return None
         return record
 
-    def _warn(self, path: Path, what: str) -> None:
+    def _skip_file(self, path: Path, problem: str) -> None:
         if str(path) not in self._warned:
             self._warned.add(str(path))
-            _log.warning("%s %s: skipped", path, what)
+            _log.warning("%s %s: skipped", path, problem)
         try:
             status = path.stat()  # `states` must not count what `get` has found broken
         except OSError:
@@ -271,22 +274,22 @@ class Store:
         self._states[(str(path), status.st_mtime_ns, status.st_size)] = None
 
     def _create(self, path: Path, data: bytes) -> bool:
-        with atomic_files.temporary(path, data) as temporary:
-            if atomic_files.link(temporary, path):
+        with atomic_files.temporary_file(path, data) as temporary:
+            if atomic_files.link_if_absent(temporary, path):
                 return True
-            if self._read(path) is not None:
+            if self._read_record(path) is not None:
                 return False
             # The name is taken by a file that is no record: it must not keep the configuration from ever
             # being recorded. Under a lock, so that nobody moves the good file of one who just did the same.
-            with atomic_files.locked(path.parent):
-                if self._read(path) is None and path.exists():
+            with atomic_files.lock_folder(path.parent):
+                if self._read_record(path) is None and path.exists():
                     os.replace(path, path.with_name(f".{path.name}.torn"))
-                return atomic_files.link(temporary, path)
+                return atomic_files.link_if_absent(temporary, path)
 
 
-def _bytes(record: Record, more: Mapping[str, Any] | None = None) -> bytes:
+def _serialize(record: Record, extra: Mapping[str, Any] | None = None) -> bytes:
     data = record.to_json()
     head = {key: data.pop(key) for key in ("schema_version", "fingerprint", "state")}
-    return atomic_files.seal(
-        json.dumps({**head, **(more or {}), **data}, separators=(",", ":"), allow_nan=False)
+    return atomic_files.add_checksum(
+        json.dumps({**head, **(extra or {}), **data}, separators=(",", ":"), allow_nan=False)
     )

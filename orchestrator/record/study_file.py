@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput, nearest, quoted
+from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
 _log = logging.getLogger(__name__)
 
-FILE = "study.json"
+STUDY_FILE = "study.json"
 SCHEMA_VERSION = 1
 """Of study.json; to be raised when a field is added, removed or changes its meaning. A file that says none
 has version 1."""
-PICTURES = ("forest.png", "search.png", "curves.png", "spread.png")
+PLOT_FILES = ("forest.png", "search.png", "curves.png", "spread.png")
 """The pictures of a study's report, beside study.json. A study has some of them."""
-REPORT = ("report.html", *PICTURES, "summary.json")
+REPORT_FILES = ("report.html", *PLOT_FILES, "summary.json")
 """All files of a study's report."""
 
 
@@ -55,17 +55,17 @@ class StudyFile:
     """Of a study with fresh seeds: how many it had each time a verdict was read, ascending. With more seeds
     after a look the 5 % no longer holds exactly."""
 
-    def extended(self, asked: Iterable[str], known: Iterable[str]) -> StudyFile:
+    def with_configurations(self, requested: Iterable[str], cached: Iterable[str]) -> StudyFile:
         """This study with more configurations; those new to it that are `known` count as reused."""
-        asked, known, old = list(dict.fromkeys(asked)), set(known), set(self.configurations)
-        new = tuple(f for f in asked if f not in old)
+        requested, cached, present = list(dict.fromkeys(requested)), set(cached), set(self.configurations)
+        added = tuple(f for f in requested if f not in present)
         return replace(
             self,
-            configurations=self.configurations + new,
-            reused=self.reused + tuple(f for f in new if f in known),
+            configurations=self.configurations + added,
+            reused=self.reused + tuple(f for f in added if f in cached),
         )
 
-    def looked(self, seeds: int) -> StudyFile:
+    def with_look(self, seeds: int) -> StudyFile:
         """This study after a verdict from so many seeds; with no more of them it is the same look again."""
         return replace(self, looks=(*self.looks, seeds)) if seeds > max(self.looks, default=0) else self
 
@@ -73,7 +73,9 @@ class StudyFile:
         """Replaces `folder`/study.json at once."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        atomic_files.replace(folder / FILE, atomic_files.seal(json.dumps(data, indent=1)))
+        atomic_files.write_atomically(
+            folder / STUDY_FILE, atomic_files.add_checksum(json.dumps(data, indent=1))
+        )
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
@@ -91,8 +93,8 @@ class StudyFile:
         """
         study = cls._read(folder)
         if study is not None and study.name != folder.name:
-            raise BadInput(
-                f"{folder / FILE}: is of the study {quoted(study.name)}, not {quoted(folder.name)}; give the "
+            raise UsageError(
+                f"{folder / STUDY_FILE}: is of the study {quote_value(study.name)}, not {quote_value(folder.name)}; give the "
                 "folder its name back, or delete the file and run the study's command again"
             )
         return study
@@ -100,42 +102,44 @@ class StudyFile:
     @classmethod
     def _read(cls, folder: Path) -> StudyFile | None:
         """Do as `read`, whatever the folder is called."""
-        path, remedy = folder / FILE, "delete it and run the study's command again"
-        data: dict[str, Any] | None = atomic_files.read(path, dict[str, Any], "a study", remedy)
+        path, remedy = folder / STUDY_FILE, "delete it and run the study's command again"
+        data: dict[str, Any] | None = atomic_files.read_json(path, dict[str, Any], "a study", remedy)
         if data is None:
             return None
         version = data.pop("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
-            raise _newer(path, f"schema_version {version}")
+            raise _newer_version_error(path, f"schema_version {version}")
         unknown = sorted(data.keys() - {field.name for field in fields(cls)})
         if unknown:
-            raise _newer(path, f"field {unknown[0]!r}")
+            raise _newer_version_error(path, f"field {unknown[0]!r}")
         text = json.dumps(data).encode()
-        study: StudyFile = atomic_files.parsed(text, cls, str(path), "a study", remedy)
+        study: StudyFile = atomic_files.parse_json(text, cls, str(path), "a study", remedy)
         odd = [name for name in study.configurations if not name.isalnum()]
         if odd:
-            raise BadInput(
-                f"{path}: not a study (configurations: {quoted(odd[0])} is no fingerprint); {remedy}"
+            raise UsageError(
+                f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
         return study
 
 
-def _newer(path: Path, what: str) -> BadInput:
-    return BadInput(
+def _newer_version_error(path: Path, what: str) -> UsageError:
+    return UsageError(
         f"{path}: {what} is unknown to this program, so a newer version of it has written the file; "
         "update the program, or choose another --study"
     )
 
 
-def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
+def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
     """name -> (folder, study) of every study under `output`, sorted by name. A copy in a folder of another
     name is left out, with a warning."""
     found = {}
-    for path in sorted(output.glob(f"*/{FILE}")):
+    for path in sorted(output.glob(f"*/{STUDY_FILE}")):
         study = StudyFile._read(path.parent)
         if study is not None and study.name != path.parent.name:
             _log.warning(
-                "%s is of the study %s: left out until the folder has this name", path, quoted(study.name)
+                "%s is of the study %s: left out until the folder has this name",
+                path,
+                quote_value(study.name),
             )
         elif study is not None:
             found[study.name] = (path.parent, study)
@@ -144,9 +148,9 @@ def all_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
 
 def find_study(output: Path, name: str) -> tuple[Path, StudyFile]:
     """Raises BadInput with the nearest name when no study under `output` is called `name`."""
-    studies = all_studies(output)
+    studies = read_studies(output)
     if not studies:
-        raise BadInput(f"study {name!r}: there is no study under {output}; name its folder with --output")
+        raise UsageError(f"study {name!r}: there is no study under {output}; name its folder with --output")
     if name not in studies:
-        raise BadInput(f"study {name!r}: not under {output}. {nearest(name, studies)}")
+        raise UsageError(f"study {name!r}: not under {output}. {suggest_nearest(name, studies)}")
     return studies[name]

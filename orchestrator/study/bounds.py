@@ -6,19 +6,19 @@ typing error: it would fill the memory before anything is trained.
 
 from __future__ import annotations
 
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-POINTS = 10_000
+MAX_POINTS = 10_000
 """For each variant: the points of its search, or its learning rates times its seeds."""
-STEPS = 10_000_000
-EVALUATIONS = 100_000
-BATCH_SIZE = 1_000_000
-RANK = 100_000
-SEATS = 10_000
+MAX_STEPS = 10_000_000
+MAX_EVALUATIONS = 100_000
+MAX_BATCH_SIZE = 1_000_000
+MAX_RANK = 100_000
+MAX_TRAINERS = 10_000
 """The bound of --seats, --lanes-per-seat and --workers-per-seat."""
 
 
-def check(option: str, value: int | None, most: int) -> None:
+def check_bound(option: str, value: int | None, maximum: int) -> None:
     """Check that `value` is at least 1 and at most `most`.
 
     Args:
@@ -32,12 +32,12 @@ def check(option: str, value: int | None, most: int) -> None:
     if value is None:
         return
     if value < 1:
-        raise BadInput(f"{option} {value}: must be 1 or more.")
-    if value > most:
-        raise BadInput(f"{option} {value}: must be {most} or less; take {most}.")
+        raise UsageError(f"{option} {value}: must be 1 or more.")
+    if value > maximum:
+        raise UsageError(f"{option} {value}: must be {maximum} or less; take {maximum}.")
 
 
-def check_grid(seeds: int, rates: int) -> None:
+def check_grid_size(num_seeds: int, num_rates: int) -> None:
     """Check that a grid has at most `POINTS` points for each variant.
 
     Args:
@@ -47,8 +47,8 @@ def check_grid(seeds: int, rates: int) -> None:
     Raises:
         BadInput: The grid has more.
     """
-    if seeds * rates > POINTS:
-        raise BadInput(
-            f"--seeds {seeds}: with {rates} learning rates each variant has {seeds * rates} points; must be "
-            f"{POINTS} or less; take --seeds {POINTS // rates}."
+    if num_seeds * num_rates > MAX_POINTS:
+        raise UsageError(
+            f"--seeds {num_seeds}: with {num_rates} learning rates each variant has {num_seeds * num_rates} points; must be "
+            f"{MAX_POINTS} or less; take --seeds {MAX_POINTS // num_rates}."
         )

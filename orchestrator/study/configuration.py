@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
-ScheduleName = Literal["constant", "linear", "cosine"]
+LRScheduleName = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """AdamW as transformers' Trainer runs it: biases and norms do not decay. `clip_norm` bounds the global
     gradient norm of a lane. `head_learning_rate` is that of a task's head; None: the same as all."""
 
@@ -74,17 +74,17 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """The learning rate over `steps` optimizer steps: linear warm-up from 0 for the share `warmup`, then
     `name`."""
 
     steps: int
-    name: ScheduleName = "cosine"
+    name: LRScheduleName = "cosine"
     warmup: float = 0.05
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchConfig:
     """`batch_size` examples a micro-batch, `accumulation` micro-batches an optimizer step."""
 
     batch_size: int
@@ -93,7 +93,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class DivergenceConfig:
     """A lane diverges when, after warm-up, its smoothed training loss stays above `loss_ratio` times the
     untrained base's for the fraction `share` of all steps (or when a loss or gradient is not finite).
     `smoothing` is the weight of the past in the exponential moving average."""
@@ -108,12 +108,12 @@ class Configuration:
     variant: VariantChoice
     task: TaskChoice
     model: ModelChoice
-    optimizer: Optimizer
-    schedule: Schedule
-    batches: Batches
+    optimizer: OptimizerConfig
+    schedule: LRSchedule
+    batches: BatchConfig
     base_dropout: Literal["on", "off"] = "off"
     """Whether the base model's own dropout is on in training, with the rates in its config.json."""
-    divergence: Divergence = Divergence()
+    divergence: DivergenceConfig = DivergenceConfig()
     evaluations: int = 4
     """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
     seed: int = 0
@@ -132,34 +132,34 @@ class Configuration:
             del data["optimizer"]["head_learning_rate"]
         if data["base_dropout"] == "off":
             del data["base_dropout"]
-        return hashlib.sha256(canonical(data)).hexdigest()
+        return hashlib.sha256(canonical_json(data)).hexdigest()
 
     @cached_property
-    def shape(self) -> str:
+    def group_key(self) -> str:
         """Lanes of one shape train in one pack: all but learning rates, decay, alpha, schedule and seed."""
-        alike = replace(
+        normalized = replace(
             self,
             variant=replace(self.variant, alpha=None),
             model=replace(self.model, name=""),
-            optimizer=Optimizer(learning_rate=1.0),
-            schedule=Schedule(steps=1),
-            divergence=Divergence(),
+            optimizer=OptimizerConfig(learning_rate=1.0),
+            schedule=LRSchedule(steps=1),
+            divergence=DivergenceConfig(),
             evaluations=1,
             seed=0,
         )
-        return hashlib.sha256(canonical(alike.to_json())).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(normalized.to_json())).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        adapter = _adapter()
+        adapter = _type_adapter()
         # Validating first turns 16 into 16.0 where a float is meant: one value, one spelling.
         return adapter.dump_python(adapter.validate_python(adapter.dump_python(self)), mode="json")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Configuration:
         """Raises pydantic.ValidationError on data that is not a configuration."""
-        return _adapter().validate_python(data)
+        return _type_adapter().validate_python(data)
 
-    def flat(self) -> dict[str, float | int | str | None]:
+    def to_columns(self) -> dict[str, float | int | str | None]:
         """One level of named columns for Parquet, MLflow and the analysis."""
         nested = self.to_json()
         columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
@@ -180,13 +180,13 @@ class Configuration:
         return columns
 
 
-def canonical(data: Any) -> bytes:
+def canonical_json(data: Any) -> bytes:
     """The one spelling of a JSON value: sorted keys, no blanks, no NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 @lru_cache(maxsize=1)
-def _adapter() -> Any:
+def _type_adapter() -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Configuration)

@@ -11,7 +11,7 @@ from itertools import groupby
 from orchestrator.study.configuration import Configuration
 
 
-def grid(
+def build_grid(
     templates: Sequence[Configuration], learning_rates: Sequence[float], seeds: Iterable[int]
 ) -> list[Configuration]:
     """Every template (one a variant and task) at every rate and seed."""
@@ -23,7 +23,7 @@ def grid(
     ]
 
 
-def order_of_entry(configurations: Iterable[Configuration], lanes: int) -> list[Configuration]:
+def training_order(configurations: Iterable[Configuration], lanes_per_group: int) -> list[Configuration]:
     """Blocks of one variant and task: all its rates, and as many seeds as it takes to fill a pack of `lanes`.
 
     Blocks with the first seeds come first. Inside a block the order is a seeded shuffle: early stopping that
@@ -31,17 +31,17 @@ def order_of_entry(configurations: Iterable[Configuration], lanes: int) -> list[
     packs nearly empty.
     """
 
-    def kind(c: Configuration) -> tuple[str, str]:
+    def block_key(c: Configuration) -> tuple[str, str]:
         return (c.task.name, c.variant.name)
 
     blocks: list[tuple[int, str, list[Configuration]]] = []
-    for key, group in groupby(sorted(configurations, key=kind), key=kind):
+    for key, group in groupby(sorted(configurations, key=block_key), key=block_key):
         members = list(group)
         seeds = sorted({c.seed for c in members})
         rates = len(members) / len(seeds)
-        width = max(1, math.ceil(lanes / rates))
-        for start in range(0, len(seeds), width):
-            chosen = set(seeds[start : start + width])
+        seeds_per_block = max(1, math.ceil(lanes_per_group / rates))
+        for start in range(0, len(seeds), seeds_per_block):
+            chosen = set(seeds[start : start + seeds_per_block])
             block = sorted((c for c in members if c.seed in chosen), key=lambda c: c.fingerprint)
             random.Random(f"{key}{start}").shuffle(block)
             blocks.append((start, str(key), block))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from orchestrator.study.configuration import Schedule
+from orchestrator.study.configuration import LRSchedule
 
 
-def warmup_steps(schedule: Schedule) -> int:
+def warmup_steps(schedule: LRSchedule) -> int:
     """Return the number of warm-up steps: `warmup * steps`, rounded up.
 
     The same as in transformers' Trainer, but for rounding errors: 0.07 * 100 is 7.000000000000001 in floating
@@ -16,7 +16,7 @@ def warmup_steps(schedule: Schedule) -> int:
     return min(schedule.steps, math.ceil(round(schedule.warmup * schedule.steps, 9)))
 
 
-def factor(schedule: Schedule, step: int) -> float:
+def lr_factor(schedule: LRSchedule, step: int) -> float:
     """Return the factor of the peak learning rate in a step, the same as in transformers' schedules.
 
     With w warm-up steps and n = steps - w after them: step / w while step < w (the first step has rate 0);
@@ -37,9 +37,9 @@ def factor(schedule: Schedule, step: int) -> float:
     warm = warmup_steps(schedule)
     if step < warm:
         return step / warm
-    past = (step - warm) / (schedule.steps - warm)
+    progress = (step - warm) / (schedule.steps - warm)
     if schedule.name == "constant":
         return 1.0
     if schedule.name == "linear":
-        return 1.0 - past
-    return 0.5 * (1.0 + math.cos(math.pi * past))
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))

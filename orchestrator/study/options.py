@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.study import bounds, price, rates, study_name
-from orchestrator.util.command import say_what_comes
-from orchestrator.util.errors import BadInput, nearest, refused_by_disk
+from orchestrator.util.command import print_status
+from orchestrator.util.errors import UsageError, describe_disk_error, suggest_nearest
 
 SCHEDULERS = ("none", "asha", "median", "hyperband")
 SEARCHES = ("grid", "random", "qmc", "optuna")
 SAMPLERS = ("tpe", "cma-es", "qmc", "random")
-GRID_SEEDS, POINTS = 3, 16
-OF_ITS_OWN = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout", "schedule")
+DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
+HYPERPARAMETER_OPTIONS = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout", "schedule")
 """Options whose values --set and --space can name, too. (--batch-size may stand beside batch sizes there:
 --accumulation must divide it.)"""
-SEAT_TIMEOUT = 300.0
-HERE = "here"
+DEFAULT_TRAINER_TIMEOUT = 300.0
+LOCAL = "here"
 CLUSTER_FILE = "cluster.yaml"
 
 
@@ -86,7 +86,7 @@ class StudyOptions:
     """Compute activations anew in the backward pass: less memory, more time, the same numbers."""
     head_learning_rate: str = "same"
     """Of a classification task's head: `same` as all the rest, or a number."""
-    schedule: Literal["constant", "linear", "cosine"] | None = None
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
     """The learning rate over the steps, after a linear warm-up. Default: the task's."""
     targets: str = "blocks"
     """Which layers learn: `blocks` (every linear layer of the model's blocks), a comma-separated list of name
@@ -110,20 +110,20 @@ class StudyOptions:
     """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
     save_adapters: bool = False
     """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
-    seats: int | None = None
+    trainers: int | None = None
     """How many Ray Train runs hold the base model. Default: what the cluster has room for, following nodes
     that come and go. Of a cluster that was there before, more may be asked for: they wait for nodes."""
-    workers_per_seat: int = 1
+    workers_per_trainer: int = 1
     """Workers of a seat, which split every batch between them. Each holds the base model."""
-    lanes_per_seat: int | None = None
+    lanes_per_trainer: int | None = None
     """How many fine-tunes a seat trains at once over one copy of the base. Default: 4."""
-    gpus_per_seat: float | None = None
+    gpus_per_worker: float | None = None
     """GPUs of a seat's worker; a fraction lets seats share one. Default: 1 where there are GPUs, or where the
     cluster's head can start nodes with some (not for --dry-run), else 0."""
     device: Literal["auto", "cpu"] = "auto"
     """`cpu`: seats hold their GPUs in Ray's book-keeping only and train on CPUs: a rehearsal of a GPU
     cluster."""
-    seat_timeout: float | None = None
+    trainer_timeout: float | None = None
     """Seconds that a study waits while it has no seat at all. Default: 300, and 1800 where GPU nodes have to
     be started first."""
     max_hours: float | None = None
@@ -151,78 +151,80 @@ class StudyOptions:
     def __post_init__(self) -> None:
         """Raises BadInput for whatever can be seen to be wrong without a model or a cluster."""
         if self.learning_rates is not None:
-            rates.parse(self.learning_rates)
+            rates.parse_learning_rates(self.learning_rates)
         if self.variants is not None and not self.variants:
-            raise BadInput("--variants is empty; name at least one, for example: lora pissa.")
+            raise UsageError("--variants is empty; name at least one, for example: lora pissa.")
         for option in ("task", "model", "tracking_uri", "on"):
             if getattr(self, option) == "":
-                raise BadInput(f"--{option.replace('_', '-')} is empty; name one, or leave it out.")
-        bounds.check("--seeds", self.seeds, bounds.POINTS)
+                raise UsageError(f"--{option.replace('_', '-')} is empty; name one, or leave it out.")
+        bounds.check_bound("--seeds", self.seeds, bounds.MAX_POINTS)
         self._check_search()
         for name, value, most in (
-            ("--rank", self.rank, bounds.RANK),
-            ("--steps", self.steps, bounds.STEPS),
-            ("--evaluations", self.evaluations, bounds.EVALUATIONS),
-            ("--batch-size", self.batch_size, bounds.BATCH_SIZE),
-            ("--seats", self.seats, bounds.SEATS),
-            ("--lanes-per-seat", self.lanes_per_seat, bounds.SEATS),
-            ("--workers-per-seat", self.workers_per_seat, bounds.SEATS),
+            ("--rank", self.rank, bounds.MAX_RANK),
+            ("--steps", self.steps, bounds.MAX_STEPS),
+            ("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS),
+            ("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE),
+            ("--seats", self.trainers, bounds.MAX_TRAINERS),
+            ("--lanes-per-seat", self.lanes_per_trainer, bounds.MAX_TRAINERS),
+            ("--workers-per-seat", self.workers_per_trainer, bounds.MAX_TRAINERS),
         ):
-            bounds.check(name, value, most)
+            bounds.check_bound(name, value, most)
         if self.accumulation is not None and self.accumulation < 1:
-            raise BadInput(f"--accumulation {self.accumulation}: must be 1 or more.")
+            raise UsageError(f"--accumulation {self.accumulation}: must be 1 or more.")
         if self.batch_size is not None:
-            self.check_batch(self.batch_size)
+            self.check_batch_size(self.batch_size)
         if self.head_learning_rate != "same":
-            rates.rate("--head-learning-rate", self.head_learning_rate, "For example: same, or 1e-3.")
+            rates.parse_positive_number(
+                "--head-learning-rate", self.head_learning_rate, "For example: same, or 1e-3."
+            )
         if self.scheduler == "pbt":
-            raise BadInput(
+            raise UsageError(
                 "--scheduler 'pbt': a configuration is immutable and pbt changes its hyperparameters on the "
                 "way, so that no record could say what was trained; take asha."
             )
         if self.scheduler not in SCHEDULERS:
-            raise BadInput(
-                f"--scheduler {self.scheduler!r} is not one. {nearest(self.scheduler, SCHEDULERS)}"
+            raise UsageError(
+                f"--scheduler {self.scheduler!r} is not one. {suggest_nearest(self.scheduler, SCHEDULERS)}"
             )
         if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise BadInput(f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16.")
+            raise UsageError(
+                f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16."
+            )
         if not 0 <= self.dropout < 1:
-            raise BadInput(f"--dropout {self.dropout:g}: must be at least 0 and below 1, for example 0.05.")
-        if self.gpus_per_seat is not None:
-            _gpus(self.gpus_per_seat)
-            if self.workers_per_seat > 1 and 0 < self.gpus_per_seat < 1:
-                both = (
-                    f"--workers-per-seat {self.workers_per_seat} with --gpus-per-seat {self.gpus_per_seat:g}"
-                )
-                raise BadInput(
+            raise UsageError(f"--dropout {self.dropout:g}: must be at least 0 and below 1, for example 0.05.")
+        if self.gpus_per_worker is not None:
+            _check_gpus_per_worker(self.gpus_per_worker)
+            if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
+                both = f"--workers-per-seat {self.workers_per_trainer} with --gpus-per-seat {self.gpus_per_worker:g}"
+                raise UsageError(
                     f"{both}: NCCL refuses workers on one GPU; take --gpus-per-seat 1, "
                     "or --workers-per-seat 1."
                 )
         for name, hours in (("--max-hours", self.max_hours), ("--max-gpu-hours", self.max_gpu_hours)):
             if hours is not None and not (math.isfinite(hours) and hours > 0):
-                raise BadInput(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
-        if self.max_gpu_hours is not None and self.gpus_per_seat == 0:
-            raise BadInput(
+                raise UsageError(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
+        if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
+            raise UsageError(
                 f"--max-gpu-hours {self.max_gpu_hours:g} with --gpus-per-seat 0: no GPU is held; "
                 "take --max-hours."
             )
         if self.price_per_gpu_hour is not None:
-            price.parse(self.price_per_gpu_hour)
-        if self.stop and (self.on in (None, HERE) or self.plan):
-            raise BadInput(
+            price.parse_price(self.price_per_gpu_hour)
+        if self.stop and (self.on in (None, LOCAL) or self.plan):
+            raise UsageError(
                 "--stop ends a study on a cluster: add --on cluster.yaml (here: Ctrl-C), without --plan."
             )
-        if self.seat_timeout is not None and not 0 < self.seat_timeout < math.inf:
-            raise BadInput(
-                f"--seat-timeout {self.seat_timeout:g}: must be a finite number of seconds above 0; the "
+        if self.trainer_timeout is not None and not 0 < self.trainer_timeout < math.inf:
+            raise UsageError(
+                f"--seat-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; the "
                 "default is 300."
             )
         if self.study is not None:
-            study_name.check(self.study)
+            study_name.check_name(self.study)
             self.study_folder(self.study)
 
     @property
-    def method(self) -> str:
+    def search_method(self) -> str:
         """`grid`, or the sampler of a search."""
         return (self.sampler or "tpe") if self.search == "optuna" else self.search
 
@@ -230,68 +232,77 @@ class StudyOptions:
     def seed_count(self) -> int:
         if self.search != "grid":
             return 1
-        return GRID_SEEDS if self.seeds is None else self.seeds
+        return DEFAULT_GRID_SEEDS if self.seeds is None else self.seeds
 
     @property
     def point_count(self) -> int:
         """Of a search: points of each variant and task."""
-        return POINTS if self.points is None else self.points
+        return DEFAULT_POINTS if self.points is None else self.points
 
     def _check_search(self) -> None:
         if self.search not in SEARCHES:
-            raise BadInput(f"--search {self.search!r} is not one. {nearest(self.search, SEARCHES)}")
+            raise UsageError(f"--search {self.search!r} is not one. {suggest_nearest(self.search, SEARCHES)}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
-            raise BadInput(f"--sampler {self.sampler!r} is not one. {nearest(self.sampler, SAMPLERS)}")
+            raise UsageError(
+                f"--sampler {self.sampler!r} is not one. {suggest_nearest(self.sampler, SAMPLERS)}"
+            )
         if self.sampler is not None and self.search != "optuna":
-            raise BadInput(f"--sampler {self.sampler}: it is for --search optuna, not {self.search}.")
-        bounds.check("--points", self.points, bounds.POINTS)
-        self._check_spellings()
+            raise UsageError(f"--sampler {self.sampler}: it is for --search optuna, not {self.search}.")
+        bounds.check_bound("--points", self.points, bounds.MAX_POINTS)
+        self._check_conflicting_values()
         if self.search == "optuna" and self.scheduler == "hyperband":
-            raise BadInput(
+            raise UsageError(
                 "--scheduler hyperband with --search optuna: it compares brackets that are full, and a "
                 "search that learns asks for one point after another, so that nothing is stopped; take asha."
             )
         if self.search == "grid":
             for option, given in (("--points", self.points is not None), ("--space", self.space is not None)):
                 if given:
-                    raise BadInput(f"{option} is for a search; take --search qmc, or optuna.")
+                    raise UsageError(f"{option} is for a search; take --search qmc, or optuna.")
         elif self.seed_count < (self.seeds or 1):
-            raise BadInput(
+            raise UsageError(
                 f"--seeds {self.seeds}: a search trains each point once, with seed 0, and fresh seeds "
                 "confirm its choice later; take --seeds 1."
             )
 
-    def _check_spellings(self) -> None:
+    def _check_conflicting_values(self) -> None:
         """Raises BadInput where two options give one value: an option of its own (as far as it is not what it
         would be untyped) and --set or --space for all variants."""
         default = {each.name: each.default for each in fields(StudyOptions)}
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
                 name = word.partition("=")[0].replace("-", "_")
-                typed = "learning_rates" if name == "learning_rate" else name
-                if typed in OF_ITS_OWN and getattr(self, typed) != default[typed]:
-                    own = f"--{typed.replace('_', '-')}"
-                    raise BadInput(f"{option} {word!r} and {own} both say {name}; take one of the two away.")
+                option_name = "learning_rates" if name == "learning_rate" else name
+                if (
+                    option_name in HYPERPARAMETER_OPTIONS
+                    and getattr(self, option_name) != default[option_name]
+                ):
+                    option_flag = f"--{option_name.replace('_', '-')}"
+                    raise UsageError(
+                        f"{option} {word!r} and {option_flag} both say {name}; take one of the two away."
+                    )
 
     @property
     def store_folder(self) -> Path:
-        return self.store if self.store is not None else self.output / study_name.STORE
+        return self.store if self.store is not None else self.output / study_name.DEFAULT_STORE_NAME
 
     def study_folder(self, name: str) -> Path:
         """Return the folder of the study `name`. Raises BadInput where it can have none."""
-        return study_name.folder(name, self.output, self.store_folder)
+        return study_name.resolve_study_folder(name, self.output, self.store_folder)
 
-    def check_batch(self, batch_size: int) -> None:
+    def check_batch_size(self, batch_size: int) -> None:
         """Raises BadInput unless `batch_size`, typed or the task's, can be split as asked."""
         parts = self.accumulation or 1
         if batch_size % parts:
             fits = max(n for n in range(1, min(parts, batch_size + 1)) if batch_size % n == 0)
-            raise BadInput(f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}.")
-        rows = batch_size // parts
-        if self.workers_per_seat > rows:
-            raise BadInput(
-                f"--workers-per-seat {self.workers_per_seat}: every worker needs a row of the {rows} "
-                f"computed at once (batch size {batch_size}, accumulation {parts}); take {rows}."
+            raise UsageError(
+                f"--accumulation {parts}: must divide the batch size, {batch_size}; take {fits}."
+            )
+        micro_batch_size = batch_size // parts
+        if self.workers_per_trainer > micro_batch_size:
+            raise UsageError(
+                f"--workers-per-seat {self.workers_per_trainer}: every worker needs a row of the {micro_batch_size} "
+                f"computed at once (batch size {batch_size}, accumulation {parts}); take {micro_batch_size}."
             )
 
     def check_output(self) -> None:
@@ -309,40 +320,40 @@ class StudyOptions:
                 probe.unlink()
             except OSError as error:
                 error.filename = str(folder)
-                if refused_by_disk(error):
+                if describe_disk_error(error):
                     raise
-                raise BadInput(
+                raise UsageError(
                     f"{name} {str(folder)!r} cannot be written ({error.strerror}); name a folder that can."
                 ) from None
 
 
-def parse(description: str | None, kind: type[StudyOptions] = StudyOptions) -> StudyOptions:
+def parse_options(description: str | None, options_class: type[StudyOptions] = StudyOptions) -> StudyOptions:
     """The command line's options, of the class `kind`, which may add a script's own. `--help` and mistakes
     end the process (0 and 2), and so does a run on a cluster (--on), with the exit code that it had there."""
     import tyro
 
-    options = tyro.cli(kind, description=description, config=(tyro.conf.FlagCreatePairsOff,))
-    say_what_comes("Reading libraries, the task's data, the model and the records ...")
+    options = tyro.cli(options_class, description=description, config=(tyro.conf.FlagCreatePairsOff,))
+    print_status("Reading libraries, the task's data, the model and the records ...")
     if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
         return options  # without looking for a cluster, which takes a moment
-    from orchestrator.cluster.remote.target import elsewhere
+    from orchestrator.cluster.remote.target import run_if_remote
 
-    code = elsewhere(options)
+    code = run_if_remote(options)
     if code is not None:
         sys.exit(code)
     return options
 
 
-def _gpus(value: float) -> None:
+def _check_gpus_per_worker(value: float) -> None:
     if not math.isfinite(value) or value < 0:
-        raise BadInput(
+        raise UsageError(
             f"--gpus-per-seat {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU."
         )
     if value > 1 and value != int(value):
-        raise BadInput(
+        raise UsageError(
             f"--gpus-per-seat {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
         )
     if value > 1:
-        raise BadInput(
+        raise UsageError(
             f"--gpus-per-seat {value:g}: a seat holds its base on one GPU; take 1 and more --seats."
         )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from orchestrator.study.rates import rate
-from orchestrator.util.errors import BadInput
+from orchestrator.study.rates import parse_positive_number
+from orchestrator.util.errors import UsageError
 
 OPTION = "--price-per-gpu-hour"
 EXAMPLE = "For example: 1.2, or 0.4:1.2 (spot:on demand)."
 
 
-def parse(text: str) -> tuple[float, float]:
+def parse_price(text: str) -> tuple[float, float]:
     """Low and high, in USD. Raises BadInput."""
     words = text.split(":")
     if len(words) > 2:
-        raise BadInput(f"{OPTION}: {text!r} must be LOW:HIGH or one number. {EXAMPLE}")
-    low, high = rate(OPTION, words[0], EXAMPLE), rate(OPTION, words[-1], EXAMPLE)
+        raise UsageError(f"{OPTION}: {text!r} must be LOW:HIGH or one number. {EXAMPLE}")
+    low, high = (
+        parse_positive_number(OPTION, words[0], EXAMPLE),
+        parse_positive_number(OPTION, words[-1], EXAMPLE),
+    )
     if low > high:
-        raise BadInput(f"{OPTION}: {text!r} is reversed; did you mean {words[1]}:{words[0]}?")
+        raise UsageError(f"{OPTION}: {text!r} is reversed; did you mean {words[1]}:{words[0]}?")
     return low, high

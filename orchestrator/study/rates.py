@@ -6,62 +6,62 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.study import bounds
-from orchestrator.util.errors import BadInput, quoted
+from orchestrator.util.errors import UsageError, quote_value
 
-MOST_DECADES = 100
+MAX_DECADES = 100
 """The widest range of a grid; float32 spans 83. In a wider one a power of ten could overflow."""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 
-def parse(words: Sequence[str]) -> tuple[float, ...]:
+def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
     """The rates in ascending order, without repetition. Raises BadInput."""
-    rates = {each for word in words for each in (_grid(word) if ":" in word else [_rate(word)])}
+    rates = {each for word in words for each in (_parse_range(word) if ":" in word else [_parse_rate(word)])}
     if not rates:
-        raise BadInput(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
-    if len(rates) > bounds.POINTS:
-        raise BadInput(f"--learning-rates has {len(rates)} rates; must have {bounds.POINTS} or fewer.")
+        raise UsageError(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
+    if len(rates) > bounds.MAX_POINTS:
+        raise UsageError(f"--learning-rates has {len(rates)} rates; must have {bounds.MAX_POINTS} or fewer.")
     return tuple(sorted(rates))
 
 
-def rate(option: str, word: str, example: str) -> float:
+def parse_positive_number(option: str, word: str, example: str) -> float:
     """One learning rate of `option`. Raises BadInput."""
     try:
         value = float(word)
     except ValueError:
-        raise BadInput(f"{option}: {word!r} is not a number. {example}") from None
+        raise UsageError(f"{option}: {word!r} is not a number. {example}") from None
     if not math.isfinite(value) or value <= 0:
-        raise BadInput(f"{option}: {word!r} must be a finite number above 0. {example}")
+        raise UsageError(f"{option}: {word!r} must be a finite number above 0. {example}")
     return value
 
 
-def _rate(word: str) -> float:
-    return rate("--learning-rates", word, EXAMPLE)
+def _parse_rate(word: str) -> float:
+    return parse_positive_number("--learning-rates", word, EXAMPLE)
 
 
-def _grid(word: str) -> list[float]:
+def _parse_range(word: str) -> list[float]:
     parts = word.split(":")
     if len(parts) != 3:
-        raise BadInput(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
-    low, high = _rate(parts[0]), _rate(parts[1])
+        raise UsageError(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
+    low, high = _parse_rate(parts[0]), _parse_rate(parts[1])
     # float(), because int() refuses more than 4,300 digits.
     density = float(parts[2]) if parts[2].isdecimal() else 0.0
     if density < 1:
-        raise BadInput(
+        raise UsageError(
             f"--learning-rates: {word!r} has {parts[2]!r} points a decade; it must be 1 or more. {EXAMPLE}"
         )
     if low > high:
-        raise BadInput(
+        raise UsageError(
             f"--learning-rates: {word!r} is reversed; did you mean {parts[1]}:{parts[0]}:{parts[2]}?"
         )
     decades = math.log10(high) - math.log10(low)
-    if decades > MOST_DECADES:
-        raise BadInput(
-            f"--learning-rates: {word!r} spans {decades:.0f} decades; must be {MOST_DECADES} or less. "
+    if decades > MAX_DECADES:
+        raise UsageError(
+            f"--learning-rates: {word!r} spans {decades:.0f} decades; must be {MAX_DECADES} or less. "
             f"{EXAMPLE}"
         )
-    if decades * density > bounds.POINTS:
-        raise BadInput(
-            f"--learning-rates: {quoted(word)} has more than {bounds.POINTS} rates; take fewer points a "
+    if decades * density > bounds.MAX_POINTS:
+        raise UsageError(
+            f"--learning-rates: {quote_value(word)} has more than {bounds.MAX_POINTS} rates; take fewer points a "
             f"decade. {EXAMPLE}"
         )
     count = math.floor(decades * density + 1e-9) + 1 if decades else 1

@@ -13,14 +13,14 @@ from typing import Literal
 
 from orchestrator.study import bounds
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.errors import BadInput, nearest
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 Value = float | int | str | bool
-Own = Callable[[str], Mapping[str, Value]]
+VariantDefaults = Callable[[str], Mapping[str, Value]]
 """A variant's own settings with their defaults; rank, alpha and dropout among them if it has them."""
 
 EXAMPLE = "For example: learning_rate=log:1e-4:1e-2 rank=4,8,16 lora_plus.ratio=logint:1:64."
-DIGITS = 3  # significant ones of a drawn number: its spelling in reports is its value
+SIGNIFICANT_DIGITS = 3  # significant ones of a drawn number: its spelling in reports is its value
 
 
 @dataclass(frozen=True)
@@ -30,33 +30,33 @@ class Hyperparameter:
 
     part: Literal["variant", "optimizer", "schedule", "batches"]
     field: str
-    whole: bool = False
-    least: float = 0.0
-    most: float = math.inf
-    open_below: bool = True
-    open_above: bool = True
-    digits: int = DIGITS
-    words: tuple[str, ...] = ()
+    is_int: bool = False
+    low: float = 0.0
+    high: float = math.inf
+    low_exclusive: bool = True
+    high_exclusive: bool = True
+    significant_digits: int = SIGNIFICANT_DIGITS
+    choices: tuple[str, ...] = ()
 
-    def rule(self, value: Value) -> str | None:
+    def find_violation(self, value: Value) -> str | None:
         """What `value` breaks, in words; None when it may be."""
-        if self.words:
-            return None if value in self.words else f"must be one of {', '.join(self.words)}"
+        if self.choices:
+            return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
         if isinstance(value, (str, bool)):
             return "must be a number"
-        if self.whole and value != int(value):
+        if self.is_int and value != int(value):
             return "must be a whole number"
-        low = value > self.least if self.open_below else value >= self.least
-        high = value < self.most if self.open_above else value <= self.most
-        if low and high:
+        is_above_low = value > self.low if self.low_exclusive else value >= self.low
+        is_below_high = value < self.high if self.high_exclusive else value <= self.high
+        if is_above_low and is_below_high:
             return None
-        bounds = f"{'above' if self.open_below else 'at least'} {self.least:g}"
-        if self.most < math.inf:
-            bounds += f" and {'below' if self.open_above else 'at most'} {self.most:g}"
+        bounds = f"{'above' if self.low_exclusive else 'at least'} {self.low:g}"
+        if self.high < math.inf:
+            bounds += f" and {'below' if self.high_exclusive else 'at most'} {self.high:g}"
         return f"must be {bounds}"
 
 
-def count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperparameter:
+def int_hyperparameter(part: Literal["variant", "batches"], field: str, high: int) -> Hyperparameter:
     """Return the rule for a whole number.
 
     Args:
@@ -64,27 +64,27 @@ def count(part: Literal["variant", "batches"], field: str, most: int) -> Hyperpa
         field: Its name there.
         most: The largest value that is allowed; the smallest is 1.
     """
-    return Hyperparameter(part, field, True, least=1, most=most, open_below=False, open_above=False)
+    return Hyperparameter(part, field, True, low=1, high=high, low_exclusive=False, high_exclusive=False)
 
 
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "learning_rate": Hyperparameter("optimizer", "learning_rate"),
     "head_learning_rate": Hyperparameter("optimizer", "head_learning_rate"),
-    "rank": count("variant", "rank", bounds.RANK),
+    "rank": int_hyperparameter("variant", "rank", bounds.MAX_RANK),
     "alpha": Hyperparameter("variant", "alpha"),
-    "dropout": Hyperparameter("variant", "dropout", most=1, open_below=False),
-    "weight_decay": Hyperparameter("optimizer", "weight_decay", open_below=False),
-    "beta1": Hyperparameter("optimizer", "beta1", most=1, open_below=False, digits=6),
-    "beta2": Hyperparameter("optimizer", "beta2", most=1, open_below=False, digits=6),
+    "dropout": Hyperparameter("variant", "dropout", high=1, low_exclusive=False),
+    "weight_decay": Hyperparameter("optimizer", "weight_decay", low_exclusive=False),
+    "beta1": Hyperparameter("optimizer", "beta1", high=1, low_exclusive=False, significant_digits=6),
+    "beta2": Hyperparameter("optimizer", "beta2", high=1, low_exclusive=False, significant_digits=6),
     "epsilon": Hyperparameter("optimizer", "epsilon"),
     "clip_norm": Hyperparameter("optimizer", "clip_norm"),
-    "warmup": Hyperparameter("schedule", "warmup", most=1, open_below=False, open_above=False),
-    "schedule": Hyperparameter("schedule", "name", words=("constant", "linear", "cosine")),
-    "batch_size": count("batches", "batch_size", bounds.BATCH_SIZE),
+    "warmup": Hyperparameter("schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
+    "schedule": Hyperparameter("schedule", "name", choices=("constant", "linear", "cosine")),
+    "batch_size": int_hyperparameter("batches", "batch_size", bounds.MAX_BATCH_SIZE),
 }
-WHOLE = replace(count("variant", "extra", bounds.RANK), least=0)
+INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
 """The rule for whole numbers among a variant's own settings. The variant itself may allow fewer."""
-OF_VARIANTS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
+VARIANT_HYPERPARAMETERS = frozenset(name for name, each in HYPERPARAMETERS.items() if each.part == "variant")
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class Dimension:
     low: float = 0.0
     high: float = 0.0
     log: bool = False
-    integer: bool = False
-    whole: bool = False
-    digits: int = DIGITS
+    has_integer_steps: bool = False
+    is_int: bool = False
+    significant_digits: int = SIGNIFICANT_DIGITS
     choices: tuple[Value, ...] = ()
 
     @property
@@ -107,7 +107,7 @@ class Dimension:
         return f"{self.variant}.{self.name}" if self.variant else self.name
 
     @property
-    def numeric(self) -> bool:
+    def is_numeric(self) -> bool:
         """Whether its values have an order; choices of numbers are in ascending order."""
         return not any(isinstance(each, (str, bool)) for each in self.choices)
 
@@ -116,26 +116,26 @@ class Dimension:
         """How many values; None for a real interval."""
         if self.choices:
             return len(self.choices)
-        return int(self.high) - int(self.low) + 1 if self.integer else None
+        return int(self.high) - int(self.low) + 1 if self.has_integer_steps else None
 
     @property
-    def ends(self) -> tuple[Value, ...]:
+    def choices_or_ends(self) -> tuple[Value, ...]:
         """All choices, or both ends."""
-        return self.choices or (self.value(self.low), self.value(self.high))
+        return self.choices or (self.to_value(self.low), self.to_value(self.high))
 
-    def value(self, drawn: float) -> Value:
+    def to_value(self, drawn: float) -> Value:
         """A number drawn from the interval as the configuration gets it."""
-        if self.integer:
-            return int(drawn) if self.whole else float(drawn)
-        return min(self.high, max(self.low, float(f"{drawn:.{self.digits}g}")))
+        if self.has_integer_steps:
+            return int(drawn) if self.is_int else float(drawn)
+        return min(self.high, max(self.low, float(f"{drawn:.{self.significant_digits}g}")))
 
     @property
-    def text(self) -> str:
+    def spec_text(self) -> str:
         """The SPEC that says this, in one spelling."""
         if self.choices:
-            return ",".join(spelled(each) for each in self.choices)
+            return ",".join(format_value(each) for each in self.choices)
         kind = {(False, False): "", (True, False): "log:", (False, True): "int:", (True, True): "logint:"}
-        return f"{kind[self.log, self.integer]}{self.low:.10g}:{self.high:.10g}"
+        return f"{kind[self.log, self.has_integer_steps]}{self.low:.10g}:{self.high:.10g}"
 
 
 @dataclass(frozen=True)
@@ -155,77 +155,86 @@ class Space:
         return math.prod(d.size or math.inf for d in self.variants[variant])
 
 
-def parse(
-    words: Sequence[str], variants: Sequence[str], own: Own, rates: Sequence[float], fixed: Sequence[str] = ()
+def parse_space(
+    words: Sequence[str],
+    variants: Sequence[str],
+    variant_defaults: VariantDefaults,
+    learning_rates: Sequence[float],
+    fixed_names: Sequence[str] = (),
 ) -> Space:
     """The space of `variants` from NAME=SPEC words. What a variant does not have is left out of its space,
     unless it is named as VARIANT.NAME. The learning rate goes from the lowest to the highest of `rates`
     unless it is named, or among `fixed` (names with a value of their own). Raises BadInput."""
     shared: dict[str, Dimension] = {}
-    single: dict[tuple[str, str], Dimension] = {}
+    variant_dimensions: dict[tuple[str, str], Dimension] = {}
     for word in words:
-        name, spec = _split("--space", word)
-        variant, name = _name("--space", name, variants, own)
-        dimension = _dimension(word, variant, name, spec, own)
-        if dimension.key in {d.key for d in (*shared.values(), *single.values())}:
-            raise BadInput(f"--space {word!r}: {dimension.key} is there twice; name it once.")
-        if dimension.key in fixed:
-            raise BadInput(f"--space {word!r}: --set has fixed {dimension.key}; take one of the two away.")
+        name, spec = _split_argument("--space", word)
+        variant, name = _parse_name("--space", name, variants, variant_defaults)
+        dimension = _parse_dimension(word, variant, name, spec, variant_defaults)
+        if dimension.key in {d.key for d in (*shared.values(), *variant_dimensions.values())}:
+            raise UsageError(f"--space {word!r}: {dimension.key} is there twice; name it once.")
+        if dimension.key in fixed_names:
+            raise UsageError(f"--space {word!r}: --set has fixed {dimension.key}; take one of the two away.")
         if variant:
-            single[variant, name] = dimension
+            variant_dimensions[variant, name] = dimension
         else:
             shared[name] = dimension
-    if "learning_rate" not in shared and "learning_rate" not in fixed and len(rates) > 1:
-        default = Dimension("learning_rate", low=min(rates), high=max(rates), log=True)
+    if "learning_rate" not in shared and "learning_rate" not in fixed_names and len(learning_rates) > 1:
+        default = Dimension("learning_rate", low=min(learning_rates), high=max(learning_rates), log=True)
         shared = {"learning_rate": default, **shared}
-    of: dict[str, tuple[Dimension, ...]] = {}
+    dimensions: dict[str, tuple[Dimension, ...]] = {}
     for variant in variants:
-        mine = {name: d for (whose, name), d in single.items() if whose == variant}
-        replaced = {name for name in mine if _known(variant, name, own)}
-        of[variant] = tuple(
+        own_dimensions = {name: d for (whose, name), d in variant_dimensions.items() if whose == variant}
+        replaced = {name for name in own_dimensions if _find_hyperparameter(variant, name, variant_defaults)}
+        dimensions[variant] = tuple(
             dimension
             for name, dimension in shared.items()
-            if (name not in OF_VARIANTS or name in own(variant))
+            if (name not in VARIANT_HYPERPARAMETERS or name in variant_defaults(variant))
             and name not in replaced
-            and (f"{variant}.{name}" not in fixed or not _known(variant, name, own))
-        ) + tuple(mine.values())
-    return Space(of)
+            and (
+                f"{variant}.{name}" not in fixed_names
+                or not _find_hyperparameter(variant, name, variant_defaults)
+            )
+        ) + tuple(own_dimensions.values())
+    return Space(dimensions)
 
 
-def settings(words: Sequence[str], variants: Sequence[str], own: Own) -> dict[str, Value]:
+def parse_fixed_values(
+    words: Sequence[str], variants: Sequence[str], variant_defaults: VariantDefaults
+) -> dict[str, Value]:
     """Fixed values from NAME=VALUE words, by NAME or VARIANT.NAME. Raises BadInput."""
-    found: dict[str, Value] = {}
+    fixed_values: dict[str, Value] = {}
     for word in words:
-        name, text = _split("--set", word)
-        variant, name = _name("--set", name, variants, own)
+        name, text = _split_argument("--set", word)
+        variant, name = _parse_name("--set", name, variants, variant_defaults)
         key = f"{variant}.{name}" if variant else name
-        if key in found:
-            raise BadInput(f"--set {word!r}: {key} is there twice; name it once.")
-        found[key] = _value("--set", word, variant, name, text, own)
-    return found
+        if key in fixed_values:
+            raise UsageError(f"--set {word!r}: {key} is there twice; name it once.")
+        fixed_values[key] = _parse_value("--set", word, variant, name, text, variant_defaults)
+    return fixed_values
 
 
-def applied(configuration: Configuration, values: Mapping[str, Value]) -> Configuration:
+def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> Configuration:
     """`configuration` with these values (by NAME or VARIANT.NAME; those of other variants are passed over).
     A batch is split into as many parts as before."""
     for key, value in sorted(values.items(), key=lambda item: "." in item[0]):
         variant, _, name = key.rpartition(".")
         if variant not in ("", configuration.variant.name):
             continue
-        known = HYPERPARAMETERS.get(name)
-        if known is None or (variant and name in configuration.variant.extra):
+        hyperparameter = HYPERPARAMETERS.get(name)
+        if hyperparameter is None or (variant and name in configuration.variant.extra):
             extra = {**configuration.variant.extra, name: value}
             configuration = replace(configuration, variant=replace(configuration.variant, extra=extra))
-        elif known.part == "batches":
+        elif hyperparameter.part == "batches":
             size = int(value) // configuration.batches.accumulation
             configuration = replace(configuration, batches=replace(configuration.batches, batch_size=size))
         else:
-            part = replace(getattr(configuration, known.part), **{known.field: value})
-            configuration = replace(configuration, **{known.part: part})
+            part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
+            configuration = replace(configuration, **{hyperparameter.part: part})
     return configuration
 
 
-def told(configuration: Configuration, key: str) -> Value | None:
+def get_value(configuration: Configuration, key: str) -> Value | None:
     """The value that `configuration` has for NAME or VARIANT.NAME: `applied` the other way. None where it has
     none (it is another variant's)."""
     variant, _, name = key.rpartition(".")
@@ -233,135 +242,157 @@ def told(configuration: Configuration, key: str) -> Value | None:
         return None
     if variant and name in configuration.variant.extra:
         return configuration.variant.extra[name]
-    known = HYPERPARAMETERS[name]
-    if known.part == "batches":
+    hyperparameter = HYPERPARAMETERS[name]
+    if hyperparameter.part == "batches":
         return configuration.batches.batch_size * configuration.batches.accumulation
-    value = getattr(getattr(configuration, known.part), known.field)
+    value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # a variant without ranks
 
 
-def spelled(value: Value) -> str:
+def format_value(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def _split(option: str, word: str) -> tuple[str, str]:
+def _split_argument(option: str, word: str) -> tuple[str, str]:
     name, found, text = word.partition("=")
     if not found or not name or not text:
         form = "NAME=SPEC" if option == "--space" else "NAME=VALUE"
         example = EXAMPLE if option == "--space" else "For example: weight_decay=0.01 lora_plus.ratio=4."
-        raise BadInput(f"{option} {word!r}: must be {form}. {example}")
+        raise UsageError(f"{option} {word!r}: must be {form}. {example}")
     return name.replace("-", "_"), text
 
 
-def _name(option: str, key: str, variants: Sequence[str], own: Own) -> tuple[str, str]:
+def _parse_name(
+    option: str, key: str, variants: Sequence[str], variant_defaults: VariantDefaults
+) -> tuple[str, str]:
     """(variant or "", name)."""
     variant, dot, name = key.rpartition(".")
     if not dot:
         if key not in HYPERPARAMETERS:
-            known = [*HYPERPARAMETERS, *(f"{each}.{name}" for each in variants for name in own(each))]
-            raise BadInput(f"{option}: no hyperparameter {key!r}. {nearest(key, known)}")
+            known = [
+                *HYPERPARAMETERS,
+                *(f"{each}.{name}" for each in variants for name in variant_defaults(each)),
+            ]
+            raise UsageError(f"{option}: no hyperparameter {key!r}. {suggest_nearest(key, known)}")
         return "", key
     if variant not in variants:
-        raise BadInput(f"{option} {key}: {variant!r} is not in this study. {nearest(variant, variants)}")
-    known = [*own(variant), *(name for name in HYPERPARAMETERS if name not in OF_VARIANTS)]
+        raise UsageError(
+            f"{option} {key}: {variant!r} is not in this study. {suggest_nearest(variant, variants)}"
+        )
+    known = [
+        *variant_defaults(variant),
+        *(name for name in HYPERPARAMETERS if name not in VARIANT_HYPERPARAMETERS),
+    ]
     if name not in known:
-        raise BadInput(f"{option} {key}: {variant} has no {name!r}. {nearest(name, known)}")
+        raise UsageError(f"{option} {key}: {variant} has no {name!r}. {suggest_nearest(name, known)}")
     return variant, name
 
 
-def _known(variant: str, name: str, own: Own) -> Hyperparameter | None:
+def _find_hyperparameter(variant: str, name: str, variant_defaults: VariantDefaults) -> Hyperparameter | None:
     """None for one of the variant's own settings (ReLoRA has a `warmup` of its own)."""
-    mine = variant and name in own(variant) and name not in OF_VARIANTS
-    return None if mine else HYPERPARAMETERS[name]
+    is_variant_setting = variant and name in variant_defaults(variant) and name not in VARIANT_HYPERPARAMETERS
+    return None if is_variant_setting else HYPERPARAMETERS[name]
 
 
-def _value(option: str, word: str, variant: str, name: str, text: str, own: Own) -> Value:
+def _parse_value(
+    option: str, word: str, variant: str, name: str, text: str, variant_defaults: VariantDefaults
+) -> Value:
     """One value, of the type that the hyperparameter has."""
-    known = _known(variant, name, own)
-    default = own(variant)[name] if known is None else None
+    hyperparameter = _find_hyperparameter(variant, name, variant_defaults)
+    default = variant_defaults(variant)[name] if hyperparameter is None else None
     if isinstance(default, bool):
         if text not in ("true", "false"):
-            raise BadInput(f"{option} {word!r}: {text!r} must be true or false.")
+            raise UsageError(f"{option} {word!r}: {text!r} must be true or false.")
         return text == "true"
-    if isinstance(default, str) or (known and known.words):
+    if isinstance(default, str) or (hyperparameter and hyperparameter.choices):
         value: Value = text
     else:
-        number = _number(option, word, text)
-        if (known.whole if known else isinstance(default, int)) and number != int(number):
+        number = _parse_number(option, word, text)
+        if (hyperparameter.is_int if hyperparameter else isinstance(default, int)) and number != int(number):
             near = f"; take {max(1, round(number))}"
-            raise BadInput(f"{option} {word!r}: {text!r} must be a whole number{near}.")
-        value = int(number) if (known.whole if known else isinstance(default, int)) else number
-    rule = known or (WHOLE if isinstance(value, int) else None)
-    broken = rule.rule(value) if rule else None
+            raise UsageError(f"{option} {word!r}: {text!r} must be a whole number{near}.")
+        value = (
+            int(number) if (hyperparameter.is_int if hyperparameter else isinstance(default, int)) else number
+        )
+    rule = hyperparameter or (INT_SETTING_RULE if isinstance(value, int) else None)
+    broken = rule.find_violation(value) if rule else None
     if broken:
-        hint = f" {nearest(text, known.words)}" if known and known.words else ""
-        raise BadInput(f"{option} {word!r}: {text!r} {broken}.{hint}")
+        hint = (
+            f" {suggest_nearest(text, hyperparameter.choices)}"
+            if hyperparameter and hyperparameter.choices
+            else ""
+        )
+        raise UsageError(f"{option} {word!r}: {text!r} {broken}.{hint}")
     return value
 
 
-def _number(option: str, word: str, text: str) -> float:
+def _parse_number(option: str, word: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise BadInput(f"{option} {word!r}: {text!r} is not a number.") from None
+        raise UsageError(f"{option} {word!r}: {text!r} is not a number.") from None
     if not math.isfinite(value):
-        raise BadInput(f"{option} {word!r}: {text!r} must be finite.")
+        raise UsageError(f"{option} {word!r}: {text!r} must be finite.")
     return value
 
 
-def _dimension(word: str, variant: str, name: str, spec: str, own: Own) -> Dimension:
-    known = _known(variant, name, own)
+def _parse_dimension(
+    word: str, variant: str, name: str, spec: str, variant_defaults: VariantDefaults
+) -> Dimension:
+    hyperparameter = _find_hyperparameter(variant, name, variant_defaults)
     if ":" not in spec:
-        return _choice(word, variant, name, spec, own)
-    default = None if known else own(variant)[name]
-    if isinstance(default, (str, bool)) or (known and known.words):
-        few = ",".join(known.words[:2]) if known else spelled(default or "")
-        raise BadInput(f"--space {word!r}: {name} has no range; take a choice, for example {name}={few}.")
+        return _parse_choices(word, variant, name, spec, variant_defaults)
+    default = None if hyperparameter else variant_defaults(variant)[name]
+    if isinstance(default, (str, bool)) or (hyperparameter and hyperparameter.choices):
+        few = ",".join(hyperparameter.choices[:2]) if hyperparameter else format_value(default or "")
+        raise UsageError(f"--space {word!r}: {name} has no range; take a choice, for example {name}={few}.")
     *kind, low_text, high_text = spec.split(":")
     kinds = {(): (False, False), ("log",): (True, False), ("int",): (False, True), ("logint",): (True, True)}
     if tuple(kind) not in kinds:
         forms = "low:high, log:low:high, int:low:high, logint:low:high or a choice a,b,c"
-        hint = f" {nearest(kind[0], ('log', 'int', 'logint'))}" if len(kind) == 1 else ""
-        raise BadInput(f"--space {word!r}: {spec!r} must be {forms}.{hint}")
-    log, integer = kinds[tuple(kind)]
-    whole = known.whole if known else isinstance(default, int)
-    if whole and not integer:
+        hint = f" {suggest_nearest(kind[0], ('log', 'int', 'logint'))}" if len(kind) == 1 else ""
+        raise UsageError(f"--space {word!r}: {spec!r} must be {forms}.{hint}")
+    log, has_integer_steps = kinds[tuple(kind)]
+    is_int = hyperparameter.is_int if hyperparameter else isinstance(default, int)
+    if is_int and not has_integer_steps:
         better = f"{'logint' if log else 'int'}:{low_text}:{high_text}"
-        raise BadInput(f"--space {word!r}: {name} is a whole number; take {better}.")
-    low, high = _number("--space", word, low_text), _number("--space", word, high_text)
-    if integer and (low != int(low) or high != int(high)):
-        raise BadInput(f"--space {word!r}: the ends must be whole numbers.")
+        raise UsageError(f"--space {word!r}: {name} is a whole number; take {better}.")
+    low, high = _parse_number("--space", word, low_text), _parse_number("--space", word, high_text)
+    if has_integer_steps and (low != int(low) or high != int(high)):
+        raise UsageError(f"--space {word!r}: the ends must be whole numbers.")
     if low > high:
         better = ":".join([*kind, high_text, low_text])
-        raise BadInput(f"--space {word!r} is reversed; did you mean {better}?")
+        raise UsageError(f"--space {word!r} is reversed; did you mean {better}?")
     if low == high:
-        raise BadInput(
+        raise UsageError(
             f"--space {word!r} has one value only; take --set {word.partition('=')[0]}={low_text}."
         )
     if log and low <= 0:
-        raise BadInput(f"--space {word!r}: {low_text!r} must be above 0 for a logarithm.")
-    rule = known or (WHOLE if whole else None)
+        raise UsageError(f"--space {word!r}: {low_text!r} must be above 0 for a logarithm.")
+    rule = hyperparameter or (INT_SETTING_RULE if is_int else None)
     for text, end in ((low_text, low), (high_text, high)):
-        broken = rule.rule(end) if rule else None
+        broken = rule.find_violation(end) if rule else None
         if broken:
-            raise BadInput(f"--space {word!r}: {text!r} {broken}.")
-    digits = known.digits if known else DIGITS
-    return Dimension(name, variant, low, high, log, integer, whole, digits)
+            raise UsageError(f"--space {word!r}: {text!r} {broken}.")
+    digits = hyperparameter.significant_digits if hyperparameter else SIGNIFICANT_DIGITS
+    return Dimension(name, variant, low, high, log, has_integer_steps, is_int, digits)
 
 
-def _choice(word: str, variant: str, name: str, spec: str, own: Own) -> Dimension:
+def _parse_choices(
+    word: str, variant: str, name: str, spec: str, variant_defaults: VariantDefaults
+) -> Dimension:
     texts = [text for text in spec.split(",") if text]
     typed = word.partition("=")[0]
     if len(texts) <= spec.count(","):
         better = f"take {typed}={','.join(texts)}." if texts else f"name two values or more. {EXAMPLE}"
-        raise BadInput(f"--space {word!r}: one of its values is empty; {better}")
-    values = [_value("--space", word, variant, name, text, own) for text in texts]
+        raise UsageError(f"--space {word!r}: one of its values is empty; {better}")
+    values = [_parse_value("--space", word, variant, name, text, variant_defaults) for text in texts]
     distinct = list(dict.fromkeys(values))
     if len(distinct) < 2:
-        raise BadInput(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
+        raise UsageError(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
     dimension = Dimension(name, variant, choices=tuple(distinct))
-    if dimension.numeric:
+    if dimension.is_numeric:
         dimension = replace(dimension, choices=tuple(sorted(distinct)))  # type: ignore[type-var]
     return dimension

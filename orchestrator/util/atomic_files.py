@@ -17,11 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.util.errors import BadInput, Trouble, refused_by_disk
+from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_disk_errors(path: Path) -> Iterator[None]:
     """Put `path` into a disk's error that is raised inside and names no file, or the temporary one of `path`.
 
     Other errors are left as they are: those of networks and of Ray's time limits are OSErrors, too.
@@ -29,14 +29,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        nameless = not error.filename and refused_by_disk(error)
+        nameless = not error.filename and describe_disk_error(error)
         if nameless or Path(error.filename or "").name.startswith(f".{path.name}."):
             error.filename = str(path)
         raise
 
 
 @contextmanager
-def blamed(*folders: Path) -> Iterator[None]:
+def report_unwritable_folders(*folders: Path) -> Iterator[None]:
     """Replace an error raised inside by the disk's own error, where one of `folders` cannot be written.
 
     A library may turn a full disk into an error of its own that does not mention the disk. So after any error
@@ -51,38 +51,38 @@ def blamed(*folders: Path) -> Iterator[None]:
         Trouble: One of the folders is gone.
     """
     try:
-        with naming(folders[0]):
+        with add_path_to_disk_errors(folders[0]):
             yield
-    except (BadInput, Trouble):
+    except (UsageError, StudyError):
         raise
     except Exception as error:
-        for folder in folders if not refused_by_disk(error) else ():
-            _try(folder, error)
+        for folder in folders if not describe_disk_error(error) else ():
+            _probe_folder(folder, error)
         raise
 
 
-def _try(folder: Path, error: Exception) -> None:
+def _probe_folder(folder: Path, error: Exception) -> None:
     """Write to `folder`. Where that fails, raise the reason, with `error` as its cause."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0" * 4096)
             file.flush()
     except FileNotFoundError:
-        raise Trouble(f"{folder} is gone; mount its disk again, then run the command again") from error
+        raise StudyError(f"{folder} is gone; mount its disk again, then run the command again") from error
     except OSError as refusal:
         refusal.filename = str(folder)
         raise refusal from error
 
 
-_SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*')
-_SEAL_BYTES = 100
+_CHECKSUM = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*')
+_CHECKSUM_BYTES = 100
 
 
-class Damaged(ValueError):
+class DamagedFileError(ValueError):
     """The content of a file is not what was written to it."""
 
 
-def seal(text: str) -> bytes:
+def add_checksum(text: str) -> bytes:
     """Add a SHA-256 checksum to a JSON object.
 
     Args:
@@ -95,7 +95,7 @@ def seal(text: str) -> bytes:
     return body + f',"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
 
 
-def unseal(data: bytes) -> bytes:
+def verify_checksum(data: bytes) -> bytes:
     """Verify the checksum that `seal` has added, and remove it.
 
     Args:
@@ -107,24 +107,24 @@ def unseal(data: bytes) -> bytes:
     Raises:
         Damaged: The content does not have this checksum, or another program has written the file.
     """
-    start = max(0, len(data) - _SEAL_BYTES)
-    found = next((m for m in _SEAL.finditer(data, start) if m.end() == len(data)), None)
+    start = max(0, len(data) - _CHECKSUM_BYTES)
+    found = next((m for m in _CHECKSUM.finditer(data, start) if m.end() == len(data)), None)
     if found is None:
         if b'"sha256"' in data[start:]:
-            raise Damaged("another program has rewritten it, so that its SHA-256 cannot be verified")
+            raise DamagedFileError("another program has rewritten it, so that its SHA-256 cannot be verified")
         return data
     body = data[: found.start()]
     if hashlib.sha256(body).hexdigest().encode() != found[1]:
-        raise Damaged("its content is not what was written (its SHA-256 differs)")
+        raise DamagedFileError("its content is not what was written (its SHA-256 differs)")
     return body + b"}"
 
 
 @contextmanager
-def temporary(path: Path, data: bytes) -> Iterator[Path]:
+def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
     """A synced file with `data` in the folder of `path`, under a name nobody else uses; gone afterwards."""
     name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with naming(path), name.open("xb") as file:
+        with add_path_to_disk_errors(path), name.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -133,7 +133,7 @@ def temporary(path: Path, data: bytes) -> Iterator[Path]:
         name.unlink(missing_ok=True)
 
 
-def link(source: Path, path: Path) -> bool:
+def link_if_absent(source: Path, path: Path) -> bool:
     """Gives `source` the name `path`; False when that name is taken. One of several callers wins."""
     try:
         os.link(source, path)
@@ -145,14 +145,14 @@ def link(source: Path, path: Path) -> bool:
     return True
 
 
-def replace(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Writes `data` to `path`; a reader sees the old file or the new one."""
-    with naming(path), temporary(path, data) as source:
+    with add_path_to_disk_errors(path), temporary_file(path, data) as source:
         os.replace(source, path)
         sync_folder(path.parent)
 
 
-def read(path: Path, kind: Any, what: str, remedy: str) -> Any:
+def read_json(path: Path, schema: Any, description: str, remedy: str) -> Any:
     """Return the JSON file `path` as a `kind`, None where there is no such file.
 
     Args:
@@ -169,11 +169,11 @@ def read(path: Path, kind: Any, what: str, remedy: str) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    return parsed(text, kind, str(path), what, remedy)
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    return parse_json(text, schema, str(path), description, remedy)
 
 
-def parsed(text: bytes, kind: Any, where: str, what: str, remedy: str) -> Any:
+def parse_json(text: bytes, schema: Any, source: str, description: str, remedy: str) -> Any:
     """Return JSON as a `kind`; the other arguments as in `read`, with `where` for the path.
 
     Raises:
@@ -182,23 +182,23 @@ def parsed(text: bytes, kind: Any, where: str, what: str, remedy: str) -> Any:
     from pydantic import ValidationError
 
     try:
-        text = unseal(text)
-    except Damaged as error:
-        raise BadInput(f"{where}: {error}; {remedy}") from None
+        text = verify_checksum(text)
+    except DamagedFileError as error:
+        raise UsageError(f"{source}: {error}; {remedy}") from None
     try:
-        return _adapter(kind).validate_json(text)
+        return _type_adapter(schema).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         part = ".".join(str(each) for each in first["loc"])
-        said = f"{part + ': ' if part else ''}{first['msg']}"
-        raise BadInput(f"{where}: not {what} ({said}); {remedy}") from error
+        details = f"{part + ': ' if part else ''}{first['msg']}"
+        raise UsageError(f"{source}: not {description} ({details}); {remedy}") from error
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def _type_adapter(schema: Any) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    return TypeAdapter(schema)
 
 
 def sync_folder(folder: Path) -> None:
@@ -211,7 +211,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds the folder's lock file; another process waits. The lock ends with the process that holds it."""
     import fcntl
 
@@ -228,9 +228,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if refused_by_disk(error):
+        if describe_disk_error(error):
             raise
-        raise BadInput(
+        raise UsageError(
             f"store {folder}: cannot be made ({error.strerror}); move what is there, or take another --store"
         ) from None
 
@@ -249,9 +249,9 @@ def check_writable(folder: Path) -> None:
             os.link(Path(probe) / "a", Path(probe) / "b")
     except OSError as error:
         error.filename = str(folder)
-        if refused_by_disk(error):
+        if describe_disk_error(error):
             raise
-        raise BadInput(
+        raise UsageError(
             f"store {folder}: must be a folder that can be written and has hard links "
             f"({error.strerror or error}); choose another --store or --output"
         ) from error

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO, TypeGuard
 
-from orchestrator.util.errors import BadInput, Trouble, refused_by_disk
-from orchestrator.util.redaction import hide_passwords_of_this_process, without_secrets
+from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
+from orchestrator.util.redaction import redact_process_arguments, redact_secrets
 
-FAILED = 1
+EXIT_FAILED = 1
 """The exit code when something outside the command went wrong."""
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
-LIMIT = 3
+EXIT_LIMIT_REACHED = 3
 """The exit code of a study that a limit has ended before all was trained."""
-PATIENCE_SECONDS = 20.0
+INTERRUPT_TIMEOUT_SECONDS = 20.0
 """From Ctrl-C until the process is ended from outside of the main thread; half of it is promised."""
 
 CLEAR_LINE = "\r\x1b[K"
@@ -47,46 +47,46 @@ def main(run: Callable[[], int | None]) -> NoReturn:
             getattr(sys, name) is None
         ):  # closed by the shell: the next file that is opened would take its number
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    hide_passwords_of_this_process()
-    sys.excepthook = _show
-    _interrupt.watch()
+    redact_process_arguments()
+    sys.excepthook = _print_exception
+    _interrupt_handler.install()
     try:
         code = run() or 0
         sys.stdout.flush()
-    except BadInput as error:
+    except UsageError as error:
         for line in str(error).splitlines():
-            print(f"error: {without_secrets(line)}", file=sys.stderr)
+            print(f"error: {redact_secrets(line)}", file=sys.stderr)
         code = 2
-    except Trouble as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        code = FAILED
+    except StudyError as error:
+        print(f"error: {redact_secrets(str(error))}", file=sys.stderr)
+        code = EXIT_FAILED
     except KeyboardInterrupt:
-        _interrupt.say_how_to_go_on()
-        code = INTERRUPTED
+        _interrupt_handler.print_resume_command()
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:  # `... show abc | head`: the reader has what it wants
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:
-        line = refused_by_disk(error)
+        line = describe_disk_error(error)
         if not line and isinstance(error, OSError) and error.filename is not None and error.strerror:
             line = f"{error.filename}: {error.strerror}; make it usable, or move it away"
         if not line:
             raise
-        print(f"error: {without_secrets(line)}", file=sys.stderr)
-        code = FAILED
+        print(f"error: {redact_secrets(line)}", file=sys.stderr)
+        code = EXIT_FAILED
     sys.exit(code)
 
 
-def typed(arguments: Sequence[str]) -> str:
+def format_command(arguments: Sequence[str]) -> str:
     """The command with these arguments as one types it, for files and people: without secrets."""
-    return shlex.join(["python", *map(without_secrets, arguments)])
+    return shlex.join(["python", *map(redact_secrets, arguments)])
 
 
-def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
+def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
-class _Interrupt:
+class _InterruptHandler:
     """The first signal raises KeyboardInterrupt, or calls what is to end the work gently; inside
     `ending_at_once` it ends the process. The second one does so anywhere.
 
@@ -95,117 +95,121 @@ class _Interrupt:
     `time.sleep` sees none that arrives between Python's check for signals and the system call."""
 
     def __init__(self) -> None:
-        self.signals = 0
+        self.handled_count = 0
         """How many signals the main thread has handled."""
-        self.arrived = 0
+        self.listener_count = 0
         """How many signals have reached the listening thread while the work was to end by itself."""
-        self.gently: Callable[[], None] | None = None
-        self.last: Callable[[], object] | None = None
-        self.ending = threading.Lock()
+        self.stop_gracefully: Callable[[], None] | None = None
+        self.before_exit: Callable[[], object] | None = None
+        self.exit_lock = threading.Lock()
         """Held for good by the thread that ends the process."""
-        self.said = False
-        self._ear, self._mouth = -1, -1
+        self.is_resume_command_printed = False
+        self._read_fd, self._write_fd = -1, -1
 
-    def watch(self) -> None:
-        if self._ear < 0:
-            self._ear, self._mouth = os.pipe()
-            os.set_blocking(self._mouth, False)
+    def install(self) -> None:
+        if self._read_fd < 0:
+            self._read_fd, self._write_fd = os.pipe()
+            os.set_blocking(self._write_fd, False)
             threading.Thread(target=self._listen, name="signals", daemon=True).start()
-        signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for number in _SIGNALS:
-            signal.signal(number, self.heard)
+            signal.signal(number, self.handle_signal)
 
-    def heard(self, number: int, frame: FrameType | None) -> None:
-        self.signals += 1
-        if self.signals > 1:
-            _end_at_once()
-        if self.last is not None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+        self.handled_count += 1
+        if self.handled_count > 1:
+            _exit_immediately()
+        if self.before_exit is not None:
             return
-        if self.gently is None:
+        if self.stop_gracefully is None:
             raise KeyboardInterrupt
-        self.gently()
+        self.stop_gracefully()
 
-    def not_yet(self) -> None:
+    def raise_if_interrupted(self) -> None:
         """Raises KeyboardInterrupt when there was a signal, which Python has dropped."""
-        if self.signals:
+        if self.handled_count:
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
         while True:
-            number = os.read(self._ear, 1)[0]
+            number = os.read(self._read_fd, 1)[0]
             if number not in _SIGNALS:
                 continue
-            with self.ending:
-                if self.last is not None:
-                    self.say_how_to_go_on()
-                    ends = threading.Thread(target=self.last, daemon=True)
+            with self.exit_lock:
+                if self.before_exit is not None:
+                    self.print_resume_command()
+                    ends = threading.Thread(target=self.before_exit, daemon=True)
                     ends.start()
-                    while ends.is_alive() and not self._more(0.05):
+                    while ends.is_alive() and not self._wait_for_signal(0.05):
                         pass
-                    _end_at_once()
-            if self.gently is None:
-                self._more(PATIENCE_SECONDS)
-                if self.signals:  # else the handler is another's
-                    self.say_how_to_go_on()
-                    _end_at_once()
+                    _exit_immediately()
+            if self.stop_gracefully is None:
+                self._wait_for_signal(INTERRUPT_TIMEOUT_SECONDS)
+                if self.handled_count:  # else the handler is another's
+                    self.print_resume_command()
+                    _exit_immediately()
                 continue
-            self.arrived += 1
-            if self.arrived > 1 and signal.getsignal(number) == self.heard:
-                _end_at_once()
+            self.listener_count += 1
+            if self.listener_count > 1 and signal.getsignal(number) == self.handle_signal:
+                _exit_immediately()
 
-    def _more(self, seconds: float) -> bool:
-        return bool(select.select([self._ear], [], [], seconds)[0])
+    def _wait_for_signal(self, seconds: float) -> bool:
+        return bool(select.select([self._read_fd], [], [], seconds)[0])
 
-    def say_how_to_go_on(self) -> None:
-        if not self.said:
-            self.said = True
-            say_on_a_line(f"interrupted; to go on: {typed(sys.orig_argv[1:])}")
+    def print_resume_command(self) -> None:
+        if not self.is_resume_command_printed:
+            self.is_resume_command_printed = True
+            print_on_own_line(f"interrupted; to go on: {format_command(sys.orig_argv[1:])}")
 
 
-_interrupt = _Interrupt()
+_interrupt_handler = _InterruptHandler()
 
 
 @contextmanager
-def ending_at_once(last: Callable[[], object] = lambda: None) -> Iterator[None]:
+def exit_on_interrupt(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Around the start of Ray, which takes the signals and, deep inside, waits for processes that the same
     signal may have ended. Inside, in the main thread, the first signal ends the process, whatever the main
     thread is about: the command that goes on is said, and `last` is called and waited for."""
-    _interrupt.not_yet()
-    _interrupt.last = last
+    _interrupt_handler.raise_if_interrupted()
+    _interrupt_handler.before_exit = before_exit
     try:
         yield
     except SystemExit:  # raised by a handler of Ray's
         raise KeyboardInterrupt from None
     finally:
-        with _interrupt.ending:
-            _interrupt.last = None
-        _interrupt.watch()
-    _interrupt.not_yet()
+        with _interrupt_handler.exit_lock:
+            _interrupt_handler.before_exit = None
+        _interrupt_handler.install()
+    _interrupt_handler.raise_if_interrupted()
 
 
 @contextmanager
-def gently(stop: Callable[[], None]) -> Iterator[None]:
+def graceful_interrupts(stop: Callable[[], None]) -> Iterator[None]:
     """Inside, in the main thread, the first Ctrl-C calls `stop` and raises nothing: what runs there ends by
     itself. Libraries that were started meanwhile may have taken the signals: they are taken back."""
-    _interrupt.watch()
-    _interrupt.gently = stop
+    _interrupt_handler.install()
+    _interrupt_handler.stop_gracefully = stop
     try:
         yield
     finally:
-        _interrupt.gently = None
-        _interrupt.watch()
+        _interrupt_handler.stop_gracefully = None
+        _interrupt_handler.install()
 
 
-def let_go() -> None:
+def interrupt_main_thread() -> None:
     """Called by another thread inside `gently`, when all is saved: KeyboardInterrupt in the main thread,
     where somebody else's loop would take its time to end."""
-    _interrupt.gently, _interrupt.signals, _interrupt.arrived = None, 0, 0
+    (
+        _interrupt_handler.stop_gracefully,
+        _interrupt_handler.handled_count,
+        _interrupt_handler.listener_count,
+    ) = None, 0, 0
     ident = threading.main_thread().ident
     assert ident is not None
     signal.pthread_kill(ident, signal.SIGINT)  # a real one: it wakes a thread that sleeps
 
 
-def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
+def exit_with_error(message: str, before_exit: Callable[[], object] = lambda: None) -> NoReturn:
     """Print one `error:` line, then end this process with exit code 1, and all processes that it has started.
 
     Another thread than the main one calls this, when a call into a library blocks the main thread.
@@ -214,17 +218,17 @@ def end_with(error: str, last: Callable[[], object] = lambda: None) -> NoReturn:
         error: The line, without `error:`.
         last: Called after the line is printed; the process ends when it returns or raises.
     """
-    with _interrupt.ending:
+    with _interrupt_handler.exit_lock:
         try:
-            say_on_a_line(f"error: {without_secrets(error)}")
+            print_on_own_line(f"error: {redact_secrets(message)}")
         finally:
             try:
-                last()
+                before_exit()
             finally:
-                _end_at_once(FAILED)
+                _exit_immediately(EXIT_FAILED)
 
 
-def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
+def _exit_immediately(code: int = EXIT_INTERRUPTED) -> NoReturn:
     """Nothing is tidied up: what is on disk is whole at any moment. Processes of ours, such as those of a Ray
     that was started here, would outlive us."""
     try:
@@ -242,7 +246,7 @@ def _end_at_once(code: int = INTERRUPTED) -> NoReturn:
         os._exit(code)
 
 
-def say_what_comes(text: str) -> None:
+def print_status(text: str) -> None:
     """Print `text` if stderr is a terminal: what the next seconds are spent on, before the slow imports.
 
     Where stderr is no terminal nothing is printed: a script that reads it shall find errors and nothing else.
@@ -251,7 +255,7 @@ def say_what_comes(text: str) -> None:
         print(text, file=sys.__stderr__, flush=True)
 
 
-def say_on_a_line(text: str) -> None:
+def print_on_own_line(text: str) -> None:
     """Print `text` on the process's first stderr, on a line of its own.
 
     On a terminal the line is cleared before: it may hold a typed ^C, or a study's live line. `sys.stderr` is

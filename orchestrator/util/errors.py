@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Iterable
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _ADVICE = {
-    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys(DISK_FULL_ERRNOS, "free some space"),
     errno.EROFS: "make it writable",
     errno.EACCES: "let this user read and write it",
     errno.EIO: "check that disk",
@@ -20,17 +20,17 @@ _ADVICE = {
 """What the user can do about a disk's error, by its errno."""
 
 
-class BadInput(Exception):
+class UsageError(Exception):
     """A wrong value from outside. Its text is one line, or one for each of several reasons; commands print
     it, without a traceback."""
 
 
-class Trouble(Exception):
+class StudyError(Exception):
     """Something outside the user's command went wrong and the study cannot go on. Its text is one line;
     commands print it without a traceback, exit code 1."""
 
 
-def refused_by_disk(error: BaseException | None) -> str:
+def describe_disk_error(error: BaseException | None) -> str:
     """Return a line for the user if an error says that a disk is full or cannot be used.
 
     Args:
@@ -44,24 +44,24 @@ def refused_by_disk(error: BaseException | None) -> str:
     found = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' own errors
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number not in _ADVICE:
-        return refused_by_disk(error.__cause__)
+        return describe_disk_error(error.__cause__)
     where = getattr(error, "filename", None) or "a file"
     return f"{where}: {os.strerror(number)}; {_ADVICE[number]}, then run the command again"
 
 
-def nearest(value: str, choices: Iterable[str]) -> str:
+def suggest_nearest(value: str, choices: Iterable[str]) -> str:
     """A suggestion to put behind a message about an unknown name: the nearest choice, or all of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
 
 
-def quoted(value: str) -> str:
+def quote_value(value: str) -> str:
     """Return `value` in quotation marks, control characters escaped, without the middle of a long one."""
     return repr(value if len(value) <= 80 else f"{value[:50]}...{value[-20:]}")
 
 
-def reason(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return the type and the text of an error from a library or a user's code, in one line, cut at 300
     characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

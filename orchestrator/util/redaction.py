@@ -14,52 +14,58 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-STARS = "***"
+REDACTED = "***"
 """In place of a secret."""
 
-_NAMES = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(API|ACCESS|SECRET)_?KEY)$")
-_SHORTEST = 8  # characters: shorter ones are everyday words, too, and would make holes in every traceback
-_IN_URIS = (
+_SECRET_NAMES = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(API|ACCESS|SECRET)_?KEY)$")
+_MIN_SECRET_LENGTH = (
+    8  # characters: shorter ones are everyday words, too, and would make holes in every traceback
+)
+_URI_SECRETS = (
     re.compile(r"(://[^/@:\s]*:)(\S*)(?=@)"),
     re.compile(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)([^&\s]+)"),
 )
 
 
-def without_secrets(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """`text` with stars for the passwords of the URIs in it (u:***@host, ?password=***) and for the values of
     this process's variables whose names end like HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD."""
-    return _hidden(text, lambda secret: STARS)
+    return _redact(text, lambda secret: REDACTED)
 
 
-def _hidden(text: str, stars: Callable[[str], str]) -> str:
-    known = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and _NAMES.search(name)}
+def _redact(text: str, mask: Callable[[str], str]) -> str:
+    known = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAMES.search(name)
+    }
     for value in sorted(known, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(value, stars(value))
-    for pattern in _IN_URIS:
-        text = pattern.sub(lambda found: found[1] + stars(found[2]), text)
+        text = text.replace(value, mask(value))
+    for pattern in _URI_SECRETS:
+        text = pattern.sub(lambda found: found[1] + mask(found[2]), text)
     return text
 
 
 @contextmanager
-def errors_without_secrets(*kept: type[Exception]) -> Iterator[None]:
+def redact_errors(*preserved_types: type[Exception]) -> Iterator[None]:
     """An error that says a secret is raised again without it, as what it was for the types `kept`, else as a
     RuntimeError with the old one's traceback for words: whoever catches it (Ray) may log all of it."""
     try:
         yield
     except Exception as error:
         whole = "".join(traceback.format_exception(error))
-        if without_secrets(whole) == whole:
+        if redact_secrets(whole) == whole:
             raise
-        kind = next((kind for kind in kept if isinstance(error, kind)), None)
-        raise kind(without_secrets(str(error))) if kind else RuntimeError(without_secrets(whole)) from None
+        kind = next((kind for kind in preserved_types if isinstance(error, kind)), None)
+        raise kind(redact_secrets(str(error))) if kind else RuntimeError(redact_secrets(whole)) from None
 
 
-def hide_passwords_of_this_process() -> None:
+def redact_process_arguments() -> None:
     """Writes stars over the passwords in this process's own command line: everybody on a machine may read it
     (`ps`), and Ray keeps it as the job's entry point. Only on Linux. `sys.argv` stays."""
     with suppress(OSError, ValueError, IndexError):
         line = Path("/proc/self/cmdline").read_bytes()
-        words = [_hidden(os.fsdecode(word), _as_long) for word in line.split(b"\0")]
+        words = [_redact(os.fsdecode(word), _mask_same_length) for word in line.split(b"\0")]
         hidden = b"\0".join(map(os.fsencode, words))
         # After the name, which may hold anything: the fields from the third on; see proc(5), arg_start.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -68,6 +74,6 @@ def hide_passwords_of_this_process() -> None:
             ctypes.memmove(first, hidden, len(hidden))
 
 
-def _as_long(secret: str) -> str:
+def _mask_same_length(secret: str) -> str:
     """As many bytes: the words of a command line lie one behind the other."""
     return "*" * len(os.fsencode(secret))

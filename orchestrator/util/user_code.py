@@ -6,11 +6,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from orchestrator.util.errors import BadInput, Trouble, reason
+from orchestrator.util.errors import StudyError, UsageError, format_error
 
 
 @contextmanager
-def told(name: str, doing: str) -> Iterator[None]:
+def report_user_errors(name: str, action: str) -> Iterator[None]:
     """Turn what the code of the task `name` raises into a BadInput of one line, if the task is a user's file.
 
     SystemExit and all other BaseExceptions as well: sys.exit in the file would end the study, with an exit
@@ -25,7 +25,7 @@ def told(name: str, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BadInput, Trouble, KeyboardInterrupt):
+    except (UsageError, StudyError, KeyboardInterrupt):
         raise
     except BaseException as error:
         if not name.endswith(".py"):
@@ -37,5 +37,5 @@ def told(name: str, doing: str) -> Iterator[None]:
         if isinstance(error, SystemExit):
             said = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
         else:
-            said = reason(error)
-        raise BadInput(f"Task file {name!r}{where} {doing}: {said}") from error
+            said = format_error(error)
+        raise UsageError(f"Task file {name!r}{where} {action}: {said}") from error

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-MOST_SECONDS = 15.0
+MAX_GAP_SECONDS = 15.0
 
 
-class WatchedClock:
+class SuspendTolerantClock:
     """A monotonic clock on which a gap between two readings counts as `most` seconds at most.
 
     Where the machine is suspended, this process is stopped or the clock jumps, there is a long gap between
@@ -17,13 +17,13 @@ class WatchedClock:
         most: seconds; longer than any gap between two readings where nothing is wrong.
     """
 
-    def __init__(self, most: float = MOST_SECONDS) -> None:
-        self._most = most
-        self._now = self._looked = time.monotonic()
+    def __init__(self, max_gap: float = MAX_GAP_SECONDS) -> None:
+        self._max_gap = max_gap
+        self._now = self._last_reading = time.monotonic()
 
     def __call__(self) -> float:
         """Return the time in seconds, of which only differences have a meaning."""
         looked = time.monotonic()
-        self._now += min(max(0.0, looked - self._looked), self._most)
-        self._looked = looked
+        self._now += min(max(0.0, looked - self._last_reading), self._max_gap)
+        self._last_reading = looked
         return self._now

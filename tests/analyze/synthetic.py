@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.record.schema import Evaluation, Provenance, Record, State
+from orchestrator.record.schema import Evaluation, Provenance, Record, RecordState
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
 )
@@ -62,7 +62,7 @@ def record(
     validation: float | None = 0.5,
     test: float | None = None,
     *,
-    state: State | None = None,
+    state: RecordState | None = None,
     floor: float = 0.0,
     untrained: float = 0.0,
     task: str = "letters",
@@ -81,9 +81,9 @@ def record(
         variant=VariantChoice(variant, rank=rank, alpha=alpha, extra=extra or {}),
         task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", floor),
         model=ModelChoice(model, "c0ffee"),
-        optimizer=Optimizer(learning_rate=rate),
-        schedule=Schedule(steps=steps),
-        batches=Batches(16),
+        optimizer=OptimizerConfig(learning_rate=rate),
+        schedule=LRSchedule(steps=steps),
+        batches=BatchConfig(16),
         seed=seed,
     )
     scores: list[Evaluation] = []

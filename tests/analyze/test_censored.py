@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.analyze.censored import Ended, may_be_chosen
+from orchestrator.analyze.censored import PointOutcome, eligible_points
 
 SCORES = st.floats(0, 1)
-POINTS = st.lists(st.builds(Ended, st.lists(SCORES, max_size=4), st.integers(0, 4)), max_size=6)
+POINTS = st.lists(st.builds(PointOutcome, st.lists(SCORES, max_size=4), st.integers(0, 4)), max_size=6)
 
 
 @pytest.mark.parametrize(
@@ -27,26 +27,26 @@ POINTS = st.lists(st.builds(Ended, st.lists(SCORES, max_size=4), st.integers(0, 
 def test_a_point_with_stopped_runs_is_chosen_where_no_end_of_them_could_have_changed_it(
     points: list[tuple[list[float], int]], may: list[bool]
 ) -> None:
-    assert may_be_chosen([Ended(scores, stopped) for scores, stopped in points], 0.0) == may
+    assert eligible_points([PointOutcome(scores, stopped) for scores, stopped in points], 0.0) == may
 
 
 def test_the_floor_is_the_tasks_own() -> None:
-    points = [Ended([0.5, 0.5], 0), Ended([0.9], 1)]
-    assert may_be_chosen(points, 0.3) == [True, True]
+    points = [PointOutcome([0.5, 0.5], 0), PointOutcome([0.9], 1)]
+    assert eligible_points(points, 0.3) == [True, True]
 
 
 @given(points=POINTS, ends=st.data())
 def test_whatever_the_stopped_runs_had_come_to_above_the_floor_the_choice_beats_every_whole_point(
-    points: list[Ended], ends: st.DataObject
+    points: list[PointOutcome], ends: st.DataObject
 ) -> None:
-    may = may_be_chosen(points, 0.0)
-    whole = [p.sure(0.0) or 0.0 for p in points if p.scores and not p.stopped]
+    may = eligible_points(points, 0.0)
+    whole = [p.pessimistic_mean(0.0) or 0.0 for p in points if p.scores and not p.num_stopped]
     for point, usable in zip(points, may, strict=True):
-        if point.scores and not point.stopped:
+        if point.scores and not point.num_stopped:
             assert usable
         elif usable:
-            to_the_end = [ends.draw(SCORES) for _ in range(point.stopped)]
-            mean = (sum(point.scores) + sum(to_the_end)) / (len(point.scores) + point.stopped)
+            to_the_end = [ends.draw(SCORES) for _ in range(point.num_stopped)]
+            mean = (sum(point.scores) + sum(to_the_end)) / (len(point.scores) + point.num_stopped)
             assert all(mean > other for other in whole)
-    if any(point.stopped == 0 or max(point.scores) > 0.1 for point in points if point.scores):
+    if any(point.num_stopped == 0 or max(point.scores) > 0.1 for point in points if point.scores):
         assert any(may)

@@ -17,18 +17,20 @@ from test_report import ABOUT, Page
 
 from orchestrator.__main__ import Report
 from orchestrator.analyze import selection, verdict
-from orchestrator.analyze.comparison import Chosen, Confirmed, TunedChoice, confirmed
-from orchestrator.analyze.plots.forest import forest, limits
-from orchestrator.analyze.plots.search_curves import points, running_best
+from orchestrator.analyze.comparison import ChosenPoint, TunedChoice, TunedComparison, compare_tuned
+from orchestrator.analyze.plots.forest import plot_forest, x_limits
+from orchestrator.analyze.plots.search_curves import plot_search, running_best
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.sensitivity import summarize
-from orchestrator.analyze.table import render
-from orchestrator.analyze.tuning import tuned
-from orchestrator.record.schema import Items, Record
+from orchestrator.analyze.table import render_summary
+from orchestrator.analyze.tuning import summarize_tuning
+from orchestrator.record.schema import ItemResults, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
-CHOSEN = {t.variant: found for t in tuned(study()) if (found := Chosen.of(t)) is not None}
+CHOSEN = {
+    t.variant: found for t in summarize_tuning(study()) if (found := ChosenPoint.from_tuning(t)) is not None
+}
 SHIFTS = {"lora": 0.0, "rslora": -0.1, "pissa": 0.03, "hira": 0.0, "lora-plus": -0.2}
 
 
@@ -45,14 +47,14 @@ def fresh(seeds: int = 10, diverged: int = 4, **more: Any) -> list[Record]:
     return found
 
 
-def only(records: list[Record], **more: Any) -> Confirmed:
-    found = confirmed(records, "lora", 0.01, CHOSEN, **more)
+def only(records: list[Record], **more: Any) -> TunedComparison:
+    found = compare_tuned(records, "lora", 0.01, CHOSEN, **more)
     assert found is not None
     return found
 
 
 def test_the_verdict_names_task_model_variants_seeds_budget_and_margin() -> None:
-    said = verdict.verdict(only(fresh()))
+    said = verdict.verdict_text(only(fresh()))
     assert said.startswith(
         "letters on letters-base, 60 steps, each variant tuned with 7 points x 3 seeds, confirmed with 10 "
         "fresh seeds, margin 0.01: pissa (+0.030) is better than lora; rslora (-0.100) is worse than lora; "
@@ -67,7 +69,7 @@ def test_the_chosen_point_counts_where_a_study_holds_others_too() -> None:
     found = only(records)
     assert found.configurations["pissa"].optimizer.learning_rate == 3e-3
     assert found.seeds == tuple(range(1000, 1010))
-    assert confirmed([r for r in records if r.configuration.variant.name != "lora"], "lora", 0.01) is None
+    assert compare_tuned([r for r in records if r.configuration.variant.name != "lora"], "lora", 0.01) is None
 
 
 def test_a_failed_seed_is_missing_and_said() -> None:
@@ -75,7 +77,7 @@ def test_a_failed_seed_is_missing_and_said() -> None:
     broken = next(i for i, r in enumerate(records) if r.configuration.variant.name == "hira")
     seed = records[broken].configuration.seed
     records[broken] = replace(records[broken], state="failed")
-    summary = summarize(records, baseline="lora", margin=0.01, tuning=CHOSEN)
+    summary = summarize(records, baseline="lora", margin=0.01, tuning_choices=CHOSEN)
     (found,) = summary.comparisons
     assert found.failed == 1
     pair = next(p for p in found.comparison.pairs if p.label == "hira")
@@ -86,11 +88,11 @@ def test_a_failed_seed_is_missing_and_said() -> None:
 def test_item_noise_is_that_of_the_difference() -> None:
     lora, other = (1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 1.0)
     records = [
-        replace(record(v, 1e-2, s, 0.5), items={"test": Items(correct)})
+        replace(record(v, 1e-2, s, 0.5), items={"test": ItemResults(correct)})
         for v, correct in (("lora", lora), ("dora", other))
         for s in (0, 1)
     ]
-    found = confirmed(records, "lora", 0.01)
+    found = compare_tuned(records, "lora", 0.01)
     assert found is not None
     # differences 0 -1 1 1: variance .9166..., four items
     assert found.item_errors == {"dora": pytest.approx((2.75 / 3 / 4) ** 0.5)}
@@ -98,14 +100,14 @@ def test_item_noise_is_that_of_the_difference() -> None:
 
 def test_a_choice_at_the_edge_is_shown() -> None:
     edge = {**CHOSEN, "pissa": replace(CHOSEN["pissa"], edges=("learning_rate (high edge)",))}
-    summary = summarize(fresh(), baseline="lora", margin=0.01, tuning=edge)
+    summary = summarize(fresh(), baseline="lora", margin=0.01, tuning_choices=edge)
     assert any("not bracketed" in w and "pissa learning_rate (high edge)" in w for w in summary.warnings)
-    assert "pissa (+0.030, not bracketed) is better than lora" in verdict.verdict(summary.comparisons[0])
+    assert "pissa (+0.030, not bracketed) is better than lora" in verdict.verdict_text(summary.comparisons[0])
     lora = {**CHOSEN, "lora": replace(CHOSEN["lora"], edges=("learning_rate (low edge)",))}
-    (found,) = summarize(fresh(), baseline="lora", margin=0.01, tuning=lora).comparisons
-    assert "Tuned LoRA (not bracketed) matches or beats" in verdict.verdict(found)
+    (found,) = summarize(fresh(), baseline="lora", margin=0.01, tuning_choices=lora).comparisons
+    assert "Tuned LoRA (not bracketed) matches or beats" in verdict.verdict_text(found)
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    console.print(render(summary))
+    console.print(render_summary(summary))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, printed.splitlines())) <= 80
     assert "(edge)" in printed
@@ -116,14 +118,14 @@ def test_a_choice_at_the_edge_is_shown() -> None:
 def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Path, seeds: int) -> None:
     tune, folder = tmp_path / "tune", tmp_path / "confirm"
     tune.mkdir()
-    selection.keep(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
+    selection.load_or_make_choice(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning": tune}
     summary = write_report(fresh(seeds), folder, **about)
     assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
     page = Page((folder / "report.html").read_text())
     assert page.open == []
     assert len(page.links) == 1
-    said = verdict.verdict(summary.comparisons[0])
+    said = verdict.verdict_text(summary.comparisons[0])
     text = " ".join(page.text.split())
     assert said in text
     for part in ("What tuning took and chose", "other seeds would have chosen", "7 points x 3 seeds", "1260"):
@@ -144,7 +146,7 @@ def test_the_report_command_writes_the_same_page(tmp_path: Path, capsys: pytest.
     folder = tmp_path / "c-confirm"
     StudyFile("c-confirm", "?", "x", names, baseline="lora", margin=0.02, tuning="c-tune").write(folder)
     (tmp_path / "c-tune").mkdir()
-    selection.keep(tmp_path / "c-tune", TunedChoice, lambda: TunedChoice((), None, CHOSEN))
+    selection.load_or_make_choice(tmp_path / "c-tune", TunedChoice, lambda: TunedChoice((), None, CHOSEN))
     assert Report(study="c-confirm", output=tmp_path).run() == 0
     assert "report.html: 15 of 15 configurations" in capsys.readouterr().out
     (found,) = json.loads((folder / "summary.json").read_text())["comparisons"]
@@ -154,44 +156,46 @@ def test_the_report_command_writes_the_same_page(tmp_path: Path, capsys: pytest.
 def test_variants_without_a_point_or_a_fresh_seed_count_as_unknown() -> None:
     tuning = {**CHOSEN, "dora": None, "full": None}
     without = [r for r in fresh() if r.configuration.variant.name != "hira"]
-    summary = summarize(without, baseline="lora", margin=0.01, tuning=tuning)
+    summary = summarize(without, baseline="lora", margin=0.01, tuning_choices=tuning)
     (found,) = summary.comparisons
     assert found.untuned == ("dora", "full")
     assert found.comparison.counted == 5, "rslora, pissa, lora-plus; hira and dora; full is a control"
-    assert verdict.claim(found).endswith("is not inferior to 1 to 4 of 5, 95% interval).")
+    assert verdict.claim_text(found).endswith("is not inferior to 1 to 4 of 5, 95% interval).")
     assert any("no score at any point of the tuning" in w and "dora, full" in w for w in summary.warnings)
     assert any("without a fresh seed" in w and w.endswith(" hira.") for w in summary.warnings)
     assert "dora" not in {p.label for p in found.comparison.pairs}
-    render(summary)
-    forest([found])
+    render_summary(summary)
+    plot_forest([found])
 
 
 def test_one_diverged_seed_takes_the_interval_and_says_the_share_and_the_rest() -> None:
-    summary = summarize(fresh(diverged=1), baseline="lora", margin=0.01, tuning=CHOSEN)
+    summary = summarize(fresh(diverged=1), baseline="lora", margin=0.01, tuning_choices=CHOSEN)
     (found,) = summary.comparisons
     (pair,) = [p for p in found.comparison.pairs if p.label == "lora-plus"]
     assert (pair.outcome, pair.interval, pair.p_differs) == ("undecided", None, None)
-    assert verdict.undecided(pair) == "1 of 10 seeds diverged"
+    assert verdict.undecided_text(pair) == "1 of 10 seeds diverged"
     (told,) = [w for w in summary.warnings if "lora-plus: 1 of 10" in w]
     assert "share 0.02 to 0.40" in told
     assert "mean of the rest 0.7" in told
-    assert "up to 28% still may" in verdict.scope(found.comparison)
+    assert "up to 28% still may" in verdict.scope_text(found.comparison)
 
 
 def test_a_second_look_is_said() -> None:
     def told(*looks: int) -> list[str]:
-        found = summarize(fresh(), baseline="lora", margin=0.01, tuning=CHOSEN, looks=looks)
+        found = summarize(fresh(), baseline="lora", margin=0.01, tuning_choices=CHOSEN, looks=looks)
         return [w for w in found.warnings if "look" in w]
 
     assert told() == told(10) == told(10, 20) == []
     assert "look 2 at 10 seeds, after a verdict at 5" in told(5, 10)[0]
     assert "look 3 at 10 seeds, after a verdict at 3, 5" in told(3, 5)[0]
     study_file = StudyFile("s", "", "")
-    assert study_file.looked(5).looked(10).looked(10).looked(7).looks == (5, 10)
+    assert study_file.with_look(5).with_look(10).with_look(10).with_look(7).looks == (5, 10)
 
 
 def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
-    summary = write_report(fresh(), tmp_path, **ABOUT, baseline="lora", margin=0.01, tuning=tmp_path / "gone")
+    summary = write_report(
+        fresh(), tmp_path, **ABOUT, baseline="lora", margin=0.01, tuning_folder=tmp_path / "gone"
+    )
     assert summary.comparisons[0].chosen == {}
     assert any("the choice of the first stage is not at hand" in w for w in summary.warnings)
 
@@ -201,15 +205,15 @@ def test_one_that_is_far_out_does_not_press_the_others_together() -> None:
     far = only(fresh())
     pairs = far.comparison.pairs
     lowest = min(p.difference for p in pairs if p.difference is not None)
-    left, right = limits(pairs, 0.01)
+    left, right = x_limits(pairs, 0.01)
     assert lowest < left, "the far one is not in the picture, an arrow points at it"
     for pair in near.comparison.pairs:
         assert pair.difference is not None
         assert left < pair.difference < right
     assert right - left < 2 * (
-        limits(near.comparison.pairs, 0.01)[1] - limits(near.comparison.pairs, 0.01)[0]
+        x_limits(near.comparison.pairs, 0.01)[1] - x_limits(near.comparison.pairs, 0.01)[0]
     )
-    picture = Image.open(io.BytesIO(forest([far, near])))
+    picture = Image.open(io.BytesIO(plot_forest([far, near])))
     assert picture.width == 1200
 
 
@@ -225,7 +229,7 @@ def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
         )
     ]
     records.append(record("lora", 5.55e-4, 0, 0.1, rank=4, state="stopped"))
-    summary = write_report(records, tmp_path, **ABOUT, searched=True)
+    summary = write_report(records, tmp_path, **ABOUT, is_search=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "search.png", "summary.json"]
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []
@@ -234,7 +238,7 @@ def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
     for r in records:
         assert r.fingerprint[:12] in text
     assert re.search(r"variants have different numbers of points \((lora 5, hira 4|hira 4, lora 5)\)", text)
-    assert Image.open(io.BytesIO(points(summary.searches))).width == 1200
+    assert Image.open(io.BytesIO(plot_search(summary.searches))).width == 1200
 
 
 def test_the_best_so_far_never_falls_and_counts_no_stopped_point() -> None:
@@ -247,7 +251,7 @@ def test_the_best_so_far_never_falls_and_counts_no_stopped_point() -> None:
         )
         for i, (r, v) in enumerate(zip(rates, scores, strict=True))
     ]
-    (found,) = tuned(records)
+    (found,) = summarize_tuning(records)
     best = running_best(found)
     assert str(best[0]) == "nan"
     assert best[1:] == [0.0, 0.2, 0.6, 0.6]

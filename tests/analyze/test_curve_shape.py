@@ -32,7 +32,7 @@ def test_the_best_is_the_highest_and_the_lowest_rate_among_equals() -> None:
 def test_bracketed(y: list[float | None], expected: str) -> None:
     best = curve_shape.best_index(y)
     assert best is not None
-    assert curve_shape.bracketed(y, best) == expected
+    assert curve_shape.bracket_status(y, best) == expected
 
 
 def test_the_parabola_agrees_with_a_fit_on_an_uneven_grid() -> None:
@@ -75,10 +75,12 @@ def test_a_point_below_the_best_is_within_a_point_whatever_the_rounding() -> Non
 def test_rounding_decides_no_tie_no_edge_and_no_cliff() -> None:
     almost = 0.1 + 0.2  # .30000000000000004
     assert curve_shape.best_index([0.3, almost, 0.1]) == 0
-    assert curve_shape.bracketed([0.3, almost, 0.1], 1) == "low edge"
-    assert curve_shape.cliff([almost + 0.3, almost], [0.0, 0.0], 0, 0.0) == 1
-    assert curve_shape.cliff([0.6, almost], [0.0, 0.0], 0, 0.0) == 1  # half of .6 is .3, a hair below
-    assert curve_shape.cliff([almost, 0.0], [0.0, 0.0], 0, 0.3) is None  # nothing learned above the floor
+    assert curve_shape.bracket_status([0.3, almost, 0.1], 1) == "low edge"
+    assert curve_shape.cliff_index([almost + 0.3, almost], [0.0, 0.0], 0, 0.0) == 1
+    assert curve_shape.cliff_index([0.6, almost], [0.0, 0.0], 0, 0.0) == 1  # half of .6 is .3, a hair below
+    assert (
+        curve_shape.cliff_index([almost, 0.0], [0.0, 0.0], 0, 0.3) is None
+    )  # nothing learned above the floor
 
 
 def test_a_second_hill_beyond_a_dip_does_not_widen() -> None:
@@ -102,11 +104,11 @@ def test_half_decade_regret_passes_through_every_knot_on_its_way() -> None:
 
 def test_cliff() -> None:
     y, nobody = [0.2, 0.8, 0.5, 0.1], [0.0] * 4
-    assert curve_shape.cliff(y, nobody, 1, 0.0) == 3
-    assert curve_shape.cliff(y, nobody, 1, 0.2) == 2  # half way down to a higher floor
-    assert curve_shape.cliff(y, [0.0, 0.0, 0.67, 1.0], 1, 0.0) == 2
-    assert curve_shape.cliff([0.2, 0.8, 0.7], nobody, 1, 0.0) is None
-    assert curve_shape.cliff([0.0, 0.0, 0.0], nobody, 0, 0.0) is None  # nothing was learned
+    assert curve_shape.cliff_index(y, nobody, 1, 0.0) == 3
+    assert curve_shape.cliff_index(y, nobody, 1, 0.2) == 2  # half way down to a higher floor
+    assert curve_shape.cliff_index(y, [0.0, 0.0, 0.67, 1.0], 1, 0.0) == 2
+    assert curve_shape.cliff_index([0.2, 0.8, 0.7], nobody, 1, 0.0) is None
+    assert curve_shape.cliff_index([0.0, 0.0, 0.0], nobody, 0, 0.0) is None  # nothing was learned
 
 
 @given(curves, st.integers(1, 32).map(lambda n: n / 64), st.integers(-8, 8))

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from orchestrator.analyze.intervals import Interval, jackknife, over_seeds, wilson
+from orchestrator.analyze.intervals import Interval, estimate_mean, jackknife_interval, wilson_interval
 
 scores = st.lists(st.integers(0, 200).map(lambda n: n / 200), min_size=2, max_size=12)
 
 
 @given(scores)
 def test_the_interval_over_seeds_is_scipys_t_interval(values: list[float]) -> None:
-    found = over_seeds(values)
+    found = estimate_mean(values)
     assert found.interval is not None
     assert found.mean == pytest.approx(sum(values) / len(values))
     error = stats.sem(values)
@@ -29,15 +29,15 @@ def test_the_interval_over_seeds_is_scipys_t_interval(values: list[float]) -> No
 def test_three_seeds_by_hand() -> None:
     # .96 .95 .99: mean .966667, s = .0208167, t(2) = 4.302653;
     # half-width 4.302653 x .0208167 / sqrt(3) = .051712
-    found = over_seeds([0.96, 0.95, 0.99])
+    found = estimate_mean([0.96, 0.95, 0.99])
     assert found.interval is not None
     assert found.interval.high - found.mean == pytest.approx(0.051712, abs=1e-6)  # type: ignore[operator]
 
 
 def test_one_seed_has_a_mean_and_no_interval_and_none_has_neither() -> None:
-    assert over_seeds([0.4]).mean == 0.4
-    assert over_seeds([0.4]).interval is None
-    assert over_seeds([]).mean is None
+    assert estimate_mean([0.4]).mean == 0.4
+    assert estimate_mean([0.4]).interval is None
+    assert estimate_mean([]).mean is None
 
 
 def test_wilson_by_hand_and_without_a_trial() -> None:
@@ -45,24 +45,24 @@ def test_wilson_by_hand_and_without_a_trial() -> None:
     z = 1.959964
     centre = (1 / 3 + z**2 / 6) / (1 + z**2 / 3)
     half = z / (1 + z**2 / 3) * math.sqrt(2 / 27 + z**2 / 36)
-    found = wilson(1, 3)
+    found = wilson_interval(1, 3)
     assert found is not None
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
-    assert wilson(0, 0) is None
+    assert wilson_interval(0, 0) is None
 
 
 @given(scores)
 def test_the_jackknife_of_a_mean_is_the_t_interval(values: list[float]) -> None:
     n = len(values)
     left_out = [(sum(values) - v) / (n - 1) for v in values]
-    found, expected = jackknife(sum(values) / n, left_out), over_seeds(values).interval
+    found, expected = jackknife_interval(sum(values) / n, left_out), estimate_mean(values).interval
     assert found is not None
     assert expected is not None
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
 def test_the_jackknife_is_cut_to_its_bounds_and_needs_every_value() -> None:
-    assert jackknife(0.1, [0.0, 0.1, 0.3], (0.0, 0.2)) == Interval(0.0, 0.2)
-    assert jackknife(0.1, [0.1, None, 0.3]) is None
-    assert jackknife(0.1, [0.1]) is None
-    assert jackknife(None, [0.1, 0.2]) is None
+    assert jackknife_interval(0.1, [0.0, 0.1, 0.3], (0.0, 0.2)) == Interval(0.0, 0.2)
+    assert jackknife_interval(0.1, [0.1, None, 0.3]) is None
+    assert jackknife_interval(0.1, [0.1]) is None
+    assert jackknife_interval(None, [0.1, 0.2]) is None

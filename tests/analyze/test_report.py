@@ -19,7 +19,7 @@ from orchestrator.analyze.plots import curves
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
-from orchestrator.analyze.table import render
+from orchestrator.analyze.table import render_summary
 from orchestrator.record.schema import Record
 
 ABOUT: dict[str, Any] = {
@@ -33,7 +33,7 @@ ABOUT: dict[str, Any] = {
 
 def printed(records: list[Record]) -> str:
     console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    console.print(render(summarize(records)))
+    console.print(render_summary(summarize(records)))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -96,8 +96,8 @@ def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
     assert "best rates of 5 variants lie 2.0 decades apart (lora-plus 1e-3, hira 1e-1)" in formatting.answer(
         panel
     )
-    assert {c.label: formatting.best_at(c) for c in panel.curves}["head_only"] == "flat"
-    told = " ".join(caveats.doubts(panel))
+    assert {c.label: formatting.best_rate_text(c) for c in panel.curves}["head_only"] == "flat"
+    told = " ".join(caveats.panel_caveats(panel))
     assert "no best rate, the score is the same at both ends of the grid: head_only" in told
     assert "No variant of letters" in formatting.answer(summarize(flat).panels[0])
 
@@ -107,13 +107,13 @@ def test_a_variant_that_scores_the_same_at_both_ends_has_no_best_rate() -> None:
 
 def test_rates_read_short_and_exactly() -> None:
     assert [formatting.rate(r) for r in (3e-4, 0.01, 1.1247e-5, 1.0)] == ["3e-4", "1e-2", "1.12e-5", "1e0"]
-    assert formatting.exact(3e-4) == "3e-4"
-    assert float(formatting.exact(1.1247e-5)) == 1.1247e-5
+    assert formatting.exact_rate(3e-4) == "3e-4"
+    assert float(formatting.exact_rate(1.1247e-5)) == 1.1247e-5
     assert formatting.number(-1e-9) == "0.000"
 
 
 def test_the_command_is_narrowed_and_other_options_stay() -> None:
-    found = formatting.narrowed(
+    found = formatting.narrow_command(
         ABOUT["command"], "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
     )
     expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
@@ -122,7 +122,7 @@ def test_the_command_is_narrowed_and_other_options_stay() -> None:
 
 def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
     command = "python experiments/tuned_comparison.py --dry-run --confirm-seeds 5 --seeds 2 --margin 0.02"
-    found = formatting.narrowed(command, "hira", [1e-1], {})
+    found = formatting.narrow_command(command, "hira", [1e-1], {})
     options = "--dry-run --seeds 2 --variants hira --learning-rates 1e-1"
     assert found == f"python experiments/lr_sensitivity.py {options}"
 
@@ -145,7 +145,7 @@ def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
 def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
     before = dict(rcParams)
     summary = summarize(records)
-    for picture in (curves.curves(summary), curves.spread(summary)):
+    for picture in (curves.plot_curves(summary), curves.plot_spread(summary)):
         image = Image.open(io.BytesIO(picture)).convert("RGB")
         assert image.width == 1200
         assert image.height >= 360
@@ -155,7 +155,7 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
 
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
-    looks = curves.looks(summarize(records))
+    looks = curves.curve_styles(summarize(records))
     assert looks["lora"].colour == "#000000"
     assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 8
 
@@ -227,7 +227,7 @@ def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
 
 
 def test_the_curves_of_one_panel_are_1200_by_700_and_equal_each_time(of_study: tuple[Path, Page]) -> None:
-    picture = curves.curves(summarize(study()))
+    picture = curves.plot_curves(summarize(study()))
     assert Image.open(io.BytesIO(picture)).size == (1200, 700)
     assert (of_study[0] / "curves.png").read_bytes() == picture
 
@@ -273,8 +273,8 @@ def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> Non
     assert numbers["panels"] == []
     assert "No run has a record yet" in page.text
     summary, page, _ = written(tmp_path, several_tasks())
-    assert [formatting.title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
-    assert all(formatting.title(p) in page.text for p in summary.panels)
+    assert [formatting.panel_title(p) for p in summary.panels] == ["digits on vit", "letters on letters-base"]
+    assert all(formatting.panel_title(p) in page.text for p in summary.panels)
 
 
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:

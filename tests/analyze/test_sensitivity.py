@@ -128,7 +128,7 @@ def test_a_failed_run_is_missing_and_a_rate_of_failures_is_drawn_across() -> Non
     # linear from .8 at 1e-2 over two decades down to 0 at 1e-4, one decade down to 0 at 1e-1
     assert found.width is not None
     assert found.width.value == pytest.approx(0.01 / 0.4 + 0.01 / 0.8)
-    assert found.total("failed") == 2
+    assert found.count_runs("failed") == 2
 
 
 def test_of_two_records_of_one_configuration_the_final_one_counts() -> None:

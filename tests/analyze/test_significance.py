@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from orchestrator.analyze import significance
-from orchestrator.analyze.power import chance_to_decide, detectable, dunnett, holm, seeds_needed, sidak
-from orchestrator.analyze.significance import Comparison, Pair, Score, compare
+from orchestrator.analyze.power import (
+    decision_probability,
+    dunnett_critical_value,
+    holm_correction,
+    minimum_detectable_effect,
+    seeds_needed,
+    sidak_critical_value,
+)
+from orchestrator.analyze.significance import Comparison, PairedComparison, SeedScore, compare_to_baseline
 
 Table = Mapping[str, Sequence[float | None]]
 
@@ -19,12 +26,12 @@ Table = Mapping[str, Sequence[float | None]]
 def compared(table: Table, margin: float = 0.01, **more: object) -> Comparison:
     """`table`: label -> scores of seeds 0, 1, ...; None is a seed that failed. The baseline is "lora"."""
     scores = {
-        label: {s: Score(v) for s, v in enumerate(row) if v is not None} for label, row in table.items()
+        label: {s: SeedScore(v) for s, v in enumerate(row) if v is not None} for label, row in table.items()
     }
-    return compare(scores, "lora", margin, **more)  # type: ignore[arg-type]
+    return compare_to_baseline(scores, "lora", margin, **more)  # type: ignore[arg-type]
 
 
-def pair(found: Comparison, label: str) -> Pair:
+def pair(found: Comparison, label: str) -> PairedComparison:
     return next(p for p in found.pairs if p.label == label)
 
 
@@ -37,33 +44,41 @@ def pair(found: Comparison, label: str) -> Pair:
     [(2, 10, 2.57), (4, 20, 2.65), (9, 60, 2.77), (3, 5, 3.29)],
 )
 def test_dunnetts_published_values(count: int, degrees: int, published: float) -> None:
-    assert dunnett(count, degrees, 0.95) == pytest.approx(published, abs=0.006)
+    assert dunnett_critical_value(count, degrees, 0.95) == pytest.approx(published, abs=0.006)
 
 
 @pytest.mark.parametrize(("count", "degrees"), [(2, 2.0), (3, 9.0), (5, 22.5)])
 def test_dunnetts_value_is_the_quantile_of_scipys_multivariate_t(count: int, degrees: float) -> None:
-    c = np.full(count, dunnett(count, degrees, 0.95))
+    c = np.full(count, dunnett_critical_value(count, degrees, 0.95))
     shape = 0.5 * (np.eye(count) + 1)
     inside = stats.multivariate_t.cdf(c, shape=shape, df=degrees, lower_limit=-c, random_state=1)
     assert inside == pytest.approx(0.95, abs=5e-4)
 
 
 def test_one_comparison_is_the_t_test_and_many_cost_less_than_sidak() -> None:
-    assert dunnett(1, 9, 0.95) == sidak(1, 9, 0.95) == pytest.approx(stats.t.ppf(0.975, 9))
-    assert dunnett(1, 9, 0.95) < dunnett(4, 9, 0.95) < sidak(4, 9, 0.95)
+    assert (
+        dunnett_critical_value(1, 9, 0.95)
+        == sidak_critical_value(1, 9, 0.95)
+        == pytest.approx(stats.t.ppf(0.975, 9))
+    )
+    assert (
+        dunnett_critical_value(1, 9, 0.95)
+        < dunnett_critical_value(4, 9, 0.95)
+        < sidak_critical_value(4, 9, 0.95)
+    )
 
 
 def test_holm_by_hand() -> None:
     # .01 x 4; .02 x 3 = .06; .03 x 2 = .06; .04 x 1, not below its predecessor
-    assert holm({"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02}) == pytest.approx(
+    assert holm_correction({"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02}) == pytest.approx(
         {"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06}
     )
 
 
 def test_the_detectable_difference_has_its_power() -> None:
     n, spread = 10, 2.0
-    degrees, critical = n - 1, dunnett(1, n - 1, 0.95)
-    shift = spread / math.sqrt(n) * detectable(critical, degrees, 0.8)
+    degrees, critical = n - 1, dunnett_critical_value(1, n - 1, 0.95)
+    shift = spread / math.sqrt(n) * minimum_detectable_effect(critical, degrees, 0.8)
     draws = np.random.default_rng(7).normal(shift, spread, (20_000, n))
     t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(n))
     found = (abs(t) > critical).mean()
@@ -93,7 +108,7 @@ def test_no_number_of_seeds_may_decide_and_sidak_takes_more() -> None:
     wide = seeds_needed(0.004, 0.01, 0.02, 6, 1.0, 0.8, 0.95, pooled=False)
     assert wide is not None
     assert wide > (seeds_needed(0.004, 0.01, 0.02, 6, 1.0, 0.8, 0.95) or 0)
-    assert chance_to_decide(0.0, 0.01, 0.0, 9, 2.26) == 1.0
+    assert decision_probability(0.0, 0.01, 0.0, 9, 2.26) == 1.0
 
 
 # --- one variant by hand
@@ -125,7 +140,7 @@ def test_the_variance_is_pooled_over_variants_with_the_degrees_of_the_shared_bas
     found = compared(table)
     spread = math.sqrt((0.0006 + 0.0005) / 6)
     assert found.spread == pytest.approx(spread)
-    half = dunnett(2, 6 * 4 / 5, 0.95) * spread / 2
+    half = dunnett_critical_value(2, 6 * 4 / 5, 0.95) * spread / 2
     for label, mean in (("a", 0.01), ("b", 0.015)):
         interval = pair(found, label).interval
         assert interval is not None
@@ -187,11 +202,11 @@ def test_a_seed_that_is_missing_in_either_is_dropped_from_that_pair() -> None:
 
 
 def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest() -> None:
-    def row(diverged: int) -> dict[int, Score]:
-        return {s: Score(0.0, True) if s < diverged else Score(0.7 + NOISE[s]) for s in range(9)}
+    def row(diverged: int) -> dict[int, SeedScore]:
+        return {s: SeedScore(0.0, True) if s < diverged else SeedScore(0.7 + NOISE[s]) for s in range(9)}
 
     for diverged, judged in ((0, True), (1, False), (3, False)):
-        found = compare({"lora": row(0), "a": row(diverged)}, "lora", 0.01)
+        found = compare_to_baseline({"lora": row(0), "a": row(diverged)}, "lora", 0.01)
         (a,) = found.pairs
         (arm,) = found.arms
         assert (a.interval is not None) == judged
@@ -202,11 +217,11 @@ def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest(
         assert arm.diverged_interval is not None
         assert arm.diverged_interval.high == pytest.approx(wilson.high)
     assert (a.outcome, a.reason) == ("undecided", "3 of 9 seeds diverged")
-    unsure = compare({"lora": row(3), "a": row(0), "b": row(0)}, "lora", 0.01)
+    unsure = compare_to_baseline({"lora": row(3), "a": row(0), "b": row(0)}, "lora", 0.01)
     assert {p.reason for p in unsure.pairs} == {"3 of 9 seeds of lora diverged"}
     assert unsure.claim == "undecided"
     # One that diverges once counts as unknown in the claim, however well LoRA does on the rest.
-    once = compare({"lora": row(0), "a": row(1)}, "lora", 0.01)
+    once = compare_to_baseline({"lora": row(0), "a": row(1)}, "lora", 0.01)
     assert (once.counted, once.baseline_holds, once.claim) == (1, (0, 1), "undecided")
 
 
@@ -309,7 +324,7 @@ def test_false_findings_and_coverage_are_near_nominal(
 def test_a_true_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
     rng, n, draws = np.random.default_rng(5), 10, 300
     degrees, error = 3 * 9 * 4 / 6, 0.02 * math.sqrt(2 / n)
-    shift = error * detectable(dunnett(3, degrees, 0.95), degrees, 0.8)
+    shift = error * minimum_detectable_effect(dunnett_critical_value(3, degrees, 0.95), degrees, 0.8)
     found = 0
     for _ in range(draws):
         scores = 0.8 + rng.normal(0, 0.02, (4, n))
@@ -330,11 +345,11 @@ def test_what_diverges_now_and_then_breaks_no_interval_of_the_runs_that_do_not(s
         values, bad = 0.8 + rng.normal(0, 0.02, (5, n)), rng.random(n) < share
         scores = {
             f"v{i}" if i else "lora": {
-                s: Score(0.0, True) if i == 1 and bad[s] else Score(float(row[s])) for s in range(n)
+                s: SeedScore(0.0, True) if i == 1 and bad[s] else SeedScore(float(row[s])) for s in range(n)
             }
             for i, row in enumerate(values)
         }
-        pairs = compare(scores, "lora", 0.01).pairs
+        pairs = compare_to_baseline(scores, "lora", 0.01).pairs
         assert all((p.interval is None) == (p.label == "v1" and bool(bad.any())) for p in pairs)
         held += all(p.interval is None or p.interval.low <= 0 <= p.interval.high for p in pairs)
     assert held / draws >= 0.95 - 4 * math.sqrt(0.05 * 0.95 / draws)

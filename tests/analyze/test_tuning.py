@@ -9,16 +9,16 @@ import pytest
 from synthetic import RATES, record, study
 
 from orchestrator.analyze import selection
-from orchestrator.analyze.comparison import Chosen, TunedChoice
+from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from orchestrator.analyze.sensitivity import summarize
-from orchestrator.analyze.tuning import Tuned, otherwise, tuned
+from orchestrator.analyze.tuning import TuningResult, selection_frequencies, summarize_tuning
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
-def only(records: list[Record]) -> Tuned:
-    (found,) = tuned(records)
+def only(records: list[Record]) -> TuningResult:
+    (found,) = summarize_tuning(records)
     return found
 
 
@@ -33,8 +33,8 @@ def best_rate(records: list[Record]) -> float | None:
 def test_on_a_grid_the_choice_is_that_of_the_curves() -> None:
     records = study()
     curves = {c.label: c.best_rate for c in summarize(records).panels[0].curves}
-    assert {t.variant: t.best.learning_rate for t in tuned(records) if t.best} == curves
-    assert all(not t.edges and len(t.points) == 7 for t in tuned(records))
+    assert {t.variant: t.best.learning_rate for t in summarize_tuning(records) if t.best} == curves
+    assert all(not t.edges and len(t.points) == 7 for t in summarize_tuning(records))
 
 
 def test_the_test_split_enters_no_choice() -> None:
@@ -44,7 +44,7 @@ def test_the_test_split_enters_no_choice() -> None:
         for s in (0, 1)
     ]
     assert best_rate(records) == 1e-3
-    found = Chosen.of(only(records))
+    found = ChosenPoint.from_tuning(only(records))
     assert found is not None
     assert found.configuration.optimizer.learning_rate == 1e-3
     assert found.validation == 0.6
@@ -70,7 +70,7 @@ def test_a_failed_seed_is_missing_and_a_variant_without_a_score_has_no_choice() 
     assert best_rate(records) == 1e-2
     nothing = only([record(validation=None, state="failed")])
     assert nothing.best is None
-    assert Chosen.of(nothing) is None
+    assert ChosenPoint.from_tuning(nothing) is None
 
 
 def test_among_equals_the_lowest_rate_and_then_it_is_no_bracket() -> None:
@@ -108,7 +108,7 @@ def test_other_seeds_choose_anew_among_points_with_stopped_runs() -> None:
     records += [record(rate=1e-2, seed=0, validation=0.9)]
     records += [record(rate=1e-2, seed=1, validation=0.9, state="stopped")]
     assert best_rate(records) == 1e-3  # 0.45 is sure
-    shares = otherwise(only(records))
+    shares = selection_frequencies(only(records))
     assert shares is not None
     found = {point.learning_rate: share for point, share in shares}
     assert found == {1e-3: 0.75, 1e-2: 0.25}  # seed 0 alone, drawn twice, knows of no stopped run
@@ -118,11 +118,11 @@ def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
     # Seeds 0 and 1. At 1e-2: .9 and .1, at 1e-3: .4 both. Draws 00 and 01, 10 choose 1e-2, 11 chooses 1e-3.
     records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.9), record(rate=1e-2, seed=1, validation=0.1)]
-    shares = otherwise(only(records))
+    shares = selection_frequencies(only(records))
     assert shares is not None
     assert [(p.learning_rate, share) for p, share in shares] == [(1e-2, 0.75), (1e-3, 0.25)]
-    assert otherwise(only(records[:1])) is None
-    steady = otherwise(
+    assert selection_frequencies(only(records[:1])) is None
+    steady = selection_frequencies(
         only([record(rate=r, seed=s, validation=v) for r, v in ((1e-3, 0.4), (1e-2, 0.5)) for s in range(7)])
     )
     assert steady is not None
@@ -130,14 +130,14 @@ def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
 
 
 def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
-    chosen = {each.variant: Chosen.of(each) for each in tuned(study())}
+    chosen = {each.variant: ChosenPoint.from_tuning(each) for each in summarize_tuning(study())}
     for each in chosen.values():
         assert each is not None
         assert each.configuration.seed == 0
         assert (each.points, each.seeds, each.most_steps) == (7, 3, 7 * 3 * 60)
     kept = TunedChoice(("a", "b"), None, {**chosen, "nothing": None})
-    assert selection.keep(tmp_path, TunedChoice, lambda: kept) == kept
-    assert selection.read(tmp_path, TunedChoice) == kept
+    assert selection.load_or_make_choice(tmp_path, TunedChoice, lambda: kept) == kept
+    assert selection.read_choice(tmp_path, TunedChoice) == kept
 
 
 # --- kept
@@ -147,14 +147,16 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
     study_file = StudyFile("s", "", "", ("a", "b"))
     folder = tmp_path / "s"
     study_file.write(folder)
-    assert not selection.refuse_another(folder, "s", ["c"], "tuning", "")
-    first = selection.keep(folder, selection.Choice, lambda: selection.Choice(("a", "b")))
-    assert selection.keep(folder, selection.Choice, lambda: pytest.fail("asked again")) == first
-    assert selection.refuse_another(folder, "s", ["b"], "tuning", "")
+    assert not selection.check_same_candidates(folder, "s", ["c"], "tuning", "")
+    first = selection.load_or_make_choice(folder, selection.Choice, lambda: selection.Choice(("a", "b")))
+    assert (
+        selection.load_or_make_choice(folder, selection.Choice, lambda: pytest.fail("asked again")) == first
+    )
+    assert selection.check_same_candidates(folder, "s", ["b"], "tuning", "")
     with pytest.raises(
-        BadInput, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
+        UsageError, match="'s': tuning has chosen among 2 configurations and now there would be 3; no"
     ):
-        selection.refuse_another(folder, "s", ["c"], "tuning", "; no")
+        selection.check_same_candidates(folder, "s", ["c"], "tuning", "; no")
 
 
 @pytest.mark.parametrize(
@@ -171,8 +173,8 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_choice_or_an_old_one_is_one_line(tmp_path: Path, text: str, where: str) -> None:
     (tmp_path / selection.FILE).write_text(text)
-    with pytest.raises(BadInput, match=f"not a choice.*{where}.*delete it and run") as error:
-        selection.read(tmp_path, TunedChoice)
+    with pytest.raises(UsageError, match=f"not a choice.*{where}.*delete it and run") as error:
+        selection.read_choice(tmp_path, TunedChoice)
     assert len(str(error.value).splitlines()) == 1
     assert str(tmp_path / selection.FILE) in str(error.value)
 
@@ -188,7 +190,7 @@ def test_a_search_is_one_table_with_all_that_it_varied(tmp_path: Path) -> None:
         for r, k, v, t in ((1.34e-3, 4, 0.2, 3.0), (2.47e-2, 8, 0.7, 2.0), (1.12e-1, 16, None, 1.0))
     ]
     assert summarize(points).searches == (), "what a study did is not guessed from its rates"
-    summary = summarize(points, search=True)
+    summary = summarize(points, is_search=True)
     assert summary.panels == ()
     (found,) = summary.searches[0].variants
     assert found.best is not None

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from orchestrator.cluster.preflight import memory_result
-from orchestrator.cluster.preflight.memory_meter import Resident
-from orchestrator.cluster.preflight.memory_probe import probe
+from orchestrator.cluster.preflight.memory_meter import HostMemoryMeter
+from orchestrator.cluster.preflight.memory_probe import probe_memory
 from orchestrator.finetune import resolve
 from orchestrator.finetune.models import loading
 from orchestrator.study.options import StudyOptions
@@ -21,10 +21,10 @@ from orchestrator.study.options import StudyOptions
 LANES, PLENTY = 3, 2**40
 
 
-class Harmless(Resident):
+class Harmless(HostMemoryMeter):
     """A limit of this process alone: too much may be tried."""
 
-    may_fail = True
+    raises_out_of_memory = True
 
 
 def main(folder: Path) -> None:
@@ -32,22 +32,22 @@ def main(folder: Path) -> None:
     options = StudyOptions(
         task=str(folder / "words.py"), model=str(folder / "model"), variants=("lora",), batch_size=2048
     )
-    chosen = resolve.names(options, "", (), folder)
-    content = resolve.base(chosen.model, folder, None)
-    configurations = resolve.templates(options, chosen, content, folder)
-    bench = loading.load(configurations[0].model, folder, "cpu", chosen.task)
+    chosen = resolve.resolve_options(options, "", (), folder)
+    content = resolve.resolve_base_model(chosen.model, folder, None)
+    configurations = resolve.build_configuration_templates(options, chosen, content, folder)
+    bench = loading.load_base_model(configurations[0].model, folder, "cpu", chosen.task)
 
-    def measured(meter: Resident, limit: int) -> memory_result.Measured:
-        return probe(configurations, bench, LANES, meter, limit)[0]
+    def measured(meter: HostMemoryMeter, limit: int) -> memory_result.MemoryMeasurement:
+        return probe_memory(configurations, bench, LANES, meter, limit)[0]
 
-    reckoned = measured(Resident(), 1)
-    plenty = measured(Resident(), PLENTY)
+    reckoned = measured(HostMemoryMeter(), 1)
+    plenty = measured(HostMemoryMeter(), PLENTY)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2**27, resource.RLIM_INFINITY))
     refused = measured(Harmless(), PLENTY)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     found = {"reckoned": reckoned, "plenty": plenty, "refused": refused}
-    lines = {name: memory_result.judge([one]).line() for name, one in found.items()}
+    lines = {name: memory_result.check_memory([one]).format_line() for name, one in found.items()}
     print(json.dumps({"found": {name: asdict(one) for name, one in found.items()}, "lines": lines}))
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from records import record as make_record
 
 from orchestrator.record.mlflow import run_content
-from orchestrator.record.mlflow.log import MlflowLog
-from orchestrator.record.mlflow.writer import Writer
+from orchestrator.record.mlflow.log import MlflowLogger
+from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -44,22 +44,22 @@ def report(count: int, *halts: int) -> int:
     names = tuple(record.fingerprint for record in records(count))
     study = StudyFile(STUDY, "Which rate?", "python rates.py", names, (), URI)
     study.write(RESULTS / STUDY)
-    writer = Writer(MlflowLog(URI), store, study, tags={"commit": "none"})
+    writer = MlflowWriter(MlflowLogger(URI), store, study, tags={"commit": "none"})
 
     def look(number: int) -> None:
         time.sleep(0.1)
-        (HERE / "logged").write_text(str(number - writer.delayed))
+        (HERE / "logged").write_text(str(number - writer.pending_count))
 
     for number, record in enumerate(records(count), 1):
         store.put(record)
         writer.put(record)
         while number in halts and not (HERE / f"{number}.go").exists():
             look(number)
-    while writer.delayed:  # other lanes are trained meanwhile
+    while writer.pending_count:  # other lanes are trained meanwhile
         look(count)
     late = writer.close(600)
-    print(f"{late} late, {'' if writer.ended else 'not '}ended; last trouble: {writer.error or 'none'}")
-    return int(bool(late) or not writer.ended)
+    print(f"{late} late, {'' if writer.is_finished else 'not '}ended; last trouble: {writer.error or 'none'}")
+    return int(bool(late) or not writer.is_finished)
 
 
 def check(count: int) -> list[str]:

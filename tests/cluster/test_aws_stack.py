@@ -18,7 +18,7 @@ from ray.autoscaler._private.providers import _NODE_PROVIDERS, _get_node_provide
 from ray.autoscaler._private.util import hash_launch_conf, prepare_config
 from stack import SSH_FROM, STACK, TAG, deploy
 
-from orchestrator.cluster.node.ssm_parameter import parameter
+from orchestrator.cluster.node.ssm_parameter import read_parameter
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,17 +134,17 @@ def test_cloudformation_would_take_it() -> None:
 @pytest.mark.usefixtures("aws")
 def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(boto3.client)
-    assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", parameter("storage"))
-    assert re.fullmatch(r"s3://[\w-]+/mlflow", parameter("artifacts"))
-    assert parameter("hub-token") == "", "none was put there"
+    assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", read_parameter("storage"))
+    assert re.fullmatch(r"s3://[\w-]+/mlflow", read_parameter("artifacts"))
+    assert read_parameter("hub-token") == "", "none was put there"
     put = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
     boto3.client("ssm").put_parameter(**put)
-    assert parameter("hub-token") == "a-token"
+    assert read_parameter("hub-token") == "a-token"
     monkeypatch.setenv("LORA_STORAGE", "nas:/export")
-    assert parameter("storage") == "nas:/export"
+    assert read_parameter("storage") == "nas:/export"
     monkeypatch.delenv("LORA_STORAGE")
     monkeypatch.delenv("AWS_DEFAULT_REGION")
-    assert parameter("storage") == "", "not on AWS"
+    assert read_parameter("storage") == "", "not on AWS"
 
 
 class _Loader(yaml.SafeLoader):

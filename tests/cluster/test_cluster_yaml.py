@@ -15,7 +15,7 @@ from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from orchestrator.cluster.remote import cluster_file
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "cluster.yaml"
@@ -130,26 +130,26 @@ def test_a_missing_token_is_named_before_a_machine_runs(written: Path) -> None:
 )
 def test_what_is_no_description_is_one_line(written: Path, text: str, words: str) -> None:
     written.write_text(text)
-    with pytest.raises(BadInput, match=words) as refusal:
-        cluster_file.read(written)
+    with pytest.raises(UsageError, match=words) as refusal:
+        cluster_file.read_cluster_file(written)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"cluster\.yml: No such file"):
-        cluster_file.read(tmp_path / "cluster.yml")
+    with pytest.raises(UsageError, match=r"cluster\.yml: No such file"):
+        cluster_file.read_cluster_file(tmp_path / "cluster.yml")
 
 
 def refused(file: Path, config: dict[str, Any], words: str) -> None:
     file.write_text(yaml.safe_dump(config))
-    with pytest.raises(BadInput, match=re.escape(words)) as refusal:
-        cluster_file.read(file)
+    with pytest.raises(UsageError, match=re.escape(words)) as refusal:
+        cluster_file.read_cluster_file(file)
     assert "\n" not in str(refusal.value)
 
 
 def test_as_it_is_it_is_not_refused(written: Path) -> None:
     written.write_text(TEXT)
-    assert cluster_file.read(written)["cluster_name"] == "lora-orchestrator"
+    assert cluster_file.read_cluster_file(written)["cluster_name"] == "lora-orchestrator"
 
 
 # -- what it promises

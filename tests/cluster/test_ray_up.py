@@ -257,8 +257,8 @@ def drivers(host: Host) -> list[str]:
 # Looking for a cluster that nobody has named takes a moment at most; this test's machine may be busy.
 PATIENTLY = """
 import runpy, sys
-from orchestrator.cluster import head, where
-where.MOMENT_SECONDS = head.START_SECONDS = 600.0
+from orchestrator.cluster.remote import head; from orchestrator.cluster.remote import target
+target.LOOKUP_TIMEOUT_SECONDS = head.PROCESS_START_SECONDS = 600.0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -34,7 +34,7 @@ from rig import (
 from torch import Tensor
 
 from variants.attach import Adapters
-from variants.base import Adapts, Kind, MergeRefused, Settings, Variant
+from variants.base import AdaptationScope, Batching, MergeError, Variant, VariantSettings
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 Law = Callable[[Variant, Case], None]
@@ -61,7 +61,8 @@ def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
         (lane, name)
         for lane in adapters.lanes
         for name in adapters.trainable(lane)
-        if adapters.ranks(lane).get(name.rpartition(".")[0], 1) > 0  # EVA may leave a layer without any
+        if adapters.ranks_in_use(lane).get(name.rpartition(".")[0], 1)
+        > 0  # EVA may leave a layer without any
     }
     assert wanted
     assert reached == wanted, f"without a gradient: {sorted(wanted - reached)}"
@@ -73,11 +74,11 @@ def merged_equals_forward(variant: Variant, case: Case) -> None:
     stir(case, adapters)
     before = output(case, adapters).chunk(len(adapters.lanes))[0]
     for other in adapters.lanes[1:]:
-        adapters.remove(other)
+        adapters.remove_lane(other)
     refused = ""
     try:
-        adapters.merge("0")
-    except MergeRefused as refusal:
+        adapters.merge_and_detach("0")
+    except MergeError as refusal:
         refused = str(refusal)
     if refused:
         assert variant.name in refused
@@ -97,7 +98,7 @@ def off_gives_the_base_back(variant: Variant, case: Case) -> None:
     adapters = put_on(case, variant, case.lanes, model=model)
     stir(case, adapters)
     assert not torch.equal(output(case, adapters, ["0"]), base)
-    with torch.no_grad(), adapters.off():
+    with torch.no_grad(), adapters.disable_adapters():
         assert torch.equal(run(model, case.rows(0)), base)
     adapters.detach()
     assert same(dict(model.state_dict()), weights)
@@ -137,15 +138,15 @@ def saved_is_loaded(variant: Variant, case: Case) -> None:
     for lane in adapters.lanes:
         assert same(adapters.trainable(lane), others.trainable(lane))
         assert same(adapters.frozen(lane), others.frozen(lane))
-        assert adapters.settings_of(lane) == others.settings_of(lane)
-        assert adapters.seed_of(lane) == others.seed_of(lane)
+        assert adapters.lane_settings(lane) == others.lane_settings(lane)
+        assert adapters.lane_seed(lane) == others.lane_seed(lane)
     assert torch.equal(output(case, adapters), output(case, others))
 
 
 def lanes_do_not_notice_each_other(variant: Variant, case: Case) -> None:
     """Lanes that start 0, 3 and 7 steps apart, with their own alpha, rate and dropout masks, end where they
     end alone: to the bit, since each has 8 rows."""
-    if variant.kind is Kind.ALONE:
+    if variant.batching is Batching.EXCLUSIVE:
         raise NotApplicable(f"{variant.name} is alone in its pack")
     begins, steps = {"0": 0, "1": 3, "2": 7}, 5
     pack = _open(case, variant)
@@ -176,7 +177,7 @@ def counts_its_parameters(variant: Variant, case: Case) -> None:
     for step in (0, steps):
         if step:
             train(case, adapters, steps=steps)
-        ranks = adapters.ranks("0")
+        ranks = adapters.ranks_in_use("0")
         assert sum(ranks.values()) == variant.rank_budget(len(ranks), adapters.settings, step, steps)
         assert adapters.parameter_count("0") == _formula(variant, case, adapters, ranks)
     tensors = adapters.trainable("0").values()
@@ -190,9 +191,9 @@ def counts_its_parameters(variant: Variant, case: Case) -> None:
 def _formula(variant: Variant, case: Case, adapters: Adapters, ranks: dict[str, int]) -> int:
     model = case.build()
     heads = sum(p.numel() for name in adapters.heads for p in model.get_submodule(name).parameters())
-    if variant.adapts is Adapts.MODEL:
+    if variant.adaptation_scope is AdaptationScope.FULL_MODEL:
         return sum(p.numel() for p in model.parameters())
-    settings, shapes = adapters.settings, {n: x.layer.weight.shape for n, x in adapters.layers.items()}
+    settings, shapes = adapters.settings, {n: x.frozen_layer.weight.shape for n, x in adapters.layers.items()}
     own = sum(variant.parameter_count(*shapes[n], replace(settings, rank=rank)) for n, rank in ranks.items())
     return heads + own
 
@@ -204,17 +205,17 @@ def fits_what_it_can_represent(variant: Variant, case: Case) -> None:
     stir(case, teacher)
     learner = put_on(case, variant, 1)
     names = {name.rpartition(".")[2] for name in learner.trainable("0")}
-    rate = 0.02 / max(variant.learning_rate_scale(name, learner.settings) for name in names)
+    rate = 0.02 / max(variant.parameter_lr_scale(name, learner.settings) for name in names)
     steps = LaneOptimizer(learner, "0", rate, 150)
     x = torch.cat([case.rows(0, step) for step in range(8)])
-    with torch.no_grad(), teacher.rows(["0"], None):
+    with torch.no_grad(), teacher.activate_lanes(["0"], None):
         wanted = run(teacher.model, x)
-    with torch.no_grad(), learner.rows(["0"], None):
+    with torch.no_grad(), learner.activate_lanes(["0"], None):
         unit = (run(learner.model, x) - wanted).square().mean()
     losses = []
     for step in range(150):
         steps.zero_grad()
-        with learner.rows(["0"], step) as now:
+        with learner.activate_lanes(["0"], step) as now:
             loss = (run(learner.model, x) - wanted).square().mean() / unit
             extra = now.auxiliary_loss()
             (loss if extra is None else loss + extra.sum()).backward()
@@ -230,7 +231,7 @@ def export_loads_in_peft(variant: Variant, case: Case) -> None:
     stir(case, adapters)
     mine = output(case, adapters)
     first = next(iter(adapters.layers.values()), None)
-    own = {key: tensor.detach() for key, tensor in first.one("0").items()} if first else {}
+    own = {key: tensor.detach() for key, tensor in first.lane_tensors("0").items()} if first else {}
     if first is None or variant.to_peft(own, adapters.settings) is None:
         raise NotApplicable(f"PEFT does not have {variant.name}")
     with tempfile.TemporaryDirectory() as name:
@@ -278,7 +279,7 @@ def concerns(law: Law, variant: Variant, case: Case) -> bool:
     Fitting is about the formula, not about models or rounding: the float32 rig shows it. A variant that
     trains a head alone needs a model with a head.
     """
-    if variant.adapts is Adapts.NOTHING and case.model != "headed":
+    if variant.adaptation_scope is AdaptationScope.HEAD_ONLY and case.model != "headed":
         return False
     return law is not fits_what_it_can_represent or (
         case.model in ("rig", "headed") and case.dtype == torch.float32
@@ -304,16 +305,16 @@ def check(law: Law, variant: Variant, case: Case) -> None:
 
 
 def _still(adapters: Adapters, lane: str) -> dict[str, Tensor]:
-    moving = adapters.variant.moving
+    moving = adapters.variant.mutable_buffers
     return {n: t.clone() for n, t in adapters.frozen(lane).items() if n.rpartition(".")[2] not in moving}
 
 
 def _open(case: Case, variant: Variant) -> Adapters:
-    return fit(case, variant, Settings(rank=4, alpha=8.0, dropout=0.1))
+    return fit(case, variant, VariantSettings(rank=4, alpha=8.0, dropout=0.1))
 
 
 def _enter(case: Case, adapters: Adapters, lane: str, steps: int) -> LaneOptimizer:
     number = int(lane)
-    settings = Settings(rank=4, alpha=4.0 * (number + 1), dropout=0.1)
-    adapters.add(lane, settings, number, evidence(case, adapters, number))
+    settings = VariantSettings(rank=4, alpha=4.0 * (number + 1), dropout=0.1)
+    adapters.add_lane(lane, settings, number, evidence(case, adapters, number))
     return LaneOptimizer(adapters, lane, 0.003 * (number + 1), steps)

@@ -27,8 +27,8 @@ from rig import Case, LaneOptimizer, evidence, fit, run
 from torch import Tensor, nn
 
 from variants.attach import Adapters
-from variants.base import Extra, Settings, Start, Variant
-from variants.full_finetune import PREFIX
+from variants.base import ExtraSettings, InitialTensors, Variant, VariantSettings
+from variants.full_finetune import MODEL_PREFIX
 from variants.targets import is_conv1d
 
 RANK, ALPHA, STEPS, RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
@@ -46,7 +46,7 @@ class Oracle:
     own: dict[str, str] = field(default_factory=dict)
     residual: bool = False
     """PEFT has written the start's residual into the weight (PiSSA)."""
-    extra: Extra = field(default_factory=dict)
+    extra: ExtraSettings = field(default_factory=dict)
     """Of our variant's settings."""
     start: Callable[[PeftModel, Adapters, Case], None] | None = None
     """What else PEFT's start needs, or the lane takes over (EVA's ranks, VeRA's projections)."""
@@ -94,7 +94,7 @@ def _eva(theirs: PeftModel, ours: Adapters, case: Case) -> None:
         batches = [{"input_ids": torch.cat([case.rows(0, step) for step in range(3)])}]
         initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
     modules = dict(theirs.get_base_model().named_modules())
-    ranks = ours.ranks("0")
+    ranks = ours.ranks_in_use("0")
     assert len(set(ranks.values())) > 1
     assert ranks == {name: modules[name].r["default"] for name in ranks}
     for name, rank in ranks.items():
@@ -135,9 +135,9 @@ def steps_alike(variant: Variant, oracle: Oracle, model: str) -> Adapters:
     """Raises AssertionError, with the step and the tensor, where ours and the oracle's differ by more than
     1e-6; returns ours after the steps."""
     case = Case(model, model=model, dtype=torch.float64)
-    settings = Settings(RANK, ALPHA, extra=oracle.extra)
+    settings = VariantSettings(RANK, ALPHA, extra=oracle.extra)
     ours = fit(case, variant, settings)
-    ours.add("0", settings, seed=0, evidence=evidence(case, ours, 0))
+    ours.add_lane("0", settings, seed=0, calibration=evidence(case, ours, 0))
     theirs, yours = _peft(case, ours, oracle) if oracle.config else _itself(case, ours)
     mine = ours.trainable("0")
     assert mine.keys() == yours.keys()
@@ -150,7 +150,7 @@ def steps_alike(variant: Variant, oracle: Oracle, model: str) -> Adapters:
         rows = case.rows(0, step)
         stepper.zero_grad()
         other.zero_grad()
-        with ours.rows(["0"], step) as now:
+        with ours.activate_lanes(["0"], step) as now:
             loss, extra = case.loss(run(ours.model, rows), rows), now.auxiliary_loss()
             loss = loss if extra is None else loss + extra.sum()
             loss.backward()
@@ -177,7 +177,7 @@ def _loss(theirs: nn.Module, case: Case, rows: Tensor) -> Tensor:
 def _itself(case: Case, ours: Adapters) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """The model with the lane's head, and its parameters by our names."""
     model = case.build()
-    names = {name: name.removeprefix(PREFIX) for name in ours.trainable("0")}
+    names = {name: name.removeprefix(MODEL_PREFIX) for name in ours.trainable("0")}
     learnt = {name: model.get_parameter(path) for name, path in names.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is each for each in learnt.values()))
@@ -240,14 +240,14 @@ def _share_residual(ours: Adapters, theirs: PeftModel, yours: Mapping[str, Tenso
         a, b = yours[f"{name}.A"].detach(), yours[f"{name}.B"].detach()
         frozen[f"{name}.A0"].copy_(a)
         frozen[f"{name}.B0"].copy_(b)
-        residual = layer.layer.weight - scaling * b @ a
+        residual = layer.frozen_layer.weight - scaling * b @ a
         weight = modules[name].base_layer.weight.data  # type: ignore[union-attr]
-        stored = weight.t() if is_conv1d(layer.base) else weight
+        stored = weight.t() if is_conv1d(layer.base_layer) else weight
         torch.testing.assert_close(stored, residual, rtol=0, atol=1e-6)  # the same start, up to float32
         stored.copy_(residual)
-        _same_product(ours.variant.start(layer.layer, ours.settings, torch.Generator()), a, b)
+        _same_product(ours.variant.init(layer.frozen_layer, ours.settings, torch.Generator()), a, b)
 
 
-def _same_product(own: Start, a: Tensor, b: Tensor) -> None:
+def _same_product(own: InitialTensors, a: Tensor, b: Tensor) -> None:
     """Singular vectors are unique up to sign: their product is what counts."""
     torch.testing.assert_close(own.trainable["B"] @ own.trainable["A"], b @ a, rtol=0, atol=1e-5)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from variants.attach import Adapters, Distilled, attach
-from variants.base import Evidence, Settings, Unsupported, Variant, number
+from variants.attach import Adapters, CalibrationTensors, attach
+from variants.base import CalibrationStatistic, UnsupportedError, Variant, VariantSettings, stable_seed
 from variants.calibrate import calibrate
 
 ROWS, LENGTH, WORDS, CLASSES = 8, 5, 64, 6
@@ -151,33 +151,33 @@ def put_on(
     model: nn.Module | None = None,
 ) -> Adapters:
     """Lanes "0", "1", … with seeds 0, 1, …; fewer where the variant cannot have as many."""
-    settings = Settings(rank=rank, alpha=8.0, dropout=dropout)
+    settings = VariantSettings(rank=rank, alpha=8.0, dropout=dropout)
     adapters = fit(case, variant, settings, model)
-    for lane in range(min(lanes, adapters.most_lanes)):
-        adapters.add(str(lane), settings, seed=lane, evidence=evidence(case, adapters, lane))
+    for lane in range(min(lanes, adapters.max_lanes)):
+        adapters.add_lane(str(lane), settings, seed=lane, calibration=evidence(case, adapters, lane))
     return adapters
 
 
-def fit(case: Case, variant: Variant, settings: Settings, model: nn.Module | None = None) -> Adapters:
+def fit(case: Case, variant: Variant, settings: VariantSettings, model: nn.Module | None = None) -> Adapters:
     """Raises NotApplicable for a variant that trains a head alone where there is none."""
     try:
         heads = ["head"] if case.model == "headed" else []
         return attach(case.build() if model is None else model, variant, settings, heads=heads)
-    except Unsupported as refusal:
+    except UnsupportedError as refusal:
         if case.model != "headed" and "head alone" in str(refusal):
             raise NotApplicable(str(refusal)) from None
         raise
 
 
-def evidence(case: Case, adapters: Adapters, lane: int) -> Distilled | None:
+def evidence(case: Case, adapters: Adapters, lane: int) -> CalibrationTensors | None:
     """From three batches, as the lane will see them with its own head."""
-    if adapters.variant.evidence is Evidence.NONE:
+    if adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
 
     def losses() -> Iterator[Tensor]:
         for step in range(3):
             rows = case.rows(lane, step)
-            with adapters.off(heads=adapters.head_start(lane)):
+            with adapters.disable_adapters(heads=adapters.init_heads(lane)):
                 yield case.loss(run(adapters.model, rows), rows)
 
     return calibrate(adapters, adapters.settings, losses)
@@ -194,7 +194,7 @@ def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
             return
         for lane in adapters.lanes:
             for name, parameter in adapters.trainable(lane).items():
-                noise = torch.Generator().manual_seed(number(99, lane, name, again))
+                noise = torch.Generator().manual_seed(stable_seed(99, lane, name, again))
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: moving its parameters does not change the output")
 
@@ -203,7 +203,7 @@ def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
 def output(case: Case, adapters: Adapters, lanes: Sequence[str] | None = None) -> Tensor:
     """(K * R, ...) of all lanes, each on its own rows."""
     lanes = adapters.lanes if lanes is None else lanes
-    with adapters.rows(lanes, None, rows=ROWS):
+    with adapters.activate_lanes(lanes, None, rows=ROWS):
         return run(adapters.model, together(case, lanes))
 
 
@@ -216,7 +216,7 @@ def frozen_output(case: Case, adapters: Adapters) -> Tensor:
     """(K * R, ...) of the frozen model, behind it each lane's head as it started."""
     outs = []
     for lane in adapters.lanes:
-        with adapters.off(heads=adapters.head_start(adapters.seed_of(lane))):
+        with adapters.disable_adapters(heads=adapters.init_heads(adapters.lane_seed(lane))):
             outs.append(run(adapters.model, case.rows(int(lane))))
     return torch.cat(outs)
 
@@ -226,11 +226,11 @@ class LaneOptimizer:
 
     def __init__(self, adapters: Adapters, lane: str, rate: float, horizon: int) -> None:
         self.adapters, self.lane, self.rate, self.horizon = adapters, lane, rate, horizon
-        self.settings, self.step_number = adapters.settings_of(lane), 0
+        self.settings, self.step_number = adapters.lane_settings(lane), 0
         variant = adapters.variant
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in adapters.trainable(lane).items():
-            scale = variant.learning_rate_scale(name.rpartition(".")[2], self.settings)
+            scale = variant.parameter_lr_scale(name.rpartition(".")[2], self.settings)
             groups.setdefault(scale, []).append(parameter)
         self.inner = torch.optim.AdamW(
             [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
@@ -243,7 +243,7 @@ class LaneOptimizer:
 
     def step(self, rate: float | None = None) -> None:
         adapters, taken = self.adapters, self.step_number
-        factor = adapters.variant.schedule_scale(taken, self.horizon, self.settings)
+        factor = adapters.variant.schedule_lr_scale(taken, self.horizon, self.settings)
         for group in self.inner.param_groups:
             group["lr"] = (self.rate if rate is None else rate) * group["scale"] * factor
         adapters.before_step(self.lane, taken, self.horizon, self._moments)
@@ -264,7 +264,7 @@ def train_step(
     x = together(case, lanes, steps)
     for each in optimizers.values():
         each.zero_grad()
-    with adapters.rows(lanes, [steps[lane] for lane in lanes], rows=ROWS) as now:
+    with adapters.activate_lanes(lanes, [steps[lane] for lane in lanes], rows=ROWS) as now:
         parts = zip(run(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
         losses = torch.stack([case.loss(mine, rows) for mine, rows in parts])
         extra = now.auxiliary_loss()

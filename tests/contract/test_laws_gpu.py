@@ -11,7 +11,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.base import Kind
+from variants.base import Batching
 
 SEVERAL = [case for case in CASES if case.lanes > 1]
 
@@ -19,7 +19,7 @@ SEVERAL = [case for case in CASES if case.lanes > 1]
 def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
     """Of lane "1", after one backward of these lanes together."""
     x = together(case, lanes)
-    with adapters.rows(lanes, 0):
+    with adapters.activate_lanes(lanes, 0):
         out = run(adapters.model, x).chunk(len(lanes))
     torch.stack([case.loss(o, r) for o, r in zip(out, x.chunk(len(lanes)), strict=True)]).sum().backward()
     own = adapters.trainable("1")
@@ -31,7 +31,7 @@ def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[st
 
 def agree(name: str, case: Case) -> None:
     variant = catalogue.get(name)
-    if variant.kind is Kind.ALONE:
+    if variant.batching is Batching.EXCLUSIVE:
         pytest.skip(f"{name} is alone in its pack")
     try:
         adapters = put_on(case, variant, 3, dropout=0.1)

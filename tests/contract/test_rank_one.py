@@ -9,7 +9,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.base import Kind, Unsupported
+from variants.base import Batching, UnsupportedError
 
 CASE = Case("rank-one", out=64, inside=48)
 
@@ -19,7 +19,7 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
     for lane in lanes:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
-    with adapters.rows(lanes, None) as now:
+    with adapters.activate_lanes(lanes, None) as now:
         loss, extra = run(adapters.model, together(CASE, lanes)).square().sum(), now.auxiliary_loss()
         (loss if extra is None else loss + extra.sum()).backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
@@ -27,13 +27,13 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", catalogue.names())
 def test_rank_one_lanes_do_not_notice_each_other(name: str) -> None:
-    if catalogue.get(name).kind is Kind.ALONE:
+    if catalogue.get(name).batching is Batching.EXCLUSIVE:
         pytest.skip(f"{name} is alone in its pack")
     try:
         adapters = put_on(CASE, catalogue.get(name), 3, rank=1)
     except NotApplicable as reason:
         pytest.skip(str(reason))
-    except Unsupported as refusal:
+    except UnsupportedError as refusal:
         assert name == "lora_moe", "only a mixture of experts has no rank 1"
         pytest.skip(str(refusal))
     stir(CASE, adapters)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.execution.trainers.trainer import SeatPlan, loader
+from orchestrator.execution.trainers.trainer import TrainerSpec, model_loader
 from orchestrator.finetune.engine import loop
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.record import provenance
-from orchestrator.record.schema import Record, State
+from orchestrator.record.schema import Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
@@ -24,25 +24,25 @@ class _Queue:
     def __init__(self, configurations: Iterable[Configuration]) -> None:
         self.waiting = [Lease(configuration, 1) for configuration in configurations]
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
-        shape = shape or next((lease.configuration.shape for lease in self.waiting), None)
-        given = [lease for lease in self.waiting if lease.configuration.shape == shape][:room]
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+        group_key = group_key or next((lease.configuration.group_key for lease in self.waiting), None)
+        given = [lease for lease in self.waiting if lease.configuration.group_key == group_key][:capacity]
         self.waiting = [lease for lease in self.waiting if lease not in given]
-        return Offer(tuple(given), closed=not self.waiting)
+        return LeaseGrant(tuple(given), closed=not self.waiting)
 
-    def report(self, report: Report) -> Answer:
-        return Answer.GO
+    def report(self, report: Report) -> Directive:
+        return Directive.CONTINUE
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         return {}
 
     def spill(self, fingerprint: str, attempt: int) -> None:
         raise AssertionError(f"{fingerprint[:12]} was given back")
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         raise AssertionError(line)
 
-    def done(self, fingerprint: str, attempt: int, state: State) -> None:
+    def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         pass
 
 
@@ -61,10 +61,10 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
         loop.run(
             _Queue(configurations),
             store,
-            loader(SeatPlan(LANES, 0.0, str(folder), str(folder)), bases, torch.device("cpu")),
-            lanes=LANES,
+            model_loader(TrainerSpec(LANES, 0.0, str(folder), str(folder)), bases, torch.device("cpu")),
+            max_lanes=LANES,
             idle_seconds=0.0,
-            provenance=provenance.current,
+            provenance=provenance.current_provenance,
         )
     finally:
         torch.set_num_threads(threads)

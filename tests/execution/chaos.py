@@ -34,10 +34,11 @@ try:
     import study
     from steps import FOLDER, TASK, Steps
 except ModuleNotFoundError:  # run as a module from the project's folder
-    from tests.execution.steps import FOLDER, TASK, Steps
     from tests.schedule import alone, study
 
-from orchestrator.record.gc import collect
+    from tests.execution.steps import FOLDER, TASK, Steps
+
+from orchestrator.record.gc import collect_garbage
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -187,7 +188,7 @@ def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> No
             raise run.fail(f"started {run.starts} times it still ended with {code}")
         process = run.start_again(code, say)
     _measure(run)
-    collect(run.store, run.output, older_than=0.0)
+    collect_garbage(run.store, run.output, older_than=0.0)
 
 
 def _kill(
@@ -321,7 +322,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     say = partial(print, flush=True)
     say(f"seed {options.seed}, in {folder}")
-    loading.prepare("letters-base", folder / "bases", print)
+    loading.prepare_base_model("letters-base", folder / "bases", print)
     began = time.monotonic()
     size = Size(steps=options.steps or max(Size.steps, 50 * options.kills))
     run, expected = compare(folder / "bases", folder, size, options.kills, options.seed, say)

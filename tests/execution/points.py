@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
 )
@@ -21,9 +21,9 @@ def configuration(variant: str = "lora", rate: float = 1e-3, seed: int = 0) -> C
         VariantChoice(variant),
         TaskChoice("letters", "r0", 8, 8, 8, "exact_match", 0.0),
         ModelChoice("base", "c0"),
-        Optimizer(rate),
-        Schedule(STEPS),
-        Batches(8),
+        OptimizerConfig(rate),
+        LRSchedule(STEPS),
+        BatchConfig(8),
         evaluations=STEPS,
         seed=seed,
     )

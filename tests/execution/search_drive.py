@@ -12,12 +12,12 @@ from typing import Any
 from points import configuration
 from ray.tune.search import Searcher
 
-from orchestrator.execution.search.budget import Ledger, opened
-from orchestrator.execution.search.searcher import PerGroupSearch
+from orchestrator.execution.search.budget import SearchBudget, open_search
+from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, Schedule
-from orchestrator.study.space import Space, Value, applied, parse
+from orchestrator.study.configuration import Configuration, LRSchedule
+from orchestrator.study.space import Space, Value, apply_values, parse_space
 
 STEPS = 90
 OWN: dict[str, dict[str, Value]] = {
@@ -29,12 +29,12 @@ ASHA = "asha loss=min first=30 eta=4 last=30"
 
 
 def build(variant: str, values: Mapping[str, Value]) -> Configuration:
-    point = replace(configuration(variant), schedule=Schedule(STEPS), evaluations=3)
-    return applied(point, values)
+    point = replace(configuration(variant), schedule=LRSchedule(STEPS), evaluations=3)
+    return apply_values(point, values)
 
 
 def space(*words: str, variants: tuple[str, ...] = ("lora", "hira")) -> Space:
-    return parse(words, variants, OWN.__getitem__, (1e-4, 1.0))
+    return parse_space(words, variants, OWN.__getitem__, (1e-4, 1.0))
 
 
 def score(point: Configuration) -> float:
@@ -68,11 +68,11 @@ class Drive:
         self.store = Store(folder / "store")
         self.study = folder / "study"
         self.study.mkdir(exist_ok=True)
-        self.ledger: Ledger = opened(self.study, sampler, points, over, build, STEPS)
-        self.ledger.keep()
+        self.ledger: SearchBudget = open_search(self.study, sampler, points, over, build, STEPS)
+        self.ledger.save()
         asha = ASHA if scheduler == "asha" else ""
-        known = {f for f in self.ledger.asked if self.store.meets(f, asha)}
-        self.search = PerGroupSearch(self.ledger, self.store, scheduler, lanes, known)
+        known = {f for f in self.ledger.configurations if self.store.get_reusable(f, asha)}
+        self.search = PerVariantSearcher(self.ledger, self.store, scheduler, lanes, known)
         self.running: dict[str, Configuration] = {}
         self.given: list[Configuration] = []
         self.calls = 0
@@ -112,4 +112,4 @@ class Drive:
 
     def told(self, variant: str) -> list[Any]:
         """Optuna's trials of a variant."""
-        return self.search.groups[variant].optuna._ot_study.trials  # type: ignore[union-attr]
+        return self.search.variant_searches[variant].optuna._ot_study.trials  # type: ignore[union-attr]

@@ -20,11 +20,11 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.execution.tune.rungs import due
+from orchestrator.execution.tune.rungs import lane_evaluation_steps
 from orchestrator.finetune import resolve
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
-from orchestrator.study.grid import grid
+from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
 
 # Ray's core says it by itself on a machine without a route to outside.
@@ -34,10 +34,10 @@ HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
 PATIENT = f"""
-from orchestrator.schedule import limits, run
-from orchestrator.study import command
-limits.HASTE_SECONDS = limits.SAVE_SECONDS = limits.PROMISED_SECONDS = {HANG_SECONDS}
-run.HASTE_SECONDS = run.LOG_SECONDS = command.PATIENCE_SECONDS = {HANG_SECONDS}
+from orchestrator.execution import run_budget; from orchestrator.launch import run_study
+from orchestrator.util import command
+run_budget.INTERRUPT_SAVE_SECONDS = run_budget.SAVE_SECONDS = run_budget.INTERRUPT_DEADLINE_SECONDS = {HANG_SECONDS}
+run_study.MLFLOW_INTERRUPTED_FLUSH_SECONDS = run_study.MLFLOW_FLUSH_SECONDS = command.INTERRUPT_TIMEOUT_SECONDS = {HANG_SECONDS}
 """
 
 
@@ -146,7 +146,7 @@ def saved(output: Path) -> dict[str, int]:
 def half_trained(output: Path, at_most: int) -> set[str]:
     """Those that have no final record, and a checkpoint after `at_most` steps or less."""
     store = Store(output / "store")
-    return {f for f, step in saved(output).items() if step <= at_most and store.meets(f) is None}
+    return {f for f, step in saved(output).items() if step <= at_most and store.get_reusable(f) is None}
 
 
 def rays() -> set[int]:
@@ -283,12 +283,12 @@ def keep_known(
         seeds: these in place of those that `options` ask for.
     """
     store = Store(options.store_folder)
-    chosen = resolve.names(options, "letters", ("lora",), store.bases)
-    content = resolve.base(chosen.model, store.bases, lambda text: None)
-    templates = resolve.templates(options, chosen, content, store.bases)
+    chosen = resolve.resolve_options(options, "letters", ("lora",), store.bases)
+    content = resolve.resolve_base_model(chosen.model, store.bases, lambda text: None)
+    templates = resolve.build_configuration_templates(options, chosen, content, store.bases)
     found = set()
-    for configuration in grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
-        steps, metric = due(configuration), configuration.task.metric
+    for configuration in build_grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
+        steps, metric = lane_evaluation_steps(configuration), configuration.task.metric
         scores, others = {"loss": loss, metric: score}, {"loss": loss, metric: 0.5}
         record = Record(
             configuration.fingerprint,

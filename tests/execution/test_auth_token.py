@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.execution.ray.auth_token import keep_private
+from orchestrator.execution.ray.auth_token import restrict_token_file
 
 
 @pytest.fixture
@@ -29,11 +29,11 @@ def mode(path: Path) -> int:
 
 
 def test_a_new_token_is_the_users_alone(token: Path) -> None:
-    keep_private(create=True)
+    restrict_token_file(create_if_missing=True)
     assert mode(token) == 0o600
     first = token.read_text()
     assert len(first) == 64
-    keep_private(create=True)
+    restrict_token_file(create_if_missing=True)
     assert token.read_text() == first
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
@@ -43,7 +43,7 @@ def test_so_it_is_on_a_file_system_without_hard_links(token: Path, monkeypatch: 
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
 
     monkeypatch.setattr(os, "link", link)
-    keep_private(create=True)
+    restrict_token_file(create_if_missing=True)
     assert (mode(token), len(token.read_text())) == (0o600, 64)
     assert [file.name for file in token.parent.iterdir()] == ["auth_token"]
 
@@ -52,7 +52,7 @@ def test_a_token_that_everybody_may_read_is_closed_and_kept(token: Path) -> None
     token.parent.mkdir()
     token.write_text("of a cluster")
     assert mode(token) == 0o644
-    keep_private(create=False)
+    restrict_token_file(create_if_missing=False)
     assert (mode(token), token.read_text()) == (0o600, "of a cluster")
 
 
@@ -64,12 +64,12 @@ def test_no_token_is_made_that_ray_would_not_make(
     token: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    keep_private(create=True)
+    restrict_token_file(create_if_missing=True)
     assert not token.exists()
 
 
 def test_to_join_a_cluster_makes_no_token(token: Path) -> None:
-    keep_private(create=False)
+    restrict_token_file(create_if_missing=False)
     assert not token.exists()
 
 
@@ -77,4 +77,4 @@ def test_a_home_folder_that_cannot_be_written_stops_nobody(
     token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/proc/here")
-    keep_private(create=True)
+    restrict_token_file(create_if_missing=True)

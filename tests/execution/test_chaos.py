@@ -71,20 +71,20 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
     driver, raylet = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"])
     worker = subprocess.Popen(["sleep", "600"], env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
     try:
-        folder = cleanup.folder()
+        folder = cleanup.state_folder()
         folder.mkdir(mode=0o700)
-        known = cleanup.written([psutil.Process(p.pid) for p in (driver, raylet)])
+        known = cleanup.serialize_processes([psutil.Process(p.pid) for p in (driver, raylet)])
         (folder / f"{driver.pid}.json").write_text(known)
         began = psutil.boot_time()
         if jump:
             monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + jump)
-        cleanup.end()
+        cleanup.end_orphaned_rays()
         assert worker.poll() is None, "its driver lives"
         driver.kill()
         raylet.kill()
         study.wait_for(lambda: psutil.Process(raylet.pid).status() == psutil.STATUS_ZOMBIE)
         study.wait_for(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_ZOMBIE)
-        cleanup.end()
+        cleanup.end_orphaned_rays()
         assert not psutil.pid_exists(worker.pid)
         assert not list(folder.iterdir())
     finally:
@@ -95,16 +95,16 @@ def test_workers_of_a_raylet_that_nobody_has_reaped_end_with_the_next_study(
 
 LEAVES_A_RAY = """
 import os, subprocess
-from orchestrator.schedule import remains
+from orchestrator.execution.ray import cleanup
 sleep = ["sleep", "600"]
 earlier = subprocess.Popen(sleep)
-before = remains.children()
+before = cleanup.child_processes()
 raylet = subprocess.Popen(sleep)
-remains.folder().mkdir(mode=0o700)
-with remains.guarded(before):
+cleanup.state_folder().mkdir(mode=0o700)
+with cleanup.cleanup_guard(before):
     worker = subprocess.Popen(sleep, env=os.environ | {"RAY_RAYLET_PID": str(raylet.pid)})
-left = remains.children()
-print([process.pid == earlier.pid for process in left], list(remains.folder().iterdir()))
+left = cleanup.child_processes()
+print([process.pid == earlier.pid for process in left], list(cleanup.state_folder().iterdir()))
 for process in left:
     process.kill()
 """
@@ -128,11 +128,11 @@ def test_a_worker_in_a_container_is_left_alone(tmp_path: Path, monkeypatch: pyte
     container = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *worker])
     try:
         study.wait_for(lambda: ["sleep", "600"] in commands_below(container.pid))
-        cleanup.folder().mkdir(mode=0o700)
-        known = json.loads(cleanup.written([psutil.Process(raylet.pid)] * 2))
+        cleanup.state_folder().mkdir(mode=0o700)
+        known = json.loads(cleanup.serialize_processes([psutil.Process(raylet.pid)] * 2))
         known["processes"][0][1] = -1.0  # of a driver that is gone
-        (cleanup.folder() / "0.json").write_text(json.dumps(known))
-        cleanup.end()
+        (cleanup.state_folder() / "0.json").write_text(json.dumps(known))
+        cleanup.end_orphaned_rays()
         assert not psutil.pid_exists(raylet.pid)
         assert commands_below(container.pid) == [["sleep", "600"]]
     finally:

@@ -13,15 +13,15 @@ from points import POINTS
 from ray.exceptions import GetTimeoutError
 from rich.console import Console
 
-from orchestrator.execution.broker.actor import Broker, until_lost
+from orchestrator.execution.broker.actor import Broker, retry_until_lost
 from orchestrator.execution.progress import Progress
-from orchestrator.execution.run_budget import Limits
-from orchestrator.execution.session import _Watch
-from orchestrator.execution.trainers.pool import Seats
-from orchestrator.execution.trainers.storage_visibility import Sight
-from orchestrator.execution.trainers.trainer import SeatPlan
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.session import _StudyMonitor
+from orchestrator.execution.trainers.pool import TrainerPool
+from orchestrator.execution.trainers.storage_visibility import StorageVisibility
+from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.record.store import Store
-from orchestrator.util.watched_clock import WatchedClock
+from orchestrator.util.watched_clock import SuspendTolerantClock
 
 HOUR = 3600.0
 Jump = Callable[[float], None]
@@ -42,7 +42,7 @@ def jump(monkeypatch: pytest.MonkeyPatch) -> Jump:
 def test_a_gap_between_two_looks_counts_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    clock = WatchedClock(most=15.0)
+    clock = SuspendTolerantClock(max_gap=15.0)
     start = clock()
     for _ in range(3):
         now += 10.0
@@ -58,9 +58,9 @@ def test_no_seat_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Pat
     broker = Broker(str(tmp_path), "none")
 
     async def seats() -> int:
-        return int((await broker.news(0, 0, ""))["counts"]["seats"])
+        return int((await broker.get_updates(0, 0, ""))["counts"]["seats"])
 
-    asyncio.run(broker.next("trial", POINTS[0], 0, 0.0))
+    asyncio.run(broker.next_report("trial", POINTS[0], 0, 0.0))
     asyncio.run(broker.lease("seat-0.x", None, 1, {}, 0))
     assert asyncio.run(seats()) == 1
     jump(HOUR)
@@ -71,7 +71,7 @@ def test_no_seat_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Pat
     assert left == 0
 
 
-class OneAnswerLate(_Watch):
+class OneAnswerLate(_StudyMonitor):
     """A watch of which one question to the broker has no answer, while the clock jumps by an hour."""
 
     looks = 0
@@ -89,13 +89,16 @@ class OneAnswerLate(_Watch):
 
 
 def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
-    plan, sight = SeatPlan(1, 0.0, "store", "scratch", start_seconds=0.0), Sight(tmp_path, (), print)
-    seats = Seats(plan, 1, "space", None, sight, print)
+    plan, sight = (
+        TrainerSpec(1, 0.0, "store", "scratch", start_timeout=0.0),
+        StorageVisibility(tmp_path, (), print),
+    )
+    seats = TrainerPool(plan, 1, "space", None, sight, print)
     progress = Progress(tmp_path, 1, 0, Console(file=io.StringIO()))
-    watch = OneAnswerLate(None, seats, Store(tmp_path), progress, (), "none", {}, print, Limits())
+    watch = OneAnswerLate(None, seats, Store(tmp_path), progress, (), "none", {}, print, RunBudget())
     watch.jump = jump
     watch.run()
-    assert (watch.looks, seats.trouble) == (4, "")
+    assert (watch.looks, seats.failure_reason) == (4, "")
 
 
 def test_no_seat_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
@@ -111,4 +114,4 @@ def test_no_seat_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
             raise GetTimeoutError("no answer")
         return "done"
 
-    assert until_lost(call) == "done"
+    assert retry_until_lost(call) == "done"

@@ -12,8 +12,8 @@ from orchestrator.execution.ray import control_store
 from orchestrator.execution.ray.runtime import Cluster
 
 WHERE = "10.0.0.1:6379"
-LOCAL = Cluster((), local=True, control_store=WHERE)
-JOINED = Cluster((), local=False, control_store=WHERE)
+LOCAL = Cluster((), local=True, gcs_address=WHERE)
+JOINED = Cluster((), local=False, gcs_address=WHERE)
 
 
 class Looks:

@@ -11,8 +11,13 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 
-from orchestrator.execution.trainers.exit_status import DEATHS_ALLOWED, Deaths, How, end_of
-from orchestrator.finetune.failures import SeatBroken, StoreFull
+from orchestrator.execution.trainers.exit_status import (
+    MAX_TRAINER_FAILURES,
+    ExitKind,
+    FailurePolicy,
+    classify_exit,
+)
+from orchestrator.finetune.failures import StoreFullError, TrainerBrokenError
 
 
 def raised(*errors: BaseException) -> WorkerGroupError:
@@ -30,48 +35,56 @@ def short_of_memory() -> WorkerGroupError:
 @pytest.mark.parametrize(
     ("error", "how", "reason"),
     [
-        (ControllerError(WorkerGroupStartupTimeoutError(1)), How.NO_ROOM, "startup timed out"),
-        (ControllerError(RuntimeError("a callback")), How.FAILED, "a callback"),
-        (raised(SeatBroken("the device is lost")), How.CRASHED, "the device is lost"),
-        (raised(RuntimeError("closed by peer"), SeatBroken("the device is lost")), How.CRASHED, "the device"),
-        (raised(SeatBroken("3 configurations in a row failed with a data file")), How.ALIKE, "a data file"),
-        (short_of_memory(), How.MEMORY, "short of memory"),
-        (raised(StoreFull("no space left on /store")), How.FAILED, "no space left on /store"),
-        (raised(ActorUnavailableError("the broker", None)), How.FAILED, "the broker"),  # no worker died
-        (ActorUnavailableError("the controller", None), How.FAILED, "the controller"),
+        (ControllerError(WorkerGroupStartupTimeoutError(1)), ExitKind.PLACEMENT_TIMEOUT, "startup timed out"),
+        (ControllerError(RuntimeError("a callback")), ExitKind.FAILED, "a callback"),
+        (raised(TrainerBrokenError("the device is lost")), ExitKind.CRASHED, "the device is lost"),
+        (
+            raised(RuntimeError("closed by peer"), TrainerBrokenError("the device is lost")),
+            ExitKind.CRASHED,
+            "the device",
+        ),
+        (
+            raised(TrainerBrokenError("3 configurations in a row failed with a data file")),
+            ExitKind.REPEATED_LANE_FAILURES,
+            "a data file",
+        ),
+        (short_of_memory(), ExitKind.OUT_OF_MEMORY, "short of memory"),
+        (raised(StoreFullError("no space left on /store")), ExitKind.FAILED, "no space left on /store"),
+        (raised(ActorUnavailableError("the broker", None)), ExitKind.FAILED, "the broker"),  # no worker died
+        (ActorUnavailableError("the controller", None), ExitKind.FAILED, "the controller"),
     ],
 )
-def test_end(error: Exception, how: How, reason: str) -> None:
-    end = end_of(error)
-    assert end.how is how
+def test_end(error: Exception, how: ExitKind, reason: str) -> None:
+    end = classify_exit(error)
+    assert end.kind is how
     assert reason in end.reason
     assert "\n" not in end.reason
 
 
 def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end() -> None:
-    deaths = Deaths()
-    for _ in range(DEATHS_ALLOWED):
-        deaths.died()
-    assert not deaths.hopeless
-    deaths.step()
-    deaths.died()
-    assert not deaths.hopeless
-    for _ in range(DEATHS_ALLOWED):
-        deaths.died()
-    assert "without taking a step" in deaths.hopeless
-    deaths.gain()
+    deaths = FailurePolicy()
+    for _ in range(MAX_TRAINER_FAILURES):
+        deaths.on_trainer_failure()
+    assert not deaths.abort_reason
+    deaths.on_step()
+    deaths.on_trainer_failure()
+    assert not deaths.abort_reason
+    for _ in range(MAX_TRAINER_FAILURES):
+        deaths.on_trainer_failure()
+    assert "without taking a step" in deaths.abort_reason
+    deaths.on_progress()
     for seats in (1, 4):
-        deaths.seats = seats
-        for _ in range(DEATHS_ALLOWED * (1 + seats)):
-            deaths.step()
-            deaths.died()
-            assert not deaths.hopeless
-        deaths.step()
-        deaths.died()
-        assert "got no lane any further" in deaths.hopeless
-        deaths.gain()
-        assert not deaths.hopeless
-    for _ in range(DEATHS_ALLOWED * (1 + seats) + 1):
-        assert not deaths.hopeless
-        deaths.guilty()
-    assert deaths.hopeless, "where all lanes are guilty, it is not the lanes"
+        deaths.max_live_trainers = seats
+        for _ in range(MAX_TRAINER_FAILURES * (1 + seats)):
+            deaths.on_step()
+            deaths.on_trainer_failure()
+            assert not deaths.abort_reason
+        deaths.on_step()
+        deaths.on_trainer_failure()
+        assert "got no lane any further" in deaths.abort_reason
+        deaths.on_progress()
+        assert not deaths.abort_reason
+    for _ in range(MAX_TRAINER_FAILURES * (1 + seats) + 1):
+        assert not deaths.abort_reason
+        deaths.on_faulty_lane()
+    assert deaths.abort_reason, "where all lanes are guilty, it is not the lanes"

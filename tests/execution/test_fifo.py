@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from orchestrator.execution.tune.fifo import FirstComeFirstServed, InOrder
+from orchestrator.execution.tune.fifo import ConfigurationListGenerator, LiveTrialFIFOScheduler
 from orchestrator.study.configuration import Configuration
 
 
@@ -21,7 +21,7 @@ class Nothing(tune.Trainable):
     pass
 
 
-def trials(search: InOrder, folder: Path) -> list[Any]:
+def trials(search: ConfigurationListGenerator, folder: Path) -> list[Any]:
     """As many as it gives now."""
     if not search.total_samples:
         search.add_configurations([Experiment("test", Nothing, storage_path=str(folder))])
@@ -30,7 +30,7 @@ def trials(search: InOrder, folder: Path) -> list[Any]:
 
 def test_every_configuration_is_one_trial_in_the_order_given(tmp_path: Path) -> None:
     points = [replace(point, seed=seed) for seed in range(40) for point in POINTS]
-    search = InOrder(points)
+    search = ConfigurationListGenerator(points)
     made = trials(search, tmp_path)
     assert [Configuration.from_json(trial.config["configuration"]) for trial in made] == points
     assert len({trial.trial_id for trial in made}) == len(points) == search.total_samples
@@ -38,7 +38,7 @@ def test_every_configuration_is_one_trial_in_the_order_given(tmp_path: Path) -> 
 
 
 def test_no_more_trials_than_may_be_alive(tmp_path: Path) -> None:
-    search = InOrder(POINTS, at_once=2)
+    search = ConfigurationListGenerator(POINTS, max_concurrent=2)
     first = trials(search, tmp_path)
     assert len(first) == 2
     assert trials(search, tmp_path) == []
@@ -67,7 +67,7 @@ STATUSES = st.sampled_from([Trial.PENDING, Trial.PAUSED, Trial.RUNNING, Trial.TE
 @given(st.lists(STATUSES, max_size=12), st.data())
 def test_the_next_trial_is_the_one_that_tunes_own_scheduler_takes(statuses: list[str], data: Any) -> None:
     came = [Trial("Nothing", stub=True, trial_id=f"{number:x}") for number in range(len(statuses))]
-    scheduler, controller = FirstComeFirstServed(), Controller(came)
+    scheduler, controller = LiveTrialFIFOScheduler(), Controller(came)
     for trial in came:
         scheduler.on_trial_add(controller, trial)
     for trial, status in zip(came, statuses, strict=True):

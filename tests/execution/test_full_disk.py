@@ -26,7 +26,7 @@ from orchestrator.launch import run_study as study_run
 from orchestrator.record.store import Store
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import Trouble, refused_by_disk
+from orchestrator.util.errors import StudyError, describe_disk_error
 
 ONE = ("--dry-run", "--variants", "lora", "--learning-rates", "1e-3", "--seeds", "1")
 
@@ -149,7 +149,7 @@ def test_a_librarys_own_error_about_a_full_disk_is_told_as_such(disk: Disk, tmp_
     """Ray Tune, for example, raises one about a missing file that it could not write before."""
 
     def fails() -> None:
-        with atomic_files.blamed(tmp_path, disk.folder):
+        with atomic_files.report_unwritable_folders(tmp_path, disk.folder):
             raise ValueError("no such snapshot")
 
     with pytest.raises(ValueError, match="no such snapshot"):
@@ -157,10 +157,12 @@ def test_a_librarys_own_error_about_a_full_disk_is_told_as_such(disk: Disk, tmp_
     disk.fill()
     with pytest.raises(OSError, match="No space left on device") as full:
         fails()
-    assert refused_by_disk(full.value).startswith(f"{disk.folder}: No space left on device; free some space")
+    assert describe_disk_error(full.value).startswith(
+        f"{disk.folder}: No space left on device; free some space"
+    )
     with (
-        pytest.raises(Trouble, match=f"^{disk.folder}/gone is gone; mount"),
-        atomic_files.blamed(disk.folder / "gone"),
+        pytest.raises(StudyError, match=f"^{disk.folder}/gone is gone; mount"),
+        atomic_files.report_unwritable_folders(disk.folder / "gone"),
     ):
         raise ValueError("no such snapshot")
     disk.free()
@@ -207,17 +209,17 @@ def test_a_store_that_refuses_for_long_ends_the_study_with_one_line(
 def test_a_log_that_finds_no_space_ends_no_study(disk: Disk) -> None:
     shown = io.StringIO()
     with Progress(disk.folder, 2, 0, Console(file=shown)) as progress:
-        progress.say("before")
+        progress.notify("before")
         print("noise before")
         disk.fill()
-        progress.say("meanwhile")
+        progress.notify("meanwhile")
         print("noise " * 2000)
         print("more noise", file=sys.stderr)
         disk.free()
-        progress.say("after")
+        progress.notify("after")
         print("noise after")
         disk.fill()
-        progress.say("at the end")
+        progress.notify("at the end")
     assert shown.getvalue() == "before\nmeanwhile\nafter\nat the end\n"
     log = (disk.folder / "study.log").read_text()
     assert "before" in log

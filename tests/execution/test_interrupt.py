@@ -26,12 +26,12 @@ THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--seats", "1", "--
 # The signal comes at the moment when Ray has put its own handler in the place of ours.
 SIGTERM_WHILE_RAY_STARTS = """
 import os, signal
-from orchestrator.util.command import _interrupt
+from orchestrator.util.command import _interrupt_handler
 set_handler = signal.signal
 
 def and_terminate(number, handler):
     before = set_handler(number, handler)
-    if number == signal.SIGTERM and handler != _interrupt.heard:
+    if number == signal.SIGTERM and handler != _interrupt_handler.heard:
         os.kill(os.getpid(), signal.SIGTERM)
     return before
 
@@ -41,14 +41,14 @@ signal.signal = and_terminate
 # As a terminal does: to the whole group of processes.
 CTRL_C_IN_THE_REPORT = """
 import os, signal
-from orchestrator.schedule import run
-write = run.write_parquet
+from orchestrator.launch import run_study
+write = run_study.write_parquet
 
 def write_parquet(store):
     os.killpg(os.getpid(), signal.SIGINT)
     write(store)
 
-run.write_parquet = write_parquet
+run_study.write_parquet = write_parquet
 """
 
 

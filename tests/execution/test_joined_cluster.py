@@ -18,7 +18,7 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
-from orchestrator.execution.broker.actor import NAME
+from orchestrator.execution.broker.actor import BROKER_NAME
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.record.store import Store
 
@@ -59,13 +59,13 @@ def workers(before: set[int]) -> set[int]:
 
 
 def kill_broker(for_good: bool = False) -> None:
-    (space,) = {a["namespace"] for a in list_named_actors(all_namespaces=True) if a["name"] == NAME}
-    ray.kill(ray.get_actor(NAME, namespace=space), no_restart=for_good)
+    (space,) = {a["namespace"] for a in list_named_actors(all_namespaces=True) if a["name"] == BROKER_NAME}
+    ray.kill(ray.get_actor(BROKER_NAME, namespace=space), no_restart=for_good)
 
 
 BROKER_LOST_SOON = """
-from orchestrator.schedule import broker
-broker.BROKER_LOST_SECONDS = 3.0
+from orchestrator.execution.broker import actor
+actor.BROKER_LOST_SECONDS = 3.0
 """
 
 
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     saved = study.saved(output)
     assert list(saved.values()) == [8, 8], "the two steps since then are lost"
     for fingerprint, step in saved.items():
-        whole = checkpoint.newest(store.checkpoints / fingerprint, print)
+        whole = checkpoint.read_newest(store.checkpoints / fingerprint, print)
         assert whole is not None
         assert whole.step == step, "nothing on disk is broken"
     study.release(task)

@@ -22,11 +22,11 @@ from ray.util import placement_group
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.execution.ray.runtime import beside_the_driver
+from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.trainers import placement_groups
-from orchestrator.execution.trainers.exit_status import How, lost_a_worker
-from orchestrator.execution.trainers.trainer import SeatPlan
-from orchestrator.execution.trainers.trainer_run import SeatRun
+from orchestrator.execution.trainers.exit_status import ExitKind, has_worker_on_lost_node
+from orchestrator.execution.trainers.trainer import TrainerSpec
+from orchestrator.execution.trainers.trainer_run import TrainerRun
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
 
@@ -57,7 +57,7 @@ class Controller:
 def controller(group: bool = False) -> tuple[Any, int, Any]:
     """Return a controller actor on the head node, its process id, and the handle of its worker."""
     actor: Any = ray.remote(Controller)
-    made = actor.options(num_cpus=0, scheduling_strategy=beside_the_driver()).remote()
+    made = actor.options(num_cpus=0, scheduling_strategy=driver_node_affinity()).remote()
     return made, *ray.get(made.start.remote(group))
 
 
@@ -73,18 +73,18 @@ def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machin
     node = machines.add(gpus=2)
     crashing, _, worker = controller()
     other, *_ = controller()
-    assert not lost_a_worker(crashing), "nothing has died"
+    assert not has_worker_on_lost_node(crashing), "nothing has died"
     with pytest.raises(RayActorError):
         ray.get(worker.crash.remote())
 
     def known() -> bool:
-        assert not lost_a_worker(crashing), "the node lives: a crash must count against its seat"
+        assert not has_worker_on_lost_node(crashing), "the node lives: a crash must count against its seat"
         return is_dead(worker)
 
     study.wait_for(known)  # Ray learns of a death bit by bit
     assert known()
     machines.lose(node)
-    assert lost_a_worker(other), "at once, before Ray has marked the node dead"
+    assert has_worker_on_lost_node(other), "at once, before Ray has marked the node dead"
 
 
 def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> None:
@@ -96,7 +96,7 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
     study.wait_for(lambda: is_dead(worker))  # it ends with what has started it
 
     def clear() -> int:
-        placement_groups.remove_placement_groups()
+        placement_groups.remove_orphaned_placement_groups()
         return groups()
 
     study.wait_for(lambda: clear() == 1)
@@ -109,8 +109,14 @@ def test_the_place_of_a_killed_controller_is_free_again(machines: Machines) -> N
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path: Path, begun: bool) -> None:
     """The run waits for a GPU that no node has, and would do so for an hour."""
-    plan = SeatPlan(lanes=1, gpus=1.0, store=str(tmp_path), scratch=str(tmp_path), start_seconds=3600)
-    run = SeatRun("seat-0", plan, uuid.uuid4().hex)
+    plan = TrainerSpec(
+        lanes_per_trainer=1,
+        gpus_per_worker=1.0,
+        store=str(tmp_path),
+        scratch=str(tmp_path),
+        start_timeout=3600,
+    )
+    run = TrainerRun("seat-0", plan, uuid.uuid4().hex)
 
     def controllers(*states: str) -> int:
         rows = [actor for actor in actors().values() if actor["ActorClassName"] == "TrainController"]
@@ -125,12 +131,12 @@ def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path
         run.kill()
         run.start()
     run.join(study.HANG_SECONDS)
-    assert run.end is not None
-    assert run.end.how is How.FAILED
+    assert run.exit_status is not None
+    assert run.exit_status.kind is ExitKind.FAILED
     study.wait_for(lambda: not controllers("ALIVE", "PENDING_CREATION", "DEPENDENCIES_UNREADY"))
 
     def clear() -> int:
-        placement_groups.remove_placement_groups()
+        placement_groups.remove_orphaned_placement_groups()
         return groups()
 
     study.wait_for(lambda: clear() == 0)

@@ -13,7 +13,7 @@ from machines import GPUS, Machines, trainers
 from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
-from orchestrator.execution.tune.trial import MEMORY_BYTES
+from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -54,8 +54,8 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     def trials_wait() -> bool:
         now = held()
         assert (now["CPU"], now["GPU"]) == (0, 0), "whoever waits takes nothing that could train"
-        assert now["memory"] <= LANES * MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
-        return now["memory"] >= MEMORY_BYTES
+        assert now["memory"] <= LANES * TRIAL_MEMORY_BYTES + 1, "that of a trial each, in Ray's books"
+        return now["memory"] >= TRIAL_MEMORY_BYTES
 
     study.wait_for(trials_wait, process)
     assert "died" not in study.log(output), "a seat waits for its place, and as long as it takes"

@@ -21,9 +21,9 @@ TASK = """
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.finetune import data_files
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults, split_of
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.sources import data_files
+from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults; from orchestrator.finetune.tasks.base import hash_split
+from orchestrator.util.errors import UsageError
 
 FILE = Path(__file__).with_name("mail.jsonl")
 
@@ -43,7 +43,7 @@ class Mail(Task):
     def examples(self, split, count):
         found = _examples()[split]
         if count > len(found):
-            raise BadInput(f"Task {self.name!r} has {len(found)} {split} examples, {count} were asked for.")
+            raise UsageError(f"Task {self.name!r} has {len(found)} {split} examples, {count} were asked for.")
         return found[:count]
 
 
@@ -51,7 +51,7 @@ class Mail(Task):
 def _examples():
     found = {"train": [], "validation": [], "test": []}
     for row in data_files.read(FILE, {"text": str, "spam": range(2)}, "mail"):
-        found[split_of(row["text"])].append(Example(row["text"], Mail.labels[row["spam"]]))
+        found[hash_split(row["text"])].append(Example(row["text"], Mail.labels[row["spam"]]))
     return found
 """
 WORDS = ("<pad>", *(f"w{i}" for i in range(20)))
@@ -102,7 +102,7 @@ def test_a_task_of_ones_own_runs_in_a_study(
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
     assert len(kept) == 6, "examples and token ids of three splits, made once for driver and workers"
     assert all(name.startswith("mail_task-") for name in kept)
-    gc.collect(store, output, older_than=0.0)
+    gc.collect_garbage(store, output, older_than=0.0)
     assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "what is whole stays"
 
     rows = (folder / "mail.jsonl").read_text().splitlines()

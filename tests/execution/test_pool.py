@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.trainers.pool import Seats
-from orchestrator.execution.trainers.storage_visibility import Sight
-from orchestrator.execution.trainers.trainer import SeatPlan
-from orchestrator.execution.trainers.trainer_run import SeatRun
+from orchestrator.execution.trainers.pool import TrainerPool
+from orchestrator.execution.trainers.storage_visibility import StorageVisibility
+from orchestrator.execution.trainers.trainer import TrainerSpec
+from orchestrator.execution.trainers.trainer_run import TrainerRun
 
 
 def seats(
@@ -24,15 +24,15 @@ def seats(
     follow: bool = True,
     started: bool = True,
     to_come: int = 0,
-) -> Seats:
+) -> TrainerPool:
     """Seats of four lanes and one GPU, on nodes with as many GPUs in all."""
-    plan, sight = SeatPlan(4, 1.0, "store", "scratch"), Sight(Path(), (), print)
-    made = Seats(plan, count, "space", None, sight, print, follow, to_come)
-    made.nodes = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
+    plan, sight = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
+    made = TrainerPool(plan, count, "space", None, sight, print, follow, to_come)
+    made.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"seat-{n}" for n in range(placed + unplaced)]
-    made.running = {name: SeatRun(name, plan, "space") for name in names}
-    made.spoken = frozenset(names[:placed])
-    made.started = len(names) + started
+    made.running = {name: TrainerRun(name, plan, "space") for name in names}
+    made.placed = frozenset(names[:placed])
+    made.num_started = len(names) + started
     return made
 
 
@@ -58,35 +58,35 @@ def seats(
         (seats(3, 3, placed=3, follow=False), 16, 8, 0),
     ],
 )
-def test_start(now: Seats, waiting: int, free: int, start: int) -> None:
-    assert max(0, now.lacking(waiting, 4 * len(now.spoken), free)) == start
+def test_start(now: TrainerPool, waiting: int, free: int, start: int) -> None:
+    assert max(0, now.num_to_start(waiting, 4 * len(now.placed), free)) == start
 
 
 def test_no_node_is_asked_for_while_a_seat_has_yet_to_take_its_lanes() -> None:
     now = seats(1, 1, placed=1, to_come=8)
-    assert now.lacking(8, 0, 0) == 1
-    assert now.lacking(7, 1, 0) == 1
-    assert now.lacking(4, 0, 0) == 0
+    assert now.num_to_start(8, 0, 0) == 1
+    assert now.num_to_start(7, 1, 0) == 1
+    assert now.num_to_start(4, 0, 0) == 0
     now = seats(1, 2, placed=1, to_come=8)
-    assert now.lacking(4, 0, 1) == 1, "a node that is there costs nothing more"
+    assert now.num_to_start(4, 0, 1) == 1, "a node that is there costs nothing more"
 
 
 def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     said: list[str] = []
     now = seats(8, 8, placed=1)
-    now.say = said.append
-    now.nodes = Cluster((Node(4, 0, 3 * 2**29, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
+    now.notify = said.append
+    now.cluster = Cluster((Node(4, 0, 3 * 2**29, "here"), *(Node(4, 1, 2**33, f"gpu-{n}") for n in range(8))))
     for _ in range(2):
-        now._count_controllers("here")
-    assert now.lacking(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
+        now._limit_by_driver_memory("here")
+    assert now.num_to_start(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
     assert len(said) == 1
     assert said[0].startswith("3 seats at most, not 8: each keeps 0.25 GiB")
-    now.follow = False
-    assert now.lacking(60, 4, 7) == 2
+    now.elastic = False
+    assert now.num_to_start(60, 4, 7) == 2
     poor = seats(8, 8, started=False)
-    poor.nodes, poor.say = Cluster((Node(4, 1, 2**20, "here"),)), said.append
-    poor._count_controllers("here")
-    assert poor.lacking(60, 0, 1) == 1, "one is always tried"
+    poor.cluster, poor.notify = Cluster((Node(4, 1, 2**20, "here"),)), said.append
+    poor._limit_by_driver_memory("here")
+    assert poor.num_to_start(60, 0, 1) == 1, "one is always tried"
 
 
 counts = st.integers(0, 6)
@@ -106,7 +106,7 @@ def test_never_stuck_and_never_too_many(
     gpus: int, placed: int, unplaced: int, waiting: int, training: int, free: int, follow: bool, to_come: int
 ) -> None:
     now = seats(3, gpus, placed=placed, unplaced=unplaced, follow=follow, to_come=to_come)
-    start = max(0, now.lacking(waiting, training, free))
+    start = max(0, now.num_to_start(waiting, training, free))
     running = placed + unplaced
     assert start or running, "lanes wait, and nobody would ever come"
     assert running + start <= max(running, 1, max(gpus, to_come) if follow else 3)

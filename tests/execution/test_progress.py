@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution import progress as progress_module
-from orchestrator.execution.progress import PLAIN_SECONDS, Best, Progress, clock
+from orchestrator.execution.progress import PLAIN_LINE_INTERVAL_SECONDS, BestResult, Progress, format_duration
 
 NOW = 100_000.0
 
@@ -30,34 +30,34 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ("seconds", "said"), [(0, "0 s"), (59.4, "59 s"), (61, "1:01"), (7384, "2:03:04"), (-3, "0 s")]
 )
 def test_clock(seconds: float, said: str) -> None:
-    assert clock(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_the_line_fits_80_columns_when_everything_is_long(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 5000, 4000, Console(file=io.StringIO(), width=80))
-    progress.done, progress.training, progress.seats = 999, 64, 8
+    progress.num_ended, progress.training, progress.live_trainers = 999, 64, 8
     progress.diverged, progress.stopped, progress.failed = 120, 250, 3
-    progress.best = Best(0.987, "rslora", 3.16e-4)
-    progress.first_lane = progress.started - 7000
-    assert len(progress.line()) <= 80
-    progress.total = progress.known = 99_000
+    progress.best = BestResult(0.987, "rslora", 3.16e-4)
+    progress.first_lane_at = progress.started - 7000
+    assert len(progress.status_line()) <= 80
+    progress.total = progress.cached = 99_000
     progress.diverged, progress.stopped, progress.failed = 12_000, 25_000, 300
-    progress.first_lane = progress.started - 70_000
-    assert len(progress.line()) <= 80
+    progress.first_lane_at = progress.started - 70_000
+    assert len(progress.status_line()) <= 80
 
 
 def test_the_time_left_counts_lanes_under_way(tmp_path: Path, now: SimpleNamespace) -> None:
     with Progress(tmp_path, 8, 0, Console(file=io.StringIO(), width=80)) as progress:
-        progress.training, progress.taken = 4, 2000
-        progress.first_lane = NOW - 4000
+        progress.training, progress.steps_taken = 4, 2000
+        progress.first_lane_at = NOW - 4000
         assert progress.seconds_left() is None, "nothing is known of how long a lane takes"
         for seed in range(4):
-            progress.ended(points.record(points.configuration(seed=seed), "diverged", steps=500))
+            progress.add_record(points.record(points.configuration(seed=seed), "diverged", steps=500))
         assert progress.seconds_left() == pytest.approx(4000)
-        progress.first_lane = NOW - 7000
-        progress.taken = 3500  # three quarters of the other four
+        progress.first_lane_at = NOW - 7000
+        progress.steps_taken = 3500  # three quarters of the other four
         assert progress.seconds_left() == pytest.approx(1000)
-        progress.taken = 5000  # some were repeated: no more than all that train are nearly done
+        progress.steps_taken = 5000  # some were repeated: no more than all that train are nearly done
         assert progress.seconds_left() == 0.0
 
 
@@ -67,13 +67,13 @@ def test_without_a_terminal_it_writes_lines_and_keeps_others_out(
     screen = io.StringIO()
     with Progress(tmp_path, 3, 1, Console(file=screen, width=80)) as progress:
         print("noise of a library")
-        progress.say("Ray started here")
-        progress.show()
-        now.seconds += PLAIN_SECONDS - 1
-        progress.show()
+        progress.notify("Ray started here")
+        progress.refresh()
+        now.seconds += PLAIN_LINE_INTERVAL_SECONDS - 1
+        progress.refresh()
         now.seconds += 2
         progress.training = 1
-        progress.show()
+        progress.refresh()
     assert screen.getvalue().splitlines() == [
         "Ray started here",
         "1/3 done | 0 training | seats start",

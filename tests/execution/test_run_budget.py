@@ -7,58 +7,58 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.execution.run_budget import INTERRUPTED, Limits
+from orchestrator.execution.run_budget import INTERRUPTED, RunBudget
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 def test_gpu_hours_are_what_the_seats_hold_from_their_first_word_to_their_last():
-    limits = Limits(began=0.0)
-    limits.hold(0.5 * 2)  # two workers on half a GPU each
+    limits = RunBudget(started_at=0.0)
+    limits.set_gpus_per_trainer(0.5 * 2)  # two workers on half a GPU each
     for seats, now in ((0, 100.0), (2, 200.0), (2, 1100.0), (1, 2900.0), (0, 4700.0), (0, 9000.0)):
-        assert limits.look(seats, now) == ""
+        assert limits.update(seats, now) == ""
     # Two seats for 900 s and 1800 s more until one was missed, then one for 1800 s.
-    assert limits.gpu_hours == pytest.approx((2 * 900 + 2 * 1800 + 1800) / 3600)
-    assert limits.spent() == "2 GPU hours"
+    assert limits.used_gpu_hours == pytest.approx((2 * 900 + 2 * 1800 + 1800) / 3600)
+    assert limits.format_usage() == "2 GPU hours"
 
 
 def test_the_first_limit_ends_the_study_and_stays_the_reason():
-    limits = Limits(max_hours=2.0, max_gpu_hours=1.0, began=0.0)
-    limits.hold(1.0)
-    assert limits.look(1, 0.0) == ""
-    assert limits.look(1, 3599.0) == ""
-    assert limits.look(1, 3601.0) == "--max-gpu-hours 1"
-    assert limits.look(1, 2 * 3600 + 1.0) == "--max-gpu-hours 1"
-    assert not limits.hasty
-    by_time = Limits(max_hours=0.5, began=50.0)
-    assert (by_time.look(0, 1849.0), by_time.look(0, 1850.0)) == ("", "--max-hours 0.5")
-    assert by_time.spent() == "", "without GPUs there is nothing to say"
+    limits = RunBudget(max_hours=2.0, max_gpu_hours=1.0, started_at=0.0)
+    limits.set_gpus_per_trainer(1.0)
+    assert limits.update(1, 0.0) == ""
+    assert limits.update(1, 3599.0) == ""
+    assert limits.update(1, 3601.0) == "--max-gpu-hours 1"
+    assert limits.update(1, 2 * 3600 + 1.0) == "--max-gpu-hours 1"
+    assert not limits.is_interrupted
+    by_time = RunBudget(max_hours=0.5, started_at=50.0)
+    assert (by_time.update(0, 1849.0), by_time.update(0, 1850.0)) == ("", "--max-hours 0.5")
+    assert by_time.format_usage() == "", "without GPUs there is nothing to say"
 
 
 def test_ctrl_c_comes_before_every_limit_and_gets_ten_seconds(monkeypatch):
     monkeypatch.setattr("orchestrator.execution.run_budget.time", SimpleNamespace(monotonic=lambda: now))
     now = 3600.5
-    limits = Limits(max_hours=1.0, began=0.0)
-    assert limits.seconds_left() == math.inf
-    assert limits.look(1, 3600.0) == "--max-hours 1"
-    limits.ask()
-    assert limits.look(1, 3601.0) == INTERRUPTED
-    assert limits.hasty
-    assert limits.seconds_left() == 10
+    limits = RunBudget(max_hours=1.0, started_at=0.0)
+    assert limits.interrupt_seconds_left() == math.inf
+    assert limits.update(1, 3600.0) == "--max-hours 1"
+    limits.request_stop()
+    assert limits.update(1, 3601.0) == INTERRUPTED
+    assert limits.is_interrupted
+    assert limits.interrupt_seconds_left() == 10
     now += 4.0
-    assert limits.seconds_left() == 6
+    assert limits.interrupt_seconds_left() == 6
 
 
 def test_a_limit_on_gpus_needs_seats_that_hold_some():
-    with pytest.raises(BadInput, match=r"--max-gpu-hours 3: .* hold no GPU; take --max-hours"):
-        Limits(max_gpu_hours=3.0).hold(0.0)
-    Limits(max_hours=3.0).hold(0.0)
-    with pytest.raises(BadInput, match=r"--max-gpu-hours 3 with --gpus-per-seat 0"):
-        StudyOptions(max_gpu_hours=3.0, gpus_per_seat=0.0)
+    with pytest.raises(UsageError, match=r"--max-gpu-hours 3: .* hold no GPU; take --max-hours"):
+        RunBudget(max_gpu_hours=3.0).set_gpus_per_trainer(0.0)
+    RunBudget(max_hours=3.0).set_gpus_per_trainer(0.0)
+    with pytest.raises(UsageError, match=r"--max-gpu-hours 3 with --gpus-per-seat 0"):
+        StudyOptions(max_gpu_hours=3.0, gpus_per_worker=0.0)
 
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["max_hours", "max_gpu_hours"])
 def test_a_limit_is_a_finite_number_above_0(name, hours):
-    with pytest.raises(BadInput, match=rf"--{name.replace('_', '-')} .*: must be a finite number above 0"):
+    with pytest.raises(UsageError, match=rf"--{name.replace('_', '-')} .*: must be a finite number above 0"):
         StudyOptions(**{name: hours})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.execution.ray.runtime import Cluster, Node, connect
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 GIB = float(2**30)
 LAPTOP = Cluster((Node(8, 0, 12 * GIB),))
@@ -33,7 +33,7 @@ GPUS = Cluster((Node(32, 4, 200 * GIB), Node(32, 3, 200 * GIB)))
 def test_room(
     cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
 ) -> None:
-    assert cluster.seats(wanted, gpus, workers) == given
+    assert cluster.plan_trainers(wanted, gpus, workers) == given
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_room(
 def test_a_joined_cluster_may_grow(
     nodes: tuple[Node, ...], wanted: int | None, gpus: float | None, workers: int, given: tuple[int, float]
 ) -> None:
-    assert Cluster(nodes, local=False).seats(wanted, gpus, workers) == given
+    assert Cluster(nodes, local=False).plan_trainers(wanted, gpus, workers) == given
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_a_joined_cluster_may_grow(
 def test_no_room(
     cluster: Cluster, wanted: int | None, gpus: float | None, workers: int, said: list[str]
 ) -> None:
-    with pytest.raises(BadInput) as error:
-        cluster.seats(wanted, gpus, workers)
+    with pytest.raises(UsageError) as error:
+        cluster.plan_trainers(wanted, gpus, workers)
     for part in said:
         assert part in str(error.value)
     assert "\n" not in str(error.value)
@@ -80,5 +80,5 @@ def test_no_study_starts_in_a_folder_with_another_copy_of_this_code(
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=f"{tmp_path} has another '{package}'"), connect():
+    with pytest.raises(UsageError, match=f"{tmp_path} has another '{package}'"), connect():
         pass

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from search_drive import STEPS, Drive, record, score, space
 
-from orchestrator.execution.search.search_file import FILE, POINTS, SearchFile
+from orchestrator.execution.search.search_file import POINTS_FILE, SEARCH_FILE, SearchFile
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
@@ -34,8 +34,8 @@ def test_tpe_looks_where_it_was_good(tmp_path: Path) -> None:
 def test_a_point_is_written_down_before_anyone_gets_it(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
     seen: list[list[str]] = []
-    drive.ledger.told = lambda point: seen.append(
-        [json.loads(line)["fingerprint"] for line in (drive.study / POINTS).read_text().splitlines()]
+    drive.ledger.on_point = lambda point: seen.append(
+        [json.loads(line)["fingerprint"] for line in (drive.study / POINTS_FILE).read_text().splitlines()]
     )
     drive.all()
     assert [len(each) for each in seen] == list(range(1, 13))
@@ -55,15 +55,15 @@ def test_what_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -
 def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:
     other = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=3)
     other.all()
-    for file in (FILE, POINTS):
+    for file in (SEARCH_FILE, POINTS_FILE):
         (other.study / file).unlink()
     drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
     assert drive.all() == {"lora": 3}
-    assert len(drive.ledger.asked) == 6
+    assert len(drive.ledger.configurations) == 6
     known = {point.fingerprint for point in other.given}
-    assert drive.search.known == known
+    assert drive.search.cached == known
     values = [t.value for t in drive.told("lora") if t.state.name == "COMPLETE"]
-    assert sorted(values) == sorted(score(point) for point in drive.ledger.asked.values())
+    assert sorted(values) == sorted(score(point) for point in drive.ledger.configurations.values())
 
 
 def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
         drive.ask()
     drive.end("t0", "stopped")
     drive.end("t1")
-    spent = drive.ledger.spent(drive.store)["lora"]
+    spent = drive.ledger.update_usage(drive.store)["lora"]
     assert (spent.points, spent.asked) == (6, 3)
     assert spent.states == {"stopped": 1, "finished": 1, "missing": 1}
     assert (spent.steps, spent.most_steps) == (30 + STEPS, 6 * STEPS)
@@ -81,10 +81,10 @@ def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
 
 def test_one_more_point_is_one_more_line(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
-    before = (drive.study / FILE).stat().st_ino, (drive.study / POINTS).stat().st_ino
+    before = (drive.study / SEARCH_FILE).stat().st_ino, (drive.study / POINTS_FILE).stat().st_ino
     drive.all()
-    assert before == ((drive.study / FILE).stat().st_ino, (drive.study / POINTS).stat().st_ino)
-    assert len((drive.study / POINTS).read_bytes().splitlines()) == 12
+    assert before == ((drive.study / SEARCH_FILE).stat().st_ino, (drive.study / POINTS_FILE).stat().st_ino)
+    assert len((drive.study / POINTS_FILE).read_bytes().splitlines()) == 12
 
 
 def test_tune_gets_no_pickle_of_it(tmp_path: Path) -> None:

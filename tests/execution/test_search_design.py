@@ -9,9 +9,16 @@ import pytest
 from points import configuration
 from scipy.stats import qmc
 
-from orchestrator.execution.search.samplers import design, distributions, drawn, others, sampler, values
+from orchestrator.execution.search.samplers import (
+    distributions,
+    draw_design,
+    from_optuna_params,
+    make_sampler,
+    random_points,
+    to_optuna_params,
+)
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Space, Value, applied, parse
+from orchestrator.study.space import Space, Value, apply_values, parse_space
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
@@ -23,16 +30,16 @@ WORDS = ("rank=4,8,16,32", "alpha=log:4:64", "lora_plus.ratio=log:1:64", "schedu
 
 
 def build(variant: str, found: Mapping[str, Value]) -> Configuration:
-    return applied(configuration(variant), found)
+    return apply_values(configuration(variant), found)
 
 
 def space(*words: str, variants: tuple[str, ...] = tuple(OWN)) -> Space:
-    return parse(words, variants, OWN.__getitem__, (1e-4, 1.0))
+    return parse_space(words, variants, OWN.__getitem__, (1e-4, 1.0))
 
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
-    found = design(name, space(*WORDS), 16, build)
+    found = draw_design(name, space(*WORDS), 16, build)
     for variant, points in found.items():
         assert len({build(variant, point).fingerprint for point in points}) == len(points) == 16
         assert all("alpha" in p or variant in ("hira", "full") for p in points)
@@ -41,7 +48,7 @@ def test_every_variant_gets_as_many_points_none_twice(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_more_points_begin_with_the_same_ones(name: str) -> None:
-    few, many = (design(name, space(*WORDS), n, build) for n in (16, 32))
+    few, many = (draw_design(name, space(*WORDS), n, build) for n in (16, 32))
     for variant, points in few.items():
         assert many[variant][:16] == points
         assert len(many[variant]) == 32
@@ -49,7 +56,7 @@ def test_more_points_begin_with_the_same_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qmc", "random"])
 def test_variants_share_what_they_have_in_common(name: str) -> None:
-    found = design(name, space(*WORDS), 16, build)
+    found = draw_design(name, space(*WORDS), 16, build)
     for variant in ("hira", "lora_plus", "full"):
         for mine, other in zip(found["lora"], found[variant], strict=True):
             assert all(mine[key] == other[key] for key in mine.keys() & other.keys())
@@ -59,7 +66,7 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
     over = space("weight_decay=0:0.1", variants=("lora",))
     spread: dict[str, float] = {}
     for name in ("qmc", "random"):
-        points = design(name, over, 32, build)["lora"]
+        points = draw_design(name, over, 32, build)["lora"]
         unit = [
             (math.log10(float(p["learning_rate"])) / 4 + 1, float(p["weight_decay"]) * 10) for p in points
         ]
@@ -73,14 +80,14 @@ def test_qmc_fills_every_stratum_of_the_learning_rate_and_is_more_even_than_rand
 
 
 def test_choices_come_up_equally_often() -> None:
-    found = design("qmc", space("rank=4,8,16,32", "schedule=linear,cosine"), 32, build)["lora"]
+    found = draw_design("qmc", space("rank=4,8,16,32", "schedule=linear,cosine"), 32, build)["lora"]
     assert {n: sum(p["rank"] == n for p in found) for n in (4, 8, 16, 32)} == dict.fromkeys((4, 8, 16, 32), 8)
     assert sum(p["schedule"] == "linear" for p in found) == 16
 
 
 def test_a_space_with_few_points_gives_them_all() -> None:
-    over = parse(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    found = design("qmc", over, 16, build)
+    over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    found = draw_design("qmc", over, 16, build)
     assert sorted(p["rank"] for p in found["lora"]) == [4, 8, 16]
     assert found["full"] == [{}]
 
@@ -89,33 +96,33 @@ def test_a_space_with_few_points_gives_them_all() -> None:
 def test_many_choices_are_all_found(name: str) -> None:
     """Of 240 points the last ones come up once in 240 draws each."""
     words = ["rank=int:1:60", "schedule=linear,cosine", "batch_size=8,16"]
-    over = parse(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
-    found = design(name, over, 240, build)
+    over = parse_space(words, ("lora", "hira"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    found = draw_design(name, over, 240, build)
     for points in found.values():
         assert len({tuple(point.values()) for point in points}) == 240
     assert found["lora"] == found["hira"]
-    assert design(name, over, 200, build)["lora"] == found["lora"][:200]
+    assert draw_design(name, over, 200, build)["lora"] == found["lora"][:200]
 
 
 def test_others_are_each_point_of_a_small_space_once() -> None:
-    (over,) = parse(
+    (over,) = parse_space(
         ["rank=int:3:6", "lora.rank=int:2:4", "schedule=linear,cosine"],
         ("lora",),
         OWN.__getitem__,
         (1e-4, 1e-2),
         ("learning_rate",),
     ).variants.values()
-    found = list(others(over, 0))
+    found = list(random_points(over, 0))
     assert sorted((p["lora.rank"], p["schedule"]) for p in found) == [
         (r, s) for r in (2, 3, 4) for s in ("cosine", "linear")
     ]
-    assert found != list(others(over, 1))
+    assert found != list(random_points(over, 1))
 
 
 def test_others_of_a_large_space_are_its_own() -> None:
     (over,) = space(*WORDS, variants=("lora_plus",)).variants.values()
-    found = list(others(over, 0))
-    assert all(values(over, drawn(over, point)) == point for point in found)
+    found = list(random_points(over, 0))
+    assert all(from_optuna_params(over, to_optuna_params(over, point)) == point for point in found)
     assert len({tuple(point.values()) for point in found}) > 990
 
 
@@ -123,7 +130,7 @@ def test_what_the_variant_refuses_is_passed_over() -> None:
     def even(variant: str, found: Mapping[str, Value]) -> Configuration | None:
         return build(variant, found) if int(found["rank"]) % 2 == 0 else None
 
-    found = design("random", space("rank=int:1:64", variants=("lora",)), 16, even)["lora"]
+    found = draw_design("random", space("rank=int:1:64", variants=("lora",)), 16, even)["lora"]
     assert len(found) == 16
     assert all(int(p["rank"]) % 2 == 0 for p in found)
 
@@ -132,10 +139,10 @@ def test_values_and_draws_are_each_others_inverse() -> None:
     from optuna import create_study
 
     over = space(*WORDS, "lora_plus.rank=logint:2:64").variants["lora_plus"]
-    study = create_study(sampler=sampler("random", 8, 0))
+    study = create_study(sampler=make_sampler("random", 8, 0))
     for _ in range(20):
-        found = values(over, study.ask(fixed_distributions=distributions(over)).params)
-        assert values(over, drawn(over, found)) == found
+        found = from_optuna_params(over, study.ask(fixed_distributions=distributions(over)).params)
+        assert from_optuna_params(over, to_optuna_params(over, found)) == found
 
 
 def test_a_sampler_does_not_repeat_its_draws_after_a_restart() -> None:
@@ -143,7 +150,9 @@ def test_a_sampler_does_not_repeat_its_draws_after_a_restart() -> None:
 
     over = space(variants=("lora",)).variants["lora"]
     firsts = [
-        create_study(sampler=sampler("tpe", 16, asked)).ask(fixed_distributions=distributions(over)).params
+        create_study(sampler=make_sampler("tpe", 16, asked))
+        .ask(fixed_distributions=distributions(over))
+        .params
         for asked in (0, 0, 1, 2, 3)
     ]
     assert firsts[0] == firsts[1]

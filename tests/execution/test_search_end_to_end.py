@@ -16,7 +16,7 @@ from test_joined_cluster import left
 from orchestrator.execution.search.search_file import SearchFile
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -81,7 +81,7 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
     capsys.readouterr()
     assert study.run_here(output, *SEARCH, *small, "--plan") == 0
     assert "Configurations  6, of them 6 known" in capsys.readouterr().out
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(UsageError) as refused:
         study.run_here(output, *SEARCH[:-1], "alpha=log:4:32", *small)
     assert "lora's alpha in log:4:64, now it would be log:4:32; take another --study" in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -11,11 +11,11 @@ from search_drive import OWN, Drive, build, score, space
 
 from orchestrator.execution.search import samplers
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Value, parse
+from orchestrator.study.space import Value, parse_space
 
 
 def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:
-    over = parse(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(["rank=4,8,16"], ("lora", "full"), OWN.__getitem__, (1e-2,), ("learning_rate",))
     drive = Drive(tmp_path, over, points=9)
     assert drive.ledger.total == 4
     assert drive.all() == {"lora": 3, "full": 1}
@@ -50,7 +50,7 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
 ) -> None:
     """Samplers come back to their best points: of twenty they suggest ten."""
     monkeypatch.setattr(samplers, "SEED", seed)
-    over = parse(
+    over = parse_space(
         ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora", "hira"), OWN.__getitem__, ()
     )
     drive = Drive(tmp_path, over, points, sampler)
@@ -65,12 +65,14 @@ def test_choices_give_as_many_different_points_as_were_asked_for(
 
 def test_a_point_that_the_sampler_does_not_find_is_asked_and_counts(tmp_path: Path) -> None:
     """A driver's death after 19 of 20: the last one is found, and only then is the space used up."""
-    over = parse(["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora",), OWN.__getitem__, ())
+    over = parse_space(
+        ["learning_rate=1e-4,1e-3,1e-2,1e-1", "rank=4,8,16,32,64"], ("lora",), OWN.__getitem__, ()
+    )
     assert Drive(tmp_path, over, points=19).all() == {"lora": 19}
     assert Drive(tmp_path, over, points=30).all() == {"lora": 1}
     last = Drive(tmp_path, over, points=30)
     assert last.ask() == Searcher.FINISHED
-    assert len(last.ledger.asked) == last.ledger.total == 20
+    assert len(last.ledger.configurations) == last.ledger.total == 20
 
 
 def with_one_rank(folder: Path, rank: int) -> Drive:
@@ -79,7 +81,7 @@ def with_one_rank(folder: Path, rank: int) -> Drive:
     def picky(variant: str, values: Mapping[str, Value]) -> Configuration | None:
         return build(variant, values) if values["rank"] == rank else None
 
-    over = parse(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
+    over = parse_space(["rank=int:1:2000"], ("lora",), OWN.__getitem__, (1e-2,), ("learning_rate",))
     drive = Drive(folder, over, points=2)
     drive.ledger.build = picky
     return drive
@@ -108,5 +110,5 @@ def test_a_variant_that_refuses_most_points_ends(tmp_path: Path) -> None:
 
 def test_a_large_space_that_seemed_used_up_is_looked_through_again(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("lora",)), points=2)
-    first.ledger.exhaust("lora")
+    first.ledger.mark_exhausted("lora")
     assert Drive(tmp_path, space(variants=("lora",)), points=2).all() == {"lora": 2}

@@ -12,12 +12,12 @@ import pytest
 from ray.tune.search import Searcher
 from search_drive import STEPS, Drive, build, record, score, space
 
-from orchestrator.execution.search.budget import opened
-from orchestrator.execution.search.search_file import FILE, POINTS, SearchFile
-from orchestrator.execution.search.searcher import PerGroupSearch
-from orchestrator.study.configuration import Configuration, Schedule
+from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.search.search_file import POINTS_FILE, SEARCH_FILE, SearchFile
+from orchestrator.execution.search.searcher import PerVariantSearcher
+from orchestrator.study.configuration import Configuration, LRSchedule
 from orchestrator.study.space import Value
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
@@ -91,7 +91,7 @@ def test_what_was_stopped_is_told_as_pruned_at_once_and_after_a_restart(tmp_path
 )
 def test_another_space_or_sampler_is_another_study(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     Drive(tmp_path, space("rank=4,8,16")).all()
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(UsageError, match=said) as caught:
         Drive(tmp_path, **({"over": space("rank=4,8,16")} | change))
     assert "take another --study" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -101,10 +101,10 @@ def test_other_settings_are_another_study(tmp_path: Path) -> None:
     Drive(tmp_path, space()).all()
 
     def longer(variant: str, values: Mapping[str, Value]) -> Configuration:
-        return replace(build(variant, values), schedule=Schedule(2 * STEPS))
+        return replace(build(variant, values), schedule=LRSchedule(2 * STEPS))
 
-    with pytest.raises(BadInput, match="other settings"):
-        opened(tmp_path / "study", "tpe", 6, space(), longer, 2 * STEPS)
+    with pytest.raises(UsageError, match="other settings"):
+        open_search(tmp_path / "study", "tpe", 6, space(), longer, 2 * STEPS)
 
 
 def test_raised_numerics_are_named(tmp_path: Path) -> None:
@@ -114,8 +114,10 @@ def test_raised_numerics_are_named(tmp_path: Path) -> None:
         point = build(variant, values)
         return replace(point, variant=replace(point.variant, numerics=2), loop_numerics=3)
 
-    with pytest.raises(BadInput, match=r"earlier numerics of the variant lora and loop: .* another --study"):
-        opened(tmp_path / "study", "tpe", 6, space(), raised, STEPS)
+    with pytest.raises(
+        UsageError, match=r"earlier numerics of the variant lora and loop: .* another --study"
+    ):
+        open_search(tmp_path / "study", "tpe", 6, space(), raised, STEPS)
 
 
 def test_a_further_variant_joins_with_the_same_budget(tmp_path: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_torn_last_line_was_given_to_nobody(tmp_path: Path, caplog: pytest.Log
     first = Drive(tmp_path, space(variants=("lora",)))
     for _ in range(4):
         first.ask()
-    path = first.study / POINTS
+    path = first.study / POINTS_FILE
     path.write_bytes(path.read_bytes()[:-20])
     second = Drive(tmp_path, space(variants=("lora",)))
     assert [r.message for r in caplog.records] == [f"{path}: its last line is torn: left out"]
@@ -137,16 +139,16 @@ def test_a_torn_last_line_was_given_to_nobody(tmp_path: Path, caplog: pytest.Log
     assert found is not None
     assert [point.fingerprint for point in found.asked] == [point.fingerprint for point in second.given]
     path.write_bytes(b"{}\n" + path.read_bytes())
-    with pytest.raises(BadInput, match=r"search\.jsonl, line 1: not a search \(variant"):
+    with pytest.raises(UsageError, match=r"search\.jsonl, line 1: not a search \(variant"):
         Drive(tmp_path, space(variants=("lora",)))
 
 
 def test_a_design_keeps_to_its_budget_when_another_variant_brings_a_dimension(tmp_path: Path) -> None:
     first = Drive(tmp_path, space(variants=("full",)), points=16, sampler="qmc")
-    assert len(first.ledger.asked) == 16
+    assert len(first.ledger.configurations) == 16
     second = Drive(tmp_path, space("rank=4,8", variants=("full", "lora")), points=32, sampler="qmc")
-    assert second.ledger.counts == {"full": 32, "lora": 32}
-    assert list(second.ledger.asked)[:16] == list(first.ledger.asked)
+    assert second.ledger.num_asked == {"full": 32, "lora": 32}
+    assert list(second.ledger.configurations)[:16] == list(first.ledger.configurations)
 
 
 @pytest.mark.parametrize("sampler", ["qmc", "random"])
@@ -155,15 +157,15 @@ def test_a_design_is_trained_as_a_whole_and_a_larger_one_goes_on_from_it(
 ) -> None:
     few = Drive(tmp_path, space(), points=2, sampler=sampler)
     assert few.all() == {"lora": 2, "hira": 2}
-    assert few.given == list(few.ledger.asked.values())
+    assert few.given == list(few.ledger.configurations.values())
     many = Drive(tmp_path, space(), points=4, sampler=sampler)
     assert many.all() == {"lora": 2, "hira": 2}
-    assert list(many.ledger.asked.values()) == [*few.given, *many.given]
+    assert list(many.ledger.configurations.values()) == [*few.given, *many.given]
 
 
 def test_fewer_points_than_before_are_refused(tmp_path: Path) -> None:
     Drive(tmp_path, space(variants=("lora",)), points=16)
-    with pytest.raises(BadInput, match=r"--points 8: .* asks for 16 .* take 16 or more") as caught:
+    with pytest.raises(UsageError, match=r"--points 8: .* asks for 16 .* take 16 or more") as caught:
         Drive(tmp_path, space(), points=8)
     assert "\n" not in str(caught.value)
 
@@ -175,7 +177,7 @@ def test_what_seats_of_a_killed_driver_have_written_meanwhile_is_known(tmp_path:
     second = Drive(tmp_path, space(variants=("lora",)), scheduler="asha")
     known: set[str] = set()  # run.py looked before the record was there
     second.store.put(record(first.given[1]))
-    second.search = PerGroupSearch(second.ledger, second.store, "asha", 2, known)
+    second.search = PerVariantSearcher(second.ledger, second.store, "asha", 2, known)
     assert known == {first.given[1].fingerprint}
     assert [second.ask() for _ in range(2)] == [first.given[1], first.given[0]]
     assert Counter(t.state.name for t in second.told("lora")) == {"COMPLETE": 1, "RUNNING": 1}
@@ -186,15 +188,15 @@ def test_lost_points_of_an_ended_search_are_told(tmp_path: Path, loss: str) -> N
     """An older copy, a cut at the end of a line: more points would be asked than the budget has."""
     drive = Drive(tmp_path, space())
     drive.all()
-    drive.ledger.spent(drive.store)
-    path = drive.study / POINTS
+    drive.ledger.update_usage(drive.store)
+    path = drive.study / POINTS_FILE
     lines = path.read_bytes().splitlines(keepends=True)
     if loss == "the file beside it":
-        (drive.study / FILE).unlink()
+        (drive.study / SEARCH_FILE).unlink()
     elif loss == "the file":
         path.unlink()
     else:
         path.write_bytes(b"".join(lines[:-1]) if loss == "a line" else b"")
-    with pytest.raises(BadInput, match=r"search\.json.*back, or take another --study") as caught:
+    with pytest.raises(UsageError, match=r"search\.json.*back, or take another --study") as caught:
         Drive(tmp_path, space())
     assert "\n" not in str(caught.value)

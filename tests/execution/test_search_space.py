@@ -12,22 +12,22 @@ import ray
 import study
 from rich.console import Console
 
-from orchestrator.execution.search.budget import opened
-from orchestrator.execution.search.samplers import design
+from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.search.samplers import draw_design
 from orchestrator.finetune import resolve
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.work import builder
+from orchestrator.launch.work import point_builder
 from orchestrator.record.schema import Record
-from orchestrator.record.show import narrowed
+from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import grid
+from orchestrator.study.grid import build_grid
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -43,9 +43,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
     typed = StudyOptions(task=task, model=str(bases / task), **options)
-    chosen = resolve.names(typed, "letters", ("lora", "hira"), bases)
-    content = resolve.base(chosen.model, bases, lambda text: None)
-    return resolve.templates(typed, chosen, content, bases), chosen.space
+    chosen = resolve.resolve_options(typed, "letters", ("lora", "hira"), bases)
+    content = resolve.resolve_base_model(chosen.model, bases, lambda text: None)
+    return resolve.build_configuration_templates(typed, chosen, content, bases), chosen.space
 
 
 ALL = (
@@ -72,13 +72,13 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
         bases, variants=(variant,), search="qmc", space=(*words, "batch_size=8,16", "weight_decay=0:0.1")
     )
     assert space is not None
-    build = builder(made)
-    points = design("qmc", space, 16, build)[variant]
+    build = point_builder(made)
+    points = draw_design("qmc", space, 16, build)[variant]
     assert len(points) == 16
     for point in points:
         configuration = build(variant, point)
         assert configuration is not None
-        assert resolve.refusal(configuration) is None
+        assert resolve.find_settings_error(configuration) is None
         assert configuration.optimizer.learning_rate == point["learning_rate"]
         assert Configuration.from_json(configuration.to_json()) == configuration
 
@@ -92,10 +92,10 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     }
     made, space = resolved(bases, **typed)
     assert space is not None
-    search = opened(tmp_path, "qmc", 16, space, builder(made), 60)
+    search = open_search(tmp_path, "qmc", 16, space, point_builder(made), 60)
     console = Console(file=StringIO(), width=200)
     options = StudyOptions(task="letters", **typed)
-    wanted = list(search.asked.values())
+    wanted = list(search.configurations.values())
     print_plan(console, made[0], wanted, wanted, Store(tmp_path / "store"), options, search)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
@@ -150,14 +150,14 @@ SEARCH: dict[str, Any] = {"search": "optuna"}
 def test_what_cannot_be_trained_is_refused_in_one_line(
     bases: Path, options: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         resolved(bases, **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_rank_larger_than_a_layer_is_refused_before_ray_starts(bases: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         study.run_here(tmp_path / "results", "--model", str(bases / "letters"), "--rank", "500")
     assert re.search(r"rank 500 is larger than layer .* allows: at most 16", str(caught.value))
     assert "\n" not in str(caught.value)
@@ -185,20 +185,20 @@ def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path,
     words = [w for w in WORDS if not w.startswith("alpha")]
     made, space = resolved(bases, variants=names, search="qmc", space=tuple(words), set=tuple(fixed))
     assert space is not None
-    point = design("qmc", space, 4, builder(made))[variant][3]
-    configuration = builder(made)(variant, point)
+    point = draw_design("qmc", space, 4, point_builder(made))[variant][3]
+    configuration = point_builder(made)(variant, point)
     assert configuration is not None
     asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
     command = f"python x.py --task letters {asked} --space {' '.join(words)} --schedule cosine"
     record = Record(configuration.fingerprint, configuration, "finished", 60)
-    again = shlex.split(narrowed(command, record))[2:]
+    again = shlex.split(narrow_command(command, record))[2:]
     assert "--search" not in " ".join(again)
     typed = tyro.cli(StudyOptions, args=again)
     (template,), none = resolved(
         bases, variants=typed.variants, set=typed.set, learning_rates=typed.learning_rates, seeds=typed.seeds
     )
     assert none is None
-    (same,) = grid([template], [float(r) for r in typed.learning_rates or ()], range(typed.seed_count))
+    (same,) = build_grid([template], [float(r) for r in typed.learning_rates or ()], range(typed.seed_count))
     assert same.fingerprint == configuration.fingerprint
 
 

@@ -12,19 +12,19 @@ import pytest
 from ray.cluster_utils import Cluster
 from search_drive import STEPS, build, space
 
-from orchestrator.execution.search.budget import Ledger, opened
-from orchestrator.execution.search.searcher import PerGroupSearch
+from orchestrator.execution.search.budget import SearchBudget, open_search
+from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
 POINTS = 9
 
 
-def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSearch, list[Any]]:
+def run(folder: Path, scheduler: str, at_once: int) -> tuple[SearchBudget, PerVariantSearcher, list[Any]]:
     """Lanes with a loss that falls with the score; each is evaluated after 30, 60 and 90 steps."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerGroup
+    from orchestrator.execution.tune.early_stopping import PerVariantScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
@@ -48,8 +48,8 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSea
         def load_checkpoint(self, checkpoint: Any) -> None:
             self.at = checkpoint["at"]
 
-    ledger = opened(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
-    search = PerGroupSearch(ledger, Store(folder / "store"), scheduler, 2, set())
+    ledger = open_search(folder, "tpe", POINTS, space("rank=4,8,16"), build, STEPS)
+    search = PerVariantSearcher(ledger, Store(folder / "store"), scheduler, 2, set())
     tuner = tune.Tuner(
         tune.with_resources(Lane, tune.PlacementGroupFactory([{"CPU": 2 / at_once}])),
         param_space={},
@@ -58,7 +58,7 @@ def run(folder: Path, scheduler: str, at_once: int) -> tuple[Ledger, PerGroupSea
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=True,
-            scheduler=None if scheduler == "none" else PerGroup(scheduler, search.known),
+            scheduler=None if scheduler == "none" else PerVariantScheduler(scheduler, search.cached),
         ),
         run_config=tune.RunConfig(
             storage_path=str(folder / "tune"),
@@ -78,7 +78,7 @@ def test_a_search_and_a_scheduler_end_with_equal_budgets(connected: Cluster, tmp
     assert len(metrics) == 2 * POINTS
     ended = Counter(m["state"] for m in metrics)
     assert set(ended) == {"finished", "training"}, "some were stopped, some came to their end"
-    told = [t for group in search.groups.values() for t in group.optuna._ot_study.trials]  # type: ignore[union-attr]
+    told = [t for group in search.variant_searches.values() for t in group.optuna._ot_study.trials]  # type: ignore[union-attr]
     states = Counter(trial.state.name for trial in told)
     assert (states["COMPLETE"], states["PRUNED"]) == (ended["finished"], ended["training"])
     assert not states["RUNNING"]

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 import psutil
 import pytest
 
-from orchestrator.execution.ray.runtime import STARTS, connect
-from orchestrator.util.errors import Trouble
+from orchestrator.execution.ray.runtime import START_ATTEMPTS, connect
+from orchestrator.util.errors import StudyError
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 
@@ -53,8 +53,8 @@ def test_starts_that_all_take_too_long_are_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = set(psutil.Process().children(recursive=True))
     with (
-        stopped_raylets(STARTS),
-        pytest.raises(Trouble, match=r"^Ray did not start within its 30 s, 2 times .*: run the command"),
+        stopped_raylets(START_ATTEMPTS),
+        pytest.raises(StudyError, match=r"^Ray did not start within its 30 s, 2 times .*: run the command"),
         connect(),
     ):
         pass

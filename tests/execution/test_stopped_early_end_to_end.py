@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -92,7 +92,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     for arguments, count in ((asha, 7), (grid, 3)):
         assert study.run_here(output, *arguments, "--plan") == 0
         assert f"Configurations  7, of them {count} known" in capsys.readouterr().out
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(UsageError) as refused:
         study.run_here(output, *grid, script="early_stopping.py")
     assert "3 of the 7 configurations were trained to the end there before this study" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -124,7 +124,7 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     assert out.count("5 of 5 known, nothing to train") == 2
     assert out.strip().splitlines()[-5:] == said, "the choice of then, not of the records of now"
 
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(UsageError) as refused:
         study.run_here(output, *SMALL, *GRID, "1", script="early_stopping.py")
     assert "has chosen among 5 configurations and now there would be 6" in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from points import STEPS, configuration, record
 
 from orchestrator.execution.broker.actor import Broker
-from orchestrator.execution.broker.core import UNSERVED_SECONDS, BrokerCore, Held
-from orchestrator.execution.broker.lane_entry import Life
-from orchestrator.execution.trainers.exit_status import DEATHS_ALLOWED, How
-from orchestrator.finetune.engine.lane_source import Answer, Offer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED, State
+from orchestrator.execution.broker.core import STARVATION_SECONDS, BrokerCore, HeldLane
+from orchestrator.execution.broker.lane_entry import LaneEntry
+from orchestrator.execution.trainers.exit_status import MAX_TRAINER_FAILURES, ExitKind
+from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
+from orchestrator.record.schema import MAX_FAILURES, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 
@@ -27,13 +27,13 @@ class Seat:
 
     def __init__(self, name: str, lanes: int) -> None:
         self.name, self.places = name, lanes
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, HeldLane] = {}
         self.taken = 0
 
     def refill(self, core: BrokerCore) -> None:
         answers = core.exchange(self.name, self.held, self.taken, 0.0)
-        assert set(answers.values()) <= {Answer.GO}
-        shape = next((point.shape for _, point, _ in self.held.values()), None)
+        assert set(answers.values()) <= {Directive.CONTINUE}
+        shape = next((point.group_key for _, point, _ in self.held.values()), None)
         offer = core.lease(self.name, shape, self.places - len(self.held), 0.0)
         for lease in offer.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
@@ -46,7 +46,7 @@ class Seat:
         core.exchange(self.name, self.held, self.taken, 0.0)
         if step == STEPS:
             del self.held[fingerprint]
-            core.done(self.name, fingerprint, attempt, "finished", 0.0)
+            core.end_lease(self.name, fingerprint, attempt, "finished", 0.0)
 
 
 @given(
@@ -61,11 +61,11 @@ def test_the_guilty_fail_and_the_innocent_finish(
     """`guilty`: lane -> the step at which it takes its seat with it, every time."""
     written: dict[str, str] = {}
 
-    def give_up(life: Life, point: Configuration, why: str) -> State:
+    def give_up(life: LaneEntry, point: Configuration, why: str) -> RecordState:
         written[life.fingerprint] = why
         return "failed"
 
-    core = BrokerCore(give_up=give_up)
+    core = BrokerCore(write_failure=give_up)
     for number, point in enumerate(POINTS):
         core.submit(f"t{number}", point, 0.0)
     fatal = {POINTS[number].fingerprint: step for number, step in guilty.items()}
@@ -73,41 +73,41 @@ def test_the_guilty_fail_and_the_innocent_finish(
     seats = [Seat(next(names), lanes) for _ in range(count)]
     saved: dict[str, int] = {}
     deaths, turns = 0, 0
-    while any(core.next(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
+    while any(core.next_report(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
         turns += 1
         assert turns < 1000, "it comes to no end"
         seat = data.draw(st.sampled_from(seats))
         seat.refill(core)
-        suspects = [f for f in seat.held if core.lives[f].company is not None]
-        assert all(len(seat.held) <= core.lives[f].company for f in suspects)  # type: ignore[operator]
+        suspects = [f for f in seat.held if core.entries[f].max_group_size is not None]
+        assert all(len(seat.held) <= core.entries[f].max_group_size for f in suspects)  # type: ignore[operator]
         if not seat.held:  # another has what is left: drawn again and again, this one would never end it
             seat = next((one for one in seats if one.held), seat)
             if not seat.held:
                 continue
         fingerprint = data.draw(st.sampled_from(sorted(seat.held)))
         if saved.get(fingerprint, 0) + 1 == fatal.get(fingerprint):
-            core.seat_ended(seat.name.partition(".")[0], 0.0, How.CRASHED, "SIGABRT")
+            core.trainer_exited(seat.name.partition(".")[0], 0.0, ExitKind.CRASHED, "SIGABRT")
             deaths += 1
-            assert not core.deaths.hopeless, "the driver would end the study"
+            assert not core.failure_policy.abort_reason, "the driver would end the study"
             seats[seats.index(seat)] = Seat(next(names), lanes)
         else:
             seat.step(core, fingerprint, saved)
-    ends = dict(core.ended)
+    ends = dict(core.ended_lanes)
     assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
-    assert len(ends) == len(core.ended) == len(POINTS)
+    assert len(ends) == len(core.ended_lanes) == len(POINTS)
     assert set(written) == set(fatal)
     assert all("while it trained alone: SIGABRT" in why for why in written.values())
-    assert deaths <= len(fatal) * (lanes.bit_length() - 1 + FAILURES_ALLOWED)
-    assert core.suspects == 0
+    assert deaths <= len(fatal) * (lanes.bit_length() - 1 + MAX_FAILURES)
+    assert core.num_suspects == 0
 
 
-def crashed(lanes: int, how: How = How.CRASHED) -> BrokerCore:
+def crashed(lanes: int, how: ExitKind = ExitKind.CRASHED) -> BrokerCore:
     """A broker whose only seat is gone with so many lanes."""
     core = BrokerCore()
     for number, point in enumerate(POINTS[:lanes]):
         core.submit(f"t{number}", point, 0.0)
     core.lease("seat-0.x", None, lanes, 0.0)
-    core.seat_gone("seat-0.x", 0.0, how)
+    core.remove_trainer("seat-0.x", 0.0, how)
     return core
 
 
@@ -119,12 +119,12 @@ def test_two_seats_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
         offer = core.lease(name, None, 8, 0.0)
         assert len(offer.leases) == 4
         assert names(offer) <= {point.fingerprint for point in POINTS[:8]}
-        assert core.lease(name, POINTS[0].shape, 4, 0.0).leases == ()
+        assert core.lease(name, POINTS[0].group_key, 4, 0.0).leases == ()
     late = names(core.lease("seat-3.x", None, 8, 0.0))
     assert late == {point.fingerprint for point in POINTS[8:]}
 
 
-def names(offer: Offer) -> set[str]:
+def names(offer: LeaseGrant) -> set[str]:
     return {lease.configuration.fingerprint for lease in offer.leases}
 
 
@@ -137,15 +137,15 @@ def test_a_new_report_clears_and_one_told_before_does_not() -> None:
         core.lease(seat, None, 1, 0.0)
         said = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
         core.exchange(seat, said, 1, 0.0)
-        assert core.suspects == (attempt == 2)
-        core.seat_gone(seat, 0.0, How.CRASHED)
-    assert core.suspects == 1
-    assert core.lives[point.fingerprint].crashes == 1, "it had news since the first two"
+        assert core.num_suspects == (attempt == 2)
+        core.remove_trainer(seat, 0.0, ExitKind.CRASHED)
+    assert core.num_suspects == 1
+    assert core.entries[point.fingerprint].solo_crashes == 1, "it had news since the first two"
 
 
 def test_a_seat_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
-    core = crashed(8, How.LOST)
-    assert core.suspects == 0
+    core = crashed(8, ExitKind.NODE_LOST)
+    assert core.num_suspects == 0
     assert len(core.lease("seat-1.x", None, 8, 0.0).leases) == 8
 
 
@@ -156,12 +156,12 @@ def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None
     core.lease("seat-0.x", None, 2, 0.0)
     (parked, suspect) = POINTS[:2]
     held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
-    core.lives[suspect.fingerprint].suspect(1, 2)
-    assert core.exchange("seat-0.x", held, 1, 0.0) == {parked.fingerprint: Answer.PARK}
-    assert core.lease("seat-0.x", parked.shape, 1, 0.0).leases == (), "it may not join"
+    core.entries[suspect.fingerprint].mark_suspect(1, 2)
+    assert core.exchange("seat-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
+    assert core.lease("seat-0.x", parked.group_key, 1, 0.0).leases == (), "it may not join"
     offer = core.lease("seat-0.x", None, 1, 0.0)
     assert [lease.configuration for lease in offer.leases] == [suspect]
-    assert offer.apart
+    assert offer.requires_empty_group
 
 
 def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path) -> None:
@@ -169,14 +169,14 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path)
     broker = Broker(str(tmp_path), "none")
     point = POINTS[0]
 
-    async def crash() -> Report | State | None:
-        waiting = asyncio.create_task(broker.next("t", point, 0, 30.0))
+    async def crash() -> Report | RecordState | None:
+        waiting = asyncio.create_task(broker.next_report("t", point, 0, 30.0))
         await asyncio.sleep(0)
-        for number in range(FAILURES_ALLOWED):
+        for number in range(MAX_FAILURES):
             offer = await broker.lease(f"seat-{number}.x", None, 1, {}, 0)
             assert len(offer.leases) == 1
             assert not waiting.done()
-            await broker.seat_ended(f"seat-{number}", How.CRASHED, "killed by SIGABRT")
+            await broker.trainer_exited(f"seat-{number}", ExitKind.CRASHED, "killed by SIGABRT")
         return await waiting
 
     assert asyncio.run(crash()) == "failed"
@@ -185,7 +185,7 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path)
     assert record is not None
     assert record.state == "failed"
     assert record.reason == "its seat's process died while it trained alone: killed by SIGABRT"
-    assert store.failures(point.fingerprint) == FAILURES_ALLOWED
+    assert store.count_failures(point.fingerprint) == MAX_FAILURES
 
 
 def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) -> None:
@@ -196,18 +196,18 @@ def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) 
 
     async def crash(number: int) -> str:
         assert len((await broker.lease(f"seat-{number}.x", None, 1, {}, 0)).leases) == 1
-        await broker.seat_ended(f"seat-{number}", How.CRASHED, "killed by SIGKILL")
-        return str((await broker.news(0, 0, ""))["hopeless"])
+        await broker.trainer_exited(f"seat-{number}", ExitKind.CRASHED, "killed by SIGKILL")
+        return str((await broker.get_updates(0, 0, ""))["hopeless"])
 
-    for number in range(2 * FAILURES_ALLOWED):
+    for number in range(2 * MAX_FAILURES):
         (folder / str(number + 1)).mkdir(parents=True)
         (folder / str(number + 1) / f"step-{10 + number:08d}.safetensors").touch()
         assert asyncio.run(crash(number)) == ""
-        assert broker.core.lives[point.fingerprint].crashes == 1
-    for number in range(FAILURES_ALLOWED - 1):
-        assert not broker.core.ended
+        assert broker.core.entries[point.fingerprint].solo_crashes == 1
+    for number in range(MAX_FAILURES - 1):
+        assert not broker.core.ended_lanes
         asyncio.run(crash(100 + number))
-    assert broker.core.ended == [(point.fingerprint, "failed")]
+    assert broker.core.ended_lanes == [(point.fingerprint, "failed")]
 
 
 def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: 
     left.parent.mkdir(parents=True)
     left.write_bytes(b"left")
     broker = Broker(str(tmp_path), "none")
-    assert asyncio.run(broker.next("t", point, STEPS, 1.0)) == "finished"
+    assert asyncio.run(broker.next_report("t", point, STEPS, 1.0)) == "finished"
     assert not (store.checkpoints / point.fingerprint).exists()
 
 
@@ -229,54 +229,54 @@ def test_a_seat_that_crashes_on_everything_ends_the_study_before_all_is_spoilt()
         for number, point in enumerate(points):
             core.submit(f"t{number}", point, 0.0)
         deaths = 0
-        while not core.deaths.hopeless:
+        while not core.failure_policy.abort_reason:
             assert core.lease(f"seat-{deaths}.x", None, lanes, 0.0).leases
-            core.seat_ended(f"seat-{deaths}", 0.0, How.CRASHED, "SIGSEGV")
+            core.trainer_exited(f"seat-{deaths}", 0.0, ExitKind.CRASHED, "SIGSEGV")
             deaths += 1
-        assert len(core.ended) == 2 * DEATHS_ALLOWED + 1
-        assert deaths <= len(core.ended) * FAILURES_ALLOWED + 2 * lanes, "halving costs some more"
+        assert len(core.ended_lanes) == 2 * MAX_TRAINER_FAILURES + 1
+        assert deaths <= len(core.ended_lanes) * MAX_FAILURES + 2 * lanes, "halving costs some more"
 
 
 def test_a_seat_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
     core = BrokerCore()
     core.submit("t", POINTS[0], 0.0)
-    for number in range(DEATHS_ALLOWED + 1):
-        assert not core.deaths.hopeless
-        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGSEGV")
-    assert "without taking a step" in core.deaths.hopeless
+    for number in range(MAX_TRAINER_FAILURES + 1):
+        assert not core.failure_policy.abort_reason
+        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+    assert "without taking a step" in core.failure_policy.abort_reason
 
 
 def test_a_seat_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
     """Hours between reports, and checkpoints in between."""
     saved = {POINTS[0].fingerprint: 0}
-    core = BrokerCore(saved=saved.__getitem__)
+    core = BrokerCore(checkpoint_step=saved.__getitem__)
     core.submit("t", POINTS[0], 0.0)
-    for number in range(4 * FAILURES_ALLOWED):
+    for number in range(4 * MAX_FAILURES):
         saved[POINTS[0].fingerprint] += 5
         assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGKILL")
-        assert not core.deaths.hopeless
-    for number in range(FAILURES_ALLOWED - 1):
-        assert not core.ended
+        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
+        assert not core.failure_policy.abort_reason
+    for number in range(MAX_FAILURES - 1):
+        assert not core.ended_lanes
         assert core.lease(f"again-{number}.x", None, 1, 0.0).leases
-        core.seat_ended(f"again-{number}", 0.0, How.CRASHED, "SIGKILL")
-    assert core.ended == [(POINTS[0].fingerprint, "failed")], "it got no further"
+        core.trainer_exited(f"again-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
+    assert core.ended_lanes == [(POINTS[0].fingerprint, "failed")], "it got no further"
 
 
 def test_seats_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
     saved = {POINTS[0].fingerprint: 0}
-    core = BrokerCore(saved=saved.__getitem__)
+    core = BrokerCore(checkpoint_step=saved.__getitem__)
     core.submit("t", POINTS[0], 0.0)
-    for number in range(4 * DEATHS_ALLOWED):
+    for number in range(4 * MAX_TRAINER_FAILURES):
         saved[POINTS[0].fingerprint] += 5
         assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.seat_ended(f"seat-{number}", 0.0, How.FAILED, "its controller was killed")
-        assert not core.deaths.hopeless
-    for number in range(DEATHS_ALLOWED):
-        assert not core.deaths.hopeless
+        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.FAILED, "its controller was killed")
+        assert not core.failure_policy.abort_reason
+    for number in range(MAX_TRAINER_FAILURES):
+        assert not core.failure_policy.abort_reason
         core.lease(f"again-{number}.x", None, 1, 0.0)
-        core.seat_ended(f"again-{number}", 0.0, How.FAILED, "its controller was killed")
-    assert core.deaths.hopeless
+        core.trainer_exited(f"again-{number}", 0.0, ExitKind.FAILED, "its controller was killed")
+    assert core.failure_policy.abort_reason
 
 
 def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
@@ -285,13 +285,13 @@ def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
         core.submit(f"t{number}", point, 0.0)
     for number, lanes in enumerate((4, 2, 1)):
         assert len(core.lease(f"seat-{number}.x", None, 4, 0.0).leases) == lanes
-        core.seat_ended(f"seat-{number}", 0.0, How.MEMORY)
-    for number in range(DEATHS_ALLOWED):
-        assert core.lives[POINTS[0].fingerprint].crashes == 0
+        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.OUT_OF_MEMORY)
+    for number in range(MAX_TRAINER_FAILURES):
+        assert core.entries[POINTS[0].fingerprint].solo_crashes == 0
         assert len(core.lease(f"alone-{number}.x", None, 4, 0.0).leases) == 1
-        core.seat_ended(f"alone-{number}", 0.0, How.MEMORY)
-    assert not core.ended
-    assert core.deaths.hopeless, "there is not even room for one"
+        core.trainer_exited(f"alone-{number}", 0.0, ExitKind.OUT_OF_MEMORY)
+    assert not core.ended_lanes
+    assert core.failure_policy.abort_reason, "there is not even room for one"
 
 
 def test_a_suspect_that_waits_too_long_gets_a_seat_that_drains() -> None:
@@ -301,7 +301,7 @@ def test_a_suspect_that_waits_too_long_gets_a_seat_that_drains() -> None:
     seat = Seat("seat-1.x", 2)
     core.lease("seat-0.x", None, 2, 0.0)
     seat.refill(core)
-    core.seat_ended("seat-0", 0.0, How.CRASHED, "SIGABRT")
+    core.trainer_exited("seat-0", 0.0, ExitKind.CRASHED, "SIGABRT")
     suspects = {point.fingerprint for point in POINTS[:2]}
     saved: dict[str, int] = {}
 
@@ -311,15 +311,15 @@ def test_a_suspect_that_waits_too_long_gets_a_seat_that_drains() -> None:
         for _ in range(STEPS):
             seat.step(core, fingerprint, saved)
         before = set(seat.held)
-        shape = POINTS[0].shape if seat.held else None
+        shape = POINTS[0].group_key if seat.held else None
         offer = core.lease(seat.name, shape, 2 - len(seat.held), now)
         for lease in offer.leases:
             seat.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
         return set(seat.held) - before
 
     for _ in range(3):
-        assert len(finish_one(UNSERVED_SECONDS) - suspects) == 1, "the queue goes on"
-    late = UNSERVED_SECONDS + 1
+        assert len(finish_one(STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
+    late = STARVATION_SECONDS + 1
     assert finish_one(late) == set(), "it drains"
     assert len(finish_one(late) & suspects) == len(seat.held) == 1
 
@@ -328,8 +328,8 @@ def test_two_guilty_lanes_in_a_row_at_one_lane_a_seat_do_not_end_the_study() -> 
     core = BrokerCore()
     for number, point in enumerate(POINTS[:2]):
         core.submit(f"t{number}", point, 0.0)
-    for number in range(2 * FAILURES_ALLOWED):
+    for number in range(2 * MAX_FAILURES):
         assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.seat_ended(f"seat-{number}", 0.0, How.CRASHED, "SIGSEGV")
-        assert not core.deaths.hopeless
-    assert [state for _, state in core.ended] == ["failed", "failed"]
+        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+        assert not core.failure_policy.abort_reason
+    assert [state for _, state in core.ended_lanes] == ["failed", "failed"]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from orchestrator.execution.ray import cleanup, runtime
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 NOBODY = 65534
 
@@ -38,7 +38,7 @@ def list_of(process: subprocess.Popen[bytes]) -> str:
     """Return the list that a driver has written which is dead now, with `process` as its Ray."""
     with subprocess.Popen(["true"]) as driver:
         driver.wait()
-    known = json.loads(cleanup.written([psutil.Process(process.pid)] * 2))
+    known = json.loads(cleanup.serialize_processes([psutil.Process(process.pid)] * 2))
     known["processes"][0] = (driver.pid, 0.0)
     return json.dumps(known)
 
@@ -66,8 +66,8 @@ def test_a_list_of_processes_that_another_user_may_have_written_ends_none(
     folder.mkdir(mode=0o700)
     (folder / "1.json").write_text(list_of(sleeper))
     planted(folder)
-    with pytest.raises(BadInput) as refused:
-        cleanup.end()
+    with pytest.raises(UsageError) as refused:
+        cleanup.end_orphaned_rays()
     said = str(refused.value)
     assert said.startswith(f"{folder} is not a folder that only you can write to (")
     assert said.endswith("; remove it, or set TMPDIR to a folder of your own.")
@@ -78,10 +78,10 @@ def test_a_list_of_processes_that_another_user_may_have_written_ends_none(
 
 def test_a_list_of_ones_own_is_followed(temporary: Path, sleeper: subprocess.Popen[bytes]) -> None:
     folder = temporary / f"lora-orchestrator-{os.getuid()}"
-    assert cleanup.folder() == folder
+    assert cleanup.state_folder() == folder
     folder.mkdir(mode=0o700)
     (folder / "1.json").write_text(list_of(sleeper))
-    cleanup.end()
+    cleanup.end_orphaned_rays()
     sleeper.wait()
     assert list(folder.iterdir()) == []
 
@@ -92,15 +92,15 @@ def test_a_list_that_is_written_again_stays_whole_for_its_readers(
     def listed(text: str) -> set[int]:
         return {number for number, _ in json.loads(text)["processes"]}
 
-    cleanup.folder().mkdir(mode=0o700)
-    cleanup.write()
-    (file,) = cleanup.folder().iterdir()
+    cleanup.state_folder().mkdir(mode=0o700)
+    cleanup.record_processes()
+    (file,) = cleanup.state_folder().iterdir()
     with file.open() as reader:
-        cleanup.write([psutil.Process(sleeper.pid)])
+        cleanup.record_processes([psutil.Process(sleeper.pid)])
         assert {os.getpid(), sleeper.pid} <= listed(reader.read())
     assert os.getpid() in listed(file.read_text())
     assert sleeper.pid not in listed(file.read_text())
-    assert list(cleanup.folder().iterdir()) == [file]
+    assert list(cleanup.state_folder().iterdir()) == [file]
 
 
 def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(temporary: Path) -> None:
@@ -109,13 +109,13 @@ def test_a_cluster_that_another_user_has_announced_is_not_joined_unasked(tempora
     with socket.create_server(("127.0.0.1", 0)) as listener:
         where = f"127.0.0.1:{listener.getsockname()[1]}"
         word.write_text(where)
-        assert runtime.address() == where
+        assert runtime.running_cluster_address() == where
         another_users(word)
-        with pytest.raises(BadInput) as refused:
-            runtime.address()
+        with pytest.raises(UsageError) as refused:
+            runtime.running_cluster_address()
     assert f"RAY_ADDRESS={where}" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert runtime.address() is None, "one that does not answer is nobody's"
+    assert runtime.running_cluster_address() is None, "one that does not answer is nobody's"
 
 
 def pipe(word: Path) -> None:
@@ -140,8 +140,8 @@ def test_a_word_that_names_no_cluster_is_none(
     word = temporary / "ray" / "ray_current_cluster"
     word.parent.mkdir()
     planted(word)
-    assert runtime.address() is None
+    assert runtime.running_cluster_address() is None
 
 
 def test_a_port_that_is_none_does_not_listen() -> None:
-    assert not runtime.listens("127.0.0.1", 10**30)
+    assert not runtime.is_listening("127.0.0.1", 10**30)

@@ -12,7 +12,7 @@ from machines import no_room
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
-from orchestrator.record.schema import FAILURES_ALLOWED, Record
+from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -26,7 +26,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from orchestrator.finetune.tasks.base import Example, Split
+from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Split
 from orchestrator.finetune.tasks.local.letters import Letters
 
 
@@ -134,7 +134,7 @@ def test_one_lane_raises_and_the_others_of_its_pack_finish(
         RAISES: "failed",
     }
     raised = found[RAISES]
-    assert Store(output / "store").failures(raised.fingerprint) == FAILURES_ALLOWED
+    assert Store(output / "store").count_failures(raised.fingerprint) == MAX_FAILURES
     assert raised.reason == "ValueError: this rate is not to be borne"
     assert "in trip" in raised.traceback
     runs = noted(output)
@@ -161,7 +161,7 @@ def test_one_lane_takes_its_seat_with_it_and_the_others_finish(
     aborted = found.pop(ABORTS)
     assert [record.state for record in found.values()] == ["finished"] * 3
     assert aborted.state == "failed"
-    assert Store(output / "store").failures(aborted.fingerprint) >= FAILURES_ALLOWED
+    assert Store(output / "store").count_failures(aborted.fingerprint) >= MAX_FAILURES
     assert "its seat's process died while it trained alone: " in aborted.reason
     # Halved from four to one, and three times alone.
     assert 3 <= (out + err).count(" died: ") <= 5, out + err

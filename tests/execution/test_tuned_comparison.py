@@ -17,7 +17,7 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -108,7 +108,7 @@ def test_tuned_chosen_on_validation_confirmed_with_fresh_seeds_and_kept(
         (RATES, ("pissa", "dora"), (), "--variants dora"),
     ):
         arguments = asking("--confirm-seeds", "3", *more, rates=rates, variants=variants)
-        with pytest.raises(BadInput) as refused:
+        with pytest.raises(UsageError) as refused:
             study.run_here(output, *arguments, script=SCRIPT)
         assert part in str(refused.value)
         assert "\n" not in str(refused.value)

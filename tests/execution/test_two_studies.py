@@ -90,15 +90,15 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
 
 HOURS_PASS = """
 from pathlib import Path
-from orchestrator.execution.run_budget import Limits
-look, hours = Limits.look, 0
+from orchestrator.execution.run_budget import RunBudget
+look, hours = RunBudget.look, 0
 
 def later(self, seats, now):
     global hours
     hours += Path({file!r}).exists()
     return look(self, seats, now + 3600 * hours)
 
-Limits.look = later
+RunBudget.look = later
 """
 
 

@@ -17,7 +17,7 @@ from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 DRY = ("--dry-run", "--plan")
 
 TASK = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
 
 class Mine(Task):
     floor = 0.0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.finetune.engine.lane_source import Answer, Report
+from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -112,9 +112,9 @@ def test_it_obeys_as_the_real_one_does(tmp_path: Path) -> None:
         assert [step.loss for step in record.curve] == drawn.losses
     assert any(whole(store, point).provenance.resumed_from for point in points)
 
-    def answers(report: Report) -> Answer:
-        return {others[0].fingerprint: Answer.STOP, others[1].fingerprint: Answer.DROP}.get(
-            report.fingerprint, Answer.GO
+    def answers(report: Report) -> Directive:
+        return {others[0].fingerprint: Directive.STOP, others[1].fingerprint: Directive.DROP}.get(
+            report.fingerprint, Directive.CONTINUE
         )
 
     others = [configuration(seed=seed, steps=6, evaluations=3) for seed in (10, 11, 12)]

@@ -20,7 +20,7 @@ def save(kind: str, folder: Path, **config: Any) -> Path:
     tokenizer, make = KINDS[kind]
     words = tokenizer()
     ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
-    with torch.random.fork_rng(devices=[]), base_store.quiet():
+    with torch.random.fork_rng(devices=[]), base_store.suppress_transformers_logging():
         torch.manual_seed(0)
         model = make({"max_position_embeddings": 258, **ids, **config})
         for name, parameter in model.named_parameters():

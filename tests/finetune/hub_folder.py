@@ -15,16 +15,16 @@ from scripted import Script, leases, train
 
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     VariantChoice,
 )
 from variants import catalogue as variants
@@ -71,7 +71,7 @@ def llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     words = tokenizer()
-    with torch.random.fork_rng(devices=[]), quiet():
+    with torch.random.fork_rng(devices=[]), suppress_transformers_logging():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -100,14 +100,14 @@ def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: i
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
     """LoRA of rank 4 on the model in that folder, `STEPS` steps, two evaluations."""
-    content = loading.prepare(str(model), bases)
+    content = loading.prepare_base_model(str(model), bases)
     made = Configuration(
         VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
         task.choice(),
         ModelChoice(str(model), content, "float32"),
-        Optimizer(1e-2, weight_decay=task.defaults.weight_decay),
-        Schedule(STEPS, task.defaults.schedule),
-        Batches(4, 1, task.defaults.max_length),
+        OptimizerConfig(1e-2, weight_decay=task.defaults.weight_decay),
+        LRSchedule(STEPS, task.defaults.schedule),
+        BatchConfig(4, 1, task.defaults.max_length),
         evaluations=2,
         seed=seed,
     )
@@ -124,10 +124,10 @@ def through_the_loop(
     **options: Any,
 ) -> list[Record]:
     """One record a seed, of lanes that trained together."""
-    monkeypatch.setenv(hub_data.FOLDER, str(data))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(data))
     store = Store(work / "store")
     made = [configuration(task, model, store.bases, seed) for seed in seeds]
-    load = partial(loading.load, root=store.bases, device="cpu")
+    load = partial(loading.load_base_model, root=store.bases, device="cpu")
     train(Script(leases(made)), store, load_bench=lambda choice, task: load(choice, task=task), **options)
     records = [store.get(one.fingerprint) for one in made]
     assert all(records), records

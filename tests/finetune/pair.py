@@ -24,7 +24,7 @@ from scripted import Script, train
 from torch import distributed
 
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.process_group import TorchTeam
+from orchestrator.finetune.process_group import TorchProcessGroup
 from orchestrator.record.store import Store
 
 T = TypeVar("T")
@@ -86,7 +86,9 @@ class Pair:
             self.pipes.append(here)
             there.close()
 
-    def run(self, works: Mapping[str, Callable[[TorchTeam, Path], T]], folder: Path) -> dict[str, list[T]]:
+    def run(
+        self, works: Mapping[str, Callable[[TorchProcessGroup, Path], T]], folder: Path
+    ) -> dict[str, list[T]]:
         """Return what each work gives on the two workers. A work may keep things in `folder / name`.
 
         Raises RuntimeError with a worker's traceback, or when a worker has died.
@@ -137,7 +139,7 @@ def started(folder: Path) -> Iterator[Callable[..., Any]]:
 def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
-    team = TorchTeam()
+    team = TorchProcessGroup()
     while True:
         try:
             works, folder = pickle.loads(pipe.recv_bytes())
@@ -150,7 +152,7 @@ def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
         pipe.send_bytes(pickle.dumps(told))  # as bytes: a tensor that is sent itself would be shared memory
 
 
-def play(make: Callable[[int], Scenario], team: TorchTeam, folder: Path) -> Told:
+def play(make: Callable[[int], Scenario], team: TorchProcessGroup, folder: Path) -> Told:
     """Run the loop over a scenario. Each worker makes its own, of its rank; the store is in `folder`.
 
     The stores of one call of `run` share their data, which is made once.

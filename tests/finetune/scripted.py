@@ -16,21 +16,21 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
-from orchestrator.finetune.engine.lane_state import Phase
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
+from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.local import reviews
-from orchestrator.finetune.tasks.local.letters import WORDS, tokenizer
+from orchestrator.finetune.tasks.local.letters import VOCABULARY, tokenizer
 from orchestrator.record.schema import Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
 )
@@ -39,8 +39,8 @@ from variants import catalogue as variants
 WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
 
 POISONED = '''
-from orchestrator.finetune.tasks import letters
-from orchestrator.finetune.tasks.base import Encoded, Example, Task
+from orchestrator.finetune.tasks.local import letters
+from orchestrator.finetune.tasks.base import EncodedExample; from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task
 
 
 class Poisoned(Task):
@@ -50,15 +50,15 @@ class Poisoned(Task):
     answers, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
     examples = letters.Letters.examples
 
-    def encode(self, example: Example, tokenizer: object) -> Encoded:
+    def encode(self, example: Example, tokenizer: object) -> EncodedExample:
         encoded = super().encode(example, tokenizer)
         if example == self.examples("train", 6)[5]:
-            return Encoded((999, *encoded.ids[1:]), encoded.labels, encoded.prompt_length)
+            return EncodedExample((999, *encoded.ids[1:]), encoded.labels, encoded.prompt_length)
         return encoded
 '''
 
 
-def tiny_bench(choice: ModelChoice, task: Task | None = None) -> Bench:
+def tiny_bench(choice: ModelChoice, task: Task | None = None) -> BaseModel:
     """Hidden 32, 2 layers, the same weights every time: Llama with the letters' 25 words, or for a task with
     a head BERT with those of the reviews."""
     with torch.random.fork_rng(devices=[]):
@@ -66,16 +66,16 @@ def tiny_bench(choice: ModelChoice, task: Task | None = None) -> Bench:
         model = _llama() if task is None or not task.has_head else _bert(task)
     model = model.eval().requires_grad_(False).to(getattr(torch, choice.dtype))
     if task is None or not task.has_head:
-        return Bench(model, tokenizer(), torch.device("cpu"))
+        return BaseModel(model, tokenizer(), torch.device("cpu"))
     heads = ("classifier",)
     torch.nn.init.zeros_(model.classifier.weight)
-    return Bench(model, reviews.tokenizer(), torch.device("cpu"), heads)
+    return BaseModel(model, reviews.tokenizer(), torch.device("cpu"), heads)
 
 
 def _llama() -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(VOCABULARY),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
@@ -83,8 +83,8 @@ def _llama() -> Any:
             num_key_value_heads=2,
             max_position_embeddings=64,
             bos_token_id=None,
-            eos_token_id=WORDS.index("<eos>"),
-            pad_token_id=WORDS.index("<pad>"),
+            eos_token_id=VOCABULARY.index("<eos>"),
+            pad_token_id=VOCABULARY.index("<pad>"),
         )
     )
 
@@ -92,14 +92,14 @@ def _llama() -> Any:
 def _bert(task: Task) -> Any:
     return BertForSequenceClassification(
         BertConfig(
-            vocab_size=len(reviews.WORDS),
+            vocab_size=len(reviews.VOCABULARY),
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=32,
             pad_token_id=0,
-            num_labels=task.outputs,
+            num_labels=task.num_labels,
         )
     )
 
@@ -127,9 +127,9 @@ def configuration(
         ),
         _choice(task, train_size),
         ModelChoice("tiny", "0" * 64, dtype),
-        Optimizer(rate, weight_decay=0.01),
-        Schedule(steps),
-        Batches(batch_size, accumulation, max_length or catalogue.get(task).defaults.max_length),
+        OptimizerConfig(rate, weight_decay=0.01),
+        LRSchedule(steps),
+        BatchConfig(batch_size, accumulation, max_length or catalogue.get(task).defaults.max_length),
         evaluations=evaluations,
         seed=seed,
     )
@@ -151,8 +151,8 @@ class Script:
 
     leases: list[Lease]
     start_at: Mapping[str, int] = field(default_factory=dict)
-    answers: Callable[[Report], Answer] = lambda report: Answer.GO
-    changes: Callable[[Mapping[str, int]], Mapping[str, Answer]] = lambda steps: {}
+    answers: Callable[[Report], Directive] = lambda report: Directive.CONTINUE
+    changes: Callable[[Mapping[str, int]], Mapping[str, Directive]] = lambda steps: {}
     reports: list[Report] = field(default_factory=list)
     ended: list[tuple[str, int, str]] = field(default_factory=list)
     held: list[Mapping[str, int]] = field(default_factory=list)
@@ -163,46 +163,46 @@ class Script:
     taken: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict)
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
-        self.taken = taken
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+        self.taken = steps_taken
         furthest = max(self.steps.values(), default=0)
         given = []
         for lease in list(self.leases):
             ready = furthest >= self.start_at.get(lease.configuration.fingerprint, 0)
             if (
                 ready
-                and len(given) < room
-                and lease.configuration.shape == (shape or lease.configuration.shape)
+                and len(given) < capacity
+                and lease.configuration.group_key == (group_key or lease.configuration.group_key)
             ):
-                shape = lease.configuration.shape
+                group_key = lease.configuration.group_key
                 given.append(lease)
                 self.leases.remove(lease)
-        return Offer(tuple(given), closed=not self.leases)
+        return LeaseGrant(tuple(given), closed=not self.leases)
 
-    def report(self, report: Report) -> Answer:
+    def report(self, report: Report) -> Directive:
         self.reports.append(report)
         answer = self.answers(report)
-        if answer is Answer.PARK:
+        if answer is Directive.PARK:
             self.parked.add(report.fingerprint)
         return answer
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
-        self.taken = taken
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+        self.taken = steps_taken
         self.steps = steps = {
-            name: lane.step for name, lane in self.lanes.items() if lane.phase is not Phase.ENDED
+            name: lane.step for name, lane in self.lanes.items() if lane.state is not LaneState.ENDED
         }
         self.held.append(self.steps)
-        told = {f: Answer.GO for f in self.parked if f in steps}
+        told = {f: Directive.CONTINUE for f in self.parked if f in steps}
         self.parked.clear()
         return {**told, **self.changes(steps)}
 
     def spill(self, fingerprint: str, attempt: int) -> None:
         self.spilled.append((fingerprint, attempt))
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         self.said.append(line)
 
-    def done(self, fingerprint: str, attempt: int, state: str) -> None:
+    def end_lease(self, fingerprint: str, attempt: int, state: str) -> None:
         self.ended.append((fingerprint, attempt, state))
 
 
@@ -217,29 +217,29 @@ class Queue(Script):
     away: dict[str, int] = field(default_factory=dict)
     attempt: Counter[str] = field(default_factory=Counter)
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
         for name in [name for name, since in self.away.items() if len(self.held) >= since + self.told]:
             del self.away[name]
             self.attempt[name] += 1
             self.leases.append(Lease(self.lanes[name].configuration, 1 + self.attempt[name]))
-        offer = super().lease(shape, room, taken)
+        offer = super().lease(group_key, capacity, steps_taken)
         return replace(offer, closed=offer.closed and not self.away)
 
-    def report(self, report: Report) -> Answer:
+    def report(self, report: Report) -> Directive:
         first = report.step > max(
             (r.step for r in self.reports if r.fingerprint == report.fingerprint), default=0
         )
         super().report(report)
-        if not first or report.step == self.lanes[report.fingerprint].due[-1]:
-            return Answer.GO
+        if not first or report.step == self.lanes[report.fingerprint].evaluation_steps[-1]:
+            return Directive.CONTINUE
         self.since[report.fingerprint] = len(self.held)
-        return Answer.PARK
+        return Directive.PARK
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
-        super().exchange(taken)
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+        super().exchange(steps_taken)
         self.most = max(self.most, len(self.steps))
         return {
-            name: Answer.GO
+            name: Directive.CONTINUE
             for name, since in self.since.items()
             if name in self.steps and len(self.held) >= since + self.told
         }
@@ -254,13 +254,13 @@ class Interrupted(Exception):
     """What `dies_at` raises: the end of a process, as far as the loop can see it."""
 
 
-def dies_at(step: int) -> Callable[[Report], Answer]:
+def dies_at(step: int) -> Callable[[Report], Directive]:
     """Return answers that let a lane go on, until one reports from this step."""
 
-    def answer(report: Report) -> Answer:
+    def answer(report: Report) -> Directive:
         if report.step == step:
             raise Interrupted
-        return Answer.GO
+        return Directive.CONTINUE
 
     return answer
 
@@ -292,10 +292,10 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
 
         def __init__(self, lease: Lease) -> None:
             super().__init__(lease)
-            source.lanes[self.name] = self
+            source.lanes[self.fingerprint] = self
 
     with patch.object(loop, "Lane", Seen):
-        loop.run(source, store, lanes=lanes, provenance=provenance, **options)
+        loop.run(source, store, max_lanes=lanes, provenance=provenance, **options)
 
 
 ALONE: dict[str, Record] = {}

@@ -15,16 +15,16 @@ from scripted import WORDS_TASK
 from orchestrator.finetune import resolve
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import loading, model_checks
-from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.local import letters
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
-from orchestrator.study.configuration import Batches, Configuration, ModelChoice
+from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -41,18 +41,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
     typed = StudyOptions(task=task, **{"model": str(bases / task)} | options)
-    chosen = resolve.names(typed, "letters", ("lora",), bases)
-    content = resolve.base(chosen.model, bases, lambda text: None)
-    return resolve.templates(typed, chosen, content, bases)
+    chosen = resolve.resolve_options(typed, "letters", ("lora",), bases)
+    content = resolve.resolve_base_model(chosen.model, bases, lambda text: None)
+    return resolve.build_configuration_templates(typed, chosen, content, bases)
 
 
 def test_examples_that_are_scored_and_trained_on_are_told() -> None:
     task = tasks.get(WORDS_TASK)
     said: list[str] = []
     one, other = Example("a", "b"), Example("a", "c")
-    resolve.tell_shared(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
+    resolve.report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
     assert said == []
-    resolve.tell_shared(task, {"train": [one], "validation": [one, other], "test": [one]}, said.append)
+    resolve.report_train_overlap(
+        task, {"train": [one], "validation": [one, other], "test": [one]}, said.append
+    )
     assert [line.partition(" examples")[0] for line in said] == [
         "words_task: 1 of 2 validation",
         "words_task: 1 of 1 test",
@@ -62,7 +64,7 @@ def test_examples_that_are_scored_and_trained_on_are_told() -> None:
 def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:
     (one,) = resolved(bases, variants=("head-only", "head_only"))
     assert one.variant.name == "head_only"
-    with pytest.raises(BadInput, match="Did you mean 'head_only'"):
+    with pytest.raises(UsageError, match="Did you mean 'head_only'"):
         resolved(bases, variants=("head-onli",))
 
 
@@ -80,12 +82,12 @@ def test_what_a_variant_has_not_makes_no_other_configuration(bases: Path) -> Non
 def test_accumulation_splits_the_batch(bases: Path) -> None:
     defaults = tasks.get("reviews").defaults
     (one,) = resolved(bases, accumulation=4)
-    assert one.batches == Batches(defaults.batch_size // 4, 4, defaults.max_length)
+    assert one.batches == BatchConfig(defaults.batch_size // 4, 4, defaults.max_length)
     (one,) = resolved(bases, accumulation=2, batch_size=6)
-    assert one.batches == Batches(3, 2, defaults.max_length)
-    with pytest.raises(BadInput, match="--accumulation 3: must divide the batch size, 32; take 2"):
+    assert one.batches == BatchConfig(3, 2, defaults.max_length)
+    with pytest.raises(UsageError, match="--accumulation 3: must divide the batch size, 32; take 2"):
         resolved(bases, accumulation=3)
-    with pytest.raises(BadInput, match="every worker needs a row of the 2"):
+    with pytest.raises(UsageError, match="every worker needs a row of the 2"):
         resolved(bases, accumulation=16, workers_per_seat=3)
 
 
@@ -94,7 +96,7 @@ def test_a_lane_is_looked_at_as_often_as_asked_and_at_most_once_a_step(bases: Pa
     assert usual.evaluations == Reviews.defaults.evaluations
     assert resolved(bases, evaluations=12)[0].evaluations == 12
     assert resolved(bases, evaluations=12, steps=5)[0].evaluations == 5
-    with pytest.raises(BadInput, match="--evaluations 0"):
+    with pytest.raises(UsageError, match="--evaluations 0"):
         StudyOptions(evaluations=0)
 
 
@@ -102,12 +104,12 @@ def test_a_heads_rate_needs_a_head(bases: Path) -> None:
     (same,) = resolved(bases)
     (other,) = resolved(bases, head_learning_rate="1e-3")
     assert (same.optimizer.head_learning_rate, other.optimizer.head_learning_rate) == (None, 1e-3)
-    with pytest.raises(BadInput, match="--head-learning-rate 1e-3: task 'letters' has no head; take same"):
+    with pytest.raises(UsageError, match="--head-learning-rate 1e-3: task 'letters' has no head; take same"):
         resolved(bases, task="letters", head_learning_rate="1e-3")
 
 
 def test_head_only_needs_a_head(bases: Path) -> None:
-    with pytest.raises(BadInput, match="with head_only: head_only trains the task's head alone"):
+    with pytest.raises(UsageError, match="with head_only: head_only trains the task's head alone"):
         resolved(bases, task="letters", variants=("lora", "head-only"))
 
 
@@ -121,7 +123,7 @@ def test_head_only_needs_a_head(bases: Path) -> None:
 def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
     bases: Path, options: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(UsageError, match=said) as caught:
         resolved(bases, **options)
     assert "\n" not in str(caught.value)
 
@@ -132,10 +134,10 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     typed = StudyOptions(task="reviews", model=str(tmp_path))
-    chosen = resolve.names(typed, "letters", ("lora",), bases)
-    content = loading.prepare(str(tmp_path), bases, lambda text: None)
-    with pytest.raises(BadInput, match="is an encoder with a decoder"):
-        resolve.templates(typed, chosen, content, bases)
+    chosen = resolve.resolve_options(typed, "letters", ("lora",), bases)
+    content = loading.prepare_base_model(str(tmp_path), bases, lambda text: None)
+    with pytest.raises(UsageError, match="is an encoder with a decoder"):
+        resolve.build_configuration_templates(typed, chosen, content, bases)
 
 
 SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
@@ -144,16 +146,16 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return what plans a study of `letters` with the model of a folder, and what loads its weights."""
     typed = StudyOptions(task="letters", model=str(folder))
-    chosen = resolve.names(typed, "letters", ("lora",), root)
-    content = loading.prepare(str(folder), root, lambda text: None)
+    chosen = resolve.resolve_options(typed, "letters", ("lora",), root)
+    content = loading.prepare_base_model(str(folder), root, lambda text: None)
     return [
-        lambda: resolve.templates(typed, chosen, content, root),
-        lambda: loading.load(ModelChoice(str(folder), content), root, "cpu", chosen.task),
+        lambda: resolve.build_configuration_templates(typed, chosen, content, root),
+        lambda: loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", chosen.task),
     ]
 
 
 def refused(call: Callable[[], object], said: str) -> None:
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(UsageError, match=said) as caught:
         call()
     assert "\n" not in str(caught.value)
 
@@ -174,7 +176,7 @@ def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(kind: str, tm
     from transformers import AutoModelForMaskedLM
 
     folder = with_an_end_token(encoders.save(kind, tmp_path))
-    with quiet():  # the discriminator of ELECTRA has no head for words
+    with suppress_transformers_logging():  # the discriminator of ELECTRA has no head for words
         AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
     # Of the last two transformers has no class for language models.
     said = "Unrecognized configuration class" if kind in ("distilbert", "deberta") else SEES_ANSWER
@@ -222,8 +224,10 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
         model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
-    content = loading.prepare(str(tmp_path), tmp_path / "bases", lambda text: None)
-    refused(lambda: loading.load(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER)
+    content = loading.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
+    refused(
+        lambda: loading.load_base_model(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_the_positions_of_a_model_are_as_many_as_it_computes(kind: str, sizes: d
     made = {"max_position_embeddings": 12, "vocab_size": 30, "word_embed_proj_dim": 16, **sizes}
     config = getattr(transformers, f"{kind}Config")(**made)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert model_checks.positions(model) == 12
+    assert model_checks.max_learned_positions(model) == 12
     model(input_ids=torch.zeros((1, 12), dtype=torch.int64))
     with pytest.raises(Exception, match=r"size of tensor|out of range|expanded size"):
         model(input_ids=torch.zeros((1, 13), dtype=torch.int64))
@@ -255,20 +259,20 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
         typed = StudyOptions(task="reviews", model=str(folder))
-        chosen = resolve.names(typed, "letters", ("lora",), tmp_path)
-        content = loading.prepare(str(folder), tmp_path, lambda text: None)
+        chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
+        content = loading.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
-            resolve.templates(typed, chosen, content, tmp_path)
+            resolve.build_configuration_templates(typed, chosen, content, tmp_path)
             continue
         with pytest.raises(
-            BadInput, match=f"positions for {most - 1} tokens, .* up to {most}; take"
+            UsageError, match=f"positions for {most - 1} tokens, .* up to {most}; take"
         ) as caught:
-            resolve.templates(typed, chosen, content, tmp_path)
+            resolve.build_configuration_templates(typed, chosen, content, tmp_path)
         assert "\n" not in str(caught.value)
 
 
 LONG = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
 
 class Long(Task):
     floor, default_model, answers = 0.0, "letters-base", ANSWERS
@@ -300,7 +304,7 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
     words.save_pretrained(tmp_path / "m")
     (tmp_path / "long.py").write_text(LONG.replace("ANSWERS", answers))
     (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
-    prepare = lambda: resolve.data([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
+    prepare = lambda: resolve.prepare_datasets([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
     if missing:
         refused(
             prepare, f"positions for {room} tokens, and task .* needs up to {needed}; take another --model"
@@ -321,24 +325,24 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
 
     shutil.copytree(bases / "letters", tmp_path / "base")
     found = resolved(bases, "letters")[0]
-    resolve.data([found], bases, tmp_path / "data", lambda text: None)
-    kept = dataset_cache.prepare(
+    resolve.prepare_datasets([found], bases, tmp_path / "data", lambda text: None)
+    kept = dataset_cache.prepare_dataset(
         tmp_path / "data",
         found,
         tasks.get("letters"),
-        loading.processor_of(found.model, bases, tasks.get("letters")),
+        loading.load_processor(found.model, bases, tasks.get("letters")),
     )
     config = AutoConfig.from_pretrained(tmp_path / "base")
-    config.vocab_size = dataset_cache.largest_id(kept) + 1 - missing
+    config.vocab_size = dataset_cache.max_token_id(kept) + 1 - missing
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     smaller = resolved(tmp_path, "letters", model=str(tmp_path / "base"))
     if not missing:
-        resolve.data(smaller, tmp_path, tmp_path / "data", lambda text: None)
+        resolve.prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
         return
     with pytest.raises(
-        BadInput, match=f"embeddings for {config.vocab_size} tokens, from 0 on; take"
+        UsageError, match=f"embeddings for {config.vocab_size} tokens, from 0 on; take"
     ) as caught:
-        resolve.data(smaller, tmp_path, tmp_path / "data", lambda text: None)
+        resolve.prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
     assert "\n" not in str(caught.value)
 
 
@@ -346,5 +350,5 @@ def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> Non
     source = Path(resolve.__file__).with_name("tasks") / "local" / "reviews.py"
     path = tmp_path / "mine.py"
     path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
-    with pytest.raises(BadInput, match="Did you mean 'matthews'"):
-        resolve.names(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)
+    with pytest.raises(UsageError, match="Did you mean 'matthews'"):
+        resolve.resolve_options(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 
 import torch
 
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.loading import BaseModel
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
-from variants.base import Settings
-from variants.base import number as seed_of
+from variants.base import VariantSettings
+from variants.base import stable_seed as seed_of
 
 NAMES = ("x", "y", "z")
 
 
 @contextmanager
-def three_lanes(bench: Bench, deviation: float = 0.5) -> Iterator[Adapters]:
-    settings = Settings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.heads)
+def three_lanes(bench: BaseModel, deviation: float = 0.5) -> Iterator[Adapters]:
+    settings = VariantSettings(rank=4, alpha=8.0)
+    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.head_names)
     for number, name in enumerate(NAMES):
-        adapters.add(name, settings, seed=number)
+        adapters.add_lane(name, settings, seed=number)
         for place, parameter in adapters.trainable(name).items():
             generator = torch.Generator().manual_seed(seed_of(number, place))
             parameter.data.copy_(deviation * torch.randn(parameter.shape, generator=generator))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
@@ -38,7 +38,7 @@ def clip(folder: Path) -> Path:
             "eos_token_id": 2,
         },
     )
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         CLIPModel(config).save_pretrained(folder)
         CLIPImageProcessorPil(
             size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
@@ -48,7 +48,7 @@ def clip(folder: Path) -> Path:
 
 def vit(folder: Path) -> Path:
     torch.manual_seed(0)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         ViTModel(ViTConfig(**_SIZES, image_size=SIDE, patch_size=8)).save_pretrained(folder)
         ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
     return folder
@@ -58,8 +58,8 @@ MAKE = {"clip": clip, "vit": vit}
 
 
 def choice(folder: Path) -> ModelChoice:
-    return ModelChoice(str(folder), base_store.content_of(folder))
+    return ModelChoice(str(folder), base_store.content_hash(folder))
 
 
-def load(folder: Path, task: Task) -> Bench:
-    return loading.load(choice(folder), folder, "cpu", task)
+def load(folder: Path, task: Task) -> BaseModel:
+    return loading.load_base_model(choice(folder), folder, "cpu", task)

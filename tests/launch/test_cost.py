@@ -15,14 +15,14 @@ from rich.console import Console
 
 from orchestrator.execution.ray import runtime
 from orchestrator.launch import prices
-from orchestrator.launch.cost import between
-from orchestrator.launch.estimate import UNCOUNTED, estimates
+from orchestrator.launch.cost import format_range
+from orchestrator.launch.estimate import TRAINER_OVERHEAD, estimate_times
 from orchestrator.launch.plan import print_plan
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Batches, Configuration, Schedule
+from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 A10G = "NVIDIA A10G"
 HUNDRED = [configuration(seed=seed) for seed in range(100, 200)]
@@ -69,8 +69,10 @@ def trained(
 
 def seconds(store: Store, *left: Configuration, lanes: int = 4, workers: int = 1) -> tuple[float, float]:
     """Of one lane, without what no lane counts."""
-    (found,) = estimates(left or HUNDRED, store, lanes, workers)
-    return found.low / len(left or HUNDRED), found.high / UNCOUNTED / len(left or HUNDRED)
+    (found,) = estimate_times(left or HUNDRED, store, lanes, workers)
+    return found.low_seconds / len(left or HUNDRED), found.high_seconds / TRAINER_OVERHEAD / len(
+        left or HUNDRED
+    )
 
 
 def test_hours_and_price_of_what_was_measured_like_this(store: Store, plan: Plan) -> None:
@@ -107,13 +109,13 @@ def test_another_pack_makes_a_range_from_free_to_in_proportion(store: Store) -> 
 
 def test_steps_and_evaluations_scale_and_batches_make_a_range(store: Store) -> None:
     trained(store)
-    longer = [replace(c, schedule=Schedule(3 * STEPS)) for c in HUNDRED]
+    longer = [replace(c, schedule=LRSchedule(3 * STEPS)) for c in HUNDRED]
     assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
     seldom = [replace(c, evaluations=1) for c in HUNDRED]
     assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "once and the test, not 4 times"
-    wide = [replace(c, batches=Batches(16)) for c in HUNDRED]
+    wide = [replace(c, batches=BatchConfig(16)) for c in HUNDRED]
     assert seconds(store, *wide) == pytest.approx((36, 66))
-    parts = [replace(c, batches=Batches(4, 2)) for c in HUNDRED]
+    parts = [replace(c, batches=BatchConfig(4, 2)) for c in HUNDRED]
     assert seconds(store, *parts) == pytest.approx((36, 66)), "two passes may take twice as long"
 
 
@@ -187,12 +189,12 @@ def test_a_gpu_without_a_price_asks_for_one(store: Store, plan: Plan) -> None:
 
 
 def test_the_table_is_dated_and_every_name_has_one_price() -> None:
-    names = [name for each in prices.table() for name in (each.gpu, *each.names)]
+    names = [name for each in prices.load_prices() for name in (each.gpu, *each.names)]
     assert len(names) == len(set(names))
-    for each in prices.table():
+    for each in prices.load_prices():
         assert 0 < each.spot < each.on_demand
         assert re.fullmatch(r"20\d\d-[01]\d", each.date)
-    assert [prices.of(n).gpu for n in ("Tesla T4", "A100-80G")] == ["T4", "A100-80G"]  # type: ignore[union-attr]
+    assert [prices.find_price(n).gpu for n in ("Tesla T4", "A100-80G")] == ["T4", "A100-80G"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_the_table_is_dated_and_every_name_has_one_price() -> None:
     ],
 )
 def test_a_wrong_price_is_one_line(typed: str, said: str) -> None:
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(UsageError) as error:
         StudyOptions(price_per_gpu_hour=typed)
     assert str(error.value).startswith(f"--price-per-gpu-hour: {said}")
     assert "\n" not in str(error.value)
@@ -224,4 +226,4 @@ def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
 
 
 def test_two_digits_and_no_more() -> None:
-    assert [between(0.0123, 0.0123), between(1234, 56789)] == ["0.012", "1200 to 57000"]
+    assert [format_range(0.0123, 0.0123), format_range(1234, 56789)] == ["0.012", "1200 to 57000"]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from in_process import restored, run
 
-from orchestrator.record.schema import Cost, Evaluation, Items, Provenance, Record, Step
+from orchestrator.record.schema import Cost, Evaluation, ItemResults, Provenance, Record, StepMetrics
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
 )
@@ -31,9 +31,9 @@ def configuration(seed: int = 0, rate: float = 1e-3, variant: str = "lora", **ex
         variant=VariantChoice(variant, extra=extra),
         task=TaskChoice("letters", "0123456789abcdef" * 4, 512, 128, 256, "exact_match", 0.05),
         model=ModelChoice("letters-base", "c0ffee"),
-        optimizer=Optimizer(rate),
-        schedule=Schedule(20),
-        batches=Batches(8),
+        optimizer=OptimizerConfig(rate),
+        schedule=LRSchedule(20),
+        batches=BatchConfig(8),
         seed=seed,
     )
 
@@ -44,10 +44,10 @@ def record(
     """A record as a lane would leave it; a diverged one ends in losses that are not finite."""
     own = configuration(seed, rate, changes.pop("variant", "lora"), **changes.pop("extra", {}))
     bad = state == "diverged"
-    curve = [Step(s, 3.0 / s, rate * s / steps, 1.0 / s) for s in range(1, steps + 1)]
+    curve = [StepMetrics(s, 3.0 / s, rate * s / steps, 1.0 / s) for s in range(1, steps + 1)]
     if bad:
-        curve[-2] = Step(steps - 1, math.inf, rate, math.inf)
-        curve[-1] = Step(steps, math.nan, rate, -math.inf)
+        curve[-2] = StepMetrics(steps - 1, math.inf, rate, math.inf)
+        curve[-1] = StepMetrics(steps, math.nan, rate, -math.inf)
     evaluations = [
         Evaluation(s, "validation", {"loss": 2.0 / s, "exact_match": s / 40, "accuracy": s / 30})
         for s in range(5, steps + 1, 5)
@@ -64,7 +64,7 @@ def record(
         curve=tuple(curve),
         evaluations=tuple(evaluations),
         untrained={"validation": {"loss": math.inf, "exact_match": 0.1}, "test": {"exact_match": 0.125}},
-        items={"validation": Items((1.0, 0.0), (0.5, math.nan), ("a", "b"))},
+        items={"validation": ItemResults((1.0, 0.0), (0.5, math.nan), ("a", "b"))},
         cost=Cost(2.0, 0.5, 4096, 1234),
         provenance=Provenance(
             "abc123", {"torch": "2.9", "ray": "2.60"}, "cpu", "box", started=1e9, ended=1e9 + 4

@@ -15,12 +15,12 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import empty_database
 
-from orchestrator.record.show import narrowed
+from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import StudyFile, all_studies, find_study
-from orchestrator.util.atomic_files import seal, unseal
+from orchestrator.record.study_file import StudyFile, find_study, read_studies
+from orchestrator.util.atomic_files import add_checksum, verify_checksum
 from orchestrator.util.command import main
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 COMMAND = (
     "python experiments/lr_sensitivity.py --dry-run --variants lora rslora --seeds 3 "
@@ -37,7 +37,7 @@ def results(tmp_path, make_record) -> Path:
         store.put(record)
     names = tuple(r.fingerprint for r in made)
     StudyFile("rates", "Which rate?", COMMAND, names).write(tmp_path / "results" / "rates")
-    second = StudyFile("second", "", "python y.py").extended([names[0], "f" * 64], known=names)
+    second = StudyFile("second", "", "python y.py").with_configurations([names[0], "f" * 64], cached=names)
     second.write(tmp_path / "results" / "second")
     return tmp_path
 
@@ -213,9 +213,9 @@ def test_a_study_file_that_is_none_is_named(run, results):
 @pytest.mark.parametrize("newer", [{"schema_version": 2}, {"nights": 3}], ids=["version", "field"])
 def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
     file = results / "results/rates/study.json"
-    data = json.loads(unseal(file.read_bytes()))
+    data = json.loads(verify_checksum(file.read_bytes()))
     assert data["schema_version"] == 1
-    file.write_bytes(seal(json.dumps(data | newer)))
+    file.write_bytes(add_checksum(json.dumps(data | newer)))
     run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer, "update the program")
 
 
@@ -223,7 +223,7 @@ def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
     study = StudyFile("old", "Why?", "python x.py", ("a",))
     study.write(tmp_path / "old")
     file = tmp_path / "old" / "study.json"
-    data = json.loads(unseal(file.read_bytes()))
+    data = json.loads(verify_checksum(file.read_bytes()))
     del data["schema_version"]
     file.write_text(json.dumps(data))
     assert StudyFile.read(tmp_path / "old") == study
@@ -232,7 +232,7 @@ def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
-    [(BadInput("x: too big"), 2, "error: x: too big\n"), (SystemExit(7), 7, "")],
+    [(UsageError("x: too big"), 2, "error: x: too big\n"), (SystemExit(7), 7, "")],
 )
 def test_how_a_command_ends(raised, code, message, capsys):
     def command() -> int:
@@ -253,21 +253,21 @@ def test_a_reader_that_has_enough_is_no_error():
 def test_narrowing_keeps_what_it_does_not_know(make_record):
     record = make_record(seed=4, rate=3e-5)
     command = "python x.py --seeds=3 --study 'my study' --learning_rates 1e-5 1e-4 --plan"
-    assert narrowed(command, record) == (
+    assert narrow_command(command, record) == (
         "python x.py --study 'my study' --plan --variants lora --learning-rates 3e-05 --seeds 5"
     )
 
 
 def test_a_study_that_grows_remembers_what_it_found(tmp_path):
-    study = StudyFile("s", "", "x").extended(["a", "b", "a"], known=["a"])
+    study = StudyFile("s", "", "x").with_configurations(["a", "b", "a"], cached=["a"])
     assert (study.configurations, study.reused) == (("a", "b"), ("a",))
     # The second time its own results are known: they are not reused ones.
-    study = study.extended(["a", "b", "c", "d"], known=["a", "b", "d"])
+    study = study.with_configurations(["a", "b", "c", "d"], cached=["a", "b", "d"])
     assert (study.configurations, study.reused) == (("a", "b", "c", "d"), ("a", "d"))
     study.write(tmp_path / "s")
     assert find_study(tmp_path, "s") == (tmp_path / "s", study)
-    assert list(all_studies(tmp_path)) == ["s"]
-    with pytest.raises(BadInput, match="no study under"):
+    assert list(read_studies(tmp_path)) == ["s"]
+    with pytest.raises(UsageError, match="no study under"):
         find_study(tmp_path / "s", "s")
 
 

@@ -13,10 +13,10 @@ from in_process import ORCHESTRATOR
 from orchestrator.analyze.report import write_report
 from orchestrator.finetune.sources import base_store
 from orchestrator.record import gc
-from orchestrator.record.gc import collect, shown
-from orchestrator.record.merge import merge
+from orchestrator.record.gc import collect_garbage, format_bytes
+from orchestrator.record.merge import merge_stores
 from orchestrator.record.parquet import write_parquet
-from orchestrator.record.scratch import scratch
+from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -48,7 +48,7 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "results" / "store")
 
 
-def _counts(piles: dict[str, gc.Pile]) -> dict[str, int]:
+def _counts(piles: dict[str, gc.FileTotal]) -> dict[str, int]:
     return {kind: pile.count for kind, pile in piles.items()}
 
 
@@ -67,19 +67,25 @@ def test_checkpoints_go_with_a_final_record_and_only_then(store, tmp_path, make_
     foreign.mkdir()
 
     before = {name for name, folder in folders.items() if folder.exists()}
-    seen = collect(store, output, dry_run=True)
+    seen = collect_garbage(store, output, dry_run=True)
     assert {name for name, folder in folders.items() if folder.exists()} == before, (
         "a dry run removes nothing"
     )
-    assert collect(store, output) == seen
-    assert _counts(seen.cleared) == {gc.ENDED: 2}
-    assert seen.cleared[gc.ENDED].bytes == 200
-    assert _counts(seen.left) == {gc.STOPPED: 1, gc.UNFINISHED: 2, gc.UNWANTED: 1}
+    assert collect_garbage(store, output) == seen
+    assert _counts(seen.removed) == {gc.ENDED_CHECKPOINTS: 2}
+    assert seen.removed[gc.ENDED_CHECKPOINTS].bytes == 200
+    assert _counts(seen.skipped) == {
+        gc.STOPPED_CHECKPOINTS: 1,
+        gc.RESUMABLE_CHECKPOINTS: 2,
+        gc.UNREFERENCED_CHECKPOINTS: 1,
+    }
     assert {name for name, folder in folders.items() if folder.exists()} == before - {"finished", "diverged"}
     assert foreign.exists()
-    assert collect(store, output).cleared == {}, "once is enough"
+    assert collect_garbage(store, output).removed == {}, "once is enough"
 
-    assert _counts(collect(store, output, stopped=True).cleared) == {gc.STOPPED: 1}
+    assert _counts(collect_garbage(store, output, include_stopped=True).removed) == {
+        gc.STOPPED_CHECKPOINTS: 1
+    }
     assert not folders["stopped"].exists()
     assert store.get(folders["stopped"].name).state == "stopped"
 
@@ -93,10 +99,10 @@ def test_a_stopped_lane_that_may_be_in_use_stays(store, tmp_path, make_record):
     _checkpoint(store, young.fingerprint, age=5)
     StudyFile("rates", "", "", (wanted.fingerprint,)).write(output / "rates")
     with FileLock(output / "rates" / ".lock"):  # as a running study holds it
-        found = collect(store, output, stopped=True)
-        assert (_counts(found.cleared), _counts(found.left)) == ({}, {gc.BUSY: 2})
-    found = collect(store, output, stopped=True)
-    assert (_counts(found.cleared), _counts(found.left)) == ({gc.STOPPED: 1}, {gc.BUSY: 1})
+        found = collect_garbage(store, output, include_stopped=True)
+        assert (_counts(found.removed), _counts(found.skipped)) == ({}, {gc.IN_USE: 2})
+    found = collect_garbage(store, output, include_stopped=True)
+    assert (_counts(found.removed), _counts(found.skipped)) == ({gc.STOPPED_CHECKPOINTS: 1}, {gc.IN_USE: 1})
     assert (output / "rates" / ".lock").exists()
 
 
@@ -137,11 +143,11 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
         _file(store.root / ".nfs0000001"),
         _file(output / "rates" / "report.html"),
     ]
-    found = collect(store, output)
-    assert _counts(found.cleared) == {gc.TEMPORARY: len(old)}
+    found = collect_garbage(store, output)
+    assert _counts(found.removed) == {gc.TEMPORARY_FILES: len(old)}
     assert not [path for path in old if path.exists()]
     assert all(path.exists() for path in kept)
-    assert found.left[gc.BUSY].count == 1
+    assert found.skipped[gc.IN_USE].count == 1
     assert store.get(record.fingerprint).to_json() == record.to_json()
 
 
@@ -160,7 +166,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
         "record": lambda: store.put(make_record(seed=2)),
         "study": lambda: StudyFile("s", "", "").write(output / "s"),
         "pointer": lambda: base_store.write_pointer(store.bases, "hub-a--b", {"commit": "c"}, "commit"),
-        "adapters of a merge": lambda: merge(store, other),
+        "adapters of a merge": lambda: merge_stores(store, other),
     }[writer]
     StudyFile("s", "", "").write(output / "s")
     before = {path for path in output.rglob("*") if path.is_file()}
@@ -176,7 +182,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
     for path in left:
         _age(path, LONG_AGO)
         _age(path.parent, LONG_AGO)
-    collect(store, output)
+    collect_garbage(store, output)
     assert not [path for path in left if path.exists()]
     assert {path for path in output.rglob("*") if path.is_file()} == before
 
@@ -188,7 +194,7 @@ def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_recor
     data = stopped.read_bytes()
     store.put(make_record(seed=1))
     stopped.write_bytes(data)
-    assert _counts(collect(store, tmp_path / "results").cleared) == {gc.SUPERSEDED: 1}
+    assert _counts(collect_garbage(store, tmp_path / "results").removed) == {gc.SUPERSEDED_RECORDS: 1}
     assert list(store.states().values()) == ["finished"]
 
 
@@ -198,13 +204,13 @@ def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, t
     lock = _file(dead.with_name(f"{dead.name}.lock"))
     others = _file(store.root / "scratch" / "another-12-0123abcd" / "x").parent
     stray = _file(store.root / "scratch" / f"{host}-foo" / "x").parent
-    with scratch(store) as alive:
-        would = collect(store, tmp_path / "results", dry_run=True)
+    with scratch_folder(store) as alive:
+        would = collect_garbage(store, tmp_path / "results", dry_run=True)
         assert dead.exists()
         assert lock.exists()
-        found = collect(store, tmp_path / "results")
-        assert _counts(would.cleared) == _counts(found.cleared) == {gc.SCRATCH: 1}
-        assert _counts(would.left) == _counts(found.left) == {gc.BUSY: 1, gc.ELSEWHERE: 2}
+        found = collect_garbage(store, tmp_path / "results")
+        assert _counts(would.removed) == _counts(found.removed) == {gc.STALE_SCRATCH: 1}
+        assert _counts(would.skipped) == _counts(found.skipped) == {gc.IN_USE: 1, gc.OTHER_HOST_SCRATCH: 2}
         there = [path.exists() for path in (dead, lock, alive, others, stray)]
     assert there == [False, False, True, True, True]
 
@@ -228,7 +234,7 @@ def test_the_command_says_what_it_did(run, store, make_record):
     ("size", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (20e6, "20 MB"), (3e15, "3000.0 TB")]
 )
 def test_bytes_for_people(size, words):
-    assert shown(size) == words
+    assert format_bytes(size) == words
 
 
 def test_a_record_with_a_flipped_bit_ends_no_lane(store, tmp_path, make_record):
@@ -242,6 +248,6 @@ def test_a_record_with_a_flipped_bit_ends_no_lane(store, tmp_path, make_record):
     folder = _checkpoint(store, record.fingerprint)
     (final,) = set(store.records_folder.glob("*/*.json")) - {stopped}
     final.write_bytes(final.read_bytes().replace(b'"tokens":4096', b'"tokens":4097'))
-    collect(Store(store.root), tmp_path / "results")
+    collect_garbage(Store(store.root), tmp_path / "results")
     assert stopped.exists()
     assert folder.exists()

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from in_process import ORCHESTRATOR
 from safetensors.numpy import save_file
 
-from orchestrator.record.merge import merge
+from orchestrator.record.merge import merge_stores
 from orchestrator.record.schema import Provenance
 from orchestrator.record.store import Store
-from orchestrator.util.atomic_files import seal
-from orchestrator.util.errors import BadInput
+from orchestrator.util.atomic_files import add_checksum
+from orchestrator.util.errors import UsageError
 
 
 def _files(store: Store) -> dict[str, bytes]:
@@ -47,14 +47,14 @@ def test_what_is_new_comes_and_what_is_here_stays(stores, make_record):
     here.put(make_record(seed=3))
     there.put(make_record(seed=3, state="failed"))
     there.put(make_record(seed=4, state="diverged"))
-    taken = merge(here, there)
-    assert (taken.records, taken.known, taken.torn) == (2, 2, 0)
+    taken = merge_stores(here, there)
+    assert (taken.records, taken.already_present, taken.damaged) == (2, 2, 0)
     assert here.get(mine.fingerprint).reason == "mine", "the first final record stays"
     assert here.get(make_record(seed=2).fingerprint).state == "finished"
     assert sorted(here.states().values()) == ["diverged", "finished", "finished", "finished"]
     files = _files(here)
-    again = merge(here, there)
-    assert (again.records, again.known) == (0, 4)
+    again = merge_stores(here, there)
+    assert (again.records, again.already_present) == (0, 4)
     assert _files(here) == files, "doing it again changes nothing"
 
 
@@ -67,16 +67,16 @@ def test_the_longer_stop_and_the_more_failures_count(stores, make_record):
     for first, second in ((here, there), (there, here)):
         first.put(short)
         second.put(long)
-        merge(first, second)
-        merge(second, first)
+        merge_stores(first, second)
+        merge_stores(second, first)
         assert first.get(long.fingerprint).steps == second.get(long.fingerprint).steps == 15
     failed = make_record(seed=2, state="failed")
     here.put(failed)
     there.put(failed)
     there.put(failed)
-    merge(here, there)
+    merge_stores(here, there)
     assert here.failures(failed.fingerprint) == 2
-    merge(there, here)
+    merge_stores(there, here)
     assert there.failures(failed.fingerprint) == 2
 
 
@@ -91,7 +91,7 @@ def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
     torn.write_bytes(torn.read_bytes()[:-4])
     _checkpoint(there, lane, 10)
     with caplog.at_level(logging.WARNING):
-        taken = merge(here, there)
+        taken = merge_stores(here, there)
     assert (taken.records, taken.lanes) == (1, 1)
     assert list(here.states()) == [make_record(seed=2).fingerprint]
     assert [p.name for p in here.checkpoints.rglob("*.safetensors")] == ["step-00000010.safetensors"]
@@ -106,7 +106,7 @@ def test_a_record_torn_here_is_healed_by_a_whole_one(stores, make_record):
     path = here.records_folder / whole.fingerprint[:2] / f"{whole.fingerprint}.json"
     path.parent.mkdir()
     path.write_bytes(b"{")
-    assert merge(here, there).records == 1
+    assert merge_stores(here, there).records == 1
     assert here.get(whole.fingerprint).to_json() == whole.to_json()
 
 
@@ -120,7 +120,7 @@ def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record
     _checkpoint(there, behind, 20)
     _checkpoint(there, done, 20)
     before = kept.read_bytes()
-    taken = merge(here, there)
+    taken = merge_stores(here, there)
     assert taken.lanes == 1
     assert taken.bytes > 0
     found = sorted(
@@ -130,7 +130,7 @@ def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record
     assert kept.read_bytes() == before
     assert not (here.checkpoints / done).exists(), "a finished lane needs none"
     assert not (here.checkpoints / behind / "1" / "step-00000020.safetensors").exists()
-    assert merge(here, there).lanes == 0
+    assert merge_stores(here, there).lanes == 0
 
 
 def test_what_has_ended_elsewhere_keeps_no_checkpoint_here(stores, make_record):
@@ -141,7 +141,7 @@ def test_what_has_ended_elsewhere_keeps_no_checkpoint_here(stores, make_record):
     there.put(was)
     for record in (came, was):
         _checkpoint(here, record.fingerprint, 10)
-    merge(here, there)
+    merge_stores(here, there)
     assert list(here.checkpoints.iterdir()) == []
 
 
@@ -162,29 +162,29 @@ def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
     for one in (came, other):
         (there.adapters / one.fingerprint).mkdir(parents=True)
         (there.adapters / one.fingerprint / "adapter_config.json").write_text("{}")
-    taken = merge(here, there)
-    assert (taken.bases, taken.evidence, taken.adapters) == (1, 1, 1)
+    taken = merge_stores(here, there)
+    assert (taken.bases, taken.calibrations, taken.adapters) == (1, 1, 1)
     assert (here.adapters / came.fingerprint / "adapter_config.json").read_text() == "{}"
     assert not (here.adapters / other.fingerprint).exists(), "it is not the adapter of the record that stayed"
     assert sorted(p.name for p in here.bases.iterdir()) == ["b-1", "b-mine", "b-theirs", "b.recipe.json"]
     assert (here.bases / "b.recipe.json").read_text() == "mine"
     files = _files(here)
-    merge(here, there)
+    merge_stores(here, there)
     assert _files(here) == files
 
 
 def test_a_store_is_not_merged_with_itself_and_another_schema_is_refused(stores, make_record):
     here, there = stores
-    with pytest.raises(BadInput, match="the store itself"):
-        merge(here, Store(here.root))
+    with pytest.raises(UsageError, match="the store itself"):
+        merge_stores(here, Store(here.root))
     newer = make_record(seed=1)
     there.put(newer)
     (path,) = there.records_folder.glob("*/*.json")
     data = {**json.loads(path.read_bytes()), "schema_version": 99}
     del data["sha256"]
-    path.write_bytes(seal(json.dumps(data)))
-    with pytest.raises(BadInput, match="schema version 99"):
-        merge(here, Store(there.root))
+    path.write_bytes(add_checksum(json.dumps(data)))
+    with pytest.raises(UsageError, match="schema version 99"):
+        merge_stores(here, Store(there.root))
 
 
 def test_the_command_merges_all_and_names_the_next_one(run, tmp_path, make_record):
@@ -216,7 +216,7 @@ _WRITES = st.lists(
 
 def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
     """State, steps of what counts, failures."""
-    return {f: (s, store.get(f).steps, store.failures(f)) for f, s in store.states().items()}
+    return {f: (s, store.get(f).steps, store.count_failures(f)) for f, s in store.states().items()}
 
 
 @settings(max_examples=settings.default.max_examples // 5)  # six joined stores each
@@ -239,11 +239,11 @@ def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_recor
     for number, order in enumerate(itertools.permutations(parts)):
         joined = Store(root / f"joined{number}")
         for part in order:
-            merge(joined, part)
+            merge_stores(joined, part)
         outcomes.append(_outcome(joined))
         before = _files(joined)
         for part in order:
-            merge(joined, part)
+            merge_stores(joined, part)
         assert _files(joined) == before
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
@@ -254,8 +254,8 @@ def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_recor
             assert outcomes[0][fingerprint][0] == "finished"
         else:
             stops = [r.steps for r in records if r.fingerprint == fingerprint and r.state == "stopped"]
-            held = Store(root / "joined0")._read(Store(root / "joined0")._path(fingerprint, "stopped"))
-            kept = [p._read(p._path(fingerprint, "stopped")) for p in parts]
+            held = Store(root / "joined0")._read_record(Store(root / "joined0")._path(fingerprint, "stopped"))
+            kept = [p._read_record(p._path(fingerprint, "stopped")) for p in parts]
             assert (held is not None) == bool(stops)
             if held is not None:
                 assert held.steps == max(k.steps for k in kept if k is not None)

@@ -102,4 +102,4 @@ def test_a_failed_write_leaves_the_old_file(store, make_record, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_parquet(store)
     assert path.read_bytes() == before
-    assert not [f for f in store.root.iterdir() if f.name.startswith(f".{parquet.NAME}")]
+    assert not [f for f in store.root.iterdir() if f.name.startswith(f".{parquet.PARQUET_FILE}")]

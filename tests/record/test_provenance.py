@@ -20,25 +20,25 @@ def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path):
     source = tmp_path / "orchestrator" / "__init__.py"
     source.parent.mkdir()
     source.write_text("")
-    assert provenance.commit_of(tmp_path) == "unknown"  # no repository
+    assert provenance.read_commit(tmp_path) == "unknown"  # no repository
     _git(tmp_path, "init", "-q")
-    assert provenance.commit_of(tmp_path) == "unknown"  # a repository that does not track the sources
+    assert provenance.read_commit(tmp_path) == "unknown"  # a repository that does not track the sources
     _git(tmp_path, "add", ".")
     _git(tmp_path, "commit", "-q", "-m", "start")
     head = _git(tmp_path, "rev-parse", "HEAD")
-    assert provenance.commit_of(tmp_path) == head
+    assert provenance.read_commit(tmp_path) == head
     (tmp_path / "results.csv").write_text("not a source")
-    assert provenance.commit_of(tmp_path) == head
+    assert provenance.read_commit(tmp_path) == head
     (tmp_path / "orchestrator" / "new.py").write_text("a new file counts")
-    assert provenance.commit_of(tmp_path) == f"{head}-dirty"
+    assert provenance.read_commit(tmp_path) == f"{head}-dirty"
     (tmp_path / "orchestrator" / "new.py").unlink()
     source.write_text("changed = True")
-    assert provenance.commit_of(tmp_path) == f"{head}-dirty"
+    assert provenance.read_commit(tmp_path) == f"{head}-dirty"
 
 
 def test_current_names_versions_without_importing_them():
     code = (
-        "import sys; from orchestrator.record.provenance import current\n"
+        "import sys; from orchestrator.record.provenance import current_provenance\n"
         "p = current('cpu', pack_lanes=3, workers=2, attempt=1, resumed_from=(5,), started=1.0, ended=2.0)\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
         "print(p.versions['torch'], p.versions['python'], p.pack_lanes, p.workers, p.attempt, p.resumed_from)"

@@ -15,9 +15,9 @@ from orchestrator.record.store import Store
 
 HOLD = """
 import sys
-from orchestrator.record.scratch import scratch
+from orchestrator.record.scratch import scratch_folder
 from orchestrator.record.store import Store
-with scratch(Store(sys.argv[1])) as folder:
+with scratch_folder(Store(sys.argv[1])) as folder:
     (folder / "tune").write_text("x")
     print(folder, flush=True)
     sys.stdin.read()
@@ -62,7 +62,7 @@ def test_what_a_killed_driver_left_goes_with_the_next_command(
     process.kill()
     process.wait()
     assert (folder / "tune").exists()
-    scratch.clear(store)
+    scratch.remove_stale_folders(store)
     assert left(store) == []
 
 
@@ -76,13 +76,13 @@ def test_that_of_a_living_driver_stays_whatever_its_number_says(
     folder = made.with_name(f"{os.uname().nodename}-{gone.pid}-0123abcd")
     for suffix in ("", ".lock"):  # a lock is the file's, not the name's
         made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
-    scratch.clear(store)
+    scratch.remove_stale_folders(store)
     assert (folder / "tune").exists()
-    assert scratch.in_use(folder)
+    assert scratch.is_in_use(folder)
 
 
 def test_two_of_one_process_number_have_folders_of_their_own(store: Store) -> None:
-    with scratch.scratch(store) as one, scratch.scratch(store) as other:
+    with scratch.scratch_folder(store) as one, scratch.scratch_folder(store) as other:
         assert one != other
     assert left(store) == []
 
@@ -92,5 +92,5 @@ def test_names_that_are_not_ours_are_left_alone(store: Store) -> None:
     names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])
     for name in names:
         (store.root / "scratch" / name).mkdir(parents=True)
-    scratch.clear(store)
+    scratch.remove_stale_folders(store)
     assert left(store) == names

@@ -14,7 +14,7 @@ import pytest
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_failures_are_counted_until_it_ends_otherwise(store, make_record):
     counts = [store.failures(fingerprint)]
     for _ in range(3):
         store.put(make_record(state="failed"))
-        counts.append(Store(store.root).failures(fingerprint))
+        counts.append(Store(store.root).count_failures(fingerprint))
     assert counts == [0, 1, 2, 3]
     store.put(make_record(state="stopped"))
     assert store.failures(fingerprint) == 0
@@ -168,9 +168,9 @@ def test_an_unknown_schema_version_is_named(store, make_record):
     record = make_record()
     data = {**json.loads(_text_of(store, record)), "schema_version": 7}
     del data["sha256"]
-    _file(store, record).write_bytes(atomic_files.seal(json.dumps(data)))
+    _file(store, record).write_bytes(atomic_files.add_checksum(json.dumps(data)))
     for read in (lambda: store.get(record.fingerprint), store.states, lambda: list(store.records())):
-        with pytest.raises(BadInput, match="schema version 7, this program knows 1"):
+        with pytest.raises(UsageError, match="schema version 7, this program knows 1"):
             read()
 
 
@@ -217,23 +217,23 @@ def test_find_by_prefix(store, make_record):
     first = [r.fingerprint for r in made if r.fingerprint[0] == wanted[0]]
     assert store.find(wanted[0]) == sorted(first)
     assert len(first) > 1
-    with pytest.raises(BadInput, match=rf"{len(first)} records start so.*{sorted(first)[0][:12]}"):
+    with pytest.raises(UsageError, match=rf"{len(first)} records start so.*{sorted(first)[0][:12]}"):
         store.one(wanted[0])
-    with pytest.raises(BadInput, match=r"no record in .* starts so"):
+    with pytest.raises(UsageError, match=r"no record in .* starts so"):
         store.one("0" * 30)
-    with pytest.raises(BadInput, match="hexadecimal"):
+    with pytest.raises(UsageError, match="hexadecimal"):
         store.one("lora")
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/store")):
-        with pytest.raises(BadInput) as caught:
+        with pytest.raises(UsageError) as caught:
             Store(root)
         assert str(root) in str(caught.value)
         assert "--store" in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="no store here"):
+    with pytest.raises(UsageError, match="no store here"):
         Store(tmp_path / "nowhere", create=False)
     assert not (tmp_path / "nowhere").exists()
 
@@ -304,7 +304,7 @@ def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record,
     (path,) = store.records_folder.glob("*/*.json")
     path.rename(_file(store, record, name))
     again = Store(store.root)
-    assert again.meets(record.fingerprint) is None
+    assert again.get_reusable(record.fingerprint) is None
     assert again.get(record.fingerprint) is None
     assert again.states() == {}
     assert f"has not the name of a {state} record" in caplog.text

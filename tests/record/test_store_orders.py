@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.record.schema import State
+from orchestrator.record.schema import RecordState
 from orchestrator.record.store import Store
 
-STATES: Sequence[State] = ("finished", "diverged", "stopped", "failed")
+STATES: Sequence[RecordState] = ("finished", "diverged", "stopped", "failed")
 FINAL = ("finished", "diverged")
 _writes = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(STATES)), max_size=12)
 
@@ -20,7 +20,7 @@ _writes = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(STATES)), max_si
 def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen):
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        model: dict[str, tuple[State, int]] = {}
+        model: dict[str, tuple[RecordState, int]] = {}
         failures: dict[str, int] = {}
         for number, (seed, state) in enumerate(writes):
             record = make_record(seed=seed, state=state, steps=20 + number)
@@ -36,7 +36,7 @@ def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen
             assert store.states() == {f: s for f, (s, _) in model.items()}
             kept = store.get(fingerprint)
             assert (kept.state, kept.steps) == model[fingerprint]
-            met = store.meets(fingerprint)
+            met = store.get_reusable(fingerprint)
             assert (met is not None) == (model[fingerprint][0] in FINAL)
-            assert store.failures(fingerprint) == failures[fingerprint]
+            assert store.count_failures(fingerprint) == failures[fingerprint]
         assert {r.fingerprint: (r.state, r.steps) for r in store.records()} == model

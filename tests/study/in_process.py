@@ -40,11 +40,11 @@ class Ended:
 Run = Callable[..., Ended]
 
 
-class _LeavesSignals(command._Interrupt):
+class _LeavesSignals(command._InterruptHandler):
     """Installs no signal handlers and starts no thread: both would stay in the test process.
     `tests/util/test_command.py` shows what they do, in processes of their own."""
 
-    def watch(self) -> None:
+    def install(self) -> None:
         pass
 
 

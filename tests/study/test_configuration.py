@@ -7,24 +7,24 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
-    Divergence,
+    DivergenceConfig,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
-    canonical,
+    canonical_json,
 )
 
 POINT = Configuration(
     VariantChoice("lora", alpha=16.0, extra={"svd": "exact"}),
     TaskChoice("letters", "r0", 96, 32, 32, "exact_match", 0.0),
     ModelChoice("letters-base", "c0"),
-    Optimizer(1e-3),
-    Schedule(60),
-    Batches(16),
+    OptimizerConfig(1e-3),
+    LRSchedule(60),
+    BatchConfig(16),
 )
 
 
@@ -41,7 +41,7 @@ def test_the_fields_of_today_leave_points_of_earlier_numerics_recognizable() -> 
 
 def test_it_survives_json_and_pickle() -> None:
     for copy in (
-        Configuration.from_json(json.loads(canonical(POINT.to_json()))),
+        Configuration.from_json(json.loads(canonical_json(POINT.to_json()))),
         pickle.loads(pickle.dumps(POINT)),
     ):
         assert copy == POINT
@@ -54,32 +54,32 @@ def test_one_value_has_one_fingerprint_however_it_is_spelt() -> None:
 
 
 def test_a_head_that_learns_as_all_the_rest_does_is_no_other_configuration() -> None:
-    typed = replace(POINT, optimizer=Optimizer(1e-3, head_learning_rate=1e-3))
+    typed = replace(POINT, optimizer=OptimizerConfig(1e-3, head_learning_rate=1e-3))
     assert typed.fingerprint == POINT.fingerprint
 
 
 def test_a_base_is_known_by_its_content_whatever_it_is_called() -> None:
     elsewhere = replace(POINT, model=replace(POINT.model, name="/models/letters"))
     assert elsewhere.fingerprint == POINT.fingerprint
-    assert elsewhere.shape == POINT.shape
+    assert elsewhere.group_key == POINT.group_key
 
 
 CHANGES = {
-    "learning rate": replace(POINT, optimizer=Optimizer(2e-3)),
-    "decay": replace(POINT, optimizer=Optimizer(1e-3, weight_decay=0.1)),
-    "the head's rate": replace(POINT, optimizer=Optimizer(1e-3, head_learning_rate=1e-2)),
+    "learning rate": replace(POINT, optimizer=OptimizerConfig(2e-3)),
+    "decay": replace(POINT, optimizer=OptimizerConfig(1e-3, weight_decay=0.1)),
+    "the head's rate": replace(POINT, optimizer=OptimizerConfig(1e-3, head_learning_rate=1e-2)),
     "alpha": replace(POINT, variant=replace(POINT.variant, alpha=8.0)),
-    "schedule": replace(POINT, schedule=Schedule(60, "linear")),
-    "horizon": replace(POINT, schedule=Schedule(30)),
+    "schedule": replace(POINT, schedule=LRSchedule(60, "linear")),
+    "horizon": replace(POINT, schedule=LRSchedule(30)),
     "seed": replace(POINT, seed=1),
-    "divergence rule": replace(POINT, divergence=Divergence(2.0)),
+    "divergence rule": replace(POINT, divergence=DivergenceConfig(2.0)),
     "evaluations": replace(POINT, evaluations=2),
     "rank": replace(POINT, variant=replace(POINT.variant, rank=4)),
     "variant": replace(POINT, variant=replace(POINT.variant, name="rslora")),
     "its own settings": replace(POINT, variant=replace(POINT.variant, extra={"svd": 16})),
     "targets": replace(POINT, variant=replace(POINT.variant, targets="q_proj")),
     "dropout": replace(POINT, variant=replace(POINT.variant, dropout=0.1)),
-    "batch": replace(POINT, batches=Batches(8)),
+    "batch": replace(POINT, batches=BatchConfig(8)),
     "dtype": replace(POINT, model=replace(POINT.model, dtype="bfloat16")),
     "base": replace(POINT, model=replace(POINT.model, content="c1")),
     "data": replace(POINT, task=replace(POINT.task, revision="r1")),
@@ -101,13 +101,13 @@ def test_whatever_changes_the_numbers_changes_the_fingerprint(what: str) -> None
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_pack_holds_what_has_the_same_tensors(what: str) -> None:
-    assert (CHANGES[what].shape == POINT.shape) == (what in MAY_DIFFER_IN_A_PACK)
+    assert (CHANGES[what].group_key == POINT.group_key) == (what in MAY_DIFFER_IN_A_PACK)
 
 
 def test_the_flat_view_names_every_hyperparameter_once() -> None:
-    flat = POINT.flat()
+    flat = POINT.to_columns()
     assert flat["variant"] == "lora"
     assert flat["learning_rate"] == 1e-3
     assert flat["variant_svd"] == "exact"
     for what, changed in CHANGES.items():
-        assert changed.flat() != flat, f"{what} is in no column"
+        assert changed.to_columns() != flat, f"{what} is in no column"

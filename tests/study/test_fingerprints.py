@@ -49,16 +49,18 @@ def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
         for name, options in OPTIONS.items():
             variants = catalogue.names() if tasks.get(task).has_head else WITHOUT_HEAD
             typed = StudyOptions(task=task, variants=variants, **options)
-            chosen = resolve.names(typed, task, (), bases)
-            for configuration in resolve.templates(typed, chosen, loading.UNPREPARED, bases):
+            chosen = resolve.resolve_options(typed, task, (), bases)
+            for configuration in resolve.build_configuration_templates(
+                typed, chosen, loading.UNPREPARED, bases
+            ):
                 yield f"{task} {name} {configuration.variant.name}", configuration
 
 
 def test_fingerprints_and_group_keys_are_those_of_the_committed_list(tmp_path: Path) -> None:
-    found = {name: [c.fingerprint, c.shape] for name, c in configurations(tmp_path)}
+    found = {name: [c.fingerprint, c.group_key] for name, c in configurations(tmp_path)}
     assert found == json.loads(FILE.read_text())
 
 
 if __name__ == "__main__":
-    made = {name: [c.fingerprint, c.shape] for name, c in configurations(Path("no-folder-of-bases"))}
+    made = {name: [c.fingerprint, c.group_key] for name, c in configurations(Path("no-folder-of-bases"))}
     FILE.write_text(json.dumps(made, indent=0) + "\n")

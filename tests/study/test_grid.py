@@ -7,29 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.study.configuration import (
-    Batches,
+    BatchConfig,
     Configuration,
+    LRSchedule,
     ModelChoice,
-    Optimizer,
-    Schedule,
+    OptimizerConfig,
     TaskChoice,
     VariantChoice,
 )
-from orchestrator.study.grid import grid, order_of_entry
+from orchestrator.study.grid import build_grid, training_order
 
 TEMPLATE = Configuration(
     VariantChoice("lora"),
     TaskChoice("letters", "r0", 96, 32, 32, "exact_match", 0.0),
     ModelChoice("letters-base", "c0"),
-    Optimizer(1.0),
-    Schedule(60),
-    Batches(16),
+    OptimizerConfig(1.0),
+    LRSchedule(60),
+    BatchConfig(16),
 )
 TEMPLATES = [replace(TEMPLATE, variant=VariantChoice(name)) for name in ("lora", "hira", "dora")]
 
 
 def test_a_grid_is_every_template_at_every_rate_and_seed() -> None:
-    points = grid(TEMPLATES, (1e-3, 1e-2), range(3))
+    points = build_grid(TEMPLATES, (1e-3, 1e-2), range(3))
     assert len({c.fingerprint for c in points}) == 3 * 2 * 3
     assert {(c.variant.name, c.optimizer.learning_rate, c.seed) for c in points} == {
         (name, rate, seed) for name in ("lora", "hira", "dora") for rate in (1e-3, 1e-2) for seed in range(3)
@@ -37,14 +37,14 @@ def test_a_grid_is_every_template_at_every_rate_and_seed() -> None:
 
 
 def test_blocks_hold_one_variant_at_all_rates_and_first_seeds_come_first() -> None:
-    points = order_of_entry(grid(TEMPLATES, (1e-4, 1e-3, 1e-2, 1e-1), range(2)), lanes=4)
+    points = training_order(build_grid(TEMPLATES, (1e-4, 1e-3, 1e-2, 1e-1), range(2)), lanes_per_group=4)
     blocks = [list(group) for _, group in groupby(points, key=lambda c: (c.variant.name, c.seed))]
     assert [len(block) for block in blocks] == [4] * 6
     assert [block[0].seed for block in blocks] == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_block_takes_as_many_seeds_as_fill_a_pack() -> None:
-    points = order_of_entry(grid(TEMPLATES, (1e-3, 1e-2), range(4)), lanes=4)
+    points = training_order(build_grid(TEMPLATES, (1e-3, 1e-2), range(4)), lanes_per_group=4)
     first = points[:4]
     assert len({c.variant.name for c in first}) == 1
     assert {c.seed for c in first} == {0, 1}
@@ -54,15 +54,18 @@ def test_a_block_takes_as_many_seeds_as_fill_a_pack() -> None:
 def test_the_order_loses_nothing_and_does_not_depend_on_how_it_was_given(
     chosen: list[int], lanes: int
 ) -> None:
-    points = grid(TEMPLATES, (1e-3, 1e-2), range(4))
+    points = build_grid(TEMPLATES, (1e-3, 1e-2), range(4))
     some = [points[i] for i in chosen]
-    ordered = order_of_entry(some, lanes)
+    ordered = training_order(some, lanes)
     assert sorted(c.fingerprint for c in ordered) == sorted(c.fingerprint for c in some)
-    assert ordered == order_of_entry(list(reversed(some)), lanes)
+    assert ordered == training_order(list(reversed(some)), lanes)
 
 
 def test_rates_are_shuffled_inside_a_block() -> None:
     rates = tuple(10.0**-k for k in range(8))
-    first = [c.optimizer.learning_rate for c in order_of_entry(grid(TEMPLATES[:1], rates, [0]), lanes=4)]
+    first = [
+        c.optimizer.learning_rate
+        for c in training_order(build_grid(TEMPLATES[:1], rates, [0]), lanes_per_group=4)
+    ]
     assert first != sorted(first)
     assert first != sorted(first, reverse=True)

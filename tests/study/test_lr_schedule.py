@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from orchestrator.study.configuration import Schedule
-from orchestrator.study.lr_schedule import factor, warmup_steps
+from orchestrator.study.configuration import LRSchedule
+from orchestrator.study.lr_schedule import lr_factor, warmup_steps
 
 schedules = st.builds(
-    Schedule,
+    LRSchedule,
     steps=st.integers(1, 400),
     name=st.sampled_from(["constant", "linear", "cosine"]),
     warmup=st.floats(0, 1),
@@ -20,8 +20,8 @@ schedules = st.builds(
 
 
 @given(schedules)
-def test_rises_from_zero_to_the_peak_then_never_rises(schedule: Schedule) -> None:
-    factors = [factor(schedule, step) for step in range(schedule.steps)]
+def test_rises_from_zero_to_the_peak_then_never_rises(schedule: LRSchedule) -> None:
+    factors = [lr_factor(schedule, step) for step in range(schedule.steps)]
     warm = warmup_steps(schedule)
     assert all(0 <= f <= 1 for f in factors)
     assert all(factors[1:]), "only the first step of a warm-up is taken at rate zero"
@@ -36,11 +36,11 @@ def test_rises_from_zero_to_the_peak_then_never_rises(schedule: Schedule) -> Non
 def test_as_transformers_schedules(name: str, steps: int, warmup: float) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = Schedule(steps, name, warmup)  # type: ignore[arg-type]
+    schedule = LRSchedule(steps, name, warmup)  # type: ignore[arg-type]
     full_name = "constant_with_warmup" if name == "constant" else name
     theirs = get_scheduler(full_name, optimizer, warmup_steps(schedule), steps)
     for step in range(steps):
-        assert factor(schedule, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        assert lr_factor(schedule, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         theirs.step()
 
@@ -48,30 +48,34 @@ def test_as_transformers_schedules(name: str, steps: int, warmup: float) -> None
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_no_warmup_and_only_warmup(name: str, warmup: float) -> None:
-    schedule = Schedule(steps=4, name=name, warmup=warmup)  # type: ignore[arg-type]
+    schedule = LRSchedule(steps=4, name=name, warmup=warmup)  # type: ignore[arg-type]
     if warmup == 1.0:
-        assert [factor(schedule, s) for s in range(4)] == [0.0, 0.25, 0.5, 0.75]
+        assert [lr_factor(schedule, s) for s in range(4)] == [0.0, 0.25, 0.5, 0.75]
     else:
-        assert factor(schedule, 0) == 1.0
+        assert lr_factor(schedule, 0) == 1.0
 
 
 def test_values_by_hand() -> None:
-    linear = Schedule(steps=10, name="linear", warmup=0.2)
-    assert [factor(linear, s) for s in (0, 1, 2, 6)] == [0.0, 0.5, 1.0, 0.5]
-    cosine = Schedule(steps=12, name="cosine", warmup=1 / 6)
-    assert factor(cosine, 7) == pytest.approx(0.5)
-    assert factor(cosine, 11) == pytest.approx((1 + math.cos(math.pi * 0.9)) / 2)
-    assert [factor(Schedule(steps=10, name="constant", warmup=0.1), s) for s in range(3)] == [0.0, 1.0, 1.0]
+    linear = LRSchedule(steps=10, name="linear", warmup=0.2)
+    assert [lr_factor(linear, s) for s in (0, 1, 2, 6)] == [0.0, 0.5, 1.0, 0.5]
+    cosine = LRSchedule(steps=12, name="cosine", warmup=1 / 6)
+    assert lr_factor(cosine, 7) == pytest.approx(0.5)
+    assert lr_factor(cosine, 11) == pytest.approx((1 + math.cos(math.pi * 0.9)) / 2)
+    assert [lr_factor(LRSchedule(steps=10, name="constant", warmup=0.1), s) for s in range(3)] == [
+        0.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_warmup_is_rounded_up_but_not_by_rounding_errors() -> None:
-    assert warmup_steps(Schedule(steps=100, warmup=0.07)) == 7
-    assert warmup_steps(Schedule(steps=60, warmup=0.05)) == 3
-    assert warmup_steps(Schedule(steps=10, warmup=0.11)) == 2
-    assert warmup_steps(Schedule(steps=1, warmup=0.001)) == 1
+    assert warmup_steps(LRSchedule(steps=100, warmup=0.07)) == 7
+    assert warmup_steps(LRSchedule(steps=60, warmup=0.05)) == 3
+    assert warmup_steps(LRSchedule(steps=10, warmup=0.11)) == 2
+    assert warmup_steps(LRSchedule(steps=1, warmup=0.001)) == 1
 
 
 @pytest.mark.parametrize("step", [-1, 10])
 def test_refuses_steps_outside(step: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        factor(Schedule(steps=10), step)
+        lr_factor(LRSchedule(steps=10), step)

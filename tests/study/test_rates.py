@@ -7,22 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.study.rates import parse
-from orchestrator.util.errors import BadInput
+from orchestrator.study.rates import parse_learning_rates
+from orchestrator.util.errors import UsageError
 
 
 def test_a_list_is_sorted_and_without_repetition() -> None:
-    assert parse(["1e-2", "1e-4", "0.01"]) == (1e-4, 1e-2)
+    assert parse_learning_rates(["1e-2", "1e-4", "0.01"]) == (1e-4, 1e-2)
 
 
 def test_a_grid_has_its_points_a_decade_and_both_ends() -> None:
-    assert parse(["1e-4:1e-2:2"]) == (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
-    assert parse(["1e-3:1e-3:4"]) == (1e-3,)
+    assert parse_learning_rates(["1e-4:1e-2:2"]) == (1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2)
+    assert parse_learning_rates(["1e-3:1e-3:4"]) == (1e-3,)
 
 
 @given(st.integers(-8, 0), st.integers(0, 5), st.integers(1, 8))
 def test_grids_are_even_in_the_logarithm(low: int, decades: int, density: int) -> None:
-    rates = parse([f"1e{low}:1e{low + decades}:{density}"])
+    rates = parse_learning_rates([f"1e{low}:1e{low + decades}:{density}"])
     assert len(rates) == decades * density + 1
     assert rates[0] == float(f"1e{low}")
     assert rates[-1] == float(f"1e{low + decades}")
@@ -47,8 +47,8 @@ def test_grids_are_even_in_the_logarithm(low: int, decades: int, density: int) -
     ],
 )
 def test_each_mistake_is_one_line_that_names_value_and_rule(words: list[str], said: str) -> None:
-    with pytest.raises(BadInput) as caught:
-        parse(words)
+    with pytest.raises(UsageError) as caught:
+        parse_learning_rates(words)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     for word in words:

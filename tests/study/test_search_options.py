@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from orchestrator.util.errors import BadInput
 )
 def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int) -> None:
     typed = StudyOptions(**options)
-    assert (typed.method, typed.seed_count, typed.point_count) == (method, seeds, points)
+    assert (typed.search_method, typed.seed_count, typed.point_count) == (method, seeds, points)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int)
     ],
 )
 def test_each_mistake_is_one_line(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         StudyOptions(**options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

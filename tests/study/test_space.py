@@ -13,8 +13,8 @@ from test_grid import TEMPLATE
 
 from orchestrator.study import space
 from orchestrator.study.configuration import Configuration, VariantChoice
-from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, applied, parse
-from orchestrator.util.errors import BadInput
+from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, apply_values, parse_space
+from orchestrator.util.errors import UsageError
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
@@ -38,8 +38,8 @@ def template(variant: str) -> Configuration:
 
 
 def parsed(*words: str, fixed: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    found = parse(words, VARIANTS, own, RATES, fixed)
-    return {v: [f"{d.key}={d.text}" for d in dimensions] for v, dimensions in found.variants.items()}
+    found = parse_space(words, VARIANTS, own, RATES, fixed)
+    return {v: [f"{d.key}={d.spec_text}" for d in dimensions] for v, dimensions in found.variants.items()}
 
 
 def test_the_learning_rate_goes_from_the_lowest_to_the_highest_of_the_grid_unless_named() -> None:
@@ -68,23 +68,23 @@ def test_a_setting_of_a_variant_may_have_the_name_of_a_hyperparameter() -> None:
         "warmup=0:0.5",
         "relora.warmup=0:0.1",
     ]
-    point = applied(template("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
+    point = apply_values(template("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
     assert (point.schedule.warmup, point.variant.extra["warmup"]) == (0.2, 0.05)
 
 
 def test_values_enter_the_configuration() -> None:
-    point = applied(
+    point = apply_values(
         template("lora"),
         {"learning_rate": 0.01, "rank": 4, "lora.alpha": 8.0, "hira.rank": 2, "batch_size": 32},
     )
     assert point.optimizer.learning_rate == 0.01
     assert (point.variant.rank, point.variant.alpha) == (4, 8.0)
     assert (point.batches.batch_size, point.batches.accumulation) == (32, 1)
-    assert applied(template("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
+    assert apply_values(template("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
 
 
 def test_fixed_values_are_typed_by_the_setting() -> None:
-    found = space.settings(
+    found = space.parse_fixed_values(
         ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
     )
     assert found == {
@@ -132,7 +132,7 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
     ],
 )
 def test_each_mistake_is_one_line_that_names_value_and_rule(word: str, said: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         parsed(word)
     assert said in str(caught.value)
     assert "--space" in str(caught.value)
@@ -140,12 +140,12 @@ def test_each_mistake_is_one_line_that_names_value_and_rule(word: str, said: str
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(BadInput, match="twice"):
+    with pytest.raises(UsageError, match="twice"):
         parsed("rank=4,8", "rank=2,4")
-    with pytest.raises(BadInput, match="--set has fixed rank"):
+    with pytest.raises(UsageError, match="--set has fixed rank"):
         parsed("rank=4,8", fixed=("rank",))
-    with pytest.raises(BadInput, match="twice"):
-        space.settings(["rank=4", "rank=8"], VARIANTS, own)
+    with pytest.raises(UsageError, match="twice"):
+        space.parse_fixed_values(["rank=4", "rank=8"], VARIANTS, own)
 
 
 SPECS = st.one_of(
@@ -172,28 +172,32 @@ def inside(dimension: Dimension, value: Value) -> bool:
     if dimension.choices:
         return value in dimension.choices
     assert not isinstance(value, str)
-    return dimension.low <= value <= dimension.high and (value == int(value) or not dimension.integer)
+    return dimension.low <= value <= dimension.high and (
+        value == int(value) or not dimension.has_integer_steps
+    )
 
 
 @given(st.lists(SPECS, max_size=4, unique_by=lambda w: w.partition("=")[0]), st.integers(0, 2**30))
 def test_every_draw_lies_in_the_space_and_is_what_the_report_will_say(words: list[str], seed: int) -> None:
-    found = parse(words, VARIANTS, own, RATES)
-    again = [f"{d.key}={d.text}" for d in found.dimensions]
-    assert parse(again, VARIANTS, own, RATES).variants == found.variants, "a space's own words say it again"
+    found = parse_space(words, VARIANTS, own, RATES)
+    again = [f"{d.key}={d.spec_text}" for d in found.dimensions]
+    assert parse_space(again, VARIANTS, own, RATES).variants == found.variants, (
+        "a space's own words say it again"
+    )
     drawing = random.Random(seed)
     for variant, dimensions in found.variants.items():
         values: dict[str, Value] = {}
         for d in dimensions:
             if d.choices:
                 values[d.key] = drawing.choice(d.choices)
-            elif d.integer:
-                values[d.key] = d.value(drawing.randint(int(d.low), int(d.high)))
+            elif d.has_integer_steps:
+                values[d.key] = d.to_value(drawing.randint(int(d.low), int(d.high)))
             else:
                 low, high = (math.log(d.low), math.log(d.high)) if d.log else (d.low, d.high)
                 number = drawing.uniform(low, high)
-                values[d.key] = d.value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
+                values[d.key] = d.to_value(min(d.high, max(d.low, math.exp(number) if d.log else number)))
             assert inside(d, values[d.key]), (d, values[d.key])
-        point = applied(template(variant), values)
+        point = apply_values(template(variant), values)
         assert Configuration.from_json(point.to_json()).fingerprint == point.fingerprint
         rate = point.optimizer.learning_rate
         ends = [e for d in dimensions if d.name == "learning_rate" for e in (d.low, d.high)]
@@ -201,6 +205,6 @@ def test_every_draw_lies_in_the_space_and_is_what_the_report_will_say(words: lis
         for d in dimensions:
             hyper = HYPERPARAMETERS.get(d.name)
             if hyper is not None:
-                assert hyper.rule(values[d.key]) is None
+                assert hyper.find_violation(values[d.key]) is None
                 if hyper.part != "batches":
                     assert getattr(getattr(point, hyper.part), hyper.field) == values[d.key]

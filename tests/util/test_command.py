@@ -17,8 +17,8 @@ from terminal import CTRL_C, Terminal, hides_cursor
 LOOP = "while not done.wait(0.05): pass"
 HEAD = """
 import subprocess, sys, threading, time
-from orchestrator.util.command import gently, let_go, main
-from orchestrator.util.errors import Trouble
+from orchestrator.util.command import graceful_interrupts; from orchestrator.util.command import interrupt_main_thread; from orchestrator.util.command import main
+from orchestrator.util.errors import StudyError
 done = threading.Event()
 def started():
     print("started", flush=True)
@@ -104,16 +104,16 @@ def test_a_library_that_takes_the_signals_does_not_keep_them():
 
 
 DROPPED = """
-from orchestrator.study import command
+from orchestrator.util import command
 dropped = threading.Event()
 class Dropping:
     def __del__(self):  # as in a callback of Python's imports, nobody gets an exception of this
         started()
         time.sleep(600)
 def patience(seconds):
-    assert seconds == command.PATIENCE_SECONDS
+    assert seconds == command.INTERRUPT_TIMEOUT_SECONDS
     dropped.wait()
-command._interrupt._more = patience
+command._interrupt_handler._more = patience
 Dropping()
 """
 """After a signal the process is ended from outside of the main thread as soon as `dropped` is set."""
@@ -137,7 +137,7 @@ def test_an_interrupt_that_python_drops_is_not_lost(then):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
     body = (
-        "import hashlib, signal\nfrom orchestrator.util.command import ending_at_once\n"
+        "import hashlib, signal\nfrom orchestrator.util.command import exit_on_interrupt\n"
         "with ending_at_once(lambda: print('closed', flush=True)):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "    started()\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
@@ -165,7 +165,7 @@ def test_trouble_is_one_line_and_1():
 
 
 ENDED_BY_A_THREAD = """
-from orchestrator.util.command import end_with
+from orchestrator.util.command import exit_with_error
 def last():
     print("last", flush=True)
     {last}
@@ -173,7 +173,7 @@ with gently(done.set):
     started()
     done.wait()
 {before}
-threading.Thread(target=end_with, args=("gone", last)).start()
+threading.Thread(target=exit_with_error, args=("gone", last)).start()
 threading.Event().wait()
 """
 
@@ -196,7 +196,7 @@ import tempfile
 from pathlib import Path
 from rich.console import Console
 from orchestrator.execution.progress import Progress
-from orchestrator.study import command
+from orchestrator.util import command
 folder = Path(tempfile.mkdtemp())
 progress = Progress(folder, 5, 0, Console(file=sys.stdout))
 def started():

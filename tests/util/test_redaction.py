@@ -54,28 +54,28 @@ def test_a_bug_shows_itself_without_them() -> None:
 
 
 def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.execution.trainers.exit_status import reason
-    from orchestrator.finetune.failures import SeatBroken
-    from orchestrator.util.redaction import errors_without_secrets
+    from orchestrator.execution.trainers.exit_status import format_ray_error
+    from orchestrator.finetune.failures import TrainerBrokenError
+    from orchestrator.util.redaction import redact_errors
 
     value = f"pl4nted{secrets.token_hex(16)}"
     monkeypatch.setenv("HF_TOKEN", value)
     down = OSError("the hub is down")
     down.__cause__ = KeyError(value)
-    with pytest.raises(RuntimeError) as caught, errors_without_secrets(SeatBroken):
+    with pytest.raises(RuntimeError) as caught, redact_errors(TrainerBrokenError):
         raise down
     assert value not in str(caught.value)
     assert "KeyError: '***'" in str(caught.value)
-    assert reason(caught.value) == "OSError: the hub is down"
-    with pytest.raises(SeatBroken, match=r"^with \*\*\*$"), errors_without_secrets(SeatBroken):
-        raise SeatBroken(f"with {value}")
-    with pytest.raises(LookupError), errors_without_secrets(SeatBroken):
+    assert format_ray_error(caught.value) == "OSError: the hub is down"
+    with pytest.raises(TrainerBrokenError, match=r"^with \*\*\*$"), redact_errors(TrainerBrokenError):
+        raise TrainerBrokenError(f"with {value}")
+    with pytest.raises(LookupError), redact_errors(TrainerBrokenError):
         raise LookupError("nothing to hide")
-    assert reason(OSError(f"a\n{value}")) == "***"
+    assert format_ray_error(OSError(f"a\n{value}")) == "***"
 
 
 def test_everyday_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.util.redaction import without_secrets
+    from orchestrator.util.redaction import redact_secrets
 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "everyday word")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/.ray/auth_token")
@@ -83,5 +83,5 @@ def test_everyday_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "abcdefgh")
     monkeypatch.setenv("B_TOKEN", "abcdefghij")
     text = "everyday word /home/me/.ray/auth_token lora"
-    assert without_secrets(text) == text
-    assert without_secrets("abcdefghij abcdefgh") == "*** ***"
+    assert redact_secrets(text) == text
+    assert redact_secrets("abcdefghij abcdefgh") == "*** ***"

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.analyze import selection
-from orchestrator.execution.search.search_file import FILE as SEARCH
-from orchestrator.execution.search.search_file import POINTS, Point, SearchFile
+from orchestrator.execution.search.search_file import POINTS_FILE, Point, SearchFile
+from orchestrator.execution.search.search_file import SEARCH_FILE as SEARCH
 from orchestrator.finetune.sources import base_store
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import FILE, StudyFile
+from orchestrator.record.study_file import STUDY_FILE, StudyFile
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 FULL = OSError(errno.ENOSPC, "full")
 
@@ -25,7 +25,7 @@ FULL = OSError(errno.ENOSPC, "full")
 def study(folder: Path) -> tuple[Path, Callable[[], object]]:
     folder /= "s"
     StudyFile("s", "which?", "python x.py", ("a" * 64, "b" * 64), looks=(3,)).write(folder)
-    return folder / FILE, lambda: StudyFile.read(folder)
+    return folder / STUDY_FILE, lambda: StudyFile.read(folder)
 
 
 def search(folder: Path) -> tuple[Path, Callable[[], object]]:
@@ -37,12 +37,12 @@ def points(folder: Path) -> tuple[Path, Callable[[], object]]:
     search(folder)
     one, two = (Point("lora", "letters", {"learning_rate": 1e-3, "rank": r}, "c" * 64) for r in (4, 8))
     SearchFile("tpe", 0, 4, {}, (one, two)).write_points(folder)
-    return folder / POINTS, lambda: SearchFile.read(folder)
+    return folder / POINTS_FILE, lambda: SearchFile.read(folder)
 
 
 def chosen(folder: Path) -> tuple[Path, Callable[[], object]]:
-    selection.keep(folder, dict[str, float], lambda: {"lora": 1e-3, "pissa": 3e-4})
-    return folder / selection.FILE, lambda: selection.read(folder, dict[str, float])
+    selection.load_or_make_choice(folder, dict[str, float], lambda: {"lora": 1e-3, "pissa": 3e-4})
+    return folder / selection.FILE, lambda: selection.read_choice(folder, dict[str, float])
 
 
 def pointer(folder: Path) -> tuple[Path, Callable[[], object]]:
@@ -61,7 +61,7 @@ def test_no_flipped_bit_gives_something_else(
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         try:
             found = read()
-        except BadInput:
+        except UsageError:
             noticed += 1
             continue
         # Where the bit was in the checksum's own name, the content before it is unchanged. A last line
@@ -71,26 +71,29 @@ def test_no_flipped_bit_gives_something_else(
 
 
 def test_the_seal_is_over_all_before_it() -> None:
-    sealed = atomic_files.seal('{\n "a": 1\n}\n')
-    assert atomic_files.unseal(sealed) == b'{\n "a": 1}'
+    sealed = atomic_files.add_checksum('{\n "a": 1\n}\n')
+    assert atomic_files.verify_checksum(sealed) == b'{\n "a": 1}'
     assert sealed.endswith(b'"}\n')
     assert sealed.startswith(b'{\n "a": 1,"sha256":"')
-    with pytest.raises(atomic_files.Damaged):
-        atomic_files.unseal(sealed.replace(b'"a": 1', b'"a": 2'))
-    assert atomic_files.unseal(b'{"a": 1}\n') == b'{"a": 1}\n'
+    with pytest.raises(atomic_files.DamagedFileError):
+        atomic_files.verify_checksum(sealed.replace(b'"a": 1', b'"a": 2'))
+    assert atomic_files.verify_checksum(b'{"a": 1}\n') == b'{"a": 1}\n'
 
 
 def test_a_sealed_file_that_another_program_has_rewritten_is_refused(tmp_path: Path) -> None:
     """It would pass for one of an earlier version, which has no seal, whatever its numbers are."""
     path, read = study(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
-    with pytest.raises(BadInput, match="another program has rewritten it"):
+    with pytest.raises(UsageError, match="another program has rewritten it"):
         read()
 
 
 @pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionRefusedError(111, "no"), FULL])
 def test_only_a_disks_error_gets_the_name_of_a_folder(error: OSError, tmp_path: Path) -> None:
-    with pytest.raises(type(error), match=str(error.args[-1])) as raised, atomic_files.blamed(tmp_path):
+    with (
+        pytest.raises(type(error), match=str(error.args[-1])) as raised,
+        atomic_files.report_unwritable_folders(tmp_path),
+    ):
         raise error
     assert raised.value.filename == (str(tmp_path) if error is FULL else None)
 
@@ -102,7 +105,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     for path in (report, parquet):
         path.mkdir()
     for path, write in (
-        (report, lambda: atomic_files.replace(report, b"x")),
+        (report, lambda: atomic_files.write_atomically(report, b"x")),
         (parquet, lambda: write_parquet(store)),
     ):
         with pytest.raises(OSError, match="Is a directory") as caught:
@@ -114,8 +117,8 @@ def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
     """Two were swapped, or one was copied: under this name it would bring another study's results."""
     for name in ("a", "b"):
         StudyFile(name, "", "", (name * 64,)).write(tmp_path / name)
-    (tmp_path / "a" / FILE).write_bytes((tmp_path / "b" / FILE).read_bytes())
-    with pytest.raises(BadInput, match=r"a/study.json: .*'b'.*not 'a'.*") as caught:
+    (tmp_path / "a" / STUDY_FILE).write_bytes((tmp_path / "b" / STUDY_FILE).read_bytes())
+    with pytest.raises(UsageError, match=r"a/study.json: .*'b'.*not 'a'.*") as caught:
         StudyFile.read(tmp_path / "a")
     assert "\n" not in str(caught.value)
 
@@ -125,6 +128,6 @@ def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
         base_store.write_pointer(tmp_path, key, {"name": "base", "content": content}, "content")
     (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())
-    with pytest.raises(BadInput, match=r"base\.r2\.json: .*base\.r1.*remove it"):
+    with pytest.raises(UsageError, match=r"base\.r2\.json: .*base\.r1.*remove it"):
         base_store.read_pointer(tmp_path, "base.r2", "content")
     assert base_store.read_pointer(tmp_path, "base.r1", "content") == "0123456789ab"

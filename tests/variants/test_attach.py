@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
-from variants.attach import Adapters, BypassedLayer, RowsWithoutLane, attach
-from variants.base import Layer, MergeRefused, Params, Settings, Unsupported, Variant
+from variants.attach import Adapters, BypassedLayerError, UnassignedRowsError, attach
+from variants.base import FrozenLayer, MergeError, Params, UnsupportedError, Variant, VariantSettings
 from variants.baseline.lora import LoRA
 
-SETTINGS = Settings(rank=2, alpha=4.0)
+SETTINGS = VariantSettings(rank=2, alpha=4.0)
 
 
 class Blocks(nn.Module):
@@ -26,10 +26,12 @@ class Blocks(nn.Module):
         return x
 
 
-def adapted(model: nn.Module, lanes: int = 2, name: str = "lora", settings: Settings = SETTINGS) -> Adapters:
+def adapted(
+    model: nn.Module, lanes: int = 2, name: str = "lora", settings: VariantSettings = SETTINGS
+) -> Adapters:
     adapters = attach(model, catalogue.get(name), settings)
     for lane in range(lanes):
-        adapters.add(f"lane{lane}", settings, seed=lane)
+        adapters.add_lane(f"lane{lane}", settings, seed=lane)
     return adapters
 
 
@@ -42,31 +44,40 @@ def shake(adapters: Adapters) -> None:
 
 def test_rows_without_a_lane_are_refused_by_name() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
-    with pytest.raises(RowsWithoutLane, match=r"blocks\.0 was called outside"):
+    with pytest.raises(UnassignedRowsError, match=r"blocks\.0 was called outside"):
         adapters.model(torch.randn(4, 6))
-    with adapters.rows(["lane0", "lane1"], None), pytest.raises(RowsWithoutLane, match="3 rows"):
+    with (
+        adapters.activate_lanes(["lane0", "lane1"], None),
+        pytest.raises(UnassignedRowsError, match="3 rows"),
+    ):
         adapters.model(torch.randn(3, 6))
-    with adapters.rows(["lane0", "lane1"], None, rows=4), pytest.raises(RowsWithoutLane, match="4 rows"):
+    with (
+        adapters.activate_lanes(["lane0", "lane1"], None, rows=4),
+        pytest.raises(UnassignedRowsError, match="4 rows"),
+    ):
         adapters.model(torch.randn(4, 6))
-    with pytest.raises(KeyError, match="no lane 'x'; there are: lane0, lane1"), adapters.rows(["x"], None):
+    with (
+        pytest.raises(KeyError, match="no lane 'x'; there are: lane0, lane1"),
+        adapters.activate_lanes(["x"], None),
+    ):
         pass
-    with pytest.raises(ValueError, match="each once"), adapters.rows(["lane0", "lane0"], None):
+    with pytest.raises(ValueError, match="each once"), adapters.activate_lanes(["lane0", "lane0"], None):
         pass
     with pytest.raises(ValueError, match="1 dropout steps for 2 lanes"):
-        adapters.rows(["lane0", "lane1"], [1]).__enter__()
+        adapters.activate_lanes(["lane0", "lane1"], [1]).__enter__()
 
 
 def test_contexts_nest_and_close_on_errors() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     shake(adapters)
     x = torch.randn(2, 6)
-    with pytest.raises(ZeroDivisionError), adapters.rows(["lane0"], None):
+    with pytest.raises(ZeroDivisionError), adapters.activate_lanes(["lane0"], None):
         raise ZeroDivisionError
-    with pytest.raises(RowsWithoutLane):
+    with pytest.raises(UnassignedRowsError):
         adapters.model(x)
-    with adapters.off():
+    with adapters.disable_adapters():
         base = adapters.model(x)
-        with adapters.rows(["lane0"], None):
+        with adapters.activate_lanes(["lane0"], None):
             assert not torch.equal(adapters.model(x), base)
         assert torch.equal(adapters.model(x), base)
 
@@ -75,23 +86,23 @@ def test_lanes_come_and_go_and_keep_their_rows() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=3)
     shake(adapters)
     x = torch.randn(8, 6)
-    with adapters.rows(["lane2"], None):
+    with adapters.activate_lanes(["lane2"], None):
         alone = adapters.model(x)
-    adapters.remove("lane1")
+    adapters.remove_lane("lane1")
     assert adapters.lanes == ("lane0", "lane2")
-    with adapters.rows(["lane0", "lane2"], None):
+    with adapters.activate_lanes(["lane0", "lane2"], None):
         assert torch.equal(adapters.model(torch.cat([x, x]))[8:], alone)
     with pytest.raises(ValueError, match="'lane0' is there already"):
-        adapters.add("lane0", SETTINGS, seed=0)
-    with pytest.raises(Unsupported, match="rank 3 differs from the pack's 2"):
-        adapters.add("lane9", Settings(rank=3, alpha=4.0), seed=0)
+        adapters.add_lane("lane0", SETTINGS, seed=0)
+    with pytest.raises(UnsupportedError, match="rank 3 differs from the pack's 2"):
+        adapters.add_lane("lane9", VariantSettings(rank=3, alpha=4.0), seed=0)
 
 
 def test_a_step_inside_rows_is_seen() -> None:
     """What is prepared once per generation must not outlive a change of the parameters."""
     adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=1)
     x = torch.randn(2, 6)
-    with torch.no_grad(), adapters.rows(["lane0"], None):
+    with torch.no_grad(), adapters.activate_lanes(["lane0"], None):
         before = adapters.model(x)
         assert torch.equal(adapters.model(x), before)
         shake(adapters)
@@ -110,8 +121,8 @@ def test_starts_depend_on_seed_layer_and_parameter_only() -> None:
 def test_starts_and_masks_leave_torchs_global_state_alone() -> None:
     model = Blocks(nn.Linear(6, 6))
     before = torch.get_rng_state()
-    adapters = adapted(model, settings=Settings(2, 4.0, dropout=0.5))
-    with adapters.rows(["lane0", "lane1"], 3):
+    adapters = adapted(model, settings=VariantSettings(2, 4.0, dropout=0.5))
+    with adapters.activate_lanes(["lane0", "lane1"], 3):
         adapters.model(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -131,7 +142,7 @@ def test_flags_come_back_as_they_were() -> None:
     before = [parameter.requires_grad for parameter in model.parameters()]
     adapters = adapted(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(Unsupported, match="carries adapters already"):
+    with pytest.raises(UnsupportedError, match="carries adapters already"):
         adapted(model)
     adapters.detach()
     assert [parameter.requires_grad for parameter in model.parameters()] == before
@@ -140,30 +151,30 @@ def test_flags_come_back_as_they_were() -> None:
 
 def test_merge_is_refused_where_it_would_change_more() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
-    with pytest.raises(MergeRefused, match="while lane1 uses the same base"):
-        adapters.merge("lane0")
+    with pytest.raises(MergeError, match="while lane1 uses the same base"):
+        adapters.merge_and_detach("lane0")
     model = Blocks(nn.Linear(6, 6))
     model.add_module("head", nn.Linear(6, 6))
     model.head.weight = model.blocks[0].weight
     adapters = adapted(model, lanes=1)
-    with pytest.raises(MergeRefused, match=r"blocks\.0 shares its weight with head"):
-        adapters.merge("lane0")
+    with pytest.raises(MergeError, match=r"blocks\.0 shares its weight with head"):
+        adapters.merge_and_detach("lane0")
 
 
 class Unmergeable(LoRA):
     name = "unmergeable"
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
-        return Variant.delta(self, params, layer, scaling)
+    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
+        return Variant.delta_weight(self, params, layer, scaling)
 
 
 def test_a_refused_merge_changes_nothing() -> None:
     model = Blocks(nn.Linear(6, 6))
     before = model.blocks[0].weight.clone()
     adapters = attach(model, Unmergeable(), SETTINGS)
-    adapters.add("a", SETTINGS, 0)
-    with pytest.raises(MergeRefused, match="unmergeable cannot be merged"):
-        adapters.merge("a")
+    adapters.add_lane("a", SETTINGS, 0)
+    with pytest.raises(MergeError, match="unmergeable cannot be merged"):
+        adapters.merge_and_detach("a")
     assert torch.equal(model.blocks[0].weight, before)
     assert adapters.lanes == ("a",)
 
@@ -181,8 +192,8 @@ class Peeks(nn.Linear):
 
 def test_a_bypassed_layer_is_named() -> None:
     adapters = attach(Blocks(Peeks()), catalogue.get("lora"), SETTINGS, "inner")
-    adapters.add("a", SETTINGS, 0)
-    with pytest.raises(BypassedLayer, match=r"blocks\.0\.inner"), adapters.rows(["a"], None):
+    adapters.add_lane("a", SETTINGS, 0)
+    with pytest.raises(BypassedLayerError, match=r"blocks\.0\.inner"), adapters.activate_lanes(["a"], None):
         adapters.model(torch.randn(2, 6))
 
 
@@ -196,10 +207,10 @@ def test_models_may_ask_a_layer_for_its_shape_and_dtype() -> None:
 
 def test_load_names_foreign_tensors() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
-    with pytest.raises(Unsupported, match=r"'blocks\.7' is not adapted"):
-        adapters.load("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
-    with pytest.raises(Unsupported, match=r"'blocks\.0' is missing"):
-        adapters.load("new", {}, {}, SETTINGS)
+    with pytest.raises(UnsupportedError, match=r"'blocks\.7' is not adapted"):
+        adapters.restore_lane("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
+    with pytest.raises(UnsupportedError, match=r"'blocks\.0' is missing"):
+        adapters.restore_lane("new", {}, {}, SETTINGS)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -213,14 +224,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
     )
     model.train()
     ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
-    adapters = adapted(model, name=name, settings=Settings(2, 4.0, dropout=0.3))
+    adapters = adapted(model, name=name, settings=VariantSettings(2, 4.0, dropout=0.3))
     shake(adapters)
 
     def gradients() -> list[Tensor]:
         parameters = [p for lane in adapters.lanes for p in adapters.trainable(lane).values()]
         for parameter in parameters:
             parameter.grad = None
-        with adapters.rows(adapters.lanes, [4, 9], rows=8):
+        with adapters.activate_lanes(adapters.lanes, [4, 9], rows=8):
             out = model(ids).logits
         out.square().mean().backward()
         assert all(p.grad is not None for p in parameters)

@@ -13,25 +13,31 @@ from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Evidence, Layer, Settings, Unsupported
+from variants.base import CalibrationStatistic, FrozenLayer, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
 
-CALIBRATED = [name for name in catalogue.names() if catalogue.get(name).evidence is not Evidence.NONE]
+CALIBRATED = [
+    name
+    for name in catalogue.names()
+    if catalogue.get(name).calibration_statistic is not CalibrationStatistic.NONE
+]
 BATCHES = 3
 
 
 class Gradients(LoRA):
     """Keeps the matrix as it is."""
 
-    evidence = Evidence.GRADIENT
+    calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
 
-    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
-        return {"matrix": matrix}
+    def reduce_calibration(
+        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
+    ) -> dict[str, Tensor]:
+        return {"matrix": statistic}
 
 
 class Inputs(Gradients):
-    evidence = Evidence.INPUTS
+    calibration_statistic = CalibrationStatistic.INPUT_COVARIANCE
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -55,7 +61,7 @@ def loss_of(model: nn.Module, batch: int) -> Tensor:
 def losses(adapters: Adapters, passes: list[int], real: Tensor | None = None) -> Iterator[Tensor]:
     passes.append(len(passes))
     for batch in range(BATCHES):
-        with adapters.off(real=real):
+        with adapters.disable_adapters(real=real):
             yield loss_of(adapters.model, batch)
 
 
@@ -68,7 +74,7 @@ def evidence(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, dict[
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs(), *map(catalogue.get, CALIBRATED)])
 def test_a_small_budget_takes_more_passes_and_finds_the_same(variant: LoRA) -> None:
-    adapters = attach(gpt2(), variant, Settings(3, 6.0))
+    adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
     at_once, one = evidence(adapters)
     in_groups, several = evidence(adapters, budget=40_000)
     each, most = evidence(adapters, budget=1)
@@ -82,15 +88,15 @@ def test_a_small_budget_takes_more_passes_and_finds_the_same(variant: LoRA) -> N
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs()])
 def test_calibration_leaves_nothing_behind(variant: LoRA) -> None:
-    adapters = attach(gpt2(), variant, Settings(3, 6.0))
+    adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
     evidence(adapters)
-    assert not any(layer.base._forward_hooks for layer in adapters.layers.values())
+    assert not any(layer.base_layer._forward_hooks for layer in adapters.layers.values())
     assert all(parameter.grad is None for parameter in adapters.model.parameters())
 
 
 def test_the_mean_gradient_is_autograds() -> None:
     """As a plain model gives it, whose weights are learnt: out x in, also if the module stores in x out."""
-    found, _ = evidence(attach(gpt2(), Gradients(), Settings(3, 6.0)))
+    found, _ = evidence(attach(gpt2(), Gradients(), VariantSettings(3, 6.0)))
     plain = gpt2()
     for batch in range(BATCHES):
         (loss_of(plain, batch) / BATCHES).backward()
@@ -105,15 +111,15 @@ def test_the_first_layer_of_a_frozen_model_has_its_gradient() -> None:
     """Nothing before it needs a gradient, so that the graph begins at its output."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(5, 7)])})
-    adapters = attach(model, Gradients(), Settings(2, 4.0))
+    adapters = attach(model, Gradients(), VariantSettings(2, 4.0))
     x = torch.randn(9, 5)
 
     def one() -> Iterator[Tensor]:
-        with adapters.off():
+        with adapters.disable_adapters():
             yield adapters.layers["blocks.0"](x).square().sum()
 
     matrix = calibrate(adapters, adapters.settings, one)["blocks.0"]["matrix"]
-    layer = adapters.layers["blocks.0"].layer
+    layer = adapters.layers["blocks.0"].frozen_layer
     assert layer.bias is not None
     torch.testing.assert_close(matrix, 2 * (x @ layer.weight.T + layer.bias).T @ x)
 
@@ -121,11 +127,11 @@ def test_the_first_layer_of_a_frozen_model_has_its_gradient() -> None:
 def covariance(x: Tensor, real: Tensor | None = None) -> Tensor:
     """What `calibrate` finds for a layer with the inputs x (batches, rows, length, in)."""
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(x.shape[-1], 4)])})
-    adapters = attach(model, Inputs(), Settings(2, 4.0))
+    adapters = attach(model, Inputs(), VariantSettings(2, 4.0))
 
     def batches() -> Iterable[Tensor]:
         for number, rows in enumerate(x):
-            with adapters.off(real=None if real is None else real[number]), torch.no_grad():
+            with adapters.disable_adapters(real=None if real is None else real[number]), torch.no_grad():
                 yield adapters.layers["blocks.0"](rows).sum()
 
     return calibrate(adapters, adapters.settings, batches)["blocks.0"]["matrix"]
@@ -165,10 +171,10 @@ def cosines(left: Tensor, right: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, int]) -> None:
     variant = catalogue.get("lora_ga")
-    settings = variant.checked_settings(Settings(4, 8.0))
-    layer = Layer("layer", torch.zeros(shape), None)
+    settings = variant.validate_settings(VariantSettings(4, 8.0))
+    layer = FrozenLayer("layer", torch.zeros(shape), None)
     u, s, vh = decaying(*shape)
-    found = variant.distill(layer, u * s @ vh, settings)
+    found = variant.reduce_calibration(layer, u * s @ vh, settings)
     c = shape[0] ** 0.25 / 4
     torch.testing.assert_close(found["A0"].norm(dim=1), torch.full((4,), c))
     torch.testing.assert_close(found["B0"].norm(dim=0), torch.full((4,), c))
@@ -180,10 +186,10 @@ def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, in
 def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs differ in them, and with them training would."""
     variant = catalogue.get("lora_ga")
-    settings = variant.checked_settings(Settings(4, 8.0))
-    layer = Layer("layer", torch.zeros(24, 40), None)
+    settings = variant.validate_settings(VariantSettings(4, 8.0))
+    layer = FrozenLayer("layer", torch.zeros(24, 40), None)
     u, s, vh = decaying(24, 40)
-    found = variant.distill(layer, u * s @ vh, settings)
+    found = variant.reduce_calibration(layer, u * s @ vh, settings)
     svd = torch.linalg.svd
 
     def turned(*matrix: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,39 +198,39 @@ def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.
         return u * signs, s, signs.unsqueeze(1) * vh
 
     monkeypatch.setattr(torch.linalg, "svd", turned)
-    again = variant.distill(layer, u * s @ vh, settings)
+    again = variant.reduce_calibration(layer, u * s @ vh, settings)
     assert torch.equal(found["A0"], again["A0"])
     assert torch.equal(found["B0"], again["B0"])
 
 
 def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
-    settings = Settings(4, 8.0, dropout=0.5)
+    settings = VariantSettings(4, 8.0, dropout=0.5)
     adapters = attach(gpt2(), catalogue.get("lora_ga"), settings)
-    adapters.add("a", settings, seed=0, evidence=evidence(adapters)[0])
+    adapters.add_lane("a", settings, seed=0, calibration=evidence(adapters)[0])
     with torch.no_grad():
-        with adapters.off():
+        with adapters.disable_adapters():
             base = adapters.model(ids(0)).logits
-        with adapters.rows(["a"], 0):
+        with adapters.activate_lanes(["a"], 0):
             assert torch.equal(adapters.model(ids(0)).logits, base)
 
 
 def test_lora_ga_takes_at_most_half_the_directions() -> None:
-    attach(gpt2(), catalogue.get("lora_ga"), Settings(16, 8.0))
-    with pytest.raises(Unsupported, match=r"rank 17 is larger than layer .* allows: at most 16"):
-        attach(gpt2(), catalogue.get("lora_ga"), Settings(17, 8.0))
+    attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(16, 8.0))
+    with pytest.raises(UnsupportedError, match=r"rank 17 is larger than layer .* allows: at most 16"):
+        attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(17, 8.0))
 
 
 def eva(rank: int = 3, rho: float = 2.0) -> tuple[Adapters, dict[str, dict[str, Tensor]]]:
-    settings = Settings(rank, 6.0, extra={"rho": rho})
+    settings = VariantSettings(rank, 6.0, extra={"rho": rho})
     adapters = attach(gpt2(), catalogue.get("eva"), settings)
     found, _ = evidence(adapters)
-    adapters.add("a", settings, seed=0, evidence=found)
+    adapters.add_lane("a", settings, seed=0, calibration=found)
     return adapters, found
 
 
 def test_eva_takes_the_directions_of_most_variance() -> None:
     """Its shares are the exact eigenvalues', and along a direction there is as much variance as it says."""
-    matrices, _ = evidence(attach(gpt2(), Inputs(), Settings(3, 6.0)))
+    matrices, _ = evidence(attach(gpt2(), Inputs(), VariantSettings(3, 6.0)))
     adapters, found = eva()
     for name, tensors in found.items():
         covariance, directions = matrices[name]["matrix"], tensors["directions"]
@@ -233,9 +239,9 @@ def test_eva_takes_the_directions_of_most_variance() -> None:
         torch.testing.assert_close(directions @ directions.T, torch.eye(6), rtol=0, atol=1e-5)
         along = (directions @ covariance @ directions.T).diagonal() / covariance.trace()
         torch.testing.assert_close(along, tensors["shares"], rtol=1e-2, atol=1e-5)
-    for name, rank in adapters.ranks("a").items():
+    for name, rank in adapters.ranks_in_use("a").items():
         a = adapters.trainable("a")[f"{name}.A"]
-        assert a.shape == (6, adapters.layers[name].layer.weight.shape[1])
+        assert a.shape == (6, adapters.layers[name].frozen_layer.weight.shape[1])
         assert torch.equal(a[:rank], found[name]["directions"][:rank])
         assert not a[rank:].any()
 
@@ -243,7 +249,7 @@ def test_eva_takes_the_directions_of_most_variance() -> None:
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_eva_gives_ranks_to_the_largest_shares_of_all(rank: int) -> None:
     adapters, found = eva(rank)
-    ranks = adapters.ranks("a")
+    ranks = adapters.ranks_in_use("a")
     assert sum(ranks.values()) == rank * len(ranks)
     assert max(ranks.values()) <= 2 * rank
     assert len(set(ranks.values())) > 1
@@ -254,7 +260,7 @@ def test_eva_gives_ranks_to_the_largest_shares_of_all(rank: int) -> None:
 
 def test_eva_with_rho_1_gives_all_the_same() -> None:
     adapters, _ = eva(rho=1.0)
-    assert set(adapters.ranks("a").values()) == {3}
+    assert set(adapters.ranks_in_use("a").values()) == {3}
 
 
 def test_eva_masks_what_is_not_in_use() -> None:
@@ -263,9 +269,9 @@ def test_eva_masks_what_is_not_in_use() -> None:
     with torch.no_grad():
         for parameter in adapters.trainable("a").values():
             parameter.add_(torch.randn_like(parameter))
-    with adapters.rows(["a"], None):
+    with adapters.activate_lanes(["a"], None):
         loss_of(adapters.model, 0).backward()
-    for name, rank in adapters.ranks("a").items():
+    for name, rank in adapters.ranks_in_use("a").items():
         a, b = (adapters.trainable("a")[f"{name}.{key}"].grad for key in "AB")
         assert a is not None
         assert b is not None
@@ -288,12 +294,12 @@ def test_eva_masks_what_is_not_in_use() -> None:
     ],
 )
 def test_settings_that_cannot_be(name: str, extra: dict[str, float], message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        catalogue.get(name).checked_settings(Settings(4, 8.0, extra=extra))
+    with pytest.raises(UnsupportedError, match=message):
+        catalogue.get(name).validate_settings(VariantSettings(4, 8.0, extra=extra))
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_lane_without_evidence_is_refused(name: str) -> None:
-    adapters = attach(gpt2(), catalogue.get(name), Settings(3, 6.0))
-    with pytest.raises(Unsupported, match=f"{name} starts from .*: calibrate first"):
-        adapters.add("a", Settings(3, 6.0), seed=0)
+    adapters = attach(gpt2(), catalogue.get(name), VariantSettings(3, 6.0))
+    with pytest.raises(UnsupportedError, match=f"{name} starts from .*: calibrate first"):
+        adapters.add_lane("a", VariantSettings(3, 6.0), seed=0)

@@ -8,22 +8,22 @@ import sys
 import pytest
 
 from variants import catalogue
-from variants.base import Checked, Kind, Settings, Unsupported
+from variants.base import Batching, UnsupportedError, VariantSettings, VerifiedBy
 
 
 def test_the_five_and_their_axes() -> None:
     expected = {
-        "lora": ("baseline", Kind.STACKED),
-        "rslora": ("optimization", Kind.STACKED),
-        "dora": ("optimization", Kind.STACKED),
-        "hira": ("rank", Kind.DENSE),
-        "pissa": ("initialization", Kind.STACKED),
+        "lora": ("baseline", Batching.BATCHED),
+        "rslora": ("optimization", Batching.BATCHED),
+        "dora": ("optimization", Batching.BATCHED),
+        "hira": ("rank", Batching.DENSE),
+        "pissa": ("initialization", Batching.BATCHED),
     }
     assert set(expected) <= set(catalogue.names())
     for name, (axis, kind) in expected.items():
         variant = catalogue.get(name)
-        assert (catalogue.axis(name), variant.axis, variant.kind) == (axis, axis, kind)
-        assert variant.checked == Checked.ORACLE
+        assert (catalogue.axis(name), variant.axis, variant.batching) == (axis, axis, kind)
+        assert variant.verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
         assert variant.title
         assert variant.paper
 
@@ -44,22 +44,22 @@ def test_names_need_no_torch() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("lora", Settings(rank=0), "rank 0"),
-        ("lora", Settings(rank=True), "rank True"),
-        ("lora", Settings(alpha=float("nan")), "alpha nan"),
-        ("lora", Settings(alpha=None), "alpha None"),
-        ("lora", Settings(alpha=-1.0), "alpha -1.0"),
-        ("lora", Settings(dropout=1.0), "dropout 1.0"),
-        ("lora", Settings(extra={"svd": 4}), "lora does not know 'svd'; its own settings: none"),
-        ("pissa", Settings(extra={"svd": "fast"}), "svd 'fast'"),
-        ("pissa", Settings(extra={"svd": 0}), "svd '0'"),
+        ("lora", VariantSettings(rank=0), "rank 0"),
+        ("lora", VariantSettings(rank=True), "rank True"),
+        ("lora", VariantSettings(alpha=float("nan")), "alpha nan"),
+        ("lora", VariantSettings(alpha=None), "alpha None"),
+        ("lora", VariantSettings(alpha=-1.0), "alpha -1.0"),
+        ("lora", VariantSettings(dropout=1.0), "dropout 1.0"),
+        ("lora", VariantSettings(extra={"svd": 4}), "lora does not know 'svd'; its own settings: none"),
+        ("pissa", VariantSettings(extra={"svd": "fast"}), "svd 'fast'"),
+        ("pissa", VariantSettings(extra={"svd": 0}), "svd '0'"),
     ],
 )
-def test_bad_settings_are_named(name: str, settings: Settings, message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        catalogue.get(name).checked_settings(settings)
+def test_bad_settings_are_named(name: str, settings: VariantSettings, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        catalogue.get(name).validate_settings(settings)
 
 
 def test_defaults_are_filled_in() -> None:
-    assert catalogue.get("pissa").checked_settings(Settings()).extra == {"svd": "exact"}
-    assert catalogue.get("hira").checked_settings(Settings(alpha=16.0)).alpha is None
+    assert catalogue.get("pissa").validate_settings(VariantSettings()).extra == {"svd": "exact"}
+    assert catalogue.get("hira").validate_settings(VariantSettings(alpha=16.0)).alpha is None

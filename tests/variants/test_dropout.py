@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Adapts, Evidence, Settings
-from variants.rows import masks
+from variants.base import AdaptationScope, CalibrationStatistic, VariantSettings
+from variants.rows import draw_dropout_masks
 
-SETTINGS = Settings(rank=8, alpha=16.0, dropout=0.25)
+SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
 
 
 class Block(nn.Module):
@@ -29,50 +29,54 @@ def adapted(name: str = "lora") -> Adapters:
         model = Block()
     adapters = attach(model, catalogue.get(name), SETTINGS)
     for lane in range(2):
-        adapters.add(str(lane), SETTINGS, seed=lane)
+        adapters.add_lane(str(lane), SETTINGS, seed=lane)
         with torch.no_grad():
             adapters.trainable(str(lane))["blocks.0.B"].normal_(generator=torch.Generator().manual_seed(5))
             adapters.trainable(str(lane))["blocks.0.A"].normal_(generator=torch.Generator().manual_seed(6))
     return adapters
 
 
-def begun_settings(name: str) -> Settings:
+def begun_settings(name: str) -> VariantSettings:
     variant = catalogue.get(name)
-    few = {"calibration_batches": 1} if "calibration_batches" in variant.extra else {}
-    return variant.checked_settings(Settings(rank=4, alpha=8.0, dropout=0.25, extra=few))
+    few = {"calibration_batches": 1} if "calibration_batches" in variant.extra_defaults else {}
+    return variant.validate_settings(VariantSettings(rank=4, alpha=8.0, dropout=0.25, extra=few))
 
 
 def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
     """Return what a start is computed from, for random gradients or inputs."""
     variant = adapters.variant
-    if variant.evidence is Evidence.NONE:
+    if variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
     found = {}
     for name, layer in adapters.layers.items():
-        out, inside = layer.layer.weight.shape
-        rows = out if variant.evidence is Evidence.GRADIENT else inside
+        out, inside = layer.frozen_layer.weight.shape
+        rows = out if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT else inside
         matrix = torch.randn(rows, inside, generator=torch.Generator().manual_seed(1))
-        matrix = matrix if variant.evidence is Evidence.GRADIENT else matrix @ matrix.T
-        found[name] = variant.distill(layer.layer, matrix, adapters.settings)
+        matrix = (
+            matrix
+            if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
+            else matrix @ matrix.T
+        )
+        found[name] = variant.reduce_calibration(layer.frozen_layer, matrix, adapters.settings)
     return found
 
 
 def begun(name: str) -> set[str]:
     """Return the names of the tensors that a lane of this variant has in a layer."""
     variant, settings = catalogue.get(name), begun_settings(name)
-    if variant.adapts is not Adapts.LAYERS:
+    if variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS:
         return set()
     adapters = attach(Block(), variant, settings)
-    adapters.add("0", settings, seed=0, evidence=evidence(adapters))
-    return set(adapters.layers["blocks.0"].one("0"))
+    adapters.add_lane("0", settings, seed=0, calibration=evidence(adapters))
+    return set(adapters.layers["blocks.0"].lane_tensors("0"))
 
 
 def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int = 0) -> Tensor:
     """What the adapter adds for one input of ones."""
     x = torch.ones(16, 64)
-    with torch.no_grad(), adapters.off():
+    with torch.no_grad(), adapters.disable_adapters():
         base = adapters.model(x)
-    with torch.no_grad(), adapters.rows([lane], step, micro):
+    with torch.no_grad(), adapters.activate_lanes([lane], step, micro):
         return adapters.model(x) - base
 
 
@@ -99,7 +103,7 @@ def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None
     """With W a part of the identity, B = 0 and m doubled, the change is x itself, with its dropout."""
     adapters = adapted("dora")
     with torch.no_grad():
-        adapters.layers["blocks.0"].base.weight.copy_(torch.eye(48, 64))
+        adapters.layers["blocks.0"].base_layer.weight.copy_(torch.eye(48, 64))
         adapters.trainable("0")["blocks.0.B"].zero_()
         adapters.trainable("0")["blocks.0.m"].fill_(2.0)
     torch.testing.assert_close(update(adapters, step=None), torch.ones(16, 48))
@@ -109,7 +113,7 @@ def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None
     assert 0.65 < kept.float().mean() < 0.85
 
 
-WITH_A_FROZEN_PART = [n for n in catalogue.names() if catalogue.get(n).frozen_part & begun(n)]
+WITH_A_FROZEN_PART = [n for n in catalogue.names() if catalogue.get(n).frozen_update_buffers & begun(n)]
 
 
 def test_those_with_a_frozen_part_are_known() -> None:
@@ -121,20 +125,22 @@ def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
     """W' x = (W + frozen part) x + s B A drop(x), with the lane's own mask."""
     model, settings = Block(), begun_settings(name)
     adapters = attach(model, catalogue.get(name), settings)
-    adapters.add("0", settings, seed=0, evidence=evidence(adapters))
+    adapters.add_lane("0", settings, seed=0, calibration=evidence(adapters))
     (layer,) = adapters.layers.values()
-    lane = layer.own.one("0")
+    lane = layer.own_tensors.lane_tensors("0")
     with torch.no_grad():
         for number, tensor in enumerate(lane.values()):
             tensor.normal_(generator=torch.Generator().manual_seed(number))
     a0, b0 = (lane["merged A"], lane["merged B"]) if "merged A" in lane else (lane["A0"], -lane["B0"])
     scaling = adapters.variant.scaling(settings)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad(), adapters.rows(["0"], 3) as rows:
+    with torch.no_grad(), adapters.activate_lanes(["0"], 3) as rows:
         found = model(x)
-        rows.drawn.clear()  # the same masks again
-        dropped = (x.unsqueeze(0) * masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0}))[0]
+        rows.mask_draws.clear()  # the same masks again
+        dropped = (
+            x.unsqueeze(0) * draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0})
+        )[0]
     assert (dropped == 0).float().mean() > 0.1
-    frozen = layer.base.weight + scaling * b0 @ a0
-    expected = x @ frozen.T + layer.base.bias + scaling * dropped @ lane["A"].T @ lane["B"].T
+    frozen = layer.base_layer.weight + scaling * b0 @ a0
+    expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ lane["A"].T @ lane["B"].T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Extra, Layer, MergeRefused, Settings, Unsupported
+from variants.base import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
 
 VARIANT = catalogue.get("lora_moe")
 OUT, INSIDE = 20, 12
 
 
-def settings(rank: int = 8, **extra: float | int) -> Settings:
-    return VARIANT.checked_settings(Settings(rank, 16.0, extra=extra))
+def settings(rank: int = 8, **extra: float | int) -> VariantSettings:
+    return VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
 
 
-def layer() -> Layer:
+def layer() -> FrozenLayer:
     weight = torch.randn(OUT, INSIDE, generator=torch.Generator().manual_seed(1))
-    return Layer("layer", weight, None)
+    return FrozenLayer("layer", weight, None)
 
 
-def lanes(of: Settings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
+def lanes(of: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
     """(K, ...) with a B that is not zero and a router that decides."""
     noise = torch.Generator().manual_seed(seed)
-    starts = [VARIANT.start(layer(), of, torch.Generator().manual_seed(lane)) for lane in range(count)]
+    starts = [VARIANT.init(layer(), of, torch.Generator().manual_seed(lane)) for lane in range(count)]
     every = [{**start.trainable, **start.frozen} for start in starts]
     stacked = {name: torch.stack([each[name] for each in every]) for name in every[0]}
     stacked["B"] = torch.randn(stacked["B"].shape, generator=noise)
@@ -38,13 +38,13 @@ def inputs(count: int = 2) -> Tensor:
     return torch.randn(count, 7, INSIDE, generator=torch.Generator().manual_seed(4))
 
 
-def computed(x: Tensor, params: dict[str, Tensor], of: Settings) -> Tensor:
+def computed(x: Tensor, params: dict[str, Tensor], of: VariantSettings) -> Tensor:
     scaling = torch.full((len(x), 1, 1), VARIANT.scaling(of))
     prepared = VARIANT.prepare(params, layer(), scaling)
     return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling)
 
 
-def looped(x: Tensor, params: dict[str, Tensor], lane: int, of: Settings) -> Tensor:
+def looped(x: Tensor, params: dict[str, Tensor], lane: int, of: VariantSettings) -> Tensor:
     """One expert after the other, as the authors' code does it; with `top_k`, over the kept gates alone."""
     experts, top_k = params["R"].shape[1], int(of.extra["top_k"])
     each = of.rank // experts
@@ -101,9 +101,9 @@ def test_as_many_experts_as_divide_the_rank(rank: int, experts: int) -> None:
         (8, {"balance": -1.0}, "balance -1.0: must be a finite number of at least 0"),
     ],
 )
-def test_settings_that_cannot_be(rank: int, extra: Extra, message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        VARIANT.checked_settings(Settings(rank, 16.0, extra=extra))
+def test_settings_that_cannot_be(rank: int, extra: ExtraSettings, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
 
 
 def balance(x: Tensor, params: dict[str, Tensor], real: Tensor | None = None) -> Tensor:
@@ -154,7 +154,7 @@ def adapted(rank: int = 8, **extra: float | int) -> Adapters:
     of = settings(rank, **extra)
     adapters = attach(model, VARIANT, of)
     for lane in range(3):
-        adapters.add(str(lane), of, seed=lane)
+        adapters.add_lane(str(lane), of, seed=lane)
     return adapters
 
 
@@ -163,7 +163,7 @@ def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tens
     for lane in names:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
-    with adapters.rows(names, 0) as now:
+    with adapters.activate_lanes(names, 0) as now:
         y = adapters.layers["blocks.0"](x).unflatten(0, (len(names), -1))
         extra = now.auxiliary_loss()
         assert extra is not None
@@ -192,6 +192,6 @@ def test_every_expert_learns_from_the_first_step() -> None:
 def test_merging_is_refused_by_name() -> None:
     adapters = adapted()
     for lane in "02":
-        adapters.remove(lane)
-    with pytest.raises(MergeRefused, match="lora_moe cannot be merged"):
-        adapters.merge("1")
+        adapters.remove_lane(lane)
+    with pytest.raises(MergeError, match="lora_moe cannot be merged"):
+        adapters.merge_and_detach("1")

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Settings, Unsupported
+from variants.base import UnsupportedError, VariantSettings
 
-SETTINGS = Settings()
+SETTINGS = VariantSettings()
 IDS = torch.arange(24).view(8, 3)
 
 
@@ -33,7 +33,7 @@ def steps(adapters: Adapters, count: int) -> None:
     optimizer = torch.optim.AdamW(adapters.trainable("0").values(), lr=0.01)
     for _ in range(count):
         optimizer.zero_grad()
-        with adapters.rows(["0"], 0):
+        with adapters.activate_lanes(["0"], 0):
             adapters.model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
 
@@ -41,7 +41,7 @@ def steps(adapters: Adapters, count: int) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_is_plain_training_of_every_parameter(tied: bool) -> None:
     adapters, plain = attach(llama(tied=tied), catalogue.get("full"), SETTINGS), llama(tied=tied)
-    adapters.add("0", SETTINGS, seed=0)
+    adapters.add_lane("0", SETTINGS, seed=0)
     steps(adapters, 5)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
     for _ in range(5):
@@ -56,12 +56,12 @@ def test_it_is_plain_training_of_every_parameter(tied: bool) -> None:
 
 def test_copies_are_float32_and_the_model_computes_in_its_own_dtype() -> None:
     adapters = attach(llama(torch.bfloat16), catalogue.get("full"), SETTINGS)
-    adapters.add("0", SETTINGS, seed=0)
+    adapters.add_lane("0", SETTINGS, seed=0)
     assert {p.dtype for p in adapters.trainable("0").values()} == {torch.float32}
     before = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
     steps(adapters, 1)  # at a rate far below bfloat16's resolution of most weights
     assert all(not torch.equal(p, before[name]) for name, p in adapters.trainable("0").items())
-    with torch.no_grad(), adapters.rows(["0"], None):
+    with torch.no_grad(), adapters.activate_lanes(["0"], None):
         assert adapters.model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
@@ -69,15 +69,15 @@ def test_the_base_comes_back_when_the_model_raises() -> None:
     model = llama()
     frozen = dict(model.named_parameters())
     adapters = attach(model, catalogue.get("full"), SETTINGS)
-    adapters.add("0", SETTINGS, seed=0)
-    with pytest.raises(RuntimeError, match="in the middle"), adapters.rows(["0"], 0):
+    adapters.add_lane("0", SETTINGS, seed=0)
+    with pytest.raises(RuntimeError, match="in the middle"), adapters.activate_lanes(["0"], 0):
         raise RuntimeError("in the middle")
     assert all(parameter is frozen[name] for name, parameter in model.named_parameters())
 
 
 def test_one_lane_at_a_time() -> None:
     adapters = attach(llama(), catalogue.get("full"), SETTINGS)
-    adapters.add("0", SETTINGS, seed=0)
-    assert adapters.most_lanes == 1
-    with pytest.raises(Unsupported, match="one lane at a time"):
-        adapters.add("1", SETTINGS, seed=1)
+    adapters.add_lane("0", SETTINGS, seed=0)
+    assert adapters.max_lanes == 1
+    with pytest.raises(UnsupportedError, match="one lane at a time"):
+        adapters.add_lane("1", SETTINGS, seed=1)

@@ -12,10 +12,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Settings, Unsupported
+from variants.base import UnsupportedError, VariantSettings
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
-SETTINGS = Settings(rank=2, alpha=4.0)
+SETTINGS = VariantSettings(rank=2, alpha=4.0)
 IDS = torch.arange(16).view(8, 2)
 
 
@@ -36,12 +36,12 @@ def bert(dtype: torch.dtype = torch.float32) -> nn.Module:
 def adapted(name: str = "lora", lanes: int = 2, dtype: torch.dtype = torch.float32) -> Adapters:
     adapters = attach(bert(dtype), catalogue.get(name), SETTINGS, heads=["classifier"])
     for lane in range(lanes):
-        adapters.add(str(lane), SETTINGS, seed=lane)
+        adapters.add_lane(str(lane), SETTINGS, seed=lane)
     return adapters
 
 
 def logits(adapters: Adapters, *lanes: str) -> Tensor:
-    with torch.no_grad(), adapters.rows(lanes, None, rows=len(IDS)):
+    with torch.no_grad(), adapters.activate_lanes(lanes, None, rows=len(IDS)):
         return adapters.model(input_ids=IDS.repeat(len(lanes), 1)).logits
 
 
@@ -68,9 +68,9 @@ def test_the_frozen_model_keeps_its_own_head_or_takes_the_one_it_is_given() -> N
     plain, adapters = bert(), adapted()
     with torch.no_grad():
         own = plain(input_ids=IDS).logits
-        with adapters.off():
+        with adapters.disable_adapters():
             assert torch.equal(adapters.model(input_ids=IDS).logits, own)
-        with adapters.off(heads=adapters.head_start(1)):
+        with adapters.disable_adapters(heads=adapters.init_heads(1)):
             given = adapters.model(input_ids=IDS).logits
     assert torch.equal(given, logits(adapters, "1"))
     assert not torch.equal(given, own)
@@ -80,7 +80,7 @@ def test_a_head_only_lane_is_a_linear_probe() -> None:
     """Its gradients are those of logistic regression on the frozen features."""
     adapters, plain = adapted("head_only"), bert()
     labels = torch.arange(8) % 3
-    with adapters.rows(["0", "1"], 0, rows=8):
+    with adapters.activate_lanes(["0", "1"], 0, rows=8):
         out = adapters.model(input_ids=IDS.repeat(2, 1)).logits.chunk(2)
         sum(nn.functional.cross_entropy(each, labels) for each in out).backward()
     assert set(adapters.trainable("0")) == {"classifier.weight", "classifier.bias"}
@@ -94,7 +94,9 @@ def test_a_head_only_lane_is_a_linear_probe() -> None:
 
 
 def test_a_head_only_study_needs_a_head() -> None:
-    with pytest.raises(Unsupported, match="head_only trains the task's head alone, and this task has none"):
+    with pytest.raises(
+        UnsupportedError, match="head_only trains the task's head alone, and this task has none"
+    ):
         attach(bert(), catalogue.get("head_only"), SETTINGS)
 
 
@@ -113,7 +115,7 @@ def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> 
     fresh = adapted(name, lanes=0)
     load_lane(fresh, "0", tmp_path / "lane.safetensors")
     assert torch.equal(logits(fresh, "0"), before)
-    adapters.merge("0")
+    adapters.merge_and_detach("0")
     with torch.no_grad():
         torch.testing.assert_close(adapters.model(input_ids=IDS).logits, before)
 
@@ -122,7 +124,7 @@ def test_a_head_inside_the_base_is_exported_too(tmp_path: Path) -> None:
     """A checkpoint without a pooler leaves it to the task."""
     heads = ["classifier", "bert.pooler"]
     adapters = attach(bert(), catalogue.get("lora"), SETTINGS, heads=heads)
-    adapters.add("0", SETTINGS, seed=0)
+    adapters.add_lane("0", SETTINGS, seed=0)
     shake(adapters)
     save_peft(adapters, "0", tmp_path, "bert")
     theirs = PeftModel.from_pretrained(bert(), tmp_path)
@@ -132,7 +134,7 @@ def test_a_head_inside_the_base_is_exported_too(tmp_path: Path) -> None:
 
 
 def test_targets_that_are_all_head_are_refused() -> None:
-    with pytest.raises(Unsupported, match="targets 'classifier': all of it is the task's head"):
+    with pytest.raises(UnsupportedError, match="targets 'classifier': all of it is the task's head"):
         attach(bert(), catalogue.get("lora"), SETTINGS, "classifier", heads=["classifier"])
 
 

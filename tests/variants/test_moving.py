@@ -14,7 +14,7 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.base import Settings, Unsupported
+from variants.base import UnsupportedError, VariantSettings
 from variants.storage import load_peft, save_peft
 
 RIG = Case("rig", out=40, inside=24, bias=True)
@@ -31,9 +31,11 @@ def stepped(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
 
 
 def delta(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
-    layer, settings = adapters.layers[name], adapters.settings_of(lane)
+    layer, settings = adapters.layers[name], adapters.lane_settings(lane)
     with torch.no_grad():
-        return adapters.variant.delta(layer.one(lane), layer.layer, adapters.variant.scaling(settings))
+        return adapters.variant.delta_weight(
+            layer.lane_tensors(lane), layer.frozen_layer, adapters.variant.scaling(settings)
+        )
 
 
 # -- ReLoRA -------------------------------------------------------------------------------------------------
@@ -80,12 +82,12 @@ def test_relora_prunes_what_adam_remembers() -> None:
 
 def test_relora_warms_up_again_after_each_merge() -> None:
     variant = catalogue.get("relora")
-    settings = variant.checked_settings(Settings(4))
-    factors = [variant.schedule_scale(step, 1562, settings) for step in range(1562)]
+    settings = variant.validate_settings(VariantSettings(4))
+    factors = [variant.schedule_lr_scale(step, 1562, settings) for step in range(1562)]
     jagged = [step for step, factor in enumerate(factors) if factor < 1]
     assert jagged == [point + i for point in (390, 781, 1171) for i in range(10)]
     assert factors[390:401] == pytest.approx([i / 11 for i in range(1, 12)])
-    assert [s for s in range(20) if variant.schedule_scale(s, 20, settings) < 1] == [5, 10, 15]
+    assert [s for s in range(20) if variant.schedule_lr_scale(s, 20, settings) < 1] == [5, 10, 15]
 
 
 @pytest.mark.parametrize("case", [RIG, LLAMA], ids=lambda case: case.name)
@@ -226,5 +228,5 @@ def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
     ],
 )
 def test_bad_settings_are_named(name: str, extra: dict[str, float | str], message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        catalogue.get(name).checked_settings(Settings(extra=extra))
+    with pytest.raises(UnsupportedError, match=message):
+        catalogue.get(name).validate_settings(VariantSettings(extra=extra))

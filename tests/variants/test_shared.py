@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Settings, Unsupported
+from variants.base import UnsupportedError, VariantSettings
 
-SETTINGS = Settings(2, None, extra={"rank_factor": 8})
+SETTINGS = VariantSettings(2, None, extra={"rank_factor": 8})
 RANK = 16
 SHAPES = {"blocks.0": (6, 9), "blocks.1": (12, 6), "blocks.2": (9, 12)}
 
@@ -27,10 +27,10 @@ class Blocks(nn.Module):
         return x
 
 
-def vera(seeds: dict[str, int], settings: Settings = SETTINGS) -> Adapters:
+def vera(seeds: dict[str, int], settings: VariantSettings = SETTINGS) -> Adapters:
     adapters = attach(Blocks(), catalogue.get("vera"), settings)
     for lane, seed in seeds.items():
-        adapters.add(lane, settings, seed)
+        adapters.add_lane(lane, settings, seed)
     return adapters
 
 
@@ -42,7 +42,7 @@ def shared(adapters: Adapters, lane: str) -> tuple[Tensor, Tensor]:
 
 def test_the_matrices_are_as_large_as_the_largest_layer_wants() -> None:
     """Larger in rank than any layer, and Kaiming-uniform."""
-    a, b = shared(vera({"a": 0}, Settings(8, None)), "a")
+    a, b = shared(vera({"a": 0}, VariantSettings(8, None)), "a")
     assert a.shape == (256, 12)
     assert b.shape == (12, 256)
     for matrix, fan_in in ((a, 12), (b, 256)):
@@ -63,7 +63,9 @@ def test_each_layer_computes_with_its_cut() -> None:
             own = {key: adapters.trainable(lane)[f"{name}.{key}"] for key in "bd"}
             wanted = own["b"].diag() @ b[:out] @ own["d"].diag() @ a[:, :inside]
             layer = adapters.layers[name]
-            torch.testing.assert_close(variant.delta(layer.one(lane), layer.layer, 1.0), wanted)
+            torch.testing.assert_close(
+                variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, 1.0), wanted
+            )
 
 
 def test_what_a_lane_shares_follows_from_its_seed() -> None:
@@ -87,11 +89,11 @@ def test_only_vectors_learn() -> None:
 
 def test_the_group_leaves_with_its_lane() -> None:
     adapters = vera({"a": 0, "b": 1})
-    adapters.remove("a")
-    (group,) = adapters.groups.values()
+    adapters.remove_lane("a")
+    (group,) = adapters.layer_groups.values()
     assert set(group.frozen) == {"b"}
 
 
 def test_a_factor_that_cannot_be() -> None:
-    with pytest.raises(Unsupported, match="rank_factor 0: must be a whole number of at least 1"):
-        vera({}, Settings(2, None, extra={"rank_factor": 0}))
+    with pytest.raises(UnsupportedError, match="rank_factor 0: must be a whole number of at least 1"):
+        vera({}, VariantSettings(2, None, extra={"rank_factor": 0}))

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 import variants.lane_linear as lane_linear
 from variants import catalogue
 from variants.attach import attach
-from variants.base import Layer, Settings
+from variants.base import FrozenLayer, VariantSettings
 
 
-def layer(out: int = 40, inside: int = 25, dtype: torch.dtype = torch.float32) -> Layer:
+def layer(out: int = 40, inside: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
     weight = torch.randn(out, inside, generator=torch.Generator().manual_seed(1)).to(dtype)
-    return Layer("layer", weight, None)
+    return FrozenLayer("layer", weight, None)
 
 
-def started(name: str, on: Layer, settings: Settings) -> dict[str, Tensor]:
+def started(name: str, on: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
     variant = catalogue.get(name)
-    settings = variant.checked_settings(settings)
-    start = variant.start(on, settings, torch.Generator().manual_seed(2))
+    settings = variant.validate_settings(settings)
+    start = variant.init(on, settings, torch.Generator().manual_seed(2))
     return {**start.trainable, **start.frozen}
 
 
@@ -31,12 +31,12 @@ def started(name: str, on: Layer, settings: Settings) -> dict[str, Tensor]:
     [("lora", 2.0), ("dora", 2.0), ("pissa", 2.0), ("rslora", 16 / math.sqrt(8)), ("hira", 1)],
 )
 def test_scaling_at_rank_8_alpha_16(name: str, scale: float) -> None:
-    assert catalogue.get(name).scaling(Settings(8, 16.0)) == pytest.approx(scale)
+    assert catalogue.get(name).scaling(VariantSettings(8, 16.0)) == pytest.approx(scale)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "hira"])
 def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
-    start = started(name, layer(inside=400), Settings(16, 8.0))
+    start = started(name, layer(inside=400), VariantSettings(16, 8.0))
     bound = 1 / math.sqrt(400)
     assert start["A"].abs().max() <= bound
     assert start["A"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
@@ -46,26 +46,26 @@ def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
 
 def test_dora_starts_from_the_row_norms() -> None:
     on = layer()
-    torch.testing.assert_close(started("dora", on, Settings(4))["m"], on.weight.norm(dim=1))
+    torch.testing.assert_close(started("dora", on, VariantSettings(4))["m"], on.weight.norm(dim=1))
 
 
 def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
     """The expanded norm against the plain one in float64: no worse than float32 rounding."""
-    from variants.optimization.dora import _norm
+    from variants.optimization.dora import _row_norms
 
     on = layer(64, 96, torch.bfloat16)
     noise = torch.Generator().manual_seed(3)
     a, b = torch.randn(3, 4, 96, generator=noise), torch.randn(3, 64, 4, generator=noise)
     s = torch.tensor([0.5, 2.0, 8.0]).view(3, 1, 1)
     plain = (on.weight.double() + s.double() * (b.double() @ a.double())).norm(dim=2)
-    torch.testing.assert_close(_norm(a, b, on, s).double(), plain, rtol=2e-6, atol=0)
+    torch.testing.assert_close(_row_norms(a, b, on, s).double(), plain, rtol=2e-6, atol=0)
 
 
 def test_dora_survives_a_row_that_vanishes() -> None:
     on = layer()
     on.weight[3] = 0
     variant = catalogue.get("dora")
-    start = started("dora", on, Settings(4, 8.0))
+    start = started("dora", on, VariantSettings(4, 8.0))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
     scaling = torch.full((1, 1, 1), 2.0)
@@ -76,7 +76,7 @@ def test_dora_survives_a_row_that_vanishes() -> None:
 @pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
 def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
     on = layer(*shape)
-    start = started("pissa", on, Settings(5, 15.0))
+    start = started("pissa", on, VariantSettings(5, 15.0))
     residual = on.weight - 3.0 * start["B0"] @ start["A0"]
     wanted = torch.linalg.svdvals(on.weight)[5:]
     torch.testing.assert_close(torch.linalg.svdvals(residual)[: len(wanted)], wanted, rtol=1e-4, atol=1e-5)
@@ -85,8 +85,10 @@ def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
 
 def test_pissa_randomised_is_close_to_exact_and_the_same_every_time() -> None:
     on = layer(60, 50)
-    exact = started("pissa", on, Settings(5, 10.0))
-    fast, again = (started("pissa", layer(60, 50), Settings(5, 10.0, extra={"svd": 16})) for _ in range(2))
+    exact = started("pissa", on, VariantSettings(5, 10.0))
+    fast, again = (
+        started("pissa", layer(60, 50), VariantSettings(5, 10.0, extra={"svd": 16})) for _ in range(2)
+    )
     product = exact["B"] @ exact["A"]
     assert (fast["B"] @ fast["A"] - product).norm() < 1e-3 * product.norm()
     assert torch.equal(fast["A"], again["A"])
@@ -96,7 +98,7 @@ def test_pissa_learns_what_bfloat16_would_round_away() -> None:
     """A step far below the rounding of B0 A0 in bfloat16 still reaches the output at its own size."""
     variant = catalogue.get("pissa")
     on = layer(64, 64, torch.bfloat16)
-    start = started("pissa", on, Settings(4, 8.0))
+    start = started("pissa", on, VariantSettings(4, 8.0))
     start["B"] = start["B"] + 1e-4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(4))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 9, 64).bfloat16()
@@ -114,13 +116,13 @@ def test_dense_layers_above_the_limit_give_the_same_bits(monkeypatch: pytest.Mon
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
         model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(24, 40)])})
-        adapters = attach(model, catalogue.get("hira"), Settings(3, None))
+        adapters = attach(model, catalogue.get("hira"), VariantSettings(3, None))
         for lane in "ab":
-            adapters.add(lane, Settings(3, None), seed=ord(lane))
+            adapters.add_lane(lane, VariantSettings(3, None), seed=ord(lane))
         with torch.no_grad():
             for lane in "ab":
                 adapters.trainable(lane)["blocks.0.B"].normal_()
-        with adapters.rows(["a", "b"], None):
+        with adapters.activate_lanes(["a", "b"], None):
             out = model["blocks"][0](torch.randn(16, 24))  # type: ignore[index]
         out.square().sum().backward()
         return [

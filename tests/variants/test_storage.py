@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants import catalogue
 from variants.attach import attach
-from variants.base import Layer, Settings, Start, Unsupported
+from variants.base import FrozenLayer, InitialTensors, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
@@ -60,7 +60,7 @@ def test_reads_what_peft_wrote(tmp_path: Path, config: PeftConfig, variant: str)
     theirs = made_by_peft(tmp_path, config, llama())
     adapters = load_peft(llama(), tmp_path)
     assert adapters.variant.name == variant
-    with torch.no_grad(), adapters.rows(["peft"], None):
+    with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         ours = adapters.model(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_reads_what_peft_wrote(tmp_path: Path, config: PeftConfig, variant: str)
 def test_reads_conv1d(tmp_path: Path) -> None:
     theirs = made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), gpt2())
     adapters = load_peft(gpt2(), tmp_path)
-    with torch.no_grad(), adapters.rows(["peft"], None):
+    with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_what_peft_saved_whole_is_the_lanes_head(tmp_path: Path, variant: str) -
     assert adapters.variant.name == variant
     assert list(adapters.heads) == ["lm_head"]
     assert [name for name in adapters.trainable("peft") if adapters.is_head(name)] == ["lm_head.weight"]
-    with torch.no_grad(), adapters.rows(["peft"], None):
+    with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -102,20 +102,20 @@ def test_what_peft_saved_whole_is_the_lanes_head(tmp_path: Path, variant: str) -
 )
 def test_what_cannot_be_read_says_why(tmp_path: Path, config: PeftConfig, message: str) -> None:
     made_by_peft(tmp_path, config, llama())
-    with pytest.raises(Unsupported, match=message):
+    with pytest.raises(UnsupportedError, match=message):
         load_peft(llama(), tmp_path)
 
 
 def test_another_models_adapter_is_refused(tmp_path: Path) -> None:
     made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), llama())
-    with pytest.raises(Unsupported, match="which the model does not have"):
+    with pytest.raises(UnsupportedError, match="which the model does not have"):
         load_peft(gpt2(), tmp_path)
 
 
 def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
-    settings = Settings(10, 5.0)  # twice the rank is more than the layers' 16, and still loads
+    settings = VariantSettings(10, 5.0)  # twice the rank is more than the layers' 16, and still loads
     adapters = attach(llama(), catalogue.get("pissa"), settings)
-    adapters.add("a", settings, 0)
+    adapters.add_lane("a", settings, 0)
     save_peft(adapters, "a", tmp_path, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (20, 10.0, "LORA")
@@ -129,12 +129,14 @@ class Aardvark(LoRA):
 
     name = "aardvark"
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        return Start(
-            {name: 2 * tensor for name, tensor in super().start(layer, settings, generator).trainable.items()}
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        return InitialTensors(
+            {name: 2 * tensor for name, tensor in super().init(layer, settings, generator).trainable.items()}
         )
 
 
@@ -143,7 +145,7 @@ class Thirds(LoRA):
 
     name = "thirds"
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) / 3
 
 
@@ -163,7 +165,7 @@ def test_a_subclass_does_not_take_plain_lora_adapters(
 )
 def test_the_exports_alpha_gives_the_variants_scaling(name: str) -> None:
     variant = Thirds() if name == "thirds" else catalogue.get(name)
-    settings = variant.checked_settings(Settings(4, 6.0))
+    settings = variant.validate_settings(VariantSettings(4, 6.0))
     config = variant.peft_config(settings)
     if config["peft_type"] != "LORA":
         pytest.skip("PEFT scales this method by other rules")
@@ -172,9 +174,9 @@ def test_the_exports_alpha_gives_the_variants_scaling(name: str) -> None:
 
 
 def test_a_lanes_file_knows_its_variant(tmp_path: Path) -> None:
-    adapters = attach(llama(), catalogue.get("lora"), Settings(2))
-    adapters.add("a", Settings(2), seed=5)
+    adapters = attach(llama(), catalogue.get("lora"), VariantSettings(2))
+    adapters.add_lane("a", VariantSettings(2), seed=5)
     save_lane(adapters, "a", tmp_path / "a.safetensors")
-    others = attach(llama(), catalogue.get("dora"), Settings(2))
-    with pytest.raises(Unsupported, match="holds a lane of lora, not of dora"):
+    others = attach(llama(), catalogue.get("dora"), VariantSettings(2))
+    with pytest.raises(UnsupportedError, match="holds a lane of lora, not of dora"):
         load_lane(others, "b", tmp_path / "a.safetensors")

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from variants import catalogue, targets
 from variants.attach import attach
-from variants.base import Settings, Unsupported
-from variants.targets import find
+from variants.base import UnsupportedError, VariantSettings
+from variants.targets import find_target_layers
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def gpt2() -> nn.Module:
 
 
 def test_blocks_are_the_default(llama: nn.Module, gpt2: nn.Module) -> None:
-    found = find(llama, "blocks")
+    found = find_target_layers(llama, "blocks")
     assert len(found) == 14
     assert all(name.startswith("model.layers.") for name in found)
-    assert sorted(find(gpt2, "blocks")) == [
+    assert sorted(find_target_layers(gpt2, "blocks")) == [
         "transformer.h.0.attn.c_attn",
         "transformer.h.0.attn.c_proj",
         "transformer.h.0.mlp.c_fc",
@@ -40,10 +40,10 @@ def test_blocks_are_the_default(llama: nn.Module, gpt2: nn.Module) -> None:
 
 
 def test_endings_and_patterns(llama: nn.Module) -> None:
-    assert len(find(llama, "q_proj, v_proj")) == 4
-    assert list(find(llama, "lm_head")) == ["lm_head"]
-    assert list(find(llama, "1.mlp.up_proj")) == ["model.layers.1.mlp.up_proj"]
-    assert len(find(llama, r"re:.*\.1\.(self_attn|mlp)\..*")) == 7
+    assert len(find_target_layers(llama, "q_proj, v_proj")) == 4
+    assert list(find_target_layers(llama, "lm_head")) == ["lm_head"]
+    assert list(find_target_layers(llama, "1.mlp.up_proj")) == ["model.layers.1.mlp.up_proj"]
+    assert len(find_target_layers(llama, r"re:.*\.1\.(self_attn|mlp)\..*")) == 7
 
 
 @pytest.mark.parametrize(
@@ -60,15 +60,15 @@ def test_endings_and_patterns(llama: nn.Module) -> None:
     ],
 )
 def test_unknown_targets(llama: nn.Module, targets: str, message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        find(llama, targets)
+    with pytest.raises(UnsupportedError, match=message):
+        find_target_layers(llama, targets)
 
 
 def test_rank_must_fit_every_layer(llama: nn.Module) -> None:
     with pytest.raises(
-        Unsupported, match=r"rank 17 is larger than layer model.layers.0.* allows: at most 16"
+        UnsupportedError, match=r"rank 17 is larger than layer model.layers.0.* allows: at most 16"
     ):
-        attach(llama, catalogue.get("lora"), Settings(rank=17))
+        attach(llama, catalogue.get("lora"), VariantSettings(rank=17))
 
 
 class Experts(nn.Module):
@@ -102,15 +102,15 @@ QUANTISED = torch.ao.nn.quantized.dynamic.Linear
     ],
 )
 def test_what_adapters_cannot_reach(part: nn.Module, message: str) -> None:
-    with pytest.raises(Unsupported, match=message):
-        find(Holder(part), "blocks")
+    with pytest.raises(UnsupportedError, match=message):
+        find_target_layers(Holder(part), "blocks")
 
 
 def test_what_is_out_of_scope_does_not_matter() -> None:
-    assert list(find(Holder(Experts()), "plain")) == ["blocks.0.plain"]
-    assert list(find(Holder(nn.Conv1d(4, 4, 3)), "blocks")) == ["blocks.0.plain"]
-    with pytest.raises(Unsupported, match="MultiheadAttention"):
-        find(Holder(nn.MultiheadAttention(8, 2)), "out_proj")
+    assert list(find_target_layers(Holder(Experts()), "plain")) == ["blocks.0.plain"]
+    assert list(find_target_layers(Holder(nn.Conv1d(4, 4, 3)), "blocks")) == ["blocks.0.plain"]
+    with pytest.raises(UnsupportedError, match="MultiheadAttention"):
+        find_target_layers(Holder(nn.MultiheadAttention(8, 2)), "out_proj")
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_pattern_that_python_would_try_for_years_is_refused(
 ) -> None:
     monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.1)
     model = nn.ModuleDict({"layers_of_the_model_number_0_self_attention_q_proj": nn.Linear(4, 4)})
-    with pytest.raises(Unsupported, match=r"repetition inside of a repetition|no linear layer"):
-        find(model, pattern)
+    with pytest.raises(UnsupportedError, match=r"repetition inside of a repetition|no linear layer"):
+        find_target_layers(model, pattern)
 
 
 def test_a_model_without_blocks_says_so() -> None:
-    with pytest.raises(Unsupported, match="has no ModuleList"):
-        find(nn.Sequential(nn.Linear(4, 4)), "blocks")
+    with pytest.raises(UnsupportedError, match="has no ModuleList"):
+        find_target_layers(nn.Sequential(nn.Linear(4, 4)), "blocks")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from variants.base import Adapts, Checked, Kind, Variant
+from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
 
 
 class Full(Variant):
@@ -19,8 +19,8 @@ class Full(Variant):
     title: ClassVar[str] = "Full fine-tuning"
     axis: ClassVar[str] = "baseline"
     paper: ClassVar[str] = ""
-    checked: ClassVar[Checked] = Checked.ORACLE
-    kind: ClassVar[Kind] = Kind.ALONE
-    adapts: ClassVar[Adapts] = Adapts.MODEL
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching: ClassVar[Batching] = Batching.EXCLUSIVE
+    adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.FULL_MODEL
     uses_rank: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from variants.base import Adapts, Checked, Kind, Variant
+from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
 
 
 class HeadOnly(Variant):
@@ -17,8 +17,8 @@ class HeadOnly(Variant):
     title: ClassVar[str] = "Head only"
     axis: ClassVar[str] = "baseline"
     paper: ClassVar[str] = ""
-    checked: ClassVar[Checked] = Checked.ORACLE
-    kind: ClassVar[Kind] = Kind.STACKED
-    adapts: ClassVar[Adapts] = Adapts.NOTHING
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching: ClassVar[Batching] = Batching.BATCHED
+    adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.HEAD_ONLY
     uses_rank: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = False

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Kind,
-    Layer,
+    Batching,
+    FrozenLayer,
+    InitialTensors,
     Params,
-    Settings,
-    Start,
-    Unsupported,
+    UnsupportedError,
     Variant,
-    baddbmm,
-    bmm,
-    vanilla_start,
-    widened,
+    VariantSettings,
+    VerifiedBy,
+    batch_invariant_baddbmm,
+    batch_invariant_bmm,
+    lora_init,
+    pad_rank_one,
 )
 
 
@@ -40,15 +40,17 @@ class LoRA(Variant):
     title: ClassVar[str] = "LoRA"
     axis: ClassVar[str] = "baseline"
     paper: ClassVar[str] = "2106.09685"
-    checked: ClassVar[Checked] = Checked.ORACLE
-    kind: ClassVar[Kind] = Kind.STACKED
-    frozen_part: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching: ClassVar[Batching] = Batching.BATCHED
+    frozen_update_buffers: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
-    def scaling(self, settings: Settings) -> float:
-        return _alpha(settings) / settings.rank
+    def scaling(self, settings: VariantSettings) -> float:
+        return _require_alpha(settings) / settings.rank
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        return vanilla_start(layer, settings, generator)
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        return lora_init(layer, settings, generator)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         """A and B with W' - W = s B A: (..., R, in) and (..., out, R), R = `export_rank`."""
@@ -62,56 +64,64 @@ class LoRA(Variant):
         """Return A (..., R, in) and B (..., out, R): `frozen_part` adds s B A to the frozen weight."""
         return params["A0"], -params["B0"]
 
-    def undropped(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
-        a, b = widened(*self.frozen_factors(params))
-        return LoRA.forward(self, x, base, {"A": a, "sB": b * scaling}, layer, scaling)
+    def add_frozen_update(
+        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
+    ) -> Tensor:
+        a, b = pad_rank_one(*self.frozen_factors(params))
+        return LoRA.forward(self, x, base_output, {"A": a, "sB": b * scaling}, layer, scaling)
 
-    def export_rank(self, settings: Settings) -> int:
+    def export_rank(self, settings: VariantSettings) -> int:
         """Of the plain LoRA that the export is, over the unchanged base: above the rank that is learnt where
         there are frozen factors besides (as PEFT advises for PiSSA)."""
         return settings.rank
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        a, b = widened(*self.factors(params))
+    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        a, b = pad_rank_one(*self.factors(params))
         return {"A": a, "sB": b * scaling}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
+    ) -> Tensor:
         a, b = params["A"].to(x.dtype), params["sB"].to(x.dtype)
-        return baddbmm(base, bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        return batch_invariant_baddbmm(
+            base_output, batch_invariant_bmm(x, a.transpose(1, 2)), b.transpose(1, 2)
+        )
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         a, b = self.factors(params)
         return scaling * (b @ a)
 
-    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
+    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features)
 
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
         a, b = self.factors(params)
         return {"lora_A.weight": a, "lora_B.weight": b}
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         rank = self.export_rank(settings)
         # PEFT scales by lora_alpha / r. That has to be this variant's s, which may not be alpha / rank.
-        own = rank != settings.rank or type(self).scaling is not LoRA.scaling
+        has_own_scaling = rank != settings.rank or type(self).scaling is not LoRA.scaling
         return {
             "peft_type": "LORA",
             "r": rank,
-            "lora_alpha": rank * self.scaling(settings) if own else settings.alpha,
+            "lora_alpha": rank * self.scaling(settings) if has_own_scaling else settings.alpha,
             "lora_dropout": settings.dropout,
             "use_rslora": False,
             "use_dora": False,
             "bias": "none",
         }
 
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return lora_settings(config)
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
+        return lora_settings_from_peft(config)
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
-        return Start({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
+    def init_from_peft(
+        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
+    ) -> InitialTensors:
+        return InitialTensors({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
 
 
-def lora_settings(config: Mapping[str, Any], flag: str = "") -> Settings | None:
+def lora_settings_from_peft(config: Mapping[str, Any], flag: str = "") -> VariantSettings | None:
     """Return the settings behind a PEFT config of LoRA with exactly this flag.
 
     Args:
@@ -124,10 +134,10 @@ def lora_settings(config: Mapping[str, Any], flag: str = "") -> Settings | None:
     on = {name for name in ("use_rslora", "use_dora") if config.get(name, False)}
     if config.get("peft_type") != "LORA" or on != ({flag} if flag else set()):
         return None
-    return Settings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
+    return VariantSettings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
 
 
-def _alpha(settings: Settings) -> float:
+def _require_alpha(settings: VariantSettings) -> float:
     if settings.alpha is None:
-        raise Unsupported("alpha None: this variant needs one, a finite number above 0")
+        raise UnsupportedError("alpha None: this variant needs one, a finite number above 0")
     return settings.alpha

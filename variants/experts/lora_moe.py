@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Extra,
-    Kind,
-    Layer,
+    Batching,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
     Params,
-    Settings,
-    Start,
-    Unsupported,
+    UnsupportedError,
     Variant,
-    baddbmm,
-    bmm,
-    stream,
-    uniform,
-    vanilla_start,
-    whole_number,
+    VariantSettings,
+    VerifiedBy,
+    batch_invariant_baddbmm,
+    batch_invariant_bmm,
+    int_setting,
+    lora_init,
+    parameter_generator,
+    uniform_init,
 )
 
 
@@ -55,65 +55,73 @@ class LoRAMoE(Variant):
     title: ClassVar[str] = "LoRAMoE"
     axis: ClassVar[str] = "experts"
     paper: ClassVar[str] = "2312.09979"
-    checked: ClassVar[Checked] = Checked.OFFICIAL
-    kind: ClassVar[Kind] = Kind.STACKED
-    auxiliary: ClassVar[bool] = True
-    extra: ClassVar[Extra] = {"experts": 8, "top_k": 0, "balance": 0.1}
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
+    batching: ClassVar[Batching] = Batching.BATCHED
+    has_auxiliary_loss: ClassVar[bool] = True
+    extra_defaults: ClassVar[ExtraSettings] = {"experts": 8, "top_k": 0, "balance": 0.1}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        whole_number(settings, "experts", 2)
-        experts, top_k, balance = _experts(settings), settings.extra["top_k"], settings.extra["balance"]
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        int_setting(settings, "experts", 2)
+        experts, top_k, balance = _expert_count(settings), settings.extra["top_k"], settings.extra["balance"]
         if experts == 1:
             most = settings.extra["experts"]
-            raise Unsupported(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
-        if whole_number(settings, "top_k", 0) > experts:
-            raise Unsupported(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
+            raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
+        if int_setting(settings, "top_k", 0) > experts:
+            raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
         if isinstance(balance, (str, bool)) or not math.isfinite(balance) or balance < 0:
-            raise Unsupported(f"balance {balance!r}: must be a finite number of at least 0")
+            raise UnsupportedError(f"balance {balance!r}: must be a finite number of at least 0")
         return settings
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         assert settings.alpha is not None
-        return settings.alpha * _experts(settings) / settings.rank
+        return settings.alpha * _expert_count(settings) / settings.rank
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        begin = vanilla_start(layer, settings, generator)
-        inside, top_k = layer.weight.shape[1], int(settings.extra["top_k"])
-        noise = stream(generator, "R")
-        begin.trainable["R"] = uniform((_experts(settings), inside), 1 / math.sqrt(inside), layer, noise)
-        a = begin.trainable["A"]
-        begin.frozen["balance"] = a.new_tensor(float(settings.extra["balance"]))
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        initial = lora_init(layer, settings, generator)
+        in_features, top_k = layer.weight.shape[1], int(settings.extra["top_k"])
+        noise = parameter_generator(generator, "R")
+        initial.trainable["R"] = uniform_init(
+            (_expert_count(settings), in_features), 1 / math.sqrt(in_features), layer, noise
+        )
+        a = initial.trainable["A"]
+        initial.frozen["balance"] = a.new_tensor(float(settings.extra["balance"]))
         if top_k:
-            begin.frozen["kept"] = a.new_ones(top_k)  # as long as experts are kept
-        return begin
+            initial.frozen["kept"] = a.new_ones(top_k)  # as long as experts are kept
+        return initial
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         return {**params, "sB": params["B"] * scaling}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
+    ) -> Tensor:
         a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params)
-        each = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
-        return baddbmm(base, bmm(x, a.transpose(1, 2)) * each, b.transpose(1, 2))
+        rank_gates = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
+        return batch_invariant_baddbmm(
+            base_output, batch_invariant_bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2)
+        )
 
-    def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         gates = _gates(x.flatten(1, 2), params).unflatten(1, x.shape[1:3])
-        load = (gates * real.unsqueeze(3).to(gates.dtype)).sum(2)
+        load = (gates * attention_mask.unsqueeze(3).to(gates.dtype)).sum(2)
         uneven = load.var(2) / (load.mean(2).square() + 1e-10)
         return params["balance"] * uneven.mean(1)
 
-    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
-        return settings.rank * (in_features + out_features) + _experts(settings) * in_features
+    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
+        return settings.rank * (in_features + out_features) + _expert_count(settings) * in_features
 
 
-def _experts(settings: Settings) -> int:
+def _expert_count(settings: VariantSettings) -> int:
     most = min(int(settings.extra["experts"]), settings.rank)
     return next(experts for experts in range(most, 0, -1) if settings.rank % experts == 0)
 
 
 def _gates(x: Tensor, params: Params) -> Tensor:
     """(K, N, experts) for x (K, N, in), in float32 or float64."""
-    logits = bmm(x, params["R"].to(x.dtype).transpose(1, 2))
+    logits = batch_invariant_bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     gates = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
     if "kept" not in params:
         return gates

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Evidence,
-    Extra,
-    Layer,
+    CalibrationStatistic,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
     Params,
-    Settings,
-    Start,
-    Unsupported,
-    number,
-    whole_number,
+    UnsupportedError,
+    VariantSettings,
+    int_setting,
+    stable_seed,
 )
 from variants.baseline.lora import LoRA
-from variants.initialization.pissa import randomised_svd
+from variants.initialization.pissa import randomized_svd
 
 
 class EVA(LoRA):
@@ -44,58 +44,60 @@ class EVA(LoRA):
     title: ClassVar[str] = "EVA"
     axis: ClassVar[str] = "initialization"
     paper: ClassVar[str] = "2410.07170"
-    evidence: ClassVar[Evidence] = Evidence.INPUTS
-    extra: ClassVar[Extra] = {"calibration_batches": 64, "rho": 2.0}
+    calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.INPUT_COVARIANCE
+    extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "rho": 2.0}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        whole_number(settings, "calibration_batches")
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        int_setting(settings, "calibration_batches")
         rho = settings.extra["rho"]
         if isinstance(rho, (str, bool)) or not math.isfinite(rho) or rho < 1:
-            raise Unsupported(f"rho {rho!r}: must be a finite number of at least 1; the paper's is 2")
+            raise UnsupportedError(f"rho {rho!r}: must be a finite number of at least 1; the paper's is 2")
         return settings
 
-    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
-        columns = min(_room(settings), len(matrix))
+    def reduce_calibration(
+        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
+    ) -> dict[str, Tensor]:
+        columns = min(_max_rank(settings), len(statistic))
         # One seed for all layers, so that those that share their inputs tie exactly: the first comes first.
-        _, variance, directions = randomised_svd(matrix, columns, iterations=4, seed=number(columns))
-        total = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
+        _, variance, directions = randomized_svd(statistic, columns, iterations=4, seed=stable_seed(columns))
+        total = statistic.trace().clamp_min(torch.finfo(statistic.dtype).tiny)
         return {"directions": directions[:columns], "shares": variance[:columns] / total}
 
-    def start_all(
+    def init_layers(
         self,
-        layers: Mapping[str, Layer],
-        settings: Settings,
+        layers: Mapping[str, FrozenLayer],
+        settings: VariantSettings,
         generator: Callable[[str], torch.Generator],
-    ) -> dict[str, Start]:
-        shares = [layer.evidence["shares"] for layer in layers.values()]
+    ) -> dict[str, InitialTensors]:
+        shares = [layer.calibration["shares"] for layer in layers.values()]
         owner = torch.repeat_interleave(torch.tensor([len(each) for each in shares]))
         largest = torch.cat(shares).cpu().argsort(descending=True, stable=True)
         used = owner[largest[: len(layers) * settings.rank]].bincount(minlength=len(layers))
         return {
-            name: _started(layer, int(rank), _room(settings))
+            name: _init_layer(layer, int(rank), _max_rank(settings))
             for (name, layer), rank in zip(layers.items(), used, strict=True)
         }
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         return params["A"], params["B"] * params["mask"].unsqueeze(-2)
 
-    def rank_in_use(self, params: Params, settings: Settings) -> int:
+    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
         return int(params["mask"].sum())
 
-    def export_rank(self, settings: Settings) -> int:
+    def export_rank(self, settings: VariantSettings) -> int:
         """The masked ranks go along as zeros."""
-        return _room(settings)
+        return _max_rank(settings)
 
 
-def _room(settings: Settings) -> int:
+def _max_rank(settings: VariantSettings) -> int:
     """Ranks that a layer can get."""
     return round(settings.rank * float(settings.extra["rho"]))
 
 
-def _started(layer: Layer, rank: int, room: int) -> Start:
+def _init_layer(layer: FrozenLayer, rank: int, max_rank: int) -> InitialTensors:
     out_features, in_features = layer.weight.shape
-    a = torch.zeros(room, in_features, dtype=layer.dtype, device=layer.weight.device)
-    a[:rank] = layer.evidence["directions"][:rank]
-    mask = (torch.arange(room) < rank).to(a)
-    return Start({"A": a, "B": a.new_zeros(out_features, room)}, {"mask": mask})
+    a = torch.zeros(max_rank, in_features, dtype=layer.dtype, device=layer.weight.device)
+    a[:rank] = layer.calibration["directions"][:rank]
+    mask = (torch.arange(max_rank) < rank).to(a)
+    return InitialTensors({"A": a, "B": a.new_zeros(out_features, max_rank)}, {"mask": mask})

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Evidence,
-    Extra,
-    Layer,
-    Settings,
-    Start,
-    Unsupported,
-    number,
-    whole_number,
+    CalibrationStatistic,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    UnsupportedError,
+    VariantSettings,
+    VerifiedBy,
+    int_setting,
+    stable_seed,
 )
 from variants.baseline.lora import LoRA
-from variants.initialization.pissa import randomised_svd
+from variants.initialization.pissa import randomized_svd
 
 
 class LoRAGA(LoRA):
@@ -45,36 +45,40 @@ class LoRAGA(LoRA):
     title: ClassVar[str] = "LoRA-GA"
     axis: ClassVar[str] = "initialization"
     paper: ClassVar[str] = "2407.05000"
-    checked: ClassVar[Checked] = Checked.OFFICIAL
-    evidence: ClassVar[Evidence] = Evidence.GRADIENT
-    directions: ClassVar[int] = 2
-    frozen_part: ClassVar[frozenset[str]] = frozenset()
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
+    calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.MEAN_GRADIENT
+    singular_vectors_per_rank: ClassVar[int] = 2
+    frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[int] = 2  # 1: signs as the SVD happened to return them
-    extra: ClassVar[Extra] = {"calibration_batches": 64, "gamma": 16.0}
+    extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "gamma": 16.0}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        whole_number(settings, "calibration_batches")
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        int_setting(settings, "calibration_batches")
         gamma = settings.extra["gamma"]
         if isinstance(gamma, (str, bool)) or not math.isfinite(gamma) or gamma <= 0:
-            raise Unsupported(f"gamma {gamma!r}: must be a finite number above 0; the paper's is 16")
+            raise UnsupportedError(f"gamma {gamma!r}: must be a finite number above 0; the paper's is 16")
         return settings
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def distill(self, layer: Layer, matrix: Tensor, settings: Settings) -> dict[str, Tensor]:
+    def reduce_calibration(
+        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
+    ) -> dict[str, Tensor]:
         rank = settings.rank
-        u, _, vh = randomised_svd(matrix, 2 * rank, iterations=4, seed=number(layer.name, rank))
+        u, _, vh = randomized_svd(statistic, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
         signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
         u, vh = u * signs.t(), signs * vh
-        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
+        c = statistic.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
         like = layer.weight.device, layer.dtype
-        a, b = layer.evidence["A0"].to(*like), layer.evidence["B0"].to(*like)
-        return Start({"A": a, "B": b}, {"A0": a, "B0": b})
+        a, b = layer.calibration["A0"].to(*like), layer.calibration["B0"].to(*like)
+        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: Settings) -> int:
+    def export_rank(self, settings: VariantSettings) -> int:
         return 2 * settings.rank

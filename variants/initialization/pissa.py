@@ -8,7 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.base import Extra, Layer, Settings, Start, Unsupported, number
+from variants.base import (
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    UnsupportedError,
+    VariantSettings,
+    stable_seed,
+)
 from variants.baseline.lora import LoRA
 
 
@@ -28,40 +35,44 @@ class PiSSA(LoRA):
     title: ClassVar[str] = "PiSSA"
     axis: ClassVar[str] = "initialization"
     paper: ClassVar[str] = "2404.02948"
-    extra: ClassVar[Extra] = {"svd": "exact"}
+    extra_defaults: ClassVar[ExtraSettings] = {"svd": "exact"}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
         svd = str(settings.extra["svd"])
         if svd != "exact" and not (svd.isdigit() and int(svd) > 0):
-            raise Unsupported(f"svd {svd!r}: must be 'exact' or a number of power iterations, such as 16")
+            raise UnsupportedError(
+                f"svd {svd!r}: must be 'exact' or a number of power iterations, such as 16"
+            )
         return settings
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        u, s, vh = _triplets(layer, settings.rank, str(settings.extra["svd"]))
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        u, s, vh = _singular_triplets(layer, settings.rank, str(settings.extra["svd"]))
         root = (s / self.scaling(settings)).sqrt()
         b, a = u * root, root.unsqueeze(1) * vh
-        return Start({"A": a, "B": b}, {"A0": a, "B0": b})
+        return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})
 
-    def export_rank(self, settings: Settings) -> int:
+    def export_rank(self, settings: VariantSettings) -> int:
         return 2 * settings.rank
 
 
-def _triplets(layer: Layer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:
+def _singular_triplets(layer: FrozenLayer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, rank), S (rank,), V^T (rank, in): the same for all lanes, so taken once a layer."""
     key = f"svd {svd} {rank}"
-    if key not in layer.memory:
+    if key not in layer.cache:
         weight = layer.weight.to(layer.dtype)
         u, s, vh = (
             torch.linalg.svd(weight, full_matrices=False)
             if svd == "exact"
-            else randomised_svd(weight, rank, int(svd), number(layer.name, rank))
+            else randomized_svd(weight, rank, int(svd), stable_seed(layer.name, rank))
         )
-        layer.memory[key] = u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].contiguous()
-    return layer.memory[key]
+        layer.cache[key] = u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].contiguous()
+    return layer.cache[key]
 
 
-def randomised_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V^T of the largest `rank` triplets and up to ten more: Halko, Martinsson and Tropp (2011, arXiv
     0909.4061), algorithms 4.4 and 5.1. Its own noise, so that torch's global state is left alone."""
     columns = min(rank + 10, *weight.shape)

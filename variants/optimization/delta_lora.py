@@ -8,7 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from variants.base import Checked, Extra, LaneView, Layer, Params, Settings, Start, real_number
+from variants.base import (
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
+    LaneView,
+    Params,
+    VariantSettings,
+    VerifiedBy,
+    float_setting,
+)
 from variants.baseline.lora import LoRA
 
 
@@ -29,26 +38,28 @@ class DeltaLoRA(LoRA):
     title: ClassVar[str] = "Delta-LoRA"
     axis: ClassVar[str] = "optimization"
     paper: ClassVar[str] = "2309.02411"
-    checked: ClassVar[Checked] = Checked.PAPER
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
     uses_dropout: ClassVar[bool] = False
-    moving: ClassVar[frozenset[str]] = frozenset({"before A", "before B"})
-    extra: ClassVar[Extra] = {"ratio": 2.0, "start": 500 / 1562}
+    mutable_buffers: ClassVar[frozenset[str]] = frozenset({"before A", "before B"})
+    extra_defaults: ClassVar[ExtraSettings] = {"ratio": 2.0, "start": 500 / 1562}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        real_number(settings, "ratio")
-        real_number(settings, "start", below=1)
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        float_setting(settings, "ratio")
+        float_setting(settings, "start", below=1)
         return settings
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        begin = super().start(layer, settings, generator)
-        begin.frozen["ratio"] = begin.trainable["A"].new_full((1, 1), real_number(settings, "ratio"))
-        for name, tensor in begin.trainable.items():
-            begin.frozen[f"before {name}"] = tensor
-        return begin
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        initial = super().init(layer, settings, generator)
+        initial.frozen["ratio"] = initial.trainable["A"].new_full((1, 1), float_setting(settings, "ratio"))
+        for name, tensor in initial.trainable.items():
+            initial.frozen[f"before {name}"] = tensor
+        return initial
 
     def after_step(self, lane: LaneView) -> None:
-        if lane.step <= round(real_number(lane.settings, "start") * lane.steps) + 1:
+        if lane.step <= round(float_setting(lane.settings, "start") * lane.total_steps) + 1:
             for view in lane.layers.values():
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)
@@ -64,5 +75,5 @@ class DeltaLoRA(LoRA):
             torch.cat([b, ratio * still, ratio * (still - b0)], dim=-1),
         )
 
-    def export_rank(self, settings: Settings) -> int:
+    def export_rank(self, settings: VariantSettings) -> int:
         return 3 * settings.rank

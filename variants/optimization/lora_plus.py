@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from variants.base import Extra, Settings, Unsupported
+from variants.base import ExtraSettings, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 
 
@@ -19,14 +19,14 @@ class LoRAPlus(LoRA):
     title: ClassVar[str] = "LoRA+"
     axis: ClassVar[str] = "optimization"
     paper: ClassVar[str] = "2402.12354"
-    extra: ClassVar[Extra] = {"ratio": 16.0}
+    extra_defaults: ClassVar[ExtraSettings] = {"ratio": 16.0}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
         ratio = settings.extra["ratio"]
         if isinstance(ratio, (str, bool)) or not math.isfinite(ratio) or ratio <= 0:
-            raise Unsupported(f"ratio {ratio!r}: must be a finite number above 0; the paper's is 16")
+            raise UnsupportedError(f"ratio {ratio!r}: must be a finite number above 0; the paper's is 16")
         return settings
 
-    def learning_rate_scale(self, parameter: str, settings: Settings) -> float:
+    def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
         return float(settings.extra["ratio"]) if parameter == "B" else 1.0

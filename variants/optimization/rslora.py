@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from variants.base import Settings
-from variants.baseline.lora import LoRA, lora_settings
+from variants.base import VariantSettings
+from variants.baseline.lora import LoRA, lora_settings_from_peft
 
 
 class RsLoRA(LoRA):
@@ -22,11 +22,11 @@ class RsLoRA(LoRA):
     axis: ClassVar[str] = "optimization"
     paper: ClassVar[str] = "2312.03732"
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "use_rslora": True, "lora_alpha": settings.alpha}
 
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
-        return lora_settings(config, "use_rslora")
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
+        return lora_settings_from_peft(config, "use_rslora")

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Extra,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
     LaneView,
-    Layer,
     LayerView,
     Params,
-    Settings,
-    Start,
-    Unsupported,
-    real_number,
-    stream,
+    UnsupportedError,
+    VariantSettings,
+    float_setting,
+    parameter_generator,
 )
 from variants.baseline.lora import LoRA
 
-DEVIATION, SMOOTHING = 0.02, 0.85
+INIT_STD, EMA_DECAY = 0.02, 0.85
 """Of the first A and B; of the averages of importance and of its uncertainty (beta1 = beta2)."""
-AVERAGES = frozenset(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")
+AVERAGE_BUFFERS = frozenset(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")
 
 
 class AdaLoRA(LoRA):
@@ -51,46 +51,48 @@ class AdaLoRA(LoRA):
     title: ClassVar[str] = "AdaLoRA"
     axis: ClassVar[str] = "rank"
     paper: ClassVar[str] = "2303.10512"
-    auxiliary: ClassVar[bool] = True
-    unseen: ClassVar[frozenset[str]] = AVERAGES
-    moving: ClassVar[frozenset[str]] = AVERAGES | {"mask"}
-    extra: ClassVar[Extra] = {
+    has_auxiliary_loss: ClassVar[bool] = True
+    hook_only_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS
+    mutable_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS | {"mask"}
+    extra_defaults: ClassVar[ExtraSettings] = {
         "initial": 1.5, "warmup": 100 / 1562, "final": 900 / 1562, "orthogonality": 0.5
     }  # fmt: skip
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        real_number(settings, "orthogonality")
-        if real_number(settings, "warmup") + real_number(settings, "final") >= 1:
-            raise Unsupported("warmup and final: must be shares of the horizon with a sum below 1")
-        if real_number(settings, "initial", least=1) * settings.rank <= settings.rank:
-            raise Unsupported(
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        float_setting(settings, "orthogonality")
+        if float_setting(settings, "warmup") + float_setting(settings, "final") >= 1:
+            raise UnsupportedError("warmup and final: must be shares of the horizon with a sum below 1")
+        if float_setting(settings, "initial", minimum=1) * settings.rank <= settings.rank:
+            raise UnsupportedError(
                 "initial 1: must be above 1, or there is no budget to cut; the published is 1.5"
             )
         return settings
 
-    def scaling(self, settings: Settings) -> float:
-        return super().scaling(settings) * settings.rank / (_initial(settings) + 1e-5)
+    def scaling(self, settings: VariantSettings) -> float:
+        return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        (out, inside), rank = layer.weight.shape, _initial(settings)
-        made = {
-            "A": _normal((rank, inside), layer, stream(generator, "A")),
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        (out_features, in_features), rank = layer.weight.shape, _initial_rank(settings)
+        trainable = {
+            "A": _normal_init((rank, in_features), layer, parameter_generator(generator, "A")),
             "E": torch.zeros(rank, 1, dtype=layer.dtype, device=layer.weight.device),
-            "B": _normal((out, rank), layer, stream(generator, "B")),
+            "B": _normal_init((out_features, rank), layer, parameter_generator(generator, "B")),
         }
-        return Start(made, _frozen(made, settings))
+        return InitialTensors(trainable, _init_buffers(trainable, settings))
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         return params["A"] * params["E"], params["B"]
 
-    def auxiliary_loss(self, x: Tensor, real: Tensor, params: Params, layer: Layer) -> Tensor:
+    def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:
         a, b = params["A"], params["B"].transpose(1, 2)
         norms = [_distance_from_orthogonal(rows) for rows in (a, b)]
         return params["orthogonality"].flatten() * (norms[0] + norms[1]) / 2
 
     def before_step(self, lane: LaneView) -> None:
-        if lane.step >= _settled(lane.settings, lane.steps):
+        if lane.step >= _pruning_end_step(lane.settings, lane.total_steps):
             for view in lane.layers.values():
                 mask = view.frozen["mask"]
                 for name, parameter in view.trainable.items():
@@ -98,41 +100,43 @@ class AdaLoRA(LoRA):
                         parameter.grad.mul_(mask.t() if name == "B" else mask)
 
     def after_step(self, lane: LaneView) -> None:
-        settled = _settled(lane.settings, lane.steps)
+        pruning_end = _pruning_end_step(lane.settings, lane.total_steps)
         views = list(lane.layers.values())
-        if lane.step < settled:
+        if lane.step < pruning_end:
             for view in views:
-                _observe(view)
-        if lane.step <= settled:
-            left = _budget(len(views), lane.settings, lane.step, lane.steps)
-            scores = torch.cat([_scores(view) for view in views])
-            kept = torch.ones_like(scores)
-            kept[scores.argsort(stable=True)[: len(scores) - left]] = 0
-            for view, mask in zip(views, kept.view(len(views), -1, 1), strict=True):
+                _update_importance(view)
+        if lane.step <= pruning_end:
+            left = _triplet_budget(len(views), lane.settings, lane.step, lane.total_steps)
+            scores = torch.cat([_triplet_scores(view) for view in views])
+            keep_mask = torch.ones_like(scores)
+            keep_mask[scores.argsort(stable=True)[: len(scores) - left]] = 0
+            for view, mask in zip(views, keep_mask.view(len(views), -1, 1), strict=True):
                 view.trainable["E"].mul_(mask)
-                if lane.step == settled:
+                if lane.step == pruning_end:
                     view.frozen["mask"].copy_(mask)
         else:
             for view in views:
                 view.trainable["E"].mul_(view.frozen["mask"])
 
-    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
+    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features + 1)
 
-    def rank_in_use(self, params: Params, settings: Settings) -> int:
+    def rank_in_use(self, params: Params, settings: VariantSettings) -> int:
         return int(params["mask"].sum())
 
-    def rank_budget(self, layers: int, settings: Settings, step: int, steps: int) -> int:
-        return layers * (settings.rank if step >= _settled(settings, steps) else _initial(settings))
+    def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
+        return layer_count * (
+            settings.rank if step >= _pruning_end_step(settings, total_steps) else _initial_rank(settings)
+        )
 
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
         return {"lora_A": params["A"], "lora_E": params["E"] * params["mask"], "lora_B": params["B"]}
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {
             "peft_type": "ADALORA",
             "target_r": settings.rank,
-            "init_r": _initial(settings),
+            "init_r": _initial_rank(settings),
             "lora_alpha": settings.alpha,
             "lora_dropout": settings.dropout,
             "orth_reg_weight": settings.extra["orthogonality"],
@@ -140,52 +144,54 @@ class AdaLoRA(LoRA):
             "bias": "none",
         }
 
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
         if config.get("peft_type") != "ADALORA":
             return None
         rank, dropout = config["target_r"], float(config.get("lora_dropout", 0.0))
         extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
-        return Settings(rank, float(config["lora_alpha"]), dropout, extra)
+        return VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
+    def init_from_peft(
+        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
+    ) -> InitialTensors:
         """The averages, which PEFT does not keep, begin anew."""
-        made = {name: tensors[f"lora_{name}"] for name in "AEB"}
-        return Start(made, _frozen(made, self.checked_settings(settings)))
+        trainable = {name: tensors[f"lora_{name}"] for name in "AEB"}
+        return InitialTensors(trainable, _init_buffers(trainable, self.validate_settings(settings)))
 
 
-def _frozen(made: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    weight = torch.full_like(made["E"][:1], real_number(settings, "orthogonality"))
-    averages = {name: torch.zeros_like(made[name[-1]]) for name in sorted(AVERAGES)}
-    return {**averages, "mask": torch.ones_like(made["E"]), "orthogonality": weight}
+def _init_buffers(trainable: Mapping[str, Tensor], settings: VariantSettings) -> dict[str, Tensor]:
+    weight = torch.full_like(trainable["E"][:1], float_setting(settings, "orthogonality"))
+    averages = {name: torch.zeros_like(trainable[name[-1]]) for name in sorted(AVERAGE_BUFFERS)}
+    return {**averages, "mask": torch.ones_like(trainable["E"]), "orthogonality": weight}
 
 
-def _initial(settings: Settings) -> int:
-    return math.ceil(round(real_number(settings, "initial") * settings.rank, 6))
+def _initial_rank(settings: VariantSettings) -> int:
+    return math.ceil(round(float_setting(settings, "initial") * settings.rank, 6))
 
 
-def _normal(shape: tuple[int, int], layer: Layer, generator: torch.Generator) -> Tensor:
-    draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(DEVIATION)
+def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: torch.Generator) -> Tensor:
+    draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(INIT_STD)
     return draw.to(layer.weight.device, layer.dtype)
 
 
-def _settled(settings: Settings, steps: int) -> int:
+def _pruning_end_step(settings: VariantSettings, total_steps: int) -> int:
     """T - t_f: after so many steps the ranks stay as they are. One step of importance at least."""
-    final = round(real_number(settings, "final") * steps)
-    return max(2, _first(settings, steps) + 1, steps - final)
+    final = round(float_setting(settings, "final") * total_steps)
+    return max(2, _pruning_start_step(settings, total_steps) + 1, total_steps - final)
 
 
-def _first(settings: Settings, steps: int) -> int:
+def _pruning_start_step(settings: VariantSettings, total_steps: int) -> int:
     """t_i"""
-    return round(real_number(settings, "warmup") * steps)
+    return round(float_setting(settings, "warmup") * total_steps)
 
 
-def _budget(layers: int, settings: Settings, step: int, steps: int) -> int:
+def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
     """b(t): triplets of all layers that are left after `step` steps."""
-    first, settled = _first(settings, steps), _settled(settings, steps)
-    begin, end = layers * _initial(settings), layers * settings.rank
+    first, pruning_end = _pruning_start_step(settings, total_steps), _pruning_end_step(settings, total_steps)
+    begin, end = layer_count * _initial_rank(settings), layer_count * settings.rank
     if step <= first:
         return begin
-    return end + int((begin - end) * (1 - (step - first) / (settled - first)) ** 3)
+    return end + int((begin - end) * (1 - (step - first) / (pruning_end - first)) ** 3)
 
 
 def _distance_from_orthogonal(rows: Tensor) -> Tensor:
@@ -194,17 +200,17 @@ def _distance_from_orthogonal(rows: Tensor) -> Tensor:
     return (torch.bmm(rows, rows.transpose(1, 2)) - unit).flatten(1).norm(dim=1)
 
 
-def _observe(view: LayerView) -> None:
+def _update_importance(view: LayerView) -> None:
     """Takes a step's |p dp| into the averages."""
     for name, parameter in view.trainable.items():
         assert parameter.grad is not None
         now = (parameter * parameter.grad).abs()
         importance, uncertainty = view.frozen[f"importance {name}"], view.frozen[f"uncertainty {name}"]
-        importance.mul_(SMOOTHING).add_(now, alpha=1 - SMOOTHING)
-        uncertainty.mul_(SMOOTHING).add_((now - importance).abs(), alpha=1 - SMOOTHING)
+        importance.mul_(EMA_DECAY).add_(now, alpha=1 - EMA_DECAY)
+        uncertainty.mul_(EMA_DECAY).add_((now - importance).abs(), alpha=1 - EMA_DECAY)
 
 
-def _scores(view: LayerView) -> Tensor:
+def _triplet_scores(view: LayerView) -> Tensor:
     """(rank,)"""
     a, e, b = (view.frozen[f"importance {name}"] * view.frozen[f"uncertainty {name}"] for name in "AEB")
     return e[:, 0] + a.mean(1) + b.mean(0)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Kind,
-    Layer,
+    Batching,
+    FrozenLayer,
+    InitialTensors,
     Params,
-    Settings,
-    Start,
     Variant,
-    baddbmm,
-    vanilla_start,
-    widened,
+    VariantSettings,
+    VerifiedBy,
+    batch_invariant_baddbmm,
+    lora_init,
+    pad_rank_one,
 )
 
 
@@ -33,39 +33,45 @@ class HiRA(Variant):
     title: ClassVar[str] = "HiRA"
     axis: ClassVar[str] = "rank"
     paper: ClassVar[str] = "openreview:TwJrTz9cRS"
-    checked: ClassVar[Checked] = Checked.ORACLE
-    kind: ClassVar[Kind] = Kind.DENSE
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching: ClassVar[Batching] = Batching.DENSE
     uses_alpha: ClassVar[bool] = False
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         return 1.0
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        return vanilla_start(layer, settings, generator)
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        return lora_init(layer, settings, generator)
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
-        a, b = widened(params["A"], params["B"])
+    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        a, b = pad_rank_one(params["A"], params["B"])
         return {"dW": layer.weight * torch.bmm(b, a)}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
-        return baddbmm(base, x, params["dW"].to(x.dtype).transpose(1, 2))
+    def forward(
+        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
+    ) -> Tensor:
+        return batch_invariant_baddbmm(base_output, x, params["dW"].to(x.dtype).transpose(1, 2))
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         return layer.weight * (params["B"] @ params["A"])
 
-    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
+    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features)
 
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
         return {"hira_A": params["A"], "hira_B": params["B"]}
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {"peft_type": "HIRA", "r": settings.rank, "hira_dropout": settings.dropout}
 
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
         if config.get("peft_type") != "HIRA":
             return None
-        return Settings(config["r"], None, float(config.get("hira_dropout", 0.0)))
+        return VariantSettings(config["r"], None, float(config.get("hira_dropout", 0.0)))
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
-        return Start({"A": tensors["hira_A"], "B": tensors["hira_B"]})
+    def init_from_peft(
+        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
+    ) -> InitialTensors:
+        return InitialTensors({"A": tensors["hira_A"], "B": tensors["hira_B"]})

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Extra,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
     LaneView,
-    Layer,
     Params,
-    Settings,
-    Start,
-    real_number,
-    vanilla_start,
-    whole_number,
+    VariantSettings,
+    VerifiedBy,
+    float_setting,
+    int_setting,
+    lora_init,
 )
 from variants.baseline.lora import LoRA
 
@@ -48,45 +48,50 @@ class ReLoRA(LoRA):
     title: ClassVar[str] = "ReLoRA"
     axis: ClassVar[str] = "rank"
     paper: ClassVar[str] = "2307.05695"
-    checked: ClassVar[Checked] = Checked.PAPER
-    moving: ClassVar[frozenset[str]] = frozenset({"merged A", "merged B"})
-    frozen_part: ClassVar[frozenset[str]] = moving
-    extra: ClassVar[Extra] = {"merges": 3, "warmup": 10 / 1562, "pruned": 0.99}
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
+    mutable_buffers: ClassVar[frozenset[str]] = frozenset({"merged A", "merged B"})
+    frozen_update_buffers: ClassVar[frozenset[str]] = mutable_buffers
+    extra_defaults: ClassVar[ExtraSettings] = {"merges": 3, "warmup": 10 / 1562, "pruned": 0.99}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        whole_number(settings, "merges")
-        real_number(settings, "warmup", below=1)
-        real_number(settings, "pruned", below=1)
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        int_setting(settings, "merges")
+        float_setting(settings, "warmup", below=1)
+        float_setting(settings, "pruned", below=1)
         return settings
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
-        begin = super().start(layer, settings, generator)
-        room = settings.rank * whole_number(settings, "merges")
-        a, b = begin.trainable["A"], begin.trainable["B"]
-        begin.frozen["merged A"] = a.new_zeros(room, a.shape[1])
-        begin.frozen["merged B"] = b.new_zeros(b.shape[0], room)
-        return begin
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        initial = super().init(layer, settings, generator)
+        merged_rank = settings.rank * int_setting(settings, "merges")
+        a, b = initial.trainable["A"], initial.trainable["B"]
+        initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
+        initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
+        return initial
 
-    def schedule_scale(self, step: int, steps: int, settings: Settings) -> float:
-        warm = max(1, math.ceil(round(real_number(settings, "warmup") * steps, 9)))
-        since = min((step - at for at in _merges(steps, settings) if at <= step), default=warm)
+    def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
+        warm = max(1, math.ceil(round(float_setting(settings, "warmup") * total_steps, 9)))
+        since = min(
+            (step - merge_step for merge_step in _merge_steps(total_steps, settings) if merge_step <= step),
+            default=warm,
+        )
         return min(1.0, (since + 1) / (warm + 1))
 
     def after_step(self, lane: LaneView) -> None:
-        points = _merges(lane.steps, lane.settings)
+        points = _merge_steps(lane.total_steps, lane.settings)
         if lane.step not in points:
             return
         rank, done = lane.settings.rank, points.index(lane.step)
-        own = slice(done * rank, (done + 1) * rank)
+        rank_slice = slice(done * rank, (done + 1) * rank)
         for name, view in lane.layers.items():
             a, b = view.trainable["A"], view.trainable["B"]
-            view.frozen["merged A"][own] = a
-            view.frozen["merged B"][:, own] = b
-            a.copy_(vanilla_start(view.layer, lane.settings, lane.generator(name)).trainable["A"])
+            view.frozen["merged A"][rank_slice] = a
+            view.frozen["merged B"][:, rank_slice] = b
+            a.copy_(lora_init(view.layer, lane.settings, lane.generator(name)).trainable["A"])
             b.zero_()
             for parameter in (a, b):
-                _prune(lane.moments(parameter), real_number(lane.settings, "pruned"))
+                _prune_moments(lane.moments(parameter), float_setting(lane.settings, "pruned"))
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params)
@@ -98,17 +103,17 @@ class ReLoRA(LoRA):
     def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
         return params["merged A"], params["merged B"]
 
-    def export_rank(self, settings: Settings) -> int:
-        return settings.rank * (whole_number(settings, "merges") + 1)
+    def export_rank(self, settings: VariantSettings) -> int:
+        return settings.rank * (int_setting(settings, "merges") + 1)
 
 
-def _merges(steps: int, settings: Settings) -> list[int]:
+def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
     """After how many steps a merge is due."""
-    parts = min(whole_number(settings, "merges") + 1, steps // 2)
-    return [steps * part // parts for part in range(1, parts)]
+    parts = min(int_setting(settings, "merges") + 1, total_steps // 2)
+    return [total_steps * part // parts for part in range(1, parts)]
 
 
-def _prune(moments: Mapping[str, Tensor], share: float) -> None:
+def _prune_moments(moments: Mapping[str, Tensor], share: float) -> None:
     """Zeroes the smallest in place. (torch.quantile refuses more than 16 million numbers.)"""
     first = moments["exp_avg"].flatten()
     smallest = first.abs().argsort(stable=True)[: int(share * len(first))]

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from variants.base import (
-    Checked,
-    Extra,
-    Kind,
-    Layer,
+    Batching,
+    ExtraSettings,
+    FrozenLayer,
+    InitialTensors,
     Params,
-    Settings,
-    Start,
     Variant,
-    baddbmm,
-    bmm,
-    stream,
-    uniform,
-    whole_number,
-    widened,
+    VariantSettings,
+    VerifiedBy,
+    batch_invariant_baddbmm,
+    batch_invariant_bmm,
+    int_setting,
+    pad_rank_one,
+    parameter_generator,
+    uniform_init,
 )
 
 
@@ -44,82 +44,92 @@ class VeRA(Variant):
     title: ClassVar[str] = "VeRA"
     axis: ClassVar[str] = "rank"
     paper: ClassVar[str] = "2310.11454"
-    checked: ClassVar[Checked] = Checked.ORACLE
-    kind: ClassVar[Kind] = Kind.STACKED
-    rank_limited: ClassVar[bool] = False
+    verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
+    batching: ClassVar[Batching] = Batching.BATCHED
+    is_rank_limited_by_layer: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = False
-    extra: ClassVar[Extra] = {"rank_factor": 32}
+    extra_defaults: ClassVar[ExtraSettings] = {"rank_factor": 32}
 
-    def checked_settings(self, settings: Settings) -> Settings:
-        settings = super().checked_settings(settings)
-        whole_number(settings, "rank_factor")
+    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
+        settings = super().validate_settings(settings)
+        int_setting(settings, "rank_factor")
         return settings
 
-    def scaling(self, settings: Settings) -> float:
+    def scaling(self, settings: VariantSettings) -> float:
         return 1.0
 
-    def start(self, layer: Layer, settings: Settings, generator: torch.Generator) -> Start:
+    def init(
+        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
         b = torch.zeros(layer.weight.shape[0], dtype=layer.dtype, device=layer.weight.device)
-        return Start({"d": b.new_full((_rank(settings),), 0.1), "b": b})
+        return InitialTensors({"d": b.new_full((_vera_rank(settings),), 0.1), "b": b})
 
-    def group(self, layer: str) -> str | None:
+    def layer_group(self, layer_name: str) -> str | None:
         return "vera"
 
-    def start_group(
-        self, layers: Mapping[str, Layer], settings: Settings, generator: torch.Generator
-    ) -> Start:
-        rank, like = _rank(settings), next(iter(layers.values()))
+    def init_layer_group(
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: torch.Generator
+    ) -> InitialTensors:
+        rank, like = _vera_rank(settings), next(iter(layers.values()))
         out_features, in_features = (
             max(layer.weight.shape[side] for layer in layers.values()) for side in (0, 1)
         )
-        a = uniform((rank, in_features), math.sqrt(6 / in_features), like, stream(generator, "A"))
-        b = uniform((out_features, rank), math.sqrt(6 / rank), like, stream(generator, "B"))
-        return Start({}, {"A": a, "B": b})
+        a = uniform_init(
+            (rank, in_features), math.sqrt(6 / in_features), like, parameter_generator(generator, "A")
+        )
+        b = uniform_init((out_features, rank), math.sqrt(6 / rank), like, parameter_generator(generator, "B"))
+        return InitialTensors({}, {"A": a, "B": b})
 
-    def prepare(self, params: Params, layer: Layer, scaling: Tensor) -> Params:
+    def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         out_features, in_features = layer.weight.shape
         gains = params["b"].unsqueeze(2) * params["d"].unsqueeze(1)
-        a, b = widened(params["A"][..., :in_features], gains * params["B"][:, :out_features])
+        a, b = pad_rank_one(params["A"][..., :in_features], gains * params["B"][:, :out_features])
         return {"A": a, "B": b}
 
-    def forward(self, x: Tensor, base: Tensor, params: Params, layer: Layer, scaling: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
+    ) -> Tensor:
         a, b = params["A"].to(x.dtype), params["B"].to(x.dtype)
-        return baddbmm(base, bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        return batch_invariant_baddbmm(
+            base_output, batch_invariant_bmm(x, a.transpose(1, 2)), b.transpose(1, 2)
+        )
 
-    def delta(self, params: Params, layer: Layer, scaling: float) -> Tensor:
+    def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         one = {name: tensor.unsqueeze(0) for name, tensor in params.items()}
-        made = self.prepare(one, layer, torch.ones(()))
-        return (made["B"] @ made["A"])[0]
+        prepared = self.prepare(one, layer, torch.ones(()))
+        return (prepared["B"] @ prepared["A"])[0]
 
-    def parameter_count(self, out_features: int, in_features: int, settings: Settings) -> int:
-        return _rank(settings) + out_features
+    def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
+        return _vera_rank(settings) + out_features
 
-    def to_peft(self, params: Params, settings: Settings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
         return {"vera_lambda_b": params["b"], "vera_lambda_d": params["d"]}
 
-    def group_to_peft(self, params: Params) -> dict[str, Tensor]:
+    def layer_group_to_peft(self, params: Params) -> dict[str, Tensor]:
         return {"vera_A": params["A"], "vera_B": params["B"]}
 
-    def peft_config(self, settings: Settings) -> dict[str, Any]:
+    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {
             "peft_type": "VERA",
-            "r": _rank(settings),
+            "r": _vera_rank(settings),
             "vera_dropout": settings.dropout,
             "save_projection": True,
             "bias": "none",
         }
 
-    def from_peft(self, config: Mapping[str, Any]) -> Settings | None:
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
         if config.get("peft_type") != "VERA":
             return None
-        return Settings(config["r"], None, float(config.get("vera_dropout", 0.0)), {"rank_factor": 1})
+        return VariantSettings(config["r"], None, float(config.get("vera_dropout", 0.0)), {"rank_factor": 1})
 
-    def start_from_peft(self, tensors: Mapping[str, Tensor], layer: Layer, settings: Settings) -> Start:
-        return Start({"d": tensors["vera_lambda_d"], "b": tensors["vera_lambda_b"]})
+    def init_from_peft(
+        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
+    ) -> InitialTensors:
+        return InitialTensors({"d": tensors["vera_lambda_d"], "b": tensors["vera_lambda_b"]})
 
-    def group_from_peft(self, tensors: Mapping[str, Tensor]) -> Start:
-        return Start({}, {"A": tensors["vera_A"], "B": tensors["vera_B"]})
+    def init_layer_group_from_peft(self, tensors: Mapping[str, Tensor]) -> InitialTensors:
+        return InitialTensors({}, {"A": tensors["vera_A"], "B": tensors["vera_B"]})
 
 
-def _rank(settings: Settings) -> int:
+def _vera_rank(settings: VariantSettings) -> int:
     return settings.rank * int(settings.extra["rank_factor"])

@@ -18,14 +18,14 @@ from matplotlib.lines import Line2D
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.results import REFERENCE, Curve, Panel, Point, Spread, Summary
+from orchestrator.analyze.results import REFERENCE_VARIANT, Curve, CurvePoint, Panel, Spread, Summary
 
 # Okabe and Ito's colours, told apart with any colour vision; yellow is too pale on white and is replaced by
 # olive.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
 _MARKERS = "osD^vPX*"
 GREY = "#6b6b6b"
-STYLE: Any = {
+RC_PARAMS: Any = {
     "font.size": 11.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,26 +40,26 @@ STYLE: Any = {
     "ytick.color": "#444444",
     "xtick.minor.size": 0.0,
 }
-TOGETHER = 8
+MAX_OVERLAID_CURVES = 8
 """More variants than this get an axes each."""
 
 
 @dataclass(frozen=True)
-class Look:
+class CurveStyle:
     colour: str
     marker: str
 
 
-def looks(summary: Summary) -> dict[str, Look]:
+def curve_styles(summary: Summary) -> dict[str, CurveStyle]:
     """LoRA black, the others in the order of their names, alike in every panel."""
-    return looks_of({c.label for p in summary.panels for c in p.curves})
+    return styles_by_label({c.label for p in summary.panels for c in p.curves})
 
 
-def looks_of(labels: Iterable[str]) -> dict[str, Look]:
+def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
     """The reference first, then by name."""
-    ordered = sorted(labels, key=lambda label: (label.partition(" ")[0] != REFERENCE, label))
+    ordered = sorted(labels, key=lambda label: (label.partition(" ")[0] != REFERENCE_VARIANT, label))
     return {
-        label: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
+        label: CurveStyle(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)])
         for i, label in enumerate(ordered)
     }
 
@@ -77,83 +77,87 @@ def score_range(panel: Panel) -> tuple[float, float] | None:
     return (0.0, 1.0) if all(0.0 <= v <= 1.0 for v in [*scores, panel.floor]) else None
 
 
-def curves(summary: Summary) -> bytes:
+def plot_curves(summary: Summary) -> bytes:
     """PNG, 1200 pixels wide (700 high with one panel): validation mean with its t-interval over the rates,
     single seeds as faint dots, the best rate ringed, diverged seeds as crosses at the floor and counted
     below."""
-    with rc_context(STYLE):
-        small = any(len(p.curves) > TOGETHER for p in summary.panels)
-        figure = _small_multiples(summary) if small else _together(summary)
-        return png(figure)
+    with rc_context(RC_PARAMS):
+        small = any(len(p.curves) > MAX_OVERLAID_CURVES for p in summary.panels)
+        figure = _plot_small_multiples(summary) if small else _plot_overlaid(summary)
+        return render_png(figure)
 
 
-def _together(summary: Summary) -> Figure:
+def _plot_overlaid(summary: Summary) -> Figure:
     columns = 1 if len(summary.panels) == 1 else 2
     rows = max(1, math.ceil(len(summary.panels) / columns))
-    figure = Figure(figsize=(12, 7 if rows == 1 else 5.6 * rows), layout=layout())
+    figure = Figure(figsize=(12, 7 if rows == 1 else 5.6 * rows), layout=figure_layout())
     if not summary.panels:
         return figure
-    look = looks(summary)
+    styles = curve_styles(summary)
     cells = figure.subfigures(rows, columns, squeeze=False)
     for panel, cell in zip(summary.panels, cells.flat, strict=False):
-        count = any(c.total("diverged") for c in panel.curves)
+        has_diverged = any(c.count_runs("diverged") for c in panel.curves)
         strip = 0.024 * (len(panel.curves) + 0.6) * (1 if rows == 1 else 1.25)
-        if count:
+        if has_diverged:
             top, below = cell.subplots(2, 1, sharex=True, height_ratios=(1 - strip, strip))
-            _count_diverged(below, panel, look)
+            _plot_diverged_counts(below, panel, styles)
         else:
             top = below = cell.subplots()
-        _axes(top, panel)
-        top.set_title(formatting.title(panel), pad=10)
-        below.set_xlabel("learning rate (log scale)" + ("; above: seeds that diverged" if count else ""))
-        offsets = _offsets(panel)
+        _set_up_axes(top, panel)
+        top.set_title(formatting.panel_title(panel), pad=10)
+        below.set_xlabel(
+            "learning rate (log scale)" + ("; above: seeds that diverged" if has_diverged else "")
+        )
+        offsets = _curve_offsets(panel)
         for curve in panel.curves:
-            _draw(top, panel, curve, look[curve.label], offsets[curve.label])
-        _legend(top, panel, look)
+            _plot_curve(top, panel, curve, styles[curve.label], offsets[curve.label])
+        _add_legend(top, panel, styles)
     return figure
 
 
-def _small_multiples(summary: Summary) -> Figure:
+def _plot_small_multiples(summary: Summary) -> Figure:
     """One axes a variant, all the others in grey behind it."""
     columns = 4
     heights = [math.ceil(len(p.curves) / columns) for p in summary.panels]
-    figure = Figure(figsize=(12, max(7.0, 2.5 * sum(heights) + 0.8)), layout=layout())
+    figure = Figure(figsize=(12, max(7.0, 2.5 * sum(heights) + 0.8)), layout=figure_layout())
     cells = figure.subfigures(len(summary.panels), 1, squeeze=False, height_ratios=heights)
     for panel, cell, rows in zip(summary.panels, cells.flat, heights, strict=True):
-        cell.suptitle(formatting.title(panel), x=0.01, ha="left", weight="bold")
+        cell.suptitle(formatting.panel_title(panel), x=0.01, ha="left", weight="bold")
         cell.supylabel(f"{panel.metric.replace('_', ' ')} (validation)", fontsize=10)
         cell.supxlabel("learning rate (log scale)", fontsize=10)
         grid = cell.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, curve in zip(grid.flat, panel.curves, strict=False):
-            _axes(axes, panel, small=True)
+            _set_up_axes(axes, panel, is_small=True)
             for other in panel.curves:
-                _line(axes, other, color="#d0d0d0", linewidth=0.8, zorder=1)
-            _draw(axes, panel, curve, Look(_COLOURS[curve.variant != REFERENCE], "o"), 0.0)
-            diverged = curve.total("diverged")
+                _plot_means(axes, other, color="#d0d0d0", linewidth=0.8, zorder=1)
+            _plot_curve(
+                axes, panel, curve, CurveStyle(_COLOURS[curve.variant != REFERENCE_VARIANT], "o"), 0.0
+            )
+            diverged = curve.count_runs("diverged")
             note = f", \N{MULTIPLICATION SIGN}{diverged}" if diverged else ""
-            axes.set_title(f"{curve.label}: {formatting.best_at(curve)}{note}", fontsize=9)
+            axes.set_title(f"{curve.label}: {formatting.best_rate_text(curve)}{note}", fontsize=9)
         for axes in list(grid.flat)[len(panel.curves) :]:
             axes.remove()
     return figure
 
 
-def _axes(axes: Axes, panel: Panel, small: bool = False) -> None:
+def _set_up_axes(axes: Axes, panel: Panel, is_small: bool = False) -> None:
     rates = sorted({p.learning_rate for c in panel.curves for p in c.points})
     axes.set_xscale("log")
-    most = 5 if small else 12
+    most = 5 if is_small else 12
     shown = rates[:: math.ceil(len(rates) / most)]
-    axes.set_xticks(shown, [formatting.rate(r) for r in shown], fontsize=8 if small else 10)
+    axes.set_xticks(shown, [formatting.rate(r) for r in shown], fontsize=8 if is_small else 10)
     axes.minorticks_off()
     bounds = score_range(panel)
     if bounds:
         axes.set_ylim(bounds[0] - 0.04, bounds[1] + 0.04)
-    if not small:
+    if not is_small:
         axes.set_ylabel(f"{panel.metric.replace('_', ' ')} (validation)")
     if panel.untrained_validation is not None:
         axes.axhline(panel.untrained_validation, color=GREY, linestyle=":", linewidth=1.4, zorder=1.5)
 
 
-def _offsets(panel: Panel) -> dict[str, float]:
+def _curve_offsets(panel: Panel) -> dict[str, float]:
     """Decades by which each variant is moved sideways, so that equal rates do not hide one another."""
     labels = sorted(c.label for c in panel.curves)
     logs = sorted({math.log10(p.learning_rate) for c in panel.curves for p in c.points})
@@ -162,7 +166,7 @@ def _offsets(panel: Panel) -> dict[str, float]:
     return {label: (i - (len(labels) - 1) / 2) * step for i, label in enumerate(labels)}
 
 
-def _line(axes: Axes, curve: Curve, shift: float = 1.0, **style: Any) -> None:
+def _plot_means(axes: Axes, curve: Curve, shift: float = 1.0, **style: Any) -> None:
     """The means joined; broken at censored rates, drawn across rates without any run."""
     points = [p for p in curve.points if p.validation.n or p.states.get("stopped")]
     scores = [p.validation.mean if p.chosen_from else None for p in points]
@@ -170,20 +174,20 @@ def _line(axes: Axes, curve: Curve, shift: float = 1.0, **style: Any) -> None:
     axes.plot([p.learning_rate * shift for p in points], y, **style)
 
 
-def _draw(axes: Axes, panel: Panel, curve: Curve, look: Look, offset: float) -> None:
+def _plot_curve(axes: Axes, panel: Panel, curve: Curve, style: CurveStyle, offset: float) -> None:
     shift = 10**offset
-    _line(axes, curve, shift, color=look.colour, linewidth=1.8, zorder=3)
+    _plot_means(axes, curve, shift, color=style.colour, linewidth=1.8, zorder=3)
     for point in curve.points:
         x = point.learning_rate * shift
-        _seeds(axes, panel, point, x, look)
+        _plot_seeds(axes, panel, point, x, style)
         if not point.chosen_from or point.validation.mean is None:
             continue
         if point.diverged_share != 1.0:  # then the crosses say it all
-            axes.plot(x, point.validation.mean, look.marker, color=look.colour, markersize=6, zorder=4)
+            axes.plot(x, point.validation.mean, style.marker, color=style.colour, markersize=6, zorder=4)
         if point.validation.interval is not None:
-            low, high = _clipped(point.validation.interval, panel)
-            axes.vlines(x, low, high, color=look.colour, linewidth=1.3, alpha=0.55, zorder=2)
-    best = curve.point(curve.best_rate)
+            low, high = _clip_to_score_range(point.validation.interval, panel)
+            axes.vlines(x, low, high, color=style.colour, linewidth=1.3, alpha=0.55, zorder=2)
+    best = curve.point_at_rate(curve.best_rate)
     if best is not None and best.validation.mean is not None and curve.bracketed != "both edges":
         axes.plot(
             best.learning_rate * shift,
@@ -191,15 +195,20 @@ def _draw(axes: Axes, panel: Panel, curve: Curve, look: Look, offset: float) -> 
             "o",
             markersize=15,
             markerfacecolor="none",
-            markeredgecolor=look.colour,
+            markeredgecolor=style.colour,
             markeredgewidth=1.6,
             zorder=5,
         )
 
 
-def _seeds(axes: Axes, panel: Panel, point: Point, x: float, look: Look) -> None:
+def _plot_seeds(axes: Axes, panel: Panel, point: CurvePoint, x: float, curve_style: CurveStyle) -> None:
     for run in point.runs:
-        style: dict[str, Any] = {"markersize": 4, "zorder": 2.5, "color": look.colour, "clip_on": False}
+        style: dict[str, Any] = {
+            "markersize": 4,
+            "zorder": 2.5,
+            "color": curve_style.colour,
+            "clip_on": False,
+        }
         if run.state == "finished" and run.validation is not None:
             axes.plot(x, run.validation, "o", alpha=0.4, markeredgewidth=0, **style)
         elif run.state == "diverged":
@@ -208,43 +217,45 @@ def _seeds(axes: Axes, panel: Panel, point: Point, x: float, look: Look) -> None
             axes.plot(x, run.last_seen, "o", markerfacecolor="white", **style | {"markersize": 5})
 
 
-def _clipped(interval: Interval, panel: Panel) -> tuple[float, float]:
+def _clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]:
     low, high = score_range(panel) or (-math.inf, math.inf)
     return max(low, interval.low), min(high, interval.high)
 
 
-def _count_diverged(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
+def _plot_diverged_counts(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
     """Under the curves, a row a variant: how many of the seeds diverged at each rate."""
     axes.set_ylim(len(panel.curves) - 0.4, -0.6)
     axes.set_yticks(
         range(len(panel.curves)), [c.label for c in panel.curves], fontsize=8 if len(panel.curves) > 5 else 9
     )
     for label, curve in zip(axes.get_yticklabels(), panel.curves, strict=True):
-        label.set_color(look[curve.label].colour)
+        label.set_color(styles[curve.label].colour)
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     for row, curve in enumerate(panel.curves):
         for point in curve.points:
-            count, of = point.states.get("diverged", 0), len(point.runs)
-            text = f"× {count}/{of}" if count else "·"  # noqa: RUF001
+            count, total = point.states.get("diverged", 0), len(point.runs)
+            text = f"× {count}/{total}" if count else "·"  # noqa: RUF001
             axes.text(
                 point.learning_rate,
                 row,
                 text,
-                color=look[curve.label].colour if count else "#bbbbbb",
+                color=styles[curve.label].colour if count else "#bbbbbb",
                 ha="center",
                 va="center",
                 fontsize=8.5,
             )
 
 
-def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
+def _add_legend(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
     handles = []
     for c in panel.curves:
-        text = f"{c.label}\n{formatting.best_at(c)}"
+        text = f"{c.label}\n{formatting.best_rate_text(c)}"
         handles.append(
-            Line2D([], [], color=look[c.label].colour, marker=look[c.label].marker, linewidth=1.8, label=text)
+            Line2D(
+                [], [], color=styles[c.label].colour, marker=styles[c.label].marker, linewidth=1.8, label=text
+            )
         )
     ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": ""}
     handles.append(Line2D([], [], color=GREY, label="best rate", **ring))
@@ -273,40 +284,46 @@ def _legend(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
     )
 
 
-def spread(summary: Summary) -> bytes:
+def plot_spread(summary: Summary) -> bytes:
     """PNG, 1200 pixels wide: for each variant the test score at one common rate (hollow) joined to that at
     its own best rate (filled, with its t-interval); above them, how far the variants lie apart each way."""
-    with rc_context(STYLE):
+    with rc_context(RC_PARAMS):
         rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
-        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=layout())
-        look = looks(summary)
+        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=figure_layout())
+        styles = curve_styles(summary)
         if summary.panels:
             grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
             for axes, panel in zip(grid.flat, summary.panels, strict=True):
-                _dumbbells(axes, panel, look)
-        return png(figure)
+                _plot_dumbbells(axes, panel, styles)
+        return render_png(figure)
 
 
-def _dumbbells(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
+def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
     shown = sorted(
         panel.curves, key=lambda c: (c.best_test.mean is not None, c.best_test.mean or 0.0, c.label)
     )
     for y, c in enumerate(shown):
-        colour = look[c.label].colour
+        colour = styles[c.label].colour
         own, common = c.best_test.mean, c.test_at_common_rate
         if own is None:
             axes.text(0.5, y, "no score yet", transform=axes.get_yaxis_transform(), va="center", color=GREY)
             continue
         if c.best_test.interval is not None:
-            low, high = _clipped(c.best_test.interval, panel)
+            low, high = _clip_to_score_range(c.best_test.interval, panel)
             axes.hlines(y, low, high, color=colour, alpha=0.22, linewidth=9, zorder=1.5)
         if common is not None:
             axes.hlines(y, min(own, common), max(own, common), color=colour, linewidth=2, zorder=2)
             axes.plot(common, y, "o", markersize=10, color=colour, markerfacecolor="white", markeredgewidth=2)
         axes.plot(own, y, "o", markersize=9, color=colour, zorder=4)
-        at = f"own {formatting.best_at(c)}"
+        rate_text = f"own {formatting.best_rate_text(c)}"
         axes.text(
-            1.012, y, at, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color="#444444"
+            1.012,
+            y,
+            rate_text,
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9.5,
+            color="#444444",
         )
     axes.set_yticks(range(len(shown)), [c.label for c in shown])
     top = len(shown)
@@ -318,34 +335,34 @@ def _dumbbells(axes: Axes, panel: Panel, look: Mapping[str, Look]) -> None:
     if bounds:
         axes.set_xlim(bounds[0] - 0.03, bounds[1] + 0.03)
     axes.set_xlabel(f"{panel.metric.replace('_', ' ')} (test)")
-    axes.set_title(formatting.title(panel), pad=8)
-    _bracket(
+    axes.set_title(formatting.panel_title(panel), pad=8)
+    _plot_spread_bracket(
         axes,
         top + 0.9,
         panel.spread_at_common,
         f"at {panel.common_name}, {formatting.rate(panel.common_rate)} (hollow)",
     )
-    _bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")
+    _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")
 
 
-def _bracket(axes: Axes, y: float, found: Spread | None, text: str) -> None:
-    if found is None:
+def _plot_spread_bracket(axes: Axes, y: float, spread: Spread | None, text: str) -> None:
+    if spread is None:
         return
     axes.plot(
-        [found.low, found.high], [y, y], "|-", color=GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
+        [spread.low, spread.high], [y, y], "|-", color=GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
     )
     left, right = axes.get_xlim()
-    place = ((found.low + found.high) / 2 - left) / (right - left)
-    x, side = (found.high, "right") if place > 0.6 else (found.low, "left")
-    note = f"{formatting.number(found.size, 2)} apart, {text}"
+    relative_position = ((spread.low + spread.high) / 2 - left) / (right - left)
+    x, side = (spread.high, "right") if relative_position > 0.6 else (spread.low, "left")
+    note = f"{formatting.number(spread.size, 2)} apart, {text}"
     axes.text(x, y + 0.15, note, ha=side, va="bottom", fontsize=9.5)
 
 
-def layout() -> ConstrainedLayoutEngine:
+def figure_layout() -> ConstrainedLayoutEngine:
     return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
 
 
-def png(figure: Figure) -> bytes:
+def render_png(figure: Figure) -> bytes:
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=100, facecolor="white")
         return buffer.getvalue()

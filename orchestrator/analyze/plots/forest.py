@@ -11,87 +11,87 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from orchestrator.analyze import formatting, verdict
-from orchestrator.analyze.comparison import Confirmed
+from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.intervals import Interval
 from orchestrator.analyze.plots import curves
-from orchestrator.analyze.significance import Pair
+from orchestrator.analyze.significance import PairedComparison
 
 # Blue above, orange below, green for no difference that matters: told apart with any colour vision, and by
 # words.
-COLOURS = {
+OUTCOME_COLOURS = {
     "better": "#0072B2",
     "worse": "#D55E00",
     "equivalent": "#009E73",
     "not inferior": "#56B4E9",
     "undecided": "#6b6b6b",
 }
-_BAND = "#009E73"
+_MARGIN_COLOUR = "#009E73"
 
 
-def forest(comparisons: Sequence[Confirmed]) -> bytes:
+def plot_forest(comparisons: Sequence[TunedComparison]) -> bytes:
     """PNG, 1200 pixels wide: a row a variant, its mean difference of the test score with the simultaneous
     95 % interval over the band of the margin; its outcome as a word."""
-    with rc_context(curves.STYLE):
+    with rc_context(curves.RC_PARAMS):
         rows = [max(2, len(c.comparison.pairs)) + 1.6 for c in comparisons]
-        figure = Figure(figsize=(12, 1.0 + 0.52 * sum(rows) + 0.8 * len(rows)), layout=curves.layout())
+        figure = Figure(figsize=(12, 1.0 + 0.52 * sum(rows) + 0.8 * len(rows)), layout=curves.figure_layout())
         grid = figure.subplots(max(1, len(rows)), 1, squeeze=False, height_ratios=rows or None)
         for axes, found in zip(grid.flat, comparisons, strict=False):
-            _rows(axes, found)
-        return curves.png(figure)
+            _draw_comparison(axes, found)
+        return curves.render_png(figure)
 
 
-def _rows(axes: Axes, found: Confirmed) -> None:
-    c = found.comparison
+def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
+    c = result.comparison
     pairs = list(reversed(c.pairs))  # the best at the top
-    axes.axvspan(-c.margin, c.margin, color=_BAND, alpha=0.13, linewidth=0, zorder=0)
+    axes.axvspan(-c.margin, c.margin, color=_MARGIN_COLOUR, alpha=0.13, linewidth=0, zorder=0)
     axes.axvline(0, color="#444444", linewidth=1.2, zorder=1)
-    left, right = limits(pairs, c.margin)
+    left, right = x_limits(pairs, c.margin)
     axes.set_xlim(left, right)
     for y, pair in enumerate(pairs):
-        _row(axes, y, pair, left, right)
+        _draw_pair(axes, y, pair, left, right)
     labels = []
     for pair in pairs:
-        rate = found.configurations[pair.label].optimizer.learning_rate
-        labels.append(f"{pair.label}\n{verdict.settings(found.chosen.get(pair.label), rate)}")
+        rate = result.configurations[pair.label].optimizer.learning_rate
+        labels.append(f"{pair.label}\n{verdict.chosen_point_text(result.chosen.get(pair.label), rate)}")
     axes.set_yticks(range(len(pairs)), labels)
     axes.set_ylim(-0.6, max(len(pairs), 2) - 0.4)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0, pad=9)
     axes.spines["left"].set_visible(False)
     who = "tuned LoRA's" if c.baseline.label == "lora" else f"tuned {c.baseline.label}'s"
-    metric = found.metric.replace("_", " ")
+    metric = result.metric.replace("_", " ")
     base = formatting.estimate(c.baseline.test)
     axes.set_xlabel(f"{metric} (test) minus {who} {base}; green band: margin {c.margin:g}")
-    seeds = verdict.many(len(found.seeds), "fresh seed")
-    axes.set_title(f"{found.task} on {found.model}: {seeds}", pad=8)
+    seeds = verdict.count_text(len(result.seeds), "fresh seed")
+    axes.set_title(f"{result.task} on {result.model}: {seeds}", pad=8)
 
 
-def _row(axes: Axes, y: int, pair: Pair, left: float, right: float) -> None:
-    colour = COLOURS[pair.outcome]
+def _draw_pair(axes: Axes, y: int, pair: PairedComparison, left: float, right: float) -> None:
+    colour = OUTCOME_COLOURS[pair.outcome]
     beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": colour}
-    why = verdict.undecided(pair)
+    why = verdict.undecided_text(pair)
     axes.text(1.012, y + 0.14 * bool(why), pair.outcome, va="center", fontsize=11, weight="bold", **beside)
     axes.text(1.012, y - 0.18, why, va="center", fontsize=9, **beside)
     if pair.difference is None:
         return
-    value = verdict.signed(pair.difference)
+    value = verdict.signed_number(pair.difference)
     note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": colour}
     if not left <= pair.difference <= right:  # far out: an arrow and its number
         end, arrow, side = (left, "<", 1) if pair.difference < left else (right, ">", -1)
         axes.plot(end, y, arrow, markersize=10, color=colour, zorder=4, clip_on=False)
-        place: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center"}
-        text = value if pair.interval is None else f"{value}  {_ends(pair.interval)}"
-        axes.annotate(text, (end, y), (12 * side, 0), **place, **note)
+        alignment: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center"}
+        text = value if pair.interval is None else f"{value}  {_interval_text(pair.interval)}"
+        axes.annotate(text, (end, y), (12 * side, 0), **alignment, **note)
         return
     if pair.interval is not None:
         low, high = max(left, pair.interval.low), min(right, pair.interval.high)
         axes.hlines(y, low, high, color=colour, linewidth=3.4, zorder=3)
-        for end, whole, arrow in (
+        for end, is_inside, arrow in (
             (low, pair.interval.low >= left, "<"),
             (high, pair.interval.high <= right, ">"),
         ):
-            marker, size = ("|", 11) if whole else (arrow, 8)
-            width = 2.4 if whole else 1.0
+            marker, size = ("|", 11) if is_inside else (arrow, 8)
+            width = 2.4 if is_inside else 1.0
             style: dict[str, Any] = {"markersize": size, "markeredgewidth": width, "clip_on": False}
             axes.plot(end, y, marker, color=colour, zorder=3, **style)
     style = {"markerfacecolor": colour if pair.interval is not None else "white", "markeredgewidth": 2}
@@ -99,11 +99,11 @@ def _row(axes: Axes, y: int, pair: Pair, left: float, right: float) -> None:
     axes.annotate(value, (pair.difference, y), (0, 9), ha="center", **note)
 
 
-def _ends(interval: Interval) -> str:
-    return f"[{verdict.signed(interval.low)}, {verdict.signed(interval.high)}]"
+def _interval_text(interval: Interval) -> str:
+    return f"[{verdict.signed_number(interval.low)}, {verdict.signed_number(interval.high)}]"
 
 
-def limits(pairs: Sequence[Pair], margin: float) -> tuple[float, float]:
+def x_limits(pairs: Sequence[PairedComparison], margin: float) -> tuple[float, float]:
     """Wide enough for two thirds of the means and for what is near; the far ones would press all others
     together."""
     means = sorted(abs(p.difference) for p in pairs if p.difference is not None)

@@ -14,70 +14,72 @@ from matplotlib.ticker import MaxNLocator
 
 from orchestrator.analyze import formatting
 from orchestrator.analyze.plots import curves
-from orchestrator.analyze.search_results import Search
-from orchestrator.analyze.tuning import Tried, Tuned
+from orchestrator.analyze.search_results import SearchResult
+from orchestrator.analyze.tuning import TuningPoint, TuningResult
 
 
-def points(searches: tuple[Search, ...]) -> bytes:
+def plot_search(searches: tuple[SearchResult, ...]) -> bytes:
     """PNG, 1200 pixels wide, a row a task and model. Left: validation score over learning rate, a dot a
     point, hollow where stopped early (its last score), a cross where diverged, the best ringed. Right: the
     best so far over the points in the order in which they were begun."""
-    with rc_context(curves.STYLE):
-        figure = Figure(figsize=(12, 5.6 * max(1, len(searches))), layout=curves.layout())
+    with rc_context(curves.RC_PARAMS):
+        figure = Figure(figsize=(12, 5.6 * max(1, len(searches))), layout=curves.figure_layout())
         grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
         for (left, right), search in zip(grid, searches, strict=False):
             names = [v.variant for v in search.variants]
-            look = curves.looks_of(names)
-            _scatter(left, search, look)
-            _running_best(right, search, look)
-            _legend(right, search, look)
-        return curves.png(figure)
+            styles = curves.styles_by_label(names)
+            _plot_points(left, search, styles)
+            _plot_running_best(right, search, styles)
+            _add_legend(right, search, styles)
+        return curves.render_png(figure)
 
 
-def _scatter(axes: Axes, search: Search, look: Mapping[str, curves.Look]) -> None:
+def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
     axes.set_xscale("log")
     if search.untrained_validation is not None:
         axes.axhline(search.untrained_validation, color=curves.GREY, linestyle=":", linewidth=1.4, zorder=1.5)
     for variant in search.variants:
         for point in variant.points:
-            _point(axes, point, look[variant.variant], search.floor)
+            _plot_point(axes, point, styles[variant.variant], search.floor)
         best = variant.best
         if best is not None and best.validation.mean is not None:
             ring: dict[str, Any] = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.8}
-            colour = look[variant.variant].colour
+            colour = styles[variant.variant].colour
             axes.plot(best.learning_rate, best.validation.mean, "o", markeredgecolor=colour, zorder=5, **ring)
     axes.set_title(f"{search.task} on {search.model}", pad=10)
     axes.set_xlabel("learning rate (log scale)")
     axes.set_ylabel(f"{search.metric.replace('_', ' ')} (validation)")
 
 
-def _point(axes: Axes, point: Tried, look: curves.Look, floor: float) -> None:
+def _plot_point(axes: Axes, point: TuningPoint, curve_style: curves.CurveStyle, floor: float) -> None:
     x = point.learning_rate
     if point.states.get("diverged") and not point.states.get("finished"):
-        axes.plot(x, floor, "x", color=look.colour, markersize=8, zorder=4, clip_on=False)
+        axes.plot(x, floor, "x", color=curve_style.colour, markersize=8, zorder=4, clip_on=False)
     elif point.states.get("stopped") and point.last_seen is not None:
         style: dict[str, Any] = {"markerfacecolor": "white", "markersize": 6, "zorder": 2.5}
-        axes.plot(x, point.last_seen, look.marker, color=look.colour, **style)
+        axes.plot(x, point.last_seen, curve_style.marker, color=curve_style.colour, **style)
     elif point.validation.mean is not None:
         style = {"alpha": 0.8, "markersize": 7, "markeredgewidth": 0, "zorder": 3}
-        axes.plot(x, point.validation.mean, look.marker, color=look.colour, **style)
+        axes.plot(x, point.validation.mean, curve_style.marker, color=curve_style.colour, **style)
 
 
-def _running_best(axes: Axes, search: Search, look: Mapping[str, curves.Look]) -> None:
+def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
     most = max((len(v.points) for v in search.variants), default=1)
     for variant in search.variants:
         best = running_best(variant)
-        colour = look[variant.variant].colour
+        colour = styles[variant.variant].colour
         axes.plot(range(1, len(best) + 1), best, drawstyle="steps-post", color=colour, linewidth=2, zorder=3)
         if best and math.isfinite(best[-1]):
-            axes.plot(len(best), best[-1], look[variant.variant].marker, color=colour, markersize=7, zorder=4)
+            axes.plot(
+                len(best), best[-1], styles[variant.variant].marker, color=colour, markersize=7, zorder=4
+            )
     axes.set_xlim(0.5, most + 0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("points of each variant, as they were begun")
     axes.set_title("best so far", pad=10)
 
 
-def running_best(variant: Tuned) -> list[float]:
+def running_best(variant: TuningResult) -> list[float]:
     """The highest score among the first 1, 2, ... points that may be chosen; NaN before there is one."""
     found: list[float] = []
     best = math.nan
@@ -89,13 +91,13 @@ def running_best(variant: Tuned) -> list[float]:
     return found
 
 
-def _legend(axes: Axes, search: Search, look: Mapping[str, curves.Look]) -> None:
+def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
     handles = []
     for v in search.variants:
         best = "no score yet"
         if v.best is not None:
             best = f"best at {formatting.rate(v.best.learning_rate)}{' (edge)' if v.edges else ''}"
-        style = look[v.variant]
+        style = styles[v.variant]
         handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=f"{v.variant}\n{best}"))
     grey: dict[str, Any] = {"color": curves.GREY, "linestyle": ""}
     ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
@@ -107,5 +109,9 @@ def _legend(axes: Axes, search: Search, look: Mapping[str, curves.Look]) -> None
         handles.append(Line2D([], [], marker="x", label="diverged (floor)", **grey))
     if search.untrained_validation is not None:
         handles.append(Line2D([], [], color=curves.GREY, linestyle=":", label="untrained base"))
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.02), "borderaxespad": 0}
-    axes.legend(handles=handles, frameon=False, fontsize=9.5, labelspacing=0.65, **place)
+    legend_position: dict[str, Any] = {
+        "loc": "upper left",
+        "bbox_to_anchor": (1.02, 1.02),
+        "borderaxespad": 0,
+    }
+    axes.legend(handles=handles, frameon=False, fontsize=9.5, labelspacing=0.65, **legend_position)

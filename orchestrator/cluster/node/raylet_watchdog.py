@@ -22,16 +22,16 @@ import psutil
 from orchestrator.cluster.node import raylets
 from orchestrator.cluster.node.raylets import Raylet
 
-LOOK_SECONDS = 2.0
-REFUSALS = 5  # looks in a row at which nothing listened
-END_SECONDS = 10.0  # between asking and killing
+POLL_SECONDS = 2.0
+MAX_REFUSALS = 5  # looks in a row at which nothing listened
+TERMINATE_TIMEOUT_SECONDS = 10.0  # between asking and killing
 
 
-def refused(address: str) -> bool:
+def is_connection_refused(address: str) -> bool:
     """Whether the machine at HOST:PORT says that nothing listens there."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=LOOK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=POLL_SECONDS).close()
     except ConnectionRefusedError:
         return True
     except OSError:
@@ -39,39 +39,39 @@ def refused(address: str) -> bool:
     return False
 
 
-def watch(raylet: Raylet, look: float = LOOK_SECONDS) -> None:
+def watch(raylet: Raylet, poll_seconds: float = POLL_SECONDS) -> None:
     """Until the raylet has ended or its head has, and nothing of its node is left."""
-    node: dict[int, psutil.Process] = {}
+    processes: dict[int, psutil.Process] = {}
     refusals = 0
-    while raylet in raylets.here() and refusals < REFUSALS:
-        for process in _of(raylet):
-            node[process.pid] = process  # psutil tells it from a later one with the same number
-        refusals = refusals + 1 if refused(raylet.address) else 0
-        time.sleep(look)
-    for process in node.values():
+    while raylet in raylets.find_local_raylets() and refusals < MAX_REFUSALS:
+        for process in _node_processes(raylet):
+            processes[process.pid] = process  # psutil tells it from a later one with the same number
+        refusals = refusals + 1 if is_connection_refused(raylet.gcs_address) else 0
+        time.sleep(poll_seconds)
+    for process in processes.values():
         with suppress(psutil.Error):
             process.terminate()
-    for process in psutil.wait_procs(node.values(), timeout=END_SECONDS)[1]:
+    for process in psutil.wait_procs(processes.values(), timeout=TERMINATE_TIMEOUT_SECONDS)[1]:
         with suppress(psutil.Error):
             process.kill()
 
 
-def _of(raylet: Raylet) -> list[psutil.Process]:
+def _node_processes(raylet: Raylet) -> list[psutil.Process]:
     """The raylet, what it has started, and what was started beside it."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if f"--gcs-address={raylet.address}" in process.cmdline():
+            if f"--gcs-address={raylet.gcs_address}" in process.cmdline():
                 found += [process, *process.children(recursive=True)]
     return found
 
 
 def main(arguments: list[str]) -> int:
-    here = raylets.here()
+    local_raylets = raylets.find_local_raylets()
     if arguments:
-        watch(next(raylet for raylet in here if raylet.node_id == arguments[0]))
+        watch(next(raylet for raylet in local_raylets if raylet.node_id == arguments[0]))
         return 0
-    for raylet in here:
+    for raylet in local_raylets:
         subprocess.Popen(
             [sys.executable, "-m", "orchestrator.cluster.node.raylet_watchdog", raylet.node_id],
             stdin=subprocess.DEVNULL,
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    print(f"leave: watches {len(here)} raylet{'' if len(here) == 1 else 's'}")
+    print(f"leave: watches {len(local_raylets)} raylet{'' if len(local_raylets) == 1 else 's'}")
     return 0
 
 

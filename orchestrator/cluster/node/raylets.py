@@ -11,21 +11,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_PATIENCE = 40.0  # seconds; of the two minutes that there are: Ray's command line starts slowly on a busy mac
+_DRAIN_TIMEOUT_SECONDS = (
+    40.0  # seconds; of the two minutes that there are: Ray's command line starts slowly on a busy mac
+)
 
 
 @dataclass(frozen=True)
 class Raylet:
     node_id: str
     """As Ray prints it: hexadecimal."""
-    address: str
+    gcs_address: str
     """Of its cluster's control service, HOST:PORT."""
 
 
-def here(processes: Path = Path("/proc")) -> tuple[Raylet, ...]:
+def find_local_raylets(proc_folder: Path = Path("/proc")) -> tuple[Raylet, ...]:
     """Those that run in this process namespace; one on a machine of a cluster, none while Ray is away."""
     found = set()
-    for file in processes.glob("[0-9]*/cmdline"):
+    for file in proc_folder.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has ended
@@ -38,14 +40,16 @@ def here(processes: Path = Path("/proc")) -> tuple[Raylet, ...]:
     return tuple(sorted(found, key=lambda raylet: raylet.node_id))
 
 
-def drain(raylet: Raylet, seconds: int, message: str) -> str:
+def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
     """Tells Ray that the node will be gone in so many seconds: it gets no new work, and what runs there is
     told. Empty when Ray has accepted it, else one line that says why not."""
-    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.address]
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.gcs_address]
     command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds)]
+    command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds_left)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DRAIN_TIMEOUT_SECONDS, errors="replace"
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"ray drain-node: {error}"
     said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]

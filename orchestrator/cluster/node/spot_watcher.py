@@ -16,82 +16,88 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from orchestrator.cluster.node import raylets
-from orchestrator.cluster.node.imds import Away, Metadata, Notice
+from orchestrator.cluster.node.imds import InterruptionNotice, MetadataClient, MetadataUnavailable
 from orchestrator.cluster.node.raylets import Raylet
-from orchestrator.cluster.node.supervisor import say
+from orchestrator.cluster.node.supervisor import log_line
 
-PAUSE_SECONDS = 5.0  # AWS asks for a look every five seconds
-HURRIED_SECONDS = 1.0  # once there is a notice: a drain that failed is tried again, Ray may be starting
+POLL_SECONDS = 5.0  # AWS asks for a look every five seconds
+RETRY_SECONDS = 1.0  # once there is a notice: a drain that failed is tried again, Ray may be starting
 
 
 @dataclass(frozen=True)
-class Drain:
+class DrainRequest:
     """One node to drain now."""
 
     raylet: Raylet
-    seconds: int
+    seconds_left: int
     message: str
 
 
 @dataclass(frozen=True)
-class State:
+class WatcherState:
     """What the watcher remembers between two looks."""
 
-    drained: frozenset[str] = frozenset()
+    drained_node_ids: frozenset[str] = frozenset()
     """Ids of nodes whose draining Ray has accepted."""
-    trouble: str = ""
+    last_problem: str = ""
     """The last that was said to be wrong: said once, not every five seconds."""
 
 
-def due(state: State, notice: Notice | None, there: Iterable[Raylet], now: float) -> tuple[Drain, ...]:
+def plan_drains(
+    state: WatcherState, notice: InterruptionNotice | None, local_raylets: Iterable[Raylet], now: float
+) -> tuple[DrainRequest, ...]:
     """What is to be drained: with a notice, each node of this machine for which Ray has not yet accepted it,
     also when the time named has passed and the machine is still there."""
     if notice is None:
         return ()
     seconds = notice.seconds_left(now)
     message = f"spot machine: AWS will {notice.action} it in {seconds} s"
-    return tuple(Drain(raylet, seconds, message) for raylet in there if raylet.node_id not in state.drained)
+    return tuple(
+        DrainRequest(raylet, seconds, message)
+        for raylet in local_raylets
+        if raylet.node_id not in state.drained_node_ids
+    )
 
 
-def look(
-    state: State,
-    metadata: Metadata,
-    there: Callable[[], Iterable[Raylet]],
+def poll(
+    state: WatcherState,
+    metadata: MetadataClient,
+    find_raylets: Callable[[], Iterable[Raylet]],
     drain: Callable[[Raylet, int, str], str],
-    say: Callable[[str], None],
-) -> tuple[State, float]:
+    log_line: Callable[[str], None],
+) -> tuple[WatcherState, float]:
     """One look: the new state, and how long to wait before the next."""
 
-    def troubled(line: str) -> State:
-        if line and line != state.trouble:
-            say(line)
-        return State(drained, line)
+    def report_problem(problem: str) -> WatcherState:
+        if problem and problem != state.last_problem:
+            log_line(problem)
+        return WatcherState(drained_node_ids, problem)
 
-    drained = state.drained
+    drained_node_ids = state.drained_node_ids
     try:
-        notice = metadata.notice()
-    except Away as away:
-        return troubled(str(away)), PAUSE_SECONDS
+        notice = metadata.fetch_notice()
+    except MetadataUnavailable as away:
+        return report_problem(str(away)), POLL_SECONDS
     if notice is None:
-        return troubled(""), PAUSE_SECONDS
-    nodes = tuple(there())
-    trouble = "" if nodes else "a notice, and no Ray on this machine"
-    for job in due(state, notice, nodes, time.time()):
-        refused = drain(job.raylet, job.seconds, job.message)
-        if refused:
-            trouble = refused
+        return report_problem(""), POLL_SECONDS
+    local_raylets = tuple(find_raylets())
+    problem = "" if local_raylets else "a notice, and no Ray on this machine"
+    for request in plan_drains(state, notice, local_raylets, time.time()):
+        error = drain(request.raylet, request.seconds_left, request.message)
+        if error:
+            problem = error
         else:
-            drained |= {job.raylet.node_id}
-            say(f"{job.message}: node {job.raylet.node_id[:12]} is drained")
-    return troubled(trouble), HURRIED_SECONDS
+            drained_node_ids |= {request.raylet.node_id}
+            log_line(f"{request.message}: node {request.raylet.node_id[:12]} is drained")
+    return report_problem(problem), RETRY_SECONDS
 
 
 def watch() -> None:
     """Looks until it is ended from outside."""
-    metadata, state = Metadata(), State()
-    say(f"watching {metadata.endpoint}")
+    metadata, state = MetadataClient(), WatcherState()
+    log_line(f"watching {metadata.endpoint}")
     while True:
-        state, pause = look(state, metadata, raylets.here, raylets.drain, say)
+        state, pause = poll(state, metadata, raylets.find_local_raylets, raylets.drain, log_line)
         time.sleep(pause)
 
 

@@ -15,7 +15,7 @@ import sys
 PREFIX = "/lora-orchestrator/"
 
 
-def parameter(name: str) -> str:
+def read_parameter(name: str) -> str:
     """The value, or an empty string. Raises OSError when AWS cannot be asked."""
     given = os.environ.get("LORA_" + name.upper().replace("-", "_"))
     if given is not None:
@@ -26,14 +26,14 @@ def parameter(name: str) -> str:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        found = boto3.client("ssm").get_parameter(Name=PREFIX + name, WithDecryption=True)
+        response = boto3.client("ssm").get_parameter(Name=PREFIX + name, WithDecryption=True)
     except ClientError as error:
         if error.response.get("Error", {}).get("Code") == "ParameterNotFound":
             return ""
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
     except BotoCoreError as error:
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
-    return str(found["Parameter"]["Value"]).strip()  # of a file that was put there: its newline
+    return str(response["Parameter"]["Value"]).strip()  # of a file that was put there: its newline
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         print("usage: python -m orchestrator.cluster.node.ssm_parameter NAME", file=sys.stderr)
         return 2
     try:
-        print(parameter(sys.argv[1]))
+        print(read_parameter(sys.argv[1]))
     except OSError as error:
         print(error, file=sys.stderr)
         return 1

@@ -29,30 +29,37 @@ from typing import IO, Any
 import psutil
 
 from orchestrator.cluster.node import raylets
-from orchestrator.execution.ray.cleanup import boot, born
+from orchestrator.execution.ray.cleanup import boot_id, start_time_since_boot
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # before a command that keeps ending is started again
-LONG_ENOUGH = 60.0  # a command that lived so long had not failed to start
-LOOK_SECONDS = 5.0  # between two looks at a command's health, and for an answer
-START_SECONDS = 180.0  # a server has so long to answer for the first time: MLflow migrates its database
-DEAF_LOOKS = 3  # so many looks without an answer, and it is started again; without Ray, and it is ended
-END_SECONDS = 15.0  # between SIGTERM and SIGKILL
-LOG_BYTES = 20 * 2**20  # beyond it the log begins anew when the command does
+INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = (
+    1.0,
+    30.0,
+)  # before a command that keeps ending is started again
+STABLE_SECONDS = 60.0  # a command that lived so long had not failed to start
+POLL_SECONDS = 5.0  # between two looks at a command's health, and for an answer
+STARTUP_TIMEOUT_SECONDS = (
+    180.0  # a server has so long to answer for the first time: MLflow migrates its database
+)
+FAILURE_THRESHOLD = (
+    3  # so many looks without an answer, and it is started again; without Ray, and it is ended
+)
+TERMINATE_TIMEOUT_SECONDS = 15.0  # between SIGTERM and SIGKILL
+MAX_LOG_BYTES = 20 * 2**20  # beyond it the log begins anew when the command does
 
 
-def folder() -> Path:
+def state_folder() -> Path:
     return Path.home() / ".lora-orchestrator"
 
 
-def answers(url: str) -> bool:
+def is_healthy(url: str) -> bool:
     """Whether a GET of the URL succeeds within seconds; asked directly, through no proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError, ValueError), opener.open(url, timeout=LOOK_SECONDS) as answer:
+    with suppress(OSError, ValueError), opener.open(url, timeout=POLL_SECONDS) as answer:
         return answer.status < 400
     return False
 
 
-class Keeper:
+class Supervisor:
     """Runs one command for ever. `run` returns only when the process gets SIGTERM, or with Ray, with the
     command ended."""
 
@@ -60,122 +67,124 @@ class Keeper:
         self,
         name: str,
         command: list[str],
-        health: str | None,
-        look: float = LOOK_SECONDS,
+        health_url: str | None,
+        poll_seconds: float = POLL_SECONDS,
         with_ray: bool = False,
     ) -> None:
-        self.name, self.command, self.health, self.look = name, command, health, look
+        self.name, self.command, self.health_url, self.poll_seconds = name, command, health_url, poll_seconds
         self.with_ray = with_ray
-        self._without_ray = 0
+        self._checks_without_ray = 0
         """So many looks."""
         self._child: subprocess.Popen[bytes] | None = None
-        self._ending = False
+        self._is_stopping = False
 
     def run(self) -> None:
-        signal.signal(signal.SIGTERM, self._end)
-        with _taken_over(_keeper_file(self.name)) as mine:
-            pause = FIRST_PAUSE
-            while not self._ending:
+        signal.signal(signal.SIGTERM, self._request_stop)
+        with _take_over(_lock_path(self.name)) as lock_file:
+            backoff = INITIAL_BACKOFF_SECONDS
+            while not self._is_stopping:
                 begun = time.monotonic()
-                self._child = self._start(mine)
-                self._watch(begun)
-                _end_group(self._child.pid)  # also what a server that has died left behind
+                self._child = self._start_command(lock_file)
+                self._wait_for_command(begun)
+                _terminate_group(self._child.pid)  # also what a server that has died left behind
                 code = self._child.wait()
-                pause = (
-                    FIRST_PAUSE if time.monotonic() - begun > LONG_ENOUGH else min(2 * pause, LONGEST_PAUSE)
+                backoff = (
+                    INITIAL_BACKOFF_SECONDS
+                    if time.monotonic() - begun > STABLE_SECONDS
+                    else min(2 * backoff, MAX_BACKOFF_SECONDS)
                 )
-                say(f"{self.name} ended ({code})")
-                self._sleep(pause)
+                log_line(f"{self.name} ended ({code})")
+                self._sleep(backoff)
 
-    def _start(self, mine: IO[str]) -> subprocess.Popen[bytes]:
-        log = folder() / f"{self.name}.log"
-        with log.open("wb" if log.exists() and log.stat().st_size > LOG_BYTES else "ab") as output:
+    def _start_command(self, lock_file: IO[str]) -> subprocess.Popen[bytes]:
+        log = state_folder() / f"{self.name}.log"
+        with log.open("wb" if log.exists() and log.stat().st_size > MAX_LOG_BYTES else "ab") as output:
             child = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
-        _write(mine, child.pid)
-        say(f"{self.name} started (process {child.pid})")
+        _write_state(lock_file, child.pid)
+        log_line(f"{self.name} started (process {child.pid})")
         return child
 
-    def _watch(self, begun: float) -> None:
+    def _wait_for_command(self, started: float) -> None:
         """Until the command ends, no longer answers, or this process is told to end."""
-        answered, deaf = False, 0
+        answered, failed_checks = False, 0
         assert self._child is not None
-        while not self._ending and self._child.poll() is None:
-            self._sleep(self.look)
+        while not self._is_stopping and self._child.poll() is None:
+            self._sleep(self.poll_seconds)
             if self.with_ray:
-                self._look_for_ray()
-            if self.health is None or self._child.poll() is not None:
+                self._check_ray()
+            if self.health_url is None or self._child.poll() is not None:
                 continue
-            if answers(self.health):
-                answered, deaf = True, 0
-            elif answered or time.monotonic() - begun > START_SECONDS:
-                deaf += 1
-                if deaf >= DEAF_LOOKS:
-                    say(f"{self.name} does not answer at {self.health}: started again")
+            if is_healthy(self.health_url):
+                answered, failed_checks = True, 0
+            elif answered or time.monotonic() - started > STARTUP_TIMEOUT_SECONDS:
+                failed_checks += 1
+                if failed_checks >= FAILURE_THRESHOLD:
+                    log_line(f"{self.name} does not answer at {self.health_url}: started again")
                     return
 
-    def _look_for_ray(self) -> None:
-        self._without_ray = 0 if raylets.here() else self._without_ray + 1
-        if self._without_ray >= DEAF_LOOKS and not self._ending:
-            say(f"Ray is not here any more: {self.name} ends")
-            self._ending = True
+    def _check_ray(self) -> None:
+        self._checks_without_ray = 0 if raylets.find_local_raylets() else self._checks_without_ray + 1
+        if self._checks_without_ray >= FAILURE_THRESHOLD and not self._is_stopping:
+            log_line(f"Ray is not here any more: {self.name} ends")
+            self._is_stopping = True
 
     def _sleep(self, seconds: float) -> None:
         """Shorter when this process is told to end."""
         until = time.monotonic() + seconds
-        while not self._ending and time.monotonic() < until:
+        while not self._is_stopping and time.monotonic() < until:
             time.sleep(0.1)
 
-    def _end(self, *_: object) -> None:
-        self._ending = True
+    def _request_stop(self, *_: object) -> None:
+        self._is_stopping = True
 
 
-def _keeper_file(name: str) -> Path:
-    return folder() / f"{name}.keeper"
+def _lock_path(name: str) -> Path:
+    return state_folder() / f"{name}.keeper"
 
 
-def _awaited(name: str, keeper: subprocess.Popen[bytes], health: str) -> bool:
+def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url: str) -> bool:
     """Whether the command of this keeper answers, within the time that it has to start. Its predecessor's may
     do so until it is ended."""
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until and keeper.poll() is None:
-        with suppress(OSError), _keeper_file(name).open() as file:
-            now = _read(file)
-            if now.get("keeper") == keeper.pid and now.get("child") and answers(health):
+    until = time.monotonic() + STARTUP_TIMEOUT_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with suppress(OSError), _lock_path(name).open() as file:
+            state = _read_state(file)
+            if state.get("keeper") == process.pid and state.get("child") and is_healthy(health_url):
                 return True
         time.sleep(0.2)
     return False
 
 
 @contextmanager
-def _taken_over(path: Path) -> Iterator[IO[str]]:
+def _take_over(path: Path) -> Iterator[IO[str]]:
     """Holds the file that says who keeps NAME, after ending whoever held it and the command that was left."""
     with path.open("a+") as file:
-        patience = time.monotonic() + 2 * END_SECONDS
-        while not _locked(file):
-            keeper = _read(file).get("keeper", 0)
+        kill_deadline = time.monotonic() + 2 * TERMINATE_TIMEOUT_SECONDS
+        while not _try_lock(file):
+            keeper = _read_state(file).get("keeper", 0)
             with suppress(ProcessLookupError):  # while the lock is held this number is the keeper's
                 if keeper:
-                    os.kill(keeper, signal.SIGKILL if time.monotonic() > patience else signal.SIGTERM)
+                    os.kill(keeper, signal.SIGKILL if time.monotonic() > kill_deadline else signal.SIGTERM)
             time.sleep(0.2)
-        left = _read(file)
+        previous = _read_state(file)
         with suppress(psutil.Error):  # a keeper that was killed could not end its command
-            began = born(psutil.Process(left.get("child", 0)))
-            if left.get("boot") == boot() and abs(began - left.get("born", -1.0)) < 1.0:
-                _end_group(left["child"])
-        _write(file, 0)
+            began = start_time_since_boot(psutil.Process(previous.get("child", 0)))
+            if previous.get("boot") == boot_id() and abs(began - previous.get("born", -1.0)) < 1.0:
+                _terminate_group(previous["child"])
+        _write_state(file, 0)
         yield file
 
 
-def _locked(file: IO[str]) -> bool:
+def _try_lock(file: IO[str]) -> bool:
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     return False
 
 
-def _read(file: IO[str]) -> dict[str, Any]:
+def _read_state(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     with suppress(ValueError):
         data = json.loads(file.read())
@@ -183,38 +192,41 @@ def _read(file: IO[str]) -> dict[str, Any]:
     return {}
 
 
-def _write(file: IO[str], child: int) -> None:
+def _write_state(file: IO[str], child_pid: int) -> None:
     began = -1.0
     with suppress(psutil.Error):
-        began = born(psutil.Process(child)) if child else -1.0
+        began = start_time_since_boot(psutil.Process(child_pid)) if child_pid else -1.0
     file.seek(0)
     file.truncate()
-    file.write(json.dumps({"keeper": os.getpid(), "child": child, "born": began, "boot": boot()}))
+    file.write(json.dumps({"keeper": os.getpid(), "child": child_pid, "born": began, "boot": boot_id()}))
     file.flush()
 
 
-def _end_group(group: int) -> None:
+def _terminate_group(group_id: int) -> None:
     """All of a command's process group: asked to end, then killed."""
-    for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
+    for number, seconds in (
+        (signal.SIGTERM, TERMINATE_TIMEOUT_SECONDS),
+        (signal.SIGKILL, TERMINATE_TIMEOUT_SECONDS),
+    ):
         with suppress(ProcessLookupError):
-            os.killpg(group, number)
+            os.killpg(group_id, number)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if not any(p.status() != psutil.STATUS_ZOMBIE for p in _members(group)):
+            if not any(p.status() != psutil.STATUS_ZOMBIE for p in _group_processes(group_id)):
                 return
             time.sleep(0.1)
 
 
-def _members(group: int) -> list[psutil.Process]:
+def _group_processes(group_id: int) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(OSError, psutil.Error):
-            if os.getpgid(process.pid) == group and process.is_running():
+            if os.getpgid(process.pid) == group_id and process.is_running():
                 found.append(process)
     return found
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
 
@@ -224,14 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", help="what the log and the keeper are called by")
     parser.add_argument("--health", help="a URL that answers while the command is well")
-    parser.add_argument("--look", type=float, default=LOOK_SECONDS, help="seconds between two looks")
+    parser.add_argument("--look", type=float, default=POLL_SECONDS, help="seconds between two looks")
     parser.add_argument("--with-ray", action="store_true", help="end when Ray has left this machine")
     parser.add_argument("--foreground", action="store_true", help="stay in this process")
     parser.add_argument("command", nargs="+", help="after --")
     options = parser.parse_args(arguments)
-    folder().mkdir(mode=0o700, exist_ok=True)
+    state_folder().mkdir(mode=0o700, exist_ok=True)
     if options.foreground:
-        Keeper(options.name, options.command, options.health, options.look, options.with_ray).run()
+        Supervisor(options.name, options.command, options.health, options.look, options.with_ray).run()
         return 0
     again = [
         sys.executable,
@@ -244,13 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
     again += ["--health", options.health] if options.health else []
     again += ["--with-ray"] if options.with_ray else []
     again += [options.name, "--", *options.command]
-    with (folder() / f"{options.name}.log").open("ab") as log:
-        keeper = subprocess.Popen(
+    with (state_folder() / f"{options.name}.log").open("ab") as log:
+        process = subprocess.Popen(
             again, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    well = not options.health or _awaited(options.name, keeper, options.health)
+    well = not options.health or _wait_until_healthy(options.name, process, options.health)
     state = "kept running" if well else "kept running, and does not answer so far"
-    print(f"{options.name}: {state}; its log: {folder() / options.name}.log")
+    print(f"{options.name}: {state}; its log: {state_folder() / options.name}.log")
     return 0
 
 

@@ -8,144 +8,160 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.cluster.preflight import availability, capacity, shared_storage
-from orchestrator.cluster.preflight.check_result import Finding, failed, later, ok
+from orchestrator.cluster.preflight.check_result import (
+    CheckResult,
+    failed_result,
+    ok_result,
+    undetermined_result,
+)
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.finetune import resolve
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.loading import UNPREPARED
-from orchestrator.finetune.resolve import Names
+from orchestrator.finetune.resolve import ResolvedOptions
 from orchestrator.finetune.sources import hub_data
-from orchestrator.launch.plan import LANES
-from orchestrator.record.mlflow.tracking_uri import checked, shown
+from orchestrator.launch.plan import DEFAULT_LANES_PER_TRAINER
+from orchestrator.record.mlflow.tracking_uri import redact_uri, resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput, refused_by_disk
-from orchestrator.util.redaction import without_secrets
+from orchestrator.util.errors import UsageError, describe_disk_error
+from orchestrator.util.redaction import redact_secrets
 
-TASK, REHEARSAL = "metamathqa", "letters"  # those of lr_sensitivity.py
+DEFAULT_TASK, DRY_RUN_TASK = "metamathqa", "letters"  # those of lr_sensitivity.py
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
 
 
 @dataclass
-class Check:
+class PreflightCheck:
     """`fit` gets False with the first failure."""
 
     options: StudyOptions
-    probe: bool
-    fit: bool = True
+    probe_memory: bool
+    passed: bool = True
 
-    def say(self, finding: Finding) -> bool:
-        print(without_secrets(finding.line()), flush=True)
-        self.fit &= not finding.failed
-        return not finding.failed
+    def print_result(self, result: CheckResult) -> bool:
+        print(redact_secrets(result.format_line()), flush=True)
+        self.passed &= not result.failed
+        return not result.failed
 
-    def all(self) -> int:
+    def run(self) -> int:
         """Returns the exit code. Raises BadInput for options that no study could have."""
-        options = self.options = autoscaler.suited(self.options)
-        usual = REHEARSAL if options.dry_run else TASK
+        options = self.options = autoscaler.adapt_options(self.options)
+        usual = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # With a model that is known in any case: its own is looked for below, where it may fail.
-        chosen = resolve.names(replace(options, model=loading.names()[0]), usual, VARIANTS, Path())
-        with as_it_was(options.output, options.store_folder):
+        names = resolve.resolve_options(
+            replace(options, model=loading.built_in_names()[0]), usual, VARIANTS, Path()
+        )
+        with remove_created_folders(options.output, options.store_folder):
             try:
                 store = Store(options.store_folder)
-            except (BadInput, OSError) as error:
-                self.say(failed("storage", refused_by_disk(error) or str(error)))
+            except (UsageError, OSError) as error:
+                self.print_result(failed_result("storage", describe_disk_error(error) or str(error)))
                 return 1
-            self.tracking(store)
-            configurations = self.sources(store, chosen)
-            self.cluster(store, configurations)
-        return 0 if self.fit else 1
+            self.check_tracking(store)
+            configurations = self.check_model_and_data(store, names)
+            self.check_cluster(store, configurations)
+        return 0 if self.passed else 1
 
-    def tracking(self, store: Store) -> None:
+    def check_tracking(self, store: Store) -> None:
         try:
-            uri = checked(self.options.tracking_uri, store)
-        except BadInput as error:
-            self.say(failed("tracking", str(error)))
+            uri = resolve_uri(self.options.tracking_uri, store)
+        except UsageError as error:
+            self.print_result(failed_result("tracking", str(error)))
         else:
-            self.say(ok("tracking", shown(uri)))
+            self.print_result(ok_result("tracking", redact_uri(uri)))
 
-    def sources(self, store: Store, chosen: Names) -> list[Configuration] | None:
+    def check_model_and_data(self, store: Store, names: ResolvedOptions) -> list[Configuration] | None:
         """What a study would train, but for rates and seeds; None when model or data cannot be had."""
-        name = self.options.model or resolve.default_model(chosen.task)
+        name = self.options.model or resolve.default_model(names.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # as nodes have to find it
-        hub_data.keep_pins_in(store.bases, new=False)
-        model, content = availability.model(name, store.bases)
-        data, _ = availability.data(chosen.task)
-        if not (self.say(model) & self.say(data)):
+        hub_data.set_pin_folder(store.bases, add_pins=False)
+        model_result, content = availability.check_model(name, store.bases)
+        data_result, _ = availability.check_data(names.task)
+        if not (self.print_result(model_result) & self.print_result(data_result)):
             return None
-        return resolve.templates(self.options, replace(chosen, model=name), content, store.bases)
+        return resolve.build_configuration_templates(
+            self.options, replace(names, model=name), content, store.bases
+        )
 
-    def cluster(self, store: Store, configurations: list[Configuration] | None) -> None:
-        joined = ray_cluster.address() is not None
+    def check_cluster(self, store: Store, configurations: list[Configuration] | None) -> None:
+        is_joined = ray_cluster.running_cluster_address() is not None
         try:
             with ray_cluster.connect() as cluster:
-                self.nodes(cluster, store, configurations)
-        except BadInput as error:
-            if not joined:  # another study's Ray is on this machine
+                self.check_nodes(cluster, store, configurations)
+        except UsageError as error:
+            if not is_joined:  # another study's Ray is on this machine
                 raise
-            self.say(failed(capacity.NAME, str(error)))
+            self.print_result(failed_result(capacity.CHECK_NAME, str(error)))
 
-    def nodes(self, cluster: Cluster, store: Store, configurations: list[Configuration] | None) -> None:
-        from orchestrator.cluster.preflight.node_agent import witnesses
-        from orchestrator.cluster.preflight.nodes import look
+    def check_nodes(self, cluster: Cluster, store: Store, configurations: list[Configuration] | None) -> None:
+        from orchestrator.cluster.preflight.node_agent import start_node_agents
+        from orchestrator.cluster.preflight.nodes import check_nodes
 
-        with witnesses(cluster.nodes) as there:
-            facts = there.ask("facts")
-            to_come = next((one.kinds for one in facts.values() if one.kinds), ())  # nodes may share a home
-            finding, seats = capacity.judge(cluster, self.options, to_come)
-            self.say(finding)
-            for finding in look(there, facts, store.root):
-                self.say(finding)
-            if to_come and not shared_storage.is_shared(store.root):
+        with start_node_agents(cluster.nodes) as agents:
+            node_infos = agents.call("facts")
+            startable_node_types = next(
+                (one.kinds for one in node_infos.values() if one.kinds), ()
+            )  # nodes may share a home
+            result, allocation = capacity.check_capacity(cluster, self.options, startable_node_types)
+            self.print_result(result)
+            for result in check_nodes(agents, node_infos, store.root):
+                self.print_result(result)
+            if startable_node_types and not shared_storage.is_shared(store.root):
                 advice = "put --output on storage that all nodes mount (NFS, EFS, Lustre)"
-                own = f"{store.root} is on this machine's own disk: nodes that may come would not see it"
-                self.say(failed("storage", f"{own}; {advice}"))
+                problem = f"{store.root} is on this machine's own disk: nodes that may come would not see it"
+                self.print_result(failed_result("storage", f"{problem}; {advice}"))
             if configurations:
-                known = configurations[0].model if configurations[0].model.content != UNPREPARED else None
-                asked = (known, configurations[0].task, str(store.bases))
-                self.say(availability.judge(there.ask("reach", lambda name: asked)))
-        if seats is not None:
-            self.memory(cluster, seats, store, configurations)
+                model = configurations[0].model if configurations[0].model.content != UNPREPARED else None
+                arguments = (model, configurations[0].task, str(store.bases))
+                self.print_result(
+                    availability.check_availability(agents.call("reach", lambda name: arguments))
+                )
+        if allocation is not None:
+            self.check_memory(cluster, allocation, store, configurations)
 
-    def memory(
+    def check_memory(
         self,
         cluster: Cluster,
-        seats: capacity.Seats,
+        allocation: capacity.TrainerAllocation,
         store: Store,
         configurations: list[Configuration] | None,
     ) -> None:
-        if not self.probe:
+        if not self.probe_memory:
             return
-        from orchestrator.cluster.preflight.memory_task import ask
-        from orchestrator.execution.trainers.trainer import SeatPlan
+        from orchestrator.cluster.preflight.memory_task import run_memory_probe
+        from orchestrator.execution.trainers.trainer import TrainerSpec
 
         if not configurations:
-            self.say(later("memory", "not probed: model or data are not there"))
+            self.print_result(undetermined_result("memory", "not probed: model or data are not there"))
         elif configurations[0].model.content == UNPREPARED:
-            self.say(later("memory", "not probed: the model is not in the store yet"))
+            self.print_result(undetermined_result("memory", "not probed: the model is not in the store yet"))
         else:
             options = self.options
-            plan = SeatPlan(
-                lanes=options.lanes_per_seat or LANES,
-                gpus=seats.gpus,
+            spec = TrainerSpec(
+                lanes_per_trainer=options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+                gpus_per_worker=allocation.gpus_per_worker,
                 store=str(store.root),
                 scratch="",
-                workers=options.workers_per_seat,
+                workers_per_trainer=options.workers_per_trainer,
                 gradient_checkpointing=options.gradient_checkpointing,
                 device=options.device,
             )
-            self.say(ask(cluster, seats, plan, configurations))
+            self.print_result(run_memory_probe(cluster, allocation, spec, configurations))
 
 
 @contextmanager
-def as_it_was(*folders: Path) -> Iterator[None]:
+def remove_created_folders(*folders: Path) -> Iterator[None]:
     """Folders that were not there are gone afterwards, unless there is something in them by then."""
     made = [
-        parent for folder in folders for parent in (folder / "records", *_up(folder)) if not parent.exists()
+        parent
+        for folder in folders
+        for parent in (folder / "records", *_with_parents(folder))
+        if not parent.exists()
     ]
     try:
         yield
@@ -155,12 +171,12 @@ def as_it_was(*folders: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _up(folder: Path) -> tuple[Path, ...]:
+def _with_parents(folder: Path) -> tuple[Path, ...]:
     whole = folder.absolute()
     return (whole, *whole.parents)
 
 
-def check(options: StudyOptions, probe: bool = True) -> int:
+def check(options: StudyOptions, probe_memory: bool = True) -> int:
     """A line for each thing that a study needs. Returns 0 when none failed, else 1; trains nothing and leaves
     nothing. Raises BadInput for options that no study could have."""
-    return Check(options, probe).all()
+    return PreflightCheck(options, probe_memory).run()

@@ -6,49 +6,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-NAMED = 3
+MAX_LISTED = 3
 """Nodes that a line names; of more it tells the number."""
 
 
-class Mark(StrEnum):
+class CheckStatus(StrEnum):
     OK = "ok"
     FAILED = "FAILED"
-    LATER = "later"
+    UNDETERMINED = "later"
     """Cannot be known yet, and is no fault."""
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     name: str
-    mark: Mark
+    status: CheckStatus
     text: str
     """Of a failure: the value, the rule, and what to do about it."""
 
     @property
     def failed(self) -> bool:
-        return self.mark is Mark.FAILED
+        return self.status is CheckStatus.FAILED
 
-    def line(self) -> str:
-        return f"{self.mark:7} {self.name:9} {self.text}"
-
-
-def ok(name: str, text: str) -> Finding:
-    return Finding(name, Mark.OK, text)
+    def format_line(self) -> str:
+        return f"{self.status:7} {self.name:9} {self.text}"
 
 
-def failed(name: str, text: str) -> Finding:
-    return Finding(name, Mark.FAILED, text)
+def ok_result(name: str, text: str) -> CheckResult:
+    return CheckResult(name, CheckStatus.OK, text)
 
 
-def later(name: str, text: str) -> Finding:
-    return Finding(name, Mark.LATER, text)
+def failed_result(name: str, text: str) -> CheckResult:
+    return CheckResult(name, CheckStatus.FAILED, text)
 
 
-def nodes(count: int) -> str:
+def undetermined_result(name: str, text: str) -> CheckResult:
+    return CheckResult(name, CheckStatus.UNDETERMINED, text)
+
+
+def format_node_count(count: int) -> str:
     return f"{count} node{'s' if count != 1 else ''}"
 
 
-def listed(words: Sequence[str], between: str = ", ") -> str:
+def shorten_list(items: Sequence[str], separator: str = ", ") -> str:
     """All of a few; of many the first, and how many more."""
-    more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
-    return between.join(words[:NAMED]) + more
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return separator.join(items[:MAX_LISTED]) + more

@@ -5,40 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster.preflight.check_result import Finding, failed, listed, ok
-from orchestrator.cluster.preflight.check_result import nodes as count
+from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, ok_result, shorten_list
+from orchestrator.cluster.preflight.check_result import format_node_count as count
 
-NAME = "clock"
-MOST_SECONDS = 2.0
-TICKS = 3
+CHECK_NAME = "clock"
+MAX_OFFSET_SECONDS = 2.0
+SAMPLES_PER_NODE = 3
 """How often a node is asked: the quickest answer counts."""
 
 
 @dataclass(frozen=True)
-class Tick:
+class ClockSample:
     """A node's clock, asked once; seconds since the epoch."""
 
-    sent: float
-    said: float
-    received: float
+    sent_at: float
+    node_time: float
+    received_at: float
 
     @property
-    def off(self) -> float:
+    def min_offset(self) -> float:
         """By how much the node's clock is wrong at least: what it said lies between question and answer
         otherwise."""
-        if self.said < self.sent:
-            return self.said - self.sent
-        return max(0.0, self.said - self.received)
+        if self.node_time < self.sent_at:
+            return self.node_time - self.sent_at
+        return max(0.0, self.node_time - self.received_at)
 
 
-def judge(nodes: Mapping[str, Sequence[Tick]]) -> Finding:
+def check_clocks(samples: Mapping[str, Sequence[ClockSample]]) -> CheckResult:
     """`nodes`: by address."""
-    off = {node: min((t.off for t in ticks), key=abs) for node, ticks in nodes.items() if ticks}
-    wrong = [f"{node} by {seconds:+.1f} s" for node, seconds in off.items() if abs(seconds) > MOST_SECONDS]
+    offsets = {node: min((t.min_offset for t in ticks), key=abs) for node, ticks in samples.items() if ticks}
+    wrong = [
+        f"{node} by {seconds:+.1f} s"
+        for node, seconds in offsets.items()
+        if abs(seconds) > MAX_OFFSET_SECONDS
+    ]
     if wrong:
-        return failed(
-            NAME,
-            f"not this machine's time: {listed(wrong)}; at most {MOST_SECONDS:g} s are allowed; "
+        return failed_result(
+            CHECK_NAME,
+            f"not this machine's time: {shorten_list(wrong)}; at most {MAX_OFFSET_SECONDS:g} s are allowed; "
             "start chrony (or ntpd) on every node",
         )
-    return ok(NAME, f"within {MOST_SECONDS:g} s of this machine's on {count(len(off))}")
+    return ok_result(
+        CHECK_NAME, f"within {MAX_OFFSET_SECONDS:g} s of this machine's on {count(len(offsets))}"
+    )

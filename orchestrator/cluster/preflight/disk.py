@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchestrator.cluster.preflight.check_result import Finding, failed, listed, ok
-from orchestrator.cluster.preflight.node_info import Facts
+from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, ok_result, shorten_list
+from orchestrator.cluster.preflight.node_info import NodeInfo
 
-NAME = "disk"
-LEAST_BYTES = 2**30  # some checkpoints of small adapters, a day of Ray's logs
+CHECK_NAME = "disk"
+MIN_FREE_BYTES = 2**30  # some checkpoints of small adapters, a day of Ray's logs
 GIB = 2**30
 
 
-def judge(store: Path, free: int, nodes: Mapping[str, Facts]) -> Finding:
+def check_free_space(store: Path, store_free_bytes: int, node_infos: Mapping[str, NodeInfo]) -> CheckResult:
     """`free`: bytes where the store is; `nodes`: by address."""
-    wrong = [f"{store} has {free / GIB:.1f} GiB free"] if free < LEAST_BYTES else []
+    wrong = (
+        [f"{store} has {store_free_bytes / GIB:.1f} GiB free"] if store_free_bytes < MIN_FREE_BYTES else []
+    )
     wrong += [
-        f"{facts.temporary} on {node} has {facts.free / GIB:.1f} GiB free"
-        for node, facts in nodes.items()
-        if facts.free < LEAST_BYTES
+        f"{facts.temporary_folder} on {node} has {facts.free_bytes / GIB:.1f} GiB free"
+        for node, facts in node_infos.items()
+        if facts.free_bytes < MIN_FREE_BYTES
     ]
     if wrong:
-        return failed(NAME, f"{listed(wrong)}: at least {LEAST_BYTES / GIB:g} GiB; make room there")
-    least = min((facts.free for facts in nodes.values()), default=None)
-    there = f", {least / GIB:.0f} GiB or more for Ray on each node" if least is not None else ""
-    return ok(NAME, f"{free / GIB:.0f} GiB free for the store{there}")
+        return failed_result(
+            CHECK_NAME, f"{shorten_list(wrong)}: at least {MIN_FREE_BYTES / GIB:g} GiB; make room there"
+        )
+    min_node_free_bytes = min((facts.free_bytes for facts in node_infos.values()), default=None)
+    node_summary = (
+        f", {min_node_free_bytes / GIB:.0f} GiB or more for Ray on each node"
+        if min_node_free_bytes is not None
+        else ""
+    )
+    return ok_result(CHECK_NAME, f"{store_free_bytes / GIB:.0f} GiB free for the store{node_summary}")

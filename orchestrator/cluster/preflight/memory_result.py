@@ -5,69 +5,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster.preflight.check_result import Finding, failed, ok
-from orchestrator.finetune.engine.loop import NEEDS_LESS
+from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, ok_result
+from orchestrator.finetune.engine.loop import OUT_OF_MEMORY_ADVICE
 
-NAME = "memory"
+CHECK_NAME = "memory"
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Measured:
+class MemoryMeasurement:
     """Of one variant, on one worker of a seat; all in bytes."""
 
     variant: str
-    place: str
+    location: str
     """The device and its host."""
-    asked: int
+    requested_lanes: int
     """Lanes; one for a variant that trains alone."""
-    limit: int
+    limit_bytes: int
     """What the worker may take."""
-    base: int
+    base_bytes: int
     """With the base loaded and no lane."""
     peaks: tuple[tuple[int, int], ...]
     """(lanes, what they took at most), more lanes last."""
-    short: int | None = None
+    out_of_memory_lanes: int | None = None
     """So many lanes found no memory."""
 
-    def needs(self, lanes: int) -> int:
+    def estimate_bytes(self, lanes: int) -> int:
         """What so many take: measured, or on the line through the last two that were measured."""
-        points = [(0, self.base), *self.peaks]
-        (few, less), (many, more) = points[-2:] if len(points) > 1 else (points[0], points[0])
-        if few == many:
-            return more
-        return more + (lanes - many) * max(0, more - less) // (many - few)
+        points = [(0, self.base_bytes), *self.peaks]
+        (fewer_lanes, fewer_bytes), (more_lanes, more_bytes) = (
+            points[-2:] if len(points) > 1 else (points[0], points[0])
+        )
+        if fewer_lanes == more_lanes:
+            return more_bytes
+        return more_bytes + (lanes - more_lanes) * max(0, more_bytes - fewer_bytes) // (
+            more_lanes - fewer_lanes
+        )
 
     @property
-    def most(self) -> int:
+    def max_lanes(self) -> int:
         """Lanes that have memory, of those asked for."""
         if not self.peaks:
             return 0
-        least = self.short if self.short is not None else self.asked + 1
-        return max((n for n in range(1, least) if self.needs(n) <= self.limit), default=0)
+        first_excluded = (
+            self.out_of_memory_lanes if self.out_of_memory_lanes is not None else self.requested_lanes + 1
+        )
+        return max(
+            (n for n in range(1, first_excluded) if self.estimate_bytes(n) <= self.limit_bytes), default=0
+        )
 
     @property
     def fits(self) -> bool:
-        return self.most >= self.asked
+        return self.max_lanes >= self.requested_lanes
 
 
-def judge(found: Sequence[Measured]) -> Finding:
+def check_memory(measurements: Sequence[MemoryMeasurement]) -> CheckResult:
     """On the variant that needs most, of its limit."""
-    worst = min(found, key=lambda one: (one.fits, one.limit - one.needs(one.asked)))
-    has = f"a worker of a seat has {_gib(worst.limit)} ({worst.place})"
+    worst = min(
+        measurements, key=lambda one: (one.fits, one.limit_bytes - one.estimate_bytes(one.requested_lanes))
+    )
+    available = f"a worker of a seat has {_gib(worst.limit_bytes)} ({worst.location})"
     if worst.fits:
-        took = ", ".join(f"{lanes} lanes {_gib(peak)}" for lanes, peak in worst.peaks)
-        return ok(NAME, f"{worst.variant}: {took.replace('1 lanes', '1 lane')}; {has}")
-    if worst.most:
-        return failed(
-            NAME,
-            f"{worst.variant}: {worst.asked} lanes need about {_gib(worst.needs(worst.asked))}, {has}; take "
-            f"--lanes-per-seat {worst.most}, or {NEEDS_LESS}",
+        peaks_text = ", ".join(f"{lanes} lanes {_gib(peak)}" for lanes, peak in worst.peaks)
+        return ok_result(
+            CHECK_NAME, f"{worst.variant}: {peaks_text.replace('1 lanes', '1 lane')}; {available}"
         )
-    one = f"one lane needs {_gib(worst.needs(1))}"
+    if worst.max_lanes:
+        return failed_result(
+            CHECK_NAME,
+            f"{worst.variant}: {worst.requested_lanes} lanes need about {_gib(worst.estimate_bytes(worst.requested_lanes))}, {available}; take "
+            f"--lanes-per-seat {worst.max_lanes}, or {OUT_OF_MEMORY_ADVICE}",
+        )
+    needs_text = f"one lane needs {_gib(worst.estimate_bytes(1))}"
     if not worst.peaks:
-        one = f"one lane finds no memory beside the base, which takes {_gib(worst.base)}"
-    return failed(NAME, f"{worst.variant}: {one}, {has}; {NEEDS_LESS}")
+        needs_text = f"one lane finds no memory beside the base, which takes {_gib(worst.base_bytes)}"
+    return failed_result(CHECK_NAME, f"{worst.variant}: {needs_text}, {available}; {OUT_OF_MEMORY_ADVICE}")
 
 
 def _gib(size: int) -> str:

@@ -8,85 +8,100 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster.preflight import memory_result
-from orchestrator.cluster.preflight.capacity import Seats
-from orchestrator.cluster.preflight.check_result import Finding, failed, later
+from orchestrator.cluster.preflight.capacity import TrainerAllocation
+from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, undetermined_result
 from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.execution.trainers.exit_status import reason
-from orchestrator.execution.trainers.trainer import MALLOC, SeatPlan, loader
+from orchestrator.execution.trainers.exit_status import format_ray_error
+from orchestrator.execution.trainers.trainer import MALLOC_ENVIRONMENT, TrainerSpec, model_loader
 from orchestrator.study.configuration import Configuration
 
-PROBE_SECONDS = 600.0
-BESIDE_BYTES = 400 * 2**20  # a seat's controller, where it trains on CPUs
+PROBE_TIMEOUT_SECONDS = 600.0
+CONTROLLER_BYTES = 400 * 2**20  # a seat's controller, where it trains on CPUs
 
 
-def ask(cluster: Cluster, seats: Seats, plan: SeatPlan, configurations: Sequence[Configuration]) -> Finding:
+def run_memory_probe(
+    cluster: Cluster,
+    allocation: TrainerAllocation,
+    spec: TrainerSpec,
+    configurations: Sequence[Configuration],
+) -> CheckResult:
     """One worker's part of each of `configurations`, whatever node Ray chooses. Not knowing is no failure:
     nodes may come, others may be using them."""
     import ray
 
-    if plan.gpus and not any(node.gpus for node in cluster.nodes):
-        return later(memory_result.NAME, "not probed: no GPU node yet; check again when one is there")
+    if spec.gpus_per_worker and not any(node.gpus for node in cluster.nodes):
+        return undetermined_result(
+            memory_result.CHECK_NAME, "not probed: no GPU node yet; check again when one is there"
+        )
     free = ray.available_resources()
-    if any(free.get(name, 0.0) < amount for name, amount in plan.resources.items()):
-        return later(
-            memory_result.NAME, "not probed: others use all there is; check again when a seat has room"
+    if any(free.get(name, 0.0) < amount for name, amount in spec.resources_per_worker.items()):
+        return undetermined_result(
+            memory_result.CHECK_NAME, "not probed: others use all there is; check again when a seat has room"
         )
     task = ray.remote(
         num_cpus=1,
-        num_gpus=plan.gpus,
+        num_gpus=spec.gpus_per_worker,
         max_retries=1,  # of a process that died; what the probe itself raises is not tried again
-        runtime_env={} if plan.on_gpus else {"env_vars": MALLOC},
-    )(work)
-    asked = task.remote(
+        runtime_env={} if spec.uses_gpus else {"env_vars": MALLOC_ENVIRONMENT},
+    )(probe_on_worker)
+    result_ref = task.remote(
         [configuration.to_json() for configuration in configurations],
-        asdict(plan),
-        limits(cluster, seats, plan.workers),
+        asdict(spec),
+        memory_limits(cluster, allocation, spec.workers_per_trainer),
     )
     try:
-        return memory_result.judge(ray.get(asked, timeout=PROBE_SECONDS))
+        return memory_result.check_memory(ray.get(result_ref, timeout=PROBE_TIMEOUT_SECONDS))
     except TimeoutError:  # the task ends with the check
-        words = f"not probed: no answer in {PROBE_SECONDS:g} s; --no-probe leaves it out"
-        return later(memory_result.NAME, words)
+        message = f"not probed: no answer in {PROBE_TIMEOUT_SECONDS:g} s; --no-probe leaves it out"
+        return undetermined_result(memory_result.CHECK_NAME, message)
     except Exception as error:  # what loading or a step raises, or what has ended the process
-        return failed(memory_result.NAME, f"the probe failed: {reason(error)}")
+        return failed_result(memory_result.CHECK_NAME, f"the probe failed: {format_ray_error(error)}")
 
 
-def limits(cluster: Cluster, seats: Seats, workers: int) -> dict[str, int]:
+def memory_limits(
+    cluster: Cluster, allocation: TrainerAllocation, workers_per_trainer: int
+) -> dict[str, int]:
     """Node -> bytes of main memory that a worker of a seat has there: its part of what Ray may promise."""
     found = {}
     for node in cluster.nodes:
-        there = Cluster((node,)).room(seats.gpus, 1)
-        at_once = max(1, min(there, seats.count * workers))
-        found[node.id] = max(0, int(node.memory / at_once) - BESIDE_BYTES)
+        workers_on_node = Cluster((node,)).trainer_capacity(allocation.gpus_per_worker, 1)
+        concurrent_workers = max(1, min(workers_on_node, allocation.count * workers_per_trainer))
+        found[node.id] = max(0, int(node.memory / concurrent_workers) - CONTROLLER_BYTES)
     return found
 
 
-def work(
-    configurations: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], limits: Mapping[str, int]
+def probe_on_worker(
+    configurations: Sequence[Mapping[str, Any]],
+    spec_fields: Mapping[str, Any],
+    limits_by_node: Mapping[str, int],
 ) -> Any:
     """Runs in Ray's process: a list of `memory.Measured`."""
     import ray
     import torch
 
-    from orchestrator.cluster.preflight.memory_meter import Gpu, Resident
-    from orchestrator.cluster.preflight.memory_probe import part_of_a_worker, probe
+    from orchestrator.cluster.preflight.memory_meter import GpuMemoryMeter, HostMemoryMeter
+    from orchestrator.cluster.preflight.memory_probe import probe_memory, with_worker_batch_size
     from orchestrator.finetune.sources import hub_data
     from orchestrator.finetune.tasks import catalogue as tasks
 
-    seat = SeatPlan(**plan)
-    meter: Gpu | Resident
-    if seat.on_gpus:
+    spec = TrainerSpec(**spec_fields)
+    meter: GpuMemoryMeter | HostMemoryMeter
+    if spec.uses_gpus:
         if not torch.cuda.is_available():
             raise RuntimeError(f"Ray gave a GPU that torch {torch.__version__} cannot use")
         device = torch.device("cuda:0")
-        meter = Gpu(device, seat.gpus)
-        limit = meter.limit
+        meter = GpuMemoryMeter(device, spec.gpus_per_worker)
+        limit_bytes = meter.limit_bytes
     else:
         torch.set_num_threads(1)
-        device, meter = torch.device("cpu"), Resident()
-        limit = limits[ray.get_runtime_context().get_node_id()]
-    parts = [part_of_a_worker(Configuration.from_json(c), seat.workers) for c in configurations]
-    load = loader(seat, Path(seat.store) / "bases", device)
-    hub_data.keep_pins_in(Path(seat.store) / "bases", new=False)
-    bench = load(parts[0].model, tasks.get(parts[0].task.name))
-    return probe(parts, bench, seat.lanes, meter, limit, Path(seat.store) / "data")
+        device, meter = torch.device("cpu"), HostMemoryMeter()
+        limit_bytes = limits_by_node[ray.get_runtime_context().get_node_id()]
+    parts = [
+        with_worker_batch_size(Configuration.from_json(c), spec.workers_per_trainer) for c in configurations
+    ]
+    load = model_loader(spec, Path(spec.store) / "bases", device)
+    hub_data.set_pin_folder(Path(spec.store) / "bases", add_pins=False)
+    base_model = load(parts[0].model, tasks.get(parts[0].task.name))
+    return probe_memory(
+        parts, base_model, spec.lanes_per_trainer, meter, limit_bytes, Path(spec.store) / "data"
+    )

@@ -11,48 +11,52 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-from orchestrator.cluster.remote.source_digest import digests
-from orchestrator.execution.ray.autoscaler import Kind, promised
+from orchestrator.cluster.remote.source_digest import file_digests
+from orchestrator.execution.ray.autoscaler import NodeType, load_node_types
 from orchestrator.record import provenance
 
-PACKAGE = "lora-orchestrator"
-PACKAGES = ("orchestrator/", "variants/")
-_NOT_COMPARED = ("cuda_driver",)  # a head without a GPU has none; records say which they were made with
+DISTRIBUTION = "lora-orchestrator"
+PACKAGE_FOLDERS = ("orchestrator/", "variants/")
+_IGNORED_VERSIONS = ("cuda_driver",)  # a head without a GPU has none; records say which they were made with
 
 
 @dataclass(frozen=True)
-class Facts:
+class NodeInfo:
     host: str
     versions: dict[str, str]
     """Python, the libraries, this package."""
-    free: int
+    free_bytes: int
     """Bytes, on the disk of the folder for temporary files, where Ray has its own."""
-    temporary: str
+    temporary_folder: str
     """That folder."""
-    kinds: tuple[Kind, ...] | None = field(default=None)
+    startable_node_types: tuple[NodeType, ...] | None = field(default=None)
     """Nodes that the cluster's autoscaler may start, as the head knows; None elsewhere."""
 
 
-def facts() -> Facts:
+def collect_node_info() -> NodeInfo:
     folder = tempfile.gettempdir()
-    return Facts(os.uname().nodename, versions(), shutil.disk_usage(folder).free, folder, promised())
+    return NodeInfo(
+        os.uname().nodename, node_versions(), shutil.disk_usage(folder).free, folder, load_node_types()
+    )
 
 
-def versions() -> dict[str, str]:
+def node_versions() -> dict[str, str]:
     """Those that have to be equal on all nodes. torch's without its build (+cpu, +cu128): a head without a
     GPU may have another."""
-    found = {k: v for k, v in provenance.versions().items() if k not in _NOT_COMPARED}
+    found = {k: v for k, v in provenance.package_versions().items() if k not in _IGNORED_VERSIONS}
     if "torch" in found:
         found["torch"] = found["torch"].partition("+")[0]
     try:
-        number = version(PACKAGE)
+        number = version(DISTRIBUTION)
     except PackageNotFoundError:  # run from a folder
         number = ""
-    return found | {PACKAGE: f"{number} (code {code()})".strip()}
+    return found | {DISTRIBUTION: f"{number} (code {package_digest()})".strip()}
 
 
 @lru_cache(maxsize=1)
-def code() -> str:
+def package_digest() -> str:
     """Eight hex digits over this package's sources: version numbers do not change with every commit."""
-    of_all = {path: digest for path, digest in digests().items() if path.startswith(PACKAGES)}
-    return hashlib.sha256(json.dumps(of_all).encode()).hexdigest()[:8]
+    digests_by_path = {
+        path: digest for path, digest in file_digests().items() if path.startswith(PACKAGE_FOLDERS)
+    }
+    return hashlib.sha256(json.dumps(digests_by_path).encode()).hexdigest()[:8]

@@ -7,49 +7,55 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.cluster.preflight import availability, clock, disk, shared_storage, versions
-from orchestrator.cluster.preflight.check_result import Finding
-from orchestrator.cluster.preflight.node_agent import Witnesses, witnesses
-from orchestrator.cluster.preflight.node_info import Facts
-from orchestrator.cluster.preflight.node_info import versions as versions_here
+from orchestrator.cluster.preflight.check_result import CheckResult
+from orchestrator.cluster.preflight.node_agent import NodeAgents, start_node_agents
+from orchestrator.cluster.preflight.node_info import NodeInfo
+from orchestrator.cluster.preflight.node_info import node_versions as versions_here
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
-def look(there: Witnesses, facts: dict[str, Facts], store: Path) -> Iterator[Finding]:
+def check_nodes(agents: NodeAgents, node_infos: dict[str, NodeInfo], store: Path) -> Iterator[CheckResult]:
     """One line each; a last one about nodes that do not answer. `facts`: what nodes said of themselves."""
-    yield versions.judge(versions_here(), {name: one.versions for name, one in facts.items()})
-    yield _storage(there, store)
-    yield disk.judge(store, shutil.disk_usage(store).free, facts)
-    yield clock.judge(there.ticks())
-    yield from there.lost()
+    yield versions.check_versions(versions_here(), {name: one.versions for name, one in node_infos.items()})
+    yield _check_storage(agents, store)
+    yield disk.check_free_space(store, shutil.disk_usage(store).free, node_infos)
+    yield clock.check_clocks(agents.sample_clocks())
+    yield from agents.check_responses()
 
 
-def _storage(there: Witnesses, store: Path) -> Finding:
-    with shared_storage.folder_in(store) as folder:
-        numbers = {name: f"node-{number}" for number, name in enumerate(there.actors)}
-        wrote = there.ask("write", lambda name: (str(folder), numbers[name]))
-        good = [name for name, one in wrote.items() if not (one.unseen or one.refused)]
-        names = {numbers[name]: name for name in good}
-        unseen = {"this machine": shared_storage.absent(folder, list(names))}
-        told = there.ask("absent", lambda name: (str(folder), list(names) if name in good else []))
-        unseen |= told
-    return shared_storage.judge(
-        store, wrote, {who: [names[n] for n in whose] for who, whose in unseen.items()}
+def _check_storage(agents: NodeAgents, store: Path) -> CheckResult:
+    with shared_storage.create_check_folder(store) as folder:
+        file_names = {name: f"node-{number}" for number, name in enumerate(agents.actors)}
+        write_results = agents.call("write", lambda name: (str(folder), file_names[name]))
+        writable = [name for name, one in write_results.items() if not (one.unseen or one.refused)]
+        nodes_by_file = {file_names[name]: name for name in writable}
+        missing_by_reader = {"this machine": shared_storage.missing_files(folder, list(nodes_by_file))}
+        missing_on_nodes = agents.call(
+            "absent", lambda name: (str(folder), list(nodes_by_file) if name in writable else [])
+        )
+        missing_by_reader |= missing_on_nodes
+    return shared_storage.check_storage(
+        store,
+        write_results,
+        {who: [nodes_by_file[n] for n in whose] for who, whose in missing_by_reader.items()},
     )
 
 
-def refuse_unfit(cluster: Cluster, store: Path, bases: Path, wanted: Sequence[Configuration]) -> None:
+def require_usable_cluster(
+    cluster: Cluster, store: Path, bases: Path, configurations: Sequence[Configuration]
+) -> None:
     """The first step of a study on several machines: raises BadInput when they are not fit for what is
     `wanted`, with a line for each reason. Without the probe of memory: a seat that finds too little takes
     fewer lanes."""
     if cluster.local or len({node.address for node in cluster.nodes}) < 2:
         return
-    with witnesses(cluster.nodes) as there:
-        found = [*look(there, there.ask("facts"), store)]
-        if wanted:  # all of a study have the same model and task
-            asked = wanted[0].model, wanted[0].task, str(bases)
-            found.append(availability.judge(there.ask("reach", lambda name: asked)))
-    wrong = [one for one in found if one.failed]
+    with start_node_agents(cluster.nodes) as agents:
+        results = [*check_nodes(agents, agents.call("facts"), store)]
+        if configurations:  # all of a study have the same model and task
+            arguments = configurations[0].model, configurations[0].task, str(bases)
+            results.append(availability.check_availability(agents.call("reach", lambda name: arguments)))
+    wrong = [one for one in results if one.failed]
     if wrong:
-        raise BadInput("\n".join(f"{one.name}: {one.text}" for one in wrong))
+        raise UsageError("\n".join(f"{one.name}: {one.text}" for one in wrong))

@@ -17,89 +17,108 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.preflight.check_result import Finding, failed, listed, nodes, ok
+from orchestrator.cluster.preflight.check_result import (
+    CheckResult,
+    failed_result,
+    format_node_count,
+    ok_result,
+    shorten_list,
+)
 from orchestrator.util import atomic_files
 
-NAME = "storage"
-DRIVER = "driver"
-PATIENCE_SECONDS = 5.0
+CHECK_NAME = "storage"
+DRIVER_FILE = "driver"
+VISIBILITY_TIMEOUT_SECONDS = 5.0
 """How long a file may take to be seen by another machine."""
 
 
 @dataclass(frozen=True)
-class Wrote:
+class WriteResult:
     """What became of a node's file; all empty when all went well."""
 
-    unseen: bool = False
+    is_driver_file_missing: bool = False
     """The driver's file is not there."""
-    refused: str = ""
+    write_error: str = ""
     """Why nothing could be written, or renamed."""
-    linkless: str = ""
+    link_error: str = ""
     """Why no hard link could be made."""
 
 
 @contextmanager
-def folder_in(store: Path) -> Iterator[Path]:
+def create_check_folder(store: Path) -> Iterator[Path]:
     """The driver's: with its own file, gone afterwards. Raises OSError where it cannot be written."""
     folder = store / f".check-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
-        atomic_files.replace(folder / DRIVER, DRIVER.encode())
+        atomic_files.write_atomically(folder / DRIVER_FILE, DRIVER_FILE.encode())
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write(folder: Path, name: str, patience: float = PATIENCE_SECONDS) -> Wrote:
+def write_node_file(folder: Path, name: str, timeout: float = VISIBILITY_TIMEOUT_SECONDS) -> WriteResult:
     """A node's part."""
-    if absent(folder, [DRIVER], patience):
-        return Wrote(unseen=True)
+    if missing_files(folder, [DRIVER_FILE], timeout):
+        return WriteResult(is_driver_file_missing=True)
     try:
-        atomic_files.replace(folder / name, name.encode())
+        atomic_files.write_atomically(folder / name, name.encode())
     except OSError as error:
-        return Wrote(refused=error.strerror or str(error))
+        return WriteResult(write_error=error.strerror or str(error))
     try:
-        atomic_files.link(folder / name, folder / f"{name}.link")
+        atomic_files.link_if_absent(folder / name, folder / f"{name}.link")
     except OSError as error:
-        return Wrote(linkless=error.strerror or str(error))
-    return Wrote()
+        return WriteResult(link_error=error.strerror or str(error))
+    return WriteResult()
 
 
-def absent(folder: Path, names: Sequence[str], patience: float = PATIENCE_SECONDS) -> list[str]:
+def missing_files(
+    folder: Path, names: Sequence[str], timeout: float = VISIBILITY_TIMEOUT_SECONDS
+) -> list[str]:
     """Those of the files that are not there, or do not hold what was written."""
-    until = time.monotonic() + patience
+    until = time.monotonic() + timeout
     while True:
-        lacking = [name for name in names if not _whole(folder / name, name)]
-        if not lacking or time.monotonic() > until:
-            return lacking
+        missing = [name for name in names if not _has_content(folder / name, name)]
+        if not missing or time.monotonic() > until:
+            return missing
         time.sleep(0.2)
 
 
-def _whole(file: Path, content: str) -> bool:
+def _has_content(file: Path, content: str) -> bool:
     try:
         return file.read_text() == content
     except OSError:
         return False
 
 
-def judge(store: Path, wrote: Mapping[str, Wrote], unseen: Mapping[str, Sequence[str]]) -> Finding:
+def check_storage(
+    store: Path, write_results: Mapping[str, WriteResult], missing_by_reader: Mapping[str, Sequence[str]]
+) -> CheckResult:
     """`wrote`: of each node, by its address; `unseen`: who (a node, or this machine) does not see whose
     files."""
-    blind = [node for node, one in wrote.items() if one.unseen]
-    refused = [f"{node} ({one.refused})" for node, one in wrote.items() if one.refused]
-    linkless = [f"{node} ({one.linkless})" for node, one in wrote.items() if one.linkless]
-    apart = [f"{who} does not see what {listed(whose)} wrote" for who, whose in unseen.items() if whose]
-    wrong = [f"not seen from {listed(blind)}"] if blind else []
-    wrong += [f"not writable from {listed(refused)}"] if refused else []
-    wrong += [f"no hard links from {listed(linkless)}"] if linkless else []
-    wrong += apart[:1]
+    not_readable = [node for node, one in write_results.items() if one.is_driver_file_missing]
+    not_writable = [f"{node} ({one.write_error})" for node, one in write_results.items() if one.write_error]
+    without_hard_links = [
+        f"{node} ({one.link_error})" for node, one in write_results.items() if one.link_error
+    ]
+    not_visible = [
+        f"{who} does not see what {shorten_list(whose)} wrote"
+        for who, whose in missing_by_reader.items()
+        if whose
+    ]
+    wrong = [f"not seen from {shorten_list(not_readable)}"] if not_readable else []
+    wrong += [f"not writable from {shorten_list(not_writable)}"] if not_writable else []
+    wrong += [f"no hard links from {shorten_list(without_hard_links)}"] if without_hard_links else []
+    wrong += not_visible[:1]
     if wrong:
-        return failed(
-            NAME,
+        return failed_result(
+            CHECK_NAME,
             f"{store}: {'; '.join(wrong)}; every node must read and write the same folder, with renames and "
             "hard links: mount one shared file system (NFS, EFS, Lustre) there, or name another --output",
         )
-    return ok(NAME, f"{store}: read and written from {nodes(len(wrote))}, renames and hard links work")
+    return ok_result(
+        CHECK_NAME,
+        f"{store}: read and written from {format_node_count(len(write_results))}, renames and hard links work",
+    )
 
 
 def is_shared(folder: Path) -> bool:

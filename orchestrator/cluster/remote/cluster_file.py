@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.util.command import main
-from orchestrator.util.errors import BadInput, nearest
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 # Of Ray 2.60's AWS provider, beside those in its schema.
 _PROVIDER_KEYS = ("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch")
-_GROUPS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
+_SECURITY_GROUP_KEYS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_cluster_file(path: Path) -> dict[str, Any]:
     """The description with Ray's defaults filled in. Paths in it are relative to its own folder, where
     `ray up` is typed. Raises BadInput."""
     import yaml
@@ -34,19 +34,19 @@ def read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}; name the file that `ray up` takes") from None
+        raise UsageError(f"{path}: {error.strerror or error}; name the file that `ray up` takes") from None
     except yaml.YAMLError as error:
-        raise BadInput(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict) or not isinstance(config.get("provider"), dict):
-        raise BadInput(f"{path}: must have a section `provider` with a type, as cluster.yaml has")
+        raise UsageError(f"{path}: must have a section `provider` with a type, as cluster.yaml has")
     _check_keys(path, config)
     for name, node_type in config.get("available_node_types", {}).items():
-        _check_sizes(path, name, node_type)
-    prepared = _by_ray(path, config)
+        _check_worker_counts(path, name, node_type)
+    prepared = _apply_ray_defaults(path, config)
     _check_mounts(path, prepared["file_mounts"])
     if config["provider"].get("type") == "aws":
         for name, node_type in prepared["available_node_types"].items():
-            _check_machine(path, name, node_type["node_config"])
+            _check_aws_node(path, name, node_type["node_config"])
     return prepared
 
 
@@ -59,30 +59,30 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     try:
         jsonschema.validate(config, schema)
     except jsonschema.ValidationError as error:
-        where = ".".join(str(part) for part in error.absolute_path) or "top level"
-        said = error.message.splitlines()[0]
+        location = ".".join(str(part) for part in error.absolute_path) or "top level"
+        message = error.message.splitlines()[0]
         if error.validator == "additionalProperties":
             known = error.schema["properties"]
             wrong = next(key for key in error.instance if key not in known)
-            said = f"{wrong!r} is no key of Ray's here. {nearest(wrong, known)}"
-        raise BadInput(f"{path}, {where}: {said}") from None
+            message = f"{wrong!r} is no key of Ray's here. {suggest_nearest(wrong, known)}"
+        raise UsageError(f"{path}, {location}: {message}") from None
     known = [*schema["properties"]["provider"]["properties"], *_PROVIDER_KEYS]
     for key in config["provider"]:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         if key not in known and close:  # the schema takes any: others may be another provider's
-            raise BadInput(f"{path}, provider: {key!r} is no key of Ray's here. Did you mean {close[0]!r}?")
+            raise UsageError(f"{path}, provider: {key!r} is no key of Ray's here. Did you mean {close[0]!r}?")
 
 
-def _check_sizes(path: Path, name: str, node_type: dict[str, Any]) -> None:
+def _check_worker_counts(path: Path, name: str, node_type: dict[str, Any]) -> None:
     least, most = node_type.get("min_workers", 0), node_type.get("max_workers")
     if least < 0 or (most is not None and most < least):
-        raise BadInput(
+        raise UsageError(
             f"{path}, {name}: min_workers {least}, max_workers {'unset' if most is None else most}: "
             "must be 0 or more, and max_workers not below min_workers."
         )
 
 
-def _by_ray(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _apply_ray_defaults(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What `ray up` itself does before it starts anything."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -92,25 +92,25 @@ def _by_ray(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             prepared: dict[str, Any] = prepare_config(config)
         validate_config(prepared)
     except (ValueError, RuntimeError, NotImplementedError, KeyError, ImportError) as error:
-        raise BadInput(f"{path}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     return prepared
 
 
-def _check_machine(path: Path, name: str, node_config: dict[str, Any]) -> None:
+def _check_aws_node(path: Path, name: str, node_config: dict[str, Any]) -> None:
     """What AWS is asked for."""
-    if not any(key in node_config for key in _GROUPS):
-        raise BadInput(
+    if not any(key in node_config for key in _SECURITY_GROUP_KEYS):
+        raise UsageError(
             f"{path}, {name}: no security group is named, and Ray's own lets in SSH from everywhere; "
-            f"set one of {', '.join(_GROUPS)} (orchestrator/cluster/aws_stack.yaml makes a launch template)."
+            f"set one of {', '.join(_SECURITY_GROUP_KEYS)} (orchestrator/cluster/aws_stack.yaml makes a launch template)."
         )
     if "InstanceType" not in node_config:
-        raise BadInput(f"{path}, {name}: node_config has no InstanceType; name one, for example g5.xlarge.")
+        raise UsageError(f"{path}, {name}: node_config has no InstanceType; name one, for example g5.xlarge.")
     try:
         import botocore.session
         from botocore.validate import ParamValidator
     except ImportError:
         fix = "pip install -c constraints.txt -e '.[cluster]'"
-        raise BadInput(f"{path}: `ray up` needs boto3 for AWS, which is not installed; {fix}") from None
+        raise UsageError(f"{path}: `ray up` needs boto3 for AWS, which is not installed; {fix}") from None
     ec2 = botocore.session.get_session().get_service_model("ec2")
     request = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # Ray's own key
     report = ParamValidator().validate(
@@ -118,21 +118,25 @@ def _check_machine(path: Path, name: str, node_config: dict[str, Any]) -> None:
     )
     if report.has_errors():
         said = report.generate_report().splitlines()[0].split(", must be one of")[0]
-        raise BadInput(f"{path}, {name}: AWS would refuse its node_config: {said}.")
+        raise UsageError(f"{path}, {name}: AWS would refuse its node_config: {said}.")
 
 
 def _check_mounts(path: Path, mounts: dict[str, str]) -> None:
-    for there, here in mounts.items():
-        if not (path.resolve().parent / Path(here).expanduser()).exists():
+    for remote_path, local_path in mounts.items():
+        if not (path.resolve().parent / Path(local_path).expanduser()).exists():
             advice = (
-                "make it: ray get-auth-token --generate" if "auth_token" in here else "name one that is there"
+                "make it: ray get-auth-token --generate"
+                if "auth_token" in local_path
+                else "name one that is there"
             )
-            raise BadInput(f"{path}, file_mounts: {here!r} (for {there}) is not there; {advice}.")
+            raise UsageError(
+                f"{path}, file_mounts: {local_path!r} (for {remote_path}) is not there; {advice}."
+            )
 
 
-def _command() -> int:
+def _print_summary() -> int:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "cluster.yaml")
-    config = read(path)
+    config = read_cluster_file(path)
     types = config["available_node_types"].items()
     workers = ", ".join(
         f"{n}: {t['min_workers']} to {t['max_workers']}" for n, t in types if t["max_workers"]
@@ -142,4 +146,4 @@ def _command() -> int:
 
 
 if __name__ == "__main__":
-    main(_command)
+    main(_print_summary)

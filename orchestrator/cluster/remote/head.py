@@ -16,73 +16,83 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.execution.ray.runtime import listens
-from orchestrator.util.errors import Trouble
+from orchestrator.execution.ray.runtime import is_listening
+from orchestrator.util.errors import StudyError
 
 DASHBOARD_PORT = 8265
 SSH_PORT = 22
-PATIENCE = 60.0
+CONNECT_TIMEOUT_SECONDS = 60.0
 """Seconds that SSH gets to connect."""
-START_SECONDS = 10.0
+PROCESS_START_SECONDS = 10.0
 """What a busy machine may take until the question is asked; usually half a second."""
-LATE = "no answer in"
-_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+TIMEOUT_PREFIX = "no answer in"
+_RAY_COMMAND = (sys.executable, "-m", "ray.scripts.scripts")
 
 
-def find(path: Path, seconds: float = PATIENCE) -> tuple[str | None, str]:
+def find_head(path: Path, timeout: float = CONNECT_TIMEOUT_SECONDS) -> tuple[str | None, str]:
     """The head's address, and if there is none why. Asks the cloud in a process of its own: its libraries
     print, and wait for credentials."""
     try:
-        asked = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cluster.remote.head", path.name, f"{seconds:g}"],
+        completed = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cluster.remote.head", path.name, f"{timeout:g}"],
             cwd=path.resolve().parent,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=seconds + START_SECONDS,
+            timeout=timeout + PROCESS_START_SECONDS,
             check=False,
-            env=_environment(),
+            env=_subprocess_environment(),
         )
     except subprocess.TimeoutExpired:
-        return None, f"{LATE} {seconds:g} s"
-    if asked.returncode == -signal.SIGALRM:
-        return None, f"{LATE} {seconds:g} s"
-    lines = (asked.stdout if asked.returncode == 0 else asked.stderr or asked.stdout).split("\n")
+        return None, f"{TIMEOUT_PREFIX} {timeout:g} s"
+    if completed.returncode == -signal.SIGALRM:
+        return None, f"{TIMEOUT_PREFIX} {timeout:g} s"
+    lines = (completed.stdout if completed.returncode == 0 else completed.stderr or completed.stdout).split(
+        "\n"
+    )
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no answer")
-    return (last, "") if asked.returncode == 0 else (None, last)
+    return (last, "") if completed.returncode == 0 else (None, last)
 
 
 @contextmanager
-def tunnel(path: Path) -> Iterator[str]:
+def open_tunnel(path: Path) -> Iterator[str]:
     """The address on this machine of the dashboard, as long as that lasts. Raises Trouble."""
     port = _free_port()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         dashboard = subprocess.Popen(
-            [*_RAY, "dashboard", path.name, "--port", str(port), "--remote-port", str(DASHBOARD_PORT)],
+            [
+                *_RAY_COMMAND,
+                "dashboard",
+                path.name,
+                "--port",
+                str(port),
+                "--remote-port",
+                str(DASHBOARD_PORT),
+            ],
             cwd=path.resolve().parent,
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             # Ctrl-C is ours; with the terminal, it is to end, too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         try:
-            until = time.monotonic() + PATIENCE
-            while not listens("127.0.0.1", port):
+            until = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+            while not is_listening("127.0.0.1", port):
                 if dashboard.poll() is not None or time.monotonic() > until:
-                    said.seek(0)
-                    raise Trouble(f"{path}: no tunnel to the head ({_last(said.read().decode())})")
+                    output.seek(0)
+                    raise StudyError(f"{path}: no tunnel to the head ({_last_line(output.read().decode())})")
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"
         finally:
-            _end(dashboard)
+            _terminate(dashboard)
 
 
-def bring(path: Path, there: str, here: Path) -> None:
+def download_folder(path: Path, remote_folder: str, local_folder: Path) -> None:
     """Copies a folder of the head. Raises Trouble."""
-    here.mkdir(parents=True, exist_ok=True)
+    local_folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [*_RAY, "rsync-down", path.name, f"{there}/", f"{here.resolve()}/"],
+        [*_RAY_COMMAND, "rsync-down", path.name, f"{remote_folder}/", f"{local_folder.resolve()}/"],
         cwd=path.resolve().parent,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -90,17 +100,19 @@ def bring(path: Path, there: str, here: Path) -> None:
         check=False,
     )
     if done.returncode:
-        raise Trouble(f"{path}: {there} of the head was not brought ({_last(done.stderr or done.stdout)})")
+        raise StudyError(
+            f"{path}: {remote_folder} of the head was not brought ({_last_line(done.stderr or done.stdout)})"
+        )
 
 
-def _environment() -> dict[str, str]:
+def _subprocess_environment() -> dict[str, str]:
     """For a process of ours, wherever it starts: with this project, as it was found here."""
     before = os.environ.get("PYTHONPATH", "")
     root = str(Path(__file__).resolve().parents[3])
     return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _terminate(process: subprocess.Popen[bytes]) -> None:
     """With its SSH."""
     import psutil
 
@@ -116,22 +128,22 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _last(text: str) -> str:
+def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
 
 
-def _command(path: str, seconds: float = PATIENCE) -> int:
+def _print_head_address(path: str, timeout: float = CONNECT_TIMEOUT_SECONDS) -> int:
     import yaml
     from ray.autoscaler.sdk import get_head_node_ip
 
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         address = get_head_node_ip(path)
         auth = (yaml.safe_load(Path(path).read_text()) or {}).get("auth") or {}
     except BaseException as error:  # of several libraries, and Ray's own exit
-        print(_last(str(error)) if str(error).strip() else type(error).__name__, file=sys.stderr)
+        print(_last_line(str(error)) if str(error).strip() else type(error).__name__, file=sys.stderr)
         return 1
-    if not auth.get("ssh_proxy_command") and not listens(address, SSH_PORT):
+    if not auth.get("ssh_proxy_command") and not is_listening(address, SSH_PORT):
         print(f"{address} does not answer on SSH's port", file=sys.stderr)
         return 1
     print(address)
@@ -139,4 +151,4 @@ def _command(path: str, seconds: float = PATIENCE) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_command(sys.argv[1], *map(float, sys.argv[2:])))
+    sys.exit(_print_head_address(sys.argv[1], *map(float, sys.argv[2:])))

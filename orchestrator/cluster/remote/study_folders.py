@@ -9,15 +9,15 @@ import json
 import sys
 from pathlib import Path
 
-from orchestrator.record.study_file import all_studies
+from orchestrator.record.study_file import read_studies
 from orchestrator.study.options import default_output
 
 
-def folders(command: str, output: Path) -> list[str]:
+def find_study_folders(command: str, output: Path) -> list[str]:
     """Whose last command was this one: a script of two stages has two."""
-    studies = all_studies(output).values()
+    studies = read_studies(output).values()
     return [str(folder.resolve()) for folder, study in studies if study.command == command]
 
 
 if __name__ == "__main__":
-    print(json.dumps(folders(sys.argv[1], default_output())))
+    print(json.dumps(find_study_folders(sys.argv[1], default_output())))

@@ -13,26 +13,26 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
-from orchestrator.execution.broker.core import BrokerCore, Held, name_of
-from orchestrator.execution.broker.lane_entry import Life
-from orchestrator.execution.ray.runtime import beside_the_driver
-from orchestrator.execution.trainers.exit_status import How
-from orchestrator.execution.tune.rungs import settings
-from orchestrator.finetune.engine.lane_source import Answer, Offer, Report
+from orchestrator.execution.broker.core import BrokerCore, HeldLane, parse_trainer_name
+from orchestrator.execution.broker.lane_entry import LaneEntry
+from orchestrator.execution.ray.runtime import driver_node_affinity
+from orchestrator.execution.trainers.exit_status import ExitKind
+from orchestrator.execution.tune.rungs import scheduler_settings
+from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record import provenance
-from orchestrator.record.schema import Evaluation, Record, State
+from orchestrator.record.schema import Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.watched_clock import WatchedClock
+from orchestrator.util.watched_clock import SuspendTolerantClock
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 10.0
-STUCK_SECONDS = 1800.0
+HEARTBEAT_SECONDS = 10.0
+HUNG_SECONDS = 1800.0
 BROKER_LOST_SECONDS = 30.0  # who misses the broker for so long gives it up; see `until_lost` for a seat
-NAME = "broker"
-FINAL = ("finished", "diverged")
-Answered = TypeVar("Answered")
+BROKER_NAME = "broker"
+FINAL_STATES = ("finished", "diverged")
+Result = TypeVar("Result")
 
 
 class Broker:
@@ -45,43 +45,49 @@ class Broker:
             attempts = (store.checkpoints / fingerprint).glob("*")
             return max((int(path.name) for path in attempts if path.name.isdecimal()), default=0)
 
-        def saved(fingerprint: str) -> int:
+        def checkpoint_step(fingerprint: str) -> int:
             files = (store.checkpoints / fingerprint).glob("*/step-*.safetensors")
             steps = [path.stem.removeprefix("step-") for path in files]
             return max((int(step) for step in steps if step.isdecimal()), default=0)
 
-        def known(configuration: Configuration) -> Record | None:
-            record = store.meets(configuration.fingerprint, settings(scheduler, configuration))
-            if record is not None and record.state in FINAL:  # whoever wrote it may have died right after
+        def find_record(configuration: Configuration) -> Record | None:
+            record = store.get_reusable(
+                configuration.fingerprint, scheduler_settings(scheduler, configuration)
+            )
+            if (
+                record is not None and record.state in FINAL_STATES
+            ):  # whoever wrote it may have died right after
                 store.discard_checkpoints(record.fingerprint)
             return record
 
-        def give_up(life: Life, configuration: Configuration, why: str) -> State:
-            return _failed(store, life, configuration, why)
+        def write_failure(entry: LaneEntry, configuration: Configuration, why: str) -> RecordState:
+            return _write_failure_record(store, entry, configuration, why)
 
-        self.clock = WatchedClock()
-        self.core = BrokerCore(newest_attempt, store.failures, known, scheduler, give_up, saved)
-        self.given_up = False
-        self.born = uuid.uuid4().hex
-        self.changed: dict[str, asyncio.Event] = {}
+        self.clock = SuspendTolerantClock()
+        self.core = BrokerCore(
+            newest_attempt, store.count_failures, find_record, scheduler, write_failure, checkpoint_step
+        )
+        self.is_aborted = False
+        self.incarnation = uuid.uuid4().hex
+        self.lane_events: dict[str, asyncio.Event] = {}
         self.lines: list[str] = []
         """Lines from the seats that the driver shows to the user."""
 
     # -- trials
 
-    async def next(
+    async def next_report(
         self, trial: str, configuration: Configuration, after: int, timeout: float
-    ) -> Report | State | None:
+    ) -> Report | RecordState | None:
         """Submits (again, after a restart) and waits for the report beyond step `after` or the end."""
         fingerprint = configuration.fingerprint
         self.core.submit(trial, configuration, self.clock())
         deadline = time.monotonic() + timeout
         while True:
-            answer = "failed" if self.given_up else self.core.next(fingerprint, after, self.clock())
+            answer = "failed" if self.is_aborted else self.core.next_report(fingerprint, after, self.clock())
             left = deadline - time.monotonic()
             if answer is not None or left <= 0:
                 return answer
-            event = self.changed.setdefault(fingerprint, asyncio.Event())
+            event = self.lane_events.setdefault(fingerprint, asyncio.Event())
             event.clear()
             try:
                 await asyncio.wait_for(event.wait(), left)
@@ -91,50 +97,62 @@ class Broker:
     async def release(self, trial: str) -> None:
         self.core.release(trial)
 
-    async def stop(self, trial: str, configuration: Configuration, seen: int) -> None:
-        self.core.stop(trial, configuration, seen, self.clock())
+    async def stop(self, trial: str, configuration: Configuration, stop_step: int) -> None:
+        self.core.stop(trial, configuration, stop_step, self.clock())
 
     # -- seats
 
     async def lease(
-        self, seat: str, shape: str | None, room: int, held: Mapping[str, Held], taken: int
-    ) -> Offer:
-        await self.exchange(seat, held, taken)
-        return self.core.lease(seat, shape, room, self.clock())
+        self,
+        trainer_id: str,
+        group_key: str | None,
+        free_slots: int,
+        held: Mapping[str, HeldLane],
+        steps_taken: int,
+    ) -> LeaseGrant:
+        await self.exchange(trainer_id, held, steps_taken)
+        return self.core.lease(trainer_id, group_key, free_slots, self.clock())
 
-    async def exchange(self, seat: str, held: Mapping[str, Held], taken: int) -> dict[str, Answer]:
-        answers = self.core.exchange(seat, held, taken, self.clock())
+    async def exchange(
+        self, trainer_id: str, held: Mapping[str, HeldLane], steps_taken: int
+    ) -> dict[str, Directive]:
+        directives = self.core.exchange(trainer_id, held, steps_taken, self.clock())
         for fingerprint in held:
-            self._tell(fingerprint)
-        return answers
+            self._wake_trials(fingerprint)
+        return directives
 
-    async def alive(self, seat: str) -> None:
-        self.core.alive(seat, self.clock())
+    async def heartbeat(self, trainer_id: str) -> None:
+        self.core.heartbeat(trainer_id, self.clock())
 
-    async def spill(self, seat: str, fingerprint: str, attempt: int) -> None:
-        self.core.spill(seat, fingerprint, attempt, self.clock())
+    async def return_lease(self, trainer_id: str, fingerprint: str, attempt: int) -> None:
+        self.core.return_lease(trainer_id, fingerprint, attempt, self.clock())
 
-    async def say(self, line: str) -> None:
+    async def notify(self, line: str) -> None:
         self.lines.append(line)
 
-    async def done(self, seat: str, fingerprint: str, attempt: int, state: State) -> None:
-        self.core.done(seat, fingerprint, attempt, state, self.clock())
-        self._tell(fingerprint)
+    async def end_lease(self, trainer_id: str, fingerprint: str, attempt: int, state: RecordState) -> None:
+        self.core.end_lease(trainer_id, fingerprint, attempt, state, self.clock())
+        self._wake_trials(fingerprint)
 
-    async def seat_ended(self, name: str, how: How, reason: str = "") -> None:
+    async def trainer_exited(self, trainer_name: str, exit_kind: ExitKind, reason: str = "") -> None:
         """All incarnations of the seat called `name` are gone; `how`, and why, they came to their end."""
-        held = [f for seat, view in self.core.seats.items() if name_of(seat) == name for f in view.lanes]
-        self.core.seat_ended(name, self.clock(), how, reason)
+        held = [
+            f
+            for seat, view in self.core.trainers.items()
+            if parse_trainer_name(seat) == trainer_name
+            for f in view.lanes
+        ]
+        self.core.trainer_exited(trainer_name, self.clock(), exit_kind, reason)
         for fingerprint in held:
-            self._tell(fingerprint)
+            self._wake_trials(fingerprint)
 
-    async def vacate(self, name: str | None) -> None:
+    async def drain(self, trainer_name: str | None) -> None:
         """The seats called `name` (None: all, and for good) save every lane, give it back, and end."""
-        self.core.vacate(name)
+        self.core.drain(trainer_name)
 
     # -- the driver
 
-    async def news(self, since: int, lines: int, born: str) -> dict[str, Any]:
+    async def get_updates(self, num_ended: int, num_lines: int, incarnation: str) -> dict[str, Any]:
         """Return what is new for the driver.
 
         Args:
@@ -149,50 +167,52 @@ class Broker:
             that hang; "hopeless": why no more seats should be started, empty where they should.
         """
         self.core.tick(self.clock())
-        since, lines = (since, lines) if born == self.born else (0, 0)
+        num_ended, num_lines = (num_ended, num_lines) if incarnation == self.incarnation else (0, 0)
         return {
-            "born": self.born,
-            "ended": self.core.ended[since:],
-            "lines": self.lines[lines:],
+            "born": self.incarnation,
+            "ended": self.core.ended_lanes[num_ended:],
+            "lines": self.lines[num_lines:],
             "counts": self.core.counts(),
-            "taken": dict(self.core.taken),
-            "stuck": self.core.stuck(self.clock()),
-            "hopeless": self.core.deaths.hopeless,
+            "taken": dict(self.core.steps_taken),
+            "stuck": self.core.hung_trainers(self.clock()),
+            "hopeless": self.core.failure_policy.abort_reason,
         }
 
     async def close(self) -> None:
         """No more trials will come: seats end when nothing waits."""
         self.core.closed = True
 
-    async def give_up(self) -> None:
+    async def abort(self) -> None:
         """The study cannot go on: no trial is kept waiting."""
-        self.given_up = True
-        for event in self.changed.values():
+        self.is_aborted = True
+        for event in self.lane_events.values():
             event.set()
 
-    def _tell(self, fingerprint: str) -> None:
-        event = self.changed.get(fingerprint)
+    def _wake_trials(self, fingerprint: str) -> None:
+        event = self.lane_events.get(fingerprint)
         if event is not None:
             event.set()
 
 
-def _failed(store: Store, life: Life, configuration: Configuration, why: str) -> State:
+def _write_failure_record(
+    store: Store, entry: LaneEntry, configuration: Configuration, why: str
+) -> RecordState:
     """Writes the record of a lane whose seat can not. Returns the state of the record that counts."""
     record = Record(
-        fingerprint=life.fingerprint,
+        fingerprint=entry.fingerprint,
         configuration=configuration,
         state="failed",
-        steps=life.reports[-1].step if life.reports else 0,
+        steps=entry.reports[-1].step if entry.reports else 0,
         reason=why,
-        evaluations=tuple(Evaluation(r.step, "validation", r.scores) for r in life.reports),
-        provenance=provenance.current("none", attempt=life.attempt, ended=time.time()),
+        evaluations=tuple(Evaluation(r.step, "validation", r.scores) for r in entry.reports),
+        provenance=provenance.current_provenance("none", attempt=entry.attempt, ended=time.time()),
     )
     try:
-        if not store.put(record, failures=life.crashes):
-            first = store.get(life.fingerprint)
+        if not store.put(record, new_failures=entry.solo_crashes):
+            first = store.get(entry.fingerprint)
             return first.state if first is not None else "failed"
     except OSError as error:  # nothing is lost: the next study tries it again
-        log.warning("%s: its record cannot be written: %s", life.fingerprint[:12], error)
+        log.warning("%s: its record cannot be written: %s", entry.fingerprint[:12], error)
     return "failed"
 
 
@@ -200,79 +220,83 @@ def start_broker(store: Store, scheduler: str) -> Any:
     """The broker of a study, in the study's own Ray namespace: any process of the study finds it by NAME."""
     actor: Any = ray.remote(Broker)
     # Each trial waits in a call of its own; a broker that dies is started again, empty.
-    options = {"name": NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
-    place = beside_the_driver()  # worker nodes come and go
+    options = {"name": BROKER_NAME, "num_cpus": 0, "max_restarts": -1, "max_concurrency": 10_000}
+    place = driver_node_affinity()  # worker nodes come and go
     return actor.options(scheduling_strategy=place, **options).remote(str(store.root), scheduler)
 
 
-class BrokerSource:
+class BrokerClient:
     """A seat's side of the broker: the `Source` of the fine-tuning loop.
 
     Whenever it leases, reports or exchanges, it names all that it holds, each lane with its last report: a
     reply that was lost, or a broker that restarted, is made good by the next call, whichever that is.
     """
 
-    def __init__(self, seat: str) -> None:
-        self.seat = seat
-        self.broker = ray.get_actor(NAME)
-        self.held: dict[str, Held] = {}
-        self.taken = 0
-        self.spoke = time.monotonic()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+    def __init__(self, trainer_id: str) -> None:
+        self.trainer_id = trainer_id
+        self.broker = ray.get_actor(BROKER_NAME)
+        self.held: dict[str, HeldLane] = {}
+        self.steps_taken = 0
+        self.last_call_time = time.monotonic()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
-        self.taken = taken
-        offer: Offer = self._call("lease", self.seat, shape, room, self.held, taken)
-        for lease in offer.leases:
+    def lease(self, group_key: str | None, free_slots: int, steps_taken: int) -> LeaseGrant:
+        self.steps_taken = steps_taken
+        grant: LeaseGrant = self._call(
+            "lease", self.trainer_id, group_key, free_slots, self.held, steps_taken
+        )
+        for lease in grant.leases:
             self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
-        return offer
+        return grant
 
-    def report(self, report: Report) -> Answer:
+    def report(self, report: Report) -> Directive:
         """An exchange that obeys one answer only: the others are given again at the next."""
         fingerprint = report.fingerprint
         if fingerprint not in self.held:
-            return Answer.DROP
+            return Directive.DROP
         attempt, configuration, _ = self.held[fingerprint]
         self.held[fingerprint] = (attempt, configuration, report)
-        answer: Answer = self._call("exchange", self.seat, self.held, self.taken)[fingerprint]
-        if answer is Answer.DROP:
+        directive: Directive = self._call("exchange", self.trainer_id, self.held, self.steps_taken)[
+            fingerprint
+        ]
+        if directive is Directive.DROP:
             del self.held[fingerprint]
-        return answer
+        return directive
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
-        self.taken = taken
-        answers: dict[str, Answer] = self._call("exchange", self.seat, self.held, taken)
-        for fingerprint, answer in answers.items():
-            if answer is Answer.DROP:
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+        self.steps_taken = steps_taken
+        directives: dict[str, Directive] = self._call("exchange", self.trainer_id, self.held, steps_taken)
+        for fingerprint, answer in directives.items():
+            if answer is Directive.DROP:
                 del self.held[fingerprint]
-        return answers
+        return directives
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
-        self._call("spill", self.seat, fingerprint, attempt)
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        self._call("spill", self.trainer_id, fingerprint, attempt)
         self.held.pop(fingerprint, None)
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         self._call("say", line)
 
-    def done(self, fingerprint: str, attempt: int, state: State) -> None:
-        self._call("done", self.seat, fingerprint, attempt, state)
+    def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
+        self._call("done", self.trainer_id, fingerprint, attempt, state)
         self.held.pop(fingerprint, None)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Loading a large base or a long evaluation keeps the loop from talking: it is not dead. One that is
         silent for STUCK_SECONDS is, whatever this thread could say."""
         while True:
-            time.sleep(BEAT_SECONDS)
-            if time.monotonic() - self.spoke < STUCK_SECONDS:
-                self.broker.alive.remote(self.seat)
+            time.sleep(HEARTBEAT_SECONDS)
+            if time.monotonic() - self.last_call_time < HUNG_SECONDS:
+                self.broker.alive.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
-        self.spoke = time.monotonic()
+        self.last_call_time = time.monotonic()
         call = getattr(self.broker, method)
-        return until_lost(lambda: ray.get(call.remote(*args), timeout=BROKER_LOST_SECONDS))
+        return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=BROKER_LOST_SECONDS))
 
 
-def until_lost(call: Callable[[], Answered]) -> Answered:
+def retry_until_lost(call: Callable[[], Result]) -> Result:
     """Call the broker until it answers.
 
     Args:
@@ -287,7 +311,9 @@ def until_lost(call: Callable[[], Answered]) -> Answered:
             always at least two. So a broker whose calls fail at once is given up after BROKER_LOST_SECONDS,
             one that lets calls wait until they time out after twice that.
     """
-    clock = WatchedClock(most=BROKER_LOST_SECONDS * 2 / 3)  # a call in which the clock jumps decides nothing
+    clock = SuspendTolerantClock(
+        max_gap=BROKER_LOST_SECONDS * 2 / 3
+    )  # a call in which the clock jumps decides nothing
     deadline = clock() + BROKER_LOST_SECONDS
     while True:
         try:

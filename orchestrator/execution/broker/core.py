@@ -10,28 +10,28 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.execution.broker.lane_entry import ORPHAN_SECONDS, Life, Phase
-from orchestrator.execution.trainers.exit_status import Deaths, How
-from orchestrator.execution.tune.rungs import settings
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
-from orchestrator.record.schema import Record, State
+from orchestrator.execution.broker.lane_entry import ORPHAN_LANE_SECONDS, LaneEntry, LeasePhase
+from orchestrator.execution.trainers.exit_status import ExitKind, FailurePolicy
+from orchestrator.execution.tune.rungs import scheduler_settings
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
+from orchestrator.record.schema import Record, RecordState
 from orchestrator.study.configuration import Configuration
 
-SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
-UNSERVED_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a seat
-FAILING = 3  # failures in a row of a shape's lanes: so many end a seat, see finetune/loop.py
+TRAINER_SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
+STARVATION_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a seat
+MAX_GROUP_FAILURES = 3  # failures in a row of a shape's lanes: so many end a seat, see finetune/loop.py
 
-Held = tuple[int, Configuration, Report | None]
+HeldLane = tuple[int, Configuration, Report | None]
 """A lane as its seat names it: attempt, configuration, the last report of this attempt."""
 
 
 @dataclass
-class SeatView:
+class TrainerView:
     """What the broker knows of a seat. `yields_to`: a shape for which it drains its pack."""
 
-    heard: float
-    shape: str | None = None
-    yields_to: str | None = None
+    last_contact: float
+    group_key: str | None = None
+    draining_for: str | None = None
     lanes: set[str] = field(default_factory=set)
 
 
@@ -39,11 +39,13 @@ class BrokerCore:
     def __init__(
         self,
         newest_attempt: Callable[[str], int] = lambda fingerprint: 0,
-        failures: Callable[[str], int] = lambda fingerprint: 0,
-        known: Callable[[Configuration], Record | None] = lambda configuration: None,
+        count_failures: Callable[[str], int] = lambda fingerprint: 0,
+        find_record: Callable[[Configuration], Record | None] = lambda configuration: None,
         scheduler: str = "none",
-        give_up: Callable[[Life, Configuration, str], State] = lambda life, configuration, why: "failed",
-        saved: Callable[[str], int] = lambda fingerprint: 0,
+        write_failure: Callable[
+            [LaneEntry, Configuration, str], RecordState
+        ] = lambda life, configuration, why: "failed",
+        checkpoint_step: Callable[[str], int] = lambda fingerprint: 0,
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `failures`: how often a lane has failed before, whoever trained it.
@@ -52,26 +54,30 @@ class BrokerCore:
         `give_up`: writes the record of a lane that crashes whatever seat trains it; returns the state of the
         record that counts.
         `saved`: the step of a lane's newest checkpoint, 0 without one."""
-        self.newest_attempt, self.failures, self.known = newest_attempt, failures, known
-        self.scheduler, self.give_up, self.saved = scheduler, give_up, saved
-        self.lives: dict[str, Life] = {}
-        self.open: dict[str, Life] = {}
+        self.newest_attempt, self.count_failures, self.find_record = (
+            newest_attempt,
+            count_failures,
+            find_record,
+        )
+        self.scheduler, self.write_failure, self.checkpoint_step = scheduler, write_failure, checkpoint_step
+        self.entries: dict[str, LaneEntry] = {}
+        self.open_entries: dict[str, LaneEntry] = {}
         """Those that have not ended: what is gone through at every lease must not grow with the study."""
         self.configurations: dict[str, Configuration] = {}
-        self.seats: dict[str, SeatView] = {}
-        self.ended: list[tuple[str, State]] = []
+        self.trainers: dict[str, TrainerView] = {}
+        self.ended_lanes: list[tuple[str, RecordState]] = []
         """Every lane that ended, in order: the driver reads on from where it was."""
-        self.taken: dict[str, int] = {}
+        self.steps_taken: dict[str, int] = {}
         """Optimizer steps that each seat has taken, also of those that are gone."""
         self.closed = False
-        self.vacated: set[str] = set()
+        self.draining: set[str] = set()
         """Names of seats that have to go."""
-        self.all_vacated = False
-        self.cases = 0
-        self.deaths = Deaths()
-        self.failing: Counter[str] = Counter()
+        self.is_draining_all = False
+        self.num_crashes = 0
+        self.failure_policy = FailurePolicy()
+        self.failures_by_group: Counter[str] = Counter()
         """Shape -> failures in a row of its lanes, and crashes of their seats."""
-        self.silent: dict[str, float] = {}
+        self.silent_since: dict[str, float] = {}
         """Name of a seat that was taken for dead, and has said nothing since -> since when."""
 
     # -- trials -----------------------------------------------------------------------------------------
@@ -79,276 +85,316 @@ class BrokerCore:
     def submit(self, trial: str, configuration: Configuration, now: float) -> None:
         """A trial wants this configuration. One that is in training is joined, one whose result is known
         replays it."""
-        self._life(configuration, now).want(trial, now)
+        self._entry_for(configuration, now).add_trial(trial, now)
 
-    def next(self, fingerprint: str, after: int, now: float) -> Report | State | None:
+    def next_report(self, fingerprint: str, after: int, now: float) -> Report | RecordState | None:
         """See Life.ask. Raises KeyError when the lane is unknown (the broker restarted: submit again)."""
-        return self.lives[fingerprint].ask(after, now)
+        return self.entries[fingerprint].next_report(after, now)
 
     def release(self, trial: str) -> None:
         """The trial has ended, but not by the scheduler's word. Its lane is dropped unless others want it."""
-        for fingerprint in [f for f, life in self.open.items() if trial in life.trials]:
-            self.open[fingerprint].trials.discard(trial)
-            self._forget_unwanted(fingerprint)
+        for fingerprint in [f for f, entry in self.open_entries.items() if trial in entry.trials]:
+            self.open_entries[fingerprint].trials.discard(trial)
+            self._discard_unwanted(fingerprint)
 
-    def stop(self, trial: str, configuration: Configuration, seen: int, now: float) -> None:
+    def stop(self, trial: str, configuration: Configuration, stop_step: int, now: float) -> None:
         """The scheduler has stopped the trial at the report of step `seen`. Its lane ends early, with a
         record, unless others want it; also when it is on no seat, or unknown because the broker restarted."""
-        life = self._life(configuration, now)
-        life.trials.discard(trial)
-        if not life.trials:
-            life.stop(seen, now)
+        entry = self._entry_for(configuration, now)
+        entry.trials.discard(trial)
+        if not entry.trials:
+            entry.stop(stop_step, now)
 
     # -- seats ------------------------------------------------------------------------------------------
 
-    def lease(self, seat: str, shape: str | None, room: int, now: float) -> Offer:
+    def lease(self, trainer_id: str, group_key: str | None, free_slots: int, now: float) -> LeaseGrant:
         """Lanes for a seat that has just said, by `exchange`, what it holds. Lanes that are suspected of a
         crash share a pack with none but suspects of the same, and not with too many of them."""
-        view = self._hear(seat, now)
-        if self._has_to_go(seat):
-            return Offer(closed=True)
-        if shape is not None or not view.lanes:
-            view.shape = shape
-        self._serve_the_unserved(now)
-        waiting = [life for life in self.open.values() if life.needs_seat]
-        pack = self._held(seat)
-        mates = list(pack)
-        if shape is None:
-            mates = []
-            shape, view.yields_to = self._choose(view, waiting), None
-        elif view.yields_to is not None:
-            return Offer()
+        view = self._update_contact(trainer_id, now)
+        if self._must_drain(trainer_id):
+            return LeaseGrant(closed=True)
+        if group_key is not None or not view.lanes:
+            view.group_key = group_key
+        self._assign_starved_groups(now)
+        waiting = [life for life in self.open_entries.values() if life.needs_trainer]
+        group = self._entries_held_by(trainer_id)
+        new_group = list(group)
+        if group_key is None:
+            new_group = []
+            group_key, view.draining_for = self._choose_group_key(view, waiting), None
+        elif view.draining_for is not None:
+            return LeaseGrant()
         leases: list[Lease] = []
-        apart = False
-        for life in sorted(waiting, key=_suspects_first):
-            if life.shape == shape and len(leases) < room and _may_join(life, mates):
-                mates.append(life)
-                apart = apart or not _may_join(life, pack)
-                attempt = max(life.attempt, self.newest_attempt(life.fingerprint)) + 1
-                life.lease(seat, attempt)
-                view.shape = shape
-                view.lanes.add(life.fingerprint)
-                configuration = self.configurations[life.fingerprint]
-                leases.append(Lease(configuration, attempt, settings(self.scheduler, configuration)))
-        return Offer(tuple(leases), closed=self.closed and not waiting, apart=apart)
+        requires_empty_group = False
+        for entry in sorted(waiting, key=_suspects_first):
+            if entry.group_key == group_key and len(leases) < free_slots and _can_join(entry, new_group):
+                new_group.append(entry)
+                requires_empty_group = requires_empty_group or not _can_join(entry, group)
+                attempt = max(entry.attempt, self.newest_attempt(entry.fingerprint)) + 1
+                entry.lease(trainer_id, attempt)
+                view.group_key = group_key
+                view.lanes.add(entry.fingerprint)
+                configuration = self.configurations[entry.fingerprint]
+                leases.append(
+                    Lease(configuration, attempt, scheduler_settings(self.scheduler, configuration))
+                )
+        return LeaseGrant(
+            tuple(leases), closed=self.closed and not waiting, requires_empty_group=requires_empty_group
+        )
 
-    def alive(self, seat: str, now: float) -> None:
+    def heartbeat(self, trainer_id: str, now: float) -> None:
         """A sign of life from a seat that is too busy for more."""
-        self.silent.pop(name_of(seat), None)
-        if seat in self.seats:
-            self.seats[seat].heard = now
+        self.silent_since.pop(parse_trainer_name(trainer_id), None)
+        if trainer_id in self.trainers:
+            self.trainers[trainer_id].last_contact = now
 
-    def exchange(self, seat: str, held: Mapping[str, Held], taken: int, now: float) -> dict[str, Answer]:
+    def exchange(
+        self, trainer_id: str, held: Mapping[str, HeldLane], steps_taken: int, now: float
+    ) -> dict[str, Directive]:
         """The seat names all that it holds, by fingerprint. What it should hold and does not name never
         reached it, and goes back to the queue. What it holds and nobody else was given meanwhile (the broker
         restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
-        view = self._hear(seat, now)
-        if taken > self.taken.get(seat, 0):
-            self.deaths.step()
-        self.taken[seat] = max(taken, self.taken.get(seat, 0))
+        view = self._update_contact(trainer_id, now)
+        if steps_taken > self.steps_taken.get(trainer_id, 0):
+            self.failure_policy.on_step()
+        self.steps_taken[trainer_id] = max(steps_taken, self.steps_taken.get(trainer_id, 0))
         for fingerprint, (attempt, configuration, report) in held.items():
-            orphan = fingerprint not in self.lives
-            life = self._life(configuration, now)
+            orphan = fingerprint not in self.entries
+            entry = self._entry_for(configuration, now)
             if orphan:
-                life.orphan_until = now + ORPHAN_SECONDS
-            if life.phase is Phase.WAITING and life.attempt <= attempt:
-                life.lease(seat, attempt)
+                entry.orphan_until = now + ORPHAN_LANE_SECONDS
+            if entry.phase is LeasePhase.WAITING and entry.attempt <= attempt:
+                entry.lease(trainer_id, attempt)
                 view.lanes.add(fingerprint)
-                view.shape = view.shape or configuration.shape
-            if report is not None and life.report(seat, report):
-                self._got_on(configuration.shape)
+                view.group_key = view.group_key or configuration.group_key
+            if report is not None and entry.add_report(trainer_id, report):
+                self._on_group_progress(configuration.group_key)
         for fingerprint in view.lanes - set(held):
             view.lanes.discard(fingerprint)
-            self._lose(seat, fingerprint, now)
-        answers = {f: self.lives[f].answer(seat, attempt, now) for f, (attempt, _, _) in held.items()}
-        if self._has_to_go(seat):
-            answers |= {f: Answer.LEAVE for f, a in answers.items() if a in (Answer.GO, Answer.PARK)}
-        return answers
+            self._requeue_lost(trainer_id, fingerprint, now)
+        directives = {
+            f: self.entries[f].directive(trainer_id, attempt, now) for f, (attempt, _, _) in held.items()
+        }
+        if self._must_drain(trainer_id):
+            directives |= {
+                f: Directive.YIELD for f, a in directives.items() if a in (Directive.CONTINUE, Directive.PARK)
+            }
+        return directives
 
-    def spill(self, seat: str, fingerprint: str, attempt: int, now: float) -> None:
+    def return_lease(self, trainer_id: str, fingerprint: str, attempt: int, now: float) -> None:
         """See Source.spill."""
-        view = self._hear(seat, now)
-        life = self.lives.get(fingerprint)
-        if life is not None and life.held_by(seat, attempt):
+        view = self._update_contact(trainer_id, now)
+        entry = self.entries.get(fingerprint)
+        if entry is not None and entry.is_held_by(trainer_id, attempt):
             view.lanes.discard(fingerprint)
-            life.wait(now)
-            self._forget_unwanted(fingerprint)
+            entry.requeue(now)
+            self._discard_unwanted(fingerprint)
 
-    def done(self, seat: str, fingerprint: str, attempt: int, state: State, now: float) -> None:
-        view = self._hear(seat, now)
-        life = self.lives.get(fingerprint)
-        if life is None or not (life.seat == seat and life.attempt != attempt):
+    def end_lease(
+        self, trainer_id: str, fingerprint: str, attempt: int, state: RecordState, now: float
+    ) -> None:
+        view = self._update_contact(trainer_id, now)
+        entry = self.entries.get(fingerprint)
+        if entry is None or not (entry.trainer_id == trainer_id and entry.attempt != attempt):
             view.lanes.discard(fingerprint)  # else it has it anew, and only the old lease has ended
-        if life is None or life.phase is Phase.ENDED:
+        if entry is None or entry.phase is LeasePhase.ENDED:
             return
         if state != "failed":
-            self._got_on(life.shape)
-        elif life.held_by(seat, attempt):
-            self.failing[life.shape] += 1
-        life.done(seat, attempt, state, now)
-        if life.state is not None:
-            self._over(fingerprint, life.state)
+            self._on_group_progress(entry.group_key)
+        elif entry.is_held_by(trainer_id, attempt):
+            self.failures_by_group[entry.group_key] += 1
+        entry.end_lease(trainer_id, attempt, state, now)
+        if entry.state is not None:
+            self._close_entry(fingerprint, entry.state)
         else:
-            self._forget_unwanted(fingerprint)
+            self._discard_unwanted(fingerprint)
 
-    def vacate(self, name: str | None) -> None:
+    def drain(self, trainer_name: str | None) -> None:
         """The seats of this name (all incarnations, also to come; None: all seats) save their lanes, give
         them back and end. A broker that restarts has to be told again."""
-        if name is None:
-            self.all_vacated = True
+        if trainer_name is None:
+            self.is_draining_all = True
         else:
-            self.vacated.add(name)
+            self.draining.add(trainer_name)
 
-    def seat_ended(self, name: str, now: float, how: How, reason: str = "") -> None:
+    def trainer_exited(self, trainer_name: str, now: float, exit_kind: ExitKind, reason: str = "") -> None:
         """All incarnations of the seat `name` are gone; `how`, and why, they came to their end."""
-        self.silent.pop(name, None)
-        seats = [seat for seat in self.seats if name_of(seat) == name]
-        told = [self.seat_gone(seat, now, how, reason) for seat in seats]
-        if how in (How.DONE, How.NO_ROOM, How.LOST) or any(told):
+        self.silent_since.pop(trainer_name, None)
+        trainer_ids = [seat for seat in self.trainers if parse_trainer_name(seat) == trainer_name]
+        narrows_suspects = [self.remove_trainer(seat, now, exit_kind, reason) for seat in trainer_ids]
+        if exit_kind in (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST) or any(
+            narrows_suspects
+        ):
             return
-        if how is How.ALIKE and any(self.failing[life.shape] < FAILING for life in self.open.values()):
+        if exit_kind is ExitKind.REPEATED_LANE_FAILURES and any(
+            self.failures_by_group[life.group_key] < MAX_GROUP_FAILURES for life in self.open_entries.values()
+        ):
             return  # there are others to train
-        self.deaths.died()
+        self.failure_policy.on_trainer_failure()
 
-    def seat_gone(self, seat: str, now: float, how: How = How.DONE, reason: str = "") -> bool:
+    def remove_trainer(
+        self, trainer_id: str, now: float, exit_kind: ExitKind = ExitKind.DONE, reason: str = ""
+    ) -> bool:
         """The seat has ended or died: its lanes go back to the queue. If it crashed, perhaps for what one of
         them did, they are suspected of it. Returns whether this narrows down which."""
-        held = self._held(seat)
-        self.seats.pop(seat, None)
-        crashed, suspicious = how is How.CRASHED, how in (How.CRASHED, How.MEMORY)
-        if held and how not in (How.DONE, How.LOST):
-            further = [life.left(self.saved(life.fingerprint)) for life in held]
+        held = self._entries_held_by(trainer_id)
+        self.trainers.pop(trainer_id, None)
+        crashed, suspicious = (
+            exit_kind is ExitKind.CRASHED,
+            exit_kind in (ExitKind.CRASHED, ExitKind.OUT_OF_MEMORY),
+        )
+        if held and exit_kind not in (ExitKind.DONE, ExitKind.NODE_LOST):
+            further = [life.update_checkpoint_step(self.checkpoint_step(life.fingerprint)) for life in held]
             if any(further):
-                self.deaths.gain()
-            self.failing[held[0].shape] += crashed
-        self.cases += suspicious
-        for life in held:
+                self.failure_policy.on_progress()
+            self.failures_by_group[held[0].group_key] += crashed
+        self.num_crashes += suspicious
+        for entry in held:
             if suspicious:
-                life.suspect(self.cases, len(held), counts=crashed)
-            if crashed and life.guilty:
+                entry.mark_suspect(self.num_crashes, len(held), is_proof=crashed)
+            if crashed and entry.is_faulty:
                 why = f"its seat's process died while it trained alone: {reason or 'it did not say why'}"
-                state = self.give_up(life, self.configurations[life.fingerprint], why)
-                self.deaths.guilty()
-                life.give_up(state)
-                self._over(life.fingerprint, state)
+                state = self.write_failure(entry, self.configurations[entry.fingerprint], why)
+                self.failure_policy.on_faulty_lane()
+                entry.abandon(state)
+                self._close_entry(entry.fingerprint, state)
             else:
-                self._lose(seat, life.fingerprint, now)
-        return len(held) > 1 if how is How.MEMORY else crashed and bool(held)
+                self._requeue_lost(trainer_id, entry.fingerprint, now)
+        return len(held) > 1 if exit_kind is ExitKind.OUT_OF_MEMORY else crashed and bool(held)
 
     def tick(self, now: float) -> None:
         """Called now and then: seats that have been silent for too long are taken for dead."""
-        for seat in [s for s, view in self.seats.items() if now - view.heard > SILENT_SECONDS]:
-            self.silent.setdefault(name_of(seat), now)
-            self.seat_gone(seat, now)
+        for trainer_id in [
+            s for s, view in self.trainers.items() if now - view.last_contact > TRAINER_SILENT_SECONDS
+        ]:
+            self.silent_since.setdefault(parse_trainer_name(trainer_id), now)
+            self.remove_trainer(trainer_id, now)
 
-    def stuck(self, now: float) -> list[str]:
+    def hung_trainers(self, now: float) -> list[str]:
         """Names of seats that were taken for dead and said nothing for as long again: they hold their place
         for nothing. (A broker that stood still itself hears of the others in between.)"""
-        return [name for name, since in self.silent.items() if now - since > SILENT_SECONDS]
+        return [name for name, since in self.silent_since.items() if now - since > TRAINER_SILENT_SECONDS]
 
     # -- what the driver shows --------------------------------------------------------------------------
 
     def counts(self) -> dict[str, int]:
         """Lanes by phase, and "seats"."""
-        counts = Counter(str(life.phase) for life in self.open.values())
-        if ended := len(self.lives) - len(self.open):
-            counts[str(Phase.ENDED)] = ended
-        return {**counts, "seats": len(self.seats)}
+        counts = Counter(str(life.phase) for life in self.open_entries.values())
+        if ended := len(self.entries) - len(self.open_entries):
+            counts[str(LeasePhase.ENDED)] = ended
+        return {**counts, "seats": len(self.trainers)}
 
     @property
-    def suspects(self) -> int:
+    def num_suspects(self) -> int:
         """Lanes that are suspected of a crash: while there are any, deaths of seats narrow the search."""
-        return sum(life.company is not None for life in self.open.values())
+        return sum(life.max_group_size is not None for life in self.open_entries.values())
 
     # -- inside -----------------------------------------------------------------------------------------
 
-    def _held(self, seat: str) -> list[Life]:
-        lanes = self.seats[seat].lanes if seat in self.seats else ()
-        return [life for f in sorted(lanes) if (life := self.lives.get(f)) is not None and life.seat == seat]
+    def _entries_held_by(self, trainer_id: str) -> list[LaneEntry]:
+        lanes = self.trainers[trainer_id].lanes if trainer_id in self.trainers else ()
+        return [
+            life
+            for f in sorted(lanes)
+            if (life := self.entries.get(f)) is not None and life.trainer_id == trainer_id
+        ]
 
-    def _has_to_go(self, seat: str) -> bool:
-        return self.all_vacated or name_of(seat) in self.vacated
+    def _must_drain(self, trainer_id: str) -> bool:
+        return self.is_draining_all or parse_trainer_name(trainer_id) in self.draining
 
-    def _hear(self, seat: str, now: float) -> SeatView:
-        view = self.seats.setdefault(seat, SeatView(now))
-        view.heard = now
-        self.silent.pop(name_of(seat), None)
-        self.deaths.seats = max(self.deaths.seats, len(self.seats))
+    def _update_contact(self, trainer_id: str, now: float) -> TrainerView:
+        view = self.trainers.setdefault(trainer_id, TrainerView(now))
+        view.last_contact = now
+        self.silent_since.pop(parse_trainer_name(trainer_id), None)
+        self.failure_policy.max_live_trainers = max(self.failure_policy.max_live_trainers, len(self.trainers))
         return view
 
-    def _got_on(self, shape: str) -> None:
-        self.deaths.gain()
-        self.failing.pop(shape, None)
+    def _on_group_progress(self, group_key: str) -> None:
+        self.failure_policy.on_progress()
+        self.failures_by_group.pop(group_key, None)
 
-    def _life(self, configuration: Configuration, now: float) -> Life:
+    def _entry_for(self, configuration: Configuration, now: float) -> LaneEntry:
         """That of this configuration; a new one has failed as often, and may be over, as the store says."""
         fingerprint = configuration.fingerprint
-        if fingerprint not in self.lives:
-            life = Life(fingerprint, configuration.shape, now, gated=self.scheduler != "none")
-            life.failures = self.failures(fingerprint)
-            self.lives[fingerprint] = self.open[fingerprint] = life
+        if fingerprint not in self.entries:
+            entry = LaneEntry(
+                fingerprint, configuration.group_key, now, pauses_after_report=self.scheduler != "none"
+            )
+            entry.failures = self.count_failures(fingerprint)
+            self.entries[fingerprint] = self.open_entries[fingerprint] = entry
             self.configurations[fingerprint] = configuration
-            record = self.known(configuration)
+            record = self.find_record(configuration)
             if record is not None:
-                life.replay(record)
-                self._over(fingerprint, record.state)
-        return self.lives[fingerprint]
+                entry.replay(record)
+                self._close_entry(fingerprint, record.state)
+        return self.entries[fingerprint]
 
-    def _over(self, fingerprint: str, state: State) -> None:
-        self.ended.append((fingerprint, state))
-        del self.open[fingerprint]
+    def _close_entry(self, fingerprint: str, state: RecordState) -> None:
+        self.ended_lanes.append((fingerprint, state))
+        del self.open_entries[fingerprint]
 
-    def _lose(self, seat: str, fingerprint: str, now: float) -> None:
-        life = self.lives.get(fingerprint)
-        if life is not None and life.seat == seat:
-            life.wait(now)
-            self._forget_unwanted(fingerprint)
+    def _requeue_lost(self, trainer_id: str, fingerprint: str, now: float) -> None:
+        entry = self.entries.get(fingerprint)
+        if entry is not None and entry.trainer_id == trainer_id:
+            entry.requeue(now)
+            self._discard_unwanted(fingerprint)
 
-    def _forget_unwanted(self, fingerprint: str) -> None:
+    def _discard_unwanted(self, fingerprint: str) -> None:
         """A lane on no seat that nobody wants is not kept; one that trains hears of it by its next answer."""
-        life = self.lives[fingerprint]
-        if life.phase in (Phase.WAITING, Phase.SPILLED) and not life.trials and not life.let_go:
-            del self.lives[fingerprint], self.open[fingerprint], self.configurations[fingerprint]
+        entry = self.entries[fingerprint]
+        if (
+            entry.phase in (LeasePhase.WAITING, LeasePhase.RETURNED)
+            and not entry.trials
+            and not entry.is_stopped
+        ):
+            del self.entries[fingerprint], self.open_entries[fingerprint], self.configurations[fingerprint]
 
-    def _choose(self, view: SeatView, waiting: list[Life]) -> str | None:
+    def _choose_group_key(self, view: TrainerView, waiting: list[LaneEntry]) -> str | None:
         """For an empty pack: the shape it drained for, else the one that failed least, so that what can be
         trained is trained first; of several that of a suspect, else the one with most waiting lanes."""
-        counts = Counter(life.shape for life in waiting)
-        if view.yields_to in counts:
-            return view.yields_to
-        suspects = {life.shape for life in waiting if life.company is not None}
-        return min(counts, key=lambda s: (self.failing[s], s not in suspects, -counts[s]), default=None)
+        counts = Counter(life.group_key for life in waiting)
+        if view.draining_for in counts:
+            return view.draining_for
+        suspects = {life.group_key for life in waiting if life.max_group_size is not None}
+        return min(
+            counts, key=lambda s: (self.failures_by_group[s], s not in suspects, -counts[s]), default=None
+        )
 
-    def _serve_the_unserved(self, now: float) -> None:
+    def _assign_starved_groups(self, now: float) -> None:
         """A shape that no seat trains and that has waited too long gets the seat with the fewest lanes. So
         does a suspect, which may join no pack. A shape whose lanes all fail waits for its turn."""
-        staying = [view for seat, view in self.seats.items() if not self._has_to_go(seat)]
-        drains_for = {view.yields_to for view in staying}
-        served = {view.shape for view in staying if view.lanes} | drains_for
-        for life in self.open.values():
-            if not life.needs_seat or now - life.since <= UNSERVED_SECONDS:
+        staying = [view for seat, view in self.trainers.items() if not self._must_drain(seat)]
+        drains_for = {view.draining_for for view in staying}
+        served = {view.group_key for view in staying if view.lanes} | drains_for
+        for entry in self.open_entries.values():
+            if not entry.needs_trainer or now - entry.waiting_since <= STARVATION_SECONDS:
                 continue
-            if life.company is not None:
-                unserved = life.shape not in drains_for
+            if entry.max_group_size is not None:
+                unserved = entry.group_key not in drains_for
             else:
-                unserved = life.shape not in served and self.failing[life.shape] < FAILING
-            busy = [view for view in staying if view.lanes and view.yields_to is None]
+                unserved = (
+                    entry.group_key not in served
+                    and self.failures_by_group[entry.group_key] < MAX_GROUP_FAILURES
+                )
+            busy = [view for view in staying if view.lanes and view.draining_for is None]
             if unserved and busy:
-                min(busy, key=lambda view: len(view.lanes)).yields_to = life.shape
-                drains_for.add(life.shape)
-                served.add(life.shape)
+                min(busy, key=lambda view: len(view.lanes)).draining_for = entry.group_key
+                drains_for.add(entry.group_key)
+                served.add(entry.group_key)
 
 
-def name_of(seat: str) -> str:
+def parse_trainer_name(trainer_id: str) -> str:
     """Of a seat, whose incarnations are name.something."""
-    return seat.partition(".")[0]
+    return trainer_id.partition(".")[0]
 
 
-def _suspects_first(life: Life) -> bool:
-    return life.company is None
+def _suspects_first(entry: LaneEntry) -> bool:
+    return entry.max_group_size is None
 
 
-def _may_join(life: Life, pack: Sequence[Life]) -> bool:
+def _can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:
     """Whether the lane may train beside these."""
-    most = min((one.company for one in (*pack, life) if one.company is not None), default=None)
-    return most is None or (len(pack) < most and all(one.case == life.case for one in pack))
+    most = min(
+        (one.max_group_size for one in (*group, entry) if one.max_group_size is not None), default=None
+    )
+    return most is None or (len(group) < most and all(one.crash_id == entry.crash_id for one in group))

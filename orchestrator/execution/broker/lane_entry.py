@@ -21,98 +21,102 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from math import nan
 
-from orchestrator.finetune.engine.lane_source import Answer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED, Record, State
+from orchestrator.finetune.engine.lane_source import Directive, Report
+from orchestrator.record.schema import MAX_FAILURES, Record, RecordState
 
-ORPHAN_SECONDS = 60.0  # how long a lane announced by a seat waits for its trial after the broker restarted
+ORPHAN_LANE_SECONDS = (
+    60.0  # how long a lane announced by a seat waits for its trial after the broker restarted
+)
 
 
-class Phase(StrEnum):
+class LeasePhase(StrEnum):
     WAITING = "waiting"
     LEASED = "leased"
-    PARKED = "parked"
-    SPILLED = "spilled"
+    PAUSED = "parked"
+    RETURNED = "spilled"
     ENDED = "ended"
 
 
 @dataclass
-class Life:
+class LaneEntry:
     """One fingerprint. `gated`: after a report the lane waits until a trial asks for the next one."""
 
     fingerprint: str
-    shape: str
-    since: float
+    group_key: str
+    waiting_since: float
     """When it began to wait, on the broker's clock (seconds)."""
-    gated: bool = False
-    phase: Phase = Phase.WAITING
-    seat: str = ""
+    pauses_after_report: bool = False
+    phase: LeasePhase = LeasePhase.WAITING
+    trainer_id: str = ""
     attempt: int = 0
     trials: set[str] = field(default_factory=set)
     reports: list[Report] = field(default_factory=list)
-    state: State | None = None
+    state: RecordState | None = None
     failures: int = 0
-    asked: int = -1
+    resume_after_step: int = -1
     """The last step beyond which a trial has asked to go on."""
-    let_go: bool = False
+    is_stopped: bool = False
     """A scheduler has stopped it, and its record is owed."""
-    seen: int = 0
+    stop_step: int = 0
     """Up to which step that scheduler had seen it."""
-    told: int = 0
+    last_reported_step: int = 0
     """The step of its holder's last report."""
     orphan_until: float = 0.0
-    case: int = 0
+    crash_id: int = 0
     """The last crash of which it was suspected; 0 before the first."""
-    company: int | None = None
+    max_group_size: int | None = None
     """While it is suspected: how many lanes may be in its pack, it among them."""
-    crashes: int = 0
+    solo_crashes: int = 0
     """How often its seat crashed while it was alone there, since it had news or a newer checkpoint."""
-    saved: int = 0
+    checkpoint_step: int = 0
     """The step of its newest checkpoint when its seat last died."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
-    def want(self, trial: str, now: float) -> None:
+    def add_trial(self, trial: str, now: float) -> None:
         self.trials.add(trial)
-        if self.let_go:
-            self.let_go = False
-            if self.phase is Phase.WAITING:
-                self.wait(now)
+        if self.is_stopped:
+            self.is_stopped = False
+            if self.phase is LeasePhase.WAITING:
+                self.requeue(now)
 
-    def ask(self, after: int, now: float) -> Report | State | None:
+    def next_report(self, after: int, now: float) -> Report | RecordState | None:
         """The first report beyond step `after`, else how the lane ended, else None (not yet)."""
         for report in self.reports:
             if report.step > after:
                 return report
-        if self.phase is Phase.ENDED:
+        if self.phase is LeasePhase.ENDED:
             return self.state
-        self.asked = max(self.asked, after)
-        if not self._held_back:
-            if self.phase is Phase.PARKED:
-                self.phase = Phase.LEASED
-            elif self.phase is Phase.SPILLED:
-                self.wait(now)
+        self.resume_after_step = max(self.resume_after_step, after)
+        if not self._awaits_trial:
+            if self.phase is LeasePhase.PAUSED:
+                self.phase = LeasePhase.LEASED
+            elif self.phase is LeasePhase.RETURNED:
+                self.requeue(now)
         return None
 
     @property
-    def _held_back(self) -> bool:
+    def _awaits_trial(self) -> bool:
         """Whether it has reported what no trial has asked beyond."""
-        return self.gated and bool(self.reports) and self.asked < self.reports[-1].step
+        return (
+            self.pauses_after_report and bool(self.reports) and self.resume_after_step < self.reports[-1].step
+        )
 
-    def wanted(self, now: float) -> bool:
+    def is_wanted(self, now: float) -> bool:
         return bool(self.trials) or now < self.orphan_until
 
-    def stop(self, seen: int, now: float) -> None:
+    def stop(self, stop_step: int, now: float) -> None:
         """Its last trial was stopped by the scheduler, at the report of step `seen`."""
-        self.let_go, self.seen, self.orphan_until = True, seen, 0.0
-        self.asked = max(self.asked, seen - 1)
-        if self.phase is Phase.PARKED and self.told < seen:
-            self.phase = Phase.LEASED
-        elif self.phase is Phase.SPILLED:
-            self.wait(now)
+        self.is_stopped, self.stop_step, self.orphan_until = True, stop_step, 0.0
+        self.resume_after_step = max(self.resume_after_step, stop_step - 1)
+        if self.phase is LeasePhase.PAUSED and self.last_reported_step < stop_step:
+            self.phase = LeasePhase.LEASED
+        elif self.phase is LeasePhase.RETURNED:
+            self.requeue(now)
 
     @property
-    def needs_seat(self) -> bool:
-        return self.phase is Phase.WAITING and (bool(self.trials) or self.let_go)
+    def needs_trainer(self) -> bool:
+        return self.phase is LeasePhase.WAITING and (bool(self.trials) or self.is_stopped)
 
     def replay(self, record: Record) -> None:
         """What is known of it already ends it at once; its trial hears of it as if it trained, up to where
@@ -128,90 +132,98 @@ class Life:
 
     # -- seats ------------------------------------------------------------------------------------------
 
-    def lease(self, seat: str, attempt: int) -> None:
-        assert self.phase is Phase.WAITING, (
+    def lease(self, trainer_id: str, attempt: int) -> None:
+        assert self.phase is LeasePhase.WAITING, (
             f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
         )
-        self.phase, self.seat, self.attempt, self.told = Phase.LEASED, seat, attempt, 0
+        self.phase, self.trainer_id, self.attempt, self.last_reported_step = (
+            LeasePhase.LEASED,
+            trainer_id,
+            attempt,
+            0,
+        )
 
-    def held_by(self, seat: str, attempt: int) -> bool:
-        return self.phase in (Phase.LEASED, Phase.PARKED) and (self.seat, self.attempt) == (seat, attempt)
+    def is_held_by(self, trainer_id: str, attempt: int) -> bool:
+        return self.phase in (LeasePhase.LEASED, LeasePhase.PAUSED) and (self.trainer_id, self.attempt) == (
+            trainer_id,
+            attempt,
+        )
 
-    def report(self, seat: str, report: Report) -> bool:
+    def add_report(self, trainer_id: str, report: Report) -> bool:
         """The last report of who holds it, perhaps said before. One that is not newer than what is kept (a
         new attempt repeats some) is not kept. Returns whether it is."""
-        if not self.held_by(seat, report.attempt):
+        if not self.is_held_by(trainer_id, report.attempt):
             return False
-        self.told = report.step
+        self.last_reported_step = report.step
         newer = not self.reports or report.step > self.reports[-1].step
         if newer:
             self.reports.append(report)
-            self.clear()
-        if self.gated and self.asked < report.step:
-            self.phase = Phase.PARKED
+            self.clear_suspicion()
+        if self.pauses_after_report and self.resume_after_step < report.step:
+            self.phase = LeasePhase.PAUSED
         return newer
 
-    def answer(self, seat: str, attempt: int, now: float) -> Answer:
+    def directive(self, trainer_id: str, attempt: int, now: float) -> Directive:
         """What the seat should do with the lane at this moment. One that is to be stopped first tells again
         all that the scheduler has seen: its record says so."""
-        if not self.held_by(seat, attempt):
-            return Answer.DROP
-        if not self.wanted(now):
-            if self.let_go:
-                return Answer.STOP if self.told >= self.seen else Answer.GO
-            return Answer.DROP
-        return Answer.PARK if self.phase is Phase.PARKED else Answer.GO
+        if not self.is_held_by(trainer_id, attempt):
+            return Directive.DROP
+        if not self.is_wanted(now):
+            if self.is_stopped:
+                return Directive.STOP if self.last_reported_step >= self.stop_step else Directive.CONTINUE
+            return Directive.DROP
+        return Directive.PARK if self.phase is LeasePhase.PAUSED else Directive.CONTINUE
 
-    def left(self, saved: int) -> bool:
+    def update_checkpoint_step(self, checkpoint_step: int) -> bool:
         """Its seat has died, and its newest checkpoint is of step `saved`. Returns whether it has got further
         since the last time: then it may crash as often as before."""
-        further = saved > self.saved
+        further = checkpoint_step > self.checkpoint_step
         if further:
-            self.saved, self.crashes = saved, 0
+            self.checkpoint_step, self.solo_crashes = checkpoint_step, 0
         return further
 
-    def suspect(self, case: int, lanes: int, counts: bool = True) -> None:
+    def mark_suspect(self, crash_id: int, group_size: int, is_proof: bool = True) -> None:
         """Its seat crashed while it held so many lanes, this one among them. `counts`: for a lone one it is a
         proof."""
-        self.case, self.company = case, max(1, lanes // 2)
-        self.crashes += counts and lanes == 1
+        self.crash_id, self.max_group_size = crash_id, max(1, group_size // 2)
+        self.solo_crashes += is_proof and group_size == 1
 
     @property
-    def guilty(self) -> bool:
-        return self.crashes > 0 and self.crashes + self.failures >= FAILURES_ALLOWED
+    def is_faulty(self) -> bool:
+        return self.solo_crashes > 0 and self.solo_crashes + self.failures >= MAX_FAILURES
 
-    def clear(self) -> None:
-        self.company, self.crashes = None, 0
+    def clear_suspicion(self) -> None:
+        self.max_group_size, self.solo_crashes = None, 0
 
-    def give_up(self, state: State) -> None:
+    def abandon(self, state: RecordState) -> None:
         """It is not tried again: it has failed, or somebody's record says how it ended before."""
         self._end(state)
 
-    def done(self, seat: str, attempt: int, state: State, now: float) -> None:
+    def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:
         """The seat says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
-        if self.phase is Phase.ENDED:
+        if self.phase is LeasePhase.ENDED:
             return
         if state in ("finished", "diverged"):
             self._end(state)
-        elif self.held_by(seat, attempt):
-            self.company = None
+        elif self.is_held_by(trainer_id, attempt):
+            self.max_group_size = None
             if state == "failed":
                 self.failures += 1
-                if self.failures >= FAILURES_ALLOWED:
+                if self.failures >= MAX_FAILURES:
                     self._end("failed")
                     return
-            elif not self.wanted(now):
+            elif not self.is_wanted(now):
                 self._end("stopped")
                 return
-            self.wait(now)
+            self.requeue(now)
 
-    def wait(self, now: float) -> None:
+    def requeue(self, now: float) -> None:
         """Off its seat, which died or needs the place, or its end was not the end. Back to the queue, unless
         its trial has yet to ask on."""
-        if self.phase is not Phase.ENDED:
-            held_back = self._held_back and not self.let_go
-            self.phase = Phase.SPILLED if held_back else Phase.WAITING
-            self.seat, self.since = "", now
+        if self.phase is not LeasePhase.ENDED:
+            held_back = self._awaits_trial and not self.is_stopped
+            self.phase = LeasePhase.RETURNED if held_back else LeasePhase.WAITING
+            self.trainer_id, self.waiting_since = "", now
 
-    def _end(self, state: State) -> None:
-        self.phase, self.seat, self.state, self.company = Phase.ENDED, "", state, None
+    def _end(self, state: RecordState) -> None:
+        self.phase, self.trainer_id, self.state, self.max_group_size = LeasePhase.ENDED, "", state, None

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from orchestrator.util import atomic_files
 
-BYTES = 32  # of randomness, as in the tokens that Ray makes
-OTHERS = 0o077  # the permissions of the group and of all other users
+TOKEN_BYTES = 32  # of randomness, as in the tokens that Ray makes
+OTHER_USERS_MASK = 0o077  # the permissions of the group and of all other users
 
 
-def keep_private(create: bool) -> None:
+def restrict_token_file(create_if_missing: bool) -> None:
     """Take the permissions of other users away from the token file.
 
     Where that is impossible (no home folder or one that cannot be written, a file of another user), nothing
@@ -31,27 +31,27 @@ def keep_private(create: bool) -> None:
         path = Path.home() / ".ray" / "auth_token"
         if path.exists():
             mode = path.stat().st_mode
-            if mode & OTHERS:
-                path.chmod(mode & ~OTHERS)
-        elif create and _ray_makes_one():
-            _make(path)
+            if mode & OTHER_USERS_MASK:
+                path.chmod(mode & ~OTHER_USERS_MASK)
+        elif create_if_missing and _ray_creates_token():
+            _create_token_file(path)
 
 
-def _ray_makes_one() -> bool:
+def _ray_creates_token() -> bool:
     """Tell whether Ray would create the file: no variable names a token or turns tokens off."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return not named and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 
 
-def _make(path: Path) -> None:
+def _create_token_file(path: Path) -> None:
     """Create the file with a new token in one step, unless another process has created it meanwhile."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_hex(BYTES))
+            file.write(secrets.token_hex(TOKEN_BYTES))
         try:
-            atomic_files.link(part, path)
+            atomic_files.link_if_absent(part, path)
         except OSError:  # a file system without hard links; of a user's studies here one at a time starts Ray
             os.replace(part, path)
     finally:

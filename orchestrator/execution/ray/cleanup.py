@@ -24,16 +24,16 @@ from pathlib import Path
 import psutil
 
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-MOMENT_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
-Identity = tuple[int, float]
+GRACE_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
+ProcessIdentity = tuple[int, float]
 """A process: its PID, and what `born` returns for it."""
-GONE: Identity = (0, -1.0)
+NO_PROCESS: ProcessIdentity = (0, -1.0)
 """No process: in place of a driver that nobody knows."""
 
 
-def folder() -> Path:
+def state_folder() -> Path:
     """Return this user's folder in the temporary folder; it need not be there yet.
 
     Raises:
@@ -43,7 +43,7 @@ def folder() -> Path:
     with suppress(FileNotFoundError):
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise BadInput(
+            raise UsageError(
                 f"{path} is not a folder that only you can write to (it belongs to user {found.st_uid}, mode "
                 f"{stat.filemode(found.st_mode)}), and the processes that it lists would be ended; remove "
                 "it, or set TMPDIR to a folder of your own."
@@ -51,44 +51,50 @@ def folder() -> Path:
     return path
 
 
-def _file() -> Path:
-    return folder() / f"{os.getpid()}.json"
+def _state_file() -> Path:
+    return state_folder() / f"{os.getpid()}.json"
 
 
-def children() -> frozenset[psutil.Process]:
+def child_processes() -> frozenset[psutil.Process]:
     """Return the processes that this process has started, and theirs."""
     return frozenset(psutil.Process().children(recursive=True))
 
 
-def write(before: Collection[psutil.Process] = ()) -> None:
+def record_processes(processes_before: Collection[psutil.Process] = ()) -> None:
     """Write this process and its Ray's processes to the file of this process.
 
     Args:
         before: what `children` returned before Ray was started; these are not Ray's processes.
     """
-    rays = [process for process in children() if process.is_running() and process not in before]
-    atomic_files.replace(_file(), written([psutil.Process(), *rays]).encode())  # `end` may read it meanwhile
+    rays = [
+        process for process in child_processes() if process.is_running() and process not in processes_before
+    ]
+    atomic_files.write_atomically(
+        _state_file(), serialize_processes([psutil.Process(), *rays]).encode()
+    )  # `end` may read it meanwhile
 
 
-def written(processes: Sequence[psutil.Process]) -> str:
+def serialize_processes(processes: Sequence[psutil.Process]) -> str:
     """Return the content of a file for `_read`.
 
     Args:
         processes: a driver, then its Ray's processes.
     """
-    return json.dumps({"boot": boot(), "processes": [(p.pid, born(p)) for p in processes]})
+    return json.dumps(
+        {"boot": boot_id(), "processes": [(p.pid, start_time_since_boot(p)) for p in processes]}
+    )
 
 
-def _read(file: Path) -> list[Identity]:
+def _read_processes(file: Path) -> list[ProcessIdentity]:
     """Return the processes in a file; none where it is torn, or was written before the last boot."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(file.read_text())
-        if found["boot"] == boot():
+        if found["boot"] == boot_id():
             return [(int(pid), float(seconds)) for pid, seconds in found["processes"]]
     return []
 
 
-def born(process: psutil.Process) -> float:
+def start_time_since_boot(process: psutil.Process) -> float:
     """Return the seconds from the boot of the machine to the start of a process.
 
     On Linux, setting the clock changes `create_time` and does not change this.
@@ -97,31 +103,31 @@ def born(process: psutil.Process) -> float:
     return process.create_time() - began
 
 
-def boot() -> str:
+def boot_id() -> str:
     """Return the id of the current boot of the machine; empty outside of Linux."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
-def _there(pid: int, since_boot: float) -> psutil.Process | None:
+def _find_process(pid: int, started_since_boot: float) -> psutil.Process | None:
     """Alive, or dead and not yet reaped."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
-        if abs(born(process) - since_boot) < 1.0:
+        if abs(start_time_since_boot(process) - started_since_boot) < 1.0:
             return process
     return None
 
 
-def _alive(pid: int, since_boot: float) -> psutil.Process | None:
+def _find_running_process(pid: int, started_since_boot: float) -> psutil.Process | None:
     with suppress(psutil.Error):
-        process = _there(pid, since_boot)
+        process = _find_process(pid, started_since_boot)
         if process is not None and process.status() != psutil.STATUS_ZOMBIE:
             return process
     return None
 
 
-def _in_our_namespace(pid: int) -> bool:
+def _shares_pid_namespace(pid: int) -> bool:
     """Tell whether a process is in the same Linux PID namespace as this process.
 
     A process in a container is in another namespace. Its environment holds the PID of its raylet, which is
@@ -143,27 +149,29 @@ def _in_our_namespace(pid: int) -> bool:
     return True
 
 
-def end() -> None:
+def end_orphaned_rays() -> None:
     """End the processes of Rays whose driver is gone. Raises BadInput as `folder` does."""
-    for file in folder().glob("*.json"):
-        driver, *rays = _read(file) or [GONE]
-        if _alive(*driver) is None:
-            _end(rays)
+    for file in state_folder().glob("*.json"):
+        driver, *rays = _read_processes(file) or [NO_PROCESS]
+        if _find_running_process(*driver) is None:
+            _kill_processes(rays)
             file.unlink(missing_ok=True)
 
 
-def _end(rays: Sequence[Identity]) -> None:
+def _kill_processes(ray_processes: Sequence[ProcessIdentity]) -> None:
     """End these processes, and the workers of raylets among them.
 
     A PID may belong to another process by now: such a process is left alone. Where nobody reaps dead
     processes (the first process of many containers does not), the workers of a dead raylet take it for alive
     and train on: they are found by the PID of the raylet in their environment.
     """
-    raylets = {str(pid) for pid, born in rays if not psutil.pid_exists(pid) or _there(pid, born)}
-    doomed = [process for identity in rays if (process := _alive(*identity))]
-    for process in psutil.process_iter() if rays else ():
+    raylets = {
+        str(pid) for pid, born in ray_processes if not psutil.pid_exists(pid) or _find_process(pid, born)
+    }
+    doomed = [process for identity in ray_processes if (process := _find_running_process(*identity))]
+    for process in psutil.process_iter() if ray_processes else ():
         with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it
-            if process.environ().get("RAY_RAYLET_PID") in raylets and _in_our_namespace(process.pid):
+            if process.environ().get("RAY_RAYLET_PID") in raylets and _shares_pid_namespace(process.pid):
                 doomed.append(process)
     for process in doomed:
         with suppress(psutil.Error):
@@ -171,13 +179,18 @@ def _end(rays: Sequence[Identity]) -> None:
     psutil.wait_procs(doomed, timeout=10)
 
 
-def end_children(before: Collection[psutil.Process]) -> None:
+def kill_new_children(processes_before: Collection[psutil.Process]) -> None:
     """End what runs below this process and did not `before`: a Ray whose start has failed."""
-    _end([(process.pid, born(process)) for process in children() - frozenset(before)])
+    _kill_processes(
+        [
+            (process.pid, start_time_since_boot(process))
+            for process in child_processes() - frozenset(processes_before)
+        ]
+    )
 
 
 @contextmanager
-def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
+def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator[None]:
     """End what is left of the Ray that this process has just started.
 
     Should this process be killed inside the context, a second process, the guard, does so. Otherwise this
@@ -186,7 +199,7 @@ def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
     Args:
         before: as for `write`.
     """
-    write(before)
+    record_processes(processes_before)
     guard = subprocess.Popen(
         [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,  # ends when this process does
@@ -197,13 +210,15 @@ def guarded(before: Collection[psutil.Process] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        _end(_read(_file())[1:])  # Ray's shutdown leaves processes that hang, and workers of a dead raylet
+        _kill_processes(
+            _read_processes(_state_file())[1:]
+        )  # Ray's shutdown leaves processes that hang, and workers of a dead raylet
         guard.kill()
         guard.wait()
-        _file().unlink(missing_ok=True)
+        _state_file().unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    time.sleep(MOMENT_SECONDS)
-    end()
+    time.sleep(GRACE_SECONDS)
+    end_orphaned_rays()

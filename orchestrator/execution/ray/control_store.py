@@ -13,19 +13,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from orchestrator.execution.ray.runtime import Cluster, listens
-from orchestrator.util.command import end_with, typed
-from orchestrator.util.watched_clock import WatchedClock
+from orchestrator.execution.ray.runtime import Cluster, is_listening
+from orchestrator.util.command import exit_with_error, format_command
+from orchestrator.util.watched_clock import SuspendTolerantClock
 
-LOOK_SECONDS = 2.0
-LOST_SECONDS = 30.0  # for a Ray that was started here: nobody starts its GCS again
-RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
-RAY_WAITS_SECONDS = 60.0  # where that variable is not set
-STOP_SECONDS = 5.0  # a check takes one second at most
+POLL_SECONDS = 2.0
+LOCAL_TIMEOUT_SECONDS = 30.0  # for a Ray that was started here: nobody starts its GCS again
+RECONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+DEFAULT_RECONNECT_TIMEOUT_SECONDS = 60.0  # where that variable is not set
+JOIN_TIMEOUT_SECONDS = 5.0  # a check takes one second at most
 
 
 @contextmanager
-def watched(cluster: Cluster, say: Callable[[str], None], last: Callable[[], object]) -> Iterator[None]:
+def watch_control_store(
+    cluster: Cluster, notify: Callable[[str], None], before_exit: Callable[[], object]
+) -> Iterator[None]:
     """End the process when the GCS of the cluster has not answered for `_patience`.
 
     Args:
@@ -35,54 +37,54 @@ def watched(cluster: Cluster, say: Callable[[str], None], last: Callable[[], obj
     """
     stop = threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(cluster, say, last, stop), name="control store", daemon=True
+        target=_watch, args=(cluster, notify, before_exit, stop), name="control store", daemon=True
     )
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join(STOP_SECONDS)
+        thread.join(JOIN_TIMEOUT_SECONDS)
 
 
-def _patience(cluster: Cluster) -> float:
+def _timeout_seconds(cluster: Cluster) -> float:
     """Return how many seconds the GCS may be silent.
 
     The GCS of a joined cluster may be started again, for which Ray waits. That time is used except for its
     last tenth: then Ray ends the process.
     """
     if cluster.local:
-        return LOST_SECONDS
-    return 0.9 * float(os.environ.get(RAY_WAITS, RAY_WAITS_SECONDS))
+        return LOCAL_TIMEOUT_SECONDS
+    return 0.9 * float(os.environ.get(RECONNECT_TIMEOUT_VARIABLE, DEFAULT_RECONNECT_TIMEOUT_SECONDS))
 
 
 def _watch(
-    cluster: Cluster, say: Callable[[str], None], last: Callable[[], object], stop: threading.Event
+    cluster: Cluster, notify: Callable[[str], None], before_exit: Callable[[], object], stop: threading.Event
 ) -> None:
-    host, _, port = cluster.control_store.rpartition(":")
-    patience = _patience(cluster)
-    clock = WatchedClock()
-    heard, answers = clock(), True
-    while not stop.wait(LOOK_SECONDS):
-        before, answers = answers, listens(host.strip("[]"), int(port))
+    host, _, port = cluster.gcs_address.rpartition(":")
+    timeout = _timeout_seconds(cluster)
+    clock = SuspendTolerantClock()
+    last_contact, answers = clock(), True
+    while not stop.wait(POLL_SECONDS):
+        before, answers = answers, is_listening(host.strip("[]"), int(port))
         now = clock()
         if answers:
-            heard = now
-        elif now - heard > patience:
-            end_with(_line(cluster, patience), last)
+            last_contact = now
+        elif now - last_contact > timeout:
+            exit_with_error(_error_message(cluster, timeout), before_exit)
         if answers != before:
-            what = "answers again" if answers else f"does not answer; waiting {patience:g} s"
+            what = "answers again" if answers else f"does not answer; waiting {timeout:g} s"
             with suppress(Exception):  # a line that cannot be shown must not end the watch
-                say(f"Ray's control store ({cluster.control_store}) {what}")
+                notify(f"Ray's control store ({cluster.gcs_address}) {what}")
 
 
-def _line(cluster: Cluster, patience: float) -> str:
+def _error_message(cluster: Cluster, timeout: float) -> str:
     """Return the error line: what is known, and how to go on."""
     if cluster.local:
         why, how = "its process is gone", "to go on"
     else:
         why, how = "it has ended, or the network to it is down", "to go on once it answers"
     return (
-        f"Ray's control store (GCS, {cluster.control_store}) has not answered for {patience:g} s: {why}. "
-        f"What is done is kept; {how}: {typed(sys.orig_argv[1:])}"
+        f"Ray's control store (GCS, {cluster.gcs_address}) has not answered for {timeout:g} s: {why}. "
+        f"What is done is kept; {how}: {format_command(sys.orig_argv[1:])}"
     )

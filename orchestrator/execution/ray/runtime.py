@@ -19,23 +19,25 @@ from filelock import FileLock, Timeout
 
 import orchestrator
 from orchestrator.execution.ray import auth_token, cleanup
-from orchestrator.util.command import ending_at_once
-from orchestrator.util.errors import BadInput, Trouble, reason
+from orchestrator.util.command import exit_on_interrupt
+from orchestrator.util.errors import StudyError, UsageError, format_error
 
-SEAT_MEMORY = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
-ONE_RAY = (  # two Rays on one machine can end each other's Train runs
+TRAINER_MEMORY_BYTES = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
+LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
-ALONE = {
+LOCAL_RAY_ENVIRONMENT = {
     # In spite of its name, Ray reads this variable on Linux as well. With 0 the node's address is 127.0.0.1
     # and Ray's processes listen there only. Otherwise they listen on all addresses of the machine.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",  # no port for Prometheus that nobody has asked for
 }
 """Environment variables of a Ray that is started here, which serves this machine only."""
-ADDRESS_CHARACTERS = 300  # as many as a host name and a port may have
-TRIES = 3  # of a second each, to reach a cluster
-STARTS = 2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
+MAX_ADDRESS_LENGTH = 300  # as many as a host name and a port may have
+CONNECT_ATTEMPTS = 3  # of a second each, to reach a cluster
+START_ATTEMPTS = (
+    2  # Ray 2.60 gives a start 30 s, which cannot be changed; a machine with other work may need more
+)
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large goes through it: models and data lie on storage
 
 
@@ -55,56 +57,58 @@ class Cluster:
     namespace: str = ""
     local: bool = True
     """Started here, for this study. Others may grow."""
-    control_store: str = ""
+    gcs_address: str = ""
     """Address of its GCS, HOST:PORT."""
 
     @property
     def memory(self) -> float:
         return sum(node.memory for node in self.nodes)
 
-    def seats(self, wanted: int | None, gpus_per_seat: float | None, workers: int = 1) -> tuple[int, float]:
+    def plan_trainers(
+        self, requested: int | None, gpus_per_worker: float | None, workers_per_trainer: int = 1
+    ) -> tuple[int, float]:
         """Seats, and GPUs a worker: what was asked for, else all there is room for. A seat's workers need not
         be on one node. Of a cluster that was there before, more than there is room for may be asked: the rest
         waits for nodes, and so does the one seat that there is at least. Raises BadInput for more than a
         local one has."""
         all_gpus = sum(node.gpus for node in self.nodes)
-        gpus = gpus_per_seat if gpus_per_seat is not None else float(all_gpus > 0)
-        units = self._units(gpus)
-        room = units // workers
-        if self.local and (room < 1 or (wanted or 0) > room):
+        gpus = gpus_per_worker if gpus_per_worker is not None else float(all_gpus > 0)
+        units = self._worker_capacity(gpus)
+        trainer_capacity = units // workers_per_trainer
+        if self.local and (trainer_capacity < 1 or (requested or 0) > trainer_capacity):
             if gpus:
                 needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
             else:
                 needs, there = "a CPU and 2 GiB", f"{self.memory / 2**30:.0f} GiB"
-            asked = [f"--seats {wanted}"] if wanted else []
-            asked += [f"--workers-per-seat {workers}"] if workers > 1 else []
-            if room:
-                advice = f"take --seats {room}"
+            asked = [f"--seats {requested}"] if requested else []
+            asked += [f"--workers-per-seat {workers_per_trainer}"] if workers_per_trainer > 1 else []
+            if trainer_capacity:
+                advice = f"take --seats {trainer_capacity}"
             elif units:
                 advice = f"take --workers-per-seat {units}"
             else:
                 advice = "leave --gpus-per-seat out, or join a cluster with GPUs"
-            times = f"{workers} times " if workers > 1 else ""
-            raise BadInput(
-                f"{' '.join(asked) or f'--gpus-per-seat {gpus:g}'}: there is room for {room} seats (each "
+            times = f"{workers_per_trainer} times " if workers_per_trainer > 1 else ""
+            raise UsageError(
+                f"{' '.join(asked) or f'--gpus-per-seat {gpus:g}'}: there is room for {trainer_capacity} seats (each "
                 f"takes {times}{needs}; there are "
                 f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
             )
-        return wanted or max(1, room), gpus
+        return requested or max(1, trainer_capacity), gpus
 
-    def room(self, gpus: float, workers: int) -> int:
+    def trainer_capacity(self, gpus_per_worker: float, workers_per_trainer: int) -> int:
         """How many seats fit, were nothing else here."""
-        return self._units(gpus) // workers
+        return self._worker_capacity(gpus_per_worker) // workers_per_trainer
 
-    def _units(self, gpus: float) -> int:
+    def _worker_capacity(self, gpus_per_worker: float) -> int:
         """Workers that fit."""
-        if not gpus:
-            return sum(min(int(n.cpus), max(1, int(n.memory / SEAT_MEMORY))) for n in self.nodes)
-        each = int(1 / gpus + 1e-9)  # a worker's share of a GPU lies on one GPU
+        if not gpus_per_worker:
+            return sum(min(int(n.cpus), max(1, int(n.memory / TRAINER_MEMORY_BYTES))) for n in self.nodes)
+        each = int(1 / gpus_per_worker + 1e-9)  # a worker's share of a GPU lies on one GPU
         return sum(min(int(n.cpus), int(n.gpus) * each) for n in self.nodes)
 
 
-def this_machine() -> Cluster:
+def estimate_local_cluster() -> Cluster:
     """What a Ray that is started here would have, about; starts nothing."""
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -124,7 +128,7 @@ def gpu_name(proc: Path = Path("/proc/driver/nvidia/gpus")) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def address() -> str | None:
+def running_cluster_address() -> str | None:
     """Return the address of the running cluster that a study would join.
 
     It is RAY_ADDRESS, else the address in the file that `ray start` writes to the temporary folder, where
@@ -136,16 +140,16 @@ def address() -> str | None:
     if os.environ.get("RAY_ADDRESS"):
         return os.environ["RAY_ADDRESS"]
     word = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")
-    with suppress(OSError, ValueError), open(word, opener=_carefully) as file:
+    with suppress(OSError, ValueError), open(word, opener=_open_untrusted) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             return None
-        found, owner = file.read(ADDRESS_CHARACTERS).strip(), status.st_uid
+        found, owner = file.read(MAX_ADDRESS_LENGTH).strip(), status.st_uid
         host, _, port = found.rpartition(":")
         # Connecting sends nothing; it alone tells the cluster of another user from a file that one has left.
-        if found and listens(host, int(port)):
+        if found and is_listening(host, int(port)):
             if owner not in (0, os.getuid()):
-                raise BadInput(
+                raise UsageError(
                     f"{word} announces a Ray cluster of another user (user id {owner}), which is joined on "
                     f"request only; set RAY_ADDRESS={found} to join it, or TMPDIR to a folder of your own to "
                     "start Ray here."
@@ -154,13 +158,13 @@ def address() -> str | None:
     return None
 
 
-def _carefully(path: str, flags: int) -> int:
+def _open_untrusted(path: str, flags: int) -> int:
     """Open a file that another user may have planted: follow no link, and do not wait for a pipe's writer."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 @contextmanager
-def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
+def connect(before_exit: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
     """Join or start Ray; on leaving, what the study made is gone.
 
     Args:
@@ -170,16 +174,20 @@ def connect(last: Callable[[], object] = lambda: None) -> Iterator[Cluster]:
         BadInput: the cluster cannot be joined, or its workers would import another copy of this code.
         Trouble: Ray does not start here.
     """
-    _refuse_another_copy()
-    where = address()
-    if where is None:
-        cleanup.folder().mkdir(mode=0o700, exist_ok=True)  # `folder` then checks whose it is
-    with exclusively(cleanup.folder() / "lock", ONE_RAY) if where is None else nullcontext():
-        cleanup.end()
-        yield from _connected(where, last)
+    _refuse_other_source_tree()
+    cluster_address = running_cluster_address()
+    if cluster_address is None:
+        cleanup.state_folder().mkdir(mode=0o700, exist_ok=True)  # `folder` then checks whose it is
+    with (
+        exclusive_lock(cleanup.state_folder() / "lock", LOCAL_RAY_IN_USE)
+        if cluster_address is None
+        else nullcontext()
+    ):
+        cleanup.end_orphaned_rays()
+        yield from _connect(cluster_address, before_exit)
 
 
-def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluster]:
+def _connect(cluster_address: str | None, before_exit: Callable[[], object]) -> Iterator[Cluster]:
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
     )  # silences a warning about later versions
@@ -188,39 +196,45 @@ def _connected(where: str | None, last: Callable[[], object]) -> Iterator[Cluste
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files nobody reads
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")  # a study is resumed from its records
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours
-    auth_token.keep_private(create=where is None)
-    if where is None:
-        for name, value in ALONE.items():
+    auth_token.restrict_token_file(create_if_missing=cluster_address is None)
+    if cluster_address is None:
+        for name, value in LOCAL_RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-    with ending_at_once(last):  # an exception may strike imports, too
+    with exit_on_interrupt(before_exit):  # an exception may strike imports, too
         import ray
 
     namespace = f"study-{uuid.uuid4().hex[:12]}"
-    quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
-    before = cleanup.children()
-    if where is None:
-        with ending_at_once(last):
-            _start(quiet, before)
+    init_arguments: dict[str, Any] = {
+        "namespace": namespace,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    processes_before = cleanup.child_processes()
+    if cluster_address is None:
+        with exit_on_interrupt(before_exit):
+            _start_local_ray(init_arguments, processes_before)
     else:
-        host, _, port = where.rpartition(":")
+        host, _, port = cluster_address.rpartition(":")
         # Ray itself tries for minutes, even where nothing is.
         plain = port.isdigit() and "/" not in host
-        if plain and not any(listens(host, int(port)) for _ in range(TRIES)):
-            raise _not_joined(where, "nothing answers there")
+        if plain and not any(is_listening(host, int(port)) for _ in range(CONNECT_ATTEMPTS)):
+            raise _join_error(cluster_address, "nothing answers there")
         try:
-            with ending_at_once(last):
-                ray.init(address=where, **quiet)
+            with exit_on_interrupt(before_exit):
+                ray.init(address=cluster_address, **init_arguments)
         except (ConnectionError, RuntimeError) as error:
-            raise _not_joined(where, str(error).splitlines()[0]) from None
-    with cleanup.guarded(before) if where is None else nullcontext():
+            raise _join_error(cluster_address, str(error).splitlines()[0]) from None
+    with cleanup.cleanup_guard(processes_before) if cluster_address is None else nullcontext():
         try:
             store = ray.get_runtime_context().gcs_address
-            yield Cluster(nodes_now(), namespace=namespace, local=where is None, control_store=store)
+            yield Cluster(
+                usable_nodes(), namespace=namespace, local=cluster_address is None, gcs_address=store
+            )
         finally:
             ray.shutdown()
 
 
-def _start(quiet: Mapping[str, Any], before: Collection[psutil.Process]) -> None:
+def _start_local_ray(init_arguments: Mapping[str, Any], processes_before: Collection[psutil.Process]) -> None:
     """Start Ray here, once more where it did not answer in time.
 
     Args:
@@ -232,56 +246,59 @@ def _start(quiet: Mapping[str, Any], before: Collection[psutil.Process]) -> None
     """
     import ray
 
-    for _ in range(STARTS):
+    for _ in range(START_ATTEMPTS):
         try:
             ray.init(
-                address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **init_arguments,
             )
             return
         except Exception as error:  # Ray 2.60 raises bare Exceptions here
             if "timed out" not in str(error).lower():
                 raise
-            said = reason(error)
-            cleanup.end_children(before)
-    raise Trouble(
-        f"Ray did not start within its 30 s, {STARTS} times ({said}); the load of this machine is "
+            said = format_error(error)
+            cleanup.kill_new_children(processes_before)
+    raise StudyError(
+        f"Ray did not start within its 30 s, {START_ATTEMPTS} times ({said}); the load of this machine is "
         f"{os.getloadavg()[0]:.0f}: run the command again when other work is done."
     )
 
 
-def _refuse_another_copy() -> None:
+def _refuse_other_source_tree() -> None:
     """Raise BadInput in a folder with another copy of this code: Ray's workers import from there first."""
-    here, ours = Path.cwd(), Path(orchestrator.__file__).resolve().parent.parent
+    here, source_folder = Path.cwd(), Path(orchestrator.__file__).resolve().parent.parent
     for package in ("orchestrator", "variants"):
-        if here != ours and (here / package / "__init__.py").is_file():
-            raise BadInput(
-                f"{here} has another {package!r} than {ours}, which runs this command, and Ray's workers "
+        if here != source_folder and (here / package / "__init__.py").is_file():
+            raise UsageError(
+                f"{here} has another {package!r} than {source_folder}, which runs this command, and Ray's workers "
                 "would import that one; run the command in another folder, or the one of that copy."
             )
 
 
-def _not_joined(where: str, why: str) -> BadInput:
-    return BadInput(
-        f"RAY_ADDRESS {where!r} cannot be joined ({why}); start that cluster, or unset RAY_ADDRESS to start "
+def _join_error(cluster_address: str, reason: str) -> UsageError:
+    return UsageError(
+        f"RAY_ADDRESS {cluster_address!r} cannot be joined ({reason}); start that cluster, or unset RAY_ADDRESS to start "
         "Ray here."
     )
 
 
 @contextmanager
-def exclusively(file: Path, refusal: str) -> Iterator[None]:
+def exclusive_lock(file: Path, refusal: str) -> Iterator[None]:
     """Hold a lock that goes with the process, however it ends. Raises BadInput when another holds it."""
     lock = FileLock(file, timeout=5)
     try:
         lock.acquire()
     except Timeout:
-        raise BadInput(refusal) from None
+        raise UsageError(refusal) from None
     try:
         yield
     finally:
         lock.release()
 
 
-def listens(host: str, port: int) -> bool:
+def is_listening(host: str, port: int) -> bool:
     """Whether something answers there, within a second."""
     import socket
 
@@ -290,27 +307,27 @@ def listens(host: str, port: int) -> bool:
     return False
 
 
-def nodes_now() -> tuple[Node, ...]:
+def usable_nodes() -> tuple[Node, ...]:
     """Those of the joined Ray that can take a seat: alive, and not about to go."""
     import ray
 
-    leaving = draining()
+    draining_ids = draining_node_ids()
     return tuple(
         Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0), node["NodeID"], address)
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
+        if node["Alive"] and node["NodeID"] not in draining_ids
         for has, address in [(node["Resources"], node["NodeManagerAddress"])]
     )
 
 
-def draining() -> frozenset[str]:
+def draining_node_ids() -> frozenset[str]:
     """Ids of nodes that Ray was told to empty (`ray drain-node`, an autoscaler, a spot machine's notice)."""
     from ray._private.state import state  # Ray 2.60 tells it nowhere else
 
     return frozenset(state.get_draining_nodes())
 
 
-def beside_the_driver() -> Any:
+def driver_node_affinity() -> Any:
     """Where an actor goes that must not die with another node. Not softly: Ray 2.60 then puts actors that ask
     for nothing on any node. They end with the driver in any case."""
     import ray

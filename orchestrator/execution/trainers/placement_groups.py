@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def remove_placement_groups() -> None:
+def remove_orphaned_placement_groups() -> None:
     """Removes the placement groups of this Ray job whose creating actor is dead. Ray itself keeps them while
     the job lives, and Train's own cleaner needs the dashboard, which a Ray that was started here lacks."""
     import ray

@@ -11,45 +11,47 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.execution.ray.runtime import Node
-from orchestrator.execution.trainers.exit_status import reason
+from orchestrator.execution.trainers.exit_status import format_ray_error
 
 
-class Sight:
+class StorageVisibility:
     """`folder`: one in the store that is there as long as the driver lives. `known`: nodes that see it."""
 
-    def __init__(self, folder: Path, known: Iterable[Node], say: Callable[[str], None]) -> None:
-        self.folder, self.say = folder, say
-        self.seen = {node.id: True for node in known}
-        self.asked: dict[str, Any] = {}
+    def __init__(self, folder: Path, visible: Iterable[Node], notify: Callable[[str], None]) -> None:
+        self.folder, self.notify = folder, notify
+        self.can_see = {node.id: True for node in visible}
+        self.pending_checks: dict[str, Any] = {}
 
-    def of(self, nodes: Sequence[Node], here: str) -> tuple[Node, ...]:
+    def visible_nodes(self, nodes: Sequence[Node], driver_node_id: str) -> tuple[Node, ...]:
         """Those of `nodes` that see the store, as far as they have answered; asks those that are new, and
         waits for none. `here`: the driver's node; what has its address is on its machine."""
-        mine = {node.address for node in nodes if node.id == here}
+        driver_addresses = {node.address for node in nodes if node.id == driver_node_id}
         for node in nodes:
-            if node.id not in self.seen and node.address not in mine:
-                self._ask(node)
-        return tuple(node for node in nodes if node.address in mine or self.seen.get(node.id, False))
+            if node.id not in self.can_see and node.address not in driver_addresses:
+                self._check_node(node)
+        return tuple(
+            node for node in nodes if node.address in driver_addresses or self.can_see.get(node.id, False)
+        )
 
-    def _ask(self, node: Node) -> None:
-        if node.id not in self.asked:
+    def _check_node(self, node: Node) -> None:
+        if node.id not in self.pending_checks:
             there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            task = ray.remote(num_cpus=0)(sees)
-            self.asked[node.id] = task.options(scheduling_strategy=there).remote(str(self.folder))
-        if not ray.wait([self.asked[node.id]], timeout=0)[0]:
+            task = ray.remote(num_cpus=0)(can_access)
+            self.pending_checks[node.id] = task.options(scheduling_strategy=there).remote(str(self.folder))
+        if not ray.wait([self.pending_checks[node.id]], timeout=0)[0]:
             return
         why = ""
         try:
-            self.seen[node.id] = ray.get(self.asked.pop(node.id))
+            self.can_see[node.id] = ray.get(self.pending_checks.pop(node.id))
         except Exception as error:  # whatever is wrong there: no seat could work there either
-            self.seen[node.id], why = False, f" ({reason(error)})"
-        if not self.seen[node.id]:
-            self.say(
+            self.can_see[node.id], why = False, f" ({format_ray_error(error)})"
+        if not self.can_see[node.id]:
+            self.notify(
                 f"the node on {node.address} does not see this study's folder {self.folder}{why}: it is not "
                 "counted; mount there what the other nodes have, and start Ray there again"
             )
 
 
-def sees(folder: str) -> bool:
+def can_access(folder: str) -> bool:
     """Runs on a node."""
     return os.access(folder, os.R_OK | os.W_OK | os.X_OK)

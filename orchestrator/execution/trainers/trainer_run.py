@@ -18,17 +18,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 
-from orchestrator.execution.ray.runtime import beside_the_driver
-from orchestrator.execution.trainers.exit_status import How, SeatEnd, end_of, reason
-from orchestrator.execution.trainers.trainer import MALLOC, SeatPlan, work
+from orchestrator.execution.ray.runtime import driver_node_affinity
+from orchestrator.execution.trainers.exit_status import ExitKind, ExitStatus, classify_exit, format_ray_error
+from orchestrator.execution.trainers.trainer import MALLOC_ENVIRONMENT, TrainerSpec, train_loop_per_worker
 
-NEEDLESS = (  # Ray Train's default callbacks that each start one more process per seat
+UNUSED_CALLBACKS = (  # Ray Train's default callbacks that each start one more process per seat
     "PlacementGroupCleanerCallback",  # orphans.py does its work; its actor outlives a killed driver
     "DatasetsCallback",  # it serves Ray Data, which the seats do not use
 )
 
 
-class Alone(TorchConfig):
+class SingleWorkerTorchConfig(TorchConfig):
     """Configure torch for a run of one worker, which needs no process group.
 
     The TCP store of a process group listens on all addresses of its machine and asks for no token. RANK and
@@ -40,7 +40,7 @@ class Alone(TorchConfig):
         return Backend
 
 
-class SeatRun(threading.Thread):
+class TrainerRun(threading.Thread):
     """Hold the Ray Train run of one seat in a thread, because `TorchTrainer.fit` blocks until the run ends.
 
     Args:
@@ -49,10 +49,10 @@ class SeatRun(threading.Thread):
         namespace: the Ray namespace of the study; it makes the name of the Train run unique.
     """
 
-    def __init__(self, name: str, plan: SeatPlan, namespace: str) -> None:
+    def __init__(self, name: str, spec: TrainerSpec, namespace: str) -> None:
         super().__init__(name=name, daemon=True)
-        self.plan, self.namespace = plan, namespace
-        self.end: SeatEnd | None = None
+        self.spec, self.namespace = spec, namespace
+        self.exit_status: ExitStatus | None = None
         """How the run has ended. It is None while the run lasts."""
         self._controller: Any = None
         self._killed = False
@@ -60,16 +60,16 @@ class SeatRun(threading.Thread):
 
     def run(self) -> None:
         """Call `TorchTrainer.fit` and store in `end` how the run has ended."""
-        end = SeatEnd(How.FAILED, "its thread ended without a result")
+        end = ExitStatus(ExitKind.FAILED, "its thread ended without a result")
         try:
-            self._trainer().fit()
-            end = SeatEnd(How.DONE)
+            self._make_trainer().fit()
+            end = ExitStatus(ExitKind.DONE)
         except Exception as error:
-            end = SeatEnd(How.FAILED, reason(error))
+            end = ExitStatus(ExitKind.FAILED, format_ray_error(error))
             with suppress(Exception):  # `end_of` asks Ray how its actors died, which may fail as well
-                end = end_of(error, self._controller)
+                end = classify_exit(error, self._controller)
         finally:
-            self.end = end
+            self.exit_status = end
 
     def kill(self) -> None:
         """Kill the Train controller of this run.
@@ -82,23 +82,25 @@ class SeatRun(threading.Thread):
             if self._controller is not None:
                 ray.kill(self._controller)
 
-    def _trainer(self) -> Any:
+    def _make_trainer(self) -> Any:
         """Return the trainer of this run, which stores its controller in this object."""
-        plan, seat_run = self.plan, self
+        spec, trainer_run = self.spec, self
         environment = get_env_vars_to_propagate() | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, plan.start_seconds)),
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, spec.start_timeout)),
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a seat; `work` looks itself
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it
         }
         base: Any = TorchTrainer  # type checkers see Train's first version
         actor: Any = ray.remote(TrainController)
-        backend = "nccl" if plan.on_gpus else "gloo"
+        backend = "nccl" if spec.uses_gpus else "gloo"
 
         class Trainer(base):
             def _create_default_callbacks(self) -> list[Any]:
                 """Return Train's default callbacks except `NEEDLESS`."""
-                return [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
+                return [
+                    c for c in super()._create_default_callbacks() if type(c).__name__ not in UNUSED_CALLBACKS
+                ]
 
             def _initialize_and_run_controller(self, **arguments: Any) -> Any:
                 """Create the controller actor and wait for its result.
@@ -108,29 +110,33 @@ class SeatRun(threading.Thread):
                 """
                 placed = actor.options(
                     num_cpus=0,
-                    scheduling_strategy=beside_the_driver(),
+                    scheduling_strategy=driver_node_affinity(),
                     runtime_env={"env_vars": environment},
                 )
-                with seat_run._lock:
-                    if seat_run._killed:
+                with trainer_run._lock:
+                    if trainer_run._killed:
                         raise RuntimeError("it was killed before it began")
-                    seat_run._controller = controller = placed.remote(**arguments)
+                    trainer_run._controller = controller = placed.remote(**arguments)
                 ray.get(controller.run.remote())
                 return ray.get(controller.get_result.remote())
 
         run_config: Any = RunConfig
         failure_config: Any = FailureConfig
         return Trainer(
-            work,
-            train_loop_config={"name": self.name, "plan": asdict(plan)},
+            train_loop_per_worker,
+            train_loop_config={"name": self.name, "plan": asdict(spec)},
             scaling_config=ScalingConfig(
-                num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.resources
+                num_workers=spec.workers_per_trainer,
+                use_gpu=spec.gpus_per_worker > 0,
+                resources_per_worker=spec.resources_per_worker,
             ),
-            torch_config=TorchConfig(backend=backend) if plan.workers > 1 else Alone(),
+            torch_config=TorchConfig(backend=backend)
+            if spec.workers_per_trainer > 1
+            else SingleWorkerTorchConfig(),
             run_config=run_config(
                 name=f"{self.namespace}-{self.name}",
-                storage_path=plan.scratch,
-                worker_runtime_env={} if plan.on_gpus else {"env_vars": MALLOC},
+                storage_path=spec.scratch,
+                worker_runtime_env={} if spec.uses_gpus else {"env_vars": MALLOC_ENVIRONMENT},
                 # A dead seat is replaced as a whole, by the driver.
                 failure_config=failure_config(
                     max_failures=0, controller_failure_limit=0, max_preemption_failures=0

@@ -13,38 +13,49 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from orchestrator.execution.tune.fifo import FirstComeFirstServed
-from orchestrator.execution.tune.rungs import ETA, SAMPLES, evaluation, first_rung, last_rung
+from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
+from orchestrator.execution.tune.rungs import (
+    MIN_SAMPLES,
+    REDUCTION_FACTOR,
+    evaluation_index,
+    first_rung,
+    last_rung,
+)
 from orchestrator.study.configuration import Configuration
 
 
-class PerGroup(FirstComeFirstServed):
+class PerVariantScheduler(LiveTrialFIFOScheduler):
     """Passes whatever concerns a trial to the scheduler of its variant and task."""
 
     _metric = "loss"
     _supports_buffered_results = False  # every result is decided on before the lane goes on
 
-    def __init__(self, name: str, known: Collection[str] = ()) -> None:
+    def __init__(self, scheduler: str, cached: Collection[str] = ()) -> None:
         """`known`: fingerprints of results that are replayed. They fill the rungs that the others are
         measured by, and nothing is decided about them; a search adds to them. (Under Hyperband they are
         members of brackets.)"""
         super().__init__()
-        self.name, self.known = name, () if name == "hyperband" else known
-        self.groups: dict[tuple[str, str], Any] = {}
-        self.members: dict[str, tuple[Any, bool]] = {}  # trial -> its scheduler, whether it is known
+        self.scheduler, self.cached = scheduler, () if scheduler == "hyperband" else cached
+        self.schedulers: dict[tuple[str, str], Any] = {}
+        self.scheduler_of_trial: dict[
+            str, tuple[Any, bool]
+        ] = {}  # trial -> its scheduler, whether it is known
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
-        group = (configuration.task.name, configuration.variant.name)
-        if group not in self.groups:
-            self.groups[group] = _scheduler(self.name, configuration)
-        self.members[trial.trial_id] = (self.groups[group], configuration.fingerprint in self.known)
-        self.groups[group].on_trial_add(tune_controller, trial)
+        variant_key = (configuration.task.name, configuration.variant.name)
+        if variant_key not in self.schedulers:
+            self.schedulers[variant_key] = _make_scheduler(self.scheduler, configuration)
+        self.scheduler_of_trial[trial.trial_id] = (
+            self.schedulers[variant_key],
+            configuration.fingerprint in self.cached,
+        )
+        self.schedulers[variant_key].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        scheduler, known = self.members[trial.trial_id]
-        if not known:
+        scheduler, is_cached = self.scheduler_of_trial[trial.trial_id]
+        if not is_cached:
             return scheduler.on_trial_result(tune_controller, trial, result)
         # As if it were complete at each of its results: these are noted and not decided on.
         scheduler.on_trial_complete(tune_controller, trial, result)
@@ -52,24 +63,24 @@ class PerGroup(FirstComeFirstServed):
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self.members[trial.trial_id][0].on_trial_complete(tune_controller, trial, result)
+        self.scheduler_of_trial[trial.trial_id][0].on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.members[trial.trial_id][0].on_trial_error(tune_controller, trial)
+        self.scheduler_of_trial[trial.trial_id][0].on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self.members[trial.trial_id][0].on_trial_remove(tune_controller, trial)
+        self.scheduler_of_trial[trial.trial_id][0].on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Only Hyperband has a choice of its own, for its paused trials: the first that any of them wants to
         run. The others take trials as they come."""
-        if self.name != "hyperband":
+        if self.scheduler != "hyperband":
             return super().choose_trial_to_run(tune_controller)
-        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.groups.values())
+        chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.schedulers.values())
         return next((trial for trial in chosen if trial is not None), None)
 
     def debug_string(self) -> str:
-        return "\n".join(f"{group}: {each.debug_string()}" for group, each in self.groups.items())
+        return "\n".join(f"{group}: {each.debug_string()}" for group, each in self.schedulers.items())
 
 
 class _HyperBand(HyperBandScheduler):
@@ -83,19 +94,26 @@ class _HyperBand(HyperBandScheduler):
             bracket.is_being_processed = False
 
 
-def _scheduler(name: str, configuration: Configuration) -> TrialScheduler:
+def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     """Lanes that come to their end end by themselves: no scheduler stops the last."""
     steps, first = configuration.schedule.steps, first_rung(configuration)
     loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "asha":
         last = last_rung(configuration)
         return AsyncHyperBandScheduler(
-            "step", **loss, max_t=last, grace_period=first, reduction_factor=ETA[name], stop_last_trials=False
+            "step",
+            **loss,
+            max_t=last,
+            grace_period=first,
+            reduction_factor=REDUCTION_FACTOR[name],
+            stop_last_trials=False,
         )
     if name == "median":
         never: Any = inf  # a trial that yields to others would cost a process and free no lane
         return MedianStoppingRule(
-            "step", **loss, grace_period=first, min_samples_required=SAMPLES, min_time_slice=never
+            "step", **loss, grace_period=first, min_samples_required=MIN_SAMPLES, min_time_slice=never
         )
-    units = evaluation(configuration, steps)
-    return _HyperBand("evaluation", **loss, max_t=units, reduction_factor=ETA[name], stop_last_trials=False)
+    units = evaluation_index(configuration, steps)
+    return _HyperBand(
+        "evaluation", **loss, max_t=units, reduction_factor=REDUCTION_FACTOR[name], stop_last_trials=False
+    )

@@ -14,24 +14,24 @@ from ray.tune.search.basic_variant import BasicVariantGenerator, _TrialIterator
 from orchestrator.study.configuration import Configuration
 
 
-class InOrder(BasicVariantGenerator):
+class ConfigurationListGenerator(BasicVariantGenerator):
     """What Tune does with `grid_search`, but for its cost: Ray 2.60 copies the whole grid for every trial,
     0.36 s a trial for 5,000 configurations."""
 
     _trial_generator: Any
 
-    def __init__(self, configurations: Sequence[Configuration], at_once: int | None = None) -> None:
+    def __init__(self, configurations: Sequence[Configuration], max_concurrent: int | None = None) -> None:
         """`at_once`: how many trials may be alive; None: as many as there is room for."""
-        super().__init__(max_concurrent=at_once or 0)
+        super().__init__(max_concurrent=max_concurrent or 0)
         self.configurations = configurations
 
     def add_configurations(self, experiments: Any) -> None:
         """`experiments`: Tune's one; its trainable is what every trial runs."""
         (experiment,) = experiments
         self._total_samples = len(self.configurations)
-        self._trial_generator = self._trials(experiment.spec)
+        self._trial_generator = self._generate_trials(experiment.spec)
 
-    def _trials(self, spec: dict[str, Any]) -> Iterator[Any]:
+    def _generate_trials(self, spec: dict[str, Any]) -> Iterator[Any]:
         for number, configuration in enumerate(self.configurations):
             one = {**spec, "config": {"configuration": configuration.to_json()}}
             yield next(_TrialIterator(self._uuid_prefix, 1, one, start=number))
@@ -40,21 +40,23 @@ class InOrder(BasicVariantGenerator):
         """A study is resumed from its records, never from Tune's files."""
 
 
-class FirstComeFirstServed(FIFOScheduler):
+class LiveTrialFIFOScheduler(FIFOScheduler):
     """Stops nobody. Ray 2.60's own goes through all trials that ever were at each step of Tune's loop, this
     one through those that have not ended."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._number = count()
-        self._came: dict[str, int] = {}
+        self._counter = count()
+        self._arrival_order: dict[str, int] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._came[trial.trial_id] = next(self._number)  # one that is tried again comes after the others
+        self._arrival_order[trial.trial_id] = next(
+            self._counter
+        )  # one that is tried again comes after the others
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         for status in (Trial.PENDING, Trial.PAUSED):
             there = [trial for trial in tune_controller.get_live_trials() if trial.status == status]
             if there:
-                return min(there, key=lambda trial: self._came[trial.trial_id])
+                return min(there, key=lambda trial: self._arrival_order[trial.trial_id])
         return None

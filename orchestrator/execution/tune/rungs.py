@@ -8,50 +8,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.finetune.engine.lane_state import due_steps
+from orchestrator.finetune.engine.lane_state import evaluation_steps
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.grid import order_of_entry
+from orchestrator.study.grid import training_order
 from orchestrator.study.lr_schedule import warmup_steps
 
-ETA = {"asha": 4, "hyperband": 3}  # one lane in so many goes on to the next rung; docs/early_stopping.md
-LAST_RUNG = 3  # ASHA's lies no later than at a third of the steps, or is the first
-SAMPLES = 3  # lanes that have come as far, before the median of their losses stops anybody
+REDUCTION_FACTOR = {
+    "asha": 4,
+    "hyperband": 3,
+}  # one lane in so many goes on to the next rung; docs/early_stopping.md
+LAST_RUNG_DIVISOR = 3  # ASHA's lies no later than at a third of the steps, or is the first
+MIN_SAMPLES = 3  # lanes that have come as far, before the median of their losses stops anybody
 
 
-def due(configuration: Configuration) -> tuple[int, ...]:
+def lane_evaluation_steps(configuration: Configuration) -> tuple[int, ...]:
     """After which optimizer steps the lane is evaluated."""
-    return due_steps(configuration.schedule.steps, configuration.evaluations)
+    return evaluation_steps(configuration.schedule.steps, configuration.evaluations)
 
 
 def first_rung(configuration: Configuration) -> int:
     """The step of the first evaluation after the warm-up (the last one if all lie in it)."""
-    steps = due(configuration)
+    steps = lane_evaluation_steps(configuration)
     return next((step for step in steps if step >= warmup_steps(configuration.schedule)), steps[-1])
 
 
 def last_rung(configuration: Configuration) -> int:
     """ASHA's: a later one saves little and costs the choice its seeds."""
-    return max(first_rung(configuration), configuration.schedule.steps // LAST_RUNG)
+    return max(first_rung(configuration), configuration.schedule.steps // LAST_RUNG_DIVISOR)
 
 
-def evaluation(configuration: Configuration, step: int) -> int:
+def evaluation_index(configuration: Configuration, step: int) -> int:
     """How many evaluations from the first rung on lie at or before `step`: Hyperband's time. Its brackets are
     made of whole units from 1; in steps, most of them would end before the first evaluation."""
-    return sum(first_rung(configuration) <= each <= step for each in due(configuration))
+    return sum(first_rung(configuration) <= each <= step for each in lane_evaluation_steps(configuration))
 
 
-def settings(scheduler: str, configuration: Configuration) -> str:
+def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
     """What a stopped record keeps, to tell whether it answers a request. Empty without early stopping."""
     if scheduler == "none":
         return ""
     parts = [scheduler, "loss=min", f"first={first_rung(configuration)}"]
-    parts += [f"samples={SAMPLES}" if scheduler == "median" else f"eta={ETA[scheduler]}"]
+    parts += [f"samples={MIN_SAMPLES}" if scheduler == "median" else f"eta={REDUCTION_FACTOR[scheduler]}"]
     parts += [f"last={last_rung(configuration)}"] if scheduler == "asha" else []
     return " ".join(parts)
 
 
-def entry(
-    scheduler: str, known: Sequence[Configuration], pending: Sequence[Configuration], lanes: int
+def submission_order(
+    scheduler: str, cached: Sequence[Configuration], pending: Sequence[Configuration], lanes: int
 ) -> list[Configuration]:
     """What Tune is given, in this order. `known` results are replayed to it, since it keeps no rungs: before
     the others, so that all of them count from the first decision on. Hyperband fills its brackets in the
@@ -60,4 +63,4 @@ def entry(
     evaluations that it has and is not trained further."""
     if scheduler == "none":
         return list(pending)
-    return order_of_entry([*known, *pending], lanes) if scheduler == "hyperband" else [*known, *pending]
+    return training_order([*cached, *pending], lanes) if scheduler == "hyperband" else [*cached, *pending]

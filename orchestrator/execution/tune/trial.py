@@ -11,19 +11,19 @@ import ray
 from ray import tune
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from orchestrator.execution.broker.actor import NAME
-from orchestrator.execution.tune.rungs import due, evaluation
+from orchestrator.execution.broker.actor import BROKER_NAME
+from orchestrator.execution.tune.rungs import evaluation_index, lane_evaluation_steps
 from orchestrator.finetune.engine.lane_source import Report
 from orchestrator.study.configuration import Configuration
 
-MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB measured, Linux x86-64
+TRIAL_MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB measured, Linux x86-64
 
-WAIT_SECONDS = 20.0  # of one call; the trial asks again
+REPORT_WAIT_SECONDS = 20.0  # of one call; the trial asks again
 
 WORST_LOSS = 1e9  # finite: NaN and infinities poison schedulers
 
 
-class Trial(tune.Trainable):
+class LaneTrainable(tune.Trainable):
     """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report, and lets the
     lane go on if it was parked after the last one; the last result has `done` and the state in which the lane
     ended.
@@ -33,16 +33,18 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.broker = ray.get_actor(NAME)
+        self.broker = ray.get_actor(BROKER_NAME)
         self.configuration = Configuration.from_json(config["configuration"])
         self.name = self.trial_id
-        self.at = 0
-        self.last: dict[str, Any] = {}
+        self.reported_step = 0
+        self.last_metrics: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
         while True:
             try:
-                promise: Any = self.broker.next.remote(self.name, self.configuration, self.at, WAIT_SECONDS)
+                promise: Any = self.broker.next.remote(
+                    self.name, self.configuration, self.reported_step, REPORT_WAIT_SECONDS
+                )
                 news: Any = ray.get(promise)  # Report | State | None
             except ActorUnavailableError:  # it restarts, and is told again what this trial wants
                 time.sleep(0.5)
@@ -50,33 +52,36 @@ class Trial(tune.Trainable):
             except ActorDiedError:  # for good: the driver gives the study up
                 news = "failed"
             if isinstance(news, Report):
-                self.at = news.step
-                self.last = self._result(news.step, news.scores)
-                return {**self.last, "state": "training"}
+                self.reported_step = news.step
+                self.last_metrics = self._metrics(news.step, news.scores)
+                return {**self.last_metrics, "state": "training"}
             if news is not None:
-                return {**self._end(news), "state": news, "done": True}
+                return {**self._final_metrics(news), "state": news, "done": True}
 
-    def _result(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
+    def _metrics(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
         """A task may have its answers graded at the end only: on the way it is worth the floor."""
         task = self.configuration.task
         return {
             "step": step,
-            "evaluation": evaluation(self.configuration, step),
+            "evaluation": evaluation_index(self.configuration, step),
             "score": scores.get(task.metric, task.floor),
             "loss": scores["loss"],
         }
 
-    def _end(self, state: str) -> dict[str, Any]:
+    def _final_metrics(self, state: str) -> dict[str, Any]:
         """The last result again. A diverged lane gets that of the evaluation that it did not reach, and it is
         the worst: the others are measured against it too. What failed or was stopped before it had a result
         has the worst at its start, where nobody looks; its record says that it has no score."""
-        step = self.at
+        step = self.reported_step
         if state == "diverged":
-            step = next((each for each in due(self.configuration) if each > self.at), self.at)
-        elif self.last:
-            return self.last
+            step = next(
+                (each for each in lane_evaluation_steps(self.configuration) if each > self.reported_step),
+                self.reported_step,
+            )
+        elif self.last_metrics:
+            return self.last_metrics
         task = self.configuration.task
-        return self._result(step, {"loss": WORST_LOSS, task.metric: task.floor})
+        return self._metrics(step, {"loss": WORST_LOSS, task.metric: task.floor})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.setup(new_config)
@@ -84,7 +89,7 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """On a pause: what Tune has seen. The lane's own checkpoints hold the rest."""
-        return {"at": self.at, "last": self.last}
+        return {"at": self.reported_step, "last": self.last_metrics}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        self.at, self.last = checkpoint["at"], checkpoint["last"]
+        self.reported_step, self.last_metrics = checkpoint["at"], checkpoint["last"]

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
 
-from orchestrator.finetune.data.arrow_rows import Stored
-from orchestrator.finetune.data.batches import Row, image_row
+from orchestrator.finetune.data.arrow_rows import ArrowSequence
+from orchestrator.finetune.data.batches import Row, to_image_row
 from orchestrator.finetune.tasks.base import Example, Image, Task
-from orchestrator.util.atomic_files import Damaged
+from orchestrator.util.atomic_files import DamagedFileError
 
 
 @dataclass(frozen=True)
-class Shown:
+class SerializedImageExample:
     """What is kept of an example."""
 
     answer: str
@@ -25,22 +25,24 @@ class Shown:
     """SHA-256 (hex) of `file`."""
 
 
-def shown(examples: Iterable[Example], task: Task) -> Iterator[Shown]:
+def serialize_image_examples(examples: Iterable[Example], task: Task) -> Iterator[SerializedImageExample]:
     """Raises BadInput for an example without an image."""
     for number, example in enumerate(examples):
-        image = image_row(example, task, number).image
+        image = to_image_row(example, task, number).image
         assert image is not None
         file = image.read()
-        yield Shown(example.answer, image.name, file, hashlib.sha256(file).hexdigest())
+        yield SerializedImageExample(example.answer, image.name, file, hashlib.sha256(file).hexdigest())
 
 
-class StoredImages(Sequence[Example]):
+class ArrowImageExamples(Sequence[Example]):
     """Each example is made once: a decoded image is known by its `Image`."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        self._labels = Stored(batches, lambda answer, name: (answer, name), ("answer", "name"))
-        self._files: Stored[bytes] = Stored(batches, _whole, ("name", "file", "digest"))
-        self._made: dict[int, Example] = {}
+        self._labels = ArrowSequence(batches, lambda answer, name: (answer, name), ("answer", "name"))
+        self._files: ArrowSequence[bytes] = ArrowSequence(
+            batches, _verify_image_digest, ("name", "file", "digest")
+        )
+        self._examples: dict[int, Example] = {}
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -54,17 +56,19 @@ class StoredImages(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        if place not in self._made:
+        if place not in self._examples:
             answer, name = self._labels[place]
             image = Image(name, partial(self._files.__getitem__, place))
-            self._made[place] = Example("", answer, image=image)
-        return self._made[place]
+            self._examples[place] = Example("", answer, image=image)
+        return self._examples[place]
 
 
-def _whole(name: str, file: bytes, digest: str) -> bytes:
+def _verify_image_digest(name: str, file: bytes, digest: str) -> bytes:
     """Return the bytes of an image's file. Raises Damaged when they are not those that were written."""
     if hashlib.sha256(file).hexdigest() != digest:
-        raise Damaged(f"image {name}: its file in the store's data folder is not what was written there")
+        raise DamagedFileError(
+            f"image {name}: its file in the store's data folder is not what was written there"
+        )
     return file
 
 
@@ -86,4 +90,4 @@ class ImageRows(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | Sequence[Row]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        return image_row(self._examples[place], self._task, place)
+        return to_image_row(self._examples[place], self._task, place)

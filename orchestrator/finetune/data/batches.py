@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Image, Task
-from orchestrator.util.errors import BadInput, quoted, reason
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Image, Task
+from orchestrator.util.errors import UsageError, format_error, quote_value
 
-TOGETHER = 1024
+TOKENIZER_BATCH_SIZE = 1024
 """Examples that a tokenizer is given at once."""
 
 
@@ -50,28 +50,32 @@ class Batch:
     ids: Tensor
     targets: Tensor
     lengths: Tensor
-    seconds: Tensor | None = None
+    second_segment_starts: Tensor | None = None
     images: tuple[Image, ...] = ()
 
     @classmethod
-    def joined(cls, batches: Sequence[Batch]) -> Batch:
+    def concatenate(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of batches of one length, one batch after another."""
-        pairs = any(b.seconds is not None for b in batches)
+        has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
             torch.cat([b.ids for b in batches]),
             torch.cat([b.targets for b in batches]),
             torch.cat([b.lengths for b in batches]),
-            torch.cat([b.lengths if b.seconds is None else b.seconds for b in batches]) if pairs else None,
+            torch.cat(
+                [b.lengths if b.second_segment_starts is None else b.second_segment_starts for b in batches]
+            )
+            if has_pairs
+            else None,
             tuple(image for b in batches for image in b.images),
         )
 
-    def part(self, first: int, last: int) -> Batch:
+    def slice_rows(self, first: int, last: int) -> Batch:
         """Rows `first` .. `last - 1`, as long as they are here."""
         return Batch(
             self.ids[first:last],
             self.targets[first:last],
             self.lengths[first:last],
-            None if self.seconds is None else self.seconds[first:last],
+            None if self.second_segment_starts is None else self.second_segment_starts[first:last],
             self.images[first:last],
         )
 
@@ -80,29 +84,31 @@ class Batch:
         return self.ids.shape[1]
 
     @cached_property
-    def counts(self) -> tuple[int, ...]:
+    def target_counts(self) -> tuple[int, ...]:
         """Targets with loss, a row."""
-        return tuple((self.targets != NO_LOSS).sum(dim=1).tolist())
+        return tuple((self.targets != IGNORE_INDEX).sum(dim=1).tolist())
 
     @property
-    def tokens(self) -> int:
+    def target_count(self) -> int:
         """Targets with loss in all."""
-        return sum(self.counts)
+        return sum(self.target_counts)
 
     @property
-    def real(self) -> Tensor:
+    def attention_mask(self) -> Tensor:
         """(rows, length) bool: False at padding. Of images (rows, 0): they have none."""
         return torch.arange(self.length) < self.lengths.unsqueeze(1)
 
     @property
-    def types(self) -> Tensor | None:
+    def token_type_ids(self) -> Tensor | None:
         """(rows, length) int64: 1 at the second text, 0 at the first and at padding; None without pairs."""
-        if self.seconds is None:
+        if self.second_segment_starts is None:
             return None
-        return (self.real & (torch.arange(self.length) >= self.seconds.unsqueeze(1))).long()
+        return (
+            self.attention_mask & (torch.arange(self.length) >= self.second_segment_starts.unsqueeze(1))
+        ).long()
 
 
-def bucket(length: int, cap: int) -> int:
+def bucket_length(length: int, max_row_length: int) -> int:
     """The length that `length` is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k), no more than
     `cap` unless `length` itself is longer. 0, of images, stays 0."""
     if length == 0:
@@ -111,7 +117,7 @@ def bucket(length: int, cap: int) -> int:
     for size in _sizes():
         if size >= length:
             break
-    return min(size, max(cap, length))
+    return min(size, max(max_row_length, length))
 
 
 def _sizes() -> Iterator[int]:
@@ -122,19 +128,19 @@ def _sizes() -> Iterator[int]:
         size *= 2
 
 
-def longest(task: Task, max_length: int) -> int:
+def compute_max_row_length(task: Task, max_length: int) -> int:
     """The most ids that a training row has: `cap` of the functions here."""
     return max_length if task.has_head else max_length - 1
 
 
-def encode(
+def encode_examples(
     examples: Sequence[Example], task: Task, processor: Any, max_length: int | None = None
 ) -> list[Row]:
     """All rows of `rows_of`, at hand."""
-    return list(rows_of(examples, task, processor, max_length))
+    return list(iter_encoded_examples(examples, task, processor, max_length))
 
 
-def rows_of(
+def iter_encoded_examples(
     examples: Sequence[Example],
     task: Task,
     processor: Any,
@@ -148,39 +154,41 @@ def rows_of(
     nothing is left to learn, or when an example has nothing to score or to read. `progress` is told how many
     examples are done, now and then."""
     if task.inputs == "image":
-        yield from (image_row(example, task, number) for number, example in enumerate(examples))
+        yield from (to_image_row(example, task, number) for number, example in enumerate(examples))
         return
-    none = True
-    for start in range(0, len(examples), TOGETHER):
-        block = examples[start : start + TOGETHER]
+    is_empty = True
+    for start in range(0, len(examples), TOKENIZER_BATCH_SIZE):
+        block = examples[start : start + TOKENIZER_BATCH_SIZE]
         for number, (example, encoded) in enumerate(
-            zip(block, _encoded(block, task, processor, start), strict=True), start
+            zip(block, _encode_block(block, task, processor, start), strict=True), start
         ):
-            if _is_empty(encoded, example, task, held_out=max_length is None):
-                raise BadInput(
+            if _has_empty_input(encoded, example, task, held_out=max_length is None):
+                raise UsageError(
                     f"Task {task.name!r}: the prompt of example {number} is empty: the model's tokenizer "
                     "makes no token of it."
                 )
-            long = max_length is not None and len(encoded.ids) > max_length
-            if long and task.has_head and example.pair is not None:
+            is_too_long = max_length is not None and len(encoded.ids) > max_length
+            if is_too_long and task.has_head and example.pair is not None:
                 assert max_length is not None
-                encoded = task.encode_cut(example, processor, max_length)
-            if (row := _row(example, encoded, task, max_length)) is not None:
-                none = False
+                encoded = task.encode_truncated(example, processor, max_length)
+            if (row := _to_row(example, encoded, task, max_length)) is not None:
+                is_empty = False
                 yield row
             elif max_length is None:
-                raise BadInput(
+                raise UsageError(
                     f"Task {task.name!r}: example {number} has no token to score (empty answer or prompt)."
                 )
         progress(start + len(block))
-    if none:
-        raise BadInput(
+    if is_empty:
+        raise UsageError(
             f"Task {task.name!r}: no training example keeps a part of its answer within max_length "
             f"{max_length}. Raise it."
         )
 
 
-def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -> list[Encoded]:
+def _encode_block(
+    examples: Sequence[Example], task: Task, processor: Any, first_index: int
+) -> list[EncodedExample]:
     """Return what the task's `encode_all` gives for the examples from number `start` on.
 
     Raises:
@@ -189,74 +197,82 @@ def _encoded(block: Sequence[Example], task: Task, processor: Any, start: int) -
             first such example.
     """
     try:
-        return task.encode_all(block, processor)
-    except BadInput:
+        return task.encode_all(examples, processor)
+    except UsageError:
         raise
     except (Exception, SystemExit) as error:  # the tokenizers of Hugging Face raise Exception itself
-        for number, example in enumerate(block, start):
+        for number, example in enumerate(examples, first_index):
             try:
                 task.encode_all([example], processor)
             except (Exception, SystemExit) as one:
-                text = quoted(f"{example.prompt} {example.answer}")
-                raise BadInput(
-                    f"Task {task.name!r}: {reason(one)}, where example {number}, {text}, is encoded; correct "
+                text = quote_value(f"{example.prompt} {example.answer}")
+                raise UsageError(
+                    f"Task {task.name!r}: {format_error(one)}, where example {number}, {text}, is encoded; correct "
                     "the task or the example, or take a --model whose tokenizer knows its words."
                 ) from one
         if isinstance(error, SystemExit):
-            raise BadInput(f"Task {task.name!r}: {reason(error)}, where its examples are encoded.") from error
+            raise UsageError(
+                f"Task {task.name!r}: {format_error(error)}, where its examples are encoded."
+            ) from error
         raise error
 
 
-def image_row(example: Example, task: Task, number: int) -> Row:
+def to_image_row(example: Example, task: Task, number: int) -> Row:
     """Raises BadInput for an example without an image."""
     if example.image is None:
-        raise BadInput(f"Task {task.name!r} is one of images: example {number} has none.")
+        raise UsageError(f"Task {task.name!r} is one of images: example {number} has none.")
     return Row((), (task.target(example),), (), image=example.image)
 
 
-def _is_empty(encoded: Encoded, example: Example, task: Task, held_out: bool) -> bool:
+def _has_empty_input(encoded: EncodedExample, example: Example, task: Task, held_out: bool) -> bool:
     """Whether there is nothing for a head to read, or for an answer to begin from."""
     if task.has_head:
         return not encoded.ids
-    generated = held_out and task.answers == "generated" and example.scored != "loss"
+    generated = held_out and task.output == "generated" and example.counts_in != "loss"
     return generated and encoded.prompt_length == 0
 
 
-def _row(example: Example, encoded: Encoded, task: Task, max_length: int | None) -> Row | None:
+def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: int | None) -> Row | None:
     """None: nothing of its answer is left."""
     if task.has_head:
         ids = encoded.ids
         if max_length is not None and len(ids) > max_length:
             ids = (*ids[: max_length - 1], ids[-1])
-        return Row(ids, (*[NO_LOSS] * (len(ids) - 1), task.target(example)), ids, encoded.second)
+        return Row(
+            ids, (*[IGNORE_INDEX] * (len(ids) - 1), task.target(example)), ids, encoded.second_segment_start
+        )
     ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
-    if all(label == NO_LOSS for label in labels[1:]):
+    if all(label == IGNORE_INDEX for label in labels[1:]):
         return None
     return Row(ids[:-1], labels[1:], encoded.ids[: encoded.prompt_length])
 
 
-def pad(rows: Sequence[Row], length: int, padding: int) -> Batch:
+def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     """Rows to one length, padded on the right."""
-    ids = torch.tensor([[*r.ids, *[padding] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
+    ids = torch.tensor([[*r.ids, *[pad_token_id] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
     values = any(isinstance(r.targets[-1], float) for r in rows)
     targets = torch.tensor(
-        [[*r.targets, *[NO_LOSS] * (length - len(r.targets))] for r in rows],
+        [[*r.targets, *[IGNORE_INDEX] * (length - len(r.targets))] for r in rows],
         dtype=torch.float64 if values else torch.int64,
     )
     lengths = [len(r.ids) for r in rows]
-    seconds = [length if r.second is None else r.second for r, length in zip(rows, lengths, strict=True)]
-    pairs = torch.tensor(seconds) if seconds != lengths else None
+    segment_starts = [
+        length if r.second is None else r.second for r, length in zip(rows, lengths, strict=True)
+    ]
+    second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
     images = tuple(r.image for r in rows if r.image is not None)
-    return Batch(ids, targets, torch.tensor(lengths), pairs, images)
+    return Batch(ids, targets, torch.tensor(lengths), second_segment_starts, images)
 
 
-def training_batch(rows: Sequence[Row], seed: int, start: int, count: int, cap: int, padding: int) -> Batch:
+def make_training_batch(
+    rows: Sequence[Row], seed: int, start: int, count: int, max_row_length: int, pad_token_id: int
+) -> Batch:
     """Examples `start` .. `start + count - 1` of the seed's endless sequence, padded to their own bucket."""
-    drawn = [rows[number] for number in numbers(seed, len(rows), start, count)]
-    return pad(drawn, bucket(max(len(r.ids) for r in drawn), cap), padding)
+    drawn = [rows[number] for number in shuffled_indices(seed, len(rows), start, count)]
+    return pad_rows(drawn, bucket_length(max(len(r.ids) for r in drawn), max_row_length), pad_token_id)
 
 
-def numbers(seed: int, size: int, start: int, count: int) -> list[int]:
+def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
     """A piece of the endless sequence of example numbers: one permutation of `size` after another."""
     return [
         int(_permutation(seed, size, index // size)[index % size]) for index in range(start, start + count)
@@ -269,8 +285,12 @@ def _permutation(seed: int, size: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed % 2**32, seed // 2**32, epoch]).permutation(size)
 
 
-def scoring_plan(
-    lengths: Sequence[int], cap: int, rows: int = 64, tokens: int = 4096, growth: int = 0
+def plan_batches(
+    lengths: Sequence[int],
+    max_row_length: int,
+    max_rows: int = 64,
+    max_tokens: int = 4096,
+    max_new_tokens: int = 0,
 ) -> list[tuple[int, list[int]]]:
     """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
     `rows` and about `tokens` tokens, in batches of nearly equal size (a small last one would take another
@@ -278,10 +298,14 @@ def scoring_plan(
     tokens that each will write; with them a batch has about eight times `tokens`, which are only kept."""
     by_bucket: dict[int, list[int]] = {}
     for item, length in enumerate(lengths):
-        by_bucket.setdefault(bucket(length, cap), []).append(item)
+        by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)
     plan = []
     for length, items in sorted(by_bucket.items()):
-        most = min(rows, max(8, tokens // max(1, length)), max(8, 8 * tokens // max(1, length + growth)))
-        batches = -(-len(items) // most)
-        plan += [(length, part.tolist()) for part in np.array_split(items, batches)]
+        batch_size = min(
+            max_rows,
+            max(8, max_tokens // max(1, length)),
+            max(8, 8 * max_tokens // max(1, length + max_new_tokens)),
+        )
+        batch_count = -(-len(items) // batch_size)
+        plan += [(length, part.tolist()) for part in np.array_split(items, batch_count)]
     return plan

@@ -28,169 +28,197 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import ipc
 
-from orchestrator.finetune.data.arrow_images import ImageRows, StoredImages, shown
-from orchestrator.finetune.data.arrow_rows import Stored, batch_of
-from orchestrator.finetune.data.batches import Row, longest, rows_of
-from orchestrator.finetune.tasks.base import HELD_OUT, SPLITS, Example, Split, Task
-from orchestrator.study.configuration import Configuration, TaskChoice, canonical
+from orchestrator.finetune.data.arrow_images import ArrowImageExamples, ImageRows, serialize_image_examples
+from orchestrator.finetune.data.arrow_rows import ArrowSequence, to_record_batch
+from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
+from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, Example, Split, Task
+from orchestrator.study.configuration import Configuration, TaskChoice, canonical_json
 from orchestrator.util import atomic_files, user_code
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 T = TypeVar("T")
 
-Progress = Callable[[str], None]
-View = Callable[[Sequence[Any]], Sequence[T]]
+ProgressCallback = Callable[[str], None]
+ViewFactory = Callable[[Sequence[Any]], Sequence[T]]
 """Of a file's record batches."""
 
-TEXT, BYTES, INTEGER, INTEGERS, NUMBERS = (
+TEXT, BYTES, INTEGER, INTEGER_LIST, FLOAT_LIST = (
     pa.large_string(),
     pa.large_binary(),
     pa.int32(),
     pa.large_list(pa.int32()),
     pa.large_list(pa.float64()),
 )
-EXAMPLES = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
+EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """Field -> column, of `Example`; each may be None."""
-IMAGES = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
+IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 """The same of `Shown`."""
-ROWS = {"ids": INTEGERS, "targets": INTEGERS, "prompt": INTEGERS, "second": INTEGER}
+ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The same of `Row`. Targets that are values are numbers."""
 
-FORMAT = 2
+FORMAT_VERSION = 2
 """Raised by hand when what is kept of the same task changes. 1: token ids without the tokenizer's BOS."""
-DIGEST, BATCHES = b"sha256", b"batches"
-CHUNK = 4096
-FILES_CHUNK = 128  # of images: they are in memory until they are written, a photo may be a megabyte
-QUIET_SECONDS = 4.0
+DIGEST_KEY, BATCH_COUNT_KEY = b"sha256", b"batches"
+RECORD_BATCH_ROWS = 4096
+IMAGE_RECORD_BATCH_ROWS = (
+    128  # of images: they are in memory until they are written, a photo may be a megabyte
+)
+PROGRESS_INTERVAL_SECONDS = 4.0
 
 
-def silent(text: str) -> None:
+def ignore_progress(text: str) -> None:
     pass
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedDataset:
     examples: Mapping[Split, Sequence[Example]]
     rows: Mapping[Split, Sequence[Row]]
 
 
-def prepare(
-    folder: Path, configuration: Configuration, task: Task, processor: Any, progress: Progress = silent
-) -> Prepared:
+def prepare_dataset(
+    folder: Path,
+    configuration: Configuration,
+    task: Task,
+    processor: Any,
+    progress: ProgressCallback = ignore_progress,
+) -> PreparedDataset:
     """Examples and rows as the configuration wants them, from `folder`, made first where they are lacking.
     Raises BadInput as `examples` and `data.rows_of` do."""
-    found = examples(folder, configuration.task, task, progress)
-    _check_scored(found, task)
+    examples_by_split = load_examples(folder, configuration.task, task, progress)
+    _check_counts_in(examples_by_split, task)
     if task.inputs == "image":  # there is nothing to tokenise
-        return Prepared(found, {split: ImageRows(of, task) for split, of in found.items()})
+        return PreparedDataset(
+            examples_by_split, {split: ImageRows(of, task) for split, of in examples_by_split.items()}
+        )
     length = configuration.batches.max_length
-    held_out = longest(task, length) if task.has_head else None  # else they are kept whole
-    reader = _tokenizer(processor)
+    held_out_max_length = (
+        compute_max_row_length(task, length) if task.has_head else None
+    )  # else they are kept whole
+    tokenizer_digest = _tokenizer_digest(processor)
     rows: dict[Split, Sequence[Row]] = {}
-    for split, of in found.items():
-        cut = length if split == "train" else held_out
-        about = {
-            **_about(configuration.task, task, split),
+    for split, split_examples in examples_by_split.items():
+        split_max_length = length if split == "train" else held_out_max_length
+        cache_key = {
+            **_example_cache_key(configuration.task, task, split),
             "numerics": task.numerics,
             "model": configuration.model.content,
-            "tokenizer": reader,
-            "cut": cut,
+            "tokenizer": tokenizer_digest,
+            "cut": split_max_length,
         }
-        tell = _Tell(f"{Path(task.name).stem}: %d of {len(of)} {split} examples tokenised", progress)
-        columns = {**ROWS, "targets": NUMBERS} if task.answers == "value" else ROWS
-        make = partial(rows_of, of, task, processor, cut, tell)
-        rows[split] = _kept(folder, f"{Path(task.name).stem}-%s.rows.arrow", about, columns, _of(Row), make)
-    return Prepared(found, rows)
+        report_progress = _ProgressReporter(
+            f"{Path(task.name).stem}: %d of {len(split_examples)} {split} examples tokenised", progress
+        )
+        columns = {**ROW_COLUMNS, "targets": FLOAT_LIST} if task.output == "value" else ROW_COLUMNS
+        make = partial(
+            iter_encoded_examples, split_examples, task, processor, split_max_length, report_progress
+        )
+        rows[split] = _load_or_create(
+            folder, f"{Path(task.name).stem}-%s.rows.arrow", cache_key, columns, _sequence_factory(Row), make
+        )
+    return PreparedDataset(examples_by_split, rows)
 
 
-def largest_id(found: Prepared) -> int:
+def max_token_id(dataset: PreparedDataset) -> int:
     """Return the largest token id of all rows of texts, -1 where they have none."""
-    return max(rows.largest("ids") for rows in found.rows.values() if isinstance(rows, Stored))
+    return max(rows.max_value("ids") for rows in dataset.rows.values() if isinstance(rows, ArrowSequence))
 
 
-def longest_row(found: Prepared, task: Task) -> int:
+def compute_max_sequence_length(dataset: PreparedDataset, task: Task) -> int:
     """Return how many tokens the model is given at once, at most, of the rows of texts: those of a row, or of
     a prompt and of the answer that is generated to it (whose last token it is not given)."""
-    rows = {split: of for split, of in found.rows.items() if isinstance(of, Stored)}
-    most = max(of.longest("ids") for of in rows.values())
-    if task.answers != "generated":
-        return most
-    return max(most, *(rows[split].longest("prompt") + task.max_new_tokens - 1 for split in HELD_OUT))
+    rows = {
+        split: sequence for split, sequence in dataset.rows.items() if isinstance(sequence, ArrowSequence)
+    }
+    max_length = max(of.max_list_length("ids") for of in rows.values())
+    if task.output != "generated":
+        return max_length
+    return max(
+        max_length,
+        *(rows[split].max_list_length("prompt") + task.max_new_tokens - 1 for split in HELD_OUT_SPLITS),
+    )
 
 
-def examples(
-    folder: Path, choice: TaskChoice, task: Task, progress: Progress = silent
+def load_examples(
+    folder: Path, choice: TaskChoice, task: Task, progress: ProgressCallback = ignore_progress
 ) -> dict[Split, Sequence[Example]]:
     """The examples that `choice` names. Raises BadInput when they are not there and the task's own are others
     (or cannot be had), or are no text."""
     loaded: dict[Split, Sequence[Example]] = {}
 
-    def make(split: Split) -> Iterable[object]:
+    def make_split(split: Split) -> Iterable[object]:
         if not loaded:
             progress(f"{Path(task.name).stem}: reading the examples")
-            with user_code.told(task.name, "gives no examples"):
+            with user_code.report_user_errors(task.name, "gives no examples"):
                 loaded.update(task.load(choice))
-        return shown(loaded[split], task) if task.inputs == "image" else loaded[split]
+        return serialize_image_examples(loaded[split], task) if task.inputs == "image" else loaded[split]
 
-    name, columns, view = _examples_of(task)
+    name, columns, view = _example_storage(task)
     return {
-        split: _kept(folder, name, _about(choice, task, split), columns, view, partial(make, split))
+        split: _load_or_create(
+            folder, name, _example_cache_key(choice, task, split), columns, view, partial(make_split, split)
+        )
         for split in SPLITS
     }
 
 
-def _check_scored(found: Mapping[Split, Sequence[Example]], task: Task) -> None:
+def _check_counts_in(examples_by_split: Mapping[Split, Sequence[Example]], task: Task) -> None:
     """The loop watches the validation loss, and a record has the metric on both splits. Raises BadInput for a
     task that gives no example for one of them."""
     wanted: list[tuple[Split, str, str]] = [("validation", "loss", "grade")]
-    if task.answers == "generated":
-        wanted += [(split, "metric", "loss") for split in HELD_OUT]
+    if task.output == "generated":
+        wanted += [(split, "metric", "loss") for split in HELD_OUT_SPLITS]
     else:
         wanted += [("test", "loss", "grade")]
     for split, what, other in wanted:
-        if all(example.scored == other for example in found[split]):
-            raise BadInput(f"Task {task.name!r}: no {split} example counts in the {what}.")
+        if all(example.counts_in == other for example in examples_by_split[split]):
+            raise UsageError(f"Task {task.name!r}: no {split} example counts in the {what}.")
 
 
 def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
     """Whether they are there for `examples`, which would then ask the task for none."""
-    name, columns, view = _examples_of(task)
+    name, columns, view = _example_storage(task)
     return all(
-        _read(*_place(folder, name, _about(choice, task, split), columns), view) is not None
+        _read_cache_file(*_cache_file(folder, name, _example_cache_key(choice, task, split), columns), view)
+        is not None
         for split in SPLITS
     )
 
 
-def _examples_of(task: Task) -> tuple[str, Mapping[str, Any], View[Example]]:
+def _example_storage(task: Task) -> tuple[str, Mapping[str, Any], ViewFactory[Example]]:
     """The files' name, their columns, and what reads them."""
     name = f"{Path(task.name).stem}-%s.examples.arrow"
-    return (name, IMAGES, StoredImages) if task.inputs == "image" else (name, EXAMPLES, _of(Example))
+    return (
+        (name, IMAGE_COLUMNS, ArrowImageExamples)
+        if task.inputs == "image"
+        else (name, EXAMPLE_COLUMNS, _sequence_factory(Example))
+    )
 
 
-def _of(kind: Callable[..., T]) -> View[T]:
-    return partial(Stored, of=kind)
+def _sequence_factory(element_type: Callable[..., T]) -> ViewFactory[T]:
+    return partial(ArrowSequence, factory=element_type)
 
 
-def _about(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
+def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
     """What decides a split's examples."""
     size = {"train": choice.train_size, "validation": choice.validation_size, "test": choice.test_size}[split]
     return {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "task": Path(task.name).stem,
-        "file": content_of_file(task),
+        "file": task_file_digest(task),
         "revision": choice.revision,
         "split": split,
         "size": size,
     }
 
 
-def content_of_file(task: Task) -> str:
+def task_file_digest(task: Task) -> str:
     """A user's file is known by its content, wherever it lies; empty for a task of the project's."""
     file = Path(task.name)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
 
 
-def _tokenizer(tokenizer: Any) -> str:
+def _tokenizer_digest(tokenizer: Any) -> str:
     """Names what decides the ids: rules and vocabulary of a fast tokenizer, the words of another, what a
     processor says of itself; and the token that ends an answer. A model's files alone would not do: another
     version of a library may read them otherwise."""
@@ -202,50 +230,55 @@ def _tokenizer(tokenizer: Any) -> str:
     else:
         rules = tokenizer.to_json_string()
     found = [type(tokenizer).__name__, getattr(tokenizer, "eos_token_id", None), rules]
-    return hashlib.sha256(canonical(found)).hexdigest()
+    return hashlib.sha256(canonical_json(found)).hexdigest()
 
 
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def _kept(
+def _load_or_create(
     folder: Path,
     name: str,
-    about: Mapping[str, Any],
+    cache_key: Mapping[str, Any],
     columns: Mapping[str, Any],
-    view: View[T],
-    make: Callable[[], Iterable[object]],
+    make_view: ViewFactory[T],
+    make_values: Callable[[], Iterable[object]],
 ) -> Sequence[T]:
     """The values of the file that is about this; `make` gives them where there is none. One process on a
     node, and on others where storage has locks, makes it, and the others wait for that; without locks either
     of two is whole, and the first one counts."""
     from filelock import FileLock
 
-    path, schema = _place(folder, name, about, columns)
-    if (found := _read(path, schema, view)) is not None:
+    path, schema = _cache_file(folder, name, cache_key, columns)
+    if (found := _read_cache_file(path, schema, make_view)) is not None:
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{about['task']}.lock"):
-        if (found := _read(path, schema, view)) is not None:
+    with FileLock(folder / f".{cache_key['task']}.lock"):
+        if (found := _read_cache_file(path, schema, make_view)) is not None:
             return found
-        with _written(path, schema, make(), about) as source:
+        with _write_temporary_file(path, schema, make_values(), cache_key) as source:
             # A name that is taken is a torn file's, or another node's that was faster.
-            if not atomic_files.link(source, path) and _read(path, schema, view) is None:
-                with atomic_files.naming(path):
+            if (
+                not atomic_files.link_if_absent(source, path)
+                and _read_cache_file(path, schema, make_view) is None
+            ):
+                with atomic_files.add_path_to_disk_errors(path):
                     os.replace(source, path)
-    found = _read(path, schema, view)
+    found = _read_cache_file(path, schema, make_view)
     assert found is not None, f"{path} is not what was written there"
     return found
 
 
-def _place(folder: Path, name: str, about: Mapping[str, Any], columns: Mapping[str, Any]) -> tuple[Path, Any]:
+def _cache_file(
+    folder: Path, name: str, cache_key: Mapping[str, Any], columns: Mapping[str, Any]
+) -> tuple[Path, Any]:
     """The file that is about this, and its schema."""
-    key = canonical(dict(about))
-    schema = pa.schema(list(columns.items()), metadata={"about": key})
-    return folder / (name % hashlib.sha256(key).hexdigest()[:16]), schema
+    encoded_key = canonical_json(dict(cache_key))
+    schema = pa.schema(list(columns.items()), metadata={"about": encoded_key})
+    return folder / (name % hashlib.sha256(encoded_key).hexdigest()[:16]), schema
 
 
-def _read(path: Path, schema: Any, view: View[T]) -> Sequence[T] | None:
+def _read_cache_file(path: Path, schema: Any, make_view: ViewFactory[T]) -> Sequence[T] | None:
     """Return the view of a file, None when it is missing or not what was written.
 
     All of the file but images' files is read for that.
@@ -258,37 +291,44 @@ def _read(path: Path, schema: Any, view: View[T]) -> Sequence[T] | None:
         for number in range(file.num_record_batches):
             batch, metadata = file.get_batch_with_custom_metadata(number)
             batch.validate(full=True)  # lengths, and that text is text
-            if metadata is None or metadata.get(DIGEST) != _digest(batch):
+            if metadata is None or metadata.get(DIGEST_KEY) != _digest(batch):
                 return None
             batches.append(batch)
-            count = metadata.get(BATCHES)
+            count = metadata.get(BATCH_COUNT_KEY)
     except (OSError, pa.ArrowException):
         return None
-    return view(batches) if count == str(len(batches)).encode() else None
+    return make_view(batches) if count == str(len(batches)).encode() else None
 
 
 @contextmanager
-def _written(path: Path, schema: Any, values: Iterable[object], about: Mapping[str, Any]) -> Iterator[Path]:
+def _write_temporary_file(
+    path: Path, schema: Any, values: Iterable[object], cache_key: Mapping[str, Any]
+) -> Iterator[Path]:
     """A synced file with the values, under a name nobody else uses (`gc` knows it); gone afterwards."""
-    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with name.open("xb") as file:
+        with temporary_file.open("xb") as file:
             with ipc.new_file(file, schema) as writer:
-                done, source = 0, iter(values)
-                size = FILES_CHUNK if BYTES in schema.types else CHUNK
+                first_index, source = 0, iter(values)
+                size = IMAGE_RECORD_BATCH_ROWS if BYTES in schema.types else RECORD_BATCH_ROWS
                 chunk, number = list(islice(source, size)), 1
                 while True:
-                    batch, ahead = _batch(chunk, schema, done, about), list(islice(source, size))
-                    metadata = {DIGEST: _digest(batch)} | ({} if ahead else {BATCHES: str(number).encode()})
+                    batch, ahead = (
+                        _to_checked_record_batch(chunk, schema, first_index, cache_key),
+                        list(islice(source, size)),
+                    )
+                    metadata = {DIGEST_KEY: _digest(batch)} | (
+                        {} if ahead else {BATCH_COUNT_KEY: str(number).encode()}
+                    )
                     writer.write_batch(batch, custom_metadata=metadata)
                     if not ahead:
                         break
-                    done, chunk, number = done + len(chunk), ahead, number + 1
+                    first_index, chunk, number = first_index + len(chunk), ahead, number + 1
             file.flush()
             os.fsync(file.fileno())
-        yield name
+        yield temporary_file
     finally:
-        name.unlink(missing_ok=True)
+        temporary_file.unlink(missing_ok=True)
 
 
 def _digest(batch: Any) -> bytes:
@@ -300,28 +340,30 @@ def _digest(batch: Any) -> bytes:
     return hashlib.sha256(small.serialize()).hexdigest().encode()
 
 
-def _batch(chunk: Sequence[object], schema: Any, done: int, about: Mapping[str, Any]) -> Any:
+def _to_checked_record_batch(
+    chunk: Sequence[object], schema: Any, first_index: int, cache_key: Mapping[str, Any]
+) -> Any:
     try:
-        return batch_of(chunk, schema)
+        return to_record_batch(chunk, schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError) as error:
-        for number, value in enumerate(chunk, done):
+        for number, value in enumerate(chunk, first_index):
             try:
-                batch_of([value], schema)
+                to_record_batch([value], schema)
             except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError) as reason:
-                said = str(reason).splitlines()[0]
-                what = f"{about['split']} example {number} cannot be kept: {said}"
-                raise BadInput(f"Task {about['task']!r}: {what}") from None
+                message = str(reason).splitlines()[0]
+                what = f"{cache_key['split']} example {number} cannot be kept: {message}"
+                raise UsageError(f"Task {cache_key['task']!r}: {what}") from None
         raise error
 
 
-class _Tell:
+class _ProgressReporter:
     """Says how far it is, once that takes long."""
 
-    def __init__(self, text: str, progress: Progress) -> None:
+    def __init__(self, text: str, progress: ProgressCallback) -> None:
         self._text, self._progress = text, progress
-        self._said = time.monotonic()
+        self._last_report_time = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if time.monotonic() - self._said > QUIET_SECONDS:
-            self._said = time.monotonic()
+        if time.monotonic() - self._last_report_time > PROGRESS_INTERVAL_SECONDS:
+            self._last_report_time = time.monotonic()
             self._progress(self._text % done)

@@ -17,54 +17,62 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import longest, training_batch
+from orchestrator.finetune.data.batches import compute_max_row_length, make_training_batch
 from orchestrator.finetune.engine import tensor_files
-from orchestrator.finetune.engine.lane import settings_of
-from orchestrator.finetune.evaluation.forward import losses, outputs
-from orchestrator.finetune.process_group import Team
-from orchestrator.study.configuration import Configuration, Optimizer, Schedule, canonical
-from orchestrator.util.atomic_files import Damaged
-from variants.attach import Adapters, Distilled
-from variants.base import Evidence
+from orchestrator.finetune.engine.lane import variant_settings
+from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.process_group import ProcessGroup
+from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig, canonical_json
+from orchestrator.util.atomic_files import DamagedFileError
+from variants.attach import Adapters, CalibrationTensors
+from variants.base import CalibrationStatistic
 from variants.calibrate import calibrate
 
 if TYPE_CHECKING:
-    from orchestrator.finetune.engine.lane_group import Pack
+    from orchestrator.finetune.engine.lane_group import LaneGroup
 
 
-def evidence(pack: Pack, configuration: Configuration, folder: Path, team: Team) -> Distilled | None:
+def load_or_compute_calibration(
+    lane_group: LaneGroup, configuration: Configuration, folder: Path, process_group: ProcessGroup
+) -> CalibrationTensors | None:
     """What `Adapters.add` wants, or None for a variant that starts without.
 
     Rank 0 looks at the first batches that the lane will train on (the variant's `calibration_batches`), at
     the frozen base with the lane's own head; the others read what it kept.
     """
-    if pack.adapters.variant.evidence is Evidence.NONE:
+    if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
-    file = folder / f"{_key(configuration)}.safetensors"
-    team.attempt(lambda: _keep(pack, configuration, file) if team.rank == 0 else None)
-    return _read(file, pack.bench.device)
+    file = folder / f"{_calibration_key(configuration)}.safetensors"
+    process_group.run_on_all(
+        lambda: _ensure_written(lane_group, configuration, file) if process_group.rank == 0 else None
+    )
+    return _read(file, lane_group.base_model.device)
 
 
-def _key(configuration: Configuration) -> str:
+def _calibration_key(configuration: Configuration) -> str:
     """Of all that the evidence depends on: the configuration without rate, schedule, alpha, evaluation."""
-    alike = replace(
+    relevant = replace(
         configuration,
         variant=replace(configuration.variant, alpha=None),
         model=replace(configuration.model, name=""),
-        optimizer=Optimizer(learning_rate=1.0),
-        schedule=Schedule(steps=1),
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        schedule=LRSchedule(steps=1),
         evaluations=1,
     )
-    return hashlib.sha256(canonical(asdict(alike))).hexdigest()
+    return hashlib.sha256(canonical_json(asdict(relevant))).hexdigest()
 
 
-def _keep(pack: Pack, configuration: Configuration, file: Path) -> None:
+def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
     with suppress(OSError, ValueError, SafetensorError):  # not there, torn, or another's: made anew
         _read(file, torch.device("cpu"))
         return
-    made = calibrate(pack.adapters, settings_of(configuration), lambda: _losses(pack, configuration))
+    calibration = calibrate(
+        lane_group.adapters,
+        variant_settings(configuration),
+        lambda: _calibration_losses(lane_group, configuration),
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{layer}/{k}": t.contiguous() for layer, of in made.items() for k, t in of.items()}
+    tensors = {f"{layer}/{k}": t.contiguous() for layer, of in calibration.items() for k, t in of.items()}
     tensor_files.write(file, tensors, file.stem)  # of two seats that make the same, either's is whole
 
 
@@ -73,27 +81,31 @@ def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     tensors, key = tensor_files.read(file)
     if key != file.stem:
-        raise Damaged(f"{file}: holds what was found for another configuration")
+        raise DamagedFileError(f"{file}: holds what was found for another configuration")
     for name, tensor in tensors.items():
         layer, key = name.rsplit("/", 1)
         found.setdefault(layer, {})[key] = tensor.to(device)
     return found
 
 
-def _losses(pack: Pack, configuration: Configuration) -> Generator[Tensor, None, None]:
-    adapters: Adapters = pack.adapters
-    heads = adapters.head_start(configuration.seed)
+def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> Generator[Tensor, None, None]:
+    adapters: Adapters = lane_group.adapters
+    heads = adapters.init_heads(configuration.seed)
     count = int(adapters.settings.extra["calibration_batches"])
-    with nullcontext() if adapters.variant.evidence is Evidence.GRADIENT else torch.no_grad():
+    with (
+        nullcontext()
+        if adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
+        else torch.no_grad()
+    ):
         for number in range(count):
-            batch = training_batch(
-                pack.data.train,
+            batch = make_training_batch(
+                lane_group.data.train,
                 configuration.seed,
                 number * configuration.batches.batch_size,
                 configuration.batches.batch_size,
-                longest(pack.data.task, configuration.batches.max_length),
-                pack.bench.processor.pad_token_id,
+                compute_max_row_length(lane_group.data.task, configuration.batches.max_length),
+                lane_group.base_model.processor.pad_token_id,
             )
-            with adapters.off(heads, batch.real.to(pack.bench.device)):
-                logits, labels = outputs(pack.bench, pack.data.task, batch)
-                yield losses(logits, labels, pack.data.task).mean()
+            with adapters.disable_adapters(heads, batch.attention_mask.to(lane_group.base_model.device)):
+                logits, labels = compute_logits(lane_group.base_model, lane_group.data.task, batch)
+                yield compute_losses(logits, labels, lane_group.data.task).mean()

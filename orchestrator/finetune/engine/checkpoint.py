@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orchestrator.finetune.engine import tensor_files
 
-KEPT = 2
+NUM_TO_KEEP = 2
 """Checkpoints kept of an attempt: the newest, and the one before it should the newest be torn."""
 
 
@@ -44,20 +44,20 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     tensors |= {f"frozen/{name}": t for name, t in checkpoint.frozen.items()}
     for moment, by_name in checkpoint.moments.items():
         tensors |= {f"moments/{moment}/{name}": t for name, t in by_name.items()}
-    head = {"fingerprint": checkpoint.fingerprint, "step": checkpoint.step, "state": checkpoint.state}
-    path = place(folder, checkpoint.attempt, checkpoint.step)
+    header = {"fingerprint": checkpoint.fingerprint, "step": checkpoint.step, "state": checkpoint.state}
+    path = checkpoint_path(folder, checkpoint.attempt, checkpoint.step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensor_files.write(path, tensors, json.dumps(head))
-    for old in sorted(path.parent.glob("step-*.safetensors"))[:-KEPT]:
+    tensor_files.write(path, tensors, json.dumps(header))
+    for old in sorted(path.parent.glob("step-*.safetensors"))[:-NUM_TO_KEEP]:
         old.unlink(missing_ok=True)
     return path
 
 
-def place(folder: Path, attempt: int, step: int) -> Path:
+def checkpoint_path(folder: Path, attempt: int, step: int) -> Path:
     return folder / str(attempt) / f"step-{step:08d}.safetensors"
 
 
-def newest(folder: Path, say: Callable[[str], None], fingerprint: str = "") -> Checkpoint | None:
+def read_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = "") -> Checkpoint | None:
     """Find the checkpoint from which a lane goes on.
 
     Args:
@@ -70,24 +70,24 @@ def newest(folder: Path, say: Callable[[str], None], fingerprint: str = "") -> C
         The whole checkpoint with the most steps over all attempts (of two alike the later attempt's); None
         when there is none.
     """
-    for _, _, path in sorted(_places(folder), reverse=True):
+    for _, _, path in sorted(_list_checkpoints(folder), reverse=True):
         try:
-            found = read(path)
-            if fingerprint not in ("", found.fingerprint):
-                raise ValueError(f"it is of another lane, {found.fingerprint[:12]}")
-            return found
+            checkpoint = read(path)
+            if fingerprint not in ("", checkpoint.fingerprint):
+                raise ValueError(f"it is of another lane, {checkpoint.fingerprint[:12]}")
+            return checkpoint
         except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
             reason = " ".join(str(error).replace(f"{path}: ", "").split())
-            say(f"skipped the damaged checkpoint {path}: {reason}")
+            warn(f"skipped the damaged checkpoint {path}: {reason}")
     return None
 
 
 def read(path: Path) -> Checkpoint:
     """Raises SafetensorError, OSError, KeyError or ValueError when the file is not a whole checkpoint."""
     tensors, text = tensor_files.read(path)
-    head = json.loads(text)
-    if path.name != place(path.parent, 0, head["step"]).name:
-        raise ValueError(f"it is of step {head['step']}")
+    header = json.loads(text)
+    if path.name != checkpoint_path(path.parent, 0, header["step"]).name:
+        raise ValueError(f"it is of step {header['step']}")
     parts: dict[str, Any] = {"trainable": {}, "frozen": {}, "moments": {}}
     for name, tensor in tensors.items():
         part, rest = name.split("/", 1)
@@ -96,10 +96,12 @@ def read(path: Path) -> Checkpoint:
             parts["moments"].setdefault(moment, {})[rest] = tensor
         else:
             parts[part][rest] = tensor
-    return Checkpoint(head["fingerprint"], int(path.parent.name), head["step"], **parts, state=head["state"])
+    return Checkpoint(
+        header["fingerprint"], int(path.parent.name), header["step"], **parts, state=header["state"]
+    )
 
 
-def _places(folder: Path) -> list[tuple[int, int, Path]]:
+def _list_checkpoints(folder: Path) -> list[tuple[int, int, Path]]:
     found = []
     for path in folder.glob("*/step-*.safetensors"):
         if path.parent.name.isdigit() and path.stem[5:].isdigit():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from orchestrator.study.configuration import Divergence, Schedule
+from orchestrator.study.configuration import DivergenceConfig, LRSchedule
 from orchestrator.study.lr_schedule import warmup_steps
 
 
-class Watch:
+class DivergenceDetector:
     """Looks at every step's training loss and gradient norm before the step is taken.
 
     Diverged: a value that is not finite, at once; or, after warm-up, a smoothed loss
@@ -17,13 +17,13 @@ class Watch:
     base's loss for `share` of all steps in a row. Losses in nats a token.
     """
 
-    def __init__(self, rule: Divergence, schedule: Schedule, untrained_loss: float) -> None:
+    def __init__(self, rule: DivergenceConfig, schedule: LRSchedule, untrained_loss: float) -> None:
         self.smoothing = rule.smoothing
-        self.limit = rule.loss_ratio * untrained_loss
-        self.warmup = warmup_steps(schedule)
+        self.loss_limit = rule.loss_ratio * untrained_loss
+        self.warmup_steps = warmup_steps(schedule)
         self.patience = max(1, math.ceil(round(rule.share * schedule.steps, 9)))
-        self.smoothed: float | None = None
-        self.above = 0
+        self.smoothed_loss: float | None = None
+        self.steps_above_limit = 0
         """Steps in a row that the smoothed loss has been above the limit."""
 
     def observe(self, step: int, loss: float, gradient_norm: float) -> str | None:
@@ -32,18 +32,22 @@ class Watch:
             return f"training loss {loss} in step {step + 1}"
         if not math.isfinite(gradient_norm):
             return f"gradient norm {gradient_norm} in step {step + 1}"
-        past = loss if self.smoothed is None else self.smoothed
-        self.smoothed = self.smoothing * past + (1.0 - self.smoothing) * loss
-        self.above = self.above + 1 if step >= self.warmup and self.smoothed > self.limit else 0
-        if self.above < self.patience:
+        previous = loss if self.smoothed_loss is None else self.smoothed_loss
+        self.smoothed_loss = self.smoothing * previous + (1.0 - self.smoothing) * loss
+        self.steps_above_limit = (
+            self.steps_above_limit + 1
+            if step >= self.warmup_steps and self.smoothed_loss > self.loss_limit
+            else 0
+        )
+        if self.steps_above_limit < self.patience:
             return None
         return (
-            f"smoothed training loss {self.smoothed:.3g} in step {step + 1}, above {self.limit:.3g} for "
-            f"{self.above} steps in a row"
+            f"smoothed training loss {self.smoothed_loss:.3g} in step {step + 1}, above {self.loss_limit:.3g} for "
+            f"{self.steps_above_limit} steps in a row"
         )
 
-    def state(self) -> dict[str, float | int | None]:
-        return {"smoothed": self.smoothed, "above": self.above}
+    def state_dict(self) -> dict[str, float | int | None]:
+        return {"smoothed": self.smoothed_loss, "above": self.steps_above_limit}
 
-    def restore(self, state: Mapping[str, float | int | None]) -> None:
-        self.smoothed, self.above = state["smoothed"], int(state["above"] or 0)
+    def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        self.smoothed_loss, self.steps_above_limit = state["smoothed"], int(state["above"] or 0)

@@ -10,85 +10,94 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.finetune.engine.calibration import evidence
+from orchestrator.finetune.engine.calibration import load_or_compute_calibration
 from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.lane import Lane, settings_of
-from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.engine.lane import Lane, variant_settings
+from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.models import own_dropout
-from orchestrator.finetune.models.activation_checkpointing import RECOMPUTES
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Team
+from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
-from variants.base import Kind, Unsupported, Variant
+from variants.base import Batching, UnsupportedError, Variant
 from variants.storage import save_lane, save_peft
 
 
-class Workshop:
+class Engine:
     """Keeps the base loaded while the model stays the same, the adapters attached while the shape does."""
 
     def __init__(
         self,
-        load_bench: Callable[[ModelChoice, Task], Bench],
-        evidence: Path,
-        data: Path,
-        team: Team = ALONE,
+        load_base_model: Callable[[ModelChoice, Task], BaseModel],
+        calibration_folder: Path,
+        data_folder: Path,
+        process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     ) -> None:
         """`evidence`: the folder where starts that are computed from data keep what they found; `data`: that
         of examples and token ids."""
-        self._load_bench, self._evidence, self._folder, self.team = load_bench, evidence, data, team
-        self._bench: tuple[tuple[ModelChoice, str], Bench] | None = None
-        self._data: dict[tuple[object, ...], Data] = {}
-        self._shape = ""
-        self._dropping: Any = None
+        self._base_model_loader, self._calibration_folder, self._data_folder, self.process_group = (
+            load_base_model,
+            calibration_folder,
+            data_folder,
+            process_group,
+        )
+        self._base_model: tuple[tuple[ModelChoice, str], BaseModel] | None = None
+        self._data_by_key: dict[tuple[object, ...], TaskData] = {}
+        self._group_key = ""
+        self._model_with_dropout: Any = None
         """The model whose own dropout is on."""
-        self._pack: Pack | None = None
+        self._lane_group: LaneGroup | None = None
         self.variant: Variant
 
     @property
-    def is_open(self) -> bool:
-        return self._pack is not None
+    def has_lane_group(self) -> bool:
+        return self._lane_group is not None
 
     @property
-    def current(self) -> Pack:
-        assert self._pack is not None, "no lane has been opened"
-        return self._pack
+    def lane_group(self) -> LaneGroup:
+        assert self._lane_group is not None, "no lane has been opened"
+        return self._lane_group
 
     @property
-    def most_lanes(self) -> int:
+    def max_lanes(self) -> int:
         """How many lanes the present pack can have."""
-        return self._pack.adapters.most_lanes if self._pack is not None else sys.maxsize
+        return self._lane_group.adapters.max_lanes if self._lane_group is not None else sys.maxsize
 
     @property
-    def device(self) -> str:
+    def device_name(self) -> str:
         """For people: the GPU's name, or "cpu"."""
-        if self._bench is None:
+        if self._base_model is None:
             return "none"
-        device = self._bench[1].device
+        device = self._base_model[1].device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
     @property
-    def place(self) -> str:
+    def device_key(self) -> str:
         """What decides how many lanes of a shape have memory, in words: the device, its memory, the seat's
         share of it, and how it is used."""
-        words = [self.device]
-        if self._bench is not None:
-            bench = self._bench[1]
-            words.append(f"{round(_memory(bench.device) / 2**30)} GiB")
-            words += [f"share {bench.share:g}"] if bench.share < 1 else []
-            words += ["gradient checkpointing"] if getattr(bench.model, RECOMPUTES, False) else []
-        words += [f"{self.team.size} workers"] if self.team.size > 1 else []
+        words = [self.device_name]
+        if self._base_model is not None:
+            base_model = self._base_model[1]
+            words.append(f"{round(_total_memory(base_model.device) / 2**30)} GiB")
+            words += [f"share {base_model.memory_fraction:g}"] if base_model.memory_fraction < 1 else []
+            words += (
+                ["gradient checkpointing"]
+                if getattr(base_model.model, CHECKPOINTING_ATTRIBUTE, False)
+                else []
+            )
+        words += [f"{self.process_group.world_size} workers"] if self.process_group.world_size > 1 else []
         return ", ".join(words)
 
-    def pack(self, configuration: Configuration) -> Pack:
+    def prepare_lane_group(self, configuration: Configuration) -> LaneGroup:
         """The pack for this configuration's shape. Raises what loading, attaching or the task does."""
-        same = configuration.shape == self._shape and self._pack is not None
-        if same and self.variant.kind is not Kind.ALONE:
-            return self.current
-        self.close()
+        same = configuration.group_key == self._group_key and self._lane_group is not None
+        if same and self.variant.batching is not Batching.EXCLUSIVE:
+            return self.lane_group
+        self.detach_adapters()
         choice = configuration.variant
         variant, task = variants.get(choice.name), tasks.get(configuration.task.name)
         for what, here, wanted in (
@@ -100,75 +109,93 @@ class Workshop:
                     f"the configuration is for numerics {wanted} of its {what}, this worker has {here}; "
                     "install the same version on every machine"
                 )
-        bench = self._load(configuration.model, task)
-        drops = configuration.base_dropout == "on"
-        if drops:
-            own_dropout.check(bench.model, configuration.model.name)
+        base_model = self._load_base_model(configuration.model, task)
+        has_base_dropout = configuration.base_dropout == "on"
+        if has_base_dropout:
+            own_dropout.check_dropout_supported(base_model.model, configuration.model.name)
         adapters = attach(
-            bench.model, variant, settings_of(configuration), choice.targets, bench.heads, drops
+            base_model.model,
+            variant,
+            variant_settings(configuration),
+            choice.targets,
+            base_model.head_names,
+            has_base_dropout,
         )
         key = (configuration.model, configuration.task, configuration.batches.max_length)
         try:
-            if drops:
-                self._dropping = bench.model
-                own_dropout.turn_on(bench.model)
-            if key not in self._data:
-                self._data[key] = Data.of(configuration, task, bench, adapters, self.team, self._folder)
+            if has_base_dropout:
+                self._model_with_dropout = base_model.model
+                own_dropout.enable_lane_dropout(base_model.model)
+            if key not in self._data_by_key:
+                self._data_by_key[key] = TaskData.load(
+                    configuration, task, base_model, adapters, self.process_group, self._data_folder
+                )
         except BaseException:
-            self._take_off(adapters)
+            self._detach(adapters)
             raise
-        self._pack, self._shape, self.variant = (
-            Pack(bench, adapters, self._data[key], self.team),
-            configuration.shape,
+        self._lane_group, self._group_key, self.variant = (
+            LaneGroup(base_model, adapters, self._data_by_key[key], self.process_group),
+            configuration.group_key,
             variant,
         )
-        return self._pack
+        return self._lane_group
 
-    def open(self, lane: Lane, saved: Checkpoint | None) -> None:
+    def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
         """Puts the lane on the model of its shape, at its start or where `saved` left it."""
-        pack, configuration = self.pack(lane.configuration), lane.configuration
-        found = None if saved else evidence(pack, configuration, self._evidence, self.team)
-        untrained = pack.data.untrained["validation"]["loss"]
-        self.team.attempt(lambda: lane.open(pack.adapters, untrained, saved, found))
-        if saved is None and self.team.size > 1:
+        lane_group, configuration = self.prepare_lane_group(lane.configuration), lane.configuration
+        calibration = (
+            None
+            if checkpoint
+            else load_or_compute_calibration(
+                lane_group, configuration, self._calibration_folder, self.process_group
+            )
+        )
+        untrained = lane_group.data.untrained["validation"]["loss"]
+        self.process_group.run_on_all(
+            lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
+        )
+        if checkpoint is None and self.process_group.world_size > 1:
             with torch.no_grad():  # one start: another kind of GPU may find singular vectors of other signs
-                for tensor in (*lane.parameters.values(), *pack.adapters.frozen(lane.name).values()):
-                    self.team.broadcast_(tensor)
+                for tensor in (
+                    *lane.parameters.values(),
+                    *lane_group.adapters.frozen(lane.fingerprint).values(),
+                ):
+                    self.process_group.broadcast_(tensor)
 
-    def _load(self, choice: ModelChoice, task: Task) -> Bench:
+    def _load_base_model(self, choice: ModelChoice, task: Task) -> BaseModel:
         key = (choice, task.name if task.has_head else "")  # tasks with a head have a model of their own
-        if self._bench is None or self._bench[0] != key:
-            self._bench = None  # frees the old base before the new one comes
-            self._bench = (key, self._load_bench(choice, task))
-        return self._bench[1]
+        if self._base_model is None or self._base_model[0] != key:
+            self._base_model = None  # frees the old base before the new one comes
+            self._base_model = (key, self._base_model_loader(choice, task))
+        return self._base_model[1]
 
-    def remove(self, lane: str) -> None:
-        if self._pack is not None and lane in self._pack.adapters.lanes:
-            self._pack.adapters.remove(lane)
+    def remove_lane(self, fingerprint: str) -> None:
+        if self._lane_group is not None and fingerprint in self._lane_group.adapters.lanes:
+            self._lane_group.adapters.remove_lane(fingerprint)
 
-    def save_adapter(self, lane: str, folder: Path, base_name: str) -> None:
+    def save_adapter(self, fingerprint: str, folder: Path, base_model_name: str) -> None:
         """In PEFT's format where PEFT has the method, else in ours."""
         try:
-            save_peft(self.current.adapters, lane, folder, base_name)
-        except Unsupported:
+            save_peft(self.lane_group.adapters, fingerprint, folder, base_model_name)
+        except UnsupportedError:
             folder.mkdir(parents=True, exist_ok=True)
-            save_lane(self.current.adapters, lane, folder / "lane.safetensors")
+            save_lane(self.lane_group.adapters, fingerprint, folder / "lane.safetensors")
 
-    def close(self) -> None:
+    def detach_adapters(self) -> None:
         """Takes the adapters off; the base stays loaded."""
-        if self._pack is not None:
-            self._take_off(self._pack.adapters)
-            self._pack = None
+        if self._lane_group is not None:
+            self._detach(self._lane_group.adapters)
+            self._lane_group = None
 
-    def _take_off(self, adapters: Adapters) -> None:
+    def _detach(self, adapters: Adapters) -> None:
         """Detach the adapters, and turn the base's own dropout off."""
-        if self._dropping is not None:
-            own_dropout.turn_off(self._dropping)
-            self._dropping = None
+        if self._model_with_dropout is not None:
+            own_dropout.disable_lane_dropout(self._model_with_dropout)
+            self._model_with_dropout = None
         adapters.detach()
 
 
-def _memory(device: torch.device) -> int:
+def _total_memory(device: torch.device) -> int:
     """Bytes that it has in all: a GPU's, or the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

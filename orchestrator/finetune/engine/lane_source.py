@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from orchestrator.record.schema import State
+from orchestrator.record.schema import RecordState
 from orchestrator.study.configuration import Configuration
 
 
-class Answer(StrEnum):
-    GO = "go"
+class Directive(StrEnum):
+    CONTINUE = "go"
     """Train on."""
     PARK = "park"
     """Keep the lane where it is, train it no further until a later GO."""
     STOP = "stop"
     """End it early: keep its checkpoint, write a `stopped` record."""
-    LEAVE = "leave"
+    YIELD = "leave"
     """Save its checkpoint and give the lease back, by `spill`: this seat has to go, another trains it on."""
     DROP = "drop"
     """The lane is no longer this seat's: forget it, write nothing."""
@@ -39,13 +39,13 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Offer:
+class LeaseGrant:
     """What a seat is given: at most as many leases as it has room for, all of one shape."""
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False
     """Nothing waits and nothing more will come, or not to this seat: it may end."""
-    apart: bool = False
+    requires_empty_group: bool = False
     """They may not share a pack with the lanes that are there, all parked for long: those leave first."""
 
 
@@ -60,18 +60,18 @@ class Report:
     train_loss: float
 
 
-class Source(Protocol):
+class LaneSource(Protocol):
     """`taken`: the optimizer steps that this seat has taken since it began, all lanes together. A step that
     is repeated after a resumption counts again, because it cost again."""
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
         """Up to `room` lanes of `shape`. Of any one shape when `shape` is None: the pack is empty, or all of
         it has been parked for long and will be spilled for what is given."""
         ...
 
-    def report(self, report: Report) -> Answer: ...
+    def report(self, report: Report) -> Directive: ...
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         """A sign of life; returns what to do with the lanes that are held (fingerprint -> answer)."""
         ...
 
@@ -80,10 +80,10 @@ class Source(Protocol):
         parked one first for its trial to ask on."""
         ...
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """Show `line` to the people who watch the study."""
         ...
 
-    def done(self, fingerprint: str, attempt: int, state: State) -> None:
+    def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
         """The lane has ended and its record, if any, is in the store already."""
         ...

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 
 
-class Phase(StrEnum):
+class LaneState(StrEnum):
     LEASED = "leased"
     """Ours, not yet on the model."""
     TRAINING = "training"
@@ -24,22 +24,28 @@ class Phase(StrEnum):
     ENDED = "ended"
 
 
-NEXT: Mapping[Phase, frozenset[Phase]] = {
+TRANSITIONS: Mapping[LaneState, frozenset[LaneState]] = {
     # A lane that resumes may owe reports or scores.
-    Phase.LEASED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
-    Phase.TRAINING: frozenset({Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
-    Phase.EVALUATING: frozenset({Phase.REPORTING, Phase.PARKED, Phase.ENDED}),
-    Phase.REPORTING: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PARKED, Phase.ENDED}),
-    Phase.PARKED: frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.REPORTING, Phase.ENDED}),
-    Phase.ENDED: frozenset(),
+    LaneState.LEASED: frozenset(
+        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED}
+    ),
+    LaneState.TRAINING: frozenset({LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED}),
+    LaneState.EVALUATING: frozenset({LaneState.REPORTING, LaneState.PARKED, LaneState.ENDED}),
+    LaneState.REPORTING: frozenset(
+        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.PARKED, LaneState.ENDED}
+    ),
+    LaneState.PARKED: frozenset(
+        {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED}
+    ),
+    LaneState.ENDED: frozenset(),
 }
 
 
-class IllegalMove(RuntimeError):
+class IllegalTransitionError(RuntimeError):
     """A lane was sent where it cannot go from where it is: a fault of the loop."""
 
 
-def due_steps(steps: int, evaluations: int) -> tuple[int, ...]:
+def evaluation_steps(steps: int, evaluations: int) -> tuple[int, ...]:
     """After which steps a lane is evaluated: evenly spaced, the last at the end."""
     count = max(1, min(evaluations, steps))
     return tuple(steps * i // count for i in range(1, count + 1))

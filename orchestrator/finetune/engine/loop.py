@@ -19,44 +19,57 @@ from typing import TypeVar
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.checkpoint import Checkpoint
-from orchestrator.finetune.engine.engine import Workshop
-from orchestrator.finetune.engine.lane import Lane, Taken, share
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Report, Source
-from orchestrator.finetune.engine.lane_state import Phase
-from orchestrator.finetune.engine.polling import Pace
-from orchestrator.finetune.engine.recorder import Books, Keeper
-from orchestrator.finetune.engine.slots import Places
-from orchestrator.finetune.failures import Fault, SeatBroken, StoreFull, fault_of, free_memory
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Failed, Team, caught
+from orchestrator.finetune.engine.engine import Engine
+from orchestrator.finetune.engine.lane import BackwardResult, Lane, share_elapsed_seconds
+from orchestrator.finetune.engine.lane_source import Directive, LaneSource, Lease, Report
+from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.polling import PollInterval
+from orchestrator.finetune.engine.recorder import LaneRecorder, LaneStore
+from orchestrator.finetune.engine.slots import LaneSlots
+from orchestrator.finetune.failures import (
+    Fault,
+    StoreFullError,
+    TrainerBrokenError,
+    classify_error,
+    free_memory,
+)
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import (
+    SINGLE_PROCESS_GROUP,
+    ProcessGroup,
+    WorkerError,
+    result_or_error,
+)
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.record.schema import Provenance, State
+from orchestrator.record.schema import Provenance, RecordState
 from orchestrator.study.configuration import ModelChoice
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BROKEN_AFTER = 3
+MAX_IDENTICAL_FAILURES = 3
 NEVER = -float("inf")
-NEEDS_LESS = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
+OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
 
 
 def run(
-    source: Source | None,
-    store: Keeper,
-    load_bench: Callable[[ModelChoice, Task], Bench],
+    source: LaneSource | None,
+    store: LaneStore,
+    load_base_model: Callable[[ModelChoice, Task], BaseModel],
     *,
-    lanes: int,
+    max_lanes: int,
     idle_seconds: float,
     provenance: Callable[..., Provenance],
     poll_seconds: float = 0.1,
     spill_seconds: float = 1.0,
     save_adapter: bool = False,
     checkpoint_seconds: float = 120.0,
-    record_seconds: float = 60.0,
-    team: Team = ALONE,
-    workshop: Callable[[Callable[[ModelChoice, Task], Bench], Path, Path, Team], Workshop] = Workshop,
+    store_full_timeout_seconds: float = 60.0,
+    process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
+    make_engine: Callable[
+        [Callable[[ModelChoice, Task], BaseModel], Path, Path, ProcessGroup], Engine
+    ] = Engine,
 ) -> None:
     """Trains what `source` leases, at most `lanes` at once, until it says closed or has given nothing for
     `idle_seconds`. The source is asked at most every `poll_seconds`, less often where it is slow (`pace.py`).
@@ -73,77 +86,77 @@ def run(
     Raises SeatBroken when this process can do no more, and StoreFull when a record has found no space for
     `record_seconds`; the lanes are given back then.
     """
-    made = workshop(load_bench, store.evidence, store.data, team)
+    engine = make_engine(load_base_model, store.calibration, store.data, process_group)
     loop = _Loop(
         rank_0_source=source,
         store=store,
-        books=Books(
+        recorder=LaneRecorder(
             store,
-            made,
+            engine,
             provenance,
-            team.size,
-            record_seconds,
-            say=source.say if source is not None else log.warning,
+            process_group.world_size,
+            store_full_timeout_seconds,
+            notify=source.notify if source is not None else log.warning,
         ),
-        workshop=made,
-        team=team,
-        places=Places(lanes, spill_seconds),
-        pace=Pace(poll_seconds),
+        engine=engine,
+        process_group=process_group,
+        slots=LaneSlots(max_lanes, spill_seconds),
+        poll_interval=PollInterval(poll_seconds),
         save_adapter=save_adapter,
         checkpoint_seconds=checkpoint_seconds,
     )
-    lost = False
+    is_device_lost = False
     try:
         while True:
-            loop.refill()
+            loop.lease_lanes()
             if loop.lanes:
-                loop.turn()
-            elif loop.closed or loop.idle_for(idle_seconds):
+                loop.run_round()
+            elif loop.closed or loop.is_idle_for(idle_seconds):
                 return
             else:
                 time.sleep(poll_seconds)
-    except StoreFull:
+    except StoreFullError:
         for lane in loop.lanes.values():  # rank 0; the end of this process is not their fault
-            loop.source.spill(lane.name, lane.lease.attempt)
+            loop.source.spill(lane.fingerprint, lane.lease.attempt)
         raise
     except Exception as error:
-        lost = fault_of(error) is Fault.DEVICE
-        if lost:
-            raise SeatBroken(f"the device is lost to this process: {error}") from error
+        is_device_lost = classify_error(error) is Fault.DEVICE
+        if is_device_lost:
+            raise TrainerBrokenError(f"the device is lost to this process: {error}") from error
         raise
     finally:
-        if not lost:
-            made.close()
+        if not is_device_lost:
+            engine.detach_adapters()
 
 
 @dataclass(frozen=True)
-class _Given:
+class _LeaseOutcome:
     """What a lease came to: lanes to open, and those (by name) that leave the pack first."""
 
     leases: tuple[Lease, ...] = ()
-    gone: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
     closed: bool = False
-    again: bool = False
+    lease_again: bool = False
     """The first lane decided the shape: ask at once for more of it."""
 
 
 @dataclass
 class _Loop:
-    rank_0_source: Source | None
-    store: Keeper
-    books: Books
-    workshop: Workshop
-    team: Team
-    places: Places
-    pace: Pace
+    rank_0_source: LaneSource | None
+    store: LaneStore
+    recorder: LaneRecorder
+    engine: Engine
+    process_group: ProcessGroup
+    slots: LaneSlots
+    poll_interval: PollInterval
     save_adapter: bool
     checkpoint_seconds: float
     lanes: dict[str, Lane] = field(default_factory=dict)
-    taken: int = 0
+    steps_taken: int = 0
     """Optimizer steps since the loop began, all lanes together."""
     closed: bool = False
     last_failure: str = ""
-    failed_alike: set[str] = field(default_factory=set)
+    lanes_failed_alike: set[str] = field(default_factory=set)
     leased_at: float = NEVER
     exchanged_at: float = NEVER
     busy_at: float = field(default_factory=time.monotonic)
@@ -151,152 +164,172 @@ class _Loop:
     # -- the source -------------------------------------------------------------------------------------
 
     @property
-    def source(self) -> Source:
+    def source(self) -> LaneSource:
         assert self.rank_0_source is not None, "only rank 0 speaks to the source"
         return self.rank_0_source
 
-    def refill(self) -> None:
+    def lease_lanes(self) -> None:
         """Leases when there is room: at once after a lane has left, else at most every `poll_seconds`."""
         again = True
-        while again and (self._room() > 0 or self.places.parked_at):
-            given = self.team.agree(self._lease)
-            self.closed = given.closed
-            for name in given.gone:
-                self._leave(self.lanes[name])
-            for lease in given.leases:
-                if self._room() > 0:
-                    self._take(lease)
+        while again and (self._count_free_slots() > 0 or self.slots.parked_at):
+            outcome = self.process_group.broadcast_from_rank0(self._request_leases)
+            self.closed = outcome.closed
+            for name in outcome.leaving:
+                self._remove_lane(self.lanes[name])
+            for lease in outcome.leases:
+                if self._count_free_slots() > 0:
+                    self._start_lane(lease)
                 else:  # another of them found no memory
-                    self.team.agree(partial(self._decline, lease))
-            again = given.again and bool(self.lanes)
+                    self.process_group.broadcast_from_rank0(partial(self._decline_lease, lease))
+            again = outcome.lease_again and bool(self.lanes)
 
-    def _room(self) -> int:
-        return self.places.free(self.lanes.values(), self.workshop.most_lanes)
+    def _count_free_slots(self) -> int:
+        return self.slots.count_free(self.lanes.values(), self.engine.max_lanes)
 
-    def _lease(self) -> _Given:
+    def _request_leases(self) -> _LeaseOutcome:
         """Rank 0. Lanes that were parked for long count as room; when nothing else is left in the pack, lanes
         of another shape may have it."""
         now = time.monotonic()
-        late = self.places.late(now)
-        shape = next((lane.configuration.shape for lane in self.lanes.values()), None)
+        long_parked = self.slots.list_long_parked(now)
+        group_key = next((lane.configuration.group_key for lane in self.lanes.values()), None)
         # The first lane decides the shape, and the shape how many have room.
-        room = self._room() + len(late) if self.lanes else 1
-        if room <= 0 or not self.pace.due(self.leased_at, now):
-            return _Given(closed=self.closed)
-        any_shape = not self.lanes
-        offer = self.source.lease(shape, room, self.taken)
+        capacity = self._count_free_slots() + len(long_parked) if self.lanes else 1
+        if capacity <= 0 or not self.poll_interval.is_due(self.leased_at, now):
+            return _LeaseOutcome(closed=self.closed)
+        is_any_group_key = not self.lanes
+        grant = self.source.lease(group_key, capacity, self.steps_taken)
         self.leased_at = time.monotonic()
-        self.pace.answered(now, self.leased_at)
-        if self.lanes and not offer.leases and len(late) == len(self.lanes):
-            any_shape = True
-            offer = self.source.lease(None, 1, self.taken)
-        new = []
-        for lease in offer.leases:
+        self.poll_interval.record_answer(now, self.leased_at)
+        if self.lanes and not grant.leases and len(long_parked) == len(self.lanes):
+            is_any_group_key = True
+            grant = self.source.lease(None, 1, self.steps_taken)
+        to_train = []
+        for lease in grant.leases:
             fingerprint = lease.configuration.fingerprint
-            if (known := self.books.known(fingerprint)) is not None:
-                self.source.done(fingerprint, lease.attempt, known)
+            if (final_state := self.recorder.find_final_state(fingerprint)) is not None:
+                self.source.end_lease(fingerprint, lease.attempt, final_state)
                 self.leased_at = NEVER
             else:
-                new.append(lease)
+                to_train.append(lease)
         # Given up for dead and leased again, to us: the newer lease counts.
-        gone = [f for f in (lease.configuration.fingerprint for lease in offer.leases) if f in self.lanes]
-        late = [name for name in late if name not in gone]
-        if all(lease.configuration.shape == shape for lease in new) and not offer.apart:
-            late = late[: max(0, len(new) - len(gone) - self._room())]
-        for name in late:
-            self._give_back(self.lanes[name])
-        if any_shape and new:
+        leased_again = [
+            f for f in (lease.configuration.fingerprint for lease in grant.leases) if f in self.lanes
+        ]
+        long_parked = [name for name in long_parked if name not in leased_again]
+        if (
+            all(lease.configuration.group_key == group_key for lease in to_train)
+            and not grant.requires_empty_group
+        ):
+            long_parked = long_parked[: max(0, len(to_train) - len(leased_again) - self._count_free_slots())]
+        for name in long_parked:
+            self._save_and_return_lease(self.lanes[name])
+        if is_any_group_key and to_train:
             self.leased_at = NEVER
-        return _Given(tuple(new), (*gone, *late), offer.closed, again=any_shape and bool(new))
+        return _LeaseOutcome(
+            tuple(to_train),
+            (*leased_again, *long_parked),
+            grant.closed,
+            lease_again=is_any_group_key and bool(to_train),
+        )
 
-    def _take(self, lease: Lease) -> None:
+    def _start_lane(self, lease: Lease) -> None:
         lane = self.lanes[lease.configuration.fingerprint] = Lane(lease)
-        folder = self.store.checkpoints / lane.name
+        folder = self.store.checkpoints / lane.fingerprint
         found: list[Checkpoint] = []
 
-        def look() -> tuple[int, int] | None:
+        def find_newest() -> tuple[int, int] | None:
             """Rank 0."""
-            if (newest := checkpoint.newest(folder, self.books.warn, lane.name)) is None:
+            if (newest := checkpoint.read_newest(folder, self.recorder.warn, lane.fingerprint)) is None:
                 return None
             found.append(newest)
             return newest.attempt, newest.step
 
-        where = self.team.agree(look)
-        place = checkpoint.place(folder, *where) if where is not None else None
-        opened = self._attempt([lane], partial(self._open, saved=next(iter(found), None), place=place))
-        shape = lane.configuration.shape
-        if opened and shape not in self.places.most:
-            most = partial(self.books.most_lanes, shape, self.places.count)
-            self.places.most[shape] = self.team.agree(most)
+        attempt_and_step = self.process_group.broadcast_from_rank0(find_newest)
+        path = checkpoint.checkpoint_path(folder, *attempt_and_step) if attempt_and_step is not None else None
+        added = self._run_isolating_failures(
+            [lane], partial(self._add_lane, saved=next(iter(found), None), path=path)
+        )
+        group_key = lane.configuration.group_key
+        if added and group_key not in self.slots.max_lanes_by_group_key:
+            read_known_max = partial(self.recorder.read_max_lanes, group_key, self.slots.count)
+            self.slots.max_lanes_by_group_key[group_key] = self.process_group.broadcast_from_rank0(
+                read_known_max
+            )
 
-    def _open(self, lanes: Sequence[Lane], saved: Checkpoint | None, place: Path | None) -> Sequence[None]:
+    def _add_lane(self, lanes: Sequence[Lane], saved: Checkpoint | None, path: Path | None) -> Sequence[None]:
         """Rank 0 has found the newest checkpoint and read it; the others read the same."""
         (lane,) = lanes
-        shapes = {other.configuration.shape for other in self.lanes.values()}
-        if len(shapes) > 1:
-            raise RuntimeError(f"leased a lane of shape {lane.configuration.shape} into a pack of another")
-        if saved is None and place is not None:
-            saved = checkpoint.read(place)
-        self.workshop.open(lane, saved)
+        group_keys = {other.configuration.group_key for other in self.lanes.values()}
+        if len(group_keys) > 1:
+            raise RuntimeError(
+                f"leased a lane of shape {lane.configuration.group_key} into a pack of another"
+            )
+        if saved is None and path is not None:
+            saved = checkpoint.read(path)
+        self.engine.add_lane(lane, saved)
         if saved is not None:
-            self.books.opened(lane)
+            self.recorder.mark_restored(lane)
         return [None]
 
-    def _exchange(self) -> None:
-        for fingerprint, answer in self.team.agree(self._changed).items():
+    def _apply_directives(self) -> None:
+        for fingerprint, directive in self.process_group.broadcast_from_rank0(
+            self._request_directives
+        ).items():
             if fingerprint in self.lanes:
-                self._obey(self.lanes[fingerprint], answer)
+                self._apply_directive(self.lanes[fingerprint], directive)
 
-    def _changed(self) -> Mapping[str, Answer]:
+    def _request_directives(self) -> Mapping[str, Directive]:
         """Rank 0."""
-        for lane in self._in(Phase.TRAINING):
+        for lane in self._lanes_in(LaneState.TRAINING):
             if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
-                self.books.save(lane)
+                self.recorder.save_checkpoint(lane)
         now = time.monotonic()
-        if not self.pace.due(self.exchanged_at, now):
+        if not self.poll_interval.is_due(self.exchanged_at, now):
             return {}
-        changed = self.source.exchange(self.taken)
+        directives = self.source.exchange(self.steps_taken)
         self.exchanged_at = time.monotonic()
-        self.pace.answered(now, self.exchanged_at)
-        return changed
+        self.poll_interval.record_answer(now, self.exchanged_at)
+        return directives
 
-    def _obey(self, lane: Lane, answer: Answer) -> None:
-        if answer is Answer.DROP:
-            self.team.agree(partial(self.books.known, lane.name))
-            self._leave(lane)
-        elif answer is Answer.LEAVE:
-            self.team.agree(partial(self._give_back, lane))
-            self._leave(lane)
-        elif answer is Answer.STOP:
-            further = f", trained to step {lane.step}" if lane.step > lane.told else ""
-            self._end(lane, "stopped", f"stopped by the scheduler after step {lane.told}{further}")
-        elif answer is Answer.PARK and lane.phase is not Phase.PARKED:
-            lane.move(Phase.PARKED)
-            self.places.park(lane)
-        elif answer is Answer.GO and lane.phase in (Phase.PARKED, Phase.REPORTING):
-            lane.go_on()
-            self.places.unpark(lane.name)
+    def _apply_directive(self, lane: Lane, directive: Directive) -> None:
+        if directive is Directive.DROP:
+            self.process_group.broadcast_from_rank0(partial(self.recorder.find_final_state, lane.fingerprint))
+            self._remove_lane(lane)
+        elif directive is Directive.YIELD:
+            self.process_group.broadcast_from_rank0(partial(self._save_and_return_lease, lane))
+            self._remove_lane(lane)
+        elif directive is Directive.STOP:
+            further = f", trained to step {lane.step}" if lane.step > lane.last_reported_step else ""
+            self._end_lane(
+                lane, "stopped", f"stopped by the scheduler after step {lane.last_reported_step}{further}"
+            )
+        elif directive is Directive.PARK and lane.state is not LaneState.PARKED:
+            lane.transition_to(LaneState.PARKED)
+            self.slots.park(lane)
+        elif directive is Directive.CONTINUE and lane.state in (LaneState.PARKED, LaneState.REPORTING):
+            lane.enter_next_state()
+            self.slots.unpark(lane.fingerprint)
 
     # -- a round ----------------------------------------------------------------------------------------
 
-    def turn(self) -> None:
+    def run_round(self) -> None:
         self.busy_at = time.monotonic()
-        for lane in self._in(Phase.REPORTING):  # resumed ones owe reports
-            self._report(lane)
-        self._exchange()
-        busy = bool(self._in(Phase.TRAINING) or self._in(Phase.EVALUATING))
-        self._train(self._in(Phase.TRAINING))
-        self._evaluate(self._in(Phase.EVALUATING))
+        for lane in self._lanes_in(LaneState.REPORTING):  # resumed ones owe reports
+            self._send_reports(lane)
+        self._apply_directives()
+        busy = bool(self._lanes_in(LaneState.TRAINING) or self._lanes_in(LaneState.EVALUATING))
+        self._train(self._lanes_in(LaneState.TRAINING))
+        self._evaluate(self._lanes_in(LaneState.EVALUATING))
         if self.lanes and not busy:
-            time.sleep(self.pace.seconds)
+            time.sleep(self.poll_interval.min_seconds)
 
-    def idle_for(self, seconds: float) -> bool:
-        return self.team.agree(lambda: time.monotonic() - self.busy_at > seconds)
+    def is_idle_for(self, seconds: float) -> bool:
+        return self.process_group.broadcast_from_rank0(lambda: time.monotonic() - self.busy_at > seconds)
 
-    def _in(self, phase: Phase) -> list[Lane]:
-        return [lane for lane in self.lanes.values() if lane.phase is phase]
+    def _lanes_in(self, state: LaneState) -> list[Lane]:
+        return [lane for lane in self.lanes.values() if lane.state is state]
 
-    def _attempt(
+    def _run_isolating_failures(
         self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], Sequence[T]]
     ) -> list[tuple[Lane, T]]:
         """`work` gives one result a lane. If it raises for several, it is done again for each alone, and only
@@ -304,171 +337,186 @@ class _Loop:
         if not lanes:
             return []
         try:
-            done = self.team.attempt(lambda: list(zip(lanes, work(lanes), strict=True)))
-        except Failed as error:
-            failed = error.bare()
+            results = self.process_group.run_on_all(lambda: list(zip(lanes, work(lanes), strict=True)))
+        except WorkerError as error:
+            failed = error.without_traceback()
         else:
-            self.books.full_since = None
-            return done
+            self.recorder.store_full_since = None
+            return results
         # Out of the handler: the error's traceback held what the work had made.
         if failed.fault is Fault.DEVICE:
             raise failed
         if failed.fault is Fault.DISK:
-            self.team.agree(partial(self.books.wait_for_space, failed))
-            return self._attempt(lanes, work)
+            self.process_group.broadcast_from_rank0(partial(self.recorder.wait_for_space, failed))
+            return self._run_isolating_failures(lanes, work)
         if failed.fault is Fault.MEMORY and len(self.lanes) > 1:
-            self._shrink()
-            return self._attempt([lane for lane in lanes if lane.name in self.lanes], work)
+            self._shrink_lane_group()
+            return self._run_isolating_failures(
+                [lane for lane in lanes if lane.fingerprint in self.lanes], work
+            )
         if len(lanes) == 1:
-            self._fail(lanes[0], failed)
+            self._fail_lane(lanes[0], failed)
             return []
         log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
-        done = [one for lane in lanes if lane.name in self.lanes for one in self._attempt([lane], work)]
-        return [(lane, one) for lane, one in done if lane.name in self.lanes]
+        results = [
+            one
+            for lane in lanes
+            if lane.fingerprint in self.lanes
+            for one in self._run_isolating_failures([lane], work)
+        ]
+        return [(lane, one) for lane, one in results if lane.fingerprint in self.lanes]
 
-    def _shrink(self, torn: Sequence[Lane] = ()) -> None:
+    def _shrink_lane_group(self, mid_step: Sequence[Lane] = ()) -> None:
         """There is too little memory: half of the lanes are saved and given back, and no more than the others
         train here at once from now on. `torn` ones leave in any case, without being saved: they are half way
         through a step, and go on from their newest checkpoint."""
         free_memory()
-        tried, shape = len(self.lanes), next(iter(self.lanes.values())).configuration.shape
-        most, leaving = self.places.halve(self.lanes.values(), torn)
+        failed_lanes, group_key = len(self.lanes), next(iter(self.lanes.values())).configuration.group_key
+        max_lanes, leaving = self.slots.halve(self.lanes.values(), mid_step)
 
-        def tell() -> None:
+        def return_leases() -> None:
             """Rank 0."""
-            for lane in torn:
-                self.source.spill(lane.name, lane.lease.attempt)
+            for lane in mid_step:
+                self.source.spill(lane.fingerprint, lane.lease.attempt)
             for lane in leaving:
-                self._give_back(lane)
-            self.books.remember(shape, most, tried)
+                self._save_and_return_lease(lane)
+            self.recorder.write_max_lanes(group_key, max_lanes, failed_lanes)
 
-        self.team.agree(tell)
-        for lane in (*torn, *leaving):
-            self._leave(lane)
+        self.process_group.broadcast_from_rank0(return_leases)
+        for lane in (*mid_step, *leaving):
+            self._remove_lane(lane)
         free_memory()
 
     def _train(self, lanes: Sequence[Lane]) -> None:
         if not lanes:
             return
         started = time.monotonic()
-        together = len(self.lanes)
-        taken = self._attempt(lanes, self._gradients)
-        outcomes = self.team.gather([caught(partial(lane.take_step, step)) for lane, step in taken])
-        diverged, torn = [], []
-        for (lane, _), told in zip(taken, zip(*outcomes, strict=True), strict=True):
-            lane.pack_lanes = max(lane.pack_lanes, together)
-            if failed := next((one for one in told if isinstance(one, Failed)), None):
+        group_size = len(self.lanes)
+        gradients = self._run_isolating_failures(lanes, self._compute_gradients)
+        outcomes_by_rank = self.process_group.all_gather(
+            [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]
+        )
+        diverged, mid_step = [], []
+        for (lane, _), outcomes in zip(gradients, zip(*outcomes_by_rank, strict=True), strict=True):
+            lane.peak_group_size = max(lane.peak_group_size, group_size)
+            if failed := next((one for one in outcomes if isinstance(one, WorkerError)), None):
                 if failed.fault is Fault.DEVICE:
                     raise failed
-                if failed.fault is Fault.MEMORY and together > 1:
-                    torn.append(lane)
+                if failed.fault is Fault.MEMORY and group_size > 1:
+                    mid_step.append(lane)
                 else:
-                    self._fail(lane, failed)
-            elif told[0] is not None:
-                diverged.append((lane, told[0]))
+                    self._fail_lane(lane, failed)
+            elif outcomes[0] is not None:
+                diverged.append((lane, outcomes[0]))
             else:
-                self.taken += 1
-        if taken:
+                self.steps_taken += 1
+        if gradients:
             self.last_failure = ""
-        share(started, lanes, "train_seconds")
+        share_elapsed_seconds(started, lanes, "train_seconds")
         for lane, reason in diverged:
-            self._end(lane, "diverged", reason)
-        if torn:
-            self._shrink(torn)
+            self._end_lane(lane, "diverged", reason)
+        if mid_step:
+            self._shrink_lane_group(mid_step)
 
-    def _gradients(self, lanes: Sequence[Lane]) -> Sequence[Taken]:
-        pack = self.workshop.current
-        pending = self.team.attempt(lambda: pack.backward(lanes))
-        return self.team.gather(pack.reduce(pending))[0]
+    def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
+        lane_group = self.engine.lane_group
+        local = self.process_group.run_on_all(lambda: lane_group.backward(lanes))
+        return self.process_group.all_gather(lane_group.reduce_gradients(local))[0]
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
         if not lanes:
             return
         started = time.monotonic()
-        scores = self.workshop.current.scores
-        for lane, scored in self._attempt(lanes, partial(scores, split="validation")):
-            lane.scored("validation", scored)
-        ending = [lane for lane in self._in(Phase.EVALUATING) if lane.at_end]
-        for lane, scored in self._attempt(ending, partial(scores, split="test")):
-            lane.scored("test", scored)
-        share(started, lanes, "evaluate_seconds")
-        for lane in self._in(Phase.EVALUATING):
-            if lane.name not in self.lanes:  # it made way for another's adapter
+        evaluate = self.engine.lane_group.evaluate
+        for lane, scored in self._run_isolating_failures(lanes, partial(evaluate, split="validation")):
+            lane.record_scores("validation", scored)
+        ending = [lane for lane in self._lanes_in(LaneState.EVALUATING) if lane.is_at_last_step]
+        for lane, scored in self._run_isolating_failures(ending, partial(evaluate, split="test")):
+            lane.record_scores("test", scored)
+        share_elapsed_seconds(started, lanes, "evaluate_seconds")
+        for lane in self._lanes_in(LaneState.EVALUATING):
+            if lane.fingerprint not in self.lanes:  # it made way for another's adapter
                 continue
-            if reason := lane.unsound():
-                self._end(lane, "diverged", reason)
+            if reason := lane.find_nonfinite_loss():
+                self._end_lane(lane, "diverged", reason)
                 continue
-            lane.owe(after=lane.step - 1)
-            lane.move(Phase.REPORTING)
-            if not lane.at_end:
-                self.team.agree(partial(self.books.save, lane))
-                self._report(lane)
-            elif self._attempt([lane], self._keep_adapter):
-                self._end(lane, "finished")
+            lane.queue_reports(after_step=lane.step - 1)
+            lane.transition_to(LaneState.REPORTING)
+            if not lane.is_at_last_step:
+                self.process_group.broadcast_from_rank0(partial(self.recorder.save_checkpoint, lane))
+                self._send_reports(lane)
+            elif self._run_isolating_failures([lane], self._save_adapters):
+                self._end_lane(lane, "finished")
 
-    def _report(self, lane: Lane) -> None:
-        while lane.phase is Phase.REPORTING:
-            report = lane.to_report.popleft()
-            self._obey(lane, self.team.agree(partial(self._tell, report)))
+    def _send_reports(self, lane: Lane) -> None:
+        while lane.state is LaneState.REPORTING:
+            report = lane.pending_reports.popleft()
+            self._apply_directive(
+                lane, self.process_group.broadcast_from_rank0(partial(self._send_report, report))
+            )
 
-    def _tell(self, report: Report) -> Answer:
+    def _send_report(self, report: Report) -> Directive:
         """Rank 0."""
         return self.source.report(report)
 
     # -- ends -------------------------------------------------------------------------------------------
 
-    def _end(self, lane: Lane, state: State, reason: str = "", trace: str = "") -> None:
-        self.team.agree(partial(self._conclude, lane, state, reason, trace))
-        self._leave(lane)
+    def _end_lane(self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = "") -> None:
+        self.process_group.broadcast_from_rank0(
+            partial(self._record_end, lane, state, reason, traceback_text)
+        )
+        self._remove_lane(lane)
 
-    def _conclude(self, lane: Lane, state: State, reason: str, trace: str) -> None:
+    def _record_end(self, lane: Lane, state: RecordState, reason: str, traceback_text: str) -> None:
         """Rank 0. The record first, then word to the source; a finished lane still owes its last report."""
-        state = self.books.record(lane, state, reason, trace)
-        last = [self.source.report(report) for report in lane.to_report] if state == "finished" else []
-        if Answer.DROP not in last:
-            self.source.done(lane.name, lane.lease.attempt, state)
+        state = self.recorder.write_record(lane, state, reason, traceback_text)
+        directives = (
+            [self.source.report(report) for report in lane.pending_reports] if state == "finished" else []
+        )
+        if Directive.DROP not in directives:
+            self.source.end_lease(lane.fingerprint, lane.lease.attempt, state)
 
-    def _fail(self, lane: Lane, failed: Failed) -> None:
+    def _fail_lane(self, lane: Lane, failed: WorkerError) -> None:
         """The lane's own record says why. When one lane after another fails with the same words and none is
         left to take a step, it is not the lanes: a lost GPU, a base that is gone. Then this seat ends, before
         it has spoilt them all."""
         reason = failed.reason
         if failed.fault is Fault.MEMORY:
-            reason = f"out of memory with one lane alone: {NEEDS_LESS} ({reason})"
-        self._end(lane, "failed", reason, failed.trace)
+            reason = f"out of memory with one lane alone: {OUT_OF_MEMORY_ADVICE} ({reason})"
+        self._end_lane(lane, "failed", reason, failed.traceback_text)
         if failed.fault is Fault.MEMORY:
             free_memory()
         if not self.lanes:
-            self.workshop.close()  # it may be open on some of the workers only
+            self.engine.detach_adapters()  # it may be open on some of the workers only
         if failed.reason != self.last_failure:
-            self.last_failure, self.failed_alike = failed.reason, set()
-        self.failed_alike.add(lane.name)
-        if len(self.failed_alike) >= BROKEN_AFTER and not self.lanes:
-            raise SeatBroken(
-                f"{len(self.failed_alike)} configurations in a row failed with {failed.reason}"
+            self.last_failure, self.lanes_failed_alike = failed.reason, set()
+        self.lanes_failed_alike.add(lane.fingerprint)
+        if len(self.lanes_failed_alike) >= MAX_IDENTICAL_FAILURES and not self.lanes:
+            raise TrainerBrokenError(
+                f"{len(self.lanes_failed_alike)} configurations in a row failed with {failed.reason}"
             ) from failed
 
-    def _leave(self, lane: Lane) -> None:
-        lane.move(Phase.ENDED)
-        del self.lanes[lane.name]
-        self.places.unpark(lane.name)
-        self.books.left(lane)
-        self.workshop.remove(lane.name)
+    def _remove_lane(self, lane: Lane) -> None:
+        lane.transition_to(LaneState.ENDED)
+        del self.lanes[lane.fingerprint]
+        self.slots.unpark(lane.fingerprint)
+        self.recorder.forget(lane)
+        self.engine.remove_lane(lane.fingerprint)
         self.leased_at = NEVER  # there is room: ask at once
 
-    def _decline(self, lease: Lease) -> None:
+    def _decline_lease(self, lease: Lease) -> None:
         """Rank 0."""
         self.source.spill(lease.configuration.fingerprint, lease.attempt)
 
-    def _give_back(self, lane: Lane) -> None:
+    def _save_and_return_lease(self, lane: Lane) -> None:
         """Rank 0. Whoever leases it next goes on from here; where it cannot be saved, from its newest
         checkpoint, at most an interval back."""
-        self.books.save(lane)
-        self.source.spill(lane.name, lane.lease.attempt)
+        self.recorder.save_checkpoint(lane)
+        self.source.spill(lane.fingerprint, lane.lease.attempt)
 
-    def _keep_adapter(self, lanes: Sequence[Lane]) -> Sequence[None]:
-        if self.save_adapter and self.team.rank == 0:
+    def _save_adapters(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        if self.save_adapter and self.process_group.rank == 0:
             for lane in lanes:
-                folder = self.store.adapters / lane.name
-                self.workshop.save_adapter(lane.name, folder, lane.configuration.model.name)
+                folder = self.store.adapters / lane.fingerprint
+                self.engine.save_adapter(lane.fingerprint, folder, lane.configuration.model.name)
         return [None] * len(lanes)

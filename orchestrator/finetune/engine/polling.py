@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BETWEEN = 20.0  # times as long as the last answer took, so that little of a seat's time goes into waiting
-AT_MOST = 20.0  # times as long as usual: a stop, a drain or Ctrl-C has to be heard
+LATENCY_FACTOR = (
+    20.0  # times as long as the last answer took, so that little of a seat's time goes into waiting
+)
+MAX_SLOWDOWN = 20.0  # times as long as usual: a stop, a drain or Ctrl-C has to be heard
 
 
 @dataclass
-class Pace:
+class PollInterval:
     """At most every `seconds`, and less often while answers are slow. Times are a clock's, in seconds."""
 
-    seconds: float
-    took: float = 0.0
+    min_seconds: float
+    last_latency: float = 0.0
     """The last answer."""
 
-    def answered(self, asked: float, now: float) -> None:
-        self.took = now - asked
+    def record_answer(self, sent_at: float, now: float) -> None:
+        self.last_latency = now - sent_at
 
-    def due(self, last: float, now: float) -> bool:
+    def is_due(self, last_answered_at: float, now: float) -> bool:
         """Whether to ask again; `last`: when it was answered before."""
-        slow = min(BETWEEN * self.took, AT_MOST * self.seconds)
-        return now - last >= max(self.seconds, slow)
+        backoff = min(LATENCY_FACTOR * self.last_latency, MAX_SLOWDOWN * self.min_seconds)
+        return now - last_answered_at >= max(self.min_seconds, backoff)

@@ -18,14 +18,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from orchestrator.util.atomic_files import Damaged
+from orchestrator.util.atomic_files import DamagedFileError
 
-ABOUT = "about"
+METADATA_KEY = "about"
 """The only key of the file's metadata: safetensors writes several keys in random order, and equal content is
 to give equal files."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], header: str = "") -> None:
     """Write the tensors to `path`, under a temporary name that is synced and renamed.
 
     A reader sees the old file or the whole new one.
@@ -38,17 +38,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], head: str = "") -> None:
     Raises:
         OSError, SafetensorError: The file cannot be written; what was at `path` is still there.
     """
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        about = {"head": head, "sha256": _digest(here, head)}
+        metadata = {"head": header, "sha256": _digest(cpu_tensors, header)}
         # `save_file`, not `save`: that would hold a whole model in memory once more.
-        safetensors.torch.save_file(here, draft, {ABOUT: json.dumps(about)})
-        with open(draft, "rb+") as file:
+        safetensors.torch.save_file(cpu_tensors, temporary_path, {METADATA_KEY: json.dumps(metadata)})
+        with open(temporary_path, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        os.replace(temporary_path, path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary_path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -65,21 +65,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
         OSError, SafetensorError: The file cannot be read, or is no safetensors file.
     """
     with safetensors.safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(ABOUT, "{}")
+        text = (file.metadata() or {}).get(METADATA_KEY, "{}")
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     try:
-        about = json.loads(text)
-        whole = about["sha256"] == _digest(tensors, about["head"])
+        metadata = json.loads(text)
+        is_intact = metadata["sha256"] == _digest(tensors, metadata["head"])
     except (ValueError, TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        raise Damaged(f"{path}: its content is not what was written (its SHA-256 differs)")
-    return tensors, about["head"]
+        is_intact = False
+    if not is_intact:
+        raise DamagedFileError(f"{path}: its content is not what was written (its SHA-256 differs)")
+    return tensors, metadata["head"]
 
 
-def _digest(tensors: Mapping[str, Tensor], head: str) -> str:
-    found = hashlib.sha256(head.encode())
+def _digest(tensors: Mapping[str, Tensor], header: str) -> str:
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

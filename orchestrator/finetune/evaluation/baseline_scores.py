@@ -14,45 +14,51 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from orchestrator.finetune.data.dataset_cache import content_of_file
-from orchestrator.finetune.process_group import Team
+from orchestrator.finetune.data.dataset_cache import task_file_digest
+from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study.configuration import Configuration, canonical
+from orchestrator.study.configuration import Configuration, canonical_json
 from orchestrator.util import atomic_files
 
 Scores = Mapping[str, Mapping[str, float]]
 
 
-def scores(
-    folder: Path, configuration: Configuration, task: Task, team: Team, compute: Callable[[], Scores]
+def load_or_compute_scores(
+    folder: Path,
+    configuration: Configuration,
+    task: Task,
+    process_group: ProcessGroup,
+    compute: Callable[[], Scores],
 ) -> Scores:
     """What is kept, or what `compute` gives on all of the team, which rank 0 keeps."""
     key = _key(configuration, task)
-    place = folder / f"{Path(task.name).stem}-{key}.untrained.json"
+    file = folder / f"{Path(task.name).stem}-{key}.untrained.json"
 
-    def look() -> Scores | None:
+    def read_cached() -> Scores | None:
         # Not there, damaged, another's, or of an earlier version, which did not say whose it is: found anew.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(atomic_files.unseal(place.read_bytes()))
+            kept = json.loads(atomic_files.verify_checksum(file.read_bytes()))
             return kept["scores"] if kept["key"] == key else None
         return None
 
-    known = team.agree(look)
-    if known is not None:
-        return known
-    found = compute()
-    kept = {"key": key, "scores": {split: dict(of) for split, of in found.items()}}
-    sealed = atomic_files.seal(json.dumps(kept))
-    team.attempt(lambda: atomic_files.replace(place, sealed) if team.rank == 0 else None)
-    return found
+    cached = process_group.broadcast_from_rank0(read_cached)
+    if cached is not None:
+        return cached
+    computed = compute()
+    contents = {"key": key, "scores": {split: dict(split_scores) for split, split_scores in computed.items()}}
+    sealed = atomic_files.add_checksum(json.dumps(contents))
+    process_group.run_on_all(
+        lambda: atomic_files.write_atomically(file, sealed) if process_group.rank == 0 else None
+    )
+    return computed
 
 
 def _key(configuration: Configuration, task: Task) -> str:
-    about = {
+    key_fields = {
         "task": asdict(replace(configuration.task, name=Path(task.name).stem)),
-        "file": content_of_file(task),
+        "file": task_file_digest(task),
         "model": [configuration.model.content, configuration.model.dtype],
         "length": configuration.batches.max_length,
         "loop": configuration.loop_numerics,
     }
-    return hashlib.sha256(canonical(about)).hexdigest()[:16]
+    return hashlib.sha256(canonical_json(key_fields)).hexdigest()[:16]

@@ -12,66 +12,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.finetune.data.batches import Batch, Row, encode, pad, scoring_plan
+from orchestrator.finetune.data.batches import Batch, Row, encode_examples, pad_rows, plan_batches
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.evaluation.forward import losses, outputs
-from orchestrator.finetune.evaluation.generate import answers
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Team
-from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
-from orchestrator.record.schema import Items
-from orchestrator.util.errors import BadInput, quoted, reason
+from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
+from orchestrator.finetune.evaluation.generate import generate_answers
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
+from orchestrator.record.schema import ItemResults
+from orchestrator.util.errors import UsageError, format_error, quote_value
 
 
 @dataclass(frozen=True)
-class Split:
+class EvaluationSplit:
     """A split ready to be scored: its examples and rows in order, and which items share a batch (`plan`: the
     padded length and their numbers, a batch), of those that count in the loss. Neither rows nor batches are
     in memory unless they are looked at: a split may be large, and lie on disk."""
 
     examples: Sequence[Example]
     rows: Sequence[Row]
-    cap: int
-    padding: int
+    max_row_length: int
+    pad_token_id: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example], task: Task, processor: Any, cap: int) -> Split:
-        rows = encode(examples, task, processor, cap if task.has_head else None)
-        return cls(examples, rows, cap, processor.pad_token_id)
+    def from_examples(
+        cls, examples: Sequence[Example], task: Task, processor: Any, max_row_length: int
+    ) -> EvaluationSplit:
+        rows = encode_examples(examples, task, processor, max_row_length if task.has_head else None)
+        return cls(examples, rows, max_row_length, processor.pad_token_id)
 
     @cached_property
-    def plan(self) -> Sequence[tuple[int, Sequence[int]]]:
-        counting = [i for i, example in enumerate(self.examples) if example.scored != "grade"]
-        plan = scoring_plan([len(self.rows[i].ids) for i in counting], self.cap)
-        return [(length, [counting[place] for place in places]) for length, places in plan]
+    def batch_plan(self) -> Sequence[tuple[int, Sequence[int]]]:
+        loss_items = [i for i, example in enumerate(self.examples) if example.counts_in != "grade"]
+        plan = plan_batches([len(self.rows[i].ids) for i in loss_items], self.max_row_length)
+        return [(length, [loss_items[index] for index in indices]) for length, indices in plan]
 
     def batch(self, number: int) -> Batch:
-        length, items = self.plan[number]
-        return pad([self.rows[i] for i in items], length, self.padding)
+        length, items = self.batch_plan[number]
+        return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
 
     @property
     def batches(self) -> Iterator[tuple[Batch, Sequence[int]]]:
         """With the items that they hold, one after the other."""
-        for number, (_, items) in enumerate(self.plan):
+        for number, (_, items) in enumerate(self.batch_plan):
             yield self.batch(number), items
 
     @cached_property
-    def truth(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The targets with loss, batch after batch (float64); how many each item has, in that order; and
         where each item stands in it."""
-        found = [(batch.targets[batch.targets != NO_LOSS], batch.counts) for batch, _ in self.batches]
-        place = np.argsort([item for _, items in self.plan for item in items])
-        targets = torch.cat([targets for targets, _ in found]).double().numpy()
-        return targets, np.array([count for _, counts in found for count in counts]), place
+        target_parts = [
+            (batch.targets[batch.targets != IGNORE_INDEX], batch.target_counts) for batch, _ in self.batches
+        ]
+        item_order = np.argsort([item for _, items in self.batch_plan for item in items])
+        targets = torch.cat([targets for targets, _ in target_parts]).double().numpy()
+        return targets, np.array([count for _, counts in target_parts for count in counts]), item_order
 
     @cached_property
-    def graded(self) -> list[int]:
+    def graded_items(self) -> list[int]:
         """The items that count in the metric."""
-        return [i for i, example in enumerate(self.examples) if example.scored != "loss"]
+        return [i for i, example in enumerate(self.examples) if example.counts_in != "loss"]
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluationResult:
     """`scores`: "loss" (nats a token or text, or the mean squared error), "accuracy" (share of answer tokens,
     teacher-forced, or of texts or images, that are the argmax) and the task's metric: the mean over items, or
     what `metrics.py` says of the whole split. Answers in words that were not generated have no metric, and a
@@ -83,119 +87,153 @@ class Scored:
     count in the loss."""
 
     scores: Mapping[str, float]
-    items: Items
+    items: ItemResults
 
 
 @torch.no_grad()
 def evaluate(
-    bench: Bench,
+    base_model: BaseModel,
     task: Task,
-    split: Split,
-    lanes: int,
-    rows: Callable[[], AbstractContextManager[Any]],
-    team: Team = ALONE,
+    split: EvaluationSplit,
+    lane_count: int,
+    lane_rows: Callable[[], AbstractContextManager[Any]],
+    process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     seeds: Sequence[int] | None = None,
-    generate: bool = True,
-) -> list[Scored]:
+    predict_with_generate: bool = True,
+) -> list[EvaluationResult]:
     """One `Scored` a lane, the same on all of the team, which share the batches. Inside `rows()` the model
     takes `lanes` times a batch's rows, lane by lane. `seeds`: the lanes', which decide what is drawn (0 where
     not given); `generate`: whether answers in words are generated and graded."""
-    scores: list[dict[str, float]] = [{} for _ in range(lanes)]
-    loss = correct = truth = said_of = np.zeros((lanes, 0))
-    texts: list[tuple[str, ...]] = [()] * lanes
-    if split.plan:
-        lost, said = [], []
-        with rows():
-            for number in range(team.rank, len(split.plan), team.size):
+    scores: list[dict[str, float]] = [{} for _ in range(lane_count)]
+    loss = correct = targets = predictions = np.zeros((lane_count, 0))
+    texts: list[tuple[str, ...]] = [()] * lane_count
+    if split.batch_plan:
+        batch_losses, batch_predictions = [], []
+        with lane_rows():
+            for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
                 batch = split.batch(number)
-                logits, labels = outputs(bench, task, Batch.joined([batch] * lanes))
-                lost.append(losses(logits, labels, task).view(lanes, -1))
-                word = logits if task.answers == "value" else logits.argmax(dim=-1)
-                said.append(word.view(lanes, -1))
-        parts = team.gather(np.stack([_on_cpu(lost, lanes), _on_cpu(said, lanes)]))
-        truth, counts, place = split.truth
-        cut = np.cumsum([len(items) for _, items in split.plan])[:-1]
-        by_target, said_of = _in_order(parts, [int(of.sum()) for of in np.split(counts, cut)])
+                logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
+                batch_losses.append(compute_losses(logits, labels, task).view(lane_count, -1))
+                prediction = logits if task.output == "value" else logits.argmax(dim=-1)
+                batch_predictions.append(prediction.view(lane_count, -1))
+        rank_parts = process_group.all_gather(
+            np.stack(
+                [
+                    _concatenate_on_cpu(batch_losses, lane_count),
+                    _concatenate_on_cpu(batch_predictions, lane_count),
+                ]
+            )
+        )
+        targets, counts, item_order = split.flat_targets
+        batch_ends = np.cumsum([len(items) for _, items in split.batch_plan])[:-1]
+        target_losses, predictions = _merge_rank_parts(
+            rank_parts, [int(item_counts.sum()) for item_counts in np.split(counts, batch_ends)]
+        )
 
         # (lanes, targets of the split), batch after batch, from here on.
         starts = np.cumsum([0, *counts[:-1]])
-        hits = said_of == truth
-        loss = (np.add.reduceat(by_target, starts, axis=1) / counts)[:, place]
-        correct = np.logical_and.reduceat(hits, starts, axis=1)[:, place].astype(float)
-        if task.answers == "value":
-            correct = _closeness(said_of, truth)[:, place]
+        hits = predictions == targets
+        loss = (np.add.reduceat(target_losses, starts, axis=1) / counts)[:, item_order]
+        correct = np.logical_and.reduceat(hits, starts, axis=1)[:, item_order].astype(float)
+        if task.output == "value":
+            correct = _closeness(predictions, targets)[:, item_order]
         if task.has_head:
-            texts = [tuple(_word(task, value) for value in lane) for lane in said_of[:, place]]
-        for lane in range(lanes):
-            scores[lane]["loss"] = float(by_target[lane].mean())
-            if task.answers != "value":
+            texts = [
+                tuple(_format_prediction(task, value) for value in lane)
+                for lane in predictions[:, item_order]
+            ]
+        for lane in range(lane_count):
+            scores[lane]["loss"] = float(target_losses[lane].mean())
+            if task.output != "value":
                 scores[lane]["accuracy"] = float(hits[lane].mean())
-    if task.answers == "generated":
-        correct = np.zeros((lanes, 0))
-        if generate and split.graded:
-            prompts = [(i, split.rows[i].prompt) for i in split.graded]
-            told = answers(bench, task, prompts, split.cap, seeds or [0] * lanes, rows, team)
-            correct = _worth(task, split, told, team)
-            texts = [tuple(samples[0] for samples in lane) for lane in told]
+    if task.output == "generated":
+        correct = np.zeros((lane_count, 0))
+        if predict_with_generate and split.graded_items:
+            prompts = [(i, split.rows[i].prompt) for i in split.graded_items]
+            generated = generate_answers(
+                base_model,
+                task,
+                prompts,
+                split.max_row_length,
+                seeds or [0] * lane_count,
+                lane_rows,
+                process_group,
+            )
+            correct = _grade_generated(task, split, generated, process_group)
+            texts = [tuple(samples[0] for samples in lane) for lane in generated]
     found = []
-    for lane in range(lanes):
+    for lane in range(lane_count):
         if task.has_head:
-            scores[lane][task.metric] = metrics.of(task)(said_of[lane], truth)
+            scores[lane][task.metric] = metrics.get_metric(task)(predictions[lane], targets)
         elif correct.size:
             scores[lane][task.metric] = float(correct[lane].mean())
-        items = Items(tuple(correct[lane].tolist()), tuple(loss[lane].tolist()), texts[lane])
-        found.append(Scored(scores[lane], items))
+        items = ItemResults(tuple(correct[lane].tolist()), tuple(loss[lane].tolist()), texts[lane])
+        found.append(EvaluationResult(scores[lane], items))
     return found
 
 
-def _worth(task: Task, split: Split, told: Sequence[Sequence[tuple[str, ...]]], team: Team) -> np.ndarray:
+def _grade_generated(
+    task: Task,
+    split: EvaluationSplit,
+    generated: Sequence[Sequence[tuple[str, ...]]],
+    process_group: ProcessGroup,
+) -> np.ndarray:
     """(lanes, graded items): the mean over an item's samples. Each of the team grades a part: a grade may be
     a program that is run, and take its time."""
-    said = [
+    answers_to_grade = [
         (split.examples[item], answer)
-        for lane in told
-        for item, samples in zip(split.graded, lane, strict=True)
+        for lane in generated
+        for item, samples in zip(split.graded_items, lane, strict=True)
         for answer in samples
     ]
-    mine = said[team.rank :: team.size]
+    own_answers = answers_to_grade[process_group.rank :: process_group.world_size]
     try:
-        worths = task.grade_all([example for example, _ in mine], [answer for _, answer in mine])
+        own_grades = task.grade_all(
+            [example for example, _ in own_answers], [answer for _, answer in own_answers]
+        )
     except SystemExit as error:  # of a user's task: it would end the worker, and fail no lane
-        raise RuntimeError(f"grading ends the process: {reason(error)}") from error
-    if len(worths) != len(mine):
-        raise BadInput(f"Task {task.name!r}: grade_all gives {len(worths)} grades for {len(mine)} answers.")
-    for worth, (_, answer) in zip(worths, mine, strict=True):
-        if not 0 <= worth <= 1:  # NaN as well
-            raise BadInput(
-                f"Task {task.name!r}: the grade of the answer {quoted(answer)} is {worth!r}; must be a "
+        raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
+    if len(own_grades) != len(own_answers):
+        raise UsageError(
+            f"Task {task.name!r}: grade_all gives {len(own_grades)} grades for {len(own_answers)} answers."
+        )
+    for grade, (_, answer) in zip(own_grades, own_answers, strict=True):
+        if not 0 <= grade <= 1:  # NaN as well
+            raise UsageError(
+                f"Task {task.name!r}: the grade of the answer {quote_value(answer)} is {grade!r}; must be a "
                 "number from 0 to 1."
             )
-    whole = np.zeros(len(said))
-    for rank, theirs in enumerate(team.gather(worths)):
-        whole[rank :: team.size] = theirs
-    return whole.reshape(len(told), len(split.graded), -1).mean(axis=2)
+    grades = np.zeros(len(answers_to_grade))
+    for rank, rank_grades in enumerate(process_group.all_gather(own_grades)):
+        grades[rank :: process_group.world_size] = rank_grades
+    return grades.reshape(len(generated), len(split.graded_items), -1).mean(axis=2)
 
 
-def _on_cpu(batches: Sequence[Tensor], lanes: int) -> np.ndarray:
+def _concatenate_on_cpu(batches: Sequence[Tensor], lanes: int) -> np.ndarray:
     """(lanes, targets) float64: one copy from the device for all batches."""
     if not batches:  # of a team larger than the plan
         return np.zeros((lanes, 0))
     return torch.cat(list(batches), dim=1).cpu().double().numpy()
 
 
-def _in_order(parts: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+def _merge_rank_parts(rank_parts: Sequence[np.ndarray], target_counts: Sequence[int]) -> np.ndarray:
     """What each of the team has of its batches (..., targets), batch after batch of the whole plan; `sizes`:
     the targets of each batch."""
-    team = len(parts)
-    cut = [np.split(part, np.cumsum(sizes[i::team])[:-1], axis=-1) for i, part in enumerate(parts)]
-    return np.concatenate([cut[i % team][i // team] for i in range(len(sizes))], axis=-1)
+    world_size = len(rank_parts)
+    batches_by_rank = [
+        np.split(part, np.cumsum(target_counts[i::world_size])[:-1], axis=-1)
+        for i, part in enumerate(rank_parts)
+    ]
+    return np.concatenate(
+        [batches_by_rank[i % world_size][i // world_size] for i in range(len(target_counts))], axis=-1
+    )
 
 
-def _closeness(said: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    spread = (truth.max() - truth.min()) or 1.0
-    near = 1.0 - np.abs(said - truth) / spread
+def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    spread = (targets.max() - targets.min()) or 1.0
+    near = 1.0 - np.abs(predictions - targets) / spread
     return np.where(np.isfinite(near), np.maximum(near, 0.0), 0.0)
 
 
-def _word(task: Task, said: float) -> str:
-    return task.labels[int(said)] if task.answers == "label" else f"{said:.6g}"
+def _format_prediction(task: Task, prediction: float) -> str:
+    return task.labels[int(prediction)] if task.output == "label" else f"{prediction:.6g}"

@@ -34,33 +34,40 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.finetune.grading.programs import human_eval_program, mbpp_program, parts, with_tests
-from orchestrator.finetune.grading.sandbox.run import KILLED, TIMED_OUT, Limits, Verdict, level, run
+from orchestrator.finetune.grading.programs import human_eval_program, join_tests, mbpp_program, split_tests
+from orchestrator.finetune.grading.sandbox.run import (
+    KILLED,
+    TIMED_OUT,
+    ProgramLimits,
+    ProgramResult,
+    run,
+    sandbox_level,
+)
 
 __all__ = [
-    "Limits",
-    "Verdict",
+    "ProgramLimits",
+    "ProgramResult",
+    "grade_program",
+    "grade_programs",
     "human_eval_program",
-    "level",
+    "join_tests",
     "mbpp_program",
-    "passes",
-    "passes_all",
-    "with_tests",
+    "sandbox_level",
 ]
 
 
-def passes(program: str, limits: Limits = Limits()) -> Verdict:  # noqa: B008 (frozen)
+def grade_program(program: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:  # noqa: B008 (frozen)
     """The verdict on one program with its tests (`human_eval_program`, `mbpp_program`, `with_tests`). Raises
     BadInput where no sandbox can be made, Trouble when one could not be made this time; neither says
     anything of the program."""
-    return run(*parts(program), limits)
+    return run(*split_tests(program), limits)
 
 
-def passes_all(
+def grade_programs(
     programs: Sequence[str],
     workers: int | None = None,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-) -> list[Verdict]:
+    limits: ProgramLimits = ProgramLimits(),  # noqa: B008 (frozen)
+) -> list[ProgramResult]:
     """Return the verdicts in order.
 
     A program that starts many processes takes time and memory from those that run beside it. So one that
@@ -71,11 +78,11 @@ def passes_all(
         workers: How many run at once; by default as many as this process has cores.
         limits: The limits of each program.
     """
-    level()  # once, before there are threads that would all ask
+    sandbox_level()  # once, before there are threads that would all ask
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = list(pool.map(lambda program: passes(program, limits), programs))
+        verdicts = list(pool.map(lambda program: grade_program(program, limits), programs))
     return [
-        passes(program, limits) if verdict.why in (KILLED, TIMED_OUT) else verdict
+        grade_program(program, limits) if verdict.why in (KILLED, TIMED_OUT) else verdict
         for program, verdict in zip(programs, verdicts, strict=True)
     ]

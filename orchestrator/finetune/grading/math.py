@@ -13,14 +13,14 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-LONGEST = 200
+MAX_EXPRESSION_LENGTH = 200
 """Characters of an expression; a longer one is no answer."""
 
-LOOKED_AT, TRIED = 4000, 8
+MAX_TEXT_LENGTH, MAX_STATEMENTS = 4000, 8
 """Characters at a text's end, and statements in them, that are looked at: a model that repeats itself
 costs no more than one that does not."""
 
-HIGHEST = 12
+MAX_POWER = 12
 """Power of a group in a text with letters or roots; of several, the powers' product."""
 
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|cdot|times|left|right|displaystyle)(?![a-z])")
@@ -46,37 +46,37 @@ _WITH_UNIT = re.compile(
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
-def grade(answer: str, truth: str) -> float:
+def grade(answer: str, reference: str) -> float:
     """1.0 when the final answer of the text `answer` equals that of `truth` (a bare value, or a worked
     solution that ends in `#### 72` or "The answer is: 72"), else 0.0."""
-    expected, given = final(truth), final(answer)
-    if not expected or not given:
+    expected, actual = extract_answer(reference), extract_answer(answer)
+    if not expected or not actual:
         return 0.0
-    return float(_same(expected, given))
+    return float(_are_equal(expected, actual))
 
 
-def final(text: str) -> str:
+def extract_answer(text: str) -> str:
     """The part of the text that is its answer: the last of \\boxed{...}, `####` and "answer is" that has a
     value behind it, else the last number; empty when there is none."""
-    text = text.strip()[-LOOKED_AT:]
-    spans = boxes = _boxes(text)
-    for match in list(_STATED.finditer(text))[-TRIED:]:
+    text = text.strip()[-MAX_TEXT_LENGTH:]
+    spans = boxes = _find_boxes(text)
+    for match in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
         line = re.match(r"\s*(.*)", text[match.end() :])
         spans = [*spans, (match.end(), line.group(1) if line else "")]
     for start, span in sorted(spans, reverse=True):
         if any(box < start < box + len(inner) for box, inner in boxes):
             continue  # words or a box inside a box
-        boxed = next((inner for _, inner in _boxes(span)), None)
-        value = _value(span if boxed is None else boxed, first=True)
+        boxed = next((inner for _, inner in _find_boxes(span)), None)
+        value = _extract_value(span if boxed is None else boxed, first=True)
         if value:
             return value
-    return _value(text, first=False)
+    return _extract_value(text, first=False)
 
 
-def _boxes(text: str) -> list[tuple[int, str]]:
+def _find_boxes(text: str) -> list[tuple[int, str]]:
     """(where, what is inside) of the last \\boxed{...}s."""
     found = []
-    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-TRIED:]:
+    for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-MAX_STATEMENTS:]:
         depth, end = 1, match.end()
         while end < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
@@ -85,12 +85,12 @@ def _boxes(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def _value(span: str, first: bool) -> str:
+def _extract_value(span: str, first: bool) -> str:
     """The expression or the number in `span`: all of it when it is one, else its first or last number. Of
     an equation what is behind the last sign counts."""
-    bare = _bare(span)
+    bare = _strip_markup(span)
     if "=" in bare and first:
-        bare = _bare(bare.rsplit("=", 1)[1])
+        bare = _strip_markup(bare.rsplit("=", 1)[1])
     if unit := _WITH_UNIT.fullmatch(bare):
         bare = unit.group(1)
     if _is_expression(bare):
@@ -99,10 +99,10 @@ def _value(span: str, first: bool) -> str:
     if not numbers:
         return ""
     number = numbers[0] if first else numbers[-1]
-    return _clean(number, re.match(r"\s*([a-z]*)", bare[number.end() :], re.IGNORECASE))
+    return _format_number(number, re.match(r"\s*([a-z]*)", bare[number.end() :], re.IGNORECASE))
 
 
-def _bare(span: str) -> str:
+def _strip_markup(span: str) -> str:
     """Without what LaTeX and Markdown put around a value."""
     span = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1", span)
     span = re.sub(r"\\[()\[\]]|\*\*|__|`|\\(?:left|right|displaystyle)(?![a-z])", "", span)
@@ -114,7 +114,7 @@ def _bare(span: str) -> str:
 def _is_expression(text: str) -> bool:
     """Formulas of MATH's kind (roots, powers, tuples, letters), which are no single number."""
     text = text.strip("$ ")
-    if not text or len(text) > LONGEST or _NUMBER.fullmatch(text):
+    if not text or len(text) > MAX_EXPRESSION_LENGTH or _NUMBER.fullmatch(text):
         return False
     if re.search(
         r"\\(?:sqrt|pi|infty|cup|pm|begin|theta|cdot|times|alpha|log|sin|cos|tan)(?![a-z])|[\^_]", text
@@ -125,20 +125,20 @@ def _is_expression(text: str) -> bool:
     )
 
 
-def _clean(match: re.Match[str], word: re.Match[str] | None) -> str:
+def _format_number(match: re.Match[str], word: re.Match[str] | None) -> str:
     body = re.sub(r",(?=\d{3})|\{,\}|\\[,!]", "", match.group("body")).strip()
     negative = bool(match.group("sign")) != bool(match.group("inner"))
     scale = _SCALES.get(word.group(1).lower()) if word else None
-    value = _fraction(body) if scale else None
+    value = _parse_fraction(body) if scale else None
     if scale and value is not None:
         body = str(value * scale)
     return ("-" if negative else "") + body
 
 
-def _same(expected: str, given: str) -> bool:
-    if expected == given:
+def _are_equal(expected: str, actual: str) -> bool:
+    if expected == actual:
         return True
-    if not (_tame(expected) and _tame(given)):
+    if not (_is_cheap_to_evaluate(expected) and _is_cheap_to_evaluate(actual)):
         return False
     import sympy
     from math_verify import verify
@@ -146,35 +146,37 @@ def _same(expected: str, given: str) -> bool:
     # No time limits of the library's: they are alarms, which only a main thread may set, and a worker of
     # Ray's is none. `_tame` lets nothing through that takes long.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    value, found = _parsed(expected), _parsed(given)
-    if _fraction(expected) is not None and any(isinstance(f, sympy.Expr) and f.free_symbols for f in found):
+    value, found = _parse(expected), _parse(actual)
+    if _parse_fraction(expected) is not None and any(
+        isinstance(f, sympy.Expr) and f.free_symbols for f in found
+    ):
         return False  # no number, whatever it would come to when it is multiplied out
     return bool(verify(value, found, timeout_seconds=None))
 
 
-def _tame(text: str) -> bool:
+def _is_cheap_to_evaluate(text: str) -> bool:
     """Small enough to be worked out: no long text, no power in a power's exponent, no long exponents or
     factorials, no high power of a group in a text with letters or roots, which would be multiplied out."""
     text = text.replace("**", "^")
-    if len(text) > LONGEST or re.search(r"\d{4,}\s*!|[!)}]\s*!", text):
+    if len(text) > MAX_EXPRESSION_LENGTH or re.search(r"\d{4,}\s*!|[!)}]\s*!", text):
         return False
     multiplied_out = re.search("[a-zA-Z]", _ARITHMETIC.sub("", text)) is not None
     size = height = 1
     for match in re.finditer(r"\^\s*", text):
-        exponent = _group(text, match.end())
+        exponent = _exponent_group(text, match.end())
         power = max([1, *map(int, re.findall(r"\d+", exponent))])
         size *= power
         height *= power if text[: match.start()].rstrip()[-1:] in (")", "}", "]") else 1
         if "^" in exponent or "!" in exponent or text[match.end() + len(exponent) :].lstrip().startswith("^"):
             return False
-        if multiplied_out and height > HIGHEST:
+        if multiplied_out and height > MAX_POWER:
             return False
         if size > 100_000 or len(re.findall(r"\d+", exponent)) > 2:
             return False
     return True
 
 
-def _group(text: str, start: int) -> str:
+def _exponent_group(text: str, start: int) -> str:
     """The group in brackets or the one word that starts there."""
     depth = 0
     for end in range(start, len(text)):
@@ -185,21 +187,21 @@ def _group(text: str, start: int) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     import sympy
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    number = _fraction(text)
+    number = _parse_fraction(text)
     if number is not None:
         return [sympy.Rational(number.numerator, number.denominator)]
     settings = [LatexExtractionConfig(), ExprExtractionConfig()]
     return parse(f"${text.strip('$ ')}$", settings, parsing_timeout=None)  # type: ignore[arg-type]
 
 
-def _fraction(text: str) -> Fraction | None:
+def _parse_fraction(text: str) -> Fraction | None:
     """Plain numbers, fractions and mixed numbers without the library's grammar, which reads 3 1/2 as 3/2."""
     text = re.sub(
-        r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _slash, text
+        r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _format_fraction, text
     )
     parts = re.fullmatch(
         r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip()
@@ -213,5 +215,5 @@ def _fraction(text: str) -> Fraction | None:
     return -value if parts[1] else value
 
 
-def _slash(match: re.Match[str]) -> str:
+def _format_fraction(match: re.Match[str]) -> str:
     return f" {match[1] or match[2]}/{match[3] or match[4]}"

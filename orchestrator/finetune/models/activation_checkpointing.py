@@ -15,40 +15,40 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-RECOMPUTES = "recomputes_blocks"
+CHECKPOINTING_ATTRIBUTE = "recomputes_blocks"
 """An attribute of a model whose blocks are."""
 
 
-def recompute_blocks(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """From now on, for good. The blocks are those that transformers itself can recompute. Raises BadInput for
     a model without."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise BadInput(
+        raise UsageError(
             f"--gradient-checkpointing: {type(model).__name__} has no blocks that transformers can compute "
             "again; leave the option out."
         )
     for block in blocks:
-        block.forward = _recomputed(block)
-    setattr(model, RECOMPUTES, True)
+        block.forward = _checkpoint_forward(block)
+    setattr(model, CHECKPOINTING_ATTRIBUTE, True)
 
 
-def _recomputed(block: Any) -> Any:
+def _checkpoint_forward(block: Any) -> Any:
     """Return `block.forward` with its dropout masks and without what it keeps for backward."""
     forward = block.forward
 
-    def contexts() -> Any:
-        board = next((module.board for module in block.modules() if hasattr(module, "board")), None)
-        return (nullcontext(), nullcontext()) if board is None else board.recomputing()
+    def context_fn() -> Any:
+        state = next((m.adapter_state for m in block.modules() if hasattr(m, "adapter_state")), None)
+        return (nullcontext(), nullcontext()) if state is None else state.checkpoint_contexts()
 
     @wraps(forward)
-    def again(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # evaluation, generation
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
-    return again
+    return checkpointed_forward

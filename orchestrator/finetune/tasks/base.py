@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.sources.npm import Package
-from orchestrator.study.configuration import Dtype, ScheduleName, TaskChoice
-from orchestrator.util.errors import BadInput, nearest
+from orchestrator.finetune.sources.npm import NpmPackage
+from orchestrator.study.configuration import Dtype, LRScheduleName, TaskChoice
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-HELD_OUT: tuple[Split, ...] = ("validation", "test")
+HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
 
-NO_LOSS = -100
+IGNORE_INDEX = -100
 """The label of a position that carries no loss (torch's `ignore_index`)."""
 
 
@@ -57,13 +57,13 @@ class Example:
     prompt: str
     answer: str
     pair: str | None = None
-    truth: str | None = None
-    scored: Literal["both", "loss", "grade"] = "both"
+    reference: str | None = None
+    counts_in: Literal["both", "loss", "grade"] = "both"
     image: Image | None = None
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """Token ids with labels of the same length: `labels[i]` is `ids[i]` or NO_LOSS (not shifted; the loop
     shifts). The first `prompt_length` ids are the prompt, which is what generation starts from. `second`:
     where the second text of a pair begins, as the tokenizer marks it (its tokens are of type 1, those before
@@ -72,7 +72,7 @@ class Encoded:
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     prompt_length: int
-    second: int | None = None
+    second_segment_start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TaskDefaults:
     learning_rates: tuple[float, ...]
     warmup: float = 0.05
     dtype: Dtype = "float32"
-    schedule: ScheduleName = "cosine"
+    schedule: LRScheduleName = "cosine"
     weight_decay: float = 0.0
     base_dropout: Literal["on", "off"] = "off"
     """Whether the base's own dropout is on in training."""
@@ -110,7 +110,7 @@ class Task:
     default_model: ClassVar[str]
     numerics: ClassVar[int] = 1
     """Raised by hand when the encoding or the grading changes."""
-    answers: ClassVar[Literal["forced", "generated", "label", "value"]] = "generated"
+    output: ClassVar[Literal["forced", "generated", "label", "value"]] = "generated"
     """forced: an answer counts when the argmax at every label is right in one teacher-forced pass, which is
     greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
     `grade`. label: a head on the model says which of `labels` a text has (cross-entropy). value: a head says
@@ -129,10 +129,10 @@ class Task:
     """Of the drawing: from the most probable tokens that together have this probability."""
     stop: ClassVar[tuple[str, ...]] = ()
     """A generated answer ends before the first of these."""
-    graded: ClassVar[Literal["always", "at the end"]] = "always"
+    grade_at: ClassVar[Literal["always", "at the end"]] = "always"
     """at the end: answers are generated and graded at a fine-tune's last evaluation only; those on its way
     give the loss, which is all that early stopping looks at, for a small part of the time."""
-    package: ClassVar[Package | None] = None
+    package: ClassVar[NpmPackage | None] = None
     """What its data travel in, for `fetch-data`; None for a task that needs nothing fetched that way."""
     defaults: ClassVar[TaskDefaults]
 
@@ -152,66 +152,76 @@ class Task:
         together, in parallel."""
         return [self.grade(example, answer) for example, answer in zip(examples, answers, strict=True)]
 
-    def can_grade(self) -> None:
+    def check_can_grade(self) -> None:
         """Raises BadInput when this machine lacks what grading needs. Asked before the first answer is
         generated, which takes minutes."""
 
-    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+    def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
         """Prompt ids without loss, then answer ids and the end token with loss. The two texts are encoded
         apart, so that the prompt has the same ids in training and in generation; it begins with the token
         that the tokenizer puts before every text (BOS of Llama, Mistral and Gemma), if it puts one. For a
         task with a head: the prompt with the special tokens that the model knows around it; `target` says
         the rest."""
-        return self._together([example], tokenizer)[0]
+        return self._encode_default([example], tokenizer)[0]
 
-    def encode_all(self, examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+    def encode_all(self, examples: Sequence[Example], tokenizer: Any) -> list[EncodedExample]:
         """What `encode` gives for each. All together where `encode` is the usual one: a tokenizer that is
         given many texts works on all cores."""
         if type(self).encode is not Task.encode:
             return [self.encode(example, tokenizer) for example in examples]
-        return self._together(examples, tokenizer) if examples else []
+        return self._encode_default(examples, tokenizer) if examples else []
 
-    def _together(self, examples: Sequence[Example], tokenizer: Any) -> list[Encoded]:
+    def _encode_default(self, examples: Sequence[Example], tokenizer: Any) -> list[EncodedExample]:
         if self.has_head:
             if len({example.pair is None for example in examples}) > 1:  # a tokenizer takes one kind only
-                return [self._together([example], tokenizer)[0] for example in examples]
-            return self._texts(examples, tokenizer)
-        asked = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
-        said = tokenizer([example.answer for example in examples], add_special_tokens=False)["input_ids"]
+                return [self._encode_default([example], tokenizer)[0] for example in examples]
+            return self._encode_texts(examples, tokenizer)
+        prompt_ids = tokenizer([example.prompt for example in examples], add_special_tokens=False)[
+            "input_ids"
+        ]
+        answer_ids = tokenizer([example.answer for example in examples], add_special_tokens=False)[
+            "input_ids"
+        ]
         found = []
-        begin = _beginning(tokenizer)
-        for words_before, words in zip(asked, said, strict=True):
+        begin = _bos_ids(tokenizer)
+        for words_before, words in zip(prompt_ids, answer_ids, strict=True):
             prompt = [*begin, *words_before]
             answer = [*words, tokenizer.eos_token_id]
-            found.append(Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt)))
+            found.append(
+                EncodedExample((*prompt, *answer), (*[IGNORE_INDEX] * len(prompt), *answer), len(prompt))
+            )
         return found
 
-    def _texts(self, examples: Sequence[Example], tokenizer: Any, **cut: Any) -> list[Encoded]:
+    def _encode_texts(
+        self, examples: Sequence[Example], tokenizer: Any, **tokenizer_options: Any
+    ) -> list[EncodedExample]:
         """Texts, or pairs of them, with the special tokens that the model knows around them."""
         pairs = None if examples[0].pair is None else [example.pair for example in examples]
-        made = tokenizer([example.prompt for example in examples], pairs, **cut)
-        types = made.get("token_type_ids") if pairs is not None else None
+        encoding = tokenizer([example.prompt for example in examples], pairs, **tokenizer_options)
+        types = encoding.get("token_type_ids") if pairs is not None else None
         found = []
-        for number, ids in enumerate(map(tuple, made["input_ids"])):
-            second = None
+        for number, ids in enumerate(map(tuple, encoding["input_ids"])):
+            second_segment_start = None
             if types is not None and any(types[number]):
-                second = types[number].index(1)
-                if list(types[number]) != [0] * second + [1] * (len(ids) - second):
+                second_segment_start = types[number].index(1)
+                if list(types[number]) != [0] * second_segment_start + [1] * (
+                    len(ids) - second_segment_start
+                ):
                     kind = type(tokenizer).__name__
-                    raise BadInput(
+                    raise UsageError(
                         f"Task {self.name!r}: {kind} marks the tokens of two texts otherwise than by 0 for "
                         "the first and 1 for the second; take another model."
                     )
-            found.append(Encoded(ids, (NO_LOSS,) * len(ids), len(ids), second))
+            found.append(EncodedExample(ids, (IGNORE_INDEX,) * len(ids), len(ids), second_segment_start))
         return found
 
-    def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
+    def encode_truncated(self, example: Example, tokenizer: Any, max_length: int) -> EncodedExample:
         """A pair of texts that is longer than `most` tokens: the longer text loses its end first, then both
         in turn, as in GLUE's reference code; the special tokens stay. What a task's own `encode` gives is
         left as it is, and loses its end like a single text, unless the task gives this as well."""
         if type(self).encode is not Task.encode:
             return self.encode(example, tokenizer)
-        return self._texts([example], tokenizer, truncation="longest_first", max_length=most)[0]
+        return self._encode_texts([example], tokenizer, truncation="longest_first", max_length=max_length)[0]
 
     def pretrain_recipe(self) -> str:
         """Names everything that decides what `pretrain` makes; empty for a task without a base of its own.
@@ -231,28 +241,28 @@ class Task:
 
     @property
     def has_head(self) -> bool:
-        return self.answers in ("label", "value")
+        return self.output in ("label", "value")
 
     @property
-    def outputs(self) -> int:
+    def num_labels(self) -> int:
         """Of the head."""
-        return len(self.labels) if self.answers == "label" else 1
+        return len(self.labels) if self.output == "label" else 1
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
         neither."""
-        if self.answers == "label":
+        if self.output == "label":
             if example.answer not in self.labels:
-                hint = nearest(example.answer, self.labels)
-                raise BadInput(f"Task {self.name!r}: {example.answer!r} is no class. {hint}")
+                hint = suggest_nearest(example.answer, self.labels)
+                raise UsageError(f"Task {self.name!r}: {example.answer!r} is no class. {hint}")
             return self.labels.index(example.answer)
         try:
             value = float(example.answer)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value == NO_LOSS:
-            raise BadInput(
-                f"Task {self.name!r}: the answer {example.answer!r} must be a finite number, not {NO_LOSS}."
+        if not math.isfinite(value) or value == IGNORE_INDEX:
+            raise UsageError(
+                f"Task {self.name!r}: the answer {example.answer!r} must be a finite number, not {IGNORE_INDEX}."
             )
         return value
 
@@ -262,36 +272,38 @@ class Task:
         those too.
 
         Found once a process, as long as sizes, classes and the folder of data stay what they are."""
-        sizes = self._sizes()
-        key = (*sizes, self.labels, os.environ.get(hub_data.FOLDER))
-        known: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
-        if key not in known:
-            known[key] = self._named({s: self._first(s, n) for s, n in zip(SPLITS, sizes, strict=True)})
-        return known[key]
+        sizes = self._default_sizes()
+        key = (*sizes, self.labels, os.environ.get(hub_data.DATA_FOLDER_VARIABLE))
+        cached: dict[Any, str] = self.__dict__.setdefault("_revisions", {})
+        if key not in cached:
+            cached[key] = self._hash_examples(
+                {s: self._require_examples(s, n) for s, n in zip(SPLITS, sizes, strict=True)}
+            )
+        return cached[key]
 
-    def _first(self, split: Split, count: int) -> list[Example]:
+    def _require_examples(self, split: Split, count: int) -> list[Example]:
         """Return what `examples` gives. Raises BadInput when that is not `count` examples: a user's own task
         may give anything."""
         found = list(self.examples(split, count))
         for number, example in enumerate(found):
             if not isinstance(example, Example):
                 kind = type(example).__name__
-                raise BadInput(
+                raise UsageError(
                     f"Task {self.name!r}: {split} example {number} is a {kind}; must be an Example."
                 )
-        return enough(found, count, self.name, split)
+        return require_count(found, count, self.name, split)
 
-    def _sizes(self) -> tuple[int, int, int]:
+    def _default_sizes(self) -> tuple[int, int, int]:
         return self.defaults.train_size, self.defaults.validation_size, self.defaults.test_size
 
-    def _named(self, examples: Mapping[Split, Sequence[Example]]) -> str:
+    def _hash_examples(self, examples: Mapping[Split, Sequence[Example]]) -> str:
         """The revision, of the examples at the default sizes: a hash of JSON, written piece by piece."""
         found = hashlib.sha256()
         found.update(b"[[" if self.labels else b"[")
         for number, split in enumerate(SPLITS):
             found.update(b", [" if number else b"[")
             for place, example in enumerate(examples[split]):
-                found.update(f"{', ' if place else ''}{json.dumps(_content(example))}".encode())
+                found.update(f"{', ' if place else ''}{json.dumps(_hashed_fields(example))}".encode())
             found.update(b"]")
         found.update(f"], {json.dumps(self.labels)}]".encode() if self.labels else b"]")
         return found.hexdigest()[:16]
@@ -317,20 +329,20 @@ class Task:
     def load(self, choice: TaskChoice) -> dict[Split, Sequence[Example]]:
         """The examples of the three splits. Raises BadInput when the data that this machine makes are not the
         ones that `choice` names."""
-        wanted = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
-        usual = dict(zip(SPLITS, self._sizes(), strict=True))
-        found = {s: self._first(s, max(wanted[s], usual[s])) for s in SPLITS}
-        here = self._named({s: found[s][: usual[s]] for s in SPLITS})
-        if choice.revision != here:
-            raise BadInput(
+        sizes = dict(zip(SPLITS, (choice.train_size, choice.validation_size, choice.test_size), strict=True))
+        default_sizes = dict(zip(SPLITS, self._default_sizes(), strict=True))
+        found = {s: self._require_examples(s, max(sizes[s], default_sizes[s])) for s in SPLITS}
+        local_revision = self._hash_examples({s: found[s][: default_sizes[s]] for s in SPLITS})
+        if choice.revision != local_revision:
+            raise UsageError(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, this machine "
-                f"makes {here}. Examples have to be the same each time they are asked for (a seed for all "
+                f"makes {local_revision}. Examples have to be the same each time they are asked for (a seed for all "
                 "that is drawn), and versions the same on every machine."
             )
-        return {s: found[s][: wanted[s]] for s in SPLITS}
+        return {s: found[s][: sizes[s]] for s in SPLITS}
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _bos_ids(tokenizer: Any) -> list[int]:
     """The BOS token in a list where the tokenizer puts it before a text by itself, else an empty list."""
     bos = tokenizer.bos_token_id
     # Of an empty text the first token may be the end token that the tokenizer appends, which may be BOS too.
@@ -338,26 +350,26 @@ def _beginning(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and first(True) == [bos] != first(False) else []
 
 
-def _content(example: Example) -> tuple[object, ...]:
+def _hashed_fields(example: Example) -> tuple[object, ...]:
     """What of an example its task's revision names."""
     more: list[object] = [example.pair] if example.pair is not None else []
     if example.image is not None:
         more.append(example.image.digest)
-    if example.truth is not None or example.scored != "both":
-        more.append({"truth": example.truth, "scored": example.scored})
+    if example.reference is not None or example.counts_in != "both":
+        more.append({"truth": example.reference, "scored": example.counts_in})
     return (example.prompt, example.answer, *more)
 
 
-def enough(found: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
+def require_count(examples: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
     """The first `count`. Raises BadInput when there are fewer."""
-    if len(found) < count:
-        raise BadInput(f"Task {task!r} has {len(found)} {split} examples, {count} were asked for.")
-    return list(found[:count])
+    if len(examples) < count:
+        raise UsageError(f"Task {task!r} has {len(examples)} {split} examples, {count} were asked for.")
+    return list(examples[:count])
 
 
-def split_of(key: str, held_out: Sequence[Split] = HELD_OUT, parts: int = 5) -> Split:
+def hash_split(key: str, held_out_splits: Sequence[Split] = HELD_OUT_SPLITS, num_buckets: int = 5) -> Split:
     """The split that an item belongs to, by a hash of `key`, which is equal for items that are the same: one
     part in `parts` to each held-out split, the rest to train. Splits filled this way are disjoint at any size
     and never shift when another one grows."""
-    part = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % parts
-    return held_out[part] if part < len(held_out) else "train"
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % num_buckets
+    return held_out_splits[bucket] if bucket < len(held_out_splits) else "train"

@@ -13,16 +13,16 @@ from types import ModuleType
 from orchestrator.finetune.tasks import own_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.util import user_code
-from orchestrator.util.errors import BadInput, nearest
+from orchestrator.util.errors import UsageError, suggest_nearest
 
 
 def names() -> tuple[str, ...]:
     """The tasks that come with the project. Reads file names only."""
-    return tuple(sorted(_modules()))
+    return tuple(sorted(_module_names()))
 
 
 @lru_cache(maxsize=1)
-def _modules() -> dict[str, str]:
+def _module_names() -> dict[str, str]:
     """Return the full name of each task's module by the task's name."""
     files = Path(__file__).parent.glob("*/*.py")
     return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
@@ -33,50 +33,50 @@ def get(name: str) -> Task:
     under that path, which is then the task's name). Raises BadInput for a name or file that is none."""
     if name.endswith(".py"):
         # The full path: Ray's workers have working folders of their own.
-        return _in_file(Path(os.path.realpath(name)))
-    return _in_project(name)
+        return _load_user_task(Path(os.path.realpath(name)))
+    return _load_builtin_task(name)
 
 
 @lru_cache
-def _in_file(path: Path) -> Task:
-    module = _load_file(path)
-    with user_code.told(str(path), "cannot make its task"):
-        task = _only_task(module)
+def _load_user_task(path: Path) -> Task:
+    module = _import_file(path)
+    with user_code.report_user_errors(str(path), "cannot make its task"):
+        task = _instantiate_task(module)
         task.name = str(path)
         own_task.check(task)
     return task
 
 
 @lru_cache
-def _in_project(name: str) -> Task:
+def _load_builtin_task(name: str) -> Task:
     if name not in names():
-        raise BadInput(
-            f"Unknown task {name!r}. {nearest(name, names())} A path to a .py file with a task works too."
+        raise UsageError(
+            f"Unknown task {name!r}. {suggest_nearest(name, names())} A path to a .py file with a task works too."
         )
-    return _only_task(importlib.import_module(_modules()[name]))
+    return _instantiate_task(importlib.import_module(_module_names()[name]))
 
 
-def _load_file(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
-        raise BadInput(f"Task file {str(path)!r} does not exist. {nearest(path.stem, names())}")
+        raise UsageError(f"Task file {str(path)!r} does not exist. {suggest_nearest(path.stem, names())}")
     spec = importlib.util.spec_from_file_location(f"orchestrator_user_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up while it is made
-    with user_code.told(str(path), "does not import"):
+    with user_code.report_user_errors(str(path), "does not import"):
         spec.loader.exec_module(module)
     return module
 
 
-def _only_task(module: ModuleType) -> Task:
+def _instantiate_task(module: ModuleType) -> Task:
     found = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise BadInput(
+        raise UsageError(
             f"A task file holds exactly one subclass of Task, {module.__file__!r} has {len(found)}."
         )
     return found[0]()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 REPOSITORY = "nyu-mll/glue"
 REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 """Of its Parquet files."""
-RATES = (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
-BATCH = 32
-MOST_VALUE = 5
+LEARNING_RATES = (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
+BATCH_SIZE = 32
+MAX_VALUE = 5
 """Of STS-B's."""
 
 
-def published(train: int, validation: int, test: int, epochs: int = 10) -> TaskDefaults:
+def glue_defaults(train: int, validation: int, test: int, epochs: int = 10) -> TaskDefaults:
     """The study's settings: ten epochs of AdamW, of which it kept the best. `train`: of what is left when
     validation is cut off, a round number. A step is a batch, so an epoch has train / 32 of them."""
     return TaskDefaults(
         train_size=train,
         validation_size=validation,
         test_size=test,
-        steps=epochs * train // BATCH,
-        batch_size=BATCH,
+        steps=epochs * train // BATCH_SIZE,
+        batch_size=BATCH_SIZE,
         max_length=256,
         evaluations=10,
-        learning_rates=RATES,
+        learning_rates=LEARNING_RATES,
         warmup=0.03,
         schedule="linear",
         weight_decay=0.0,
@@ -48,75 +48,79 @@ def published(train: int, validation: int, test: int, epochs: int = 10) -> TaskD
     )
 
 
-class Glue(Task):
+class GlueTask(Task):
     """One of the nine. `floor`, on the dev set: the untrained head, of zeros, says class 0 of every text (the
     number 0 where it is to say values). By accuracy that is worth the share of class 0, which the best
     constant has or exceeds; by F1, Matthews' and Pearson's correlation it is worth 0."""
 
     subset: ClassVar[str]
-    texts: ClassVar[tuple[str, ...]]
+    text_columns: ClassVar[tuple[str, ...]]
     """The columns of the text, or of the pair."""
-    dev: ClassVar[str] = "validation"
+    dev_split: ClassVar[str] = "validation"
     default_model = "FacebookAI/roberta-base"
-    answers: ClassVar[Literal["forced", "generated", "label", "value"]] = "label"
+    output: ClassVar[Literal["forced", "generated", "label", "value"]] = "label"
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        rows = _rows(self, os.environ.get(hub_data.FOLDER), self.defaults.validation_size)
-        numbers = rows.of[split]
+        rows = _load_rows(self, os.environ.get(hub_data.DATA_FOLDER_VARIABLE), self.defaults.validation_size)
+        numbers = rows.row_numbers[split]
         if count > len(numbers):
-            raise BadInput(f"Task {self.name!r} has {len(numbers)} {split} examples, {count} were asked for.")
+            raise UsageError(
+                f"Task {self.name!r} has {len(numbers)} {split} examples, {count} were asked for."
+            )
         table = rows.dev if split == "test" else rows.train
-        *texts, labels = _columns(table, (*self.texts, "label"), numbers[:count])
-        said = [self._answer(value, number) for value, number in zip(labels, numbers, strict=False)]
+        *texts, labels = _columns(table, (*self.text_columns, "label"), numbers[:count])
+        answers = [self._format_answer(value, number) for value, number in zip(labels, numbers, strict=False)]
         prompts, *pairs = texts
         return [
             Example(prompt, answer, pair)
-            for prompt, answer, pair in zip(prompts, said, pairs[0] if pairs else [None] * count, strict=True)
+            for prompt, answer, pair in zip(
+                prompts, answers, pairs[0] if pairs else [None] * count, strict=True
+            )
         ]
 
-    def _answer(self, value: Any, number: int) -> str:
+    def _format_answer(self, value: Any, number: int) -> str:
         if self.labels:
             return self.labels[value]
-        if not 0 <= value <= MOST_VALUE:
-            raise BadInput(
+        if not 0 <= value <= MAX_VALUE:
+            raise UsageError(
                 f"Task {self.name!r}: row {number + 1} of {REPOSITORY} ({self.subset}): 'label' must be from "
-                f"0 to {MOST_VALUE}, it is {value}."
+                f"0 to {MAX_VALUE}, it is {value}."
             )
         return f"{value:.4g}"  # the data are float32 of such numbers
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _SplitRows:
     """The two tables, memory-mapped, and the numbers of the rows that a split has, in its order."""
 
     train: Dataset
     dev: Dataset
-    of: Mapping[Split, Sequence[int]]
+    row_numbers: Mapping[Split, Sequence[int]]
 
 
 @lru_cache(maxsize=2)
-def _rows(task: Glue, folder: str | None, held_out: int) -> _Rows:
+def _load_rows(task: GlueTask, folder: str | None, validation_size: int) -> _SplitRows:
     """Texts with the same first one stay together (a premise has three hypotheses in MNLI): they are put in
     the order of its hash, and validation takes the first of them, whole groups, until it has enough. Unlike
     `split_of`'s shares that leaves train a known number of rows, whatever the hashes. What stands in the dev
     set word for word belongs to no other split."""
-    columns: dict[str, hub_data.Kind] = dict.fromkeys(task.texts, str)
+    columns: dict[str, hub_data.CellType] = dict.fromkeys(task.text_columns, str)
     columns["label"] = range(len(task.labels)) if task.labels else float
     train, dev = (
-        hub_data.read(hub_data.Table(REPOSITORY, split, columns, task.subset, REVISION), task.name)
-        for split in ("train", task.dev)
+        hub_data.load_table(hub_data.Table(REPOSITORY, split, columns, task.subset, REVISION), task.name)
+        for split in ("train", task.dev_split)
     )
     _check_classes(task, train)
-    tested = set(zip(*_columns(dev, task.texts), strict=True))
+    test_texts = set(zip(*_columns(dev, task.text_columns), strict=True))
     groups: dict[str, list[int]] = {}
-    for number, row in enumerate(zip(*_columns(train, task.texts), strict=True)):
-        if row not in tested:
+    for number, row in enumerate(zip(*_columns(train, task.text_columns), strict=True)):
+        if row not in test_texts:
             groups.setdefault(row[0], []).append(number)
     validation: list[int] = []
     rest: list[int] = []
     for first in sorted(groups, key=lambda text: hashlib.sha256(f"{task.name}/{text}".encode()).digest()):
-        (rest if len(validation) >= held_out else validation).extend(groups[first])
-    return _Rows(train, dev, {"train": rest, "validation": validation, "test": range(len(dev))})
+        (rest if len(validation) >= validation_size else validation).extend(groups[first])
+    return _SplitRows(train, dev, {"train": rest, "validation": validation, "test": range(len(dev))})
 
 
 def _columns(
@@ -130,11 +134,11 @@ def _columns(
         yield (cells if numbers is None else cells.take(pa.array(numbers, pa.int64()))).to_pylist()
 
 
-def _check_classes(task: Glue, table: Dataset) -> None:
+def _check_classes(task: GlueTask, table: Dataset) -> None:
     """The hub's names of the classes, where the files have them."""
     names = getattr(table.features["label"], "names", None)
     if names is not None and tuple(names) != task.labels:
-        raise BadInput(
+        raise UsageError(
             f"Task {task.name!r}: {REPOSITORY} ({task.subset}) has the classes {', '.join(names)}, not "
             f"{', '.join(task.labels)}."
         )

@@ -18,20 +18,20 @@ import os
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
-from orchestrator.finetune.sources.hub_data import FOLDER, Table, read
-from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, Task, TaskDefaults, split_of
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE, Table, load_table
+from orchestrator.finetune.tasks.base import SPLITS, Example, Image, Split, Task, TaskDefaults, hash_split
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HELD_OUT = 10  # one training image in so many is for validation
+HASH_BUCKETS = 10  # one training image in so many is for validation
 COLUMNS = {"image": object, "label": int}
-RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+LEARNING_RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 """As published."""
 
 
-def defaults(train: int, validation: int, test: int) -> TaskDefaults:
+def image_defaults(train: int, validation: int, test: int) -> TaskDefaults:
     return TaskDefaults(
         train_size=train,
         validation_size=validation,
@@ -40,35 +40,39 @@ def defaults(train: int, validation: int, test: int) -> TaskDefaults:
         batch_size=64,
         max_length=0,
         evaluations=4,
-        learning_rates=RATES,
+        learning_rates=LEARNING_RATES,
         warmup=0.03,
         weight_decay=5e-4,
     )
 
 
-def numbered(classes: int) -> tuple[str, ...]:
+def numbered_classes(classes: int) -> tuple[str, ...]:
     """Classes by their number in the dataset: a head needs to know how many there are before any data are
     read, and data that have another number are refused."""
     return tuple(str(number) for number in range(classes))
 
 
-class HubImages(Task):
+class HubImageTask(Task):
     """A task gives its two tables, `labels`, `floor` (a class's mean share) and its defaults."""
 
     metric = "accuracy"
     default_model = "openai/clip-vit-base-patch16"
     inputs = "image"
-    answers = "label"
-    train: ClassVar[Table]
-    test: ClassVar[Table]
+    output = "label"
+    train_table: ClassVar[Table]
+    test_table: ClassVar[Table]
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        found = _all_examples(self.train, self.test, len(self.labels), self.name, os.environ.get(FOLDER))[
-            split
-        ]
+        found = _all_examples(
+            self.train_table,
+            self.test_table,
+            len(self.labels),
+            self.name,
+            os.environ.get(DATA_FOLDER_VARIABLE),
+        )[split]
         if count > len(found):
-            raise BadInput(
-                f"Task {self.name!r} has {len(found)} {split} examples in {self.train.repository}, {count} "
+            raise UsageError(
+                f"Task {self.name!r} has {len(found)} {split} examples in {self.train_table.repository}, {count} "
                 "were asked for."
             )
         return list(found[:count])
@@ -80,16 +84,16 @@ def _all_examples(
 ) -> dict[Split, tuple[Example, ...]]:
     """In the order of hashes: datasets lie class by class. `folder` is where `read` looks."""
     found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
-    found["test"] = _rows(test, classes, task)
+    found["test"] = _read_examples(test, classes, task)
     seen = {_digest(example) for example in found["test"]}
-    for example in _rows(train, classes, task):
+    for example in _read_examples(train, classes, task):
         if (digest := _digest(example)) not in seen:
             seen.add(digest)
-            found[split_of(digest, ("validation",), HELD_OUT)].append(example)
-    return {split: tuple(sorted(of, key=_order)) for split, of in found.items()}
+            found[hash_split(digest, ("validation",), HASH_BUCKETS)].append(example)
+    return {split: tuple(sorted(of, key=_sort_key)) for split, of in found.items()}
 
 
-def _order(example: Example) -> bytes:
+def _sort_key(example: Example) -> bytes:
     # Hashed again: split_of has picked the digests that begin alike.
     return hashlib.sha256(_digest(example).encode()).digest()
 
@@ -99,15 +103,15 @@ def _digest(example: Example) -> str:
     return example.image.digest
 
 
-def _rows(table: Table, classes: int, task: str) -> list[Example]:
+def _read_examples(table: Table, classes: int, task: str) -> list[Example]:
     """The rows, their images left where they lie: in the memory-mapped table."""
     from datasets import ClassLabel
     from datasets import Image as Column
 
-    data = read(table, task)
+    data = load_table(table, task)
     feature = data.features["label"]
     if isinstance(feature, ClassLabel) and feature.num_classes != classes:
-        raise BadInput(
+        raise UsageError(
             f"Task {task!r}: {table} has {feature.num_classes} classes, the task is for {classes}; take the "
             "dataset that it was written for."
         )
@@ -115,15 +119,19 @@ def _rows(table: Table, classes: int, task: str) -> list[Example]:
     found = []
     for row, label in enumerate(data["label"]):
         if not isinstance(label, int) or not 0 <= label < classes:
-            raise BadInput(
+            raise UsageError(
                 f"Task {task!r}: row {row} of {table} has label {label!r}, a class is a number from 0 to "
                 f"{classes - 1}."
             )
-        found.append(Example("", str(label), image=Image(f"Row {row} of {table}", partial(_file, data, row))))
+        found.append(
+            Example(
+                "", str(label), image=Image(f"Row {row} of {table}", partial(_read_image_file, data, row))
+            )
+        )
     return found
 
 
-def _file(data: Dataset, row: int) -> bytes:
+def _read_image_file(data: Dataset, row: int) -> bytes:
     image = data[row]["image"]
     if image["bytes"] is not None:
         return image["bytes"]

@@ -15,20 +15,22 @@ if TYPE_CHECKING:
     from orchestrator.finetune.sources.hub_data import Table
     from orchestrator.finetune.tasks.base import Example, Split
 
-ALPACA = (
+ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 """As in Stanford Alpaca, MetaMath's evaluation (`eval_gsm8k.py`) and PiSSA's `train.py`; each of them goes on
 in its own way after the colon."""
 
-RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The survey's eight, and three above by half decades (`tasks/metamathqa.py` says why)."""
 
 
-def defaults(train: int, validation: int, test: int, steps: int, **others: Any) -> TaskDefaults:
+def instruction_defaults(
+    train: int, validation: int, test: int, steps: int, **overrides: Any
+) -> TaskDefaults:
     """Those of a small model in bfloat16, in batches of 64 with 3 % of warm-up; `others` of TaskDefaults."""
-    usual: dict[str, Any] = {"max_length": 512, "learning_rates": RATES, "accumulation": 8}
+    usual: dict[str, Any] = {"max_length": 512, "learning_rates": LEARNING_RATES, "accumulation": 8}
     return TaskDefaults(
         train_size=train,
         validation_size=validation,
@@ -38,34 +40,34 @@ def defaults(train: int, validation: int, test: int, steps: int, **others: Any) 
         evaluations=5,
         warmup=0.03,
         dtype="bfloat16",
-        **usual | others,
+        **usual | overrides,
     )
 
 
-ROWS = 1000  # read at once
+READ_BATCH_SIZE = 1000  # read at once
 
 
-def rows(table: Table, task: str) -> Iterator[Mapping[str, Any]]:
+def read_rows(table: Table, task: str) -> Iterator[Mapping[str, Any]]:
     """Its rows, one after another. Raises BadInput as `hub_data.read` does."""
-    for part in hub_data.read(table, task).iter(batch_size=ROWS):
+    for part in hub_data.load_table(table, task).iter(batch_size=READ_BATCH_SIZE):
         columns = list(part)
         for values in zip(*part.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 
 
-Examples = Callable[["Split", int], "list[Example]"]
+ExamplesFunction = Callable[["Split", int], "list[Example]"]
 
 
-def read_once(read: Callable[[Split, int], Sequence[Example]]) -> Examples:
+def cached_by_data_folder(read: Callable[[Split, int], Sequence[Example]]) -> ExamplesFunction:
     """`read` with its last answers kept, for each folder of one's own data: a study asks for the same
     examples at every turn, and hub tables take seconds to read."""
 
     @lru_cache(maxsize=6)
-    def kept(folder: str | None, split: Split, count: int) -> tuple[Example, ...]:
+    def read_cached(folder: str | None, split: Split, count: int) -> tuple[Example, ...]:
         return tuple(read(split, count))
 
     @wraps(read)
-    def asked(split: Split, count: int) -> list[Example]:
-        return list(kept(os.environ.get(hub_data.FOLDER), split, count))
+    def wrapper(split: Split, count: int) -> list[Example]:
+        return list(read_cached(os.environ.get(hub_data.DATA_FOLDER_VARIABLE), split, count))
 
-    return asked
+    return wrapper

@@ -9,13 +9,13 @@ from typing import Any, get_args
 from orchestrator.finetune.tasks.base import SPLITS, Task, TaskDefaults
 from orchestrator.study import bounds, space
 from orchestrator.study.configuration import Dtype
-from orchestrator.util.errors import BadInput, nearest
+from orchestrator.util.errors import UsageError, suggest_nearest
 
-ANSWERS = ("forced", "generated", "label", "value")
+OUTPUTS = ("forced", "generated", "label", "value")
 INPUTS = ("text", "image")
-GRADED = ("always", "at the end")
-MOST_EXAMPLES = 1_000_000_000
-MOST_TOKENS = 10_000_000
+GRADE_AT = ("always", "at the end")
+MAX_EXAMPLES = 1_000_000_000
+MAX_TOKENS = 10_000_000
 
 
 def check(task: Task) -> None:
@@ -24,12 +24,12 @@ def check(task: Task) -> None:
     Raises:
         BadInput: Something is missing or wrong. The text names the first such thing.
     """
-    wrong = next(_wrong(task), None)
-    if wrong is not None:
-        raise BadInput(f"Task file {task.name!r}: {wrong}")
+    problem = next(_find_problems(task), None)
+    if problem is not None:
+        raise UsageError(f"Task file {task.name!r}: {problem}")
 
 
-def _wrong(task: Task) -> Iterator[str]:
+def _find_problems(task: Task) -> Iterator[str]:
     if type(task).examples is Task.examples:
         yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
     if not hasattr(task, "floor"):
@@ -39,79 +39,82 @@ def _wrong(task: Task) -> Iterator[str]:
     if not isinstance(task.metric, str) or task.metric in ("", "loss"):
         yield f"metric is {task.metric!r}; must be a name other than loss"
     for name, value, known in (
-        ("answers", task.answers, ANSWERS),
+        ("answers", task.output, OUTPUTS),
         ("inputs", task.inputs, INPUTS),
-        ("graded", task.graded, GRADED),
+        ("graded", task.grade_at, GRADE_AT),
     ):
         if value not in known:
-            yield f"{name} is {value!r}; {nearest(str(value), known)}"
-    if task.answers == "label" and len(set(task.labels)) < 2:
+            yield f"{name} is {value!r}; {suggest_nearest(str(value), known)}"
+    if task.output == "label" and len(set(task.labels)) < 2:
         yield f"labels is {task.labels!r}; must name two classes or more"
-    yield from (f"{name} is {getattr(task, name)!r}; {rule}" for name, rule in _broken(task, _of_task(task)))
+    yield from (
+        f"{name} is {getattr(task, name)!r}; {rule}"
+        for name, rule in _find_broken_rules(task, _task_rules(task))
+    )
     if isinstance(task.stop, str) or not all(isinstance(word, str) and word for word in task.stop):
         yield f"stop is {task.stop!r}; must be a tuple of texts that are not empty"
     defaults = getattr(task, "defaults", None)
     if not isinstance(defaults, TaskDefaults):
-        is_there = "the task has no defaults" if defaults is None else f"defaults is {defaults!r}"
+        problem = "the task has no defaults" if defaults is None else f"defaults is {defaults!r}"
         fields = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
-        yield f"{is_there}; add defaults = TaskDefaults({fields}, ...)"
+        yield f"{problem}; add defaults = TaskDefaults({fields}, ...)"
         return
     yield from (
         f"{name} is {getattr(defaults, name)!r}; {rule}"
-        for name, rule in _broken(defaults, _of_defaults(task))
+        for name, rule in _find_broken_rules(defaults, _default_rules(task))
     )
     if not defaults.learning_rates:
         yield f"learning_rates is {defaults.learning_rates!r}; must have 1 rate or more"
-    if (count := len(defaults.learning_rates)) > bounds.POINTS:
-        yield f"learning_rates has {count} rates; must have {bounds.POINTS} or fewer"
+    if (count := len(defaults.learning_rates)) > bounds.MAX_POINTS:
+        yield f"learning_rates has {count} rates; must have {bounds.MAX_POINTS} or fewer"
     for rate in defaults.learning_rates:
-        if rule := _rule(space.HYPERPARAMETERS["learning_rate"], rate):
+        if rule := _broken_rule(space.HYPERPARAMETERS["learning_rate"], rate):
             yield f"learning_rates has {rate!r}; {rule}"
 
 
-def _of_task(task: Task) -> dict[str, space.Hyperparameter]:
+def _task_rules(task: Task) -> dict[str, space.Hyperparameter]:
     """Return the rules of what a task itself says in numbers."""
     found = {
-        "numerics": space.count("batches", "numerics", MOST_EXAMPLES),
-        "samples": space.count("batches", "samples", MOST_EXAMPLES),
-        "temperature": space.Hyperparameter("batches", "temperature", open_below=False),
-        "top_p": space.Hyperparameter("batches", "top_p", most=1, open_above=False),
+        "numerics": space.int_hyperparameter("batches", "numerics", MAX_EXAMPLES),
+        "samples": space.int_hyperparameter("batches", "samples", MAX_EXAMPLES),
+        "temperature": space.Hyperparameter("batches", "temperature", low_exclusive=False),
+        "top_p": space.Hyperparameter("batches", "top_p", high=1, high_exclusive=False),
     }
-    if task.answers == "generated":
-        found["max_new_tokens"] = space.count("batches", "max_new_tokens", MOST_TOKENS)
+    if task.output == "generated":
+        found["max_new_tokens"] = space.int_hyperparameter("batches", "max_new_tokens", MAX_TOKENS)
     return found
 
 
-def _of_defaults(task: Task) -> dict[str, space.Hyperparameter]:
+def _default_rules(task: Task) -> dict[str, space.Hyperparameter]:
     """Return the rules of a task's defaults."""
-    most = {
-        "train_size": MOST_EXAMPLES,
-        "validation_size": MOST_EXAMPLES,
-        "test_size": MOST_EXAMPLES,
-        "steps": bounds.STEPS,
-        "batch_size": bounds.BATCH_SIZE,
-        "evaluations": bounds.EVALUATIONS,
-        "accumulation": bounds.BATCH_SIZE,
-        **({"max_length": MOST_TOKENS} if task.inputs == "text" else {}),
+    limits = {
+        "train_size": MAX_EXAMPLES,
+        "validation_size": MAX_EXAMPLES,
+        "test_size": MAX_EXAMPLES,
+        "steps": bounds.MAX_STEPS,
+        "batch_size": bounds.MAX_BATCH_SIZE,
+        "evaluations": bounds.MAX_EVALUATIONS,
+        "accumulation": bounds.MAX_BATCH_SIZE,
+        **({"max_length": MAX_TOKENS} if task.inputs == "text" else {}),
     }
     return {
-        **{name: space.count("batches", name, limit) for name, limit in most.items()},
+        **{name: space.int_hyperparameter("batches", name, limit) for name, limit in limits.items()},
         **{name: space.HYPERPARAMETERS[name] for name in ("warmup", "schedule", "weight_decay")},
-        "dtype": space.Hyperparameter("batches", "dtype", words=get_args(Dtype)),
-        "base_dropout": space.Hyperparameter("batches", "base_dropout", words=("on", "off")),
+        "dtype": space.Hyperparameter("batches", "dtype", choices=get_args(Dtype)),
+        "base_dropout": space.Hyperparameter("batches", "base_dropout", choices=("on", "off")),
     }
 
 
-def _broken(of: object, rules: Mapping[str, space.Hyperparameter]) -> Iterator[tuple[str, str]]:
+def _find_broken_rules(owner: object, rules: Mapping[str, space.Hyperparameter]) -> Iterator[tuple[str, str]]:
     """Yield name and rule of each attribute that breaks its rule."""
     for name, known in rules.items():
-        if rule := _rule(known, getattr(of, name)):
+        if rule := _broken_rule(known, getattr(owner, name)):
             yield name, rule
 
 
-def _rule(known: space.Hyperparameter, value: Any) -> str | None:
-    if known.words or _is_finite(value):
-        return known.rule(value)
+def _broken_rule(hyperparameter: space.Hyperparameter, value: Any) -> str | None:
+    if hyperparameter.choices or _is_finite(value):
+        return hyperparameter.find_violation(value)
     return "must be a finite number"
 
 

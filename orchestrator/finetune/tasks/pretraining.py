@@ -40,7 +40,7 @@ class Recipe:
 
 
 @contextmanager
-def repeatable(seed: int) -> Iterator[None]:
+def deterministic(seed: int) -> Iterator[None]:
     """During it torch draws from `seed`, on one thread: the order in which threads add up would change the
     last bits of the weights, and so the base's content."""
     import torch
@@ -59,7 +59,7 @@ def fit(
     model: Any,
     recipe: Recipe,
     batches: Iterable[T],
-    loss_of: Callable[[T], torch.Tensor],
+    compute_loss: Callable[[T], torch.Tensor],
     name: str,
     progress: Callable[[str], None],
 ) -> Any:
@@ -69,9 +69,9 @@ def fit(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, recipe))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     for step, batch in enumerate(batches, start=1):
-        loss = loss_of(batch)
+        loss = compute_loss(batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -82,20 +82,20 @@ def fit(
     return model.eval()
 
 
-def _cosine(step: int, recipe: Recipe) -> float:
+def _lr_factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     past = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
 
 
-def word_tokenizer(words: Sequence[str], **special: str) -> Any:
+def word_tokenizer(words: Sequence[str], **special_tokens: str) -> Any:
     """One token a word, as a transformers tokenizer; `special`: pad_token and the like, all in `words`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=None))
-    known.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=known, clean_up_tokenization_spaces=False, model_max_length=64, **special
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, model_max_length=64, **special_tokens
     )

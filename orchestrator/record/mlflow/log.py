@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.record.mlflow import run_content
-from orchestrator.record.mlflow.tracking_uri import damage, shown, sqlite_path
+from orchestrator.record.mlflow.tracking_uri import find_damage, redact_uri, sqlite_path
 from orchestrator.record.schema import Record
 from orchestrator.util import atomic_files
 
@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-ARTIFACTS = "mlflow-artifacts"
-_METRICS_A_CALL = 1000
-_PARAMS_A_CALL = 100
+ARTIFACTS_FOLDER = "mlflow-artifacts"
+_METRICS_PER_CALL = 1000
+_PARAMS_PER_CALL = 100
 # Errors that another try of the same request will meet again.
-_LASTING = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
-_SETTINGS = {
+_PERMANENT_ERROR_CODES = (
+    "INVALID_PARAMETER_VALUE",
+    "BAD_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+)
+_MLFLOW_ENVIRONMENT = {
     # MLflow repeats a failed request for minutes, `create_run` too, which makes two runs when only the answer
     # was lost. Whoever calls us tries again, and looks first at what is there.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -42,31 +47,31 @@ _SETTINGS = {
 }
 
 
-class TrackingDown(Exception):
+class TrackingUnavailableError(Exception):
     """MLflow's server or database does not answer. Nothing is lost: the store has the records."""
 
 
-class TrackingDamaged(TrackingDown):
+class TrackingDamagedError(TrackingUnavailableError):
     """MLflow's SQLite file is damaged. Waiting does not help: it has to be rebuilt from the store."""
 
 
 @dataclass
-class _Child:
-    run: str
-    identity: str
-    complete: bool
-    latest: Mapping[str, float] = field(default_factory=dict)
+class _ChildRun:
+    run_id: str
+    record_version: str
+    is_complete: bool
+    latest_metrics: Mapping[str, float] = field(default_factory=dict)
     """The last value of each of its metrics."""
 
 
 @dataclass
-class _Study:
-    experiment: str
-    parent: str
-    children: dict[str, _Child]
+class _StudyRun:
+    experiment_id: str
+    parent_run_id: str
+    children: dict[str, _ChildRun]
 
 
-class MlflowLog:
+class MlflowLogger:
     """Writes studies to `tracking_uri`. Artifacts go to `artifact_root`; without one, to a folder beside a
     SQLite file, or to where a server keeps them. Every method raises TrackingDown when MLflow does not
     answer; a later call starts from what is there then."""
@@ -75,17 +80,17 @@ class MlflowLog:
         self.tracking_uri = tracking_uri
         self._database = sqlite_path(tracking_uri)
         if artifact_root is None and self._database is not None:
-            artifact_root = self._database.parent / ARTIFACTS
-        self._artifacts = artifact_root
-        self._asked: dict[str, tuple[str, Mapping[str, str]]] = {}
-        self._studies: dict[str, _Study] = {}
+            artifact_root = self._database.parent / ARTIFACTS_FOLDER
+        self._artifact_root = artifact_root
+        self._study_descriptions: dict[str, tuple[str, Mapping[str, str]]] = {}
+        self._studies: dict[str, _StudyRun] = {}
 
     def ensure_study(self, name: str, question: str, tags: Mapping[str, str] | None = None) -> str:
         """The id of the study's parent run, created if need be and set RUNNING, with its tags as given."""
-        self._asked[name] = (question, dict(tags or {}))
-        with self._answering():
-            self._studies[name] = self._open(name)
-            return self._studies[name].parent
+        self._study_descriptions[name] = (question, dict(tags or {}))
+        with self._convert_errors():
+            self._studies[name] = self._open_study(name)
+            return self._studies[name].parent_run_id
 
     def log_records(
         self,
@@ -102,99 +107,103 @@ class MlflowLog:
         is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as artifact "adapter".
         `ensure_study` comes first, once.
         """
-        if study not in self._asked:
+        if study not in self._study_descriptions:
             raise ValueError(f"ensure_study({study!r}) comes first")
         written = 0
         for record in records:
-            with self._answering():
+            with self._convert_errors():
                 if study not in self._studies:
-                    self._studies[study] = self._open(study)
+                    self._studies[study] = self._open_study(study)
                 folder = (artifacts or {}).get(record.fingerprint)
-                written += self._write(study, record, record.fingerprint in reused, folder)
+                written += self._log_record(study, record, record.fingerprint in reused, folder)
         return written
 
-    def finish_study(self, parent: str, status: str = "FINISHED", report: Sequence[Path] = ()) -> None:
+    def finish_study(
+        self, parent_run_id: str, status: str = "FINISHED", report_files: Sequence[Path] = ()
+    ) -> None:
         """Ends the parent run: FINISHED, FAILED or KILLED. The files of `report` become its artifacts."""
-        with self._answering():
-            for path in report:
-                self._client.log_artifact(parent, str(path))
-            self._client.set_terminated(parent, status)
+        with self._convert_errors():
+            for path in report_files:
+                self._client.log_artifact(parent_run_id, str(path))
+            self._client.set_terminated(parent_run_id, status)
 
-    def _write(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:
-        known = self._studies[study]
-        child = known.children.get(record.fingerprint)
-        if child is not None and not _says(child, record):
-            self._delete(child.run)
-            del known.children[record.fingerprint]
+    def _log_record(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:
+        study_run = self._studies[study]
+        child = study_run.children.get(record.fingerprint)
+        if child is not None and not _is_up_to_date(child, record):
+            self._delete_run(child.run_id)
+            del study_run.children[record.fingerprint]
             child = None
-        if child is not None and child.complete:
+        if child is not None and child.is_complete:
             return False
-        start, end = run_content.times(record)
+        start, end = run_content.time_range(record)
         if child is None:
-            tags = run_content.tags(record, study, known.parent, reused)
-            run = self._client.create_run(known.experiment, start, tags, run_content.name(record))
-            child = _Child(run.info.run_id, tags["record"], complete=False)
-            known.children[record.fingerprint] = child
+            tags = run_content.tags(record, study, study_run.parent_run_id, reused)
+            run = self._client.create_run(study_run.experiment_id, start, tags, run_content.run_name(record))
+            child = _ChildRun(run.info.run_id, tags["record"], is_complete=False)
+            study_run.children[record.fingerprint] = child
         metrics, params = run_content.metrics(record), run_content.params(record)
-        for first in range(0, max(1, len(metrics)), _METRICS_A_CALL):
+        for first in range(0, max(1, len(metrics)), _METRICS_PER_CALL):
             self._client.log_batch(
-                child.run,
-                metrics=metrics[first : first + _METRICS_A_CALL],
-                params=params[:_PARAMS_A_CALL] if first == 0 else (),
+                child.run_id,
+                metrics=metrics[first : first + _METRICS_PER_CALL],
+                params=params[:_PARAMS_PER_CALL] if first == 0 else (),
             )
-        for first in range(_PARAMS_A_CALL, len(params), _PARAMS_A_CALL):
-            self._client.log_batch(child.run, params=params[first : first + _PARAMS_A_CALL])
-        self._client.log_inputs(child.run, run_content.datasets(record))
+        for first in range(_PARAMS_PER_CALL, len(params), _PARAMS_PER_CALL):
+            self._client.log_batch(child.run_id, params=params[first : first + _PARAMS_PER_CALL])
+        self._client.log_inputs(child.run_id, run_content.datasets(record))
         if folder is not None and folder.is_dir():
-            self._client.log_artifacts(child.run, str(folder), "adapter")
-        self._client.set_terminated(child.run, run_content.STATUS[record.state], end)
-        child.complete, child.latest = True, run_content.latest(record)
+            self._client.log_artifacts(child.run_id, str(folder), "adapter")
+        self._client.set_terminated(child.run_id, run_content.STATUS[record.state], end)
+        child.is_complete, child.latest_metrics = True, run_content.latest_metrics(record)
         return True
 
-    def _open(self, name: str) -> _Study:
+    def _open_study(self, name: str) -> _StudyRun:
         """Finds or makes the study's experiment and parent run, and reads which children there are."""
         from mlflow.entities import RunTag
 
-        question, tags = self._asked[name]
-        tags = {"study": name, "role": "study", run_content.NOTE: question, **tags}
-        experiment = self._experiment(name)
-        parent, children = "", dict[str, _Child]()
-        for run in self._runs(experiment):
-            found = run.data.tags
-            if found.get("role") == "study":
+        question, tags = self._study_descriptions[name]
+        tags = {"study": name, "role": "study", run_content.NOTE_TAG: question, **tags}
+        experiment = self._ensure_experiment(name)
+        parent, children = "", dict[str, _ChildRun]()
+        for run in self._search_runs(experiment):
+            run_tags = run.data.tags
+            if run_tags.get("role") == "study":
                 parent = parent or run.info.run_id
-            elif found.get("study") == name and "fingerprint" in found:
-                if found["fingerprint"] in children:  # of two drivers that wrote at once; the older one stays
-                    self._delete(run.info.run_id)
+            elif run_tags.get("study") == name and "fingerprint" in run_tags:
+                if (
+                    run_tags["fingerprint"] in children
+                ):  # of two drivers that wrote at once; the older one stays
+                    self._delete_run(run.info.run_id)
                     continue
                 complete = run.info.status in ("FINISHED", "FAILED")
-                child = _Child(run.info.run_id, found.get("record", ""), complete, run.data.metrics)
-                children[found["fingerprint"]] = child
+                child = _ChildRun(run.info.run_id, run_tags.get("record", ""), complete, run.data.metrics)
+                children[run_tags["fingerprint"]] = child
         if parent:
             self._client.log_batch(parent, tags=[RunTag(key, value) for key, value in tags.items()])
             self._client.update_run(parent, "RUNNING")
         else:
             parent = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        return _Study(experiment, parent, children)
+        return _StudyRun(experiment, parent, children)
 
-    def _experiment(self, name: str) -> str:
+    def _ensure_experiment(self, name: str) -> str:
         """The id of the study's experiment, made if need be."""
         from mlflow import MlflowException
 
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            location = (self._artifacts / name).resolve().as_uri() if self._artifacts else None
+            location = (self._artifact_root / name).resolve().as_uri() if self._artifact_root else None
             try:
                 return self._client.create_experiment(name, location)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                return self._experiment(name)  # by another driver, just now
+                return self._ensure_experiment(name)  # by another driver, just now
         if found.lifecycle_stage == "deleted":  # its name stays taken until it is purged
             self._client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
-    def _runs(self, experiment: str) -> Iterator[Run]:
+    def _search_runs(self, experiment: str) -> Iterator[Run]:
         """All runs that are not deleted, oldest first."""
         token = None
         while True:
@@ -208,7 +217,7 @@ class MlflowLog:
 
     @cached_property
     def _client(self) -> MlflowClient:
-        for name, value in _SETTINGS.items():
+        for name, value in _MLFLOW_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
@@ -216,39 +225,39 @@ class MlflowLog:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
-            _make_database(self._database)
+            _create_database(self._database)
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
-    def _refuse_damage(self, every_page: bool = False) -> None:
+    def _raise_if_damaged(self, every_page: bool = False) -> None:
         """Raise TrackingDamaged if MLflow's SQLite file is damaged. `every_page`: see `damage`."""
-        if self._database is not None and (why := damage(self._database, every_page)):
-            raise TrackingDamaged(shown(f"{self.tracking_uri}: the file is damaged ({why})"))
+        if self._database is not None and (why := find_damage(self._database, every_page)):
+            raise TrackingDamagedError(redact_uri(f"{self.tracking_uri}: the file is damaged ({why})"))
 
-    def _delete(self, run: str) -> None:
+    def _delete_run(self, run_id: str) -> None:
         """Delete a child run, in a database permanently, with its artifacts.
 
         MLflow's client only marks a run as deleted. `_hard_delete_run`, which `mlflow gc` uses, removes it. A
         server does not offer that: the marked run stays there until somebody runs `mlflow gc`.
         """
-        self._client.delete_run(run)
+        self._client.delete_run(run_id)
         store = self._client._tracking_client.store
         if hasattr(store, "_hard_delete_run"):
-            store._hard_delete_run(run)
-            if self._artifacts is not None:
-                for folder in self._artifacts.glob(f"*/{run}"):
+            store._hard_delete_run(run_id)
+            if self._artifact_root is not None:
+                for folder in self._artifact_root.glob(f"*/{run_id}"):
                     shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def _convert_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             # A request whose answer was lost may have been carried out: look at what is there first.
             self._studies.clear()
-            self._refuse_damage(every_page=True)
-            if _is_down(error):
+            self._raise_if_damaged(every_page=True)
+            if _is_unavailable(error):
                 first = _first_line(error)
-                raise TrackingDown(shown(f"{self.tracking_uri}: {first}")) from error
+                raise TrackingUnavailableError(redact_uri(f"{self.tracking_uri}: {first}")) from error
             raise
 
 
@@ -261,15 +270,15 @@ def _first_line(error: Exception) -> str:
     return said.splitlines()[0]
 
 
-def _says(child: _Child, record: Record) -> bool:
+def _is_up_to_date(child: _ChildRun, record: Record) -> bool:
     """Tell whether a child is of this record and, if it is complete, has the record's last values."""
-    if child.identity != run_content.identity(record):
+    if child.record_version != run_content.record_version(record):
         return False
-    wanted = run_content.latest(record) if child.complete else {}
-    return all(child.latest.get(key) == value for key, value in wanted.items())
+    wanted = run_content.latest_metrics(record) if child.is_complete else {}
+    return all(child.latest_metrics.get(key) == value for key, value in wanted.items())
 
 
-def _make_database(path: Path) -> None:
+def _create_database(path: Path) -> None:
     """Makes MLflow's SQLite file, whole or not at all.
 
     Processes that meet a fresh file at once break each other's migrations, and one that is killed in its
@@ -278,7 +287,7 @@ def _make_database(path: Path) -> None:
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_files.locked(path.parent):
+    with atomic_files.lock_folder(path.parent):
         if path.exists():
             return
         new = path.with_name(f".{path.name}.new")
@@ -288,10 +297,10 @@ def _make_database(path: Path) -> None:
         os.replace(new, path)
 
 
-def _is_down(error: Exception) -> bool:
+def _is_unavailable(error: Exception) -> bool:
     from mlflow import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     if isinstance(error, MlflowException):
-        return error.error_code not in _LASTING
+        return error.error_code not in _PERMANENT_ERROR_CODES
     return isinstance(error, OSError | SQLAlchemyError)  # those of `requests` are OSErrors

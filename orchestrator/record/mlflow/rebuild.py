@@ -13,17 +13,17 @@ from collections.abc import Collection, Mapping
 from itertools import count
 from pathlib import Path
 
-from orchestrator.record.mlflow.log import ARTIFACTS
-from orchestrator.record.mlflow.tracking_uri import shown, sqlite_path
-from orchestrator.record.scratch import is_held
+from orchestrator.record.mlflow.log import ARTIFACTS_FOLDER
+from orchestrator.record.mlflow.tracking_uri import redact_uri, sqlite_path
+from orchestrator.record.scratch import is_locked
 from orchestrator.record.study_file import StudyFile
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-JOURNALS = ("-journal", "-wal", "-shm")
+JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 """Endings of the files that SQLite keeps beside a database. It would apply old ones to the new database."""
 
 
-def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, str]) -> list[Path]:
+def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, str]) -> list[Path]:
     """Move the SQLite files of these studies, and the studies' artifacts, into new folders beside them.
 
     Args:
@@ -36,36 +36,36 @@ def set_aside(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, 
     Raises:
         BadInput: no study logs to a SQLite file, or a study that does is running now.
     """
-    of_file: dict[Path, list[str]] = {}
+    studies_by_database: dict[Path, list[str]] = {}
     for name, uri in uris.items():
         database = sqlite_path(uri)
         if database is not None:
-            of_file.setdefault(database, []).append(name)
-            if is_held(studies[name][0] / ".lock"):
-                raise BadInput(
+            studies_by_database.setdefault(database, []).append(name)
+            if is_locked(studies[name][0] / ".lock"):
+                raise UsageError(
                     f"--rebuild: study {name!r} is running and logs to {database}; wait for its end"
                 )
-    if not of_file:
-        others = ", ".join(sorted({shown(uri) for uri in uris.values()})) or "there is no study"
-        raise BadInput(
+    if not studies_by_database:
+        others = ", ".join(sorted({redact_uri(uri) for uri in uris.values()})) or "there is no study"
+        raise UsageError(
             f"--rebuild: it rebuilds SQLite files, and no study logs to one ({others}); leave it out"
         )
-    return [_move(file, names) for file, names in of_file.items() if file.exists()]
+    return [_archive_database(file, names) for file, names in studies_by_database.items() if file.exists()]
 
 
-def _move(database: Path, studies: Collection[str]) -> Path:
+def _archive_database(database: Path, studies: Collection[str]) -> Path:
     """Move one SQLite file and the artifacts of its studies. Returns the folder that holds them now."""
     names = (database.with_name(f"{database.name}.old-{number}") for number in count(1))
-    aside = next(name for name in names if not name.exists())
-    aside.mkdir()
+    archive = next(name for name in names if not name.exists())
+    archive.mkdir()
     for study in studies:
-        artifacts = database.parent / ARTIFACTS / study
+        artifacts = database.parent / ARTIFACTS_FOLDER / study
         if artifacts.is_dir():
-            (aside / ARTIFACTS).mkdir(exist_ok=True)
-            artifacts.rename(aside / ARTIFACTS / study)
-    for journal in JOURNALS:
+            (archive / ARTIFACTS_FOLDER).mkdir(exist_ok=True)
+            artifacts.rename(archive / ARTIFACTS_FOLDER / study)
+    for journal in JOURNAL_SUFFIXES:
         file = database.with_name(database.name + journal)
         if file.exists():
-            file.rename(aside / file.name)
-    database.rename(aside / database.name)  # last: until then the command can be repeated
-    return aside
+            file.rename(archive / file.name)
+    database.rename(archive / database.name)  # last: until then the command can be repeated
+    return archive

@@ -10,23 +10,23 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from orchestrator.record.schema import Record, Step
+from orchestrator.record.schema import Record, StepMetrics
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric, Param
 
 STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
-NOTE = "mlflow.note.content"
-_LONGEST = 5000  # characters of a tag; MySQL keeps no more
-_DIGEST = 36  # characters of a dataset's digest that MLflow keeps
+NOTE_TAG = "mlflow.note.content"
+_MAX_TAG_LENGTH = 5000  # characters of a tag; MySQL keeps no more
+_MAX_DIGEST_LENGTH = 36  # characters of a dataset's digest that MLflow keeps
 
 
-def identity(record: Record) -> str:
+def record_version(record: Record) -> str:
     """Tells two records of one configuration apart: a child with another identity is out of date."""
     return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
 
 
-def name(record: Record) -> str:
+def run_name(record: Record) -> str:
     configuration = record.configuration
     return (
         f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
@@ -41,7 +41,7 @@ def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str
         "mlflow.parentRunId": parent,
         "study": study,
         "fingerprint": record.fingerprint,
-        "record": identity(record),
+        "record": record_version(record),
         "state": record.state,
         "variant": configuration.variant.name,
         "axis": _axis(configuration.variant.name),
@@ -54,8 +54,8 @@ def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str
         made = datetime.fromtimestamp(provenance.ended, UTC)
         found["reused_from"] = f"{made:%Y-%m-%d %H:%M:%S} UTC, commit {provenance.commit}"
     if record.reason or record.traceback:
-        code = f"\n\n```\n{record.traceback[-(_LONGEST - 1000) :]}\n```" if record.traceback else ""
-        found[NOTE] = record.reason[:900] + code
+        code = f"\n\n```\n{record.traceback[-(_MAX_TAG_LENGTH - 1000) :]}\n```" if record.traceback else ""
+        found[NOTE_TAG] = record.reason[:900] + code
     return found
 
 
@@ -68,7 +68,7 @@ def _axis(variant: str) -> str:
         return "unknown"
 
 
-def times(record: Record) -> tuple[int, int]:
+def time_range(record: Record) -> tuple[int, int]:
     """Start and end in milliseconds since the epoch; MLflow takes 0 for "now"."""
     start = max(1, round(record.provenance.started * 1000))
     return start, max(start, round(record.provenance.ended * 1000))
@@ -77,10 +77,12 @@ def times(record: Record) -> tuple[int, int]:
 def params(record: Record) -> list[Param]:
     from mlflow.entities import Param
 
-    return [Param(_key(k), str(v)) for k, v in record.configuration.flat().items() if v is not None]
+    return [
+        Param(_mlflow_key(k), str(v)) for k, v in record.configuration.to_columns().items() if v is not None
+    ]
 
 
-def _key(name: str) -> str:
+def _mlflow_key(name: str) -> str:
     """A name that MLflow takes: a task may call its score "hits@10"."""
     return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
@@ -93,24 +95,24 @@ def metrics(record: Record) -> list[Metric]:
     """
     from mlflow.entities import Metric
 
-    start, end = times(record)
+    start, end = time_range(record)
 
-    def at(step: int) -> int:  # steps take about equally long
+    def timestamp_at_step(step: int) -> int:  # steps take about equally long
         return start + round((end - start) * min(1.0, step / max(1, record.steps)))
 
     return [
-        Metric(_key(key), value if math.isfinite(value) else math.nan, at(step), step)
-        for key, step, value in _values(record, record.curve)
+        Metric(_mlflow_key(key), value if math.isfinite(value) else math.nan, timestamp_at_step(step), step)
+        for key, step, value in _metric_values(record, record.curve)
     ]
 
 
-def latest(record: Record) -> dict[str, float]:
+def latest_metrics(record: Record) -> dict[str, float]:
     """Return the last value of each metric of which it is finite: what MLflow's tables show of a run."""
-    last = {_key(key): value for key, _, value in _values(record, record.curve[-1:])}
+    last = {_mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
     return {key: value for key, value in last.items() if math.isfinite(value)}
 
 
-def _values(record: Record, curve: Sequence[Step]) -> Iterator[tuple[str, int, float]]:
+def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tuple[str, int, float]]:
     for step in curve:
         yield "train_loss", step.step, step.loss
         yield "learning_rate", step.step, step.learning_rate
@@ -140,6 +142,6 @@ def datasets(record: Record) -> list[DatasetInput]:
     for split, context in (("train", "training"), ("validation", "validation"), ("test", "test")):
         source = CodeDatasetSource({"task": task.name, "revision": task.revision, "split": split})
         name = f"{task.name}/{split}"
-        data = MetaDataset(source, name, task.revision[:_DIGEST])  # type: ignore[abstract]  # mlflow's own slip
+        data = MetaDataset(source, name, task.revision[:_MAX_DIGEST_LENGTH])  # type: ignore[abstract]  # mlflow's own slip
         inputs.append(DatasetInput(Dataset(**data.to_dict()), [InputTag("mlflow.data.context", context)]))
     return inputs

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from orchestrator.record.mlflow.log import MlflowLog, TrackingDamaged, TrackingDown
-from orchestrator.record.mlflow.rebuild import set_aside
-from orchestrator.record.mlflow.tracking_uri import check_uri, of_study, shown, sqlite_path
+from orchestrator.record.mlflow.log import MlflowLogger, TrackingDamagedError, TrackingUnavailableError
+from orchestrator.record.mlflow.rebuild import archive_databases
+from orchestrator.record.mlflow.tracking_uri import check_uri, redact_uri, sqlite_path, study_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.store import Store
-from orchestrator.record.study_file import REPORT, StudyFile, all_studies
+from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
 
 
-def sync(
-    store: Store, output: Path, tracking_uri: str | None, say: Callable[[str], None], rebuild: bool = False
+def sync_projections(
+    store: Store, output: Path, tracking_uri: str | None, notify: Callable[[str], None], rebuild: bool = False
 ) -> int:
     """Write Parquet and MLflow again from the records, and say in one line for each what is there.
 
@@ -33,46 +33,48 @@ def sync(
     Raises:
         BadInput: a tracking URI cannot be used, or there is nothing that can be rebuilt now.
     """
-    studies = all_studies(output)
-    uris = {name: tracking_uri or of_study(study.tracking_uri, store) for name, (_, study) in studies.items()}
+    studies = read_studies(output)
+    uris = {
+        name: tracking_uri or study_uri(study.tracking_uri, store) for name, (_, study) in studies.items()
+    }
     for uri in set(uris.values()):
         if not (rebuild and sqlite_path(uri)):  # a file is looked at once it is whole again
             check_uri(uri)
-    for folder in set_aside(studies, uris) if rebuild else ():
+    for folder in archive_databases(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
-        say(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
+        notify(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
     path = write_parquet(store)
-    say(f"{path}: {len(store.states())} records")
-    logs: dict[str, MlflowLog] = {}
+    notify(f"{path}: {len(store.states())} records")
+    logs: dict[str, MlflowLogger] = {}
     for name, (folder, study) in studies.items():
         uri = uris[name]
         if uri not in logs:
             if rebuild:
                 check_uri(uri)
-            logs[uri] = MlflowLog(uri)
+            logs[uri] = MlflowLogger(uri)
         try:
-            report = [file for each in REPORT if (file := folder / each).exists()] if rebuild else []
-            say(_sync_study(store, study, logs[uri], report))
-        except TrackingDamaged as damaged:
-            say(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
+            report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
+            notify(_sync_study(store, study, logs[uri], report))
+        except TrackingDamagedError as damaged:
+            notify(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
             return 1
-        except TrackingDown as down:
-            say(f"{study.name}: MLflow does not answer ({down}); run this command again when it does")
+        except TrackingUnavailableError as down:
+            notify(f"{study.name}: MLflow does not answer ({down}); run this command again when it does")
             return 1
     return 0
 
 
-def _sync_study(store: Store, study: StudyFile, log: MlflowLog, report: Sequence[Path]) -> str:
+def _sync_study(store: Store, study: StudyFile, log: MlflowLogger, report: Sequence[Path]) -> str:
     parent = log.ensure_study(study.name, study.question, {"command": study.command})
-    there = written = 0
+    num_records = num_written = 0
     for fingerprint in study.configurations:
         record = store.get(fingerprint)
         if record is not None:
             folders = {fingerprint: store.adapters / fingerprint}
-            written += log.log_records(study.name, [record], frozenset(study.reused), folders)
-            there += 1
-    log.finish_study(parent, "FINISHED" if there == len(study.configurations) else "KILLED", report)
+            num_written += log.log_records(study.name, [record], frozenset(study.reused), folders)
+            num_records += 1
+    log.finish_study(parent, "FINISHED" if num_records == len(study.configurations) else "KILLED", report)
     return (
-        f"{study.name}: {there} of {len(study.configurations)} configurations in {shown(log.tracking_uri)}, "
-        f"{written} of them written now"
+        f"{study.name}: {num_records} of {len(study.configurations)} configurations in {redact_uri(log.tracking_uri)}, "
+        f"{num_written} of them written now"
     )

@@ -14,18 +14,18 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from orchestrator.record.store import Store
-from orchestrator.util.errors import BadInput, nearest
-from orchestrator.util.redaction import STARS, without_secrets
+from orchestrator.util.errors import UsageError, suggest_nearest
+from orchestrator.util.redaction import REDACTED, redact_secrets
 
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", "http", "https", *DATABASES)
-PATIENCE = 4.0
+TIMEOUT_SECONDS = 4.0
 """Seconds that a server gets to answer."""
 
 
-def named(typed: str | None) -> str:
+def configured_uri(option: str | None) -> str:
     """What is typed, else MLflow's own variable; empty: neither."""
-    return typed or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return option or os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
 def default_uri(store: Store) -> str:
@@ -33,24 +33,24 @@ def default_uri(store: Store) -> str:
     return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
 
 
-def checked(typed: str | None, store: Store) -> str:
+def resolve_uri(option: str | None, store: Store) -> str:
     """Where a study's runs go. Raises BadInput as `check_uri` does."""
-    uri = named(typed) or default_uri(store)
+    uri = configured_uri(option) or default_uri(store)
     try:
         check_uri(uri)
-    except BadInput as error:
-        if typed or not named(None):
+    except UsageError as error:
+        if option or not configured_uri(None):
             raise
         said = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
-        raise BadInput(said.replace("leave the option out", "unset the variable")) from None
+        raise UsageError(said.replace("leave the option out", "unset the variable")) from None
     return uri
 
 
-def of_study(kept: str, store: Store) -> str:
+def study_uri(stored_uri: str, store: Store) -> str:
     """Where a study's runs are, by what its file keeps: without a password, which MLflow's variable may
     have."""
-    variable = named(None)
-    return variable if variable and shown(variable) == kept else kept or default_uri(store)
+    variable = configured_uri(None)
+    return variable if variable and redact_uri(variable) == stored_uri else stored_uri or default_uri(store)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -58,7 +58,7 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.split("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
-def damage(database: Path, every_page: bool = False) -> str:
+def find_damage(database: Path, every_page: bool = False) -> str:
     """Return what is wrong with a SQLite file.
 
     Args:
@@ -80,39 +80,39 @@ def damage(database: Path, every_page: bool = False) -> str:
     return "" if found == "ok" else " ".join(found.split())
 
 
-def shown(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """The URI for a message or a file: without its password."""
-    return without_secrets(uri)
+    return redact_secrets(uri)
 
 
 def check_uri(uri: str) -> None:
     """Raises BadInput when `uri` is malformed, lacks its password, its server does not answer, or its file
     cannot be written or is damaged."""
-    if STARS in uri:
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: passwords are kept nowhere; give the option with its own again"
+    if REDACTED in uri:
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: passwords are kept nowhere; give the option with its own again"
         )
     scheme, colon, rest = uri.partition("://")
     scheme = scheme.split("+")[0]  # postgresql+psycopg2
     if not colon or scheme == "file":
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: must start with sqlite:///, http://, https:// or a database's "
-            f"scheme; say {_meant(rest or uri)}"
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: must start with sqlite:///, http://, https:// or a database's "
+            f"scheme; say {_suggest_uri(rest or uri)}"
         )
     if scheme not in SCHEMES:
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: unknown scheme {scheme!r}. {nearest(scheme, SCHEMES)}"
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: unknown scheme {scheme!r}. {suggest_nearest(scheme, SCHEMES)}"
         )
     if scheme == "sqlite":
         _check_sqlite(uri)
     elif scheme in DATABASES:
-        _within_patience(uri, lambda: _connect(uri))
+        _run_with_timeout(uri, lambda: _check_database(uri))
     else:
         _check_host(uri)
-        _within_patience(uri, lambda: _get(uri))
+        _run_with_timeout(uri, lambda: _check_health(uri))
 
 
-def _meant(uri: str) -> str:
+def _suggest_uri(uri: str) -> str:
     head, _, tail = uri.partition(":")
     if head and tail.split("/")[0].isdigit():
         return f"http://{uri}"
@@ -122,7 +122,7 @@ def _meant(uri: str) -> str:
 def _check_sqlite(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or not path.name:
-        raise BadInput(f"--tracking-uri {shown(uri)!r}: names no file; say sqlite:///folder/mlflow.db")
+        raise UsageError(f"--tracking-uri {redact_uri(uri)!r}: names no file; say sqlite:///folder/mlflow.db")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -130,13 +130,13 @@ def _check_sqlite(uri: str) -> None:
         with suppress(FileNotFoundError), path.open("r+b"):
             pass
     except OSError as error:
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: the file and its folder must be writable "
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: the file and its folder must be writable "
             f"({error.strerror or error}); name another file"
         ) from error
-    if why := damage(path):
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: the file is damaged ({why}); "
+    if why := find_damage(path):
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: the file is damaged ({why}); "
             "name another file, or, if studies of this --output log to it, have it made again from the "
             "records: python -m orchestrator sync --rebuild, with the same --output and --store"
         )
@@ -149,27 +149,27 @@ def _check_host(uri: str) -> None:
     except ValueError:  # a port that is no number, or an unfinished [IPv6] address
         fine = False
     if not fine:
-        raise BadInput(f"--tracking-uri {shown(uri)!r}: must be like http://host:5000")
+        raise UsageError(f"--tracking-uri {redact_uri(uri)!r}: must be like http://host:5000")
 
 
-def _get(uri: str) -> None:
+def _check_health(uri: str) -> None:
     try:
         parts = urlsplit(uri)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=PATIENCE).close()
+        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:  # below, it is there: it wants a login, or a proxy hides /health
             raise
         error.close()
 
 
-def _connect(uri: str) -> None:
+def _check_database(uri: str) -> None:
     from sqlalchemy import create_engine
 
     create_engine(uri).connect().close()
 
 
-def _within_patience(uri: str, attempt: Callable[[], None]) -> None:
+def _run_with_timeout(uri: str, attempt: Callable[[], None]) -> None:
     """Runs `attempt` in a thread: looking up a name or connecting may block longer than any timeout says."""
     ended: list[Exception | None] = []
 
@@ -182,14 +182,16 @@ def _within_patience(uri: str, attempt: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE + 1)
+    thread.join(TIMEOUT_SECONDS + 1)
     error = ended[0] if ended else TimeoutError("no answer in time")
     if isinstance(error, ModuleNotFoundError):
-        raise BadInput(f"--tracking-uri {shown(uri)!r}: needs the Python package {error.name!r}; install it")
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: needs the Python package {error.name!r}; install it"
+        )
     if error is not None:
         plain = isinstance(error, urllib.error.HTTPError)  # its `reason` lacks the number
         reason = str((not plain and getattr(error, "reason", None)) or error or type(error).__name__)
-        raise BadInput(
-            f"--tracking-uri {shown(uri)!r}: cannot be reached ({shown(reason.splitlines()[0])}); "
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: cannot be reached ({redact_uri(reason.splitlines()[0])}); "
             "start that server or leave the option out"
         ) from error

@@ -32,7 +32,7 @@ def head() -> Iterator[socket.socket]:
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Return what the watcher has found so far: for each look at the head, whether it was refused."""
     found: list[bool] = []
-    refused = raylet_watchdog.refused
+    refused = raylet_watchdog.is_connection_refused
 
     def noted(address: str) -> bool:
         found.append(refused(address))
@@ -84,13 +84,13 @@ def node(head: socket.socket, looks: list[bool]) -> Iterator[Node]:
 
 
 def test_it_leaves_when_its_head_has_ended(head: socket.socket, node: Node, looks: list[bool]) -> None:
-    until(lambda: len(looks) > raylet_watchdog.REFUSALS)
+    until(lambda: len(looks) > raylet_watchdog.MAX_REFUSALS)
     assert not any(looks)
     assert node.lives()
     head.close()
     node.watcher.join(LIMIT_SECONDS)
     assert not node.watcher.is_alive()
-    assert looks[-raylet_watchdog.REFUSALS :] == [True] * raylet_watchdog.REFUSALS
+    assert looks[-raylet_watchdog.MAX_REFUSALS :] == [True] * raylet_watchdog.MAX_REFUSALS
     until(lambda: not node.lives())
 
 
@@ -112,7 +112,7 @@ def test_a_head_that_is_out_of_reach_has_not_ended(
             while True:
                 waiting.enter_context(socket.create_connection(head.getsockname(), timeout=1))
         before = len(looks)
-        until(lambda: len(looks) > before + 2 * raylet_watchdog.REFUSALS)
+        until(lambda: len(looks) > before + 2 * raylet_watchdog.MAX_REFUSALS)
         assert not any(looks)
         assert node.watcher.is_alive()
         assert node.lives()

@@ -130,10 +130,10 @@ def test_the_command_of_a_killed_keeper_is_ended_though_the_clock_was_set(
     left = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         with (tmp_path / "server").open("a+") as file:
-            supervisor._write(file, left.pid)
+            supervisor._write_state(file, left.pid)
         began = psutil.boot_time()
         monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + 3600)
-        with supervisor._taken_over(tmp_path / "server"):
+        with supervisor._take_over(tmp_path / "server"):
             assert left.poll() == -signal.SIGTERM
     finally:
         left.kill()
@@ -146,9 +146,9 @@ def test_a_number_from_before_the_last_boot_ends_nobody(tmp_path: Path) -> None:
     file = tmp_path / "server"
     try:
         with file.open("a+") as known:
-            supervisor._write(known, other.pid)
-        file.write_text(file.read_text().replace(supervisor.boot(), "another-boot"))
-        with supervisor._taken_over(file):
+            supervisor._write_state(known, other.pid)
+        file.write_text(file.read_text().replace(supervisor.boot_id(), "another-boot"))
+        with supervisor._take_over(file):
             assert other.poll() is None
     finally:
         other.kill()
@@ -168,15 +168,15 @@ def test_it_comes_back_when_the_server_answers(kept: Kept) -> None:
 # A keeper that waits less for an answer and for an end than on a cluster. It says when it is answered.
 DEAF = """
 import sys
-from orchestrator.cluster import keep
-keep.LOOK_SECONDS = keep.END_SECONDS = 1.0
-asks = keep.answers
+from orchestrator.cluster.node import supervisor
+supervisor.POLL_SECONDS = supervisor.TERMINATE_TIMEOUT_SECONDS = 1.0
+asks = supervisor.is_healthy
 def answers(url):
     if answered := asks(url):
         print("answered", flush=True)
     return answered
-keep.answers = answers
-keep.main(["server", "--foreground", "--look", "0.2", "--health", sys.argv[1], "--", *sys.argv[2:]])
+supervisor.is_healthy = answers
+supervisor.main(["server", "--foreground", "--look", "0.2", "--health", sys.argv[1], "--", *sys.argv[2:]])
 """
 
 
@@ -190,7 +190,7 @@ def test_a_server_that_no_longer_answers_is_started_again(kept: Kept) -> None:
         before = len(kept.numbers())
         kept.wait_for(before + 1)
         until(lambda: len(kept.alive()) == 3)  # the keeper, the server, its child: that of the first has gone
-        until(lambda: supervisor.answers(url))
+        until(lambda: supervisor.is_healthy(url))
         assert "does not answer" in kept.said.read_text()
 
 
@@ -220,14 +220,14 @@ def test_the_command_of_a_keeper_that_was_killed_is_ended_by_the_next(kept: Kept
 BESIDE_RAY = """
 import sys
 from pathlib import Path
-from orchestrator.cluster import keep, raylets
+from orchestrator.cluster.node import supervisor; from orchestrator.cluster.node import raylets
 ray, looks = map(Path, sys.argv[1:3])
 def here():
     with looks.open("a") as file:
         file.write(".")
     return ray.exists()
-raylets.here = here
-keep.main(["server", "--foreground", "--look", "0.2", "--with-ray", "--", *sys.argv[3:]])
+raylets.find_local_raylets = here
+supervisor.main(["server", "--foreground", "--look", "0.2", "--with-ray", "--", *sys.argv[3:]])
 """
 
 
@@ -238,7 +238,7 @@ def test_with_ray_it_ends_when_ray_does(kept: Kept) -> None:
     os.kill(kept.wait_for(1), signal.SIGKILL)
     kept.wait_for(2)
     before = looks.stat().st_size if looks.exists() else 0
-    until(lambda: looks.stat().st_size > before + supervisor.DEAF_LOOKS)
+    until(lambda: looks.stat().st_size > before + supervisor.FAILURE_THRESHOLD)
     assert keeper.poll() is None
     ray.unlink()
     assert keeper.wait(LIMIT_SECONDS) == 0

@@ -19,9 +19,9 @@ from events import LIMIT_SECONDS, until
 from ray.cluster_utils import Cluster
 
 from orchestrator import __main__ as command_line
-from orchestrator.execution.ray.runtime import nodes_now
-from orchestrator.execution.trainers.storage_visibility import Sight
-from orchestrator.util.errors import BadInput
+from orchestrator.execution.ray.runtime import usable_nodes
+from orchestrator.execution.trainers.storage_visibility import StorageVisibility
+from orchestrator.util.errors import UsageError
 
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
 # The first one's is what Ray takes this machine's for: drivers look for it.
@@ -68,7 +68,7 @@ def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
         capsys.readouterr()
         try:
-            code = command_line._command()
+            code = command_line.run_command()
         finally:
             out, err = capsys.readouterr()
             print(out, err)
@@ -235,19 +235,21 @@ def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         here = ray.get_runtime_context().get_node_id()
-        sight = Sight(shared / "model", (), said.append)
+        sight = StorageVisibility(shared / "model", (), said.append)
         with stopped_raylet(SECOND):
-            assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST}, "it waits for no answer"
+            assert {node.address for node in sight.visible_nodes(usable_nodes(), here)} == {FIRST}, (
+                "it waits for no answer"
+            )
         with odd.odd_node(cluster.address, ODD, shared, tmp_path):
 
             def all_have_answered() -> bool:
-                sight.of(nodes_now(), here)
-                return len(sight.seen) == 2 and bool(said)
+                sight.visible_nodes(usable_nodes(), here)
+                return len(sight.can_see) == 2 and bool(said)
 
             until(all_have_answered, (tmp_path / "odd.log").read_text)
             for _ in range(2):
-                assert {node.address for node in sight.of(nodes_now(), here)} == {FIRST, SECOND}
-            assert {node.address for node in nodes_now()} == {FIRST, SECOND, ODD}
+                assert {node.address for node in sight.visible_nodes(usable_nodes(), here)} == {FIRST, SECOND}
+            assert {node.address for node in usable_nodes()} == {FIRST, SECOND, ODD}
     finally:
         ray.shutdown()
     assert len(said) == 1
@@ -286,8 +288,8 @@ def test_wrong_options_are_refused_before_anything_is_looked_at(
     arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])
-    with pytest.raises(BadInput) as refusal:
-        command_line._command()
+    with pytest.raises(UsageError) as refusal:
+        command_line.run_command()
     assert len(str(refusal.value).splitlines()) == 1
     assert word in str(refusal.value)
     assert capsys.readouterr() == ("", "")

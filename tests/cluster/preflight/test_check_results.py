@@ -18,11 +18,11 @@ from orchestrator.cluster.preflight import (
     shared_storage,
     versions,
 )
-from orchestrator.cluster.preflight.check_result import failed, listed, ok
-from orchestrator.cluster.preflight.memory_result import Measured
-from orchestrator.cluster.preflight.node_info import Facts
-from orchestrator.cluster.preflight.shared_storage import Wrote
-from orchestrator.execution.ray.autoscaler import Kind, kinds
+from orchestrator.cluster.preflight.check_result import failed_result, ok_result, shorten_list
+from orchestrator.cluster.preflight.memory_result import MemoryMeasurement
+from orchestrator.cluster.preflight.node_info import NodeInfo
+from orchestrator.cluster.preflight.shared_storage import WriteResult
+from orchestrator.execution.ray.autoscaler import NodeType, parse_node_types
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.options import StudyOptions
 
@@ -37,16 +37,16 @@ WRITE = (
 
 
 def test_a_line_says_how_it_stands_and_names_few_of_many() -> None:
-    assert ok("disk", "room").line() == "ok      disk      room"
-    assert failed("versions", "no").line() == "FAILED  versions  no"
-    assert listed(["a", "b", "c"]) == "a, b, c"
-    assert listed(["a", "b", "c", "d", "e"], "; ") == "a; b; c and 2 more"
+    assert ok_result("disk", "room").format_line() == "ok      disk      room"
+    assert failed_result("versions", "no").format_line() == "FAILED  versions  no"
+    assert shorten_list(["a", "b", "c"]) == "a, b, c"
+    assert shorten_list(["a", "b", "c", "d", "e"], "; ") == "a; b; c and 2 more"
 
 
 def test_versions_that_differ_or_are_missing() -> None:
     here = {"python": "3.12.1", "torch": "2.9.0"}
-    assert not versions.judge(here, {"10.0.0.1": here, "10.0.0.2": dict(here)}).failed
-    other = versions.judge(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
+    assert not versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": dict(here)}).failed
+    other = versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
     assert other.failed
     assert "python on 10.0.0.2 is 3.11.7, here 3.12.1" in other.text
     assert "torch on 10.0.0.2 is none, here 2.9.0" in other.text
@@ -67,35 +67,35 @@ def test_versions_that_differ_or_are_missing() -> None:
 def test_a_clock_is_wrong_by_what_an_answer_cannot_explain(
     ticks: list[tuple[float, float, float]], wrong: str
 ) -> None:
-    found = clock.judge({"10.0.0.1": [clock.Tick(*tick) for tick in ticks], "10.0.0.2": []})
+    found = clock.check_clocks({"10.0.0.1": [clock.ClockSample(*tick) for tick in ticks], "10.0.0.2": []})
     assert found.failed == bool(wrong)
     assert wrong in found.text
     assert not wrong or "chrony" in found.text
 
 
 def test_storage_names_who_does_not_see_what(tmp_path: Path) -> None:
-    fine = {"10.0.0.1": Wrote(), "10.0.0.2": Wrote()}
-    assert not shared_storage.judge(STORE, fine, {"this machine": [], "10.0.0.1": []}).failed
+    fine = {"10.0.0.1": WriteResult(), "10.0.0.2": WriteResult()}
+    assert not shared_storage.check_storage(STORE, fine, {"this machine": [], "10.0.0.1": []}).failed
     for wrote, unseen, words in (
-        (fine | {"10.0.0.2": Wrote(unseen=True)}, {}, "not seen from 10.0.0.2;"),
+        (fine | {"10.0.0.2": WriteResult(is_driver_file_missing=True)}, {}, "not seen from 10.0.0.2;"),
         (fine, {"this machine": ["10.0.0.2"]}, "this machine does not see what 10.0.0.2 wrote;"),
         (fine, {"10.0.0.1": ["10.0.0.2"]}, "10.0.0.1 does not see what 10.0.0.2 wrote;"),
     ):
-        found = shared_storage.judge(STORE, wrote, unseen)
+        found = shared_storage.check_storage(STORE, wrote, unseen)
         assert found.failed
         assert f"{STORE}: {words} every node must" in found.text
-    with shared_storage.folder_in(tmp_path) as folder:
-        assert shared_storage.write(folder, "node-0") == Wrote()
-        assert shared_storage.absent(folder, ["node-0", "node-1"], patience=0) == ["node-1"]
+    with shared_storage.create_check_folder(tmp_path) as folder:
+        assert shared_storage.write_node_file(folder, "node-0") == WriteResult()
+        assert shared_storage.missing_files(folder, ["node-0", "node-1"], timeout=0) == ["node-1"]
         (folder / "node-0").write_text("another's")
-        assert shared_storage.absent(folder, ["node-0"], patience=0) == ["node-0"]
+        assert shared_storage.missing_files(folder, ["node-0"], timeout=0) == ["node-0"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.cluster
 @needs_mounts
 def test_a_store_that_a_node_can_only_read(tmp_path: Path) -> None:
-    (tmp_path / shared_storage.DRIVER).write_text(shared_storage.DRIVER)
+    (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
     readonly = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
     command = ["unshare", "-m", "bash", "-c", readonly, str(tmp_path), *odd.python(WRITE, str(tmp_path))]
     said = odd.said(command)
@@ -103,7 +103,7 @@ def test_a_store_that_a_node_can_only_read(tmp_path: Path) -> None:
 
 
 def test_a_store_without_hard_links(tmp_path: Path) -> None:
-    (tmp_path / shared_storage.DRIVER).write_text(shared_storage.DRIVER)
+    (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
     said = odd.said(odd.python(odd.LINKLESS + WRITE, str(tmp_path)))
     assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
 
@@ -113,7 +113,7 @@ def test_a_store_without_hard_links(tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     """A file system of 16 MB, for the store and for temporary files in turn."""
     code = "import shutil, sys; from pathlib import Path; "
-    code += "from orchestrator.cluster.preflight import disk, node_info as facts; "
+    code += "from orchestrator.cluster.preflight import disk; from orchestrator.cluster.preflight import node_info as facts; "
     code += "store = Path(sys.argv[1]); "
     code += "print(disk.judge(store, shutil.disk_usage(store).free, {'node': facts.facts()}).line())"
     small, large = tmp_path / "small", tmp_path / "large"
@@ -127,8 +127,8 @@ def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
 
 
 def test_disk_with_room() -> None:
-    facts = Facts("host", {}, 5 * GIB, "/tmp")
-    found = disk.judge(STORE, 9 * GIB, {"10.0.0.1": facts})
+    facts = NodeInfo("host", {}, 5 * GIB, "/tmp")
+    found = disk.check_free_space(STORE, 9 * GIB, {"10.0.0.1": facts})
     assert (found.failed, found.text[:6]) == (False, "9 GiB ")
 
 
@@ -141,16 +141,16 @@ FILE = {
         "never": {"resources": {"CPU": 8}, "max_workers": 0},
     },
 }
-GPUS_TO_COME = kinds(FILE)
+GPUS_TO_COME = parse_node_types(FILE)
 HEAD = Cluster((Node(4, 0, 16.0 * GIB),), local=False)
 TWO = Cluster((*HEAD.nodes, Node(8, 1, 32.0 * GIB), Node(8, 1, 32.0 * GIB)), local=False)
 
 
 def test_what_a_cluster_file_promises() -> None:
-    assert kinds(FILE) == (Kind("gpu", 3, Node(8, 1, 0)),)
-    assert kinds({"provider": {"type": "local"}}) == ()
-    silent = kinds({"max_workers": 2, "available_node_types": {"any": {"max_workers": 2}}})
-    assert silent == (Kind("any", 2, None),)
+    assert parse_node_types(FILE) == (NodeType("gpu", 3, Node(8, 1, 0)),)
+    assert parse_node_types({"provider": {"type": "local"}}) == ()
+    silent = parse_node_types({"max_workers": 2, "available_node_types": {"any": {"max_workers": 2}}})
+    assert silent == (NodeType("any", 2, None),)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_a_cluster_file_promises() -> None:
         (
             HEAD,
             {"gpus_per_seat": 1.0},
-            (Kind("any", 2, None),),
+            (NodeType("any", 2, None),),
             "later",
             "may start 2 any; a study waits 300 s",
         ),
@@ -180,24 +180,24 @@ def test_what_a_cluster_file_promises() -> None:
     ],
 )
 def test_room_now_or_later(
-    cluster: Cluster, options: dict[str, float], to_come: tuple[Kind, ...], mark: str, words: str
+    cluster: Cluster, options: dict[str, float], to_come: tuple[NodeType, ...], mark: str, words: str
 ) -> None:
-    finding, seats = capacity.judge(cluster, StudyOptions(**options), to_come)  # type: ignore[arg-type]
-    assert finding.mark == mark, finding
+    finding, seats = capacity.check_capacity(cluster, StudyOptions(**options), to_come)  # type: ignore[arg-type]
+    assert finding.status == mark, finding
     assert words in finding.text
     assert (seats is None) == finding.failed
 
 
 def test_model_and_data_that_a_node_cannot_have() -> None:
-    assert not availability.judge({"10.0.0.1": "", "10.0.0.2": ""}).failed
-    found = availability.judge({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
+    assert not availability.check_availability({"10.0.0.1": "", "10.0.0.2": ""}).failed
+    found = availability.check_availability({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
     assert (found.failed, found.text) == (True, "from 10.0.0.2: Model 'x' is not in /x")
 
 
 def measured(
     *peaks: tuple[int, int], asked: int = 8, limit: int = 10 * GIB, short: int | None = None
-) -> Measured:
-    return Measured("lora", "cpu, host", asked, limit, GIB, peaks, short)
+) -> MemoryMeasurement:
+    return MemoryMeasurement("lora", "cpu, host", asked, limit, GIB, peaks, short)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +211,10 @@ def measured(
         (measured((1, 2 * GIB), asked=1), 1, "lora: 1 lane 2.0 GiB; a worker of a seat has 10.0 GiB"),
     ],
 )
-def test_how_many_lanes_have_memory(found: Measured, most: int, words: str) -> None:
-    assert found.most == most
-    finding = memory_result.judge([found, measured((1, GIB), (8, GIB))])
-    assert finding.failed == (most < found.asked)
+def test_how_many_lanes_have_memory(found: MemoryMeasurement, most: int, words: str) -> None:
+    assert found.max_lanes == most
+    finding = memory_result.check_memory([found, measured((1, GIB), (8, GIB))])
+    assert finding.failed == (most < found.requested_lanes)
     assert words in finding.text
 
 

@@ -12,15 +12,15 @@ import yaml
 
 from orchestrator.__main__ import Check
 from orchestrator.cluster.remote import command_line, source_digest
-from orchestrator.cluster.remote.study_folders import folders
+from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.execution.ray import autoscaler
-from orchestrator.record.mlflow.tracking_uri import checked, default_uri, of_study
+from orchestrator.record.mlflow.tracking_uri import default_uri, resolve_uri, study_uri
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-SCRIPT = source_digest.ROOT / "experiments" / "lr_sensitivity.py"
+SCRIPT = source_digest.PROJECT_ROOT / "experiments" / "lr_sensitivity.py"
 GPUS = {
     "max_workers": 8,
     "available_node_types": {"gpu": {"max_workers": 8, "resources": {"CPU": 4, "GPU": 1}}},
@@ -32,10 +32,10 @@ CPUS = {"max_workers": 8, "available_node_types": {"cpu": {"max_workers": 8, "re
     ("announced", "typed", "gpus", "seconds"),
     [
         (GPUS, StudyOptions(), 1.0, 1800.0),
-        (GPUS, StudyOptions(gpus_per_seat=0.5, seat_timeout=60.0), 0.5, 60.0),
-        (GPUS, StudyOptions(gpus_per_seat=0.0), 0.0, None),
+        (GPUS, StudyOptions(gpus_per_worker=0.5, trainer_timeout=60.0), 0.5, 60.0),
+        (GPUS, StudyOptions(gpus_per_worker=0.0), 0.0, None),
         (GPUS, StudyOptions(dry_run=True), None, None),
-        (GPUS, StudyOptions(dry_run=True, gpus_per_seat=1.0), 1.0, 1800.0),
+        (GPUS, StudyOptions(dry_run=True, gpus_per_worker=1.0), 1.0, 1800.0),
         (CPUS, StudyOptions(), None, None),
         (None, StudyOptions(), None, None),
     ],
@@ -52,8 +52,8 @@ def test_a_study_waits_for_gpu_nodes_that_the_autoscaler_can_start(
     monkeypatch.setenv("RAY_ADDRESS", "10.77.0.2:6379")
     if announced:
         (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(announced))
-    suited = autoscaler.suited(typed)
-    assert (suited.gpus_per_seat, suited.seat_timeout) == (gpus, seconds)
+    suited = autoscaler.adapt_options(typed)
+    assert (suited.gpus_per_worker, suited.trainer_timeout) == (gpus, seconds)
 
 
 def test_results_go_where_the_head_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,17 +71,17 @@ def test_mlflow_s_own_variable_is_the_default_and_its_password_is_not_kept(
     store = Store(tmp_path / "store")
     one, other = (f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "other"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert checked(None, store) == default_uri(store)
+    assert resolve_uri(None, store) == default_uri(store)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", one)
-    assert checked(None, store) == one
-    assert checked(other, store) == other
-    assert of_study(other, store) == other
-    assert of_study("", store) == default_uri(store), "the study has said nothing else"
+    assert resolve_uri(None, store) == one
+    assert resolve_uri(other, store) == other
+    assert study_uri(other, store) == other
+    assert study_uri("", store) == default_uri(store), "the study has said nothing else"
     secret = "http://user:pl4nted@localhost:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
-    assert of_study("http://user:***@localhost:9", store) == secret
-    with pytest.raises(BadInput, match=r"^MLFLOW_TRACKING_URI .*unset the variable$") as refused:
-        checked(None, store)
+    assert study_uri("http://user:***@localhost:9", store) == secret
+    with pytest.raises(UsageError, match=r"^MLFLOW_TRACKING_URI .*unset the variable$") as refused:
+        resolve_uri(None, store)
     assert "pl4nted" not in str(refused.value)
 
 
@@ -103,13 +103,13 @@ def test_what_is_typed_there_means_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     both = (tyro.conf.FlagCreatePairsOff,)
     typed = tyro.cli(StudyOptions, args=words, config=both)
-    script, *there = command_line.command(typed)
+    script, *there = command_line.remote_command(typed)
     assert script == "experiments/lr_sensitivity.py"
     assert not {"--on", "--output"} & set(there)
     again = tyro.cli(StudyOptions, args=there, config=both)
-    assert command_line.arguments(again) == there
+    assert command_line.build_arguments(again) == there
     assert (again.search, again.space, again.max_hours) == ("optuna", ("rank=4,8", "warmup=0:0.1"), 1e-5)
-    assert command_line.arguments(StudyOptions()) == []
+    assert command_line.build_arguments(StudyOptions()) == []
 
 
 def test_options_of_a_script_s_own_and_of_the_check_are_retyped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,38 +119,43 @@ def test_options_of_a_script_s_own_and_of_the_check_are_retyped(monkeypatch: pyt
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "tuned", script)
     spec.loader.exec_module(script)
-    assert command_line.arguments(script.ComparisonOptions(confirm_seeds=20)) == ["--confirm-seeds", "20"]
-    assert command_line.arguments(Check(probe=False)) == ["--no-probe"]
+    assert command_line.build_arguments(script.ComparisonOptions(confirm_seeds=20)) == [
+        "--confirm-seeds",
+        "20",
+    ]
+    assert command_line.build_arguments(Check(probe=False)) == ["--no-probe"]
     monkeypatch.setattr(
-        sys, "argv", [str(source_digest.ROOT / "orchestrator" / "__main__.py"), "check", "--rank", "4"]
+        sys,
+        "argv",
+        [str(source_digest.PROJECT_ROOT / "orchestrator" / "__main__.py"), "check", "--rank", "4"],
     )
-    assert command_line.command(Check(rank=4)) == ["-m", "orchestrator", "check", "--rank", "4"]
+    assert command_line.remote_command(Check(rank=4)) == ["-m", "orchestrator", "check", "--rank", "4"]
 
 
 def test_a_task_of_the_project_is_there_and_another_file_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(SCRIPT.parent)
-    assert command_line.arguments(StudyOptions(task=SCRIPT.name)) == [
+    assert command_line.build_arguments(StudyOptions(task=SCRIPT.name)) == [
         "--task",
         "experiments/lr_sensitivity.py",
     ]
     (tmp_path / "own.py").touch()
-    with pytest.raises(BadInput, match="does not see"):
-        command_line.arguments(StudyOptions(task=str(tmp_path / "own.py")))
-    assert command_line.arguments(StudyOptions(task="/shared/own.py")) == ["--task", "/shared/own.py"]
+    with pytest.raises(UsageError, match="does not see"):
+        command_line.build_arguments(StudyOptions(task=str(tmp_path / "own.py")))
+    assert command_line.build_arguments(StudyOptions(task="/shared/own.py")) == ["--task", "/shared/own.py"]
 
 
 def test_other_sources_are_named_and_what_is_there_alone_is_not(tmp_path: Path) -> None:
     for path, text in (("orchestrator/a.py", "a"), ("variants/b.py", "b"), ("constraints.txt", "c")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
-    here = source_digest.digests(tmp_path)
+    here = source_digest.file_digests(tmp_path)
     assert set(here) == {"orchestrator/a.py", "variants/b.py", "constraints.txt"}
     (tmp_path / "orchestrator" / "a.py").write_text("other")
     (tmp_path / "variants" / "b.py").unlink()
     (tmp_path / "variants" / "old.py").touch()
-    assert source_digest.unlike(here, source_digest.digests(tmp_path)) == [
+    assert source_digest.differing_files(here, source_digest.file_digests(tmp_path)) == [
         "orchestrator/a.py",
         "variants/b.py",
     ]
@@ -159,5 +164,5 @@ def test_other_sources_are_named_and_what_is_there_alone_is_not(tmp_path: Path) 
 def test_the_studies_that_a_command_has_written_are_found(tmp_path: Path) -> None:
     for name, command in (("x-tune", "python x"), ("x-confirm", "python x"), ("y", "python y")):
         StudyFile(name, "?", command).write(tmp_path / name)
-    assert folders("python x", tmp_path) == [str(tmp_path / "x-confirm"), str(tmp_path / "x-tune")]
-    assert folders("python z", tmp_path) == []
+    assert find_study_folders("python x", tmp_path) == [str(tmp_path / "x-confirm"), str(tmp_path / "x-tune")]
+    assert find_study_folders("python z", tmp_path) == []

@@ -16,9 +16,9 @@ import yaml
 from test_ray_up import CLUSTER, HEAD, ON, local
 
 from orchestrator.cluster.remote import head, source_digest, target
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
-ROOT = source_digest.ROOT
+ROOT = source_digest.PROJECT_ROOT
 SCRIPT = ROOT / "experiments" / "lr_sensitivity.py"
 
 
@@ -45,7 +45,7 @@ def refused(script: Callable[[], int], tmp_path: Path, monkeypatch: pytest.Monke
 
     def refused(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        with pytest.raises(BadInput) as refusal:
+        with pytest.raises(UsageError) as refusal:
             script()
         (line,) = str(refusal.value).splitlines()
         return line
@@ -112,10 +112,10 @@ def test_a_cluster_that_is_not_up_or_not_known_is_not_asked_about(
 ) -> None:
     needs = "needs a GPU or a Ray cluster"
     looked_for: list[Path] = []
-    find = head.find
+    find = head.find_head
 
     def noted(path: Path, seconds: float) -> tuple[str | None, str]:
-        assert seconds == target.MOMENT_SECONDS
+        assert seconds == target.LOOKUP_TIMEOUT_SECONDS
         looked_for.append(path)
         return find(path, 600.0)  # on a busy machine it takes longer
 

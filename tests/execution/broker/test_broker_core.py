@@ -6,10 +6,16 @@ from dataclasses import replace
 
 from points import configuration, record
 
-from orchestrator.execution.broker.core import FAILING, SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
-from orchestrator.execution.trainers.exit_status import How
-from orchestrator.finetune.engine.lane_source import Answer, Offer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED
+from orchestrator.execution.broker.core import (
+    MAX_GROUP_FAILURES,
+    STARVATION_SECONDS,
+    TRAINER_SILENT_SECONDS,
+    BrokerCore,
+    HeldLane,
+)
+from orchestrator.execution.trainers.exit_status import ExitKind
+from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
+from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.study.configuration import Configuration
 
 
@@ -21,7 +27,7 @@ def test_a_seat_refills_its_shape_then_takes_the_shape_with_most_waiting() -> No
         core.submit(f"t{i}", configuration(variant, rate), 0.0)
     first = core.lease("a", None, 2, 0.0)
     assert [lease.configuration.variant.name for lease in first.leases] == ["hira", "hira"]
-    shape = first.leases[0].configuration.shape
+    shape = first.leases[0].configuration.group_key
     assert [lease.configuration.variant.name for lease in core.lease("a", shape, 2, 0.0).leases] == ["hira"]
     assert core.lease("a", shape, 1, 0.0).leases == ()
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 4, 0.0).leases] == [
@@ -34,17 +40,17 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
     core = BrokerCore()
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
         core.submit(f"t{i}", configuration("lora", rate), 0.0)
-    shape = core.lease("a", None, 2, 0.0).leases[0].configuration.shape
+    shape = core.lease("a", None, 2, 0.0).leases[0].configuration.group_key
     core.lease("b", None, 1, 0.0)
     core.submit("t8", configuration("hira"), 0.0)
     core.submit("t9", configuration("lora", 1e-1), 0.0)
-    late = UNSERVED_SECONDS + 1
-    held = {f: (core.lives[f].attempt, core.configurations[f], None) for f in core.seats["a"].lanes}
+    late = STARVATION_SECONDS + 1
+    held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
     assert core.lease("b", shape, 1, late).leases == (), "b drains its pack for the unserved shape"
     assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
-    (fingerprint,) = core.seats["b"].lanes
-    core.done("b", fingerprint, core.lives[fingerprint].attempt, "finished", late)
+    (fingerprint,) = core.trainers["b"].lanes
+    core.end_lease("b", fingerprint, core.entries[fingerprint].attempt, "finished", late)
     assert [lease.configuration.variant.name for lease in core.lease("b", None, 2, late).leases] == ["hira"]
 
 
@@ -56,23 +62,23 @@ def restarted() -> tuple[BrokerCore, Configuration]:
 def test_a_report_that_is_the_first_word_after_a_restart_is_kept_and_parks() -> None:
     core, point = restarted()
     said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", said, 2, 0.0) == {point.fingerprint: Answer.PARK}
+    assert core.exchange("a", said, 2, 0.0) == {point.fingerprint: Directive.PARK}
     core.submit("t", point, 1.0)
-    answer = core.next(point.fingerprint, 1, 1.0)
+    answer = core.next_report(point.fingerprint, 1, 1.0)
     assert isinstance(answer, Report)
     assert answer.step == 2
-    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Answer.PARK}
-    assert core.next(point.fingerprint, 2, 2.0) is None
-    assert core.exchange("a", said, 2, 2.0) == {point.fingerprint: Answer.GO}
+    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Directive.PARK}
+    assert core.next_report(point.fingerprint, 2, 2.0) is None
+    assert core.exchange("a", said, 2, 2.0) == {point.fingerprint: Directive.CONTINUE}
 
 
 def test_a_report_that_died_with_the_broker_is_told_again_before_the_lane_goes_on() -> None:
     core, point = restarted()
     core.submit("t", point, 0.0)
-    assert core.next(point.fingerprint, 1, 0.0) is None, "its trial waits for what the old broker had"
+    assert core.next_report(point.fingerprint, 1, 0.0) is None, "its trial waits for what the old broker had"
     said = {point.fingerprint: (1, point, Report(point.fingerprint, 1, 2, {}, 1.0))}
-    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Answer.PARK}
-    assert isinstance(core.next(point.fingerprint, 1, 1.0), Report)
+    assert core.exchange("a", said, 2, 1.0) == {point.fingerprint: Directive.PARK}
+    assert isinstance(core.next_report(point.fingerprint, 1, 1.0), Report)
 
 
 def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_scheduler_saw_it() -> None:
@@ -82,7 +88,7 @@ def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_sched
         reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
         for report in reports[:told_before]:
             assert core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0) == {
-                point.fingerprint: Answer.PARK
+                point.fingerprint: Directive.PARK
             }
         core.stop("t", point, 2, 0.0)
         if not told_before:
@@ -91,31 +97,31 @@ def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_sched
         for report in reports:
             answers += core.exchange("a", {point.fingerprint: (1, point, report)}, 3, 0.0).values()
             assert (core.counts().get("leased") == 1) == (report.step == 1), "it does not park before"
-        assert answers == [Answer.GO, Answer.STOP, Answer.STOP]
-        core.done("a", point.fingerprint, 1, "stopped", 0.0)
-        assert core.ended == [(point.fingerprint, "stopped")]
+        assert answers == [Directive.CONTINUE, Directive.STOP, Directive.STOP]
+        core.end_lease("a", point.fingerprint, 1, "stopped", 0.0)
+        assert core.ended_lanes == [(point.fingerprint, "stopped")]
 
 
 def test_a_stopped_record_is_replayed_up_to_what_its_scheduler_saw() -> None:
     point = configuration()
     for stopped_at, seen in ((2, [1, 2]), (None, [1, 2, 3])):
         stopped = replace(record(point, "stopped", 3), stopped_at=stopped_at)
-        core = BrokerCore(known=lambda _, stopped=stopped: stopped, scheduler="asha")
+        core = BrokerCore(find_record=lambda _, stopped=stopped: stopped, scheduler="asha")
         core.submit("t", point, 0.0)
-        assert [r.step for r in core.lives[point.fingerprint].reports] == seen
-        assert core.next(point.fingerprint, seen[-1], 0.0) == "stopped"
+        assert [r.step for r in core.entries[point.fingerprint].reports] == seen
+        assert core.next_report(point.fingerprint, seen[-1], 0.0) == "stopped"
 
 
 def test_a_failed_lane_is_tried_again_twice_at_most() -> None:
     core = BrokerCore()
     point = configuration()
     core.submit("t", point, 0.0)
-    for _ in range(FAILURES_ALLOWED):
+    for _ in range(MAX_FAILURES):
         (lease,) = core.lease("a", None, 1, 0.0).leases
-        core.done("a", point.fingerprint, lease.attempt, "failed", 0.0)
+        core.end_lease("a", point.fingerprint, lease.attempt, "failed", 0.0)
     assert core.lease("a", None, 1, 0.0).leases == ()
-    assert core.next(point.fingerprint, 0, 9.0) == "failed"
-    assert core.ended == [(point.fingerprint, "failed")]
+    assert core.next_report(point.fingerprint, 0, 9.0) == "failed"
+    assert core.ended_lanes == [(point.fingerprint, "failed")]
 
 
 def test_closed_is_said_only_when_nothing_waits() -> None:
@@ -123,7 +129,7 @@ def test_closed_is_said_only_when_nothing_waits() -> None:
     core.submit("t", configuration(), 0.0)
     core.closed = True
     assert not core.lease("a", None, 1, 0.0).closed
-    assert core.lease("a", configuration().shape, 1, 0.0).closed
+    assert core.lease("a", configuration().group_key, 1, 0.0).closed
 
 
 def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_record() -> None:
@@ -131,23 +137,23 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     point = configuration()
     core.submit("t", point, 0.0)
     (old,) = core.lease("zombie", None, 1, 0.0).leases
-    core.seat_gone("zombie", 1.0)
+    core.remove_trainer("zombie", 1.0)
     (new,) = core.lease("b", None, 1, 1.0).leases
     assert new.attempt != old.attempt
     report = Report(point.fingerprint, old.attempt, 1, {}, 1.0)
     held = {point.fingerprint: (old.attempt, point, report)}
-    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Answer.DROP}
-    assert core.next(point.fingerprint, 0, 9.0) is None
-    core.done("zombie", point.fingerprint, old.attempt, "failed", 2.0)
-    assert core.lives[point.fingerprint].failures == 0
+    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
+    assert core.next_report(point.fingerprint, 0, 9.0) is None
+    core.end_lease("zombie", point.fingerprint, old.attempt, "failed", 2.0)
+    assert core.entries[point.fingerprint].failures == 0
     held = {point.fingerprint: (old.attempt, point, None)}
-    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Answer.DROP}
-    core.done(
+    assert core.exchange("zombie", held, 0, 2.0) == {point.fingerprint: Directive.DROP}
+    core.end_lease(
         "zombie", point.fingerprint, old.attempt, "finished", 3.0
     )  # its record is in the store: it counts
-    assert core.next(point.fingerprint, 0, 9.0) == "finished"
+    assert core.next_report(point.fingerprint, 0, 9.0) == "finished"
     held = {point.fingerprint: (new.attempt, point, None)}
-    assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Answer.DROP}
+    assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Directive.DROP}
 
 
 def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
@@ -158,24 +164,24 @@ def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
             core.submit(point.fingerprint, point, 0.0)
         core.lease("seat-0.a", None, 3, 0.0)
         reported, stopped, training = points
-        held: dict[str, Held] = {
+        held: dict[str, HeldLane] = {
             reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {}, 1.0)),
             stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {}, 1.0)),
             training.fingerprint: (1, training, None),
         }
         core.exchange("seat-0.a", held, 2, 0.0)
         core.stop(stopped.fingerprint, stopped, 1, 0.0)
-        core.vacate(name)
+        core.drain(name)
         assert core.exchange("seat-0.a", held, 2, 0.0) == {
-            reported.fingerprint: Answer.LEAVE,
-            stopped.fingerprint: Answer.STOP,
-            training.fingerprint: Answer.LEAVE,
+            reported.fingerprint: Directive.YIELD,
+            stopped.fingerprint: Directive.STOP,
+            training.fingerprint: Directive.YIELD,
         }
         for point in (reported, training):
-            core.spill("seat-0.a", point.fingerprint, 1, 0.0)
-        core.done("seat-0.a", stopped.fingerprint, 1, "stopped", 0.0)
-        assert core.ended == [(stopped.fingerprint, "stopped")]
-        assert core.lease("seat-0.a", None, 3, 0.0) == Offer(closed=True)
+            core.return_lease("seat-0.a", point.fingerprint, 1, 0.0)
+        core.end_lease("seat-0.a", stopped.fingerprint, 1, "stopped", 0.0)
+        assert core.ended_lanes == [(stopped.fingerprint, "stopped")]
+        assert core.lease("seat-0.a", None, 3, 0.0) == LeaseGrant(closed=True)
         assert core.lease("seat-0.later", None, 3, 0.0).closed, "a new incarnation on the same node"
         assert core.counts() == {"spilled": 1, "waiting": 1, "ended": 1, "seats": 2}
         if stays:
@@ -188,11 +194,11 @@ def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
 def fails_alike(core: BrokerCore, name: str) -> set[str]:
     """A seat of one place is given lanes, each of which fails, until it gives up. Returns their variants."""
     variants = set()
-    for _ in range(FAILING):
+    for _ in range(MAX_GROUP_FAILURES):
         (lease,) = core.lease(f"{name}.x", None, 1, 0.0).leases
         variants.add(lease.configuration.variant.name)
-        core.done(f"{name}.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
-    core.seat_ended(name, 0.0, How.ALIKE, "3 configurations in a row failed")
+        core.end_lease(f"{name}.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
+    core.trainer_exited(name, 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
     return variants
 
 
@@ -203,25 +209,25 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
         core.submit(f"bad{rate}", configuration("hira", rate), 0.0)
     for rate in rates[:3]:
         core.submit(f"good{rate}", configuration("lora", rate), 0.0)
-    for _ in range(FAILING):
-        (lease,) = core.lease("seat-0.x", configuration("hira").shape, 1, 0.0).leases
-        core.done("seat-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
-    core.seat_ended("seat-0", 0.0, How.ALIKE, "3 configurations in a row failed")
-    assert core.deaths.barren == 0, "another variant waits"
-    late = UNSERVED_SECONDS + 1
+    for _ in range(MAX_GROUP_FAILURES):
+        (lease,) = core.lease("seat-0.x", configuration("hira").group_key, 1, 0.0).leases
+        core.end_lease("seat-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
+    core.trainer_exited("seat-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
+    assert core.failure_policy.failures_without_step == 0, "another variant waits"
+    late = STARVATION_SECONDS + 1
     for rate in rates[:3]:
         (lease,) = core.lease("seat-1.x", None, 1, late).leases
         good = configuration("lora", rate)
         assert lease.configuration == good
         core.exchange("seat-1.x", {good.fingerprint: (1, good, None)}, 1, late)
-        core.lease("seat-1.x", good.shape, 0, late)
-        assert core.seats["seat-1.x"].yields_to is None, "no seat is emptied for what fails"
-        core.done("seat-1.x", good.fingerprint, 1, "finished", late)
+        core.lease("seat-1.x", good.group_key, 0, late)
+        assert core.trainers["seat-1.x"].draining_for is None, "no seat is emptied for what fails"
+        core.end_lease("seat-1.x", good.fingerprint, 1, "finished", late)
     for number in (2, 3, 4, 5):
-        assert not core.deaths.hopeless
+        assert not core.failure_policy.abort_reason
         assert fails_alike(core, f"seat-{number}") == {"hira"}
-    assert core.deaths.hopeless, "nothing else is left: before all of them are spoilt"
-    assert any(life.needs_seat for life in core.open.values())
+    assert core.failure_policy.abort_reason, "nothing else is left: before all of them are spoilt"
+    assert any(life.needs_trainer for life in core.open_entries.values())
 
 
 def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
@@ -230,21 +236,27 @@ def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
         for variant in ("hira", "lora"):
             core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
     deaths = 0
-    while not core.deaths.hopeless:
+    while not core.failure_policy.abort_reason:
         fails_alike(core, f"seat-{deaths}")
         deaths += 1
     assert deaths <= 5
 
 
 def test_a_seat_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
-    for how, suspected in ((How.ALIKE, 0), (How.FAILED, 0), (How.LOST, 0), (How.CRASHED, 2), (How.MEMORY, 2)):
+    for how, suspected in (
+        (ExitKind.REPEATED_LANE_FAILURES, 0),
+        (ExitKind.FAILED, 0),
+        (ExitKind.NODE_LOST, 0),
+        (ExitKind.CRASHED, 2),
+        (ExitKind.OUT_OF_MEMORY, 2),
+    ):
         core = BrokerCore()
         for rate in (1e-3, 1e-2):
             core.submit(f"t{rate}", configuration(rate=rate), 0.0)
         core.lease("seat-0.x", None, 2, 0.0)
-        core.seat_ended("seat-0", 0.0, how)
-        assert core.suspects == suspected
-        assert core.deaths.barren == (how is How.FAILED)
+        core.trainer_exited("seat-0", 0.0, how)
+        assert core.num_suspects == suspected
+        assert core.failure_policy.failures_without_step == (how is ExitKind.FAILED)
 
 
 def test_a_hung_seat_is_named_and_one_that_speaks_again_is_not() -> None:
@@ -253,13 +265,13 @@ def test_a_hung_seat_is_named_and_one_that_speaks_again_is_not() -> None:
         core.submit(f"t{rate}", configuration(rate=rate), 0.0)
     for name in ("seat-0.x", "seat-1.x", "seat-2.x"):
         core.lease(name, None, 1, 0.0)
-    dead = SILENT_SECONDS + 1
+    dead = TRAINER_SILENT_SECONDS + 1
     core.tick(dead)
     assert core.counts()["seats"] == 0
-    assert core.stuck(dead) == [], "the broker itself may have stood still"
-    core.alive("seat-1.x", dead)
+    assert core.hung_trainers(dead) == [], "the broker itself may have stood still"
+    core.heartbeat("seat-1.x", dead)
     core.exchange("seat-2.x", {}, 0, dead)
-    later = dead + SILENT_SECONDS + 1
-    assert core.stuck(later) == ["seat-0"]
-    core.seat_ended("seat-0", later, How.FAILED, "it hung")
-    assert core.stuck(later) == []
+    later = dead + TRAINER_SILENT_SECONDS + 1
+    assert core.hung_trainers(later) == ["seat-0"]
+    core.trainer_exited("seat-0", later, ExitKind.FAILED, "it hung")
+    assert core.hung_trainers(later) == []

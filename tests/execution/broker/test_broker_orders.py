@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from points import POINTS, STEPS, record
 
-from orchestrator.execution.broker.core import SILENT_SECONDS, UNSERVED_SECONDS, BrokerCore, Held
-from orchestrator.execution.broker.lane_entry import Phase
-from orchestrator.execution.trainers.exit_status import How
-from orchestrator.finetune.engine.lane_source import Answer, Report
-from orchestrator.record.schema import FAILURES_ALLOWED, Record
+from orchestrator.execution.broker.core import (
+    STARVATION_SECONDS,
+    TRAINER_SILENT_SECONDS,
+    BrokerCore,
+    HeldLane,
+)
+from orchestrator.execution.broker.lane_entry import LeasePhase
+from orchestrator.execution.trainers.exit_status import ExitKind
+from orchestrator.finetune.engine.lane_source import Directive, Report
+from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.study.configuration import Configuration
 
 
@@ -36,7 +41,7 @@ class FakeSeat:
         self.taken = 0
 
     @property
-    def held(self) -> dict[str, Held]:
+    def held(self) -> dict[str, HeldLane]:
         return {
             f: (
                 lane.attempt,
@@ -96,7 +101,7 @@ class Broker(RuleBasedStateMachine):
         point, seen = self.trials[trial]
         fingerprint = point.fingerprint
         try:
-            answer = self.core.next(fingerprint, seen, self.now)
+            answer = self.core.next_report(fingerprint, seen, self.now)
         except KeyError:  # the broker restarted
             self.core.submit(trial, point, self.now)
             self.forget_owed(point)
@@ -154,7 +159,7 @@ class Broker(RuleBasedStateMachine):
     def refill(self, seat: FakeSeat, reply_lost: bool = False, spilling: bool = True) -> None:
         """As the loop does it: lanes that have been parked for long make way for those that are leased."""
         self.core.exchange(seat.name, seat.held, seat.taken, self.now)
-        shape = next((lane.configuration.shape for lane in seat.lanes.values()), None)
+        shape = next((lane.configuration.group_key for lane in seat.lanes.values()), None)
         late = [f for f, lane in seat.lanes.items() if lane.parked] if spilling else []
         free = 3 - len(seat.lanes)
         if free + len(late) == 0:
@@ -167,17 +172,20 @@ class Broker(RuleBasedStateMachine):
             assert len(offer.leases) <= 1
         leases = offer.leases
         assert not leases or not offer.closed
-        shapes = {lease.configuration.shape for lease in leases}
+        shapes = {lease.configuration.group_key for lease in leases}
         assert len(shapes | {shape} - {None}) <= 1
         if reply_lost:
             return
         # Given up for dead and leased again, to the same seat: the newer lease counts.
         gone = {lease.configuration.fingerprint for lease in leases} & set(seat.lanes)
         late = [f for f in late if f not in gone]
-        if shapes == {lane.configuration.shape for lane in seat.lanes.values()} and not offer.apart:
+        if (
+            shapes == {lane.configuration.group_key for lane in seat.lanes.values()}
+            and not offer.requires_empty_group
+        ):
             late = late[: max(0, len(leases) - len(gone) - free)]
         for fingerprint in late if leases else []:
-            self.core.spill(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
+            self.core.return_lease(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
         for lease in leases:
             fingerprint = lease.configuration.fingerprint
             assert fingerprint not in seat.lanes or lease.attempt > seat.lanes[fingerprint].attempt
@@ -227,9 +235,9 @@ class Broker(RuleBasedStateMachine):
         if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
             del seat.lanes[fingerprint]
             state = end if end == "failed" else self.records[fingerprint].state
-            life = self.core.lives.get(fingerprint)
-            before = (life.phase, life.failures, life.seat, life.attempt) if life else None
-            self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
+            life = self.core.entries.get(fingerprint)
+            before = (life.phase, life.failures, life.trainer_id, life.attempt) if life else None
+            self.core.end_lease(seat.name, fingerprint, lane.attempt, state, self.now)
             if before and end == "failed" and before[2:] != (seat.name, lane.attempt):
                 assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
 
@@ -241,40 +249,42 @@ class Broker(RuleBasedStateMachine):
     def sign_of_life(self, seat: FakeSeat) -> None:
         answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
         assert set(answers) == set(seat.lanes)
-        assert self.core.taken[seat.name] == seat.taken
+        assert self.core.steps_taken[seat.name] == seat.taken
         for fingerprint, answer in answers.items():
             self.obey(seat, fingerprint, answer)
 
-    def obey(self, seat: FakeSeat, fingerprint: str, answer: Answer) -> None:
+    def obey(self, seat: FakeSeat, fingerprint: str, answer: Directive) -> None:
         lane = seat.lanes[fingerprint]
-        life = self.core.lives.get(fingerprint)
-        if answer is not Answer.DROP and life is not None:
-            assert (life.seat, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
-            if answer in (Answer.GO, Answer.PARK):
-                assert (answer is Answer.PARK) == (life.phase is Phase.PARKED)
-            assert answer is not Answer.STOP or life.let_go
-            assert answer is Answer.STOP or (answer is Answer.LEAVE) == (seat.name in self.core.vacated)
-        lane.parked = answer is Answer.PARK
-        if answer in (Answer.STOP, Answer.DROP, Answer.LEAVE):
+        life = self.core.entries.get(fingerprint)
+        if answer is not Directive.DROP and life is not None:
+            assert (life.trainer_id, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
+            if answer in (Directive.CONTINUE, Directive.PARK):
+                assert (answer is Directive.PARK) == (life.phase is LeasePhase.PAUSED)
+            assert answer is not Directive.STOP or life.is_stopped
+            assert answer is Directive.STOP or (answer is Directive.YIELD) == (
+                seat.name in self.core.draining
+            )
+        lane.parked = answer is Directive.PARK
+        if answer in (Directive.STOP, Directive.DROP, Directive.YIELD):
             del seat.lanes[fingerprint]
-            if answer is Answer.LEAVE:
+            if answer is Directive.YIELD:
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
-                self.core.spill(seat.name, fingerprint, lane.attempt, self.now)
-            if answer is Answer.STOP:
-                assert lane.reported >= life.seen, "the record has what the scheduler saw"
+                self.core.return_lease(seat.name, fingerprint, lane.attempt, self.now)
+            if answer is Directive.STOP:
+                assert lane.reported >= life.stop_step, "the record has what the scheduler saw"
                 if not self.final(fingerprint):
                     self.records[fingerprint] = record(lane.configuration, "stopped", lane.reported)
                 state = self.records[fingerprint].state
-                self.core.done(seat.name, fingerprint, lane.attempt, state, self.now)
+                self.core.end_lease(seat.name, fingerprint, lane.attempt, state, self.now)
 
     @precondition(lambda self: self.seats)
-    @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(How), zombie=st.booleans())
-    def die(self, data: st.DataObject, noticed: bool, how: How, zombie: bool) -> None:
+    @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(ExitKind), zombie=st.booleans())
+    def die(self, data: st.DataObject, noticed: bool, how: ExitKind, zombie: bool) -> None:
         seat = data.draw(st.sampled_from(self.seats))
         self.seats.remove(seat)
         if noticed:
-            self.core.seat_ended(seat.name, self.now, how)
-            assert seat.name not in self.core.seats
+            self.core.trainer_exited(seat.name, self.now, how)
+            assert seat.name not in self.core.trainers
         if zombie:
             self.zombies.append(seat)
 
@@ -283,25 +293,25 @@ class Broker(RuleBasedStateMachine):
     def vacate(self, data: st.DataObject) -> None:
         """It is given nothing more, and has nothing when it has heard of it."""
         seat = data.draw(st.sampled_from(self.seats))
-        self.core.vacate(seat.name)
+        self.core.drain(seat.name)
         assert self.core.lease(seat.name, None, 3, self.now).closed
         self.sign_of_life(seat)
         assert not seat.lanes
         self.sign_of_life(seat)  # what it was told to drop, it no longer names
-        assert not any(life.seat == seat.name for life in self.core.lives.values())
+        assert not any(life.trainer_id == seat.name for life in self.core.entries.values())
 
     @rule()
     def wait_long(self) -> None:
-        self.now += SILENT_SECONDS + UNSERVED_SECONDS
+        self.now += TRAINER_SILENT_SECONDS + STARVATION_SECONDS
         self.core.tick(self.now)
 
     @rule()
     def broker_restarts(self) -> None:
         self.core = BrokerCore(
             lambda f: self.saved.get(f, 0),
-            known=self.known,
+            find_record=self.known,
             scheduler="asha" if self.gated else "none",
-            saved=lambda f: self.saved.get(f, 0),
+            checkpoint_step=lambda f: self.saved.get(f, 0),
         )
 
     # -- what must hold
@@ -309,30 +319,32 @@ class Broker(RuleBasedStateMachine):
     @invariant()
     def a_lane_has_one_seat(self) -> None:
         core = self.core
-        for fingerprint, life in core.lives.items():
-            leased = life.phase in (Phase.LEASED, Phase.PARKED)
+        for fingerprint, life in core.entries.items():
+            leased = life.phase in (LeasePhase.LEASED, LeasePhase.PAUSED)
             holders = [
-                name for name, view in core.seats.items() if fingerprint in view.lanes and name == life.seat
+                name
+                for name, view in core.trainers.items()
+                if fingerprint in view.lanes and name == life.trainer_id
             ]
             assert len(holders) == leased
-            assert life.phase not in (Phase.PARKED, Phase.SPILLED) or life.gated
-            assert life.failures <= FAILURES_ALLOWED
+            assert life.phase not in (LeasePhase.PAUSED, LeasePhase.RETURNED) or life.pauses_after_report
+            assert life.failures <= MAX_FAILURES
             steps = [report.step for report in life.reports]
             assert steps == sorted(set(steps))
 
     @invariant()
     def every_lane_on_no_seat_is_wanted_or_owes_its_record(self) -> None:
-        for life in self.core.lives.values():
-            if life.phase is Phase.WAITING:
-                assert life.trials or life.let_go
+        for life in self.core.entries.values():
+            if life.phase is LeasePhase.WAITING:
+                assert life.trials or life.is_stopped
                 assert (
-                    life.let_go
-                    or not life.gated
-                    or life.asked >= max((r.step for r in life.reports), default=-1)
+                    life.is_stopped
+                    or not life.pauses_after_report
+                    or life.resume_after_step >= max((r.step for r in life.reports), default=-1)
                 )
-            if life.phase is Phase.SPILLED:
+            if life.phase is LeasePhase.RETURNED:
                 assert life.trials
-                assert life.asked < life.reports[-1].step
+                assert life.resume_after_step < life.reports[-1].step
 
     def teardown(self) -> None:
         """Left alone with one good seat, every trial learns how its lane ended, and no record is owed."""
@@ -355,8 +367,8 @@ class Broker(RuleBasedStateMachine):
                     self.turn(seat, fingerprint, "finished")
         assert not self.trials, "a trial waits for ever"
         assert not seat.lanes
-        assert all(life.phase is Phase.ENDED for life in self.core.lives.values())
-        failed = {f for f, life in self.core.lives.items() if life.state == "failed"}
+        assert all(life.phase is LeasePhase.ENDED for life in self.core.entries.values())
+        failed = {f for f, life in self.core.entries.items() if life.state == "failed"}
         owed = {point.fingerprint for point, _ in self.owed.values()}
         assert owed <= set(self.records) | failed, "a stopped lane has no record"
 

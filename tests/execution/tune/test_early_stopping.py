@@ -11,57 +11,65 @@ import pytest
 from ray.cluster_utils import Cluster
 from test_broker_core import configuration
 
-from orchestrator.execution.tune.rungs import due, entry, evaluation, first_rung, settings
-from orchestrator.study.configuration import Configuration, Schedule
+from orchestrator.execution.tune.rungs import (
+    evaluation_index,
+    first_rung,
+    lane_evaluation_steps,
+    scheduler_settings,
+    submission_order,
+)
+from orchestrator.study.configuration import Configuration, LRSchedule
 
 
 def lane(rate: float = 1e-3, steps: int = 9, warmup: float = 0.05, variant: str = "lora") -> Configuration:
     point = configuration(variant, rate)
-    return replace(point, schedule=Schedule(steps, warmup=warmup), evaluations=min(9, steps))
+    return replace(point, schedule=LRSchedule(steps, warmup=warmup), evaluations=min(9, steps))
 
 
 @pytest.mark.parametrize(("warmup", "first"), [(0.0, 10), (0.1, 10), (0.12, 20), (0.5, 50), (1.0, 90)])
 def test_the_first_rung_is_the_first_evaluation_after_the_warmup(warmup: float, first: int) -> None:
     point = lane(steps=90, warmup=warmup)
     assert first_rung(point) == first
-    counted = [evaluation(point, step) for step in due(point)]
-    assert counted == [max(0, 1 + (step - first) // 10) for step in due(point)]
+    counted = [evaluation_index(point, step) for step in lane_evaluation_steps(point)]
+    assert counted == [max(0, 1 + (step - first) // 10) for step in lane_evaluation_steps(point)]
 
 
 def test_settings_tell_schedulers_and_first_rungs_apart() -> None:
     points = [lane(steps=90), lane(steps=90, warmup=0.5)]
-    said = {settings(name, point) for name in ("asha", "median", "hyperband") for point in points}
+    said = {scheduler_settings(name, point) for name in ("asha", "median", "hyperband") for point in points}
     assert len(said) == 6
-    assert settings("none", points[0]) == ""
-    assert settings("asha", points[0]) == "asha loss=min first=10 eta=4 last=30"
-    assert settings("asha", points[1]) == "asha loss=min first=50 eta=4 last=50"
-    assert settings("median", points[0]) == "median loss=min first=10 samples=3"
-    assert settings("asha", lane(1e-2, steps=90)) == settings("asha", points[0]), "the rate is not a setting"
+    assert scheduler_settings("none", points[0]) == ""
+    assert scheduler_settings("asha", points[0]) == "asha loss=min first=10 eta=4 last=30"
+    assert scheduler_settings("asha", points[1]) == "asha loss=min first=50 eta=4 last=50"
+    assert scheduler_settings("median", points[0]) == "median loss=min first=10 samples=3"
+    assert scheduler_settings("asha", lane(1e-2, steps=90)) == scheduler_settings("asha", points[0]), (
+        "the rate is not a setting"
+    )
 
 
 def test_known_results_come_first_but_for_hyperband_where_order_makes_the_brackets() -> None:
     points = [lane(rate) for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)]
-    all_new = entry("hyperband", [], points, 4)
-    assert entry("none", points[:2], points[2:], 4) == points[2:]
-    assert entry("asha", points[:2], points[2:], 4) == points
-    assert entry("hyperband", points[:2], points[2:], 4) == all_new
+    all_new = submission_order("hyperband", [], points, 4)
+    assert submission_order("none", points[:2], points[2:], 4) == points[2:]
+    assert submission_order("asha", points[:2], points[2:], 4) == points
+    assert submission_order("hyperband", points[:2], points[2:], 4) == all_new
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 40])
 def test_trials_leave_half_of_the_memory_to_seats_under_hyperband_too(nodes: int) -> None:
     from orchestrator.execution.ray.runtime import Cluster, Node
-    from orchestrator.execution.session import Room
-    from orchestrator.execution.trainers.trainer import SeatPlan
-    from orchestrator.execution.tune.trial import MEMORY_BYTES
+    from orchestrator.execution.session import PoolConfig
+    from orchestrator.execution.trainers.trainer import TrainerSpec
+    from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
-    room = Room(2, SeatPlan(lanes=4, gpus=0, store="", scratch=""))
+    room = PoolConfig(2, TrainerSpec(lanes_per_trainer=4, gpus_per_worker=0, store="", scratch=""))
     for memory in (2 * 2**30, 64 * 2**30):
         cluster = Cluster((Node(8, 0, memory),) * nodes)
-        at_once, each = room.trials(cluster, "asha")
+        at_once, each = room.trial_limits(cluster, "asha")
         assert at_once is not None
         assert at_once <= 16
-        assert at_once * MEMORY_BYTES <= cluster.memory / 2
-        at_once, asked = room.trials(cluster, "hyperband")
+        assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
+        at_once, asked = room.trial_limits(cluster, "hyperband")
         assert at_once is None
         assert nodes <= nodes * (memory // asked) <= max(16, nodes), "as many, but one a node at least"
         assert nodes * (memory // asked) * each <= cluster.memory / 2
@@ -85,7 +93,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
     """(scheduler, points, known, ends, at once) -> the last evaluation of each variant and rate."""
     from ray import tune
 
-    from orchestrator.execution.tune.early_stopping import PerGroup
+    from orchestrator.execution.tune.early_stopping import PerVariantScheduler
 
     class Lane(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
@@ -145,7 +153,9 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
                 "ready": str(ready),
             },
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=at_once, reuse_actors=True, scheduler=PerGroup(scheduler, known)
+                max_concurrent_trials=at_once,
+                reuse_actors=True,
+                scheduler=PerVariantScheduler(scheduler, known),
             ),
             run_config=tune.RunConfig(
                 storage_path=str(folder),

@@ -8,9 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.finetune.data.batches import Row, bucket, encode, numbers, pad, scoring_plan, training_batch
-from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Task
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.data.batches import (
+    Row,
+    bucket_length,
+    encode_examples,
+    make_training_batch,
+    pad_rows,
+    plan_batches,
+    shuffled_indices,
+)
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Task
+from orchestrator.util.errors import UsageError
 
 
 class Characters(Task):
@@ -18,90 +26,94 @@ class Characters(Task):
 
     name = "characters"
 
-    def encode(self, example: Example, tokenizer: object) -> Encoded:
+    def encode(self, example: Example, tokenizer: object) -> EncodedExample:
         prompt = tuple(ord(c) for c in example.prompt)
         answer = (*(ord(c) for c in example.answer), 1)
-        return Encoded((*prompt, *answer), (*[NO_LOSS] * len(prompt), *answer), len(prompt))
+        return EncodedExample((*prompt, *answer), (*[IGNORE_INDEX] * len(prompt), *answer), len(prompt))
 
 
 def row(length: int, label: int = 7) -> Row:
-    return Row(tuple(range(2, 2 + length)), (*[NO_LOSS] * (length - 1), label), (2,))
+    return Row(tuple(range(2, 2 + length)), (*[IGNORE_INDEX] * (length - 1), label), (2,))
 
 
 def test_buckets() -> None:
-    found = {bucket(n, 10**6) for n in range(1, 1025)}
+    found = {bucket_length(n, 10**6) for n in range(1, 1025)}
     assert sorted(found) == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert bucket(12, 12) == 12
-    assert bucket(12, 14) == 14
-    assert bucket(20, 12) == 20  # an item to score that is longer than training allows is not cut
+    assert bucket_length(12, 12) == 12
+    assert bucket_length(12, 14) == 14
+    assert bucket_length(20, 12) == 20  # an item to score that is longer than training allows is not cut
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
 def test_a_bucket_holds_its_rows(length: int, cap: int) -> None:
-    assert length <= bucket(length, cap) <= max(cap, length)
+    assert length <= bucket_length(length, cap) <= max(cap, length)
 
 
 def test_targets_are_one_further_and_only_the_answer_carries_loss() -> None:
-    (one,) = encode([Example("ab", "cd")], Characters(), None)
+    (one,) = encode_examples([Example("ab", "cd")], Characters(), None)
     assert one.ids == (97, 98, 99, 100)
-    assert one.targets == (NO_LOSS, 99, 100, 1)
+    assert one.targets == (IGNORE_INDEX, 99, 100, 1)
     assert one.prompt == (97, 98)
 
 
 def test_training_cuts_and_leaves_out_what_has_no_answer_left() -> None:
-    rows = encode([Example("ab", "cd"), Example("abcdef", "g")], Characters(), None, max_length=4)
-    assert [(r.ids, r.targets) for r in rows] == [((97, 98, 99), (NO_LOSS, 99, 100))]
-    with pytest.raises(BadInput, match="max_length 2"):
-        encode([Example("ab", "cd")], Characters(), None, max_length=2)
+    rows = encode_examples([Example("ab", "cd"), Example("abcdef", "g")], Characters(), None, max_length=4)
+    assert [(r.ids, r.targets) for r in rows] == [((97, 98, 99), (IGNORE_INDEX, 99, 100))]
+    with pytest.raises(UsageError, match="max_length 2"):
+        encode_examples([Example("ab", "cd")], Characters(), None, max_length=2)
 
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_an_encode_that_raises_or_ends_the_process_is_named_by_what_it_raises(ends: bool) -> None:
     class Broken(Characters):
-        def encode(self, example: Example, tokenizer: object) -> Encoded:
+        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
             if example.prompt == "b":
                 raise SystemExit(7) if ends else KeyError("title")
             return super().encode(example, tokenizer)
 
     said = "SystemExit: 7" if ends else "KeyError: 'title'"
-    with pytest.raises(BadInput, match=f"'characters': {said}, where example 1, 'b c', .* correct the task"):
-        encode([Example("a", "c"), Example("b", "c")], Broken(), None)
+    with pytest.raises(
+        UsageError, match=f"'characters': {said}, where example 1, 'b c', .* correct the task"
+    ):
+        encode_examples([Example("a", "c"), Example("b", "c")], Broken(), None)
 
 
 def test_an_encoding_of_all_that_ends_the_process_is_refused() -> None:
     class Ends(Characters):
-        def encode_all(self, examples: Sequence[Example], tokenizer: object) -> list[Encoded]:
+        def encode_all(self, examples: Sequence[Example], tokenizer: object) -> list[EncodedExample]:
             if len(examples) > 1:
                 raise SystemExit(7)
             return super().encode_all(examples, tokenizer)
 
-    with pytest.raises(BadInput, match="SystemExit: 7"):
-        encode([Example("a", "c"), Example("b", "c")], Ends(), None)
+    with pytest.raises(UsageError, match="SystemExit: 7"):
+        encode_examples([Example("a", "c"), Example("b", "c")], Ends(), None)
 
 
 def test_an_item_that_cannot_be_scored_is_named() -> None:
     class Silent(Characters):
-        def encode(self, example: Example, tokenizer: object) -> Encoded:
-            return Encoded((97, 98), (NO_LOSS, NO_LOSS), 2)
+        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
+            return EncodedExample((97, 98), (IGNORE_INDEX, IGNORE_INDEX), 2)
 
-    with pytest.raises(BadInput, match="example 0 has no token to score"):
-        encode([Example("ab", "")], Silent(), None)
+    with pytest.raises(UsageError, match="example 0 has no token to score"):
+        encode_examples([Example("ab", "")], Silent(), None)
 
 
 def test_an_item_with_nothing_to_read_is_named() -> None:
     class Headed(Characters):
-        answers, labels = "label", ("a", "b")
+        output, labels = "label", ("a", "b")
 
-        def encode(self, example: Example, tokenizer: object) -> Encoded:
+        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
             ids = tuple(ord(c) for c in example.prompt)
-            return Encoded(ids, (NO_LOSS,) * len(ids), len(ids))
+            return EncodedExample(ids, (IGNORE_INDEX,) * len(ids), len(ids))
 
-    with pytest.raises(BadInput, match="the prompt of example 1 is empty"):
-        encode([Example("x", "a"), Example("", "b")], Headed(), None, 8)
-    with pytest.raises(BadInput, match="the prompt of example 0 is empty"):
-        encode([Example("", "b")], Characters(), None)
-    assert encode([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), "to learn from it is well"
-    assert encode([Example("", "b", scored="loss")], Characters(), None)[0].ids == (98,)
+    with pytest.raises(UsageError, match="the prompt of example 1 is empty"):
+        encode_examples([Example("x", "a"), Example("", "b")], Headed(), None, 8)
+    with pytest.raises(UsageError, match="the prompt of example 0 is empty"):
+        encode_examples([Example("", "b")], Characters(), None)
+    assert encode_examples([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), (
+        "to learn from it is well"
+    )
+    assert encode_examples([Example("", "b", counts_in="loss")], Characters(), None)[0].ids == (98,)
 
 
 class Words(Task):
@@ -129,12 +141,12 @@ def test_bos_stands_before_the_prompt_where_the_tokenizer_puts_it(
 ) -> None:
     words = make(add_bos_token=adds)
     assert words.bos_token_id is not None
-    (row,) = encode([Example("a b", "b a")], Words(), words)
+    (row,) = encode_examples([Example("a b", "b a")], Words(), words)
     assert list(row.prompt) == words("a b")["input_ids"]
     assert row.ids[: len(row.prompt)] == row.prompt, "in training as in generation"
     assert (row.ids[0] == words.bos_token_id) is adds
     assert row.ids.count(words.bos_token_id) == int(adds), "and not before the answer"
-    assert set(row.targets[: len(row.prompt) - 1]) == {NO_LOSS}
+    assert set(row.targets[: len(row.prompt) - 1]) == {IGNORE_INDEX}
     assert row.targets[-1] == words.eos_token_id
 
 
@@ -142,7 +154,7 @@ def test_an_end_token_that_is_appended_and_is_bos_too_does_not_stand_before_the_
     words = llama(add_bos_token=False, add_eos_token=True)
     words.bos_token = words.eos_token
     assert words("")["input_ids"] == words("a")["input_ids"][-1:] == [words.bos_token_id]
-    (row,) = encode([Example("a b", "b a")], Words(), words)
+    (row,) = encode_examples([Example("a b", "b a")], Words(), words)
     assert words.bos_token_id not in row.ids
 
 
@@ -151,51 +163,57 @@ def test_without_a_bos_token_nothing_stands_before_the_prompt() -> None:
 
     words = tokenizer()
     assert words.bos_token_id is None
-    (row,) = encode([Example("a b", "b")], Words(), words)
+    (row,) = encode_examples([Example("a b", "b")], Words(), words)
     assert list(row.prompt) == words("a b", add_special_tokens=False)["input_ids"]
 
 
 def test_pad_on_the_right() -> None:
-    batch = pad([row(2), row(3)], 4, padding=0)
+    batch = pad_rows([row(2), row(3)], 4, pad_token_id=0)
     assert batch.ids.tolist() == [[2, 3, 0, 0], [2, 3, 4, 0]]
-    assert batch.targets.tolist() == [[NO_LOSS, 7, NO_LOSS, NO_LOSS], [NO_LOSS, NO_LOSS, 7, NO_LOSS]]
-    assert (batch.tokens, batch.length) == (2, 4)
+    assert batch.targets.tolist() == [
+        [IGNORE_INDEX, 7, IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX, IGNORE_INDEX, 7, IGNORE_INDEX],
+    ]
+    assert (batch.target_count, batch.length) == (2, 4)
 
 
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 100), st.integers(1, 60))
 def test_order_is_permutations_and_depends_on_seed_and_index_only(
     seed: int, size: int, start: int, count: int
 ) -> None:
-    drawn = numbers(seed, size, 0, start + count)
-    assert numbers(seed, size, start, count) == drawn[start:]
+    drawn = shuffled_indices(seed, size, 0, start + count)
+    assert shuffled_indices(seed, size, start, count) == drawn[start:]
     for epoch in range((start + count) // size):
         assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_the_order_itself_never_changes() -> None:
     # Another order here makes another experiment of every record there is.
-    assert numbers(0, 8, 0, 12) == [2, 6, 0, 4, 1, 3, 5, 7, 4, 0, 6, 1]
-    assert numbers(1, 8, 0, 8) != numbers(0, 8, 0, 8)
-    assert numbers(2**32, 8, 0, 8) != numbers(0, 8, 0, 8)
+    assert shuffled_indices(0, 8, 0, 12) == [2, 6, 0, 4, 1, 3, 5, 7, 4, 0, 6, 1]
+    assert shuffled_indices(1, 8, 0, 8) != shuffled_indices(0, 8, 0, 8)
+    assert shuffled_indices(2**32, 8, 0, 8) != shuffled_indices(0, 8, 0, 8)
 
 
 def test_a_micro_batch_is_padded_by_its_own_examples() -> None:
     rows = [row(3), row(20), row(5), row(6)]
-    batches = [training_batch(rows, seed=0, start=i, count=1, cap=512, padding=0) for i in range(4)]
-    order = numbers(0, 4, 0, 4)
-    assert [b.length for b in batches] == [bucket(len(rows[n].ids), 512) for n in order]
-    both = training_batch(rows, seed=0, start=0, count=4, cap=512, padding=0)
+    batches = [
+        make_training_batch(rows, seed=0, start=i, count=1, max_row_length=512, pad_token_id=0)
+        for i in range(4)
+    ]
+    order = shuffled_indices(0, 4, 0, 4)
+    assert [b.length for b in batches] == [bucket_length(len(rows[n].ids), 512) for n in order]
+    both = make_training_batch(rows, seed=0, start=0, count=4, max_row_length=512, pad_token_id=0)
     assert both.ids.shape == (4, 24)
     assert torch.equal(both.ids[1, : batches[1].length], batches[1].ids[0])
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=300), st.integers(10, 400))
 def test_a_scoring_plan_holds_every_item_once_in_near_equal_batches(lengths: list[int], cap: int) -> None:
-    plan = scoring_plan(lengths, cap)
+    plan = plan_batches(lengths, cap)
     assert sorted(i for _, items in plan for i in items) == list(range(len(lengths)))
     sizes: dict[int, list[int]] = {}
     for length, items in plan:
-        assert all(bucket(lengths[i], cap) == length for i in items)
+        assert all(bucket_length(lengths[i], cap) == length for i in items)
         assert len(items) <= 64
         sizes.setdefault(length, []).append(len(items))
     assert all(max(s) - min(s) <= 1 for s in sizes.values())

@@ -20,16 +20,22 @@ from pyarrow import ipc
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
 from orchestrator.finetune.data import dataset_cache
-from orchestrator.finetune.data.batches import Batch, Row, encode, longest, training_batch
-from orchestrator.finetune.evaluation.evaluate import Split
+from orchestrator.finetune.data.batches import (
+    Batch,
+    Row,
+    compute_max_row_length,
+    encode_examples,
+    make_training_batch,
+)
+from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.base import SPLITS, Encoded, Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import SPLITS, EncodedExample, Example, Task, TaskDefaults
 from orchestrator.finetune.tasks.local.letters import Letters, tokenizer
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.local.reviews import tokenizer as reviews_tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 LENGTH = 12
 letters = st.characters(exclude_categories=["Cs"])
@@ -42,25 +48,25 @@ class Given(Task):
     name, title, floor, default_model = "given", "given", 0.0, "letters-base"
 
     def __init__(self, of: Sequence[Example], answers: Any = "forced", labels: tuple[str, ...] = ()) -> None:
-        self.of, self.answers, self.labels = list(of), answers, labels  # type: ignore[misc]
+        self.of, self.output, self.labels = list(of), answers, labels  # type: ignore[misc]
         n = len(self.of)
         self.defaults = TaskDefaults(n, n, n, 1, 1, LENGTH, 1, (1e-3,))  # type: ignore[misc]
 
     def examples(self, split: Any, count: int) -> list[Example]:
         return self.of[:count]
 
-    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+    def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
         prompt = tuple(ord(c) for c in example.prompt + (example.pair or ""))
         if self.has_head:
             ids = (2, *prompt, 3)
-            return Encoded(ids, (-100,) * len(ids), len(ids))
+            return EncodedExample(ids, (-100,) * len(ids), len(ids))
         answer = (*(ord(c) for c in example.answer), 1)
-        return Encoded((*prompt, *answer), (*[-100] * len(prompt), *answer), len(prompt))
+        return EncodedExample((*prompt, *answer), (*[-100] * len(prompt), *answer), len(prompt))
 
-    def encode_cut(self, example: Example, tokenizer: Any, most: int) -> Encoded:
+    def encode_truncated(self, example: Example, tokenizer: Any, max_length: int) -> EncodedExample:
         ids = self.encode(example, tokenizer).ids
-        ids = (*ids[: most - 1], ids[-1])
-        return Encoded(ids, (-100,) * len(ids), len(ids))
+        ids = (*ids[: max_length - 1], ids[-1])
+        return EncodedExample(ids, (-100,) * len(ids), len(ids))
 
 
 def of(task: Task, length: int = LENGTH) -> Configuration:
@@ -70,8 +76,8 @@ def of(task: Task, length: int = LENGTH) -> Configuration:
 
 def plain(task: Task, split: str, words: Any, length: int = LENGTH) -> list[Row]:
     """Without a file between."""
-    cut = length if split == "train" else longest(task, length) if task.has_head else None
-    return encode(task.load(task.choice())[split], task, words, cut)  # type: ignore[index]
+    cut = length if split == "train" else compute_max_row_length(task, length) if task.has_head else None
+    return encode_examples(task.load(task.choice())[split], task, words, cut)  # type: ignore[index]
 
 
 @st.composite
@@ -92,16 +98,16 @@ FEWER = settings.default.max_examples // 5  # type: ignore[union-attr]
 def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder, patch.object(dataset_cache, "CHUNK", chunk):
         one = of(task)
-        made = dataset_cache.prepare(Path(folder), one, task, tokenizer())
+        made = dataset_cache.prepare_dataset(Path(folder), one, task, tokenizer())
         with patch.object(type(task), "examples", side_effect=AssertionError("asked the task again")):
-            again = dataset_cache.prepare(Path(folder), one, task, tokenizer())
+            again = dataset_cache.prepare_dataset(Path(folder), one, task, tokenizer())
     for kept in (made, again):
         for split in SPLITS:
             assert list(kept.examples[split]) == task.load(task.choice())[split]
             rows = kept.rows[split]
             assert list(rows) == plain(task, split, tokenizer())
             assert [type(x) for r in rows for x in r.targets] == [
-                float if task.answers == "value" else int for r in rows for _ in r.targets
+                float if task.output == "value" else int for r in rows for _ in r.targets
             ]
             assert rows[-1] == list(rows)[-1]
             assert list(rows[1:3]) == list(rows)[1:3]
@@ -115,16 +121,16 @@ def test_a_workers_rows_are_its_part_of_the_same_batch(
     """Read by each worker for itself, whatever else is in its pack."""
     words = tokenizer()
     rows = plain(task, "train", words)
-    cap = longest(task, LENGTH)
-    whole = training_batch(rows, seed, start, count, cap, 0)
+    cap = compute_max_row_length(task, LENGTH)
+    whole = make_training_batch(rows, seed, start, count, cap, 0)
     with tempfile.TemporaryDirectory() as folder:
         parts = []
         for rank in range(workers):
-            own = dataset_cache.prepare(Path(folder), of(task), task, words).rows["train"]
-            training_batch(own, seed + 1, 0, 3, cap, 0)  # another lane's
+            own = dataset_cache.prepare_dataset(Path(folder), of(task), task, words).rows["train"]
+            make_training_batch(own, seed + 1, 0, 3, cap, 0)  # another lane's
             first, last = count * rank // workers, count * (rank + 1) // workers
-            parts.append(training_batch(own, seed, start, count, cap, 0).part(first, last))
-    joined = Batch.joined(parts)
+            parts.append(make_training_batch(own, seed, start, count, cap, 0).slice_rows(first, last))
+    joined = Batch.concatenate(parts)
     for one, other in (
         (whole.ids, joined.ids),
         (whole.targets, joined.targets),
@@ -144,11 +150,11 @@ def test_a_real_tokenizer_is_given_many_texts_and_says_the_same(number: int) -> 
     for e in examples:  # as it was written before there were many
         if task.has_head:
             ids = tuple(words(e.prompt, e.pair)["input_ids"])
-            expected.append(Encoded(ids, (-100,) * len(ids), len(ids)))
+            expected.append(EncodedExample(ids, (-100,) * len(ids), len(ids)))
         else:
             prompt = words(e.prompt, add_special_tokens=False)["input_ids"]
             said = [*words(e.answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
-            expected.append(Encoded((*prompt, *said), (*[-100] * len(prompt), *said), len(prompt)))
+            expected.append(EncodedExample((*prompt, *said), (*[-100] * len(prompt), *said), len(prompt)))
     assert task.encode_all(examples, words) == expected
     assert [task.encode(e, words) for e in examples] == expected
     assert task.encode_all([], words) == []
@@ -169,16 +175,16 @@ def files_in(folder: Path) -> list[Path]:
 def test_the_same_is_made_once_and_what_differs_lies_beside(tmp_path: Path) -> None:
     task, words = Letters(), tokenizer()
     one = configuration()
-    dataset_cache.prepare(tmp_path, one, task, words)
+    dataset_cache.prepare_dataset(tmp_path, one, task, words)
     first = {path: path.stat().st_mtime_ns for path in files_in(tmp_path)}
     assert len(first) == 6, "examples and rows of three splits"
-    dataset_cache.prepare(tmp_path, one, Letters(), tokenizer())
+    dataset_cache.prepare_dataset(tmp_path, one, Letters(), tokenizer())
     assert {path: path.stat().st_mtime_ns for path in files_in(tmp_path)} == first
     shorter = replace(one, batches=replace(one.batches, max_length=10))
-    dataset_cache.prepare(tmp_path, shorter, task, words)
+    dataset_cache.prepare_dataset(tmp_path, shorter, task, words)
     assert len(files_in(tmp_path)) == 7, "the training rows alone are cut"
     words.add_tokens(["zz"])
-    dataset_cache.prepare(tmp_path, one, task, words)
+    dataset_cache.prepare_dataset(tmp_path, one, task, words)
     assert len(files_in(tmp_path)) == 10, "another tokenizer, the same examples"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") and path.suffix != ".lock"]
 
@@ -186,7 +192,9 @@ def test_the_same_is_made_once_and_what_differs_lies_beside(tmp_path: Path) -> N
 @pytest.mark.parametrize("harm", ["cut", "empty", "zeros", "another"])
 def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
     task, words, one = Letters(), tokenizer(), configuration()
-    expected = [list(dataset_cache.prepare(tmp_path, one, task, words).rows[split]) for split in SPLITS]
+    expected = [
+        list(dataset_cache.prepare_dataset(tmp_path, one, task, words).rows[split]) for split in SPLITS
+    ]
     paths = files_in(tmp_path)
     for path in paths:
         data = path.read_bytes()
@@ -196,7 +204,7 @@ def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
             {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "another": other}[harm]
         )
     assert not dataset_cache.has_examples(tmp_path, one.task, task)
-    again = dataset_cache.prepare(tmp_path, one, task, words)
+    again = dataset_cache.prepare_dataset(tmp_path, one, task, words)
     assert [list(again.rows[split]) for split in SPLITS] == expected
     assert dataset_cache.has_examples(tmp_path, one.task, task)
 
@@ -206,7 +214,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
     task, words = Letters(), tokenizer()
     one = configuration()
     one = replace(one, task=replace(one.task, train_size=16))
-    dataset_cache.prepare(tmp_path, one, task, words)
+    dataset_cache.prepare_dataset(tmp_path, one, task, words)
     for kind in ("examples", "rows"):
         path = next(tmp_path.glob(f"*.{kind}.arrow"))
         whole = path.read_bytes()
@@ -217,7 +225,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
             damaged.unlink(missing_ok=True)  # what is mapped stays
             flipped = bytes([whole[place] ^ 1 << place % 8])
             damaged.write_bytes(whole[:place] + flipped + whole[place + 1 :])
-            found = dataset_cache._read(damaged, schema, list)
+            found = dataset_cache._read_cache_file(damaged, schema, list)
             noticed += found is None
             assert found is None or pa.Table.from_batches(found).to_pydict() == right, (kind, place)
         assert noticed > 0.5 * len(range(0, len(whole), 7))
@@ -226,15 +234,15 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
 def test_data_of_another_revision_are_refused_and_nothing_is_kept(tmp_path: Path) -> None:
     one = configuration()
     stale = replace(one, task=replace(one.task, revision="0" * 16))
-    with pytest.raises(BadInput, match="data 0000000000000000"):
-        dataset_cache.prepare(tmp_path, stale, Letters(), tokenizer())
+    with pytest.raises(UsageError, match="data 0000000000000000"):
+        dataset_cache.prepare_dataset(tmp_path, stale, Letters(), tokenizer())
     assert files_in(tmp_path) == []
 
 
 def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     task = Given([Example("a", "b"), Example("a", 5), Example("a", "b")])  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match=r"'given': train example 1 cannot be kept: .*int") as caught:
-        dataset_cache.prepare(tmp_path, of(task), task, tokenizer())
+    with pytest.raises(UsageError, match=r"'given': train example 1 cannot be kept: .*int") as caught:
+        dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
     assert "\n" not in str(caught.value)
 
 
@@ -246,9 +254,9 @@ def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, scored: Any, said: str) -> None:
-    task = Given([Example("a", "b", scored=scored)], "generated")
-    with pytest.raises(BadInput, match=said):
-        dataset_cache.prepare(tmp_path, of(task), task, tokenizer())
+    task = Given([Example("a", "b", counts_in=scored)], "generated")
+    with pytest.raises(UsageError, match=said):
+        dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
 
 
 class Counting(Given):
@@ -258,7 +266,7 @@ class Counting(Given):
         super().__init__([Example("ab", "c")] * 5)
         self.asked, self.first = 0, first
 
-    def encode(self, example: Example, tokenizer: Any) -> Encoded:
+    def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
         self.asked += 1
         if self.asked == 1:
             self.first()
@@ -274,11 +282,11 @@ def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
 
     tasks = [Counting(wait), Counting(lambda: None)]
 
-    def work(task: Counting) -> dataset_cache.Prepared:
+    def work(task: Counting) -> dataset_cache.PreparedDataset:
         if task is tasks[1]:
             assert begun.wait(120)
             wanted.set()
-        return dataset_cache.prepare(tmp_path, of(task), task, tokenizer())
+        return dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(work, tasks)
@@ -293,7 +301,7 @@ def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
         patch.object(dataset_cache, "QUIET_SECONDS", 0.0),
         patch("orchestrator.finetune.data.batches.TOGETHER", 20),
     ):
-        dataset_cache.prepare(tmp_path, configuration(), Letters(), tokenizer(), said.append)
+        dataset_cache.prepare_dataset(tmp_path, configuration(), Letters(), tokenizer(), said.append)
     assert said[0] == "letters: reading the examples"
     assert said[1:] == [
         *(f"letters: {n} of 64 train examples tokenised" for n in (20, 40, 60, 64)),
@@ -309,7 +317,7 @@ def test_a_worker_needs_neither_the_task_s_data_nor_a_hub_once_they_are_kept(tmp
     one = configuration(task=WORDS_TASK)
     expected = numbers_of(solo(one, tmp_path / "before"))
     store, task = Store(tmp_path / "store"), catalogue.get(WORDS_TASK)
-    dataset_cache.prepare(store.data, one, task, tiny_bench(one.model).tokenizer)
+    dataset_cache.prepare_dataset(store.data, one, task, tiny_bench(one.model).tokenizer)
     with patch.object(type(task), "examples", side_effect=AssertionError("asked for examples")):
         train(Script(leases([one])), store)
     record = store.get(one.fingerprint)
@@ -327,7 +335,7 @@ def test_a_revision_is_found_once_and_again_when_something_changes(monkeypatch: 
         assert task.revision() == before
         assert asked.call_count == 6, "other data may lie there"
     task.of = [Example("a", "c")]
-    with pytest.raises(BadInput, match="this machine makes"):
+    with pytest.raises(UsageError, match="this machine makes"):
         task.load(task.choice())
 
 
@@ -342,15 +350,25 @@ def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path)
     about = {"task": "many", "split": "train"}
     row = Row(tuple(range(1000, 1060)), tuple(range(1001, 1061)), tuple(range(1000, 1030)))
     make = lambda: (row for _ in range(200_000))  # noqa: E731
-    dataset_cache._kept(
-        tmp_path, "many-%s.rows.arrow", about, dataset_cache.ROWS, dataset_cache._of(Row), make
+    dataset_cache._load_or_create(
+        tmp_path,
+        "many-%s.rows.arrow",
+        about,
+        dataset_cache.ROW_COLUMNS,
+        dataset_cache._sequence_factory(Row),
+        make,
     )
     before = anonymous()
-    rows = dataset_cache._kept(
-        tmp_path, "many-%s.rows.arrow", about, dataset_cache.ROWS, dataset_cache._of(Row), make
+    rows = dataset_cache._load_or_create(
+        tmp_path,
+        "many-%s.rows.arrow",
+        about,
+        dataset_cache.ROW_COLUMNS,
+        dataset_cache._sequence_factory(Row),
+        make,
     )
     for number in range(100):
-        training_batch(rows, 0, 16 * number, 16, 64, 0)
+        make_training_batch(rows, 0, 16 * number, 16, 64, 0)
     grown = anonymous() - before
     assert len(rows) == 200_000
     assert sum(path.stat().st_size for path in files_in(tmp_path)) > 100e6
@@ -359,12 +377,12 @@ def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path)
 
 def test_a_split_on_disk_is_scored_as_one_at_hand(tmp_path: Path) -> None:
     task, words, one = Letters(), tokenizer(), configuration()
-    kept = dataset_cache.prepare(tmp_path, one, task, words)
-    cap = longest(task, one.batches.max_length)
-    here = Split(kept.examples["test"], kept.rows["test"], cap, words.pad_token_id)
-    there = Split.of(task.load(one.task)["test"], task, words, cap)
-    assert here.plan == there.plan
-    assert [x.tolist() for x in here.truth] == [x.tolist() for x in there.truth]
+    kept = dataset_cache.prepare_dataset(tmp_path, one, task, words)
+    cap = compute_max_row_length(task, one.batches.max_length)
+    here = EvaluationSplit(kept.examples["test"], kept.rows["test"], cap, words.pad_token_id)
+    there = EvaluationSplit.from_examples(task.load(one.task)["test"], task, words, cap)
+    assert here.batch_plan == there.batch_plan
+    assert [x.tolist() for x in here.flat_targets] == [x.tolist() for x in there.flat_targets]
     for (a, _), (b, _) in zip(here.batches, there.batches, strict=True):
         assert torch.equal(a.ids, b.ids)
     assert astuple(here.examples[3]) == astuple(there.examples[3])

@@ -10,28 +10,32 @@ import pytest
 import torch
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
-from variants.base import Evidence
+from variants.base import CalibrationStatistic
 
-CALIBRATED = [n for n in catalogue.names() if catalogue.get(n).evidence is not Evidence.NONE]
+CALIBRATED = [
+    n for n in catalogue.names() if catalogue.get(n).calibration_statistic is not CalibrationStatistic.NONE
+]
 
 
 def point(variant: str, *, rate: float = 1e-2, seed: int = 0, batches: int = 3) -> Configuration:
     one = configuration(variant=variant, rate=rate, seed=seed, steps=4)
-    extra = {**catalogue.get(variant).extra, "calibration_batches": batches}
+    extra = {**catalogue.get(variant).extra_defaults, "calibration_batches": batches}
     return replace(one, variant=replace(one.variant, extra=extra))
 
 
 def kept(store: Store) -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in store.evidence.iterdir()}
+    return {file.name: file.stat().st_mtime_ns for file in store.calibration.iterdir()}
 
 
 def test_there_are_some_of_every_kind() -> None:
-    assert {catalogue.get(name).evidence for name in CALIBRATED} == set(Evidence) - {Evidence.NONE}
+    assert {catalogue.get(name).calibration_statistic for name in CALIBRATED} == set(CalibrationStatistic) - {
+        CalibrationStatistic.NONE
+    }
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
@@ -55,7 +59,7 @@ def test_one_pass_serves_every_rate_and_each_seed_has_its_own(variant: str, stor
 )
 def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], bytes]) -> None:
     train(Script(leases([point("eva")])), store)
-    (file,) = store.evidence.iterdir()
+    (file,) = store.calibration.iterdir()
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     again = point("eva", rate=1e-3)
@@ -69,10 +73,10 @@ def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], byt
 def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Path) -> None:
     """Two files were swapped, or one was renamed: each is whole."""
     train(Script(leases([point("eva")])), store)
-    (mine,) = store.evidence.iterdir()
+    (mine,) = store.calibration.iterdir()
     whole = mine.read_bytes()
     train(Script(leases([point("eva", seed=1)])), store)
-    (its,) = set(store.evidence.iterdir()) - {mine}
+    (its,) = set(store.calibration.iterdir()) - {mine}
     mine.write_bytes(its.read_bytes())
     again = point("eva", rate=1e-3)
     train(Script(leases([again])), store)
@@ -97,7 +101,7 @@ def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Stor
     c = point(variant, batches=2)
     seen: list[torch.Tensor] = []
 
-    def load(choice: ModelChoice, task: Task) -> Bench:
+    def load(choice: ModelChoice, task: Task) -> BaseModel:
         bench = tiny_bench(choice, task)
         bench.model.register_forward_pre_hook(
             lambda model, args, given: seen.append(given["input_ids"]), with_kwargs=True

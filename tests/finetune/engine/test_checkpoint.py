@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.finetune.engine.checkpoint import Checkpoint, newest, read, write
+from orchestrator.finetune.engine.checkpoint import Checkpoint, read, read_newest, write
 
 
 def make(step: int, attempt: int = 1, **state: object) -> Checkpoint:
@@ -47,17 +47,17 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_a_lane_that_has_not_stepped_has_no_moments(tmp_path: Path) -> None:
     a = {"q.A": torch.ones(2)}
     write(tmp_path, Checkpoint("f", 0, 0, a, {}, {"exp_avg": {}, "exp_avg_sq": {}}))
-    found = newest(tmp_path, print)
+    found = read_newest(tmp_path, print)
     assert found is not None
     assert torch.equal(found.trainable["q.A"], a["q.A"])
     assert found.frozen == found.moments == {}
 
 
 def test_newest_over_all_attempts(tmp_path: Path) -> None:
-    assert newest(tmp_path / "nothing", print) is None
+    assert read_newest(tmp_path / "nothing", print) is None
     for attempt, step in [(2, 30), (9, 15), (10, 30)]:
         write(tmp_path, make(step, attempt))
-    found = newest(tmp_path, print)
+    found = read_newest(tmp_path, print)
     assert found is not None
     assert (found.step, found.attempt) == (30, 10)  # by number: 10 comes after 9 and 2
 
@@ -80,7 +80,7 @@ def test_a_torn_one_is_skipped_with_a_line(tmp_path: Path, keep: int) -> None:
     torn = write(tmp_path, make(10))
     torn.write_bytes(torn.read_bytes()[:keep])
     said: list[str] = []
-    found = newest(tmp_path, said.append)
+    found = read_newest(tmp_path, said.append)
     assert found is not None
     assert found.step == 5
     (line,) = said
@@ -96,7 +96,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         said: list[str] = []
-        found = newest(tmp_path, said.append)
+        found = read_newest(tmp_path, said.append)
         assert found is not None, place
         # A bit of the header's padding may be flipped without any harm: then all is as it was written.
         assert (found.step, len(said)) == (5, 1) or equal(found, make(10)), place
@@ -110,7 +110,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
     (place.parent / "step-x.safetensors").write_bytes(b"no number")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "step-00000099.safetensors").write_bytes(b"no attempt")
-    found = newest(tmp_path, print)
+    found = read_newest(tmp_path, print)
     assert found is not None
     assert found.step == 5
 
@@ -120,7 +120,7 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
 
     write(tmp_path, make(5))
     save_file({"weight": torch.ones(2)}, tmp_path / "1" / "step-00000099.safetensors")
-    found = newest(tmp_path, print)
+    found = read_newest(tmp_path, print)
     assert found is not None
     assert found.step == 5
 
@@ -137,7 +137,7 @@ def test_a_whole_one_in_the_place_of_another_is_skipped_with_a_line(tmp_path: Pa
     else:
         path = path.rename(path.with_name("step-00000012.safetensors"))
     said: list[str] = []
-    found = newest(mine, said.append, "f" * 64)
+    found = read_newest(mine, said.append, "f" * 64)
     assert found is not None
     assert found.step == 5
     (line,) = said

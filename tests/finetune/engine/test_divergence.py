@@ -7,55 +7,55 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.finetune.engine.divergence import Watch
-from orchestrator.study.configuration import Divergence, Schedule
+from orchestrator.finetune.engine.divergence import DivergenceDetector
+from orchestrator.study.configuration import DivergenceConfig, LRSchedule
 
-RULE = Divergence(loss_ratio=1.5, share=0.1, smoothing=0.8)
-SCHEDULE = Schedule(steps=50, warmup=0.1)  # 5 steps of warm-up, 5 steps of patience
+RULE = DivergenceConfig(loss_ratio=1.5, share=0.1, smoothing=0.8)
+SCHEDULE = LRSchedule(steps=50, warmup=0.1)  # 5 steps of warm-up, 5 steps of patience
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite_is_told_at_once_even_in_warmup(bad: float) -> None:
-    assert "training loss" in (Watch(RULE, SCHEDULE, 2.0).observe(0, bad, 1.0) or "")
-    assert "gradient norm" in (Watch(RULE, SCHEDULE, 2.0).observe(0, 1.0, bad) or "")
+    assert "training loss" in (DivergenceDetector(RULE, SCHEDULE, 2.0).observe(0, bad, 1.0) or "")
+    assert "gradient norm" in (DivergenceDetector(RULE, SCHEDULE, 2.0).observe(0, 1.0, bad) or "")
 
 
 def test_above_the_limit_for_a_tenth_of_the_steps_after_warmup() -> None:
-    watch = Watch(RULE, SCHEDULE, 2.0)
+    watch = DivergenceDetector(RULE, SCHEDULE, 2.0)
     told = [watch.observe(step, 3.01, 1.0) for step in range(10)]
     assert told[:9] == [None] * 9  # steps 0-4 are warm-up, 5-8 the first four above
     assert "above 3" in (told[9] or "")
 
 
 def test_exactly_at_the_limit_is_not_above() -> None:
-    watch = Watch(Divergence(loss_ratio=1.5, share=0.1, smoothing=0.0), SCHEDULE, 2.0)
+    watch = DivergenceDetector(DivergenceConfig(loss_ratio=1.5, share=0.1, smoothing=0.0), SCHEDULE, 2.0)
     assert not any(watch.observe(step, 3.0, 1.0) for step in range(50))
 
 
 def test_one_smoothed_step_below_starts_the_count_anew() -> None:
-    watch = Watch(Divergence(smoothing=0.0), SCHEDULE, 2.0)
+    watch = DivergenceDetector(DivergenceConfig(smoothing=0.0), SCHEDULE, 2.0)
     losses = [9.0] * 9 + [1.0] + [9.0] * 4
     assert not any(watch.observe(step, loss, 1.0) for step, loss in enumerate(losses))
     assert watch.observe(14, 9.0, 1.0)
 
 
 def test_smoothing_is_the_weight_of_the_past() -> None:
-    watch = Watch(RULE, SCHEDULE, 2.0)
+    watch = DivergenceDetector(RULE, SCHEDULE, 2.0)
     for step, loss in enumerate([4.0, 2.0, 1.0]):
         watch.observe(step, loss, 1.0)
-    assert watch.smoothed == pytest.approx(0.8 * (0.8 * 4 + 0.2 * 2) + 0.2 * 1)
+    assert watch.smoothed_loss == pytest.approx(0.8 * (0.8 * 4 + 0.2 * 2) + 0.2 * 1)
 
 
 def test_a_single_step_schedule_has_a_patience_of_one() -> None:
-    assert Watch(RULE, Schedule(steps=1, warmup=0.0), 1.0).observe(0, 2.0, 1.0)
+    assert DivergenceDetector(RULE, LRSchedule(steps=1, warmup=0.0), 1.0).observe(0, 2.0, 1.0)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=49), st.data())
 def test_state_through_json_changes_nothing(losses: list[float], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(losses)))
-    whole, first, second = (Watch(RULE, SCHEDULE, 2.0) for _ in range(3))
+    whole, first, second = (DivergenceDetector(RULE, SCHEDULE, 2.0) for _ in range(3))
     expected = [whole.observe(step, loss, 1.0) for step, loss in enumerate(losses)]
     found = [first.observe(step, loss, 1.0) for step, loss in enumerate(losses[:cut])]
-    second.restore(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     found += [second.observe(cut + step, loss, 1.0) for step, loss in enumerate(losses[cut:])]
     assert found == expected

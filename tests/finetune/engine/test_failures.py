@@ -22,10 +22,10 @@ from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from orchestrator.finetune.engine.checkpoint import newest
-from orchestrator.finetune.engine.lane_source import Answer, Lease
-from orchestrator.finetune.failures import Fault, SeatBroken, StoreFull, fault_of
-from orchestrator.finetune.process_group import Failed
+from orchestrator.finetune.engine.checkpoint import read_newest
+from orchestrator.finetune.engine.lane_source import Directive, Lease
+from orchestrator.finetune.failures import Fault, StoreFullError, TrainerBrokenError, classify_error
+from orchestrator.finetune.process_group import WorkerError
 from orchestrator.record import lane_capacity
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -54,15 +54,15 @@ def get(store: Store, point: Configuration) -> Record:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), Fault.DISK),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), Fault.LANE),
         (ValueError("an error that speaks of CUDA error: words"), Fault.LANE),
-        (Failed("reason", "trace", Fault.MEMORY), Fault.MEMORY),
+        (WorkerError("reason", "trace", Fault.MEMORY), Fault.MEMORY),
     ],
 )
 def test_who_is_to_blame(error: Exception, fault: Fault) -> None:
-    assert fault_of(error) is fault
+    assert classify_error(error) is fault
     outer = RuntimeError("while it was at work")
     outer.__cause__ = error
-    assert fault_of(outer) is fault
-    assert Failed.of(outer).fault is fault
+    assert classify_error(outer) is fault
+    assert WorkerError.from_exception(outer).fault is fault
 
 
 # -- memory -------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, 
     store = Store(folder / "short")
     assert {get(store, point).state for point in LATER} == {"finished"}
     place = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
-    assert lane_capacity.most_lanes(store.limits, WIDE[0].shape, place) == LANES // 2
+    assert lane_capacity.read_max_lanes(store.lane_capacity, WIDE[0].group_key, place) == LANES // 2
 
 
 def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
 
     bench.model.forward = starves
     points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
-    few = {**variants.get("eva").extra, "calibration_batches": 2}
+    few = {**variants.get("eva").extra_defaults, "calibration_batches": 2}
     points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
     source = Again(leases(points))
     train(source, store, load_bench=lambda choice, task: bench)
@@ -172,21 +172,21 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
 
 
 def test_limits_only_get_lower_and_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
-    path = lane_capacity.remember(tmp_path, "shape", "gpu", 4, 8)
-    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") == 4
-    assert lane_capacity.most_lanes(tmp_path, "shape", "another gpu") is None
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
+    path = lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 4, 8)
+    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 4
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "another gpu") is None
     path.write_text('{"lanes": ')
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
-    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") == 6
-    other = lane_capacity.remember(tmp_path, "another shape", "gpu", 1, 2)
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
+    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") == 6
+    other = lane_capacity.write_max_lanes(tmp_path, "another shape", "gpu", 1, 2)
     other.replace(path)  # of another shape
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
-    lane_capacity.remember(tmp_path, "shape", "gpu", 6, 12)
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
+    lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
     path.write_bytes(path.read_bytes().replace(b'"lanes": 6', b'"lanes": 2'))  # a flipped bit
-    assert lane_capacity.most_lanes(tmp_path, "shape", "gpu") is None
+    assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
 
 
 def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
@@ -198,7 +198,7 @@ def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
 
     def starve(optimizer: torch.optim.Optimizer, *rest: object) -> None:
         mine = next((lane for lane in source.lanes.values() if lane.optimizer is optimizer), None)
-        if mine is not None and mine.name == points[1].fingerprint and mine.step == 4 and not raised:
+        if mine is not None and mine.fingerprint == points[1].fingerprint and mine.step == 4 and not raised:
             raised.append(mine.step)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -221,7 +221,7 @@ def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
 BROKEN = '''
 import torch
 
-from orchestrator.finetune.tasks import letters
+from orchestrator.finetune.tasks.local import letters
 
 
 class Broken(letters.Letters):
@@ -236,7 +236,7 @@ def test_a_lost_device_ends_the_process_and_is_no_lanes_failure(store: Store, tm
     path = tmp_path / "broken.py"
     path.write_text(BROKEN.format(method="encode"))
     source = Script(leases(configuration(task=str(path), seed=seed, steps=4) for seed in range(4)))
-    with pytest.raises(SeatBroken, match=r"the device is lost to this process: .*device-side assert"):
+    with pytest.raises(TrainerBrokenError, match=r"the device is lost to this process: .*device-side assert"):
         train(source, store)
     assert source.ended == []
     assert not store.states()
@@ -247,7 +247,7 @@ def test_a_lost_device_ends_the_process_and_is_no_lanes_failure(store: Store, tm
 def test_an_index_out_of_range_on_a_gpu_is_a_lost_device(tmp_path: Path) -> None:
     program = (
         "import torch\n"
-        "from orchestrator.finetune.failures import Fault, fault_of\n"
+        "from orchestrator.finetune.failures import Fault; from orchestrator.finetune.failures import classify_error\n"
         "try:\n"
         "    torch.nn.Embedding(4, 4).cuda()(torch.tensor([9], device='cuda')).sum().item()\n"
         "except Exception as error:\n"
@@ -273,7 +273,7 @@ class Filling(Again):
     full, freed = 0, 0
     is_full = False
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
+    def exchange(self, taken: int) -> Mapping[str, Directive]:
         answers = super().exchange(taken)
         furthest = max(self.steps.values(), default=0)
         if self.full and furthest >= self.full:
@@ -297,12 +297,12 @@ def test_a_checkpoint_that_finds_no_space_is_left_out(
     source.disk, source.full, source.freed = disk, 3, 9
     seen: dict[int, int] = {}
 
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         step = steps.get(points[0].fingerprint, 0)
-        found = newest(disk.folder / points[0].fingerprint, print)
+        found = read_newest(disk.folder / points[0].fingerprint, print)
         seen.setdefault(step, found.step if found else 0)
         leaves = step == 7 and not source.spilled
-        return {points[0].fingerprint: Answer.LEAVE} if leaves else {}
+        return {points[0].fingerprint: Directive.YIELD} if leaves else {}
 
     source.changes = changes
     with caplog.at_level(logging.WARNING):
@@ -354,7 +354,9 @@ def test_a_record_that_finds_no_space_for_long_ends_the_seat_and_loses_nothing(
     ]
     source = Filling(leases(points))
     source.disk, source.full = disk, 4
-    with pytest.raises(StoreFull, match=r"no space left on .*/store; free some, then run the command again"):
+    with pytest.raises(
+        StoreFullError, match=r"no space left on .*/store; free some, then run the command again"
+    ):
         train(source, store, record_seconds=0.3)
     assert [fingerprint for fingerprint, _, _ in source.ended] == [points[0].fingerprint]
     assert {f for f, _ in source.spilled} == {points[1].fingerprint, points[2].fingerprint}
@@ -388,11 +390,11 @@ def test_a_lane_whose_record_somebody_else_has_written_leaves_no_checkpoint(
 ) -> None:
     point = configuration(steps=8, evaluations=4)
 
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if steps.get(point.fingerprint) != 5:
             return {}
         store.put(solo(point, tmp_path))
-        return {point.fingerprint: Answer.DROP}
+        return {point.fingerprint: Directive.DROP}
 
     source = Script(leases([point]), changes=changes)
     train(source, store)
@@ -403,14 +405,14 @@ def test_a_lane_whose_record_somebody_else_has_written_leaves_no_checkpoint(
 def test_a_lane_that_leaves_is_saved_at_once_and_goes_on_elsewhere(store: Store, tmp_path: Path) -> None:
     points = [configuration(seed=seed, steps=8, evaluations=2) for seed in range(2)]
 
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        return dict.fromkeys(steps, Answer.LEAVE) if 3 in steps.values() else {}
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        return dict.fromkeys(steps, Directive.YIELD) if 3 in steps.values() else {}
 
     source = Script(leases(points), changes=changes)
     train(source, store)
     assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
     assert source.ended == []
-    assert {newest(store.checkpoints / point.fingerprint, print).step for point in points} == {3}  # type: ignore[union-attr]
+    assert {read_newest(store.checkpoints / point.fingerprint, print).step for point in points} == {3}  # type: ignore[union-attr]
     train(Script(leases(points, attempt=2)), store)
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))

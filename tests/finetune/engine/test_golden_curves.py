@@ -15,7 +15,7 @@ from scripted import configuration, solo
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
-from variants.base import Adapts
+from variants.base import AdaptationScope
 
 FILE = Path(__file__).with_name("golden_curves.json")
 
@@ -23,7 +23,7 @@ FILE = Path(__file__).with_name("golden_curves.json")
 def point(variant: str) -> Configuration:
     """Of letters, or where a head is all that learns of reviews."""
     chosen = catalogue.get(variant)
-    task = "reviews" if chosen.adapts is Adapts.NOTHING else "letters"
+    task = "reviews" if chosen.adaptation_scope is AdaptationScope.HEAD_ONLY else "letters"
     alpha = 8.0 if chosen.uses_alpha else None
     return configuration(variant=variant, alpha=alpha, steps=6, evaluations=1, task=task)
 

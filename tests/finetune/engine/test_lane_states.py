@@ -16,29 +16,34 @@ from scripted import (
 )
 
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer, Report
-from orchestrator.finetune.engine.lane_state import NEXT, IllegalMove, Phase, due_steps
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
+from orchestrator.finetune.engine.lane_state import (
+    TRANSITIONS,
+    IllegalTransitionError,
+    LaneState,
+    evaluation_steps,
+)
 from orchestrator.record.store import Store
 
 
 def test_due_steps() -> None:
-    assert due_steps(60, 4) == (15, 30, 45, 60)
-    assert due_steps(10, 3) == (3, 6, 10)
-    assert due_steps(2, 4) == (1, 2)
-    assert due_steps(5, 0) == (5,)
+    assert evaluation_steps(60, 4) == (15, 30, 45, 60)
+    assert evaluation_steps(10, 3) == (3, 6, 10)
+    assert evaluation_steps(2, 4) == (1, 2)
+    assert evaluation_steps(5, 0) == (5,)
 
 
 def test_illegal_moves_are_refused() -> None:
-    for here, there in itertools.product(Phase, Phase):
+    for here, there in itertools.product(LaneState, LaneState):
         lane = Lane(Lease(configuration(), 1))
-        lane.phase = here
-        if there in NEXT[here]:
-            lane.move(there)
-            assert lane.phase is there
+        lane.state = here
+        if there in TRANSITIONS[here]:
+            lane.transition_to(there)
+            assert lane.state is there
         else:
-            with pytest.raises(IllegalMove, match=f"from {here} to {there}"):
-                lane.move(there)
-    assert not NEXT[Phase.ENDED]
+            with pytest.raises(IllegalTransitionError, match=f"from {here} to {there}"):
+                lane.transition_to(there)
+    assert not TRANSITIONS[LaneState.ENDED]
 
 
 # Every example trains several lanes.
@@ -51,29 +56,38 @@ def test_under_any_answers_no_lane_is_lost(
     count = data.draw(st.integers(1, 4), label="lanes")
     lanes = [configuration(seed=s, steps=4, evaluations=data.draw(st.integers(1, 4))) for s in range(count)]
     lanes += [configuration(seed=9, rate=1e36, steps=4)] * data.draw(st.integers(0, 1), label="diverging")
-    answer = st.sampled_from([Answer.GO, Answer.GO, Answer.PARK, Answer.STOP, Answer.DROP, Answer.LEAVE])
+    answer = st.sampled_from(
+        [
+            Directive.CONTINUE,
+            Directive.CONTINUE,
+            Directive.PARK,
+            Directive.STOP,
+            Directive.DROP,
+            Directive.YIELD,
+        ]
+    )
     dropped: set[str] = set()
     parked_at: dict[str, int] = {}
     seen: dict[str, int] = {}
 
-    def tell(fingerprint: str, step: int, told: Answer) -> Answer:
-        if told is Answer.DROP:
+    def tell(fingerprint: str, step: int, told: Directive) -> Directive:
+        if told is Directive.DROP:
             dropped.add(fingerprint)
-        if told is Answer.PARK:
+        if told is Directive.PARK:
             parked_at[fingerprint] = step
-        elif told is not Answer.DROP:
+        elif told is not Directive.DROP:
             parked_at.pop(fingerprint, None)
-        if told is Answer.LEAVE:
+        if told is Directive.YIELD:
             source.leaving.add(fingerprint)
         return told
 
-    def answers(report: Report) -> Answer:
+    def answers(report: Report) -> Directive:
         assert report.fingerprint not in dropped
         step = source.lanes[report.fingerprint].step
         assert step == report.step or report.attempt > 1  # one that came back tells what it told before
         return tell(report.fingerprint, step, data.draw(answer))
 
-    def changes(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         assert not dropped & set(steps), "a dropped lane is still held"
         for fingerprint, step in steps.items():
             assert step >= seen.get(fingerprint, 0)
@@ -81,7 +95,11 @@ def test_under_any_answers_no_lane_is_lost(
                 assert step == parked_at[fingerprint], "a parked lane has trained"
             seen[fingerprint] = step
         told = {f: data.draw(answer) for f in steps if data.draw(st.booleans())}
-        told |= {f: Answer.GO for f in parked_at if f in steps and f not in told and data.draw(st.booleans())}
+        told |= {
+            f: Directive.CONTINUE
+            for f in parked_at
+            if f in steps and f not in told and data.draw(st.booleans())
+        }
         return {f: tell(f, steps[f], a) for f, a in told.items()}
 
     source = Random(leases(lanes), answers=answers, changes=changes)
@@ -104,10 +122,10 @@ def test_under_any_answers_no_lane_is_lost(
         for attempt in range(1, last + 1):
             steps = [r.step for r in mine if r.attempt == attempt]
             assert steps == sorted(set(steps))
-            assert set(steps) <= set(due_steps(one.schedule.steps, one.evaluations))
+            assert set(steps) <= set(evaluation_steps(one.schedule.steps, one.evaluations))
         record = store.get(one.fingerprint)
         if record is not None and record.state == "finished":
-            assert steps == list(due_steps(one.schedule.steps, one.evaluations))
+            assert steps == list(evaluation_steps(one.schedule.steps, one.evaluations))
 
 
 class Random(Script):
@@ -117,19 +135,19 @@ class Random(Script):
     parked_at: dict[str, int]
     leaving: set[str]
 
-    def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+    def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
         if shape is None:
             self.start_at = {}
         return super().lease(shape, room, taken)
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
+    def exchange(self, taken: int) -> Mapping[str, Directive]:
         self.parked.clear()
         return super().exchange(taken)
 
     def spill(self, fingerprint: str, attempt: int) -> None:
         super().spill(fingerprint, attempt)
         if fingerprint not in self.leaving:
-            assert self.lanes[fingerprint].phase is Phase.PARKED
+            assert self.lanes[fingerprint].state is LaneState.PARKED
             del self.parked_at[fingerprint]
         self.leaving.discard(fingerprint)
         self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))

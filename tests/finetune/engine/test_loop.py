@@ -23,14 +23,14 @@ from scripted import (
     train,
 )
 
-from orchestrator.finetune.engine.checkpoint import newest
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Offer
-from orchestrator.finetune.failures import SeatBroken
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.engine.checkpoint import read_newest
+from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
+from orchestrator.finetune.failures import TrainerBrokenError
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, Divergence, ModelChoice
+from orchestrator.study.configuration import Configuration, DivergenceConfig, ModelChoice
 
 
 def get(store: Store, fingerprint: str) -> Record:
@@ -91,7 +91,9 @@ def test_a_lane_that_is_not_finite_leaves_at_once_and_its_mates_never_notice(
 
 def test_a_lane_that_stays_above_the_untrained_loss_diverges(store: Store) -> None:
     # A random tiny base is bounded by its norms: its loss cannot rise far above ln 25, so the limit is low.
-    bad = replace(configuration(rate=3.0, steps=40, evaluations=4), divergence=Divergence(loss_ratio=0.9))
+    bad = replace(
+        configuration(rate=3.0, steps=40, evaluations=4), divergence=DivergenceConfig(loss_ratio=0.9)
+    )
     train(Script(leases([bad])), store)
     record = get(store, bad.fingerprint)
     assert record.state == "diverged"
@@ -154,7 +156,7 @@ MORE = [
 def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: Store, whole: Store) -> None:
     one = to_be_interrupted(variant)
 
-    def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if steps[one.fingerprint] >= stop_at:
             raise Interrupted
         return {}
@@ -178,7 +180,7 @@ def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
 
     with pytest.raises(Interrupted):
         train(Script(leases([one]), answers=dies_at(9)), store)
-    source = Script(leases([one], attempt=2), answers=lambda report: Answer.PARK)
+    source = Script(leases([one], attempt=2), answers=lambda report: Directive.PARK)
     train(source, store)
     assert [r.step for r in source.reports] == [3, 6, 9, 12]
     assert {r.attempt for r in source.reports} == {2}
@@ -228,14 +230,16 @@ def test_swapped_checkpoints_are_nobodys(store: Store, tmp_path: Path) -> None:
 
 def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path: Path) -> None:
     one = configuration(steps=12, evaluations=4)
-    source = Script([Lease(one, 1, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO)
+    source = Script(
+        [Lease(one, 1, "asha")], answers=lambda r: Directive.STOP if r.step == 6 else Directive.CONTINUE
+    )
     train(source, store)
     record = get(store, one.fingerprint)
     assert (record.state, record.steps, record.scheduler) == ("stopped", 6, "asha")
     assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
     assert source.ended == [(one.fingerprint, 1, "stopped")]
-    saved = newest(store.checkpoints / one.fingerprint, print)
+    saved = read_newest(store.checkpoints / one.fingerprint, print)
     assert saved is not None
     assert saved.step == 6
     train(Script([Lease(one, 2, "asha")]), store)
@@ -248,7 +252,12 @@ def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_schedule
 
     with pytest.raises(Interrupted):
         train(Script(leases([one]), answers=dies_at(9)), store)
-    train(Script([Lease(one, 2, "asha")], answers=lambda r: Answer.STOP if r.step == 6 else Answer.GO), store)
+    train(
+        Script(
+            [Lease(one, 2, "asha")], answers=lambda r: Directive.STOP if r.step == 6 else Directive.CONTINUE
+        ),
+        store,
+    )
     record = get(store, one.fingerprint)
     assert (record.state, record.stopped_at, record.steps) == ("stopped", 6, 9)
     assert record.reason == "stopped by the scheduler after step 6, trained to step 9"
@@ -257,8 +266,8 @@ def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_schedule
 def test_stop_between_reports(store: Store) -> None:
     one, mate = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
 
-    def stop(steps: Mapping[str, int]) -> Mapping[str, Answer]:
-        return {one.fingerprint: Answer.STOP} if steps.get(one.fingerprint) == 5 else {}
+    def stop(steps: Mapping[str, int]) -> Mapping[str, Directive]:
+        return {one.fingerprint: Directive.STOP} if steps.get(one.fingerprint) == 5 else {}
 
     train(Script(leases([one, mate]), changes=stop), store)
     assert (get(store, one.fingerprint).state, get(store, one.fingerprint).steps) == ("stopped", 5)
@@ -267,8 +276,8 @@ def test_stop_between_reports(store: Store) -> None:
 
 def test_dropped_lane_is_forgotten(store: Store) -> None:
     one, mate = configuration(steps=12, evaluations=4), configuration(seed=1, steps=12, evaluations=4)
-    drop = {one.fingerprint: Answer.DROP}
-    source = Script(leases([one, mate]), answers=lambda r: drop.get(r.fingerprint, Answer.GO))
+    drop = {one.fingerprint: Directive.DROP}
+    source = Script(leases([one, mate]), answers=lambda r: drop.get(r.fingerprint, Directive.CONTINUE))
     train(source, store)
     assert store.get(one.fingerprint) is None
     assert [r.step for r in source.reports if r.fingerprint == one.fingerprint] == [3]
@@ -279,13 +288,13 @@ def test_a_parked_lane_does_not_train_while_its_mate_goes_on(store: Store, tmp_p
     parked, mate = configuration(steps=8, evaluations=2), configuration(seed=1, steps=8, evaluations=1)
     seen: list[int] = []
 
-    def hold(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def hold(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if mate.fingerprint in steps and steps.get(parked.fingerprint) == 4:
             seen.append(steps[mate.fingerprint])
-            return {parked.fingerprint: Answer.PARK}
-        return {parked.fingerprint: Answer.GO}
+            return {parked.fingerprint: Directive.PARK}
+        return {parked.fingerprint: Directive.CONTINUE}
 
-    train(Script(leases([parked, mate]), answers=lambda r: Answer.PARK, changes=hold), store)
+    train(Script(leases([parked, mate]), answers=lambda r: Directive.PARK, changes=hold), store)
     assert seen == [4, 5, 6, 7]
     for one in (parked, mate):
         assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
@@ -306,7 +315,7 @@ def test_a_newer_lease_of_a_lane_that_is_here_replaces_it(store: Store, tmp_path
     one = configuration(steps=8)
 
     class Twice(Script):
-        def exchange(self, taken: int) -> Mapping[str, Answer]:
+        def exchange(self, taken: int) -> Mapping[str, Directive]:
             if self.lanes[one.fingerprint].step == 2 and len(self.held) < 4:
                 self.leases.append(Lease(one, 2))
             return super().exchange(taken)
@@ -329,7 +338,7 @@ def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
 
     one = configuration(seed=3, steps=8, evaluations=2)
 
-    def die(steps: Mapping[str, int]) -> Mapping[str, Answer]:
+    def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if steps[one.fingerprint] == 6:
             raise Interrupted
         return {}
@@ -367,18 +376,20 @@ def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
 def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all(store: Store) -> None:
     """The base cannot be loaded: the first three say so, the rest is left to other seats."""
 
-    def gone(choice: ModelChoice, task: Task) -> Bench:
+    def gone(choice: ModelChoice, task: Task) -> BaseModel:
         raise OSError("the base is gone")
 
     source = Script(leases(configuration(seed=seed) for seed in range(8)))
-    with pytest.raises(SeatBroken, match=r"3 configurations in a row failed with OSError: the base is gone"):
+    with pytest.raises(
+        TrainerBrokenError, match=r"3 configurations in a row failed with OSError: the base is gone"
+    ):
         train(source, store, load_bench=gone)
     assert [state for _, _, state in source.ended] == ["failed"] * 3
     assert len(source.leases) == 5
 
 
 def test_only_the_lane_whose_own_step_raises_fails(store: Store, tmp_path: Path) -> None:
-    from orchestrator.finetune.data.batches import numbers as order
+    from orchestrator.finetune.data.batches import shuffled_indices as order
 
     path = tmp_path / "poisoned.py"
     path.write_text(POISONED)
@@ -435,7 +446,7 @@ def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
 
 def test_an_idle_loop_ends(store: Store) -> None:
     class Nothing(Script):
-        def lease(self, shape: str | None, room: int, taken: int) -> Offer:
-            return Offer()
+        def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
+            return LeaseGrant()
 
     train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)

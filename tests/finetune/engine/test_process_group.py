@@ -16,16 +16,21 @@ from pair import WORKERS, Scenario, play
 from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_bench
 from short_of_memory import Again
 
-from orchestrator.finetune.data.batches import numbers as order
-from orchestrator.finetune.engine.lane_source import Answer, Lease, Report
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import Alone, Failed, OutOfStep, TorchTeam
+from orchestrator.finetune.data.batches import shuffled_indices as order
+from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import (
+    SingleProcessGroup,
+    TorchProcessGroup,
+    WorkerError,
+    WorkersOutOfSyncError,
+)
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from variants import catalogue
-from variants.base import Adapts
+from variants.base import AdaptationScope
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -51,7 +56,7 @@ def kinds(names: Iterable[str]) -> list[Configuration]:
     found = []
     for name in names:
         variant = catalogue.get(name)
-        task = "reviews" if variant.adapts is Adapts.NOTHING else WORDS_TASK
+        task = "reviews" if variant.adaptation_scope is AdaptationScope.HEAD_ONLY else WORDS_TASK
         one = configuration(variant=name, task=task, batch_size=7, accumulation=2, steps=6, evaluations=1)
         if task == "reviews":  # a BERT, whose own dropout's masks are those of all rows
             one = replace(one, base_dropout="on")
@@ -70,10 +75,10 @@ def ending() -> dict[str, Configuration]:
     }
 
 
-def stop_one(report: Report) -> Answer:
+def stop_one(report: Report) -> Directive:
     lanes = {one.fingerprint: name for name, one in ending().items()}
-    told = {"stopped": Answer.STOP, "dropped": Answer.DROP}
-    return told.get(lanes[report.fingerprint], Answer.GO) if report.step == 4 else Answer.GO
+    told = {"stopped": Directive.STOP, "dropped": Directive.DROP}
+    return told.get(lanes[report.fingerprint], Directive.CONTINUE) if report.step == 4 else Directive.CONTINUE
 
 
 def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
@@ -123,7 +128,7 @@ def hungry() -> list[Configuration]:
     return [replace(configuration(seed=seed, steps=4), model=base) for seed in range(4)]
 
 
-def load_on(rank: int, choice: ModelChoice, task: Task) -> Bench:
+def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
     """Worker 1 does not find one of the bases, can train another but not score it, and has memory for two
     lanes of a third."""
     if choice.name == "gone" and rank == 1:
@@ -152,37 +157,37 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> Bench:
     return bench
 
 
-def out_of_step(team: TorchTeam, folder: Path) -> str:
+def out_of_step(team: TorchProcessGroup, folder: Path) -> str:
     """One is where the other is not; neither waits for ever."""
     try:
         if team.rank == 0:
-            team.gather(1)
+            team.all_gather(1)
         else:
-            team.attempt(lambda: None)
-    except OutOfStep as error:
+            team.run_on_all(lambda: None)
+    except WorkersOutOfSyncError as error:
         return str(error)
     return ""
 
 
-def primitives(team: TorchTeam, folder: Path) -> tuple[Any, ...]:
+def primitives(team: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
     tensor = torch.tensor([1.0, float(team.rank)])
-    team.sum_(tensor)
+    team.all_reduce_(tensor)
     failed = ""
     try:
-        team.attempt(lambda: 1 / (1 - team.rank))
-    except Failed as error:
+        team.run_on_all(lambda: 1 / (1 - team.rank))
+    except WorkerError as error:
         failed = error.reason
     try:  # one raises before the other's gathering
-        team.attempt(lambda: team.gather(1 / (1 - team.rank)))
-    except Failed as error:
+        team.run_on_all(lambda: team.all_gather(1 / (1 - team.rank)))
+    except WorkerError as error:
         failed += error.reason
-    return team.agree(lambda: team.rank), team.gather(team.rank), tensor.tolist(), failed
+    return team.broadcast_from_rank0(lambda: team.rank), team.all_gather(team.rank), tensor.tolist(), failed
 
 
 class Lost(Script):
     """Its broker does not answer."""
 
-    def exchange(self, taken: int) -> Mapping[str, Answer]:
+    def exchange(self, taken: int) -> Mapping[str, Directive]:
         if self.taken >= 3:
             raise ConnectionError("the broker is lost")
         return super().exchange(taken)
@@ -194,7 +199,9 @@ class Wild(Script):
     def __init__(self, seed: int) -> None:
         super().__init__(leases(wild()))
         self.random = random.Random(seed)
-        self.answers = lambda report: self.random.choice([Answer.GO, Answer.GO, Answer.PARK, *Answer])
+        self.answers = lambda report: self.random.choice(
+            [Directive.CONTINUE, Directive.CONTINUE, Directive.PARK, *Directive]
+        )
         self.changes = lambda steps: {f: self.answers(None) for f in steps if self.random.random() < 0.3}  # type: ignore[arg-type]
 
     def spill(self, fingerprint: str, attempt: int) -> None:
@@ -417,17 +424,17 @@ def test_the_team(played: Played) -> None:
 
 
 def test_alone() -> None:
-    team, tensor = Alone(), torch.ones(2)
-    assert team.agree(lambda: 3) == 3
-    assert team.gather("a") == ["a"]
-    team.sum_(tensor)
+    team, tensor = SingleProcessGroup(), torch.ones(2)
+    assert team.broadcast_from_rank0(lambda: 3) == 3
+    assert team.all_gather("a") == ["a"]
+    team.all_reduce_(tensor)
     assert tensor.tolist() == [1.0, 1.0]
-    with pytest.raises(Failed, match="ZeroDivisionError: division by zero") as error:
-        team.attempt(lambda: 1 / 0)
-    assert "Traceback" in error.value.trace
+    with pytest.raises(WorkerError, match="ZeroDivisionError: division by zero") as error:
+        team.run_on_all(lambda: 1 / 0)
+    assert "Traceback" in error.value.traceback_text
 
 
-def rank_0s(team: TorchTeam, folder: Path) -> dict[str, torch.Tensor]:
+def rank_0s(team: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
     """Broadcast tensors of every kind that a start may have."""
     tensors = {
         str(dtype): torch.arange(5).add(team.rank * 7).to(dtype)

@@ -11,10 +11,12 @@ from scripted import Interrupted, Script, configuration, dies_at, leases, number
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
-from variants.base import Adapts
+from variants.base import AdaptationScope
 
 NAMES = {
-    "letters": [n for n in catalogue.names() if catalogue.get(n).adapts is not Adapts.NOTHING],
+    "letters": [
+        n for n in catalogue.names() if catalogue.get(n).adaptation_scope is not AdaptationScope.HEAD_ONLY
+    ],
     "reviews": catalogue.names(),
 }
 """Task -> variants: a language model, and an encoder with a head that every lane learns whole."""
@@ -24,7 +26,7 @@ def point(variant: str, task: str) -> Configuration:
     """Return a configuration of eight steps with a checkpoint after every second one. Gradients are clipped
     in every step, so that the parameters depend on the order in which the norm is summed."""
     rule = catalogue.get(variant)
-    extra = dict(rule.extra)
+    extra = dict(rule.extra_defaults)
     if "calibration_batches" in extra:
         extra["calibration_batches"] = 2
     one = configuration(

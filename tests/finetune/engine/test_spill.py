@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scripted import Queue, configuration, leases, numbers_of, solo, train
 
-from orchestrator.finetune.engine.lane_source import Answer, Offer
+from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
@@ -57,7 +57,7 @@ def test_a_pack_that_is_parked_as_a_whole_makes_way_for_another_shape(store: Sto
     small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
 
     class Bracket(Queue):
-        def exchange(self, taken: int) -> Mapping[str, Answer]:
+        def exchange(self, taken: int) -> Mapping[str, Directive]:
             told = super().exchange(taken)
             return (
                 told
@@ -65,7 +65,7 @@ def test_a_pack_that_is_parked_as_a_whole_makes_way_for_another_shape(store: Sto
                 else {}
             )
 
-        def lease(self, shape: str | None, room: int, taken: int) -> Offer:
+        def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
             if small.fingerprint in self.away and len(self.reports) < 2:
                 self.away[small.fingerprint] = len(self.held)
             return super().lease(shape, room, taken)

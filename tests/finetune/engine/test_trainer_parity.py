@@ -16,17 +16,17 @@ from scripted import configuration, tiny_bench
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from orchestrator.finetune.data.batches import training_batch
-from orchestrator.finetune.engine.lane import Lane, decays
-from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.data.batches import make_training_batch
+from orchestrator.finetune.engine.lane import Lane, has_weight_decay
+from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import Alone
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SingleProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.study.configuration import Configuration, Schedule
+from orchestrator.study.configuration import Configuration, LRSchedule
 from variants import catalogue
 from variants.attach import attach
-from variants.base import Settings
+from variants.base import VariantSettings
 
 STEPS = 20
 
@@ -37,11 +37,11 @@ def point(task: str, schedule: str, variant: str = "lora") -> Configuration:
     return replace(
         one,
         optimizer=replace(one.optimizer, weight_decay=0.3, clip_norm=0.5),
-        schedule=Schedule(STEPS, schedule, 0.2),  # type: ignore[arg-type]
+        schedule=LRSchedule(STEPS, schedule, 0.2),  # type: ignore[arg-type]
     )
 
 
-def bench_of(one: Configuration) -> Bench:
+def bench_of(one: Configuration) -> BaseModel:
     """Return the tiny model in float64, without dropout of its own."""
     bench = tiny_bench(one.model, tasks.get(one.task.name))
     bench.model.double()
@@ -51,23 +51,28 @@ def bench_of(one: Configuration) -> Bench:
     return bench
 
 
-def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], dict[str, Tensor], Pack]:
+def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], dict[str, Tensor], LaneGroup]:
     """Train a lane. Returns its losses, gradient norms, parameters at the end, and its pack."""
     bench = bench_of(one)
     choice = one.variant
     adapters = attach(
         bench.model,
         catalogue.get(choice.name),
-        Settings(choice.rank, choice.alpha, choice.dropout),
-        heads=bench.heads,
+        VariantSettings(choice.rank, choice.alpha, choice.dropout),
+        heads=bench.head_names,
     )
     task = tasks.get(one.task.name)
-    pack = Pack(bench, adapters, Data.of(one, task, bench, adapters, Alone(), folder), Alone())
+    pack = LaneGroup(
+        bench,
+        adapters,
+        TaskData.load(one, task, bench, adapters, SingleProcessGroup(), folder),
+        SingleProcessGroup(),
+    )
     lane = Lane(Lease(one, 1))
-    lane.open(adapters, math.inf, None)
+    lane.initialize(adapters, math.inf, None)
     for _ in range(STEPS):
-        (taken,) = pack.reduce(pack.backward([lane]))
-        assert lane.take_step(taken) is None
+        (taken,) = pack.reduce_gradients(pack.backward([lane]))
+        assert lane.take_optimizer_step(taken) is None
     parameters = {name: parameter.detach().clone() for name, parameter in lane.parameters.items()}
     return [s.loss for s in lane.curve], [s.gradient_norm for s in lane.curve], parameters, pack
 
@@ -85,19 +90,19 @@ class InOrder(transformers.Trainer):
 
 
 def theirs(
-    model: Any, one: Configuration, pack: Pack, folder: Path
+    model: Any, one: Configuration, pack: LaneGroup, folder: Path
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Train `model` with transformers' Trainer on the batches of the lane. Returns as `ours`."""
     batches = one.batches
     length = max(len(row.ids) for row in pack.data.train)
     examples = []
     for step in range(STEPS):
-        batch = training_batch(
+        batch = make_training_batch(
             pack.data.train, one.seed, step * batches.batch_size, batches.batch_size, length, 0
         )
         width = length - batch.length
         ids = torch.nn.functional.pad(batch.ids, (0, width))
-        real = torch.nn.functional.pad(batch.real.long(), (0, width))
+        real = torch.nn.functional.pad(batch.attention_mask.long(), (0, width))
         if pack.data.task.has_head:
             labels = batch.targets[batch.targets != -100]
         else:  # already shifted, as `loss_of` wants them
@@ -156,12 +161,14 @@ def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
         r=one.variant.rank,
         lora_alpha=one.variant.alpha,
         target_modules=names,
-        modules_to_save=list(bench.heads) or None,
+        modules_to_save=list(bench.head_names) or None,
     )
     model = peft.get_peft_model(bench.model, config)
-    fresh = attach(bench_of(one).model, catalogue.get("lora"), Settings(4, 8.0), heads=bench.heads)
-    fresh.add("lane", Settings(4, 8.0), one.seed)
-    start = {name_in_peft(n, bench.heads): p for n, p in fresh.trainable("lane").items()}
+    fresh = attach(
+        bench_of(one).model, catalogue.get("lora"), VariantSettings(4, 8.0), heads=bench.head_names
+    )
+    fresh.add_lane("lane", VariantSettings(4, 8.0), one.seed)
+    start = {name_in_peft(n, bench.head_names): p for n, p in fresh.trainable("lane").items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == start.keys()
     with torch.no_grad():
@@ -173,7 +180,7 @@ def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(their_losses), rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(their_norms), rtol=1e-6, atol=1e-6)
     for name, parameter in mine.items():
-        torch.testing.assert_close(parameter, end[name_in_peft(name, bench.heads)], rtol=0, atol=1e-6)
+        torch.testing.assert_close(parameter, end[name_in_peft(name, bench.head_names)], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("task", ["letters", "reviews"])
@@ -184,8 +191,8 @@ def test_twenty_steps_of_full_fine_tuning(task: str, tmp_path: Path) -> None:
     pack.adapters.detach()
     bench = bench_of(one)
     bench.model.requires_grad_(True)
-    fresh = attach(bench_of(one).model, catalogue.get("full"), Settings(), heads=bench.heads)
-    fresh.add("lane", Settings(), one.seed)
+    fresh = attach(bench_of(one).model, catalogue.get("full"), VariantSettings(), heads=bench.head_names)
+    fresh.add_lane("lane", VariantSettings(), one.seed)
     start = {name.removeprefix("model:"): p for name, p in fresh.trainable("lane").items()}
     with torch.no_grad():
         for name, parameter in bench.model.named_parameters():
@@ -209,10 +216,10 @@ def test_what_decays_is_what_trainer_lets_decay(kind: str) -> None:
         words, make = KINDS[kind]
         model = make({"vocab_size": len(words()), "max_position_embeddings": 32})
     expected = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    adapters = attach(model, catalogue.get("full"), Settings())
-    adapters.add("lane", Settings(), 0)
+    adapters = attach(model, catalogue.get("full"), VariantSettings())
+    adapters.add_lane("lane", VariantSettings(), 0)
     names = {name: name.removeprefix("model:") for name in adapters.trainable("lane")}
     assert expected & set(names.values())
-    assert {short for name, short in names.items() if decays(name, adapters)} == expected & set(
+    assert {short for name, short in names.items() if has_weight_decay(name, adapters)} == expected & set(
         names.values()
     )

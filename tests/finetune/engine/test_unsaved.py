@@ -17,7 +17,7 @@ import psutil
 import pytest
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
-from orchestrator.finetune.engine.engine import Workshop
+from orchestrator.finetune.engine.engine import Engine
 from orchestrator.record import lane_capacity
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
@@ -108,36 +108,36 @@ def test_checkpoints_that_the_disk_refuses_are_left_out_and_said_once(
 
 
 def place(share: float, folder: Path) -> str:
-    made = Workshop(
+    made = Engine(
         lambda choice, task: replace(tiny_bench(choice), share=share), folder / "evidence", folder / "data"
     )
-    made.pack(POINT)
-    return made.place
+    made.prepare_lane_group(POINT)
+    return made.device_key
 
 
 def test_a_place_says_how_much_memory_there_is_and_which_share_of_it(tmp_path: Path) -> None:
     size = f"{round(psutil.virtual_memory().total / 2**30)} GiB"
     assert place(1.0, tmp_path) == f"cpu, {size}"
     assert place(0.5, tmp_path) == f"cpu, {size}, share 0.5"
-    lane_capacity.remember(tmp_path, POINT.shape, place(0.5, tmp_path), 2, 4)
-    assert lane_capacity.most_lanes(tmp_path, POINT.shape, place(1.0, tmp_path)) is None
+    lane_capacity.write_max_lanes(tmp_path, POINT.group_key, place(0.5, tmp_path), 2, 4)
+    assert lane_capacity.read_max_lanes(tmp_path, POINT.group_key, place(1.0, tmp_path)) is None
 
 
 def test_a_seat_that_is_limited_says_so_once_and_where_that_is_kept(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     points = [configuration(seed=seed, steps=2) for seed in range(4)]
-    path = lane_capacity.remember(store.limits, POINT.shape, place(1.0, tmp_path), 2, 4)
+    path = lane_capacity.write_max_lanes(store.lane_capacity, POINT.group_key, place(1.0, tmp_path), 2, 4)
     few = Script(leases(points))
     with caplog.at_level(logging.WARNING):
         train(few, store, lanes=2)
         assert not lines(caplog, "at most"), "nobody has asked for more"
         store = Store(tmp_path / "another")
-        shutil.copytree(path.parent, store.limits)
+        shutil.copytree(path.parent, store.lane_capacity)
         source = Script(leases(points))
         train(source, store, lanes=4)
     (said,) = lines(caplog, "at most 2 lanes at once")
-    assert str(store.limits / path.name) in said
+    assert str(store.lane_capacity / path.name) in said
     assert max(map(len, source.held)) == 2
     for point in points:
         finished(store, point)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from scripted import WORDS_TASK, configuration
 
-from orchestrator.finetune.evaluation.baseline_scores import Scores, scores
-from orchestrator.finetune.process_group import ALONE, Team
+from orchestrator.finetune.evaluation.baseline_scores import Scores, load_or_compute_scores
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.study.configuration import Configuration
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.xdist_group("pair")
 FOUND = {"validation": {"loss": 2.5, "exact_match": 0.1}, "test": {"loss": float("inf"), "exact_match": 0.0}}
 
 
-def asked(folder: Path, wanted: Configuration, team: Team = ALONE) -> tuple[Scores, int]:
+def asked(
+    folder: Path, wanted: Configuration, team: ProcessGroup = SINGLE_PROCESS_GROUP
+) -> tuple[Scores, int]:
     """The scores, and how often they were computed."""
     calls: list[int] = []
 
@@ -28,7 +30,7 @@ def asked(folder: Path, wanted: Configuration, team: Team = ALONE) -> tuple[Scor
         calls.append(1)
         return FOUND
 
-    return scores(folder, wanted, catalogue.get(wanted.task.name), team, compute), len(calls)
+    return load_or_compute_scores(folder, wanted, catalogue.get(wanted.task.name), team, compute), len(calls)
 
 
 def test_they_are_found_once_for_all_that_train_on_the_same(tmp_path: Path) -> None:
@@ -81,13 +83,13 @@ def test_a_file_in_the_place_of_another_is_found_anew(tmp_path: Path) -> None:
     assert asked(tmp_path, first) == (FOUND, 0)
 
 
-def once(team: Team, folder: Path) -> tuple[Scores, int]:
+def once(team: ProcessGroup, folder: Path) -> tuple[Scores, int]:
     folder.mkdir(exist_ok=True)
-    team.agree(lambda: None)
+    team.broadcast_from_rank0(lambda: None)
     return asked(folder, configuration(), team)
 
 
-def twice(team: Team, folder: Path) -> list[tuple[Scores, int]]:
+def twice(team: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
     return [once(team, folder), once(team, folder)]
 
 

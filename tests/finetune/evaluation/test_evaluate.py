@@ -8,31 +8,33 @@ import torch
 from scripted import WORDS_TASK, tiny_bench
 from torch.nn.functional import cross_entropy
 
-from orchestrator.finetune.evaluation.evaluate import Split, _worth, evaluate
-from orchestrator.finetune.evaluation.forward import outputs, takes_columns
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Failed
+from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
+from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep, compute_logits
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
-from variants.base import Settings
+from variants.base import VariantSettings
 
 NAMES = ("x", "y", "z")
 
 
-def split_of(task: Task, bench: Bench, size: int = 24) -> Split:
-    return Split.of(task.examples("validation", size), task, bench.tokenizer, cap=31)
+def split_of(task: Task, bench: BaseModel, size: int = 24) -> EvaluationSplit:
+    return EvaluationSplit.from_examples(
+        task.examples("validation", size), task, bench.tokenizer, max_row_length=31
+    )
 
 
 @contextmanager
-def three_lanes(bench: Bench) -> Iterator[Adapters]:
+def three_lanes(bench: BaseModel) -> Iterator[Adapters]:
     """Adapters with weights that differ enough to give different answers."""
-    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks")
+    adapters = attach(bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
     for number, name in enumerate(NAMES):
-        adapters.add(name, Settings(rank=4, alpha=8.0), seed=number)
+        adapters.add_lane(name, VariantSettings(rank=4, alpha=8.0), seed=number)
         generator = torch.Generator().manual_seed(number)
         for parameter in adapters.trainable(name).values():
             parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
@@ -40,7 +42,7 @@ def three_lanes(bench: Bench) -> Iterator[Adapters]:
     adapters.detach()
 
 
-def bench(dtype: str = "float32") -> Bench:
+def bench(dtype: str = "float32") -> BaseModel:
     return tiny_bench(ModelChoice("tiny", "0" * 64, dtype))  # type: ignore[arg-type]
 
 
@@ -49,8 +51,10 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(name: str) -> None:
     here, task = bench(), tasks.get(name)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
-        alone = [evaluate(here, task, split, 1, lambda n=n: adapters.rows([n], None))[0] for n in NAMES]  # type: ignore[misc]
+        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
+        alone = [
+            evaluate(here, task, split, 1, lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+        ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -60,32 +64,35 @@ def test_a_grade_that_is_none_is_named(worth: float, monkeypatch: pytest.MonkeyP
     """It would be the mean of a lane's grades, and a score in its record."""
     here, task = bench(), tasks.get(WORDS_TASK)
     monkeypatch.setattr(type(task), "grade", lambda *_: worth)
-    with three_lanes(here) as adapters, pytest.raises(BadInput, match=f"is {worth}; must be a number from 0"):
-        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
+    with (
+        three_lanes(here) as adapters,
+        pytest.raises(UsageError, match=f"is {worth}; must be a number from 0"),
+    ):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.activate_lanes(["y"], None))
 
 
 def test_grades_that_are_too_few_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
-    with three_lanes(here) as adapters, pytest.raises(BadInput, match="grade_all gives 1 grades for 24"):
-        evaluate(here, task, split_of(task, here), 1, lambda: adapters.rows(["y"], None))
+    with three_lanes(here) as adapters, pytest.raises(UsageError, match="grade_all gives 1 grades for 24"):
+        evaluate(here, task, split_of(task, here), 1, lambda: adapters.activate_lanes(["y"], None))
 
 
 def test_scores_are_what_the_model_itself_says() -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, 1, lambda: adapters.rows(["y"], None))[0]
+        found = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["y"], None))[0]
         losses, hits, answers = [], [], []
         for row in split.rows:  # one by one, nothing padded
-            with adapters.rows(["y"], None):
+            with adapters.activate_lanes(["y"], None):
                 logits = here.model(input_ids=torch.tensor([row.ids])).logits[0]
             labels = torch.tensor(row.targets)
-            losses.append(cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LOSS).item())
-            hits.append((logits.argmax(-1) == labels)[labels != NO_LOSS])
+            losses.append(cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX).item())
+            hits.append((logits.argmax(-1) == labels)[labels != IGNORE_INDEX])
             new, eos = [], here.tokenizer.eos_token_id
             while len(new) < task.max_new_tokens and eos not in new:
-                with adapters.rows(["y"], None):
+                with adapters.activate_lanes(["y"], None):
                     text = torch.tensor([[*row.prompt, *new]])
                     new.append(here.model(input_ids=text).logits[0, -1].argmax().item())
             answers.append(here.tokenizer.decode([i for i in new if i != eos], skip_special_tokens=True))
@@ -102,21 +109,22 @@ def test_scores_are_what_the_model_itself_says() -> None:
 def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
     here, generated = bench(), tasks.get(WORDS_TASK)
     forced = type(generated)()
-    forced.answers = "forced"  # type: ignore[misc]
+    forced.output = "forced"  # type: ignore[misc]
     split = split_of(generated, here)
-    adapters = attach(here.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks")
-    adapters.add("x", Settings(rank=4, alpha=8.0), seed=0)
+    adapters = attach(here.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
+    adapters.add_lane("x", VariantSettings(rank=4, alpha=8.0), seed=0)
     # Learn for a moment to answer "a": right on some items, wrong on others.
     optimizer = torch.optim.AdamW(adapters.trainable("x").values(), lr=0.1)
     for _ in range(30):
         for batch, _ in split.batches:
-            with adapters.rows(["x"], None):
-                logits, labels = outputs(here, generated, batch)
+            with adapters.activate_lanes(["x"], None):
+                logits, labels = compute_logits(here, generated, batch)
                 cross_entropy(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(here, t, split, 1, lambda: adapters.rows(["x"], None))[0] for t in (generated, forced)
+        evaluate(here, t, split, 1, lambda: adapters.activate_lanes(["x"], None))[0]
+        for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
     assert one.scores == other.scores
@@ -128,7 +136,7 @@ def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
     here, task = bench(), tasks.get("letters")
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        off = evaluate(here, task, split, 1, adapters.off)[0]
+        off = evaluate(here, task, split, 1, adapters.disable_adapters)[0]
 
     @contextmanager
     def bare() -> Iterator[None]:
@@ -140,11 +148,11 @@ def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
 def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     for batch, _ in split_of(task, here).batches:
-        assert takes_columns(type(here.model).forward)
-        assert (batch.targets != NO_LOSS).any(0).sum() < batch.length
-        logits, labels = outputs(here, task, batch)
+        assert accepts_logits_to_keep(type(here.model).forward)
+        assert (batch.targets != IGNORE_INDEX).any(0).sum() < batch.length
+        logits, labels = compute_logits(here, task, batch)
         full = here.model(input_ids=batch.ids).logits
-        places = batch.targets != NO_LOSS
+        places = batch.targets != IGNORE_INDEX
         assert torch.equal(labels, batch.targets[places])
         torch.testing.assert_close(logits, full[places])
 
@@ -153,10 +161,10 @@ def test_the_models_own_generation_settings_are_left_out_and_left_alone() -> Non
     here, task = bench(), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        plain = evaluate(here, task, split, 1, lambda: adapters.rows(["z"], None))[0]
+        plain = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["z"], None))[0]
         own = here.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(here, task, split, 1, lambda: adapters.rows(["z"], None))[0]
+        again = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["z"], None))[0]
     assert again == plain
     assert here.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)
@@ -166,7 +174,7 @@ def test_bf16_base() -> None:
     here, task = bench("bfloat16"), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        scored = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
+        scored = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
     assert all(0 < one.scores["loss"] < 50 for one in scored)
 
 
@@ -177,7 +185,9 @@ def test_grading_that_ends_the_process_fails_the_lane_with_its_traceback() -> No
         def grade(self, example: Example, answer: str) -> float:
             raise SystemExit(7)
 
-    split = Split([Example("a", "b")], [], cap=8, padding=0)
-    with pytest.raises(Failed, match="SystemExit: 7") as caught:
-        ALONE.attempt(lambda: _worth(Ends(), split, [[("b",)]], ALONE))
-    assert "in grade" in caught.value.trace
+    split = EvaluationSplit([Example("a", "b")], [], max_row_length=8, pad_token_id=0)
+    with pytest.raises(WorkerError, match="SystemExit: 7") as caught:
+        SINGLE_PROCESS_GROUP.run_on_all(
+            lambda: _grade_generated(Ends(), split, [[("b",)]], SINGLE_PROCESS_GROUP)
+        )
+    assert "in grade" in caught.value.traceback_text

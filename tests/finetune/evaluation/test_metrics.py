@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 CLASSES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60)
 PAIRS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60)
@@ -66,12 +66,12 @@ def test_a_correlation_lies_where_it_should_and_is_scipys_where_both_vary(
         assert found == pytest.approx(pearsonr(said, truth).statistic, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*metrics.OF_LABELS, *metrics.OF_VALUES])
+@pytest.mark.parametrize("name", [*metrics.CLASSIFICATION_METRICS, *metrics.REGRESSION_METRICS])
 def test_whatever_is_said_the_metric_is_a_finite_number(name: str) -> None:
-    metric = {**metrics.OF_LABELS, **metrics.OF_VALUES}[name]
+    metric = {**metrics.CLASSIFICATION_METRICS, **metrics.REGRESSION_METRICS}[name]
     truth = np.array([0.0, 1, 1, 0])
     said = [np.zeros(4), np.ones(4), truth, 1 - truth]
-    if name in metrics.OF_VALUES:
+    if name in metrics.REGRESSION_METRICS:
         said += [
             np.full(4, np.nan),
             np.array([np.inf, 0, 0, 0]),
@@ -96,9 +96,9 @@ def test_a_large_number_is_not_lost() -> None:
 
 def test_a_metric_that_does_not_fit_the_answers_is_refused() -> None:
     task = Reviews()
-    assert metrics.of(task) is metrics.accuracy
+    assert metrics.get_metric(task) is metrics.accuracy
     for name, hint in (("acuracy", "'accuracy'"), ("pearson", "Choose from"), ("f1", "take macro_f1")):
         task.metric = name  # type: ignore[misc]
-        with pytest.raises(BadInput, match=hint):
-            metrics.of(task)
+        with pytest.raises(UsageError, match=hint):
+            metrics.get_metric(task)
     assert not Letters().has_head

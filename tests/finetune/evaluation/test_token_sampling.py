@@ -9,13 +9,13 @@ from scripted import WORDS_TASK, tiny_bench
 from scripted import configuration as configured
 from test_evaluate import NAMES, split_of, three_lanes
 
-from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.evaluate import evaluate
-from orchestrator.finetune.evaluation.generate import answers, cut
-from orchestrator.finetune.evaluation.token_sampling import drawn, uniforms
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE
+from orchestrator.finetune.evaluation.generate import generate_answers, truncate_at_stop
+from orchestrator.finetune.evaluation.token_sampling import draw_uniforms, sample_tokens
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
@@ -23,7 +23,7 @@ from orchestrator.study.configuration import ModelChoice
 SEEDS = (0, 1, 2)
 
 
-def bench() -> Bench:
+def bench() -> BaseModel:
     return tiny_bench(ModelChoice("tiny", "0" * 64, "float32"))
 
 
@@ -38,9 +38,9 @@ def sampled(
 def test_frequencies_are_the_softmax() -> None:
     logits = torch.tensor([2.0, 0.5, -1.0, 1.0, -30.0])
     count = 20_000
-    numbers = torch.from_numpy(uniforms(7, 0, 0, count))
+    numbers = torch.from_numpy(draw_uniforms(7, 0, 0, count))
     for temperature in (1.0, 0.5):
-        tokens = drawn(logits.repeat(count, 1), numbers, temperature)
+        tokens = sample_tokens(logits.repeat(count, 1), numbers, temperature)
         expected = torch.softmax(logits / temperature, dim=0)
         found = torch.bincount(tokens, minlength=5) / count
         # Five standard errors, and none where there is next to nothing.
@@ -50,21 +50,23 @@ def test_frequencies_are_the_softmax() -> None:
 def test_a_nucleus_leaves_out_the_tail_and_keeps_the_proportions() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     count = 20_000
-    tokens = drawn(logits.repeat(count, 1), torch.from_numpy(uniforms(1, 0, 0, count)), 1.0, top_p=0.7)
+    tokens = sample_tokens(
+        logits.repeat(count, 1), torch.from_numpy(draw_uniforms(1, 0, 0, count)), 1.0, top_p=0.7
+    )
     # 0.5 and 0.25 reach 0.7 together.
     assert sorted(set(tokens.tolist())) == [1, 3]
     assert (tokens == 1).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
-    one = drawn(logits.repeat(50, 1), torch.from_numpy(uniforms(1, 0, 0, 50)), 1.0, top_p=0.4)
+    one = sample_tokens(logits.repeat(50, 1), torch.from_numpy(draw_uniforms(1, 0, 0, 50)), 1.0, top_p=0.4)
     assert set(one.tolist()) == {1}
 
 
 def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_weight() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
-    assert drawn(logits, torch.tensor([0.0, 1.0 - 2**-53]), 1.0).tolist() == [1, 2]
+    assert sample_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53]), 1.0).tolist() == [1, 2]
 
 
 def test_numbers_differ_by_seed_item_and_sample() -> None:
-    found = {tuple(uniforms(s, i, k, 4)) for s in (0, 1, 2**40) for i in range(3) for k in range(3)}
+    found = {tuple(draw_uniforms(s, i, k, 4)) for s in (0, 1, 2**40) for i in range(3) for k in range(3)}
     assert len(found) == 27
 
 
@@ -72,12 +74,16 @@ def test_samples_do_not_depend_on_the_pack() -> None:
     here, task = bench(), sampled()
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None), seeds=SEEDS)
+        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None), seeds=SEEDS)
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(here, task, split, 1, lambda n=name: adapters.rows([n], None), seeds=[seed])  # type: ignore[misc]
+            alone = evaluate(
+                here, task, split, 1, lambda n=name: adapters.activate_lanes([n], None), seeds=[seed]
+            )  # type: ignore[misc]
             assert alone == [one]
         # Another seed draws others; the same lane with the seed of another is not that one.
-        other = evaluate(here, task, split, 1, lambda: adapters.rows([NAMES[0]], None), seeds=[1])[0]
+        other = evaluate(here, task, split, 1, lambda: adapters.activate_lanes([NAMES[0]], None), seeds=[1])[
+            0
+        ]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
@@ -89,7 +95,7 @@ def test_samples_do_not_depend_on_what_torch_has_drawn() -> None:
         found = []
         for noise in (0, 1):
             torch.manual_seed(noise)
-            found += evaluate(here, task, split, 1, lambda: adapters.rows(["x"], None), seeds=[0])
+            found += evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["x"], None), seeds=[0])
             state = torch.get_rng_state()
             torch.manual_seed(noise)
             assert torch.equal(state, torch.get_rng_state())
@@ -103,7 +109,15 @@ def test_samples_do_not_depend_on_the_order_or_on_who_else_is_asked() -> None:
     with three_lanes(here) as adapters:
 
         def said(asked: list[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[str, ...]]:
-            told = answers(here, task, asked, split.cap, [5], lambda: adapters.rows(["x"], None), ALONE)
+            told = generate_answers(
+                here,
+                task,
+                asked,
+                split.max_row_length,
+                [5],
+                lambda: adapters.activate_lanes(["x"], None),
+                SINGLE_PROCESS_GROUP,
+            )
             return {number: texts for (number, _), texts in zip(asked, told[0], strict=True)}
 
         whole = said(prompts)
@@ -118,10 +132,10 @@ def test_a_score_is_the_mean_over_samples() -> None:
     here, task = bench(), sampled(samples=4, temperature=2.0)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        rows = lambda: adapters.rows(["y"], None)  # noqa: E731
+        rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
         found = evaluate(here, task, split, 1, rows, seeds=[3])[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        told = answers(here, task, prompts, split.cap, [3], rows, ALONE)[0]
+        told = generate_answers(here, task, prompts, split.max_row_length, [3], rows, SINGLE_PROCESS_GROUP)[0]
     worth = [
         sum(task.grade(example, text) for text in texts) / 4
         for example, texts in zip(split.examples, told, strict=True)
@@ -135,32 +149,42 @@ def test_cold_samples_are_the_greedy_answer() -> None:
     here = bench()
     split = split_of(sampled(), here)
     with three_lanes(here) as adapters:
-        rows = lambda: adapters.rows(NAMES, None)  # noqa: E731
+        rows = lambda: adapters.activate_lanes(NAMES, None)  # noqa: E731
         cold = evaluate(here, sampled(samples=1, temperature=1e-6), split, 3, rows, seeds=SEEDS)
         greedy = evaluate(here, sampled(samples=1, temperature=0.0), split, 3, rows, seeds=SEEDS)
     assert cold == greedy
 
 
 def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cut("a b### c", ("###", " b")) == "a"
-    assert cut("a b", ()) == "a b"
+    assert truncate_at_stop("a b### c", ("###", " b")) == "a"
+    assert truncate_at_stop("a b", ()) == "a b"
     here = bench()
     plain = sampled(temperature=3.0)
     split = split_of(plain, here)
     monkeypatch.setattr(generate, "LOOK", 2)
     with three_lanes(here) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        rows = lambda: adapters.rows(["x"], None)  # noqa: E731
-        whole = answers(here, plain, prompts, split.cap, [0], rows, ALONE)[0]
+        rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731
+        whole = generate_answers(here, plain, prompts, split.max_row_length, [0], rows, SINGLE_PROCESS_GROUP)[
+            0
+        ]
         stops = ("a", "c d")
-        stopped = answers(here, sampled(temperature=3.0, stop=stops), prompts, split.cap, [0], rows, ALONE)[0]
-    assert stopped == [tuple(cut(text, stops) for text in texts) for texts in whole]
+        stopped = generate_answers(
+            here,
+            sampled(temperature=3.0, stop=stops),
+            prompts,
+            split.max_row_length,
+            [0],
+            rows,
+            SINGLE_PROCESS_GROUP,
+        )[0]
+    assert stopped == [tuple(truncate_at_stop(text, stops) for text in texts) for texts in whole]
     assert stopped != whole
 
 
 def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
     here, task = bench(), sampled()
-    task.graded = "at the end"  # type: ignore[misc]
+    task.grade_at = "at the end"  # type: ignore[misc]
     split = split_of(task, here)
 
     class Lane:
@@ -169,9 +193,9 @@ def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
 
     lanes = [Lane(name, seed, name == "y") for name, seed in zip(NAMES, SEEDS, strict=True)]
     with three_lanes(here) as adapters:
-        pack = Pack(here, adapters, Data(task, (), {"test": split}, {}), ALONE)
-        found = dict(zip(NAMES, pack.scores(lanes, "test"), strict=True))  # type: ignore[arg-type]
-        every = dict(zip(NAMES, pack.scores(lanes, "test", always=True), strict=True))  # type: ignore[arg-type]
+        pack = LaneGroup(here, adapters, TaskData(task, (), {"test": split}, {}), SINGLE_PROCESS_GROUP)
+        found = dict(zip(NAMES, pack.evaluate(lanes, "test"), strict=True))  # type: ignore[arg-type]
+        every = dict(zip(NAMES, pack.evaluate(lanes, "test", force_generation=True), strict=True))  # type: ignore[arg-type]
     assert {name for name in NAMES if task.metric in found[name].scores} == {"y"}
     assert found["y"] == every["y"]
     for name in NAMES:

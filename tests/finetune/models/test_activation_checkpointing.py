@@ -17,18 +17,18 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from orchestrator.finetune.models.activation_checkpointing import recompute_blocks
-from orchestrator.finetune.models.deberta import positions_of_rows
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
+from orchestrator.finetune.models.deberta import patch_deberta_attention
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import Settings
+from variants.base import VariantSettings
 
-SETTINGS = Settings(rank=4, alpha=8.0, dropout=0.3)
+SETTINGS = VariantSettings(rank=4, alpha=8.0, dropout=0.3)
 ROWS, LENGTH = 8, 12
 
 
@@ -69,14 +69,14 @@ def deberta() -> nn.Module:
             type_vocab_size=0,
         )
         model = DebertaV2ForSequenceClassification(config)
-    positions_of_rows(model)
+    patch_deberta_attention(model)
     return model.eval().requires_grad_(False)
 
 
 def adapted(model: nn.Module, variant: str) -> Adapters:
     adapters = attach(model, catalogue.get(variant), SETTINGS)
     for lane in ("a", "b"):
-        adapters.add(lane, SETTINGS, seed=ord(lane))
+        adapters.add_lane(lane, SETTINGS, seed=ord(lane))
         for name, parameter in sorted(adapters.trainable(lane).items()):
             with torch.no_grad():
                 parameter += 0.05 * torch.randn(
@@ -87,7 +87,7 @@ def adapted(model: nn.Module, variant: str) -> Adapters:
 
 def gradients(adapters: Adapters) -> dict[str, Tensor]:
     ids = torch.randint(1, 25, (2 * ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    with adapters.rows(["a", "b"], [3, 5], 1, ROWS):
+    with adapters.activate_lanes(["a", "b"], [3, 5], 1, ROWS):
         adapters.model(input_ids=ids).logits.square().mean().backward()
     return {
         f"{lane} {name}": parameter.grad
@@ -112,7 +112,7 @@ def counted(model: Any) -> Counter[str]:
 def test_the_same_gradients_to_the_bit_with_dropout(make: Any, variant: str) -> None:
     plain = gradients(adapted(make(), variant))
     model = make()
-    recompute_blocks(model)
+    enable_activation_checkpointing(model)
     assert not any(module.training for module in model.modules())
     calls = counted(model)
     adapters = adapted(model, variant)
@@ -128,10 +128,10 @@ def test_the_same_gradients_to_the_bit_with_dropout(make: Any, variant: str) -> 
 @pytest.mark.parametrize("make", [llama, bert])
 def test_without_gradients_nothing_is_computed_twice(make: Any) -> None:
     model = make()
-    recompute_blocks(model)
+    enable_activation_checkpointing(model)
     calls = counted(model)
     adapters = adapted(model, "lora")
-    with torch.no_grad(), adapters.rows(["a"], None):
+    with torch.no_grad(), adapters.activate_lanes(["a"], None):
         adapters.model(input_ids=torch.ones(ROWS, LENGTH, dtype=torch.long))
     assert set(calls.values()) == {1}
 
@@ -140,9 +140,9 @@ def test_without_gradients_nothing_is_computed_twice(make: Any) -> None:
 def test_a_whole_lane_is_the_same_to_the_bit(variant: str, store: Store, tmp_path: Path) -> None:
     """Accumulation, evaluation and generation (with its cache) included."""
 
-    def load(choice: ModelChoice, task: Task) -> Bench:
+    def load(choice: ModelChoice, task: Task) -> BaseModel:
         bench = tiny_bench(choice, task)
-        recompute_blocks(bench.model)
+        enable_activation_checkpointing(bench.model)
         return bench
 
     dropout = 0.2 if variant == "lora" else 0.0
@@ -164,15 +164,18 @@ def test_less_is_kept_for_backward() -> None:
 
         adapters = adapted(model, "lora")
         ids = torch.ones(2 * ROWS, LENGTH, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), adapters.rows(["a", "b"], [0, 0]):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            adapters.activate_lanes(["a", "b"], [0, 0]),
+        ):
             adapters.model(input_ids=ids)
         return size
 
     model = bert()
-    recompute_blocks(model)
+    enable_activation_checkpointing(model)
     assert kept(model) < kept(bert()) / 3
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(BadInput, match="--gradient-checkpointing: Linear has no blocks"):
-        recompute_blocks(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="--gradient-checkpointing: Linear has no blocks"):
+        enable_activation_checkpointing(nn.Linear(2, 2))

@@ -18,12 +18,12 @@ import transformers
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, train
 
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
-from variants.targets import find
+from variants.targets import find_target_layers
 
 LLAMA = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             }
             config = getattr(transformers, base.kind)(vocab_size=len(words), **base.options, **special)
             kind = transformers.AutoModelForCausalLM if base.causal else transformers.AutoModel
-            with torch.random.fork_rng(devices=[]), quiet():
+            with torch.random.fork_rng(devices=[]), suppress_transformers_logging():
                 torch.manual_seed(0)
                 kind.from_config(config).save_pretrained(made[name])
                 words.save_pretrained(made[name])
@@ -103,13 +103,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
     """Records of LoRA on every linear layer of the blocks, of lanes that trained together."""
     store = Store(work)
-    content = loading.prepare(str(model), store.bases)
+    content = loading.prepare_base_model(str(model), store.bases)
     made = []
     for seed in seeds:
         # The same eight rows in every step: what learns brings their loss down.
         one = configuration(task=WORDS_TASK, seed=seed, steps=10, batch_size=8, train_size=8)
         made.append(replace(one, model=replace(one.model, name=str(model), content=content)))
-    load = partial(loading.load, root=store.bases, device="cpu")
+    load = partial(loading.load_base_model, root=store.bases, device="cpu")
     load_bench = lambda choice, task: load(choice, task=task)  # noqa: E731
     train(Script(leases(made)), store, load_bench=load_bench, data=work.parent / "data")
     return [store.get(one.fingerprint) for one in made]  # type: ignore[misc]
@@ -120,9 +120,9 @@ def test_adapters_are_on_every_linear_layer_of_the_blocks(name: str, folder: Cal
     base = BASES[name]
     task = catalogue.get(WORDS_TASK if base.causal else "reviews")
     choice = loading.ModelChoice(str(folder(name)), loading.bases.content_of(folder(name)))
-    model, heads = loading.skeleton(choice, folder(name) / "bases", task)
+    model, heads = loading.build_meta_model(choice, folder(name) / "bases", task)
     expected = {f"{base.prefix}.{block}.{layer}" for block in range(BLOCKS) for layer in base.layers}
-    assert set(find(model, "blocks")) == expected
+    assert set(find_target_layers(model, "blocks")) == expected
     assert not any(place.startswith(tuple(heads)) for place in expected if heads)
 
 

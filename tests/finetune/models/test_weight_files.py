@@ -24,17 +24,17 @@ from transformers.utils import (
 )
 
 from orchestrator.finetune.models import loading, weight_files
-from orchestrator.finetune.sources.base_store import content_of, quiet
+from orchestrator.finetune.sources.base_store import content_hash, suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a small model that has learnt nothing."""
     folder = tmp_path_factory.mktemp("base")
-    with quiet():
+    with suppress_transformers_logging():
         Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
     return folder
 
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def opened(folder: Path) -> Any:
-    with quiet():
+    with suppress_transformers_logging():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -195,7 +195,7 @@ def opened(folder: Path) -> Any:
 def test_what_transformers_loads_is_accepted(what: str, folder: Path) -> None:
     expected = load_file(one(folder))
     GOOD[what](folder)
-    weight_files.check(folder, "m")
+    weight_files.check_weight_files(folder, "m")
     found = opened(folder).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -209,8 +209,8 @@ def test_what_transformers_cannot_load_is_one_line(
     monkeypatch.chdir(tmp_path)
     spoil, said = BAD[what]
     spoil(folder)
-    with pytest.raises(BadInput) as refused:
-        weight_files.check(folder, "m")
+    with pytest.raises(UsageError) as refused:
+        weight_files.check_weight_files(folder, "m")
     text = str(refused.value)
     assert str(folder) in text
     assert said in text
@@ -225,10 +225,10 @@ def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) ->
     """transformers would draw what is lacking at random, with a warning that nobody sees."""
     found = tensors(folder)
     save_file({f"other.{name}": tensor for name, tensor in found.items()}, one(folder), {"format": "pt"})
-    content = loading.resolve(str(folder), tmp_path)
+    content = loading.find_content(str(folder), tmp_path)
     assert content is not None
-    with pytest.raises(BadInput, match=r"no weights for lm_head\.weight and \d+ more"):
-        loading.load(loading.ModelChoice(str(folder), content), tmp_path)
+    with pytest.raises(UsageError, match=r"no weights for lm_head\.weight and \d+ more"):
+        loading.load_base_model(loading.ModelChoice(str(folder), content), tmp_path)
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -297,10 +297,10 @@ def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
     task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
     if answers == "label":
         folder = encoders.save("bert", tmp_path / "bert")
-    loading.load(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    loading.load_base_model(loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     spoil(folder)
-    with pytest.raises(BadInput, match=said) as refused:
-        loading.load(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, "cpu", task)
+    with pytest.raises(UsageError, match=said) as refused:
+        loading.load_base_model(loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     assert "\n" not in str(refused.value)
 
 
@@ -309,14 +309,16 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}'
     )
-    with pytest.raises(BadInput, match="merge_and_unload"):
-        weight_files.check(folder, "m")
+    with pytest.raises(UsageError, match="merge_and_unload"):
+        weight_files.check_weight_files(folder, "m")
 
 
 def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
     changed(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(BadInput, match=r"quantised \(quantization_config\)"):
-        loading.skeleton(loading.ModelChoice(str(folder), content_of(folder)), tmp_path, Letters(RECIPE))
+    with pytest.raises(UsageError, match=r"quantised \(quantization_config\)"):
+        loading.build_meta_model(
+            loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE)
+        )
 
 
 def test_only_headers_are_read(folder: Path) -> None:
@@ -326,22 +328,22 @@ def test_only_headers_are_read(folder: Path) -> None:
     text = json.dumps(header).encode()
     one(folder).write_bytes(len(text).to_bytes(8, "little") + text)
     os.truncate(one(folder), 8 + len(text) + size)
-    weight_files.check(folder, "m")
+    weight_files.check_weight_files(folder, "m")
 
 
 def test_of_a_hubs_cache_only_what_is_there_is_looked_at(folder: Path) -> None:
     sharded(folder).unlink()
-    weight_files.check(folder, "m", complete=False)
+    weight_files.check_weight_files(folder, "m", complete=False)
     cut(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(BadInput, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
-        weight_files.check(folder, "m", complete=False)
+    with pytest.raises(UsageError, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
+        weight_files.check_weight_files(folder, "m", complete=False)
     for path in folder.glob("model*"):
         path.unlink()
-    weight_files.check(folder, "m", complete=False)
+    weight_files.check_weight_files(folder, "m", complete=False)
 
 
 def test_the_names_are_those_of_transformers() -> None:
-    assert weight_files.NAMES == (
+    assert weight_files.WEIGHT_FILE_NAMES == (
         SAFE_WEIGHTS_NAME,
         SAFE_WEIGHTS_INDEX_NAME,
         WEIGHTS_NAME,

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from orchestrator.finetune.sources import data_files
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 KINDS: dict[str, Any] = {"text": str, "label": range(2)}
 ROWS = [{"text": "good soup", "label": 1}, {"text": "", "label": 0}, {"text": 'ü, "x"\n', "label": 1}]
@@ -40,7 +40,7 @@ def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
 
 
 def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         data_files.read(path, kinds, "mine")
     said = str(caught.value)
     assert said.startswith(f"Task 'mine': {path}: ")

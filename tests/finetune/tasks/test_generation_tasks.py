@@ -15,9 +15,9 @@ from huggingface_hub import constants
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Example, Task
-from orchestrator.finetune.tasks.instruct.codefeedback import first_block
+from orchestrator.finetune.tasks.instruct.codefeedback import cut_after_first_block
 from orchestrator.finetune.tasks.local import letters
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 TYPES = ("GSM_AnsAug", "GSM_Rephrased", "GSM_SV", "MATH_AnsAug")
 NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
@@ -159,7 +159,7 @@ def task(
     request: pytest.FixtureRequest, folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Task:
     found = catalogue.get(request.param)
-    monkeypatch.setenv(hub_data.FOLDER, str(folders[request.param]))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(folders[request.param]))
     hub_folder.small(found, monkeypatch, *SIZES[request.param])
     return found
 
@@ -196,7 +196,7 @@ def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
     task: Task, lacking: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def refused() -> None:
-        raise BadInput("not here")
+        raise UsageError("not here")
 
     monkeypatch.setattr(lacking, refused)
     monkeypatch.setattr(
@@ -214,7 +214,7 @@ def test_splits_share_no_question(task: Task) -> None:
     }  # type: ignore[arg-type]
     assert not parts["train"] & parts["validation"]
     assert not parts["train"] & parts["test"]
-    with pytest.raises(BadInput, match=rf"Task '{task.name}' has \d+ test examples, 100000 were asked for"):
+    with pytest.raises(UsageError, match=rf"Task '{task.name}' has \d+ test examples, 100000 were asked for"):
         task.examples("test", 100_000)
 
 
@@ -226,7 +226,7 @@ def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
         assert task.grade_all([asked] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
         return
     for split, count in (("validation", 4), ("test", 2)):
-        asked = [e for e in task.examples(split, count) if e.scored != "loss"]  # type: ignore[arg-type]
+        asked = [e for e in task.examples(split, count) if e.counts_in != "loss"]  # type: ignore[arg-type]
         assert task.grade_all(asked, [e.answer for e in asked]) == [1.0] * len(asked)
         assert task.grade_all(asked, ["I do not know." for _ in asked]) == [0.0] * len(asked)
 
@@ -236,10 +236,10 @@ def test_a_folder_whose_files_have_changed_is_read_anew(
 ) -> None:
     """Also where its card names subsets, for which `datasets` looks in its cache by the card alone."""
     table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     for count in (3, 5):
         hub_folder.write(tmp_path, "org/set", {"test": [{"a": n} for n in range(count)]}, subset="main")
-        assert len(hub_data.read(table, "any")) == count
+        assert len(hub_data.load_table(table, "any")) == count
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,9 +248,9 @@ def test_without_the_hub_one_line_says_what_to_set(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(
-        BadInput, match=rf"Task '{name}': .* cannot be read from the data hub .*Set HF_TOKEN"
+        UsageError, match=rf"Task '{name}': .* cannot be read from the data hub .*Set HF_TOKEN"
     ) as caught:
         catalogue.get(name).choice()
     assert "\n" not in str(caught.value)
@@ -279,9 +279,9 @@ def test_codefeedback_teaches_python_that_is_not_human_evals(task: Task) -> None
     assert not any("in C" in e.prompt or "multiplied by" in e.prompt.lower() for e in taught)
     assert taught[0].answer.endswith("\n```")
     assert taught[0].answer.count("```") == 2
-    assert first_block("no block") == "no block"
+    assert cut_after_first_block("no block") == "no block"
     lost, asked = task.examples("validation", 2)
-    assert (lost.scored, asked.scored) == ("loss", "grade")
+    assert (lost.counts_in, asked.counts_in) == ("loss", "grade")
     assert (
         'def add_one(n):\n    """Write a function to add one.\n\n    assert add_one(1) == 2\n    """'
         in asked.prompt
@@ -312,7 +312,7 @@ def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
     commonsense_15k(tmp_path)
     rows = [{"question": f"is it {n}", "answer": True} for n in range(40)]
     hub_folder.write(tmp_path, "google/boolq", {"validation": rows})
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     few, more = (catalogue.get("commonsense_15k").examples("test", count) for count in (8, 16))
     assert few == more[:8]
     first = [f"is it {n}?" for n in range(2)]

@@ -14,16 +14,16 @@ import pytest
 from hub_folder import configuration, small, write
 from scripted import Script, leases, train
 
-from orchestrator.finetune.data.batches import encode
-from orchestrator.finetune.evaluation.evaluate import Split
+from orchestrator.finetune.data.batches import encode_examples
+from orchestrator.finetune.evaluation.evaluate import EvaluationSplit
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue, glue_task
 from orchestrator.finetune.tasks.base import SPLITS, Example
-from orchestrator.finetune.tasks.glue_task import REPOSITORY, Glue
+from orchestrator.finetune.tasks.glue_task import REPOSITORY, GlueTask
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Batches, Optimizer, Schedule
-from orchestrator.util.errors import BadInput
+from orchestrator.study.configuration import BatchConfig, LRSchedule, OptimizerConfig
+from orchestrator.util.errors import UsageError
 
 NAMES = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 METRICS = dict.fromkeys(NAMES, "accuracy") | {"stsb": "pearson", "qqp": "f1", "cola": "matthews"}
@@ -31,20 +31,20 @@ TRAIN, VALIDATION, DEV = 120, 24, 40
 WORDS = ("red", "green", "blue", "one", "two", "three", "cats", "dogs", "run", "sit", "here", "there")
 
 
-def task_of(name: str) -> Glue:
+def task_of(name: str) -> GlueTask:
     task = catalogue.get(f"glue_{name}")
-    assert isinstance(task, Glue)
+    assert isinstance(task, GlueTask)
     return task
 
 
-def rows(task: Glue, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
+def rows(task: GlueTask, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
     """In the hub's columns; what is to be said shows in the texts."""
     draw, found = random.Random(f"{task.name} {seed}"), []
     for number in range(count):
-        texts = [" ".join(draw.choices(WORDS, k=draw.choice((3, 6, 12)))) for _ in task.texts]
+        texts = [" ".join(draw.choices(WORDS, k=draw.choice((3, 6, 12)))) for _ in task.text_columns]
         label: float = draw.randrange(len(task.labels)) if task.labels else draw.randrange(26) / 5
         texts[-1] += " " + "abcdef"[math.floor(label)] * 12
-        row = dict(zip(task.texts, texts, strict=True))
+        row = dict(zip(task.text_columns, texts, strict=True))
         found.append({**row, "label": -1 if hidden else label, "idx": number})
     return found
 
@@ -55,7 +55,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hub")
     for name in NAMES:
         task = task_of(name)
-        splits = {"train": rows(task, TRAIN, 0), task.dev: rows(task, DEV, 1)}
+        splits = {"train": rows(task, TRAIN, 0), task.dev_split: rows(task, DEV, 1)}
         if name == "mnli":
             splits["validation_mismatched"] = rows(task, DEV, 2)
             hidden = ["test_matched", "test_mismatched"]
@@ -69,12 +69,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder is the hub, and the tasks are as large as it is."""
-    monkeypatch.setenv(hub_data.FOLDER, str(hub))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(hub))
     for name in NAMES:
         small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
-    glue_task._rows.cache_clear()
+    glue_task._load_rows.cache_clear()
     yield hub
-    glue_task._rows.cache_clear()
+    glue_task._load_rows.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_dev_set_is_the_test_and_the_texts_are_the_hubs(name: str, here: Pat
     task = task_of(name)
     found = task.examples("test", DEV)
     for example, row in zip(found, rows(task, DEV, 1), strict=True):
-        texts = [row[column] for column in task.texts]
+        texts = [row[column] for column in task.text_columns]
         assert [example.prompt, *([example.pair] if example.pair is not None else [])] == texts
         said = task.target(example)
         assert said == pytest.approx(row["label"], abs=1e-6)
@@ -122,7 +122,7 @@ def test_splits_share_no_text_and_keep_their_order_at_any_size(name: str, here: 
     assert [*task.examples("train", 10)] == data["train"][:10]
     everything = task.examples("train", TRAIN - VALIDATION)
     assert len(set(everything) | set(task.examples("validation", VALIDATION))) == TRAIN
-    with pytest.raises(BadInput, match=r"'glue_.* has 40 test examples, 1000 were asked for"):
+    with pytest.raises(UsageError, match=r"'glue_.* has 40 test examples, 1000 were asked for"):
         task.examples("test", 1000)
 
 
@@ -136,10 +136,10 @@ def test_a_premise_stays_whole_and_what_is_tested_is_not_learnt(
         for j in range(3)
     ]
     write(tmp_path, REPOSITORY, {"train": train, "validation_matched": [train[4], train[77]]}, subset="mnli")
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     small(task, monkeypatch, train=90, validation=20, test=2)
     data = task.load(task.choice())
-    numbers = glue_task._rows(task, str(tmp_path), 20).of
+    numbers = glue_task._load_rows(task, str(tmp_path), 20).row_numbers
     rest, held = (task.examples(split, len(numbers[split])) for split in ("train", "validation"))
     assert {e.prompt for e in rest}.isdisjoint(e.prompt for e in held)
     assert 20 <= len(held) <= 22
@@ -161,9 +161,9 @@ def test_a_label_that_is_none_is_one_line(
     task = task_of(name)
     bad = [{**row, "label": label} for row in rows(task, 1, 1)]
     write(tmp_path, REPOSITORY, {"train": rows(task, 9, 0), "validation": bad}, subset=name)
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     small(task, monkeypatch, train=6, validation=2, test=1)
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         task.examples("test", 1)
     assert "\n" not in str(caught.value)
 
@@ -177,8 +177,8 @@ def test_other_classes_than_the_hubs_are_one_line(tmp_path: Path, monkeypatch: p
         "label", ClassLabel(names=["entailment", "not_entailment"])
     )
     turned.to_parquet(place / "wnli" / "train-00000-of-00001.parquet")
-    monkeypatch.setenv(hub_data.FOLDER, str(tmp_path))
-    with pytest.raises(BadInput, match="has the classes entailment, not_entailment, not not_entail"):
+    monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(UsageError, match="has the classes entailment, not_entailment, not not_entail"):
         task.examples("train", 1)
 
 
@@ -188,9 +188,9 @@ def test_another_folder_and_another_file_are_read_anew(
     """`datasets` itself takes two folders of one name for the same."""
     for folder, text in (("a", "one"), ("b", "two"), ("b", "three")):
         write(tmp_path / folder, "an/example", {"train": [{"text": text}]}, subset="only")
-        monkeypatch.setenv(hub_data.FOLDER, str(tmp_path / folder))
+        monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path / folder))
         table = hub_data.Table("an/example", "train", {"text": str}, "only")
-        assert hub_data.read(table, "x").to_dict() == {"text": [text]}
+        assert hub_data.load_table(table, "x").to_dict() == {"text": [text]}
 
 
 # -- from the folder to the scores -----------------------------------------------------------------------
@@ -204,10 +204,13 @@ FEW = ("cola", "qqp", "stsb")
 )
 def test_it_goes_from_the_folder_to_the_scores(name: str, here: Path, roberta: Path, store: Store) -> None:
     task = task_of(name)
-    rest: dict[str, Any] = {"batches": Batches(16, 1, task.defaults.max_length), "optimizer": Optimizer(5e-3)}
-    rest["schedule"] = Schedule(20, task.defaults.schedule)
+    rest: dict[str, Any] = {
+        "batches": BatchConfig(16, 1, task.defaults.max_length),
+        "optimizer": OptimizerConfig(5e-3),
+    }
+    rest["schedule"] = LRSchedule(20, task.defaults.schedule)
     one = configuration(task, roberta, store.bases, **rest)
-    load = partial(loading.load, root=store.bases, device="cpu")
+    load = partial(loading.load_base_model, root=store.bases, device="cpu")
     train(Script(leases([one])), store, load_bench=lambda choice, task: load(choice, task=task))
     record = store.get(one.fingerprint)
     assert record is not None
@@ -233,7 +236,7 @@ def test_lengths_that_differ_wildly_are_padded_to_buckets(here: Path, roberta: P
     from transformers import AutoTokenizer
 
     task, words = task_of("mrpc"), AutoTokenizer.from_pretrained(roberta)
-    split = Split.of(task.examples("test", DEV), task, words, task.defaults.max_length)
+    split = EvaluationSplit.from_examples(task.examples("test", DEV), task, words, task.defaults.max_length)
     longest = max(len(row.ids) for row in split.rows)
     assert longest > 2 * min(len(row.ids) for row in split.rows)
     sizes = {8, 16, 24, 32, 48, 64, 96, 128, 192, 256}
@@ -244,5 +247,5 @@ def test_lengths_that_differ_wildly_are_padded_to_buckets(here: Path, roberta: P
     for batch, _ in split.batches:
         assert all(batch.length < 1.6 * length + 8 for length in batch.lengths.tolist())
     long = [Example("word " * 400, task.labels[0], "another " * 300)]
-    (row,) = encode(long, task, words, 256)
+    (row,) = encode_examples(long, task, words, 256)
     assert len(row.ids) == 256

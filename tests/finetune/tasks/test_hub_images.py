@@ -18,13 +18,19 @@ from scripted import Script, leases, provenance
 from tiny_images import MAKE, choice, load
 
 from orchestrator.finetune.engine import loop
-from orchestrator.finetune.sources.hub_data import FOLDER
+from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import SPLITS
-from orchestrator.finetune.tasks.hub_image_task import RATES, HubImages, _all_examples
+from orchestrator.finetune.tasks.hub_image_task import LEARNING_RATES, HubImageTask, _all_examples
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Batches, Configuration, Optimizer, Schedule, VariantChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    OptimizerConfig,
+    VariantChoice,
+)
+from orchestrator.util.errors import UsageError
 
 CLASSES = {
     "cars": 196,
@@ -49,9 +55,9 @@ configs:
 """
 
 
-def task_of(name: str) -> HubImages:
+def task_of(name: str) -> HubImageTask:
     task = catalogue.get(name)
-    assert isinstance(task, HubImages)
+    assert isinstance(task, HubImageTask)
     return task
 
 
@@ -66,13 +72,13 @@ def picture(seed: int, label: int) -> bytes:
 
 
 def write(
-    task: HubImages,
+    task: HubImageTask,
     root: Path,
     classes: int | None = None,
     edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
 ) -> None:
     """A folder as `hf download --repo-type dataset` leaves it. Without `classes` labels are bare numbers."""
-    folder = root / task.train.repository
+    folder = root / task.train_table.repository
     (folder / "data").mkdir(parents=True)
     for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):
         labels = [number % SHOWN for number in range(size)]
@@ -84,13 +90,13 @@ def write(
             features=datasets.Features({"image": datasets.Image(), "label": names}),
         )
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    if task.train.subset is not None:
-        (folder / "README.md").write_text(SUBSETS.format(subset=task.train.subset))
+    if task.train_table.subset is not None:
+        (folder / "README.md").write_text(SUBSETS.format(subset=task.train_table.subset))
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "data"))
+    monkeypatch.setenv(DATA_FOLDER_VARIABLE, str(tmp_path / "data"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     _all_examples.cache_clear()
     return tmp_path / "data"
@@ -122,14 +128,14 @@ def test_end_to_end(
         VariantChoice("lora", rank=4, alpha=8.0),
         task.choice(),
         choice(folder),
-        Optimizer(5e-3, weight_decay=small.weight_decay),
-        Schedule(20, small.schedule, small.warmup),
-        Batches(16, 1, small.max_length),
+        OptimizerConfig(5e-3, weight_decay=small.weight_decay),
+        LRSchedule(20, small.schedule, small.warmup),
+        BatchConfig(16, 1, small.max_length),
         evaluations=2,
     )
     source = Script(leases([one]))
     loop.run(
-        source, store, lambda _, task: load(folder, task), lanes=1, idle_seconds=1, provenance=provenance
+        source, store, lambda _, task: load(folder, task), max_lanes=1, idle_seconds=1, provenance=provenance
     )
     record = store.get(one.fingerprint)
     assert record is not None
@@ -149,11 +155,11 @@ def test_end_to_end(
 def test_what_the_study_published_is_what_it_is_by_default(name: str) -> None:
     task = task_of(name)
     assert task.default_model == "openai/clip-vit-base-patch16"
-    assert (task.outputs, task.metric) == (CLASSES[name], "accuracy")
-    assert task.defaults.learning_rates == RATES
-    assert len(RATES) == 10
+    assert (task.num_labels, task.metric) == (CLASSES[name], "accuracy")
+    assert task.defaults.learning_rates == LEARNING_RATES
+    assert len(LEARNING_RATES) == 10
     assert (task.defaults.schedule, task.defaults.batch_size) == ("cosine", 64)
-    assert task.train.repository == task.test.repository
+    assert task.train_table.repository == task.test_table.repository
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -163,7 +169,7 @@ def test_without_hub_or_folder_one_line_says_what_to_set(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     task = task_of(name)
     with pytest.raises(
-        BadInput, match=f"Set HF_TOKEN .* or {FOLDER} to .* {task.train.repository}/"
+        UsageError, match=f"Set HF_TOKEN .* or {DATA_FOLDER_VARIABLE} to .* {task.train_table.repository}/"
     ) as caught:
         task.choice()
     assert "\n" not in str(caught.value)
@@ -181,7 +187,7 @@ def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -
             files[7] = files[6]
 
     write(task, root, CLASSES["dtd"], repeat)
-    everything = _all_examples(task.train, task.test, 47, task.name, str(root))
+    everything = _all_examples(task.train_table, task.test_table, 47, task.name, str(root))
     digests = {split: [e.image.digest for e in everything[split] if e.image] for split in SPLITS}
     assert len(digests["test"]) == TEST
     assert len(digests["train"]) + len(digests["validation"]) == TRAIN - 3
@@ -190,7 +196,7 @@ def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -
     assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
     assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not class by class
     assert task.examples("train", 20) == task.examples("train", 30)[:20]
-    with pytest.raises(BadInput, match=r"has \d+ validation examples in tanganke/dtd, 400 were asked for"):
+    with pytest.raises(UsageError, match=r"has \d+ validation examples in tanganke/dtd, 400 were asked for"):
         task.examples("validation", 400)
 
 
@@ -208,16 +214,18 @@ def test_other_data_are_other_content(root: Path, monkeypatch: pytest.MonkeyPatc
             files[0] = picture(5, 0)
 
     write(task, elsewhere, CLASSES["dtd"], another)
-    monkeypatch.setenv(FOLDER, str(elsewhere))
+    monkeypatch.setenv(DATA_FOLDER_VARIABLE, str(elsewhere))
     assert task.revision() != before
-    monkeypatch.setenv(FOLDER, str(root))
+    monkeypatch.setenv(DATA_FOLDER_VARIABLE, str(root))
     assert task.revision() == before
 
 
 def test_another_number_of_classes_names_both(root: Path) -> None:
     task = task_of("dtd")
     write(task, root, 48)
-    with pytest.raises(BadInput, match=r"tanganke/dtd \(test\) has 48 classes, the task is for 47") as caught:
+    with pytest.raises(
+        UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task is for 47"
+    ) as caught:
         task.examples("train", 1)
     assert "\n" not in str(caught.value)
 
@@ -231,7 +239,7 @@ def test_a_label_that_is_no_class_names_its_row(root: Path, label: int) -> None:
     task = task_of("svhn")
     write(task, root, edit=wrong)
     message = rf"row 3 of ufldl-stanford/svhn \(cropped_digits, train\) has label {label}, .* from 0 to 9"
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UsageError, match=message):
         task.examples("train", 1)
 
 
@@ -245,6 +253,6 @@ def test_an_image_that_does_not_decode_names_its_row(root: Path, models_of: dict
     bench = load(models_of["clip"], task)
     images = [e.image for e in task.examples("test", TEST) if e.image is not None]
     with pytest.raises(
-        BadInput, match=r"Row 3 of tanganke/dtd \(test\) is not an image that Pillow can read"
+        UsageError, match=r"Row 3 of tanganke/dtd \(test\) is not an image that Pillow can read"
     ):
         bench.processor.inputs(images, bench.device, bench.model.dtype)

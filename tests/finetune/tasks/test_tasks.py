@@ -13,23 +13,23 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.sources.base_store import quiet
+from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
-from orchestrator.finetune.tasks.base import NO_LOSS, SPLITS, Example, Task, split_of
-from orchestrator.finetune.tasks.local.chain_sum import ChainSum, same_sum
+from orchestrator.finetune.tasks.base import IGNORE_INDEX, SPLITS, Example, Task, hash_split
+from orchestrator.finetune.tasks.local.chain_sum import ChainSum, canonical_expression
 from orchestrator.finetune.tasks.local.digits import Digits
 from orchestrator.finetune.tasks.local.letters import LENGTH, LETTERS, RECIPE, Letters, _batches, tokenizer
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.math.gsm_symbolic import GsmSymbolic
 from orchestrator.finetune.tasks.pretraining import Recipe
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 needs_reasoning_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason='needs reasoning-gym: pip install -e ".[real]"'
 )
 
 USER_TASK = """
-from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
 
 class Echo(Task):
     name = "echo"
@@ -52,19 +52,19 @@ class Echo(Task):
 def test_every_task_says_what_a_fine_tune_needs(name: str) -> None:
     task = catalogue.get(name)
     assert task.name == name
-    assert task.answers in ("forced", "generated", "label", "value")
+    assert task.output in ("forced", "generated", "label", "value")
     assert list(task.defaults.learning_rates) == sorted(set(task.defaults.learning_rates))
     assert 0.0 <= task.floor <= 1.0
     assert task.title
     if task.has_head:
-        assert metrics.of(task)
-        assert task.outputs == (len(set(task.labels)) if task.answers == "label" else 1)
+        assert metrics.get_metric(task)
+        assert task.num_labels == (len(set(task.labels)) if task.output == "label" else 1)
     else:
         assert task.max_new_tokens > 0
 
 
 def test_an_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(BadInput, match="Did you mean 'letters'"):
+    with pytest.raises(UsageError, match="Did you mean 'letters'"):
         catalogue.get("leters")
 
 
@@ -84,13 +84,13 @@ def test_a_file_with_a_task_is_a_task(tmp_path: Path) -> None:
 def test_a_file_without_a_task_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(text)
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         catalogue.get(str(path))
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         catalogue.get(str(tmp_path / "letters.py"))
 
 
@@ -99,7 +99,7 @@ def test_the_configuration_of_a_base_is_known_before_it_is_made(
     kind: Callable[[Recipe], Task], tmp_path: Path
 ) -> None:
     task = kind(Recipe(steps=1, batch_size=2, learning_rate=1e-3))
-    with quiet():
+    with suppress_transformers_logging():
         task.pretrain(tmp_path, lambda text: None)
     made = json.loads((tmp_path / "config.json").read_text())
     known = task.base_config().to_diff_dict()
@@ -110,7 +110,7 @@ def test_the_configuration_of_a_base_is_known_before_it_is_made(
 def test_listing_and_choosing_imports_no_torch() -> None:
     code = (
         "import sys; from orchestrator.finetune.tasks import catalogue;"
-        "from orchestrator.finetune.models import loading as models;"
+        "from orchestrator.finetune.models.loading import loading as models;"
         "catalogue.names(); models.names(); catalogue.get('letters').choice();"
         "assert not {'torch', 'transformers', 'reasoning_gym'} & set(sys.modules)"
     )
@@ -123,14 +123,14 @@ def test_listing_and_choosing_imports_no_torch() -> None:
 def test_data_under_another_revision_are_refused() -> None:
     task = Letters()
     stale = task.choice().__class__(**{**task.choice().__dict__, "revision": "0" * 16})
-    with pytest.raises(BadInput, match="data 0000000000000000"):
+    with pytest.raises(UsageError, match="data 0000000000000000"):
         task.load(stale)
 
 
 def test_split_of_gives_each_held_out_split_a_fifth() -> None:
     counts = dict.fromkeys(SPLITS, 0)
     for i in range(5000):
-        counts[split_of(f"item {i}")] += 1
+        counts[hash_split(f"item {i}")] += 1
     assert counts["validation"] == pytest.approx(1000, abs=120)  # over four standard deviations
     assert counts["test"] == pytest.approx(1000, abs=120)
 
@@ -177,13 +177,13 @@ def test_letters_encoding_round_trips_and_fits_the_length() -> None:
     assert words.decode(encoded.ids[: encoded.prompt_length]) == example.prompt
     assert words.decode(encoded.ids[encoded.prompt_length :], skip_special_tokens=True) == example.answer
     assert encoded.ids[-1] == words.eos_token_id
-    assert encoded.labels[: encoded.prompt_length] == (NO_LOSS,) * (LENGTH + 2)
+    assert encoded.labels[: encoded.prompt_length] == (IGNORE_INDEX,) * (LENGTH + 2)
     assert encoded.labels[encoded.prompt_length :] == encoded.ids[encoded.prompt_length :]
     assert words.pad_token_id not in (None, words.eos_token_id)
 
 
 def test_more_letters_than_there_are_is_refused() -> None:
-    with pytest.raises(BadInput, match="100000"):
+    with pytest.raises(UsageError, match="100000"):
         Letters().examples("test", 100_001)
 
 
@@ -243,13 +243,13 @@ def test_chain_sum_answers_are_right_and_graded_by_their_text() -> None:
 @pytest.mark.real
 @needs_reasoning_gym
 def test_more_sums_than_there_are_is_refused() -> None:
-    with pytest.raises(BadInput, match="1000000 were asked for"):
+    with pytest.raises(UsageError, match="1000000 were asked for"):
         ChainSum().examples("test", 1_000_000)
 
 
 def test_the_same_sum_has_one_spelling() -> None:
-    assert same_sum("9 + 12") == same_sum("12 + 9") == "9 + 12"
-    assert same_sum("9 - 12") != same_sum("12 - 9")
+    assert canonical_expression("9 + 12") == canonical_expression("12 + 9") == "9 + 12"
+    assert canonical_expression("9 - 12") != canonical_expression("12 - 9")
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic"])
@@ -259,12 +259,12 @@ def test_without_reasoning_gym_one_line_says_what_to_install(
     module = importlib.import_module(f"orchestrator.finetune.tasks.{name}")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python itself does to block an import
     module._all_examples.cache_clear()
-    with pytest.raises(BadInput, match=r'pip install -e "\.\[real\]"'):
+    with pytest.raises(UsageError, match=r'pip install -e "\.\[real\]"'):
         catalogue.get(name).examples("train", 1)
 
 
 def _sum_in(example: Example) -> str:
-    return same_sum(example.prompt.split(": ")[1].split(" =")[0])
+    return canonical_expression(example.prompt.split(": ")[1].split(" =")[0])
 
 
 # -- gsm_symbolic ----------------------------------------------------------------------------------------

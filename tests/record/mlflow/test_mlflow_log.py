@@ -21,7 +21,7 @@ from mlflow_server import empty_database, wait
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from orchestrator.record.mlflow.log import MlflowLog, TrackingDown
+from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
 from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.schema import Evaluation, Record
 
@@ -54,7 +54,7 @@ def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
 
 def test_a_child_says_what_its_record_says(uri, study, make_record):
     record = make_record(extra={"ratio": 16})
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     parent_id = log.ensure_study(study, "Which rate is best?", {"task": "letters"})
     assert log.log_records(study, [record]) == 1
     log.finish_study(parent_id)
@@ -99,7 +99,7 @@ def test_a_child_says_what_its_record_says(uri, study, make_record):
 
 def test_what_is_not_finite_is_a_gap(uri, study, make_record):
     record = make_record(state="diverged")
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
     child = _runs(uri, study)[1][record.fingerprint]
@@ -117,7 +117,7 @@ def test_the_states_and_their_status(uri, study, make_record):
     made = {
         t: make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))
     }
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, made.values())
     children = _runs(uri, study)[1]
@@ -129,12 +129,12 @@ def test_the_states_and_their_status(uri, study, make_record):
 
 def test_logging_again_changes_nothing(uri, study, make_record):
     records = [make_record(seed=s) for s in range(3)]
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     assert log.log_records(study, records) == 3
     before = _runs(uri, study)[1]
     assert log.log_records(study, records, reused={r.fingerprint for r in records}) == 0
-    again = MlflowLog(uri)
+    again = MlflowLogger(uri)
     assert again.ensure_study(study, "") == _runs(uri, study)[0].info.run_id
     assert again.log_records(study, records) == 0
     assert {f: r.to_dictionary() for f, r in _runs(uri, study)[1].items()} == {
@@ -144,7 +144,7 @@ def test_logging_again_changes_nothing(uri, study, make_record):
 
 def test_a_reused_result_says_so(uri, study, make_record):
     old, new = make_record(seed=0), make_record(seed=1)
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [old, new], reused={old.fingerprint})
     children = _runs(uri, study)[1]
@@ -169,7 +169,7 @@ def _stop_at(statement: str, times: int, stopped: Event) -> None:
 def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
     """Stops in the middle of a transaction, when a thousand of its metrics are there."""
     _stop_at("INSERT INTO metrics", 3, stopped)
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
 
@@ -185,7 +185,7 @@ def test_what_a_killed_driver_left_is_completed(uri, study, make_record):
     process.join()
     (left,) = _runs(uri, study)[1].values()
     assert left.info.status == "RUNNING"
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     parent = log.ensure_study(study, "")
     assert log.log_records(study, [record]) == 1
     log.finish_study(parent)
@@ -204,7 +204,7 @@ def test_names_that_mlflow_does_not_take(uri, study, make_record):
         extra={"ratio/a%": 2},
         evaluations=(Evaluation(5, "validation", {"../hits@10": 0.5, "exact_match": 0.1}),),
     )
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     log.log_records(study, [record])
     data = _runs(uri, study)[1][record.fingerprint].data
@@ -213,7 +213,7 @@ def test_names_that_mlflow_does_not_take(uri, study, make_record):
 
 
 def test_a_newer_record_replaces_its_child(uri, study, make_record):
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     for state, steps in (("failed", 5), ("stopped", 10), ("finished", 20)):
         record = make_record(state=state, steps=steps)
@@ -230,7 +230,7 @@ def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, m
     first = make_record()
     again = replace(first, provenance=replace(first.provenance, ended=2e9))
     for record in (first, again):
-        log = MlflowLog(uri)
+        log = MlflowLogger(uri)
         log.ensure_study(study, "")
         assert log.log_records(study, [record], artifacts={record.fingerprint: tmp_path}) == 1
     child = _runs(uri, study)[1][first.fingerprint]
@@ -247,7 +247,7 @@ def test_a_child_with_another_value_than_its_record_is_written_again(uri, study,
             with closing(sqlite3.connect(sqlite_path(uri))) as database, database:
                 for table in ("metrics", "latest_metrics"):
                     database.execute(f"update {table} set value = value + 1 where key = 'tokens'")
-        log = MlflowLog(uri)
+        log = MlflowLogger(uri)
         log.ensure_study(study, "")
         assert log.log_records(study, [record]) == written
     assert _runs(uri, study)[1][record.fingerprint].data.metrics["tokens"] == record.cost.tokens
@@ -255,21 +255,21 @@ def test_a_child_with_another_value_than_its_record_is_written_again(uri, study,
 
 def test_two_runs_of_one_configuration_become_one(uri, study, make_record):
     record = make_record()
-    first, second = MlflowLog(uri), MlflowLog(uri)
+    first, second = MlflowLogger(uri), MlflowLogger(uri)
     first.ensure_study(study, "")
     second.ensure_study(study, "")
     first.log_records(study, [record])
     assert second.log_records(study, [record]) == 1  # it looked before the first one wrote
-    MlflowLog(uri).ensure_study(study, "")
+    MlflowLogger(uri).ensure_study(study, "")
     assert set(_runs(uri, study)[1]) == {record.fingerprint}
 
 
 def test_a_deleted_experiment_comes_back(uri, study, make_record):
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     client = MlflowClient(uri, uri)
     client.delete_experiment(client.get_experiment_by_name(study).experiment_id)
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     assert log.log_records(study, [make_record()]) == 1
     assert len(_runs(uri, study)[1]) == 1
@@ -280,7 +280,7 @@ def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     with_one, without = make_record(seed=0), make_record(seed=1)
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.ensure_study(study, "")
     folders = {with_one.fingerprint: adapter, without.fingerprint: tmp_path / "none"}
     log.log_records(study, [with_one, without], artifacts=folders)
@@ -293,13 +293,13 @@ def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
 
 def test_a_study_has_to_be_opened_first(uri, make_record):
     with pytest.raises(ValueError, match="ensure_study"):
-        MlflowLog(uri).log_records("never opened", [make_record()])
+        MlflowLogger(uri).log_records("never opened", [make_record()])
 
 
 def test_a_database_that_cannot_be_opened_is_down_not_a_crash(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(TrackingDown, match="not a database"):
-        MlflowLog(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
+    with pytest.raises(TrackingUnavailableError, match="not a database"):
+        MlflowLogger(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
 
 
 @pytest.mark.slow
@@ -308,7 +308,7 @@ def test_processes_that_meet_a_fresh_database_at_once_make_one_and_say_nothing(t
     code = (
         "import sys, mlflow.store.tracking.sqlalchemy_store\n"
         "from pathlib import Path\n"
-        "from orchestrator.record.mlflow.log import MlflowLog\n"
+        "from orchestrator.record.mlflow.log import MlflowLogger\n"
         "uri, study, here = sys.argv[1:]\n"
         "Path(here).touch()\n"
         "sys.stdin.read()\n"
@@ -339,7 +339,7 @@ def test_processes_that_meet_a_fresh_database_at_once_make_one_and_say_nothing(t
 def _make(uri: str, stopped: Event) -> None:
     """Stops in the middle of the database's migrations."""
     _stop_at("UPDATE alembic_version", 10, stopped)
-    MlflowLog(uri).ensure_study("first", "")
+    MlflowLogger(uri).ensure_study("first", "")
 
 
 @pytest.mark.slow
@@ -353,6 +353,6 @@ def test_a_driver_killed_while_it_makes_the_database(tmp_path):
     process.join()
     assert list(tmp_path.glob(".mlflow.db.new*"))
     assert not (tmp_path / "mlflow.db").exists()
-    log = MlflowLog(uri)
+    log = MlflowLogger(uri)
     log.finish_study(log.ensure_study("second", ""))
     assert _runs(uri, "second")[0].info.status == "FINISHED"

@@ -19,13 +19,13 @@ from mlflow_server import Server, wait
 
 from orchestrator.launch import run_study as study_run
 from orchestrator.record.mlflow import tracking_uri
-from orchestrator.record.mlflow.log import MlflowLog, TrackingDown
-from orchestrator.record.mlflow.sync import sync
-from orchestrator.record.mlflow.writer import Writer
+from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
+from orchestrator.record.mlflow.sync import sync_projections
+from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.errors import BadInput
+from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +132,10 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
 
-    writer = Writer(MlflowLog(server.uri), store, study, adapters=True)
+    writer = MlflowWriter(MlflowLogger(server.uri), store, study, log_adapters=True)
     for record in records[:5]:
         writer.put(record)
-    wait(lambda: writer.delayed == 0, "the first five are not logged")
+    wait(lambda: writer.pending_count == 0, "the first five are not logged")
     assert _children(server.uri, "rates") == {"parent": "RUNNING", **dict.fromkeys(names[:5], "FINISHED")}
 
     for name in names[5:8]:
@@ -144,12 +144,12 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
     for name in names[8:10]:
         writer.put(name)
     wait(lambda: writer.error, "the writer has not noticed")
-    assert writer.delayed >= 2
-    with pytest.raises(TrackingDown, match="127"):
-        MlflowLog(server.uri).ensure_study("rates", "")
+    assert writer.pending_count >= 2
+    with pytest.raises(TrackingUnavailableError, match="127"):
+        MlflowLogger(server.uri).ensure_study("rates", "")
 
     # Down until the end: the driver is not kept, and `sync` says that it cannot fill the gap yet.
-    late = Writer(MlflowLog(server.uri), store, study)
+    late = MlflowWriter(MlflowLogger(server.uri), store, study)
     for name in names[10:]:
         late.put(name)
     assert late.close(0.1) == 2
@@ -181,7 +181,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
 
 def test_a_record_takes_four_requests_and_a_known_one_none(proxy, make_record):
     """So that a hundred of them take seconds."""
-    log, records = MlflowLog(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
+    log, records = MlflowLogger(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
     log.ensure_study("counted", "")
     proxy.asked.clear()
     assert log.log_records("counted", records) == 3
@@ -193,11 +193,11 @@ def test_a_record_takes_four_requests_and_a_known_one_none(proxy, make_record):
 @pytest.mark.parametrize("lose", ["runs/create", "runs/log-batch", "runs/log-inputs", "runs/update"])
 def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
     study = f"lost {lose}"
-    log = MlflowLog(proxy.uri)
+    log = MlflowLogger(proxy.uri)
     log.ensure_study(study, "")
     records = [make_record(seed=0), make_record(seed=1)]
     proxy.lose = lose
-    with pytest.raises(TrackingDown):
+    with pytest.raises(TrackingUnavailableError):
         log.log_records(study, records)
     assert proxy.lost == 1
     # The lost update had been made; what the other requests had begun is completed.
@@ -228,7 +228,7 @@ def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
     store.put(record)
     experiment = study_run.Experiment("script", "Which?", ("lora",), "letters", "letters")
     options = StudyOptions(dry_run=True, model=str(model), output=output, tracking_uri=uri, study="known")
-    assert study_run.run_study(experiment, options, wanted=[record.configuration]) == 0
+    assert study_run.run_study(experiment, options, requested=[record.configuration]) == 0
 
     printed = "".join(capfd.readouterr())
     assert "1 of 1 known, nothing to train" in printed
@@ -243,10 +243,10 @@ def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
 
     said: list[str] = []
     with pytest.raises(
-        BadInput, match="passwords are kept nowhere; give the option with its own again"
+        UsageError, match="passwords are kept nowhere; give the option with its own again"
     ) as no:
-        sync(store, output, None, said.append)
+        sync_projections(store, output, None, said.append)
     assert "\n" not in str(no.value)
-    assert sync(store, output, uri, said.append) == 0
+    assert sync_projections(store, output, uri, said.append) == 0
     assert PLANTED not in "".join(said)
     assert files_with(PLANTED, output) == []

@@ -9,10 +9,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from orchestrator.record.mlflow import tracking_uri
-from orchestrator.record.mlflow.tracking_uri import check_uri, damage, default_uri, shown, sqlite_path
+from orchestrator.record.mlflow.tracking_uri import (
+    check_uri,
+    default_uri,
+    find_damage,
+    redact_uri,
+    sqlite_path,
+)
 from orchestrator.record.store import Store
-from orchestrator.util.command import typed
-from orchestrator.util.errors import BadInput
+from orchestrator.util.command import format_command
+from orchestrator.util.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -31,7 +37,7 @@ from orchestrator.util.errors import BadInput
     ],
 )
 def test_a_malformed_uri_is_one_line_with_the_right_choice(uri, hint):
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(UsageError) as caught:
         check_uri(uri)
     text = str(caught.value)
     assert repr(uri) in text
@@ -43,7 +49,7 @@ def test_a_sqlite_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / "file" / "mlflow.db", tmp_path, tmp_path / "loop", "/proc/here/mlflow.db"):
-        with pytest.raises(BadInput, match="must be writable"):
+        with pytest.raises(UsageError, match="must be writable"):
             check_uri(f"sqlite:///{path}")
     check_uri(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
 
@@ -57,18 +63,18 @@ def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
         database.executemany("insert into runs values (?)", [[f"run {n} " * 50] for n in range(200)])
         database.commit()
         database.execute("begin exclusive")
-        assert damage(file) == damage(file, every_page=True) == ""
+        assert find_damage(file) == find_damage(file, every_page=True) == ""
     whole = file.read_bytes()
     check_uri(f"sqlite:///{file}")
-    assert damage(tmp_path / "none.db") == ""
+    assert find_damage(tmp_path / "none.db") == ""
     for torn, why in ((whole[:-4096], "malformed"), (b"no database" * 500, "not a database")):
         file.write_bytes(torn)
-        with pytest.raises(BadInput, match=f"damaged .*{why}.* sync --rebuild") as caught:
+        with pytest.raises(UsageError, match=f"damaged .*{why}.* sync --rebuild") as caught:
             check_uri(f"sqlite:///{file}")
         assert "\n" not in str(caught.value)
     file.write_bytes(whole[:20_000] + bytes(200) + whole[20_200:])
-    assert damage(file) == ""
-    assert damage(file, every_page=True)
+    assert find_damage(file) == ""
+    assert find_damage(file, every_page=True)
 
 
 def test_the_default_is_a_file_in_the_store(tmp_path, monkeypatch):
@@ -88,7 +94,7 @@ def patient(monkeypatch):
 def test_a_server_that_is_not_there():
     with socket.socket() as bound:  # so that nobody else listens there; it does not listen either
         bound.bind(("127.0.0.1", 0))
-        with pytest.raises(BadInput, match=r"cannot be reached .*refused") as caught:
+        with pytest.raises(UsageError, match=r"cannot be reached .*refused") as caught:
             check_uri(f"http://me:secret@127.0.0.1:{bound.getsockname()[1]}")
     assert "secret" not in str(caught.value)
 
@@ -97,7 +103,7 @@ def test_a_server_that_accepts_and_says_nothing(monkeypatch):
     monkeypatch.setattr(tracking_uri, "PATIENCE", 0.3)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
-        pytest.raises(BadInput, match=r"cannot be reached .*(timed out|no answer in time)"),
+        pytest.raises(UsageError, match=r"cannot be reached .*(timed out|no answer in time)"),
     ):
         check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
@@ -106,8 +112,8 @@ def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
     """Looking up a name may block longer than any time-out of a connection says."""
     monkeypatch.setattr(tracking_uri, "PATIENCE", -0.9)  # a tenth of a second in all
     answered = threading.Event()
-    with pytest.raises(BadInput, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
-        tracking_uri._within_patience("http://slow:5000", answered.wait)
+    with pytest.raises(UsageError, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
+        tracking_uri._run_with_timeout("http://slow:5000", answered.wait)
     answered.set()
 
 
@@ -129,7 +135,7 @@ def test_what_a_server_answers(code, fine):
         if fine:
             check_uri(uri)
         else:
-            with pytest.raises(BadInput, match="502") as caught:
+            with pytest.raises(UsageError, match="502") as caught:
                 check_uri(uri)
             assert "me:***@127" in str(caught.value)
             assert "secret" not in str(caught.value)
@@ -139,7 +145,7 @@ def test_what_a_server_answers(code, fine):
 
 
 def test_a_database_without_its_driver_or_without_a_server():
-    with pytest.raises(BadInput, match=r"install it|cannot be reached"):
+    with pytest.raises(UsageError, match=r"install it|cannot be reached"):
         check_uri("postgresql://nobody@127.0.0.1:1/none")
 
 
@@ -155,5 +161,5 @@ def test_a_database_without_its_driver_or_without_a_server():
     ],
 )
 def test_what_is_shown_of_a_uri(uri: str, words: str) -> None:
-    assert shown(uri) == words
-    assert typed(["a b", uri]).startswith("python 'a b' ")
+    assert redact_uri(uri) == words
+    assert format_command(["a b", uri]).startswith("python 'a b' ")

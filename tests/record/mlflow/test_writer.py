@@ -9,9 +9,9 @@ from mlflow import MlflowClient
 from mlflow_server import empty_database, wait
 
 from orchestrator.record.mlflow import run_content
-from orchestrator.record.mlflow.log import MlflowLog
-from orchestrator.record.mlflow.writer import Writer
-from orchestrator.record.schema import Step
+from orchestrator.record.mlflow.log import MlflowLogger
+from orchestrator.record.mlflow.writer import MlflowWriter
+from orchestrator.record.schema import StepMetrics
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
 
@@ -33,7 +33,7 @@ def _runs(uri: str, name: str):
 
 def test_it_logs_what_is_put_and_ends_the_parent(uri, store, make_record):
     records = [make_record(seed=s) for s in range(5)]
-    writer = Writer(MlflowLog(uri), store, StudyFile("all", "Why?", "x"), tags={"task": "letters"})
+    writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("all", "Why?", "x"), tags={"task": "letters"})
     for record in records:
         store.put(record)
         writer.put(record)
@@ -45,12 +45,12 @@ def test_it_logs_what_is_put_and_ends_the_parent(uri, store, make_record):
 
 
 def test_a_study_without_records_has_a_parent(uri, store):
-    assert Writer(MlflowLog(uri), store, StudyFile("none", "", "x")).close(240) == 0
+    assert MlflowWriter(MlflowLogger(uri), store, StudyFile("none", "", "x")).close(240) == 0
     assert [r.info.status for r in _runs(uri, "none")] == ["FINISHED"]
 
 
 def test_the_newest_state_is_what_is_logged(uri, store, make_record):
-    writer = Writer(MlflowLog(uri), store, StudyFile("newest", "", "x"))
+    writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("newest", "", "x"))
     for state in ("failed", "stopped", "finished"):
         store.put(make_record(state=state))
         writer.put(make_record(state=state))
@@ -63,18 +63,18 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_r
     records = [make_record(seed=s) for s in range(4)]
     for record in records:
         store.put(record)
-    MlflowLog(uri).ensure_study("picky", "")
+    MlflowLogger(uri).ensure_study("picky", "")
     # Somebody wrote into a child that was left half done: MLflow never lets a parameter be changed.
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name("picky").experiment_id
     tags = {
         "study": "picky",
         "fingerprint": records[1].fingerprint,
-        "record": run_content.identity(records[1]),
+        "record": run_content.record_version(records[1]),
     }
     spoilt = client.create_run(experiment, tags=tags).info.run_id
     client.log_param(spoilt, "rank", "many")
-    writer = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("picky", "", "x"))
     for record in records:
         writer.put(record)
     assert writer.close(240) == 1
@@ -83,7 +83,7 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_r
     assert runs.pop(records[1].fingerprint) == "RUNNING"
     assert runs == dict.fromkeys([None, *(records[i].fingerprint for i in (0, 2, 3))], "FINISHED")
     client.delete_run(spoilt)
-    again = Writer(MlflowLog(uri), store, StudyFile("picky", "", "x"))
+    again = MlflowWriter(MlflowLogger(uri), store, StudyFile("picky", "", "x"))
     again.put(records[1])
     assert again.close(240) == 0
     assert [r.info.status for r in _runs(uri, "picky")] == ["FINISHED"] * 5
@@ -91,13 +91,13 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_r
 
 def test_a_record_that_breaks_the_server_does_not_hold_up_the_others(uri, store, make_record):
     # No database keeps such a step, and MLflow reports it like an outage.
-    broken = make_record(seed=0, curve=(Step(2**70, 1.0, 1.0, 1.0),))
+    broken = make_record(seed=0, curve=(StepMetrics(2**70, 1.0, 1.0, 1.0),))
     fine = [make_record(seed=s) for s in (1, 2)]
-    writer = Writer(MlflowLog(uri), store, StudyFile("broken", "", "x"))
+    writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("broken", "", "x"))
     for record in (broken, *fine):
         store.put(record)
         writer.put(record)
-    wait(lambda: writer.delayed == 1, "the fine ones are not logged")
+    wait(lambda: writer.pending_count == 1, "the fine ones are not logged")
     assert writer.close(0) == 1
     writer._thread.join()
     status = {r.data.tags.get("fingerprint"): r.info.status for r in _runs(uri, "broken")}
@@ -139,17 +139,17 @@ def holding() -> Iterator[Holding]:
 
 def test_a_database_that_is_damaged_on_the_way_is_told_from_one_that_is_down(tmp_path, store, make_record):
     database = tmp_path / "mlflow.db"
-    writer = Writer(MlflowLog(empty_database(database)), store, StudyFile("damaged", "", "x"))
+    writer = MlflowWriter(MlflowLogger(empty_database(database)), store, StudyFile("damaged", "", "x"))
     records = [make_record(seed=seed) for seed in range(2)]
     for record in records:
         store.put(record)
     writer.put(records[0])
-    wait(lambda: writer.delayed == 0, "the first one is not logged")
-    assert not writer.damaged
+    wait(lambda: writer.pending_count == 0, "the first one is not logged")
+    assert not writer.is_damaged
     whole = database.read_bytes()
     database.write_bytes(whole[:8192] + bytes(len(whole) - 8192))
     writer.put(records[1])
-    wait(lambda: writer.damaged, "the writer has not noticed")
+    wait(lambda: writer.is_damaged, "the writer has not noticed")
     assert writer.close(0.1) == 1
     assert f"{database}: the file is damaged (" in writer.error
 
@@ -158,11 +158,11 @@ def test_neither_put_nor_close_waits_for_an_answer(store, make_record, holding, 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")
     record = make_record()
     store.put(record)
-    writer = Writer(MlflowLog(holding.uri), store, StudyFile("held", "", "x"))
+    writer = MlflowWriter(MlflowLogger(holding.uri), store, StudyFile("held", "", "x"))
     assert holding.asked.wait(240)
     for _ in range(1000):
         writer.put(record)
-    assert writer.delayed == 1
+    assert writer.pending_count == 1
     assert writer.close(0.1) == 1
     assert writer._thread.is_alive(), "it still waits for the answer"
     holding.released.set()

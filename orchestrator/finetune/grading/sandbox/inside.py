@@ -19,70 +19,70 @@ import time
 from typing import Any
 
 from orchestrator.finetune.grading.sandbox import walls
-from orchestrator.finetune.grading.sandbox.answering import answer_calls
-from orchestrator.finetune.grading.sandbox.calls import filter_calls
-from orchestrator.finetune.grading.sandbox.judging import judge
+from orchestrator.finetune.grading.sandbox.answering import serve_calls
+from orchestrator.finetune.grading.sandbox.calls import install_seccomp_filter
+from orchestrator.finetune.grading.sandbox.judging import run_tests
 
-NOT_SET_UP, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
+SETUP_FAILED, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
 """What the launcher ends with: a wall could not be put up (stderr says which); the limit of the wall clock;
 that of CPU time."""
 
 
 def main() -> None:
-    order = json.load(sys.stdin)
-    connection = socket.socket(fileno=order["connection"])
+    spec = json.load(sys.stdin)
+    connection = socket.socket(fileno=spec["connection"])
     try:
-        _write_quietly("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
-        walls.leave_session_keys()
-        if order["namespaces"]:
-            walls.new_namespaces()
+        _try_write("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
+        walls.leave_session_keyring()
+        if spec["namespaces"]:
+            walls.enter_new_namespaces()
         else:
-            walls.adopt_orphans()
+            walls.become_subreaper()
         child = os.fork()
         if child == 0:
-            _first(order, connection)
+            _run_init(spec, connection)
     except BaseException as error:
-        _not_set_up(error)
+        _exit_setup_failed(error)
     connection.close()
-    if order["result"]:
-        os.close(order["result"])
-    if not order["namespaces"]:
+    if spec["result"]:
+        os.close(spec["result"])
+    if not spec["namespaces"]:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and then the orphans
-    code = _code(os.waitpid(child, 0)[1])
-    if not order["namespaces"]:
-        _end_orphans()
+    code = _exit_code(os.waitpid(child, 0)[1])
+    if not spec["namespaces"]:
+        _kill_orphans()
     os._exit(code)
 
 
-def _first(order: dict[str, Any], connection: socket.socket) -> None:
-    limits = order["limits"]
+def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
+    limits = spec["limits"]
     try:
-        if order["namespaces"]:
-            walls.own_root(order["shown"], order["hidden"], limits["disk"], limits["files"])
+        if spec["namespaces"]:
+            walls.enter_new_root(spec["shown"], spec["hidden"], limits["disk"], limits["files"])
         else:
-            os.chdir(order["folder"])
-        walls.drop_rights()
-        filter_calls()
-        walls.end_with_parent()
+            os.chdir(spec["folder"])
+        walls.drop_privileges()
+        install_seccomp_filter()
+        walls.die_with_parent()
         child = os.fork()
         if child == 0:
-            _second(order, connection)
+            _run_payload(spec, connection)
     except BaseException as error:
-        _not_set_up(error)
+        _exit_setup_failed(error)
     connection.close()
-    if order["result"]:
-        os.close(order["result"])
+    if spec["result"]:
+        os.close(spec["result"])
 
     def out_of_time(*_: object) -> None:
         os._exit(OUT_OF_TIME)
 
     signal.signal(signal.SIGALRM, out_of_time)
     signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
-    _to_nothing()
+    _redirect_to_devnull()
     while True:
         ended, status, used = os.wait4(-1, 0)
         if ended == child:
-            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu"]) else _code(status))
+            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu"]) else _exit_code(status))
 
 
 def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
@@ -96,43 +96,43 @@ def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
     return ended_by == signal.SIGXCPU or (ended_by == signal.SIGKILL and spent)
 
 
-def _second(order: dict[str, Any], connection: socket.socket) -> None:
-    limits = order["limits"]
+def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
+    limits = spec["limits"]
     try:
-        if not order["namespaces"]:
+        if not spec["namespaces"]:
             os.setsid()
-            walls.end_with_parent()
+            walls.die_with_parent()
         processes = limits["processes"] + 1
-        if not order["namespaces"]:
-            processes += walls.tasks_of_this_user() + limits["processes"] * (os.cpu_count() or 1)
-        walls.limit(limits["cpu"], limits["memory"], processes, limits["disk"], limits["open"])
-        sys.path[:] = [p for p in sys.path if p != order["project"]] + order["packages"]
+        if not spec["namespaces"]:
+            processes += walls.count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
+        walls.set_resource_limits(limits["cpu"], limits["memory"], processes, limits["disk"], limits["open"])
+        sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
     except BaseException as error:
-        _not_set_up(error)
-    _to_nothing()
+        _exit_setup_failed(error)
+    _redirect_to_devnull()
     try:
-        if order["result"]:
-            passed, why = judge(connection, order["text"])
-            os.write(order["result"], json.dumps({"passed": passed, "why": why}).encode())
+        if spec["result"]:
+            passed, why = run_tests(connection, spec["text"])
+            os.write(spec["result"], json.dumps({"passed": passed, "why": why}).encode())
         else:
-            answer_calls(connection, order["text"])
+            serve_calls(connection, spec["text"])
     finally:
         os._exit(0)
 
 
-def _to_nothing() -> None:
+def _redirect_to_devnull() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
     os.close(nothing)
 
 
-def _not_set_up(error: BaseException) -> None:
+def _exit_setup_failed(error: BaseException) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    os._exit(NOT_SET_UP)
+    os._exit(SETUP_FAILED)
 
 
-def _write_quietly(path: str, text: str) -> None:
+def _try_write(path: str, text: str) -> None:
     """A wish, not a wall: where it may not be written, nothing depends on it."""
     try:
         with open(path, "w") as file:
@@ -141,11 +141,11 @@ def _write_quietly(path: str, text: str) -> None:
         pass
 
 
-def _code(status: int) -> int:
+def _exit_code(status: int) -> int:
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
-def _end_orphans() -> None:
+def _kill_orphans() -> None:
     """Without a namespace: what was left behind has become this process's child. Ends it, and what that
     leaves, until there is nothing."""
     for _ in range(1000):

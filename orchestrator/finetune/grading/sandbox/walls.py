@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.calls import number_of
+from orchestrator.finetune.grading.sandbox.calls import syscall_number
 
 NOBODY = 65534
 
@@ -35,7 +35,7 @@ _PR_DEATHSIG, _PR_DUMPABLE, _PR_CAPBSET_DROP, _PR_NO_NEW_PRIVS, _PR_SUBREAPER = 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _call(name: str, *arguments: Any) -> None:
+def _call_libc(name: str, *arguments: Any) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         said = [a.decode() if isinstance(a, bytes) else a for a in arguments[:2]]
@@ -43,48 +43,50 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
-    _call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    _call_libc(
+        "mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()
+    )
 
 
-def new_namespaces() -> None:
+def enter_new_namespaces() -> None:
     """This process leaves the machine's; its children will be in the new process namespace, too."""
     flags = sum(_NEW.values()) | _NEW_HOST_NAME
     if os.getuid() != 0:
         inside = f"{NOBODY} {os.getuid()} 1"
         group = f"{NOBODY} {os.getgid()} 1"
-        _call("unshare", flags)
+        _call_libc("unshare", flags)
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", inside)
         _write("/proc/self/gid_map", group)
         return
     # Every user that root has here keeps its number, so that files that only root may read can be shown.
     # The map has to be written from outside.
-    maps = {name: _same(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
+    maps = {name: _identity_map(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
     me = os.getpid()
-    ours, theirs = os.pipe()
+    read_end, write_end = os.pipe()
     helper = os.fork()
     if helper == 0:
         status = 1
         try:
-            os.close(theirs)
-            if os.read(ours, 1):
+            os.close(write_end)
+            if os.read(read_end, 1):
                 for name, lines in maps.items():
                     _write(f"/proc/{me}/{name}", lines)
                 status = 0
         finally:
             os._exit(status)
-    os.close(ours)
+    os.close(read_end)
     try:
-        _call("unshare", flags)
-        os.write(theirs, b"1")
+        _call_libc("unshare", flags)
+        os.write(write_end, b"1")
     finally:
-        os.close(theirs)
+        os.close(write_end)
         _, status = os.waitpid(helper, 0)
     if status != 0:
         raise OSError(f"the new namespace's users could not be mapped (status {status})")
 
 
-def _same(path: str) -> str:
+def _identity_map(path: str) -> str:
     with open(path) as file:
         extents = [line.split() for line in file]
     return "".join(f"{inside} {inside} {count}\n" for inside, _, count in extents)
@@ -95,7 +97,9 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def own_root(shown: Sequence[str], hidden: Sequence[str], disk: int, files: int) -> None:
+def enter_new_root(
+    visible_folders: Sequence[str], hidden_folders: Sequence[str], tmp_bytes: int, max_tmp_files: int
+) -> None:
     """Make a new root for this process namespace's first process.
 
     It has the `shown` folders, read-only, in which the `hidden` ones are empty; an empty /tmp; four devices;
@@ -114,31 +118,35 @@ def own_root(shown: Sequence[str], hidden: Sequence[str], disk: int, files: int)
         if os.path.islink(folder):
             os.symlink(os.readlink(folder), root + folder)
     links = ("/bin", "/lib", "/lib64", "/sbin")
-    folders = ["/usr", *(f for f in links if os.path.isdir(f) and not os.path.islink(f)), *shown]
+    folders = ["/usr", *(f for f in links if os.path.isdir(f) and not os.path.islink(f)), *visible_folders]
     done: list[str] = []
     for folder in sorted(map(os.path.realpath, folders), key=len):
         if any(folder == earlier or folder.startswith(earlier + "/") for earlier in done):
             continue
         os.makedirs(root + folder, mode=0o755, exist_ok=True)
         _mount(folder, root + folder, "none", _BIND | _REC)
-        _read_only(root + folder)
+        _make_read_only(root + folder)
         done.append(folder)
-    for folder in hidden:
+    for folder in hidden_folders:
         if os.path.isdir(root + folder):
             _mount("tmpfs", root + folder, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k,mode=755")
-    for folder in shown:  # a name that leads elsewhere is shown under both
+    for folder in visible_folders:  # a name that leads elsewhere is shown under both
         if not os.path.lexists(root + folder):
             os.makedirs(os.path.dirname(root + folder), mode=0o755, exist_ok=True)
             os.symlink(os.path.realpath(folder), root + folder)
     if os.path.exists("/etc/ld.so.cache"):
-        _one_file("/etc/ld.so.cache", root)
+        _bind_file("/etc/ld.so.cache", root)
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
-        _one_file(device, root)
+        _bind_file(device, root)
     os.makedirs(root + "/tmp", exist_ok=True)
     os.symlink("/tmp", root + "/dev/shm")  # where locks between processes are made
     owner = f"uid={NOBODY},gid={NOBODY}"
     _mount(
-        "tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, f"size={disk},nr_inodes={files},mode=700,{owner}"
+        "tmpfs",
+        root + "/tmp",
+        "tmpfs",
+        _NOSUID | _NODEV,
+        f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,{owner}",
     )
     _write("/proc/sys/user/max_user_namespaces", "0")  # of the new namespace: no further ones inside it
     os.makedirs(root + "/proc", exist_ok=True)
@@ -149,13 +157,13 @@ def own_root(shown: Sequence[str], hidden: Sequence[str], disk: int, files: int)
     machine = os.uname().machine
     if machine not in _SYS_PIVOT_ROOT:
         raise OSError(f"no number of pivot_root is known for {machine}")
-    _call("syscall", ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b".")
-    _call("umount2", b".", _DETACH)
+    _call_libc("syscall", ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b".")
+    _call_libc("umount2", b".", _DETACH)
     os.chdir("/tmp")
     socket.sethostname("sandbox")
 
 
-def _one_file(path: str, root: str) -> None:
+def _bind_file(path: str, root: str) -> None:
     os.makedirs(os.path.dirname(root + path), exist_ok=True)
     open(root + path, "x").close()
     _mount(path, root + path, "none", _BIND)
@@ -167,10 +175,10 @@ def _one_file(path: str, root: str) -> None:
     )
 
 
-def _read_only(target: str) -> None:
+def _make_read_only(target: str) -> None:
     """Read-only, without set-user-id and devices, for all that is mounted below, too (Linux 5.12)."""
     attributes = (ctypes.c_uint64 * 4)(_RDONLY | _NOSUID | _NODEV, 0, 0, 0)
-    _call(
+    _call_libc(
         "syscall",
         ctypes.c_long(_SYS_MOUNT_SETATTR),
         ctypes.c_int(_AT_FDCWD),
@@ -181,7 +189,7 @@ def _read_only(target: str) -> None:
     )
 
 
-def drop_rights() -> None:
+def drop_privileges() -> None:
     """To `nobody`, without capabilities, for good; none of that user may look into this process."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
@@ -191,28 +199,30 @@ def drop_rights() -> None:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    _call("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
-    _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _call("prctl", _PR_DUMPABLE, 0, 0, 0, 0)
+    _call_libc("capset", ctypes.byref(header), ctypes.byref((ctypes.c_uint32 * 6)()))
+    _call_libc("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call_libc("prctl", _PR_DUMPABLE, 0, 0, 0, 0)
 
 
-def end_with_parent() -> None:
-    _call("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
+def die_with_parent() -> None:
+    _call_libc("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
 
 
-def leave_session_keys() -> None:
+def leave_session_keyring() -> None:
     """Replace the caller's session key ring by an empty one: /proc/keys would show the names of its keys.
 
     An error is ignored: where a container forbids this, the filter of calls still lets no key be read.
     """
-    _libc.syscall(ctypes.c_long(number_of("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
+    _libc.syscall(
+        ctypes.c_long(syscall_number("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None
+    )
 
 
-def adopt_orphans() -> None:
-    _call("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
+def become_subreaper() -> None:
+    _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
 
 
-def tasks_of_this_user() -> int:
+def count_user_threads() -> int:
     """Count this user's threads on the machine: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
@@ -223,7 +233,7 @@ def tasks_of_this_user() -> int:
     return count
 
 
-def limit(cpu: int, memory: int, processes: int, file: int, files: int) -> None:
+def set_resource_limits(cpu: int, memory: int, processes: int, file: int, files: int) -> None:
     """Limits of this process and its children, each of its own but for `processes`, which counts the user's
     (in a user namespace: this sandbox's)."""
     for kind, value in (

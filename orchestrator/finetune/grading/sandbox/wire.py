@@ -25,10 +25,10 @@ import socket
 import struct
 from typing import Any
 
-LARGEST = 64 << 20
+MAX_MESSAGE_BYTES = 64 << 20
 """Bytes of one message; a longer answer ends the talk."""
 
-PLAIN: tuple[Any, ...] = (
+PLAIN_TYPES: tuple[Any, ...] = (
     bool,
     int,
     float,
@@ -44,20 +44,20 @@ PLAIN: tuple[Any, ...] = (
     range,
     slice,
 )
-SAFE = 1 << 53
+JSON_INT_LIMIT = 1 << 53
 """Whole numbers from here on go in hexadecimal: Python refuses to read thousands of decimal digits."""
-CLASSES = {kind.__name__: kind for kind in PLAIN}
+PLAIN_TYPES_BY_NAME = {kind.__name__: kind for kind in PLAIN_TYPES}
 
 
-NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}
+NUMBER_MODULES = {"Fraction": "fractions", "Decimal": "decimal"}
 """Exact numbers of Python's own modules, which are imported only where one is met."""
 
-NEVER_EXPECTED = (StopIteration, StopAsyncIteration, RecursionError, MemoryError, SystemError)
+DISALLOWED_EXCEPTIONS = (StopIteration, StopAsyncIteration, RecursionError, MemoryError, SystemError)
 """What no test may take for the exception that it expects. The first two end a loop of the tests' own (`map`,
 `iter`, `async for`) as if all had been well; the others say that stack or memory ran out."""
 
 
-class Failed(BaseException):
+class ProgramFailed(BaseException):
     """The program has failed, whatever its tests make of it.
 
     It is no Exception: a test that expects one must not take it for that. A test that catches everything can
@@ -65,19 +65,19 @@ class Failed(BaseException):
     """
 
 
-class Ended(Failed):
+class Disconnected(ProgramFailed):
     """The other side is no longer there."""
 
 
-class Remote:
+class RemoteObject:
     """An object that lives on the other side: it can be called, walked through, its attributes read and set.
 
     Its class there decides its truth, its length, its hash, and whether it is equal to another such object.
     It is never equal to a plain value.
     """
 
-    def __init__(self, talk: Talk, number: int) -> None:
-        self.__dict__.update(_talk=talk, _number=number)
+    def __init__(self, channel: Channel, object_id: int) -> None:
+        self.__dict__.update(_talk=channel, _number=object_id)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         return self._talk.ask("call", self, args, named)
@@ -100,14 +100,14 @@ class Remote:
         return self._talk.ask("bool", self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and self._talk.ask("equal", self, other) is True
+        return isinstance(other, RemoteObject) and self._talk.ask("equal", self, other) is True
 
     def __hash__(self) -> int:
-        talk, number = self.__dict__["_talk"], self.__dict__["_number"]
-        return hash(number) if talk.answers else talk.ask("hash", self)
+        channel, number = self.__dict__["_talk"], self.__dict__["_number"]
+        return hash(number) if channel.answers else channel.ask("hash", self)
 
 
-class Talk:
+class Channel:
     """One end of the socket.
 
     Attributes:
@@ -116,54 +116,54 @@ class Talk:
         failed: How the program has failed, if it has.
     """
 
-    def __init__(self, connection: socket.socket, answers: bool = False) -> None:
+    def __init__(self, connection: socket.socket, is_server: bool = False) -> None:
         self.connection = connection
-        self.answers = answers
+        self.is_server = is_server
         self.objects: list[Any] = []
-        self.failed: Failed | None = None
-        self._numbers: dict[int, int] = {}
+        self.failure: ProgramFailed | None = None
+        self._object_ids: dict[int, int] = {}
 
-    def number(self, value: Any) -> int:
+    def object_id(self, value: Any) -> int:
         """Return the number of an object of this side: the same one whenever it is sent."""
-        if id(value) not in self._numbers:
-            self._numbers[id(value)] = len(self.objects)
+        if id(value) not in self._object_ids:
+            self._object_ids[id(value)] = len(self.objects)
             self.objects.append(value)
-        return self._numbers[id(value)]
+        return self._object_ids[id(value)]
 
     def send(self, message: Any) -> None:
-        body = json.dumps(_told(message, self), separators=(",", ":")).encode()
+        body = json.dumps(_encode(message, self), separators=(",", ":")).encode()
         try:
             self.connection.sendall(struct.pack("<Q", len(body)) + body)
         except OSError as error:
-            raise self._failure(Ended()) from error
+            raise self._record_failure(Disconnected()) from error
 
     def receive(self) -> Any:
         """The next message. Raises Ended when the other side has ended."""
         (length,) = struct.unpack("<Q", self._read(8))
-        if length > LARGEST:
-            raise RuntimeError(f"a message of {length} bytes; at most {LARGEST} are read")
-        return _heard(json.loads(self._read(length)), self)
+        if length > MAX_MESSAGE_BYTES:
+            raise RuntimeError(f"a message of {length} bytes; at most {MAX_MESSAGE_BYTES} are read")
+        return _decode(json.loads(self._read(length)), self)
 
-    def ask(self, *request: Any) -> Any:
+    def request(self, *arguments: Any) -> Any:
         """Return what the other side answers.
 
         Raises:
             Exception: What it raised, as the nearest class that Python itself defines.
             Failed: It raised something that no test may expect, or sent no answer that can be read.
         """
-        self.send(request)
+        self.send(arguments)
         try:
             kind, said = self.receive()
-            error = _raised(kind, *said) if kind != "" else None
+            error = _decode_error(kind, *said) if kind != "" else None
         except Exception as unread:  # of many kinds, as is what may be sent
             why = f"the program broke off the talk with its tests: {unread}"
-            raise self._failure(Failed(why)) from unread
+            raise self._record_failure(ProgramFailed(why)) from unread
         if error is None:
             return said
-        raise self._failure(error) if isinstance(error, Failed) else error
+        raise self._record_failure(error) if isinstance(error, ProgramFailed) else error
 
-    def _failure(self, failure: Failed) -> Failed:
-        self.failed = self.failed or failure
+    def _record_failure(self, failure: ProgramFailed) -> ProgramFailed:
+        self.failure = self.failure or failure
         return failure
 
     def _read(self, length: int) -> bytes:
@@ -172,14 +172,14 @@ class Talk:
             try:
                 part = self.connection.recv(min(length - len(parts), 1 << 20))
             except OSError as error:
-                raise self._failure(Ended()) from error
+                raise self._record_failure(Disconnected()) from error
             if not part:
-                raise self._failure(Ended())
+                raise self._record_failure(Disconnected())
             parts += part
         return bytes(parts)
 
 
-def told_error(error: BaseException) -> tuple[str, tuple[str, str]]:
+def encode_error(error: BaseException) -> tuple[str, tuple[str, str]]:
     """Return what is sent of an exception: (name of its nearest builtin class, (its own class, its text))."""
     kinds = (kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
     # KeyError's own text is the repr of its argument, and would get quotation marks twice.
@@ -187,45 +187,47 @@ def told_error(error: BaseException) -> tuple[str, tuple[str, str]]:
     return next(kinds).__name__, (type(error).__name__, str(said)[:300])
 
 
-def _raised(kind: str, own: str, text: str) -> BaseException:
+def _decode_error(kind: str, class_name: str, text: str) -> BaseException:
     """Return what the tests get raised where the program raised an exception."""
-    found = getattr(builtins, kind, None)
-    told = f"raised by the program: {own}: {text}"
-    if not (isinstance(found, type) and issubclass(found, Exception)) or issubclass(found, NEVER_EXPECTED):
-        return Failed(told)
-    if issubclass(found, UnicodeError):  # neither its subclasses nor groups can be made of a text alone
-        found = UnicodeError
-    elif issubclass(found, ExceptionGroup):
-        found = Exception
-    error = found(text)
-    error.add_note(told)
+    error_class = getattr(builtins, kind, None)
+    note = f"raised by the program: {class_name}: {text}"
+    if not (isinstance(error_class, type) and issubclass(error_class, Exception)) or issubclass(
+        error_class, DISALLOWED_EXCEPTIONS
+    ):
+        return ProgramFailed(note)
+    if issubclass(error_class, UnicodeError):  # neither its subclasses nor groups can be made of a text alone
+        error_class = UnicodeError
+    elif issubclass(error_class, ExceptionGroup):
+        error_class = Exception
+    error = error_class(text)
+    error.add_note(note)
     return error
 
 
-def _told(value: Any, talk: Talk) -> Any:
+def _encode(value: Any, channel: Channel) -> Any:
     """As JSON. Raises RecursionError for what contains itself."""
     if value is None or value is True or value is False or type(value) is str:
         return value
-    if isinstance(value, Remote):
+    if isinstance(value, RemoteObject):
         return ["yours", value.__dict__["_number"]]
-    for kind in PLAIN:
+    for kind in PLAIN_TYPES:
         if value is kind:
             return ["class", kind.__name__]
         if isinstance(value, kind):
             # Subclasses (Counter, a named tuple, IntEnum) go as the builtin that they are equal to.
-            return _plain(kind, value if type(value) is kind else kind(value), talk)
-    if _is_scalar_of_numpy(value):
-        return _told(value.item(), talk)
-    if NUMBERS.get(type(value).__name__) == type(value).__module__:
+            return _encode_plain(kind, value if type(value) is kind else kind(value), channel)
+    if _is_numpy_scalar(value):
+        return _encode(value.item(), channel)
+    if NUMBER_MODULES.get(type(value).__name__) == type(value).__module__:
         return [type(value).__name__, str(value)]
-    return ["mine", talk.number(value)]
+    return ["mine", channel.object_id(value)]
 
 
-def _plain(kind: Any, value: Any, talk: Talk) -> Any:
+def _encode_plain(kind: Any, value: Any, channel: Channel) -> Any:
     if kind in (str, bool):
         return value
     if kind is int:
-        return value if abs(value) < SAFE else ["int", hex(value)]
+        return value if abs(value) < JSON_INT_LIMIT else ["int", hex(value)]
     name = kind.__name__
     if kind is float:
         return [name, value.hex()]
@@ -234,42 +236,42 @@ def _plain(kind: Any, value: Any, talk: Talk) -> Any:
     if kind in (bytes, bytearray):
         return [name, value.decode("latin-1")]
     if kind in (range, slice):
-        return [name, [_told(part, talk) for part in (value.start, value.stop, value.step)]]
+        return [name, [_encode(part, channel) for part in (value.start, value.stop, value.step)]]
     if kind is dict:
-        return [name, [[_told(key, talk), _told(of, talk)] for key, of in value.items()]]
-    return [name, [_told(part, talk) for part in value]]
+        return [name, [[_encode(key, channel), _encode(of, channel)] for key, of in value.items()]]
+    return [name, [_encode(part, channel) for part in value]]
 
 
-def _is_scalar_of_numpy(value: Any) -> bool:
+def _is_numpy_scalar(value: Any) -> bool:
     kind = type(value)
     return kind.__module__ == "numpy" and hasattr(kind, "item") and not hasattr(value, "__len__")
 
 
-def _heard(said: Any, talk: Talk) -> Any:
+def _decode(message: Any, channel: Channel) -> Any:
     """Raises ValueError, or what a builtin does, for what `_told` never says."""
-    if not isinstance(said, list):
-        return said
-    name, what = said[0], said[1]
+    if not isinstance(message, list):
+        return message
+    name, what = message[0], message[1]
     if name == "mine":
-        return Remote(talk, int(what))
+        return RemoteObject(channel, int(what))
     if name == "yours":
-        return talk.objects[what]
+        return channel.objects[what]
     if name == "class":
-        return CLASSES[what]
+        return PLAIN_TYPES_BY_NAME[what]
     if name == "int":
         return int(what, 16)
     if name == "float":
         return float.fromhex(what)
     if name == "complex":
-        return complex(float.fromhex(what), float.fromhex(said[2]))
-    if name in NUMBERS:
-        return getattr(importlib.import_module(NUMBERS[name]), name)(what)
+        return complex(float.fromhex(what), float.fromhex(message[2]))
+    if name in NUMBER_MODULES:
+        return getattr(importlib.import_module(NUMBER_MODULES[name]), name)(what)
     if name in ("bytes", "bytearray"):
-        return CLASSES[name](what, "latin-1")
+        return PLAIN_TYPES_BY_NAME[name](what, "latin-1")
     if name in ("range", "slice"):
-        return CLASSES[name](*(_heard(part, talk) for part in what))
+        return PLAIN_TYPES_BY_NAME[name](*(_decode(part, channel) for part in what))
     if name == "dict":
-        return {_heard(key, talk): _heard(of, talk) for key, of in what}
+        return {_decode(key, channel): _decode(of, channel) for key, of in what}
     if name in ("list", "tuple", "set", "frozenset"):
-        return CLASSES[name](_heard(part, talk) for part in what)
+        return PLAIN_TYPES_BY_NAME[name](_decode(part, channel) for part in what)
     raise ValueError(f"{name!r} does not cross between a program and its tests")

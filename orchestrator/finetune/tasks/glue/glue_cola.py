@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Cola(Glue):
+class Cola(GlueTask):
     name = "glue_cola"
     title = "CoLA, acceptable sentences"
     subset = "cola"
-    texts = ("sentence",)
+    text_columns = ("sentence",)
     labels = ("unacceptable", "acceptable")
     metric = "matthews"
     floor = 0.0
-    defaults = published(train=7_600, validation=850, test=1_043)  # 2,375 steps
+    defaults = glue_defaults(train=7_600, validation=850, test=1_043)  # 2,375 steps

@@ -6,16 +6,16 @@ the default here (`--steps` has the rest).
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Mnli(Glue):
+class Mnli(GlueTask):
     name = "glue_mnli"
     title = "MNLI, entailment in ten genres"
     subset = "mnli"
-    texts = ("premise", "hypothesis")
-    dev = "validation_matched"
+    text_columns = ("premise", "hypothesis")
+    dev_split = "validation_matched"
     labels = ("entailment", "neutral", "contradiction")
     metric = "accuracy"
     floor = 3_479 / 9_815
-    defaults = published(train=387_000, validation=5_000, test=9_815, epochs=3)  # 36,281 steps
+    defaults = glue_defaults(train=387_000, validation=5_000, test=9_815, epochs=3)  # 36,281 steps

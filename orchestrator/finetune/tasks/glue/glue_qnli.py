@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Qnli(Glue):
+class Qnli(GlueTask):
     name = "glue_qnli"
     title = "QNLI, sentences with the answer"
     subset = "qnli"
-    texts = ("question", "sentence")
+    text_columns = ("question", "sentence")
     labels = ("entailment", "not_entailment")
     metric = "accuracy"
     floor = 2_702 / 5_463
-    defaults = published(train=99_200, validation=5_000, test=5_463)  # 31,000 steps
+    defaults = glue_defaults(train=99_200, validation=5_000, test=5_463)  # 31,000 steps

@@ -6,15 +6,15 @@ default here (`--steps` has the rest).
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Qqp(Glue):
+class Qqp(GlueTask):
     name = "glue_qqp"
     title = "QQP, duplicate questions"
     subset = "qqp"
-    texts = ("question1", "question2")
+    text_columns = ("question1", "question2")
     labels = ("not_duplicate", "duplicate")
     metric = "f1"
     floor = 0.0
-    defaults = published(train=358_000, validation=5_000, test=40_430, epochs=3)  # 33,562 steps
+    defaults = glue_defaults(train=358_000, validation=5_000, test=40_430, epochs=3)  # 33,562 steps

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Rte(Glue):
+class Rte(GlueTask):
     name = "glue_rte"
     title = "RTE, entailment in the news"
     subset = "rte"
-    texts = ("sentence1", "sentence2")
+    text_columns = ("sentence1", "sentence2")
     labels = ("entailment", "not_entailment")
     metric = "accuracy"
     floor = 146 / 277
-    defaults = published(train=2_208, validation=240, test=277)  # 690 steps
+    defaults = glue_defaults(train=2_208, validation=240, test=277)  # 690 steps

@@ -6,15 +6,15 @@ higher than on the dev set, which has whole sentences of other reviews.
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Sst2(Glue):
+class Sst2(GlueTask):
     name = "glue_sst2"
     title = "SST-2, moods of film reviews"
     subset = "sst2"
-    texts = ("sentence",)
+    text_columns = ("sentence",)
     labels = ("negative", "positive")
     metric = "accuracy"
     floor = 428 / 872
-    defaults = published(train=62_000, validation=5_000, test=872)  # 19,375 steps
+    defaults = glue_defaults(train=62_000, validation=5_000, test=872)  # 19,375 steps

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Stsb(Glue):
+class Stsb(GlueTask):
     name = "glue_stsb"
     title = "STS-B, nearness of sentences"
     subset = "stsb"
-    texts = ("sentence1", "sentence2")
-    answers = "value"
+    text_columns = ("sentence1", "sentence2")
+    output = "value"
     metric = "pearson"
     floor = 0.0
-    defaults = published(train=5_120, validation=570, test=1_500)  # 1,600 steps
+    defaults = glue_defaults(train=5_120, validation=570, test=1_500)  # 1,600 steps

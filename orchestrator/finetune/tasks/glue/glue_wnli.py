@@ -6,15 +6,15 @@ constant, 0.563 (which is the floor here, as the untrained head says class 0 of 
 
 from __future__ import annotations
 
-from orchestrator.finetune.tasks.glue_task import Glue, published
+from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
-class Wnli(Glue):
+class Wnli(GlueTask):
     name = "glue_wnli"
     title = "WNLI, pronouns"
     subset = "wnli"
-    texts = ("sentence1", "sentence2")
+    text_columns = ("sentence1", "sentence2")
     labels = ("not_entailment", "entailment")
     metric = "accuracy"
     floor = 40 / 71
-    defaults = published(train=560, validation=60, test=71)  # 175 steps
+    defaults = glue_defaults(train=560, validation=60, test=71)  # 175 steps

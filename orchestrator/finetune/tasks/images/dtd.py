@@ -7,16 +7,16 @@ dataset has so many could not be looked up when this was written.
 from __future__ import annotations
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
 
 DATA = "tanganke/dtd"
 
 
-class DTD(HubImages):
+class DTD(HubImageTask):
     name = "dtd"
     title = "describable textures"
     floor = 1 / 47
-    labels = numbered(47)
-    train = Table(DATA, "train", COLUMNS)
-    test = Table(DATA, "test", COLUMNS)
-    defaults = defaults(3_200, 300, 1_880)
+    labels = numbered_classes(47)
+    train_table = Table(DATA, "train", COLUMNS)
+    test_table = Table(DATA, "test", COLUMNS)
+    defaults = image_defaults(3_200, 300, 1_880)

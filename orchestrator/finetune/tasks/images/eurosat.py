@@ -7,16 +7,16 @@ looked up when this was written (that it has ten classes could).
 from __future__ import annotations
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
 
 DATA = "tanganke/eurosat"
 
 
-class EuroSAT(HubImages):
+class EuroSAT(HubImageTask):
     name = "eurosat"
     title = "land seen by a satellite"
     floor = 1 / 10
-    labels = numbered(10)
-    train = Table(DATA, "train", COLUMNS)
-    test = Table(DATA, "test", COLUMNS)
-    defaults = defaults(18_900, 1_900, 2_700)
+    labels = numbered_classes(10)
+    train_table = Table(DATA, "train", COLUMNS)
+    test_table = Table(DATA, "test", COLUMNS)
+    defaults = image_defaults(18_900, 1_900, 2_700)

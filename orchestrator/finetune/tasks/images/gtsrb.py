@@ -7,16 +7,16 @@ In both, many show one sign from ever nearer; validation and training share sign
 from __future__ import annotations
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
 
 DATA = "tanganke/gtsrb"
 
 
-class GTSRB(HubImages):
+class GTSRB(HubImageTask):
     name = "gtsrb"
     title = "traffic signs"
     floor = 1 / 43
-    labels = numbered(43)
-    train = Table(DATA, "train", COLUMNS)
-    test = Table(DATA, "test", COLUMNS)
-    defaults = defaults(23_500, 2_400, 12_630)
+    labels = numbered_classes(43)
+    train_table = Table(DATA, "train", COLUMNS)
+    test_table = Table(DATA, "test", COLUMNS)
+    defaults = image_defaults(23_500, 2_400, 12_630)

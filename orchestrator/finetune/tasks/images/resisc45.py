@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
 
 DATA = "tanganke/resisc45"
 
 
-class RESISC45(HubImages):
+class RESISC45(HubImageTask):
     name = "resisc45"
     title = "scenes seen from above"
     floor = 1 / 45
-    labels = numbered(45)
-    train = Table(DATA, "train", COLUMNS)
-    test = Table(DATA, "test", COLUMNS)
-    defaults = defaults(16_600, 1_700, 6_300)
+    labels = numbered_classes(45)
+    train_table = Table(DATA, "train", COLUMNS)
+    test_table = Table(DATA, "test", COLUMNS)
+    defaults = image_defaults(16_600, 1_700, 6_300)

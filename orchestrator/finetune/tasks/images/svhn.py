@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImages, defaults, numbered
+from orchestrator.finetune.tasks.hub_image_task import COLUMNS, HubImageTask, image_defaults, numbered_classes
 
 DATA = "ufldl-stanford/svhn"
 COMMIT = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
 
 
-class SVHN(HubImages):
+class SVHN(HubImageTask):
     name = "svhn"
     title = "house numbers in the street"
     floor = 1 / 10
-    labels = numbered(10)
-    train = Table(DATA, "train", COLUMNS, subset="cropped_digits", revision=COMMIT)
-    test = Table(DATA, "test", COLUMNS, subset="cropped_digits", revision=COMMIT)
-    defaults = defaults(64_500, 6_800, 26_032)
+    labels = numbered_classes(10)
+    train_table = Table(DATA, "train", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    test_table = Table(DATA, "test", COLUMNS, subset="cropped_digits", revision=COMMIT)
+    defaults = image_defaults(64_500, 6_800, 26_032)

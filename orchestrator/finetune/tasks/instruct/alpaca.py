@@ -21,14 +21,19 @@ from itertools import chain, islice
 from typing import Any
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
-from orchestrator.finetune.tasks.instruction_task import ALPACA, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
+from orchestrator.finetune.tasks.instruction_task import (
+    ALPACA_PROMPT,
+    cached_by_data_folder,
+    instruction_defaults,
+    read_rows,
+)
 
 TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
 IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})
-HELD_OUT_PARTS = 50  # about 1,000 rows
-PROMPT_PARTS = 4
-WITH_INPUT = (
+HASH_BUCKETS = 50  # about 1,000 rows
+PROMPT_HASH_BUCKETS = 4
+PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "### Input:\n{input}\n\n### Response:\n"
@@ -41,63 +46,67 @@ class Alpaca(Task):
     metric = "prompt_strict"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 1280
-    graded = "at the end"
-    defaults = defaults(50_000, 200, 370, 781)
+    grade_at = "at the end"
+    defaults = instruction_defaults(50_000, 200, 370, 781)
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
 
-    def can_grade(self) -> None:
+    def check_can_grade(self) -> None:
         from orchestrator.finetune.grading import instructions
 
-        instructions.checker()
+        instructions.load_checker()
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import instructions
 
-        return instructions.grade(json.loads(example.truth or "{}"), answer)
+        return instructions.grade(json.loads(example.reference or "{}"), answer)
 
 
-@read_once
+@cached_by_data_folder
 def _examples(split: Split, count: int) -> list[Example]:
-    taught = (
-        _taught(row)
-        for row in rows(TRAIN, "alpaca")
-        if split_of(row["instruction"] + row["input"], ("validation",), HELD_OUT_PARTS) == split
+    training_examples = (
+        _training_example(row)
+        for row in read_rows(TRAIN, "alpaca")
+        if hash_split(row["instruction"] + row["input"], ("validation",), HASH_BUCKETS) == split
     )
     if split == "train":
-        return enough(list(islice(taught, count)), count, "alpaca", split)
-    asked = (
-        _asked(row)
-        for row in rows(IFEVAL, "alpaca")
+        return require_count(list(islice(training_examples, count)), count, "alpaca", split)
+    ifeval_examples = (
+        _ifeval_example(row)
+        for row in read_rows(IFEVAL, "alpaca")
         # What is not validation is test: nobody trains on these.
-        if (split_of(row["prompt"], ("validation",), PROMPT_PARTS) == "validation") == (split == "validation")
+        if (hash_split(row["prompt"], ("validation",), PROMPT_HASH_BUCKETS) == "validation")
+        == (split == "validation")
     )
     if split == "test":
-        return enough(list(islice(asked, count)), count, "alpaca", split)
-    lost = (Example(e.prompt, e.answer, scored="loss") for e in taught)
-    pairs = zip(lost, asked, range((count + 1) // 2), strict=False)
-    return enough(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "alpaca", split)
+        return require_count(list(islice(ifeval_examples, count)), count, "alpaca", split)
+    loss_examples = (Example(e.prompt, e.answer, counts_in="loss") for e in training_examples)
+    pairs = zip(loss_examples, ifeval_examples, range((count + 1) // 2), strict=False)
+    return require_count(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "alpaca", split)
 
 
-def _taught(row: Mapping[str, Any]) -> Example:
+def _training_example(row: Mapping[str, Any]) -> Example:
     if row["input"]:
-        prompt = WITH_INPUT.format(instruction=row["instruction"], input=row["input"])
+        prompt = PROMPT_WITH_INPUT.format(instruction=row["instruction"], input=row["input"])
     else:
-        prompt = ALPACA.format(instruction=row["instruction"]) + "\n"
+        prompt = ALPACA_PROMPT.format(instruction=row["instruction"]) + "\n"
     return Example(prompt, row["output"])
 
 
-def _asked(row: Mapping[str, Any]) -> Example:
+def _ifeval_example(row: Mapping[str, Any]) -> Example:
     # What an instruction does not take is null where the table is Parquet.
-    given = [{k: v for k, v in one.items() if v is not None} for one in row["kwargs"]]
+    kwargs = [{k: v for k, v in one.items() if v is not None} for one in row["kwargs"]]
     truth = {
         "prompt": row["prompt"],
         "instruction_id_list": list(row["instruction_id_list"]),
-        "kwargs": given,
+        "kwargs": kwargs,
     }
     return Example(
-        ALPACA.format(instruction=row["prompt"]) + "\n", "", truth=json.dumps(truth), scored="grade"
+        ALPACA_PROMPT.format(instruction=row["prompt"]) + "\n",
+        "",
+        reference=json.dumps(truth),
+        counts_in="grade",
     )

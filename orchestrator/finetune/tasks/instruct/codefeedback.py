@@ -31,8 +31,13 @@ from itertools import chain
 from typing import Any
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
-from orchestrator.finetune.tasks.instruction_task import ALPACA, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
+from orchestrator.finetune.tasks.instruction_task import (
+    ALPACA_PROMPT,
+    cached_by_data_folder,
+    instruction_defaults,
+    read_rows,
+)
 
 # Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
 TRAIN = Table(
@@ -54,10 +59,10 @@ MBPP = Table(
     subset="full",
     revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
 )
-HELD_OUT_PARTS = 250  # about 420 of the Python rows
-LONGEST = 4096  # characters, about 1,000 tokens, of a held-out row: nothing cuts those
-KNOWN_BY = 60  # characters of a description, or 30 where it has no more
-ASKED = """Complete the following Python code:\x20
+HASH_BUCKETS = 250  # about 420 of the Python rows
+MAX_ROW_LENGTH = 4096  # characters, about 1,000 tokens, of a held-out row: nothing cuts those
+KEY_LENGTH = 60  # characters of a description, or 30 where it has no more
+INSTRUCTION = """Complete the following Python code:\x20
 Notes: respond with the entire complete function definition
 do not add any comments, be as concise in your code as possible
 use only built-in libraries, assume no additional imports other than those provided (if any)
@@ -76,72 +81,83 @@ class CodeFeedback(Task):
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
     numerics = 2  # under 1 exceptions of a program, and objects as its answers, were judged differently
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 512
     samples = 8
     temperature = 0.8
     top_p = 0.95
     stop = ("\n```",)
-    graded = "at the end"
-    defaults = defaults(100_000, 400, 164, 1562, max_length=1024, accumulation=16, weight_decay=5e-4)
+    grade_at = "at the end"
+    defaults = instruction_defaults(
+        100_000, 400, 164, 1562, max_length=1024, accumulation=16, weight_decay=5e-4
+    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
 
-    def can_grade(self) -> None:
-        from orchestrator.finetune.grading.code import level
+    def check_can_grade(self) -> None:
+        from orchestrator.finetune.grading.code import sandbox_level
 
-        level()
+        sandbox_level()
 
     def grade(self, example: Example, answer: str) -> float:
         return self.grade_all([example], [answer])[0]
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        from orchestrator.finetune.grading.code import human_eval_program, mbpp_program, passes_all
+        from orchestrator.finetune.grading.code import grade_programs, human_eval_program, mbpp_program
 
         programs = []
         for example, answer in zip(examples, answers, strict=True):
-            problem = json.loads(example.truth or "{}")
+            problem = json.loads(example.reference or "{}")
             make = mbpp_program if "test_list" in problem else human_eval_program
             programs.append(make(problem, answer))
-        return [float(verdict.passed) for verdict in passes_all(programs)]
+        return [float(verdict.passed) for verdict in grade_programs(programs)]
 
 
-@read_once
+@cached_by_data_folder
 def _examples(split: Split, count: int) -> list[Example]:
     if split == "test":
-        return enough(
-            [_human_eval(row) for row in rows(HUMAN_EVAL, "codefeedback")], count, "codefeedback", split
+        return require_count(
+            [_human_eval_example(row) for row in read_rows(HUMAN_EVAL, "codefeedback")],
+            count,
+            "codefeedback",
+            split,
         )
     if split == "train":
-        taught = (_taught(row) for row, _ in zip(_answered("train"), range(count), strict=False))
-        return enough(list(taught), count, "codefeedback", split)
-    lost = (_taught(row, "loss") for row in _answered("validation") if _length(row) <= LONGEST)
-    asked = (example for row in rows(MBPP, "codefeedback") if (example := _mbpp(row)) is not None)
-    pairs = zip(lost, asked, range((count + 1) // 2), strict=False)
-    return enough(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "codefeedback", split)
+        training_examples = (
+            _training_example(row) for row, _ in zip(_python_rows("train"), range(count), strict=False)
+        )
+        return require_count(list(training_examples), count, "codefeedback", split)
+    loss_examples = (
+        _training_example(row, "loss") for row in _python_rows("validation") if _length(row) <= MAX_ROW_LENGTH
+    )
+    mbpp_examples = (
+        example for row in read_rows(MBPP, "codefeedback") if (example := _mbpp_example(row)) is not None
+    )
+    pairs = zip(loss_examples, mbpp_examples, range((count + 1) // 2), strict=False)
+    return require_count(list(chain.from_iterable((a, b) for a, b, _ in pairs)), count, "codefeedback", split)
 
 
-def _answered(split: Split) -> Iterator[Mapping[str, Any]]:
+def _python_rows(split: Split) -> Iterator[Mapping[str, Any]]:
     """The Python rows of a split that are not HumanEval's, with answers up to the end of their code."""
-    known = [_key(row["prompt"]) for row in rows(HUMAN_EVAL, "codefeedback")]
-    known = [key for key in known if len(key) >= KNOWN_BY // 2]
-    for row in rows(TRAIN, "codefeedback"):
-        if row["lang"] != "python" or split_of(row["query"], ("validation",), HELD_OUT_PARTS) != split:
+    problem_keys = [_problem_key(row["prompt"]) for row in read_rows(HUMAN_EVAL, "codefeedback")]
+    problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
+    for row in read_rows(TRAIN, "codefeedback"):
+        if row["lang"] != "python" or hash_split(row["query"], ("validation",), HASH_BUCKETS) != split:
             continue
         question = " ".join(row["query"].lower().split())
-        if not any(key in question for key in known) and row["answer"].strip():
-            yield {**row, "answer": first_block(row["answer"])}
+        if not any(key in question for key in problem_keys) and row["answer"].strip():
+            yield {**row, "answer": cut_after_first_block(row["answer"])}
 
 
-def _key(prompt: str) -> str:
+def _problem_key(prompt: str) -> str:
     """What a HumanEval problem is known by: the beginning of its description, without the layout."""
     docstrings = re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', prompt, re.DOTALL)
     words = " ".join("".join(docstrings[-1]).lower().split()) if docstrings else ""
-    return words[:KNOWN_BY]
+    return words[:KEY_LENGTH]
 
 
-def first_block(answer: str) -> str:
+def cut_after_first_block(answer: str) -> str:
     """Up to the end of its first fenced block; all of an answer without one."""
     pieces = answer.split("```")
     return "```".join(pieces[:2]) + "```" if len(pieces) > 2 else answer
@@ -151,18 +167,18 @@ def _length(row: Mapping[str, Any]) -> int:
     return len(row["query"]) + len(row["answer"])
 
 
-def _taught(row: Mapping[str, Any], scored: Any = "both") -> Example:
-    return Example(ALPACA.format(instruction=row["query"]) + "\n", row["answer"], scored=scored)
+def _training_example(row: Mapping[str, Any], counts_in: Any = "both") -> Example:
+    return Example(ALPACA_PROMPT.format(instruction=row["query"]) + "\n", row["answer"], counts_in=counts_in)
 
 
-def _human_eval(row: Mapping[str, Any]) -> Example:
+def _human_eval_example(row: Mapping[str, Any]) -> Example:
     truth = {name: row[name] for name in ("prompt", "entry_point", "test")}
     return Example(
-        _prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", truth=json.dumps(truth)
+        _prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", reference=json.dumps(truth)
     )
 
 
-def _mbpp(row: Mapping[str, Any]) -> Example | None:
+def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
     """None for the few whose reference does not define what the tests call."""
     code = row["code"].replace("\r", "")
     try:
@@ -181,8 +197,8 @@ def _mbpp(row: Mapping[str, Any]) -> Example | None:
         "test_setup_code": row["test_setup_code"],
         "entry_point": called[0].name,
     }
-    return Example(_prompt(prompt), f"{code.strip()}\n```", truth=json.dumps(truth), scored="grade")
+    return Example(_prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(truth), counts_in="grade")
 
 
 def _prompt(code: str) -> str:
-    return ALPACA.format(instruction=ASKED.format(code=code)) + "\n```python\n"
+    return ALPACA_PROMPT.format(instruction=INSTRUCTION.format(code=code)) + "\n```python\n"

@@ -28,17 +28,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
-from orchestrator.finetune.tasks.instruction_task import RATES, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
+from orchestrator.finetune.tasks.instruction_task import (
+    LEARNING_RATES,
+    cached_by_data_folder,
+    instruction_defaults,
+    read_rows,
+)
 
 TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
-HELD_OUT_PARTS = 50  # about 3,400 of 170,000
+HASH_BUCKETS = 50  # about 3,400 of 170,000
 INDENT = " " * 16
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
     f"request. \n\n{INDENT}### Instruction:\n{INDENT}{{instruction}}\n\n{INDENT}### Response:\n{INDENT[1:]}"
 )
-CONVERTED = "refs/convert/parquet"
+PARQUET_REVISION = "refs/convert/parquet"
 
 Row = Mapping[str, Any]
 
@@ -56,12 +61,12 @@ def _piqa(row: Row) -> tuple[str, str]:
 
 def _siqa(row: Row) -> tuple[str, str]:
     texts = [row["answerA"], row["answerB"], row["answerC"]]
-    return _answers(f"{row['context']} {row['question']}", texts), f"answer{row['label']}"
+    return _format_question(f"{row['context']} {row['question']}", texts), f"answer{row['label']}"
 
 
 def _hellaswag(row: Row) -> tuple[str, str]:
     question = "Please choose the correct ending to complete the given sentence: "
-    text, kinds = _choices("Ending", row["endings"])
+    text, kinds = _format_choices("Ending", row["endings"])
     question += f"{row['activity_label']}: {row['ctx']}"
     return f"{question}\n\n{text}\n\nAnswer format: {kinds}", f"ending{int(row['label']) + 1}"
 
@@ -77,15 +82,15 @@ def _science(row: Row) -> tuple[str, str]:
     """ARC and OpenBookQA."""
     question = row["question"] if "question" in row else row["question_stem"]
     place = list(row["choices"]["label"]).index(row["answerKey"])
-    return _answers(question, row["choices"]["text"]), f"answer{place + 1}"
+    return _format_question(question, row["choices"]["text"]), f"answer{place + 1}"
 
 
-def _answers(question: str, texts: list[str]) -> str:
-    text, kinds = _choices("Answer", texts)
+def _format_question(question: str, texts: list[str]) -> str:
+    text, kinds = _format_choices("Answer", texts)
     return f"Please choose the correct answer to the question: {question}\n\n{text}\n\nAnswer format: {kinds}"
 
 
-def _choices(kind: str, texts: list[str]) -> tuple[str, str]:
+def _format_choices(kind: str, texts: list[str]) -> tuple[str, str]:
     numbered = list(enumerate(texts, start=1))
     names = "/".join(f"{kind.lower()}{number}" for number, _ in numbered)
     return " ".join(f"{kind}{number}: {text}" for number, text in numbered), names
@@ -97,14 +102,14 @@ def _arc(subset: str) -> Table:
     )
 
 
-TESTS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
+TEST_SETS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
     (Table("google/boolq", "validation", {"question": str, "answer": object}), _boolq),
     (
         Table(
             "ybisk/piqa",
             "validation",
             {"goal": str, "sol1": str, "sol2": str, "label": range(2)},
-            revision=CONVERTED,
+            revision=PARQUET_REVISION,
         ),
         _piqa,
     ),
@@ -113,7 +118,7 @@ TESTS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
             "allenai/social_i_qa",
             "validation",
             dict.fromkeys(("context", "question", "answerA", "answerB", "answerC", "label"), str),
-            revision=CONVERTED,
+            revision=PARQUET_REVISION,
         ),
         _siqa,
     ),
@@ -154,11 +159,11 @@ class Commonsense15k(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 32
     stop = ("###",)
-    graded = "at the end"
-    defaults = defaults(15_000, 400, 1200, 702, learning_rates=RATES[1:])
+    grade_at = "at the end"
+    defaults = instruction_defaults(15_000, 400, 1200, 702, learning_rates=LEARNING_RATES[1:])
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
@@ -166,31 +171,31 @@ class Commonsense15k(Task):
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import choice
 
-        return choice.grade(answer, example.truth or "")
+        return choice.grade(answer, example.reference or "")
 
 
-@read_once
+@cached_by_data_folder
 def _examples(split: Split, count: int) -> list[Example]:
     if split == "test":
-        each = -(-count // len(TESTS))
+        each = -(-count // len(TEST_SETS))
         sets = []
-        for table, ask in TESTS:
-            drawn = list(rows(table, "commonsense_15k"))
+        for table, to_question in TEST_SETS:
+            drawn = list(read_rows(table, "commonsense_15k"))
             # Files have an order: HellaSwag's (from memory) all of ActivityNet before WikiHow.
             random.Random("commonsense_15k").shuffle(drawn)
-            sets.append([_example(*ask(row), split) for row in drawn[:each]])
-        return enough(
+            sets.append([_example(*to_question(row), split) for row in drawn[:each]])
+        return require_count(
             [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
         )
     found = [
         _example(row["instruction"], row["answer"], split)
-        for row in rows(TRAIN, "commonsense_15k")
-        if split_of(row["instruction"], ("validation",), HELD_OUT_PARTS) == split
+        for row in read_rows(TRAIN, "commonsense_15k")
+        if hash_split(row["instruction"], ("validation",), HASH_BUCKETS) == split
     ]
     random.Random("commonsense_15k").shuffle(found)
-    return enough(found, count, "commonsense_15k", split)
+    return require_count(found, count, "commonsense_15k", split)
 
 
 def _example(question: str, answer: str, split: Split) -> Example:
     truth = None if split == "train" else answer
-    return Example(PROMPT.format(instruction=question), f" the correct answer is {answer}", truth=truth)
+    return Example(PROMPT.format(instruction=question), f" the correct answer is {answer}", reference=truth)

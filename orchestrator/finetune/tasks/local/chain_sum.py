@@ -9,8 +9,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Split,
+    Task,
+    TaskDefaults,
+    hash_split,
+    require_count,
+)
+from orchestrator.util.errors import UsageError
 
 SEED = 0
 DRAWS = 6000
@@ -22,7 +30,7 @@ class ChainSum(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 8
     defaults = TaskDefaults(
         train_size=240,
@@ -36,7 +44,7 @@ class ChainSum(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return enough(_all_examples()[split], count, self.name, split)
+        return require_count(_all_examples()[split], count, self.name, split)
 
 
 @lru_cache(maxsize=1)
@@ -45,22 +53,22 @@ def _all_examples() -> dict[Split, tuple[Example, ...]]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise BadInput("Task 'chain_sum' needs reasoning-gym: pip install -e \".[real]\"") from error
+        raise UsageError("Task 'chain_sum' needs reasoning-gym: pip install -e \".[real]\"") from error
     items = reasoning_gym.create_dataset(
         "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=2, seed=SEED, size=DRAWS
     )
     seen: set[str] = set()
     found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for item in items:
-        key = same_sum(item["metadata"]["expression"])
+        key = canonical_expression(item["metadata"]["expression"])
         if key not in seen:
             seen.add(key)
             example = Example(f"{item['question']}\nAnswer:", f" {item['answer']}")
-            found[split_of(key)].append(example)
+            found[hash_split(key)].append(example)
     return {split: tuple(examples) for split, examples in found.items()}
 
 
-def same_sum(expression: str) -> str:
+def canonical_expression(expression: str) -> str:
     """One spelling for a sum: the operands of `+` in order of size. A difference keeps its order."""
     left, operator, right = expression.split()
     if operator == "+" and int(left) > int(right):

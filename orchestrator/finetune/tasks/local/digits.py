@@ -20,19 +20,19 @@ from orchestrator.finetune.tasks.base import (
     Split,
     Task,
     TaskDefaults,
-    enough,
-    split_of,
+    hash_split,
+    require_count,
 )
-from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable
+from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit
 
 if TYPE_CHECKING:
     import torch
 
     from orchestrator.finetune.tasks.image_processor import ImageProcessor
 
-SIZE, GREYS, PATCH = 8, 16, 2
-KNOWN, NEW = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
-NOISE = 0.2
+IMAGE_SIZE, MAX_GREY, PATCH_SIZE = 8, 16, 2
+PRETRAINING_DIGITS, FINE_TUNING_DIGITS = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
+NOISE_STD = 0.2
 """Standard deviation of what pretraining adds to pixels, which go from -1 to 1."""
 RECIPE = Recipe(steps=1200, batch_size=64, learning_rate=1.5e-3, layers=4)
 
@@ -44,8 +44,8 @@ class Digits(Task):
     floor = 0.2
     default_model = "digits-base"
     inputs = "image"
-    answers = "label"
-    labels = NEW
+    output = "label"
+    labels = FINE_TUNING_DIGITS
     defaults = TaskDefaults(
         train_size=250,
         validation_size=240,
@@ -61,16 +61,16 @@ class Digits(Task):
         self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return enough(_new_digits()[split], count, self.name, split)
+        return require_count(_fine_tuning_examples()[split], count, self.name, split)
 
     def pretrain_recipe(self) -> str:
-        return self.recipe.key(SIZE, PATCH, NOISE)
+        return self.recipe.key(IMAGE_SIZE, PATCH_SIZE, NOISE_STD)
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with repeatable(self.recipe.seed):
-            model = _pretrained(self.recipe, progress)
+        with deterministic(self.recipe.seed):
+            model = _pretrain(self.recipe, progress)
         model.save_pretrained(folder)
-        processor().own.save_pretrained(folder)
+        processor().hf_processor.save_pretrained(folder)
 
     def base_config(self) -> Any:
         return _config(self.recipe)
@@ -83,20 +83,20 @@ def processor() -> ImageProcessor:
     from orchestrator.finetune.tasks.image_processor import ImageProcessor
 
     half = [0.5, 0.5, 0.5]
-    size = {"height": SIZE, "width": SIZE}
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return ImageProcessor(ViTImageProcessorPil(size=size, do_resize=False, image_mean=half, image_std=half))
 
 
 @lru_cache(maxsize=1)
-def _all_digits() -> dict[str, tuple[Image, ...]]:
+def _images_by_digit() -> dict[str, tuple[Image, ...]]:
     """Digit -> its images, shuffled once for all; each is there once."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    found: dict[str, dict[str, Image]] = {digit: {} for digit in (*KNOWN, *NEW)}
+    found: dict[str, dict[str, Image]] = {digit: {} for digit in (*PRETRAINING_DIGITS, *FINE_TUNING_DIGITS)}
     for number, (pixels, digit) in enumerate(zip(data.images, data.target, strict=True)):
         # PGM, whose bytes are the pixels: what a PNG's are depends on the library that packs them.
-        file = b"P5 %d %d %d\n" % (SIZE, SIZE, GREYS) + pixels.astype("uint8").tobytes()
+        file = b"P5 %d %d %d\n" % (IMAGE_SIZE, IMAGE_SIZE, MAX_GREY) + pixels.astype("uint8").tobytes()
         image = Image(f"image {number} of scikit-learn's digits", partial(bytes, file))
         found[str(digit)].setdefault(image.digest, image)
     return {
@@ -106,12 +106,14 @@ def _all_digits() -> dict[str, tuple[Image, ...]]:
 
 
 @lru_cache(maxsize=1)
-def _new_digits() -> dict[Split, tuple[Example, ...]]:
+def _fine_tuning_examples() -> dict[Split, tuple[Example, ...]]:
     """The classes take turns, so that all have equal shares, until one has no more."""
-    found: dict[Split, dict[str, list[Example]]] = {s: {digit: [] for digit in NEW} for s in SPLITS}
-    for digit in NEW:
-        for image in _all_digits()[digit]:
-            split = split_of(image.digest, parts=3)
+    found: dict[Split, dict[str, list[Example]]] = {
+        s: {digit: [] for digit in FINE_TUNING_DIGITS} for s in SPLITS
+    }
+    for digit in FINE_TUNING_DIGITS:
+        for image in _images_by_digit()[digit]:
+            split = hash_split(image.digest, num_buckets=3)
             found[split][digit].append(Example("", digit, image=image))
     return {
         split: tuple(e for turn in zip(*of.values(), strict=False) for e in turn)
@@ -123,8 +125,8 @@ def _config(recipe: Recipe) -> Any:
     from transformers import ViTConfig
 
     return ViTConfig(
-        image_size=SIZE,
-        patch_size=PATCH,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
@@ -132,25 +134,27 @@ def _config(recipe: Recipe) -> Any:
     )
 
 
-def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     import torch
     from torch.nn.functional import cross_entropy
     from transformers import ViTForImageClassification
 
     config = _config(recipe)
-    config.num_labels = len(KNOWN)
+    config.num_labels = len(PRETRAINING_DIGITS)
     model = ViTForImageClassification(config)
 
-    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         pixels, digits = batch
         logits = model(pixel_values=pixels).logits
         return cross_entropy(logits, digits, label_smoothing=recipe.label_smoothing)
 
-    fit(model, recipe, _batches(recipe), loss_of, "digits-base", progress)
-    images, digits = _known(held_out=True)
+    fit(model, recipe, _batches(recipe), compute_loss, "digits-base", progress)
+    images, digits = _pretraining_data(held_out=True)
     with torch.no_grad():
-        right = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
-    progress(f"pretraining digits-base: knows {right} of {len(digits)} images of 0 to 4 that it has not seen")
+        num_correct = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
+    progress(
+        f"pretraining digits-base: knows {num_correct} of {len(digits)} images of 0 to 4 that it has not seen"
+    )
     return model.vit  # its head knew 0 to 4: every fine-tune gets a new one
 
 
@@ -160,26 +164,29 @@ def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     import torch
     from torch.nn.functional import pad
 
-    images, digits = _known()
+    images, digits = _pretraining_data()
     wide = pad(images, (1, 1, 1, 1), value=float(images.min()))
     for _ in range(recipe.steps):
         drawn = torch.randint(len(images), (recipe.batch_size,))
         corners = torch.randint(3, (recipe.batch_size, 2)).tolist()
         moved = torch.stack(
-            [wide[n, :, y : y + SIZE, x : x + SIZE] for n, (y, x) in zip(drawn, corners, strict=True)]
+            [
+                wide[n, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+                for n, (y, x) in zip(drawn, corners, strict=True)
+            ]
         )
-        yield moved + NOISE * torch.randn_like(moved[:, :1]), digits[drawn]
+        yield moved + NOISE_STD * torch.randn_like(moved[:, :1]), digits[drawn]
 
 
-def _known(held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def _pretraining_data(held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """What pretraining sees of 0 to 4, or the fifth that it does not: images, and places in KNOWN."""
     import torch
 
     chosen = [
         (image, number)
-        for number, digit in enumerate(KNOWN)
-        for image in _all_digits()[digit]
-        if (split_of(image.digest, ("test",)) == "test") == held_out
+        for number, digit in enumerate(PRETRAINING_DIGITS)
+        for image in _images_by_digit()[digit]
+        if (hash_split(image.digest, ("test",)) == "test") == held_out
     ]
-    images = processor().inputs([image for image, _ in chosen], torch.device("cpu"), torch.float32)
+    images = processor().pixel_values([image for image, _ in chosen], torch.device("cpu"), torch.float32)
     return images, torch.tensor([number for _, number in chosen])

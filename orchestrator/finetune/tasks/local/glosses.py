@@ -11,12 +11,20 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Split,
+    Task,
+    TaskDefaults,
+    hash_split,
+    require_count,
+)
+from orchestrator.util.errors import UsageError
 
-FOLDER = "/usr/share/wordnet"
+WORDNET_FOLDER = "/usr/share/wordnet"
 """Where Debian puts it; WordNet's own variable WNSEARCHDIR names another place."""
-FILES = {
+LEXICOGRAPHER_FILES = {
     "act": "04",
     "animal": "05",
     "artifact": "06",
@@ -35,7 +43,7 @@ FILES = {
     "time": "28",
 }
 """Class -> number of the lexicographer file (lexnames(5WN))."""
-LEAST_WORDS = 4
+MIN_WORDS = 4
 
 
 class Glosses(Task):
@@ -44,8 +52,8 @@ class Glosses(Task):
     metric = "accuracy"
     floor = 0.0625
     default_model = "minilm-l6"
-    answers = "label"
-    labels = tuple(FILES)
+    output = "label"
+    labels = tuple(LEXICOGRAPHER_FILES)
     defaults = TaskDefaults(
         train_size=960,
         validation_size=320,
@@ -58,15 +66,19 @@ class Glosses(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return enough(_all_examples(os.environ.get("WNSEARCHDIR", FOLDER))[split], count, self.name, split)
+        return require_count(
+            _all_examples(os.environ.get("WNSEARCHDIR", WORDNET_FOLDER))[split], count, self.name, split
+        )
 
 
 @lru_cache(maxsize=1)
 def _all_examples(folder: str) -> dict[Split, tuple[Example, ...]]:
     """The classes take turns, so that all have equal shares, until one has no more."""
-    by_class: dict[Split, dict[str, list[str]]] = {s: {label: [] for label in FILES} for s in SPLITS}
-    for gloss, label in sorted(_glosses(Path(folder)).items(), key=lambda pair: _shuffled(pair[0])):
-        by_class[split_of(gloss)][label].append(gloss)
+    by_class: dict[Split, dict[str, list[str]]] = {
+        s: {label: [] for label in LEXICOGRAPHER_FILES} for s in SPLITS
+    }
+    for gloss, label in sorted(_read_glosses(Path(folder)).items(), key=lambda pair: _shuffle_key(pair[0])):
+        by_class[hash_split(gloss)][label].append(gloss)
     return {
         split: tuple(
             Example(gloss, label)
@@ -77,23 +89,23 @@ def _all_examples(folder: str) -> dict[Split, tuple[Example, ...]]:
     }
 
 
-def _glosses(folder: Path) -> dict[str, str]:
+def _read_glosses(folder: Path) -> dict[str, str]:
     """gloss -> class. A gloss without its examples; none that two classes share, and none of a few words."""
     path = folder / "data.noun"
     try:
         lines = path.read_text("utf-8").splitlines()
     except OSError as error:
-        raise BadInput(
+        raise UsageError(
             f"Task 'glosses' needs WordNet's {path} ({error.strerror}): apt-get install wordnet-base"
         ) from None
-    label_of = {number: label for label, number in FILES.items()}
+    label_of = {number: label for label, number in LEXICOGRAPHER_FILES.items()}
     found: dict[str, set[str]] = {}
     for line in lines:
         if line.startswith("  "):  # the licence
             continue
         synset, _, text = line.partition(" | ")
         gloss = text.split('; "')[0].strip()
-        if len(gloss.split()) >= LEAST_WORDS:
+        if len(gloss.split()) >= MIN_WORDS:
             found.setdefault(gloss, set()).add(synset.split(" ", 2)[1])
     return {
         gloss: label_of[next(iter(numbers))]
@@ -102,5 +114,5 @@ def _glosses(folder: Path) -> dict[str, str]:
     }
 
 
-def _shuffled(gloss: str) -> bytes:
+def _shuffle_key(gloss: str) -> bytes:
     return hashlib.sha256(f"glosses/{gloss}".encode()).digest()

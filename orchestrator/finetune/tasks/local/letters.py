@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
-from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable, word_tokenizer
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit, word_tokenizer
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnop"
 LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
-MOST = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
-WORDS = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
+MAX_EXAMPLES = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
+VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
 RECIPE = Recipe(
     steps=600,
     batch_size=96,
@@ -41,7 +41,7 @@ class Letters(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "letters-base"
-    answers = "forced"
+    output = "forced"
     max_new_tokens = LENGTH + 1
     defaults = TaskDefaults(
         train_size=2000,
@@ -58,23 +58,25 @@ class Letters(Task):
         self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MOST:
-            raise BadInput(f"Task 'letters' has at most {MOST} examples a split, {count} were asked for.")
+        if count > MAX_EXAMPLES:
+            raise UsageError(
+                f"Task 'letters' has at most {MAX_EXAMPLES} examples a split, {count} were asked for."
+            )
         # A string belongs to a split by its own hash; each split has its own order of drawing.
         generator = random.Random(f"letters/{split}")
         seen: dict[str, None] = {}
         while len(seen) < count:
             word = "".join(LETTERS[generator.randrange(len(LETTERS))] for _ in range(LENGTH))
-            if split_of(word) == split:
+            if hash_split(word) == split:
                 seen[word] = None
         return [Example(f"unk {' '.join(word)} =", " ".join(reverse_next(word))) for word in seen]
 
     def pretrain_recipe(self) -> str:
-        return self.recipe.key(WORDS, LENGTH)
+        return self.recipe.key(VOCABULARY, LENGTH)
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with repeatable(self.recipe.seed):
-            model = _pretrained(self.recipe, progress)
+        with deterministic(self.recipe.seed):
+            model = _pretrain(self.recipe, progress)
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
@@ -89,14 +91,14 @@ def reverse_next(word: str) -> str:
 
 def tokenizer() -> Any:
     """One token a word, as a transformers tokenizer."""
-    return word_tokenizer(WORDS, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer(VOCABULARY, pad_token="<pad>", eos_token="<eos>")
 
 
 def _config(recipe: Recipe) -> Any:
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(VOCABULARY),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
@@ -105,31 +107,31 @@ def _config(recipe: Recipe) -> Any:
         max_position_embeddings=64,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=WORDS.index("<eos>"),
-        pad_token_id=WORDS.index("<pad>"),
+        eos_token_id=VOCABULARY.index("<eos>"),
+        pad_token_id=VOCABULARY.index("<pad>"),
     )
 
 
-def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(_config(recipe))
 
-    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+    def compute_loss(ids: torch.Tensor) -> torch.Tensor:
         # Loss on the answer and <eos> only: what stands before them is random.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
         answers = ids[:, LENGTH + 2 :]
         return cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
 
-    return fit(model, recipe, _batches(recipe), loss_of, "letters-base", progress)
+    return fit(model, recipe, _batches(recipe), compute_loss, "letters-base", progress)
 
 
 def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
     """Token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
     import torch
 
-    first_letter, first_operator = WORDS.index(LETTERS[0]), WORDS.index(OPERATORS[0])
+    first_letter, first_operator = VOCABULARY.index(LETTERS[0]), VOCABULARY.index(OPERATORS[0])
     rows = torch.arange(recipe.batch_size)
     for _ in range(recipe.steps):
         x = torch.randint(len(LETTERS), (recipe.batch_size, LENGTH))
@@ -138,9 +140,9 @@ def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
         )
         operator = torch.randint(len(OPERATORS), (recipe.batch_size,))
         # One sample in six shows `unk` in place of the operator it stands for.
-        hidden = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0
-        shown = torch.where(hidden, WORDS.index("unk"), operator + first_operator)
-        equals = torch.full((recipe.batch_size, 1), WORDS.index("="))
-        end = torch.full((recipe.batch_size, 1), WORDS.index("<eos>"))
+        is_masked = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0
+        shown = torch.where(is_masked, VOCABULARY.index("unk"), operator + first_operator)
+        equals = torch.full((recipe.batch_size, 1), VOCABULARY.index("="))
+        end = torch.full((recipe.batch_size, 1), VOCABULARY.index("<eos>"))
         y = results[operator, rows]
         yield torch.cat([shown[:, None], x + first_letter, equals, y + first_letter, end], dim=1)

