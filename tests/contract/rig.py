@@ -203,7 +203,7 @@ def stir(case: Case, adapters: Adapters, change: float = 0.2) -> None:
 def output(case: Case, adapters: Adapters, lanes: Sequence[str] | None = None) -> Tensor:
     """(K * R, ...) of all lanes, each on its own rows."""
     lanes = adapters.lanes if lanes is None else lanes
-    with adapters.activate_lanes(lanes, None, rows=ROWS):
+    with adapters.activate_lanes(lanes, None, rows_per_lane=ROWS):
         return run(adapters.model, together(case, lanes))
 
 
@@ -264,7 +264,7 @@ def train_step(
     x = together(case, lanes, steps)
     for each in optimizers.values():
         each.zero_grad()
-    with adapters.activate_lanes(lanes, [steps[lane] for lane in lanes], rows=ROWS) as now:
+    with adapters.activate_lanes(lanes, [steps[lane] for lane in lanes], rows_per_lane=ROWS) as now:
         parts = zip(run(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
         losses = torch.stack([case.loss(mine, rows) for mine, rows in parts])
         extra = now.auxiliary_loss()

@@ -52,7 +52,7 @@ def test_rows_without_a_lane_are_refused_by_name() -> None:
     ):
         adapters.model(torch.randn(3, 6))
     with (
-        adapters.activate_lanes(["lane0", "lane1"], None, rows=4),
+        adapters.activate_lanes(["lane0", "lane1"], None, rows_per_lane=4),
         pytest.raises(UnassignedRowsError, match="4 rows"),
     ):
         adapters.model(torch.randn(4, 6))
@@ -231,7 +231,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
         parameters = [p for lane in adapters.lanes for p in adapters.trainable(lane).values()]
         for parameter in parameters:
             parameter.grad = None
-        with adapters.activate_lanes(adapters.lanes, [4, 9], rows=8):
+        with adapters.activate_lanes(adapters.lanes, [4, 9], rows_per_lane=8):
             out = model(ids).logits
         out.square().mean().backward()
         assert all(p.grad is not None for p in parameters)

@@ -41,7 +41,7 @@ def adapted(name: str = "lora", lanes: int = 2, dtype: torch.dtype = torch.float
 
 
 def logits(adapters: Adapters, *lanes: str) -> Tensor:
-    with torch.no_grad(), adapters.activate_lanes(lanes, None, rows=len(IDS)):
+    with torch.no_grad(), adapters.activate_lanes(lanes, None, rows_per_lane=len(IDS)):
         return adapters.model(input_ids=IDS.repeat(len(lanes), 1)).logits
 
 
@@ -80,7 +80,7 @@ def test_a_head_only_lane_is_a_linear_probe() -> None:
     """Its gradients are those of logistic regression on the frozen features."""
     adapters, plain = adapted("head_only"), bert()
     labels = torch.arange(8) % 3
-    with adapters.activate_lanes(["0", "1"], 0, rows=8):
+    with adapters.activate_lanes(["0", "1"], 0, rows_per_lane=8):
         out = adapters.model(input_ids=IDS.repeat(2, 1)).logits.chunk(2)
         sum(nn.functional.cross_entropy(each, labels) for each in out).backward()
     assert set(adapters.trainable("0")) == {"classifier.weight", "classifier.bias"}

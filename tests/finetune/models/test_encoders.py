@@ -115,7 +115,7 @@ def test_one_lane_is_transformers_own_and_padding_changes_nothing(
         for name, parameter in found.trainable("y").items():
             parameter.copy_(adapters.trainable("y")[name])
         for length in (40, 64):  # on either side of where DeBERTa's buckets begin
-            with adapters.activate_lanes(["y"], None, rows=16):
+            with adapters.activate_lanes(["y"], None, rows_per_lane=16):
                 logits, _ = compute_logits(here, Same(), batch_of(here, length))
             assert logits.std(dim=0).min() > 0.01
             for example, said in zip(Same().examples("train", 16), logits, strict=True):

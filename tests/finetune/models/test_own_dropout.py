@@ -101,11 +101,11 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
 
     monkeypatch.setattr(our_dropout, "masks", drawn)
     with dropping(model) as adapters, torch.no_grad():
-        with adapters.activate_lanes(["lane"], 2, rows=ROWS):
+        with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
             ours = model(**given).logits
-        with adapters.activate_lanes(["lane"], 2, rows=ROWS):
+        with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
             again = model(**given).logits
-        with adapters.activate_lanes(["lane"], None, rows=ROWS):
+        with adapters.activate_lanes(["lane"], None, rows_per_lane=ROWS):
             clean = model(**given).logits
         masks = masks[: len(masks) // 2]
         assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
@@ -120,12 +120,12 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
     with torch.no_grad():
         for name, parameter in plain.trainable("lane").items():
             parameter.copy_(parameters[name])
-        with plain.activate_lanes(["lane"], None, rows=ROWS):
+        with plain.activate_lanes(["lane"], None, rows_per_lane=ROWS):
             assert torch.equal(model(**given).logits, clean)
         model.train()
         if not kind.startswith("deberta"):
             model.config._attn_implementation = "eager"
-        with plain.activate_lanes(["lane"], None, rows=ROWS), Recorded(masks):
+        with plain.activate_lanes(["lane"], None, rows_per_lane=ROWS), Recorded(masks):
             theirs = model(**given).logits
     assert not masks, "it drops out where ours does"
     if kind == "gpt2":  # what it says at padding means nothing
@@ -150,12 +150,14 @@ def test_a_workers_rows_get_their_part_of_the_masks(tmp_path: Path) -> None:
         adapters.add_lane("other", SETTINGS, seed=4)
         dropout = next(m for m in adapters.model.modules() if isinstance(m, LaneDropout) and m.p)
         x = torch.ones(2 * ROWS, LENGTH, 32)
-        with adapters.activate_lanes(["lane", "other"], [1, 5], rows=ROWS):
+        with adapters.activate_lanes(["lane", "other"], [1, 5], rows_per_lane=ROWS):
             whole = dropout(x).view(2, ROWS, LENGTH, 32)
         assert not torch.equal(whole[0], whole[1])
         for first, last in ((0, 3), (3, ROWS)):
             mine = torch.ones(2 * (last - first), LENGTH, 32)
-            with adapters.activate_lanes(["lane", "other"], [1, 5], rows=last - first, part=(first, ROWS)):
+            with adapters.activate_lanes(
+                ["lane", "other"], [1, 5], rows_per_lane=last - first, shard=(first, ROWS)
+            ):
                 assert torch.equal(dropout(mine).view(2, -1, LENGTH, 32), whole[:, first:last])
 
 

@@ -1,0 +1,1 @@
+"""The command line: options, and the commands of `python -m orchestrator`."""
