@@ -136,12 +136,12 @@ def _render_html(
     return environment.get_template("report.html.jinja").render(
         about=about,
         summary=summary,
-        words=formatting,
+        formatting=formatting,
         verdict=verdict,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         reproduce=lambda panel, curve, rates: reproduction_command(about, panel, curve, rates),
-        ended=_unfinished_runs(summary, records),
-        opens=mlflow_ui_command(about.tracking_uri),
+        unfinished_runs=_unfinished_runs(summary, records),
+        mlflow_ui_command=mlflow_ui_command(about.tracking_uri),
     )
 
 

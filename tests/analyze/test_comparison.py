@@ -119,7 +119,7 @@ def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Pat
     tune, folder = tmp_path / "tune", tmp_path / "confirm"
     tune.mkdir()
     selection.load_or_make_choice(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
-    about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning": tune}
+    about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning_folder": tune}
     summary = write_report(fresh(seeds), folder, **about)
     assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
     page = Page((folder / "report.html").read_text())

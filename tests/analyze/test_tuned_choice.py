@@ -66,7 +66,7 @@ def of(*variants: str) -> list[Record]:
 def test_what_tunes_can_be_confirmed_too(script: Any, tmp_path: Path, more: dict[str, Any]) -> None:
     tune = options(script, tmp_path, "lora", "pissa", confirm_seeds=7, **more)
     resolve.resolve_options(tune, "letters", ("lora",), tmp_path)
-    confirm = script._confirm(tune, "c-confirm")
+    confirm = script._confirm_options(tune, "c-confirm")
     chosen = resolve.resolve_options(confirm, "letters", ("lora",), tmp_path)
     assert chosen.space is None
     assert (confirm.study, confirm.seed_count, confirm.scheduler) == ("c-confirm", 7, "none")
@@ -76,17 +76,17 @@ def test_what_tunes_can_be_confirmed_too(script: Any, tmp_path: Path, more: dict
 def test_a_variant_after_the_choice_is_refused_before_it_is_trained(script: Any, tmp_path: Path) -> None:
     names, tune = begun(tmp_path, of("lora", "pissa")), options(script, tmp_path, "lora", "pissa")
     wanted = [each.configuration for each in of("lora", "pissa")]
-    script._check(tune, wanted)
-    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    script._check_tuning(tune, wanted)
+    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._current_choice(tune))
     assert set(kept.configurations) == set(names)
-    script._check(tune, wanted)
-    script._check(options(script, tmp_path, "lora", "pissa"), wanted[:3])  # a part changes nothing
+    script._check_tuning(tune, wanted)
+    script._check_tuning(options(script, tmp_path, "lora", "pissa"), wanted[:3])  # a part changes nothing
     # A learning sampler has asked nothing for the new one yet: the configurations are those of the choice.
     for some in (wanted, [each.configuration for each in of("lora", "pissa", "hira")]):
         with pytest.raises(UsageError, match=r"--variants hira: .* has chosen for lora pissa alone"):
-            script._check(options(script, tmp_path, "lora", "pissa", "hira"), some)
+            script._check_tuning(options(script, tmp_path, "lora", "pissa", "hira"), some)
     with pytest.raises(KeyError):
-        script._points(kept, ("lora", "hira"))
+        script._chosen_configurations(kept, ("lora", "hira"))
 
 
 def test_a_choice_is_made_among_what_one_command_asks_for(script: Any, tmp_path: Path) -> None:
@@ -94,8 +94,8 @@ def test_a_choice_is_made_among_what_one_command_asks_for(script: Any, tmp_path:
     begun(tmp_path, [record("lora", 1e-2, 0, 0.99, steps=30), record("lora", 3e-3, 0, 0.2, steps=30)])
     tune = options(script, tmp_path, "lora", "pissa")
     with pytest.raises(UsageError, match="has begun with 2 configurations that this command does not"):
-        script._check(tune, [each.configuration for each in of("lora", "pissa")])
-    script._check(tune, [record("lora", rate, 0, 0.0, steps=30).configuration for rate in (3e-3, 1e-2, 3e-2)])
+        script._check_tuning(tune, [each.configuration for each in of("lora", "pissa")])
+    script._check_tuning(tune, [record("lora", rate, 0, 0.0, steps=30).configuration for rate in (3e-3, 1e-2, 3e-2)])
 
 
 def test_one_without_a_score_is_kept_as_such_and_said(
@@ -104,10 +104,10 @@ def test_one_without_a_score_is_kept_as_such_and_said(
     failed = [record("hira", rate, 0, None, state="failed") for rate in (1e-3, 1e-2)]
     begun(tmp_path, [*of("lora"), *failed])
     tune = options(script, tmp_path, "lora", "hira", "dora")
-    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._current_choice(tune))
     assert kept.variants["lora"] is not None
     assert (kept.variants["hira"], kept.variants["dora"]) == (None, None)
-    (lora,) = script._points(kept, tune.variants)
+    (lora,) = script._chosen_configurations(kept, tune.variants)
     (found,) = summarize_tuning(of("lora"))
     expected = ChosenPoint.from_tuning(found)
     assert expected is not None
@@ -117,25 +117,25 @@ def test_one_without_a_score_is_kept_as_such_and_said(
         assert f"{variant} has no score at any point: it is not compared, and counts as unknown" in said
     begun(tmp_path, failed)
     with pytest.raises(StudyError, match="lora has no score at any point"):
-        script._found(tune)
+        script._current_choice(tune)
 
 
 def test_the_budget_of_a_search_is_fixed_with_its_choice(script: Any, tmp_path: Path) -> None:
     begun(tmp_path, of("lora"))
     wanted = [each.configuration for each in of("lora")]
     tune = options(script, tmp_path, "lora", search="qmc", points=4)
-    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._found(tune))
+    kept = selection.load_or_make_choice(tmp_path / NAME, TunedChoice, lambda: script._current_choice(tune))
     assert kept.points == 4
-    script._check(tune, wanted)
+    script._check_tuning(tune, wanted)
     for other in (replace(tune, points=5), replace(tune, points=None, search="grid")):
         with pytest.raises(UsageError, match="chosen among 4 points a variant"):
-            script._check(other, wanted)
+            script._check_tuning(other, wanted)
 
 
 def test_looks_are_written_down_and_survive_more_configurations(script: Any, tmp_path: Path) -> None:
     begun(tmp_path, of("lora"))
     for seeds in (10, 10, 5, 20):
-        script._looked(options(script, tmp_path, "lora", confirm_seeds=seeds))
+        script._record_look(options(script, tmp_path, "lora", confirm_seeds=seeds))
     found = StudyFile.read(tmp_path / NAME)
     assert found is not None
     assert found.looks == found.with_configurations(["f" * 64], ()).looks == (10, 20)

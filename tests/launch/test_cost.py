@@ -41,14 +41,14 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
     def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
         gpus = 0 if gpu is None else 2
         machine = runtime.Cluster((runtime.Node(4, gpus, 2.0**36),))
-        monkeypatch.setattr(runtime, "this_machine", lambda: machine)
+        monkeypatch.setattr(runtime, "estimate_local_cluster", lambda: machine)
         monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
         monkeypatch.setattr("sys.argv", ["experiments/lr_sensitivity.py", "--plan", "--study", "my own"])
         console = Console(file=StringIO(), width=300)
         print_plan(console, left[0], left, left, store, StudyOptions(**options), None)
         return console.file.getvalue()  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(runtime, "address", lambda: None)
+    monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
     return said
 
 
@@ -122,8 +122,8 @@ def test_steps_and_evaluations_scale_and_batches_make_a_range(store: Store) -> N
 def test_workers_and_shares_of_a_gpu_make_a_range(store: Store, plan: Plan) -> None:
     trained(store)
     assert seconds(store, workers=2) == pytest.approx((18, 36))
-    assert "GPU hours       about 1 to 2.5 on" in plan(A10G, workers_per_seat=2)
-    assert "GPU hours       about 0.5 to 1.2 on" in plan(A10G, gpus_per_seat=0.5)
+    assert "GPU hours       about 1 to 2.5 on" in plan(A10G, workers_per_trainer=2)
+    assert "GPU hours       about 0.5 to 1.2 on" in plan(A10G, gpus_per_worker=0.5)
 
 
 def test_a_variant_that_was_not_measured_lies_between_the_others_and_is_named(
@@ -156,7 +156,7 @@ def test_without_a_gpu_there_is_no_word_of_them(store: Store, plan: Plan) -> Non
     assert not re.search("GPU|USD|plan again", said)
     assert "Time            unknown: no lane of this task and model has been trained on such a device" in said
     trained(store, device="cpu", seed=1)
-    for gpu, options in ((None, {}), (A10G, {"device": "cpu"}), (A10G, {"gpus_per_seat": 0.0})):
+    for gpu, options in ((None, {}), (A10G, {"device": "cpu"}), (A10G, {"gpus_per_worker": 0.0})):
         said = plan(gpu, **options)
         assert not re.search("GPU|USD", said)
         assert ", on cpu, from 1 lanes trained there\n" in said
@@ -165,9 +165,9 @@ def test_without_a_gpu_there_is_no_word_of_them(store: Store, plan: Plan) -> Non
 def test_a_joined_cluster_has_the_gpus_that_records_or_the_user_know_of(
     store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "address", lambda: "10.0.0.1:6379")
+    monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
     assert "GPU hours       say --gpus-per-seat 1 if that cluster has GPUs" in plan(None)
-    said = plan(None, gpus_per_seat=1.0)
+    said = plan(None, gpus_per_worker=1.0)
     assert "GPU hours       unknown\n" in said
     assert "Price           0.21 (T4, spot) to 7.91 (H200, on demand) USD a GPU hour, AWS us-east-1" in said
     trained(store)
