@@ -28,7 +28,7 @@ from scripted import Queue, Script, configuration, leases, train  # noqa: E402
 
 
 def rehearse(source: Any, store: Store, plan: Plan, **options: Any) -> None:
-    train(source, store, workshop=partial(Stage, plan), **options)
+    train(source, store, make_engine=partial(Stage, plan), **options)
 
 
 def whole(store: Store, point: Configuration) -> Record:

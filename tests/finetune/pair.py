@@ -162,7 +162,7 @@ def play(make: Callable[[int], Scenario], team: TorchProcessGroup, folder: Path)
     store = Store(folder)
     store.data = folder.parent / "data"
     try:
-        train(one.source, store, one.lanes, team=team, **one.options)
+        train(one.source, store, one.lanes, process_group=team, **one.options)
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"
     return Told(

@@ -47,7 +47,7 @@ class Poisoned(Task):
     """Training example 5 has a token that the model does not know."""
 
     title, floor, default_model = "poisoned", 0.0, "letters-base"
-    answers, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
+    output, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
     examples = letters.Letters.examples
 
     def encode(self, example: Example, tokenizer: object) -> EncodedExample:
@@ -283,9 +283,9 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
     """Run the loop. `data`: a folder of data that this store shares with others of the same model."""
     if data is not None:
         store.data = data
-    elif "load_bench" not in options and not store.data.exists():
+    elif "load_base_model" not in options and not store.data.exists():
         store.data = tiny_data()
-    options = {"idle_seconds": 5.0, "poll_seconds": 0.0, "load_bench": tiny_bench, **options}
+    options = {"idle_seconds": 5.0, "poll_seconds": 0.0, "load_base_model": tiny_bench, **options}
 
     class Seen(Lane):
         """A lane that the script can look at."""

@@ -275,7 +275,7 @@ LONG = """
 from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
 
 class Long(Task):
-    floor, default_model, answers = 0.0, "letters-base", ANSWERS
+    floor, default_model, output = 0.0, "letters-base", ANSWERS
     defaults = TaskDefaults(
         train_size=8, validation_size=8, test_size=8, steps=2, batch_size=8, max_length=5,
         evaluations=1, learning_rates=(1e-3,),

@@ -107,11 +107,11 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             source,
             store,
             model_loader(spec, store.bases, device),
-            lanes=spec.lanes_per_trainer,
+            max_lanes=spec.lanes_per_trainer,
             idle_seconds=IDLE_SECONDS,
             provenance=provenance.current_provenance,
             save_adapter=spec.save_adapters,
-            team=process_group,
+            process_group=process_group,
         )
 
 

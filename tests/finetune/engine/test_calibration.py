@@ -108,7 +108,7 @@ def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Stor
         )
         return bench
 
-    train(Script(leases([c])), store, load_bench=load)
+    train(Script(leases([c])), store, load_base_model=load)
     # Splits are scored in batches of another size.
     batches = [ids for ids in seen if len(ids) == c.batches.batch_size]
     assert len(batches) == 2 + c.schedule.steps

@@ -139,7 +139,7 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
     bench.model.forward = starves
     points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
     source = Again(leases(points))
-    train(source, store, load_bench=lambda choice, task: bench)
+    train(source, store, load_base_model=lambda choice, task: bench)
     assert len(source.spilled) == 2
     assert len(wide) == nth
     assert source.taken == 4 * len(points)
@@ -163,7 +163,7 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
     few = {**variants.get("eva").extra_defaults, "calibration_batches": 2}
     points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
     source = Again(leases(points))
-    train(source, store, load_bench=lambda choice, task: bench)
+    train(source, store, load_base_model=lambda choice, task: bench)
     assert len(source.spilled) == 4
     assert max(map(len, source.held)) == 2
     assert source.taken == 2 * len(points)
@@ -336,7 +336,7 @@ def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -
     handler = Frees()
     logging.getLogger("orchestrator.finetune.engine.recorder").addHandler(handler)
     try:
-        train(source, store, record_seconds=1.0)
+        train(source, store, store_full_timeout_seconds=1.0)
     finally:
         logging.getLogger("orchestrator.finetune.engine.recorder").removeHandler(handler)
     assert len(said) == 1
@@ -357,7 +357,7 @@ def test_a_record_that_finds_no_space_for_long_ends_the_seat_and_loses_nothing(
     with pytest.raises(
         StoreFullError, match=r"no space left on .*/store; free some, then run the command again"
     ):
-        train(source, store, record_seconds=0.3)
+        train(source, store, store_full_timeout_seconds=0.3)
     assert [fingerprint for fingerprint, _, _ in source.ended] == [points[0].fingerprint]
     assert {f for f, _ in source.spilled} == {points[1].fingerprint, points[2].fingerprint}
     assert store.states() == {points[0].fingerprint: "finished"}

@@ -383,7 +383,7 @@ def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all
     with pytest.raises(
         TrainerBrokenError, match=r"3 configurations in a row failed with OSError: the base is gone"
     ):
-        train(source, store, load_bench=gone)
+        train(source, store, load_base_model=gone)
     assert [state for _, _, state in source.ended] == ["failed"] * 3
     assert len(source.leases) == 5
 
@@ -420,7 +420,7 @@ def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_serv
         return tiny_bench(choice)
 
     source = Script(leases([missing, good]))
-    train(source, store, load_bench=load)
+    train(source, store, load_base_model=load)
     assert source.ended == [(missing.fingerprint, 1, "failed"), (good.fingerprint, 1, "finished")]
     assert get(store, missing.fingerprint).reason == "OSError: no such model"
 
@@ -433,7 +433,7 @@ def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
         return loaded[-1]
 
     shapes = [configuration(steps=3, rank=rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
-    train(Script(leases(shapes)), store, load_bench=load)
+    train(Script(leases(shapes)), store, load_base_model=load)
     assert len(loaded) == 1
     fresh = tiny_bench(shapes[0].model).model
     assert [n for n, _ in loaded[0].model.named_modules()] == [n for n, _ in fresh.named_modules()]

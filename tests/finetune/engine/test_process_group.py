@@ -231,10 +231,10 @@ def scenario(name: str, path: str, rank: int) -> Scenario:
     if name == "parking":
         return Scenario(Queue(leases(parking())), lanes=2, options={"spill_seconds": -1.0})
     if name == "hungry":
-        return Scenario(Again(leases(hungry())), options={"load_bench": partial(load_on, rank)})
+        return Scenario(Again(leases(hungry())), options={"load_base_model": partial(load_on, rank)})
     if name in ("base", "unscorable"):
         lanes = broken_base() if name == "base" else unscorable()
-        return Scenario(Script(leases(lanes)), options={"load_bench": partial(load_on, rank)})
+        return Scenario(Script(leases(lanes)), options={"load_base_model": partial(load_on, rank)})
     if name.startswith("wild"):
         return Scenario(Wild(int(name[4:])), lanes=2, options={"spill_seconds": -1.0})
     assert name == "lost"
@@ -395,7 +395,7 @@ def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) 
 def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
     assert [told.raised for told in played["lost"]] == [
         "ConnectionError: the broker is lost",
-        "Failed: ConnectionError: the broker is lost",
+        "WorkerError: ConnectionError: the broker is lost",
     ]
 
 

@@ -147,7 +147,7 @@ def test_a_whole_lane_is_the_same_to_the_bit(variant: str, store: Store, tmp_pat
 
     dropout = 0.2 if variant == "lora" else 0.0
     one = configuration(variant=variant, task=WORDS_TASK, dropout=dropout, accumulation=2, steps=6)
-    train(Script(leases([one])), store, load_bench=load)
+    train(Script(leases([one])), store, load_base_model=load)
     record = store.get(one.fingerprint)
     assert record is not None
     assert numbers_of(record) == numbers_of(solo(one, tmp_path))

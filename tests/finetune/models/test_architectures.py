@@ -110,8 +110,8 @@ def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
         one = configuration(task=WORDS_TASK, seed=seed, steps=10, batch_size=8, train_size=8)
         made.append(replace(one, model=replace(one.model, name=str(model), content=content)))
     load = partial(loading.load_base_model, root=store.bases, device="cpu")
-    load_bench = lambda choice, task: load(choice, task=task)  # noqa: E731
-    train(Script(leases(made)), store, load_bench=load_bench, data=work.parent / "data")
+    load_base_model = lambda choice, task: load(choice, task=task)  # noqa: E731
+    train(Script(leases(made)), store, load_base_model=load_base_model, data=work.parent / "data")
     return [store.get(one.fingerprint) for one in made]  # type: ignore[misc]
 
 

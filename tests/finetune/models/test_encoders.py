@@ -160,7 +160,7 @@ def trained(members: list[Configuration], folder: Path, work: Path) -> list[Reco
         store,
         lanes=len(members),
         data=work.parent / "data",
-        load_bench=lambda choice, task: task_file(model, task=task),
+        load_base_model=lambda choice, task: task_file(model, task=task),
     )
     records = [store.get(one.fingerprint) for one in members]
     assert all(record is not None and record.state == "finished" for record in records), [

@@ -199,7 +199,7 @@ def test_gradient_checkpointing_changes_nothing(store: Store, tmp_path: Path) ->
         return bench
 
     one = point(accumulation=2)
-    train(Script(leases([one])), store, load_bench=recomputing)
+    train(Script(leases([one])), store, load_base_model=recomputing)
     assert numbers_of(get(store, one)) == numbers_of(solo(one, tmp_path))
 
 

@@ -211,7 +211,7 @@ def test_it_goes_from_the_folder_to_the_scores(name: str, here: Path, roberta: P
     rest["schedule"] = LRSchedule(20, task.defaults.schedule)
     one = configuration(task, roberta, store.bases, **rest)
     load = partial(loading.load_base_model, root=store.bases, device="cpu")
-    train(Script(leases([one])), store, load_bench=lambda choice, task: load(choice, task=task))
+    train(Script(leases([one])), store, load_base_model=lambda choice, task: load(choice, task=task))
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback

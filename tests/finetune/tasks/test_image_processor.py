@@ -281,7 +281,7 @@ def test_a_lane_gets_in_company_what_it_gets_alone(
         point(variant, seed=1, steps=4, rate=5e-3),
         point(variant, seed=1, steps=2),
     ]
-    options = {"load_bench": partial(_load, both[kind]), "data": data}
+    options = {"load_base_model": partial(_load, both[kind]), "data": data}
     train(Script(leases(members), start_at={members[2].fingerprint: 1}), store, lanes=3, **options)
     for one in members:
         record = store.get(one.fingerprint)
@@ -297,7 +297,7 @@ def test_a_lane_gets_in_company_what_it_gets_alone(
 
 def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store, data: Path) -> None:
     one = point("full", steps=3, rate=1e-3)
-    train(Script(leases([one])), store, load_bench=partial(_load, folder), data=data)
+    train(Script(leases([one])), store, load_base_model=partial(_load, folder), data=data)
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback
@@ -331,8 +331,8 @@ def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
 
 def test_recomputed_blocks_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
     one = point(steps=3)
-    plain = solo(one, tmp_path / "plain", load_bench=partial(_load, folder))
-    again = solo(one, tmp_path / "again", load_bench=partial(_recomputed, folder))
+    plain = solo(one, tmp_path / "plain", load_base_model=partial(_load, folder))
+    again = solo(one, tmp_path / "again", load_base_model=partial(_recomputed, folder))
     assert numbers_of(again) == numbers_of(plain)
 
 
@@ -341,7 +341,7 @@ def _load(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
 
 
 def _scenario(ones: list[Configuration], folder: Path, rank: int) -> Scenario:
-    return Scenario(Script(leases(ones)), options={"load_bench": partial(_load, folder)})
+    return Scenario(Script(leases(ones)), options={"load_base_model": partial(_load, folder)})
 
 
 def _on_two(team: ProcessGroup, where: Path, folder: Path) -> list[EvaluationResult]:
@@ -367,7 +367,7 @@ def test_two_workers_share_images_as_they_share_texts(
     assert found["learn"][0].raised == ""
     for one in ones:
         together = Store(tmp_path / "learn").get(one.fingerprint)
-        alone = solo(one, tmp_path, load_bench=partial(_load, both["clip"]))
+        alone = solo(one, tmp_path, load_base_model=partial(_load, both["clip"]))
         assert together is not None
         assert together.provenance.workers == 2
         assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)

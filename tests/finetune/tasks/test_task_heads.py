@@ -340,7 +340,7 @@ def point(variant: str = "lora", head: float | None = None, **options: object) -
 @pytest.fixture(scope="module")
 def options(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the lanes below are trained with: the one model and its data."""
-    return {"load_bench": lambda choice, task: load(bert, task), "data": tmp_path_factory.mktemp("data")}
+    return {"load_base_model": lambda choice, task: load(bert, task), "data": tmp_path_factory.mktemp("data")}
 
 
 @pytest.mark.parametrize("variant", ["lora", pytest.param("hira", marks=pytest.mark.slow)])
