@@ -15,7 +15,7 @@ MAX_EVALUATIONS = 100_000
 MAX_BATCH_SIZE = 1_000_000
 MAX_RANK = 100_000
 MAX_TRAINERS = 10_000
-"""The bound of --seats, --lanes-per-seat and --workers-per-seat."""
+"""The bound of --trainers, --lanes-per-trainer and --workers-per-trainer."""
 
 
 def check_bound(option: str, value: int | None, maximum: int) -> None:

@@ -17,9 +17,10 @@ SCHEDULERS = ("none", "asha", "median", "hyperband")
 SEARCHES = ("grid", "random", "qmc", "optuna")
 SAMPLERS = ("tpe", "cma-es", "qmc", "random")
 DEFAULT_GRID_SEEDS, DEFAULT_POINTS = 3, 16
-HYPERPARAMETER_OPTIONS = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout", "schedule")
+HYPERPARAMETER_OPTIONS = ("learning_rates", "head_learning_rate", "rank", "alpha", "dropout", "lr_schedule")
 """Options whose values --set and --space can name, too. (--batch-size may stand beside batch sizes there:
 --accumulation must divide it.)"""
+OPTION_OF_HYPERPARAMETER = {"learning_rate": "learning_rates", "schedule": "lr_schedule"}
 DEFAULT_TRAINER_TIMEOUT = 300.0
 LOCAL = "here"
 CLUSTER_FILE = "cluster.yaml"
@@ -164,9 +165,9 @@ class StudyOptions:
             ("--steps", self.steps, bounds.MAX_STEPS),
             ("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS),
             ("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE),
-            ("--seats", self.trainers, bounds.MAX_TRAINERS),
-            ("--lanes-per-seat", self.lanes_per_trainer, bounds.MAX_TRAINERS),
-            ("--workers-per-seat", self.workers_per_trainer, bounds.MAX_TRAINERS),
+            ("--trainers", self.trainers, bounds.MAX_TRAINERS),
+            ("--lanes-per-trainer", self.lanes_per_trainer, bounds.MAX_TRAINERS),
+            ("--workers-per-trainer", self.workers_per_trainer, bounds.MAX_TRAINERS),
         ):
             bounds.check_bound(name, value, most)
         if self.accumulation is not None and self.accumulation < 1:
@@ -195,17 +196,17 @@ class StudyOptions:
         if self.gpus_per_worker is not None:
             _check_gpus_per_worker(self.gpus_per_worker)
             if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
-                both = f"--workers-per-seat {self.workers_per_trainer} with --gpus-per-seat {self.gpus_per_worker:g}"
+                both = f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker {self.gpus_per_worker:g}"
                 raise UsageError(
-                    f"{both}: NCCL refuses workers on one GPU; take --gpus-per-seat 1, "
-                    "or --workers-per-seat 1."
+                    f"{both}: NCCL refuses workers on one GPU; take --gpus-per-worker 1, "
+                    "or --workers-per-trainer 1."
                 )
         for name, hours in (("--max-hours", self.max_hours), ("--max-gpu-hours", self.max_gpu_hours)):
             if hours is not None and not (math.isfinite(hours) and hours > 0):
                 raise UsageError(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
         if self.max_gpu_hours is not None and self.gpus_per_worker == 0:
             raise UsageError(
-                f"--max-gpu-hours {self.max_gpu_hours:g} with --gpus-per-seat 0: no GPU is held; "
+                f"--max-gpu-hours {self.max_gpu_hours:g} with --gpus-per-worker 0: no GPU is held; "
                 "take --max-hours."
             )
         if self.price_per_gpu_hour is not None:
@@ -216,7 +217,7 @@ class StudyOptions:
             )
         if self.trainer_timeout is not None and not 0 < self.trainer_timeout < math.inf:
             raise UsageError(
-                f"--seat-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; the "
+                f"--trainer-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; the "
                 "default is 300."
             )
         if self.study is not None:
@@ -272,7 +273,7 @@ class StudyOptions:
         for option, words in (("--set", self.set), ("--space", self.space or ())):
             for word in words:
                 name = word.partition("=")[0].replace("-", "_")
-                option_name = "learning_rates" if name == "learning_rate" else name
+                option_name = OPTION_OF_HYPERPARAMETER.get(name, name)
                 if (
                     option_name in HYPERPARAMETER_OPTIONS
                     and getattr(self, option_name) != default[option_name]
@@ -301,7 +302,7 @@ class StudyOptions:
         micro_batch_size = batch_size // parts
         if self.workers_per_trainer > micro_batch_size:
             raise UsageError(
-                f"--workers-per-seat {self.workers_per_trainer}: every worker needs a row of the {micro_batch_size} "
+                f"--workers-per-trainer {self.workers_per_trainer}: every worker needs a row of the {micro_batch_size} "
                 f"computed at once (batch size {batch_size}, accumulation {parts}); take {micro_batch_size}."
             )
 
@@ -347,13 +348,13 @@ def parse_options(description: str | None, options_class: type[StudyOptions] = S
 def _check_gpus_per_worker(value: float) -> None:
     if not math.isfinite(value) or value < 0:
         raise UsageError(
-            f"--gpus-per-seat {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU."
+            f"--gpus-per-worker {value:g}: must be 0 or more, for example 1, or 0.5 for two seats a GPU."
         )
     if value > 1 and value != int(value):
         raise UsageError(
-            f"--gpus-per-seat {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
+            f"--gpus-per-worker {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
         )
     if value > 1:
         raise UsageError(
-            f"--gpus-per-seat {value:g}: a seat holds its base on one GPU; take 1 and more --seats."
+            f"--gpus-per-worker {value:g}: a seat holds its base on one GPU; take 1 and more --trainers."
         )

@@ -34,25 +34,25 @@ BAD = {
     "no seeds": ((*DRY, "--seeds", "0"), ["--seeds 0", "1 or more"]),
     "negative seeds": ((*DRY, "--seeds", "-3"), ["--seeds -3", "1 or more"]),
     "zero steps": ((*DRY, "--steps", "0"), ["--steps 0", "1 or more"]),
-    "zero lanes": ((*DRY, "--lanes-per-seat", "0"), ["--lanes-per-seat 0", "1 or more"]),
-    "zero seats": ((*DRY, "--seats", "0"), ["--seats 0", "1 or more"]),
+    "zero lanes": ((*DRY, "--lanes-per-trainer", "0"), ["--lanes-per-trainer 0", "1 or more"]),
+    "zero seats": ((*DRY, "--trainers", "0"), ["--trainers 0", "1 or more"]),
     "unknown scheduler": ((*DRY, "--scheduler", "ahsa"), ["'ahsa'", "asha"]),
     "population based training": ((*DRY, "--scheduler", "pbt"), ["'pbt'", "immutable", "asha"]),
-    "zero workers": ((*DRY, "--workers-per-seat", "0"), ["--workers-per-seat 0", "1 or more"]),
+    "zero workers": ((*DRY, "--workers-per-trainer", "0"), ["--workers-per-trainer 0", "1 or more"]),
     "more workers than rows": (
-        (*DRY, "--workers-per-seat", "5", "--accumulation", "4", "--batch-size", "16"),
-        ["--workers-per-seat 5", "take 4"],
+        (*DRY, "--workers-per-trainer", "5", "--accumulation", "4", "--batch-size", "16"),
+        ["--workers-per-trainer 5", "take 4"],
     ),
     "workers on fractions of a GPU": (
-        (*DRY, "--workers-per-seat", "2", "--gpus-per-seat", "0.5"),
-        ["--workers-per-seat 2", "--gpus-per-seat 0.5", "NCCL", "take --gpus-per-seat 1"],
+        (*DRY, "--workers-per-trainer", "2", "--gpus-per-worker", "0.5"),
+        ["--workers-per-trainer 2", "--gpus-per-worker 0.5", "NCCL", "take --gpus-per-worker 1"],
     ),
     "zero parts of a batch": ((*DRY, "--accumulation", "0"), ["--accumulation 0", "1 or more"]),
     "unequal parts of a batch": ((*DRY, "--accumulation", "3"), ["--accumulation 3", "16", "take 2"]),
     "head rate no number": ((*DRY, "--head-learning-rate", "sme"), ["'sme'", "same", "1e-3"]),
     "head rate zero": ((*DRY, "--head-learning-rate", "0"), ["'0'", "above 0"]),
     "head rate without a head": ((*DRY, "--head-learning-rate", "1e-3"), ["1e-3", "no head", "same"]),
-    "gpus of a seat": ((*DRY, "--gpus-per-seat", "1.5"), ["--gpus-per-seat 1.5"]),
+    "gpus of a seat": ((*DRY, "--gpus-per-worker", "1.5"), ["--gpus-per-worker 1.5"]),
     "price reversed": ((*DRY, "--price-per-gpu-hour", "2:1"), ["'2:1'", "reversed", "1:2"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
     "output below a file": (
@@ -65,8 +65,8 @@ BAD = {
         (*DRY, "--tracking-uri", "http://127.0.0.1:9"),
         ["'http://127.0.0.1:9'", "cannot be reached"],
     ),
-    "more seats than there are cores": ((*DRY, "--seats", "4000"), ["--seats 4000", "take --seats "]),
-    "a GPU where there is none": ((*DRY, "--gpus-per-seat", "1"), ["--gpus-per-seat 1", "0 GPUs"]),
+    "more seats than there are cores": ((*DRY, "--trainers", "4000"), ["--trainers 4000", "take --trainers "]),
+    "a GPU where there is none": ((*DRY, "--gpus-per-worker", "1"), ["--gpus-per-worker 1", "0 GPUs"]),
     # The base is not there yet: its shapes are known all the same.
     "unknown target": ((*DRY, "--targets", "q_porj"), ["'q_porj'", "Did you mean 'q_proj'?"]),
     "unknown target of an encoder": (
@@ -139,7 +139,7 @@ BAD = {
     "too many evaluations": ((*DRY, "--evaluations", f"1{'0' * 30}"), ["--evaluations 1000", "take 100000"]),
     "too large a batch": ((*DRY, "--batch-size", f"1{'0' * 15}"), ["--batch-size 1000", "take 1000000"]),
     "too large a rank": ((*DRY, "--rank", f"1{'0' * 30}"), ["--rank 1000", "take 100000"]),
-    "too many lanes": ((*DRY, "--lanes-per-seat", f"1{'0' * 30}"), ["--lanes-per-seat 1", "take 10000"]),
+    "too many lanes": ((*DRY, "--lanes-per-trainer", f"1{'0' * 30}"), ["--lanes-per-trainer 1", "take 10000"]),
     "too many parts of a batch": (
         (*DRY, "--accumulation", f"1{'0' * 12}"),
         ["--accumulation 1", "16", "take 16"],
@@ -161,7 +161,7 @@ BAD = {
         (*DRY, "--search", "qmc", "--space", "batch_size=int:1:1e18"),
         ["'batch_size=int:1:1e18'", "'1e18'", "at most 1e+06"],
     ),
-    "seat timeout not finite": ((*DRY, "--seat-timeout", "inf"), ["--seat-timeout inf", "finite"]),
+    "seat timeout not finite": ((*DRY, "--trainer-timeout", "inf"), ["--trainer-timeout inf", "finite"]),
     "empty task": ((*DRY, "--task", ""), ["--task is empty", "leave it out"]),
     "empty model": ((*DRY, "--model", ""), ["--model is empty", "leave it out"]),
     "empty tracking uri": ((*DRY, "--tracking-uri", ""), ["--tracking-uri is empty", "leave it out"]),
@@ -188,7 +188,7 @@ def test_the_real_process_ends_so_too(tmp_path: Path) -> None:
     [
         (("--outptu", "x"), "--output"),
         (("--rank", "eight"), "--rank"),
-        (("--schedule", "cosin"), "cosine"),
+        (("--lr-schedule", "cosin"), "cosine"),
     ],
 )
 def test_an_option_that_does_not_exist_or_parse_names_the_right_one(

@@ -56,9 +56,9 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is the case that is tested, on any machine
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(command, "_interrupt", _LeavesSignals())
+    monkeypatch.setattr(command, "_interrupt_handler", _LeavesSignals())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for name in ("_pins", "_pinning"):
+    for name in ("_pin_folder", "_add_pins"):
         monkeypatch.setattr(hub_data, name, getattr(hub_data, name))
 
 

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "evaluations": 2,
         "batch_size": 8,
         "accumulation": 2,
-        "schedule": "linear",
+        "lr_schedule": "linear",
         "dtype": "bfloat16",
     },
 }

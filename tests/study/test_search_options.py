@@ -40,7 +40,7 @@ def test_defaults(options: dict[str, Any], method: str, seeds: int, points: int)
         ({"search": "qmc", "points": 100_000}, "--points 100000: must be 10000 or less; take 10000"),
         ({"rank": 4, "set": ("rank=16",)}, "--set 'rank=16' and --rank both say rank; take one"),
         ({"rank": 16, "search": "qmc", "space": ("rank=4,8",)}, "--space 'rank=4,8' and --rank both"),
-        ({"schedule": "linear", "set": ("schedule=cosine",)}, "and --schedule both say schedule"),
+        ({"lr_schedule": "linear", "set": ("schedule=cosine",)}, "and --lr-schedule both say schedule"),
         (
             {"learning_rates": ("1e-3",), "search": "qmc", "space": ("learning-rate=log:1e-4:1e-2",)},
             "--space 'learning-rate=log:1e-4:1e-2' and --learning-rates both say learning_rate",

@@ -60,7 +60,7 @@ def test_the_first_signal_is_one_line_without_passwords_and_130(number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_inside_gently_the_work_ends_by_itself(number):
-    process = _start(f"with gently(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3")
+    process = _start(f"with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3")
     process.send_signal(number)
     assert _end(process) == (3, "tidied up\n", "")
 
@@ -68,8 +68,8 @@ def test_inside_gently_the_work_ends_by_itself(number):
 def test_another_thread_may_let_go_of_work_that_does_not_end():
     body = (
         "from orchestrator.util import command\n"
-        "command._interrupt._more = lambda seconds: threading.Event().wait()  # only `let_go` ends it\n"
-        "try:\n    with gently(lambda: threading.Thread(target=let_go).start()):\n"
+        "command._interrupt_handler._wait_for_signal = lambda seconds: threading.Event().wait()  # only `interrupt_main_thread` ends it\n"
+        "try:\n    with graceful_interrupts(lambda: threading.Thread(target=interrupt_main_thread).start()):\n"
         "        started()\n        threading.Event().wait()\nfinally:\n    print('tidied up')"
     )
     process = _start(body)
@@ -84,7 +84,7 @@ def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
     long_call = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     process = _start(
-        f"import hashlib\n{child}\nwith gently(done.set):\n"
+        f"import hashlib\n{child}\nwith graceful_interrupts(done.set):\n"
         f"    started()\n    {LOOP}\n    print('heard', flush=True)\n    {long_call}"
     )
     (other,) = psutil.Process(process.pid).children()
@@ -98,7 +98,7 @@ def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
 def test_a_library_that_takes_the_signals_does_not_keep_them():
     """As `ray.init` does with SIGTERM."""
     body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
-    process = _start(f"{body}with gently(done.set):\n    started()\n    {LOOP}\nreturn 4")
+    process = _start(f"{body}with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nreturn 4")
     os.kill(process.pid, signal.SIGTERM)
     assert _end(process)[0] == 4
 
@@ -113,7 +113,7 @@ class Dropping:
 def patience(seconds):
     assert seconds == command.INTERRUPT_TIMEOUT_SECONDS
     dropped.wait()
-command._interrupt_handler._more = patience
+command._interrupt_handler._wait_for_signal = patience
 Dropping()
 """
 """After a signal the process is ended from outside of the main thread as soon as `dropped` is set."""
@@ -121,7 +121,7 @@ Dropping()
 
 @pytest.mark.parametrize(
     "then",
-    ["with command.ending_at_once():\n    time.sleep(600)", f"dropped.set()\n{LOOP}"],
+    ["with command.exit_on_interrupt():\n    time.sleep(600)", f"dropped.set()\n{LOOP}"],
     ids=["before Ray starts", "elsewhere"],
 )
 def test_an_interrupt_that_python_drops_is_not_lost(then):
@@ -138,7 +138,7 @@ def test_an_interrupt_that_python_drops_is_not_lost(then):
 def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
     body = (
         "import hashlib, signal\nfrom orchestrator.util.command import exit_on_interrupt\n"
-        "with ending_at_once(lambda: print('closed', flush=True)):\n"
+        "with exit_on_interrupt(lambda: print('closed', flush=True)):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "    started()\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     )
@@ -160,7 +160,7 @@ def test_a_closed_stdout_or_stderr_changes_no_exit_code(closed):
 
 
 def test_trouble_is_one_line_and_1():
-    process = _start("started()\nraise Trouble('no seat')")
+    process = _start("started()\nraise StudyError('no seat')")
     assert _end(process) == (1, "", "error: no seat\n")
 
 
@@ -169,7 +169,7 @@ from orchestrator.util.command import exit_with_error
 def last():
     print("last", flush=True)
     {last}
-with gently(done.set):
+with graceful_interrupts(done.set):
     started()
     done.wait()
 {before}
@@ -224,7 +224,7 @@ def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
 
 def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
     body = (
-        f"with progress, gently(done.set):\n    started()\n    {LOOP}\n    progress.say('Ctrl-C: seats save')"
+        f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.say('Ctrl-C: seats save')"
     )
     terminal = _in_a_terminal(tmp_path, body)
     terminal.type(CTRL_C)
@@ -233,7 +233,7 @@ def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
 
 def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
     body = (
-        "with progress, gently(lambda: progress.say('heard')):\n"
+        "with progress, graceful_interrupts(lambda: progress.say('heard')):\n"
         "    started()\n    progress.show()\n    while True: time.sleep(0.05)"
     )
     terminal = _in_a_terminal(tmp_path, body)
