@@ -357,7 +357,7 @@ def _check_positions(model: Any, length: int, task: Task) -> None:
 def _check_attach(configurations: Sequence[Configuration], task: Task, base_models_folder: Path) -> None:
     """Attaches each variant to the model's shapes (no weights): what would fail on a GPU fails here."""
     from orchestrator.finetune.data.batches import compute_max_row_length
-    from orchestrator.finetune.models import own_dropout
+    from orchestrator.finetune.models import attention_dropout
     from variants.attach import attach
     from variants.base import VariantSettings
 
@@ -368,7 +368,7 @@ def _check_attach(configurations: Sequence[Configuration], task: Task, base_mode
             model, heads = loading.build_meta_model(configuration.model, base_models_folder, task)
             _check_positions(model, compute_max_row_length(task, configuration.batches.max_length), task)
             if configuration.base_dropout == "on":
-                own_dropout.check_dropout_supported(model, configuration.model.name)
+                attention_dropout.check_dropout_supported(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
         except ValueError as error:
             raise UsageError(f"{configuration.model.name} with {variant.name}: {error}") from None

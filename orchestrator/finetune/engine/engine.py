@@ -14,7 +14,7 @@ from orchestrator.finetune.engine.calibration import load_or_compute_calibration
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.lane import Lane, variant_settings
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
-from orchestrator.finetune.models import own_dropout
+from orchestrator.finetune.models import attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
 from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
@@ -112,7 +112,7 @@ class Engine:
         base_model = self._load_base_model(configuration.model, task)
         has_base_dropout = configuration.base_dropout == "on"
         if has_base_dropout:
-            own_dropout.check_dropout_supported(base_model.model, configuration.model.name)
+            attention_dropout.check_dropout_supported(base_model.model, configuration.model.name)
         adapters = attach(
             base_model.model,
             variant,
@@ -125,7 +125,7 @@ class Engine:
         try:
             if has_base_dropout:
                 self._model_with_dropout = base_model.model
-                own_dropout.enable_lane_dropout(base_model.model)
+                attention_dropout.enable_lane_dropout(base_model.model)
             if key not in self._data_by_key:
                 self._data_by_key[key] = TaskData.load(
                     configuration, task, base_model, adapters, self.process_group, self._data_folder
@@ -190,7 +190,7 @@ class Engine:
     def _detach(self, adapters: Adapters) -> None:
         """Detach the adapters, and turn the base's own dropout off."""
         if self._model_with_dropout is not None:
-            own_dropout.disable_lane_dropout(self._model_with_dropout)
+            attention_dropout.disable_lane_dropout(self._model_with_dropout)
             self._model_with_dropout = None
         adapters.detach()
 

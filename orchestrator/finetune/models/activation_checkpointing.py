@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.util.errors import UsageError
 
-CHECKPOINTING_ATTRIBUTE = "recomputes_blocks"
+CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
 """An attribute of a model whose blocks are."""
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deberta import modeling_deberta as first
-from transformers.models.deberta_v2 import modeling_deberta_v2 as second
+from transformers.models.deberta import modeling_deberta
+from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from variants.base_dropout import TableDropout
 
@@ -22,10 +22,10 @@ from variants.base_dropout import TableDropout
 def patch_deberta_attention(model: nn.Module) -> None:
     """Changes the attention of a DeBERTa in place."""
     for module in model.modules():
-        if isinstance(module, first.DisentangledSelfAttention):
+        if isinstance(module, modeling_deberta.DisentangledSelfAttention):
             module.__class__ = PerRowDisentangledSelfAttention
             _replace_position_dropout(module)
-        elif isinstance(module, second.DisentangledSelfAttention):
+        elif isinstance(module, modeling_deberta_v2.DisentangledSelfAttention):
             module.__class__ = PerRowDisentangledSelfAttentionV2
             _replace_position_dropout(module)
 
@@ -36,7 +36,7 @@ def _replace_position_dropout(module: Any) -> None:
         module.pos_dropout = TableDropout(module.pos_dropout.p)
 
 
-class PerRowDisentangledSelfAttention(first.DisentangledSelfAttention):
+class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
     def disentangled_att_bias(
         self,
         query_layer: Tensor,
@@ -63,7 +63,7 @@ class PerRowDisentangledSelfAttention(first.DisentangledSelfAttention):
         return score
 
 
-class PerRowDisentangledSelfAttentionV2(second.DisentangledSelfAttention):
+class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAttention):
     def disentangled_attention_bias(
         self,
         query_layer: Tensor,

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from pyarrow import ipc
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
-from orchestrator.finetune.data import dataset_cache
+from orchestrator.finetune.data import arrow_files, dataset_cache
+from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import (
     Batch,
     Row,
@@ -96,7 +98,7 @@ FEWER = settings.default.max_examples // 5  # type: ignore[union-attr]
 @settings(max_examples=FEWER)
 @given(tasks(), st.integers(1, 5))
 def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
-    with tempfile.TemporaryDirectory() as folder, patch.object(dataset_cache, "CHUNK", chunk):
+    with tempfile.TemporaryDirectory() as folder, patch.object(arrow_files, "RECORD_BATCH_ROWS", chunk):
         one = of(task)
         made = dataset_cache.prepare_dataset(Path(folder), one, task, tokenizer())
         with patch.object(type(task), "examples", side_effect=AssertionError("asked the task again")):
@@ -225,7 +227,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
             damaged.unlink(missing_ok=True)  # what is mapped stays
             flipped = bytes([whole[place] ^ 1 << place % 8])
             damaged.write_bytes(whole[:place] + flipped + whole[place + 1 :])
-            found = dataset_cache._read_cache_file(damaged, schema, list)
+            found = arrow_files.read_verified_batches(damaged, schema)
             noticed += found is None
             assert found is None or pa.Table.from_batches(found).to_pydict() == right, (kind, place)
         assert noticed > 0.5 * len(range(0, len(whole), 7))
@@ -241,7 +243,7 @@ def test_data_of_another_revision_are_refused_and_nothing_is_kept(tmp_path: Path
 
 def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     task = Given([Example("a", "b"), Example("a", 5), Example("a", "b")])  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"'given': train example 1 cannot be kept: .*int") as caught:
+    with pytest.raises(UsageError, match=r"'given': train example 1 cannot be stored: .*int") as caught:
         dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
     assert "\n" not in str(caught.value)
 
@@ -298,15 +300,15 @@ def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
 def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
     said: list[str] = []
     with (
-        patch.object(dataset_cache, "QUIET_SECONDS", 0.0),
-        patch("orchestrator.finetune.data.batches.TOGETHER", 20),
+        patch.object(dataset_cache, "PROGRESS_INTERVAL_SECONDS", 0.0),
+        patch("orchestrator.finetune.data.batches.TOKENIZER_BATCH_SIZE", 20),
     ):
         dataset_cache.prepare_dataset(tmp_path, configuration(), Letters(), tokenizer(), said.append)
     assert said[0] == "letters: reading the examples"
     assert said[1:] == [
-        *(f"letters: {n} of 64 train examples tokenised" for n in (20, 40, 60, 64)),
-        "letters: 16 of 16 validation examples tokenised",
-        "letters: 16 of 16 test examples tokenised",
+        *(f"letters: {n} of 64 train examples tokenized" for n in (20, 40, 60, 64)),
+        "letters: 16 of 16 validation examples tokenized",
+        "letters: 16 of 16 test examples tokenized",
     ]
 
 
@@ -349,24 +351,13 @@ def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path)
     """Memory of its own: the pages of the file are the page cache's, and shared."""
     about = {"task": "many", "split": "train"}
     row = Row(tuple(range(1000, 1060)), tuple(range(1001, 1061)), tuple(range(1000, 1030)))
-    make = lambda: (row for _ in range(200_000))  # noqa: E731
-    dataset_cache._load_or_create(
-        tmp_path,
-        "many-%s.rows.arrow",
-        about,
-        dataset_cache.ROW_COLUMNS,
-        dataset_cache._sequence_factory(Row),
-        make,
+    file = arrow_files.ArrowFile(
+        tmp_path, "rows", about, dataset_cache.ROW_COLUMNS, partial(ArrowSequence, factory=Row)
     )
+    file.read_or_create(lambda: (row for _ in range(200_000)))
     before = anonymous()
-    rows = dataset_cache._load_or_create(
-        tmp_path,
-        "many-%s.rows.arrow",
-        about,
-        dataset_cache.ROW_COLUMNS,
-        dataset_cache._sequence_factory(Row),
-        make,
-    )
+    rows = file.read()
+    assert rows is not None
     for number in range(100):
         make_training_batch(rows, 0, 16 * number, 16, 64, 0)
     grown = anonymous() - before

@@ -161,7 +161,7 @@ def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -
     here = bench()
     plain = sampled(temperature=3.0)
     split = split_of(plain, here)
-    monkeypatch.setattr(generate, "LOOK", 2)
+    monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
     with three_lanes(here) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731
@@ -189,7 +189,7 @@ def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
 
     class Lane:
         def __init__(self, name: str, seed: int, at_end: bool) -> None:
-            self.name, self.at_end, self.configuration = name, at_end, configured(seed=seed)
+            self.name, self.is_at_last_step, self.configuration = name, at_end, configured(seed=seed)
 
     lanes = [Lane(name, seed, name == "y") for name, seed in zip(NAMES, SEEDS, strict=True)]
     with three_lanes(here) as adapters:

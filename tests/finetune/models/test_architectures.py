@@ -18,7 +18,7 @@ import transformers
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, train
 
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.sources.base_store import suppress_transformers_logging
+from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.record.schema import Record
@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             }
             config = getattr(transformers, base.kind)(vocab_size=len(words), **base.options, **special)
             kind = transformers.AutoModelForCausalLM if base.causal else transformers.AutoModel
-            with torch.random.fork_rng(devices=[]), suppress_transformers_logging():
+            with torch.random.fork_rng(devices=[]), base_store.suppress_transformers_logging():
                 torch.manual_seed(0)
                 kind.from_config(config).save_pretrained(made[name])
                 words.save_pretrained(made[name])
@@ -119,7 +119,7 @@ def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
 def test_adapters_are_on_every_linear_layer_of_the_blocks(name: str, folder: Callable[[str], Path]) -> None:
     base = BASES[name]
     task = catalogue.get(WORDS_TASK if base.causal else "reviews")
-    choice = loading.ModelChoice(str(folder(name)), loading.bases.content_of(folder(name)))
+    choice = loading.ModelChoice(str(folder(name)), base_store.content_hash(folder(name)))
     model, heads = loading.build_meta_model(choice, folder(name) / "bases", task)
     expected = {f"{base.prefix}.{block}.{layer}" for block in range(BLOCKS) for layer in base.layers}
     assert set(find_target_layers(model, "blocks")) == expected

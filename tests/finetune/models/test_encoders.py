@@ -214,7 +214,7 @@ def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str,
         Same().examples("train", 16), batch.token_type_ids, batch.lengths.tolist(), strict=True
     ):
         assert types[:length].tolist() == here.tokenizer(example.prompt, example.pair)["token_type_ids"]
-    both = Batch.concatenate([batch, replace(batch, seconds=None)])
+    both = Batch.concatenate([batch, replace(batch, second_segment_starts=None)])
     assert both.token_type_ids is not None
     assert torch.equal(both.token_type_ids[:16], batch.token_type_ids)
     assert not both.token_type_ids[16:].any()
@@ -224,7 +224,7 @@ def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str,
         batch = batch_of(here)
         with three_lanes(here, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
             given, _ = compute_logits(here, Same(), batch)
-            without, _ = compute_logits(here, Same(), replace(batch, seconds=None))
+            without, _ = compute_logits(here, Same(), replace(batch, second_segment_starts=None))
         assert torch.equal(given, without) == (kind not in TYPED)
 
 

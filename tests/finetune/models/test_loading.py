@@ -225,7 +225,7 @@ def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(fold
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         file.write(b"\x3f" * 4096)
-    assert loading.bases.content_of(folder) != content
+    assert base_store.content_hash(folder) != content
     after = bench.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

@@ -22,7 +22,7 @@ _WITHOUT_ATTENTION_INTERFACE = (
 )  # computed without an attention function, by `nn.Dropout`
 ATTENTION_IMPLEMENTATION = "lane_dropout"
 """The name under which `_attention` is registered with transformers."""
-_ORIGINAL_ATTENTION = "attention_before_dropout"
+_ORIGINAL_ATTENTION = "original_attention"
 """An attribute of a model: the name of its own attention function."""
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from orchestrator.finetune import resolve
-from orchestrator.finetune.models import deberta, loading, own_dropout
+from orchestrator.finetune.models import deberta, loading, attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.sources import base_store
@@ -29,7 +29,7 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
-from variants import base_dropout as our_dropout
+from variants import base_dropout
 from variants import catalogue, rows
 from variants.attach import Adapters, attach
 from variants.base import VariantSettings
@@ -56,14 +56,14 @@ def model_of(kind: str, folder: Path) -> Any:
 
 @contextmanager
 def dropping(model: Any) -> Iterator[Adapters]:
-    own_dropout.check_dropout_supported(model, "it")
+    attention_dropout.check_dropout_supported(model, "it")
     adapters = attach(model, catalogue.get("lora"), SETTINGS, base_dropout=True)
-    own_dropout.enable_lane_dropout(model)
+    attention_dropout.enable_lane_dropout(model)
     adapters.add_lane("lane", SETTINGS, seed=3)
     for number, parameter in enumerate(adapters.trainable("lane").values()):
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     yield adapters
-    own_dropout.disable_lane_dropout(model)
+    attention_dropout.disable_lane_dropout(model)
     adapters.detach()
 
 
@@ -99,7 +99,7 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
         masks.append(rows.draw_dropout_masks(*args))
         return masks[-1]
 
-    monkeypatch.setattr(our_dropout, "masks", drawn)
+    monkeypatch.setattr(base_dropout, "draw_dropout_masks", drawn)
     with dropping(model) as adapters, torch.no_grad():
         with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
             ours = model(**given).logits

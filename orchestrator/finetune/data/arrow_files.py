@@ -1,0 +1,191 @@
+"""Arrow files that are written once and verified on every opening.
+
+    <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow
+
+The file name contains a hash of the cache key: everything that decides the content. The key itself is in the
+metadata of the file's schema. Each record batch has a SHA-256 digest in its metadata, and the last one the
+number of batches. A file that is cut, damaged, or written for another key is made again. The bytes of image
+files are left out of the digests of batches, since each image has a digest of its own that is verified when
+the image is read: opening a file reads all of it but the images.
+
+Files use Arrow's IPC format, which is opened without running code. They are memory-mapped, so all workers on
+a node share one copy of them in the page cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+from pyarrow import ipc
+
+from orchestrator.finetune.data.arrow_rows import to_record_batch
+from orchestrator.study.configuration import canonical_json
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import UsageError
+
+T = TypeVar("T")
+
+TEXT, BYTES, INTEGER, INTEGER_LIST, FLOAT_LIST = (
+    pa.large_string(),
+    pa.large_binary(),
+    pa.int32(),
+    pa.large_list(pa.int32()),
+    pa.large_list(pa.float64()),
+)
+RECORD_BATCH_ROWS = 4096
+IMAGE_RECORD_BATCH_ROWS = 128
+"""Rows of a batch with image files. A batch is in memory until it is written; a photo may take a megabyte."""
+
+_DIGEST_KEY, _BATCH_COUNT_KEY = b"sha256", b"batches"
+_CONVERSION_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class ArrowFile(Generic[T]):
+    """A file of one split of a task in a cache folder.
+
+    Args:
+        folder: The cache folder; it need not exist.
+        suffix: The end of the file name: "examples" or "rows".
+        cache_key: JSON values that decide the content of the file. "task" and "split" are among them.
+        columns: The name and Arrow type of each column, in the order of the dataclass's fields.
+        make_view: Makes a sequence of values from the record batches of the file.
+    """
+
+    folder: Path
+    suffix: str
+    cache_key: Mapping[str, Any]
+    columns: Mapping[str, Any]
+    make_view: Callable[[Sequence[Any]], Sequence[T]]
+
+    @property
+    def schema(self) -> Any:
+        """The Arrow schema, with the cache key in its metadata."""
+        return pa.schema(list(self.columns.items()), metadata={"about": canonical_json(dict(self.cache_key))})
+
+    @property
+    def path(self) -> Path:
+        """The path of the file."""
+        key_hash = hashlib.sha256(canonical_json(dict(self.cache_key))).hexdigest()[:16]
+        return self.folder / f"{self.cache_key['task']}-{key_hash}.{self.suffix}.arrow"
+
+    def read(self) -> Sequence[T] | None:
+        """Return the values, None if the file does not exist or is not what was written."""
+        batches = read_verified_batches(self.path, self.schema)
+        return None if batches is None else self.make_view(batches)
+
+    def read_or_create(self, make_values: Callable[[], Iterable[object]]) -> Sequence[T]:
+        """Return the values of the file, which is created first if necessary.
+
+        One process creates the file while others wait. Where storage has no locks across nodes, two nodes may
+        create it at once: each of their files is complete, and the first one is kept.
+
+        Args:
+            make_values: Makes the dataclass instances to store.
+
+        Raises:
+            UsageError: A value cannot be stored in its column.
+        """
+        from filelock import FileLock
+
+        if (found := self.read()) is not None:
+            return found
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / f".{self.cache_key['task']}.lock"):
+            if (found := self.read()) is not None:
+                return found
+            with self._write_temporary_file(make_values()) as source:
+                # An existing file is either damaged or the whole one of another node that was faster.
+                if not atomic_files.link_if_absent(source, self.path) and self.read() is None:
+                    with atomic_files.add_path_to_disk_errors(self.path):
+                        os.replace(source, self.path)
+        found = self.read()
+        assert found is not None, f"{self.path} is not what was written there"
+        return found
+
+    @contextmanager
+    def _write_temporary_file(self, values: Iterable[object]) -> Iterator[Path]:
+        """Yield a synced file with the values, and remove it afterwards.
+
+        `record/gc.py` knows the form of its name and removes files that a killed process left behind.
+        """
+        temporary_file = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary_file.open("xb") as file:
+                with ipc.new_file(file, self.schema) as writer:
+                    self._write_batches(writer, iter(values))
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary_file
+        finally:
+            temporary_file.unlink(missing_ok=True)
+
+    def _write_batches(self, writer: Any, values: Iterator[object]) -> None:
+        size = IMAGE_RECORD_BATCH_ROWS if BYTES in self.columns.values() else RECORD_BATCH_ROWS
+        first_index, count = 0, 0
+        chunk = list(islice(values, size))
+        while chunk or count == 0:
+            batch, next_chunk = self._to_record_batch(chunk, first_index), list(islice(values, size))
+            count += 1
+            metadata = {_DIGEST_KEY: _digest(batch)}
+            if not next_chunk:
+                metadata[_BATCH_COUNT_KEY] = str(count).encode()
+            writer.write_batch(batch, custom_metadata=metadata)
+            first_index, chunk = first_index + len(chunk), next_chunk
+
+    def _to_record_batch(self, chunk: Sequence[object], first_index: int) -> Any:
+        try:
+            return to_record_batch(chunk, self.schema)
+        except _CONVERSION_ERRORS:
+            for number, value in enumerate(chunk, first_index):
+                try:
+                    to_record_batch([value], self.schema)
+                except _CONVERSION_ERRORS as reason:
+                    raise UsageError(
+                        f"Task {self.cache_key['task']!r}: {self.cache_key['split']} example {number} cannot be "
+                        f"stored: {str(reason).splitlines()[0]}"
+                    ) from None
+            raise
+
+
+def read_verified_batches(path: Path, schema: Any) -> list[Any] | None:
+    """Return the record batches of a file, memory-mapped.
+
+    Args:
+        path: The file.
+        schema: The schema, metadata included, that the file must have.
+
+    Returns:
+        The batches, or None if the file does not exist, has another schema, or is cut or damaged. Image
+        files are not verified here.
+    """
+    try:
+        file = ipc.open_file(pa.memory_map(str(path)))
+        if not file.schema.equals(schema, check_metadata=True):
+            return None
+        batches, count = [], None
+        for number in range(file.num_record_batches):
+            batch, metadata = file.get_batch_with_custom_metadata(number)
+            batch.validate(full=True)  # lengths, and that text is UTF-8
+            if metadata is None or metadata.get(_DIGEST_KEY) != _digest(batch):
+                return None
+            batches.append(batch)
+            count = metadata.get(_BATCH_COUNT_KEY)
+    except (OSError, pa.ArrowException):
+        return None
+    return batches if count == str(len(batches)).encode() else None
+
+
+def _digest(batch: Any) -> bytes:
+    """Return the SHA-256 (hex) of a batch's IPC message without image files; equal batches have equal ones."""
+    small = batch.select([field.name for field in batch.schema if field.type != BYTES])
+    return hashlib.sha256(small.serialize()).hexdigest().encode()
