@@ -189,7 +189,7 @@ def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
 
     class Lane:
         def __init__(self, name: str, seed: int, at_end: bool) -> None:
-            self.name, self.is_at_last_step, self.configuration = name, at_end, configured(seed=seed)
+            self.fingerprint, self.is_at_last_step, self.configuration = name, at_end, configured(seed=seed)
 
     lanes = [Lane(name, seed, name == "y") for name, seed in zip(NAMES, SEEDS, strict=True)]
     with three_lanes(here) as adapters:
