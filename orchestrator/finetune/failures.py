@@ -30,8 +30,29 @@ class Fault(StrEnum):
     """There is no space left on it."""
 
 
+class BrokenKind(StrEnum):
+    """Why a trainer's process can train no more lanes."""
+
+    DEVICE_LOST = "device lost"
+    """The process has lost its device, as after a CUDA error."""
+    REPEATED_LANE_FAILURES = "repeated lane failures"
+    """One lane after another failed with the same message and none took a step."""
+
+
 class TrainerBrokenError(RuntimeError):
-    """This process can do no more, whatever it is given."""
+    """The trainer's process can train no more lanes, whichever it leases.
+
+    Args:
+        reason: The cause, in one line.
+        kind: The cause, for programs.
+    """
+
+    def __init__(self, reason: str, kind: BrokenKind) -> None:
+        super().__init__(reason, kind)  # as the exception is pickled
+        self.reason, self.kind = reason, kind
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class StoreFullError(RuntimeError):

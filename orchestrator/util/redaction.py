@@ -57,7 +57,8 @@ def redact_errors(*preserved_types: type[Exception]) -> Iterator[None]:
         if redact_secrets(whole) == whole:
             raise
         kind = next((kind for kind in preserved_types if isinstance(error, kind)), None)
-        raise kind(redact_secrets(str(error))) if kind else RuntimeError(redact_secrets(whole)) from None
+        arguments = (redact_secrets(a) if type(a) is str else a for a in error.args)
+        raise kind(*arguments) if kind else RuntimeError(redact_secrets(whole)) from None
 
 
 def redact_process_arguments() -> None:

@@ -17,7 +17,7 @@ from orchestrator.execution.trainers.exit_status import (
     FailurePolicy,
     classify_exit,
 )
-from orchestrator.finetune.failures import StoreFullError, TrainerBrokenError
+from orchestrator.finetune.failures import BrokenKind, StoreFullError, TrainerBrokenError
 
 
 def raised(*errors: BaseException) -> WorkerGroupError:
@@ -37,14 +37,25 @@ def short_of_memory() -> WorkerGroupError:
     [
         (ControllerError(WorkerGroupStartupTimeoutError(1)), ExitKind.PLACEMENT_TIMEOUT, "startup timed out"),
         (ControllerError(RuntimeError("a callback")), ExitKind.FAILED, "a callback"),
-        (raised(TrainerBrokenError("the device is lost")), ExitKind.CRASHED, "the device is lost"),
         (
-            raised(RuntimeError("closed by peer"), TrainerBrokenError("the device is lost")),
+            raised(TrainerBrokenError("the device is lost", BrokenKind.DEVICE_LOST)),
+            ExitKind.CRASHED,
+            "the device is lost",
+        ),
+        (
+            raised(
+                RuntimeError("closed by peer"),
+                TrainerBrokenError("the device is lost", BrokenKind.DEVICE_LOST),
+            ),
             ExitKind.CRASHED,
             "the device",
         ),
         (
-            raised(TrainerBrokenError("3 configurations in a row failed with a data file")),
+            raised(
+                TrainerBrokenError(
+                    "3 configurations in a row failed with a data file", BrokenKind.REPEATED_LANE_FAILURES
+                )
+            ),
             ExitKind.REPEATED_LANE_FAILURES,
             "a data file",
         ),

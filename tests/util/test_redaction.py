@@ -55,7 +55,7 @@ def test_a_bug_shows_itself_without_them() -> None:
 
 def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.execution.trainers.exit_status import format_ray_error
-    from orchestrator.finetune.failures import TrainerBrokenError
+    from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
     from orchestrator.util.redaction import redact_errors
 
     value = f"pl4nted{secrets.token_hex(16)}"
@@ -67,8 +67,12 @@ def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch
     assert value not in str(caught.value)
     assert "KeyError: '***'" in str(caught.value)
     assert format_ray_error(caught.value) == "OSError: the hub is down"
-    with pytest.raises(TrainerBrokenError, match=r"^with \*\*\*$"), redact_errors(TrainerBrokenError):
-        raise TrainerBrokenError(f"with {value}")
+    with (
+        pytest.raises(TrainerBrokenError, match=r"^with \*\*\*$") as kept,
+        redact_errors(TrainerBrokenError),
+    ):
+        raise TrainerBrokenError(f"with {value}", BrokenKind.DEVICE_LOST)
+    assert kept.value.kind is BrokenKind.DEVICE_LOST
     with pytest.raises(LookupError), redact_errors(TrainerBrokenError):
         raise LookupError("nothing to hide")
     assert format_ray_error(OSError(f"a\n{value}")) == "***"

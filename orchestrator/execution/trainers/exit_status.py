@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from ray.exceptions import RayActorError
 
 MAX_TRAINER_FAILURES = 3  # in a row
-DEVICE_LOST = "the device is lost"  # how TrainerBrokenError tells it from lanes that failed alike
 UNREACHABLE_TIMEOUT_SECONDS = 30.0  # a worker is out of reach: how long Ray may take to find out why
 
 
@@ -133,8 +133,8 @@ def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
             return ExitStatus(fate, why.partition(" Some common causes")[0])
     raised = [f._base_exc for f in failures if isinstance(f, UserExceptionWithTraceback)]
     for exception in raised:
-        if type(exception).__name__ == "TrainerBrokenError":
-            lost = str(exception).startswith(DEVICE_LOST)
+        if isinstance(exception, TrainerBrokenError):
+            lost = exception.kind is BrokenKind.DEVICE_LOST
             return ExitStatus(
                 ExitKind.CRASHED if lost else ExitKind.REPEATED_LANE_FAILURES, format_ray_error(exception)
             )

@@ -27,6 +27,7 @@ from orchestrator.finetune.engine.polling import PollInterval
 from orchestrator.finetune.engine.recorder import LaneRecorder, LaneStore
 from orchestrator.finetune.engine.slots import LaneSlots
 from orchestrator.finetune.failures import (
+    BrokenKind,
     Fault,
     StoreFullError,
     TrainerBrokenError,
@@ -122,7 +123,9 @@ def run(
     except Exception as error:
         is_device_lost = classify_error(error) is Fault.DEVICE
         if is_device_lost:
-            raise TrainerBrokenError(f"the device is lost to this process: {error}") from error
+            raise TrainerBrokenError(
+                f"the device is lost to this process: {error}", BrokenKind.DEVICE_LOST
+            ) from error
         raise
     finally:
         if not is_device_lost:
@@ -493,7 +496,8 @@ class _Loop:
         self.lanes_failed_alike.add(lane.fingerprint)
         if len(self.lanes_failed_alike) >= MAX_IDENTICAL_FAILURES and not self.lanes:
             raise TrainerBrokenError(
-                f"{len(self.lanes_failed_alike)} configurations in a row failed with {failed.reason}"
+                f"{len(self.lanes_failed_alike)} configurations in a row failed with {failed.reason}",
+                BrokenKind.REPEATED_LANE_FAILURES,
             ) from failed
 
     def _remove_lane(self, lane: Lane) -> None:
