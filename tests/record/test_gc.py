@@ -125,7 +125,7 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
         _file(store.root / f".check-{hexes}" / "driver").parent,
         _file(store.bases / f".hub-org--model.json.{hexes}"),
         _file(store.adapters / f".{record.fingerprint}.{hexes}" / "adapter_model.safetensors").parent,
-        _file(store.evidence / f".e.safetensors.{hexes}"),
+        _file(store.calibration / f".e.safetensors.{hexes}"),
         _file(store.data / f".letters-0123456789abcdef.rows.arrow.{hexes}"),
         _file(store.bases / ".pointer-x1"),
         _file(store.bases / ".letters-base-ab12cd_4" / "model" / "weights").parents[1],

@@ -75,9 +75,9 @@ def test_the_longer_stop_and_the_more_failures_count(stores, make_record):
     there.put(failed)
     there.put(failed)
     merge_stores(here, there)
-    assert here.failures(failed.fingerprint) == 2
+    assert here.count_failures(failed.fingerprint) == 2
     merge_stores(there, here)
-    assert there.failures(failed.fingerprint) == 2
+    assert there.count_failures(failed.fingerprint) == 2
 
 
 def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
@@ -152,8 +152,8 @@ def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
             (store.bases / name).mkdir(parents=True)
             (store.bases / name / "config.json").write_text(content)
         (store.bases / "b.recipe.json").write_text(text)
-        store.evidence.mkdir()
-        save_file({"a": np.zeros(2)}, store.evidence / f"{text}.safetensors")
+        store.calibration.mkdir()
+        save_file({"a": np.zeros(2)}, store.calibration / f"{text}.safetensors")
     (there.bases / ".b-abcdefgh").mkdir()  # in the making
     came, other = make_record(seed=1), make_record(seed=2, reason="theirs")
     there.put(came)

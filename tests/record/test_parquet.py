@@ -27,7 +27,7 @@ def test_one_row_a_configuration_with_every_hyperparameter(store, make_record):
     assert len(rows) == 4
     for record in made:
         row = rows[record.fingerprint]
-        for name, value in record.configuration.flat().items():
+        for name, value in record.configuration.to_columns().items():
             assert row[name] == value, name
         assert (row["state"], row["reason"], row["steps"]) == (record.state, record.reason, 20)
         assert row["untrained_validation_score"] == 0.1
@@ -63,7 +63,7 @@ def test_types_do_not_depend_on_what_is_there(store, make_record):
     assert pa.null() not in more.types
     assert more.metadata[b"record_schema_version"] == b"1"
     # The configuration's columns are all stated, so that none of them is left to chance.
-    assert set(make_record().configuration.flat()) <= set(empty.names)
+    assert set(make_record().configuration.to_columns()) <= set(empty.names)
 
 
 def test_a_variants_own_hyperparameters_have_columns(store, make_record):

@@ -48,32 +48,32 @@ def test_the_first_final_record_stays(store, make_record):
 def test_which_record_meets_which_request(store, make_record):
     stopped = make_record(state="stopped")
     fingerprint = stopped.fingerprint
-    assert store.meets(fingerprint, "asha 4") is None
+    assert store.get_reusable(fingerprint, "asha 4") is None
     store.put(stopped)
-    assert store.meets(fingerprint) is None
-    assert store.meets(fingerprint, "asha 2") is None
-    assert store.meets(fingerprint, "asha 4").state == "stopped"
+    assert store.get_reusable(fingerprint) is None
+    assert store.get_reusable(fingerprint, "asha 2") is None
+    assert store.get_reusable(fingerprint, "asha 4").state == "stopped"
     store.put(make_record(state="failed"))
     assert store.get(fingerprint).state == "failed"
-    assert store.meets(fingerprint, "asha 4").state == "stopped"
+    assert store.get_reusable(fingerprint, "asha 4").state == "stopped"
     store.put(make_record(state="diverged"))
-    assert {store.meets(fingerprint, s).state for s in ("", "asha 2", "asha 4")} == {"diverged"}
+    assert {store.get_reusable(fingerprint, s).state for s in ("", "asha 2", "asha 4")} == {"diverged"}
 
 
 def test_a_stopped_record_without_a_scheduler_meets_nothing(store, make_record):
     store.put(make_record(state="stopped", scheduler=""))
-    assert store.meets(make_record().fingerprint) is None
+    assert store.get_reusable(make_record().fingerprint) is None
 
 
 def test_failures_are_counted_until_it_ends_otherwise(store, make_record):
     fingerprint = make_record().fingerprint
-    counts = [store.failures(fingerprint)]
+    counts = [store.count_failures(fingerprint)]
     for _ in range(3):
         store.put(make_record(state="failed"))
         counts.append(Store(store.root).count_failures(fingerprint))
     assert counts == [0, 1, 2, 3]
     store.put(make_record(state="stopped"))
-    assert store.failures(fingerprint) == 0
+    assert store.count_failures(fingerprint) == 0
     assert store.states() == {fingerprint: "stopped"}
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_record_does_not_keep_its_configuration_from_being_recorded(st
     record = make_record()
     text = _text_of(store, record)
     _file(store, record).write_text(text.replace('"steps":', '"steps":1', 1))
-    assert store.meets(record.fingerprint) is None
+    assert store.get_reusable(record.fingerprint) is None
     assert store.put(record)
     assert repr(store.get(record.fingerprint)) == repr(record)
 
@@ -213,16 +213,16 @@ def test_find_by_prefix(store, make_record):
     for record in made:
         store.put(record)
     wanted = made[7].fingerprint
-    assert store.one(wanted[:20].upper()) == wanted
+    assert store.resolve_prefix(wanted[:20].upper()) == wanted
     first = [r.fingerprint for r in made if r.fingerprint[0] == wanted[0]]
-    assert store.find(wanted[0]) == sorted(first)
+    assert store.find_by_prefix(wanted[0]) == sorted(first)
     assert len(first) > 1
     with pytest.raises(UsageError, match=rf"{len(first)} records start so.*{sorted(first)[0][:12]}"):
-        store.one(wanted[0])
+        store.resolve_prefix(wanted[0])
     with pytest.raises(UsageError, match=r"no record in .* starts so"):
-        store.one("0" * 30)
+        store.resolve_prefix("0" * 30)
     with pytest.raises(UsageError, match="hexadecimal"):
-        store.one("lora")
+        store.resolve_prefix("lora")
 
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):

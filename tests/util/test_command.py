@@ -224,7 +224,7 @@ def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
 
 def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
     body = (
-        f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.say('Ctrl-C: seats save')"
+        f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.notify('Ctrl-C: seats save')"
     )
     terminal = _in_a_terminal(tmp_path, body)
     terminal.type(CTRL_C)
@@ -233,8 +233,8 @@ def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
 
 def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
     body = (
-        "with progress, graceful_interrupts(lambda: progress.say('heard')):\n"
-        "    started()\n    progress.show()\n    while True: time.sleep(0.05)"
+        "with progress, graceful_interrupts(lambda: progress.notify('heard')):\n"
+        "    started()\n    progress.refresh()\n    while True: time.sleep(0.05)"
     )
     terminal = _in_a_terminal(tmp_path, body)
     terminal.wait_for("0/5 done")
@@ -248,7 +248,7 @@ def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
 
 def test_how_to_go_on_is_not_glued_to_the_live_line(tmp_path):
     """Python has dropped the interrupt, so another thread than the main one ends the process."""
-    work = f"progress.show()\n{DROPPED}dropped.set()\n{LOOP}"
+    work = f"progress.refresh()\n{DROPPED}dropped.set()\n{LOOP}"
     terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
     terminal.wait_for("0/5 done")
     terminal.type(CTRL_C)

@@ -76,7 +76,7 @@ def test_a_child_says_what_its_record_says(uri, study, make_record):
     expected |= {"state": "finished", "fingerprint": record.fingerprint, "study": study, "commit": "abc123"}
     assert expected.items() <= child.data.tags.items()
     assert "reused_from" not in child.data.tags
-    flat = record.configuration.flat()
+    flat = record.configuration.to_columns()
     assert child.data.params == {k: str(v) for k, v in flat.items() if v is not None}
     assert child.data.params["variant_ratio"] == "16"
     ends = {"validation_score": 0.5, "test_score": 0.45, "untrained_validation_score": 0.1, "seconds": 2.5}
@@ -312,7 +312,7 @@ def test_processes_that_meet_a_fresh_database_at_once_make_one_and_say_nothing(t
         "uri, study, here = sys.argv[1:]\n"
         "Path(here).touch()\n"
         "sys.stdin.read()\n"
-        "log = MlflowLog(uri)\n"
+        "log = MlflowLogger(uri)\n"
         "log.finish_study(log.ensure_study(study, 'why'))"
     )
     (work := tmp_path / "work").mkdir()

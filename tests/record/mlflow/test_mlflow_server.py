@@ -31,8 +31,8 @@ from orchestrator.util.errors import UsageError
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, an answer that comes is waited for."""
-    monkeypatch.setattr(tracking_uri, "PATIENCE", 240.0)
-    monkeypatch.setattr(study_run, "LOG_SECONDS", 240.0)
+    monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", 240.0)
+    monkeypatch.setattr(study_run, "MLFLOW_FLUSH_SECONDS", 240.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
 
 
