@@ -28,7 +28,7 @@ from variants.full_finetune import MODEL_PREFIX, FullModelParameters
 from variants.heads import LaneHead
 from variants.lane_linear import BypassedLayerError, LaneLinear
 from variants.lane_tensors import LaneTensors
-from variants.rows import AdapterState, ForwardContext, UnassignedRowsError
+from variants.forward_context import AdapterState, ForwardContext, UnassignedRowsError
 from variants.targets import find_target_layers
 
 __all__ = ["Adapters", "BypassedLayerError", "LaneLinear", "UnassignedRowsError", "attach"]

@@ -29,20 +29,20 @@ ExtraSettings = Mapping[str, float | int | str | bool]
 
 
 class Batching(StrEnum):
-    BATCHED = "stacked"
+    BATCHED = "batched"
     """One batched matmul over all lanes; the base is never written."""
     DENSE = "dense"
     """Forms a full-size update: on large layers one lane at a time, recomputed in backward."""
-    EXCLUSIVE = "alone"
+    EXCLUSIVE = "exclusive"
     """Writes the base or keeps full-size state: packs of one lane."""
 
 
 class AdaptationScope(StrEnum):
-    TARGET_LAYERS = "layers"
+    TARGET_LAYERS = "target_layers"
     """The target layers."""
-    HEAD_ONLY = "nothing"
+    HEAD_ONLY = "head_only"
     """No layer: a task's head learns alone."""
-    FULL_MODEL = "model"
+    FULL_MODEL = "full_model"
     """Every parameter of the model."""
 
 
@@ -57,9 +57,9 @@ class CalibrationStatistic(StrEnum):
 
 
 class VerifiedBy(StrEnum):
-    REFERENCE_IMPLEMENTATION = "oracle"
+    REFERENCE_IMPLEMENTATION = "reference_implementation"
     """Step for step equal to a trusted implementation (PEFT)."""
-    AUTHORS_CODE = "official"
+    AUTHORS_CODE = "authors_code"
     """Compared with the authors' update rule."""
     PAPER = "paper"
     """Compared with the paper's equations."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from variants.rows import AdapterState, draw_dropout_masks, split_by_lane
+from variants.forward_context import AdapterState, draw_dropout_masks, split_by_lane
 
 
 class TableDropout(nn.Dropout):

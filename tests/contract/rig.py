@@ -177,7 +177,7 @@ def evidence(case: Case, adapters: Adapters, lane: int) -> CalibrationTensors | 
     def losses() -> Iterator[Tensor]:
         for step in range(3):
             rows = case.rows(lane, step)
-            with adapters.disable_adapters(heads=adapters.init_heads(lane)):
+            with adapters.disable_adapters(head_weights=adapters.init_heads(lane)):
                 yield case.loss(run(adapters.model, rows), rows)
 
     return calibrate(adapters, adapters.settings, losses)
@@ -216,7 +216,7 @@ def frozen_output(case: Case, adapters: Adapters) -> Tensor:
     """(K * R, ...) of the frozen model, behind it each lane's head as it started."""
     outs = []
     for lane in adapters.lanes:
-        with adapters.disable_adapters(heads=adapters.init_heads(adapters.lane_seed(lane))):
+        with adapters.disable_adapters(head_weights=adapters.init_heads(adapters.lane_seed(lane))):
             outs.append(run(adapters.model, case.rows(int(lane))))
     return torch.cat(outs)
 
@@ -283,7 +283,7 @@ def train(case: Case, adapters: Adapters, steps: int, rate: float = 0.01) -> Non
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every tensor of the model, by its name when no adapters are on."""
-    return {name.replace(".base.", "."): value.clone() for name, value in model.state_dict().items()}
+    return {name.replace(".base_layer.", "."): value.clone() for name, value in model.state_dict().items()}
 
 
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

@@ -61,7 +61,7 @@ def loss_of(model: nn.Module, batch: int) -> Tensor:
 def losses(adapters: Adapters, passes: list[int], real: Tensor | None = None) -> Iterator[Tensor]:
     passes.append(len(passes))
     for batch in range(BATCHES):
-        with adapters.disable_adapters(real=real):
+        with adapters.disable_adapters(attention_mask=real):
             yield loss_of(adapters.model, batch)
 
 
@@ -131,7 +131,10 @@ def covariance(x: Tensor, real: Tensor | None = None) -> Tensor:
 
     def batches() -> Iterable[Tensor]:
         for number, rows in enumerate(x):
-            with adapters.disable_adapters(real=None if real is None else real[number]), torch.no_grad():
+            with (
+                adapters.disable_adapters(attention_mask=None if real is None else real[number]),
+                torch.no_grad(),
+            ):
                 yield adapters.layers["blocks.0"](rows).sum()
 
     return calibrate(adapters, adapters.settings, batches)["blocks.0"]["matrix"]

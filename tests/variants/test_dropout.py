@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.base import AdaptationScope, CalibrationStatistic, VariantSettings
-from variants.rows import draw_dropout_masks
+from variants.forward_context import draw_dropout_masks
 
 SETTINGS = VariantSettings(rank=8, alpha=16.0, dropout=0.25)
 

@@ -70,7 +70,7 @@ def test_the_frozen_model_keeps_its_own_head_or_takes_the_one_it_is_given() -> N
         own = plain(input_ids=IDS).logits
         with adapters.disable_adapters():
             assert torch.equal(adapters.model(input_ids=IDS).logits, own)
-        with adapters.disable_adapters(heads=adapters.init_heads(1)):
+        with adapters.disable_adapters(head_weights=adapters.init_heads(1)):
             given = adapters.model(input_ids=IDS).logits
     assert torch.equal(given, logits(adapters, "1"))
     assert not torch.equal(given, own)

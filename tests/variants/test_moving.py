@@ -103,7 +103,7 @@ def test_relora_reaches_a_higher_rank_and_merges_and_leaves_whole(case: Case, tm
     assert distance(output(case, back), out) < case.tolerance
     with torch.no_grad():
         assert distance(run(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out) < 1e-5
-        adapters.merge("0")
+        adapters.merge_and_detach("0")
         assert distance(run(adapters.model, case.rows(0)), out) < case.tolerance
 
 
@@ -115,7 +115,7 @@ def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
     """Beside LoRA, whose base weights are rewritten after each step t > K as in the paper's algorithm 1."""
     case, steps = Case(model, model=model, out=40, inside=24, dtype=torch.float64), 12
     ours, theirs = (put_on(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
-    begin = {name: layer.layer.weight.clone() for name, layer in ours.layers.items()}
+    begin = {name: layer.frozen_layer.weight.clone() for name, layer in ours.layers.items()}
     k, taken = round(500 / 1562 * steps), stepped(case, ours, steps)
     product = {name: delta(theirs, name) for name in begin}
     for t, now in enumerate(stepped(case, theirs, steps)):
@@ -124,8 +124,8 @@ def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
             before, product[name] = product[name], delta(theirs, name)
             if t > k:
                 with torch.no_grad():
-                    layer.base.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
-            accumulated = layer.layer.weight - begin[name] + product[name]
+                    layer.base_layer.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
+            accumulated = layer.frozen_layer.weight - begin[name] + product[name]
             torch.testing.assert_close(delta(ours, name), accumulated, rtol=1e-9, atol=1e-12)
         for name, tensor in theirs.trainable("0").items():
             torch.testing.assert_close(ours.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
@@ -155,14 +155,14 @@ def test_adaloras_ranks_follow_the_budget() -> None:
         for lane in adapters.lanes:
             values = [t for n, t in adapters.trainable(lane).items() if n.endswith(".E")]
             assert sum(int(t.count_nonzero()) for t in values) == left
-            ranks = adapters.ranks(lane)
+            ranks = adapters.ranks_in_use(lane)
             assert sum(ranks.values()) == (16 if step >= 17 else 24)
             assert adapters.variant.rank_budget(4, adapters.settings, step, 40) == sum(ranks.values())
         if step == 17:
-            settled = {lane: adapters.ranks(lane) for lane in adapters.lanes}
+            settled = {lane: adapters.ranks_in_use(lane) for lane in adapters.lanes}
     assert len(set(settled["0"].values())) > 1
     for lane in adapters.lanes:
-        assert adapters.ranks(lane) == settled[lane]
+        assert adapters.ranks_in_use(lane) == settled[lane]
         for name, tensor in adapters.trainable(lane).items():
             layer, parameter = name.rsplit(".", 1)
             if parameter == "E":
@@ -177,21 +177,21 @@ def test_adalora_prunes_the_least_important_of_all_layers() -> None:
     for kind in ("importance", "uncertainty"):
         adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
     adapters.after_step("0", 17, 40, optimizer._moments)
-    ranks = adapters.ranks("0")
+    ranks = adapters.ranks_in_use("0")
     assert ranks["there.1"] == 6
     assert sum(ranks.values()) == 16
 
 
 def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
     adapters = put_on(RIG, catalogue.get("adalora"), 2)
-    with adapters.rows(["0", "1"], 0) as now:
+    with adapters.activate_lanes(["0", "1"], 0) as now:
         run(adapters.model, torch.cat([RIG.rows(0), RIG.rows(1)]))
     found = now.auxiliary_loss()
     assert found is not None
     for lane, value in enumerate(found):
         norms = []
         for layer in adapters.layers.values():
-            one = layer.one(str(lane))
+            one = layer.lane_tensors(str(lane))
             for m in (one["A"], one["B"].T):
                 norms.append((m @ m.T - torch.eye(6)).norm())
         torch.testing.assert_close(value, 0.5 * torch.stack(norms).mean())
@@ -208,7 +208,7 @@ def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
     train(case, company, steps)
     for lane in range(3):
         alone = put_on(case, catalogue.get(name), 0)
-        alone.add(str(lane), alone.settings, seed=lane)
+        alone.add_lane(str(lane), alone.settings, seed=lane)
         train(case, alone, steps)
         assert same(alone.trainable(str(lane)), company.trainable(str(lane)))
         assert same(alone.frozen(str(lane)), company.frozen(str(lane)))

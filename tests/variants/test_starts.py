@@ -131,6 +131,6 @@ def test_dense_layers_above_the_limit_give_the_same_bits(monkeypatch: pytest.Mon
         ]
 
     at_once = gradients()
-    monkeypatch.setattr(lane_linear, "LARGE", 0)
+    monkeypatch.setattr(lane_linear, "DENSE_RECOMPUTE_NUMEL", 0)
     assert len(at_once) == 5
     assert all(torch.equal(x, y) for x, y in zip(at_once, gradients(), strict=True))

@@ -119,7 +119,7 @@ def test_what_is_out_of_scope_does_not_matter() -> None:
 def test_a_pattern_that_python_would_try_for_years_is_refused(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr(targets, "PATTERN_TIMEOUT_SECONDS", 0.1)
     model = nn.ModuleDict({"layers_of_the_model_number_0_self_attention_q_proj": nn.Linear(4, 4)})
     with pytest.raises(UnsupportedError, match=r"repetition inside of a repetition|no linear layer"):
         find_target_layers(model, pattern)

@@ -29,8 +29,7 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
-from variants import base_dropout
-from variants import catalogue, rows
+from variants import base_dropout, catalogue, forward_context
 from variants.attach import Adapters, attach
 from variants.base import VariantSettings
 from variants.base_dropout import LaneDropout
@@ -96,7 +95,7 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
     masks: list[Tensor] = []
 
     def drawn(*args: Any) -> Tensor:
-        masks.append(rows.draw_dropout_masks(*args))
+        masks.append(forward_context.draw_dropout_masks(*args))
         return masks[-1]
 
     monkeypatch.setattr(base_dropout, "draw_dropout_masks", drawn)
