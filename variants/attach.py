@@ -24,11 +24,11 @@ from variants.base import (
     stable_seed,
 )
 from variants.base_dropout import LaneDropout, TableDropout
+from variants.forward_context import AdapterState, ForwardContext, UnassignedRowsError
 from variants.full_finetune import MODEL_PREFIX, FullModelParameters
 from variants.heads import LaneHead
 from variants.lane_linear import BypassedLayerError, LaneLinear
 from variants.lane_tensors import LaneTensors
-from variants.forward_context import AdapterState, ForwardContext, UnassignedRowsError
 from variants.targets import find_target_layers
 
 __all__ = ["Adapters", "BypassedLayerError", "LaneLinear", "UnassignedRowsError", "attach"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from variants.base import parameter_generator
-from variants.lane_tensors import LaneTensors
 from variants.forward_context import AdapterState, split_by_lane
+from variants.lane_tensors import LaneTensors
 
 INIT_STD = 0.02
 """Of a head's first weights: what transformers initialises new layers with, for BERT and most others."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from variants.base import Batching, FrozenLayer, Params, Variant
-from variants.lane_tensors import LaneTensors
 from variants.forward_context import AdapterState, ForwardContext, draw_dropout_masks, split_by_lane
+from variants.lane_tensors import LaneTensors
 from variants.targets import is_conv1d
 
 DENSE_RECOMPUTE_NUMEL = 1 << 20

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from orchestrator.finetune import resolve
-from orchestrator.finetune.models import deberta, loading, attention_dropout
+from orchestrator.finetune.models import attention_dropout, deberta, loading
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.sources import base_store
