@@ -1,16 +1,17 @@
-"""Early stopping against the full grid: what it costs, and whether it chooses the same learning rate.
+r"""Early stopping against the full grid: what it costs, and whether it chooses the same learning rate.
 
-    python experiments/lr_sensitivity.py --dry-run --output full --study full --seeds 5 --evaluations 12 \\
-        --learning-rates 1e-4:7.6e-1:8 \\
+    python experiments/lr_sensitivity.py --dry-run --output full --study full --seeds 5 --evaluations 12 \
+        --learning-rates 1e-4:7.6e-1:8 \
         --variants lora rslora lora_plus dora pissa hira vera eva lora_ga delta_lora
-    python experiments/benchmarks/replay_schedulers.py full/store --output replays --rates 8 16 32 \\
+    python experiments/benchmarks/replay_schedulers.py full/store --output replays --rates 8 16 32 \
         --evaluations 3 12
 
 The first command trains the full grid once: 10 variants, 32 rates, 5 seeds, each evaluated 12 times (half an
-hour on two idle cores). The second replays it: Tune, broker and seats are the real ones, and each lane's
-losses are the stored ones. It writes replays/replays.json and replays/replays.md; what stands in the first is
-not done again. Coarser grids are every 2nd and every 4th rate of the stored one. `--evaluations 3` looks at
-every 4th of 12 stored evaluations. With `--here` no Ray is started, and a row takes seconds.
+hour on two idle cores). The second command replays it: Tune, broker and trainers are real, and each lane's
+losses come from the stored records. It writes replays/replays.json and replays/replays.md and skips replays
+that replays.json already holds. Coarser grids consist of every 2nd and every 4th stored rate; `--evaluations
+3` uses every 4th of 12 stored evaluations. With `--without-ray`, no cluster is started and a replay takes
+seconds.
 """
 
 from __future__ import annotations
@@ -30,30 +31,41 @@ if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
     from orchestrator.record.schema import Record
 
-TRAINERS, LANES_PER_TRAINER = 2, 4  # as a dry run on two cores
+TRAINERS, LANES_PER_TRAINER = 2, 4  # those of a dry run on two cores
+
+_EARLIER_KEYS = {
+    "here": "without_ray",
+    "guess": "loss_window",
+    "away": "grid_distance",
+    "lost": "score_loss",
+    "best": "best_rate",
+}
 
 
 @dataclass(frozen=True)
 class Options:
+    """Options of the script."""
+
     store: Path
-    """The store that holds the full grid."""
+    """Folder of the store that holds the full grid."""
     output: Path = Path("replays")
-    """Folder for the figures, and for the stores of the replays while they run."""
+    """Folder for the results, and for the stores of replays that are running."""
     rates: tuple[int, ...] = (8, 16, 32)
-    """Sizes of grid."""
+    """Numbers of learning rates in the replayed grids."""
     schedulers: tuple[str, ...] = ("asha", "hyperband", "median")
     evaluations: tuple[int, ...] = ()
-    """How often a lane is looked at; each must divide the stored number. Default: the stored number."""
-    guess: int = 0
-    """Where more evaluations are asked for than are stored: the mean training loss of so many steps stands
-    for a validation loss. (Where no example is seen twice both estimate the same.)"""
-    here: bool = False
-    """Ask the schedulers in this process, without Ray, as decide.py says; not hyperband."""
+    """Evaluations of a lane; each must divide the stored number, which is the default."""
+    loss_window: int = 0
+    """With more evaluations than are stored, the mean training loss of this many steps replaces a validation
+    loss. (Both estimate the same where no example is seen twice.)"""
+    without_ray: bool = False
+    """Simulate the schedulers in this process, without a Ray cluster; not possible for hyperband."""
     variants: tuple[str, ...] = ()
-    """Default: all that are stored."""
+    """Variants to replay. Default: all stored ones."""
 
 
 def run() -> None:
+    """Replay every combination of evaluations, rates and scheduler that is not in replays.json yet."""
     import tyro
 
     options = tyro.cli(Options, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
@@ -62,14 +74,14 @@ def run() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     full_records = _full_grid_records(options)
     file = options.output / "replays.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    replayed = {(row["rates"], row["scheduler"], row["evaluations"], row["here"]) for row in rows}
+    rows: list[dict[str, Any]] = _read_rows(file)
+    replayed = {(row["rates"], row["scheduler"], row["evaluations"], row["without_ray"]) for row in rows}
     stored_evaluations = max(record.configuration.evaluations for record in full_records)
-    with nullcontext() if options.here else ray_cluster.connect() as cluster:
+    with nullcontext() if options.without_ray else ray_cluster.connect() as cluster:
         for evaluations in options.evaluations or (stored_evaluations,):
             for rates in options.rates:
                 for scheduler in options.schedulers:
-                    if (rates, scheduler, evaluations, options.here) not in replayed:
+                    if (rates, scheduler, evaluations, options.without_ray) not in replayed:
                         rows.append(_replay(options, cluster, full_records, rates, scheduler, evaluations))
                         file.write_text(json.dumps(rows, indent=1) + "\n")
                         print(_format_row(rows[-1]), flush=True)
@@ -78,8 +90,17 @@ def run() -> None:
     print(text)
 
 
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the replays that `file` holds, under today's names; none if there is no file."""
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {_EARLIER_KEYS.get(key, key): value for key, value in values.items()}
+
+    return json.loads(file.read_text(), object_hook=rename) if file.exists() else []
+
+
 def _full_grid_records(options: Options) -> list[Record]:
-    """The records of the full grid. Raises BadInput when there is none."""
+    """Return the records of the full grid. Raises UsageError when there are none."""
     from orchestrator.record.store import Store
     from orchestrator.util.errors import UsageError
 
@@ -91,7 +112,7 @@ def _full_grid_records(options: Options) -> list[Record]:
     ]
     if not found:
         raise UsageError(
-            f"{str(options.store)!r} holds no whole curve; train the full grid first, see --help."
+            f"--store {str(options.store)!r}: holds no complete curve; train the full grid first, see --help."
         )
     return found
 
@@ -108,10 +129,10 @@ def _replay(
     scheduler: str,
     evaluations: int,
 ) -> dict[str, Any]:
-    """One study under `scheduler`, in a store of its own, measured against the records of the same grid."""
+    """Replay one study under `scheduler` and compare it with the full grid of the same rates."""
     import shutil
 
-    from rehearsal import SimulationPlan, train_simulated
+    from simulated_training import PoolSize, SimulationPlan, train_simulated
 
     from orchestrator.record.store import Store
 
@@ -120,9 +141,9 @@ def _replay(
     grid_records = [record for record in full_records if _learning_rate(record) in grid]
     stored_evaluations = grid_records[0].configuration.evaluations
     configurations = [replace(record.configuration, evaluations=evaluations) for record in grid_records]
-    began = time.monotonic()
+    started = time.monotonic()
     if cluster is None:
-        from decide import simulate_scheduler
+        from simulated_schedulers import simulate_scheduler
 
         from orchestrator.study.grid import training_order
 
@@ -134,28 +155,29 @@ def _replay(
             training_order(configurations, LANES_PER_TRAINER),
             records_by_fingerprint,
             TRAINERS * LANES_PER_TRAINER,
-            options.guess,
+            options.loss_window,
         )
         steps = sum(record.steps for record in replayed_records)
     else:
         folder = options.output / f"{rates}-{scheduler}-{evaluations}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a replay that was broken off
+        shutil.rmtree(folder, ignore_errors=True)  # of a replay that was interrupted
         store, plan = (
             Store(folder),
-            SimulationPlan(str(options.store.resolve()), stored_evaluations, options.guess),
+            SimulationPlan(str(options.store.resolve()), stored_evaluations, options.loss_window),
         )
-        steps = train_simulated(configurations, scheduler, cluster, TRAINERS, LANES_PER_TRAINER, store, plan)
+        pool_size = PoolSize(TRAINERS, LANES_PER_TRAINER)
+        steps = train_simulated(configurations, scheduler, cluster, pool_size, store, plan)
         replayed_records = [
             record for point in configurations if (record := store.get(point.fingerprint)) is not None
         ]
         shutil.rmtree(folder)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     return {
         "rates": rates,
         "scheduler": scheduler,
         "evaluations": evaluations,
-        "here": options.here,
-        "guess": options.guess if evaluations > stored_evaluations else 0,
+        "without_ray": options.without_ray,
+        "loss_window": options.loss_window if evaluations > stored_evaluations else 0,
         "configurations": len(configurations),
         "missing": len(configurations) - len(replayed_records),
         "states": dict(Counter(record.state for record in replayed_records)),
@@ -169,8 +191,17 @@ def _replay(
 def _summarize_variants(
     grid: Sequence[float], full_records: Sequence[Record], replayed_records: Sequence[Record]
 ) -> dict[str, dict[str, Any]]:
-    """What was spent on each variant, which rate the product chooses from what it knows, and how far that is
-    from the full grid's choice: in points of the grid, and in validation score."""
+    """Compare the replay's choice of a learning rate with the full grid's, for each variant.
+
+    Args:
+        grid: The learning rates, ascending.
+        full_records: The records of the full grid.
+        replayed_records: The records that the replay left.
+
+    Returns:
+        Variant -> share of the steps, both chosen rates, their distance in points of the grid, the validation
+        score of the full grid's choice, and the score that the replay's choice loses.
+    """
     from orchestrator.analyze.sensitivity import summarize
 
     def curves(records: Sequence[Record]) -> dict[str, Any]:
@@ -194,38 +225,41 @@ def _summarize_variants(
         means = {point.learning_rate: point.validation.mean for point in curve.points}
         summaries[variant] = {
             "share": replayed_steps[variant] / full_steps[variant],
-            "best": curve.best_rate,
+            "best_rate": curve.best_rate,
             "chosen": chosen,
-            "away": None if chosen is None else grid.index(chosen) - grid.index(curve.best_rate),
+            "grid_distance": None if chosen is None else grid.index(chosen) - grid.index(curve.best_rate),
             "best_score": means[curve.best_rate],
-            "lost": None if chosen is None else means[curve.best_rate] - means[chosen],
+            "score_loss": None if chosen is None else means[curve.best_rate] - means[chosen],
         }
     return summaries
 
 
 def _count_within_one_point(row: Mapping[str, Any]) -> str:
-    distances = [variant["away"] for variant in row["variants"].values()]
-    near = sum(away is not None and abs(away) <= 1 for away in distances)
+    distances = [variant["grid_distance"] for variant in row["variants"].values()]
+    near = sum(distance is not None and abs(distance) <= 1 for distance in distances)
     return f"{near} of {len(distances)}"
 
 
 def _format_row(row: Mapping[str, Any]) -> str:
-    lost = [variant["lost"] for variant in row["variants"].values() if variant["lost"] is not None]
+    near = _count_within_one_point(row)
+    losses = [
+        variant["score_loss"] for variant in row["variants"].values() if variant["score_loss"] is not None
+    ]
     return (
-        f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {row['share']:.0%} | {_count_within_one_point(row)} "
-        f"| {sum(lost) / len(lost):.3f} | {max(lost):.3f} | {row['seconds']} |"
+        f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {row['share']:.0%} | {near} "
+        f"| {sum(losses) / len(losses):.3f} | {max(losses):.3f} | {row['seconds']} |"
     )
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All replays, one a line, then each variant of every replay."""
+    """Return two Markdown tables: one row per replay, then the variants of each replay."""
     ordered = sorted(rows, key=lambda row: (row["evaluations"], row["rates"], row["scheduler"]))
     lines = [
-        "| evaluations | rates | scheduler | steps | within one point | mean score lost | most | seconds |",
+        "| evaluations | rates | scheduler | steps | within one point | mean score loss | worst | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_format_row, ordered),
         "",
-        "Each variant: share of the steps, and grid points from the full grid's best rate.",
+        "Of each variant: share of the steps, and distance from the full grid's best rate in grid points.",
         "",
     ]
     names = sorted({name for row in rows for name in row["variants"]})
@@ -240,10 +274,12 @@ def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _format_cell(variant: Mapping[str, Any] | None) -> str:
-    if variant is None or variant["away"] is None:
+    if variant is None or variant["grid_distance"] is None:
         return "none"
     return (
-        f"{variant['share']:.0%}, {variant['away']:+d}" if variant["away"] else f"{variant['share']:.0%}, 0"
+        f"{variant['share']:.0%}, {variant['away']:+d}"
+        if variant["grid_distance"]
+        else f"{variant['share']:.0%}, 0"
     )
 
 

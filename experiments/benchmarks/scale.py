@@ -1,10 +1,11 @@
-"""What the driver, the broker and the seats cost: the real path of a study with fake training.
+"""Cost of the driver, the broker and the trainers: a real study in which only the training is simulated.
 
     python experiments/benchmarks/scale.py --sizes 100 1000 5000 --output scale
 
 Each size is a study in a process of its own, on a Ray cluster of several nodes with fake GPUs on this
-machine. Tune, trials, broker, Ray Train's seats, records and checkpoints are real; a step is a sleep, and the
-losses are synthetic. Writes scale/<size>-<scheduler>.json and prints a table. Ray's processes take some 4 GB.
+machine. Tune, trials, broker, Ray Train's workers, records and checkpoints are real; a step is a sleep, and
+the losses are synthetic. Writes scale/<size>-<scheduler>.json and prints a table. Ray's processes need about
+4 GB of memory.
 """
 
 from __future__ import annotations
@@ -40,28 +41,30 @@ ROLES = {
     "Broker": "broker",
     "ResourceTrainable": "trial",
 }
-"""What Ray calls a process by -> what it is."""
+"""Part of the title that Ray gives a process -> role of the process."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """Options of the script."""
+
     sizes: tuple[int, ...] = (100, 1000, 5000)
-    """Configurations of each study: multiples of 100, or of 5 below that."""
+    """Numbers of configurations of the studies: multiples of 100, or of 5 below 100."""
     output: Path = Path("scale")
-    """Folder for figures and for the studies' stores."""
+    """Folder for the results and the studies' stores."""
     scheduler: str = "none"
     """Early stopping: none, asha, median, hyperband."""
     nodes: int = 2
-    gpus: int = 1
-    """Fake ones, of a node: a seat each."""
-    lanes: int = 4
-    """Of a seat."""
+    gpus_per_node: int = 1
+    """Fake GPUs of each node; each GPU gets a trainer."""
+    lanes_per_trainer: int = 4
     steps: int = 20
     evaluations: int = 2
     seconds_per_step: float = 0.01
 
 
 def run() -> int:
+    """Run a study of each size in a process of its own and print their table. Returns the exit code."""
     import tyro
 
     options = tyro.cli(Options, description=__doc__)
@@ -88,8 +91,11 @@ def _write_result(options: Options, row: dict[str, Any]) -> None:
 
 
 def build_configurations(size: int, steps: int, evaluations: int) -> list[Configuration]:
-    """`size` configurations of five variants and at most twenty rates, with as many seeds as it takes. Raises
-    BadInput for a size that cannot be so divided."""
+    """Return `size` configurations: five variants, at most twenty learning rates, as many seeds as needed.
+
+    Raises:
+        UsageError: `size` is not a multiple of variants times rates.
+    """
     from orchestrator.study.configuration import (
         BatchConfig,
         Configuration,
@@ -109,7 +115,7 @@ def build_configurations(size: int, steps: int, evaluations: int) -> list[Config
     templates = [
         Configuration(
             VariantChoice(name, alpha=None if name == "hira" else 16.0),
-            TaskChoice("rehearsal", "0", 100, 100, 100, "exact_match", 0.0),
+            TaskChoice("simulated", "0", 100, 100, 100, "exact_match", 0.0),
             ModelChoice("none", "0"),
             OptimizerConfig(1.0),
             LRSchedule(steps),
@@ -123,7 +129,7 @@ def build_configurations(size: int, steps: int, evaluations: int) -> list[Config
 
 
 def _measure_study(options: Options, size: int) -> dict[str, Any]:
-    """One study, and what it took. Seconds, MiB."""
+    """Run a study of `size` configurations on a fresh cluster. Returns its cost in seconds and MiB."""
     import psutil
     import ray
     from ray.cluster_utils import Cluster as RayCluster
@@ -133,7 +139,7 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     configurations = build_configurations(size, options.steps, options.evaluations)
     folder = options.output / f"store-{size}-{options.scheduler}"
-    shutil.rmtree(folder, ignore_errors=True)  # what is known would be replayed
+    shutil.rmtree(folder, ignore_errors=True)  # a study does not train what its store holds
     store = Store(folder)
     gib = 2**30
     cluster = RayCluster(
@@ -148,8 +154,8 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
     try:
         for _ in range(options.nodes):
             cluster.add_node(
-                num_cpus=options.gpus + 1,
-                num_gpus=options.gpus,
+                num_cpus=options.gpus_per_node + 1,
+                num_gpus=options.gpus_per_node,
                 memory=40 * gib,
                 object_store_memory=gib // 5,
             )
@@ -169,7 +175,7 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
 
 def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
-    from rehearsal import SimulationPlan, train_simulated
+    from simulated_training import PoolSize, SimulationPlan, train_simulated
 
     from orchestrator.execution.ray.runtime import Cluster, Node
 
@@ -179,19 +185,18 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
         namespace="scale",
         local=False,
     )
-    trainers = options.nodes * options.gpus
-    began, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
+    trainers = options.nodes * options.gpus_per_node
+    started, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
     plan = SimulationPlan(seconds_per_step=options.seconds_per_step)
-    steps = train_simulated(
-        configurations, options.scheduler, cluster, trainers, options.lanes, store, plan, gpus_per_worker=1.0
-    )
-    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    pool_size = PoolSize(trainers, options.lanes_per_trainer, gpus_per_worker=1.0)
+    steps = train_simulated(configurations, options.scheduler, cluster, pool_size, store, plan)
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     loop_cpu = time.thread_time() - loop_cpu
     records = list(store.records())
     reports = sum(e.split == "validation" for record in records for e in record.evaluations)
     calls = [json.loads(file.read_text()) for file in store.root.glob("calls-*.json")]
     trainer_calls = sum(one["calls"] for one in calls)
-    trial_calls = reports + 2 * len(records)  # each report, each end; and that the trial is over
+    trial_calls = reports + 2 * len(records)  # a call for each report, and two for each trial's end
     first = min(record.provenance.started for record in records)
     last = max(record.provenance.ended for record in records)
     return {
@@ -199,8 +204,8 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
         "records": len(records),
         "states": {state: sum(r.state == state for r in records) for state in {r.state for r in records}},
         "scheduler": options.scheduler,
-        "seats": trainers,
-        "lanes": options.lanes,
+        "trainers": trainers,
+        "lanes_per_trainer": options.lanes_per_trainer,
         "steps": steps,
         "seconds": seconds,
         "busy_seconds": last - first,
@@ -215,7 +220,12 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
 
 
 class MemorySampler(threading.Thread):
-    """Looks at memory now and then: the driver's, and that of Ray's processes by role."""
+    """A thread that samples the memory of the driver and, every tenth time, of Ray's processes by role.
+
+    Args:
+        driver: The process of the study; Ray's processes are its descendants.
+        head_raylet: Process id of the head node's raylet.
+    """
 
     def __init__(self, driver: psutil.Process, head_raylet: int) -> None:
         super().__init__(daemon=True)
@@ -227,11 +237,12 @@ class MemorySampler(threading.Thread):
         self.broker_cpu = 0.0
 
     def run(self) -> None:
-        for turn in count():
+        """Sample until `stop` is set."""
+        for number in count():
             if self.stop.wait(SAMPLE_SECONDS):
                 return
             self.rss_peak = max(self.rss_peak, self.driver.memory_info().rss)
-            if turn % 10 == 9:
+            if number % 10 == 9:
                 self._sample_processes()
 
     def _sample_processes(self) -> None:
@@ -255,6 +266,7 @@ class MemorySampler(threading.Thread):
                 self.largest_sizes[role], self.processes_on_head[role] = sizes, head[role]
 
     def summary(self) -> dict[str, Any]:
+        """Return the measurements for the result file; the sizes are in MiB."""
         mib = 2**20
         each = {role: sum(sizes) / len(sizes) / mib for role, sizes in self.largest_sizes.items()}
         return {
@@ -268,8 +280,11 @@ class MemorySampler(threading.Thread):
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The sizes beside each other, as Markdown. "More": what each configuration beyond the size before took,
-    so without what starting takes."""
+    """Return a Markdown table with one row per size.
+
+    The columns "more" give the cost of each additional configuration compared with the row before, which
+    excludes the cost of starting.
+    """
     lines = [
         "| configurations | seconds | training | results/s | driver's CPU, ms each | more, ms each "
         "| of it Tune's loop | driver's peak, MiB | more, KiB each | broker calls/s | a call, ms "

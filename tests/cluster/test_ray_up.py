@@ -82,7 +82,7 @@ def local(cluster: dict[str, Any], head: str, workers: Sequence[str], key: str) 
     config["worker_start_ray_commands"] = [
         command.replace("ray start", f"ray start {WORKER_SIZE}")
         for command in config["worker_start_ray_commands"]
-        if "cluster.spot" not in command
+        if "spot_watcher" not in command
     ]
     return config
 
@@ -348,7 +348,7 @@ def test_a_study_there_outlives_a_lost_connection_a_cut_off_worker_a_spot_notice
 def spot_watcher(host: Host) -> Iterator[Service]:
     """Starts it by the command that cluster.yaml has for AWS. Yields the host's metadata service."""
     metadata = metadata_service(host)
-    (command,) = [command for command in CLUSTER["worker_start_ray_commands"] if "cluster.spot" in command]
+    (command,) = [command for command in CLUSTER["worker_start_ray_commands"] if "spot_watcher" in command]
     host.run("bash", "--login", "-c", "-i", f"source ~/.bashrc; ({command})")
     yield metadata
     for pid, line in host.processes().items():
@@ -401,7 +401,7 @@ def test_ray_down_leaves_nothing(cluster: Cluster) -> None:
     # Ray itself ends on the head alone. On a worker this watches for that. The autoscaler starts the drained
     # worker anew: a `ray down` in the middle of that would find no watcher there yet.
     for worker in (cluster.one, cluster.two):
-        until(lambda worker=worker: any("cluster.leave" in line for line in worker.processes().values()))
+        until(lambda worker=worker: any("raylet_watchdog" in line for line in worker.processes().values()))
     cluster.laptop.run("ray", "down", "-y", "cluster.yaml")
     machines = (cluster.head, cluster.one, cluster.two)
     until(

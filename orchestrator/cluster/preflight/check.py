@@ -103,9 +103,9 @@ class PreflightCheck:
         from orchestrator.cluster.preflight.nodes import check_nodes
 
         with start_node_agents(cluster.nodes) as agents:
-            node_infos = agents.call("facts")
+            node_infos = agents.call("node_info")
             startable_node_types = next(
-                (one.kinds for one in node_infos.values() if one.kinds), ()
+                (one.startable_node_types for one in node_infos.values() if one.startable_node_types), ()
             )  # nodes may share a home
             result, allocation = capacity.check_capacity(cluster, self.options, startable_node_types)
             self.print_result(result)
@@ -119,7 +119,7 @@ class PreflightCheck:
                 model = configurations[0].model if configurations[0].model.content != UNPREPARED else None
                 arguments = (model, configurations[0].task, str(store.bases))
                 self.print_result(
-                    availability.check_availability(agents.call("reach", lambda name: arguments))
+                    availability.check_availability(agents.call("unavailable_reason", lambda name: arguments))
                 )
         if allocation is not None:
             self.check_memory(cluster, allocation, store, configurations)

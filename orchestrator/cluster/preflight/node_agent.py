@@ -90,7 +90,7 @@ class NodeAgents:
         while name not in self.unresponsive and len(samples) < clock.SAMPLES_PER_NODE:
             sent_at = time.time()
             try:
-                node_time = ray.get(actor.now.remote(), timeout=RESPONSE_TIMEOUT_SECONDS)
+                node_time = ray.get(actor.current_time.remote(), timeout=RESPONSE_TIMEOUT_SECONDS)
             except (RayError, TimeoutError) as error:
                 self.unresponsive[name] = format_ray_error(error)
             else:

@@ -28,12 +28,12 @@ def check_nodes(agents: NodeAgents, node_infos: dict[str, NodeInfo], store: Path
 def _check_storage(agents: NodeAgents, store: Path) -> CheckResult:
     with shared_storage.create_check_folder(store) as folder:
         file_names = {name: f"node-{number}" for number, name in enumerate(agents.actors)}
-        write_results = agents.call("write", lambda name: (str(folder), file_names[name]))
-        writable = [name for name, one in write_results.items() if not (one.unseen or one.refused)]
+        write_results = agents.call("write_node_file", lambda name: (str(folder), file_names[name]))
+        writable = [name for name, one in write_results.items() if not (one.is_driver_file_missing or one.write_error)]
         nodes_by_file = {file_names[name]: name for name in writable}
         missing_by_reader = {"this machine": shared_storage.missing_files(folder, list(nodes_by_file))}
         missing_on_nodes = agents.call(
-            "absent", lambda name: (str(folder), list(nodes_by_file) if name in writable else [])
+            "missing_files", lambda name: (str(folder), list(nodes_by_file) if name in writable else [])
         )
         missing_by_reader |= missing_on_nodes
     return shared_storage.check_storage(
@@ -52,10 +52,10 @@ def require_usable_cluster(
     if cluster.local or len({node.address for node in cluster.nodes}) < 2:
         return
     with start_node_agents(cluster.nodes) as agents:
-        results = [*check_nodes(agents, agents.call("facts"), store)]
+        results = [*check_nodes(agents, agents.call("node_info"), store)]
         if configurations:  # all of a study have the same model and task
             arguments = configurations[0].model, configurations[0].task, str(bases)
-            results.append(availability.check_availability(agents.call("reach", lambda name: arguments)))
+            results.append(availability.check_availability(agents.call("unavailable_reason", lambda name: arguments)))
     wrong = [one for one in results if one.failed]
     if wrong:
         raise UsageError("\n".join(f"{one.name}: {one.text}" for one in wrong))

@@ -38,7 +38,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(refused(address))
         return found[-1]
 
-    monkeypatch.setattr(raylet_watchdog, "refused", noted)
+    monkeypatch.setattr(raylet_watchdog, "is_connection_refused", noted)
     return found
 
 
@@ -105,7 +105,7 @@ def test_what_a_raylet_leaves_behind_goes_with_it(node: Node, looks: list[bool])
 def test_a_head_that_is_out_of_reach_has_not_ended(
     head: socket.socket, node: Node, looks: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raylet_watchdog, "LOOK_SECONDS", 0.3)  # what a connection is waited for
+    monkeypatch.setattr(raylet_watchdog, "POLL_SECONDS", 0.3)  # what a connection is waited for
     head.listen(0)  # the kernel answers nobody while as many wait
     with ExitStack() as waiting:
         with suppress(TimeoutError):  # nothing else ends it

@@ -37,7 +37,7 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(imds, "_PATIENCE", LIMIT_SECONDS)  # a test process that stands still is not away
+    monkeypatch.setattr(imds, "_REQUEST_TIMEOUT_SECONDS", LIMIT_SECONDS)  # a test process that stands still is not away
     with reserved_port() as port:
         service = Service(port)
         yield service
@@ -211,7 +211,7 @@ def test_a_raylet_is_found_by_its_command_line() -> None:
 
 @pytest.mark.cluster
 def test_what_ray_says_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raylets, "_PATIENCE", LIMIT_SECONDS)
+    monkeypatch.setattr(raylets, "_DRAIN_TIMEOUT_SECONDS", LIMIT_SECONDS)
     said = raylets.drain(Raylet("no hexadecimal", "127.0.0.1:1"), 10, "a test")
     assert said.startswith("ray drain-node: ")
     assert "\n" not in said

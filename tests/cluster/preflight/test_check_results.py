@@ -32,7 +32,7 @@ needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mo
 WRITE = (
     "import sys; from pathlib import Path; "
     "from orchestrator.cluster.preflight import shared_storage as storage; "
-    + ("print(storage.judge(Path('/s'), {'node': storage.write(Path(sys.argv[1]), 'mine')}, {}).line())")
+    + ("print(storage.check_storage(Path('/s'), {'node': storage.write_node_file(Path(sys.argv[1]), 'mine')}, {}).format_line())")
 )
 
 
@@ -113,9 +113,9 @@ def test_a_store_without_hard_links(tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
     """A file system of 16 MB, for the store and for temporary files in turn."""
     code = "import shutil, sys; from pathlib import Path; "
-    code += "from orchestrator.cluster.preflight import disk; from orchestrator.cluster.preflight import node_info as facts; "
+    code += "from orchestrator.cluster.preflight import disk; from orchestrator.cluster.preflight.node_info import collect_node_info; "
     code += "store = Path(sys.argv[1]); "
-    code += "print(disk.judge(store, shutil.disk_usage(store).free, {'node': facts.facts()}).line())"
+    code += "print(disk.check_free_space(store, shutil.disk_usage(store).free, {'node': collect_node_info()}).format_line())"
     small, large = tmp_path / "small", tmp_path / "large"
     small.mkdir()
     large.mkdir()

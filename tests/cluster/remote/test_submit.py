@@ -112,14 +112,14 @@ def test_a_cluster_that_is_not_up_or_not_known_is_not_asked_about(
 ) -> None:
     needs = "needs a GPU or a Ray cluster"
     looked_for: list[Path] = []
-    find = head.find_head
+    find_head = head.find_head
 
     def noted(path: Path, seconds: float) -> tuple[str | None, str]:
         assert seconds == target.LOOKUP_TIMEOUT_SECONDS
         looked_for.append(path)
-        return find(path, 600.0)  # on a busy machine it takes longer
+        return find_head(path, 600.0)  # on a busy machine it takes longer
 
-    monkeypatch.setattr(head, "find", noted)
+    monkeypatch.setattr(head, "find_head", noted)
     assert needs in refused()
     assert looked_for == [Path("cluster.yaml")]
     (tmp_path / "cluster.yaml").write_text("no: cluster\n")

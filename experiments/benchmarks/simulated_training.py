@@ -1,8 +1,9 @@
-"""The fine-tuning loop with a workshop that trains nothing: steps and scores come from a course.
+"""The fine-tuning loop with an engine that trains nothing: losses and scores come from prepared curves.
 
-A seat whose plan says `loop="rehearsal:run"` is the real one in all else: lanes are leased, evaluated,
-parked, spilled, stopped, checkpointed and recorded by the loop's own code. What it rehearses stands in
-`rehearsal.json` in the store's folder, see `Plan`. The other scripts in this folder use it.
+A trainer whose `TrainerSpec.train_loop` is `simulated_training:run` is a real one in every other respect: the
+loop's own code leases, evaluates, parks, spills, stops, checkpoints and records its lanes. The curves are
+described by a `SimulationPlan`, which `train_simulated` writes to `simulation.json` in the store's folder.
+The other scripts of this folder import this module.
 """
 
 from __future__ import annotations
@@ -38,50 +39,59 @@ from variants import catalogue
 if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
 
-PLAN_FILE = "rehearsal.json"
+PLAN_FILE = "simulation.json"
 SPLITS = ("validation", "test")
-UNTRAINED_LOSS = 2.5  # nats a token, of the synthetic base
+UNTRAINED_LOSS = 2.5
+"""Loss of the untrained synthetic model, in nats per token."""
 
 
 @dataclass(frozen=True)
 class SimulationPlan:
-    """`store`: the folder of records whose curves are replayed; empty: synthetic curves. `evaluations`: how
-    often those were evaluated, if it is not as often as the rehearsed lanes are. `guess`: where a lane is
-    evaluated and the stored one was not, its validation loss is the mean training loss of so many steps
-    before (0: that is an error). `seconds_per_step`: what a step of a pack takes."""
+    """Where the curves of a simulation come from, and how long its steps take."""
 
     store: str = ""
+    """Folder of the records whose curves are replayed. Empty: synthetic curves."""
     evaluations: int | None = None
-    guess: int = 0
+    """Evaluations of each replayed configuration. Default: those of the simulated configuration."""
+    loss_window: int = 0
+    """Training steps whose mean loss replaces a validation loss that the replayed record lacks. 0: a missing
+    loss is an error."""
     seconds_per_step: float = 0.0
+    """Duration of one step of a lane group, in seconds."""
 
     def write(self, store: Store) -> None:
+        """Write the plan into the folder of `store`, where `read` finds it."""
         (store.root / PLAN_FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, store: Any) -> SimulationPlan:
+        """Return the plan in the folder of `store`. Raises OSError when there is none."""
         return cls(**json.loads((store.root / PLAN_FILE).read_text()))
 
     def stored_configuration(self, configuration: Configuration) -> Configuration:
-        """The one whose record is replayed for `configuration`."""
+        """Return the configuration whose record is replayed for `configuration`."""
         return replace(configuration, evaluations=self.evaluations or configuration.evaluations)
 
 
 @dataclass(frozen=True)
 class SimulatedCurve:
-    """What happens to one configuration: `losses` of training, one a step, with the gradient norms; `scores`
-    by (step, split)."""
+    """The whole training of one configuration."""
 
     losses: Sequence[float]
+    """Training loss of each step."""
     gradient_norms: Sequence[float]
+    """Gradient norm of each step."""
     scores: Mapping[tuple[int, str], Mapping[str, float]]
+    """(step, split) -> metric -> score."""
     untrained: Mapping[str, Mapping[str, float]]
+    """Split -> metric -> score of the untrained model."""
     tokens_per_step: int = 0
     items: Mapping[str, ItemResults] = field(default_factory=dict)
+    """Split -> results of its examples after the last step."""
 
 
 def curve_from_record(record: Record) -> SimulatedCurve:
-    """The course that a record tells."""
+    """Return the curve that `record` holds."""
     return SimulatedCurve(
         losses=[step.loss for step in record.curve],
         gradient_norms=[step.gradient_norm for step in record.curve],
@@ -95,21 +105,32 @@ def curve_from_record(record: Record) -> SimulatedCurve:
 def add_estimated_losses(
     curve: SimulatedCurve, configuration: Configuration, loss_window: int
 ) -> SimulatedCurve:
-    """With a validation loss, see `Plan`, after each step at which `configuration` is evaluated. Such an
-    evaluation has no score: the task's floor stands for it."""
+    """Add a validation loss at each step at which `configuration` is evaluated and `curve` has none.
+
+    Args:
+        curve: The curve of a record with fewer evaluations.
+        configuration: The configuration to be simulated.
+        loss_window: The added loss is the mean training loss of this many steps before the evaluation.
+
+    Returns:
+        The curve with the added losses. Their metric is the task's floor, because no score is known.
+    """
     due = evaluation_steps(configuration.schedule.steps, configuration.evaluations)
     scores = dict(curve.scores)
     for step in due:
         if step <= len(curve.losses):
             loss = statistics.fmean(curve.losses[max(0, step - loss_window) : step])
-            told = {"loss": loss, configuration.task.metric: configuration.task.floor}
-            scores.setdefault((step, "validation"), told)
+            estimate = {"loss": loss, configuration.task.metric: configuration.task.floor}
+            scores.setdefault((step, "validation"), estimate)
     return replace(curve, scores=scores)
 
 
 def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
-    """Smooth in the logarithm of the rate, with a best rate for each variant, noise for each seed, and a
-    cliff, above which the loss grows from step to step."""
+    """Return a curve whose loss is a smooth function of the logarithm of the learning rate.
+
+    Each variant has a best rate of its own, each configuration its own noise. Above ten times the best rate,
+    the loss grows with every step, as in a training that diverges.
+    """
     best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
     log_distance = math.log10(configuration.optimizer.learning_rate) - best
     gain = math.exp(-(log_distance**2) / 0.5)
@@ -118,8 +139,8 @@ def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
     def loss(step: int) -> float:
         if log_distance > 1.0:
             return UNTRAINED_LOSS * (1.0 + step)
-        way = 1.0 - math.exp(-4.0 * step / steps)
-        return UNTRAINED_LOSS * (1.0 - 0.95 * gain * way) * math.exp(noise.gauss(0.0, 0.02))
+        progress = 1.0 - math.exp(-4.0 * step / steps)
+        return UNTRAINED_LOSS * (1.0 - 0.95 * gain * progress) * math.exp(noise.gauss(0.0, 0.02))
 
     def scores(loss: float) -> dict[str, float]:
         return {"loss": loss, configuration.task.metric: max(0.0, 1.0 - loss / UNTRAINED_LOSS)}
@@ -134,18 +155,18 @@ def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
 
 
 class _SimulatedAdapters:
-    """In the place of a variant's: one number a lane, which never moves: its gradient is nil."""
+    """Stand-in for `variants.attach.Adapters`: each lane has one parameter whose gradient is always zero."""
 
-    most_lanes = 10_000
+    max_lanes = 10_000
 
     def __init__(self, variant: Any) -> None:
         self.variant = variant
         self.lanes: dict[str, dict[str, torch.nn.Parameter]] = {}
 
-    def add(self, lane: str, *rest: Any) -> None:
+    def add_lane(self, lane: str, *settings: Any) -> None:
         self.lanes[lane] = {"layer.number": torch.nn.Parameter(torch.zeros(1))}
 
-    def load(self, lane: str, trainable: Mapping[str, torch.Tensor], *rest: Any) -> None:
+    def restore_lane(self, lane: str, trainable: Mapping[str, torch.Tensor], *settings: Any) -> None:
         self.lanes[lane] = {name: torch.nn.Parameter(value) for name, value in trainable.items()}
 
     def trainable(self, lane: str) -> dict[str, torch.nn.Parameter]:
@@ -157,18 +178,18 @@ class _SimulatedAdapters:
     def parameter_count(self, lane: str) -> int:
         return 1
 
-    def is_head(self, name: str) -> bool:
+    def is_head(self, parameter: str) -> bool:
         return False
 
-    def owner(self, name: str) -> None:
+    def owning_module(self, parameter: str) -> None:
         return None
 
     def before_step(self, *lane: Any) -> None:
-        pass
+        """Do nothing: no variant acts on the parameter."""
 
     after_step = before_step
 
-    def remove(self, lane: str) -> None:
+    def remove_lane(self, lane: str) -> None:
         del self.lanes[lane]
 
     def detach(self) -> None:
@@ -176,7 +197,7 @@ class _SimulatedAdapters:
 
 
 class _SimulatedLaneGroup:
-    """In the place of the arithmetic."""
+    """Stand-in for `LaneGroup`: reads gradients and scores from the lanes' curves."""
 
     def __init__(self, adapters: _SimulatedAdapters, untrained: Any, seconds_per_step: float) -> None:
         self.adapters, self.seconds_per_step = adapters, seconds_per_step
@@ -191,24 +212,24 @@ class _SimulatedLaneGroup:
         return lanes
 
     def reduce_gradients(self, lanes: Sequence[Lane]) -> list[BackwardResult]:
-        courses = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
+        steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
         return [
-            BackwardResult(one.losses[step], one.gradient_norms[step], one.tokens_per_step)
-            for one, step in courses
+            BackwardResult(curve.losses[step], curve.gradient_norms[step], curve.tokens_per_step)
+            for curve, step in steps
         ]
 
     def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
-        courses = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
+        steps = [(self.curves[lane.fingerprint], lane.step) for lane in lanes]
         return [
-            EvaluationResult(one.scores[step, split], one.items.get(split, ItemResults()))
-            for one, step in courses
+            EvaluationResult(curve.scores[step, split], curve.items.get(split, ItemResults()))
+            for curve, step in steps
         ]
 
 
 class SimulatedEngine(Engine):
-    """A workshop whose packs follow courses."""
+    """An engine whose lane groups follow prepared curves and compute nothing."""
 
-    device_name = "rehearsal"
+    device_name = "simulated"
 
     def __init__(self, plan: SimulationPlan, *engine_arguments: Any) -> None:
         super().__init__(*engine_arguments)
@@ -216,37 +237,46 @@ class SimulatedEngine(Engine):
         self.store = Store(plan.store, create=False) if plan.store else None
 
     def curve_for(self, configuration: Configuration) -> SimulatedCurve:
+        """Return the curve of `configuration`, as the plan says.
+
+        Raises:
+            LookupError: The plan names a store, which holds no complete record to replay.
+        """
         if self.store is None:
             return synthetic_curve(configuration)
         replayed = self.plan.stored_configuration(configuration)
         record = self.store.get_reusable(replayed.fingerprint)
         if record is None:
-            raise LookupError(f"no whole curve of {replayed.fingerprint[:12]} in {self.plan.store} to replay")
-        curve, loss_window = curve_from_record(record), self.plan.guess
+            raise LookupError(
+                f"{self.plan.store} holds no complete curve of {replayed.fingerprint[:12]} to replay"
+            )
+        curve, loss_window = curve_from_record(record), self.plan.loss_window
         return add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
+        """Start the lane, or restore it from `checkpoint`. Replaces the lane group if its key differs."""
         curve, group_key = self.curve_for(lane.configuration), lane.configuration.group_key
         lane_group: Any = self._lane_group
-        if lane_group is None or group_key != self._shape:
+        if lane_group is None or group_key != self._group_key:
             self.detach_adapters()
             self.variant = catalogue.get(lane.configuration.variant.name)
             lane_group = _SimulatedLaneGroup(
                 _SimulatedAdapters(self.variant), curve.untrained, self.plan.seconds_per_step
             )
-            self._lane_group, self._shape = lane_group, group_key
-        lane_group.courses[lane.fingerprint] = curve
+            self._lane_group, self._group_key = lane_group, group_key
+        lane_group.curves[lane.fingerprint] = curve
         lane.initialize(lane_group.adapters, curve.untrained["validation"]["loss"], checkpoint)
 
     def remove_lane(self, fingerprint: str) -> None:
+        """Remove the lane and its curve; a lane that is not there is ignored."""
         super().remove_lane(fingerprint)
         lane_group: Any = self._lane_group
         if lane_group is not None:
-            lane_group.courses.pop(fingerprint, None)
+            lane_group.curves.pop(fingerprint, None)
 
 
 class CountingSource:
-    """A source whose calls are counted and timed."""
+    """A lane source that counts and times the calls to another one."""
 
     def __init__(self, source: Any) -> None:
         self.source, self.calls, self.seconds = source, 0, 0.0
@@ -255,24 +285,28 @@ class CountingSource:
         method = getattr(self.source, name)
 
         def timed(*arguments: Any) -> Any:
-            began = time.monotonic()
+            started = time.monotonic()
             try:
                 return method(*arguments)
             finally:
                 self.calls += 1
-                self.seconds += time.monotonic() - began
+                self.seconds += time.monotonic() - started
 
         return timed
 
     def write(self, store: Any) -> None:
-        """One file a seat, beside the plan."""
+        """Write the counts into the folder of `store`, one file per trainer."""
         file = store.root / f"calls-{uuid.uuid4().hex}.json"
         file.write_text(json.dumps({"calls": self.calls, "seconds": self.seconds}) + "\n")
 
 
 def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., Any], **options: Any) -> None:
-    """As `orchestrator.finetune.engine.loop.run`, which it calls. Raises OSError when the store holds no
-    plan, and BadInput when there is no store to replay from."""
+    """Run the fine-tuning loop with a `SimulatedEngine`; see `orchestrator.finetune.engine.loop.run`.
+
+    Raises:
+        OSError: The store's folder holds no `SimulationPlan`.
+        UsageError: The store that the plan names does not exist.
+    """
     counting_source = CountingSource(source) if source is not None else None
     try:
         loop.run(
@@ -287,19 +321,39 @@ def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., An
             counting_source.write(store)
 
 
+@dataclass(frozen=True)
+class PoolSize:
+    """Number and size of the trainers of a simulated study."""
+
+    trainers: int
+    lanes_per_trainer: int
+    gpus_per_worker: float = 0.0
+
+
 def train_simulated(
     configurations: Sequence[Configuration],
     scheduler: str,
     cluster: Cluster,
-    trainers: int,
-    lanes_per_trainer: int,
+    pool_size: PoolSize,
     store: Store,
     plan: SimulationPlan,
-    gpus_per_worker: float = 0.0,
 ) -> int:
-    """Trains `points`, by rehearsal, as a study does: Tune, broker and seats on the Ray that is connected,
-    records in `store`. Returns the optimizer steps that the seats have counted. Raises Trouble when no seat
-    can be had."""
+    """Run a study on the connected Ray cluster with real trials, broker and trainers but simulated training.
+
+    Args:
+        configurations: The configurations of the study.
+        scheduler: The early stopping: none, asha, median or hyperband.
+        cluster: The connected cluster.
+        pool_size: Number and size of the trainers.
+        store: The store that receives the records.
+        plan: The source of the curves.
+
+    Returns:
+        The optimizer steps that the trainers have counted.
+
+    Raises:
+        StudyError: No trainer could be started.
+    """
     from rich.console import Console
 
     from orchestrator.execution.progress import Progress
@@ -313,9 +367,10 @@ def train_simulated(
     scratch = store.root / "scratch"
     scratch.mkdir(exist_ok=True)
     _wait_for_previous_broker()
+    lanes = pool_size.lanes_per_trainer
     spec = TrainerSpec(
-        lanes_per_trainer=lanes_per_trainer,
-        gpus_per_worker=gpus_per_worker,
+        lanes_per_trainer=lanes,
+        gpus_per_worker=pool_size.gpus_per_worker,
         store=str(store.root),
         scratch=str(scratch),
         device="cpu",
@@ -324,13 +379,11 @@ def train_simulated(
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
         return train(
-            submission_order(
-                scheduler, [], training_order(configurations, lanes_per_trainer), lanes_per_trainer
-            ),
+            submission_order(scheduler, [], training_order(configurations, lanes), lanes),
             (),
             scheduler,
             cluster,
-            PoolConfig(trainers, spec),
+            PoolConfig(pool_size.trainers, spec),
             store,
             scratch,
             progress,
@@ -340,6 +393,7 @@ def train_simulated(
 
 
 def _wait_for_previous_broker() -> None:
+    """Wait until the broker of the study before has ended: both have the same actor name."""
     import ray
 
     from orchestrator.execution.broker.actor import BROKER_NAME

@@ -1,6 +1,9 @@
-"""What a scheduler decides about stored curves, without Ray: the study's own delegate over Tune's schedulers,
-asked about one result after another. Lanes take turns, one evaluation each. A replay in a second, to look
-around with; Hyperband, which pauses trials, needs the real path (replay_schedulers.py without --here)."""
+"""Early stopping applied to stored curves in this process, without a Ray cluster.
+
+The study's own wrapper of Tune's schedulers receives one result after another; the lanes take turns, one
+evaluation each. A replay takes a second. Hyperband pauses trials, which this simulation cannot: use
+replay_schedulers.py without `--without-ray` for it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rehearsal import add_estimated_losses, curve_from_record
+from simulated_training import add_estimated_losses, curve_from_record
 
 from orchestrator.execution.tune.early_stopping import PerVariantScheduler
 from orchestrator.execution.tune.rungs import lane_evaluation_steps
@@ -19,7 +22,7 @@ from orchestrator.study.configuration import Configuration
 
 
 class _Trial:
-    """As much of Tune's as schedulers look at."""
+    """The attributes of a Tune trial that schedulers read."""
 
     status = "RUNNING"
 
@@ -31,7 +34,16 @@ class _Trial:
 def reported_losses(
     configuration: Configuration, record: Record, loss_window: int
 ) -> list[tuple[int, float]]:
-    """(step, loss) as the trial of `point` would tell Tune, from the stored record of the same training."""
+    """Return the results that the trial of a configuration would report to Tune.
+
+    Args:
+        configuration: The simulated configuration.
+        record: The stored record of the same training, with the same or another number of evaluations.
+        loss_window: See `SimulationPlan.loss_window`.
+
+    Returns:
+        (step, validation loss) of each evaluation; a diverged lane ends with the worst possible loss.
+    """
     curve = curve_from_record(record)
     curve = add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
     reports = [
@@ -57,8 +69,15 @@ def simulate_scheduler(
     max_concurrent_trials: int,
     loss_window: int = 0,
 ) -> list[Record]:
-    """The records that a study of `points`, entered in this order, would leave; `records` are the whole ones,
-    by the fingerprints of the points."""
+    """Return the records that a study under `scheduler` would leave.
+
+    Args:
+        scheduler: asha or median.
+        configurations: The configurations in the order in which their trials start.
+        records: Fingerprint -> record of the complete training.
+        max_concurrent_trials: Number of trials that run at the same time.
+        loss_window: See `SimulationPlan.loss_window`.
+    """
     tune_scheduler: Any = PerVariantScheduler(scheduler)
     pending, ended_records = deque(configurations), list[Record]()
     running: list[tuple[_Trial, Record, deque[tuple[int, float]]]] = []

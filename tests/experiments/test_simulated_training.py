@@ -1,4 +1,4 @@
-"""The rehearsal of training: the real loop over curves, and the real path of a study over that."""
+"""Simulated training: the real loop follows prepared curves, and a real study runs on top of it."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "experiments" / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
 
-from decide import decide  # noqa: E402
-from rehearsal import Plan, Stage, synthetic  # noqa: E402
-from scripted import Queue, Script, configuration, leases, train  # noqa: E402
+from scripted import Queue, Script, configuration, leases, train  # noqa: E402  (needs the paths above)
+from simulated_schedulers import simulate_scheduler  # noqa: E402
+from simulated_training import SimulatedEngine, SimulationPlan, synthetic_curve  # noqa: E402
 
 
-def rehearse(source: Any, store: Store, plan: Plan, **options: Any) -> None:
-    train(source, store, make_engine=partial(Stage, plan), **options)
+def simulate(source: Any, store: Store, plan: SimulationPlan, **options: Any) -> None:
+    train(source, store, make_engine=partial(SimulatedEngine, plan), **options)
 
 
-def whole(store: Store, point: Configuration) -> Record:
+def get_record(store: Store, point: Configuration) -> Record:
     record = store.get(point.fingerprint)
     assert record is not None
     return record
 
 
-def course(record: Record) -> tuple[Any, ...]:
-    """What a replay repeats."""
+def replayed_fields(record: Record) -> tuple[Any, ...]:
+    """Return the parts of a record that a replay must repeat."""
     return record.state, record.steps, record.reason, record.curve, record.evaluations, record.untrained
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Configuration]]:
-    """Three that were really trained: two to the end, one that diverged. Tests only read this store."""
+    """Three configurations that were trained: two finished, one diverged. Tests only read this store."""
     store = Store(tmp_path_factory.mktemp("trained"))
     points = [configuration(seed=s, steps=12, evaluations=6) for s in (0, 1)]
     points.append(configuration(rate=1e36, steps=12, evaluations=6))
@@ -55,32 +55,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Confi
 def test_a_replay_equals_what_was_trained(trained: tuple[Store, list[Configuration]], tmp_path: Path) -> None:
     before, points = trained
     again = Store(tmp_path / "again")
-    rehearse(Script(leases(points)), again, Plan(str(before.root)))
+    simulate(Script(leases(points)), again, SimulationPlan(str(before.root)))
     for point in points:
-        assert repr(course(whole(again, point))) == repr(course(whole(before, point))), "NaN is like NaN"
-        assert whole(again, point).items == whole(before, point).items
+        assert repr(replayed_fields(get_record(again, point))) == repr(
+            replayed_fields(get_record(before, point))
+        ), "repr: NaN equals NaN"
+        assert get_record(again, point).items == get_record(before, point).items
 
 
-def test_a_replay_may_look_less_often(trained: tuple[Store, list[Configuration]], tmp_path: Path) -> None:
+def test_a_replay_may_evaluate_less_often(trained: tuple[Store, list[Configuration]], tmp_path: Path) -> None:
     before, points = trained
     again, rare = Store(tmp_path / "again"), [replace(point, evaluations=2) for point in points]
-    rehearse(Script(leases(rare)), again, Plan(str(before.root), evaluations=6))
+    simulate(Script(leases(rare)), again, SimulationPlan(str(before.root), evaluations=6))
     for point, seldom in zip(points, rare, strict=True):
-        record, often = whole(again, seldom), whole(before, point)
+        record, often = get_record(again, seldom), get_record(before, point)
         assert record.steps == often.steps
         assert all(e in often.evaluations for e in record.evaluations)
         steps = [e.step for e in record.evaluations if e.split == "validation"]
         assert steps == ([6, 12] if often.state == "finished" else [])
 
 
-def test_a_replay_may_look_more_often_where_the_training_loss_stands_in(
+def test_a_replay_may_evaluate_more_often_with_the_training_loss_as_estimate(
     trained: tuple[Store, list[Configuration]], tmp_path: Path
 ) -> None:
     before, points = trained
     again, often = Store(tmp_path / "again"), [replace(point, evaluations=12) for point in points]
-    rehearse(Script(leases(often)), again, Plan(str(before.root), evaluations=6, guess=2))
+    simulate(Script(leases(often)), again, SimulationPlan(str(before.root), evaluations=6, loss_window=2))
     for point, closer in zip(points[:2], often, strict=False):
-        record, old = whole(again, closer), whole(before, point)
+        record, old = get_record(again, closer), get_record(before, point)
         seen = {e.step: e.scores["loss"] for e in record.evaluations if e.split == "validation"}
         known = {e.step: e.scores["loss"] for e in old.evaluations if e.split == "validation"}
         assert seen == {
@@ -90,27 +92,27 @@ def test_a_replay_may_look_more_often_where_the_training_loss_stands_in(
         assert record.score("test") == old.score("test")
 
 
-def test_a_curve_that_is_not_there_is_a_failure_of_its_lane(tmp_path: Path) -> None:
+def test_a_missing_curve_fails_its_lane(tmp_path: Path) -> None:
     Store(tmp_path / "empty")
     store, point = Store(tmp_path / "again"), configuration()
-    rehearse(Script(leases([point])), store, Plan(str(tmp_path / "empty")))
-    assert whole(store, point).state == "failed"
-    assert "no whole curve of" in whole(store, point).reason
+    simulate(Script(leases([point])), store, SimulationPlan(str(tmp_path / "empty")))
+    assert get_record(store, point).state == "failed"
+    assert "holds no complete curve of" in get_record(store, point).reason
 
 
-def test_it_obeys_as_the_real_one_does(tmp_path: Path) -> None:
-    """Parked, spilled to a checkpoint, stopped and dropped, by the answers of a script."""
+def test_simulated_lanes_follow_the_directives(tmp_path: Path) -> None:
+    """A script parks, spills, stops and drops lanes."""
     store = Store(tmp_path / "store")
     points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(6)]
     queue = Queue(leases(points))
-    rehearse(queue, store, Plan(), lanes=2, spill_seconds=0.0)
+    simulate(queue, store, SimulationPlan(), lanes=2, spill_seconds=0.0)
     assert queue.spilled
     assert queue.most <= 2
     for point in points:
-        record, drawn = whole(store, point), synthetic(point)
+        record, drawn = get_record(store, point), synthetic_curve(point)
         assert record.state == "finished"
         assert [step.loss for step in record.curve] == drawn.losses
-    assert any(whole(store, point).provenance.resumed_from for point in points)
+    assert any(get_record(store, point).provenance.resumed_from for point in points)
 
     def answers(report: Report) -> Directive:
         return {others[0].fingerprint: Directive.STOP, others[1].fingerprint: Directive.DROP}.get(
@@ -118,8 +120,8 @@ def test_it_obeys_as_the_real_one_does(tmp_path: Path) -> None:
         )
 
     others = [configuration(seed=seed, steps=6, evaluations=3) for seed in (10, 11, 12)]
-    rehearse(Script(leases(others), answers=answers), store, Plan())
-    stopped, last = whole(store, others[0]), whole(store, others[2])
+    simulate(Script(leases(others), answers=answers), store, SimulationPlan())
+    stopped, last = get_record(store, others[0]), get_record(store, others[2])
     assert (stopped.state, stopped.steps, stopped.stopped_at) == ("stopped", 2, 2)
     assert store.get(others[1].fingerprint) is None
     assert (last.state, last.steps) == ("finished", 6)
@@ -129,25 +131,28 @@ def test_synthetic_curves_have_a_best_rate_and_a_cliff(tmp_path: Path) -> None:
     rates = [10 ** (power / 2) for power in range(-10, 1)]
     points = [configuration(rate=rate, steps=40, evaluations=2) for rate in rates]
     store = Store(tmp_path / "store")
-    rehearse(Script(leases(points)), store, Plan(), lanes=16)
-    scores = [whole(store, point).score("validation") for point in points]
+    simulate(Script(leases(points)), store, SimulationPlan(), lanes=16)
+    scores = [get_record(store, point).score("validation") for point in points]
     best = max(range(len(rates)), key=lambda index: scores[index] or 0.0)
     assert 0 < best < len(rates) - 1
     assert scores[best] is not None
     assert scores[best] > 0.5
-    states = [whole(store, point).state for point in points]
+    states = [get_record(store, point).state for point in points]
     assert states[0] == "finished"
     assert states[-1] == "diverged"
     assert all(math.isfinite(score) for score in scores if score is not None)
 
 
-def test_what_a_scheduler_decides_can_be_had_without_ray(tmp_path: Path) -> None:
-    """Twelve evaluations: rungs after 3 and 12 of 36 steps (each four times the one before), none later."""
+def test_a_scheduler_is_simulated_without_ray(tmp_path: Path) -> None:
+    """With twelve evaluations, the rungs are after 3 and 12 of 36 steps: each is four times the one before."""
     points = [configuration(rate=3.2e-3 * 1.6**away, steps=36, evaluations=12) for away in range(-4, 5)]
     store = Store(tmp_path / "store")
-    rehearse(Script(leases(points)), store, Plan(), lanes=16)
-    records = {point.fingerprint: whole(store, point) for point in points}
-    found = {r.fingerprint: r for r in decide("asha", points, records, at_once=len(points))}
+    simulate(Script(leases(points)), store, SimulationPlan(), lanes=16)
+    records = {point.fingerprint: get_record(store, point) for point in points}
+    found = {
+        r.fingerprint: r
+        for r in simulate_scheduler("asha", points, records, max_concurrent_trials=len(points))
+    }
     assert set(found) == set(records)
     stopped = {f: r.steps for f, r in found.items() if r.state == "stopped"}
     assert set(stopped.values()) <= {3, 12}
@@ -156,14 +161,16 @@ def test_what_a_scheduler_decides_can_be_had_without_ray(tmp_path: Path) -> None
         assert [e.step for e in found[fingerprint].evaluations][-1] == step
     best = max(records.values(), key=lambda record: record.score("validation") or 0.0)
     assert found[best.fingerprint] == best
-    assert decide("asha", points, records, at_once=len(points)) == list(found.values())
+    assert simulate_scheduler("asha", points, records, max_concurrent_trials=len(points)) == list(
+        found.values()
+    )
 
 
 @pytest.mark.ray
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None:
-    """The script that measures, at a small size: three nodes, two seats on fake GPUs, asha."""
+    """Run scale.py at a small size: three nodes, two trainers on fake GPUs, ASHA."""
     output = tmp_path / "scale"
     script = [sys.executable, str(BENCHMARKS / "scale.py"), "--sizes", "30", "--scheduler", "asha"]
     done = subprocess.run(
@@ -175,9 +182,9 @@ def test_thirty_configurations_on_a_cluster_of_fake_gpus(tmp_path: Path) -> None
     assert len(records) == row["records"] == 30
     assert row["states"]["stopped"] > 0
     assert "failed" not in row["states"]
-    assert row["steps"] == sum(record.steps for record in records), "the seats count what was trained"
+    assert row["steps"] == sum(record.steps for record in records), "the trainers count every step"
     for record in records:
-        drawn = synthetic(record.configuration)
+        drawn = synthetic_curve(record.configuration)
         seen = [e for e in record.evaluations if e.split == "validation"]
         assert [step.loss for step in record.curve] == drawn.losses[: len(record.curve)]
         assert [e.scores for e in seen] == [drawn.scores[e.step, e.split] for e in seen]
