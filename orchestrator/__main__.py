@@ -227,15 +227,12 @@ class Check(StudyOptions):
     be known yet). Trains nothing and leaves nothing. Exit code 0, or 1 when a line says FAILED.
     """
 
-    probe: bool = True
-    """Leave out how much memory the lanes of a seat take: that loads the model, on one worker."""
-
     def run(self) -> int:
         from orchestrator.cluster.preflight.check import check
         from orchestrator.cluster.remote.target import run_if_remote
 
         code = run_if_remote(self) if self.on is not None else None
-        return check(self, self.probe) if code is None else code
+        return check(self) if code is None else code
 
 
 def run_command() -> int:

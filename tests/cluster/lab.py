@@ -101,7 +101,7 @@ class Plan:
     """The same, to write."""
 
 
-class Failed(AssertionError):
+class CommandError(AssertionError):
     """A command that did not end well. Its text is what the command has said."""
 
 
@@ -149,7 +149,7 @@ class Machine:
         cwd: str = "/",
         **environment: str,
     ) -> str:
-        """What the command has said on both its outputs. Raises Failed when it fails or takes too long."""
+        """Return what the command prints on both its outputs. Raises CommandError when it fails."""
         # To a file: SSH leaves a process behind that would keep a pipe open.
         with tempfile.TemporaryFile() as output:
             process = self.start(*command, output=output, cwd=cwd, **environment)
@@ -162,7 +162,7 @@ class Machine:
             output.seek(0)
             said = output.read().decode(errors="replace")
         if check and code != 0:
-            raise Failed(f"{self.name}: {' '.join(command)[:200]}: {code}\n{said}")
+            raise CommandError(f"{self.name}: {' '.join(command)[:200]}: {code}\n{said}")
         return said
 
     def network(self) -> ThreadPoolExecutor:
@@ -308,7 +308,7 @@ class Lab(Machine):
 
         def is_heard() -> bool:
             self.run("ip", "neighbour", "flush", "dev", "switch")
-            with suppress(Failed):
+            with suppress(CommandError):
                 self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=10)
                 return True
             return False

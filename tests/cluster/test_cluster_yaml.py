@@ -191,7 +191,7 @@ def test_only_the_loopback_shows_the_dashboard_and_mlflow() -> None:
     server = (ROOT / "orchestrator/cluster/node/mlflow_server.sh").read_text()
     assert "--host 127.0.0.1" in server
     assert any(
-        "cluster.keep mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"]
+        "supervisor mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"]
     )
 
 

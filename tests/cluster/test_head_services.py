@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from events import until
-from lab import POSTGRESQL, ROOT, Failed, Host, Lab, lacks_postgresql
+from lab import POSTGRESQL, ROOT, CommandError, Host, Lab, lacks_postgresql
 
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 COUNT = 100
@@ -173,7 +173,7 @@ def test_no_other_machine_reaches_them(lab: Lab, services: Host) -> None:
         f"{HEAD}:5001",
     }
     # Nor do its own users, but for the one who was asked for: there is no password to guess.
-    with pytest.raises(Failed, match="authentication failed"):
+    with pytest.raises(CommandError, match="authentication failed"):
         head.run("runuser", "-u", "nobody", "--", "psql", "-h", "/var/run/postgresql", "-U", "root", "mlflow")
 
 

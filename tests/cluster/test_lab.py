@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from events import LIMIT_SECONDS
-from lab import ROOT, VENV, Failed, Lab
+from lab import ROOT, VENV, CommandError, Lab
 
 pytestmark = pytest.mark.cluster
 SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null")
@@ -36,9 +36,9 @@ def test_hosts_are_apart_but_for_the_network_and_the_shared_folder(lab: Lab, tmp
     assert any("sleep 1000" in line for line in one.processes().values())
     assert not any("sleep" in line for line in two.processes().values())
     assert "sleep" not in lab.run("ps", "-e")
-    with pytest.raises(Failed, match="Network is unreachable"):
+    with pytest.raises(CommandError, match="Network is unreachable"):
         lab.run("bash", "-c", "echo > /dev/tcp/192.0.2.1/80")
-    with pytest.raises(Failed, match="Read-only"):
+    with pytest.raises(CommandError, match="Read-only"):
         one.run("touch", str(VENV / "x"))
     two.installed()
     found = two.run("/root/venv/bin/python", "-c", "import sys, ray; print(sys.prefix)")
@@ -50,7 +50,7 @@ def test_hosts_are_apart_but_for_the_network_and_the_shared_folder(lab: Lab, tmp
 def test_a_link_is_cut_and_mended_and_a_host_replaced(lab: Lab) -> None:
     host = lab.host("one", "10.77.0.2")
     lab.cut(host)
-    with pytest.raises(Failed):
+    with pytest.raises(CommandError):
         ssh(lab, "one", "true", seconds=1)
     assert host.processes(), "it lives on"
     lab.mend(host)

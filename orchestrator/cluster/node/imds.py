@@ -39,7 +39,8 @@ class InterruptionNotice:
 
 def parse_notice(text: str, now: float) -> InterruptionNotice:
     """From the service's JSON. That there is an answer at all is the notice: what is missing in it or cannot
-    be read is filled in with what AWS promises."""
+    be read is filled in with what AWS promises.
+    """
     action, at = "terminate", now + NOTICE_SECONDS
     try:
         data = json.loads(text)

@@ -42,7 +42,8 @@ def find_local_raylets(proc_folder: Path = Path("/proc")) -> tuple[Raylet, ...]:
 
 def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
     """Tells Ray that the node will be gone in so many seconds: it gets no new work, and what runs there is
-    told. Empty when Ray has accepted it, else one line that says why not."""
+    told. Empty when Ray has accepted it, else one line that says why not.
+    """
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.gcs_address]
     command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds_left)]

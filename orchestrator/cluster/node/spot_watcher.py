@@ -47,7 +47,8 @@ def plan_drains(
     state: WatcherState, notice: InterruptionNotice | None, local_raylets: Iterable[Raylet], now: float
 ) -> tuple[DrainRequest, ...]:
     """What is to be drained: with a notice, each node of this machine for which Ray has not yet accepted it,
-    also when the time named has passed and the machine is still there."""
+    also when the time named has passed and the machine is still there.
+    """
     if notice is None:
         return ()
     seconds = notice.seconds_left(now)

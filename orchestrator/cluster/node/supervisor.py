@@ -61,7 +61,8 @@ def is_healthy(url: str) -> bool:
 
 class Supervisor:
     """Runs one command for ever. `run` returns only when the process gets SIGTERM, or with Ray, with the
-    command ended."""
+    command ended.
+    """
 
     def __init__(
         self,
@@ -146,7 +147,8 @@ def _lock_path(name: str) -> Path:
 
 def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url: str) -> bool:
     """Whether the command of this keeper answers, within the time that it has to start. Its predecessor's may
-    do so until it is ended."""
+    do so until it is ended.
+    """
     until = time.monotonic() + STARTUP_TIMEOUT_SECONDS
     while time.monotonic() < until and process.poll() is None:
         with suppress(OSError), _lock_path(name).open() as file:

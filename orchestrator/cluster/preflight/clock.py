@@ -1,50 +1,63 @@
-"""Whether clocks agree: records and checkpoints of several nodes are told apart by their times."""
+"""Whether the nodes' clocks agree: records and checkpoints of several nodes are ordered by their times."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, ok_result, shorten_list
-from orchestrator.cluster.preflight.check_result import format_node_count as count
+from orchestrator.cluster.preflight.check_result import (
+    CheckResult,
+    failed_result,
+    format_node_count,
+    ok_result,
+    shorten_list,
+)
 
 CHECK_NAME = "clock"
 MAX_OFFSET_SECONDS = 2.0
 SAMPLES_PER_NODE = 3
-"""How often a node is asked: the quickest answer counts."""
+"""Readings per node. The one with the smallest proven offset counts."""
 
 
 @dataclass(frozen=True)
 class ClockSample:
-    """A node's clock, asked once; seconds since the epoch."""
+    """One reading of a node's clock. All times are seconds since the epoch."""
 
     sent_at: float
+    """Time of this machine when the node was asked."""
     node_time: float
+    """Time of the node."""
     received_at: float
+    """Time of this machine when the answer arrived."""
 
     @property
     def min_offset(self) -> float:
-        """By how much the node's clock is wrong at least: what it said lies between question and answer
-        otherwise."""
+        """The smallest offset of the node's clock, in seconds, that explains the reading.
+
+        A correct clock is read between question and answer, so any time in between gives 0.
+        """
         if self.node_time < self.sent_at:
             return self.node_time - self.sent_at
         return max(0.0, self.node_time - self.received_at)
 
 
 def check_clocks(samples: Mapping[str, Sequence[ClockSample]]) -> CheckResult:
-    """`nodes`: by address."""
-    offsets = {node: min((t.min_offset for t in ticks), key=abs) for node, ticks in samples.items() if ticks}
+    """Check that no clock is off by more than `MAX_OFFSET_SECONDS`: node address -> readings."""
+    offsets = {
+        node: min((sample.min_offset for sample in readings), key=abs)
+        for node, readings in samples.items()
+        if readings
+    }
     wrong = [
-        f"{node} by {seconds:+.1f} s"
-        for node, seconds in offsets.items()
-        if abs(seconds) > MAX_OFFSET_SECONDS
+        f"{node} by {offset:+.1f} s" for node, offset in offsets.items() if abs(offset) > MAX_OFFSET_SECONDS
     ]
     if wrong:
         return failed_result(
             CHECK_NAME,
-            f"not this machine's time: {shorten_list(wrong)}; at most {MAX_OFFSET_SECONDS:g} s are allowed; "
-            "start chrony (or ntpd) on every node",
+            f"clocks differ from this machine's: {shorten_list(wrong)}; at most {MAX_OFFSET_SECONDS:g} s are "
+            "allowed; start chrony (or ntpd) on every node",
         )
     return ok_result(
-        CHECK_NAME, f"within {MAX_OFFSET_SECONDS:g} s of this machine's on {count(len(offsets))}"
+        CHECK_NAME,
+        f"within {MAX_OFFSET_SECONDS:g} s of this machine's on {format_node_count(len(offsets))}",
     )

@@ -1,4 +1,4 @@
-"""Whether there is room on the disks: the store's, and where Ray keeps its logs and what it spills."""
+"""Whether the disks have free space: the store's, and on each node that of Ray's logs and spilled objects."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from orchestrator.cluster.preflight.check_result import CheckResult, failed_resu
 from orchestrator.cluster.preflight.node_info import NodeInfo
 
 CHECK_NAME = "disk"
-MIN_FREE_BYTES = 2**30  # some checkpoints of small adapters, a day of Ray's logs
 GIB = 2**30
+MIN_FREE_BYTES = GIB
+"""Enough for some checkpoints of small adapters and a day of Ray's logs."""
 
 
 def check_free_space(store: Path, store_free_bytes: int, node_infos: Mapping[str, NodeInfo]) -> CheckResult:
-    """`free`: bytes where the store is; `nodes`: by address."""
-    wrong = (
-        [f"{store} has {store_free_bytes / GIB:.1f} GiB free"] if store_free_bytes < MIN_FREE_BYTES else []
-    )
-    wrong += [
-        f"{facts.temporary_folder} on {node} has {facts.free_bytes / GIB:.1f} GiB free"
-        for node, facts in node_infos.items()
-        if facts.free_bytes < MIN_FREE_BYTES
+    """Check that every disk has at least `MIN_FREE_BYTES`.
+
+    Args:
+        store: The store's folder.
+        store_free_bytes: Free bytes on its disk.
+        node_infos: Node address -> what the node has reported.
+    """
+    full = [f"{store} has {store_free_bytes / GIB:.1f} GiB free"] if store_free_bytes < MIN_FREE_BYTES else []
+    full += [
+        f"{info.temporary_folder} on {node} has {info.free_bytes / GIB:.1f} GiB free"
+        for node, info in node_infos.items()
+        if info.free_bytes < MIN_FREE_BYTES
     ]
-    if wrong:
+    if full:
         return failed_result(
-            CHECK_NAME, f"{shorten_list(wrong)}: at least {MIN_FREE_BYTES / GIB:g} GiB; make room there"
+            CHECK_NAME, f"{shorten_list(full)}: at least {MIN_FREE_BYTES / GIB:g} GiB; delete files there"
         )
-    min_node_free_bytes = min((facts.free_bytes for facts in node_infos.values()), default=None)
-    node_summary = (
-        f", {min_node_free_bytes / GIB:.0f} GiB or more for Ray on each node"
-        if min_node_free_bytes is not None
-        else ""
-    )
-    return ok_result(CHECK_NAME, f"{store_free_bytes / GIB:.0f} GiB free for the store{node_summary}")
+    text = f"{store_free_bytes / GIB:.0f} GiB free for the store"
+    if node_infos:
+        node_free_bytes = min(info.free_bytes for info in node_infos.values())
+        text += f", {node_free_bytes / GIB:.0f} GiB or more for Ray on each node"
+    return ok_result(CHECK_NAME, text)

@@ -1,5 +1,4 @@
-"""A small actor on every node, which looks around there for the driver. It takes no CPU from anyone, and ends
-with the check."""
+"""A small Ray actor on every node, through which the driver looks at the node."""
 
 from __future__ import annotations
 
@@ -21,34 +20,41 @@ from orchestrator.execution.trainers.exit_status import format_ray_error
 from orchestrator.study.configuration import ModelChoice, TaskChoice
 
 RESPONSE_TIMEOUT_SECONDS = 90.0
-"""What a node gets to answer; a new process of Ray's has to start there first."""
+"""Time for a node to answer. The first answer includes the start of a process of Ray's there."""
 
 
 class NodeAgent:
-    """On a node."""
+    """The actor on a node. It requests no CPU, so that it always has room."""
 
     def node_info(self) -> NodeInfo:
+        """Return the facts about this node."""
         return collect_node_info()
 
     def current_time(self) -> float:
+        """Return this node's time in seconds since the epoch."""
         return time.time()
 
-    def write_node_file(self, folder: str, name: str) -> shared_storage.WriteResult:
-        return shared_storage.write_node_file(Path(folder), name)
+    def write_node_file(self, folder: Path, name: str) -> shared_storage.WriteResult:
+        """See `shared_storage.write_node_file`."""
+        return shared_storage.write_node_file(folder, name)
 
-    def missing_files(self, folder: str, names: Sequence[str]) -> list[str]:
-        return shared_storage.missing_files(Path(folder), names)
+    def missing_files(self, folder: Path, names: Sequence[str]) -> list[str]:
+        """See `shared_storage.missing_files`."""
+        return shared_storage.missing_files(folder, names)
 
-    def unavailable_reason(self, model: ModelChoice | None, task: TaskChoice | None, bases: str) -> str:
-        return availability.unavailable_reason(model, task, Path(bases))
+    def unavailable_reason(self, model: ModelChoice | None, task: TaskChoice | None, bases: Path) -> str:
+        """See `availability.unavailable_reason`."""
+        return availability.unavailable_reason(model, task, bases)
 
 
 class NodeAgents:
-    """By the node's address; where several nodes share one, with a number. One that does not answer is asked
-    no more; `silent` says why, by address."""
+    """The agents of all nodes, by node address; nodes that share an address get a number as well.
+
+    A node that does not respond once is not called again; `unresponsive` holds the reason.
+    """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        # A process may die as it starts, on a busy machine: that alone says nothing of the node.
+        # On a busy machine a process may die as it starts, which is no fault of the node: start it once more.
         actor_class = ray.remote(num_cpus=0, max_restarts=1, max_task_retries=1)(NodeAgent)
         self.unresponsive: dict[str, str] = {}
         self.actors: dict[str, Any] = {}
@@ -63,26 +69,33 @@ class NodeAgents:
     def call(
         self, method: str, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()
     ) -> dict[str, Any]:
-        """All of them at once; the answers of those that gave one."""
+        """Call a method of all agents at the same time.
+
+        Args:
+            method: Name of a method of `NodeAgent`.
+            arguments: Node address -> arguments of the call.
+
+        Returns:
+            Node address -> answer, for the nodes that responded.
+        """
         refs = {
             name: getattr(actor, method).remote(*arguments(name))
             for name, actor in self.actors.items()
             if name not in self.unresponsive
         }
-        until = time.monotonic() + RESPONSE_TIMEOUT_SECONDS
+        deadline = time.monotonic() + RESPONSE_TIMEOUT_SECONDS
         answers = {}
-        for name, answer in refs.items():
+        for name, ref in refs.items():
             try:
-                answers[name] = ray.get(answer, timeout=max(0.1, until - time.monotonic()))
-            except Exception as error:  # of whatever kind it is there: a package that is missing, a dead node
-                timeout_message = f"no answer in {RESPONSE_TIMEOUT_SECONDS:g} s"
-                self.unresponsive[name] = (
-                    timeout_message if isinstance(error, TimeoutError) else format_ray_error(error)
-                )
+                answers[name] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
+            except TimeoutError:
+                self.unresponsive[name] = f"no answer in {RESPONSE_TIMEOUT_SECONDS:g} s"
+            except Exception as error:  # any type: a missing package there, a dead node
+                self.unresponsive[name] = format_ray_error(error)
         return answers
 
     def sample_clocks(self) -> Mapping[str, Sequence[clock.ClockSample]]:
-        """One node after another, so that no answer waits."""
+        """Return the readings of each node's clock. The nodes are read in turn, so that no answer waits."""
         return {name: self._sample_clock(name, actor) for name, actor in self.actors.items()}
 
     def _sample_clock(self, name: str, actor: Any) -> list[clock.ClockSample]:
@@ -98,21 +111,23 @@ class NodeAgents:
         return samples
 
     def check_responses(self) -> list[CheckResult]:
-        """A line about those that are silent while Ray has them, if any: one that has gone is no fault."""
+        """Return a failure if nodes that Ray counts as alive do not respond; nodes that left do not matter."""
         alive_node_ids = {node.id for node in usable_nodes()} if self.unresponsive else set()
         failures = [
-            f"{name} ({why})"
-            for name, why in self.unresponsive.items()
+            f"{name} ({reason})"
+            for name, reason in self.unresponsive.items()
             if self.node_ids[name] in alive_node_ids
         ]
         if not failures:
             return []
-        advice = "install this package there as here, and look at Ray's logs on that node"
-        return [failed_result("answers", f"nothing of ours runs on {shorten_list(failures)}; {advice}")]
+        advice = "install it there as here, and read Ray's logs on that node"
+        silent = shorten_list(failures)
+        return [failed_result("answers", f"this package does not run on {silent}; {advice}")]
 
 
 @contextmanager
 def start_node_agents(nodes: Sequence[Node]) -> Iterator[NodeAgents]:
+    """Start an agent on every node; they end with the context."""
     agents = NodeAgents(nodes)
     try:
         yield agents

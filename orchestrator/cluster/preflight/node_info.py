@@ -1,4 +1,4 @@
-"""What a node says of itself. Runs there, in a process of Ray's; plain Python."""
+"""What a node reports about itself. Runs on the node, in an actor of the check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,23 +17,27 @@ from orchestrator.record import provenance
 
 DISTRIBUTION = "lora-orchestrator"
 PACKAGE_FOLDERS = ("orchestrator/", "variants/")
-_IGNORED_VERSIONS = ("cuda_driver",)  # a head without a GPU has none; records say which they were made with
+_IGNORED_VERSIONS = ("cuda_driver",)
+"""Versions that may differ: a head without a GPU has no driver. Records keep them as provenance."""
 
 
 @dataclass(frozen=True)
 class NodeInfo:
+    """Host, versions and free disk space of a node."""
+
     host: str
     versions: dict[str, str]
-    """Python, the libraries, this package."""
+    """Package -> version: Python, the libraries and this package."""
     free_bytes: int
-    """Bytes, on the disk of the folder for temporary files, where Ray has its own."""
+    """Free bytes on the disk of `temporary_folder`."""
     temporary_folder: str
-    """That folder."""
-    startable_node_types: tuple[NodeType, ...] | None = field(default=None)
-    """Nodes that the cluster's autoscaler may start, as the head knows; None elsewhere."""
+    """The folder for temporary files, where Ray keeps logs and spilled objects."""
+    startable_node_types: tuple[NodeType, ...] | None = None
+    """Node types that the autoscaler may start; None on nodes without the autoscaler's file."""
 
 
 def collect_node_info() -> NodeInfo:
+    """Return the facts about this node."""
     folder = tempfile.gettempdir()
     return NodeInfo(
         os.uname().nodename, node_versions(), shutil.disk_usage(folder).free, folder, load_node_types()
@@ -41,22 +45,25 @@ def collect_node_info() -> NodeInfo:
 
 
 def node_versions() -> dict[str, str]:
-    """Those that have to be equal on all nodes. torch's without its build (+cpu, +cu128): a head without a
-    GPU may have another."""
-    found = {k: v for k, v in provenance.package_versions().items() if k not in _IGNORED_VERSIONS}
-    if "torch" in found:
-        found["torch"] = found["torch"].partition("+")[0]
+    """Return the versions that must be equal on all nodes: package -> version.
+
+    torch's version is without its build (+cpu, +cu128): a head without a GPU may have another build.
+    """
+    versions = {k: v for k, v in provenance.package_versions().items() if k not in _IGNORED_VERSIONS}
+    if "torch" in versions:
+        versions["torch"] = versions["torch"].partition("+")[0]
     try:
         number = version(DISTRIBUTION)
-    except PackageNotFoundError:  # run from a folder
+    except PackageNotFoundError:  # it runs from a folder and is not installed
         number = ""
-    return found | {DISTRIBUTION: f"{number} (code {package_digest()})".strip()}
+    return versions | {DISTRIBUTION: f"{number} (code {package_digest()})".strip()}
 
 
 @lru_cache(maxsize=1)
 def package_digest() -> str:
-    """Eight hex digits over this package's sources: version numbers do not change with every commit."""
-    digests_by_path = {
-        path: digest for path, digest in file_digests().items() if path.startswith(PACKAGE_FOLDERS)
-    }
-    return hashlib.sha256(json.dumps(digests_by_path).encode()).hexdigest()[:8]
+    """Return eight hexadecimal digits of the hash of this package's sources.
+
+    The version number alone is not sufficient: it does not change with every commit.
+    """
+    digests = {path: digest for path, digest in file_digests().items() if path.startswith(PACKAGE_FOLDERS)}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:8]

@@ -1,12 +1,13 @@
-"""Whether every node has the same store, to read and to write.
+"""Whether every node reads and writes the same store.
 
-A folder is made in it for the time of the check: the driver leaves a file there, each node reads it and
-leaves its own the way that records are left (written, renamed, linked), then all look for all files. By their
-names, as a record is looked for: a network file system may show lists of files late.
+The driver writes a file into a temporary folder in the store. Each node reads it and leaves a file of its own
+in the way in which records are written: written, renamed, linked. Then all look for all files by their names,
+as a record is looked up: listings of a network file system may lag behind.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import uuid
@@ -29,24 +30,35 @@ from orchestrator.util import atomic_files
 CHECK_NAME = "storage"
 DRIVER_FILE = "driver"
 VISIBILITY_TIMEOUT_SECONDS = 5.0
-"""How long a file may take to be seen by another machine."""
+"""Time until a file must be visible to other machines."""
+NETWORK_FILE_SYSTEM = re.compile(r"nfs|cifs|smb|lustre|ceph|glusterfs|beegfs|gpfs|fuse|9p|virtiofs")
+"""Beginning of the name of a file system that several machines can mount."""
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What became of a node's file; all empty when all went well."""
+    """Outcome of a node's attempt to read and write in the store; the defaults mean success."""
 
     is_driver_file_missing: bool = False
-    """The driver's file is not there."""
+    """Whether the node does not see the driver's file."""
     write_error: str = ""
-    """Why nothing could be written, or renamed."""
+    """Why the node cannot write or rename a file."""
     link_error: str = ""
-    """Why no hard link could be made."""
+    """Why the node cannot make a hard link."""
+
+    @property
+    def wrote_file(self) -> bool:
+        """Whether the node has written its file."""
+        return not (self.is_driver_file_missing or self.write_error)
 
 
 @contextmanager
 def create_check_folder(store: Path) -> Iterator[Path]:
-    """The driver's: with its own file, gone afterwards. Raises OSError where it cannot be written."""
+    """Create a folder with the driver's file in the store, and remove it afterwards.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
     folder = store / f".check-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
@@ -57,7 +69,13 @@ def create_check_folder(store: Path) -> Iterator[Path]:
 
 
 def write_node_file(folder: Path, name: str, timeout: float = VISIBILITY_TIMEOUT_SECONDS) -> WriteResult:
-    """A node's part."""
+    """Look for the driver's file, then write a file and link it. Runs on a node.
+
+    Args:
+        folder: The folder that the driver has created.
+        name: Name of the node's file.
+        timeout: Seconds to wait for the driver's file.
+    """
     if missing_files(folder, [DRIVER_FILE], timeout):
         return WriteResult(is_driver_file_missing=True)
     try:
@@ -74,11 +92,17 @@ def write_node_file(folder: Path, name: str, timeout: float = VISIBILITY_TIMEOUT
 def missing_files(
     folder: Path, names: Sequence[str], timeout: float = VISIBILITY_TIMEOUT_SECONDS
 ) -> list[str]:
-    """Those of the files that are not there, or do not hold what was written."""
-    until = time.monotonic() + timeout
+    """Return the files that this machine does not see, or sees with other content.
+
+    Args:
+        folder: The folder that the driver has created.
+        names: Names of the files; each file holds its own name.
+        timeout: Seconds to wait for the files.
+    """
+    deadline = time.monotonic() + timeout
     while True:
         missing = [name for name in names if not _has_content(folder / name, name)]
-        if not missing or time.monotonic() > until:
+        if not missing or time.monotonic() > deadline:
             return missing
         time.sleep(0.2)
 
@@ -93,39 +117,42 @@ def _has_content(file: Path, content: str) -> bool:
 def check_storage(
     store: Path, write_results: Mapping[str, WriteResult], missing_by_reader: Mapping[str, Sequence[str]]
 ) -> CheckResult:
-    """`wrote`: of each node, by its address; `unseen`: who (a node, or this machine) does not see whose
-    files."""
-    not_readable = [node for node, one in write_results.items() if one.is_driver_file_missing]
-    not_writable = [f"{node} ({one.write_error})" for node, one in write_results.items() if one.write_error]
-    without_hard_links = [
-        f"{node} ({one.link_error})" for node, one in write_results.items() if one.link_error
+    """Summarize what the nodes could read and write.
+
+    Args:
+        store: The store's folder.
+        write_results: Node address -> outcome of writing.
+        missing_by_reader: Reader (a node address, or "this machine") -> nodes whose files it does not see.
+    """
+    results = write_results.items()
+    unreadable = [node for node, result in results if result.is_driver_file_missing]
+    unwritable = [f"{node} ({result.write_error})" for node, result in results if result.write_error]
+    linkless = [f"{node} ({result.link_error})" for node, result in results if result.link_error]
+    invisible = [
+        f"{reader} does not see what {shorten_list(nodes)} wrote"
+        for reader, nodes in missing_by_reader.items()
+        if nodes
     ]
-    not_visible = [
-        f"{who} does not see what {shorten_list(whose)} wrote"
-        for who, whose in missing_by_reader.items()
-        if whose
-    ]
-    wrong = [f"not seen from {shorten_list(not_readable)}"] if not_readable else []
-    wrong += [f"not writable from {shorten_list(not_writable)}"] if not_writable else []
-    wrong += [f"no hard links from {shorten_list(without_hard_links)}"] if without_hard_links else []
-    wrong += not_visible[:1]
-    if wrong:
+    failures = [f"not seen from {shorten_list(unreadable)}"] if unreadable else []
+    failures += [f"not writable from {shorten_list(unwritable)}"] if unwritable else []
+    failures += [f"no hard links from {shorten_list(linkless)}"] if linkless else []
+    failures += invisible[:1]
+    if failures:
         return failed_result(
             CHECK_NAME,
-            f"{store}: {'; '.join(wrong)}; every node must read and write the same folder, with renames and "
-            "hard links: mount one shared file system (NFS, EFS, Lustre) there, or name another --output",
+            f"{store}: {'; '.join(failures)}; every node must read and write the same folder, with renames "
+            "and hard links: mount a shared file system (NFS, EFS, Lustre) there, or change --output",
         )
     return ok_result(
         CHECK_NAME,
-        f"{store}: read and written from {format_node_count(len(write_results))}, renames and hard links work",
+        f"{store}: read and written from {format_node_count(len(write_results))}, "
+        "renames and hard links work",
     )
 
 
 def is_shared(folder: Path) -> bool:
-    """Whether the folder is on a file system that other machines can see too."""
+    """Return whether the folder is on a file system that other machines can mount as well."""
     folder = folder.resolve()
-    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
-    kind = next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), "")
-    return kind.startswith(
-        ("nfs", "cifs", "smb", "lustre", "ceph", "glusterfs", "beegfs", "gpfs", "fuse", "9p", "virtiofs")
-    )
+    types = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    file_system = next((types[parent] for parent in (folder, *folder.parents) if parent in types), "")
+    return NETWORK_FILE_SYSTEM.match(file_system) is not None

@@ -28,7 +28,8 @@ _SECURITY_GROUP_KEYS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces
 
 def read_cluster_file(path: Path) -> dict[str, Any]:
     """The description with Ray's defaults filled in. Paths in it are relative to its own folder, where
-    `ray up` is typed. Raises BadInput."""
+    `ray up` is typed. Raises BadInput.
+    """
     import yaml
 
     try:

@@ -53,7 +53,8 @@ def _default_value(option: Field[Any]) -> Any:
 
 def _check_options(options: StudyOptions) -> None:
     """Raises BadInput for files of this machine, and for secrets: a job's command can be read by everybody
-    there."""
+    there.
+    """
     context = f"with --on {options.on}"
     if options.store is not None:
         raise UsageError(

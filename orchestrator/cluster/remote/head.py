@@ -31,7 +31,8 @@ _RAY_COMMAND = (sys.executable, "-m", "ray.scripts.scripts")
 
 def find_head(path: Path, timeout: float = CONNECT_TIMEOUT_SECONDS) -> tuple[str | None, str]:
     """The head's address, and if there is none why. Asks the cloud in a process of its own: its libraries
-    print, and wait for credentials."""
+    print, and wait for credentials.
+    """
     try:
         completed = subprocess.run(
             [sys.executable, "-m", "orchestrator.cluster.remote.head", path.name, f"{timeout:g}"],

@@ -81,7 +81,8 @@ class JobClient:
 
     def follow_job(self, job: JobDetails, skip_characters: int = 0) -> int:
         """Prints what it says, from the character `skip` on, and returns its exit code when it has ended.
-        Raises Trouble when the connection is lost."""
+        Raises Trouble when the connection is lost.
+        """
         out = _LogPrinter(skip_characters)
         with _translate_client_errors():
             while not (ended := self._terminal_info(job)):

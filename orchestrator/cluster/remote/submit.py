@@ -29,7 +29,8 @@ REFUSED_EXIT_CODE = 2
 
 def run_on_cluster(options: StudyOptions, path: Path) -> int:
     """Runs there what was typed here, or follows it where it runs, and returns its exit code. Raises BadInput
-    and Trouble."""
+    and Trouble.
+    """
     arguments = command_line.remote_command(options)
     if Path("~/.ray/auth_token").expanduser().is_file():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported

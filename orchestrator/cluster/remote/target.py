@@ -27,7 +27,8 @@ def run_if_remote(options: StudyOptions) -> int | None:
 
 def _user_selects_cluster(path: Path) -> bool:
     """Whether the user wants the cluster that is up and was not named. Raises BadInput where nobody can be
-    asked."""
+    asked.
+    """
     from orchestrator.execution.ray import runtime
 
     if runtime.running_cluster_address() is not None:
@@ -59,7 +60,8 @@ def _user_selects_cluster(path: Path) -> bool:
 
 def _lacks_ssh_key(config: dict[str, Any]) -> bool:
     """Whether this machine cannot have started it: Ray's key to AWS's machines is not here. To ask AWS would
-    take seconds."""
+    take seconds.
+    """
     provider, auth = config.get("provider") or {}, config.get("auth") or {}
     if provider.get("type") != "aws" or provider.get("key_pair") or auth.get("ssh_private_key"):
         return False

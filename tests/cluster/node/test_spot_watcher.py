@@ -37,7 +37,9 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(imds, "_REQUEST_TIMEOUT_SECONDS", LIMIT_SECONDS)  # a test process that stands still is not away
+    monkeypatch.setattr(
+        imds, "_REQUEST_TIMEOUT_SECONDS", LIMIT_SECONDS
+    )  # a test process that stands still is not away
     with reserved_port() as port:
         service = Service(port)
         yield service

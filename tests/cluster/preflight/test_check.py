@@ -1,10 +1,11 @@
-"""The check before money is spent, as it is called: each failure is caused for real, on a real Ray with
-several nodes. They are on one machine, each with an address of its own."""
+"""The check as a user calls it: each failure is caused for real, on a real Ray cluster of several nodes.
+
+The nodes are on one machine, each with an address of its own.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,13 +25,13 @@ from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.util.errors import UsageError
 
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
-# The first one's is what Ray takes this machine's for: drivers look for it.
+# Drivers look for a node at the address that Ray takes for this machine's: the first node has it.
 FIRST, SECOND, ODD = ray.util.get_node_ip_address(), "127.0.0.2", "127.0.0.3"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of all nodes: where `ray up` leaves its file."""
+    """The home directory of all nodes, where `ray up` leaves its file."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(folder))
@@ -48,8 +49,8 @@ def cluster(home: Path) -> Iterator[Cluster]:
 
 
 def command(shared: Path, *arguments: str) -> list[str]:
-    own = ["--task", str(shared / "words.py"), "--model", str(shared / "model"), "--variants", "lora"]
-    return [*own, "--output", str(shared / "results"), *arguments]
+    study = ["--task", str(shared / "words.py"), "--model", str(shared / "model"), "--variants", "lora"]
+    return [*study, "--output", str(shared / "results"), *arguments]
 
 
 Check = Callable[..., tuple[int, dict[str, str]]]
@@ -59,8 +60,8 @@ Check = Callable[..., tuple[int, dict[str, str]]]
 def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
     """Return a function that runs `python -m orchestrator check` with RAY_ADDRESS and options.
 
-    It runs in this process: a new one needs 8 s of CPU time for its imports alone. It returns the exit code,
-    and the lines by what they are about.
+    It runs in this process, because the imports of a new one take 8 s of CPU time. It returns the exit code
+    and the lines by the names of their checks.
     """
 
     def check(address: str, *arguments: str) -> tuple[int, dict[str, str]]:
@@ -72,18 +73,18 @@ def check(restored: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         finally:
             out, err = capsys.readouterr()
             print(out, err)
-        return code, by_subject(out)
+        return code, lines_by_name(out)
 
     return check
 
 
-def by_subject(out: str) -> dict[str, str]:
+def lines_by_name(out: str) -> dict[str, str]:
     lines = [line.split(None, 2) for line in out.splitlines()]
     return {name: f"{mark} {text}" for mark, name, text in lines}
 
 
 def check_process(address: str, *arguments: str, **environment: str) -> tuple[int, dict[str, str]]:
-    """Check in a process of its own, with more in its environment."""
+    """Run the check in a process of its own, with additional environment variables."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator", "check", *arguments],
         capture_output=True,
@@ -95,20 +96,20 @@ def check_process(address: str, *arguments: str, **environment: str) -> tuple[in
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     assert done.stdout, done.stderr
     print(done.stdout, done.stderr)
-    return done.returncode, by_subject(done.stdout)
+    return done.returncode, lines_by_name(done.stdout)
 
 
-def there(folder: Path) -> set[Path]:
+def files_in(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(
+def test_a_usable_cluster_passes_every_check_and_is_left_unchanged(
     cluster: Cluster, shared: Path, check: Check
 ) -> None:
-    before = there(shared)
-    code, lines = check(cluster.address, *command(shared, "--lanes-per-seat", "2"))
+    before = files_in(shared)
+    code, lines = check(cluster.address, *command(shared, "--lanes-per-trainer", "2"))
     assert not {name: line for name, line in lines.items() if not line.startswith("ok ")}
     assert code == 0
     assert list(lines) == [
@@ -121,18 +122,16 @@ def test_a_fit_cluster_is_ok_in_every_line_and_as_it_was(
         "disk",
         "clock",
         "reach",
-        "memory",
     ]
-    assert "2 nodes, 2 CPUs, 0 GPUs: room for 2 seats" in lines["nodes"]
-    assert re.search(r"lora: 1 lane 0\.\d GiB, 2 lanes 0\.\d GiB; a worker of a seat has", lines["memory"])
-    assert there(shared) == before
+    assert "2 nodes, 2 CPUs, 0 GPUs: room for 2 trainers" in lines["nodes"]
+    assert files_in(shared) == before
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared: Path) -> None:
+def test_missing_server_model_data_and_gpus_are_failures(cluster: Cluster, shared: Path) -> None:
     away = ["--task", "glosses", "--model", "organisation/model", "--tracking-uri", "http://127.0.0.1:1"]
-    output = ["--output", str(shared / "results"), "--gpus-per-seat", "1"]
+    output = ["--output", str(shared / "results"), "--gpus-per-worker", "1"]
     # The libraries read these when they are imported.
     code, lines = check_process(
         cluster.address, *away, *output, WNSEARCHDIR="/nowhere", HF_ENDPOINT="http://127.0.0.1:1"
@@ -142,16 +141,15 @@ def test_server_model_data_and_gpus_that_are_not_there(cluster: Cluster, shared:
         "tracking": ["FAILED", "'http://127.0.0.1:1': cannot be reached", "start that server"],
         "model": ["FAILED", "'organisation/model' cannot be read", "HF_TOKEN"],
         "data": ["FAILED", "/nowhere/data.noun", "apt-get install wordnet-base"],
-        "nodes": ["FAILED", "no node has room for a seat (1 GPU and a CPU)", "no autoscaler is known"],
+        "nodes": ["FAILED", "no node has room for a trainer (1 GPU and a CPU)", "no autoscaler is known"],
     }.items():
         for word in words:
             assert word in lines[name], lines
-    assert "memory" not in lines, "no seat, no probe"
 
 
 @pytest.mark.cluster
-def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path, check: Check) -> None:
-    """Ray is not asked to join such a cluster: that takes minutes, and its words are others."""
+def test_a_missing_model_folder_and_a_missing_cluster_are_failures(shared: Path, check: Check) -> None:
+    """Ray is not used to join such a cluster: that takes minutes and gives another message."""
     gone = [word.replace(str(shared / "model"), "/nowhere/model") for word in command(shared)]
     code, lines = check("127.0.0.1:1", *gone)
     assert (code, list(lines)) == (1, ["tracking", "model", "data", "nodes"])
@@ -159,7 +157,7 @@ def test_a_model_folder_and_a_cluster_that_are_gone(shared: Path, check: Check) 
     assert "FAILED RAY_ADDRESS '127.0.0.1:1' cannot be joined (nothing answers there)" in lines["nodes"]
 
 
-GROWS = """
+AUTOSCALING = """
 max_workers: 2
 head_node_type: head
 available_node_types:
@@ -170,17 +168,16 @@ available_node_types:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
+def test_startable_gpu_nodes_are_no_failure_but_a_local_store_is(
     cluster: Cluster, shared: Path, home: Path, check: Check
 ) -> None:
-    (home / "ray_bootstrap_config.yaml").write_text(GROWS)
+    (home / "ray_bootstrap_config.yaml").write_text(AUTOSCALING)
     try:
-        _, lines = check(cluster.address, *command(shared, "--gpus-per-seat", "1", "--seats", "2"))
+        _, lines = check(cluster.address, *command(shared, "--gpus-per-worker", "1", "--trainers", "2"))
     finally:
         (home / "ray_bootstrap_config.yaml").unlink()
-    assert "the autoscaler may start 2 gpu, room for 2 of 2 seats then" in lines["nodes"]
-    assert "own disk: nodes that may come would not see it" in lines["storage"]
-    assert "not probed: no GPU node yet" in lines["memory"]
+    assert "the autoscaler may start 2 gpu, then room for 2 of 2 trainers" in lines["nodes"]
+    assert "own disk, which nodes that start later do not see" in lines["storage"]
     assert {name for name, line in lines.items() if line.startswith("FAILED")} == {"storage"}
 
 
@@ -188,17 +185,17 @@ def test_gpus_that_an_autoscaler_may_start_are_no_failure_and_see_no_local_disk(
 @pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
+def test_a_node_that_differs_is_named_and_a_study_refuses_it(
     cluster: Cluster, shared: Path, tmp_path: Path, check: Check
 ) -> None:
     with odd.odd_node(cluster.address, ODD, shared, tmp_path):
         wait_for_nodes(cluster, 3, tmp_path / "odd.log")
-        code, lines = check(cluster.address, *command(shared, "--no-probe"))
+        code, lines = check(cluster.address, *command(shared))
         assert code == 1, lines
         wrong = {
             "versions": f"transformers on {ODD} is 1.2.3, here ",
             "storage": f"{shared / 'results' / 'store'}: not seen from {ODD}; every node must",
-            "clock": rf"not this machine's time: {ODD} by +",
+            "clock": rf"clocks differ from this machine's: {ODD} by +",
             "reach": f"from {ODD}: Task file",
         }
         for name, words in wrong.items():
@@ -207,7 +204,7 @@ def test_a_node_of_another_kind_is_named_and_a_study_refuses_it(
 
         out = study(cluster, *command(shared, "--seeds", "1", "--learning-rates", "1e-2"))
         assert out.returncode == 2, out.stdout + out.stderr
-        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # Ray's own aside
+        errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]  # without Ray's own
         for line, name in zip(errors, ("versions", "storage", "clock", "reach"), strict=True):
             assert line.startswith(f"error: {name}: "), errors
         assert not list((shared / "results" / "store" / "records").glob("*/*"))
@@ -228,39 +225,40 @@ def study(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]
 @needs_mounts
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_node_that_joins_and_does_not_see_the_store_is_not_counted(
+def test_a_joining_node_that_does_not_see_the_store_is_not_used(
     cluster: Cluster, shared: Path, tmp_path: Path
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         here = ray.get_runtime_context().get_node_id()
-        sight = StorageVisibility(shared / "model", (), said.append)
+        sight = StorageVisibility(shared / "model", (), messages.append)
         with stopped_raylet(SECOND):
             assert {node.address for node in sight.visible_nodes(usable_nodes(), here)} == {FIRST}, (
-                "it waits for no answer"
+                "it does not wait for an answer"
             )
         with odd.odd_node(cluster.address, ODD, shared, tmp_path):
 
-            def all_have_answered() -> bool:
+            def all_nodes_have_answered() -> bool:
                 sight.visible_nodes(usable_nodes(), here)
-                return len(sight.can_see) == 2 and bool(said)
+                return len(sight.can_see) == 2 and bool(messages)
 
-            until(all_have_answered, (tmp_path / "odd.log").read_text)
+            until(all_nodes_have_answered, (tmp_path / "odd.log").read_text)
             for _ in range(2):
                 assert {node.address for node in sight.visible_nodes(usable_nodes(), here)} == {FIRST, SECOND}
             assert {node.address for node in usable_nodes()} == {FIRST, SECOND, ODD}
     finally:
         ray.shutdown()
-    assert len(said) == 1
+    assert len(messages) == 1
     assert (
-        f"the node on {ODD} does not see this study's folder {shared / 'model'}: it is not counted" in said[0]
+        f"the node on {ODD} does not see this study's folder {shared / 'model'}: it is not counted"
+        in messages[0]
     )
 
 
 @contextmanager
 def stopped_raylet(address: str) -> Iterator[None]:
-    """Inside, nothing starts on that node of this process's cluster."""
+    """Suspend the raylet of a node, so that no process starts there."""
     (raylet,) = [
         process
         for process in psutil.Process().children(recursive=True)
@@ -282,9 +280,9 @@ def wait_for_nodes(cluster: Cluster, count: int, log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"), [(["--seats", "0"], "--seats 0"), (["--task", "lettres"], "'letters'")]
+    ("arguments", "word"), [(["--trainers", "0"], "--trainers 0"), (["--task", "lettres"], "'letters'")]
 )
-def test_wrong_options_are_refused_before_anything_is_looked_at(
+def test_wrong_options_are_refused_before_any_check(
     arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["orchestrator", "check", *arguments])

@@ -1,9 +1,7 @@
-"""What is concluded from what was seen; and, where the kernel can cause it, the seeing."""
+"""The conclusions of each check, and its measurements where the kernel can cause the fault."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import odd
@@ -14,12 +12,10 @@ from orchestrator.cluster.preflight import (
     capacity,
     clock,
     disk,
-    memory_result,
     shared_storage,
     versions,
 )
 from orchestrator.cluster.preflight.check_result import failed_result, ok_result, shorten_list
-from orchestrator.cluster.preflight.memory_result import MemoryMeasurement
 from orchestrator.cluster.preflight.node_info import NodeInfo
 from orchestrator.cluster.preflight.shared_storage import WriteResult
 from orchestrator.execution.ray.autoscaler import NodeType, parse_node_types
@@ -29,21 +25,32 @@ from orchestrator.study.options import StudyOptions
 GIB = 2**30
 STORE = Path("/shared/store")
 needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mount namespaces")
-WRITE = (
-    "import sys; from pathlib import Path; "
-    "from orchestrator.cluster.preflight import shared_storage as storage; "
-    + ("print(storage.check_storage(Path('/s'), {'node': storage.write_node_file(Path(sys.argv[1]), 'mine')}, {}).format_line())")
-)
+WRITE_CHECK = """
+import sys
+from pathlib import Path
+from orchestrator.cluster.preflight.shared_storage import check_storage, write_node_file
+written = {"node": write_node_file(Path(sys.argv[1]), "node-0")}
+print(check_storage(Path("/s"), written, {}).format_line())
+"""
+DISK_CHECK = """
+import shutil, sys
+from pathlib import Path
+from orchestrator.cluster.preflight.disk import check_free_space
+from orchestrator.cluster.preflight.node_info import collect_node_info
+store = Path(sys.argv[1])
+infos = {"node": collect_node_info()}
+print(check_free_space(store, shutil.disk_usage(store).free, infos).format_line())
+"""
 
 
-def test_a_line_says_how_it_stands_and_names_few_of_many() -> None:
+def test_a_line_has_status_name_and_text_and_lists_are_shortened() -> None:
     assert ok_result("disk", "room").format_line() == "ok      disk      room"
     assert failed_result("versions", "no").format_line() == "FAILED  versions  no"
     assert shorten_list(["a", "b", "c"]) == "a, b, c"
     assert shorten_list(["a", "b", "c", "d", "e"], "; ") == "a; b; c and 2 more"
 
 
-def test_versions_that_differ_or_are_missing() -> None:
+def test_different_and_missing_versions_are_failures() -> None:
     here = {"python": "3.12.1", "torch": "2.9.0"}
     assert not versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": dict(here)}).failed
     other = versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
@@ -64,7 +71,7 @@ def test_versions_that_differ_or_are_missing() -> None:
         ([(100.0, 107.0, 100.1), (110.0, 117.0, 110.1)], "10.0.0.1 by +6.9 s"),
     ],
 )
-def test_a_clock_is_wrong_by_what_an_answer_cannot_explain(
+def test_a_clock_is_wrong_by_what_the_delay_of_the_answer_cannot_explain(
     ticks: list[tuple[float, float, float]], wrong: str
 ) -> None:
     found = clock.check_clocks({"10.0.0.1": [clock.ClockSample(*tick) for tick in ticks], "10.0.0.2": []})
@@ -73,7 +80,7 @@ def test_a_clock_is_wrong_by_what_an_answer_cannot_explain(
     assert not wrong or "chrony" in found.text
 
 
-def test_storage_names_who_does_not_see_what(tmp_path: Path) -> None:
+def test_storage_names_the_node_and_the_files_that_it_does_not_see(tmp_path: Path) -> None:
     fine = {"10.0.0.1": WriteResult(), "10.0.0.2": WriteResult()}
     assert not shared_storage.check_storage(STORE, fine, {"this machine": [], "10.0.0.1": []}).failed
     for wrote, unseen, words in (
@@ -94,39 +101,43 @@ def test_storage_names_who_does_not_see_what(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @needs_mounts
-def test_a_store_that_a_node_can_only_read(tmp_path: Path) -> None:
+def test_a_store_that_a_node_cannot_write_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
     readonly = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-    command = ["unshare", "-m", "bash", "-c", readonly, str(tmp_path), *odd.python(WRITE, str(tmp_path))]
+    command = [
+        "unshare",
+        "-m",
+        "bash",
+        "-c",
+        readonly,
+        str(tmp_path),
+        *odd.python(WRITE_CHECK, str(tmp_path)),
+    ]
     said = odd.said(command)
     assert said.startswith("FAILED  storage   /s: not writable from node (Read-only file system); every node")
 
 
-def test_a_store_without_hard_links(tmp_path: Path) -> None:
+def test_a_store_without_hard_links_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
-    said = odd.said(odd.python(odd.LINKLESS + WRITE, str(tmp_path)))
+    said = odd.said(odd.python(odd.LINKLESS + WRITE_CHECK, str(tmp_path)))
     assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
 
 
 @pytest.mark.cluster
 @needs_mounts
-def test_a_disk_that_is_nearly_full(tmp_path: Path) -> None:
-    """A file system of 16 MB, for the store and for temporary files in turn."""
-    code = "import shutil, sys; from pathlib import Path; "
-    code += "from orchestrator.cluster.preflight import disk; from orchestrator.cluster.preflight.node_info import collect_node_info; "
-    code += "store = Path(sys.argv[1]); "
-    code += "print(disk.check_free_space(store, shutil.disk_usage(store).free, {'node': collect_node_info()}).format_line())"
+def test_a_nearly_full_disk_is_a_failure(tmp_path: Path) -> None:
+    """A file system of 16 MB holds first the store, then the temporary files."""
     small, large = tmp_path / "small", tmp_path / "large"
     small.mkdir()
     large.mkdir()
-    store = odd.said(odd.mounted(small, "size=16m", odd.python(code, str(small))))
+    store = odd.said(odd.mounted(small, "size=16m", odd.python(DISK_CHECK, str(small))))
     assert f"FAILED  disk      {small} has 0.0 GiB free: at least 1 GiB" in store
-    temporary = ["env", f"TMPDIR={small}", *odd.python(code, str(large))]
+    temporary = ["env", f"TMPDIR={small}", *odd.python(DISK_CHECK, str(large))]
     node = odd.said(odd.mounted(small, "size=16m", temporary))
     assert f"FAILED  disk      {small} on node has 0.0 GiB free: at least 1 GiB" in node
 
 
-def test_disk_with_room() -> None:
+def test_disks_with_free_space_are_ok() -> None:
     facts = NodeInfo("host", {}, 5 * GIB, "/tmp")
     found = disk.check_free_space(STORE, 9 * GIB, {"10.0.0.1": facts})
     assert (found.failed, found.text[:6]) == (False, "9 GiB ")
@@ -141,12 +152,12 @@ FILE = {
         "never": {"resources": {"CPU": 8}, "max_workers": 0},
     },
 }
-GPUS_TO_COME = parse_node_types(FILE)
+STARTABLE_GPUS = parse_node_types(FILE)
 HEAD = Cluster((Node(4, 0, 16.0 * GIB),), local=False)
 TWO = Cluster((*HEAD.nodes, Node(8, 1, 32.0 * GIB), Node(8, 1, 32.0 * GIB)), local=False)
 
 
-def test_what_a_cluster_file_promises() -> None:
+def test_the_startable_nodes_of_a_cluster_file() -> None:
     assert parse_node_types(FILE) == (NodeType("gpu", 3, Node(8, 1, 0)),)
     assert parse_node_types({"provider": {"type": "local"}}) == ()
     silent = parse_node_types({"max_workers": 2, "available_node_types": {"any": {"max_workers": 2}}})
@@ -154,80 +165,46 @@ def test_what_a_cluster_file_promises() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "options", "to_come", "mark", "words"),
+    ("cluster", "options", "startable", "status", "words"),
     [
-        (TWO, {}, (), "ok", "3 nodes, 20 CPUs, 2 GPUs: room for 2 seats"),
-        (TWO, {"seats": 3}, (), "ok", "room for 2 of 3 seats; the others wait"),
-        (TWO, {"seats": 5}, GPUS_TO_COME, "later", "may start 3 gpu, room for 5 of 5 seats then"),
-        (HEAD, {"gpus_per_seat": 1.0}, GPUS_TO_COME, "later", "may start 3 gpu, room for 1 of 1 seats then"),
+        (TWO, {}, (), "ok", "3 nodes, 20 CPUs, 2 GPUs: room for 2 trainers"),
+        (TWO, {"trainers": 3}, (), "ok", "room for 2 of 3 trainers; the others wait"),
+        (TWO, {"trainers": 5}, STARTABLE_GPUS, "later", "may start 3 gpu, then room for 5 of 5 trainers"),
         (
             HEAD,
-            {"gpus_per_seat": 1.0},
+            {"gpus_per_worker": 1.0},
+            STARTABLE_GPUS,
+            "later",
+            "may start 3 gpu, then room for 1 of 1 trainers",
+        ),
+        (
+            HEAD,
+            {"gpus_per_worker": 1.0},
             (NodeType("any", 2, None),),
             "later",
             "may start 2 any; a study waits 300 s",
         ),
-        (HEAD, {"gpus_per_seat": 1.0}, (), "FAILED", "no autoscaler is known here"),
+        (HEAD, {"gpus_per_worker": 1.0}, (), "FAILED", "no autoscaler is known here"),
         (
             HEAD,
-            {"gpus_per_seat": 1.0, "workers_per_seat": 4},
-            GPUS_TO_COME,
+            {"gpus_per_worker": 1.0, "workers_per_trainer": 4},
+            STARTABLE_GPUS,
             "FAILED",
-            "none that may come has",
+            "none that the autoscaler may start has",
         ),
-        (HEAD, {}, GPUS_TO_COME, "FAILED", "would train on CPUs; say --gpus-per-seat 1"),
-        (Cluster(HEAD.nodes), {"seats": 9}, (), "FAILED", "--seats 9: there is room for 4"),
+        (HEAD, {}, STARTABLE_GPUS, "FAILED", "would train on CPUs; add --gpus-per-worker 1"),
+        (Cluster(HEAD.nodes), {"trainers": 9}, (), "FAILED", "--seats 9: there is room for 4"),
     ],
 )
-def test_room_now_or_later(
-    cluster: Cluster, options: dict[str, float], to_come: tuple[NodeType, ...], mark: str, words: str
+def test_room_for_trainers_now_or_later(
+    cluster: Cluster, options: dict[str, float], startable: tuple[NodeType, ...], status: str, words: str
 ) -> None:
-    finding, seats = capacity.check_capacity(cluster, StudyOptions(**options), to_come)  # type: ignore[arg-type]
-    assert finding.status == mark, finding
-    assert words in finding.text
-    assert (seats is None) == finding.failed
+    result = capacity.check_capacity(cluster, StudyOptions(**options), startable)  # type: ignore[arg-type]  # mixed values
+    assert result.status == status, result
+    assert words in result.text
 
 
-def test_model_and_data_that_a_node_cannot_have() -> None:
+def test_a_node_that_cannot_read_the_model_is_a_failure() -> None:
     assert not availability.check_availability({"10.0.0.1": "", "10.0.0.2": ""}).failed
     found = availability.check_availability({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
     assert (found.failed, found.text) == (True, "from 10.0.0.2: Model 'x' is not in /x")
-
-
-def measured(
-    *peaks: tuple[int, int], asked: int = 8, limit: int = 10 * GIB, short: int | None = None
-) -> MemoryMeasurement:
-    return MemoryMeasurement("lora", "cpu, host", asked, limit, GIB, peaks, short)
-
-
-@pytest.mark.parametrize(
-    ("found", "most", "words"),
-    [
-        (measured((1, 2 * GIB), (8, 9 * GIB)), 8, "lora: 1 lane 2.0 GiB, 8 lanes 9.0 GiB; a worker"),
-        (measured((1, 3 * GIB), (2, 5 * GIB)), 4, "8 lanes need about 17.0 GiB, a worker of a seat has 10.0"),
-        (measured((1, 2 * GIB), short=8), 7, "take --lanes-per-seat 7, or try --gradient-checkpointing"),
-        (measured((1, 11 * GIB)), 0, "one lane needs 11.0 GiB"),
-        (measured(short=1), 0, "one lane finds no memory beside the base, which takes 1.0 GiB"),
-        (measured((1, 2 * GIB), asked=1), 1, "lora: 1 lane 2.0 GiB; a worker of a seat has 10.0 GiB"),
-    ],
-)
-def test_how_many_lanes_have_memory(found: MemoryMeasurement, most: int, words: str) -> None:
-    assert found.max_lanes == most
-    finding = memory_result.check_memory([found, measured((1, GIB), (8, GIB))])
-    assert finding.failed == (most < found.requested_lanes)
-    assert words in finding.text
-
-
-@pytest.mark.cluster
-def test_memory_is_measured_reckoned_and_refused(shared: Path) -> None:
-    said = odd.said([sys.executable, str(Path(__file__).parents[1] / "little_memory.py"), str(shared)])
-    told = json.loads(said.splitlines()[-1])
-    found, lines = told["found"], told["lines"]
-    (one, first), (three, more) = found["plenty"]["peaks"]
-    assert (one, three) == (1, 3)
-    assert found["reckoned"]["base"] < first < more
-    assert [lanes for lanes, _ in found["reckoned"]["peaks"]] == [1, 2], "three were not tried"
-    assert "FAILED  memory    lora: one lane needs 0." in lines["reckoned"]
-    assert lines["plenty"].startswith("ok      memory    lora: 1 lane ")
-    assert found["refused"]["short"] in (1, 3)
-    assert lines["refused"].startswith("FAILED  memory    lora: ")

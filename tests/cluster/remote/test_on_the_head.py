@@ -123,7 +123,6 @@ def test_options_of_a_script_s_own_and_of_the_check_are_retyped(monkeypatch: pyt
         "--confirm-seeds",
         "20",
     ]
-    assert command_line.build_arguments(Check(probe=False)) == ["--no-probe"]
     monkeypatch.setattr(
         sys,
         "argv",
