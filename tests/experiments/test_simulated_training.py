@@ -144,7 +144,7 @@ def test_synthetic_curves_have_a_best_rate_and_a_cliff(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_is_simulated_without_ray(tmp_path: Path) -> None:
-    """With twelve evaluations, the rungs are after 3 and 12 of 36 steps: each is four times the one before."""
+    """With twelve evaluations of 36 steps, ASHA has rungs after 3 and 12 steps."""
     points = [configuration(rate=3.2e-3 * 1.6**away, steps=36, evaluations=12) for away in range(-4, 5)]
     store = Store(tmp_path / "store")
     simulate(Script(leases(points)), store, SimulationPlan(), lanes=16)

@@ -111,7 +111,7 @@ class NodeAgents:
         return samples
 
     def check_responses(self) -> list[CheckResult]:
-        """Return a failure if nodes that Ray counts as alive do not respond; nodes that left do not matter."""
+        """Return a failure if nodes that Ray counts as alive do not respond; nodes that left are ignored."""
         alive_node_ids = {node.id for node in usable_nodes()} if self.unresponsive else set()
         failures = [
             f"{name} ({reason})"
