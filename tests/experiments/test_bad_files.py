@@ -17,12 +17,12 @@ from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
 DRY = ("--dry-run", "--plan")
 
 TASK = """
-from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
 
 class Mine(Task):
     floor = 0.0
     default_model = "letters-base"
-    answers = "forced"
+    output = "teacher_forced"
     defaults = TaskDefaults(
         train_size=32, validation_size=8, test_size=8, steps=6, batch_size=8, max_length=32,
         evaluations=2, learning_rates=(1e-3,),
@@ -87,14 +87,29 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has defaults without steps": (having("steps=6, ", ""), ["does not import", "'steps'"]),
     "has a floor in words": (having("floor = 0.0", "floor = 'low'"), ["floor is 'low'", "finite number"]),
     "has a floor that is none": (having("= 0.0", "= float('nan')"), ["floor is nan", "finite number"]),
-    "has unknown answers": (having('"forced"', '"forcd"'), ["answers is 'forcd'", "Did you mean 'forced'?"]),
+    "sets an attribute by its old name": (
+        having('output = "teacher_forced"', 'answers = "forced"'),
+        ["answers is now called output; rename it, with the value 'teacher_forced'"],
+    ),
+    "overrides a method by its old name": (
+        having("    def examples", "    def can_grade(self): pass\n\n    def examples"),
+        ["can_grade is now called check_can_grade; rename it"],
+    ),
+    "has an output by its old name": (
+        having('"teacher_forced"', '"forced"'),
+        ["output is 'forced'; it is now called 'teacher_forced'"],
+    ),
+    "has an unknown output": (
+        having('"teacher_forced"', '"teacher_forcd"'),
+        ["output is 'teacher_forcd'", "Did you mean 'teacher_forced'?"],
+    ),
     "has a metric called loss": (having("floor =", "metric = 'loss'\n    floor ="), ["metric is 'loss'"]),
-    "has a class alone": (having('"forced"', '"label"'), ["labels is ()", "two classes or more"]),
+    "has a class alone": (having('"teacher_forced"', '"classification"'), ["labels is ()", "two classes or more"]),
     "has classes that are none": (
-        having('"forced"', '"label"\n    labels = None'),
+        having('"teacher_forced"', '"classification"\n    labels = None'),
         ["cannot make its task", "NoneType"],
     ),
-    "has answers of no token": (having('"forced"', '"generated"'), ["max_new_tokens is 0", "at least 1"]),
+    "has answers of no token": (having('"teacher_forced"', '"generation"'), ["max_new_tokens is 0", "at least 1"]),
     "has a negative size": (having("train_size=32", "train_size=-32"), ["train_size is -32", "at least 1"]),
     "has no test": (having("test_size=8", "test_size=0"), ["test_size is 0", "at least 1"]),
     "has no steps": (having("steps=6", "steps=0"), ["steps is 0", "at least 1"]),
@@ -123,9 +138,9 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has a probability of 2": (having("floor =", "top_p = 2\n    floor ="), ["top_p is 2", "1"]),
     "has a stop of nothing": (having("floor =", "stop = ('',)\n    floor ="), ["stop is ('',)", "not empty"]),
     "has a word for its stops": (having("floor =", "stop = 'end'\n    floor ="), ["stop is 'end'", "tuple"]),
-    "is graded at another time": (having("floor =", "graded = 'never'\n    floor ="), ["graded is 'never'"]),
+    "is graded at another time": (having("floor =", "grade_at = 'never'\n    floor ="), ["grade_at is 'never'"]),
     "has half a new token": (
-        having('"forced"', '"generated"\n    max_new_tokens = 2.5'),
+        having('"teacher_forced"', '"generation"\n    max_new_tokens = 2.5'),
         ["max_new_tokens is 2.5", "whole number"],
     ),
     "has half a precision": (having("steps=6", "steps=6, dtype='half'"), ["dtype is 'half'", "float32"]),

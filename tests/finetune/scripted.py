@@ -40,14 +40,14 @@ WORDS_TASK = str(Path(__file__).with_name("words_task.py"))
 
 POISONED = '''
 from orchestrator.finetune.tasks.local import letters
-from orchestrator.finetune.tasks.base import EncodedExample; from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.base import EncodedExample, Example, Task
 
 
 class Poisoned(Task):
     """Training example 5 has a token that the model does not know."""
 
     title, floor, default_model = "poisoned", 0.0, "letters-base"
-    output, max_new_tokens, defaults = "forced", 6, letters.Letters.defaults
+    output, max_new_tokens, defaults = "teacher_forced", 6, letters.Letters.defaults
     examples = letters.Letters.examples
 
     def encode(self, example: Example, tokenizer: object) -> EncodedExample:

@@ -272,10 +272,10 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
 
 
 LONG = """
-from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
 
 class Long(Task):
-    floor, default_model, output = 0.0, "letters-base", ANSWERS
+    floor, default_model, output = 0.0, "letters-base", OUTPUT
     defaults = TaskDefaults(
         train_size=8, validation_size=8, test_size=8, steps=2, batch_size=8, max_length=5,
         evaluations=1, learning_rates=(1e-3,),
@@ -288,11 +288,11 @@ class Long(Task):
 
 
 @pytest.mark.parametrize(
-    ("answers", "needed"), [('"forced"', 10), ('"generated"\n    max_new_tokens = 5', 12)]
+    ("output", "needed"), [('"teacher_forced"', 10), ('"generation"\n    max_new_tokens = 5', 12)]
 )
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
-    answers: str, needed: int, missing: int, tmp_path: Path
+    output: str, needed: int, missing: int, tmp_path: Path
 ) -> None:
     """Held-out texts are kept whole, and eight tokens of a prompt grow by four that the model is given."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -302,7 +302,7 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
     model = GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "m")
     words.save_pretrained(tmp_path / "m")
-    (tmp_path / "long.py").write_text(LONG.replace("ANSWERS", answers))
+    (tmp_path / "long.py").write_text(LONG.replace("OUTPUT", output))
     (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
     prepare = lambda: resolve.prepare_datasets([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
     if missing:
@@ -311,7 +311,7 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
         )
         return
     prepare()
-    if "generated" in answers:
+    if "generation" in output:
         prompt = torch.tensor([words("a b c d e f g =")["input_ids"]])
         model.generate(prompt, max_new_tokens=5, min_new_tokens=5)
 

@@ -15,7 +15,7 @@ class Words(Task):
     title = "letters to words"
     floor = 0.0
     default_model = "letters-base"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 5
     defaults = TaskDefaults(
         train_size=64,

@@ -228,7 +228,7 @@ def _has_empty_input(encoded: EncodedExample, example: Example, task: Task, held
     """Whether there is nothing for a head to read, or for an answer to begin from."""
     if task.has_head:
         return not encoded.ids
-    generated = held_out and task.output == "generated" and example.counts_in != "loss"
+    generated = held_out and task.output == "generation" and example.counts_in != "loss"
     return generated and encoded.prompt_length == 0
 
 

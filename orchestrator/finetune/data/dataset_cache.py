@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from orchestrator.finetune.data.arrow_images import (
 )
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
-from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, Example, Split, Task
+from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, STORED_COUNTS_IN, Example, Split, Task
 from orchestrator.study.configuration import Configuration, TaskChoice, canonical_json
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError
@@ -111,8 +111,10 @@ def prepare_dataset(
             "tokenizer": tokenizer_digest,
             "cut": split_max_length,
         }
-        report_progress = _ProgressReporter(f"{stem}: %d of {len(examples)} {split} examples tokenized", progress)
-        columns = {**ROW_COLUMNS, "targets": FLOAT_LIST} if task.output == "value" else ROW_COLUMNS
+        report_progress = _ProgressReporter(
+            f"{stem}: %d of {len(examples)} {split} examples tokenized", progress
+        )
+        columns = {**ROW_COLUMNS, "targets": FLOAT_LIST} if task.output == "regression" else ROW_COLUMNS
         file = ArrowFile(folder, "rows", cache_key, columns, partial(ArrowSequence, factory=Row))
         rows[split] = file.read_or_create(
             partial(iter_encoded_examples, examples, task, processor, split_max_length, report_progress)
@@ -135,7 +137,7 @@ def compute_max_sequence_length(dataset: PreparedDataset, task: Task) -> int:
         split: sequence for split, sequence in dataset.rows.items() if isinstance(sequence, ArrowSequence)
     }
     max_length = max(sequence.max_list_length("ids") for sequence in rows.values())
-    if task.output != "generated":
+    if task.output != "generation":
         return max_length
     return max(
         max_length,
@@ -165,7 +167,11 @@ def load_examples(
             progress(f"{Path(task.name).stem}: reading the examples")
             with user_code.report_user_errors(task.name, "gives no examples"):
                 loaded.update(task.load(choice))
-        return serialize_image_examples(loaded[split], task) if task.inputs == "image" else loaded[split]
+        return (
+            serialize_image_examples(loaded[split], task)
+            if task.inputs == "image"
+            else map(_to_stored, loaded[split])
+        )
 
     return {
         split: _example_file(folder, choice, task, split).read_or_create(partial(make_split, split))
@@ -184,11 +190,11 @@ def _check_counts_in(examples_by_split: Mapping[Split, Sequence[Example]], task:
     Raises:
         UsageError: All examples of such a split are excluded from the loss, or from the metric.
     """
-    required: list[tuple[Split, str, str]] = [("validation", "loss", "grade")]
-    if task.output == "generated":
+    required: list[tuple[Split, str, str]] = [("validation", "loss", "metric")]
+    if task.output == "generation":
         required += [(split, "metric", "loss") for split in HELD_OUT_SPLITS]
     else:
-        required += [("test", "loss", "grade")]
+        required += [("test", "loss", "metric")]
     for split, what, other in required:
         if all(example.counts_in == other for example in examples_by_split[split]):
             raise UsageError(f"Task {task.name!r}: no {split} example counts in the {what}.")
@@ -199,8 +205,21 @@ def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) ->
     if task.inputs == "image":
         return ArrowFile(folder, "examples", cache_key, IMAGE_COLUMNS, read_image_examples)
     return ArrowFile(
-        folder, "examples", cache_key, EXAMPLE_COLUMNS, partial(ArrowSequence, factory=Example)
+        folder, "examples", cache_key, EXAMPLE_COLUMNS, partial(ArrowSequence, factory=_from_stored)
     )
+
+
+def _to_stored(example: Example) -> Example:
+    """Return the example with the value of `counts_in` that files contain."""
+    stored: Any = STORED_COUNTS_IN[example.counts_in]
+    return replace(example, counts_in=stored)
+
+
+def _from_stored(*columns: Any) -> Example:
+    """Return the example of a row of a file, in the order of EXAMPLE_COLUMNS."""
+    *fields, stored = columns
+    counts_in: Any = next(name for name, value in STORED_COUNTS_IN.items() if value == stored)
+    return Example(*fields, counts_in)
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:

@@ -237,12 +237,12 @@ class LaneGroup:
         """`always`: with answers generated, also for lanes on their way of a task that has them graded at the
         end (to see what memory they need)."""
         found: dict[str, EvaluationResult] = {}
-        force_generation = force_generation or self.data.task.grade_at == "always"
+        force_generation = force_generation or self.data.task.grade_at == "every_evaluation"
         for generate in (False, True):
             due = [lane for lane in lanes if generate == (force_generation or lane.is_at_last_step)]
             max_together = (
                 MAX_GENERATING_LANES
-                if generate and self.data.task.output == "generated"
+                if generate and self.data.task.output == "generation"
                 else max(1, len(due))
             )
             for first in range(0, len(due), max_together):

@@ -43,7 +43,7 @@ class EvaluationSplit:
 
     @cached_property
     def batch_plan(self) -> Sequence[tuple[int, Sequence[int]]]:
-        loss_items = [i for i, example in enumerate(self.examples) if example.counts_in != "grade"]
+        loss_items = [i for i, example in enumerate(self.examples) if example.counts_in != "metric"]
         plan = plan_batches([len(self.rows[i].ids) for i in loss_items], self.max_row_length)
         return [(length, [loss_items[index] for index in indices]) for length, indices in plan]
 
@@ -114,7 +114,7 @@ def evaluate(
                 batch = split.batch(number)
                 logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
                 batch_losses.append(compute_losses(logits, labels, task).view(lane_count, -1))
-                prediction = logits if task.output == "value" else logits.argmax(dim=-1)
+                prediction = logits if task.output == "regression" else logits.argmax(dim=-1)
                 batch_predictions.append(prediction.view(lane_count, -1))
         rank_parts = process_group.all_gather(
             np.stack(
@@ -135,7 +135,7 @@ def evaluate(
         hits = predictions == targets
         loss = (np.add.reduceat(target_losses, starts, axis=1) / counts)[:, item_order]
         correct = np.logical_and.reduceat(hits, starts, axis=1)[:, item_order].astype(float)
-        if task.output == "value":
+        if task.output == "regression":
             correct = _closeness(predictions, targets)[:, item_order]
         if task.has_head:
             texts = [
@@ -144,9 +144,9 @@ def evaluate(
             ]
         for lane in range(lane_count):
             scores[lane]["loss"] = float(target_losses[lane].mean())
-            if task.output != "value":
+            if task.output != "regression":
                 scores[lane]["accuracy"] = float(hits[lane].mean())
-    if task.output == "generated":
+    if task.output == "generation":
         correct = np.zeros((lane_count, 0))
         if predict_with_generate and split.graded_items:
             prompts = [(i, split.rows[i].prompt) for i in split.graded_items]
@@ -236,4 +236,4 @@ def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _format_prediction(task: Task, prediction: float) -> str:
-    return task.labels[int(prediction)] if task.output == "label" else f"{prediction:.6g}"
+    return task.labels[int(prediction)] if task.output == "classification" else f"{prediction:.6g}"

@@ -32,7 +32,7 @@ def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Ten
 def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     """(M,) cross-entropy in nats, or squared errors of values; computed in float32 at least."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if task.output == "value":
+    if task.output == "regression":
         return mse_loss(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
     return cross_entropy(logits, labels, reduction="none")
 

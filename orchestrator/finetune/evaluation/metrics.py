@@ -79,7 +79,7 @@ REGRESSION_METRICS: Mapping[str, Metric] = {"pearson": pearson}
 
 def get_metric(task: Task) -> Metric:
     """The metric of a task with a head. Raises BadInput for one that does not fit its answers."""
-    known = CLASSIFICATION_METRICS if task.output == "label" else REGRESSION_METRICS
+    known = CLASSIFICATION_METRICS if task.output == "classification" else REGRESSION_METRICS
     if task.metric not in known:
         raise UsageError(
             f"Task {task.name!r}: metric {task.metric!r} is none for {task.output}s. "

@@ -1,6 +1,6 @@
 """Does a program written by a model pass its tests? Found out in a sandbox.
 
-**Walls** (`sandbox/walls.py`; one test tries to break out of each): own namespaces of users, mounts,
+**Walls** (`sandbox/isolation.py`; one test tries to break out of each): own namespaces of users, mounts,
 processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones;
 no network at all, not even loopback or a hypervisor's; a root that shows the interpreter, its packages and
 /usr for reading,
@@ -11,7 +11,7 @@ in one line (`level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 
 **A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
 verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
-what is expected, and answers in plain values that are compared elsewhere (`sandbox/wire.py`). So printing
+what is expected, and answers in plain values that are compared elsewhere (`sandbox/rpc.py`). So printing
 "passed", ending early with exit code 0, overriding assert, check or isclose, tracing, reading frames or
 memory, killing its parent, writing result files, or returning an object that is equal to everything gains
 nothing. What it raises cannot end a loop of the tests. SystemExit, an exhausted stack and an early end are
@@ -23,7 +23,7 @@ ones (a table of known answers); that is beyond any test. Arguments and answers 
 neither what a function does to its arguments in place nor whether it returns one of them. (If they saw
 it, a function could make its arguments fit its answer.) Objects of classes of its own are equal to no plain
 value and cannot call the tests' functions. The kernel is shared: a hole in it is a hole in this sandbox; the
-system calls that no program needs are refused (`sandbox/calls.py`), the others are not. Memory is limited for
+system calls that no program needs are refused (`sandbox/seccomp.py`), the others are not. Memory is limited for
 each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes these
 processes first. A name that the tests use, and that neither they nor Python define, is the program's.
 """
@@ -34,7 +34,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.finetune.grading.programs import human_eval_program, join_tests, mbpp_program, split_tests
+from orchestrator.finetune.grading.program_text import human_eval_program, join_tests, mbpp_program, split_tests
 from orchestrator.finetune.grading.sandbox.run import (
     KILLED,
     TIMED_OUT,
@@ -83,6 +83,6 @@ def grade_programs(
     with ThreadPoolExecutor(workers) as pool:
         verdicts = list(pool.map(lambda program: grade_program(program, limits), programs))
     return [
-        grade_program(program, limits) if verdict.why in (KILLED, TIMED_OUT) else verdict
+        grade_program(program, limits) if verdict.reason in (KILLED, TIMED_OUT) else verdict
         for program, verdict in zip(programs, verdicts, strict=True)
     ]

@@ -58,8 +58,12 @@ class Example:
     answer: str
     pair: str | None = None
     reference: str | None = None
-    counts_in: Literal["both", "loss", "grade"] = "both"
+    counts_in: Literal["both", "loss", "metric"] = "both"
     image: Image | None = None
+
+
+STORED_COUNTS_IN = {"both": "both", "loss": "loss", "metric": "grade"}
+"""The value of `Example.counts_in` in revisions and in cached data sets, which keep the words of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Task:
     default_model: ClassVar[str]
     numerics: ClassVar[int] = 1
     """Raised by hand when the encoding or the grading changes."""
-    output: ClassVar[Literal["forced", "generated", "label", "value"]] = "generated"
+    output: ClassVar[Literal["teacher_forced", "generation", "classification", "regression"]] = "generation"
     """forced: an answer counts when the argmax at every label is right in one teacher-forced pass, which is
     greedy decoding's own result when the grade is equality of strings. generated: greedy decoding, then
     `grade`. label: a head on the model says which of `labels` a text has (cross-entropy). value: a head says
@@ -129,7 +133,7 @@ class Task:
     """Of the drawing: from the most probable tokens that together have this probability."""
     stop: ClassVar[tuple[str, ...]] = ()
     """A generated answer ends before the first of these."""
-    grade_at: ClassVar[Literal["always", "at the end"]] = "always"
+    grade_at: ClassVar[Literal["every_evaluation", "last_evaluation"]] = "every_evaluation"
     """at the end: answers are generated and graded at a fine-tune's last evaluation only; those on its way
     give the loss, which is all that early stopping looks at, for a small part of the time."""
     package: ClassVar[NpmPackage | None] = None
@@ -241,17 +245,17 @@ class Task:
 
     @property
     def has_head(self) -> bool:
-        return self.output in ("label", "value")
+        return self.output in ("classification", "regression")
 
     @property
     def num_labels(self) -> int:
         """Of the head."""
-        return len(self.labels) if self.output == "label" else 1
+        return len(self.labels) if self.output == "classification" else 1
 
     def target(self, example: Example) -> int | float:
         """What the head has to say: the class's number, or the value. Raises BadInput when the answer is
         neither."""
-        if self.output == "label":
+        if self.output == "classification":
             if example.answer not in self.labels:
                 hint = suggest_nearest(example.answer, self.labels)
                 raise UsageError(f"Task {self.name!r}: {example.answer!r} is no class. {hint}")
@@ -290,6 +294,11 @@ class Task:
                 kind = type(example).__name__
                 raise UsageError(
                     f"Task {self.name!r}: {split} example {number} is a {kind}; must be an Example."
+                )
+            if example.counts_in not in STORED_COUNTS_IN:
+                raise UsageError(
+                    f"Task {self.name!r}: {split} example {number} has counts_in {example.counts_in!r}; must be one "
+                    f"of {', '.join(STORED_COUNTS_IN)}."
                 )
         return require_count(found, count, self.name, split)
 
@@ -356,7 +365,7 @@ def _hashed_fields(example: Example) -> tuple[object, ...]:
     if example.image is not None:
         more.append(example.image.digest)
     if example.reference is not None or example.counts_in != "both":
-        more.append({"truth": example.reference, "scored": example.counts_in})
+        more.append({"truth": example.reference, "scored": STORED_COUNTS_IN[example.counts_in]})
     return (example.prompt, example.answer, *more)
 
 

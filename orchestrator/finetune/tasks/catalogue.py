@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from orchestrator.finetune.tasks import own_task
+from orchestrator.finetune.tasks import user_task
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.util import user_code
 from orchestrator.util.errors import UsageError, suggest_nearest
@@ -43,7 +43,7 @@ def _load_user_task(path: Path) -> Task:
     with user_code.report_user_errors(str(path), "cannot make its task"):
         task = _instantiate_task(module)
         task.name = str(path)
-        own_task.check(task)
+        user_task.check(task)
     return task
 
 

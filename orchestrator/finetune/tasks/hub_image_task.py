@@ -58,7 +58,7 @@ class HubImageTask(Task):
     metric = "accuracy"
     default_model = "openai/clip-vit-base-patch16"
     inputs = "image"
-    output = "label"
+    output = "classification"
     train_table: ClassVar[Table]
     test_table: ClassVar[Table]
 

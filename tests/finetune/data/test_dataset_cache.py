@@ -49,8 +49,8 @@ class Given(Task):
 
     name, title, floor, default_model = "given", "given", 0.0, "letters-base"
 
-    def __init__(self, of: Sequence[Example], answers: Any = "forced", labels: tuple[str, ...] = ()) -> None:
-        self.of, self.output, self.labels = list(of), answers, labels  # type: ignore[misc]
+    def __init__(self, of: Sequence[Example], output: Any = "teacher_forced", labels: tuple[str, ...] = ()) -> None:
+        self.of, self.output, self.labels = list(of), output, labels  # type: ignore[misc]
         n = len(self.of)
         self.defaults = TaskDefaults(n, n, n, 1, 1, LENGTH, 1, (1e-3,))  # type: ignore[misc]
 
@@ -84,11 +84,16 @@ def plain(task: Task, split: str, words: Any, length: int = LENGTH) -> list[Row]
 
 @st.composite
 def tasks(draw: st.DrawFn) -> Task:
-    kind = draw(st.sampled_from(["forced", "label", "value"]))
-    answers = {"forced": texts, "label": st.sampled_from("ab"), "value": st.floats(-9, 9).map(str)}[kind]
+    kind = draw(st.sampled_from(["teacher_forced", "classification", "regression"]))
+    answers = {
+        "teacher_forced": texts,
+        "classification": st.sampled_from("ab"),
+        "regression": st.floats(-9, 9).map(str),
+    }[kind]
     # One of them at least keeps its answer: a task that has nothing to learn is refused.
     found = draw(st.lists(st.builds(Example, prompts, answers, st.none() | texts), max_size=12))
-    return Given([Example("x", {"forced": "y", "label": "a", "value": "1"}[kind]), *found], kind, ("a", "b"))
+    answer = {"teacher_forced": "y", "classification": "a", "regression": "1"}[kind]
+    return Given([Example("x", answer), *found], kind, ("a", "b"))
 
 
 FEWER = settings.default.max_examples // 5  # type: ignore[union-attr]
@@ -109,7 +114,7 @@ def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
             rows = kept.rows[split]
             assert list(rows) == plain(task, split, tokenizer())
             assert [type(x) for r in rows for x in r.targets] == [
-                float if task.output == "value" else int for r in rows for _ in r.targets
+                float if task.output == "regression" else int for r in rows for _ in r.targets
             ]
             assert rows[-1] == list(rows)[-1]
             assert list(rows[1:3]) == list(rows)[1:3]
@@ -251,12 +256,12 @@ def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scored", "said"),
     [
-        ("grade", "no validation example counts in the loss"),
+        ("metric", "no validation example counts in the loss"),
         ("loss", "no validation example counts in the metric"),
     ],
 )
 def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, scored: Any, said: str) -> None:
-    task = Given([Example("a", "b", counts_in=scored)], "generated")
+    task = Given([Example("a", "b", counts_in=scored)], "generation")
     with pytest.raises(UsageError, match=said):
         dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
 

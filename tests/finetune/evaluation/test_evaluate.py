@@ -109,7 +109,7 @@ def test_scores_are_what_the_model_itself_says() -> None:
 def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
     here, generated = bench(), tasks.get(WORDS_TASK)
     forced = type(generated)()
-    forced.output = "forced"  # type: ignore[misc]
+    forced.output = "teacher_forced"  # type: ignore[misc]
     split = split_of(generated, here)
     adapters = attach(here.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
     adapters.add_lane("x", VariantSettings(rank=4, alpha=8.0), seed=0)

@@ -184,7 +184,7 @@ def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
     here, task = bench(), sampled()
-    task.grade_at = "at the end"  # type: ignore[misc]
+    task.grade_at = "last_evaluation"  # type: ignore[misc]
     split = split_of(task, here)
 
     class Lane:

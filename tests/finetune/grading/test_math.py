@@ -76,7 +76,7 @@ def test_an_expression_that_is_endless_to_work_out_is_not_worked_out(
         parsed.append(text)
         return real(text)
 
-    monkeypatch.setattr(math, "_parsed", parse)
+    monkeypatch.setattr(math, "_parse", parse)
     assert grade(f"The answer is \\boxed{{{answer}}}", "1024") == 0.0
     assert all(re.fullmatch(r"\d{1,8}", text) for text in parsed), "a plain number at most"
 

@@ -20,9 +20,9 @@ from orchestrator.finetune.grading.code import (
 from orchestrator.util.errors import UsageError
 
 HERE = Path(__file__).parent
-WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 """For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
-SHORT = ProgramLimits(seconds=0.5, cpu=1, memory=512 << 20)
+SHORT = ProgramLimits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=512 << 20)
 """For those that do not."""
 
 
@@ -38,7 +38,7 @@ def _read(name: str) -> Any:
 def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
     verdicts = grade_programs([text for text, _ in labelled], workers=4, limits=WIDE)
     return [
-        f"labelled {'right' if right else 'wrong'}, judged {verdict.why!r}: {text!r}"
+        f"labelled {'right' if right else 'wrong'}, judged {verdict.reason!r}: {text!r}"
         for (text, right), verdict in zip(labelled, verdicts, strict=True)
         if verdict.passed != right
     ]
@@ -90,7 +90,7 @@ def same(objects): return objects == {*objects}
 )
 def test_the_programs_objects_have_the_hashes_that_it_gives_them(test: str) -> None:
     verdict = grade_program(join_tests(SETS, test), WIDE)
-    assert verdict.passed, verdict.why
+    assert verdict.passed, verdict.reason
 
 
 @some(5)
@@ -107,7 +107,7 @@ def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
     assert len(hostile) >= 10
     for verdict in grade_programs([*hostile, *small][::every], workers=4, limits=SHORT):
         assert not verdict.passed
-        assert verdict.why in ("out of time", "out of CPU time")
+        assert verdict.reason in ("out of time", "out of CPU time")
 
 
 @some(7)

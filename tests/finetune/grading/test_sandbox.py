@@ -28,7 +28,7 @@ from orchestrator.finetune.grading.code import (
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.util.errors import StudyError
 
-WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 """For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
 
 
@@ -40,7 +40,7 @@ def _try(body: str, tests: str = "assert attempt() is None", limits: ProgramLimi
 
 def _nothing_to_be_had(body: str, limits: ProgramLimits = WIDE) -> None:
     verdict = _try(body, limits=limits)
-    assert verdict.passed, verdict.why
+    assert verdict.passed, verdict.reason
 
 
 def _running(mark: str) -> psutil.Process:
@@ -127,14 +127,14 @@ while made < 1000:
 return made
 """
     verdict = _try(bomb, "assert 4 <= attempt() <= 16", limits)
-    assert verdict.passed, verdict.why
+    assert verdict.passed, verdict.reason
 
 
 def test_a_fork_bomb_leaves_no_process_behind() -> None:
     mark = f"bomb-{os.getpid()}"
     spawn = f"os.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')"
     bomb = f"while True:\n    try: {spawn}\n    except OSError: pass"
-    assert not _try(bomb, limits=ProgramLimits(seconds=1.0, cpu=1)).passed
+    assert not _try(bomb, limits=ProgramLimits(wall_seconds=1.0, cpu_seconds=1)).passed
     assert _gone(mark)
 
 
@@ -177,7 +177,7 @@ return {name: number for name, number in made.items() if number >= 0} or None
 
 
 def test_cpu_time() -> None:
-    verdict = _try("while True: pass", limits=replace(WIDE, cpu=1))
+    verdict = _try("while True: pass", limits=replace(WIDE, cpu_seconds=1))
     assert verdict == ProgramResult(False, "out of CPU time")
 
 
@@ -195,7 +195,7 @@ def test_wall_clock(body: str) -> None:
     """A program that waits for ever is out of time, and nothing of it is left."""
     mark = f"waits-{os.getpid()}"
     child = f"import signal, time\nos.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n"
-    verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, seconds=0.5))
+    verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, wall_seconds=0.5))
     assert verdict == ProgramResult(False, "out of time")
     assert _gone(mark)
 
@@ -224,7 +224,7 @@ def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
     deep += "    os.chmod('.', 0)\n"
     before = set(Path(tempfile.gettempdir()).iterdir())
     verdict = run.run(deep, "assert attempt() is None", WIDE, "limits")
-    assert verdict.passed, verdict.why
+    assert verdict.passed, verdict.reason
     assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
 
@@ -239,7 +239,7 @@ def test_a_folder_that_cannot_be_cleared_is_named(
 
 
 def test_disk_and_files() -> None:
-    limits = replace(WIDE, disk=1 << 20, files=20)
+    limits = replace(WIDE, tmp_bytes=1 << 20, max_tmp_files=20)
     _nothing_to_be_had(
         """
 got = []
@@ -421,9 +421,9 @@ return got or None
 def test_an_answer_of_any_size_does_not_fill_the_judge() -> None:
     verdict = _try("return ['x' * (1 << 20)] * 65")
     assert not verdict.passed
-    assert verdict.why.endswith("at most 67108864 are read")
+    assert verdict.reason.endswith("at most 67108864 are read")
 
 
 def test_a_sandbox_that_could_not_be_made_is_no_verdict_on_the_program() -> None:
     with pytest.raises(StudyError, match="mount"):
-        run.run("x = 1", "assert True", ProgramLimits(disk=-5))
+        run.run("x = 1", "assert True", ProgramLimits(tmp_bytes=-5))

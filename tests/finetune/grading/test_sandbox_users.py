@@ -61,11 +61,11 @@ def _as_nobody(readable: tuple[str, Path], script: str, **more: str) -> str:
 
 
 STRONG = """
-from orchestrator.finetune.grading.code import level; from orchestrator.finetune.grading.code import grade_program; from orchestrator.finetune.grading.code import with_tests
+from orchestrator.finetune.grading.code import grade_program, join_tests, sandbox_level
 tests = "assert uid() == 65534 and not there('/etc/passwd') and not there('/home')"
 program = "import os\\ndef uid(): return os.getuid()\\ndef there(path): return os.path.exists(path)"
 try:
-    print(level(), grade_program(with_tests(program, tests)).why)
+    print(sandbox_level(), grade_program(join_tests(program, tests)).reason)
 except Exception as error:
     print(error)
 """
@@ -79,8 +79,8 @@ def test_an_ordinary_user_gets_the_same_walls_or_a_refusal_in_one_line(readable:
 
 def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
     """In a user namespace in which no further one may be made, as AppArmor and containers have it."""
-    script = "from orchestrator.finetune.grading.code import level\n"
-    script += "try: print(level())\nexcept Exception as e: print(e)"
+    script = "from orchestrator.finetune.grading.code import sandbox_level\n"
+    script += "try: print(sandbox_level())\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "sh", "-c", command],
@@ -100,7 +100,7 @@ def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
 
 
 WEAK = """
-from orchestrator.finetune.grading.code import Limits
+from orchestrator.finetune.grading.code import ProgramLimits
 from orchestrator.finetune.grading.sandbox.run import run
 program = '''
 import os
@@ -129,10 +129,10 @@ def new_users():
 def fake():
     os._exit(0)
 '''.replace('MARK', repr(mark))
-wide, short = Limits(seconds=200.0, cpu=60), Limits(seconds=200.0, cpu=1)
+wide, short = ProgramLimits(wall_seconds=200.0, cpu_seconds=60), ProgramLimits(wall_seconds=200.0, cpu_seconds=1)
 for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()",
               "assert not new_users()"):
-    print(run(program, tests, short if tests == "hang()" else wide, "limits").why)
+    print(run(program, tests, short if tests == "hang()" else wide, "limits").reason)
 """
 
 
@@ -151,7 +151,7 @@ def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tup
 
 CROWDED = """
 import os, subprocess
-from orchestrator.finetune.grading.sandbox.run import ProgramLimits; from orchestrator.finetune.grading.sandbox.run import run
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 program = '''
 import os, threading
 def thread():
@@ -171,7 +171,7 @@ def bomb():
 '''
 others = [subprocess.Popen(["sleep", "1000"]) for _ in range(ProgramLimits().processes + 8)]
 for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {ProgramLimits().processes} * (2 + os.cpu_count())"):
-    print(run(program, "import os\\n" + tests, ProgramLimits(seconds=200.0, cpu=60), "limits").why)
+    print(run(program, "import os\\n" + tests, ProgramLimits(wall_seconds=200.0, cpu_seconds=60), "limits").reason)
 for other in others:
     other.kill()
 """
@@ -184,22 +184,22 @@ def test_the_weaker_sandbox_does_not_count_its_users_other_processes(readable: t
 HIDDEN = """
 import os, sys, tempfile
 from pathlib import Path
-from orchestrator.finetune.grading.sandbox import run; from orchestrator.finetune.grading.sandbox import walls
+from orchestrator.finetune.grading.sandbox import isolation, run
 from orchestrator.util.errors import StudyError
 
 own, shown = Path(os.path.realpath(sys.base_prefix)), Path(tempfile.mkdtemp())
-walls._call_libc("unshare", 0x20000)
-walls._mount("none", "/", "none", walls._REC | walls._PRIVATE)  # nobody else sees what follows
-walls._mount(str(own), str(shown), "none", walls._BIND | walls._REC)
-walls._mount("tmpfs", str(own), "tmpfs", 0, "mode=0700")
+isolation._call_libc("unshare", 0x20000)
+isolation._mount("none", "/", "none", isolation._REC | isolation._PRIVATE)  # nobody else sees what follows
+isolation._mount(str(own), str(shown), "none", isolation._BIND | isolation._REC)
+isolation._mount("tmpfs", str(own), "tmpfs", 0, "mode=0700")
 for part in shown.iterdir():
     if part.is_symlink():
         (own / part.name).symlink_to(part.readlink())
     elif part.is_dir():
         (own / part.name).mkdir()
-        walls._mount(str(part), str(own / part.name), "none", walls._BIND | walls._REC)
+        isolation._mount(str(part), str(own / part.name), "none", isolation._BIND | isolation._REC)
 program = "import wave\\n\\ndef there():\\n    return wave.__name__"
-print(run.run(program, "assert there() == 'wave'", run.ProgramLimits(), "limits").why)
+print(run.run(program, "assert there() == 'wave'", run.ProgramLimits(), "limits").reason)
 try:
     run._try_level("limits")
 except StudyError as error:

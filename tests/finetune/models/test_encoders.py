@@ -50,7 +50,7 @@ class Same(Task):
     metric = "accuracy"
     floor = 0.5
     default_model = "reviews-base"
-    output = "label"
+    output = "classification"
     labels = ("other", "same")
     defaults = TaskDefaults(64, 16, 16, 8, 8, max_length=40, evaluations=2, learning_rates=(1e-3,))
 

@@ -126,7 +126,7 @@ READ = """
 import json, sys, time
 waits = []
 time.sleep = waits.append
-from orchestrator.finetune.sources.hub_data import Table; from orchestrator.finetune.sources.hub_data import load_table
+from orchestrator.finetune.sources.hub_data import Table, load_table
 from orchestrator.util.errors import UsageError
 import datasets
 for name in sys.argv[1:]:
@@ -216,11 +216,11 @@ from pathlib import Path
 from orchestrator.finetune.sources import hub_data
 of = hub_data.Table("org/moving", "train", {"text": str})
 bases = Path(sys.argv[1])
-hub_data.set_pin_folder(bases, new=False)
+hub_data.set_pin_folder(bases, add_pins=False)
 found = [hub_data._resolve_source(of, "mine")[1], bases.exists()]
 hub_data.set_pin_folder(bases)
 found += [hub_data._resolve_source(of, "mine")[1] for _ in range(2)]
-hub_data.set_pin_folder(bases, new=False)
+hub_data.set_pin_folder(bases, add_pins=False)
 found.append(hub_data._resolve_source(of, "mine")[1])
 print(json.dumps(found))
 """

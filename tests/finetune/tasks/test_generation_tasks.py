@@ -187,8 +187,8 @@ def test_all_the_way(
 @pytest.mark.parametrize(
     ("task", "lacking"),
     [
-        ("codefeedback", "orchestrator.finetune.grading.code.level"),
-        ("alpaca", "orchestrator.finetune.grading.instructions.checker"),
+        ("codefeedback", "orchestrator.finetune.grading.code.sandbox_level"),
+        ("alpaca", "orchestrator.finetune.grading.instructions.load_checker"),
     ],
     indirect=["task"],
 )
@@ -200,7 +200,7 @@ def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
 
     monkeypatch.setattr(lacking, refused)
     monkeypatch.setattr(
-        "orchestrator.finetune.evaluation.evaluate.answers", lambda *_: pytest.fail("generated")
+        "orchestrator.finetune.evaluation.evaluate.generate_answers", lambda *_: pytest.fail("generated")
     )
     (record,) = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch)
     assert (record.state, record.reason, record.curve) == ("failed", "BadInput: not here", ())

@@ -125,7 +125,7 @@ def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_whe
 def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
     both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.finetune.tasks.image_processor.KEPT", 3)
+    monkeypatch.setattr("orchestrator.finetune.tasks.image_processor.CACHE_SIZE", 3)
     calls: list[int] = []
 
     def read(number: int) -> bytes:

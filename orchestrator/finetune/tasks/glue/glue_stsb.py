@@ -10,7 +10,7 @@ class Stsb(GlueTask):
     title = "STS-B, nearness of sentences"
     subset = "stsb"
     text_columns = ("sentence1", "sentence2")
-    output = "value"
+    output = "regression"
     metric = "pearson"
     floor = 0.0
     defaults = glue_defaults(train=5_120, validation=570, test=1_500)  # 1,600 steps

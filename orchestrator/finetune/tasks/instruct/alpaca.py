@@ -46,9 +46,9 @@ class Alpaca(Task):
     metric = "prompt_strict"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 1280
-    grade_at = "at the end"
+    grade_at = "last_evaluation"
     defaults = instruction_defaults(50_000, 200, 370, 781)
 
     def examples(self, split: Split, count: int) -> list[Example]:
@@ -108,5 +108,5 @@ def _ifeval_example(row: Mapping[str, Any]) -> Example:
         ALPACA_PROMPT.format(instruction=row["prompt"]) + "\n",
         "",
         reference=json.dumps(truth),
-        counts_in="grade",
+        counts_in="metric",
     )

@@ -81,13 +81,13 @@ class CodeFeedback(Task):
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
     numerics = 2  # under 1 exceptions of a program, and objects as its answers, were judged differently
-    output = "generated"
+    output = "generation"
     max_new_tokens = 512
     samples = 8
     temperature = 0.8
     top_p = 0.95
     stop = ("\n```",)
-    grade_at = "at the end"
+    grade_at = "last_evaluation"
     defaults = instruction_defaults(
         100_000, 400, 164, 1562, max_length=1024, accumulation=16, weight_decay=5e-4
     )
@@ -197,7 +197,7 @@ def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
         "test_setup_code": row["test_setup_code"],
         "entry_point": called[0].name,
     }
-    return Example(_prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(truth), counts_in="grade")
+    return Example(_prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(truth), counts_in="metric")
 
 
 def _prompt(code: str) -> str:

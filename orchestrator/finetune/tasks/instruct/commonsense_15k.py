@@ -159,10 +159,10 @@ class Commonsense15k(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 32
     stop = ("###",)
-    grade_at = "at the end"
+    grade_at = "last_evaluation"
     defaults = instruction_defaults(15_000, 400, 1200, 702, learning_rates=LEARNING_RATES[1:])
 
     def examples(self, split: Split, count: int) -> list[Example]:

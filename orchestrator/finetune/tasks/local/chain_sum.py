@@ -30,7 +30,7 @@ class ChainSum(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 8
     defaults = TaskDefaults(
         train_size=240,

@@ -44,7 +44,7 @@ class Digits(Task):
     floor = 0.2
     default_model = "digits-base"
     inputs = "image"
-    output = "label"
+    output = "classification"
     labels = FINE_TUNING_DIGITS
     defaults = TaskDefaults(
         train_size=250,

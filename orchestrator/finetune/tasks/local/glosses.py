@@ -52,7 +52,7 @@ class Glosses(Task):
     metric = "accuracy"
     floor = 0.0625
     default_model = "minilm-l6"
-    output = "label"
+    output = "classification"
     labels = tuple(LEXICOGRAPHER_FILES)
     defaults = TaskDefaults(
         train_size=960,

@@ -41,7 +41,7 @@ class Letters(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "letters-base"
-    output = "forced"
+    output = "teacher_forced"
     max_new_tokens = LENGTH + 1
     defaults = TaskDefaults(
         train_size=2000,

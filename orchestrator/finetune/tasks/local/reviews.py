@@ -77,7 +77,7 @@ class Reviews(Task):
     metric = "accuracy"
     floor = 0.125
     default_model = "reviews-base"
-    output = "label"
+    output = "classification"
     labels = tuple(f"{topic} {mood}" for topic in NOUNS for mood in ADJECTIVES)
     defaults = TaskDefaults(
         train_size=2000,

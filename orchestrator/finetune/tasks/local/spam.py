@@ -61,7 +61,7 @@ class Spam(Task):
     metric = "accuracy"
     floor = 0.5
     default_model = "minilm-l6"
-    output = "label"
+    output = "classification"
     labels = ("ham", "spam")
     package = PACKAGE
     defaults = TaskDefaults(

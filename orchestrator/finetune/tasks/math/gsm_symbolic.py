@@ -37,9 +37,9 @@ class GsmSymbolic(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "smollm2-135m"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 90
-    grade_at = "at the end"
+    grade_at = "last_evaluation"
     defaults = TaskDefaults(
         train_size=1200,
         validation_size=200,

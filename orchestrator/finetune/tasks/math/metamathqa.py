@@ -63,9 +63,9 @@ class MetaMathQA(Task):
     metric = "exact_match"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    output = "generated"
+    output = "generation"
     max_new_tokens = 512
-    grade_at = "at the end"
+    grade_at = "last_evaluation"
     stop = ("Question", "USER", "ASSISTANT", "Instruction", "Response")
     defaults = instruction_defaults(100_000, 500, 1319, 1562, weight_decay=5e-4)
 

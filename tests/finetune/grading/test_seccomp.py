@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.finetune.grading.code import ProgramLimits, grade_program, join_tests
-from orchestrator.finetune.grading.sandbox.calls import REFUSED_SYSCALLS, syscall_number
+from orchestrator.finetune.grading.sandbox.seccomp import REFUSED_SYSCALLS, syscall_number
 
-WIDE = ProgramLimits(seconds=200.0, cpu=60, memory=512 << 20)
+WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 MACHINE = os.uname().machine
 COLUMN = ("x86_64", "aarch64").index(MACHINE)
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")
@@ -55,7 +55,7 @@ def call(number, *arguments):
 def answers(expression: str, body: str = "") -> None:
     """Assert `expression` in the tests of a program that has `call` and `body`."""
     verdict = grade_program(join_tests(PRELUDE + body, f"assert {expression}"), WIDE)
-    assert verdict.passed, verdict.why
+    assert verdict.passed, verdict.reason
 
 
 def test_the_list_has_what_reads_or_changes_more_than_the_program() -> None:

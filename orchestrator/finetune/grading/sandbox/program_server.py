@@ -8,7 +8,7 @@ import sys
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Channel, Disconnected, encode_error
+from orchestrator.finetune.grading.sandbox.rpc import Channel, Disconnected, encode_error
 
 
 def serve_calls(connection: socket.socket, text: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.finetune.grading.sandbox.wire import Channel, RemoteObject
+from orchestrator.finetune.grading.sandbox.rpc import Channel, RemoteObject
 
 PLAIN = st.recursive(
     st.one_of(

@@ -16,7 +16,7 @@ import traceback
 import types
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.wire import Channel, Disconnected
+from orchestrator.finetune.grading.sandbox.rpc import Channel, Disconnected
 
 PROGRAM_ENDED = "the program ended before its tests did"
 

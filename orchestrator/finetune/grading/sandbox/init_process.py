@@ -18,10 +18,10 @@ import sys
 import time
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox import walls
-from orchestrator.finetune.grading.sandbox.answering import serve_calls
-from orchestrator.finetune.grading.sandbox.calls import install_seccomp_filter
-from orchestrator.finetune.grading.sandbox.judging import run_tests
+from orchestrator.finetune.grading.sandbox import isolation
+from orchestrator.finetune.grading.sandbox.program_server import serve_calls
+from orchestrator.finetune.grading.sandbox.seccomp import install_seccomp_filter
+from orchestrator.finetune.grading.sandbox.test_runner import run_tests
 
 SETUP_FAILED, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
 """What the launcher ends with: a wall could not be put up (stderr says which); the limit of the wall clock;
@@ -33,11 +33,11 @@ def main() -> None:
     connection = socket.socket(fileno=spec["connection"])
     try:
         _try_write("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
-        walls.leave_session_keyring()
+        isolation.leave_session_keyring()
         if spec["namespaces"]:
-            walls.enter_new_namespaces()
+            isolation.enter_new_namespaces()
         else:
-            walls.become_subreaper()
+            isolation.become_subreaper()
         child = os.fork()
         if child == 0:
             _run_init(spec, connection)
@@ -58,12 +58,12 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
     limits = spec["limits"]
     try:
         if spec["namespaces"]:
-            walls.enter_new_root(spec["shown"], spec["hidden"], limits["disk"], limits["files"])
+            isolation.enter_new_root(spec["shown"], spec["hidden"], limits["tmp_bytes"], limits["max_tmp_files"])
         else:
             os.chdir(spec["folder"])
-        walls.drop_privileges()
+        isolation.drop_privileges()
         install_seccomp_filter()
-        walls.die_with_parent()
+        isolation.die_with_parent()
         child = os.fork()
         if child == 0:
             _run_payload(spec, connection)
@@ -77,12 +77,12 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
         os._exit(OUT_OF_TIME)
 
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
+    signal.setitimer(signal.ITIMER_REAL, limits["wall_seconds"])
     _redirect_to_devnull()
     while True:
         ended, status, used = os.wait4(-1, 0)
         if ended == child:
-            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu"]) else _exit_code(status))
+            os._exit(OUT_OF_CPU if _out_of_cpu(status, used, limits["cpu_seconds"]) else _exit_code(status))
 
 
 def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
@@ -101,19 +101,19 @@ def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
     try:
         if not spec["namespaces"]:
             os.setsid()
-            walls.die_with_parent()
+            isolation.die_with_parent()
         processes = limits["processes"] + 1
         if not spec["namespaces"]:
-            processes += walls.count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
-        walls.set_resource_limits(limits["cpu"], limits["memory"], processes, limits["disk"], limits["open"])
+            processes += isolation.count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
+        isolation.set_resource_limits(limits["cpu_seconds"], limits["memory_bytes"], processes, limits["tmp_bytes"], limits["max_open_files"])
         sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
     except BaseException as error:
         _exit_setup_failed(error)
     _redirect_to_devnull()
     try:
         if spec["result"]:
-            passed, why = run_tests(connection, spec["text"])
-            os.write(spec["result"], json.dumps({"passed": passed, "why": why}).encode())
+            passed, reason = run_tests(connection, spec["text"])
+            os.write(spec["result"], json.dumps({"passed": passed, "reason": reason}).encode())
         else:
             serve_calls(connection, spec["text"])
     finally:

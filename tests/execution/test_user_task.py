@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from orchestrator.finetune.sources import data_files
-from orchestrator.finetune.tasks.base import Example; from orchestrator.finetune.tasks.base import Task; from orchestrator.finetune.tasks.base import TaskDefaults; from orchestrator.finetune.tasks.base import hash_split
+from orchestrator.finetune.tasks.base import Example, Task, TaskDefaults, hash_split
 from orchestrator.util.errors import UsageError
 
 FILE = Path(__file__).with_name("mail.jsonl")
@@ -33,7 +33,7 @@ class Mail(Task):
     metric = "accuracy"
     floor = 0.5
     default_model = "reviews-base"
-    answers = "label"
+    output = "classification"
     labels = ("ham", "spam")
     defaults = TaskDefaults(
         train_size=60, validation_size=20, test_size=20, steps=12, batch_size=8, max_length=16,

@@ -11,9 +11,25 @@ from orchestrator.study import bounds, space
 from orchestrator.study.configuration import Dtype
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-OUTPUTS = ("forced", "generated", "label", "value")
+OUTPUTS = ("teacher_forced", "generation", "classification", "regression")
 INPUTS = ("text", "image")
-GRADE_AT = ("always", "at the end")
+GRADE_AT = ("every_evaluation", "last_evaluation")
+RENAMED_ATTRIBUTES = {
+    "answers": "output",
+    "graded": "grade_at",
+    "can_grade": "check_can_grade",
+    "encode_cut": "encode_truncated",
+}
+"""Attributes of a task by their names in earlier versions, and their names now."""
+RENAMED_VALUES = {
+    "forced": "teacher_forced",
+    "generated": "generation",
+    "label": "classification",
+    "value": "regression",
+    "always": "every_evaluation",
+    "at the end": "last_evaluation",
+}
+"""Values of `output` and `grade_at` in earlier versions, and those of now."""
 MAX_EXAMPLES = 1_000_000_000
 MAX_TOKENS = 10_000_000
 
@@ -30,6 +46,10 @@ def check(task: Task) -> None:
 
 
 def _find_problems(task: Task) -> Iterator[str]:
+    for old, new in RENAMED_ATTRIBUTES.items():
+        if hasattr(task, old):
+            value = RENAMED_VALUES.get(getattr(task, old)) if old in ("answers", "graded") else None
+            yield f"{old} is now called {new}; rename it" + (f", with the value {value!r}" if value else "")
     if type(task).examples is Task.examples:
         yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
     if not hasattr(task, "floor"):
@@ -39,13 +59,15 @@ def _find_problems(task: Task) -> Iterator[str]:
     if not isinstance(task.metric, str) or task.metric in ("", "loss"):
         yield f"metric is {task.metric!r}; must be a name other than loss"
     for name, value, known in (
-        ("answers", task.output, OUTPUTS),
+        ("output", task.output, OUTPUTS),
         ("inputs", task.inputs, INPUTS),
-        ("graded", task.grade_at, GRADE_AT),
+        ("grade_at", task.grade_at, GRADE_AT),
     ):
         if value not in known:
-            yield f"{name} is {value!r}; {suggest_nearest(str(value), known)}"
-    if task.output == "label" and len(set(task.labels)) < 2:
+            renamed = RENAMED_VALUES.get(str(value))
+            fix = f"it is now called {renamed!r}" if renamed in known else suggest_nearest(str(value), known)
+            yield f"{name} is {value!r}; {fix}"
+    if task.output == "classification" and len(set(task.labels)) < 2:
         yield f"labels is {task.labels!r}; must name two classes or more"
     yield from (
         f"{name} is {getattr(task, name)!r}; {rule}"
@@ -80,7 +102,7 @@ def _task_rules(task: Task) -> dict[str, space.Hyperparameter]:
         "temperature": space.Hyperparameter("batches", "temperature", low_exclusive=False),
         "top_p": space.Hyperparameter("batches", "top_p", high=1, high_exclusive=False),
     }
-    if task.output == "generated":
+    if task.output == "generation":
         found["max_new_tokens"] = space.int_hyperparameter("batches", "max_new_tokens", MAX_TOKENS)
     return found
 

@@ -77,34 +77,34 @@ class RemoteObject:
     """
 
     def __init__(self, channel: Channel, object_id: int) -> None:
-        self.__dict__.update(_talk=channel, _number=object_id)
+        self.__dict__.update(_channel=channel, _object_id=object_id)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        return self._talk.ask("call", self, args, named)
+        return self._channel.request("call", self, args, named)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what Python itself looks for on the way is not asked for
             raise AttributeError(name)
-        return self._talk.ask("getattr", self, name)
+        return self._channel.request("getattr", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._talk.ask("setattr", self, name, value)
+        self._channel.request("setattr", self, name, value)
 
     def __iter__(self) -> Any:
-        return iter(self._talk.ask("list", self))
+        return iter(self._channel.request("list", self))
 
     def __len__(self) -> Any:
-        return self._talk.ask("len", self)
+        return self._channel.request("len", self)
 
     def __bool__(self) -> Any:
-        return self._talk.ask("bool", self)
+        return self._channel.request("bool", self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemoteObject) and self._talk.ask("equal", self, other) is True
+        return isinstance(other, RemoteObject) and self._channel.request("equal", self, other) is True
 
     def __hash__(self) -> int:
-        channel, number = self.__dict__["_talk"], self.__dict__["_number"]
-        return hash(number) if channel.answers else channel.ask("hash", self)
+        channel, object_id = self.__dict__["_channel"], self.__dict__["_object_id"]
+        return hash(object_id) if channel.is_server else channel.request("hash", self)
 
 
 class Channel:
@@ -209,7 +209,7 @@ def _encode(value: Any, channel: Channel) -> Any:
     if value is None or value is True or value is False or type(value) is str:
         return value
     if isinstance(value, RemoteObject):
-        return ["yours", value.__dict__["_number"]]
+        return ["yours", value.__dict__["_object_id"]]
     for kind in PLAIN_TYPES:
         if value is kind:
             return ["class", kind.__name__]

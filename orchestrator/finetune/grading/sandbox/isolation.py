@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.finetune.grading.sandbox.calls import syscall_number
+from orchestrator.finetune.grading.sandbox.seccomp import syscall_number
 
 NOBODY = 65534
 
