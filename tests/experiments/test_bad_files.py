@@ -104,12 +104,18 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
         ["output is 'teacher_forcd'", "Did you mean 'teacher_forced'?"],
     ),
     "has a metric called loss": (having("floor =", "metric = 'loss'\n    floor ="), ["metric is 'loss'"]),
-    "has a class alone": (having('"teacher_forced"', '"classification"'), ["labels is ()", "two classes or more"]),
+    "has a class alone": (
+        having('"teacher_forced"', '"classification"'),
+        ["labels is ()", "two classes or more"],
+    ),
     "has classes that are none": (
         having('"teacher_forced"', '"classification"\n    labels = None'),
         ["cannot make its task", "NoneType"],
     ),
-    "has answers of no token": (having('"teacher_forced"', '"generation"'), ["max_new_tokens is 0", "at least 1"]),
+    "has answers of no token": (
+        having('"teacher_forced"', '"generation"'),
+        ["max_new_tokens is 0", "at least 1"],
+    ),
     "has a negative size": (having("train_size=32", "train_size=-32"), ["train_size is -32", "at least 1"]),
     "has no test": (having("test_size=8", "test_size=0"), ["test_size is 0", "at least 1"]),
     "has no steps": (having("steps=6", "steps=0"), ["steps is 0", "at least 1"]),
@@ -138,7 +144,10 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
     "has a probability of 2": (having("floor =", "top_p = 2\n    floor ="), ["top_p is 2", "1"]),
     "has a stop of nothing": (having("floor =", "stop = ('',)\n    floor ="), ["stop is ('',)", "not empty"]),
     "has a word for its stops": (having("floor =", "stop = 'end'\n    floor ="), ["stop is 'end'", "tuple"]),
-    "is graded at another time": (having("floor =", "grade_at = 'never'\n    floor ="), ["grade_at is 'never'"]),
+    "is graded at another time": (
+        having("floor =", "grade_at = 'never'\n    floor ="),
+        ["grade_at is 'never'"],
+    ),
     "has half a new token": (
         having('"teacher_forced"', '"generation"\n    max_new_tokens = 2.5'),
         ["max_new_tokens is 2.5", "whole number"],

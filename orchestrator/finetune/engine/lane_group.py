@@ -109,7 +109,7 @@ class LaneGroup:
         all workers. The lanes' losses are added; as no two share a parameter, each gets its own gradient.
         """
         if self.data.task.inputs == "image":
-            self.base_model.processor.soon(
+            self.base_model.processor.prefetch(
                 image for ahead in (0, 1) for image in self._upcoming_images(lanes, ahead)
             )
         micro_batches = [self._micro_batches(lane) for lane in lanes]

@@ -81,7 +81,7 @@ def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, T
 
 def _compute_image_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """All patches of an image see each other, and all images have as many: there is nothing to mask."""
-    pixels = base_model.processor.inputs(batch.images, base_model.device, base_model.model.dtype)
+    pixels = base_model.processor.pixel_values(batch.images, base_model.device, base_model.model.dtype)
     return base_model.model(pixel_values=pixels).logits, batch.targets.flatten().to(base_model.device)
 
 

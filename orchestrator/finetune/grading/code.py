@@ -34,7 +34,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.finetune.grading.program_text import human_eval_program, join_tests, mbpp_program, split_tests
+from orchestrator.finetune.grading.program_text import (
+    human_eval_program,
+    join_tests,
+    mbpp_program,
+    split_tests,
+)
 from orchestrator.finetune.grading.sandbox.run import (
     KILLED,
     TIMED_OUT,

@@ -58,7 +58,9 @@ class GlueTask(Task):
     """The columns of the text, or of the pair."""
     dev_split: ClassVar[str] = "validation"
     default_model = "FacebookAI/roberta-base"
-    output: ClassVar[Literal["teacher_forced", "generation", "classification", "regression"]] = "classification"
+    output: ClassVar[Literal["teacher_forced", "generation", "classification", "regression"]] = (
+        "classification"
+    )
 
     def examples(self, split: Split, count: int) -> list[Example]:
         rows = _load_rows(self, os.environ.get(hub_data.DATA_FOLDER_VARIABLE), self.defaults.validation_size)

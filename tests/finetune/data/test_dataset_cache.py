@@ -49,7 +49,9 @@ class Given(Task):
 
     name, title, floor, default_model = "given", "given", 0.0, "letters-base"
 
-    def __init__(self, of: Sequence[Example], output: Any = "teacher_forced", labels: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, of: Sequence[Example], output: Any = "teacher_forced", labels: tuple[str, ...] = ()
+    ) -> None:
         self.of, self.output, self.labels = list(of), output, labels  # type: ignore[misc]
         n = len(self.of)
         self.defaults = TaskDefaults(n, n, n, 1, 1, LENGTH, 1, (1e-3,))  # type: ignore[misc]

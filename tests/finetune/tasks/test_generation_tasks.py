@@ -281,7 +281,7 @@ def test_codefeedback_teaches_python_that_is_not_human_evals(task: Task) -> None
     assert taught[0].answer.count("```") == 2
     assert cut_after_first_block("no block") == "no block"
     lost, asked = task.examples("validation", 2)
-    assert (lost.counts_in, asked.counts_in) == ("loss", "grade")
+    assert (lost.counts_in, asked.counts_in) == ("loss", "metric")
     assert (
         'def add_one(n):\n    """Write a function to add one.\n\n    assert add_one(1) == 2\n    """'
         in asked.prompt
@@ -326,4 +326,6 @@ def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(task, "examples", lambda split, count: [one] * count)
         return task.revision()
 
-    assert len({revision(), revision(truth="1"), revision(truth="2"), revision(scored="loss")}) == 4
+    assert (
+        len({revision(), revision(reference="1"), revision(reference="2"), revision(counts_in="loss")}) == 4
+    )

@@ -255,4 +255,4 @@ def test_an_image_that_does_not_decode_names_its_row(root: Path, models_of: dict
     with pytest.raises(
         UsageError, match=r"Row 3 of tanganke/dtd \(test\) is not an image that Pillow can read"
     ):
-        bench.processor.inputs(images, bench.device, bench.model.dtype)
+        bench.processor.pixel_values(images, bench.device, bench.model.dtype)

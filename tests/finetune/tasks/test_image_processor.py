@@ -385,7 +385,7 @@ def test_a_lane_on_clip_is_an_adapter_that_peft_loads(both: dict[str, Path], tmp
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     save_peft(adapters, "x", tmp_path, "clip")
     images = [e.image for e in task.examples("test", 8) if e.image is not None]
-    pixels = bench.processor.inputs(images, bench.device, torch.float32)
+    pixels = bench.processor.pixel_values(images, bench.device, torch.float32)
     with base_store.suppress_transformers_logging():
         base = AutoModelForImageClassification.from_pretrained(both["clip"], num_labels=5)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()

@@ -137,7 +137,7 @@ def test_joined_and_part_are_rows() -> None:
     rows = encode_examples(task.examples("train", 24), task, tokenizer(), 16)
     first, second = pad_rows(rows[:8], 16, 0), pad_rows(rows[8:], 16, 0)
     both = Batch.concatenate([first, second])
-    for name in ("ids", "targets", "lengths", "real"):
+    for name in ("ids", "targets", "lengths", "attention_mask"):
         assert torch.equal(getattr(both, name), torch.cat([getattr(first, name), getattr(second, name)]))
         assert torch.equal(getattr(both.slice_rows(8, 24), name), getattr(second, name))
     assert both.target_counts == first.target_counts + second.target_counts

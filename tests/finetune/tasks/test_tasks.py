@@ -110,8 +110,8 @@ def test_the_configuration_of_a_base_is_known_before_it_is_made(
 def test_listing_and_choosing_imports_no_torch() -> None:
     code = (
         "import sys; from orchestrator.finetune.tasks import catalogue;"
-        "from orchestrator.finetune.models.loading import loading as models;"
-        "catalogue.names(); models.names(); catalogue.get('letters').choice();"
+        "from orchestrator.finetune.models import loading as models;"
+        "catalogue.names(); models.built_in_names(); catalogue.get('letters').choice();"
         "assert not {'torch', 'transformers', 'reasoning_gym'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -252,11 +252,11 @@ def test_the_same_sum_has_one_spelling() -> None:
     assert canonical_expression("9 - 12") != canonical_expression("12 - 9")
 
 
-@pytest.mark.parametrize("name", ["chain_sum", "gsm_symbolic"])
+@pytest.mark.parametrize(("name", "folder"), [("chain_sum", "local"), ("gsm_symbolic", "math")])
 def test_without_reasoning_gym_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, name: str, folder: str
 ) -> None:
-    module = importlib.import_module(f"orchestrator.finetune.tasks.{name}")
+    module = importlib.import_module(f"orchestrator.finetune.tasks.{folder}.{name}")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python itself does to block an import
     module._all_examples.cache_clear()
     with pytest.raises(UsageError, match=r'pip install -e "\.\[real\]"'):

@@ -58,7 +58,9 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
     limits = spec["limits"]
     try:
         if spec["namespaces"]:
-            isolation.enter_new_root(spec["shown"], spec["hidden"], limits["tmp_bytes"], limits["max_tmp_files"])
+            isolation.enter_new_root(
+                spec["shown"], spec["hidden"], limits["tmp_bytes"], limits["max_tmp_files"]
+            )
         else:
             os.chdir(spec["folder"])
         isolation.drop_privileges()
@@ -105,7 +107,13 @@ def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
         processes = limits["processes"] + 1
         if not spec["namespaces"]:
             processes += isolation.count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
-        isolation.set_resource_limits(limits["cpu_seconds"], limits["memory_bytes"], processes, limits["tmp_bytes"], limits["max_open_files"])
+        isolation.set_resource_limits(
+            limits["cpu_seconds"],
+            limits["memory_bytes"],
+            processes,
+            limits["tmp_bytes"],
+            limits["max_open_files"],
+        )
         sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
     except BaseException as error:
         _exit_setup_failed(error)
