@@ -170,17 +170,7 @@ def load_examples(
         return (
             serialize_image_examples(loaded[split], task)
             if task.inputs == "image"
-<<<<<<< HEAD
             else map(_to_stored, loaded[split])
-=======
-            else map(_to_stored_example, loaded[split])
-        )
-
-    name, columns, view = _example_storage(task)
-    return {
-        split: _load_or_create(
-            folder, name, _example_cache_key(choice, task, split), columns, view, partial(make_split, split)
->>>>>>> d506358 (Tests of tasks use today's names)
         )
 
     return {
