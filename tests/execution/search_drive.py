@@ -1,4 +1,4 @@
-"""The search with real OptunaSearch and a real store, driven as Ray Tune does. The objective is a formula."""
+"""The searcher with real Optuna and a real store, driven as Ray Tune does. The objective is a formula."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from points import configuration
 from ray.tune.search import Searcher
 
+from orchestrator.execution.search import journal
 from orchestrator.execution.search.budget import SearchBudget, open_search
 from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.record.schema import Evaluation, Record
@@ -111,5 +112,6 @@ class Drive:
                 self.end(next(iter(self.running)))
 
     def told(self, variant: str) -> list[Any]:
-        """Optuna's trials of a variant."""
-        return self.search.variant_searches[variant].optuna._ot_study.trials  # type: ignore[union-attr]
+        """Return the trials in a variant's Optuna study, but for rejected suggestions."""
+        trials = self.search.variant_searches[variant].study.trials
+        return [trial for trial in trials if journal.REJECTED not in trial.user_attrs]

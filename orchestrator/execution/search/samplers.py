@@ -1,4 +1,4 @@
-"""Optuna's samplers over our spaces, and whole designs drawn by them where results play no role."""
+"""Optuna's samplers over the spaces of a study, and designs: all points of a sampler that uses no results."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 NON_ADAPTIVE_SAMPLERS = ("random", "qmc")
-"""Samplers that learn nothing: all their points can be drawn beforehand."""
+"""Samplers that do not use results: all their points can be drawn beforehand."""
 SEED = 0
-MAX_REJECTED_SUGGESTIONS = (
-    8  # suggestions in a row that are known or refused, before others are looked for without the sampler
-)
-MAX_ENUMERATED_POINTS = 10_000  # points of a space that are looked through one by one
-MAX_RANDOM_DRAWS = 1000  # the same of a larger one, at random
-MAX_IDLE_DRAWS = 100  # draws in a row that bring a design nothing new
-MIN_WARM_START_TRIALS = 10  # CMA-ES takes the best tenth of what is known: one at least
+MAX_REJECTED_SUGGESTIONS = 8
+"""After so many suggestions in a row that are known or refused, a point is drawn without the sampler."""
+MAX_ENUMERATED_POINTS = 10_000
+"""Spaces of at most so many points are searched point by point for one that is new."""
+MAX_RANDOM_DRAWS = 1000
+"""In larger spaces so many points are drawn at random."""
+MAX_IDLE_DRAWS = 100
+"""A design ends after so many draws in a row without a new point."""
+MIN_WARM_START_TRIALS = 10
+"""CMA-ES starts from the best tenth of the complete trials: at least one."""
 
 BuildConfiguration = Callable[[str, Mapping[str, Value]], Configuration | None]
-"""A variant's configuration with these values; None for one that the variant refuses."""
+"""Makes a configuration from a variant and values; returns None where the variant refuses them."""
 
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
-    """Optuna's, by key. A choice of numbers is an index: its order means something."""
+    """Return Optuna's distributions by name. A choice of numbers is drawn by index, so that its order counts."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     made: dict[str, BaseDistribution] = {}
@@ -49,7 +52,7 @@ def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution
 
 
 def from_optuna_params(dimensions: Sequence[Dimension], params: Mapping[str, Any]) -> dict[str, Value]:
-    """What Optuna has drawn, as configurations get it."""
+    """Return the values that Optuna has drawn as a configuration has them."""
     found: dict[str, Value] = {}
     for d in dimensions:
         if d.choices:
@@ -60,7 +63,7 @@ def from_optuna_params(dimensions: Sequence[Dimension], params: Mapping[str, Any
 
 
 def to_optuna_params(dimensions: Sequence[Dimension], found: Mapping[str, Value]) -> dict[str, Any]:
-    """The inverse of `values`, up to rounding."""
+    """Return values of a configuration as Optuna has them: the inverse of `from_optuna_params`."""
     return {
         d.key: d.choices.index(found[d.key]) if d.choices and d.is_numeric else found[d.key]
         for d in dimensions
@@ -68,8 +71,13 @@ def to_optuna_params(dimensions: Sequence[Dimension], found: Mapping[str, Value]
 
 
 def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[str, Value]]:
-    """Points to take where a sampler comes back to known ones: each of a small space once, in random order;
-    of a larger one DRAWS at random, some of them twice perhaps. The order comes from `seed` and the sizes."""
+    """Yield points for a sampler that only suggests known ones.
+
+    Args:
+        dimensions: The space. Each point of a small one comes once, in random order; of a larger one
+            MAX_RANDOM_DRAWS points are drawn, some of them twice perhaps.
+        seed: Decides the order, together with the sizes of the dimensions.
+    """
     size = math.prod(d.size or math.inf for d in dimensions)
     if size <= MAX_ENUMERATED_POINTS:
         for number in random.Random(seed).sample(range(int(size)), int(size)):
@@ -91,8 +99,15 @@ def random_points(dimensions: Sequence[Dimension], seed: int) -> Iterator[dict[s
 def make_sampler(
     sampler_name: str, points: int, num_asked: int, completed: Sequence[FrozenTrial] = ()
 ) -> BaseSampler:
-    """A fresh sampler for a group that has asked for `asked` points of `points`, whose complete ones are
-    `known`. After a restart it does not repeat its draws: they come from SEED and `asked`."""
+    """Make the sampler of one variant's search.
+
+    Args:
+        sampler_name: `tpe`, `cma-es`, `qmc` or `random`.
+        points: How many points the variant may have.
+        num_asked: How many were asked for. The seed follows from it, so that a sampler does not repeat its
+            draws after a restart.
+        completed: The complete trials, from which CMA-ES starts if there are enough of them.
+    """
     from optuna import samplers
     from optuna.exceptions import ExperimentalWarning
 
@@ -117,9 +132,21 @@ def make_sampler(
 def draw_design(
     sampler_name: str, space: Space, points: int, build: BuildConfiguration
 ) -> dict[str, list[dict[str, Value]]]:
-    """`points` different ones of each variant, fewer where there are no more. All variants take theirs from
-    one sequence over the whole space, each what it has, so that what they share is alike; more points begin
-    with the same ones. Once that sequence only repeats itself, the rest comes from `others`."""
+    """Draw the points of a sampler that does not use results.
+
+    All variants take their values from one sequence over the whole space, so that what they share is alike.
+    A design of more points begins with the same ones. Once the sequence only repeats itself, the rest comes
+    from `random_points`.
+
+    Args:
+        sampler_name: `qmc` or `random`.
+        space: What is searched.
+        points: How many points each variant gets, fewer where its space has no more.
+        build: Makes a configuration from a variant and values, or None where the variant refuses them.
+
+    Returns:
+        The points of each variant.
+    """
     from optuna import create_study, logging
     from optuna.trial import create_trial
 

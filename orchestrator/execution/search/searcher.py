@@ -1,17 +1,16 @@
-"""Tune's OptunaSearch, one a variant and task, so that each variant is tuned with the same budget."""
+"""Ray Tune's searcher of a study: Optuna's samplers, one Optuna study per variant, equal budgets."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
-from orchestrator.execution.search import samplers
+from orchestrator.execution.search import journal, samplers
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.record.schema import MAX_FAILURES
@@ -20,122 +19,136 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.space import Dimension, Value
 
 if TYPE_CHECKING:
-    from optuna import Study
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
 
 
 @dataclass(frozen=True)
 class PointResult:
-    """What a sampler is told of a point. `score`: the validation score; of one that was stopped early the
-    last, of one that failed none. `scores`: of one that was stopped, all that the scheduler has seen."""
+    """What a sampler is told about a point."""
 
     state: str
+    """`complete`, `stopped` (early) or `failed`."""
     score: float | None = None
+    """The validation score; of a point that was stopped early the last one, of a failed one None."""
     scores: tuple[float, ...] = ()
+    """Of a point that was stopped early: all validation scores that the scheduler has seen."""
 
 
 @dataclass
 class _VariantSearch:
-    """A variant's part of the search. `optuna` is None where there is nothing to vary."""
+    """One variant's part of the search."""
 
     variant: str
     dimensions: tuple[Dimension, ...]
-    optuna: OptunaSearch | None
-    study: Study | None = None
-    """Optuna's own, of that OptunaSearch."""
+    study: Study
+
+    def ask(self) -> tuple[Trial, dict[str, Value]]:
+        """Return Optuna's next trial and its values as a configuration has them."""
+        trial = self.study.ask(fixed_distributions=samplers.distributions(self.dimensions))
+        return trial, samplers.from_optuna_params(self.dimensions, trial.params)
 
 
 @dataclass
 class _SearchTrial:
-    """Tune's trial: whose it is, its name in the group's OptunaSearch, how far that has seen it. A name of
-    None: the sampler knows its result already, only the scheduler sees it again."""
+    """A trial of Tune's, with Optuna's trial of the same point."""
 
-    variant_search: _VariantSearch
-    optuna_trial_id: str | None
+    search: _VariantSearch
+    trial: Trial | None
+    """None: Optuna has the result already, and only the scheduler sees the point again."""
     last_reported_step: int = 0
-    reports: int = field(default=0)
+    reports: int = 0
+
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Pass an intermediate score to Optuna, once: a trial whose process died reports it again."""
+        if self.trial is not None and result["step"] > self.last_reported_step:
+            self.last_reported_step = result["step"]
+            self.trial.report(result["score"], self.reports)
+            self.reports += 1
+
+    def tell(self, state: str, score: float | None = None) -> None:
+        """Pass the final result to Optuna. `state` is the name of an Optuna trial state."""
+        if self.trial is not None:
+            from optuna.trial import TrialState
+
+            self.search.study.tell(self.trial, score, state=TrialState[state])
 
 
-_NewPoint = tuple[str, dict[str, Value], Configuration]  # its name in the OptunaSearch, and what it is
+_NewPoint = tuple["Trial", dict[str, Value], Configuration]
 
 
 class PerVariantSearcher(Searcher):
-    """Passes whatever concerns a trial to the OptunaSearch of its variant. First come the points that were
-    asked before: those without a record to be trained, under early stopping also the others, whose results
-    fill the rungs. Then each variant in turn gets new ones, as many as fill a pack.
+    """Tune's searcher: points of earlier runs first, then new ones, one variant in turn after the other.
 
-    Nothing of this is restored by Tune: the study's folder and the store hold all there is to know."""
+    Points of earlier runs that have no result are trained; under early stopping those that have one are
+    replayed for the scheduler, whose rungs they fill. Then each variant in turn gets as many new points as
+    fill a lane group. Tune restores nothing of this: the study's folder and the store hold all of it.
+    """
 
     def __init__(
         self, budget: SearchBudget, store: Store, scheduler: str, points_per_turn: int, cached: set[str]
     ) -> None:
-        """`known`: fingerprints with results; new points that have one already are added."""
+        """Write the journal anew with the results that the store has, and open it.
+
+        Args:
+            budget: The points of the search.
+            store: The store of records.
+            scheduler: The name of the early stopping scheduler.
+            points_per_turn: How many new points of one variant are asked for in a row.
+            cached: Fingerprints with a usable result. New points that have one already are added.
+        """
         super().__init__(metric="score", mode="max")
         self.budget, self.store, self.scheduler = budget, store, scheduler
         self.points_per_turn, self.cached = points_per_turn, cached
         self.trials: dict[str, _SearchTrial] = {}
-        # Looked up once: seats of a driver that was killed may still be writing.
+        # Looked up once: trainers of a driver that was killed may still be writing.
         self.results = {
-            f: o for f, c in budget.configurations.items() if (o := self._stored_result(c)) is not None
+            f: result for f, c in budget.configurations.items() if (result := self._stored_result(c))
         }
-        cached.update(f for f, outcome in self.results.items() if outcome.state != "failed")
-        self.variant_searches = {
-            variant: self._make_variant_search(variant, dimensions)
-            for variant, dimensions in budget.space.variants.items()
-        }
+        cached.update(f for f, result in self.results.items() if result.state != "failed")
+        self.variant_searches = self._open_variant_searches()
         self.to_resubmit = deque(self._points_to_resubmit())
         self.turn_order, self.points_this_turn = deque(self.variant_searches.values()), 0
 
-    # -- Tune's side ------------------------------------------------------------------------------------
+    # -- Tune's interface -------------------------------------------------------------------------------
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
     ) -> bool:
+        """Accept whatever Tune sets: metric, mode and space are known already."""
         return True
 
     def suggest(self, trial_id: str) -> Any:  # Tune's own type leaves out FINISHED
-        """A point to train; FINISHED when the budget is spent."""
+        """Return the next configuration for Tune's trial, or FINISHED when the budget is spent."""
         found = self._next_resubmitted(trial_id) if self.to_resubmit else self._next_new(trial_id)
         return Searcher.FINISHED if found is None else {"configuration": found.to_json()}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        trial = self.trials[trial_id]
-        # A trial whose process died begins again; Optuna wants each report once.
-        if (
-            trial.optuna_trial_id is None
-            or trial.variant_search.optuna is None
-            or result["step"] <= trial.last_reported_step
-        ):
-            return
-        trial.last_reported_step = result["step"]
-        trial.variant_search.optuna.on_trial_result(
-            trial.optuna_trial_id, {**result, "training_iteration": trial.reports}
-        )
-        trial.reports += 1
+        """Pass an intermediate result to the sampler."""
+        self.trials[trial_id].report(result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
+        """Pass the end of a trial to the sampler."""
         trial = self.trials.pop(trial_id, None)
         if trial is None:
             return
-        if trial.optuna_trial_id is None or trial.variant_search.optuna is None:
-            return
         state = (result or {}).get("state")
         if error or state == "failed":
-            trial.variant_search.optuna.on_trial_complete(trial.optuna_trial_id, None, error=True)
+            trial.tell("FAIL")
         elif result and state != "training":
-            trial.variant_search.optuna.on_trial_complete(trial.optuna_trial_id, result)
-        else:  # the scheduler has stopped it, at this result
-            self.trials[trial_id] = trial
+            trial.tell("COMPLETE", result["score"])
+        else:  # the scheduler has stopped it at this result
             if result:
-                self.on_trial_result(trial_id, result)
-            del self.trials[trial_id]
-            trial.variant_search.optuna.on_trial_complete(trial.optuna_trial_id, None)
+                trial.report(result)
+            trial.tell("PRUNED")
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see the class."""
+        """Save nothing: see the class."""
 
     def restore(self, checkpoint_path: str) -> None:
+        """Refuse: see the class."""
         raise NotImplementedError("a search goes on by its study's command")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,47 +156,48 @@ class PerVariantSearcher(Searcher):
 
     # -- points -----------------------------------------------------------------------------------------
 
-    def _make_variant_search(self, variant: str, dimensions: tuple[Dimension, ...]) -> _VariantSearch:
-        from optuna import load_study, logging
-        from optuna.storages import InMemoryStorage
-        from optuna.trial import create_trial
+    def _open_variant_searches(self) -> dict[str, _VariantSearch]:
+        """Write the journal anew, with the results that the store has, and open its studies."""
+        from optuna import logging
 
-        if not dimensions:
-            return _VariantSearch(variant, dimensions, None)
-        logging.set_verbosity(logging.WARNING)  # a line about each study otherwise
-        budget, file = self.budget, self.budget.file
-        made_of = samplers.distributions(dimensions)
-        asked = budget.points_of(variant)
-        told = {p.fingerprint: o for p in asked if (o := self.results.get(p.fingerprint))}
-        drawn = {p.fingerprint: samplers.to_optuna_params(dimensions, p.parameters) for p in asked}
-        complete = [
-            create_trial(params=drawn[f], distributions=made_of, value=outcome.score)
-            for f, outcome in told.items()
-            if outcome.state == "complete"
-        ]
-        storage = InMemoryStorage()
-        optuna = OptunaSearch(
-            made_of,
-            study_name=variant,
-            storage=storage,
-            metric="score",
-            mode="max",
-            sampler=samplers.make_sampler(file.sampler, file.points, len(asked), complete),
-            # These it suggests first, in this order.
-            points_to_evaluate=[drawn[p.fingerprint] for p in asked if p.fingerprint not in told],
+        logging.set_verbosity(logging.WARNING)  # otherwise it prints a line for each study
+        budget, folder = self.budget, self.budget.folder
+        order = {fingerprint: number for number, fingerprint in enumerate(budget.points)}
+        trials: dict[str, list[FrozenTrial]] = journal.read_points(folder, budget.space)[1]
+        made = {}
+        for variant in budget.space.variants:
+            own = [self._restore_trial(p, order[p.fingerprint]) for p in budget.points_of(variant)]
+            trials[variant] = own
+            complete = [trial for trial in own if trial.value is not None and trial.state.name == "COMPLETE"]
+            file = budget.file
+            made[variant] = samplers.make_sampler(file.sampler, file.points, len(own), complete)
+        journal.write_journal(folder, trials)
+        studies = journal.open_studies(folder, made)
+        return {v: _VariantSearch(v, budget.space.variants[v], study) for v, study in studies.items()}
+
+    def _restore_trial(self, point: journal.Point, order: int) -> FrozenTrial:
+        """Return the Optuna trial of a point of an earlier run; it waits where the point has no result."""
+        from optuna.trial import TrialState
+
+        result = self.results.get(point.fingerprint)
+        if result is None:
+            return journal.make_trial(point, order, self.budget.space, state=TrialState.WAITING)
+        states = {"complete": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
+        state = TrialState[states[result.state]]
+        before = point.trial
+        if before is not None and (before.state, before.value) == (state, result.score):
+            return before  # with its times
+        return journal.make_trial(
+            point,
+            order,
+            self.budget.space,
+            state=state,
+            value=result.score,
+            intermediate_values=dict(enumerate(result.scores)),
         )
-        for fingerprint, outcome in told.items():
-            optuna.add_evaluated_point(
-                drawn[fingerprint],
-                outcome.score,  # type: ignore[arg-type]  # None for one without
-                error=outcome.state == "failed",
-                pruned=outcome.state == "stopped",
-                intermediate_values=list(outcome.scores),
-            )
-        return _VariantSearch(variant, dimensions, optuna, load_study(study_name=variant, storage=storage))
 
     def _stored_result(self, configuration: Configuration) -> PointResult | None:
-        """What the store knows of it; None when it is to be trained."""
+        """Return the result that the store has; None where the point is to be trained."""
         fingerprint, task = configuration.fingerprint, configuration.task
         record = self.store.get_reusable(fingerprint, scheduler_settings(self.scheduler, configuration))
         if record is None:
@@ -192,7 +206,7 @@ class PerVariantSearcher(Searcher):
         if record.state != "stopped":
             return PointResult("complete", record.score("validation"))
         seen = [
-            e.scores.get(task.metric, task.floor)  # as the trial said
+            e.scores.get(task.metric, task.floor)  # what the trial has reported
             for e in record.evaluations
             if e.split == "validation" and e.step <= (record.stopped_at or record.steps)
         ]
@@ -200,31 +214,26 @@ class PerVariantSearcher(Searcher):
         return PointResult("stopped", scores[-1] if scores else None, scores)
 
     def _points_to_resubmit(self) -> Iterator[Configuration]:
-        """Points asked before, in the order in which Tune gets them: see rungs.entry."""
-        asked = self.budget.configurations.items()
-        new = [c for f, c in asked if f not in self.results]
-        if self.scheduler == "none":
-            return iter(new)
-        return iter([*(c for f, c in asked if f in self.cached), *new])
+        """Yield points of earlier runs in the order in which Tune gets them (see rungs.submission_order)."""
+        if self.scheduler != "none":
+            yield from (c for f, c in self.budget.configurations.items() if f in self.cached)
+        yield from (c for f, c in self.budget.configurations.items() if f not in self.results)
 
     def _next_resubmitted(self, trial_id: str) -> Configuration:
         configuration = self.to_resubmit.popleft()
-        group = self.variant_searches[configuration.variant.name]
-        if configuration.fingerprint in self.cached:
-            self.trials[trial_id] = _SearchTrial(group, None)
-            return configuration
-        if group.optuna is not None:
-            group.optuna.suggest(trial_id)  # this very point
-        self.trials[trial_id] = _SearchTrial(group, trial_id)
+        search = self.variant_searches[configuration.variant.name]
+        # Optuna gives out the trials that wait in the order of their numbers: this very point.
+        trial = None if configuration.fingerprint in self.cached else search.ask()[0]
+        self.trials[trial_id] = _SearchTrial(search, trial)
         return configuration
 
     def _next_new(self, trial_id: str) -> Configuration | None:
-        """Of the variant whose turn it is, or of the next one that can be asked."""
-        while open_groups := [g for g in self.turn_order if self.budget.num_remaining(g.variant)]:
-            while self.turn_order[0] is not open_groups[0]:
+        """Return a new point of the variant whose turn it is, or of the next one that has points left."""
+        while remaining := [g for g in self.turn_order if self.budget.num_remaining(g.variant)]:
+            while self.turn_order[0] is not remaining[0]:
                 self.turn_order.rotate(-1)
                 self.points_this_turn = 0
-            configuration = self._ask_new_point(open_groups[0], trial_id)
+            configuration = self._ask_new_point(remaining[0], trial_id)
             self.points_this_turn += 1
             if self.points_this_turn >= self.points_per_turn:
                 self.turn_order.rotate(-1)
@@ -233,70 +242,67 @@ class PerVariantSearcher(Searcher):
                 return configuration
         return None
 
-    def _ask_new_point(self, variant_search: _VariantSearch, trial_id: str) -> Configuration | None:
-        """A point that was not asked before; None for one whose result is known and that nobody need see, and
-        when there is none."""
-        found = self._suggest_point(variant_search, trial_id) or self._random_point(variant_search, trial_id)
+    def _ask_new_point(self, search: _VariantSearch, trial_id: str) -> Configuration | None:
+        """Ask for one new point.
+
+        Returns:
+            Its configuration; None where there is no further point, or its result exists and the scheduler
+            need not see it.
+        """
+        found = self._suggest_point(search) or self._random_point(search)
         if found is None:
-            self.budget.mark_exhausted(variant_search.variant)
+            self.budget.mark_exhausted(search.variant)
             return None
-        name, parameters, configuration = found
-        self.budget.add_point(variant_search.variant, parameters, configuration)
+        trial, parameters, configuration = found
+        trial.set_user_attr(journal.TASK, configuration.task.name)
+        trial.set_user_attr(journal.ORDER, len(self.budget.points))
+        trial.set_user_attr(journal.FINGERPRINT, configuration.fingerprint)  # from here on it counts
+        self.budget.add_point(search.variant, parameters, configuration)
         result = self._stored_result(configuration)
         if result is None:
-            self.trials[trial_id] = _SearchTrial(variant_search, name)
+            self.trials[trial_id] = _SearchTrial(search, trial)
             return configuration
-        self._tell_optuna(variant_search, name, result)
+        self._tell_result(_SearchTrial(search, trial), result)
         if result.state == "failed":
             return None
         self.cached.add(configuration.fingerprint)
         if self.scheduler == "none":
             return None
-        self.trials[trial_id] = _SearchTrial(variant_search, None)
+        self.trials[trial_id] = _SearchTrial(search, None)
         return configuration
 
-    def _suggest_point(self, variant_search: _VariantSearch, trial_id: str) -> _NewPoint | None:
-        """What the sampler suggests; None when all its suggestions were asked before, or are refused."""
-        if variant_search.optuna is None:
-            return None
-        for attempt in range(samplers.MAX_REJECTED_SUGGESTIONS):
-            name = f"{trial_id}-{attempt}"
-            parameters = samplers.from_optuna_params(
-                variant_search.dimensions, variant_search.optuna.suggest(name) or {}
-            )
-            configuration = self._build_if_new(variant_search, parameters)
+    def _suggest_point(self, search: _VariantSearch) -> _NewPoint | None:
+        """Return a point that the sampler suggests; None when it suggests only known or refused ones."""
+        for _ in range(samplers.MAX_REJECTED_SUGGESTIONS):
+            trial, parameters = search.ask()
+            configuration = self._build_if_new(search, parameters)
             if configuration is not None:
-                return name, parameters, configuration
-            # As if it had failed: a sampler told twice of a good point comes back to it the more.
-            variant_search.optuna.on_trial_complete(name, None, error=True)
+                return trial, parameters, configuration
+            trial.set_user_attr(journal.REJECTED, True)
+            # As a failure: a sampler that is told a good result twice returns to that point all the more.
+            _SearchTrial(search, trial).tell("FAIL")
         return None
 
-    def _random_point(self, variant_search: _VariantSearch, trial_id: str) -> _NewPoint | None:
-        """One at random, for a sampler that cannot leave its best points: it knows nothing of repeats."""
-        seed = len(self.budget.configurations)  # elsewhere each time, also after a restart
-        for parameters in samplers.random_points(variant_search.dimensions, seed):
-            configuration = self._build_if_new(variant_search, parameters)
-            if configuration is None:
-                continue
-            if variant_search.optuna is not None and variant_search.study is not None:
-                variant_search.study.enqueue_trial(
-                    samplers.to_optuna_params(variant_search.dimensions, parameters)
-                )
-                variant_search.optuna.suggest(trial_id)  # this very point
-            return trial_id, parameters, configuration
+    def _random_point(self, search: _VariantSearch) -> _NewPoint | None:
+        """Return a point at random, for a sampler that keeps suggesting its best points."""
+        seed = len(self.budget.configurations)  # another one each time, also after a restart
+        for parameters in samplers.random_points(search.dimensions, seed):
+            configuration = self._build_if_new(search, parameters)
+            if configuration is not None:
+                search.study.enqueue_trial(samplers.to_optuna_params(search.dimensions, parameters))
+                return search.ask()[0], parameters, configuration
         return None
 
-    def _build_if_new(
-        self, variant_search: _VariantSearch, parameters: Mapping[str, Value]
-    ) -> Configuration | None:
-        configuration = self.budget.build(variant_search.variant, parameters)
-        known = configuration is None or configuration.fingerprint in self.budget.configurations
-        return None if known else configuration
+    def _build_if_new(self, search: _VariantSearch, parameters: Mapping[str, Value]) -> Configuration | None:
+        configuration = self.budget.build(search.variant, parameters)
+        is_known = configuration is None or configuration.fingerprint in self.budget.configurations
+        return None if is_known else configuration
 
-    def _tell_optuna(self, variant_search: _VariantSearch, name: str, result: PointResult) -> None:
-        if variant_search.optuna is None:
-            return
-        for number, score in enumerate(result.scores):
-            variant_search.optuna.on_trial_result(name, {"score": score, "training_iteration": number})
-        value = {"score": result.score} if result.state == "complete" else None
-        variant_search.optuna.on_trial_complete(name, value, error=result.state == "failed")
+    def _tell_result(self, trial: _SearchTrial, result: PointResult) -> None:
+        """Tell Optuna the result that the store has of a new point."""
+        for number, score in enumerate(result.scores, 1):
+            trial.report({"score": score, "step": number})
+        if result.state == "complete":
+            trial.tell("COMPLETE", result.score)
+        else:
+            trial.tell("FAIL" if result.state == "failed" else "PRUNED")

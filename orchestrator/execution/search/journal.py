@@ -1,0 +1,203 @@
+"""The points of a search, in Optuna's own storage: `<study>/optuna.journal`, one Optuna study per variant.
+
+Each point that was asked for is an Optuna trial with the configuration's fingerprint as a user attribute. Its
+result is that of the record in the store. `optuna-dashboard <study>/optuna.journal` shows the search.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.execution.search.samplers import from_optuna_params, to_optuna_params
+from orchestrator.study.space import Space, Value
+from orchestrator.util import atomic_files
+from orchestrator.util.errors import UsageError, format_error
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.samplers import BaseSampler
+    from optuna.storages import JournalStorage
+    from optuna.trial import FrozenTrial
+
+JOURNAL_FILE = "optuna.journal"
+EARLIER_FILE = "search.jsonl"
+"""Where versions before 2026-11-27 kept the points, one sealed JSON object per line. It is read once."""
+FINGERPRINT, TASK, ORDER = "fingerprint", "task", "order"
+"""User attributes of a point's trial. ORDER counts the points of all variants as they were asked for."""
+REJECTED = "rejected"
+"""User attribute of a suggestion that is no point: it was asked for before, or the variant refuses it."""
+_READ_ERROR_WORDS = ("a search", "take another --study")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration that a search has asked for."""
+
+    variant: str
+    task: str
+    parameters: Mapping[str, Value]
+    fingerprint: str
+    trial: FrozenTrial | None = field(default=None, compare=False)
+    """The trial as the journal has it; None for a point that is not in the journal yet."""
+
+
+def read_points(folder: Path, space: Space) -> tuple[list[Point], dict[str, list[FrozenTrial]]]:
+    """Read the points that a study's search has asked for. Writes nothing.
+
+    Args:
+        folder: The study's folder.
+        space: The space that is searched now.
+
+    Returns:
+        The points of the variants in `space`, in the order in which they were asked for, and the trials of
+        other variants, which earlier runs have searched.
+
+    Raises:
+        UsageError: The file is damaged. A torn last line is not: nobody was given its content. It is left
+            out with a warning.
+    """
+    path = folder / JOURNAL_FILE
+    if not path.exists():
+        points = _read_earlier_points(folder / EARLIER_FILE)
+        return [point for point in points if point.variant in space.variants], {}
+    found: list[tuple[int, Point]] = []
+    others: dict[str, list[FrozenTrial]] = {}
+    try:
+        for variant, trials in _read_trials(path).items():
+            if variant not in space.variants:
+                others[variant] = trials
+                continue
+            for trial in _points_only(trials):
+                parameters = from_optuna_params(space.variants[variant], trial.params)
+                attributes = trial.user_attrs
+                point = Point(variant, attributes[TASK], parameters, attributes[FINGERPRINT], trial)
+                found.append((attributes[ORDER], point))
+    except Exception as error:  # replaying a damaged journal raises errors of many kinds
+        raise UsageError(
+            f"{path}: not the journal of a search ({format_error(error)}); put the whole file back, or take "
+            "another --study"
+        ) from None
+    return [point for _, point in sorted(found, key=lambda pair: pair[0])], others
+
+
+def _read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
+    """Replay a journal file. Returns the trials of each Optuna study by its name."""
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest:
+        _log.warning("%s: its last line is torn: left out", path)
+    storage = _in_memory([json.loads(line) for line in lines])
+    studies = storage.get_all_studies()
+    return {study.study_name: storage.get_all_trials(study._study_id) for study in studies}
+
+
+def _points_only(trials: Iterable[FrozenTrial]) -> Iterator[FrozenTrial]:
+    """Yield the trials that are points.
+
+    Raises:
+        ValueError: A trial is neither a point nor a rejected suggestion, and not the last one, whose
+            attributes a kill may have prevented: the file was changed by something else.
+    """
+    trials = list(trials)
+    for trial in trials:
+        if FINGERPRINT in trial.user_attrs:
+            yield trial
+        elif REJECTED not in trial.user_attrs and (trial.state.is_finished() or trial is not trials[-1]):
+            raise ValueError(f"trial {trial.number} has no fingerprint")
+
+
+def _in_memory(logs: list[dict[str, Any]]) -> JournalStorage:
+    """Return Optuna's journal storage over a list, which appends to it."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import BaseJournalBackend
+
+    class ListBackend(BaseJournalBackend):
+        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+            return iter(logs[log_number_from:])
+
+        def append_logs(self, new: list[dict[str, Any]]) -> None:  # type: ignore[override]
+            logs.extend(new)
+
+    return JournalStorage(ListBackend())
+
+
+def write_journal(folder: Path, trials: Mapping[str, Iterable[FrozenTrial]]) -> None:
+    """Replace a study's journal at once by one with these trials, by variant, in this order."""
+    from optuna import create_study
+
+    logs: list[dict[str, Any]] = []
+    storage = _in_memory(logs)
+    for variant, each in trials.items():
+        create_study(storage=storage, study_name=variant, direction="maximize").add_trials(each)
+    text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+    atomic_files.write_atomically(folder / JOURNAL_FILE, text.encode())
+    (folder / EARLIER_FILE).unlink(missing_ok=True)
+
+
+def open_studies(folder: Path, samplers: Mapping[str, BaseSampler]) -> dict[str, Study]:
+    """Open the Optuna studies of the variants in a study's journal, each with its sampler.
+
+    The caller holds the study's lock, so that a lock of Optuna's is left from a process that was killed.
+    """
+    from optuna import load_study
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = folder / JOURNAL_FILE
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    return {
+        variant: load_study(study_name=variant, storage=storage, sampler=sampler)
+        for variant, sampler in samplers.items()
+    }
+
+
+def make_trial(point: Point, order: int, space: Space, **state: Any) -> FrozenTrial:
+    """Make the trial of a point.
+
+    Args:
+        point: The point. What Optuna knows of its earlier trial (the sampler's notes) is kept.
+        order: The point's number among all points.
+        space: The space that is searched.
+        **state: `state`, `value` and `intermediate_values` of `optuna.create_trial`.
+    """
+    from optuna.trial import create_trial
+
+    from orchestrator.execution.search.samplers import distributions
+
+    dimensions = space.variants[point.variant]
+    return create_trial(
+        params=point.trial.params if point.trial else to_optuna_params(dimensions, point.parameters),
+        distributions=distributions(dimensions),
+        user_attrs={FINGERPRINT: point.fingerprint, TASK: point.task, ORDER: order},
+        system_attrs=dict(point.trial.system_attrs) if point.trial else None,
+        **state,
+    )
+
+
+def _read_earlier_points(path: Path) -> list[Point]:
+    """Read the points of a search by an earlier version. Returns none where the file does not exist."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    if rest:
+        _log.warning("%s: its last line is torn: left out", path)
+    kept = (
+        atomic_files.parse_json(line, _EarlierPoint, f"{path}, line {number}", *_READ_ERROR_WORDS)
+        for number, line in enumerate(lines, 1)
+    )
+    return [Point(each.variant, each.task, each.parameters, each.fingerprint) for each in kept]
+
+
+@dataclass(frozen=True)
+class _EarlierPoint:
+    variant: str
+    task: str
+    parameters: Mapping[str, float | int | str | bool]
+    fingerprint: str

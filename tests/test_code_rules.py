@@ -1,0 +1,87 @@
+"""Rules of the code that neither ruff nor import-linter checks: sizes, names of modules, retired words."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES, MAX_BYTES, MAX_FUNCTION_LINES = 400, 20_000, 60
+SHARED_NAMES = {"__init__", "__main__", "base", "catalogue", "errors"}
+"""Names that several modules may have: each is the one of its package."""
+PRIVATE_OF_RAY = re.compile(r"\bray(?:\.\w+)*\._[a-z]\w+")
+PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
+RETIRED = {
+    "seat": "trainer",
+    "seats": "trainers",
+    "pack": "lane group",
+    "packs": "lane groups",
+    "bench": "BaseModel",
+    "workshop": "Engine",
+    "BadInput": "UsageError",
+    "evidence": "calibration",
+    "ledger": "budget",
+}
+"""Words of earlier versions, with what they are called now (docs/architecture.md, glossary)."""
+KEPT = {
+    "orchestrator/record/store.py",  # the folder `evidence` of a store on disk
+}
+"""Files where a retired word is on disk or is what a user of an earlier version types."""
+
+
+def sources(*folders: str) -> list[Path]:
+    """Return the Python files below the folders of the project."""
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    """Return the path as it is written in the project."""
+    return path.relative_to(ROOT).as_posix()
+
+
+PROGRAM = sources("orchestrator", "variants", "experiments")
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield the name of each function in a file and its number of lines, from its `def` on."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_no_module_is_too_large() -> None:
+    sizes = {name_of(path): (len(path.read_text().splitlines()), path.stat().st_size) for path in PROGRAM}
+    assert {n: size for n, size in sizes.items() if size[0] > MAX_LINES or size[1] > MAX_BYTES} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    sizes = {f"{name_of(path)}: {name}": lines for path in PROGRAM for name, lines in functions(path)}
+    assert {name: lines for name, lines in sizes.items() if lines > MAX_FUNCTION_LINES} == {}
+
+
+def test_no_two_modules_have_one_name() -> None:
+    by_name: dict[str, list[str]] = {}
+    for path in PROGRAM:
+        by_name.setdefault(path.stem, []).append(name_of(path))
+    assert {n: paths for n, paths in by_name.items() if len(paths) > 1 and n not in SHARED_NAMES} == {}
+
+
+def test_private_names_of_ray_are_in_one_file() -> None:
+    """`ray._private`, `ray.train.v2._internal`, ...: a new version of Ray may change them unannounced."""
+    found = {
+        name_of(path): names
+        for path in PROGRAM
+        if path != PRIVATE_OF_RAY_FILE and (names := PRIVATE_OF_RAY.findall(path.read_text()))
+    }
+    assert found == {}
+
+
+def test_retired_words_are_not_used() -> None:
+    found: dict[str, set[str]] = {}
+    for path in (*PROGRAM, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"):
+        words = set(re.findall(r"[A-Za-z]+", path.read_text().replace("_", " "))) & RETIRED.keys()
+        if words and name_of(path) not in KEPT:
+            found[name_of(path)] = words
+    assert found == {}
