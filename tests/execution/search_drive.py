@@ -54,6 +54,13 @@ def record(point: Configuration, state: str = "finished") -> Record:
     return Record(point.fingerprint, point, state, steps, evaluations=seen, **stopped)  # type: ignore[arg-type]
 
 
+def asked(folder: Path) -> list[str]:
+    """Return the fingerprints in the journal of the study in `folder`, in the order of asking."""
+    trials = [t for each in journal.read_trials(folder / journal.JOURNAL_FILE).values() for t in each]
+    points = [trial.user_attrs for trial in trials if journal.FINGERPRINT in trial.user_attrs]
+    return [each[journal.FINGERPRINT] for each in sorted(points, key=lambda each: each[journal.ORDER])]
+
+
 class Drive:
     """Tune, as the delegate sees it. `known` plays run.py's part."""
 
@@ -110,6 +117,10 @@ class Drive:
             if not isinstance(found, Configuration):
                 assert self.running, "nothing runs and nothing can be suggested"
                 self.end(next(iter(self.running)))
+
+    def asked(self) -> list[str]:
+        """Return the fingerprints in the journal on disk, in the order in which they were asked for."""
+        return asked(self.study)
 
     def told(self, variant: str) -> list[Any]:
         """Return the trials in a variant's Optuna study, but for rejected suggestions."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 from search_drive import STEPS, Drive, record, score, space
 
-from orchestrator.execution.search.search_file import POINTS_FILE, SEARCH_FILE, SearchFile
+from orchestrator.execution.search.journal import JOURNAL_FILE
+from orchestrator.execution.search.search_file import SEARCH_FILE, SearchFile
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma-es"])
@@ -19,9 +19,7 @@ def test_every_variant_gets_as_many_points_in_blocks_of_a_pack(tmp_path: Path, s
     assert len({point.fingerprint for point in drive.given}) == 32
     names = [point.variant.name for point in drive.given]
     assert names == [*["lora"] * 4, *["hira"] * 4] * 4
-    assert [p.fingerprint for p in SearchFile.read(drive.study).asked] == [  # type: ignore[union-attr]
-        point.fingerprint for point in drive.given
-    ]
+    assert drive.asked() == [point.fingerprint for point in drive.given]
 
 
 def test_tpe_looks_where_it_was_good(tmp_path: Path) -> None:
@@ -34,9 +32,7 @@ def test_tpe_looks_where_it_was_good(tmp_path: Path) -> None:
 def test_a_point_is_written_down_before_anyone_gets_it(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
     seen: list[list[str]] = []
-    drive.ledger.on_point = lambda point: seen.append(
-        [json.loads(line)["fingerprint"] for line in (drive.study / POINTS_FILE).read_text().splitlines()]
-    )
+    drive.ledger.on_point = lambda point: seen.append(drive.asked())
     drive.all()
     assert [len(each) for each in seen] == list(range(1, 13))
     assert [each[-1] for each in seen] == [point.fingerprint for point in drive.given]
@@ -55,7 +51,7 @@ def test_what_failed_three_times_counts_and_is_not_tried_again(tmp_path: Path) -
 def test_a_result_of_another_study_counts_and_is_not_trained(tmp_path: Path) -> None:
     other = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=3)
     other.all()
-    for file in (SEARCH_FILE, POINTS_FILE):
+    for file in (SEARCH_FILE, JOURNAL_FILE):
         (other.study / file).unlink()
     drive = Drive(tmp_path, space("rank=4,8,16", "learning_rate=1e-3,1e-2", variants=("lora",)), points=6)
     assert drive.all() == {"lora": 3}
@@ -79,12 +75,14 @@ def test_the_spent_budget_is_written_down(tmp_path: Path) -> None:
     assert SearchFile.read(drive.study).spent["lora"] == spent  # type: ignore[union-attr]
 
 
-def test_one_more_point_is_one_more_line(tmp_path: Path) -> None:
+def test_a_new_point_is_appended_and_no_file_is_written_again(tmp_path: Path) -> None:
     drive = Drive(tmp_path, space())
-    before = (drive.study / SEARCH_FILE).stat().st_ino, (drive.study / POINTS_FILE).stat().st_ino
+    files = [drive.study / SEARCH_FILE, drive.study / JOURNAL_FILE]
+    before, journal = [file.stat().st_ino for file in files], files[1].read_bytes()
     drive.all()
-    assert before == ((drive.study / SEARCH_FILE).stat().st_ino, (drive.study / POINTS_FILE).stat().st_ino)
-    assert len((drive.study / POINTS_FILE).read_bytes().splitlines()) == 12
+    assert before == [file.stat().st_ino for file in files]
+    assert files[1].read_bytes().startswith(journal)
+    assert len(drive.asked()) == 12
 
 
 def test_tune_gets_no_pickle_of_it(tmp_path: Path) -> None:

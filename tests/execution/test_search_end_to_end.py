@@ -11,8 +11,10 @@ import pytest
 import ray
 import study
 from ray.cluster_utils import Cluster
+from search_drive import asked
 from test_joined_cluster import left
 
+from orchestrator.execution.search.journal import FINGERPRINT, JOURNAL_FILE, read_trials
 from orchestrator.execution.search.search_file import SearchFile
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
@@ -25,11 +27,6 @@ SEARCH = ("--search", "optuna", "--points", str(POINTS), "--space", "rank=4,8", 
 SMALL = ("--variants", "lora", "hira", "--steps", str(STEPS), "--scheduler", "asha")
 ONE_PLACE = ("--seats", "1", "--lanes-per-seat", "1")
 NAME = "lr_sensitivity-held_task-letters-base-tpe"
-
-
-def asked(output: Path) -> list[str]:
-    file = SearchFile.read(output / NAME)
-    return [point.fingerprint for point in file.asked] if file else []
 
 
 def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
@@ -47,7 +44,7 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
         study.wait_for(lambda: not left())  # of what the killed driver held on the cluster
     finally:
         ray.shutdown()
-    before = asked(output)
+    before = asked(output / NAME)
     made = {record.fingerprint: record.provenance.ended for record in store.records()}
     assert 2 <= len(made) < len(before) < 2 * POINTS, "one is half trained, others have yet to be asked for"
     assert set(made) <= set(before), "nobody trains what was not written down"
@@ -55,11 +52,13 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
     assert study.run_here(output, *SEARCH, *small, address=cluster.address) == 0
     file = SearchFile.read(output / NAME)
     assert file is not None
-    points = [point.fingerprint for point in file.asked]
+    points = asked(output / NAME)
     assert points[: len(before)] == before
     assert len(set(points)) == len(points)
-    assert Counter(point.variant for point in file.asked) == {"lora": POINTS, "hira": POINTS}
-    assert all(("alpha" in point.parameters) == (point.variant == "lora") for point in file.asked)
+    trials = read_trials(output / NAME / JOURNAL_FILE)
+    of_points = {v: [t for t in each if FINGERPRINT in t.user_attrs] for v, each in trials.items()}
+    assert {variant: len(each) for variant, each in of_points.items()} == {"lora": POINTS, "hira": POINTS}
+    assert all(("alpha" in t.params) == (v == "lora") for v, each in of_points.items() for t in each)
     states = store.states()
     assert set(states) == set(points)
     assert set(states.values()) <= {"finished", "stopped", "diverged"}
@@ -85,4 +84,4 @@ def test_a_search_killed_in_the_middle_goes_on_with_what_it_asked_for(
         study.run_here(output, *SEARCH[:-1], "alpha=log:4:32", *small)
     assert "lora's alpha in log:4:64, now it would be log:4:32; take another --study" in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert asked(output) == points
+    assert asked(output / NAME) == points

@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 from search_drive import STEPS, build, space
 
 from orchestrator.execution.search.budget import SearchBudget, open_search
+from orchestrator.execution.search.journal import FINGERPRINT
 from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -78,7 +79,12 @@ def test_a_search_and_a_scheduler_end_with_equal_budgets(connected: Cluster, tmp
     assert len(metrics) == 2 * POINTS
     ended = Counter(m["state"] for m in metrics)
     assert set(ended) == {"finished", "training"}, "some were stopped, some came to their end"
-    told = [t for group in search.variant_searches.values() for t in group.optuna._ot_study.trials]  # type: ignore[union-attr]
+    told = [
+        t
+        for group in search.variant_searches.values()
+        for t in group.study.trials
+        if FINGERPRINT in t.user_attrs
+    ]
     states = Counter(trial.state.name for trial in told)
     assert (states["COMPLETE"], states["PRUNED"]) == (ended["finished"], ended["training"])
     assert not states["RUNNING"]

@@ -201,7 +201,7 @@ def open_search(
     else:
         file = before.resume(sampler, points, space, folder.name)
     budget = SearchBudget(file, folder, space, build, steps_per_point)
-    budget.restore(read_points(folder, space)[0])
+    budget.restore(read_points(folder, space, file.spaces)[0])
     for variant, usage in file.spent.items():
         if variant in space.variants and budget.num_asked[variant] < usage.asked:
             raise UsageError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +47,15 @@ class Point:
     """The trial as the journal has it; None for a point that is not in the journal yet."""
 
 
-def read_points(folder: Path, space: Space) -> tuple[list[Point], dict[str, list[FrozenTrial]]]:
+def read_points(
+    folder: Path, space: Space, searched: Collection[str]
+) -> tuple[list[Point], dict[str, list[FrozenTrial]]]:
     """Read the points that a study's search has asked for. Writes nothing.
 
     Args:
         folder: The study's folder.
         space: The space that is searched now.
+        searched: All variants that the study has searched.
 
     Returns:
         The points of the variants in `space`, in the order in which they were asked for, and the trials of
@@ -69,7 +72,9 @@ def read_points(folder: Path, space: Space) -> tuple[list[Point], dict[str, list
     found: list[tuple[int, Point]] = []
     others: dict[str, list[FrozenTrial]] = {}
     try:
-        for variant, trials in _read_trials(path).items():
+        for variant, trials in read_trials(path).items():
+            if variant not in searched:
+                raise ValueError(f"the study has not searched {variant!r}")
             if variant not in space.variants:
                 others[variant] = trials
                 continue
@@ -86,8 +91,8 @@ def read_points(folder: Path, space: Space) -> tuple[list[Point], dict[str, list
     return [point for _, point in sorted(found, key=lambda pair: pair[0])], others
 
 
-def _read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
-    """Replay a journal file. Returns the trials of each Optuna study by its name."""
+def read_trials(path: Path) -> dict[str, list[FrozenTrial]]:
+    """Replay a journal file. Returns the trials of each Optuna study by its name, which is the variant's."""
     *lines, rest = path.read_bytes().split(b"\n")
     if rest:
         _log.warning("%s: its last line is torn: left out", path)

@@ -1,4 +1,4 @@
-"""Optuna's samplers over the spaces of a study, and designs: all points of a sampler that uses no results."""
+"""Optuna's samplers, and designs: all points of a sampler that does not use results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BuildConfiguration = Callable[[str, Mapping[str, Value]], Configuration | None]
 
 
 def distributions(dimensions: Sequence[Dimension]) -> dict[str, BaseDistribution]:
-    """Return Optuna's distributions by name. A choice of numbers is drawn by index, so that its order counts."""
+    """Return Optuna's distributions by name. A choice of numbers is drawn by its index: the order counts."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     made: dict[str, BaseDistribution] = {}

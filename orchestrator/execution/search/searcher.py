@@ -163,7 +163,9 @@ class PerVariantSearcher(Searcher):
         logging.set_verbosity(logging.WARNING)  # otherwise it prints a line for each study
         budget, folder = self.budget, self.budget.folder
         order = {fingerprint: number for number, fingerprint in enumerate(budget.points)}
-        trials: dict[str, list[FrozenTrial]] = journal.read_points(folder, budget.space)[1]
+        trials: dict[str, list[FrozenTrial]] = journal.read_points(folder, budget.space, budget.file.spaces)[
+            1
+        ]
         made = {}
         for variant in budget.space.variants:
             own = [self._restore_trial(p, order[p.fingerprint]) for p in budget.points_of(variant)]
