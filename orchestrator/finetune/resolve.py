@@ -325,7 +325,9 @@ def _variant_hyperparameters(name: str) -> Mapping[str, Value]:
     variant = catalogue.get(name)
     usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
     own: dict[str, Value] = {
-        k: 0 for k, used in usual.items() if used and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+        k: 0
+        for k, used in usual.items()
+        if used and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
     }
     return own | dict(variant.extra_defaults)
 
@@ -337,7 +339,9 @@ def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
         name,
         rank=options.rank if variant.uses_rank else 0,
         alpha=options.alpha if variant.uses_alpha else None,
-        dropout=options.dropout if variant.uses_dropout and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS else 0.0,
+        dropout=options.dropout
+        if variant.uses_dropout and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+        else 0.0,
         targets=options.targets if variant.adaptation_scope is AdaptationScope.TARGET_LAYERS else "blocks",
         extra=dict(variant.extra_defaults),
         numerics=variant.numerics,

@@ -8,11 +8,12 @@ here; it is provenance, kept in the record.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
+
+from orchestrator.util.canonical_json import canonical_json
 
 Dtype = Literal["float32", "bfloat16"]
 LRScheduleName = Literal["constant", "linear", "cosine"]
@@ -178,11 +179,6 @@ class Configuration:
         columns |= {"evaluations": self.evaluations, "seed": self.seed, "base_dropout": self.base_dropout}
         columns |= {"variant_numerics": self.variant.numerics, "loop_numerics": self.loop_numerics}
         return columns
-
-
-def canonical_json(data: Any) -> bytes:
-    """The one spelling of a JSON value: sorted keys, no blanks, no NaN."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 @lru_cache(maxsize=1)

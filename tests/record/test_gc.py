@@ -165,7 +165,9 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
         "parquet": lambda: write_parquet(store),
         "record": lambda: store.put(make_record(seed=2)),
         "study": lambda: StudyFile("s", "", "").write(output / "s"),
-        "pointer": lambda: base_store.write_pointer(store.bases, "hub-a--b", {"commit": "c"}, "commit"),
+        "pointer": lambda: base_store.base_entries(store.bases).write_entry(
+            "hub-a--b", {"commit": "c"}, "commit"
+        ),
         "adapters of a merge": lambda: merge_stores(store, other),
     }[writer]
     StudyFile("s", "", "").write(output / "s")

@@ -15,8 +15,8 @@ from orchestrator.study.configuration import (
     OptimizerConfig,
     TaskChoice,
     VariantChoice,
-    canonical_json,
 )
+from orchestrator.util.canonical_json import canonical_json
 
 POINT = Configuration(
     VariantChoice("lora", alpha=16.0, extra={"svd": "exact"}),

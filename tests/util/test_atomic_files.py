@@ -39,8 +39,8 @@ def chosen(folder: Path) -> tuple[Path, Callable[[], object]]:
 
 
 def pointer(folder: Path) -> tuple[Path, Callable[[], object]]:
-    base_store.write_pointer(folder, "b", {"name": "base", "content": "0123456789ab"}, "content")
-    return folder / "b.json", lambda: base_store.read_pointer(folder, "b", "content")
+    base_store.base_entries(folder).write_entry("b", {"name": "base", "content": "0123456789ab"}, "content")
+    return folder / "b.json", lambda: base_store.base_entries(folder).read_entry("b", "content")
 
 
 @pytest.mark.parametrize("kind", [study, search, chosen, pointer])
@@ -118,8 +118,8 @@ def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
 def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
     """Two were swapped, or one was renamed: this recipe would have another one's base."""
     for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
-        base_store.write_pointer(tmp_path, key, {"name": "base", "content": content}, "content")
+        base_store.base_entries(tmp_path).write_entry(key, {"name": "base", "content": content}, "content")
     (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())
     with pytest.raises(UsageError, match=r"base\.r2\.json: .*base\.r1.*remove it"):
-        base_store.read_pointer(tmp_path, "base.r2", "content")
-    assert base_store.read_pointer(tmp_path, "base.r1", "content") == "0123456789ab"
+        base_store.base_entries(tmp_path).read_entry("base.r2", "content")
+    assert base_store.base_entries(tmp_path).read_entry("base.r1", "content") == "0123456789ab"

@@ -60,7 +60,9 @@ def test_the_first_signal_is_one_line_without_passwords_and_130(number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_inside_gently_the_work_ends_by_itself(number):
-    process = _start(f"with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3")
+    process = _start(
+        f"with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3"
+    )
     process.send_signal(number)
     assert _end(process) == (3, "tidied up\n", "")
 
@@ -223,9 +225,7 @@ def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
 
 
 def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
-    body = (
-        f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.notify('Ctrl-C: seats save')"
-    )
+    body = f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.notify('Ctrl-C: seats save')"
     terminal = _in_a_terminal(tmp_path, body)
     terminal.type(CTRL_C)
     assert terminal.end() == (0, ["started", "Ctrl-C: seats save"])

@@ -28,8 +28,8 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from orchestrator.finetune.data.arrow_rows import to_record_batch
-from orchestrator.study.configuration import canonical_json
 from orchestrator.util import atomic_files
+from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
 T = TypeVar("T")

@@ -34,8 +34,9 @@ from orchestrator.finetune.data.arrow_images import (
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
 from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, STORED_COUNTS_IN, Example, Split, Task
-from orchestrator.study.configuration import Configuration, TaskChoice, canonical_json
+from orchestrator.study.configuration import Configuration, TaskChoice
 from orchestrator.util import user_code
+from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
 ProgressCallback = Callable[[str], None]

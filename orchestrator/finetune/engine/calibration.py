@@ -22,8 +22,9 @@ from orchestrator.finetune.engine import tensor_files
 from orchestrator.finetune.engine.lane import variant_settings
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.process_group import ProcessGroup
-from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig, canonical_json
+from orchestrator.study.configuration import Configuration, LRSchedule, OptimizerConfig
 from orchestrator.util.atomic_files import DamagedFileError
+from orchestrator.util.canonical_json import canonical_json
 from variants.attach import Adapters, CalibrationTensors
 from variants.base import CalibrationStatistic
 from variants.calibrate import calibrate

@@ -17,8 +17,9 @@ from pathlib import Path
 from orchestrator.finetune.data.dataset_cache import task_file_digest
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study.configuration import Configuration, canonical_json
+from orchestrator.study.configuration import Configuration
 from orchestrator.util import atomic_files
+from orchestrator.util.canonical_json import canonical_json
 
 Scores = Mapping[str, Mapping[str, float]]
 

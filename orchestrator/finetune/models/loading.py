@@ -119,7 +119,7 @@ def prepare_base_model(name: str, root: Path, progress: ProgressCallback = print
     if content is not None and Path(name).is_dir():
         # A worker has another working folder: it finds the model by content, whatever the path was called.
         pointer = {"folder": str(Path(name).resolve())}
-        base_store.write_pointer(root, f"folder-{content[:12]}", pointer, "folder", replace=True)
+        base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)
         return content
     if content is None:
         hub_models.pin(name, root, progress)
@@ -332,7 +332,9 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
     Raises BadInput when the model is not there, or is another."""
     if choice.name in built_in_names():
         folder = base_store.base_folder(root, choice.name, choice.content)
-    elif (kept := base_store.read_pointer(root, f"folder-{choice.content[:12]}", "folder")) is not None:
+    elif (
+        kept := base_store.base_entries(root).read_entry(f"folder-{choice.content[:12]}", "folder")
+    ) is not None:
         folder = Path(kept)
     elif Path(choice.name).is_dir():
         folder = Path(choice.name)

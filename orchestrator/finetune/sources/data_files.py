@@ -1,6 +1,6 @@
-"""Rows of one data file, and what is wrong with it, by row: JSON lines, JSON, CSV or Parquet.
+"""Rows of a data file in JSON lines, JSON, CSV, TSV or Parquet, checked cell by cell.
 
-A task of one's own reads its file in a line:
+A user's task reads its file in one line:
 
     rows = data_files.read(Path(__file__).with_name("mail.jsonl"), {"text": str, "label": str}, self.name)
 """
@@ -17,40 +17,62 @@ from typing import Any
 from orchestrator.util.errors import UsageError
 
 CellType = type | range | None
-"""What a cell has to be: str, int or float; a class's number (`range(2)`: 0 or 1); `object`, anything but
-null; None, anything."""
+"""The required type of a cell: str, int or float; a range for the index of a class (`range(2)`: 0 or 1);
+`object` for anything but null; None for anything."""
 
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a finite number", object: "there"}
 
 
-class MalformedData(Exception):
-    """What is wrong, and in which row, where that can be said."""
+class MalformedDataError(Exception):
+    """A data file is not as required; the message names the row if there is one."""
 
 
 def read(path: Path | str, columns: Mapping[str, CellType], task: str) -> list[dict[str, Any]]:
-    """The rows of the file at `path`, with these columns alone. Raises BadInput in one line that names file
-    and row when it is not there, does not parse, or a cell is not what it should be."""
+    """Read the rows of a data file.
+
+    Args:
+        path: The file; its suffix decides the format.
+        columns: The columns to read, with the type of their cells.
+        task: The name of the task, for error messages.
+
+    Returns:
+        One dictionary per row, with these columns only.
+
+    Raises:
+        UsageError: The file does not exist or does not parse, or a cell has another type. The message is one
+            line that names file and row.
+    """
     path = Path(path)
     try:
         return [{name: row[name] for name in columns} for row in _read_checked(path, columns)]
-    except MalformedData as error:
+    except MalformedDataError as error:
         raise UsageError(f"Task {task!r}: {path}: {error}.") from None
 
 
 def find_file_problem(path: Path, columns: Mapping[str, CellType]) -> str | None:
-    """What is wrong with the file; None when nothing is, or it is of a kind that cannot be read here."""
+    """Return what is wrong with a file, None if nothing is or its format cannot be read here.
+
+    Args:
+        path: The file; its suffix decides the format.
+        columns: The required columns, with the type of their cells.
+    """
     if path.suffix not in _READERS:
         return None
     try:
         for _ in _read_checked(path, columns):
             pass
-    except MalformedData as error:
+    except MalformedDataError as error:
         return str(error)
     return None
 
 
 def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
-    """Why the cell is not what it should be."""
+    """Return what is wrong with a cell, None if nothing is.
+
+    Args:
+        value: The content of the cell.
+        cell_type: The required type.
+    """
     if cell_type is None:
         return None
     expected = (
@@ -72,33 +94,33 @@ def find_cell_problem(value: Any, cell_type: CellType) -> str | None:
 def _read_checked(path: Path, columns: Mapping[str, CellType]) -> Iterator[dict[str, Any]]:
     reader = _READERS.get(path.suffix)
     if reader is None:
-        raise MalformedData(f"must end in {', '.join(_READERS)}")
+        raise MalformedDataError(f"must end in {', '.join(_READERS)}")
     row = 0
     try:
         for row, (line_number, cells) in enumerate(reader(path, columns), 1):
             position = f"row {row}" + (f" (line {line_number})" if line_number not in (None, row) else "")
             if not isinstance(cells, dict):
-                raise MalformedData(
+                raise MalformedDataError(
                     f"{position} must be an object with {', '.join(columns)}, it is {_abbreviate(cells)}"
                 )
             for name, kind in columns.items():
                 if name not in cells and kind is not None:
-                    raise MalformedData(
+                    raise MalformedDataError(
                         f"{position} has no {name!r}; it has {', '.join(map(str, cells)) or 'nothing'}"
                     )
                 if (problem := find_cell_problem(cells.get(name), kind)) is not None:
-                    raise MalformedData(f"{position}: {name!r} {problem}")
+                    raise MalformedDataError(f"{position}: {name!r} {problem}")
             yield {name: cells.get(name) for name in columns}
-    except OSError as error:  # what pyarrow says of a torn Parquet file is one, too
-        raise MalformedData(
+    except OSError as error:  # pyarrow's error for a truncated Parquet file is one, too
+        raise MalformedDataError(
             f"cannot be read ({error.strerror or _first_line(error)}){_after_row(row)}"
         ) from None
     except UnicodeDecodeError as error:
-        raise MalformedData(f"is not UTF-8 at byte {error.start}") from None
+        raise MalformedDataError(f"is not UTF-8 at byte {error.start}") from None
     except (ValueError, csv.Error) as error:  # of json, csv and pyarrow
-        raise MalformedData(f"does not parse ({_first_line(error)}){_after_row(row)}") from None
+        raise MalformedDataError(f"does not parse ({_first_line(error)}){_after_row(row)}") from None
     if row == 0:
-        raise MalformedData("has no rows")
+        raise MalformedDataError("has no rows")
 
 
 def _read_json_lines(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
@@ -112,13 +134,13 @@ def _read_json_lines(path: Path, columns: Mapping[str, CellType]) -> Iterator[tu
                 yield line, json.loads(text.rstrip())
             except json.JSONDecodeError as error:
                 at = f" (line {line})" if line != row else ""
-                raise MalformedData(
+                raise MalformedDataError(
                     f"row {row}{at} is no JSON ({error.msg} at column {error.colno})"
                 ) from None
 
 
 def _read_json(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
-    """A list of objects; else the file holds lines of them, under the other's name."""
+    """Yield the objects of a JSON list, or of JSON lines if the file does not begin with a bracket."""
     with path.open(encoding="utf-8") as file:
         is_list = file.read(1) == "["
         file.seek(0)
@@ -129,14 +151,14 @@ def _read_json(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[in
 
 
 def _read_csv(path: Path, columns: Mapping[str, CellType]) -> Iterator[tuple[int | None, Any]]:
-    """Numbers are read as such where a column is to hold them; an empty cell is null, but for text."""
+    """Yield rows of text, with numbers in columns of numbers; an empty cell is null unless it may be text."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(2**31 - 1)  # Python's own, 128 KiB, is less than a long mail has
+        csv.field_size_limit(2**31 - 1)  # Python's default of 128 KiB is less than a long e-mail
         reader = csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel", strict=True)
         for row, cells in enumerate(reader, 1):
             if None in cells or None in cells.values():
                 many = "more" if None in cells else "fewer"
-                raise MalformedData(
+                raise MalformedDataError(
                     f"row {row} (line {reader.line_num}) has {many} cells than there are columns"
                 )
             yield reader.line_num, {n: _parse_number(text, columns.get(n)) for n, text in cells.items()}

@@ -1,11 +1,12 @@
-"""Tables of the Hugging Face hub's datasets: the rows that a task is made of.
+"""Tables of datasets from the Hugging Face hub.
 
-A table is read from a folder of one's own when ORCHESTRATOR_DATA names one that holds
-`organisation/dataset/` as the hub has it (`hf download --repo-type dataset --local-dir`), else from the hub
-at one commit, which `datasets` keeps in its own cache.
+If ORCHESTRATOR_DATA is set to a folder that contains `organization/dataset/` as the hub has it
+(`hf download --repo-type dataset --local-dir`), a table is read from there. Otherwise it is read from the hub
+at one commit, and `datasets` keeps it in its own cache.
 
-The commit is the task's, where it names one; else it is asked for the first time and kept in the store, as
-that of a base model is (`hub.py`). A configuration is known by the content of its examples in any case.
+The commit is the task's if the task names one. Otherwise the hub is asked once for the newest commit, which
+is then pinned in the store like that of a base model (`hub_models.py`). A configuration identifies its data
+by the content of the examples in either case.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.finetune.sources.base_store import read_pointer, write_pointer
+from orchestrator.finetune.sources.base_store import base_entries
 from orchestrator.finetune.sources.data_files import CellType, find_cell_problem, find_file_problem
 from orchestrator.util.errors import UsageError
 
@@ -33,15 +34,22 @@ _add_pins = False
 
 @dataclass(frozen=True)
 class Table:
-    """One split of a dataset. `columns`: those that are read, all of which must be there, and what their
-    cells have to be: {"text": str, "label": range(2)}."""
+    """One split of a dataset.
+
+    Args:
+        repository: The name on the hub: `organization/dataset`.
+        split: The name of the split on the hub.
+        columns: The columns to read, which must exist, with the type of their cells:
+            {"text": str, "label": range(2)}.
+        subset: The configuration of the dataset, if it has several.
+        revision: A commit of the hub. Default: the newest one when the task is first used in a store.
+    """
 
     repository: str
     split: str
     columns: Mapping[str, CellType] = field(hash=False)
     subset: str | None = None
     revision: str | None = None
-    """A commit of the hub."""
 
     def __str__(self) -> str:
         return (
@@ -52,15 +60,27 @@ class Table:
 
 
 def set_pin_folder(folder: Path, add_pins: bool = True) -> None:
-    """Says once where the commits are kept that were asked for: the store's folder of bases. Without `new`
-    none is added to them."""
+    """Set the folder in which this process looks up the commits of datasets.
+
+    Args:
+        folder: The store's folder of base models.
+        add_pins: Whether to pin datasets there that are not pinned yet.
+    """
     global _pin_folder, _add_pins
     _pin_folder, _add_pins = folder, add_pins
 
 
 def load_table(table: Table, task: str) -> Dataset:
-    """Its rows, memory-mapped, with its columns alone. Raises BadInput in one line when it cannot be had, or
-    is not what the task expects; `task` is whose it is."""
+    """Load the rows of a table, memory-mapped, with the columns that it names.
+
+    Args:
+        table: The table to load.
+        task: The name of its task, for error messages.
+
+    Raises:
+        UsageError: The table cannot be loaded, or its columns or cells are not as required. The message is
+            one line.
+    """
     from datasets import disable_progress_bars, load_dataset
     from datasets.utils import logging
 
@@ -72,7 +92,7 @@ def load_table(table: Table, task: str) -> Dataset:
         found: Any = load_dataset(
             source, table.subset, split=table.split, revision=revision, cache_dir=cache_dir
         )
-    except Exception as error:  # whatever the reader of a kind of file raises, StopIteration for an empty one
+    except Exception as error:  # readers raise many classes, such as StopIteration for an empty file
         if revision is not None and _is_hub_error(error):
             raise _unreachable_error(table, task, error) from None
         reason = _first_line(error.__cause__ or error)
@@ -93,8 +113,11 @@ def load_table(table: Table, task: str) -> Dataset:
 
 
 def _cache_folder(folder: Path) -> str:
-    """The cache of a folder of one's own, as its files are now. Where a card names the subsets `datasets`
-    does not look at them: it would give the rows of an earlier state, or of another folder of that name."""
+    """Return a cache folder for `datasets` that belongs to the present state of a local folder.
+
+    If a dataset card lists the subsets, `datasets` does not check whether the files have changed. With one
+    cache for all it would return the rows of an earlier state, or of another folder of the same name.
+    """
     from datasets import config
 
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -104,12 +127,12 @@ def _cache_folder(folder: Path) -> str:
 
 
 def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
-    """What is wrong with a cell, looked at by columns."""
+    """Return what is wrong with the first bad cell, None if there is none; columns are checked as a whole."""
     import pyarrow as pa
     from pyarrow import compute
 
     for name, kind in table.columns.items():
-        # With an index mapping (a shuffle, a filter) the table below would hold more; here there is none.
+        # `dataset.data` ignores an index mapping (of a shuffle or filter); a newly loaded dataset has none.
         cells = dataset.data.column(name)
         if kind is None or len(cells) == 0:
             continue
@@ -137,8 +160,10 @@ def _find_cell_problem(dataset: Dataset, table: Table) -> str | None:
 
 
 def _find_file_problem(table: Table, source: str, revision: str | None) -> str | None:
-    """Which of its files is not what it should be, and in which row: they are read one by one, now that
-    something is wrong."""
+    """Return the first problem in the table's files, with file and row, None if none is found.
+
+    The files are read one by one, which is done only after loading has failed.
+    """
     for name, path in _list_files(table, source, revision):
         if (problem := find_file_problem(path, table.columns)) is not None:
             return f"{name}: {problem}"
@@ -146,7 +171,7 @@ def _find_file_problem(table: Table, source: str, revision: str | None) -> str |
 
 
 def _list_files(table: Table, source: str, revision: str | None) -> Iterator[tuple[str, Path]]:
-    """The files of the split, by name; those of the hub as its cache has them."""
+    """Yield name and local path of each file of the split; files of the hub are taken from its cache."""
     from datasets import load_dataset_builder
     from huggingface_hub import hf_hub_download
 
@@ -159,12 +184,12 @@ def _list_files(table: Table, source: str, revision: str | None) -> Iterator[tup
                 inside = str(name).partition(f"@{revision}/")[2]
                 found = hf_hub_download(source, inside, repo_type="dataset", revision=revision)
                 yield f"{source} {inside}", Path(found)
-    except Exception:  # it did not load; that the files cannot be listed either says no more
+    except Exception:  # the table did not load either, which is the error that the user sees
         return
 
 
 def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
-    """What load_dataset is given: a folder, or a repository and a commit."""
+    """Return what to pass to `load_dataset`: (folder, None) or (repository, commit)."""
     if folder := os.environ.get(DATA_FOLDER_VARIABLE):
         local_folder = Path(folder).expanduser() / table.repository
         if local_folder.is_dir():
@@ -172,27 +197,30 @@ def _resolve_source(table: Table, task: str) -> tuple[str, str | None]:
     key = "hub-data-" + table.repository.replace("/", "--")
     commit = table.revision
     if commit is None and _pin_folder is not None:
-        commit = read_pointer(_pin_folder, key, "commit")
+        commit = base_entries(_pin_folder).read_entry(key, "commit")
     found, cached = _resolve_commit(table, task, commit)
     if commit is None and _pin_folder is not None and _add_pins:
-        pinned = write_pointer(_pin_folder, key, {"name": table.repository, "commit": found}, "commit")
-        if pinned != found:  # another process was faster, and has seen another commit
+        data = {"name": table.repository, "commit": found}
+        pinned = base_entries(_pin_folder).write_entry(key, data, "commit")
+        if pinned != found:  # another process was faster and found another commit
             found, cached = _resolve_commit(table, task, pinned)
     return (table.repository, found) if cached is None else (str(cached), None)
 
 
 def _resolve_commit(table: Table, task: str, commit: str | None) -> tuple[str, Path | None]:
-    """The commit, when the hub has it; when only the local cache has it, also the folder there, which
-    load_dataset takes without asking the hub."""
+    """Return the commit, and its folder in the local cache if the hub cannot be reached.
+
+    `load_dataset` reads that folder without asking the hub.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Tried once; load_dataset tries six times in 23 s.
+        # dataset_info fails after one attempt; load_dataset makes six, which take 23 s without a network.
         found = HfApi().dataset_info(table.repository, revision=commit, timeout=10).sha
         assert found is not None
         return found, None
-    except Exception as error:  # of many kinds: no network, no such dataset, gated, switched off
+    except Exception as error:  # of many classes: no network, no such dataset, gated, disabled
         try:
             cached = Path(
                 snapshot_download(
@@ -205,7 +233,10 @@ def _resolve_commit(table: Table, task: str, commit: str | None) -> tuple[str, P
 
 
 def _is_hub_error(error: BaseException | None) -> bool:
-    """Whether the hub refuses (a gated dataset tells everybody its commit), or has gone meanwhile."""
+    """Return whether the hub refused a request or was lost after it had returned the commit.
+
+    A gated dataset returns its commit to everybody, but no files.
+    """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -216,12 +247,12 @@ def _is_hub_error(error: BaseException | None) -> bool:
 def _unreachable_error(table: Table, task: str, error: Exception) -> UsageError:
     return UsageError(
         f"Task {task!r}: {table.repository} cannot be read from the data hub ({type(error).__name__}). Set "
-        f"HF_TOKEN if it is gated, HF_HUB_OFFLINE=1 with the dataset in the local cache, or {DATA_FOLDER_VARIABLE} to a "
-        f"folder that has {table.repository}/ as the hub has it."
+        "HF_TOKEN if it is gated, HF_HUB_OFFLINE=1 with the dataset in the local cache, or "
+        f"{DATA_FOLDER_VARIABLE} to a folder that has {table.repository}/ as the hub has it."
     )
 
 
 def _first_line(error: BaseException) -> str:
-    """Its first line, without the two hundred kinds of files that `datasets` would have read."""
+    """Return the first line of the message, without the list of 200 file extensions that `datasets` adds."""
     found = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return found.partition(" with any supported extension")[0]

