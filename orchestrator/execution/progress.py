@@ -57,7 +57,7 @@ class Progress:
     waiting: int = 0
     live_trainers: int = 0
     waiting_for: str = ""
-    """What must come before a seat can start; empty when nothing must."""
+    """What must come before a trainer can start; empty when nothing must."""
     best: BestResult | None = None
     started: float = field(default_factory=time.monotonic)
     first_lane_at: float | None = None
@@ -137,7 +137,7 @@ class Progress:
         if num_omitted < 2:
             parts.append(f"{self.training} training")
         if self.live_trainers == 0:
-            parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "seats start")
+            parts.append(f"waiting for {self.waiting_for}" if self.waiting_for else "trainers start")
         if self.diverged:
             parts.append(f"{self.diverged} diverged")
         if self.stopped:

@@ -10,22 +10,22 @@ from orchestrator.util.errors import UsageError
 
 INTERRUPTED = "Ctrl-C"
 INTERRUPT_DEADLINE_SECONDS = 10.0  # from Ctrl-C to the end
-SAVE_SECONDS = 60.0  # what seats get to save their lanes when a limit ends the study
+SAVE_SECONDS = 60.0  # what trainers get to save their lanes when a limit ends the study
 INTERRUPT_SAVE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass
 class RunBudget:
-    """Asked at every look of the driver at its seats. Hours are those of this run."""
+    """Asked at every look of the driver at its trainers. Hours are those of this run."""
 
     max_hours: float | None = None
     max_gpu_hours: float | None = None
     started_at: float = field(default_factory=time.monotonic)
     """On the clock of `look`, in seconds."""
     gpus_per_trainer: float = 0.0
-    """Of a seat, all its workers together."""
+    """Of a trainer, all its workers together."""
     used_gpu_hours: float = 0.0
-    """What the seats have held so far, from their first word to their last."""
+    """What the trainers have held so far, from their first word to their last."""
     stop_reason: str = ""
     """Why the study ends now: the limit as it was typed, or INTERRUPTED; empty while it goes on."""
     interrupted_at: float | None = None
@@ -34,10 +34,10 @@ class RunBudget:
     _live_trainers: int = 0
 
     def set_gpus_per_trainer(self, gpus_per_trainer: float) -> None:
-        """GPUs that each seat of this study holds. Raises BadInput when a limit on them means nothing."""
+        """GPUs that each trainer of this study holds. Raises BadInput when a limit on them means nothing."""
         if self.max_gpu_hours is not None and not gpus_per_trainer:
             raise UsageError(
-                f"--max-gpu-hours {self.max_gpu_hours:g}: this study's seats hold no GPU; take --max-hours."
+                f"--max-gpu-hours {self.max_gpu_hours:g}: this study's trainers hold no GPU; take --max-hours."
             )
         self.gpus_per_trainer = gpus_per_trainer
 
@@ -48,7 +48,7 @@ class RunBudget:
 
     @property
     def save_timeout(self) -> float:
-        """What seats get to save their lanes."""
+        """What trainers get to save their lanes."""
         return INTERRUPT_SAVE_SECONDS if self.is_interrupted else SAVE_SECONDS
 
     def interrupt_seconds_left(self) -> float:
@@ -64,8 +64,8 @@ class RunBudget:
         self.stop_reason = self.stop_reason or reason
 
     def update(self, live_trainers: int, now: float) -> str:
-        """`seats` are there at `now`: counts what they hold, and returns why the study ends, if it does. A
-        seat that came since the last look counts from now on, one that has gone until now."""
+        """`trainers` are there at `now`: counts what they hold, and returns why the study ends, if it does. A
+        trainer that came since the last look counts from now on, one that has gone until now."""
         if self._last_update is not None:
             self.used_gpu_hours += (
                 self.gpus_per_trainer * self._live_trainers * (now - self._last_update) / 3600

@@ -1,4 +1,4 @@
-"""Trains configurations on a cluster: Tune's trials on one side, seats on the other, a broker between."""
+"""Trains configurations on a cluster: Tune's trials on one side, trainers on the other, a broker between."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
 POLL_SECONDS = 0.5
 MIN_AUTOSCALED_TRAINERS = 8  # a GPU node's
 MAX_TRIAL_FAILURES = 20
-SHUTDOWN_SECONDS = 5.0  # what seats get to end by themselves
+SHUTDOWN_SECONDS = 5.0  # what trainers get to end by themselves
 INTERRUPT_SHUTDOWN_SECONDS = 0.5  # the same after Ctrl-C: what they had to say is said
 
 
 @dataclass(frozen=True)
 class PoolConfig:
-    """How many seats, and the lanes of each. `follow`: `seats` are those of now, and as nodes come and go
+    """How many trainers, and the lanes of each. `follow`: `trainers` are those of now, and as nodes come and go
     there may be more or fewer; with an autoscaler `to_come`, of which it is known."""
 
     num_trainers: int
@@ -61,11 +61,11 @@ class PoolConfig:
     autoscaler_capacity: int = 0
 
     def trial_limits(self, cluster: Cluster, scheduler: str) -> tuple[int | None, int]:
-        """Trials at once, and the bytes that each asks Ray for. As many as the lanes of all seats and a pack
+        """Trials at once, and the bytes that each asks Ray for. As many as the lanes of all trainers and a lane group
         each to take next, as far as memory for their processes goes: half of what Ray may promise, the rest
-        is the seats'. Hyperband pauses a trial until all of its bracket have come as far, and Tune counts
+        is the trainers'. Hyperband pauses a trial until all of its bracket have come as far, and Tune counts
         paused ones: there the same limit is kept by what each asks for, on whichever node. Tune's limit
-        holds to the end: a cluster of GPUs that may grow gets one for twice its seats."""
+        holds to the end: a cluster of GPUs that may grow gets one for twice its trainers."""
         growing = self.elastic and not cluster.local and self.spec.gpus_per_worker
         num_trainers = (
             max(MIN_AUTOSCALED_TRAINERS, 2 * self.num_trainers, self.autoscaler_capacity)
@@ -94,10 +94,10 @@ def train(
 ) -> int:
     """Trains all of `configurations`, in this order, but for the `known` ones (fingerprints), whose results
     are replayed to the scheduler; `ended` is called with each new record, from another thread. When one of
-    `limits` is reached the seats save their lanes, and the rest is left. Returns the optimizer steps that
-    seats have taken. With a `search` it is that which names the configurations, and adds to `known`.
+    `limits` is reached the trainers save their lanes, and the rest is left. Returns the optimizer steps that
+    trainers have taken. With a `search` it is that which names the configurations, and adds to `known`.
 
-    Raises Trouble when no seat can be had. Whatever happens, seats and broker are gone afterwards.
+    Raises Trouble when no trainer can be had. Whatever happens, trainers and broker are gone afterwards.
     """
     _ABORTED.clear()
     broker = start_broker(store, scheduler)
@@ -214,7 +214,7 @@ class _BrokerCallback(tune.Callback):
 
 
 class _StudyMonitor(threading.Thread):
-    """Beside `Tuner.fit`, which blocks: keeps the seats, reads the records of ended lanes, shows progress."""
+    """Beside `Tuner.fit`, which blocks: keeps the trainers, reads the records of ended lanes, shows progress."""
 
     def __init__(
         self,
@@ -238,13 +238,13 @@ class _StudyMonitor(threading.Thread):
         )
         self.budget = budget
         self.draining_since: float | None = (
-            None  # since when seats save their lanes, for the end of the study
+            None  # since when trainers save their lanes, for the end of the study
         )
         self.is_drained = False
         self.stop_requested = threading.Event()
         self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
         self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, ""
-        self.steps_taken: dict[str, int] = {}  # seat -> the optimizer steps that it took
+        self.steps_taken: dict[str, int] = {}  # trainer -> the optimizer steps that it took
         self.error: Exception | None = None
         self.clock = SuspendTolerantClock()
         self.last_contact = self.clock() + pool.spec.start_timeout  # of the broker, which has yet to start
@@ -269,13 +269,13 @@ class _StudyMonitor(threading.Thread):
 
     def _abort(self) -> None:
         _ABORTED.set()
-        self.broker.give_up.remote()
+        self.broker.abort.remote()
         if self.budget.is_interrupted and not self.stop_requested.is_set():
             interrupt_main_thread()  # Tune waits for its trials, up to five seconds
 
     def wait_for_pending_stops(self) -> None:
         """Called by the main thread when `fit` ended well: waits for the records that stopped lanes owe. They
-        come, or the seats are lost for good, which ends the watch."""
+        come, or the trainers are lost for good, which ends the watch."""
         self.trials_ended.set()
         while self.is_alive() and not self.stops_recorded.wait(POLL_SECONDS):
             pass
@@ -298,7 +298,7 @@ class _StudyMonitor(threading.Thread):
                 ray.kill(self.broker)
 
     def _poll_last_updates(self) -> None:
-        """Of the seats. What goes wrong here must not hide what ended the study."""
+        """Of the trainers. What goes wrong here must not hide what ended the study."""
         try:
             self._poll()
         except RayError:
@@ -309,13 +309,15 @@ class _StudyMonitor(threading.Thread):
     def _poll(self) -> None:
         trials_ended = self.trials_ended.is_set()
         updates = ray.get(
-            self.broker.news.remote(self.num_ended_read, self.num_lines_read, self.broker_incarnation),
+            self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.broker_incarnation),
             timeout=10,
         )
-        if updates["born"] != self.broker_incarnation:  # it restarted: its list of the ended began anew
+        if (
+            updates["incarnation"] != self.broker_incarnation
+        ):  # it restarted: its list of the ended began anew
             for trial, stopped in list(self.pending_stops.items()):
                 ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
-            self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, updates["born"]
+            self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, updates["incarnation"]
         for trial, (configuration, _) in list(self.pending_stops.items()):
             fingerprint = configuration.fingerprint
             satisfied_by = self.store.get_reusable(
@@ -332,34 +334,36 @@ class _StudyMonitor(threading.Thread):
         for line in updates["lines"]:
             self.progress.notify(line)
         self.num_lines_read += len(updates["lines"])
-        for trainer_id, steps_taken in updates["taken"].items():
+        for trainer_id, steps_taken in updates["steps_taken"].items():
             self.steps_taken[trainer_id] = max(steps_taken, self.steps_taken.get(trainer_id, 0))
         progress, counts = self.progress, updates["counts"]
         progress.steps_taken = sum(self.steps_taken.values())
-        progress.training = counts.get("leased", 0) + counts.get("parked", 0)
+        progress.training = counts.get("leased", 0) + counts.get("paused", 0)
         progress.waiting = counts.get("waiting", 0)
-        progress.live_trainers = counts["seats"]
+        progress.live_trainers = counts["trainers"]
         if progress.training and progress.first_lane_at is None:
             progress.first_lane_at = time.monotonic()
-        self._enforce_budget(counts["seats"])
+        self._enforce_budget(counts["trainers"])
         lanes_left = any(counts.get(str(phase), 0) for phase in LeasePhase if phase is not LeasePhase.ENDED)
         if trials_ended and not self.pending_stops and not lanes_left:
             self.stops_recorded.set()
         if not self.stop_requested.is_set() and self.draining_since is None:
-            placed = {parse_trainer_name(seat) for seat in self.steps_taken}
-            hung, abort_reason = updates["stuck"], updates["hopeless"]
-            self.pool.update(progress.waiting, progress.training, counts["seats"], placed, hung, abort_reason)
+            placed = {parse_trainer_name(t) for t in self.steps_taken}
+            hung, abort_reason = updates["hung"], updates["abort_reason"]
+            self.pool.update(
+                progress.waiting, progress.training, counts["trainers"], placed, hung, abort_reason
+            )
         progress.waiting_for = self.pool.waiting_for
         progress.refresh()
 
     def _enforce_budget(self, live_trainers: int) -> None:
-        """Ends the study where a limit is reached: trials are let go when no seat holds a lane any more."""
+        """Ends the study where a limit is reached: trials are let go when no trainer holds a lane any more."""
         now = time.monotonic()
         if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
             return
         if self.draining_since is None:
             self.draining_since = now
             more = "; again ends at once" if self.budget.is_interrupted else ""
-            self.progress.notify(f"{self.budget.stop_reason}: the seats save their lanes{more}")
-        self.broker.vacate.remote(None)  # again and again: the broker may restart meanwhile
+            self.progress.notify(f"{self.budget.stop_reason}: the trainers save their lanes{more}")
+        self.broker.drain.remote(None)  # again and again: the broker may restart meanwhile
         self.is_drained = not self.progress.training or now - self.draining_since > self.budget.save_timeout

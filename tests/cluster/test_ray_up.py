@@ -339,7 +339,7 @@ def test_a_study_there_outlives_a_lost_connection_a_cut_off_worker_a_spot_notice
     # The worker that was cut off had two lanes at their first checkpoints. Steps that it had yet to report
     # are in the checkpoints and not in this count.
     assert steps - 2 * FIRST_CHECKPOINT <= int(counted[1]) <= steps, "not one is repeated"
-    assert len(re.findall(r"seat-\d+ (?:died|was lost)", said)) == 1, "that of the notice has left before"
+    assert len(re.findall(r"trainer-\d+ (?:died|was lost)", said)) == 1, "that of the notice has left before"
     logged = [child for child in children(head) if child[0] in records]
     assert sorted(logged) == sorted((name, "FINISHED") for name in records)
 

@@ -175,7 +175,7 @@ def test_it_grows_loses_a_spot_machine_and_ends_at_nothing(cluster: Cluster) -> 
     assert {record.state for record in records.values()} == {"finished"}
     assert any(record.provenance.resumed_from for record in records.values())
     assert taken_steps(said) == sum(record.steps for record in records.values()), "not one is repeated"
-    assert not re.search(r"seat-\d+ (died|was lost)", said), "it had left before its machine did"
+    assert not re.search(r"trainer-\d+ (died|was lost)", said), "it had left before its machine did"
     assert sorted(children(head.host)) == sorted((fingerprint, "FINISHED") for fingerprint in records)
     assert artifacts(aws), "MLflow's server has put them there, with the head's rights"
 

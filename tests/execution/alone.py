@@ -36,7 +36,7 @@ class _Queue:
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         return {}
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
         raise AssertionError(f"{fingerprint[:12]} was given back")
 
     def notify(self, line: str) -> None:
@@ -50,7 +50,7 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
     """Return the records of `configurations`, by fingerprint.
 
     Args:
-        configurations: what is trained, on the CPU as a seat does it.
+        configurations: what is trained, on the CPU as a trainer does it.
         bases: the folder of base models.
         folder: where a store is made.
     """

@@ -45,14 +45,14 @@ from orchestrator.record.study_file import StudyFile
 
 NAME = "chaos"
 TITLES = {
-    "seat": ["RayTrainWorker"],
+    "trainer": ["RayTrainWorker"],
     "trial": ["ResourceTrainable", "Trial"],  # its class is wrapped by Tune
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }
 """What Ray calls the processes that are killed, besides the driver."""
 KINDS = ("driver", *TITLES)
-BACK = ("driver", "seat")
+BACK = ("driver", "trainer")
 """Kinds whose lanes have to wait for a new process."""
 SHARE = 0.6
 """Of the steps that are left: within these the kills that are left happen, so that none comes too late."""
@@ -70,10 +70,10 @@ class Size:
     rates: tuple[str, ...] = ("1e-3", "1e-2")
     seeds: int = 2
     steps: int = 600
-    """Many: seats outlive a killed driver by a moment, and what they finish in it is finished."""
-    seats: int = 2
+    """Many: trainers outlive a killed driver by a moment, and what they finish in it is finished."""
+    trainers: int = 2
     lanes: int = 2
-    """Of a seat."""
+    """Of a trainer."""
 
     @property
     def configurations(self) -> int:
@@ -87,7 +87,14 @@ class Size:
     def arguments(self) -> list[str]:
         return [
             *("--variants", *self.variants, "--learning-rates", *self.rates, "--seeds", str(self.seeds)),
-            *("--steps", str(self.steps), "--seats", str(self.seats), "--lanes-per-seat", str(self.lanes)),
+            *(
+                "--steps",
+                str(self.steps),
+                "--trainers",
+                str(self.trainers),
+                "--lanes-per-trainer",
+                str(self.lanes),
+            ),
         ]
 
 
@@ -238,7 +245,7 @@ def _processes(driver: int, kind: str) -> list[int]:
 
 
 def _measure(run: Run) -> None:
-    """Seats outlive their driver by a moment: after its death only those of the next start are new."""
+    """Trainers outlive their driver by a moment: after its death only those of the next start are new."""
     for kill in run.kills:
         start = kill.start + 1 if kill.kind == "driver" else kill.start
         firsts = [moment for moment in run.steps_of(start).firsts() if moment > kill.when]
@@ -291,7 +298,7 @@ def bound(run: Run) -> int:
     """Each step once, and for each kill what every lane in flight had taken since its checkpoint."""
     record = next(iter(study.records(run.output).values()))
     interval = -(-run.size.steps // record.configuration.evaluations)
-    return run.size.all_steps + len(run.kills) * run.size.seats * run.size.lanes * interval
+    return run.size.all_steps + len(run.kills) * run.size.trainers * run.size.lanes * interval
 
 
 def compare(

@@ -16,7 +16,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, remove_placement_group
 
-GPUS = ("--device", "cpu", "--gpus-per-seat", "1")
+GPUS = ("--device", "cpu", "--gpus-per-worker", "1")
 """The options of a study that holds such GPUs and trains on the CPU."""
 
 
@@ -67,7 +67,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def trainers(node: Node) -> int:
-    """Return how many workers of seats live on a node."""
+    """Return how many workers of trainers live on a node."""
     alive = actors(actor_state_name="ALIVE").values()
     return sum(
         a["ActorClassName"] == "RayTrainWorker" and a["Address"]["NodeID"] == node.node_id for a in alive
@@ -76,7 +76,7 @@ def trainers(node: Node) -> int:
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """Hold all CPUs of the cluster that this process is connected to: no seat starts meanwhile."""
+    """Hold all CPUs of the cluster that this process is connected to: no trainer starts meanwhile."""
     group = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))
     ray.get(group.ready())
     yield

@@ -28,15 +28,15 @@ SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("no_cluster")
 def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
-    """`.ci/nightly` kills 20 processes, a seat's controller among them."""
+    """`.ci/nightly` kills 20 processes, a trainer's controller among them."""
     before = study.rays()
     run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, say=print)
-    assert [kill.kind for kill in run.kills] == ["driver", "seat", "trial", "broker"]
+    assert [kill.kind for kill in run.kills] == ["driver", "trainer", "trial", "broker"]
     assert not run.exits, "nothing but a killed driver ends the command"
     assert run.starts == 1 + 1, "one start, and one more for the killed driver"
     assert not chaos.wrong(run, expected)
     said = run.log.read_text()
-    assert len(re.findall(r"seat-\d+ died", said)) == 1, "a trial or a broker that dies costs no seat"
+    assert len(re.findall(r"trainer-\d+ died", said)) == 1, "a trial or a broker that dies costs no trainer"
     assert "trials failed" not in said
     study.wait_for(lambda: study.rays() <= before)
 

@@ -54,20 +54,20 @@ def test_a_gap_between_two_looks_counts_for_little(monkeypatch: pytest.MonkeyPat
     assert clock() - start == 45.0
 
 
-def test_no_seat_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
+def test_no_trainer_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
     broker = Broker(str(tmp_path), "none")
 
-    async def seats() -> int:
-        return int((await broker.get_updates(0, 0, ""))["counts"]["seats"])
+    async def trainers() -> int:
+        return int((await broker.get_updates(0, 0, ""))["counts"]["trainers"])
 
     asyncio.run(broker.next_report("trial", POINTS[0], 0, 0.0))
-    asyncio.run(broker.lease("seat-0.x", None, 1, {}, 0))
-    assert asyncio.run(seats()) == 1
+    asyncio.run(broker.lease("trainer-0.x", None, 1, {}, 0))
+    assert asyncio.run(trainers()) == 1
     jump(HOUR)
-    assert asyncio.run(seats()) == 1
+    assert asyncio.run(trainers()) == 1
     for _ in range(10):  # it says nothing, however often the clock is looked at
         jump(10.0)
-        left = asyncio.run(seats())
+        left = asyncio.run(trainers())
     assert left == 0
 
 
@@ -77,14 +77,14 @@ class OneAnswerLate(_StudyMonitor):
     looks = 0
     jump: Jump
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         self.looks += 1
         if self.looks == 2:
             self.jump(HOUR)
             raise GetTimeoutError("no answer")
-        self.left = self.looks == 4
+        self.is_drained = self.looks == 4
 
-    def _give_up(self) -> None:
+    def _abort(self) -> None:
         pass
 
 
@@ -93,15 +93,15 @@ def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump:
         TrainerSpec(1, 0.0, "store", "scratch", start_timeout=0.0),
         StorageVisibility(tmp_path, (), print),
     )
-    seats = TrainerPool(plan, 1, "space", None, sight, print)
+    trainers = TrainerPool(plan, 1, "space", None, sight, print)
     progress = Progress(tmp_path, 1, 0, Console(file=io.StringIO()))
-    watch = OneAnswerLate(None, seats, Store(tmp_path), progress, (), "none", {}, print, RunBudget())
+    watch = OneAnswerLate(None, trainers, Store(tmp_path), progress, (), "none", {}, print, RunBudget())
     watch.jump = jump
     watch.run()
-    assert (watch.looks, seats.failure_reason) == (4, "")
+    assert (watch.looks, trainers.failure_reason) == (4, "")
 
 
-def test_no_seat_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
+def test_no_trainer_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:
     """The first call of the broker has no answer, while the clock jumps; the second and third ones have none,
     the fourth one has."""
     calls: list[int] = []

@@ -56,8 +56,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: looks.now)
-            patch.setattr(control_store, "listens", lambda host, port: looks.last)
-            patch.setattr(control_store, "end_with", end_with)
+            patch.setattr(control_store, "is_listening", lambda host, port: looks.last)
+            patch.setattr(control_store, "exit_with_error", end_with)
             try:
                 control_store._watch(cluster, say or said.append, lambda: None, looks)  # type: ignore[arg-type]
             except Ended:

@@ -1,4 +1,4 @@
-"""Whose fault it is that a seat ended. Real deaths are those of test_chaos.py and test_nodes.py."""
+"""Whose fault it is that a trainer ended. Real deaths are those of test_chaos.py and test_nodes.py."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end(
         deaths.on_trainer_failure()
     assert "without taking a step" in deaths.abort_reason
     deaths.on_progress()
-    for seats in (1, 4):
-        deaths.max_live_trainers = seats
-        for _ in range(MAX_TRAINER_FAILURES * (1 + seats)):
+    for trainers in (1, 4):
+        deaths.max_live_trainers = trainers
+        for _ in range(MAX_TRAINER_FAILURES * (1 + trainers)):
             deaths.on_step()
             deaths.on_trainer_failure()
             assert not deaths.abort_reason
@@ -95,7 +95,7 @@ def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end(
         assert "got no lane any further" in deaths.abort_reason
         deaths.on_progress()
         assert not deaths.abort_reason
-    for _ in range(MAX_TRAINER_FAILURES * (1 + seats) + 1):
+    for _ in range(MAX_TRAINER_FAILURES * (1 + trainers) + 1):
         assert not deaths.abort_reason
         deaths.on_faulty_lane()
     assert deaths.abort_reason, "where all lanes are guilty, it is not the lanes"

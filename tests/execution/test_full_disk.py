@@ -1,6 +1,6 @@
 """A disk that is full, or lets nobody write, ends a command with one line.
 
-What seats do then is in tests/finetune/engine/test_failures.py.
+What trainers do then is in tests/finetune/engine/test_failures.py.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def test_a_librarys_own_error_about_a_full_disk_is_told_as_such(disk: Disk, tmp_
 def test_a_store_that_refuses_for_long_ends_the_study_with_one_line(
     cluster: Cluster, letters_bases: Path, tmp_path: Path, refuse: Callable[[Disk], None], said: str
 ) -> None:
-    """It refuses while a lane trains, for longer than a seat tries to write a record."""
+    """It refuses while a lane trains, for longer than a trainer tries to write a record."""
     with mounted(tmp_path / "disk", megabytes=64) as disk:
         output = disk.folder / "results"
         shutil.copytree(letters_bases, output / "store" / "bases")
@@ -195,7 +195,7 @@ def test_a_store_that_refuses_for_long_ends_the_study_with_one_line(
             "--steps",
             "24",
         )
-        arguments = (*arguments, "--seats", "1", "--lanes-per-seat", "1", "--task", str(task))
+        arguments = (*arguments, "--trainers", "1", "--lanes-per-trainer", "1", "--task", str(task))
         process = study.start(output, *arguments, address=cluster.address)
         study.wait_for(lambda: study.held(task), process)
         refuse(disk)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200), pytest.mark.usefixture
 NAME = "lr_sensitivity-counted_task-letters-base"
 STEPS = 200
 RATES = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2")
-THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--seats", "1", "--lanes-per-seat", "2")
+THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--trainers", "1", "--lanes-per-trainer", "2")
 
 # The signal comes at the moment when Ray has put its own handler in the place of ours.
 SIGTERM_WHILE_RAY_STARTS = """
@@ -80,7 +80,7 @@ def test_ctrl_c_saves_the_lanes_and_the_same_command_goes_on(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group of processes
     code, out, err = study.end(process)
     assert (code, err.splitlines()[-1]) == (130, go_on(process)), out + err
-    assert "Ctrl-C: the seats save their lanes; again ends at once\n" in out
+    assert "Ctrl-C: the trainers save their lanes; again ends at once\n" in out
     assert "Stopped: 0 of 3 configurations are done, what is half done is kept\n" in out
     assert (output / NAME / "report.html").exists()
     study.wait_for(lambda: study.rays() <= before)

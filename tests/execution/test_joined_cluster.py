@@ -24,7 +24,7 @@ from orchestrator.record.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-TWO = ("--variants", "lora", "--seats", "1", "--seeds", "1", "--learning-rates", "3e-3", "1e-2")
+TWO = ("--variants", "lora", "--trainers", "1", "--seeds", "1", "--learning-rates", "3e-3", "1e-2")
 
 # Ray Train 2.60 starts it with the first Train run: one a cluster, detached, without resources. It is the
 # cluster's own from then on, and the Train runs of others may be using it.
@@ -75,7 +75,7 @@ def test_a_broker_that_dies_for_good_ends_the_study_with_one_line(
 ) -> None:
     store = Store(output / "store")
     task = study.hold(tmp_path / "task", store, records=1, step=10)
-    arguments = (*TWO, "--lanes-per-seat", "1", "--steps", "24", "--task", str(task))
+    arguments = (*TWO, "--lanes-per-trainer", "1", "--steps", "24", "--task", str(task))
     script = study.altered(tmp_path, BROKER_LOST_SOON)
     process = study.start(output, *arguments, script=script, address=connected.address)
     study.wait_for(lambda: study.held(task), process)
@@ -95,7 +95,7 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
     """Twice: after the first reports, and when lanes have been stopped and others train on."""
     store, length = Store(output / "store"), 100
     rates = ("--variants", "lora", "--seeds", "1", "--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
-    others = ("--task", str(TASK), "--steps", str(length), "--seats", "2", "--lanes-per-seat", "2")
+    others = ("--task", str(TASK), "--steps", str(length), "--trainers", "2", "--lanes-per-trainer", "2")
 
     def stopped() -> bool:
         return "stopped" in store.states().values()
@@ -121,7 +121,7 @@ def test_a_broker_that_dies_in_the_middle_of_asha_loses_nothing(
         assert record.stopped_at == (record.steps if record.state == "stopped" else None), "it ran ahead"
     counted = re.search(rf"(\d+) optimizer steps of {5 * length} for all", out)
     assert counted, out
-    # A lane that another seat asked for before its holder had spoken again is trained again, and counted.
+    # A lane that another trainer asked for before its holder had spoken again is trained again, and counted.
     assert sum(r.steps for r in found) <= int(counted[1]) < 5 * length
     study.wait_for(lambda: not left())
 
@@ -138,7 +138,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     process = study.start(output, *arguments, script=script, address=connected.address)
     study.wait_for(lambda: study.held(task), process)
     os.killpg(process.pid, signal.SIGINT)
-    study.wait_for(lambda: "the seats save their lanes; again ends at once" in study.log(output), process)
+    study.wait_for(lambda: "the trainers save their lanes; again ends at once" in study.log(output), process)
     os.killpg(process.pid, signal.SIGINT)
     code, out, err = study.end(process)
     assert code == 130, out + err
@@ -155,13 +155,13 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing(
     study.wait_for(lambda: not workers(before))
 
 
-def test_a_study_that_gets_no_seat_says_so_in_one_line(connected: Cluster, output: Path) -> None:
+def test_a_study_that_gets_no_trainer_says_so_in_one_line(connected: Cluster, output: Path) -> None:
     """A cluster may grow: what it lacks is waited for."""
     code, out, err = study.run(
-        output, *TWO, "--gpus-per-seat", "1", "--seat-timeout", "1", address=connected.address
+        output, *TWO, "--gpus-per-worker", "1", "--trainer-timeout", "1", address=connected.address
     )
     assert (code, len(err.splitlines())) == (1, 1), out + err
-    assert err.startswith("error: No seat for 1 s: a seat needs 1 CPU, 1 GPU")
+    assert err.startswith("error: No trainer for 1 s: a trainer needs 1 CPU, 1 GPU")
     assert "waiting for a GPU node" in out
     study.wait_for(lambda: not left())
 
@@ -170,16 +170,16 @@ def test_a_study_that_gets_no_seat_says_so_in_one_line(connected: Cluster, outpu
 def test_a_study_that_fails_leaves_nothing_and_says_so(connected: Cluster, output: Path) -> None:
     """Every lane fails, as the base's weights vanish once the study has begun.
 
-    The seats are given up before all configurations are spoilt.
+    The trainers are given up before all configurations are spoilt.
     """
     twenty = ("--variants", "lora", "--seeds", "5", "--learning-rates", "1e-3", "3e-3", "1e-2", "3e-2")
     (weights,) = (output / "store" / "bases").glob("letters-base-*/model.safetensors")
     with no_room():
-        process = study.start(output, *twenty, "--seats", "2", address=connected.address)
+        process = study.start(output, *twenty, "--trainers", "2", address=connected.address)
         study.wait_for(lambda: "joined Ray" in study.log(output), process)
         weights.unlink()
     code, out, err = study.end(process)
     assert code == 1, out + err
-    assert "Seats died" in err.strip().splitlines()[-1]
+    assert "Trainers died" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
     study.wait_for(lambda: not left())

@@ -1,4 +1,4 @@
-"""Where a seat's worker died, and what it leaves: asked of a real Ray, of actors that stand to each other as
+"""Where a trainer's worker died, and what it leaves: asked of a real Ray, of actors that stand to each other as
 Train's controller and its worker do."""
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_a_worker_is_lost_with_its_node_and_not_when_it_crashes(machines: Machin
         ray.get(worker.crash.remote())
 
     def known() -> bool:
-        assert not has_worker_on_lost_node(crashing), "the node lives: a crash must count against its seat"
+        assert not has_worker_on_lost_node(crashing), "the node lives: a crash must count against its trainer"
         return is_dead(worker)
 
     study.wait_for(known)  # Ray learns of a death bit by bit
@@ -116,7 +116,7 @@ def test_a_killed_run_ends_and_leaves_no_controller(connected: Cluster, tmp_path
         scratch=str(tmp_path),
         start_timeout=3600,
     )
-    run = TrainerRun("seat-0", plan, uuid.uuid4().hex)
+    run = TrainerRun("trainer-0", plan, uuid.uuid4().hex)
 
     def controllers(*states: str) -> int:
         rows = [actor for actor in actors().values() if actor["ActorClassName"] == "TrainController"]

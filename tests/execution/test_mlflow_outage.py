@@ -23,7 +23,7 @@ NAME = "lr_sensitivity-held_task-letters-base"
 RATES, KNOWN = ("3e-3", "1e-2", "2e-2"), "3e-3"
 # EVA starts from evidence that is kept.
 SIX = ("--variants", "lora", "eva", "--seeds", "1", "--steps", "24", "--learning-rates", *RATES)
-SIX = (*SIX, "--scheduler", "asha", "--save-adapters", "--seats", "1", "--lanes-per-seat", "1")
+SIX = (*SIX, "--scheduler", "asha", "--save-adapters", "--trainers", "1", "--lanes-per-trainer", "1")
 
 
 @pytest.fixture

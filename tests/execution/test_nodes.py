@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 LANES, STEPS, INTERVAL = 6, 60, 6
 RATES = ("--variants", "lora", "--seeds", str(LANES // 2), "--learning-rates", "3e-3", "1e-2")
-SIX = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--lanes-per-seat", "2", *GPUS)
+SIX = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--lanes-per-trainer", "2", *GPUS)
 
 
 def held() -> dict[str, float]:
@@ -28,7 +28,7 @@ def held() -> dict[str, float]:
     return {name: there.get(name, 0.0) - free.get(name, 0.0) for name in ("CPU", "GPU", "memory")}
 
 
-def seats_asked_for() -> list[str]:
+def trainers_asked_for() -> list[str]:
     """Return the states of what a cluster is asked for, GPU and all."""
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     return [g["state"] for g in groups if any("GPU" in bundle for bundle in g["bundles"].values())]
@@ -49,7 +49,7 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     steps.slow_after(20)
     process = study.start(output, *SIX, address=machines.address)
     study.wait_for(lambda: "waiting for a GPU node" in study.log(output), process)
-    study.wait_for(lambda: seats_asked_for() == ["PENDING"], process)  # what an autoscaler acts on
+    study.wait_for(lambda: trainers_asked_for() == ["PENDING"], process)  # what an autoscaler acts on
 
     def trials_wait() -> bool:
         now = held()
@@ -58,7 +58,7 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
         return now["memory"] >= TRIAL_MEMORY_BYTES
 
     study.wait_for(trials_wait, process)
-    assert "died" not in study.log(output), "a seat waits for its place, and as long as it takes"
+    assert "died" not in study.log(output), "a trainer waits for its place, and as long as it takes"
 
     first = machines.add()
     study.wait_for(lambda: trainers(first) == 1, process)
@@ -77,8 +77,8 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
     code, out, err = study.end(process)
     assert code == 0, out + err
     assert out.count("1 node joined: 2 there") == 2
-    assert "was lost with a node" not in out, "the seat had left before its node did"
-    assert not re.search(r"seat-\d+ died", out)
+    assert "was lost with a node" not in out, "the trainer had left before its node did"
+    assert not re.search(r"trainer-\d+ died", out)
     trained_as_alone(output, letters_bases, tmp_path / "alone")
     resumed = [r for r in study.records(output).values() if r.provenance.resumed_from]
     assert len(resumed) == 2
@@ -88,25 +88,25 @@ def test_nodes_that_join_are_used_and_one_that_is_drained_loses_no_step(
 
 
 @pytest.mark.nightly
-def test_a_node_that_is_lost_with_its_gpu_and_more_seats_than_gpus(
+def test_a_node_that_is_lost_with_its_gpu_and_more_trainers_than_gpus(
     machines: Machines, output: Path, letters_bases: Path, tmp_path: Path, steps: Steps
 ) -> None:
     steps.slow_after(20)
     first = machines.add()
-    process = study.start(output, *SIX, "--seats", "3", address=machines.address)
+    process = study.start(output, *SIX, "--trainers", "3", address=machines.address)
     study.wait_for(lambda: trainers(first) == 1, process)
     second = machines.add()
     study.wait_for(lambda: trainers(second) == 1, process)
-    machines.lose(second)  # while a seat starts on it
+    machines.lose(second)  # while a trainer starts on it
     study.wait_for(lambda: steps.taken() > steps.limit, process)
     machines.lose(first)
     third = machines.add()
-    study.wait_for(lambda: trainers(third) == 1, process)  # the third seat had waited
+    study.wait_for(lambda: trainers(third) == 1, process)  # the third trainer had waited
     steps.run_free()
     code, out, err = study.end(process)
     assert code == 0, out + err
     assert out.count("was lost with a node") == 2, out
-    # Each of the two seats held two lanes.
+    # Each of the two trainers held two lanes.
     assert LANES * STEPS <= steps.taken() <= LANES * STEPS + 2 * 2 * INTERVAL
     assert "died" not in out
     trained_as_alone(output, letters_bases, tmp_path / "alone")

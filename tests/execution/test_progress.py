@@ -76,8 +76,8 @@ def test_without_a_terminal_it_writes_lines_and_keeps_others_out(
         progress.refresh()
     assert screen.getvalue().splitlines() == [
         "Ray started here",
-        "1/3 done | 0 training | seats start",
-        "1/3 done | 1 training | seats start",
+        "1/3 done | 0 training | trainers start",
+        "1/3 done | 1 training | trainers start",
     ]
     assert "noise of a library" in (tmp_path / "ray.log").read_text()
     assert "Ray started here" in (tmp_path / "study.log").read_text()

@@ -12,12 +12,12 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError
 
 
-def test_gpu_hours_are_what_the_seats_hold_from_their_first_word_to_their_last():
+def test_gpu_hours_are_what_the_trainers_hold_from_their_first_word_to_their_last():
     limits = RunBudget(started_at=0.0)
     limits.set_gpus_per_trainer(0.5 * 2)  # two workers on half a GPU each
-    for seats, now in ((0, 100.0), (2, 200.0), (2, 1100.0), (1, 2900.0), (0, 4700.0), (0, 9000.0)):
-        assert limits.update(seats, now) == ""
-    # Two seats for 900 s and 1800 s more until one was missed, then one for 1800 s.
+    for trainers, now in ((0, 100.0), (2, 200.0), (2, 1100.0), (1, 2900.0), (0, 4700.0), (0, 9000.0)):
+        assert limits.update(trainers, now) == ""
+    # Two trainers for 900 s and 1800 s more until one was missed, then one for 1800 s.
     assert limits.used_gpu_hours == pytest.approx((2 * 900 + 2 * 1800 + 1800) / 3600)
     assert limits.format_usage() == "2 GPU hours"
 
@@ -49,11 +49,11 @@ def test_ctrl_c_comes_before_every_limit_and_gets_ten_seconds(monkeypatch):
     assert limits.interrupt_seconds_left() == 6
 
 
-def test_a_limit_on_gpus_needs_seats_that_hold_some():
+def test_a_limit_on_gpus_needs_trainers_that_hold_some():
     with pytest.raises(UsageError, match=r"--max-gpu-hours 3: .* hold no GPU; take --max-hours"):
         RunBudget(max_gpu_hours=3.0).set_gpus_per_trainer(0.0)
     RunBudget(max_hours=3.0).set_gpus_per_trainer(0.0)
-    with pytest.raises(UsageError, match=r"--max-gpu-hours 3 with --gpus-per-seat 0"):
+    with pytest.raises(UsageError, match=r"--max-gpu-hours 3 with --gpus-per-worker 0"):
         StudyOptions(max_gpu_hours=3.0, gpus_per_worker=0.0)
 
 

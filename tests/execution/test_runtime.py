@@ -1,4 +1,4 @@
-"""How many seats there is room for, and what is said when there is not."""
+"""How many trainers there is room for, and what is said when there is not."""
 
 from __future__ import annotations
 
@@ -55,11 +55,17 @@ def test_a_joined_cluster_may_grow(
 @pytest.mark.parametrize(
     ("cluster", "wanted", "gpus", "workers", "said"),
     [
-        (LAPTOP, 7, None, 1, ["--seats 7", "a CPU and 2 GiB", "8 CPUs", "take --seats 6"]),
-        (LAPTOP, 4, None, 2, ["--seats 4 --workers-per-seat 2", "2 times a CPU", "take --seats 3"]),
-        (LAPTOP, None, None, 9, ["--workers-per-seat 9: there is room for 0", "take --workers-per-seat 6"]),
-        (LAPTOP, None, 1.0, 1, ["--gpus-per-seat 1: ", "0 GPUs", "leave --gpus-per-seat out"]),
-        (GPUS, None, None, 8, ["--workers-per-seat 8", "1 GPU and a CPU", "take --workers-per-seat 7"]),
+        (LAPTOP, 7, None, 1, ["--trainers 7", "a CPU and 2 GiB", "8 CPUs", "take --trainers 6"]),
+        (LAPTOP, 4, None, 2, ["--trainers 4 --workers-per-trainer 2", "2 times a CPU", "take --trainers 3"]),
+        (
+            LAPTOP,
+            None,
+            None,
+            9,
+            ["--workers-per-trainer 9: there is room for 0", "take --workers-per-trainer 6"],
+        ),
+        (LAPTOP, None, 1.0, 1, ["--gpus-per-worker 1: ", "0 GPUs", "leave --gpus-per-worker out"]),
+        (GPUS, None, None, 8, ["--workers-per-trainer 8", "1 GPU and a CPU", "take --workers-per-trainer 7"]),
     ],
 )
 def test_no_room(

@@ -22,7 +22,7 @@ from orchestrator.util.errors import UsageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
-SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "24", "--seats", "1")
+SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "24", "--trainers", "1")
 # The rates from 1e-1 on learn nothing.
 GRID = ("--learning-rates", "1e-3", "3e-3", "1e-2", "1e-1", "3e-1")
 BETTER = 0.001  # a validation loss that no lane reaches in 24 steps
@@ -58,7 +58,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     task = study.hold(tmp_path / "task", store, records=4, step=3)
     before = known(output, "1e-3", "2e-3", "3e-3", task=str(task))
     grid = (*SMALL, "--task", str(task), "--learning-rates", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "6e-3")
-    grid = (*grid, "7e-3", "--lanes-per-seat", "1")
+    grid = (*grid, "7e-3", "--lanes-per-trainer", "1")
     asha = (*grid, "--scheduler", "asha")
     process = study.start(output, *asha, address=cluster.address)
     # The first new lane has been stopped, and another one is on its way to the rung.
@@ -103,7 +103,7 @@ def test_early_stopping_is_compared_with_the_grid_that_goes_on_from_it(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A place for each lane: none has to make way for another one.
-    arguments = (*SMALL, *GRID, "--lanes-per-seat", "5")
+    arguments = (*SMALL, *GRID, "--lanes-per-trainer", "5")
     assert study.run_here(output, *arguments, script="early_stopping.py", address=cluster.address) == 0
     out = capsys.readouterr().out
     assert "early_stopping-letters-asha: 0 of 5 known" in out
@@ -136,7 +136,7 @@ def test_hyperband_pauses_more_lanes_than_there_are_places(
     cluster: Cluster, output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its bracket of three waits for lanes that only get a place when others give theirs."""
-    arguments = (*SMALL, *GRID, "--lanes-per-seat", "1", "--scheduler", "hyperband")
+    arguments = (*SMALL, *GRID, "--lanes-per-trainer", "1", "--scheduler", "hyperband")
     assert study.run_here(output, *arguments, address=cluster.address) == 0
     out = capsys.readouterr().out
     now = study.records(output)

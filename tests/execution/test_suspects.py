@@ -1,4 +1,4 @@
-"""Lanes that crash their seat are found by halving its pack; innocent ones finish, in any order of events."""
+"""Lanes that crash their trainer are found by halving its lane group; innocent ones finish, in any order of events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orchestrator.study.configuration import Configuration
 POINTS = [configuration(rate=10.0**-n) for n in range(12)]
 
 
-class Seat:
+class Trainer:
     """Trains its lanes in turn; dies at the step at which one of them crashes."""
 
     def __init__(self, name: str, lanes: int) -> None:
@@ -58,7 +58,7 @@ class Seat:
 def test_the_guilty_fail_and_the_innocent_finish(
     guilty: dict[int, int], lanes: int, count: int, data: st.DataObject
 ) -> None:
-    """`guilty`: lane -> the step at which it takes its seat with it, every time."""
+    """`guilty`: lane -> the step at which it takes its trainer with it, every time."""
     written: dict[str, str] = {}
 
     def give_up(life: LaneEntry, point: Configuration, why: str) -> RecordState:
@@ -69,29 +69,29 @@ def test_the_guilty_fail_and_the_innocent_finish(
     for number, point in enumerate(POINTS):
         core.submit(f"t{number}", point, 0.0)
     fatal = {POINTS[number].fingerprint: step for number, step in guilty.items()}
-    names = (f"seat-{n}.x" for n in itertools.count())
-    seats = [Seat(next(names), lanes) for _ in range(count)]
+    names = (f"trainer-{n}.x" for n in itertools.count())
+    trainers = [Trainer(next(names), lanes) for _ in range(count)]
     saved: dict[str, int] = {}
     deaths, turns = 0, 0
     while any(core.next_report(point.fingerprint, STEPS, 0.0) is None for point in POINTS):
         turns += 1
         assert turns < 1000, "it comes to no end"
-        seat = data.draw(st.sampled_from(seats))
-        seat.refill(core)
-        suspects = [f for f in seat.held if core.entries[f].max_group_size is not None]
-        assert all(len(seat.held) <= core.entries[f].max_group_size for f in suspects)  # type: ignore[operator]
-        if not seat.held:  # another has what is left: drawn again and again, this one would never end it
-            seat = next((one for one in seats if one.held), seat)
-            if not seat.held:
+        trainer = data.draw(st.sampled_from(trainers))
+        trainer.refill(core)
+        suspects = [f for f in trainer.held if core.entries[f].max_group_size is not None]
+        assert all(len(trainer.held) <= core.entries[f].max_group_size for f in suspects)  # type: ignore[operator]
+        if not trainer.held:  # another has what is left: drawn again and again, this one would never end it
+            trainer = next((one for one in trainers if one.held), trainer)
+            if not trainer.held:
                 continue
-        fingerprint = data.draw(st.sampled_from(sorted(seat.held)))
+        fingerprint = data.draw(st.sampled_from(sorted(trainer.held)))
         if saved.get(fingerprint, 0) + 1 == fatal.get(fingerprint):
-            core.trainer_exited(seat.name.partition(".")[0], 0.0, ExitKind.CRASHED, "SIGABRT")
+            core.trainer_exited(trainer.name.partition(".")[0], 0.0, ExitKind.CRASHED, "SIGABRT")
             deaths += 1
             assert not core.failure_policy.abort_reason, "the driver would end the study"
-            seats[seats.index(seat)] = Seat(next(names), lanes)
+            trainers[trainers.index(trainer)] = Trainer(next(names), lanes)
         else:
-            seat.step(core, fingerprint, saved)
+            trainer.step(core, fingerprint, saved)
     ends = dict(core.ended_lanes)
     assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
     assert len(ends) == len(core.ended_lanes) == len(POINTS)
@@ -102,25 +102,25 @@ def test_the_guilty_fail_and_the_innocent_finish(
 
 
 def crashed(lanes: int, how: ExitKind = ExitKind.CRASHED) -> BrokerCore:
-    """A broker whose only seat is gone with so many lanes."""
+    """A broker whose only trainer is gone with so many lanes."""
     core = BrokerCore()
     for number, point in enumerate(POINTS[:lanes]):
         core.submit(f"t{number}", point, 0.0)
-    core.lease("seat-0.x", None, lanes, 0.0)
-    core.remove_trainer("seat-0.x", 0.0, how)
+    core.lease("trainer-0.x", None, lanes, 0.0)
+    core.remove_trainer("trainer-0.x", 0.0, how)
     return core
 
 
-def test_two_seats_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
+def test_two_trainers_take_the_halves_at_once_and_nobody_else_joins_them() -> None:
     core = crashed(8)
     for number, point in enumerate(POINTS[8:]):
         core.submit(f"late{number}", point, 0.0)
-    for name in ("seat-1.x", "seat-2.x"):
+    for name in ("trainer-1.x", "trainer-2.x"):
         offer = core.lease(name, None, 8, 0.0)
         assert len(offer.leases) == 4
         assert names(offer) <= {point.fingerprint for point in POINTS[:8]}
         assert core.lease(name, POINTS[0].group_key, 4, 0.0).leases == ()
-    late = names(core.lease("seat-3.x", None, 8, 0.0))
+    late = names(core.lease("trainer-3.x", None, 8, 0.0))
     assert late == {point.fingerprint for point in POINTS[8:]}
 
 
@@ -133,38 +133,38 @@ def test_a_new_report_clears_and_one_told_before_does_not() -> None:
     point = POINTS[0]
     core.submit("t", point, 0.0)
     for attempt, step in ((1, 1), (2, 1), (3, 2)):
-        seat = f"seat-{attempt}.x"
-        core.lease(seat, None, 1, 0.0)
+        trainer = f"trainer-{attempt}.x"
+        core.lease(trainer, None, 1, 0.0)
         said = {point.fingerprint: (attempt, point, Report(point.fingerprint, attempt, step, {}, 1.0))}
-        core.exchange(seat, said, 1, 0.0)
+        core.exchange(trainer, said, 1, 0.0)
         assert core.num_suspects == (attempt == 2)
-        core.remove_trainer(seat, 0.0, ExitKind.CRASHED)
+        core.remove_trainer(trainer, 0.0, ExitKind.CRASHED)
     assert core.num_suspects == 1
     assert core.entries[point.fingerprint].solo_crashes == 1, "it had news since the first two"
 
 
-def test_a_seat_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
+def test_a_trainer_that_was_killed_or_lost_with_its_node_suspects_nobody() -> None:
     core = crashed(8, ExitKind.NODE_LOST)
     assert core.num_suspects == 0
-    assert len(core.lease("seat-1.x", None, 8, 0.0).leases) == 8
+    assert len(core.lease("trainer-1.x", None, 8, 0.0).leases) == 8
 
 
 def test_a_suspect_takes_the_place_of_a_pack_that_is_parked_as_a_whole() -> None:
     core = BrokerCore(scheduler="asha")
     for number, point in enumerate(POINTS[:2]):
         core.submit(f"t{number}", point, 0.0)
-    core.lease("seat-0.x", None, 2, 0.0)
+    core.lease("trainer-0.x", None, 2, 0.0)
     (parked, suspect) = POINTS[:2]
     held = {parked.fingerprint: (1, parked, Report(parked.fingerprint, 1, 1, {}, 1.0))}
     core.entries[suspect.fingerprint].mark_suspect(1, 2)
-    assert core.exchange("seat-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
-    assert core.lease("seat-0.x", parked.group_key, 1, 0.0).leases == (), "it may not join"
-    offer = core.lease("seat-0.x", None, 1, 0.0)
+    assert core.exchange("trainer-0.x", held, 1, 0.0) == {parked.fingerprint: Directive.PARK}
+    assert core.lease("trainer-0.x", parked.group_key, 1, 0.0).leases == (), "it may not join"
+    offer = core.lease("trainer-0.x", None, 1, 0.0)
     assert [lease.configuration for lease in offer.leases] == [suspect]
     assert offer.requires_empty_group
 
 
-def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path) -> None:
+def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Path) -> None:
     """Its methods alone, without Ray."""
     broker = Broker(str(tmp_path), "none")
     point = POINTS[0]
@@ -173,10 +173,10 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path)
         waiting = asyncio.create_task(broker.next_report("t", point, 0, 30.0))
         await asyncio.sleep(0)
         for number in range(MAX_FAILURES):
-            offer = await broker.lease(f"seat-{number}.x", None, 1, {}, 0)
+            offer = await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)
             assert len(offer.leases) == 1
             assert not waiting.done()
-            await broker.trainer_exited(f"seat-{number}", ExitKind.CRASHED, "killed by SIGABRT")
+            await broker.trainer_exited(f"trainer-{number}", ExitKind.CRASHED, "killed by SIGABRT")
         return await waiting
 
     assert asyncio.run(crash()) == "failed"
@@ -184,7 +184,7 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_seat_can(tmp_path: Path)
     record = store.get(point.fingerprint)
     assert record is not None
     assert record.state == "failed"
-    assert record.reason == "its seat's process died while it trained alone: killed by SIGABRT"
+    assert record.reason == "its trainer's process died while it trained alone: killed by SIGABRT"
     assert store.count_failures(point.fingerprint) == MAX_FAILURES
 
 
@@ -195,9 +195,9 @@ def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) 
     broker.core.submit("t", point, 0.0)
 
     async def crash(number: int) -> str:
-        assert len((await broker.lease(f"seat-{number}.x", None, 1, {}, 0)).leases) == 1
-        await broker.trainer_exited(f"seat-{number}", ExitKind.CRASHED, "killed by SIGKILL")
-        return str((await broker.get_updates(0, 0, ""))["hopeless"])
+        assert len((await broker.lease(f"trainer-{number}.x", None, 1, {}, 0)).leases) == 1
+        await broker.trainer_exited(f"trainer-{number}", ExitKind.CRASHED, "killed by SIGKILL")
+        return str((await broker.get_updates(0, 0, ""))["abort_reason"])
 
     for number in range(2 * MAX_FAILURES):
         (folder / str(number + 1)).mkdir(parents=True)
@@ -210,7 +210,7 @@ def test_the_broker_sees_by_the_checkpoints_that_a_lane_gets_on(tmp_path: Path) 
     assert broker.core.ended_lanes == [(point.fingerprint, "failed")]
 
 
-def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: Path) -> None:
+def test_checkpoints_that_a_dead_trainer_left_beside_its_final_record_go(tmp_path: Path) -> None:
     point = POINTS[0]
     store = Store(tmp_path)
     store.put(record(point, "finished"))
@@ -222,7 +222,7 @@ def test_checkpoints_that_a_dead_seat_left_beside_its_final_record_go(tmp_path: 
     assert not (store.checkpoints / point.fingerprint).exists()
 
 
-def test_a_seat_that_crashes_on_everything_ends_the_study_before_all_is_spoilt() -> None:
+def test_a_trainer_that_crashes_on_everything_ends_the_study_before_all_is_spoilt() -> None:
     points = [configuration(rate=1e-3, seed=seed) for seed in range(60)]
     for lanes in (1, 4, 8):
         core = BrokerCore()
@@ -230,31 +230,31 @@ def test_a_seat_that_crashes_on_everything_ends_the_study_before_all_is_spoilt()
             core.submit(f"t{number}", point, 0.0)
         deaths = 0
         while not core.failure_policy.abort_reason:
-            assert core.lease(f"seat-{deaths}.x", None, lanes, 0.0).leases
-            core.trainer_exited(f"seat-{deaths}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+            assert core.lease(f"trainer-{deaths}.x", None, lanes, 0.0).leases
+            core.trainer_exited(f"trainer-{deaths}", 0.0, ExitKind.CRASHED, "SIGSEGV")
             deaths += 1
         assert len(core.ended_lanes) == 2 * MAX_TRAINER_FAILURES + 1
         assert deaths <= len(core.ended_lanes) * MAX_FAILURES + 2 * lanes, "halving costs some more"
 
 
-def test_a_seat_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
+def test_a_trainer_that_dies_before_it_takes_a_lane_ends_the_study() -> None:
     core = BrokerCore()
     core.submit("t", POINTS[0], 0.0)
     for number in range(MAX_TRAINER_FAILURES + 1):
         assert not core.failure_policy.abort_reason
-        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
     assert "without taking a step" in core.failure_policy.abort_reason
 
 
-def test_a_seat_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
+def test_a_trainer_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash() -> None:
     """Hours between reports, and checkpoints in between."""
     saved = {POINTS[0].fingerprint: 0}
     core = BrokerCore(checkpoint_step=saved.__getitem__)
     core.submit("t", POINTS[0], 0.0)
     for number in range(4 * MAX_FAILURES):
         saved[POINTS[0].fingerprint] += 5
-        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
+        assert core.lease(f"trainer-{number}.x", None, 1, 0.0).leases
+        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGKILL")
         assert not core.failure_policy.abort_reason
     for number in range(MAX_FAILURES - 1):
         assert not core.ended_lanes
@@ -263,14 +263,14 @@ def test_a_seat_that_is_killed_time_and_again_while_its_lane_gets_on_is_no_crash
     assert core.ended_lanes == [(POINTS[0].fingerprint, "failed")], "it got no further"
 
 
-def test_seats_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
+def test_trainers_may_die_as_often_as_they_like_while_their_lanes_get_on() -> None:
     saved = {POINTS[0].fingerprint: 0}
     core = BrokerCore(checkpoint_step=saved.__getitem__)
     core.submit("t", POINTS[0], 0.0)
     for number in range(4 * MAX_TRAINER_FAILURES):
         saved[POINTS[0].fingerprint] += 5
-        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.FAILED, "its controller was killed")
+        assert core.lease(f"trainer-{number}.x", None, 1, 0.0).leases
+        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.FAILED, "its controller was killed")
         assert not core.failure_policy.abort_reason
     for number in range(MAX_TRAINER_FAILURES):
         assert not core.failure_policy.abort_reason
@@ -284,8 +284,8 @@ def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
     for number, point in enumerate(POINTS[:4]):
         core.submit(f"t{number}", point, 0.0)
     for number, lanes in enumerate((4, 2, 1)):
-        assert len(core.lease(f"seat-{number}.x", None, 4, 0.0).leases) == lanes
-        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.OUT_OF_MEMORY)
+        assert len(core.lease(f"trainer-{number}.x", None, 4, 0.0).leases) == lanes
+        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.OUT_OF_MEMORY)
     for number in range(MAX_TRAINER_FAILURES):
         assert core.entries[POINTS[0].fingerprint].solo_crashes == 0
         assert len(core.lease(f"alone-{number}.x", None, 4, 0.0).leases) == 1
@@ -294,42 +294,42 @@ def test_where_memory_is_short_a_pack_is_halved_and_nobody_is_guilty() -> None:
     assert core.failure_policy.abort_reason, "there is not even room for one"
 
 
-def test_a_suspect_that_waits_too_long_gets_a_seat_that_drains() -> None:
+def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
     core = BrokerCore()
     for number, point in enumerate(POINTS):
         core.submit(f"t{number}", point, 0.0)
-    seat = Seat("seat-1.x", 2)
-    core.lease("seat-0.x", None, 2, 0.0)
-    seat.refill(core)
-    core.trainer_exited("seat-0", 0.0, ExitKind.CRASHED, "SIGABRT")
+    trainer = Trainer("trainer-1.x", 2)
+    core.lease("trainer-0.x", None, 2, 0.0)
+    trainer.refill(core)
+    core.trainer_exited("trainer-0", 0.0, ExitKind.CRASHED, "SIGABRT")
     suspects = {point.fingerprint for point in POINTS[:2]}
     saved: dict[str, int] = {}
 
     def finish_one(now: float) -> set[str]:
         """Returns what came in its place."""
-        fingerprint = min(seat.held)
+        fingerprint = min(trainer.held)
         for _ in range(STEPS):
-            seat.step(core, fingerprint, saved)
-        before = set(seat.held)
-        shape = POINTS[0].group_key if seat.held else None
-        offer = core.lease(seat.name, shape, 2 - len(seat.held), now)
+            trainer.step(core, fingerprint, saved)
+        before = set(trainer.held)
+        shape = POINTS[0].group_key if trainer.held else None
+        offer = core.lease(trainer.name, shape, 2 - len(trainer.held), now)
         for lease in offer.leases:
-            seat.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
-        return set(seat.held) - before
+            trainer.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+        return set(trainer.held) - before
 
     for _ in range(3):
         assert len(finish_one(STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
     late = STARVATION_SECONDS + 1
     assert finish_one(late) == set(), "it drains"
-    assert len(finish_one(late) & suspects) == len(seat.held) == 1
+    assert len(finish_one(late) & suspects) == len(trainer.held) == 1
 
 
-def test_two_guilty_lanes_in_a_row_at_one_lane_a_seat_do_not_end_the_study() -> None:
+def test_two_guilty_lanes_in_a_row_at_one_lane_a_trainer_do_not_end_the_study() -> None:
     core = BrokerCore()
     for number, point in enumerate(POINTS[:2]):
         core.submit(f"t{number}", point, 0.0)
     for number in range(2 * MAX_FAILURES):
-        assert core.lease(f"seat-{number}.x", None, 1, 0.0).leases
-        core.trainer_exited(f"seat-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
+        assert core.lease(f"trainer-{number}.x", None, 1, 0.0).leases
+        core.trainer_exited(f"trainer-{number}", 0.0, ExitKind.CRASHED, "SIGSEGV")
         assert not core.failure_policy.abort_reason
     assert [state for _, state in core.ended_lanes] == ["failed", "failed"]

@@ -136,7 +136,7 @@ def text(word: Path) -> None:
 def test_a_word_that_names_no_cluster_is_none(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, planted: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(runtime, "listens", lambda host, port: True)
+    monkeypatch.setattr(runtime, "is_listening", lambda host, port: True)
     word = temporary / "ray" / "ray_current_cluster"
     word.parent.mkdir()
     planted(word)

@@ -1,4 +1,4 @@
-"""Lanes that fail or take their seat with them, and data that goes away: real studies on real Ray."""
+"""Lanes that fail or take their trainer with them, and data that goes away: real studies on real Ray."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Wanted(Letters):
         return ""
 """
 
-SMALL = ("--seeds", "1", "--steps", "12", "--seats", "1", "--model", "letters-base")
+SMALL = ("--seeds", "1", "--steps", "12", "--trainers", "1", "--model", "letters-base")
 
 
 def tripping(folder: Path) -> tuple[Path, str]:
@@ -147,11 +147,11 @@ def test_one_lane_raises_and_the_others_of_its_pack_finish(
 
 
 @pytest.mark.nightly
-def test_one_lane_takes_its_seat_with_it_and_the_others_finish(
+def test_one_lane_takes_its_trainer_with_it_and_the_others_finish(
     cluster: Cluster, output: Path, tmp_path: Path
 ) -> None:
     _, task = tripping(tmp_path)
-    rates = ("--learning-rates", "1e-3", "3e-3", "1e-2", str(ABORTS), "--lanes-per-seat", "4")
+    rates = ("--learning-rates", "1e-3", "3e-3", "1e-2", str(ABORTS), "--lanes-per-trainer", "4")
     code, out, err = study.run(
         output, *SMALL, "--variants", "lora", "--task", task, *rates, address=cluster.address
     )
@@ -162,7 +162,7 @@ def test_one_lane_takes_its_seat_with_it_and_the_others_finish(
     assert [record.state for record in found.values()] == ["finished"] * 3
     assert aborted.state == "failed"
     assert Store(output / "store").count_failures(aborted.fingerprint) >= MAX_FAILURES
-    assert "its seat's process died while it trained alone: " in aborted.reason
+    assert "its trainer's process died while it trained alone: " in aborted.reason
     # Halved from four to one, and three times alone.
     assert 3 <= (out + err).count(" died: ") <= 5, out + err
     runs = noted(output)
@@ -198,11 +198,11 @@ def test_data_that_go_away_with_the_stores_copy_are_named_in_the_records(
 def test_data_that_one_variant_needs_goes_away_and_the_other_is_trained(
     connected: Cluster, output: Path, tmp_path: Path
 ) -> None:
-    """A whole pack fails with the same words and takes its seat with it, three times."""
+    """A whole lane group fails with the same words and takes its trainer with it, three times."""
     data, task = tmp_path / "letters.txt", tmp_path / "wanted.py"
     data.write_text("abc\n")
     task.write_text(WANTED_BY_DORA.format(data=str(data)))
-    rates = ("--learning-rates", "5e-4", "1e-3", "3e-3", "1e-2", "--lanes-per-seat", "4")
+    rates = ("--learning-rates", "5e-4", "1e-3", "3e-3", "1e-2", "--lanes-per-trainer", "4")
     with no_room():
         process = study.start(
             output,

@@ -30,7 +30,7 @@ BEST = {"lora": "3e-3", "pissa": "1e-2"}
 def asking(
     *more: str, rates: tuple[str, ...] = RATES, variants: tuple[str, ...] = ("pissa",)
 ) -> tuple[str, ...]:
-    return ("--seeds", "1", "--seats", "1", "--variants", *variants, "--learning-rates", *rates, *more)
+    return ("--seeds", "1", "--trainers", "1", "--variants", *variants, "--learning-rates", *rates, *more)
 
 
 def verdict(out: str) -> str:

@@ -17,11 +17,11 @@ from orchestrator.record.store import Store
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 STAMP = len("2026-01-01 00:00:00")
-GPU = (*GPUS, "--seats", "1", "--variants", "lora", "--seeds", "1", "--task", str(TASK))
+GPU = (*GPUS, "--trainers", "1", "--variants", "lora", "--seeds", "1", "--task", str(TASK))
 
 
 def seconds_at_work(output: Path, name: str) -> float:
-    """Return how long the study had a seat or asked for one, by its own log, or up to a second more."""
+    """Return how long the study had a trainer or asked for one, by its own log, or up to a second more."""
     lines = (output / name / "study.log").read_text().splitlines()
     (began,) = [line[:STAMP] for line in lines if "joined Ray" in line]
     (ended,) = [line[:STAMP] for line in lines if re.search(r"\d+ trained in ", line)]
@@ -91,14 +91,14 @@ def test_two_studies_at_once_share_what_they_know_and_both_finish(
 HOURS_PASS = """
 from pathlib import Path
 from orchestrator.execution.run_budget import RunBudget
-look, hours = RunBudget.look, 0
+update, hours = RunBudget.update, 0
 
-def later(self, seats, now):
+def later(self, trainers, now):
     global hours
     hours += Path({file!r}).exists()
-    return look(self, seats, now + 3600 * hours)
+    return update(self, trainers, now + 3600 * hours)
 
-RunBudget.look = later
+RunBudget.update = later
 """
 
 
@@ -130,7 +130,7 @@ def test_a_limit_ends_a_study_cleanly_and_the_same_command_goes_on(
         hours.unlink()
         assert code == 3, out + err
         assert "Traceback" not in err
-        assert f"{limit} 0.5: the seats save their lanes" in out
+        assert f"{limit} 0.5: the trainers save their lanes" in out
         assert study.parents(output, "limited") == ["KILLED"]
         saved = study.saved(output)
         assert len(saved) == 2

@@ -88,7 +88,7 @@ def test_a_task_of_ones_own_runs_in_a_study(
     arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
     output = folder / "results"
     monkeypatch.chdir(folder)
-    assert study.run_here(Path("results"), *arguments, "--seats", "1", address=cluster.address) == 0
+    assert study.run_here(Path("results"), *arguments, "--trainers", "1", address=cluster.address) == 0
     assert "2 trained" in capsys.readouterr().out
     found = list(study.records(output).values())
     assert sorted(r.configuration.optimizer.learning_rate for r in found) == [1e-2, 3e-2]

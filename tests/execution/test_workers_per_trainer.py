@@ -1,4 +1,4 @@
-"""A seat of two Ray Train workers: the results of one, and a seat that dies as a whole and is replaced.
+"""A trainer of two Ray Train workers: the results of one, and a trainer that dies as a whole and is replaced.
 
 What cannot be is refused in tests/experiments/test_bad_input.py; the arithmetic is that of
 tests/finetune/engine/test_process_group.py.
@@ -19,7 +19,7 @@ from orchestrator.record.store import Store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
-TWO = ("--seats", "1", "--workers-per-seat", "2", "--accumulation", "2", "--gradient-checkpointing")
+TWO = ("--trainers", "1", "--workers-per-trainer", "2", "--accumulation", "2", "--gradient-checkpointing")
 SMALL = ("--variants", "lora", "--seeds", "1", "--steps", "12", "--learning-rates", "1e-3", "1e-2")
 
 
@@ -34,7 +34,7 @@ def test_two_workers_give_what_one_gives(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_worker_that_dies_takes_its_seat_with_it_and_nothing_is_lost(
+def test_a_worker_that_dies_takes_its_trainer_with_it_and_nothing_is_lost(
     cluster: Cluster, output: Path, letters_bases: Path, tmp_path: Path, which: int
 ) -> None:
     task = study.hold(tmp_path / "task", Store(output / "store"), records=0, step=6)
@@ -46,7 +46,7 @@ def test_a_worker_that_dies_takes_its_seat_with_it_and_nothing_is_lost(
     study.wait_for(lambda: not any(worker.is_running() for worker in workers), process)
     code, out, err = study.end(process)
     assert code == 0, out + err
-    assert out.count("seat-0 died") == 1
+    assert out.count("trainer-0 died") == 1
     both = study.records(output)
     assert [record.provenance.resumed_from for record in both.values()] == [(4,)] * 2
     they_are_as_of_one_worker(both, letters_bases, tmp_path / "alone")

@@ -196,7 +196,7 @@ class Script:
         self.parked.clear()
         return {**told, **self.changes(steps)}
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
         self.spilled.append((fingerprint, attempt))
 
     def notify(self, line: str) -> None:
@@ -244,8 +244,8 @@ class Queue(Script):
             if name in self.steps and len(self.held) >= since + self.told
         }
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
-        super().spill(fingerprint, attempt)
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        super().return_lease(fingerprint, attempt)
         assert attempt == 1 + self.attempt[fingerprint]
         self.away[fingerprint] = len(self.held)
 

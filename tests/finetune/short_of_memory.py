@@ -35,8 +35,8 @@ class Again(Script):
         super().__init__(given)
         self.points = {lease.configuration.fingerprint: lease.configuration for lease in given}
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
-        super().spill(fingerprint, attempt)
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        super().return_lease(fingerprint, attempt)
         self.leases.append(Lease(self.points[fingerprint], attempt + 1))
 
 

@@ -1,4 +1,4 @@
-"""The broker as an actor, and what a seat uses to talk to it: thin shells around `BrokerCore`."""
+"""The broker as an actor, and what a trainer uses to talk to it: thin shells around `BrokerCore`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 HUNG_SECONDS = 1800.0
-BROKER_LOST_SECONDS = 30.0  # who misses the broker for so long gives it up; see `until_lost` for a seat
+BROKER_LOST_SECONDS = 30.0  # who misses the broker for so long gives it up; see `until_lost` for a trainer
 BROKER_NAME = "broker"
 FINAL_STATES = ("finished", "diverged")
 Result = TypeVar("Result")
@@ -71,7 +71,7 @@ class Broker:
         self.incarnation = uuid.uuid4().hex
         self.lane_events: dict[str, asyncio.Event] = {}
         self.lines: list[str] = []
-        """Lines from the seats that the driver shows to the user."""
+        """Lines from the trainers that the driver shows to the user."""
 
     # -- trials
 
@@ -100,7 +100,7 @@ class Broker:
     async def stop(self, trial: str, configuration: Configuration, stop_step: int) -> None:
         self.core.stop(trial, configuration, stop_step, self.clock())
 
-    # -- seats
+    # -- trainers
 
     async def lease(
         self,
@@ -135,11 +135,11 @@ class Broker:
         self._wake_trials(fingerprint)
 
     async def trainer_exited(self, trainer_name: str, exit_kind: ExitKind, reason: str = "") -> None:
-        """All incarnations of the seat called `name` are gone; `how`, and why, they came to their end."""
+        """All incarnations of the trainer called `name` are gone; `how`, and why, they came to their end."""
         held = [
             f
-            for seat, view in self.core.trainers.items()
-            if parse_trainer_name(seat) == trainer_name
+            for trainer_id, view in self.core.trainers.items()
+            if parse_trainer_name(trainer_id) == trainer_name
             for f in view.lanes
         ]
         self.core.trainer_exited(trainer_name, self.clock(), exit_kind, reason)
@@ -147,7 +147,7 @@ class Broker:
             self._wake_trials(fingerprint)
 
     async def drain(self, trainer_name: str | None) -> None:
-        """The seats called `name` (None: all, and for good) save every lane, give it back, and end."""
+        """The trainers called `name` (None: all, and for good) save every lane, give it back, and end."""
         self.core.drain(trainer_name)
 
     # -- the driver
@@ -157,29 +157,29 @@ class Broker:
 
         Args:
             since: how many ended lanes the driver knows already.
-            lines: how many lines of the seats it knows already.
+            lines: how many lines of the trainers it knows already.
             born: the incarnation of the broker that gave it those. Where this is another one, all ended lanes
                 and all lines are returned.
 
         Returns:
             "born": this incarnation; "ended" and "lines": what is new of each; "counts": the lanes in each
-            phase and the live seats; "taken": the optimizer steps of each seat; "stuck": the names of seats
-            that hang; "hopeless": why no more seats should be started, empty where they should.
+            phase and the live trainers; "taken": the optimizer steps of each trainer; "stuck": the names of trainers
+            that hang; "hopeless": why no more trainers should be started, empty where they should.
         """
         self.core.tick(self.clock())
         num_ended, num_lines = (num_ended, num_lines) if incarnation == self.incarnation else (0, 0)
         return {
-            "born": self.incarnation,
+            "incarnation": self.incarnation,
             "ended": self.core.ended_lanes[num_ended:],
             "lines": self.lines[num_lines:],
             "counts": self.core.counts(),
-            "taken": dict(self.core.steps_taken),
-            "stuck": self.core.hung_trainers(self.clock()),
-            "hopeless": self.core.failure_policy.abort_reason,
+            "steps_taken": dict(self.core.steps_taken),
+            "hung": self.core.hung_trainers(self.clock()),
+            "abort_reason": self.core.failure_policy.abort_reason,
         }
 
     async def close(self) -> None:
-        """No more trials will come: seats end when nothing waits."""
+        """No more trials will come: trainers end when nothing waits."""
         self.core.closed = True
 
     async def abort(self) -> None:
@@ -197,7 +197,7 @@ class Broker:
 def _write_failure_record(
     store: Store, entry: LaneEntry, configuration: Configuration, why: str
 ) -> RecordState:
-    """Writes the record of a lane whose seat can not. Returns the state of the record that counts."""
+    """Writes the record of a lane whose trainer can not. Returns the state of the record that counts."""
     record = Record(
         fingerprint=entry.fingerprint,
         configuration=configuration,
@@ -226,7 +226,7 @@ def start_broker(store: Store, scheduler: str) -> Any:
 
 
 class BrokerClient:
-    """A seat's side of the broker: the `Source` of the fine-tuning loop.
+    """A trainer's side of the broker: the `Source` of the fine-tuning loop.
 
     Whenever it leases, reports or exchanges, it names all that it holds, each lane with its last report: a
     reply that was lost, or a broker that restarted, is made good by the next call, whichever that is.
@@ -272,14 +272,14 @@ class BrokerClient:
         return directives
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
-        self._call("spill", self.trainer_id, fingerprint, attempt)
+        self._call("return_lease", self.trainer_id, fingerprint, attempt)
         self.held.pop(fingerprint, None)
 
     def notify(self, line: str) -> None:
-        self._call("say", line)
+        self._call("notify", line)
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
-        self._call("done", self.trainer_id, fingerprint, attempt, state)
+        self._call("end_lease", self.trainer_id, fingerprint, attempt, state)
         self.held.pop(fingerprint, None)
 
     def _send_heartbeats(self) -> None:
@@ -288,7 +288,7 @@ class BrokerClient:
         while True:
             time.sleep(HEARTBEAT_SECONDS)
             if time.monotonic() - self.last_call_time < HUNG_SECONDS:
-                self.broker.alive.remote(self.trainer_id)
+                self.broker.heartbeat.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
         self.last_call_time = time.monotonic()

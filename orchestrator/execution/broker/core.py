@@ -1,7 +1,7 @@
-"""The broker's mind: which seat trains which lane. A plain state machine; time comes in as an argument.
+"""The broker's mind: which trainer trains which lane. A plain state machine; time comes in as an argument.
 
-Lanes are keyed by fingerprint. A seat is known by its incarnation (a new process is a new seat). Nothing here
-is the truth: records are, in the store. After a restart trials submit again and seats say what they hold.
+Lanes are keyed by fingerprint. A trainer is known by its incarnation (a new process is a new trainer). Nothing here
+is the truth: records are, in the store. After a restart trials submit again and trainers say what they hold.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGran
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.study.configuration import Configuration
 
-TRAINER_SILENT_SECONDS = 60.0  # a seat that says nothing for so long has lost its lanes
-STARVATION_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a seat
-MAX_GROUP_FAILURES = 3  # failures in a row of a shape's lanes: so many end a seat, see finetune/loop.py
+TRAINER_SILENT_SECONDS = 60.0  # a trainer that says nothing for so long has lost its lanes
+STARVATION_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a trainer
+MAX_GROUP_FAILURES = 3  # failures in a row of a shape's lanes: so many end a trainer, see finetune/loop.py
 
 HeldLane = tuple[int, Configuration, Report | None]
-"""A lane as its seat names it: attempt, configuration, the last report of this attempt."""
+"""A lane as its trainer names it: attempt, configuration, the last report of this attempt."""
 
 
 @dataclass
 class TrainerView:
-    """What the broker knows of a seat. `yields_to`: a shape for which it drains its pack."""
+    """What the broker knows of a trainer. `yields_to`: a shape for which it drains its lane group."""
 
     last_contact: float
     group_key: str | None = None
@@ -44,14 +44,14 @@ class BrokerCore:
         scheduler: str = "none",
         write_failure: Callable[
             [LaneEntry, Configuration, str], RecordState
-        ] = lambda life, configuration, why: "failed",
+        ] = lambda entry, configuration, why: "failed",
         checkpoint_step: Callable[[str], int] = lambda fingerprint: 0,
     ) -> None:
         """`newest_attempt`: the highest attempt that left checkpoints, so that a new one has its own folder.
         `failures`: how often a lane has failed before, whoever trained it.
         `known`: the record that answers a request, if there is one.
         `scheduler`: the study's early stopping; with any, lanes park after a report.
-        `give_up`: writes the record of a lane that crashes whatever seat trains it; returns the state of the
+        `give_up`: writes the record of a lane that crashes whatever trainer trains it; returns the state of the
         record that counts.
         `saved`: the step of a lane's newest checkpoint, 0 without one."""
         self.newest_attempt, self.count_failures, self.find_record = (
@@ -68,17 +68,17 @@ class BrokerCore:
         self.ended_lanes: list[tuple[str, RecordState]] = []
         """Every lane that ended, in order: the driver reads on from where it was."""
         self.steps_taken: dict[str, int] = {}
-        """Optimizer steps that each seat has taken, also of those that are gone."""
+        """Optimizer steps that each trainer has taken, also of those that are gone."""
         self.closed = False
         self.draining: set[str] = set()
-        """Names of seats that have to go."""
+        """Names of trainers that have to go."""
         self.is_draining_all = False
         self.num_crashes = 0
         self.failure_policy = FailurePolicy()
         self.failures_by_group: Counter[str] = Counter()
-        """Shape -> failures in a row of its lanes, and crashes of their seats."""
+        """Shape -> failures in a row of its lanes, and crashes of their trainers."""
         self.silent_since: dict[str, float] = {}
-        """Name of a seat that was taken for dead, and has said nothing since -> since when."""
+        """Name of a trainer that was taken for dead, and has said nothing since -> since when."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -99,24 +99,24 @@ class BrokerCore:
 
     def stop(self, trial: str, configuration: Configuration, stop_step: int, now: float) -> None:
         """The scheduler has stopped the trial at the report of step `seen`. Its lane ends early, with a
-        record, unless others want it; also when it is on no seat, or unknown because the broker restarted."""
+        record, unless others want it; also when it is on no trainer, or unknown because the broker restarted."""
         entry = self._entry_for(configuration, now)
         entry.trials.discard(trial)
         if not entry.trials:
             entry.stop(stop_step, now)
 
-    # -- seats ------------------------------------------------------------------------------------------
+    # -- trainers ------------------------------------------------------------------------------------------
 
     def lease(self, trainer_id: str, group_key: str | None, free_slots: int, now: float) -> LeaseGrant:
-        """Lanes for a seat that has just said, by `exchange`, what it holds. Lanes that are suspected of a
-        crash share a pack with none but suspects of the same, and not with too many of them."""
+        """Lanes for a trainer that has just said, by `exchange`, what it holds. Lanes that are suspected of a
+        crash share a lane group with none but suspects of the same, and not with too many of them."""
         view = self._update_contact(trainer_id, now)
         if self._must_drain(trainer_id):
             return LeaseGrant(closed=True)
         if group_key is not None or not view.lanes:
             view.group_key = group_key
         self._assign_starved_groups(now)
-        waiting = [life for life in self.open_entries.values() if life.needs_trainer]
+        waiting = [entry for entry in self.open_entries.values() if entry.needs_trainer]
         group = self._entries_held_by(trainer_id)
         new_group = list(group)
         if group_key is None:
@@ -143,7 +143,7 @@ class BrokerCore:
         )
 
     def heartbeat(self, trainer_id: str, now: float) -> None:
-        """A sign of life from a seat that is too busy for more."""
+        """A sign of entry from a trainer that is too busy for more."""
         self.silent_since.pop(parse_trainer_name(trainer_id), None)
         if trainer_id in self.trainers:
             self.trainers[trainer_id].last_contact = now
@@ -151,9 +151,9 @@ class BrokerCore:
     def exchange(
         self, trainer_id: str, held: Mapping[str, HeldLane], steps_taken: int, now: float
     ) -> dict[str, Directive]:
-        """The seat names all that it holds, by fingerprint. What it should hold and does not name never
+        """The trainer names all that it holds, by fingerprint. What it should hold and does not name never
         reached it, and goes back to the queue. What it holds and nobody else was given meanwhile (the broker
-        restarted, the seat was silent for a while) it keeps. `taken`: see Source."""
+        restarted, the trainer was silent for a while) it keeps. `taken`: see Source."""
         view = self._update_contact(trainer_id, now)
         if steps_taken > self.steps_taken.get(trainer_id, 0):
             self.failure_policy.on_step()
@@ -210,7 +210,7 @@ class BrokerCore:
             self._discard_unwanted(fingerprint)
 
     def drain(self, trainer_name: str | None) -> None:
-        """The seats of this name (all incarnations, also to come; None: all seats) save their lanes, give
+        """The trainers of this name (all incarnations, also to come; None: all trainers) save their lanes, give
         them back and end. A broker that restarts has to be told again."""
         if trainer_name is None:
             self.is_draining_all = True
@@ -218,16 +218,17 @@ class BrokerCore:
             self.draining.add(trainer_name)
 
     def trainer_exited(self, trainer_name: str, now: float, exit_kind: ExitKind, reason: str = "") -> None:
-        """All incarnations of the seat `name` are gone; `how`, and why, they came to their end."""
+        """All incarnations of the trainer `name` are gone; `how`, and why, they came to their end."""
         self.silent_since.pop(trainer_name, None)
-        trainer_ids = [seat for seat in self.trainers if parse_trainer_name(seat) == trainer_name]
-        narrows_suspects = [self.remove_trainer(seat, now, exit_kind, reason) for seat in trainer_ids]
+        trainer_ids = [t for t in self.trainers if parse_trainer_name(t) == trainer_name]
+        narrows_suspects = [self.remove_trainer(t, now, exit_kind, reason) for t in trainer_ids]
         if exit_kind in (ExitKind.DONE, ExitKind.PLACEMENT_TIMEOUT, ExitKind.NODE_LOST) or any(
             narrows_suspects
         ):
             return
         if exit_kind is ExitKind.REPEATED_LANE_FAILURES and any(
-            self.failures_by_group[life.group_key] < MAX_GROUP_FAILURES for life in self.open_entries.values()
+            self.failures_by_group[entry.group_key] < MAX_GROUP_FAILURES
+            for entry in self.open_entries.values()
         ):
             return  # there are others to train
         self.failure_policy.on_trainer_failure()
@@ -235,7 +236,7 @@ class BrokerCore:
     def remove_trainer(
         self, trainer_id: str, now: float, exit_kind: ExitKind = ExitKind.DONE, reason: str = ""
     ) -> bool:
-        """The seat has ended or died: its lanes go back to the queue. If it crashed, perhaps for what one of
+        """The trainer has ended or died: its lanes go back to the queue. If it crashed, perhaps for what one of
         them did, they are suspected of it. Returns whether this narrows down which."""
         held = self._entries_held_by(trainer_id)
         self.trainers.pop(trainer_id, None)
@@ -244,7 +245,9 @@ class BrokerCore:
             exit_kind in (ExitKind.CRASHED, ExitKind.OUT_OF_MEMORY),
         )
         if held and exit_kind not in (ExitKind.DONE, ExitKind.NODE_LOST):
-            further = [life.update_checkpoint_step(self.checkpoint_step(life.fingerprint)) for life in held]
+            further = [
+                entry.update_checkpoint_step(self.checkpoint_step(entry.fingerprint)) for entry in held
+            ]
             if any(further):
                 self.failure_policy.on_progress()
             self.failures_by_group[held[0].group_key] += crashed
@@ -253,7 +256,7 @@ class BrokerCore:
             if suspicious:
                 entry.mark_suspect(self.num_crashes, len(held), is_proof=crashed)
             if crashed and entry.is_faulty:
-                why = f"its seat's process died while it trained alone: {reason or 'it did not say why'}"
+                why = f"its trainer's process died while it trained alone: {reason or 'it did not say why'}"
                 state = self.write_failure(entry, self.configurations[entry.fingerprint], why)
                 self.failure_policy.on_faulty_lane()
                 entry.abandon(state)
@@ -263,7 +266,7 @@ class BrokerCore:
         return len(held) > 1 if exit_kind is ExitKind.OUT_OF_MEMORY else crashed and bool(held)
 
     def tick(self, now: float) -> None:
-        """Called now and then: seats that have been silent for too long are taken for dead."""
+        """Called now and then: trainers that have been silent for too long are taken for dead."""
         for trainer_id in [
             s for s, view in self.trainers.items() if now - view.last_contact > TRAINER_SILENT_SECONDS
         ]:
@@ -271,32 +274,32 @@ class BrokerCore:
             self.remove_trainer(trainer_id, now)
 
     def hung_trainers(self, now: float) -> list[str]:
-        """Names of seats that were taken for dead and said nothing for as long again: they hold their place
+        """Names of trainers that were taken for dead and said nothing for as long again: they hold their place
         for nothing. (A broker that stood still itself hears of the others in between.)"""
         return [name for name, since in self.silent_since.items() if now - since > TRAINER_SILENT_SECONDS]
 
     # -- what the driver shows --------------------------------------------------------------------------
 
     def counts(self) -> dict[str, int]:
-        """Lanes by phase, and "seats"."""
-        counts = Counter(str(life.phase) for life in self.open_entries.values())
+        """Lanes by phase, and "trainers"."""
+        counts = Counter(str(entry.phase) for entry in self.open_entries.values())
         if ended := len(self.entries) - len(self.open_entries):
             counts[str(LeasePhase.ENDED)] = ended
-        return {**counts, "seats": len(self.trainers)}
+        return {**counts, "trainers": len(self.trainers)}
 
     @property
     def num_suspects(self) -> int:
-        """Lanes that are suspected of a crash: while there are any, deaths of seats narrow the search."""
-        return sum(life.max_group_size is not None for life in self.open_entries.values())
+        """Lanes that are suspected of a crash: while there are any, deaths of trainers narrow the search."""
+        return sum(entry.max_group_size is not None for entry in self.open_entries.values())
 
     # -- inside -----------------------------------------------------------------------------------------
 
     def _entries_held_by(self, trainer_id: str) -> list[LaneEntry]:
         lanes = self.trainers[trainer_id].lanes if trainer_id in self.trainers else ()
         return [
-            life
+            entry
             for f in sorted(lanes)
-            if (life := self.entries.get(f)) is not None and life.trainer_id == trainer_id
+            if (entry := self.entries.get(f)) is not None and entry.trainer_id == trainer_id
         ]
 
     def _must_drain(self, trainer_id: str) -> bool:
@@ -340,7 +343,7 @@ class BrokerCore:
             self._discard_unwanted(fingerprint)
 
     def _discard_unwanted(self, fingerprint: str) -> None:
-        """A lane on no seat that nobody wants is not kept; one that trains hears of it by its next answer."""
+        """A lane on no trainer that nobody wants is not kept; one that trains hears of it by its next answer."""
         entry = self.entries[fingerprint]
         if (
             entry.phase in (LeasePhase.WAITING, LeasePhase.RETURNED)
@@ -350,20 +353,20 @@ class BrokerCore:
             del self.entries[fingerprint], self.open_entries[fingerprint], self.configurations[fingerprint]
 
     def _choose_group_key(self, view: TrainerView, waiting: list[LaneEntry]) -> str | None:
-        """For an empty pack: the shape it drained for, else the one that failed least, so that what can be
+        """For an empty lane group: the shape it drained for, else the one that failed least, so that what can be
         trained is trained first; of several that of a suspect, else the one with most waiting lanes."""
-        counts = Counter(life.group_key for life in waiting)
+        counts = Counter(entry.group_key for entry in waiting)
         if view.draining_for in counts:
             return view.draining_for
-        suspects = {life.group_key for life in waiting if life.max_group_size is not None}
+        suspects = {entry.group_key for entry in waiting if entry.max_group_size is not None}
         return min(
             counts, key=lambda s: (self.failures_by_group[s], s not in suspects, -counts[s]), default=None
         )
 
     def _assign_starved_groups(self, now: float) -> None:
-        """A shape that no seat trains and that has waited too long gets the seat with the fewest lanes. So
-        does a suspect, which may join no pack. A shape whose lanes all fail waits for its turn."""
-        staying = [view for seat, view in self.trainers.items() if not self._must_drain(seat)]
+        """A shape that no trainer trains and that has waited too long gets the trainer with the fewest lanes. So
+        does a suspect, which may join no lane group. A shape whose lanes all fail waits for its turn."""
+        staying = [view for t, view in self.trainers.items() if not self._must_drain(t)]
         drains_for = {view.draining_for for view in staying}
         served = {view.group_key for view in staying if view.lanes} | drains_for
         for entry in self.open_entries.values():
@@ -384,7 +387,7 @@ class BrokerCore:
 
 
 def parse_trainer_name(trainer_id: str) -> str:
-    """Of a seat, whose incarnations are name.something."""
+    """Of a trainer, whose incarnations are name.something."""
     return trainer_id.partition(".")[0]
 
 

@@ -1,18 +1,18 @@
-"""The life of one lane between its trials and its seat: a plain state machine.
+"""The life of one lane between its trials and its trainer: a plain state machine.
 
     waiting --lease--> leased --report--> parked --a trial asks on--> leased --done--> ended
        ^  ^              |                  |
-       |  +--------------+------------------+   the seat died, failed or left, or it was stopped and is wanted
+       |  +--------------+------------------+   the trainer died, failed or left, or it was stopped and is wanted
        |                                    |
-       +---------a trial asks on-------- spilled   its seat needed the place (or died); a checkpoint is left
+       +---------a trial asks on-------- spilled   its trainer needed the place (or died); a checkpoint is left
 
 Trials come and go by name. A lane that a scheduler has stopped is let go: whoever holds it ends it early and
 records that; where nobody does, it is leased once more for that. One that nobody wants for another reason is
 dropped and forgotten. All answers are computed from the state, so that asking twice (a lost reply, a
 restarted caller) does no harm.
 
-A lane whose seat crashed is suspected of it: it trains in company of half as many, and so on until it is
-alone or has a new report to show. One that crashes its seat alone, time and again, has failed.
+A lane whose trainer crashed is suspected of it: it trains in company of half as many, and so on until it is
+alone or has a new report to show. One that crashes its trainer alone, time and again, has failed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import MAX_FAILURES, Record, RecordState
 
 ORPHAN_LANE_SECONDS = (
-    60.0  # how long a lane announced by a seat waits for its trial after the broker restarted
+    60.0  # how long a lane announced by a trainer waits for its trial after the broker restarted
 )
 
 
 class LeasePhase(StrEnum):
     WAITING = "waiting"
     LEASED = "leased"
-    PAUSED = "parked"
-    RETURNED = "spilled"
+    PAUSED = "paused"
+    RETURNED = "returned"
     ENDED = "ended"
 
 
@@ -65,11 +65,11 @@ class LaneEntry:
     crash_id: int = 0
     """The last crash of which it was suspected; 0 before the first."""
     max_group_size: int | None = None
-    """While it is suspected: how many lanes may be in its pack, it among them."""
+    """While it is suspected: how many lanes may be in its lane group, it among them."""
     solo_crashes: int = 0
-    """How often its seat crashed while it was alone there, since it had news or a newer checkpoint."""
+    """How often its trainer crashed while it was alone there, since it had news or a newer checkpoint."""
     checkpoint_step: int = 0
-    """The step of its newest checkpoint when its seat last died."""
+    """The step of its newest checkpoint when its trainer last died."""
 
     # -- trials -----------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class LaneEntry:
         ]
         self._end(record.state)
 
-    # -- seats ------------------------------------------------------------------------------------------
+    # -- trainers ------------------------------------------------------------------------------------------
 
     def lease(self, trainer_id: str, attempt: int) -> None:
         assert self.phase is LeasePhase.WAITING, (
@@ -164,7 +164,7 @@ class LaneEntry:
         return newer
 
     def directive(self, trainer_id: str, attempt: int, now: float) -> Directive:
-        """What the seat should do with the lane at this moment. One that is to be stopped first tells again
+        """What the trainer should do with the lane at this moment. One that is to be stopped first tells again
         all that the scheduler has seen: its record says so."""
         if not self.is_held_by(trainer_id, attempt):
             return Directive.DROP
@@ -175,7 +175,7 @@ class LaneEntry:
         return Directive.PARK if self.phase is LeasePhase.PAUSED else Directive.CONTINUE
 
     def update_checkpoint_step(self, checkpoint_step: int) -> bool:
-        """Its seat has died, and its newest checkpoint is of step `saved`. Returns whether it has got further
+        """Its trainer has died, and its newest checkpoint is of step `saved`. Returns whether it has got further
         since the last time: then it may crash as often as before."""
         further = checkpoint_step > self.checkpoint_step
         if further:
@@ -183,7 +183,7 @@ class LaneEntry:
         return further
 
     def mark_suspect(self, crash_id: int, group_size: int, is_proof: bool = True) -> None:
-        """Its seat crashed while it held so many lanes, this one among them. `counts`: for a lone one it is a
+        """Its trainer crashed while it held so many lanes, this one among them. `counts`: for a lone one it is a
         proof."""
         self.crash_id, self.max_group_size = crash_id, max(1, group_size // 2)
         self.solo_crashes += is_proof and group_size == 1
@@ -200,7 +200,7 @@ class LaneEntry:
         self._end(state)
 
     def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:
-        """The seat says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
+        """The trainer says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
         if self.phase is LeasePhase.ENDED:
             return
         if state in ("finished", "diverged"):
@@ -218,7 +218,7 @@ class LaneEntry:
             self.requeue(now)
 
     def requeue(self, now: float) -> None:
-        """Off its seat, which died or needs the place, or its end was not the end. Back to the queue, unless
+        """Off its trainer, which died or needs the place, or its end was not the end. Back to the queue, unless
         its trial has yet to ask on."""
         if self.phase is not LeasePhase.ENDED:
             held_back = self._awaits_trial and not self.is_stopped

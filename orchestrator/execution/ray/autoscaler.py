@@ -71,7 +71,7 @@ def _parse_node(resources: Mapping[str, Any]) -> Node | None:
 
 
 def worker_capacity(node_types: Sequence[NodeType], gpus_per_worker: float) -> int | None:
-    """Workers of seats that have room on all nodes that may come; None where that is not known."""
+    """Workers of trainers that have room on all nodes that may come; None where that is not known."""
     total = 0
     for kind in node_types:
         if kind.node is None:

@@ -22,7 +22,9 @@ from orchestrator.execution.ray import auth_token, cleanup
 from orchestrator.util.command import exit_on_interrupt
 from orchestrator.util.errors import StudyError, UsageError, format_error
 
-TRAINER_MEMORY_BYTES = 2 * 2**30  # bytes; a seat's worker and controller hold about 1 GiB with a small model
+TRAINER_MEMORY_BYTES = (
+    2 * 2**30
+)  # bytes; a trainer's worker and controller hold about 1 GiB with a small model
 LOCAL_RAY_IN_USE = (  # two Rays on one machine can end each other's Train runs
     "another study runs its own Ray on this machine; wait for it, or let both join one (ray start --head)."
 )
@@ -67,9 +69,9 @@ class Cluster:
     def plan_trainers(
         self, requested: int | None, gpus_per_worker: float | None, workers_per_trainer: int = 1
     ) -> tuple[int, float]:
-        """Seats, and GPUs a worker: what was asked for, else all there is room for. A seat's workers need not
+        """Trainers, and GPUs a worker: what was asked for, else all there is room for. A trainer's workers need not
         be on one node. Of a cluster that was there before, more than there is room for may be asked: the rest
-        waits for nodes, and so does the one seat that there is at least. Raises BadInput for more than a
+        waits for nodes, and so does the one trainer that there is at least. Raises BadInput for more than a
         local one has."""
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_worker if gpus_per_worker is not None else float(all_gpus > 0)
@@ -80,24 +82,24 @@ class Cluster:
                 needs, there = f"{gpus:g} GPU and a CPU", f"{all_gpus:g} GPUs"
             else:
                 needs, there = "a CPU and 2 GiB", f"{self.memory / 2**30:.0f} GiB"
-            asked = [f"--seats {requested}"] if requested else []
-            asked += [f"--workers-per-seat {workers_per_trainer}"] if workers_per_trainer > 1 else []
+            asked = [f"--trainers {requested}"] if requested else []
+            asked += [f"--workers-per-trainer {workers_per_trainer}"] if workers_per_trainer > 1 else []
             if trainer_capacity:
-                advice = f"take --seats {trainer_capacity}"
+                advice = f"take --trainers {trainer_capacity}"
             elif units:
-                advice = f"take --workers-per-seat {units}"
+                advice = f"take --workers-per-trainer {units}"
             else:
-                advice = "leave --gpus-per-seat out, or join a cluster with GPUs"
+                advice = "leave --gpus-per-worker out, or join a cluster with GPUs"
             times = f"{workers_per_trainer} times " if workers_per_trainer > 1 else ""
             raise UsageError(
-                f"{' '.join(asked) or f'--gpus-per-seat {gpus:g}'}: there is room for {trainer_capacity} seats (each "
+                f"{' '.join(asked) or f'--gpus-per-worker {gpus:g}'}: there is room for {trainer_capacity} trainers (each "
                 f"takes {times}{needs}; there are "
                 f"{sum(node.cpus for node in self.nodes):g} CPUs, {there}); {advice}."
             )
         return requested or max(1, trainer_capacity), gpus
 
     def trainer_capacity(self, gpus_per_worker: float, workers_per_trainer: int) -> int:
-        """How many seats fit, were nothing else here."""
+        """How many trainers fit, were nothing else here."""
         return self._worker_capacity(gpus_per_worker) // workers_per_trainer
 
     def _worker_capacity(self, gpus_per_worker: float) -> int:
@@ -308,7 +310,7 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def usable_nodes() -> tuple[Node, ...]:
-    """Those of the joined Ray that can take a seat: alive, and not about to go."""
+    """Those of the joined Ray that can take a trainer: alive, and not about to go."""
     import ray
 
     draining_ids = draining_node_ids()

@@ -1,4 +1,4 @@
-"""How a seat has come to its end, from what Ray Train says of its run; and when it is too often."""
+"""How a trainer has come to its end, from what Ray Train says of its run; and when it is too often."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ UNREACHABLE_TIMEOUT_SECONDS = 30.0  # a worker is out of reach: how long Ray may
 class ExitKind(StrEnum):
     DONE = "done"
     """By itself: no work was left, or it was told to go."""
-    PLACEMENT_TIMEOUT = "no room"
+    PLACEMENT_TIMEOUT = "placement_timeout"
     """It waited for its place in vain."""
-    NODE_LOST = "lost"
+    NODE_LOST = "node_lost"
     """With the node of one of its workers."""
     CRASHED = "crashed"
     """A worker's process died by itself, on a node that lives."""
-    OUT_OF_MEMORY = "memory"
+    OUT_OF_MEMORY = "out_of_memory"
     """Ray ended a worker because its machine was short of memory: fewer lanes may have enough. No lane is
     guilty of it: what took the memory may be another's process."""
-    REPEATED_LANE_FAILURES = "alike"
+    REPEATED_LANE_FAILURES = "repeated_lane_failures"
     """A worker gave up since lane after lane failed with the same words: for what these lanes have in common,
     or for something that is wrong with the machine. What it held besides was never tried."""
     FAILED = "failed"
@@ -44,12 +44,12 @@ class ExitStatus:
 
 
 class FailurePolicy:
-    """Of a study's seats, in a row. Two things end the study: seats that die one after another while none of
-    them takes a step, and, for as many as there are seats, deaths while no lane gets any further."""
+    """Of a study's trainers, in a row. Two things end the study: trainers that die one after another while none of
+    them takes a step, and, for as many as there are trainers, deaths while no lane gets any further."""
 
     def __init__(self) -> None:
         self.failures_without_step = 0
-        """Since any seat took a step, or a lane was found guilty of a crash."""
+        """Since any trainer took a step, or a lane was found guilty of a crash."""
         self.failures_without_progress = 0
         """Since a lane got further: a new report, a newer checkpoint, a good end. Lanes found guilty count
         like deaths: where all are, it is not the lanes."""
@@ -57,7 +57,7 @@ class FailurePolicy:
         """The most that were there at once."""
 
     def on_step(self) -> None:
-        """A seat has taken one."""
+        """A trainer has taken one."""
         self.failures_without_step = 0
 
     def on_progress(self) -> None:
@@ -65,28 +65,30 @@ class FailurePolicy:
         self.failures_without_step = self.failures_without_progress = 0
 
     def on_faulty_lane(self) -> None:
-        """A lane crashes its seat whatever is tried, and is given up."""
+        """A lane crashes its trainer whatever is tried, and is given up."""
         self.failures_without_step = 0
         self.failures_without_progress += 1
 
     def on_trainer_failure(self) -> None:
         """A death that tells nothing. One that narrows down which lane it is for is none of these: there are
-        no more of them than halving a pack and trying a lone lane again can make."""
+        no more of them than halving a lane group and trying a lone lane again can make."""
         self.failures_without_step += 1
         self.failures_without_progress += 1
 
     @property
     def abort_reason(self) -> str:
-        """Why no other seat should be started; empty while one should."""
+        """Why no other trainer should be started; empty while one should."""
         if self.failures_without_step > MAX_TRAINER_FAILURES:
-            return f"Seats died {self.failures_without_step} times in a row without taking a step; see above."
+            return (
+                f"Trainers died {self.failures_without_step} times in a row without taking a step; see above."
+            )
         if self.failures_without_progress > MAX_TRAINER_FAILURES * (1 + self.max_live_trainers):
-            return f"Seats died {self.failures_without_progress} times in a row and got no lane any further; see above."
+            return f"Trainers died {self.failures_without_progress} times in a row and got no lane any further; see above."
         return ""
 
 
 def classify_exit(error: Exception, controller: Any = None) -> ExitStatus:
-    """Classify the error that ended a seat's Ray Train run. This function asks Ray how the run's actors died.
+    """Classify the error that ended a trainer's Ray Train run. This function asks Ray how the run's actors died.
 
     Args:
         error: the exception that `TorchTrainer.fit` raised.

@@ -1,4 +1,4 @@
-"""The driver's side of the seats: starts them, follows the nodes, replaces those that die, ends them."""
+"""The driver's side of the trainers: starts them, follows the nodes, replaces those that die, ends them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from orchestrator.util.watched_clock import SuspendTolerantClock
 NODE_COUNT_INTERVAL_SECONDS = 2.0  # how often the cluster is counted
 KILL_TIMEOUT_SECONDS = 2.0  # how long all threads of killed runs together may take to end
 PLACEMENT_GROUP_CLEANUP_SECONDS = 20.0  # how long after a death its placement group is looked for
-CONTROLLER_BYTES = 256 * 2**20  # memory of a seat's Train controller: 247 MiB measured on Linux x86-64
+CONTROLLER_BYTES = 256 * 2**20  # memory of a trainer's Train controller: 247 MiB measured on Linux x86-64
 
 
 class TrainerPool:
-    """As many seats as `count`, kept so while lanes wait; where they `follow` the cluster, as many as its
+    """As many trainers as `count`, kept so while lanes wait; where they `follow` the cluster, as many as its
     nodes have room for, `count` at the start. An autoscaler starts no node that nobody waits for: once one
-    seat has found its place there are as many as its nodes would have room for (`to_come`, with those that
-    are there). Seats that find no room wait, and hold nothing."""
+    trainer has found its place there are as many as its nodes would have room for (`to_come`, with those that
+    are there). Trainers that find no room wait, and hold nothing."""
 
     def __init__(
         self,
@@ -43,19 +43,19 @@ class TrainerPool:
         self.spec, self.size, self.namespace, self.broker, self.notify = spec, size, namespace, broker, notify
         self.elastic, self.autoscaler_capacity = elastic, autoscaler_capacity
         self.running: dict[str, TrainerRun] = {}
-        """The seats that have started and not ended, by name."""
+        """The trainers that have started and not ended, by name."""
         self.placed: frozenset[str] = frozenset()
-        """Names of seats that have spoken to the broker: they have found their place."""
+        """Names of trainers that have spoken to the broker: they have found their place."""
         self.num_started = 0
         self.clock = SuspendTolerantClock()
         self.no_trainer_since: float | None = None
         self.had_waiting_lanes = False
         self.failure_reason = ""
-        """Why no seat can be had; empty while one may still come."""
+        """Why no trainer can be had; empty while one may still come."""
         self.cluster = Cluster(())
-        """Those that can take a seat."""
+        """Those that can take a trainer."""
         self.max_trainers: int | None = None
-        """How many seats' controllers fit in half of the memory of the driver's node; the other half is the
+        """How many trainers' controllers fit in half of the memory of the driver's node; the other half is the
         trials'. None before the nodes were counted."""
         self._last_node_count = self._cleanup_until = -float("inf")
 
@@ -68,9 +68,9 @@ class TrainerPool:
         hung: Collection[str] = (),
         abort_reason: str = "",
     ) -> None:
-        """Called now and then: lanes that wait and that train, seats that are there, the names of all that
-        ever spoke and of those that hang, and why no more should be started, if so. The first seats start at
-        once: known results may be replayed before a lane waits. A seat that has ended for want of work is
+        """Called now and then: lanes that wait and that train, trainers that are there, the names of all that
+        ever spoke and of those that hang, and why no more should be started, if so. The first trainers start at
+        once: known results may be replayed before a lane waits. A trainer that has ended for want of work is
         replaced when lanes wait for longer than a moment."""
         now = self.clock()
         self.placed = frozenset(placed)
@@ -94,13 +94,13 @@ class TrainerPool:
                 for name, value in self.spec.resources_per_worker.items()
             )
             self.failure_reason = (
-                f"No seat for {self.spec.start_timeout:g} s: a seat needs {need}. "
-                "Free or add them, or give the cluster longer with --seat-timeout."
+                f"No trainer for {self.spec.start_timeout:g} s: a trainer needs {need}. "
+                "Free or add them, or give the cluster longer with --trainer-timeout."
             )
 
     @property
     def waiting_for(self) -> str:
-        """What must come before a seat can start; empty when nothing must."""
+        """What must come before a trainer can start; empty when nothing must."""
         if self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer):
             return ""
         return "a GPU node" if self.spec.gpus_per_worker else "a node"
@@ -133,8 +133,8 @@ class TrainerPool:
             return min(wanted, self.size - running)
         room = self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
         startable_now = min(wanted, room - running, free_trainers - unplaced)
-        # An autoscaler's nodes cost something. One for the first seat: where that cannot start, more are no
-        # help. None for lanes that a seat is about to take: it speaks before it has all of them.
+        # An autoscaler's nodes cost something. One for the first trainer: where that cannot start, more are no
+        # help. None for lanes that a trainer is about to take: it speaks before it has all of them.
         more = max(0, self.autoscaler_capacity - room) if self.placed else 0
         lanes_about_to_be_leased = max(0, (running - unplaced) * lanes - training_lanes)
         useful_later = min(wanted, -(-(waiting_lanes - lanes_about_to_be_leased) // lanes) - unplaced)
@@ -144,7 +144,7 @@ class TrainerPool:
         )
 
     def _free_trainers(self) -> int:
-        """Seats that what nobody uses is enough for, about: the nodes are not looked at one by one."""
+        """Trainers that what nobody uses is enough for, about: the nodes are not looked at one by one."""
         free = ray.available_resources()
         units = [
             int(free.get(name, 0.0) / each + 1e-9) for name, each in self.spec.resources_per_worker.items()
@@ -164,8 +164,8 @@ class TrainerPool:
             self.notify(f"{', '.join(said)}: {len(now)} there")
         if self.waiting_for and (said or not before):
             self.notify(
-                f"waiting for {self.waiting_for}, up to {self.spec.start_timeout:g} s (--seat-timeout) "
-                "while there is no seat"
+                f"waiting for {self.waiting_for}, up to {self.spec.start_timeout:g} s (--trainer-timeout) "
+                "while there is no trainer"
             )
 
     def _limit_by_driver_memory(self, driver_node_id: str) -> None:
@@ -181,13 +181,13 @@ class TrainerPool:
         if self.max_trainers < self.size:
             each = CONTROLLER_BYTES / 2**30
             self.notify(
-                f"{self.max_trainers} seats at most, not {self.size}: each keeps {each:g} GiB on the driver's node, "
+                f"{self.max_trainers} trainers at most, not {self.size}: each keeps {each:g} GiB on the driver's node, "
                 f"half of whose {memory / 2**30:.0f} GiB is for that; take a larger one, or more "
-                "--lanes-per-seat"
+                "--lanes-per-trainer"
             )
 
     def _start_trainer(self) -> None:
-        name = f"seat-{self.num_started}"
+        name = f"trainer-{self.num_started}"
         self.num_started += 1
         run = TrainerRun(name, self.spec, self.namespace)
         run.start()
@@ -208,7 +208,7 @@ class TrainerPool:
             placement_groups.remove_orphaned_placement_groups()
 
     def _handle_exit(self, name: str, exit_status: ExitStatus, now: float) -> None:
-        self.broker.seat_ended.remote(name, exit_status.kind, exit_status.reason)
+        self.broker.trainer_exited.remote(name, exit_status.kind, exit_status.reason)
         if exit_status.kind is ExitKind.DONE:
             return
         self._cleanup_until = now + PLACEMENT_GROUP_CLEANUP_SECONDS

@@ -43,7 +43,7 @@ class StorageVisibility:
         why = ""
         try:
             self.can_see[node.id] = ray.get(self.pending_checks.pop(node.id))
-        except Exception as error:  # whatever is wrong there: no seat could work there either
+        except Exception as error:  # whatever is wrong there: no trainer could work there either
             self.can_see[node.id], why = False, f" ({format_ray_error(error)})"
         if not self.can_see[node.id]:
             self.notify(

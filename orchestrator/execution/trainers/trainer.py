@@ -1,7 +1,7 @@
-"""A seat: one Ray Train run that holds a base model and trains packs of lanes until none waits.
+"""A trainer: one Ray Train run that holds a base model and trains lane groups of lanes until none waits.
 
 Its workers split every batch (`finetune/team.py`). One of them speaks to the broker; when one dies, Train
-ends the run, and the seat is replaced as a whole.
+ends the run, and the trainer is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MALLOC_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """How seats are made. All seats of a study are alike."""
+    """How trainers are made. All trainers of a study are alike."""
 
     lanes_per_trainer: int
     gpus_per_worker: float
@@ -69,7 +69,7 @@ class TrainerSpec:
 
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
-    """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this seat."""
+    """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this trainer."""
     import pkgutil
 
     import torch
@@ -82,17 +82,18 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     from orchestrator.record.store import Store
     from orchestrator.util.redaction import redact_errors
 
-    spec = TrainerSpec(**config["plan"])
+    spec = TrainerSpec(**config["spec"])
     gpu = spec.uses_gpus
     if gpu and not torch.cuda.is_available():
         raise RuntimeError(
-            f"Ray gave this seat a GPU that torch {torch.__version__} cannot use; install one for its driver"
+            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install one for its driver"
         )
     device = get_device() if gpu else torch.device("cpu")  # a node's workers see each other's GPUs
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # seats share the cores: two threads each made a pretraining 17 times slower
+        # Trainers share the cores: two threads each made a pretraining 17 times slower.
+        torch.set_num_threads(1)
     if not Path(spec.scratch).is_dir():
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
@@ -116,7 +117,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
 
 
 def model_loader(spec: TrainerSpec, bases: Path, device: Any) -> Callable[[ModelChoice, Task], BaseModel]:
-    """How a worker of the seat loads a base."""
+    """How a worker of the trainer loads a base."""
     from orchestrator.finetune.models import loading
     from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 
@@ -139,7 +140,7 @@ def _exit_with_raylet() -> None:
 
 
 def _drain_with_node(trainer_name: str) -> None:
-    """When the node of this worker is to be drained: has the seat save its lanes and end. Says so again and
+    """When the node of this worker is to be drained: has the trainer save its lanes and end. Says so again and
     again, since a broker that restarts has forgotten it."""
     import ray
 
@@ -152,7 +153,7 @@ def _drain_with_node(trainer_name: str) -> None:
         time.sleep(DRAIN_POLL_SECONDS)
         try:
             if here in draining_node_ids():
-                ray.get_actor(BROKER_NAME).vacate.remote(trainer_name)
+                ray.get_actor(BROKER_NAME).drain.remote(trainer_name)
         except Exception as error:  # the broker restarts, Ray is busy: the next time may go well
             if not said:  # or Ray tells it in another way now, and the next time will be as this one
                 log.warning("cannot look whether this node has to go: %s: %s", type(error).__name__, error)

@@ -1,7 +1,7 @@
-"""Run the Ray Train run of one seat from a thread of the driver.
+"""Run the Ray Train run of one trainer from a thread of the driver.
 
-A seat is one Ray Train run, whose workers train packs of lanes (`seat.py`). The driver starts one `SeatRun`
-for each seat, and `seats.py` decides how many there are.
+A trainer is one Ray Train run, whose workers train lane groups (`trainer.py`). The driver starts one `TrainerRun`
+for each trainer, and `trainers.py` decides how many there are.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.trainers.exit_status import ExitKind, ExitStatus, classify_exit, format_ray_error
 from orchestrator.execution.trainers.trainer import MALLOC_ENVIRONMENT, TrainerSpec, train_loop_per_worker
 
-UNUSED_CALLBACKS = (  # Ray Train's default callbacks that each start one more process per seat
+UNUSED_CALLBACKS = (  # Ray Train's default callbacks that each start one more process per trainer
     "PlacementGroupCleanerCallback",  # orphans.py does its work; its actor outlives a killed driver
-    "DatasetsCallback",  # it serves Ray Data, which the seats do not use
+    "DatasetsCallback",  # it serves Ray Data, which the trainers do not use
 )
 
 
@@ -41,10 +41,10 @@ class SingleWorkerTorchConfig(TorchConfig):
 
 
 class TrainerRun(threading.Thread):
-    """Hold the Ray Train run of one seat in a thread, because `TorchTrainer.fit` blocks until the run ends.
+    """Hold the Ray Train run of one trainer in a thread, because `TorchTrainer.fit` blocks until the run ends.
 
     Args:
-        name: the seat's name, which the broker knows too.
+        name: the trainer's name, which the broker knows too.
         plan: the number of workers, their resources and what they train.
         namespace: the Ray namespace of the study; it makes the name of the Train run unique.
     """
@@ -88,7 +88,7 @@ class TrainerRun(threading.Thread):
         environment = get_env_vars_to_propagate() | {
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished run is noticed
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(max(60.0, spec.start_timeout)),
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a seat; `work` looks itself
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a trainer; `work` looks itself
             "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # as Train has it
         }
         base: Any = TorchTrainer  # type checkers see Train's first version
@@ -124,7 +124,7 @@ class TrainerRun(threading.Thread):
         failure_config: Any = FailureConfig
         return Trainer(
             train_loop_per_worker,
-            train_loop_config={"name": self.name, "plan": asdict(spec)},
+            train_loop_config={"name": self.name, "spec": asdict(spec)},
             scaling_config=ScalingConfig(
                 num_workers=spec.workers_per_trainer,
                 use_gpu=spec.gpus_per_worker > 0,
@@ -137,7 +137,7 @@ class TrainerRun(threading.Thread):
                 name=f"{self.namespace}-{self.name}",
                 storage_path=spec.scratch,
                 worker_runtime_env={} if spec.uses_gpus else {"env_vars": MALLOC_ENVIRONMENT},
-                # A dead seat is replaced as a whole, by the driver.
+                # A dead trainer is replaced as a whole, by the driver.
                 failure_config=failure_config(
                     max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                 ),

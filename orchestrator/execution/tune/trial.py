@@ -1,5 +1,5 @@
 """Tune's trial: one configuration, a thin client of the broker. It imports no torch and asks for memory,
-not CPU, so that trials never take the cores that seats train on."""
+not CPU, so that trials never take the cores that trainers train on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LaneTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         while True:
             try:
-                promise: Any = self.broker.next.remote(
+                promise: Any = self.broker.next_report.remote(
                     self.name, self.configuration, self.reported_step, REPORT_WAIT_SECONDS
                 )
                 news: Any = ray.get(promise)  # Report | State | None
@@ -89,7 +89,7 @@ class LaneTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """On a pause: what Tune has seen. The lane's own checkpoints hold the rest."""
-        return {"at": self.reported_step, "last": self.last_metrics}
+        return {"reported_step": self.reported_step, "last_metrics": self.last_metrics}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        self.reported_step, self.last_metrics = checkpoint["at"], checkpoint["last"]
+        self.reported_step, self.last_metrics = checkpoint["reported_step"], checkpoint["last_metrics"]

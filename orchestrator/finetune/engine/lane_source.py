@@ -75,7 +75,7 @@ class LaneSource(Protocol):
         """A sign of life; returns what to do with the lanes that are held (fingerprint -> answer)."""
         ...
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
         """A lane was saved to its checkpoint, if it could be, and has left the pack; it waits for any seat, a
         parked one first for its trial to ask on."""
         ...

@@ -118,7 +118,7 @@ def run(
                 time.sleep(poll_seconds)
     except StoreFullError:
         for lane in loop.lanes.values():  # rank 0; the end of this process is not their fault
-            loop.source.spill(lane.fingerprint, lane.lease.attempt)
+            loop.source.return_lease(lane.fingerprint, lane.lease.attempt)
         raise
     except Exception as error:
         is_device_lost = classify_error(error) is Fault.DEVICE
@@ -380,7 +380,7 @@ class _Loop:
         def return_leases() -> None:
             """Rank 0."""
             for lane in mid_step:
-                self.source.spill(lane.fingerprint, lane.lease.attempt)
+                self.source.return_lease(lane.fingerprint, lane.lease.attempt)
             for lane in leaving:
                 self._save_and_return_lease(lane)
             self.recorder.write_max_lanes(group_key, max_lanes, failed_lanes)
@@ -510,13 +510,13 @@ class _Loop:
 
     def _decline_lease(self, lease: Lease) -> None:
         """Rank 0."""
-        self.source.spill(lease.configuration.fingerprint, lease.attempt)
+        self.source.return_lease(lease.configuration.fingerprint, lease.attempt)
 
     def _save_and_return_lease(self, lane: Lane) -> None:
         """Rank 0. Whoever leases it next goes on from here; where it cannot be saved, from its newest
         checkpoint, at most an interval back."""
         self.recorder.save_checkpoint(lane)
-        self.source.spill(lane.fingerprint, lane.lease.attempt)
+        self.source.return_lease(lane.fingerprint, lane.lease.attempt)
 
     def _save_adapters(self, lanes: Sequence[Lane]) -> Sequence[None]:
         if self.save_adapter and self.process_group.rank == 0:

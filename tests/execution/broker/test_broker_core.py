@@ -19,7 +19,7 @@ from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.study.configuration import Configuration
 
 
-def test_a_seat_refills_its_shape_then_takes_the_shape_with_most_waiting() -> None:
+def test_a_trainer_refills_its_shape_then_takes_the_shape_with_most_waiting() -> None:
     core = BrokerCore()
     for i, (variant, rate) in enumerate(
         [("lora", 1e-3), ("hira", 1e-3), ("hira", 1e-2), ("lora", 1e-2), ("hira", 1e-1)]
@@ -36,7 +36,7 @@ def test_a_seat_refills_its_shape_then_takes_the_shape_with_most_waiting() -> No
     ]
 
 
-def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
+def test_a_shape_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> None:
     core = BrokerCore()
     for i, rate in enumerate((1e-4, 1e-3, 1e-2)):
         core.submit(f"t{i}", configuration("lora", rate), 0.0)
@@ -47,7 +47,7 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
     late = STARVATION_SECONDS + 1
     held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
-    assert core.lease("b", shape, 1, late).leases == (), "b drains its pack for the unserved shape"
+    assert core.lease("b", shape, 1, late).leases == (), "b drains its lane group for the unserved shape"
     assert len(core.lease("a", shape, 1, late).leases) == 1, "a goes on with its own"
     (fingerprint,) = core.trainers["b"].lanes
     core.end_lease("b", fingerprint, core.entries[fingerprint].attempt, "finished", late)
@@ -55,7 +55,7 @@ def test_a_shape_that_waits_too_long_gets_the_seat_with_fewest_lanes() -> None:
 
 
 def restarted() -> tuple[BrokerCore, Configuration]:
-    """A gated broker that knows nothing, and what its predecessor had leased to seat "a" as attempt 1."""
+    """A gated broker that knows nothing, and what its predecessor had leased to trainer "a" as attempt 1."""
     return BrokerCore(scheduler="asha"), configuration()
 
 
@@ -83,7 +83,7 @@ def test_a_report_that_died_with_the_broker_is_told_again_before_the_lane_goes_o
 
 def test_a_stop_that_is_told_again_after_a_restart_ends_the_lane_where_the_scheduler_saw_it() -> None:
     """Its checkpoint is further, and all that it holds is owed again."""
-    for told_before in (0, 1):  # what its seat says before the broker is told again
+    for told_before in (0, 1):  # what its trainer says before the broker is told again
         core, point = restarted()
         reports = [Report(point.fingerprint, 1, step, {}, 1.0) for step in (1, 2, 3)]
         for report in reports[:told_before]:
@@ -156,43 +156,43 @@ def test_a_zombie_is_told_to_drop_its_lane_and_counts_for_nothing_but_a_final_re
     assert core.exchange("b", held, 0, 3.0) == {point.fingerprint: Directive.DROP}
 
 
-def test_vacated_seats_give_everything_back_and_get_nothing_more() -> None:
-    for name, stays in (("seat-0", "seat-1.b"), (None, "")):
+def test_vacated_trainers_give_everything_back_and_get_nothing_more() -> None:
+    for name, stays in (("trainer-0", "trainer-1.b"), (None, "")):
         core = BrokerCore(scheduler="asha")
         points = [configuration(rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
         for point in points:
             core.submit(point.fingerprint, point, 0.0)
-        core.lease("seat-0.a", None, 3, 0.0)
+        core.lease("trainer-0.a", None, 3, 0.0)
         reported, stopped, training = points
         held: dict[str, HeldLane] = {
             reported.fingerprint: (1, reported, Report(reported.fingerprint, 1, 1, {}, 1.0)),
             stopped.fingerprint: (1, stopped, Report(stopped.fingerprint, 1, 1, {}, 1.0)),
             training.fingerprint: (1, training, None),
         }
-        core.exchange("seat-0.a", held, 2, 0.0)
+        core.exchange("trainer-0.a", held, 2, 0.0)
         core.stop(stopped.fingerprint, stopped, 1, 0.0)
         core.drain(name)
-        assert core.exchange("seat-0.a", held, 2, 0.0) == {
+        assert core.exchange("trainer-0.a", held, 2, 0.0) == {
             reported.fingerprint: Directive.YIELD,
             stopped.fingerprint: Directive.STOP,
             training.fingerprint: Directive.YIELD,
         }
         for point in (reported, training):
-            core.return_lease("seat-0.a", point.fingerprint, 1, 0.0)
-        core.end_lease("seat-0.a", stopped.fingerprint, 1, "stopped", 0.0)
+            core.return_lease("trainer-0.a", point.fingerprint, 1, 0.0)
+        core.end_lease("trainer-0.a", stopped.fingerprint, 1, "stopped", 0.0)
         assert core.ended_lanes == [(stopped.fingerprint, "stopped")]
-        assert core.lease("seat-0.a", None, 3, 0.0) == LeaseGrant(closed=True)
-        assert core.lease("seat-0.later", None, 3, 0.0).closed, "a new incarnation on the same node"
-        assert core.counts() == {"spilled": 1, "waiting": 1, "ended": 1, "seats": 2}
+        assert core.lease("trainer-0.a", None, 3, 0.0) == LeaseGrant(closed=True)
+        assert core.lease("trainer-0.later", None, 3, 0.0).closed, "a new incarnation on the same node"
+        assert core.counts() == {"returned": 1, "waiting": 1, "ended": 1, "trainers": 2}
         if stays:
             leases = core.lease(stays, None, 3, 0.0).leases
             assert [lease.configuration for lease in leases] == [training]
         else:
-            assert core.lease("seat-1.b", None, 3, 0.0).closed
+            assert core.lease("trainer-1.b", None, 3, 0.0).closed
 
 
 def fails_alike(core: BrokerCore, name: str) -> set[str]:
-    """A seat of one place is given lanes, each of which fails, until it gives up. Returns their variants."""
+    """A trainer of one place is given lanes, each of which fails, until it gives up. Returns their variants."""
     variants = set()
     for _ in range(MAX_GROUP_FAILURES):
         (lease,) = core.lease(f"{name}.x", None, 1, 0.0).leases
@@ -210,22 +210,22 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
     for rate in rates[:3]:
         core.submit(f"good{rate}", configuration("lora", rate), 0.0)
     for _ in range(MAX_GROUP_FAILURES):
-        (lease,) = core.lease("seat-0.x", configuration("hira").group_key, 1, 0.0).leases
-        core.end_lease("seat-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
-    core.trainer_exited("seat-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
+        (lease,) = core.lease("trainer-0.x", configuration("hira").group_key, 1, 0.0).leases
+        core.end_lease("trainer-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
+    core.trainer_exited("trainer-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
     assert core.failure_policy.failures_without_step == 0, "another variant waits"
     late = STARVATION_SECONDS + 1
     for rate in rates[:3]:
-        (lease,) = core.lease("seat-1.x", None, 1, late).leases
+        (lease,) = core.lease("trainer-1.x", None, 1, late).leases
         good = configuration("lora", rate)
         assert lease.configuration == good
-        core.exchange("seat-1.x", {good.fingerprint: (1, good, None)}, 1, late)
-        core.lease("seat-1.x", good.group_key, 0, late)
-        assert core.trainers["seat-1.x"].draining_for is None, "no seat is emptied for what fails"
-        core.end_lease("seat-1.x", good.fingerprint, 1, "finished", late)
+        core.exchange("trainer-1.x", {good.fingerprint: (1, good, None)}, 1, late)
+        core.lease("trainer-1.x", good.group_key, 0, late)
+        assert core.trainers["trainer-1.x"].draining_for is None, "no trainer is emptied for what fails"
+        core.end_lease("trainer-1.x", good.fingerprint, 1, "finished", late)
     for number in (2, 3, 4, 5):
         assert not core.failure_policy.abort_reason
-        assert fails_alike(core, f"seat-{number}") == {"hira"}
+        assert fails_alike(core, f"trainer-{number}") == {"hira"}
     assert core.failure_policy.abort_reason, "nothing else is left: before all of them are spoilt"
     assert any(life.needs_trainer for life in core.open_entries.values())
 
@@ -237,12 +237,12 @@ def test_a_machine_that_fails_every_variant_ends_the_study() -> None:
             core.submit(f"{variant}{rate}", configuration(variant, rate), 0.0)
     deaths = 0
     while not core.failure_policy.abort_reason:
-        fails_alike(core, f"seat-{deaths}")
+        fails_alike(core, f"trainer-{deaths}")
         deaths += 1
     assert deaths <= 5
 
 
-def test_a_seat_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
+def test_a_trainer_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does() -> None:
     for how, suspected in (
         (ExitKind.REPEATED_LANE_FAILURES, 0),
         (ExitKind.FAILED, 0),
@@ -253,25 +253,25 @@ def test_a_seat_that_gives_up_leaves_no_suspects_and_one_whose_worker_died_does(
         core = BrokerCore()
         for rate in (1e-3, 1e-2):
             core.submit(f"t{rate}", configuration(rate=rate), 0.0)
-        core.lease("seat-0.x", None, 2, 0.0)
-        core.trainer_exited("seat-0", 0.0, how)
+        core.lease("trainer-0.x", None, 2, 0.0)
+        core.trainer_exited("trainer-0", 0.0, how)
         assert core.num_suspects == suspected
         assert core.failure_policy.failures_without_step == (how is ExitKind.FAILED)
 
 
-def test_a_hung_seat_is_named_and_one_that_speaks_again_is_not() -> None:
+def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:
     core = BrokerCore()
     for rate in (1e-3, 1e-2, 1e-1):
         core.submit(f"t{rate}", configuration(rate=rate), 0.0)
-    for name in ("seat-0.x", "seat-1.x", "seat-2.x"):
+    for name in ("trainer-0.x", "trainer-1.x", "trainer-2.x"):
         core.lease(name, None, 1, 0.0)
     dead = TRAINER_SILENT_SECONDS + 1
     core.tick(dead)
-    assert core.counts()["seats"] == 0
+    assert core.counts()["trainers"] == 0
     assert core.hung_trainers(dead) == [], "the broker itself may have stood still"
-    core.heartbeat("seat-1.x", dead)
-    core.exchange("seat-2.x", {}, 0, dead)
+    core.heartbeat("trainer-1.x", dead)
+    core.exchange("trainer-2.x", {}, 0, dead)
     later = dead + TRAINER_SILENT_SECONDS + 1
-    assert core.hung_trainers(later) == ["seat-0"]
-    core.trainer_exited("seat-0", later, ExitKind.FAILED, "it hung")
+    assert core.hung_trainers(later) == ["trainer-0"]
+    core.trainer_exited("trainer-0", later, ExitKind.FAILED, "it hung")
     assert core.hung_trainers(later) == []

@@ -25,7 +25,7 @@ from orchestrator.study.configuration import Configuration
 
 @dataclass
 class Lane:
-    """As a seat has it. One that goes on from a checkpoint reports again what that holds."""
+    """As a trainer has it. One that goes on from a checkpoint reports again what that holds."""
 
     attempt: int
     configuration: Configuration
@@ -34,7 +34,7 @@ class Lane:
     parked: bool = False
 
 
-class FakeSeat:
+class FakeTrainer:
     def __init__(self, name: str) -> None:
         self.name = name
         self.lanes: dict[str, Lane] = {}
@@ -53,7 +53,7 @@ class FakeSeat:
 
 
 class Broker(RuleBasedStateMachine):
-    """Trials and seats as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
+    """Trials and trainers as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
 
     @initialize(gated=st.booleans(), in_step=st.booleans())
     def start(self, gated: bool, in_step: bool) -> None:
@@ -63,8 +63,8 @@ class Broker(RuleBasedStateMachine):
         self.saved: dict[str, int] = {}
         self.now = 0.0
         self.names = (f"s{i}" for i in itertools.count())
-        self.seats: list[FakeSeat] = []
-        self.zombies: list[FakeSeat] = []
+        self.trainers: list[FakeTrainer] = []
+        self.zombies: list[FakeTrainer] = []
         self.trials: dict[str, tuple[Configuration, int]] = {}  # trial -> (what it wants, last step it saw)
         self.trial_names = (f"t{i}" for i in itertools.count())
         # As the driver has it: trials that the scheduler stopped, whose record is to come.
@@ -72,10 +72,10 @@ class Broker(RuleBasedStateMachine):
         self.asked: dict[str, int] = {}  # the last step beyond which a trial has asked
         self.told: BrokerCore | None = None  # which broker the driver has told what is owed
         self.broker_restarts()
-        for index in (0, 1, 2):  # not empty: what matters happens between seats and trials that are there
+        for index in (0, 1, 2):  # not empty: what matters happens between trainers and trials that are there
             self.submit(index)
-        self.new_seat()
-        self.refill(self.seats[0])
+        self.new_trainer()
+        self.refill(self.trainers[0])
 
     def known(self, configuration: Configuration) -> Record | None:
         return self.records.get(configuration.fingerprint)
@@ -144,31 +144,31 @@ class Broker(RuleBasedStateMachine):
             self.told = self.core
         self.owed = {t: owed for t, owed in self.owed.items() if owed[0].fingerprint not in self.records}
 
-    # -- seats
+    # -- trainers
 
-    @precondition(lambda self: len(self.seats) < 3)
+    @precondition(lambda self: len(self.trainers) < 3)
     @rule()
-    def new_seat(self) -> None:
-        self.seats.append(FakeSeat(next(self.names)))
+    def new_trainer(self) -> None:
+        self.trainers.append(FakeTrainer(next(self.names)))
 
-    @precondition(lambda self: self.seats)
+    @precondition(lambda self: self.trainers)
     @rule(data=st.data(), reply_lost=st.booleans(), spilling=st.booleans())
     def lease(self, data: st.DataObject, reply_lost: bool, spilling: bool) -> None:
-        self.refill(data.draw(st.sampled_from(self.seats)), reply_lost, spilling)
+        self.refill(data.draw(st.sampled_from(self.trainers)), reply_lost, spilling)
 
-    def refill(self, seat: FakeSeat, reply_lost: bool = False, spilling: bool = True) -> None:
+    def refill(self, trainer: FakeTrainer, reply_lost: bool = False, spilling: bool = True) -> None:
         """As the loop does it: lanes that have been parked for long make way for those that are leased."""
-        self.core.exchange(seat.name, seat.held, seat.taken, self.now)
-        shape = next((lane.configuration.group_key for lane in seat.lanes.values()), None)
-        late = [f for f, lane in seat.lanes.items() if lane.parked] if spilling else []
-        free = 3 - len(seat.lanes)
+        self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
+        shape = next((lane.configuration.group_key for lane in trainer.lanes.values()), None)
+        late = [f for f, lane in trainer.lanes.items() if lane.parked] if spilling else []
+        free = 3 - len(trainer.lanes)
         if free + len(late) == 0:
             return
-        offer = self.core.lease(seat.name, shape, free + len(late), self.now)
+        offer = self.core.lease(trainer.name, shape, free + len(late), self.now)
         assert len(offer.leases) <= free + len(late)
-        if not offer.leases and shape is not None and len(late) == len(seat.lanes):
+        if not offer.leases and shape is not None and len(late) == len(trainer.lanes):
             shape = None
-            offer = self.core.lease(seat.name, None, 1, self.now)
+            offer = self.core.lease(trainer.name, None, 1, self.now)
             assert len(offer.leases) <= 1
         leases = offer.leases
         assert not leases or not offer.closed
@@ -176,25 +176,27 @@ class Broker(RuleBasedStateMachine):
         assert len(shapes | {shape} - {None}) <= 1
         if reply_lost:
             return
-        # Given up for dead and leased again, to the same seat: the newer lease counts.
-        gone = {lease.configuration.fingerprint for lease in leases} & set(seat.lanes)
+        # Given up for dead and leased again, to the same trainer: the newer lease counts.
+        gone = {lease.configuration.fingerprint for lease in leases} & set(trainer.lanes)
         late = [f for f in late if f not in gone]
         if (
-            shapes == {lane.configuration.group_key for lane in seat.lanes.values()}
+            shapes == {lane.configuration.group_key for lane in trainer.lanes.values()}
             and not offer.requires_empty_group
         ):
             late = late[: max(0, len(leases) - len(gone) - free)]
         for fingerprint in late if leases else []:
-            self.core.return_lease(seat.name, fingerprint, seat.lanes.pop(fingerprint).attempt, self.now)
+            self.core.return_lease(
+                trainer.name, fingerprint, trainer.lanes.pop(fingerprint).attempt, self.now
+            )
         for lease in leases:
             fingerprint = lease.configuration.fingerprint
-            assert fingerprint not in seat.lanes or lease.attempt > seat.lanes[fingerprint].attempt
+            assert fingerprint not in trainer.lanes or lease.attempt > trainer.lanes[fingerprint].attempt
             assert lease.scheduler.startswith("asha" if self.gated else "")
             step = self.saved.get(fingerprint, 0)
-            seat.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
-        assert len(seat.lanes) <= 3
+            trainer.lanes[fingerprint] = Lane(lease.attempt, lease.configuration, step)
+        assert len(trainer.lanes) <= 3
 
-    @precondition(lambda self: any(s.lanes for s in self.seats + self.zombies))
+    @precondition(lambda self: any(s.lanes for s in self.trainers + self.zombies))
     @rule(
         data=st.data(),
         after_restart=st.sampled_from([False, False, False, True]),
@@ -205,100 +207,104 @@ class Broker(RuleBasedStateMachine):
     def train(self, data: st.DataObject, after_restart: bool, end: str, told: bool, whole: bool) -> None:
         """One report that is owed or one step of one lane, a zombie's perhaps, and its report, or the end.
         It may be the first that a broker which has restarted hears."""
-        seat = data.draw(st.sampled_from([s for s in self.seats + self.zombies if s.lanes]))
-        free = [f for f, lane in sorted(seat.lanes.items()) if not lane.parked]
+        trainer = data.draw(st.sampled_from([s for s in self.trainers + self.zombies if s.lanes]))
+        free = [f for f, lane in sorted(trainer.lanes.items()) if not lane.parked]
         if after_restart:
             self.broker_restarts()
         if free:
-            self.turn(seat, data.draw(st.sampled_from(free)), end, told, whole)
+            self.turn(trainer, data.draw(st.sampled_from(free)), end, told, whole)
 
-    def turn(self, seat: FakeSeat, fingerprint: str, end: str, told: bool = True, whole: bool = True) -> None:
-        lane = seat.lanes[fingerprint]
+    def turn(
+        self, trainer: FakeTrainer, fingerprint: str, end: str, told: bool = True, whole: bool = True
+    ) -> None:
+        lane = trainer.lanes[fingerprint]
         if lane.reported == lane.step:
             if self.gated:
                 assert self.asked.get(fingerprint, 0) >= lane.step, "it runs ahead of Tune"
             if lane.step == STEPS:
-                self.end(seat, fingerprint, end, told)
+                self.end(trainer, fingerprint, end, told)
                 return
             lane.step += 1
-            seat.taken += 1
+            trainer.taken += 1
             if whole:  # a torn checkpoint: the next attempt repeats some reports
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
         lane.reported += 1
-        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
-        self.obey(seat, fingerprint, answers[fingerprint])
+        answers = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
+        self.obey(trainer, fingerprint, answers[fingerprint])
 
-    def end(self, seat: FakeSeat, fingerprint: str, end: str, told: bool) -> None:
-        lane = seat.lanes[fingerprint]
+    def end(self, trainer: FakeTrainer, fingerprint: str, end: str, told: bool) -> None:
+        lane = trainer.lanes[fingerprint]
         if end != "failed" and not self.final(fingerprint):
             self.records[fingerprint] = record(lane.configuration, end)
         if end == "failed" or told:  # a record may be there before anyone is told, and the teller die
-            del seat.lanes[fingerprint]
+            del trainer.lanes[fingerprint]
             state = end if end == "failed" else self.records[fingerprint].state
             life = self.core.entries.get(fingerprint)
             before = (life.phase, life.failures, life.trainer_id, life.attempt) if life else None
-            self.core.end_lease(seat.name, fingerprint, lane.attempt, state, self.now)
-            if before and end == "failed" and before[2:] != (seat.name, lane.attempt):
+            self.core.end_lease(trainer.name, fingerprint, lane.attempt, state, self.now)
+            if before and end == "failed" and before[2:] != (trainer.name, lane.attempt):
                 assert (life.phase, life.failures) == before[:2], "a zombie's failure counts for nothing"
 
-    @precondition(lambda self: self.seats + self.zombies)
+    @precondition(lambda self: self.trainers + self.zombies)
     @rule(data=st.data())
     def exchange(self, data: st.DataObject) -> None:
-        self.sign_of_life(data.draw(st.sampled_from(self.seats + self.zombies)))
+        self.sign_of_life(data.draw(st.sampled_from(self.trainers + self.zombies)))
 
-    def sign_of_life(self, seat: FakeSeat) -> None:
-        answers = self.core.exchange(seat.name, seat.held, seat.taken, self.now)
-        assert set(answers) == set(seat.lanes)
-        assert self.core.steps_taken[seat.name] == seat.taken
+    def sign_of_life(self, trainer: FakeTrainer) -> None:
+        answers = self.core.exchange(trainer.name, trainer.held, trainer.taken, self.now)
+        assert set(answers) == set(trainer.lanes)
+        assert self.core.steps_taken[trainer.name] == trainer.taken
         for fingerprint, answer in answers.items():
-            self.obey(seat, fingerprint, answer)
+            self.obey(trainer, fingerprint, answer)
 
-    def obey(self, seat: FakeSeat, fingerprint: str, answer: Directive) -> None:
-        lane = seat.lanes[fingerprint]
+    def obey(self, trainer: FakeTrainer, fingerprint: str, answer: Directive) -> None:
+        lane = trainer.lanes[fingerprint]
         life = self.core.entries.get(fingerprint)
         if answer is not Directive.DROP and life is not None:
-            assert (life.trainer_id, life.attempt) == (seat.name, lane.attempt), "only the holder may go on"
+            assert (life.trainer_id, life.attempt) == (trainer.name, lane.attempt), (
+                "only the holder may go on"
+            )
             if answer in (Directive.CONTINUE, Directive.PARK):
                 assert (answer is Directive.PARK) == (life.phase is LeasePhase.PAUSED)
             assert answer is not Directive.STOP or life.is_stopped
             assert answer is Directive.STOP or (answer is Directive.YIELD) == (
-                seat.name in self.core.draining
+                trainer.name in self.core.draining
             )
         lane.parked = answer is Directive.PARK
         if answer in (Directive.STOP, Directive.DROP, Directive.YIELD):
-            del seat.lanes[fingerprint]
+            del trainer.lanes[fingerprint]
             if answer is Directive.YIELD:
                 self.saved[fingerprint] = max(self.saved.get(fingerprint, 0), lane.step)
-                self.core.return_lease(seat.name, fingerprint, lane.attempt, self.now)
+                self.core.return_lease(trainer.name, fingerprint, lane.attempt, self.now)
             if answer is Directive.STOP:
                 assert lane.reported >= life.stop_step, "the record has what the scheduler saw"
                 if not self.final(fingerprint):
                     self.records[fingerprint] = record(lane.configuration, "stopped", lane.reported)
                 state = self.records[fingerprint].state
-                self.core.end_lease(seat.name, fingerprint, lane.attempt, state, self.now)
+                self.core.end_lease(trainer.name, fingerprint, lane.attempt, state, self.now)
 
-    @precondition(lambda self: self.seats)
+    @precondition(lambda self: self.trainers)
     @rule(data=st.data(), noticed=st.booleans(), how=st.sampled_from(ExitKind), zombie=st.booleans())
     def die(self, data: st.DataObject, noticed: bool, how: ExitKind, zombie: bool) -> None:
-        seat = data.draw(st.sampled_from(self.seats))
-        self.seats.remove(seat)
+        trainer = data.draw(st.sampled_from(self.trainers))
+        self.trainers.remove(trainer)
         if noticed:
-            self.core.trainer_exited(seat.name, self.now, how)
-            assert seat.name not in self.core.trainers
+            self.core.trainer_exited(trainer.name, self.now, how)
+            assert trainer.name not in self.core.trainers
         if zombie:
-            self.zombies.append(seat)
+            self.zombies.append(trainer)
 
-    @precondition(lambda self: self.seats)
+    @precondition(lambda self: self.trainers)
     @rule(data=st.data())
     def vacate(self, data: st.DataObject) -> None:
         """It is given nothing more, and has nothing when it has heard of it."""
-        seat = data.draw(st.sampled_from(self.seats))
-        self.core.drain(seat.name)
-        assert self.core.lease(seat.name, None, 3, self.now).closed
-        self.sign_of_life(seat)
-        assert not seat.lanes
-        self.sign_of_life(seat)  # what it was told to drop, it no longer names
-        assert not any(life.trainer_id == seat.name for life in self.core.entries.values())
+        trainer = data.draw(st.sampled_from(self.trainers))
+        self.core.drain(trainer.name)
+        assert self.core.lease(trainer.name, None, 3, self.now).closed
+        self.sign_of_life(trainer)
+        assert not trainer.lanes
+        self.sign_of_life(trainer)  # what it was told to drop, it no longer names
+        assert not any(life.trainer_id == trainer.name for life in self.core.entries.values())
 
     @rule()
     def wait_long(self) -> None:
@@ -317,7 +323,7 @@ class Broker(RuleBasedStateMachine):
     # -- what must hold
 
     @invariant()
-    def a_lane_has_one_seat(self) -> None:
+    def a_lane_has_one_trainer(self) -> None:
         core = self.core
         for fingerprint, life in core.entries.items():
             leased = life.phase in (LeasePhase.LEASED, LeasePhase.PAUSED)
@@ -333,7 +339,7 @@ class Broker(RuleBasedStateMachine):
             assert steps == sorted(set(steps))
 
     @invariant()
-    def every_lane_on_no_seat_is_wanted_or_owes_its_record(self) -> None:
+    def every_lane_on_no_trainer_is_wanted_or_owes_its_record(self) -> None:
         for life in self.core.entries.values():
             if life.phase is LeasePhase.WAITING:
                 assert life.trials or life.is_stopped
@@ -347,26 +353,26 @@ class Broker(RuleBasedStateMachine):
                 assert life.resume_after_step < life.reports[-1].step
 
     def teardown(self) -> None:
-        """Left alone with one good seat, every trial learns how its lane ended, and no record is owed."""
+        """Left alone with one good trainer, every trial learns how its lane ended, and no record is owed."""
         if not hasattr(self, "core"):
             return
         self.driver_looks()
         self.wait_long()
         self.zombies.clear()
-        seat = FakeSeat("last")
-        self.seats = [seat]
+        trainer = FakeTrainer("last")
+        self.trainers = [trainer]
         for _ in range(60 * len(POINTS)):
             least = min((seen for _, seen in self.trials.values()), default=0)
             for trial, (_, seen) in list(self.trials.items()):
                 if not self.in_step or seen == least:
                     self.asks(trial)
-            self.refill(seat)
-            self.sign_of_life(seat)
-            for fingerprint, lane in list(seat.lanes.items()):
+            self.refill(trainer)
+            self.sign_of_life(trainer)
+            for fingerprint, lane in list(trainer.lanes.items()):
                 if not lane.parked:
-                    self.turn(seat, fingerprint, "finished")
+                    self.turn(trainer, fingerprint, "finished")
         assert not self.trials, "a trial waits for ever"
-        assert not seat.lanes
+        assert not trainer.lanes
         assert all(life.phase is LeasePhase.ENDED for life in self.core.entries.values())
         failed = {f for f, life in self.core.entries.items() if life.state == "failed"}
         owed = {point.fingerprint for point, _ in self.owed.values()}

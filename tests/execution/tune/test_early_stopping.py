@@ -1,4 +1,4 @@
-"""The rungs, their settings, and the delegate over Tune's schedulers: with real Tune, without seats."""
+"""The rungs, their settings, and the delegate over Tune's schedulers: with real Tune, without trainers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_known_results_come_first_but_for_hyperband_where_order_makes_the_bracke
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 40])
-def test_trials_leave_half_of_the_memory_to_seats_under_hyperband_too(nodes: int) -> None:
+def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: int) -> None:
     from orchestrator.execution.ray.runtime import Cluster, Node
     from orchestrator.execution.session import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec

@@ -144,8 +144,8 @@ class Random(Script):
         self.parked.clear()
         return super().exchange(taken)
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
-        super().spill(fingerprint, attempt)
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        super().return_lease(fingerprint, attempt)
         if fingerprint not in self.leaving:
             assert self.lanes[fingerprint].state is LaneState.PARKED
             del self.parked_at[fingerprint]

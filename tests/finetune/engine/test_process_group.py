@@ -204,8 +204,8 @@ class Wild(Script):
         )
         self.changes = lambda steps: {f: self.answers(None) for f in steps if self.random.random() < 0.3}  # type: ignore[arg-type]
 
-    def spill(self, fingerprint: str, attempt: int) -> None:
-        super().spill(fingerprint, attempt)
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        super().return_lease(fingerprint, attempt)
         self.leases.append(Lease(self.lanes[fingerprint].configuration, attempt + 1))
 
 

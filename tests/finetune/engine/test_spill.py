@@ -91,8 +91,8 @@ def test_what_was_saved_already_is_not_written_again(store: Store) -> None:
     written: list[tuple[str, int]] = []
 
     class Watching(Queue):
-        def spill(self, fingerprint: str, attempt: int) -> None:
-            super().spill(fingerprint, attempt)
+        def return_lease(self, fingerprint: str, attempt: int) -> None:
+            super().return_lease(fingerprint, attempt)
             files = (store.checkpoints / fingerprint).glob("*/*.safetensors")
             written.append((fingerprint, len(list(files))))
 
