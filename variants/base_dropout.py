@@ -24,12 +24,11 @@ class LaneDropout(nn.Module):
     """
 
     def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
-        """
-        Args:
-            name: The module's path in the model. The masks depend on it.
-            p: The probability that a number is zeroed.
-            board: Knows which lanes' rows are computed.
-            table: Whether it replaces a `TableDropout`.
+        """Args:
+        name: The module's path in the model. The masks depend on it.
+        p: The probability that a number is zeroed.
+        board: Knows which lanes' rows are computed.
+        table: Whether it replaces a `TableDropout`.
         """
         super().__init__()
         self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table

@@ -1,5 +1,6 @@
 """Evidence for starts that are computed from gradients or inputs: one pass over a few batches, in bounded
-memory."""
+memory.
+"""
 
 from __future__ import annotations
 

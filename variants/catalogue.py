@@ -28,7 +28,8 @@ def names() -> tuple[str, ...]:
 
 def axis(name: str) -> str:
     """What the variant changes: baseline, rank, optimization, initialization, experts. ValueError if
-    unknown."""
+    unknown.
+    """
     if name not in _axis_by_name():
         close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(names())}."

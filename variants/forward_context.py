@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from variants.base import FrozenLayer, Params, Variant, VariantSettings, stable_seed
-
-
-class UnassignedRowsError(RuntimeError):
-    """An adapted layer was called with rows of which nobody knows the lane."""
+from variants.errors import UnassignedRowsError
 
 
 @dataclass(eq=False)
@@ -125,7 +122,7 @@ def _next_call_key(name: str, context: ForwardContext) -> str:
 
 
 def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor:
-    """x (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
+    """X (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
     lane_count = len(context.lanes)
     size = lane_count * (context.rows_per_lane or 1)
     if (lane_count > 1 or context.rows_per_lane) and (x.dim() < 2 or x.shape[0] % size):

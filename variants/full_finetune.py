@@ -15,7 +15,8 @@ MODEL_PREFIX = "model:"
 
 class FullModelParameters:
     """Takes the place of the frozen parameters while the lane is computed; they are never written. The lane's
-    copies are float32 (float64 over float64) and cast to the model's dtype at every use."""
+    copies are float32 (float64 over float64) and cast to the model's dtype at every use.
+    """
 
     def __init__(self, model: nn.Module, excluded_module_ids: set[int]) -> None:
         """`heads`: ids of modules to leave out, with all that is in them."""
@@ -40,7 +41,7 @@ class FullModelParameters:
             self.tensors.setdefault(name.rpartition(".")[0], LaneTensors())
 
     def init(self) -> dict[str, dict[str, torch.Tensor]]:
-        """place -> parameter -> copy, to be put into `tensors`."""
+        """Place -> parameter -> copy, to be put into `tensors`."""
         copies: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in self.tensors}
         for name, parameter in self._base_parameters.items():
             place, _, key = name.rpartition(".")

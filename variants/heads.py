@@ -18,7 +18,8 @@ INIT_STD = 0.02
 class LaneHead(nn.Module):
     """y = W x + b in float32 (float64 over a float64 model), W (out, in) and b (out,) learnt by each lane
     from N(0, 0.02) and 0. Stands where the linear layer `base` stood, whose weights only the frozen model
-    uses."""
+    uses.
+    """
 
     def __init__(self, name: str, base_layer: nn.Linear, adapter_state: AdapterState) -> None:
         super().__init__()

@@ -18,10 +18,6 @@ DENSE_RECOMPUTE_NUMEL = 1 << 20
 cost of recomputing (about 0.1 ms) outweighs the memory."""
 
 
-class BypassedLayerError(RuntimeError):
-    """The model read an adapted layer's weight and never called the layer: its adapter has no effect."""
-
-
 class LaneLinear(nn.Module):
     """Stands in the model where the frozen layer `base` stood, and adds each lane's update to its output."""
 

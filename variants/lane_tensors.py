@@ -12,13 +12,15 @@ MAX_CACHED_STACKS = 2  # kept of frozen tensors: training's lanes and evaluation
 
 class LaneTensors:
     """Each lane's tensors are separate, so that lanes come and go and each has its own optimizer; they are
-    stacked when they are computed with."""
+    stacked when they are computed with.
+    """
 
     def __init__(
         self, mutable_buffers: frozenset[str] = frozenset(), hook_only_buffers: frozenset[str] = frozenset()
     ) -> None:
         """`moving`: frozen tensors that hooks write, so that no lane may share them. `unseen`: those that
-        only hooks read."""
+        only hooks read.
+        """
         self.mutable_buffers, self.hook_only_buffers = mutable_buffers, hook_only_buffers
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}

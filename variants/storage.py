@@ -33,7 +33,8 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
     """Everything of a lane (parameters, frozen tensors, settings, seed), bit for bit, as one safetensors
-    file."""
+    file.
+    """
     tensors = {f"trainable/{name}": tensor.detach() for name, tensor in adapters.trainable(lane).items()}
     tensors |= {f"frozen/{name}": tensor for name, tensor in adapters.frozen(lane).items()}
     metadata = {

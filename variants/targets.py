@@ -1,5 +1,6 @@
 """Which layers of a model carry adapters, and which models are refused because an adapter would not be
-seen."""
+seen.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +116,8 @@ def _suggest_layer(name: str, layers: Iterable[str]) -> str:
 
 def _check_adaptable(name: str, modules: dict[str, nn.Module], match_all: bool) -> None:
     """Raises for a module that adapters cannot reach. `whole`: every module in scope was meant, so that one
-    without linear layers counts too."""
+    without linear layers counts too.
+    """
     parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
     for path in [*parents, name]:
         if isinstance(modules[path], nn.MultiheadAttention):

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from variants.attach import Adapters
 from variants.base import AdaptationScope, Batching, MergeError, Variant, VariantSettings
+from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 Law = Callable[[Variant, Case], None]
@@ -77,7 +78,7 @@ def merged_equals_forward(variant: Variant, case: Case) -> None:
         adapters.remove_lane(other)
     refused = ""
     try:
-        adapters.merge_and_detach("0")
+        merge_and_detach(adapters, "0")
     except MergeError as refusal:
         refused = str(refusal)
     if refused:

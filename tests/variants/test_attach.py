@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
-from variants.attach import Adapters, BypassedLayerError, UnassignedRowsError, attach
+from variants.attach import Adapters, attach
 from variants.base import FrozenLayer, MergeError, Params, UnsupportedError, Variant, VariantSettings
 from variants.baseline.lora import LoRA
+from variants.errors import BypassedLayerError, UnassignedRowsError
+from variants.merging import merge_and_detach
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 
@@ -94,7 +96,7 @@ def test_lanes_come_and_go_and_keep_their_rows() -> None:
         assert torch.equal(adapters.model(torch.cat([x, x]))[8:], alone)
     with pytest.raises(ValueError, match="'lane0' is there already"):
         adapters.add_lane("lane0", SETTINGS, seed=0)
-    with pytest.raises(UnsupportedError, match="rank 3 differs from the pack's 2"):
+    with pytest.raises(UnsupportedError, match="rank 3 differs from the lane group's 2"):
         adapters.add_lane("lane9", VariantSettings(rank=3, alpha=4.0), seed=0)
 
 
@@ -152,13 +154,13 @@ def test_flags_come_back_as_they_were() -> None:
 def test_merge_is_refused_where_it_would_change_more() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     with pytest.raises(MergeError, match="while lane1 uses the same base"):
-        adapters.merge_and_detach("lane0")
+        merge_and_detach(adapters, "lane0")
     model = Blocks(nn.Linear(6, 6))
     model.add_module("head", nn.Linear(6, 6))
     model.head.weight = model.blocks[0].weight
     adapters = adapted(model, lanes=1)
     with pytest.raises(MergeError, match=r"blocks\.0 shares its weight with head"):
-        adapters.merge_and_detach("lane0")
+        merge_and_detach(adapters, "lane0")
 
 
 class Unmergeable(LoRA):
@@ -174,7 +176,7 @@ def test_a_refused_merge_changes_nothing() -> None:
     adapters = attach(model, Unmergeable(), SETTINGS)
     adapters.add_lane("a", SETTINGS, 0)
     with pytest.raises(MergeError, match="unmergeable cannot be merged"):
-        adapters.merge_and_detach("a")
+        merge_and_detach(adapters, "a")
     assert torch.equal(model.blocks[0].weight, before)
     assert adapters.lanes == ("a",)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.base import ExtraSettings, FrozenLayer, MergeError, UnsupportedError, VariantSettings
+from variants.merging import merge_and_detach
 
 VARIANT = catalogue.get("lora_moe")
 OUT, INSIDE = 20, 12
@@ -194,4 +195,4 @@ def test_merging_is_refused_by_name() -> None:
     for lane in "02":
         adapters.remove_lane(lane)
     with pytest.raises(MergeError, match="lora_moe cannot be merged"):
-        adapters.merge_and_detach("1")
+        merge_and_detach(adapters, "1")

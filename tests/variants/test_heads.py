@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from variants import catalogue
 from variants.attach import Adapters, attach
 from variants.base import UnsupportedError, VariantSettings
+from variants.merging import merge_and_detach
 from variants.storage import load_lane, load_peft, save_lane, save_peft
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
@@ -115,7 +116,7 @@ def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> 
     fresh = adapted(name, lanes=0)
     load_lane(fresh, "0", tmp_path / "lane.safetensors")
     assert torch.equal(logits(fresh, "0"), before)
-    adapters.merge_and_detach("0")
+    merge_and_detach(adapters, "0")
     with torch.no_grad():
         torch.testing.assert_close(adapters.model(input_ids=IDS).logits, before)
 

@@ -72,7 +72,8 @@ class LoRA(Variant):
 
     def export_rank(self, settings: VariantSettings) -> int:
         """Of the plain LoRA that the export is, over the unchanged base: above the rank that is learnt where
-        there are frozen factors besides (as PEFT advises for PiSSA)."""
+        there are frozen factors besides (as PEFT advises for PiSSA).
+        """
         return settings.rank
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:

@@ -1,5 +1,6 @@
 """EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA that starts from the directions in which a layer's
-inputs vary most, with more ranks where they explain more."""
+inputs vary most, with more ranks where they explain more.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the weight's largest singular
-triplets."""
+triplets.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def _singular_triplets(layer: FrozenLayer, rank: int, svd: str) -> tuple[Tensor,
 
 def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V^T of the largest `rank` triplets and up to ten more: Halko, Martinsson and Tropp (2011, arXiv
-    0909.4061), algorithms 4.4 and 5.1. Its own noise, so that torch's global state is left alone."""
+    0909.4061), algorithms 4.4 and 5.1. Its own noise, so that torch's global state is left alone.
+    """
     columns = min(rank + 10, *weight.shape)
     noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))
     q = torch.linalg.qr(weight @ noise.to(weight))[0]

@@ -1,5 +1,6 @@
 """Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the frozen weight follows the change of the low-rank
-product."""
+product.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ class DeltaLoRA(LoRA):
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         """B A + ratio (B A - B0 A0) as one product. The difference is B (A - A0) + (B - B0) A0: exactly zero
-        while nothing has changed, and not rounded against B A."""
+        while nothing has changed, and not rounded against B A.
+        """
         a, b, ratio = params["A"], params["B"], params["ratio"]
         a0, b0 = params["before A"], params["before B"]
         still, followed = b.detach(), a.detach() - a0

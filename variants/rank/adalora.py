@@ -1,5 +1,6 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): a singular value decomposition is learnt, and its least
-important triplets are pruned."""
+important triplets are pruned.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,332 @@
+"""Lanes that train on an adapted model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from variants.adapted_model import AdaptedModel, CalibrationTensors
+from variants.base import (
+    Batching,
+    CalibrationStatistic,
+    LaneView,
+    LayerView,
+    UnsupportedError,
+    Variant,
+    VariantSettings,
+)
+from variants.errors import BypassedLayerError
+from variants.forward_context import ForwardContext
+from variants.full_finetune import MODEL_PREFIX
+
+Moments = Callable[[Tensor], Mapping[str, Tensor]]
+"""Returns AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
+
+
+class Adapters(AdaptedModel):
+    """An adapted model and the lanes on it; made by `attach`."""
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """The lanes in the order in which they were added."""
+        return tuple(self.state.settings)
+
+    @property
+    def max_lanes(self) -> int:
+        """The largest permitted number of lanes."""
+        return 1 if self.variant.batching is Batching.EXCLUSIVE else sys.maxsize
+
+    def lane_settings(self, lane: str) -> VariantSettings:
+        """Return a lane's settings, with all defaults filled in."""
+        return self.state.settings[self._require_lane(lane)]
+
+    def lane_seed(self, lane: str) -> int:
+        """Return a lane's seed."""
+        return self.state.seeds[self._require_lane(lane)]
+
+    def add_lane(
+        self, lane: str, settings: VariantSettings, seed: int, calibration: CalibrationTensors | None = None
+    ) -> None:
+        """Add a lane at step 0.
+
+        The noise depends only on the seed and the names of layer and parameter, so that every variant and
+        learning rate gets the same noise.
+
+        Args:
+            lane: The new lane's name.
+            settings: Its settings, of which only alpha may differ from other lanes.
+            seed: The seed of its initial tensors, dropout masks and hooks.
+            calibration: The result of `calibrate`, for a variant that needs one.
+
+        Raises:
+            UnsupportedError: The settings differ from those of the lane group, there is no room for another
+                lane, or the calibration is missing.
+        """
+        settings = self._validate_new_lane(lane, settings)
+        statistic = self.variant.calibration_statistic
+        if statistic is not CalibrationStatistic.NONE and calibration is None:
+            raise UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
+        for owner, initial in self.initial_tensors(settings, seed, calibration or {}).items():
+            self.tensors_by_owner[owner].add_lane(lane, initial.trainable, initial.frozen, self.device(owner))
+        self._register_lane(lane, settings, seed)
+
+    def restore_lane(
+        self,
+        lane: str,
+        trainable: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        settings: VariantSettings,
+        seed: int = 0,
+    ) -> None:
+        """Add a lane that was saved, bit for bit.
+
+        Args:
+            lane: The lane's name.
+            trainable: The result of `trainable` when it was saved.
+            frozen: The result of `frozen` when it was saved.
+            settings: Its settings.
+            seed: The seed of its dropout masks and hooks.
+
+        Raises:
+            UnsupportedError: The tensors do not fit the model, or the settings do not fit the lane group.
+        """
+        settings = self._validate_new_lane(lane, settings)
+        trainable_by_owner, frozen_by_owner = _group_by_owner(trainable), _group_by_owner(frozen)
+        saved = trainable_by_owner.keys() | frozen_by_owner.keys()
+        foreign, missing = sorted(saved - set(self.tensors_by_owner)), set(self.tensors_by_owner) - saved
+        if foreign or missing:
+            problem = (
+                f"layer {foreign[0]!r} is not adapted" if foreign else f"layer {min(missing)!r} is missing"
+            )
+            raise UnsupportedError(f"lane {lane}: its tensors do not fit the model: {problem}")
+        for owner, tensors in self.tensors_by_owner.items():
+            tensors.add_lane(
+                lane, trainable_by_owner.get(owner, {}), frozen_by_owner.get(owner, {}), self.device(owner)
+            )
+        self._register_lane(lane, settings, seed)
+
+    def remove_lane(self, lane: str) -> None:
+        """Remove a lane and its tensors."""
+        del self.state.settings[self._require_lane(lane)], self.state.seeds[lane]
+        for owner_tensors in self.tensors_by_owner.values():
+            owner_tensors.remove_lane(lane)
+        self.state.invalidate()
+
+    def trainable(self, lane: str) -> dict[str, nn.Parameter]:
+        """Return a lane's parameters by "<owner>.<parameter>"."""
+        self._require_lane(lane)
+        return {
+            f"{n}.{p}": t for n, own in self.tensors_by_owner.items() for p, t in own.trainable[lane].items()
+        }
+
+    def frozen(self, lane: str) -> dict[str, Tensor]:
+        """Return a lane's tensors that no gradient changes, by "<owner>.<tensor>"; a checkpoint needs them.
+
+        Examples are PiSSA's A0 and B0 and AdaLoRA's mask.
+        """
+        self._require_lane(lane)
+        return {
+            f"{n}.{p}": t for n, own in self.tensors_by_owner.items() for p, t in own.frozen[lane].items()
+        }
+
+    def is_head(self, parameter: str) -> bool:
+        """Return whether a key of `trainable` belongs to the task's head."""
+        return parameter.rpartition(".")[0] in self.heads
+
+    def owning_module(self, parameter: str) -> nn.Module | None:
+        """Return the module of the model that owns a parameter trained by full fine-tuning.
+
+        Args:
+            parameter: A key of `trainable`.
+
+        Returns:
+            None for parameters of adapters and heads.
+        """
+        owner = parameter.rpartition(".")[0]
+        if not owner.startswith(MODEL_PREFIX):
+            return None
+        return self.model.get_submodule(owner.removeprefix(MODEL_PREFIX))
+
+    def ranks_in_use(self, lane: str) -> dict[str, int]:
+        """Return the number of unmasked ranks of each layer."""
+        settings = self.lane_settings(lane)
+        return {
+            n: self.variant.rank_in_use(layer.lane_tensors(lane), settings)
+            for n, layer in self.layers.items()
+        }
+
+    def parameter_count(self, lane: str) -> int:
+        """Return the number of trainable values of a lane, without masked ranks."""
+        total = sum(p.numel() for p in self.trainable(lane).values())
+        settings = self.lane_settings(lane)
+        for name, rank in self.ranks_in_use(lane).items():
+            layer = self.layers[name]
+            allocated = sum(p.numel() for p in layer.own_tensors.trainable[lane].values())
+            out_features, in_features = layer.frozen_layer.weight.shape
+            in_use = self.variant.parameter_count(out_features, in_features, replace(settings, rank=rank))
+            total += in_use - allocated
+        return total
+
+    def before_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+        """Run the variant's hook before an optimizer step.
+
+        Args:
+            lane: The lane that takes the step.
+            step: The number of steps taken so far.
+            total_steps: The number of steps that the lane takes in all.
+            moments: Returns the optimizer's state of a parameter.
+        """
+        self._run_hook("before_step", lane, step, total_steps, moments)
+
+    def after_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+        """Run the variant's hook after an optimizer step.
+
+        Args:
+            lane: The lane that took the step.
+            step: The number of steps taken so far, this one included.
+            total_steps: The number of steps that the lane takes in all.
+            moments: Returns the optimizer's state of a parameter.
+        """
+        self._run_hook("after_step", lane, step, total_steps, moments)
+
+    def _run_hook(self, hook: str, lane: str, step: int, total_steps: int, moments: Moments) -> None:
+        if getattr(type(self.variant), hook) is getattr(Variant, hook):
+            return  # the variant does not define it
+        settings = self.lane_settings(lane)
+        views = {
+            name: LayerView(
+                layer.frozen_layer, layer.own_tensors.trainable[lane], layer.own_tensors.frozen[lane]
+            )
+            for name, layer in self.layers.items()
+        }
+        with torch.no_grad():
+            getattr(self.variant, hook)(
+                LaneView(views, settings, self.lane_seed(lane), step, total_steps, moments)
+            )
+
+    @contextmanager
+    def activate_lanes(
+        self,
+        lanes: Sequence[str],
+        dropout_step: int | Sequence[int] | None,
+        micro_batch: int = 0,
+        rows_per_lane: int | None = None,
+        shard: tuple[int, int] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[ForwardContext]:
+        """Let calls of the model compute the rows of these lanes.
+
+        Inside the context the model is called with K*R rows: lane i has rows i*R to (i+1)*R - 1. The backward
+        pass may run inside the context or after it; for full fine-tuning it has to run inside.
+
+        Args:
+            lanes: K lanes, each once.
+            dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
+                None turns dropout off, for evaluation.
+            micro_batch: The number of the micro-batch within the step.
+            rows_per_lane: R, if every layer is to check it.
+            shard: (first, total) if a worker computes only the rows from `first` on of the `total` rows that
+                each lane has on all workers together.
+            attention_mask: (K*R, L), False at padding.
+
+        Yields:
+            The context, which holds the auxiliary losses after the forward pass.
+
+        Raises:
+            BypassedLayerError: The model read the weight of an adapted layer without calling the layer.
+            KeyError: A lane does not exist.
+            ValueError: There is no lane, a lane occurs twice, or the number of dropout steps is wrong.
+        """
+        for lane in lanes:
+            self._require_lane(lane)
+        if not lanes or len(set(lanes)) != len(lanes):
+            raise ValueError(f"rows of lanes {list(lanes)}: must be at least one, each once")
+        dropout_steps: tuple[int, ...] | None = None
+        if dropout_step is not None:
+            lane_steps = [dropout_step] * len(lanes) if isinstance(dropout_step, int) else dropout_step
+            dropout_steps = tuple(int(step) for step in lane_steps)
+            if len(dropout_steps) != len(lanes):
+                raise ValueError(f"{len(dropout_steps)} dropout steps for {len(lanes)} lanes")
+        context = ForwardContext(
+            tuple(lanes), dropout_steps, micro_batch, rows_per_lane, shard, attention_mask
+        )
+        full_model = self.full_model.swap_in(lanes[0]) if self.full_model is not None else nullcontext()
+        with self._activate(context), full_model:
+            yield context
+            bypassed = sorted(context.weight_reads - context.called_layers)
+            if bypassed:
+                raise BypassedLayerError(
+                    f"{bypassed[0]}: the model reads its weight and never calls it; target other layers"
+                )
+        context.prepared_params.clear()
+        self.state.last_context = context
+
+    @contextmanager
+    def disable_adapters(
+        self,
+        head_weights: Mapping[str, Mapping[str, Tensor]] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Let calls of the model compute the frozen base model, with any number of rows.
+
+        Args:
+            head_weights: Head -> parameter -> value, in place of the model's own head.
+            attention_mask: (rows, L), False at padding.
+        """
+        with self._activate(
+            ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
+        ):
+            yield
+
+    def detach(self) -> None:
+        """Restore the model bit for bit and remove all lanes."""
+        super().detach()
+        for lane in self.lanes:
+            self.remove_lane(lane)
+
+    @contextmanager
+    def _activate(self, context: ForwardContext) -> Iterator[None]:
+        before, self.state.current_context = self.state.current_context, context
+        try:
+            yield
+        finally:
+            self.state.current_context = before
+
+    def _require_lane(self, lane: str) -> str:
+        if lane not in self.state.settings:
+            raise KeyError(f"no lane {lane!r}; there are: {', '.join(self.lanes) or 'none'}")
+        return lane
+
+    def _validate_new_lane(self, lane: str, settings: VariantSettings) -> VariantSettings:
+        if lane in self.state.settings:
+            raise ValueError(f"lane {lane!r} is there already")
+        settings = self.variant.validate_settings(settings)
+        if len(self.lanes) >= self.max_lanes:
+            raise UnsupportedError(
+                f"{self.variant.name} trains one lane at a time; lane {self.lanes[0]} is there already"
+            )
+        for field in ("rank", "dropout", "extra"):
+            value, group_value = getattr(settings, field), getattr(self.settings, field)
+            if value != group_value:
+                raise UnsupportedError(
+                    f"lane {lane}: {field} {value!r} differs from the lane group's {group_value!r}"
+                )
+        return settings
+
+    def _register_lane(self, lane: str, settings: VariantSettings, seed: int) -> None:
+        self.state.settings[lane] = settings
+        self.state.seeds[lane] = seed
+        self.state.invalidate()
+
+
+def _group_by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, parameter = name.rsplit(".", 1)
+        parts.setdefault(owner, {})[parameter] = tensor
+    return parts

@@ -1,0 +1,19 @@
+"""Errors that variants and adapters raise."""
+
+from __future__ import annotations
+
+
+class MergeError(ValueError):
+    """The update of a lane cannot be added to the base model's weights."""
+
+
+class UnsupportedError(ValueError):
+    """A variant or a model cannot take a value; the message states the value, the rule and a remedy."""
+
+
+class UnassignedRowsError(RuntimeError):
+    """An adapted layer was called with rows that belong to no known lane."""
+
+
+class BypassedLayerError(RuntimeError):
+    """The model read the weight of an adapted layer without calling the layer, so the adapter has no effect."""

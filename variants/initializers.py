@@ -1,0 +1,47 @@
+"""Initial values of adapter parameters.
+
+Random values are drawn on the CPU in float32, so that every device starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from variants.lane_views import FrozenLayer, InitialTensors
+from variants.seeds import parameter_generator
+from variants.variant_settings import VariantSettings
+
+
+def uniform_init(
+    shape: tuple[int, ...], bound: float, layer: FrozenLayer, generator: torch.Generator
+) -> Tensor:
+    """Draw from the uniform distribution on [-bound, bound).
+
+    Args:
+        shape: The shape of the result.
+        bound: The largest absolute value.
+        layer: The layer whose device and lane dtype the result gets.
+        generator: The source of randomness, on the CPU.
+    """
+    draw = torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1).mul_(bound)
+    return draw.to(layer.weight.device, layer.dtype)
+
+
+def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator) -> InitialTensors:
+    """Return LoRA's initial A (rank, in) and B (out, rank); B is zero, and so is the update.
+
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt(5).
+
+    Args:
+        layer: The frozen layer.
+        settings: The lane's settings, of which the rank is used.
+        generator: The generator of this lane and layer.
+    """
+    out_features, in_features = layer.weight.shape
+    noise = parameter_generator(generator, "A")
+    a = uniform_init((settings.rank, in_features), 1 / math.sqrt(in_features), layer, noise)
+    b = torch.zeros(out_features, settings.rank, dtype=layer.dtype, device=layer.weight.device)
+    return InitialTensors({"A": a, "B": b})

@@ -1,0 +1,77 @@
+"""Data that a variant receives and returns: frozen layers, initial tensors, and lanes in optimizer hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from variants.seeds import stable_seed
+from variants.variant_settings import VariantSettings
+
+Params = Mapping[str, Tensor]
+"""Tensors of one layer by name, trainable and frozen: (K, ...) for K lanes, (...) where a single lane is
+meant."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenLayer:
+    """A frozen linear layer as variants see it; variants never write to it."""
+
+    name: str
+    """Dotted path in the model."""
+    weight: Tensor
+    """(out, in), whichever way the module stores it."""
+    bias: Tensor | None
+    """(out,)"""
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Values that a variant derives from the frozen weight alone (an SVD, row norms); all lanes share them."""
+    calibration: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """During initialization: the result of the variant's `reduce_calibration` for this layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of a lane's tensors: float64 over a float64 weight, else float32."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class InitialTensors:
+    """Tensors of one lane in one layer at step 0, in `layer.dtype` and without the lane dimension."""
+
+    trainable: dict[str, Tensor]
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Tensors of one lane in one layer, passed to a hook; the trainable ones have their gradients."""
+
+    layer: FrozenLayer
+    trainable: Mapping[str, nn.Parameter]
+    frozen: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LaneView:
+    """One lane, passed to a hook under `torch.no_grad`.
+
+    A hook writes tensors in place; frozen tensors only if the variant lists them in `mutable_buffers`.
+    """
+
+    layers: Mapping[str, LayerView]
+    settings: VariantSettings
+    seed: int
+    step: int
+    """Number of optimizer steps taken: 0 before the first step, 1 after it."""
+    total_steps: int
+    """Number of optimizer steps that the lane takes in all."""
+    moments: Callable[[Tensor], Mapping[str, Tensor]]
+    """Returns AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
+
+    def generator(self, layer: str) -> torch.Generator:
+        """Return a new generator for `layer`, which differs at every step."""
+        return torch.Generator().manual_seed(stable_seed(self.seed, layer, self.step))

@@ -1,0 +1,54 @@
+"""Merging of a trained lane into the weights of the base model."""
+
+from __future__ import annotations
+
+import torch
+
+from variants.adapters import Adapters
+from variants.errors import MergeError
+
+
+def merge_and_detach(adapters: Adapters, lane: str) -> None:
+    """Add a lane's update to the base weights, copy its head over the model's head, and detach the adapters.
+
+    The sum is computed in float32 or float64 and then cast to the dtype of the weight.
+
+    Args:
+        adapters: The adapters; `lane` must be the only lane on them.
+        lane: The lane to merge.
+
+    Raises:
+        MergeError: The variant has no such update, another lane uses the base model, or a weight is tied to
+            a module that would change with it. In the latter two cases nothing has changed.
+    """
+    settings = adapters.lane_settings(lane)
+    _check_mergeable(adapters, lane)
+    with torch.no_grad():
+        scaling = adapters.variant.scaling(settings) if adapters.layers else 1.0
+        for layer in adapters.layers.values():
+            weight = layer.frozen_layer.weight
+            delta = adapters.variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, scaling)
+            wide = torch.promote_types(weight.dtype, layer.frozen_layer.dtype)
+            weight.copy_((weight.to(wide) + delta).to(weight.dtype))
+        for head in adapters.heads.values():
+            for name, learnt in head.own_tensors.trainable[lane].items():
+                getattr(head.base_layer, name).copy_(learnt)
+    if adapters.full_model is not None:
+        adapters.full_model.copy_to_model(lane)
+    adapters.detach()
+
+
+def _check_mergeable(adapters: Adapters, lane: str) -> None:
+    others = [other for other in adapters.lanes if other != lane]
+    if others:
+        raise MergeError(
+            f"lane {lane} cannot be merged while {others[0]} uses the same base; remove it first"
+        )
+    base_layers = {id(layer.base_layer): name for name, layer in adapters.layers.items()}
+    weights = {id(layer.base_layer.weight): name for name, layer in adapters.layers.items()}
+    for path, module in adapters.model.named_modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in weights and base_layers.get(id(module)) != weights[id(parameter)]:
+                raise MergeError(
+                    f"{weights[id(parameter)]} shares its weight with {path}: it cannot be merged"
+                )
