@@ -79,7 +79,7 @@ class AdaptedModel:
             for name, base in target_layers.items()
         }
         self.heads = {name: LaneHead(name, base, self.state) for name, base in (heads or {}).items()}  # type: ignore[arg-type]
-        wrappers = [*self.layers.values(), *self.heads.values()]
+        wrappers: list[LaneLinear | LaneHead] = [*self.layers.values(), *self.heads.values()]
         self._module_swap = ModuleSwap(model, wrappers, self.state, base_dropout)
         self.full_model = None
         if variant.adaptation_scope is AdaptationScope.FULL_MODEL:
