@@ -94,7 +94,7 @@ OURS = [
         {"HttpToken": "x"},
         "MetadataOptions",
     ),
-    (("file_mounts", "~/data"), "no/such/folder", "is not there"),
+    (("file_mounts", "~/data"), "no/such/folder", "does not exist"),
 ]
 
 
@@ -111,7 +111,7 @@ def test_a_security_group_must_be_named(written: Path) -> None:
     config = copy.deepcopy(CONFIG)
     del config["available_node_types"]["gpu"]["node_config"]["LaunchTemplate"]
     validate_config(prepare_config(copy.deepcopy(config)))
-    refused(written, config, "lets in SSH from everywhere")
+    refused(written, config, "admits SSH from every address")
 
 
 def test_a_missing_token_is_named_before_a_machine_runs(written: Path) -> None:
@@ -190,9 +190,7 @@ def test_only_the_loopback_shows_the_dashboard_and_mlflow() -> None:
     assert "--dashboard-host=127.0.0.1" in START["head"]
     server = (ROOT / "orchestrator/cluster/node/mlflow_server.sh").read_text()
     assert "--host 127.0.0.1" in server
-    assert any(
-        "supervisor mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"]
-    )
+    assert any("supervisor mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"])
 
 
 def test_every_node_wants_the_token_and_none_is_in_the_file() -> None:

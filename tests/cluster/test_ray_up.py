@@ -52,11 +52,11 @@ ON = ("--on", "cluster.yaml")
 FIRST_CHECKPOINT = 300 // 15  # steps of held_task.py, over its evaluations
 TINY = ("--task", "/shared/held_task.py", "--model", "/shared/model", "--variants", "lora")
 # On the head, which has no GPU.
-ALONE = (*TINY, "--seeds", "1", "--seats", "1", "--gpus-per-seat", "0")
+ALONE = (*TINY, "--seeds", "1", "--trainers", "1", "--gpus-per-worker", "0")
 SHORT = (*ALONE, "--study", "short", "--learning-rates", "1e-3", "1e-2")
 LONG = (*ALONE, "--study", "long", "--learning-rates", "2e-3")
 # On the workers.
-SHARED = (*TINY, "--seeds", "2", "--gpus-per-seat", "1", "--device", "cpu", "--lanes-per-seat", "2")
+SHARED = (*TINY, "--seeds", "2", "--gpus-per-worker", "1", "--device", "cpu", "--lanes-per-trainer", "2")
 SHARED += ("--study", "shared", "--learning-rates", "3e-3", "5e-3")
 LIMIT_SECONDS = 900.0
 NOTICE_SECONDS = 1200.0  # AWS's is 120; a busy machine may take longer to save lanes
@@ -254,11 +254,11 @@ def drivers(host: Host) -> list[str]:
     return [line for line in host.processes().values() if line.startswith("python experiments/")]
 
 
-# Looking for a cluster that nobody has named takes a moment at most; this test's machine may be busy.
+# Looking up a cluster that nobody has named has a short time-out; this test's machine may be busy.
 PATIENTLY = """
 import runpy, sys
-from orchestrator.cluster.remote import head; from orchestrator.cluster.remote import target
-target.LOOKUP_TIMEOUT_SECONDS = head.PROCESS_START_SECONDS = 600.0
+from orchestrator.cluster.remote import target
+target.LOOKUP_TIMEOUT_SECONDS = 600.0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

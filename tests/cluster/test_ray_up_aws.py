@@ -36,7 +36,7 @@ HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
 # It does not end before the test says so. Where its results go, and how long it waits, the head knows.
 STUDY = (
     "python experiments/lr_sensitivity.py --task /shared/held_task.py --model /shared/model --device cpu "
-    "--gpus-per-seat 1 --lanes-per-seat 2 --variants lora --learning-rates 3e-3 1e-2 --seeds 2"
+    "--gpus-per-worker 1 --lanes-per-trainer 2 --variants lora --learning-rates 3e-3 1e-2 --seeds 2"
 )
 HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
 NOTICE_SECONDS = 1200.0  # AWS's is 120; a busy machine may take longer to save lanes

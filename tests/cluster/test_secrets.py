@@ -146,7 +146,7 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     server = Server(root / "server")
     uri = server.uri.replace("://", f"://me:{values[URI]}@")
     options = ["--dry-run", "--task", str(TASK), "--model", str(shared / "model"), "--variants", "lora"]
-    options += ["--seeds", "1", "--seats", "1", "--learning-rates", "3e-3", "2e-2"]
+    options += ["--seeds", "1", "--trainers", "1", "--learning-rates", "3e-3", "2e-2"]
     options += ["--output", str(output), "--study", "s"]
     options += ["--tracking-uri", uri]
     script, module = str(ROOT / "experiments/lr_sensitivity.py"), ("-m", "orchestrator")

@@ -1,11 +1,11 @@
-"""Reads a cluster's description (cluster.yaml) and refuses what would cost money before it fails.
+"""Read a cluster file (cluster.yaml), and refuse mistakes that would fail only after a machine has started.
 
     python -m orchestrator.cluster.remote.cluster_file [cluster.yaml]
 
-Ray's own check sees keys that it does not know and some sizes. It does not see a misspelt key of `provider`
-or `node_config`, a type's max_workers below its min_workers, or a path under `file_mounts` that is not there:
-the head runs by then, and stays. And where no security group is named Ray makes one that lets in SSH from
-everywhere.
+Ray's own check finds unknown keys and some wrong sizes. It does not find a misspelt key of `provider` or
+`node_config`, a max_workers below min_workers, or a missing path under `file_mounts`: `ray up` then fails and
+leaves the head running. Without a security group in the file, Ray creates one that admits SSH from every
+address.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from typing import Any
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-# Of Ray 2.60's AWS provider, beside those in its schema.
+# Keys of Ray 2.60's AWS provider that its schema lacks.
 _PROVIDER_KEYS = ("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch")
 _SECURITY_GROUP_KEYS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
 
 
 def read_cluster_file(path: Path) -> dict[str, Any]:
-    """The description with Ray's defaults filled in. Paths in it are relative to its own folder, where
-    `ray up` is typed. Raises BadInput.
+    """Return the content of a cluster file with Ray's defaults filled in.
+
+    Args:
+        path: The file. Paths in it are relative to its folder, in which `ray up` is run.
+
+    Raises:
+        UsageError: The file cannot be read, or `ray up` would fail with it.
     """
     import yaml
 
@@ -52,7 +57,7 @@ def read_cluster_file(path: Path) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
-    """By Ray's schema, before its code meets what it does not expect."""
+    """Check the keys by Ray's schema: with wrong ones, Ray's code fails with other errors."""
     import jsonschema
     import ray.autoscaler
 
@@ -70,24 +75,24 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     known = [*schema["properties"]["provider"]["properties"], *_PROVIDER_KEYS]
     for key in config["provider"]:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        if key not in known and close:  # the schema takes any: others may be another provider's
+        if key not in known and close:  # the schema allows every key here: another provider may use it
             raise UsageError(f"{path}, provider: {key!r} is no key of Ray's here. Did you mean {close[0]!r}?")
 
 
 def _check_worker_counts(path: Path, name: str, node_type: dict[str, Any]) -> None:
-    least, most = node_type.get("min_workers", 0), node_type.get("max_workers")
-    if least < 0 or (most is not None and most < least):
+    min_workers, max_workers = node_type.get("min_workers", 0), node_type.get("max_workers")
+    if min_workers < 0 or (max_workers is not None and max_workers < min_workers):
         raise UsageError(
-            f"{path}, {name}: min_workers {least}, max_workers {'unset' if most is None else most}: "
+            f"{path}, {name}: min_workers {min_workers}, max_workers {max_workers}: "
             "must be 0 or more, and max_workers not below min_workers."
         )
 
 
 def _apply_ray_defaults(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What `ray up` itself does before it starts anything."""
+    """Prepare and validate the configuration as `ray up` does before it starts a machine."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    quiet = io.StringIO()  # Ray warns of mounted files, for Docker's sake, whether Docker is used or not
+    quiet = io.StringIO()  # Ray warns of mounted files even if Docker, which they concern, is not used
     try:
         with redirect_stdout(quiet), redirect_stderr(quiet):
             prepared: dict[str, Any] = prepare_config(config)
@@ -98,11 +103,12 @@ def _apply_ray_defaults(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_aws_node(path: Path, name: str, node_config: dict[str, Any]) -> None:
-    """What AWS is asked for."""
+    """Check the request that Ray will send to AWS for nodes of this type."""
     if not any(key in node_config for key in _SECURITY_GROUP_KEYS):
         raise UsageError(
-            f"{path}, {name}: no security group is named, and Ray's own lets in SSH from everywhere; "
-            f"set one of {', '.join(_SECURITY_GROUP_KEYS)} (orchestrator/cluster/aws_stack.yaml makes a launch template)."
+            f"{path}, {name}: no security group is named, and Ray's own admits SSH from every address; "
+            f"set one of {', '.join(_SECURITY_GROUP_KEYS)} (orchestrator/cluster/aws_stack.yaml makes a "
+            "launch template)."
         )
     if "InstanceType" not in node_config:
         raise UsageError(f"{path}, {name}: node_config has no InstanceType; name one, for example g5.xlarge.")
@@ -113,25 +119,26 @@ def _check_aws_node(path: Path, name: str, node_config: dict[str, Any]) -> None:
         fix = "pip install -c constraints.txt -e '.[cluster]'"
         raise UsageError(f"{path}: `ray up` needs boto3 for AWS, which is not installed; {fix}") from None
     ec2 = botocore.session.get_session().get_service_model("ec2")
-    request = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # Ray's own key
+    request = {key: value for key, value in node_config.items() if key != "SubnetIds"}  # a key of Ray's
     report = ParamValidator().validate(
         {**request, "MinCount": 1, "MaxCount": 1}, ec2.operation_model("RunInstances").input_shape
     )
     if report.has_errors():
-        said = report.generate_report().splitlines()[0].split(", must be one of")[0]
-        raise UsageError(f"{path}, {name}: AWS would refuse its node_config: {said}.")
+        message = report.generate_report().splitlines()[0].split(", must be one of")[0]
+        raise UsageError(f"{path}, {name}: AWS would refuse its node_config: {message}.")
 
 
 def _check_mounts(path: Path, mounts: dict[str, str]) -> None:
+    """Check that every local path exists."""
     for remote_path, local_path in mounts.items():
         if not (path.resolve().parent / Path(local_path).expanduser()).exists():
             advice = (
-                "make it: ray get-auth-token --generate"
+                "create it: ray get-auth-token --generate"
                 if "auth_token" in local_path
-                else "name one that is there"
+                else "name a path that exists"
             )
             raise UsageError(
-                f"{path}, file_mounts: {local_path!r} (for {remote_path}) is not there; {advice}."
+                f"{path}, file_mounts: {local_path!r} (for {remote_path}) does not exist; {advice}."
             )
 
 

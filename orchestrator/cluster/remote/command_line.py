@@ -1,7 +1,9 @@
-"""A command of this machine, as it is typed on a cluster's head."""
+"""Translation of a command of this machine into the same command on a cluster's head."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -13,53 +15,56 @@ from orchestrator.util.errors import UsageError
 from orchestrator.util.redaction import redact_secrets
 
 LOCAL_OPTIONS = ("on", "stop", "output")
-"""Options that are about this machine."""
+"""Options that concern this machine only."""
 
 
 def remote_command(options: StudyOptions) -> list[str]:
-    """Script and options, relative to the project's folder. Raises BadInput for what the head cannot have."""
+    """Return the arguments of `python` on the head: the script, relative to the project, and its options.
+
+    Raises:
+        UsageError: The script, or a file that an option names, does not exist on the head.
+    """
     script = Path(sys.argv[0]).resolve()
     if script == PROJECT_ROOT / "orchestrator" / "__main__.py":
-        start = ["-m", "orchestrator", sys.argv[1]]
-    elif any(script.is_relative_to(PROJECT_ROOT / folder) for folder in SOURCE_FOLDERS):
-        start = [script.relative_to(PROJECT_ROOT).as_posix()]
+        program = ["-m", "orchestrator", sys.argv[1]]
+    elif _is_source(script):
+        program = [script.relative_to(PROJECT_ROOT).as_posix()]
     else:
-        raise UsageError(
-            f"--on {options.on}: {script} is not sent to a cluster; put it into {PROJECT_ROOT / 'experiments'}."
-        )
-    return [*start, *build_arguments(options)]
+        folder = PROJECT_ROOT / "experiments"
+        raise UsageError(f"--on {options.on}: {script} is not sent to a cluster; move it into {folder}.")
+    return [*program, *build_arguments(options)]
 
 
 def build_arguments(options: StudyOptions) -> list[str]:
-    """What differs from the defaults: the same for every spelling."""
+    """Return the options that differ from their defaults, in one spelling however they were typed.
+
+    Raises:
+        UsageError: An option names a file of this machine, or holds a password.
+    """
     _check_options(options)
-    words: list[str] = []
-    for each in fields(options):
-        value, flag = getattr(options, each.name), each.name.replace("_", "-")
-        if each.name in LOCAL_OPTIONS or value == _default_value(each):
+    arguments: list[str] = []
+    for field in fields(options):
+        value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name in LOCAL_OPTIONS or value == _default_value(field):
             continue
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(flag)
         elif isinstance(value, tuple):
-            words += [f"--{flag}", *map(str, value)]
+            arguments += [flag, *map(str, value)]
         else:
-            words += [f"--{flag}", _project_path(value) if each.name == "task" else str(value)]
-    return words
+            arguments += [flag, _project_path(value) if field.name == "task" else str(value)]
+    return arguments
 
 
-def _default_value(option: Field[Any]) -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()
+def _default_value(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _check_options(options: StudyOptions) -> None:
-    """Raises BadInput for files of this machine, and for secrets: a job's command can be read by everybody
-    there.
-    """
+    """Raise UsageError for files of this machine, and for passwords, which a job's command would show."""
     context = f"with --on {options.on}"
     if options.store is not None:
-        raise UsageError(
-            f"--store {str(options.store)!r} {context}: the cluster has its own, on its storage; leave it out."
-        )
+        raise UsageError(f"--store {str(options.store)!r} {context}: the cluster has its own; leave it out.")
     uri = options.tracking_uri or ""
     if uri.startswith("sqlite:"):
         raise UsageError(f"--tracking-uri {uri!r} {context}: the head has an MLflow server; leave it out.")
@@ -71,28 +76,40 @@ def _check_options(options: StudyOptions) -> None:
     if options.model is not None and Path(options.model).is_dir():
         raise UsageError(
             f"--model {options.model!r} {context}: a folder of this machine, which the head does not see; "
-            f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and name that."
+            f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and give the copy."
         )
-    if options.task is not None and Path(options.task).is_file():
+    if options.task is not None:
         _project_path(options.task)
 
 
+def _is_source(file: Path) -> bool:
+    return any(file.is_relative_to(PROJECT_ROOT / folder) for folder in SOURCE_FOLDERS)
+
+
 def _project_path(task: str) -> str:
-    """A file of the project is on the head, too."""
+    """Return a task's file as a path in the project; a task that is no file of this machine as it is."""
     file = Path(task)
     if not file.is_file():
         return task
-    if not any(file.resolve().is_relative_to(PROJECT_ROOT / folder) for folder in SOURCE_FOLDERS):
+    if not _is_source(file.resolve()):
         raise UsageError(
-            f"--task {task!r}: a file of this machine, which the head does not see; put it into "
+            f"--task {task!r}: a file of this machine, which the head does not see; move it into "
             f"{PROJECT_ROOT / 'experiments'}, which `ray up` sends there."
         )
     return file.resolve().relative_to(PROJECT_ROOT).as_posix()
 
 
 def study_key(options: StudyOptions) -> str:
-    """What tells studies apart on a cluster: script and --study, or what its name is made of."""
+    """Return the script with --study, or with the options of which the study's default name consists."""
     script = Path(sys.argv[0]).stem
-    made = [options.task, options.model, "dry-run" if options.dry_run else None]
-    made += [options.search_method] if options.search != "grid" else []
-    return "-".join([script, options.study] if options.study else [script, *(each for each in made if each)])
+    if options.study:
+        return f"{script}-{options.study}"
+    parts = [script, options.task, options.model, "dry-run" if options.dry_run else None]
+    parts += [options.search_method] if options.search != "grid" else []
+    return "-".join(filter(None, parts))
+
+
+def study_job_id(options: StudyOptions) -> str:
+    """Return the name of the study's Ray job: its key in ASCII, shortened, and a hash of the whole key."""
+    key = study_key(options)
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', key)[:80]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

@@ -1,20 +1,17 @@
-"""The way to a cluster's head, by Ray's own commands: whether it is up, a tunnel to its dashboard, its files.
-
-python -m orchestrator.cluster.remote.head cluster.yaml      prints the head's address
-"""
+"""Access to a cluster's head by Ray's own commands: its address, a tunnel to its dashboard, its files."""
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestrator.execution.ray.runtime import is_listening
 from orchestrator.util.errors import StudyError
@@ -22,134 +19,126 @@ from orchestrator.util.errors import StudyError
 DASHBOARD_PORT = 8265
 SSH_PORT = 22
 CONNECT_TIMEOUT_SECONDS = 60.0
-"""Seconds that SSH gets to connect."""
-PROCESS_START_SECONDS = 10.0
-"""What a busy machine may take until the question is asked; usually half a second."""
-TIMEOUT_PREFIX = "no answer in"
 _RAY_COMMAND = (sys.executable, "-m", "ray.scripts.scripts")
 
 
-def find_head(path: Path, timeout: float = CONNECT_TIMEOUT_SECONDS) -> tuple[str | None, str]:
-    """The head's address, and if there is none why. Asks the cloud in a process of its own: its libraries
-    print, and wait for credentials.
+class HeadTimeoutError(Exception):
+    """The cloud has not answered in time whether a cluster is up."""
+
+
+class HeadNotFoundError(Exception):
+    """The cluster is not up, or its head cannot be reached. The message gives the reason in one line."""
+
+
+def find_head(path: Path, config: Mapping[str, Any], timeout: float = CONNECT_TIMEOUT_SECONDS) -> str:
+    """Return the address of a cluster's head.
+
+    The cloud is asked in another process: its libraries print, and wait for credentials.
+
+    Args:
+        path: The cluster file.
+        config: Its content.
+        timeout: Seconds for the answer, including the start of the process.
+
+    Raises:
+        HeadNotFoundError: There is no head, or it does not answer on SSH's port.
+        HeadTimeoutError: No answer within `timeout`.
     """
     try:
-        completed = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cluster.remote.head", path.name, f"{timeout:g}"],
-            cwd=path.resolve().parent,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout + PROCESS_START_SECONDS,
-            check=False,
-            env=_subprocess_environment(),
-        )
+        completed = _run_ray("get-head-ip", path, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return None, f"{TIMEOUT_PREFIX} {timeout:g} s"
-    if completed.returncode == -signal.SIGALRM:
-        return None, f"{TIMEOUT_PREFIX} {timeout:g} s"
-    lines = (completed.stdout if completed.returncode == 0 else completed.stderr or completed.stdout).split(
-        "\n"
-    )
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "no answer")
-    return (last, "") if completed.returncode == 0 else (None, last)
+        raise HeadTimeoutError(f"no answer in {timeout:g} s") from None
+    if completed.returncode:
+        raise HeadNotFoundError(_last_line(completed.stderr or completed.stdout))
+    address = _last_line(completed.stdout)
+    has_proxy = (config.get("auth") or {}).get("ssh_proxy_command")
+    if not has_proxy and not is_listening(address, SSH_PORT):
+        raise HeadNotFoundError(f"{address} does not answer on SSH's port")
+    return address
 
 
 @contextmanager
 def open_tunnel(path: Path) -> Iterator[str]:
-    """The address on this machine of the dashboard, as long as that lasts. Raises Trouble."""
+    """Forward a port of this machine to the dashboard of the head; yields its URL.
+
+    Raises:
+        StudyError: The tunnel cannot be opened.
+    """
     port = _free_port()
-    with tempfile.TemporaryFile() as output:
-        dashboard = subprocess.Popen(
-            [
-                *_RAY_COMMAND,
-                "dashboard",
-                path.name,
-                "--port",
-                str(port),
-                "--remote-port",
-                str(DASHBOARD_PORT),
-            ],
+    with tempfile.TemporaryFile("w+") as output:
+        tunnel = subprocess.Popen(
+            _ray_arguments("dashboard", path, "--port", str(port), "--remote-port", str(DASHBOARD_PORT)),
             cwd=path.resolve().parent,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # Ctrl-C is ours; with the terminal, it is to end, too.
+            # The tunnel outlives Ctrl-C, but not the terminal: it stays in this process's group.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         try:
-            until = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+            deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
             while not is_listening("127.0.0.1", port):
-                if dashboard.poll() is not None or time.monotonic() > until:
+                if tunnel.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
-                    raise StudyError(f"{path}: no tunnel to the head ({_last_line(output.read().decode())})")
+                    raise StudyError(f"{path}: no tunnel to the head ({_last_line(output.read())})")
                 time.sleep(0.1)
             yield f"http://127.0.0.1:{port}"
         finally:
-            _terminate(dashboard)
+            _terminate(tunnel)
 
 
 def download_folder(path: Path, remote_folder: str, local_folder: Path) -> None:
-    """Copies a folder of the head. Raises Trouble."""
+    """Copy the content of a folder on the head into a folder of this machine.
+
+    Args:
+        path: The cluster file.
+        remote_folder: Folder on the head.
+        local_folder: Folder of this machine; created if it is missing.
+
+    Raises:
+        StudyError: The copy has failed.
+    """
     local_folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [*_RAY_COMMAND, "rsync-down", path.name, f"{remote_folder}/", f"{local_folder.resolve()}/"],
+    completed = _run_ray("rsync-down", path, f"{remote_folder}/", f"{local_folder.resolve()}/")
+    if completed.returncode:
+        reason = _last_line(completed.stderr or completed.stdout)
+        raise StudyError(f"{path}: {remote_folder} of the head was not copied ({reason})")
+
+
+def _ray_arguments(command: str, path: Path, *arguments: str) -> list[str]:
+    return [*_RAY_COMMAND, command, path.name, *arguments]
+
+
+def _run_ray(
+    command: str, path: Path, *arguments: str, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of Ray's in the folder of the cluster file: paths in the file are relative to it."""
+    return subprocess.run(
+        _ray_arguments(command, path, *arguments),
         cwd=path.resolve().parent,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=timeout,
         check=False,
     )
-    if done.returncode:
-        raise StudyError(
-            f"{path}: {remote_folder} of the head was not brought ({_last_line(done.stderr or done.stdout)})"
-        )
-
-
-def _subprocess_environment() -> dict[str, str]:
-    """For a process of ours, wherever it starts: with this project, as it was found here."""
-    before = os.environ.get("PYTHONPATH", "")
-    root = str(Path(__file__).resolve().parents[3])
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{before}" if before else root}
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """With its SSH."""
+    """Terminate the process and its SSH client."""
     import psutil
 
     if process.poll() is None:
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            one.terminate()
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            member.terminate()
     process.wait()
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it says nothing")
-
-
-def _print_head_address(path: str, timeout: float = CONNECT_TIMEOUT_SECONDS) -> int:
-    import yaml
-    from ray.autoscaler.sdk import get_head_node_ip
-
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    try:
-        address = get_head_node_ip(path)
-        auth = (yaml.safe_load(Path(path).read_text()) or {}).get("auth") or {}
-    except BaseException as error:  # of several libraries, and Ray's own exit
-        print(_last_line(str(error)) if str(error).strip() else type(error).__name__, file=sys.stderr)
-        return 1
-    if not auth.get("ssh_proxy_command") and not is_listening(address, SSH_PORT):
-        print(f"{address} does not answer on SSH's port", file=sys.stderr)
-        return 1
-    print(address)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_print_head_address(sys.argv[1], *map(float, sys.argv[2:])))
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")

@@ -1,18 +1,16 @@
-"""Commands as Ray jobs on a cluster's head: started, found again, followed, ended.
+"""Commands as Ray jobs on a cluster's head: submit, find again, follow, stop.
 
-A job that runs belongs to the cluster, not to whoever started it. One whose end has been seen is deleted, so
-that a job which is there either runs or has something to tell.
+A running job belongs to the cluster, not to the process that has submitted it. A job whose end has been shown
+is deleted. A job that exists therefore either runs or has results that nobody has seen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -22,135 +20,117 @@ from orchestrator.util.errors import StudyError
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-ENTRYPOINT_LINE_PREFIX = "Running entrypoint for job "  # Ray's own, as what stands before it
+ENTRYPOINT_LINE_PREFIX = "Running entrypoint for job "
+"""Beginning of the last line that Ray writes into a job's log before the program starts."""
 POLL_SECONDS = 0.3
 QUERY_TIMEOUT_SECONDS = 120.0
-"""What a job gets that only answers."""
 
 
 class JobClient:
-    """Of the cluster whose dashboard answers at `address`, for commands in `folder` on its head."""
+    """The jobs of one cluster.
+
+    Args:
+        address: URL of the cluster's dashboard.
+        folder: Folder on the head in which commands run, quoted for a shell.
+    """
 
     def __init__(self, address: str, folder: str) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)  # of each connection's end
+        # Ray logs the end of every connection.
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
         with _translate_client_errors():
             self._client = JobSubmissionClient(address)
-        # As a shell there has it; the driver's environment is else that of `ray start`.
+        # A job inherits the environment of `ray start`; shells on the head read ~/.lora_env.
         self._shell_prefix = f"[ ! -e ~/.lora_env ] || . ~/.lora_env; cd {folder} && exec "
 
-    def find_job(self, study_key: str) -> JobDetails | None:
-        """The newest of a study."""
+    def find_job(self, job_id: str) -> JobDetails | None:
+        """Return the job, or None if there is none of this name."""
         with _translate_client_errors():
-            jobs = [job for job in self._client.list_jobs() if (job.metadata or {}).get("study") == study_key]
-        return max(jobs, key=lambda job: job.start_time or 0, default=None)
+            return next((job for job in self._client.list_jobs() if job.submission_id == job_id), None)
 
-    def submit_job(self, study_key: str, command: str) -> JobDetails:
-        """Of a study, or with no name a job that nobody looks for."""
-        name = re.sub(r"[^\w.-]+", "-", study_key or "question")
+    def submit_job(self, command: str, job_id: str | None = None) -> str:
+        """Start a command and return the name of its job.
+
+        Args:
+            command: The command for a shell.
+            job_id: Name of the job; Ray refuses a name that exists. Default: a name of Ray's.
+        """
         with _translate_client_errors():
-            job = self._client.submit_job(
-                entrypoint=self._shell_prefix + command,
-                submission_id=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                metadata={"study": study_key, "command": command} if study_key else {},
+            return self._client.submit_job(
+                entrypoint=self._shell_prefix + command, submission_id=job_id, metadata={"command": command}
             )
-            return self._client.get_job_info(job)
 
     def run_query(self, command: str) -> str:
-        """What a short command prints last. Raises Trouble where it fails."""
-        job = self.submit_job("", command)
-        until = time.monotonic() + QUERY_TIMEOUT_SECONDS
-        try:
-            while not (ended := self._terminal_info(job)):
-                if time.monotonic() > until:
-                    raise StudyError(
-                        f"the head has not answered within {QUERY_TIMEOUT_SECONDS:g} s: {command}"
-                    )
-                time.sleep(POLL_SECONDS)
-            lines = self.read_log(job).splitlines() or [ended.message or ""]
-            if code := _exit_code(ended):
-                raise StudyError(f"the head: {command}: {lines[-1]} (exit code {code})")
-            return lines[-1]
-        finally:
-            self.delete_job(job)
+        """Run a short command and return the last line that it prints.
 
-    def read_log(self, job: JobDetails) -> str:
-        with _translate_client_errors():
-            return str(self._client.get_job_logs(_submission_id(job)))
-
-    def follow_job(self, job: JobDetails, skip_characters: int = 0) -> int:
-        """Prints what it says, from the character `skip` on, and returns its exit code when it has ended.
-        Raises Trouble when the connection is lost.
+        Raises:
+            StudyError: The command has failed, or takes longer than `QUERY_TIMEOUT_SECONDS`.
         """
-        out = _LogPrinter(skip_characters)
+        lines = [""]
+        job_id = self.submit_job(command)
+        try:
+            code = self.follow_job(job_id, lines.append, QUERY_TIMEOUT_SECONDS)
+        finally:
+            self.delete_job(job_id)
+        if code:
+            raise StudyError(f"the head: {command}: {lines[-1]} (exit code {code})")
+        return lines[-1]
+
+    def follow_job(
+        self, job_id: str, write_line: Callable[[str], object] | None = None, timeout: float | None = None
+    ) -> int:
+        """Show the output of a job from the beginning until it ends.
+
+        Args:
+            job_id: Name of the job.
+            write_line: Receives each line. Default: print it, errors to stderr.
+            timeout: Seconds to wait for the end. Default: no limit.
+
+        Returns:
+            The exit code of the job's command.
+
+        Raises:
+            StudyError: The connection is lost, or the time is over.
+        """
+        write_line = write_line or _print_line
         with _translate_client_errors():
-            while not (ended := self._terminal_info(job)):
-                asyncio.run(self._print_log_tail(job, out))
-                time.sleep(POLL_SECONDS)
-        out.restart()
-        out.write(self.read_log(job))  # the tail may lack its last words
-        out.flush()
-        code = _exit_code(ended)
-        if code and ended.driver_exit_code is None and code != EXIT_INTERRUPTED:
-            print(f"error: {ended.message or 'the job failed'}", file=sys.stderr)
+            asyncio.run(asyncio.wait_for(self._read_log(job_id, write_line), timeout))
+            job = self._client.get_job_info(job_id)
+        if not job.status.is_terminal():
+            raise StudyError("the cluster's dashboard: it has closed the connection")
+        code = _exit_code(job)
+        if code and job.driver_exit_code is None and code != EXIT_INTERRUPTED:  # Ray could not start it
+            write_line(f"error: {job.message or 'the job failed'}")
         return code
 
-    async def _print_log_tail(self, job: JobDetails, printer: _LogPrinter) -> None:
-        printer.restart()
-        async for text in self._client.tail_job_logs(_submission_id(job)):
-            printer.write(text)
+    async def _read_log(self, job_id: str, write_line: Callable[[str], object]) -> None:
+        partial_line, has_started = "", False
+        async for text in self._client.tail_job_logs(job_id):
+            *lines, partial_line = (partial_line + text).split("\n")
+            for line in lines:
+                if has_started:
+                    write_line(line)
+                has_started = has_started or line.startswith(ENTRYPOINT_LINE_PREFIX)
+        if has_started and partial_line:
+            write_line(partial_line)
 
-    def stop_job(self, job: JobDetails) -> None:
-        """Asks it to end, as SIGTERM does."""
+    def stop_job(self, job_id: str) -> None:
+        """Send SIGTERM to the job's command."""
         with _translate_client_errors():
-            self._client.stop_job(_submission_id(job))
+            self._client.stop_job(job_id)
 
-    def delete_job(self, job: JobDetails) -> None:
-        """When it has ended; ends it first where need be."""
-        with suppress(StudyError), _translate_client_errors():  # it is gone, or another has done so
-            if not self._terminal_info(job):
-                self._client.stop_job(_submission_id(job))
-                while not self._terminal_info(job):
-                    time.sleep(POLL_SECONDS)
-            self._client.delete_job(_submission_id(job))
-
-    def _terminal_info(self, job: JobDetails) -> JobDetails | None:
-        now = self._client.get_job_info(_submission_id(job))
-        return now if now.status.is_terminal() else None
+    def delete_job(self, job_id: str) -> None:
+        """Delete the job, and stop it first if it runs. A job that is gone is ignored."""
+        with suppress(StudyError), _translate_client_errors():
+            self._client.stop_job(job_id)
+            while not self._client.get_job_info(job_id).status.is_terminal():
+                time.sleep(POLL_SECONDS)
+            self._client.delete_job(job_id)
 
 
-class _LogPrinter:
-    """Prints whole lines, each once: a log is told from its beginning whenever it is asked for."""
-
-    def __init__(self, skip_characters: int) -> None:
-        self._printed_characters, self._position, self._partial_line = skip_characters, 0, ""
-        self._is_printing = skip_characters > 0
-
-    def restart(self) -> None:
-        self._position = 0
-
-    def write(self, text: str) -> None:
-        new = text[max(0, self._printed_characters - self._position) :]
-        self._position += len(text)
-        self._printed_characters = max(self._printed_characters, self._position)
-        *lines, self._partial_line = (self._partial_line + new).split("\n")
-        for line in lines:
-            self._print_line(line)
-
-    def flush(self) -> None:
-        if self._partial_line:
-            self._print_line(self._partial_line)
-
-    def _print_line(self, line: str) -> None:
-        if self._is_printing:
-            print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
-        self._is_printing = self._is_printing or line.startswith(ENTRYPOINT_LINE_PREFIX)
-
-
-def _submission_id(job: JobDetails) -> str:
-    assert job.submission_id is not None  # only a driver that is no job has none
-    return job.submission_id
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr if line.startswith("error: ") else sys.stdout, flush=True)
 
 
 def _exit_code(job: JobDetails) -> int:
@@ -163,7 +143,7 @@ def _exit_code(job: JobDetails) -> int:
 
 @contextmanager
 def _translate_client_errors() -> Iterator[None]:
-    """Raises Trouble for what Ray's client raises when the cluster cannot be talked to."""
+    """Raise StudyError for the errors of Ray's client."""
     import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
@@ -171,10 +151,11 @@ def _translate_client_errors() -> Iterator[None]:
     try:
         yield
     except AuthenticationError:
-        message = "the token is not the cluster's: ~/.ray/auth_token must be what `ray up` has sent there"
-        raise StudyError(f"the cluster's dashboard: {message}") from None
+        reason = "~/.ray/auth_token is not the cluster's; use the token that `ray up` has sent there"
+    except TimeoutError:
+        reason = "it does not answer in time"
     except (aiohttp.ClientError, requests.RequestException, ConnectionError, RuntimeError) as error:
-        message = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise StudyError(f"the cluster's dashboard: {message}") from None
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    else:
+        return
+    raise StudyError(f"the cluster's dashboard: {reason}")

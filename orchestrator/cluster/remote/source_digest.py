@@ -1,4 +1,4 @@
-"""Whether a cluster's head has this machine's sources: a study must run what its user sees.
+"""Whether a cluster's head has the sources of this machine: a study must run the code that its user sees.
 
 python -m orchestrator.cluster.remote.source_digest      prints the digest of each file of the project
 """
@@ -16,18 +16,21 @@ SOURCE_FILES = ("constraints.txt", "pyproject.toml")
 
 
 def file_digests(root: Path = PROJECT_ROOT) -> dict[str, str]:
-    """By path in the project; without what Python makes itself."""
-    found = [path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
-    kept = [path for path in found if path.suffix != ".pyc" and "__pycache__" not in path.parts]
-    kept += [root / name for name in SOURCE_FILES if (root / name).is_file()]
+    """Return path in the project -> SHA-256 of the file, without the files that Python generates."""
+    files = [path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*") if path.is_file()]
+    sources = [path for path in files if path.suffix != ".pyc" and "__pycache__" not in path.parts]
+    sources += [root / name for name in SOURCE_FILES if (root / name).is_file()]
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(kept)
+        for path in sorted(sources)
     }
 
 
 def differing_files(local: Mapping[str, str], remote: Mapping[str, str]) -> list[str]:
-    """Files that are not the same there. What is there alone does not count: rsync takes nothing away."""
+    """Return the local files that are missing or different on the head.
+
+    Additional files there do not count: rsync removes nothing.
+    """
     return [path for path, digest in local.items() if remote.get(path) != digest]
 
 

@@ -1,4 +1,4 @@
-"""Which studies a command has written: on a cluster's head, whose output folder is its own.
+"""Which studies a command has written. Runs on a cluster's head, which alone knows its output folder.
 
 python -m orchestrator.cluster.remote.study_folders COMMAND      prints their folders
 """
@@ -14,7 +14,12 @@ from orchestrator.study.options import default_output
 
 
 def find_study_folders(command: str, output: Path) -> list[str]:
-    """Whose last command was this one: a script of two stages has two."""
+    """Return the folders of the studies that were last run by this command; a script may run two studies.
+
+    Args:
+        command: The command without secrets, as study.json holds it.
+        output: The folder of all studies.
+    """
     studies = read_studies(output).values()
     return [str(folder.resolve()) for folder, study in studies if study.command == command]
 

@@ -1,7 +1,8 @@
-"""`--on cluster.yaml`: a command of this machine runs on the cluster's head and is followed from here.
+"""`--on cluster.yaml`: run a command on the head of a cluster, and follow it from this machine.
 
-The head runs it as a Ray job with the head's own folders and MLflow; this machine shows what it says and gets
-the reports. The same command again finds the job, whether it runs or has ended with nobody looking.
+A study becomes a Ray job whose name is made from the script and the study. The same command therefore finds
+its job again, whether it runs or has ended. The head uses its own folders and its MLflow server; this machine
+shows the output and receives the reports.
 """
 
 from __future__ import annotations
@@ -23,143 +24,146 @@ from orchestrator.util.errors import StudyError, UsageError
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-REFUSED_EXIT_CODE = 2
-"""The exit code of a command that was refused."""
+EXIT_REFUSED = 2
+"""Exit code of a command with wrong options."""
 
 
 def run_on_cluster(options: StudyOptions, path: Path) -> int:
-    """Runs there what was typed here, or follows it where it runs, and returns its exit code. Raises BadInput
-    and Trouble.
+    """Run this process's command on a cluster, or follow it where it runs already.
+
+    Args:
+        options: The options of the command.
+        path: The cluster file.
+
+    Returns:
+        The exit code of the command on the cluster, or 130 after Ctrl-C.
+
+    Raises:
+        UsageError: The command cannot run there, the cluster is not up, or its sources differ.
+        StudyError: The connection is lost.
     """
     arguments = command_line.remote_command(options)
     if Path("~/.ray/auth_token").expanduser().is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it then
     config = cluster_file.read_cluster_file(path)
     folder, cluster_name = _project_folder(path, config), config["cluster_name"]
-    address, reason = head.find_head(path)
-    if address is None:
+    try:
+        address = head.find_head(path, config)
+    except (head.HeadNotFoundError, head.HeadTimeoutError) as error:
         raise UsageError(
-            f"--on {path}: cluster {cluster_name!r} must be up ({reason}); start it: ray up {path}"
-        )
+            f"--on {path}: cluster {cluster_name!r} must be up ({error}); start it: ray up {path}"
+        ) from None
     print(f"{cluster_name}: connecting to {address}", flush=True)
     with head.open_tunnel(path) as dashboard:
-        jobs = JobClient(dashboard, folder)
+        jobs, command = JobClient(dashboard, folder), shlex.join(["python", *arguments])
         if arguments[0] == "-m" or options.plan:
-            return _run_short_command(jobs, path, arguments)
-        command = shlex.join(["python", *arguments])
-        return _RemoteStudy(jobs, path, cluster_name, command_line.study_key(options), command, options).run()
+            return _run_short_command(jobs, path, command)
+        return _RemoteStudy(jobs, path, cluster_name, command, options).run()
 
 
 def _project_folder(path: Path, config: dict[str, Any]) -> str:
-    """Where the project is on the head. Raises BadInput."""
+    """Return the project's folder on the head, quoted for a shell."""
+    sources = source_digest.PROJECT_ROOT / "orchestrator"
     for remote_path, local_path in config["file_mounts"].items():
         mounted = path.resolve().parent / Path(local_path).expanduser()
-        if mounted.resolve() == source_digest.PROJECT_ROOT / "orchestrator":
+        if mounted.resolve() == sources:
             parent = Path(remote_path).parent.as_posix()
             return f"~/{shlex.quote(parent[2:])}" if parent.startswith("~/") else shlex.quote(parent)
     raise UsageError(
-        f"{path}, file_mounts: must send {source_digest.PROJECT_ROOT / 'orchestrator'} to the head, as cluster.yaml "
-        "does; take the cluster.yaml beside it."
+        f"{path}, file_mounts: must send {sources} to the head, as cluster.yaml does; take the cluster.yaml "
+        "beside it."
     )
 
 
 def _check_sources(jobs: JobClient, path: Path) -> None:
-    differing = source_digest.differing_files(
-        source_digest.file_digests(),
-        json.loads(jobs.run_query("python -m orchestrator.cluster.remote.source_digest")),
-    )
+    """Raise UsageError if the head does not have the sources of this machine."""
+    remote_digests = json.loads(jobs.run_query("python -m orchestrator.cluster.remote.source_digest"))
+    differing = source_digest.differing_files(source_digest.file_digests(), remote_digests)
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise UsageError(
             f"--on {path}: the head must have the sources that are here, and {differing[0]}{more} differ; "
-            f"ray up {path} brings them (it starts Ray anew: what runs there ends)."
+            f"ray up {path} sends them (it restarts Ray, which ends running studies)."
         )
 
 
-def _run_short_command(jobs: JobClient, path: Path, arguments: list[str]) -> int:
-    """A command that trains nothing: nobody comes back for it."""
+def _run_short_command(jobs: JobClient, path: Path, command: str) -> int:
+    """Run a command that trains nothing. It ends with this process."""
     _check_sources(jobs, path)
-    job = jobs.submit_job("", shlex.join(["python", *arguments]))
+    job_id = jobs.submit_job(command)
     try:
-        return jobs.follow_job(job)
+        return jobs.follow_job(job_id)
     finally:
-        jobs.delete_job(job)
+        jobs.delete_job(job_id)
 
 
 @dataclass(frozen=True)
 class _RemoteStudy:
+    """A study's command and its job on the cluster."""
+
     jobs: JobClient
     path: Path
     cluster_name: str
-    study_key: str
     command: str
     options: StudyOptions
 
     def run(self) -> int:
-        job = self.jobs.find_job(self.study_key)
+        study, job_id = command_line.study_key(self.options), command_line.study_job_id(self.options)
+        job, command = self.jobs.find_job(job_id), self.command
         if self.options.stop:
-            return self._stop(job)
-        if job is None or not self._has_same_command(job):
-            return self._submit(job)
-        state = "has ended there" if job.status.is_terminal() else "runs there"
-        print(f"{self.cluster_name}: {self.study_key} {state}", flush=True)
-        return self._follow(job)
+            if job is None:
+                raise UsageError(
+                    f"--stop: {study!r} does not run on {self.cluster_name}; repeat the options "
+                    "with which it was started."
+                )
+            self.jobs.stop_job(job_id)
+            command = _submitted_command(job)
+        elif job is None or _submitted_command(job) != self.command:
+            self._submit(study, job_id, job)
+        else:
+            state = "has ended there" if job.status.is_terminal() else "runs there"
+            print(f"{self.cluster_name}: {study} {state}", flush=True)
+        return self._follow(job_id, command)
 
-    def _has_same_command(self, job: JobDetails) -> bool:
-        return _submitted_command(job) == self.command
-
-    def _submit(self, previous: JobDetails | None) -> int:
-        """`before`: a job of this study with other options, which is of no interest once it has ended."""
+    def _submit(self, study: str, job_id: str, previous: JobDetails | None) -> None:
+        """Start the study. `previous` is its job with other options, which must have ended."""
         if previous is not None and not previous.status.is_terminal():
             raise UsageError(
-                f"--on {self.path}: {self.study_key!r} runs there with other options ({_submitted_command(previous)}); follow "
-                "it with these, or end it (--stop), or take another --study."
+                f"--on {self.path}: {study!r} runs there with other options "
+                f"({_submitted_command(previous)}); follow it with these, or end it (--stop), or choose "
+                "another --study."
             )
         if previous is not None:
-            self.jobs.delete_job(previous)
+            self.jobs.delete_job(job_id)
         _check_sources(self.jobs, self.path)
-        job = self.jobs.submit_job(self.study_key, self.command)
-        print(f"{self.cluster_name}: {self.study_key} runs there; Ctrl-C lets go of it", flush=True)
-        return self._follow(job)
+        self.jobs.submit_job(self.command, job_id)
+        print(f"{self.cluster_name}: {study} runs there; Ctrl-C leaves it running", flush=True)
 
-    def _stop(self, job: JobDetails | None) -> int:
-        if job is None:
-            raise UsageError(
-                f"--stop: {self.study_key!r} does not run on {self.cluster_name}; repeat the options that it was "
-                "started with."
-            )
-        log_length = len(self.jobs.read_log(job))
-        self.jobs.stop_job(job)
-        return self._follow(job, log_length)
-
-    def _follow(self, job: JobDetails, skip_characters: int = 0) -> int:
+    def _follow(self, job_id: str, command: str) -> int:
+        """Show the output until the end, then fetch the reports and delete the job."""
         try:
-            code = self.jobs.follow_job(job, skip_characters)
-        except StudyError as lost:
-            raise StudyError(f"{lost}; the study goes on there, and the same command follows it") from None
+            code = self.jobs.follow_job(job_id)
+        except StudyError as error:
+            raise StudyError(f"{error}; the study goes on there, and the same command follows it") from None
         except KeyboardInterrupt:
             again = format_command(sys.orig_argv[1:])
             state = f"goes on on {self.cluster_name}; to follow it: {again}; to end it: {again} --stop"
             state = f"ends on {self.cluster_name}" if self.options.stop else state
-            print_on_own_line(f"let go: the study {state}")
+            print_on_own_line(f"detached: the study {state}")
             return EXIT_INTERRUPTED
-        if code != REFUSED_EXIT_CODE:
-            self._download_results(_submitted_command(job))
-        self.jobs.delete_job(job)
+        if code != EXIT_REFUSED:
+            self._download_results(command)
+        self.jobs.delete_job(job_id)
         return code
 
     def _download_results(self, command: str) -> None:
-        """What it has written, which no password is in: so its studies know it by the same words."""
-        folders = self.jobs.run_query(
-            f"python -m orchestrator.cluster.remote.study_folders {shlex.quote(command)}"
-        )
-        for remote_folder in json.loads(folders):
-            local_folder = self.options.output / Path(remote_folder).name
-            head.download_folder(self.path, remote_folder, local_folder)
-            print(
-                f"Here     {local_folder / 'report.html' if (local_folder / 'report.html').exists() else local_folder}",
-                flush=True,
-            )
+        """Fetch the folders of the studies that the command has written."""
+        query = f"python -m orchestrator.cluster.remote.study_folders {shlex.quote(command)}"
+        for remote_folder in json.loads(self.jobs.run_query(query)):
+            folder = self.options.output / Path(remote_folder).name
+            head.download_folder(self.path, remote_folder, folder)
+            report = folder / "report.html"
+            print(f"Here     {report if report.exists() else folder}", flush=True)
 
 
 def _submitted_command(job: JobDetails) -> str:

@@ -1,4 +1,4 @@
-"""Where a command runs: here, or on a cluster that is up."""
+"""Where a command runs: on this machine, or on the head of a cluster that is up."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ from typing import Any
 from orchestrator.study.options import CLUSTER_FILE, LOCAL, StudyOptions
 from orchestrator.util.errors import UsageError
 
-LOOKUP_TIMEOUT_SECONDS = 3.0
-"""What looking for a cluster may take that nobody has named."""
+LOOKUP_TIMEOUT_SECONDS = 10.0
+"""Time to find out whether a cluster is up that the user has not named."""
 
 
 def run_if_remote(options: StudyOptions) -> int | None:
-    """The exit code of the command on a cluster; None when it is to run here. Raises BadInput."""
+    """Run the command on a cluster if the user wants it there.
+
+    Returns:
+        The exit code of the command on the cluster, or None if it is to run on this machine.
+
+    Raises:
+        UsageError: A cluster is up, the command does not say where to run, and there is no terminal to ask.
+    """
     if options.on == LOCAL:
         return None
     path = Path(options.on or CLUSTER_FILE)
@@ -26,13 +33,11 @@ def run_if_remote(options: StudyOptions) -> int | None:
 
 
 def _user_selects_cluster(path: Path) -> bool:
-    """Whether the user wants the cluster that is up and was not named. Raises BadInput where nobody can be
-    asked.
-    """
+    """Ask the user whether to run on the cluster of ./cluster.yaml, if it is up and was not named."""
     from orchestrator.execution.ray import runtime
 
     if runtime.running_cluster_address() is not None:
-        return False  # as on a cluster's head: the study joins
+        return False  # the study joins the cluster that runs here, as on a cluster's head
     import yaml
 
     try:
@@ -44,23 +49,25 @@ def _user_selects_cluster(path: Path) -> bool:
         return False
     from orchestrator.cluster.remote import head
 
-    address, reason = head.find_head(path, LOOKUP_TIMEOUT_SECONDS)
-    timed_out = reason.startswith(head.TIMEOUT_PREFIX)
     is_interactive = sys.stdin.isatty()
-    if address is None and not (timed_out and is_interactive):
-        if timed_out:
-            print(f"{path}: {reason} whether cluster {name} is up; this runs here", file=sys.stderr)
+    try:
+        head.find_head(path, config, LOOKUP_TIMEOUT_SECONDS)
+    except head.HeadNotFoundError:
+        return False
+    except head.HeadTimeoutError as error:
+        if is_interactive:
+            return _ask_yes_no(f"cluster {name} may be up ({error}): run there? [y/N] ", default=False)
+        print(f"{path}: {error} whether cluster {name} is up; this runs here", file=sys.stderr)
         return False
     if not is_interactive:
         raise UsageError(f"cluster {name} is up ({path}); say where to run: --on {path}, or --on {LOCAL}.")
-    if timed_out:
-        return _ask_yes_no(f"cluster {name} may be up ({reason}): run there? [y/N] ", False)
-    return _ask_yes_no(f"cluster {name} is up: run there? [Y/n] ", True)
+    return _ask_yes_no(f"cluster {name} is up: run there? [Y/n] ", default=True)
 
 
 def _lacks_ssh_key(config: dict[str, Any]) -> bool:
-    """Whether this machine cannot have started it: Ray's key to AWS's machines is not here. To ask AWS would
-    take seconds.
+    """Return whether this machine cannot have started the cluster: it lacks Ray's key to AWS's machines.
+
+    The check avoids a request to AWS, which would take seconds.
     """
     provider, auth = config.get("provider") or {}, config.get("auth") or {}
     if provider.get("type") != "aws" or provider.get("key_pair") or auth.get("ssh_private_key"):
@@ -69,6 +76,5 @@ def _lacks_ssh_key(config: dict[str, Any]) -> bool:
 
 
 def _ask_yes_no(question: str, default: bool) -> bool:
-    """The answer; without a clear one the usual."""
     answer = input(question).strip().lower()
-    return default if not answer else answer in ("y", "yes")
+    return answer in ("y", "yes") if answer else default

@@ -1,4 +1,7 @@
-"""`--on cluster.yaml`: what is refused before anything runs there. That it runs there: test_ray_up.py."""
+"""`--on cluster.yaml`: commands that are refused before anything runs on the cluster.
+
+test_ray_up.py runs commands there.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +28,7 @@ SCRIPT = ROOT / "experiments" / "lr_sensitivity.py"
 
 @pytest.fixture(scope="module")
 def script() -> Callable[[], int]:
-    """The study as the script runs it."""
+    """Return the function that the script runs."""
     spec = importlib.util.spec_from_file_location("lr_sensitivity_of_test_on", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -36,8 +40,11 @@ def script() -> Callable[[], int]:
 
 @pytest.fixture
 def refused(script: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Type a command in a folder whose cluster.yaml is of a cluster that is not up. Return its one line."""
-    description(tmp_path)
+    """Return a function that runs a command and returns its error.
+
+    It runs in a folder whose cluster.yaml describes a cluster that is not up.
+    """
+    write_cluster_file(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # no token, no keys
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -53,8 +60,8 @@ def refused(script: Callable[[], int], tmp_path: Path, monkeypatch: pytest.Monke
     return refused
 
 
-def description(folder: Path) -> None:
-    """Of a cluster that is not up."""
+def write_cluster_file(folder: Path) -> None:
+    """Write the cluster.yaml of a cluster that is not up."""
     config = local(CLUSTER, HEAD, [], "key.pem") | {"cluster_name": f"test-{os.getpid()}"}
     mounts = {there: str(ROOT / here) for there, here in config["file_mounts"].items() if here[0] != "~"}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config | {"file_mounts": mounts}))
@@ -75,7 +82,7 @@ def description(folder: Path) -> None:
         ((*ON, "--stop", "--plan"), ["--stop", "without --plan"]),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_a_command_that_cannot_run_there_is_refused_in_one_line(
     refused: Callable[..., str], tmp_path: Path, arguments: tuple[str, ...], words: list[str]
 ) -> None:
     (tmp_path / "model").mkdir()
@@ -86,9 +93,9 @@ def test_what_cannot_be_is_one_line(
         assert word in line
 
 
-def test_a_script_that_is_not_sent_there_is_refused(tmp_path: Path) -> None:
-    """As it is called, in a process of its own."""
-    description(tmp_path)
+def test_a_script_outside_the_project_is_refused(tmp_path: Path) -> None:
+    """The script runs as a user runs it, in a process of its own."""
+    write_cluster_file(tmp_path)
     own = tmp_path / "own.py"
     shutil.copy(SCRIPT, own)
     done = subprocess.run(
@@ -104,27 +111,27 @@ def test_a_script_that_is_not_sent_there_is_refused(tmp_path: Path) -> None:
     assert re.fullmatch(r"error: --on cluster.yaml: \S+own.py is not sent to a cluster; .*\n", done.stderr)
 
 
-def test_a_cluster_that_is_not_up_or_not_known_is_not_asked_about(
+def test_without_a_running_cluster_the_user_is_not_asked(
     refused: Callable[..., str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     needs = "needs a GPU or a Ray cluster"
-    looked_for: list[Path] = []
+    lookups: list[Path] = []
     find_head = head.find_head
 
-    def noted(path: Path, seconds: float) -> tuple[str | None, str]:
-        assert seconds == target.LOOKUP_TIMEOUT_SECONDS
-        looked_for.append(path)
-        return find_head(path, 600.0)  # on a busy machine it takes longer
+    def patient_find_head(path: Path, config: dict[str, Any], timeout: float) -> str:
+        assert timeout == target.LOOKUP_TIMEOUT_SECONDS
+        lookups.append(path)
+        return find_head(path, config, 600.0)  # on a busy machine it takes longer
 
-    monkeypatch.setattr(head, "find_head", noted)
+    monkeypatch.setattr(head, "find_head", patient_find_head)
     assert needs in refused()
-    assert looked_for == [Path("cluster.yaml")]
+    assert lookups == [Path("cluster.yaml")]
     (tmp_path / "cluster.yaml").write_text("no: cluster\n")
     assert needs in refused()
     shutil.copy(ROOT / "cluster.yaml", tmp_path)
     assert needs in refused()
-    assert len(looked_for) == 1, "what this machine cannot have started is not looked for: it would take time"
+    assert len(lookups) == 1, "a cluster that this machine cannot have started is not looked up"
     assert capsys.readouterr() == ("", "")
