@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.record.study_file import StudyFile
-from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
@@ -28,13 +27,6 @@ class Choice:
 
 
 ChoiceT = TypeVar("ChoiceT", bound=Choice)
-
-
-def two_stage_study_name(script: str, options: StudyOptions, default_task: str) -> str:
-    """Of a script with two stages: --study, or made of script, task and model; the stages add an ending."""
-    parts = [script, Path(options.task or default_task).stem]
-    parts += [Path(options.model).name] if options.model else []
-    return options.study or "-".join(parts).replace("@", "-")
 
 
 def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:

@@ -1,4 +1,4 @@
-"""What is left of a study in GPU hours and in money: lines of a plan."""
+"""The GPU hours and the price of what is left to train, as lines of a plan."""
 
 from __future__ import annotations
 
@@ -16,56 +16,65 @@ PRICE_DISCLAIMER = "check before you spend"
 def cost_lines(
     estimates: Sequence[TimeEstimate], gpus_per_worker: float | None, device: str, options: StudyOptions
 ) -> list[tuple[str, str]]:
-    """`gpus` of a worker, and the GPU it runs on, as far as they are known. Nothing for a study without."""
-    estimates = [each for each in estimates if each.device != "cpu"]
+    """Describe the GPU hours and the price of a study.
+
+    Args:
+        estimates: The estimated time on each kind of device.
+        gpus_per_worker: GPUs of a trainer's worker; None if the cluster decides.
+        device: The name of the GPU; empty if it is not known.
+        options: The options of the study.
+
+    Returns:
+        Pairs of a label and a text; none for a study without GPUs.
+    """
     if gpus_per_worker == 0:
         return []
+    estimates = [each for each in estimates if each.device != "cpu"]
     if not estimates and gpus_per_worker is None:
-        return [("GPU hours", "say --gpus-per-seat 1 if that cluster has GPUs, now or on demand")]
+        return [("GPU hours", "say --gpus-per-worker 1 if that cluster has GPUs, now or on demand")]
     if not estimates:
         return [("GPU hours", "unknown"), ("Price", _price_per_gpu_hour(device, options)[1])]
     lines = []
-    for each in estimates:
-        # A record does not say whether its seat had the GPU to itself: a share may cost less, or the same.
-        low = each.low_seconds * options.workers_per_trainer * (gpus_per_worker or 1.0) / 3600
-        high = each.high_seconds * options.workers_per_trainer / 3600
+    for estimate in estimates:
+        # A record does not say whether its trainer had the GPU to itself. A trainer that shares one may cost
+        # that share, or as much as with a GPU of its own.
+        low = estimate.low_seconds * options.workers_per_trainer * (gpus_per_worker or 1.0) / 3600
+        high = estimate.high_seconds * options.workers_per_trainer / 3600
         early = "" if options.scheduler == "none" else ", less what early stopping saves"
-        lines.append(("GPU hours", f"about {format_range(low, high)} on {each.device}{early}"))
-        rates, text = _price_per_gpu_hour(each.device, options)
-        if rates:
-            text = f"about {format_range(low * rates[0], high * rates[1])} USD, at {text}"
+        lines.append(("GPU hours", f"about {format_range(low, high)} on {estimate.device}{early}"))
+        ends, text = _price_per_gpu_hour(estimate.device, options)
+        if ends:
+            text = f"about {format_range(low * ends[0], high * ends[1])} USD, at {text}"
         lines.append(("Price", text))
     return lines
 
 
 def format_range(low: float, high: float) -> str:
-    """Two digits: more would claim more than is known."""
+    """Format a range with two significant digits, which is all that an estimate is worth."""
     ends = dict.fromkeys(f"{float(f'{value:.2g}'):g}" for value in (low, high))
     return " to ".join(ends)
 
 
 def _price_per_gpu_hour(device: str, options: StudyOptions) -> tuple[tuple[float, float] | None, str]:
-    """USD a GPU hour, low and high, and in words; without a device the words are the whole table's range."""
+    """Return the lowest and the highest price of a GPU hour in USD, if known, and both in words.
+
+    Without a device the words give the range of the whole table.
+    """
     if options.price_per_gpu_hour is not None:
         given = price.parse_price(options.price_per_gpu_hour)
-        return (
-            given,
-            f"{' to '.join(dict.fromkeys(f'{value:g}' for value in given))} USD a GPU hour, as given",
-        )
+        text = " to ".join(dict.fromkeys(f"{value:g}" for value in given))
+        return given, f"{text} USD a GPU hour, as given"
     if not device:
         low = min(prices.load_prices(), key=lambda each: each.spot)
         high = max(prices.load_prices(), key=lambda each: each.on_demand)
-        ends = f"{low.spot:.2f} ({low.gpu}, spot) to {high.on_demand:.2f} ({high.gpu}, on demand)"
-        return None, f"{ends} USD a GPU hour, {_price_source(high)}"
-    gpu_price = prices.find_price(device)
-    if gpu_price is None:
+        text = f"{low.spot:.2f} ({low.gpu}, spot) to {high.on_demand:.2f} ({high.gpu}, on demand)"
+        return None, f"{text} USD a GPU hour, {_price_source(high)}"
+    found = prices.find_price(device)
+    if found is None:
         return None, f"unknown: the table has no {device}; say {price.OPTION} LOW:HIGH"
-    whole = f" of {gpu_price.count} GPUs, paid whole" if gpu_price.count > 1 else ""
-    ends = f"{gpu_price.spot:.2f} (spot) to {gpu_price.on_demand:.2f} (on demand)"
-    return (
-        gpu_price.spot,
-        gpu_price.on_demand,
-    ), f"{ends} USD a GPU hour, {gpu_price.instance}{whole}, {_price_source(gpu_price)}"
+    whole = f" of {found.count} GPUs, paid whole" if found.count > 1 else ""
+    text = f"{found.spot:.2f} (spot) to {found.on_demand:.2f} (on demand) USD a GPU hour"
+    return (found.spot, found.on_demand), f"{text}, {found.instance}{whole}, {_price_source(found)}"
 
 
 def _price_source(gpu_price: GpuPrice) -> str:

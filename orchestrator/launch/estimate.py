@@ -1,9 +1,9 @@
-"""How long what is left would take a seat, by what finished lanes of the same task and model took before."""
+"""How long one trainer needs for the rest of a study, judged by finished lanes of the same task and model."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,35 +12,36 @@ from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, Configuration
 
 TRAINER_OVERHEAD = 1.25
-"""A seat's time over its lanes' seconds, at most about: saving, reporting and waiting are no lane's. On three
-studies of 8 short lanes, two seats on a CPU, it was 1.21, 1.22 and 1.28."""
+"""Upper estimate of trainer seconds per lane second; checkpointing, reporting and idling belong to no lane.
+Measured on three studies of 8 short lanes with two trainers on a CPU: 1.21, 1.22 and 1.28."""
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of one seat for all that is left, to the end, on one kind of device; without its start."""
+    """The time that one trainer needs for the rest of a study on one kind of device, without its start."""
 
     device: str
+    """The device's name, as records give it."""
     measured_lanes: int
-    """That were trained there: what it rests on."""
+    """How many finished lanes the estimate is based on."""
     low_seconds: float
+    """The lower end, in seconds of one trainer."""
     high_seconds: float
+    """The upper end, in seconds of one trainer."""
     extrapolated_variants: tuple[str, ...]
-    """Variants of which none was trained there: they lie between the cheapest and the dearest of the rest."""
+    """Variants without a finished lane on this device; they count as between the fastest and the slowest."""
 
     @property
     def source_text(self) -> str:
-        """In words."""
-        guess = (
-            f", none of {', '.join(self.extrapolated_variants)} (taken as the others)"
-            if self.extrapolated_variants
-            else ""
-        )
+        """What the estimate is based on, in words."""
+        guess = ""
+        if self.extrapolated_variants:
+            guess = f", none of {', '.join(self.extrapolated_variants)} (taken as the others)"
         return f"on {self.device}, from {self.measured_lanes} lanes trained there{guess}"
 
 
 class _LaneWorkload(NamedTuple):
-    """What decides the time of a lane, beside task and model."""
+    """What decides the time of a lane besides task and model."""
 
     variant: str
     steps: int
@@ -48,10 +49,35 @@ class _LaneWorkload(NamedTuple):
     evaluations: int
 
 
+class _MeasuredSeconds(NamedTuple):
+    """Estimated seconds of one workload, summed over finished lanes."""
+
+    low: float = 0.0
+    high: float = 0.0
+    lanes: int = 0
+
+    def add(self, low: float, high: float) -> _MeasuredSeconds:
+        return _MeasuredSeconds(self.low + low, self.high + high, self.lanes + 1)
+
+
+_Measurements = dict[_LaneWorkload, dict[str, _MeasuredSeconds]]
+"""Workload -> measured variant -> seconds of the workload, had it been that variant."""
+
+
 def estimate_times(
     pending: Sequence[Configuration], store: Store, lanes_per_trainer: int, workers_per_trainer: int
 ) -> list[TimeEstimate]:
-    """One for each kind of device that lanes were trained on; `lanes`, `workers`: of a seat, as planned."""
+    """Estimate the time of `pending` on every kind of device that the store has finished lanes of.
+
+    Args:
+        pending: Configurations of one task and model.
+        store: The records.
+        lanes_per_trainer: The largest lane group of a trainer.
+        workers_per_trainer: Workers that split each batch.
+
+    Returns:
+        One estimate per device, sorted by the device's name.
+    """
     if not pending:
         return []
     first = pending[0]
@@ -59,41 +85,42 @@ def estimate_times(
         _LaneWorkload(c.variant.name, c.schedule.steps, c.batches, c.evaluations) for c in pending
     )
     group_sizes = {
-        work: 1 if _is_exclusive(work.variant) else min(lanes_per_trainer, count)
-        for work, count in workloads.items()
+        workload: 1 if _is_exclusive(workload.variant) else min(lanes_per_trainer, count)
+        for workload, count in workloads.items()
     }
     lanes_by_device: Counter[str] = Counter()
-    # (device, work) -> variant measured -> its lanes' sum of low, of high, and how many
-    sums: dict[tuple[str, _LaneWorkload], dict[str, tuple[float, float, int]]] = {}
+    measured: dict[str, _Measurements] = {}
     for record in store.records():
-        measured, device = record.configuration, record.provenance.device
-        if record.state != "finished" or (measured.task.name, measured.model) != (
-            first.task.name,
-            first.model,
-        ):
+        trained, device = record.configuration, record.provenance.device
+        same_base = (trained.task.name, trained.model) == (first.task.name, first.model)
+        if record.state != "finished" or not same_base:
             continue
         lanes_by_device[device] += 1
-        for work, pack in group_sizes.items():
-            low, high = _scaled_seconds(record, work, first, pack, workers_per_trainer)
-            of_all = sums.setdefault((device, work), {})
-            before = of_all.get(measured.variant.name, (0.0, 0.0, 0))
-            of_all[measured.variant.name] = (before[0] + low, before[1] + high, before[2] + 1)
-    estimates = []
-    for device, trained in sorted(lanes_by_device.items()):
-        total_low = total_high = 0.0
-        guessed: list[str] = []
-        for work, count in workloads.items():
-            means = {v: (low / n, high / n) for v, (low, high, n) in sums[device, work].items()}
-            own = [means[work.variant]] if work.variant in means else list(means.values())
-            guessed += [] if work.variant in means else [work.variant]
-            total_low += count * min(low for low, _ in own)
-            total_high += count * max(high for _, high in own)
-        estimates.append(
-            TimeEstimate(
-                device, trained, total_low, TRAINER_OVERHEAD * total_high, tuple(dict.fromkeys(guessed))
-            )
-        )
-    return estimates
+        for workload, group_size in group_sizes.items():
+            by_variant = measured.setdefault(device, {}).setdefault(workload, {})
+            before = by_variant.get(trained.variant.name, _MeasuredSeconds())
+            ends = _scaled_seconds(record, workload, first, group_size, workers_per_trainer)
+            by_variant[trained.variant.name] = before.add(*ends)
+    return [
+        _sum_workloads(device, lanes, workloads, measured[device])
+        for device, lanes in sorted(lanes_by_device.items())
+    ]
+
+
+def _sum_workloads(
+    device: str, measured_lanes: int, workloads: Mapping[_LaneWorkload, int], measured: _Measurements
+) -> TimeEstimate:
+    """Add up the mean seconds of all workloads on one device."""
+    total_low = total_high = 0.0
+    extrapolated: list[str] = []
+    for workload, count in workloads.items():
+        means = {v: (s.low / s.lanes, s.high / s.lanes) for v, s in measured[workload].items()}
+        own = [means[workload.variant]] if workload.variant in means else list(means.values())
+        extrapolated += [] if workload.variant in means else [workload.variant]
+        total_low += count * min(low for low, _ in own)
+        total_high += count * max(high for _, high in own)
+    variants = tuple(dict.fromkeys(extrapolated))
+    return TimeEstimate(device, measured_lanes, total_low, TRAINER_OVERHEAD * total_high, variants)
 
 
 def _is_exclusive(variant: str) -> bool:
@@ -106,11 +133,22 @@ def _is_exclusive(variant: str) -> bool:
 def _scaled_seconds(
     record: Record, workload: _LaneWorkload, first: Configuration, group_size: int, workers: int
 ) -> tuple[float, float]:
-    """A lane's share of its seat's time, were it this work. (A record's seconds are its share of the pack's.)
+    """Estimate one lane's share of its trainer's time, had it been another workload.
 
-    With another pack or batch the truth lies between two ends: a pass over the pack takes as long however
-    many rows it has (a small model on a large GPU), or in proportion to them. With other workers: they gain
-    nothing, or all.
+    A record's seconds are its lane's share of the lane group's time. With another group or batch size the
+    truth lies between two ends: a pass over the group takes the same time however many rows it has (a small
+    model on a large GPU), or time in proportion to its rows. Likewise more workers save nothing, or save time
+    in proportion.
+
+    Args:
+        record: A finished lane of the same task and model.
+        workload: The workload to estimate.
+        first: A configuration with the task's split sizes.
+        group_size: The lane group of the workload.
+        workers: The workers of its trainer.
+
+    Returns:
+        The lower and the upper end in seconds.
     """
     before, cost, provenance = record.configuration, record.cost, record.provenance
     pass_ratio = max(1, provenance.pack_lanes) / group_size
@@ -121,9 +159,6 @@ def _scaled_seconds(
     scored_before = before.evaluations * before.task.validation_size + before.task.test_size
     evaluate = cost.evaluate_seconds * scored / max(1, scored_before)
     worker_ratio = provenance.workers / workers
-    return (
-        (train * min(accumulation_ratio * pass_ratio, row_ratio) + evaluate * min(pass_ratio, 1))
-        * min(worker_ratio, 1),
-        (train * max(accumulation_ratio * pass_ratio, row_ratio) + evaluate * max(pass_ratio, 1))
-        * max(worker_ratio, 1),
-    )
+    low = train * min(accumulation_ratio * pass_ratio, row_ratio) + evaluate * min(pass_ratio, 1)
+    high = train * max(accumulation_ratio * pass_ratio, row_ratio) + evaluate * max(pass_ratio, 1)
+    return low * min(worker_ratio, 1), high * max(worker_ratio, 1)

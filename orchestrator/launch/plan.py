@@ -1,11 +1,11 @@
-"""What a study would do: printed, nothing started."""
+"""The output of --plan: what a study would train, how long it would take and what it would cost."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rich.console import Console
@@ -19,93 +19,139 @@ from orchestrator.finetune.models.loading import UNPREPARED
 from orchestrator.finetune.resolve import has_layer_shapes
 from orchestrator.launch import cost
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
+from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
 from orchestrator.util.command import format_command
 
-DEFAULT_LANES_PER_TRAINER = 4  # a seat; more gains nothing on a CPU and is a choice of memory on a GPU
-STARTUP_SECONDS = 25.0  # Ray, and the first seat
+STARTUP_SECONDS = 25.0
+"""How long Ray and the first trainer take to start."""
 UNKNOWN_TIME = "unknown: no lane of this task and model has been trained on such a device yet"
-
 UNCHECKED_OPTIONS = "--rank and --targets: the base model is not here yet"
+
+Line = tuple[str, str]
+"""A label and a text."""
+
+
+@dataclass(frozen=True)
+class _Hardware:
+    """The trainers that a study would get, as far as that is known before it starts."""
+
+    num_trainers: int
+    """0 means that the cluster decides."""
+    gpus_per_worker: float | None
+    """None means that the cluster decides."""
+    device: str
+    """The name of the GPU; empty if there is none or its name is not known."""
+    place: str
+    """The trainers in words."""
+
+    def has_device(self, device: str) -> bool:
+        """Return whether a trainer may run on such a device, a GPU's name or `cpu`."""
+        if self.gpus_per_worker is None:
+            return True
+        if not self.gpus_per_worker:
+            return device == "cpu"
+        return device != "cpu" and device == (self.device or device)
 
 
 def print_plan(
-    console: Console,
-    template: Configuration,
-    requested: Sequence[Configuration],
-    pending: Sequence[Configuration],
-    store: Store,
-    options: StudyOptions,
-    search: SearchBudget | None,
+    console: Console, template: Configuration, work: StudyWork, store: Store, options: StudyOptions
 ) -> None:
-    """`first`: a configuration that has in common with all others what is printed once."""
-    rates = sorted({c.optimizer.learning_rate for c in requested})
-    total = search.total if search else len(requested)
-    num_to_train = len(pending) + total - len(requested)
-    content = template.model.content
-    gpus_per_worker: float | None
-    if runtime.running_cluster_address() is None:
-        num_trainers, gpus_per_worker = runtime.estimate_local_cluster().plan_trainers(
-            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+    """Print what a study would train and cost. Nothing is started.
+
+    Args:
+        console: Where to print.
+        template: A configuration that shares task, model and schedule with all others.
+        work: The configurations of the study.
+        store: The records, from which time is estimated.
+        options: The options of the study.
+    """
+    hardware = _probe_hardware(options)
+    estimates = [
+        estimate
+        for estimate in estimate_times(
+            [*work.pending, *_unsampled_points(work.search, template)],
+            store,
+            options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+            options.workers_per_trainer,
         )
-        where, device = f"{num_trainers} on this machine", runtime.gpu_name()
-    else:
-        num_trainers, gpus_per_worker, device = options.trainers or 0, options.gpus_per_worker, ""
-        where = (
-            f"{num_trainers or 'as many as have room'} on the cluster at {runtime.running_cluster_address()}"
-        )
-    gpus_per_worker = 0.0 if options.device == "cpu" else gpus_per_worker
-    lanes_per_trainer = options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
-    unsampled = [
-        replace(template, variant=replace(template.variant, name=variant))
-        for variant in (search.space.variants if search else ())
-        for _ in range(search.num_remaining(variant) if search else 0)
+        if hardware.has_device(estimate.device)
     ]
-    time_estimates = estimate_times(
-        [*pending, *unsampled], store, lanes_per_trainer, options.workers_per_trainer
-    )
-    time_estimates = [each for each in time_estimates if _can_train_on(each.device, gpus_per_worker, device)]
-    workers = f", {options.workers_per_trainer} workers a seat" if options.workers_per_trainer > 1 else ""
-    batch = template.batches.batch_size * template.batches.accumulation
-    for what, text in (
-        ("Task", f"{template.task.name}, {template.schedule.steps} steps of {batch}"),
-        ("Base model", f"{template.model.name} ({content if content == UNPREPARED else content[:12]})"),
-        *([] if has_layer_shapes(template.model) else [("Not checked", UNCHECKED_OPTIONS)]),
-        *(_search_lines(search, template) if search else ()),
-        *([] if search else [("Variants", " ".join(dict.fromkeys(c.variant.name for c in requested)))]),
-        *([] if search else [("Learning rates", " ".join(f"{rate:g}" for rate in rates))]),
-        *([("Fixed", " ".join(options.set))] if options.set else []),
-        ("Seeds", f"{options.seed_count}"),
-        ("Configurations", f"{total}, of them {total - num_to_train} known"),
-        ("Steps", f"at most {num_to_train * template.schedule.steps}"),
-        ("Early stopping", scheduler_settings(options.scheduler, template) or "none"),
-        ("Seats", f"{where}, {lanes_per_trainer} lanes each{workers}"),
-        *(_time_line(each, num_trainers) for each in time_estimates),
-        *([] if time_estimates else [("Time", UNKNOWN_TIME if num_to_train else "nothing to train")]),
-    ):
-        console.print(f"{what:15} {text}", markup=False)
-    for what, text in (
-        cost.cost_lines(time_estimates, gpus_per_worker, device, options) if num_to_train else ()
-    ):
-        console.print(f"{what:15} {text}", markup=False)
-    if pending and not time_estimates and gpus_per_worker != 0:
-        command = f"To know, train one of them, then plan again:\n  {_single_point_command(pending)}"
+    lines = [
+        *_configuration_lines(template, work, options),
+        *_trainer_lines(hardware, options),
+        *(_time_line(estimate, hardware.num_trainers) for estimate in estimates),
+    ]
+    if not estimates:
+        lines.append(("Time", UNKNOWN_TIME if work.num_to_train else "nothing to train"))
+    if work.num_to_train:
+        lines += cost.cost_lines(estimates, hardware.gpus_per_worker, hardware.device, options)
+    for label, text in lines:
+        console.print(f"{label:15} {text}", markup=False)
+    if work.pending and not estimates and hardware.gpus_per_worker != 0:
+        command = f"To know, train one of them, then plan again:\n  {_single_point_command(work.pending)}"
         console.print(command, markup=False, soft_wrap=True)
 
 
-def print_point_shortfall(console: Console, spent: Mapping[str, VariantUsage], points: int) -> None:
-    """Which variants had fewer points than the budget, because their space has no more."""
-    for variant, each in spent.items():
-        if each.points < points:
-            console.print(f"{variant}: {each.points} points of {points}: its space has no more", markup=False)
+def _probe_hardware(options: StudyOptions) -> _Hardware:
+    address = runtime.running_cluster_address()
+    gpus_per_worker: float | None
+    if address is None:
+        num_trainers, gpus_per_worker = runtime.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        place, device = f"{num_trainers} on this machine", runtime.gpu_name()
+    else:
+        num_trainers, gpus_per_worker, device = options.trainers or 0, options.gpus_per_worker, ""
+        place = f"{num_trainers or 'as many as have room'} on the cluster at {address}"
+    return _Hardware(num_trainers, 0.0 if options.device == "cpu" else gpus_per_worker, device, place)
 
 
-def _search_lines(search: SearchBudget, template: Configuration) -> list[tuple[str, str]]:
-    """The sampler, and the space: on one line where it is the same for all variants."""
+def _unsampled_points(search: SearchBudget | None, template: Configuration) -> list[Configuration]:
+    """Return a stand-in for each point that the search has yet to sample: the template with its variant."""
+    if search is None:
+        return []
+    return [
+        replace(template, variant=replace(template.variant, name=variant))
+        for variant in search.space.variants
+        for _ in range(search.num_remaining(variant))
+    ]
+
+
+def _configuration_lines(template: Configuration, work: StudyWork, options: StudyOptions) -> list[Line]:
+    """Describe the configurations: what they share, what they vary, and how many there are."""
+    model, steps = template.model, template.schedule.steps
+    batch = template.batches.batch_size * template.batches.accumulation
+    content = model.content if model.content == UNPREPARED else model.content[:12]
+    lines = [
+        ("Task", f"{template.task.name}, {steps} steps of {batch}"),
+        ("Base model", f"{model.name} ({content})"),
+    ]
+    if not has_layer_shapes(model):
+        lines.append(("Not checked", UNCHECKED_OPTIONS))
+    if work.search is not None:
+        lines += _search_lines(work.search, template)
+    else:
+        rates = sorted({c.optimizer.learning_rate for c in work.requested})
+        lines.append(("Variants", " ".join(dict.fromkeys(c.variant.name for c in work.requested))))
+        lines.append(("Learning rates", " ".join(f"{rate:g}" for rate in rates)))
+    if options.set:
+        lines.append(("Fixed", " ".join(options.set)))
+    return [
+        *lines,
+        ("Seeds", f"{options.seed_count}"),
+        ("Configurations", f"{work.total}, of them {work.total - work.num_to_train} known"),
+        ("Steps", f"at most {work.num_to_train * steps}"),
+        ("Early stopping", scheduler_settings(options.scheduler, template) or "none"),
+    ]
+
+
+def _search_lines(search: SearchBudget, template: Configuration) -> list[Line]:
+    """Describe a search: its sampler, its budget and its space, on one line if all variants share it."""
     counts = {
         variant: search.num_asked[variant] + search.num_remaining(variant)
         for variant in search.space.variants
@@ -126,33 +172,49 @@ def _search_lines(search: SearchBudget, template: Configuration) -> list[tuple[s
     return [*lines, *((f"Space, {variant}", text) for variant, text in texts.items())]
 
 
-def _can_train_on(device: str, gpus_per_worker: float | None, local_gpu: str) -> bool:
-    """Whether seats may train on such a device. `gpus` of a worker and the GPU's name, as far as known."""
-    if gpus_per_worker is None:
-        return True
-    return device == (local_gpu or device) != "cpu" if gpus_per_worker else device == "cpu"
+def _trainer_lines(hardware: _Hardware, options: StudyOptions) -> list[Line]:
+    lanes = options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER
+    workers = options.workers_per_trainer
+    split = f", {workers} workers per trainer" if workers > 1 else ""
+    return [("Trainers", f"{hardware.place}, {lanes} lanes each{split}")]
 
 
-def _time_line(estimate: TimeEstimate, num_trainers: int) -> tuple[str, str]:
-    """`seats` 0: not known."""
-    start = STARTUP_SECONDS if num_trainers else 0.0
+def _time_line(estimate: TimeEstimate, num_trainers: int) -> Line:
+    startup = STARTUP_SECONDS if num_trainers else 0.0
     ends = dict.fromkeys(
-        format_duration(s / max(1, num_trainers) + start)
-        for s in (estimate.low_seconds, estimate.high_seconds)
+        format_duration(seconds / max(1, num_trainers) + startup)
+        for seconds in (estimate.low_seconds, estimate.high_seconds)
     )
-    divided = "" if num_trainers else " divided by the seats"
+    divided = "" if num_trainers else " divided by the number of trainers"
     return "Time", f"about {' to '.join(ends)}{divided}, {estimate.source_text}"
 
 
 def _single_point_command(pending: Sequence[Configuration]) -> str:
-    """The command that trains one of them alone: at the lowest rate, as a diverged lane would not tell."""
+    """Return the command that trains one pending configuration, to measure its time.
+
+    The lowest learning rate is taken, because the time of a lane that diverges early says nothing.
+    """
     from orchestrator.analyze import formatting
 
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
     command = narrow_command(format_command(sys.argv), Record(point.fingerprint, point, "failed", 0))
-    # In the plain script and its own study: one of two stages would make its choice of this point.
+    # The plain script, in a study of its own: a script of two stages would make its choice of this point.
     command = formatting.narrow_command(command, point.variant.name, [point.optimizer.learning_rate], {})
     pairs = pairwise(["", *shlex.split(command)])
     return shlex.join(
         word for before, word in pairs if before != "--study" and not word.startswith(("--study", "--plan"))
     )
+
+
+def print_point_shortfall(console: Console, usage: Mapping[str, VariantUsage], points: int) -> None:
+    """Print which variants have fewer points than the budget, because their space has no more.
+
+    Args:
+        console: Where to print.
+        usage: The points of each variant.
+        points: The budget: points of each variant.
+    """
+    for variant, used in usage.items():
+        if used.points < points:
+            line = f"{variant}: {used.points} points of {points}: its space has no more"
+            console.print(line, markup=False)

@@ -1,4 +1,4 @@
-"""What an hour of a GPU costs to rent: `prices.json`, a small dated table. No cloud is asked."""
+"""What an hour of a GPU costs to rent, from `prices.json`, a small dated table. No cloud is asked."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class GpuPrice:
-    """USD a GPU hour, of an AWS instance's hour divided by its GPUs."""
+    """The price of one GPU for one hour, in USD: the price of an AWS instance divided by its GPUs."""
 
     gpu: str
-    """As Ray names it."""
+    """Ray's name of the GPU."""
     names: tuple[str, ...]
-    """As torch and the driver name it."""
+    """The names that torch and the driver use."""
     instance: str
+    """AWS's name of the instance type."""
     count: int
-    """GPUs of the instance: it is paid whole."""
+    """The GPUs of the instance, which can only be rented as a whole."""
     spot: float
-    """Typical."""
+    """A typical spot price."""
     on_demand: float
+    """The on-demand price."""
     date: str
-    """The month of the on-demand price."""
+    """The month of the on-demand price, YYYY-MM."""
     region: str
+    """The AWS region of both prices."""
 
 
 @lru_cache(maxsize=1)
 def load_prices() -> tuple[GpuPrice, ...]:
+    """Return all rows of the table."""
     data = json.loads(Path(__file__).with_name("prices.json").read_text())
     return tuple(
         GpuPrice(**{**each, "names": tuple(each["names"]), "region": data["region"]}) for each in data["gpus"]
@@ -36,5 +40,8 @@ def load_prices() -> tuple[GpuPrice, ...]:
 
 
 def find_price(device: str) -> GpuPrice | None:
-    """By torch's name or Ray's, exactly: an H100 of another make has another price."""
+    """Return the price of the GPU with exactly this name, torch's or Ray's; None if the table has none.
+
+    Similar names do not count: an H100 of another make has another price.
+    """
     return next((price for price in load_prices() if device in (price.gpu, *price.names)), None)

@@ -1,4 +1,4 @@
-"""What a study asks for, and how much of it is known."""
+"""The configurations of a study, sorted by what the store knows about them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.samplers import BuildConfiguration
 from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.finetune import resolve
-from orchestrator.launch.plan import DEFAULT_LANES_PER_TRAINER
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import training_order
-from orchestrator.study.options import StudyOptions
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
 from orchestrator.study.space import Value, apply_values
 
 
 @dataclass(frozen=True)
 class StudyWork:
-    """What the study asks for: `wanted`, of which some are `met` by records, `hopeless` (their fingerprints)
-    or `pending`; and what its `search` will ask for besides."""
+    """The configurations of a study: which have a result, which are to be trained."""
 
     requested: list[Configuration]
+    """All of them. A search appends to it while it samples."""
     satisfied: list[Configuration]
+    """Those whose result is in the store."""
     retries_exhausted: list[str]
+    """Fingerprints of those that failed too often to be tried again."""
     pending: list[Configuration]
+    """Those to be trained, in the order in which they are submitted."""
     search: SearchBudget | None
+    """The search that samples more; None for a grid."""
 
     @classmethod
     def from_store(
@@ -37,6 +40,18 @@ class StudyWork:
         store: Store,
         options: StudyOptions,
     ) -> StudyWork:
+        """Sort `requested` by the records in `store`.
+
+        Args:
+            requested: The configurations of the study so far.
+            search: The search that samples more; None for a grid.
+            store: The records. With --retry-failed the failures of `requested` are forgotten there, unless
+                this is a plan.
+            options: The options of the study.
+
+        Returns:
+            The work of this run.
+        """
         if options.retry_failed and not options.plan:
             for configuration in requested:
                 store.reset_failures(configuration.fingerprint)
@@ -60,20 +75,28 @@ class StudyWork:
 
     @property
     def total(self) -> int:
+        """The number of configurations, including those that the search has yet to sample."""
         return self.search.total if self.search else len(self.requested)
 
     @property
     def num_to_train(self) -> int:
-        """How many are to be trained, as far as can be said now."""
+        """The number of configurations to train. Points yet to be sampled count as new."""
         return len(self.pending) + self.total - len(self.requested)
 
 
 def point_builder(templates: Sequence[Configuration]) -> BuildConfiguration:
-    """A search's points: trained once, with the first seed."""
-    by_name = {template.variant.name: template for template in templates}
+    """Return the function that makes a search's point into a configuration with seed 0.
+
+    Args:
+        templates: One configuration per variant; the point's values replace theirs.
+
+    Returns:
+        A function of the variant and the values. It returns None for values that the variant refuses.
+    """
+    by_variant = {template.variant.name: template for template in templates}
 
     def build(variant: str, values: Mapping[str, Value]) -> Configuration | None:
-        configuration = replace(apply_values(by_name[variant], values), seed=0)
+        configuration = replace(apply_values(by_variant[variant], values), seed=0)
         return None if resolve.find_settings_error(configuration) else configuration
 
     return build

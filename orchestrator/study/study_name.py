@@ -20,6 +20,24 @@ SUFFIX_BYTES = 20
 """Of the ending that a script of two stages adds to the name."""
 
 
+def default_study_name(script: str, task: str, model: str | None, sampler: str | None = None) -> str:
+    """Build the name of a study that was started without --study.
+
+    Args:
+        script: The name of the experiment script.
+        task: The task's name, or the path of the file that defines it.
+        model: The base model's name, folder or hub name; None leaves it out.
+        sampler: The sampler of a search; None for a grid.
+
+    Returns:
+        These names, joined by "-".
+    """
+    parts = [script, Path(task).stem]
+    parts += [Path(model).name] if model else []
+    parts += [sampler] if sampler else []
+    return "-".join(parts).replace("@", "-")
+
+
 def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
     """Check that `name` can be a study's name.
 

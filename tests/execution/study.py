@@ -34,10 +34,11 @@ HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
 PATIENT = f"""
-from orchestrator.execution import run_budget; from orchestrator.launch import run_study
+from orchestrator.execution import run_budget; from orchestrator.launch import reporting
 from orchestrator.util import command
 run_budget.INTERRUPT_SAVE_SECONDS = run_budget.SAVE_SECONDS = run_budget.INTERRUPT_DEADLINE_SECONDS = {HANG_SECONDS}
-run_study.MLFLOW_INTERRUPTED_FLUSH_SECONDS = run_study.MLFLOW_FLUSH_SECONDS = command.INTERRUPT_TIMEOUT_SECONDS = {HANG_SECONDS}
+reporting.MLFLOW_INTERRUPTED_FLUSH_SECONDS = reporting.MLFLOW_FLUSH_SECONDS = {HANG_SECONDS}
+command.INTERRUPT_TIMEOUT_SECONDS = {HANG_SECONDS}
 """
 
 

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from orchestrator.execution.progress import Progress
-from orchestrator.launch import run_study as study_run
+from orchestrator.launch import reporting
 from orchestrator.record.store import Store
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
@@ -65,13 +65,13 @@ def test_a_report_that_cannot_be_written(
     advice: str,
 ) -> None:
     """The disk with the studies' folders refuses writes after the records are read, before the report."""
-    write = study_run.write_parquet
+    write = reporting.write_parquet
 
     def write_parquet(store: Any) -> None:
         write(store)
         refuse(disk)
 
-    monkeypatch.setattr(study_run, "write_parquet", write_parquet)
+    monkeypatch.setattr(reporting, "write_parquet", write_parquet)
     done = run(SWEEP, *ONE, "--output", str(disk.folder), "--store", str(known))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr.startswith(f"error: {disk.folder}/")

@@ -41,14 +41,14 @@ signal.signal = and_terminate
 # As a terminal does: to the whole group of processes.
 CTRL_C_IN_THE_REPORT = """
 import os, signal
-from orchestrator.launch import run_study
-write = run_study.write_parquet
+from orchestrator.launch import reporting
+write = reporting.write_parquet
 
 def write_parquet(store):
     os.killpg(os.getpid(), signal.SIGINT)
     write(store)
 
-run_study.write_parquet = write_parquet
+reporting.write_parquet = write_parquet
 """
 
 

@@ -19,7 +19,7 @@ from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
-from orchestrator.launch.work import point_builder
+from orchestrator.launch.work import StudyWork, point_builder
 from orchestrator.record.schema import Record
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
@@ -96,7 +96,9 @@ def test_a_plan_says_what_is_fixed_and_the_budget_of_each_variant(bases: Path, t
     console = Console(file=StringIO(), width=200)
     options = StudyOptions(task="letters", **typed)
     wanted = list(search.configurations.values())
-    print_plan(console, made[0], wanted, wanted, Store(tmp_path / "store"), options, search)
+    print_plan(
+        console, made[0], StudyWork(wanted, [], [], wanted, search), Store(tmp_path / "store"), options
+    )
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Search          qmc, points: 16 of lora, 2 of hira\n" in said
     assert "Learning rate   0.01\n" in said

@@ -18,6 +18,7 @@ from orchestrator.launch import prices
 from orchestrator.launch.cost import format_range
 from orchestrator.launch.estimate import TRAINER_OVERHEAD, estimate_times
 from orchestrator.launch.plan import print_plan
+from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Cost, Provenance
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import BatchConfig, Configuration, LRSchedule
@@ -45,7 +46,8 @@ def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
         monkeypatch.setattr(runtime, "gpu_name", lambda: gpu or "")
         monkeypatch.setattr("sys.argv", ["experiments/lr_sensitivity.py", "--plan", "--study", "my own"])
         console = Console(file=StringIO(), width=300)
-        print_plan(console, left[0], left, left, store, StudyOptions(**options), None)
+        work = StudyWork(list(left), [], [], list(left), None)
+        print_plan(console, left[0], work, store, StudyOptions(**options))
         return console.file.getvalue()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: None)
@@ -166,16 +168,15 @@ def test_a_joined_cluster_has_the_gpus_that_records_or_the_user_know_of(
     store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
-    assert "GPU hours       say --gpus-per-seat 1 if that cluster has GPUs" in plan(None)
+    assert "GPU hours       say --gpus-per-worker 1 if that cluster has GPUs" in plan(None)
     said = plan(None, gpus_per_worker=1.0)
     assert "GPU hours       unknown\n" in said
     assert "Price           0.21 (T4, spot) to 7.91 (H200, on demand) USD a GPU hour, AWS us-east-1" in said
     trained(store)
     trained(store, device="NVIDIA H100 80GB HBM3", seed=1, train=3.0)
     said = plan(None)
-    assert (
-        "Time            about 1:00:00 to 1:15:00 divided by the seats, on NVIDIA A10G, from 1 lanes" in said
-    )
+    time = "about 1:00:00 to 1:15:00 divided by the number of trainers, on NVIDIA A10G, from 1 lanes"
+    assert f"Time            {time}" in said
     assert "GPU hours       about 1 to 1.2 on NVIDIA A10G\n" in said
     assert "GPU hours       about 0.25 to 0.31 on NVIDIA H100 80GB HBM3\n" in said
     assert "USD a GPU hour, p5.48xlarge of 8 GPUs, paid whole, AWS" in said

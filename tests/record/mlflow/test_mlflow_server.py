@@ -17,7 +17,8 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import Server, wait
 
-from orchestrator.launch import run_study as study_run
+from orchestrator.launch import reporting, run_study
+from orchestrator.launch.experiment import Experiment
 from orchestrator.record.mlflow import tracking_uri
 from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
 from orchestrator.record.mlflow.sync import sync_projections
@@ -32,7 +33,7 @@ from orchestrator.util.errors import UsageError
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, an answer that comes is waited for."""
     monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", 240.0)
-    monkeypatch.setattr(study_run, "MLFLOW_FLUSH_SECONDS", 240.0)
+    monkeypatch.setattr(reporting, "MLFLOW_FLUSH_SECONDS", 240.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
 
 
@@ -226,9 +227,9 @@ def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
     output, model = tmp_path / "results", hub_folder.llama(tmp_path / "llama")
     store, record = Store(output / "store"), make_record(seed=1)
     store.put(record)
-    experiment = study_run.Experiment("script", "Which?", ("lora",), "letters", "letters")
+    experiment = Experiment("script", "Which?", ("lora",), "letters", "letters")
     options = StudyOptions(dry_run=True, model=str(model), output=output, tracking_uri=uri, study="known")
-    assert study_run.run_study(experiment, options, requested=[record.configuration]) == 0
+    assert run_study.run_study(experiment, options, requested=[record.configuration]) == 0
 
     printed = "".join(capfd.readouterr())
     assert "1 of 1 known, nothing to train" in printed

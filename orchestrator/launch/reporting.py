@@ -1,0 +1,161 @@
+"""The end of a run: the report, what MLflow gets, and the exit code."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.launch.study_context import StudyContext
+from orchestrator.launch.work import StudyWork
+from orchestrator.record.mlflow.tracking_uri import redact_uri
+from orchestrator.record.parquet import write_parquet
+from orchestrator.record.schema import MAX_FAILURES
+from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
+from orchestrator.util.command import EXIT_LIMIT_REACHED, graceful_interrupts
+
+if TYPE_CHECKING:
+    from orchestrator.record.mlflow.writer import MlflowWriter
+
+MLFLOW_FLUSH_SECONDS = 60.0
+"""How long the end of a study waits for MLflow to catch up."""
+MLFLOW_INTERRUPTED_FLUSH_SECONDS = 5.0
+"""The same after an error, and at most after Ctrl-C."""
+MIN_REPORT_SECONDS = 4.0
+"""A report after Ctrl-C is begun only if at least this much of the promised time is left."""
+MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
+"""A report after Ctrl-C is begun only if the study has at most this many configurations."""
+
+
+def report_and_close(
+    context: StudyContext, study: StudyFile, writer: MlflowWriter, status: str, should_report: bool
+) -> None:
+    """Write the report, then give MLflow time to catch up.
+
+    Ctrl-C does not interrupt the report, and shortens MLflow's time: an exception inside the report could be
+    raised in the middle of an import, whose lock Python would then hold for good.
+
+    Args:
+        context: The run.
+        study: The study as it is at the end.
+        writer: Closed here.
+        status: MLflow's status of the study's run: FINISHED or KILLED.
+        should_report: Whether anything was trained.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came while the report was written.
+    """
+    budget = context.budget
+    was_interrupted = budget.is_interrupted
+    if should_report and was_interrupted and not _has_time_to_report(budget, study):
+        should_report = False
+        command = context.orchestrator_command(f"report {shlex.quote(study.name)}")
+        context.console.print(f"Without a report: {command} writes it.", markup=False, soft_wrap=True)
+    report_files = [context.folder / name for name in REPORT_FILES] if should_report else []
+    try:
+        if should_report:
+            with graceful_interrupts(budget.request_stop):
+                _write_report(context, study)
+    finally:
+        interrupted = budget.is_interrupted and not was_interrupted
+        status = "KILLED" if interrupted else status
+        num_delayed = writer.close(
+            _mlflow_seconds(budget, status), status, [file for file in report_files if file.exists()]
+        )
+        if num_delayed or not writer.is_finished:
+            _print_delay(context, writer, num_delayed)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _mlflow_seconds(budget: RunBudget, status: str) -> float:
+    """Return how long MLflow may take to catch up."""
+    if budget.is_interrupted:
+        return min(MLFLOW_INTERRUPTED_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
+    if status == "FINISHED" or budget.stop_reason:
+        return MLFLOW_FLUSH_SECONDS
+    return MLFLOW_INTERRUPTED_FLUSH_SECONDS
+
+
+def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) -> None:
+    """Say what MLflow lacks, why, and the command that logs it."""
+    delayed = f"{num_delayed} runs" if num_delayed else "the study's own run"
+    command = context.orchestrator_command("sync --rebuild" if writer.is_damaged else "sync")
+    reason = writer.error or "it is slow"
+    line = f"MLflow: {delayed} delayed ({reason}); {command} logs them later."
+    context.console.print(line, markup=False, soft_wrap=True)
+
+
+def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
+    """Return whether a report can be written before the time that Ctrl-C is promised is over."""
+    return (
+        budget.interrupt_seconds_left() > MIN_REPORT_SECONDS
+        and len(study.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
+    )
+
+
+def _write_report(context: StudyContext, study: StudyFile) -> None:
+    """Write the store's Parquet files and the study's report, and print the table.
+
+    All configurations of the study are in it, also those of earlier runs.
+    """
+    from orchestrator.analyze.report import mlflow_ui_command, write_report
+    from orchestrator.analyze.table import render_summary
+
+    folder = context.folder
+    records = [record for f in study.configurations if (record := context.store.get(f)) is not None]
+    write_parquet(context.store)
+    uri = redact_uri(context.tracking_uri)
+    summary = write_report(
+        records,
+        folder,
+        name=study.name,
+        question=study.question,
+        command=study.command,
+        tracking_uri=uri,
+        pending=len(study.configurations) - len(records),
+        baseline=study.baseline,
+        margin=study.margin,
+        tuning_folder=folder.parent / study.tuning if study.tuning else None,
+        is_search=study.searched,
+        looks=study.looks,
+    )
+    picture = next(file for name in PLOT_FILES if (file := folder / name).exists())
+    context.console.print(render_summary(summary))
+    for what, where in (
+        ("Report", folder / "report.html"),
+        ("Picture", picture),
+        ("MLflow", mlflow_ui_command(uri) or "runs are on the tracking server"),
+    ):
+        context.console.print(f"{what:8} {where}", markup=False, soft_wrap=True)
+
+
+def print_missing_results(context: StudyContext, work: StudyWork, command: str) -> int:
+    """Print which configurations have no result and why, if any.
+
+    Args:
+        context: The run.
+        work: The configurations that were to be trained.
+        command: The command that continues the study.
+
+    Returns:
+        The exit code of the run, see `run_study`.
+    """
+    store, budget = context.store, context.budget
+    missing = [c.fingerprint for c in work.requested if not context.has_result(c)]
+    num_unsampled = work.total - len(work.requested)
+    if not missing and not num_unsampled:
+        return 0
+    can_continue = num_unsampled or any(store.count_failures(f) < MAX_FAILURES for f in missing)
+    if budget.stop_reason and can_continue:
+        line = f"Ended by {budget.stop_reason}: {context.describe_progress(work)}; to go on: {command}"
+        context.console.print(line, markup=False, soft_wrap=True)
+        return EXIT_LIMIT_REACHED
+    failed = [f[:12] for f in missing if store.count_failures(f)]
+    if failed:
+        advice = f"{context.orchestrator_command('show ' + ' '.join(failed[:3]))} says why"
+    else:
+        advice = "see the messages above"
+    unsampled = f", {num_unsampled} were not sampled" if num_unsampled else ""
+    context.console.print(f"{len(missing)} configurations failed{unsampled}; {advice}", markup=False)
+    return 1

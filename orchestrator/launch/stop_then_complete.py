@@ -1,0 +1,115 @@
+"""Early stopping against the full grid: the grid runs under a scheduler, then to the end in the same store.
+
+The lanes that the scheduler stopped continue from their checkpoints, so that the second stage trains only the
+rest. The rates that early stopping chose are kept in `choice.json`, because the study's summary changes when
+its lanes go on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.analyze import selection
+from orchestrator.analyze.formatting import rate
+from orchestrator.analyze.selection import Choice
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.run_study import run_study
+from orchestrator.launch.two_stage_options import EarlyStoppingOptions
+from orchestrator.record.store import Store
+from orchestrator.record.study_file import StudyFile, find_study
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.study_name import default_study_name
+from orchestrator.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EarlyStoppingChoice(Choice):
+    """The content of `choice.json`: what early stopping chose, and what it cost."""
+
+    rates: Mapping[str, float | None]
+    """Variant -> the learning rate that was chosen; None without a score."""
+    steps: Mapping[str, int]
+    """Variant -> the optimizer steps of all its lanes."""
+
+
+def run_early_stopping_comparison(experiment: Experiment, options: EarlyStoppingOptions) -> int:
+    """Run both stages, or print their plans.
+
+    Args:
+        experiment: The script's question and defaults.
+        options: The options of the command line.
+
+    Returns:
+        The exit code, as `run_study` returns it.
+
+    Raises:
+        UsageError: An option has a value that cannot work, or the store has results that would pass for
+            those of early stopping.
+    """
+    options.check_comparison()
+    name = options.study or default_study_name(
+        experiment.script, options.task or experiment.default_task(options.dry_run), options.model
+    )
+    early_name, grid_name = f"{name}-{options.scheduler}", f"{name}-grid"
+    code = run_study(
+        experiment,
+        replace(options, study=early_name),
+        check=lambda configurations: _refuse_unusable_results(options, early_name, configurations),
+    )
+    if code == 0 and not options.plan:
+        early_choice = selection.load_or_make_choice(
+            options.output / early_name, EarlyStoppingChoice, lambda: _current_choice(options, early_name)
+        )
+    code = code or run_study(experiment, replace(options, scheduler="none", study=grid_name))
+    if code == 0 and not options.plan:
+        _print_comparison(options.scheduler, early_choice, _current_choice(options, grid_name))
+    return code
+
+
+def _refuse_unusable_results(
+    options: EarlyStoppingOptions, study_name: str, configurations: Sequence[Configuration]
+) -> None:
+    """Refuse configurations that were trained to the end before: they would pass for early stopping's."""
+    folder, store = options.output / study_name, Store(options.store_folder)
+    fingerprints = [c.fingerprint for c in configurations]
+    advice = "take an --output of its own, without --store"
+    explanation = f", some of them trained to the end; {advice}"
+    if selection.check_same_candidates(folder, study_name, fingerprints, "early stopping", explanation):
+        return
+    finished = {f for f in fingerprints if store.get_reusable(f) is not None}
+    study = StudyFile.read(folder) or StudyFile(study_name, "", "")
+    reused = study.with_configurations(fingerprints, finished).reused
+    if finished_before := finished.intersection(reused):
+        raise UsageError(
+            f"--store {str(store.root)!r}: {len(finished_before)} of the {len(configurations)} "
+            "configurations were trained to the end there before this study, too late for early stopping; "
+            f"{advice}."
+        )
+
+
+def _current_choice(options: EarlyStoppingOptions, study_name: str) -> EarlyStoppingChoice:
+    """Read the best rate of every variant from the study's summary, and count its steps."""
+    folder, study = find_study(options.output, study_name)
+    panels = json.loads((folder / "summary.json").read_text())["panels"]
+    rates = {curve["variant"]: curve["best_rate"] for panel in panels for curve in panel["curves"]}
+    steps: Counter[str] = Counter()
+    for record in filter(None, map(Store(options.store_folder).get, study.configurations)):
+        steps[record.configuration.variant.name] += record.steps
+    return EarlyStoppingChoice(tuple(sorted(study.configurations)), rates, dict(steps))
+
+
+def _print_comparison(scheduler: str, early: EarlyStoppingChoice, full: EarlyStoppingChoice) -> None:
+    """Print a row per variant: the chosen rate and the optimizer steps, each with and without stopping."""
+    print(f"\n{'':12} {'chosen rate':^17} {'optimizer steps':^19}")
+    print(f"{'variant':12} {scheduler:>9} {'grid':>7} {scheduler:>11} {'grid':>7}")
+    for variant, full_rate in full.rates.items():
+        chosen = f"{rate(early.rates.get(variant)):>9} {rate(full_rate):>7}"
+        print(f"{variant:12} {chosen} {early.steps.get(variant, 0):11} {full.steps[variant]:7}")
+    same = sum(
+        early.rates.get(v) == full_rate for v, full_rate in full.rates.items() if full_rate is not None
+    )
+    share = sum(early.steps.values()) / sum(full.steps.values())
+    print(f"The same rate for {same} of {len(full.rates)} variants, in {share:.0%} of the steps.")

@@ -1,0 +1,154 @@
+"""Everything about one run of a study that is fixed before anything is trained."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.execution.ray import autoscaler, runtime
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.search.budget import open_search
+from orchestrator.execution.tune.rungs import scheduler_settings
+from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve import ResolvedOptions
+from orchestrator.launch.experiment import Experiment
+from orchestrator.launch.work import StudyWork, point_builder
+from orchestrator.record.mlflow.tracking_uri import resolve_uri
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.grid import build_grid
+from orchestrator.study.options import StudyOptions, default_output
+from orchestrator.study.study_name import default_study_name
+from orchestrator.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class StudyContext:
+    """One run of a study: its options with every default filled in, and where its files are."""
+
+    experiment: Experiment
+    options: StudyOptions
+    console: Console
+    store: Store
+    tracking_uri: str
+    budget: RunBudget
+    name: str
+    """The study's name."""
+    folder: Path
+    """The study's folder, which may not exist yet."""
+    resolved: ResolvedOptions
+    templates: tuple[Configuration, ...]
+    """One configuration per variant, complete but for the learning rate and the seed."""
+    requested: tuple[Configuration, ...] | None
+    """The configurations of a study without a grid or search of its own; None for the others."""
+
+    def collect_work(self) -> StudyWork:
+        """Compare the configurations of the study with the store."""
+        if self.requested is not None:
+            return StudyWork.from_store(self.requested, None, self.store, self.options)
+        if self.resolved.space is None:
+            seeds = range(self.options.seed_count)
+            grid = build_grid(self.templates, self.resolved.learning_rates, seeds)
+            return StudyWork.from_store(grid, None, self.store, self.options)
+        search = open_search(
+            self.folder,
+            self.options.search_method,
+            self.options.point_count,
+            self.resolved.space,
+            point_builder(self.templates),
+            self.templates[0].schedule.steps,
+        )
+        return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
+
+    def has_result(self, configuration: Configuration) -> bool:
+        """Return whether the store has a record that counts as this configuration's result."""
+        stopping_settings = scheduler_settings(self.options.scheduler, configuration)
+        return self.store.get_reusable(configuration.fingerprint, stopping_settings) is not None
+
+    def describe_progress(self, work: StudyWork) -> str:
+        """Return how many configurations are done, and the GPU hours that this run has used."""
+        states = self.store.states()  # of all records, without reading each of them
+        recorded = [c for c in work.requested if states.get(c.fingerprint) not in (None, "failed")]
+        done = sum(states[c.fingerprint] != "stopped" or self.has_result(c) for c in recorded)
+        used = self.budget.format_usage()
+        return f"{done} of {work.total} configurations are done{f', {used} used' if used else ''}"
+
+    def orchestrator_command(self, arguments: str) -> str:
+        """Return the command `python -m orchestrator <arguments>` with the options that find this study."""
+        folders = [] if self.options.output == default_output() else ["--output", str(self.options.output)]
+        folders += ["--store", str(self.options.store)] if self.options.store else []
+        return " ".join(["python -m orchestrator", arguments, shlex.join(folders)]).strip()
+
+
+def resolve_study(
+    experiment: Experiment, options: StudyOptions, requested: Sequence[Configuration] | None = None
+) -> StudyContext:
+    """Fill in the defaults of a study's options and check them. Nothing is written but a missing base model.
+
+    Args:
+        experiment: The script's question and defaults.
+        options: The options of the command line.
+        requested: The configurations to train in place of the options' grid or search.
+
+    Returns:
+        The context of this run.
+
+    Raises:
+        UsageError: An option has a value that cannot work, here or on the cluster that is joined.
+        OSError: A folder cannot be written; the error names it.
+    """
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    _require_hardware(experiment, options)
+    options = autoscaler.adapt_options(options)
+    options.check_output()
+    store = Store(options.store_folder)
+    tracking_uri = resolve_uri(options.tracking_uri, store)
+    budget = RunBudget(options.max_hours, options.max_gpu_hours)
+    default_task = experiment.default_task(options.dry_run)
+    resolved = resolve.resolve_options(options, default_task, experiment.variants, store.bases)
+    if runtime.running_cluster_address() is None:
+        # More trainers than this machine has room for are refused before any folder is made.
+        _, gpus = runtime.estimate_local_cluster().plan_trainers(
+            options.trainers, options.gpus_per_worker, options.workers_per_trainer
+        )
+        budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
+    content = resolve.resolve_base_model(resolved.model, store.bases, None if options.plan else console.print)
+    templates = resolve.build_configuration_templates(options, resolved, content, store.bases)
+    is_search = requested is None and resolved.space is not None
+    name = options.study or default_study_name(
+        experiment.script,
+        resolved.task.name,
+        resolved.model,
+        options.search_method if is_search else None,
+    )
+    return StudyContext(
+        experiment=experiment,
+        options=options,
+        console=console,
+        store=store,
+        tracking_uri=tracking_uri,
+        budget=budget,
+        name=name,
+        folder=options.study_folder(name),
+        resolved=resolved,
+        templates=tuple(templates),
+        requested=None if requested is None else tuple(requested),
+    )
+
+
+def _require_hardware(experiment: Experiment, options: StudyOptions) -> None:
+    """Refuse the full study, which needs GPUs, on a machine without any."""
+    if options.dry_run or options.plan or options.task or options.model:
+        return
+    if runtime.running_cluster_address() is None and not any(
+        node.gpus for node in runtime.estimate_local_cluster().nodes
+    ):
+        raise UsageError(
+            f"the full study ({experiment.task}) needs a GPU or a Ray cluster (ray up cluster.yaml, or "
+            "RAY_ADDRESS) and there is none here; rehearse it with --dry-run, or name a --task for this CPU."
+        )

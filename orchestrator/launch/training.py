@@ -1,0 +1,162 @@
+"""Train what a study lacks, on the Ray cluster that is joined or started here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.execution.progress import Progress, format_duration
+from orchestrator.execution.ray import autoscaler, control_store, runtime
+from orchestrator.execution.tune.rungs import submission_order
+from orchestrator.launch import reporting
+from orchestrator.launch.study_context import StudyContext
+from orchestrator.launch.work import StudyWork
+from orchestrator.record.schema import Record
+from orchestrator.record.scratch import scratch_folder
+from orchestrator.study.configuration import Configuration
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, DEFAULT_TRAINER_TIMEOUT
+from orchestrator.util.command import graceful_interrupts
+
+if TYPE_CHECKING:
+    from orchestrator.execution.session import PoolConfig
+    from orchestrator.record.mlflow.writer import MlflowWriter
+
+
+def train_pending(
+    context: StudyContext,
+    work: StudyWork,
+    writer: MlflowWriter,
+    on_record: Callable[[Record], None],
+    on_search_point: Callable[[Configuration, bool], None],
+) -> None:
+    """Train the pending configurations of a study, and those that its search samples.
+
+    Args:
+        context: The run.
+        work: The configurations to train.
+        writer: Closed early if Ray's control store is lost, which ends the process.
+        on_record: Called with every new record, from another thread.
+        on_search_point: Called with every configuration that the search samples, and whether the store has
+            its result already.
+
+    Raises:
+        KeyboardInterrupt: The run was interrupted; the lanes are saved.
+        StudyError: The cluster cannot train, or no trainer could be started.
+        UsageError: The cluster that was joined does not fit the options.
+    """
+    num_requested = len(work.requested)  # a search adds to it
+    progress = Progress(context.folder, work.total, work.total - work.num_to_train, context.console)
+    reused: set[str] = set()
+
+    def close_writer() -> None:
+        writer.close(reporting.MLFLOW_INTERRUPTED_FLUSH_SECONDS, "KILLED")
+
+    def add_search_point(configuration: Configuration) -> None:
+        is_reused = context.has_result(configuration)
+        if is_reused:
+            reused.add(configuration.fingerprint)
+            writer.mark_reused(configuration.fingerprint)
+            progress.cached += 1
+        on_search_point(configuration, is_reused)
+
+    if work.search is not None:
+        work.search.on_point = add_search_point
+    with (
+        progress,
+        scratch_folder(context.store) as scratch,
+        runtime.connect(close_writer) as cluster,
+        graceful_interrupts(context.budget.request_stop),
+        control_store.watch_control_store(cluster, progress.notify, close_writer),
+    ):
+        pool_config = _plan_pool(context, work, cluster, scratch)
+        progress.notify(_describe_pool(cluster, pool_config))
+        began = time.monotonic()
+        steps = _run_session(context, work, cluster, pool_config, scratch, progress, on_record)
+        early = f", {progress.stopped} of them stopped early" if progress.stopped else ""
+        used = f", {context.budget.format_usage()}" if context.budget.gpus_per_trainer else ""
+        duration = format_duration(time.monotonic() - began)
+        progress.notify(f"{progress.num_ended} trained in {duration}{early}{used}")
+        sampled = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
+        max_steps = sum(c.schedule.steps for c in [*work.pending, *sampled])
+        progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
+    if context.budget.is_interrupted:
+        raise KeyboardInterrupt
+
+
+def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster, scratch: Path) -> PoolConfig:
+    """Check the cluster, and choose how many trainers it gets and of which kind."""
+    # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
+    from orchestrator.cluster.preflight.nodes import require_usable_cluster
+    from orchestrator.execution.session import PoolConfig
+    from orchestrator.execution.trainers.trainer import TrainerSpec
+
+    options, store = context.options, context.store
+    require_usable_cluster(cluster, store.root, store.bases, work.pending or work.requested)
+    num_trainers, gpus_per_worker = cluster.plan_trainers(
+        options.trainers, options.gpus_per_worker, options.workers_per_trainer
+    )
+    context.budget.set_gpus_per_trainer(gpus_per_worker * options.workers_per_trainer)
+    trainer_spec = TrainerSpec(
+        lanes_per_trainer=options.lanes_per_trainer or DEFAULT_LANES_PER_TRAINER,
+        gpus_per_worker=gpus_per_worker,
+        store=str(store.root),
+        scratch=str(scratch),
+        save_adapters=options.save_adapters,
+        start_timeout=options.trainer_timeout or DEFAULT_TRAINER_TIMEOUT,
+        workers_per_trainer=options.workers_per_trainer,
+        gradient_checkpointing=options.gradient_checkpointing,
+        device=options.device,
+    )
+    new_workers = 0
+    if not cluster.local:
+        new_workers = autoscaler.worker_capacity(autoscaler.load_node_types() or (), gpus_per_worker) or 0
+    return PoolConfig(
+        num_trainers=min(num_trainers, work.num_to_train),
+        spec=trainer_spec,
+        elastic=options.trainers is None,
+        autoscaler_capacity=new_workers // options.workers_per_trainer,
+    )
+
+
+def _describe_pool(cluster: runtime.Cluster, pool_config: PoolConfig) -> str:
+    """Return one line: the cluster, the trainers and what each of them holds."""
+    spec = pool_config.spec
+    where = "Ray started here" if cluster.local else f"joined Ray, {len(cluster.nodes)} nodes"
+    gpus = spec.gpus_per_worker * spec.workers_per_trainer
+    each = f", {gpus:g} GPUs each" if gpus else ""
+    return f"{where}: {pool_config.num_trainers} trainers of {spec.lanes_per_trainer} lanes{each}"
+
+
+def _run_session(
+    context: StudyContext,
+    work: StudyWork,
+    cluster: runtime.Cluster,
+    pool_config: PoolConfig,
+    scratch: Path,
+    progress: Progress,
+    on_record: Callable[[Record], None],
+) -> int:
+    """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
+    from orchestrator.execution.search.searcher import PerVariantSearcher
+    from orchestrator.execution.session import train
+
+    scheduler, lanes = context.options.scheduler, pool_config.spec.lanes_per_trainer
+    cached = {c.fingerprint for c in work.satisfied}
+    searcher = None
+    if work.search is not None:
+        searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, cached)
+    return train(
+        submission_order(scheduler, work.satisfied, work.pending, lanes),
+        cached,
+        scheduler,
+        cluster,
+        pool_config,
+        context.store,
+        scratch,
+        progress,
+        on_record,
+        context.budget,
+        searcher,
+    )
