@@ -43,7 +43,7 @@ class Mail(Task):
     def examples(self, split, count):
         found = _examples()[split]
         if count > len(found):
-            raise UsageError(f"Task {self.name!r} has {len(found)} {split} examples, {count} were asked for.")
+            raise UsageError(f"Task {self.name!r} has {len(found)} {split} examples, {count} are needed.")
         return found[:count]
 
 

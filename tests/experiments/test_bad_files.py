@@ -162,7 +162,7 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
         ["my.py", "(line 14)", "sys.exit(7)"],
     ),
     "gives no examples": (having("        return [", "        [").replace("(count // 8)]", "1]"), ["None"]),
-    "gives too few examples": (having("* (count // 8)", "* 1"), ["8 train examples", "32 were asked for"]),
+    "gives too few examples": (having("* (count // 8)", "* 1"), ["8 train examples", "32 are needed"]),
     "gives examples of another kind": (
         having("Example(f", "dict(prompt=f").replace('"a b")', 'answer="")'),
         ["dict"],

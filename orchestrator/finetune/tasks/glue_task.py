@@ -66,9 +66,7 @@ class GlueTask(Task):
         rows = _load_rows(self, os.environ.get(hub_data.DATA_FOLDER_VARIABLE), self.defaults.validation_size)
         numbers = rows.row_numbers[split]
         if count > len(numbers):
-            raise UsageError(
-                f"Task {self.name!r} has {len(numbers)} {split} examples, {count} were asked for."
-            )
+            raise UsageError(f"Task {self.name!r} has {len(numbers)} {split} examples, {count} are needed.")
         table = rows.dev if split == "test" else rows.train
         *texts, labels = _columns(table, (*self.text_columns, "label"), numbers[:count])
         answers = [self._format_answer(value, number) for value, number in zip(labels, numbers, strict=False)]

@@ -73,7 +73,7 @@ class HubImageTask(Task):
         if count > len(found):
             raise UsageError(
                 f"Task {self.name!r} has {len(found)} {split} examples in {self.train_table.repository}, {count} "
-                "were asked for."
+                "are needed."
             )
         return list(found[:count])
 

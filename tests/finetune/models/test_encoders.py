@@ -279,7 +279,7 @@ def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
         def __call__(self, *texts: list[str], **rest: object) -> dict[str, list[list[int]]]:
             return {"input_ids": [[1, 2, 3]], "token_type_ids": [[2, 0, 1]]}
 
-    with pytest.raises(UsageError, match="Odd marks the tokens of two texts otherwise") as caught:
+    with pytest.raises(UsageError, match="the token types of Odd for two texts are not 0") as caught:
         encode_examples([Example("a", "same", "b")], Same(), Odd(), 40)
     assert "\n" not in str(caught.value)
 

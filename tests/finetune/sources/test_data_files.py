@@ -51,7 +51,7 @@ def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_the_same_rows_come_of_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [{**row, "more": "x"} for row in ROWS])
-    assert data_files.read(path, KINDS, "mine") == ROWS, "with the columns that were asked for"
+    assert data_files.read(path, KINDS, "mine") == ROWS, "with the requested columns only"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])

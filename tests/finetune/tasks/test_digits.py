@@ -50,7 +50,7 @@ def test_other_sizes_keep_what_they_share_and_there_is_an_end() -> None:
     small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
     large = task.load(task.choice())
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
-    with pytest.raises(UsageError, match="281 were asked for"):
+    with pytest.raises(UsageError, match="281 are needed"):
         task.examples("validation", 281)
 
 

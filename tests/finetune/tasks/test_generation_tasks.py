@@ -214,7 +214,7 @@ def test_splits_share_no_question(task: Task) -> None:
     }  # type: ignore[arg-type]
     assert not parts["train"] & parts["validation"]
     assert not parts["train"] & parts["test"]
-    with pytest.raises(UsageError, match=rf"Task '{task.name}' has \d+ test examples, 100000 were asked for"):
+    with pytest.raises(UsageError, match=rf"Task '{task.name}' has \d+ test examples, 100000 are needed"):
         task.examples("test", 100_000)
 
 

@@ -122,7 +122,7 @@ def test_splits_share_no_text_and_keep_their_order_at_any_size(name: str, here: 
     assert [*task.examples("train", 10)] == data["train"][:10]
     everything = task.examples("train", TRAIN - VALIDATION)
     assert len(set(everything) | set(task.examples("validation", VALIDATION))) == TRAIN
-    with pytest.raises(UsageError, match=r"'glue_.* has 40 test examples, 1000 were asked for"):
+    with pytest.raises(UsageError, match=r"'glue_.* has 40 test examples, 1000 are needed"):
         task.examples("test", 1000)
 
 

@@ -196,7 +196,7 @@ def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -
     assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
     assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not class by class
     assert task.examples("train", 20) == task.examples("train", 30)[:20]
-    with pytest.raises(UsageError, match=r"has \d+ validation examples in tanganke/dtd, 400 were asked for"):
+    with pytest.raises(UsageError, match=r"has \d+ validation examples in tanganke/dtd, 400 are needed"):
         task.examples("validation", 400)
 
 

@@ -64,7 +64,7 @@ def test_other_sizes_keep_what_they_share(task: Task) -> None:
     large = loaded(task)
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
     for split in SPLITS:
-        with pytest.raises(UsageError, match="1000000 were asked for"):
+        with pytest.raises(UsageError, match="1000000 are needed"):
             task.examples(split, 1_000_000)
 
 

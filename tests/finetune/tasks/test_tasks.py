@@ -243,7 +243,7 @@ def test_chain_sum_answers_are_right_and_graded_by_their_text() -> None:
 @pytest.mark.real
 @needs_reasoning_gym
 def test_more_sums_than_there_are_is_refused() -> None:
-    with pytest.raises(UsageError, match="1000000 were asked for"):
+    with pytest.raises(UsageError, match="1000000 are needed"):
         ChainSum().examples("test", 1_000_000)
 
 

@@ -60,7 +60,7 @@ class Letters(Task):
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MAX_EXAMPLES:
             raise UsageError(
-                f"Task 'letters' has at most {MAX_EXAMPLES} examples a split, {count} were asked for."
+                f"Task 'letters' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
             )
         # A string belongs to a split by its own hash; each split has its own order of drawing.
         generator = random.Random(f"letters/{split}")

@@ -96,7 +96,7 @@ class Reviews(Task):
     def examples(self, split: Split, count: int) -> list[Example]:
         if count > MAX_EXAMPLES:
             raise UsageError(
-                f"Task 'reviews' has at most {MAX_EXAMPLES} examples a split, {count} were asked for."
+                f"Task 'reviews' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
             )
         # A text belongs to a split by its own hash; the classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")

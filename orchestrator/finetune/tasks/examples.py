@@ -1,0 +1,148 @@
+"""Examples of a task, and the splits that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from orchestrator.util.errors import UsageError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+HELD_OUT_SPLITS: tuple[Split, ...] = ("validation", "test")
+
+STORED_COUNTS_IN = {"both": "both", "loss": "loss", "metric": "grade"}
+"""The value of `Example.counts_in` in revisions and in cached datasets, which keep an earlier spelling."""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image file (PNG, JPEG, PGM, ...) that is read when it is needed.
+
+    A task of fifty thousand images keeps none of them in memory.
+
+    Args:
+        name: The image's name in error messages.
+        read: Returns the bytes of the file.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 (hex) of the file."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a task.
+
+    Args:
+        prompt: The text that the model reads; empty for a task of images.
+        answer: What the model has to produce: the text that follows the prompt, or for a task with a head the
+            name of a class or a number.
+        pair: The second text, for a task about two texts.
+        reference: What `Task.grade` needs beyond `answer`, which the model is not trained on.
+        counts_in: Whether an example of a held-out split counts in the loss, in the metric, or in both.
+        image: The image, for a task of images.
+    """
+
+    prompt: str
+    answer: str
+    pair: str | None = None
+    reference: str | None = None
+    counts_in: Literal["both", "loss", "metric"] = "both"
+    image: Image | None = None
+
+
+def require_examples(examples: Sequence[object], task: str, split: Split) -> list[Example]:
+    """Return the examples as a list after checking that they are examples.
+
+    Args:
+        examples: What a task returned; a user's own task may return anything.
+        task: The name of the task, for error messages.
+        split: The split that the examples belong to.
+
+    Raises:
+        UsageError: An item is no `Example`, or has an unknown `counts_in`.
+    """
+    checked = []
+    for number, example in enumerate(examples):
+        if not isinstance(example, Example):
+            kind = type(example).__name__
+            raise UsageError(f"Task {task!r}: {split} example {number} is a {kind}; must be an Example.")
+        if example.counts_in not in STORED_COUNTS_IN:
+            raise UsageError(
+                f"Task {task!r}: {split} example {number} has counts_in {example.counts_in!r}; "
+                f"must be one of {', '.join(STORED_COUNTS_IN)}."
+            )
+        checked.append(example)
+    return checked
+
+
+def require_count(examples: Sequence[Example], count: int, task: str, split: Split) -> list[Example]:
+    """Return the first `count` examples.
+
+    Args:
+        examples: The examples of a split.
+        count: How many of them are needed.
+        task: The name of the task, for error messages.
+        split: The split that the examples belong to.
+
+    Raises:
+        UsageError: There are fewer.
+    """
+    if len(examples) < count:
+        raise UsageError(f"Task {task!r} has {len(examples)} {split} examples, {count} are needed.")
+    return list(examples[:count])
+
+
+def hash_split(key: str, held_out_splits: Sequence[Split] = HELD_OUT_SPLITS, num_buckets: int = 5) -> Split:
+    """Return the split that an item belongs to, by a hash of its key.
+
+    Splits that are filled in this way are disjoint at any size, and a split does not change when another one
+    grows.
+
+    Args:
+        key: The identity of the item: equal items have equal keys.
+        held_out_splits: The held-out splits; each gets one of `num_buckets` equal parts, train gets the rest.
+        num_buckets: The number of parts.
+    """
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % num_buckets
+    return held_out_splits[bucket] if bucket < len(held_out_splits) else "train"
+
+
+def hash_examples(examples: Mapping[Split, Sequence[Example]], labels: Sequence[str]) -> str:
+    """Return the revision of a task's data: 16 hexadecimal digits of a SHA-256.
+
+    The hash is over a JSON text, which is written in pieces to save memory.
+
+    Args:
+        examples: The examples at the task's default sizes, by split.
+        labels: The names of the classes, empty for a task without classes.
+    """
+    revision = hashlib.sha256()
+    revision.update(b"[[" if labels else b"[")
+    for number, split in enumerate(SPLITS):
+        revision.update(b", [" if number else b"[")
+        for place, example in enumerate(examples[split]):
+            revision.update(f"{', ' if place else ''}{json.dumps(_hashed_fields(example))}".encode())
+        revision.update(b"]")
+    revision.update(f"], {json.dumps(labels)}]".encode() if labels else b"]")
+    return revision.hexdigest()[:16]
+
+
+def _hashed_fields(example: Example) -> tuple[object, ...]:
+    """Return the fields that the revision depends on, with the names of earlier versions."""
+    more: list[object] = [example.pair] if example.pair is not None else []
+    if example.image is not None:
+        more.append(example.image.digest)
+    if example.reference is not None or example.counts_in != "both":
+        more.append({"truth": example.reference, "scored": STORED_COUNTS_IN[example.counts_in]})
+    return (example.prompt, example.answer, *more)
