@@ -290,8 +290,8 @@ class Task(TextEncoder):
         if choice.revision != revision:
             raise UsageError(
                 f"Task {self.name!r}: the configuration was made with data {choice.revision}, "
-                f"this machine makes {revision}. `examples` must return the same examples in every call (use a seed "
-                "for everything random), and library versions must be the same on every machine."
+                f"this machine makes {revision}. `examples` must return the same examples in every call "
+                "(use a seed for everything random), and library versions must be the same on every machine."
             )
         return {s: examples[s][: sizes[s]] for s in SPLITS}
 

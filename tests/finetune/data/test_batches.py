@@ -100,7 +100,7 @@ def test_an_item_that_cannot_be_scored_is_named() -> None:
 
 def test_an_item_with_nothing_to_read_is_named() -> None:
     class Headed(Characters):
-        output, labels = "label", ("a", "b")
+        output, labels = "classification", ("a", "b")
 
         def encode(self, example: Example, tokenizer: object) -> EncodedExample:
             ids = tuple(ord(c) for c in example.prompt)
