@@ -6,12 +6,10 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 INTERRUPTED = "Ctrl-C"
-INTERRUPT_DEADLINE_SECONDS = 10.0  # from Ctrl-C to the end
-SAVE_SECONDS = 60.0  # what trainers get to save their lanes when a limit ends the study
-INTERRUPT_SAVE_SECONDS = 4.0  # the same after Ctrl-C: a lane in a long evaluation keeps its last checkpoint
 
 
 @dataclass
@@ -49,13 +47,13 @@ class RunBudget:
     @property
     def save_timeout(self) -> float:
         """What trainers get to save their lanes."""
-        return INTERRUPT_SAVE_SECONDS if self.is_interrupted else SAVE_SECONDS
+        return timeouts.INTERRUPT_SAVE_SECONDS if self.is_interrupted else timeouts.SAVE_SECONDS
 
     def interrupt_seconds_left(self) -> float:
         """Of what Ctrl-C is promised; endless without one."""
         if self.interrupted_at is None:
             return math.inf
-        return INTERRUPT_DEADLINE_SECONDS - (time.monotonic() - self.interrupted_at)
+        return timeouts.INTERRUPT_DEADLINE_SECONDS - (time.monotonic() - self.interrupted_at)
 
     def request_stop(self, reason: str = INTERRUPTED) -> None:
         """End it at the next look."""

@@ -15,7 +15,7 @@ from ray import tune
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.tune.execution import class_cache
 
-from orchestrator.execution.broker.actor import BROKER_LOST_SECONDS, start_broker
+from orchestrator.execution.broker.actor import start_broker
 from orchestrator.execution.broker.core import parse_trainer_name
 from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.progress import Progress
@@ -33,6 +33,7 @@ from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES, LaneTrainable
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 from orchestrator.util.command import interrupt_main_thread
 from orchestrator.util.errors import StudyError
 from orchestrator.util.watched_clock import SuspendTolerantClock
@@ -43,11 +44,8 @@ class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
     {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 )
 
-POLL_SECONDS = 0.5
 MIN_AUTOSCALED_TRAINERS = 8  # a GPU node's
 MAX_TRIAL_FAILURES = 20
-SHUTDOWN_SECONDS = 5.0  # what trainers get to end by themselves
-INTERRUPT_SHUTDOWN_SECONDS = 0.5  # the same after Ctrl-C: what they had to say is said
 
 
 @dataclass(frozen=True)
@@ -250,14 +248,14 @@ class _StudyMonitor(threading.Thread):
         self.last_contact = self.clock() + pool.spec.start_timeout  # of the broker, which has yet to start
 
     def run(self) -> None:
-        while not self.stop_requested.wait(POLL_SECONDS):
+        while not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
             try:
                 self._poll()
                 self.last_contact = self.clock()
             except RayError as error:  # the broker restarts; what ended meanwhile is in the store
-                if self.clock() - self.last_contact > BROKER_LOST_SECONDS:
+                if self.clock() - self.last_contact > timeouts.BROKER_LOST_SECONDS:
                     self.pool.failure_reason = (
-                        f"The broker has been lost for {BROKER_LOST_SECONDS:g} s: {format_ray_error(error)}. "
+                        f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: {format_ray_error(error)}. "
                         "What is done is kept; run the command again."
                     )
                 self._enforce_budget(self.progress.live_trainers)
@@ -277,7 +275,7 @@ class _StudyMonitor(threading.Thread):
         """Called by the main thread when `fit` ended well: waits for the records that stopped lanes owe. They
         come, or the trainers are lost for good, which ends the watch."""
         self.trials_ended.set()
-        while self.is_alive() and not self.stops_recorded.wait(POLL_SECONDS):
+        while self.is_alive() and not self.stops_recorded.wait(timeouts.SESSION_POLL_SECONDS):
             pass
 
     def close(self) -> None:
@@ -290,7 +288,9 @@ class _StudyMonitor(threading.Thread):
         finally:
             try:
                 self.pool.shut_down(
-                    SHUTDOWN_SECONDS if not self.budget.is_interrupted else INTERRUPT_SHUTDOWN_SECONDS
+                    timeouts.TRAINER_SHUTDOWN_SECONDS
+                    if not self.budget.is_interrupted
+                    else timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS
                 )
                 if self.error is None:
                     self._poll_last_updates()

@@ -12,17 +12,12 @@ from orchestrator.record.mlflow.tracking_uri import redact_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
+from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED, graceful_interrupts
 
 if TYPE_CHECKING:
     from orchestrator.record.mlflow.writer import MlflowWriter
 
-MLFLOW_FLUSH_SECONDS = 60.0
-"""How long the end of a study waits for MLflow to catch up."""
-MLFLOW_INTERRUPTED_FLUSH_SECONDS = 5.0
-"""The same after an error, and at most after Ctrl-C."""
-MIN_REPORT_SECONDS = 4.0
-"""A report after Ctrl-C is begun only if at least this much of the promised time is left."""
 MAX_INTERRUPTED_REPORT_CONFIGURATIONS = 500
 """A report after Ctrl-C is begun only if the study has at most this many configurations."""
 
@@ -71,10 +66,10 @@ def report_and_close(
 def _mlflow_seconds(budget: RunBudget, status: str) -> float:
     """Return how long MLflow may take to catch up."""
     if budget.is_interrupted:
-        return min(MLFLOW_INTERRUPTED_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
+        return min(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, max(0.5, budget.interrupt_seconds_left() - 1))
     if status == "FINISHED" or budget.stop_reason:
-        return MLFLOW_FLUSH_SECONDS
-    return MLFLOW_INTERRUPTED_FLUSH_SECONDS
+        return timeouts.MLFLOW_FLUSH_SECONDS
+    return timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS
 
 
 def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) -> None:
@@ -89,7 +84,7 @@ def _print_delay(context: StudyContext, writer: MlflowWriter, num_delayed: int) 
 def _has_time_to_report(budget: RunBudget, study: StudyFile) -> bool:
     """Return whether a report can be written before the time that Ctrl-C is promised is over."""
     return (
-        budget.interrupt_seconds_left() > MIN_REPORT_SECONDS
+        budget.interrupt_seconds_left() > timeouts.MIN_REPORT_SECONDS
         and len(study.configurations) <= MAX_INTERRUPTED_REPORT_CONFIGURATIONS
     )
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.progress import Progress, format_duration
 from orchestrator.execution.ray import autoscaler, control_store, runtime
 from orchestrator.execution.tune.rungs import submission_order
-from orchestrator.launch import reporting
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
 from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, DEFAULT_TRAINER_TIMEOUT
+from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
+from orchestrator.util import timeouts
 from orchestrator.util.command import graceful_interrupts
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def train_pending(
     reused: set[str] = set()
 
     def close_writer() -> None:
-        writer.close(reporting.MLFLOW_INTERRUPTED_FLUSH_SECONDS, "KILLED")
+        writer.close(timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS, "KILLED")
 
     def add_search_point(configuration: Configuration) -> None:
         is_reused = context.has_result(configuration)
@@ -104,7 +104,7 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
         store=str(store.root),
         scratch=str(scratch),
         save_adapters=options.save_adapters,
-        start_timeout=options.trainer_timeout or DEFAULT_TRAINER_TIMEOUT,
+        start_timeout=options.trainer_timeout or timeouts.TRAINER_TIMEOUT_SECONDS,
         workers_per_trainer=options.workers_per_trainer,
         gradient_checkpointing=options.gradient_checkpointing,
         device=options.device,

@@ -21,7 +21,6 @@ HYPERPARAMETER_OPTIONS = ("learning_rates", "head_learning_rate", "rank", "alpha
 """Options whose values --set and --space can name, too. (--batch-size may stand beside batch sizes there:
 --accumulation must divide it.)"""
 OPTION_OF_HYPERPARAMETER = {"learning_rate": "learning_rates", "schedule": "lr_schedule"}
-DEFAULT_TRAINER_TIMEOUT = 300.0
 DEFAULT_LANES_PER_TRAINER = 4
 """More lanes gain nothing on a CPU; on a GPU the number is a choice of memory."""
 LOCAL = "here"

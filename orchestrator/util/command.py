@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn, TextIO, TypeGuard
 
+from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_process_arguments, redact_secrets
 
@@ -23,8 +24,6 @@ EXIT_INTERRUPTED = 130
 """The exit code after Ctrl-C or SIGTERM."""
 EXIT_LIMIT_REACHED = 3
 """The exit code of a study that a limit has ended before all was trained."""
-INTERRUPT_TIMEOUT_SECONDS = 20.0
-"""From Ctrl-C until the process is ended from outside of the main thread; half of it is promised."""
 
 CLEAR_LINE = "\r\x1b[K"
 """What clears the line of a terminal that the cursor is in."""
@@ -144,7 +143,7 @@ class _InterruptHandler:
                         pass
                     _exit_immediately()
             if self.stop_gracefully is None:
-                self._wait_for_signal(INTERRUPT_TIMEOUT_SECONDS)
+                self._wait_for_signal(timeouts.INTERRUPT_TIMEOUT_SECONDS)
                 if self.handled_count:  # else the handler is another's
                     self.print_resume_command()
                     _exit_immediately()

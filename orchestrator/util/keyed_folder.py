@@ -16,14 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.util import atomic_files
+from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError, quote_value
 
 T = TypeVar("T")
-
-ABANDONED_SECONDS = 3600.0
-"""Age after which a work folder counts as left behind by a process that was killed."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class KeyedFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for abandoned in self.path.glob(f".{name}-*"):
-            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+            if time.time() - abandoned.stat().st_mtime > timeouts.ABANDONED_FOLDER_SECONDS:
                 shutil.rmtree(abandoned, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=self.path, prefix=f".{name}-"))
         try:

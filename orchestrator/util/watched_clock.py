@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-MAX_GAP_SECONDS = 15.0
+from orchestrator.util import timeouts
 
 
 class SuspendTolerantClock:
@@ -17,7 +17,7 @@ class SuspendTolerantClock:
         most: seconds; longer than any gap between two readings where nothing is wrong.
     """
 
-    def __init__(self, max_gap: float = MAX_GAP_SECONDS) -> None:
+    def __init__(self, max_gap: float = timeouts.MAX_CLOCK_GAP_SECONDS) -> None:
         self._max_gap = max_gap
         self._now = self._last_reading = time.monotonic()
 

@@ -257,8 +257,8 @@ def drivers(host: Host) -> list[str]:
 # Looking up a cluster that nobody has named has a short time-out; this test's machine may be busy.
 PATIENTLY = """
 import runpy, sys
-from orchestrator.cluster.remote import target
-target.LOOKUP_TIMEOUT_SECONDS = 600.0
+from orchestrator.util import timeouts
+timeouts.CLUSTER_LOOKUP_SECONDS = 600.0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -34,11 +34,10 @@ HANG_SECONDS = 600.0
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # For `altered`: a study that is told to end takes as long as it needs, on the busiest machine.
 PATIENT = f"""
-from orchestrator.execution import run_budget; from orchestrator.launch import reporting
-from orchestrator.util import command
-run_budget.INTERRUPT_SAVE_SECONDS = run_budget.SAVE_SECONDS = run_budget.INTERRUPT_DEADLINE_SECONDS = {HANG_SECONDS}
-reporting.MLFLOW_INTERRUPTED_FLUSH_SECONDS = reporting.MLFLOW_FLUSH_SECONDS = {HANG_SECONDS}
-command.INTERRUPT_TIMEOUT_SECONDS = {HANG_SECONDS}
+from orchestrator.util import timeouts
+timeouts.INTERRUPT_SAVE_SECONDS = timeouts.SAVE_SECONDS = timeouts.INTERRUPT_DEADLINE_SECONDS = {HANG_SECONDS}
+timeouts.INTERRUPT_MLFLOW_FLUSH_SECONDS = timeouts.MLFLOW_FLUSH_SECONDS = {HANG_SECONDS}
+timeouts.INTERRUPT_TIMEOUT_SECONDS = {HANG_SECONDS}
 """
 
 

@@ -64,8 +64,8 @@ def kill_broker(for_good: bool = False) -> None:
 
 
 BROKER_LOST_SOON = """
-from orchestrator.execution.broker import actor
-actor.BROKER_LOST_SECONDS = 3.0
+from orchestrator.util import timeouts
+timeouts.BROKER_LOST_SECONDS = 3.0
 """
 
 

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from points import STEPS, configuration, record
 
 from orchestrator.execution.broker.actor import Broker
-from orchestrator.execution.broker.core import STARVATION_SECONDS, BrokerCore, HeldLane
+from orchestrator.execution.broker.core import BrokerCore, HeldLane
 from orchestrator.execution.broker.lane_entry import LaneEntry
 from orchestrator.execution.trainers.exit_status import MAX_TRAINER_FAILURES, ExitKind
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import MAX_FAILURES, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
 POINTS = [configuration(rate=10.0**-n) for n in range(12)]
 
@@ -318,8 +319,8 @@ def test_a_suspect_that_waits_too_long_gets_a_trainer_that_drains() -> None:
         return set(trainer.held) - before
 
     for _ in range(3):
-        assert len(finish_one(STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
-    late = STARVATION_SECONDS + 1
+        assert len(finish_one(timeouts.STARVATION_SECONDS) - suspects) == 1, "the queue goes on"
+    late = timeouts.STARVATION_SECONDS + 1
     assert finish_one(late) == set(), "it drains"
     assert len(finish_one(late) & suspects) == len(trainer.held) == 1
 

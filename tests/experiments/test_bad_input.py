@@ -65,7 +65,10 @@ BAD = {
         (*DRY, "--tracking-uri", "http://127.0.0.1:9"),
         ["'http://127.0.0.1:9'", "cannot be reached"],
     ),
-    "more seats than there are cores": ((*DRY, "--trainers", "4000"), ["--trainers 4000", "take --trainers "]),
+    "more seats than there are cores": (
+        (*DRY, "--trainers", "4000"),
+        ["--trainers 4000", "take --trainers "],
+    ),
     "a GPU where there is none": ((*DRY, "--gpus-per-worker", "1"), ["--gpus-per-worker 1", "0 GPUs"]),
     # The base is not there yet: its shapes are known all the same.
     "unknown target": ((*DRY, "--targets", "q_porj"), ["'q_porj'", "Did you mean 'q_proj'?"]),
@@ -139,7 +142,10 @@ BAD = {
     "too many evaluations": ((*DRY, "--evaluations", f"1{'0' * 30}"), ["--evaluations 1000", "take 100000"]),
     "too large a batch": ((*DRY, "--batch-size", f"1{'0' * 15}"), ["--batch-size 1000", "take 1000000"]),
     "too large a rank": ((*DRY, "--rank", f"1{'0' * 30}"), ["--rank 1000", "take 100000"]),
-    "too many lanes": ((*DRY, "--lanes-per-trainer", f"1{'0' * 30}"), ["--lanes-per-trainer 1", "take 10000"]),
+    "too many lanes": (
+        (*DRY, "--lanes-per-trainer", f"1{'0' * 30}"),
+        ["--lanes-per-trainer 1", "take 10000"],
+    ),
     "too many parts of a batch": (
         (*DRY, "--accumulation", f"1{'0' * 12}"),
         ["--accumulation 1", "16", "take 16"],

@@ -106,14 +106,14 @@ def test_a_library_that_takes_the_signals_does_not_keep_them():
 
 
 DROPPED = """
-from orchestrator.util import command
+from orchestrator.util import command, timeouts
 dropped = threading.Event()
 class Dropping:
     def __del__(self):  # as in a callback of Python's imports, nobody gets an exception of this
         started()
         time.sleep(600)
 def patience(seconds):
-    assert seconds == command.INTERRUPT_TIMEOUT_SECONDS
+    assert seconds == timeouts.INTERRUPT_TIMEOUT_SECONDS
     dropped.wait()
 command._interrupt_handler._wait_for_signal = patience
 Dropping()

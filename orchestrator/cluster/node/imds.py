@@ -13,11 +13,10 @@ import urllib.request
 from dataclasses import dataclass
 from datetime import datetime
 
+from orchestrator.util import timeouts
+
 ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # the AWS SDKs' own variable
 DEFAULT_ENDPOINT = "http://169.254.169.254"
-NOTICE_SECONDS = 120.0  # what AWS promises between a notice and the end
-_TOKEN_TTL_SECONDS = 21600  # the longest that AWS gives
-_REQUEST_TIMEOUT_SECONDS = 2.0
 
 
 class MetadataUnavailable(Exception):
@@ -41,7 +40,7 @@ def parse_notice(text: str, now: float) -> InterruptionNotice:
     """From the service's JSON. That there is an answer at all is the notice: what is missing in it or cannot
     be read is filled in with what AWS promises.
     """
-    action, at = "terminate", now + NOTICE_SECONDS
+    action, at = "terminate", now + timeouts.SPOT_NOTICE_SECONDS
     try:
         data = json.loads(text)
         action = str(data.get("action", action))
@@ -81,7 +80,7 @@ class MetadataClient:
         raise MetadataUnavailable(f"{self.endpoint} takes no token that it has just given")
 
     def _request_token(self) -> str:
-        seconds = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_TTL_SECONDS)}
+        seconds = {"X-aws-ec2-metadata-token-ttl-seconds": str(timeouts.IMDS_TOKEN_TTL_SECONDS)}
         status, token = self._request("PUT", "/latest/api/token", seconds)
         if status != 200 or not token:
             raise MetadataUnavailable(f"{self.endpoint} gives no token ({status})")
@@ -90,7 +89,7 @@ class MetadataClient:
     def _request(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
         try:
             request = urllib.request.Request(self.endpoint + path, method=method, headers=headers)
-            with self._open_url(request, timeout=_REQUEST_TIMEOUT_SECONDS) as answer:
+            with self._open_url(request, timeout=timeouts.IMDS_REQUEST_SECONDS) as answer:
                 return answer.status, answer.read(65536).decode(errors="replace")
         except urllib.error.HTTPError as error:
             error.close()

@@ -21,17 +21,16 @@ import psutil
 
 from orchestrator.cluster.node import raylets
 from orchestrator.cluster.node.raylets import Raylet
+from orchestrator.util import timeouts
 
-POLL_SECONDS = 2.0
 MAX_REFUSALS = 5  # looks in a row at which nothing listened
-TERMINATE_TIMEOUT_SECONDS = 10.0  # between asking and killing
 
 
 def is_connection_refused(address: str) -> bool:
     """Whether the machine at HOST:PORT says that nothing listens there."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=POLL_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=timeouts.HEAD_POLL_SECONDS).close()
     except ConnectionRefusedError:
         return True
     except OSError:
@@ -39,7 +38,7 @@ def is_connection_refused(address: str) -> bool:
     return False
 
 
-def watch(raylet: Raylet, poll_seconds: float = POLL_SECONDS) -> None:
+def watch(raylet: Raylet, poll_seconds: float = timeouts.HEAD_POLL_SECONDS) -> None:
     """Until the raylet has ended or its head has, and nothing of its node is left."""
     processes: dict[int, psutil.Process] = {}
     refusals = 0
@@ -51,7 +50,7 @@ def watch(raylet: Raylet, poll_seconds: float = POLL_SECONDS) -> None:
     for process in processes.values():
         with suppress(psutil.Error):
             process.terminate()
-    for process in psutil.wait_procs(processes.values(), timeout=TERMINATE_TIMEOUT_SECONDS)[1]:
+    for process in psutil.wait_procs(processes.values(), timeout=timeouts.RAYLET_TERMINATE_SECONDS)[1]:
         with suppress(psutil.Error):
             process.kill()
 

@@ -11,9 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_DRAIN_TIMEOUT_SECONDS = (
-    40.0  # seconds; of the two minutes that there are: Ray's command line starts slowly on a busy mac
-)
+from orchestrator.util import timeouts
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
     command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds_left)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_DRAIN_TIMEOUT_SECONDS, errors="replace"
+            command, capture_output=True, text=True, timeout=timeouts.DRAIN_TIMEOUT_SECONDS, errors="replace"
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"ray drain-node: {error}"

@@ -19,9 +19,7 @@ from orchestrator.cluster.node import raylets
 from orchestrator.cluster.node.imds import InterruptionNotice, MetadataClient, MetadataUnavailable
 from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.cluster.node.supervisor import log_line
-
-POLL_SECONDS = 5.0  # AWS asks for a look every five seconds
-RETRY_SECONDS = 1.0  # once there is a notice: a drain that failed is tried again, Ray may be starting
+from orchestrator.util import timeouts
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,9 @@ def poll(
     try:
         notice = metadata.fetch_notice()
     except MetadataUnavailable as away:
-        return report_problem(str(away)), POLL_SECONDS
+        return report_problem(str(away)), timeouts.SPOT_POLL_SECONDS
     if notice is None:
-        return report_problem(""), POLL_SECONDS
+        return report_problem(""), timeouts.SPOT_POLL_SECONDS
     local_raylets = tuple(find_raylets())
     problem = "" if local_raylets else "a notice, and no Ray on this machine"
     for request in plan_drains(state, notice, local_raylets, time.time()):
@@ -90,7 +88,7 @@ def poll(
         else:
             drained_node_ids |= {request.raylet.node_id}
             log_line(f"{request.message}: node {request.raylet.node_id[:12]} is drained")
-    return report_problem(problem), RETRY_SECONDS
+    return report_problem(problem), timeouts.DRAIN_RETRY_SECONDS
 
 
 def watch() -> None:

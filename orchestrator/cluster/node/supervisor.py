@@ -30,20 +30,11 @@ import psutil
 
 from orchestrator.cluster.node import raylets
 from orchestrator.execution.ray.cleanup import boot_id, start_time_since_boot
+from orchestrator.util import timeouts
 
-INITIAL_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = (
-    1.0,
-    30.0,
-)  # before a command that keeps ending is started again
-STABLE_SECONDS = 60.0  # a command that lived so long had not failed to start
-POLL_SECONDS = 5.0  # between two looks at a command's health, and for an answer
-STARTUP_TIMEOUT_SECONDS = (
-    180.0  # a server has so long to answer for the first time: MLflow migrates its database
-)
 FAILURE_THRESHOLD = (
     3  # so many looks without an answer, and it is started again; without Ray, and it is ended
 )
-TERMINATE_TIMEOUT_SECONDS = 15.0  # between SIGTERM and SIGKILL
 MAX_LOG_BYTES = 20 * 2**20  # beyond it the log begins anew when the command does
 
 
@@ -54,7 +45,7 @@ def state_folder() -> Path:
 def is_healthy(url: str) -> bool:
     """Whether a GET of the URL succeeds within seconds; asked directly, through no proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError, ValueError), opener.open(url, timeout=POLL_SECONDS) as answer:
+    with suppress(OSError, ValueError), opener.open(url, timeout=timeouts.HEALTH_POLL_SECONDS) as answer:
         return answer.status < 400
     return False
 
@@ -69,7 +60,7 @@ class Supervisor:
         name: str,
         command: list[str],
         health_url: str | None,
-        poll_seconds: float = POLL_SECONDS,
+        poll_seconds: float = timeouts.HEALTH_POLL_SECONDS,
         with_ray: bool = False,
     ) -> None:
         self.name, self.command, self.health_url, self.poll_seconds = name, command, health_url, poll_seconds
@@ -82,7 +73,7 @@ class Supervisor:
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._request_stop)
         with _take_over(_lock_path(self.name)) as lock_file:
-            backoff = INITIAL_BACKOFF_SECONDS
+            backoff = timeouts.INITIAL_BACKOFF_SECONDS
             while not self._is_stopping:
                 begun = time.monotonic()
                 self._child = self._start_command(lock_file)
@@ -90,9 +81,9 @@ class Supervisor:
                 _terminate_group(self._child.pid)  # also what a server that has died left behind
                 code = self._child.wait()
                 backoff = (
-                    INITIAL_BACKOFF_SECONDS
-                    if time.monotonic() - begun > STABLE_SECONDS
-                    else min(2 * backoff, MAX_BACKOFF_SECONDS)
+                    timeouts.INITIAL_BACKOFF_SECONDS
+                    if time.monotonic() - begun > timeouts.STABLE_SECONDS
+                    else min(2 * backoff, timeouts.MAX_BACKOFF_SECONDS)
                 )
                 log_line(f"{self.name} ended ({code})")
                 self._sleep(backoff)
@@ -119,7 +110,7 @@ class Supervisor:
                 continue
             if is_healthy(self.health_url):
                 answered, failed_checks = True, 0
-            elif answered or time.monotonic() - started > STARTUP_TIMEOUT_SECONDS:
+            elif answered or time.monotonic() - started > timeouts.SERVER_STARTUP_SECONDS:
                 failed_checks += 1
                 if failed_checks >= FAILURE_THRESHOLD:
                     log_line(f"{self.name} does not answer at {self.health_url}: started again")
@@ -149,7 +140,7 @@ def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url:
     """Whether the command of this keeper answers, within the time that it has to start. Its predecessor's may
     do so until it is ended.
     """
-    until = time.monotonic() + STARTUP_TIMEOUT_SECONDS
+    until = time.monotonic() + timeouts.SERVER_STARTUP_SECONDS
     while time.monotonic() < until and process.poll() is None:
         with suppress(OSError), _lock_path(name).open() as file:
             state = _read_state(file)
@@ -163,7 +154,7 @@ def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url:
 def _take_over(path: Path) -> Iterator[IO[str]]:
     """Holds the file that says who keeps NAME, after ending whoever held it and the command that was left."""
     with path.open("a+") as file:
-        kill_deadline = time.monotonic() + 2 * TERMINATE_TIMEOUT_SECONDS
+        kill_deadline = time.monotonic() + 2 * timeouts.SERVER_TERMINATE_SECONDS
         while not _try_lock(file):
             keeper = _read_state(file).get("keeper", 0)
             with suppress(ProcessLookupError):  # while the lock is held this number is the keeper's
@@ -207,8 +198,8 @@ def _write_state(file: IO[str], child_pid: int) -> None:
 def _terminate_group(group_id: int) -> None:
     """All of a command's process group: asked to end, then killed."""
     for number, seconds in (
-        (signal.SIGTERM, TERMINATE_TIMEOUT_SECONDS),
-        (signal.SIGKILL, TERMINATE_TIMEOUT_SECONDS),
+        (signal.SIGTERM, timeouts.SERVER_TERMINATE_SECONDS),
+        (signal.SIGKILL, timeouts.SERVER_TERMINATE_SECONDS),
     ):
         with suppress(ProcessLookupError):
             os.killpg(group_id, number)
@@ -238,7 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", help="what the log and the keeper are called by")
     parser.add_argument("--health", help="a URL that answers while the command is well")
-    parser.add_argument("--look", type=float, default=POLL_SECONDS, help="seconds between two looks")
+    parser.add_argument(
+        "--look", type=float, default=timeouts.HEALTH_POLL_SECONDS, help="seconds between two looks"
+    )
     parser.add_argument("--with-ray", action="store_true", help="end when Ray has left this machine")
     parser.add_argument("--foreground", action="store_true", help="stay in this process")
     parser.add_argument("command", nargs="+", help="after --")

@@ -13,7 +13,8 @@ from orchestrator.cluster.preflight.check_result import (
 )
 from orchestrator.execution.ray.autoscaler import NodeType, worker_capacity
 from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.study.options import DEFAULT_TRAINER_TIMEOUT, StudyOptions
+from orchestrator.study.options import StudyOptions
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 CHECK_NAME = "nodes"
@@ -75,7 +76,7 @@ def check_capacity(
         if max_trainers is None
         else f", then room for {min(max_trainers, trainers)} of {trainers} trainers"
     )
-    timeout = options.trainer_timeout or DEFAULT_TRAINER_TIMEOUT
+    timeout = options.trainer_timeout or timeouts.TRAINER_TIMEOUT_SECONDS
     return undetermined_result(
         CHECK_NAME,
         f"{summary}, room for {trainers_now} trainers; the autoscaler may start {names}{later}; "

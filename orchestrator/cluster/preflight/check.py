@@ -20,7 +20,7 @@ from orchestrator.finetune.sources import hub_data
 from orchestrator.record.mlflow.tracking_uri import redact_uri, resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
+from orchestrator.study.options import StudyOptions
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.redaction import redact_secrets
 

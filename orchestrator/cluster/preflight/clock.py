@@ -12,9 +12,9 @@ from orchestrator.cluster.preflight.check_result import (
     ok_result,
     shorten_list,
 )
+from orchestrator.util import timeouts
 
 CHECK_NAME = "clock"
-MAX_OFFSET_SECONDS = 2.0
 SAMPLES_PER_NODE = 3
 """Readings per node. The one with the smallest proven offset counts."""
 
@@ -42,22 +42,24 @@ class ClockSample:
 
 
 def check_clocks(samples: Mapping[str, Sequence[ClockSample]]) -> CheckResult:
-    """Check that no clock is off by more than `MAX_OFFSET_SECONDS`: node address -> readings."""
+    """Check that no clock is off by more than `MAX_CLOCK_OFFSET_SECONDS`: node address -> readings."""
     offsets = {
         node: min((sample.min_offset for sample in readings), key=abs)
         for node, readings in samples.items()
         if readings
     }
     wrong = [
-        f"{node} by {offset:+.1f} s" for node, offset in offsets.items() if abs(offset) > MAX_OFFSET_SECONDS
+        f"{node} by {offset:+.1f} s"
+        for node, offset in offsets.items()
+        if abs(offset) > timeouts.MAX_CLOCK_OFFSET_SECONDS
     ]
     if wrong:
         return failed_result(
             CHECK_NAME,
-            f"clocks differ from this machine's: {shorten_list(wrong)}; at most {MAX_OFFSET_SECONDS:g} s are "
+            f"clocks differ from this machine's: {shorten_list(wrong)}; at most {timeouts.MAX_CLOCK_OFFSET_SECONDS:g} s are "
             "allowed; start chrony (or ntpd) on every node",
         )
     return ok_result(
         CHECK_NAME,
-        f"within {MAX_OFFSET_SECONDS:g} s of this machine's on {format_node_count(len(offsets))}",
+        f"within {timeouts.MAX_CLOCK_OFFSET_SECONDS:g} s of this machine's on {format_node_count(len(offsets))}",
     )

@@ -18,9 +18,7 @@ from orchestrator.cluster.preflight.node_info import NodeInfo, collect_node_info
 from orchestrator.execution.ray.runtime import Node, usable_nodes
 from orchestrator.execution.trainers.exit_status import format_ray_error
 from orchestrator.study.configuration import ModelChoice, TaskChoice
-
-RESPONSE_TIMEOUT_SECONDS = 90.0
-"""Time for a node to answer. The first answer includes the start of a process of Ray's there."""
+from orchestrator.util import timeouts
 
 
 class NodeAgent:
@@ -83,13 +81,13 @@ class NodeAgents:
             for name, actor in self.actors.items()
             if name not in self.unresponsive
         }
-        deadline = time.monotonic() + RESPONSE_TIMEOUT_SECONDS
+        deadline = time.monotonic() + timeouts.NODE_RESPONSE_SECONDS
         answers = {}
         for name, ref in refs.items():
             try:
                 answers[name] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
             except TimeoutError:
-                self.unresponsive[name] = f"no answer in {RESPONSE_TIMEOUT_SECONDS:g} s"
+                self.unresponsive[name] = f"no answer in {timeouts.NODE_RESPONSE_SECONDS:g} s"
             except Exception as error:  # any type: a missing package there, a dead node
                 self.unresponsive[name] = format_ray_error(error)
         return answers
@@ -103,7 +101,7 @@ class NodeAgents:
         while name not in self.unresponsive and len(samples) < clock.SAMPLES_PER_NODE:
             sent_at = time.time()
             try:
-                node_time = ray.get(actor.current_time.remote(), timeout=RESPONSE_TIMEOUT_SECONDS)
+                node_time = ray.get(actor.current_time.remote(), timeout=timeouts.NODE_RESPONSE_SECONDS)
             except (RayError, TimeoutError) as error:
                 self.unresponsive[name] = format_ray_error(error)
             else:

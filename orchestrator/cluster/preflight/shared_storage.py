@@ -25,12 +25,10 @@ from orchestrator.cluster.preflight.check_result import (
     ok_result,
     shorten_list,
 )
-from orchestrator.util import atomic_files
+from orchestrator.util import atomic_files, timeouts
 
 CHECK_NAME = "storage"
 DRIVER_FILE = "driver"
-VISIBILITY_TIMEOUT_SECONDS = 5.0
-"""Time until a file must be visible to other machines."""
 NETWORK_FILE_SYSTEM = re.compile(r"nfs|cifs|smb|lustre|ceph|glusterfs|beegfs|gpfs|fuse|9p|virtiofs")
 """Beginning of the name of a file system that several machines can mount."""
 
@@ -68,7 +66,9 @@ def create_check_folder(store: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_node_file(folder: Path, name: str, timeout: float = VISIBILITY_TIMEOUT_SECONDS) -> WriteResult:
+def write_node_file(
+    folder: Path, name: str, timeout: float = timeouts.STORAGE_VISIBILITY_SECONDS
+) -> WriteResult:
     """Look for the driver's file, then write a file and link it. Runs on a node.
 
     Args:
@@ -90,7 +90,7 @@ def write_node_file(folder: Path, name: str, timeout: float = VISIBILITY_TIMEOUT
 
 
 def missing_files(
-    folder: Path, names: Sequence[str], timeout: float = VISIBILITY_TIMEOUT_SECONDS
+    folder: Path, names: Sequence[str], timeout: float = timeouts.STORAGE_VISIBILITY_SECONDS
 ) -> list[str]:
     """Return the files that this machine does not see, or sees with other content.
 

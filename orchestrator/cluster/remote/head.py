@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.execution.ray.runtime import is_listening
+from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError
 
 DASHBOARD_PORT = 8265
 SSH_PORT = 22
-CONNECT_TIMEOUT_SECONDS = 60.0
 _RAY_COMMAND = (sys.executable, "-m", "ray.scripts.scripts")
 
 
@@ -30,7 +30,7 @@ class HeadNotFoundError(Exception):
     """The cluster is not up, or its head cannot be reached. The message gives the reason in one line."""
 
 
-def find_head(path: Path, config: Mapping[str, Any], timeout: float = CONNECT_TIMEOUT_SECONDS) -> str:
+def find_head(path: Path, config: Mapping[str, Any], timeout: float = timeouts.SSH_CONNECT_SECONDS) -> str:
     """Return the address of a cluster's head.
 
     The cloud is asked in another process: its libraries print, and wait for credentials.
@@ -76,7 +76,7 @@ def open_tunnel(path: Path) -> Iterator[str]:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         )
         try:
-            deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
+            deadline = time.monotonic() + timeouts.SSH_CONNECT_SECONDS
             while not is_listening("127.0.0.1", port):
                 if tunnel.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)

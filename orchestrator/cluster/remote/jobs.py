@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_INTERRUPTED
 from orchestrator.util.errors import StudyError
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 ENTRYPOINT_LINE_PREFIX = "Running entrypoint for job "
 """Beginning of the last line that Ray writes into a job's log before the program starts."""
-POLL_SECONDS = 0.3
-QUERY_TIMEOUT_SECONDS = 120.0
 
 
 class JobClient:
@@ -65,12 +64,12 @@ class JobClient:
         """Run a short command and return the last line that it prints.
 
         Raises:
-            StudyError: The command has failed, or takes longer than `QUERY_TIMEOUT_SECONDS`.
+            StudyError: The command has failed, or takes longer than `JOB_QUERY_SECONDS`.
         """
         lines = [""]
         job_id = self.submit_job(command)
         try:
-            code = self.follow_job(job_id, lines.append, QUERY_TIMEOUT_SECONDS)
+            code = self.follow_job(job_id, lines.append, timeouts.JOB_QUERY_SECONDS)
         finally:
             self.delete_job(job_id)
         if code:
@@ -125,7 +124,7 @@ class JobClient:
         with suppress(StudyError), _translate_client_errors():
             self._client.stop_job(job_id)
             while not self._client.get_job_info(job_id).status.is_terminal():
-                time.sleep(POLL_SECONDS)
+                time.sleep(timeouts.JOB_POLL_SECONDS)
             self._client.delete_job(job_id)
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.study.options import CLUSTER_FILE, LOCAL, StudyOptions
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
-
-LOOKUP_TIMEOUT_SECONDS = 10.0
-"""Time to find out whether a cluster is up that the user has not named."""
 
 
 def run_if_remote(options: StudyOptions) -> int | None:
@@ -51,7 +49,7 @@ def _user_selects_cluster(path: Path) -> bool:
 
     is_interactive = sys.stdin.isatty()
     try:
-        head.find_head(path, config, LOOKUP_TIMEOUT_SECONDS)
+        head.find_head(path, config, timeouts.CLUSTER_LOOKUP_SECONDS)
     except head.HeadNotFoundError:
         return False
     except head.HeadTimeoutError as error:

@@ -23,13 +23,11 @@ from orchestrator.record import provenance
 from orchestrator.record.schema import Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 from orchestrator.util.watched_clock import SuspendTolerantClock
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 10.0
-HUNG_SECONDS = 1800.0
-BROKER_LOST_SECONDS = 30.0  # who misses the broker for so long gives it up; see `until_lost` for a trainer
 BROKER_NAME = "broker"
 FINAL_STATES = ("finished", "diverged")
 Result = TypeVar("Result")
@@ -286,14 +284,14 @@ class BrokerClient:
         """Loading a large base or a long evaluation keeps the loop from talking: it is not dead. One that is
         silent for STUCK_SECONDS is, whatever this thread could say."""
         while True:
-            time.sleep(HEARTBEAT_SECONDS)
-            if time.monotonic() - self.last_call_time < HUNG_SECONDS:
+            time.sleep(timeouts.HEARTBEAT_SECONDS)
+            if time.monotonic() - self.last_call_time < timeouts.HUNG_SECONDS:
                 self.broker.heartbeat.remote(self.trainer_id)
 
     def _call(self, method: str, *args: Any) -> Any:
         self.last_call_time = time.monotonic()
         call = getattr(self.broker, method)
-        return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=BROKER_LOST_SECONDS))
+        return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=timeouts.BROKER_LOST_SECONDS))
 
 
 def retry_until_lost(call: Callable[[], Result]) -> Result:
@@ -312,9 +310,9 @@ def retry_until_lost(call: Callable[[], Result]) -> Result:
             one that lets calls wait until they time out after twice that.
     """
     clock = SuspendTolerantClock(
-        max_gap=BROKER_LOST_SECONDS * 2 / 3
+        max_gap=timeouts.BROKER_LOST_SECONDS * 2 / 3
     )  # a call in which the clock jumps decides nothing
-    deadline = clock() + BROKER_LOST_SECONDS
+    deadline = clock() + timeouts.BROKER_LOST_SECONDS
     while True:
         try:
             return call()

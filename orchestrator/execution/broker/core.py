@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.execution.broker.lane_entry import ORPHAN_LANE_SECONDS, LaneEntry, LeasePhase
+from orchestrator.execution.broker.lane_entry import LaneEntry, LeasePhase
 from orchestrator.execution.trainers.exit_status import ExitKind, FailurePolicy
 from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.record.schema import Record, RecordState
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
-TRAINER_SILENT_SECONDS = 60.0  # a trainer that says nothing for so long has lost its lanes
-STARVATION_SECONDS = 60.0  # a shape, or a suspect, that waits for so long is given a trainer
 MAX_GROUP_FAILURES = 3  # failures in a row of a shape's lanes: so many end a trainer, see finetune/loop.py
 
 HeldLane = tuple[int, Configuration, Report | None]
@@ -162,7 +161,7 @@ class BrokerCore:
             orphan = fingerprint not in self.entries
             entry = self._entry_for(configuration, now)
             if orphan:
-                entry.orphan_until = now + ORPHAN_LANE_SECONDS
+                entry.orphan_until = now + timeouts.ORPHAN_LANE_SECONDS
             if entry.phase is LeasePhase.WAITING and entry.attempt <= attempt:
                 entry.lease(trainer_id, attempt)
                 view.lanes.add(fingerprint)
@@ -268,7 +267,9 @@ class BrokerCore:
     def tick(self, now: float) -> None:
         """Called now and then: trainers that have been silent for too long are taken for dead."""
         for trainer_id in [
-            s for s, view in self.trainers.items() if now - view.last_contact > TRAINER_SILENT_SECONDS
+            s
+            for s, view in self.trainers.items()
+            if now - view.last_contact > timeouts.TRAINER_SILENT_SECONDS
         ]:
             self.silent_since.setdefault(parse_trainer_name(trainer_id), now)
             self.remove_trainer(trainer_id, now)
@@ -276,7 +277,9 @@ class BrokerCore:
     def hung_trainers(self, now: float) -> list[str]:
         """Names of trainers that were taken for dead and said nothing for as long again: they hold their place
         for nothing. (A broker that stood still itself hears of the others in between.)"""
-        return [name for name, since in self.silent_since.items() if now - since > TRAINER_SILENT_SECONDS]
+        return [
+            name for name, since in self.silent_since.items() if now - since > timeouts.TRAINER_SILENT_SECONDS
+        ]
 
     # -- what the driver shows --------------------------------------------------------------------------
 
@@ -370,7 +373,7 @@ class BrokerCore:
         drains_for = {view.draining_for for view in staying}
         served = {view.group_key for view in staying if view.lanes} | drains_for
         for entry in self.open_entries.values():
-            if not entry.needs_trainer or now - entry.waiting_since <= STARVATION_SECONDS:
+            if not entry.needs_trainer or now - entry.waiting_since <= timeouts.STARVATION_SECONDS:
                 continue
             if entry.max_group_size is not None:
                 unserved = entry.group_key not in drains_for

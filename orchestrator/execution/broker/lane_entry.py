@@ -24,10 +24,6 @@ from math import nan
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import MAX_FAILURES, Record, RecordState
 
-ORPHAN_LANE_SECONDS = (
-    60.0  # how long a lane announced by a trainer waits for its trial after the broker restarted
-)
-
 
 class LeasePhase(StrEnum):
     WAITING = "waiting"

@@ -10,10 +10,9 @@ from typing import Any
 from orchestrator.execution.ray import runtime
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.options import StudyOptions
+from orchestrator.util import timeouts
 
 CLUSTER_CONFIG_FILE = Path("~/ray_bootstrap_config.yaml")
-NODE_START_SECONDS = 1800.0
-"""What a machine may take to be had, to boot and to be set up."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,9 @@ def adapt_options(options: StudyOptions) -> StudyOptions:
     ):
         return options
     gpus = 1.0 if options.gpus_per_worker is None and not options.dry_run else options.gpus_per_worker
-    seconds = NODE_START_SECONDS if options.trainer_timeout is None and gpus else options.trainer_timeout
+    seconds = (
+        timeouts.NODE_START_SECONDS if options.trainer_timeout is None and gpus else options.trainer_timeout
+    )
     return replace(options, gpus_per_worker=gpus, trainer_timeout=seconds)
 
 

@@ -23,10 +23,9 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.util import atomic_files
+from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError
 
-GRACE_SECONDS = 2.0  # in which a Ray that has lost its driver ends most of itself
 ProcessIdentity = tuple[int, float]
 """A process: its PID, and what `born` returns for it."""
 NO_PROCESS: ProcessIdentity = (0, -1.0)
@@ -220,5 +219,5 @@ def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()
-    time.sleep(GRACE_SECONDS)
+    time.sleep(timeouts.RAY_EXIT_SECONDS)
     end_orphaned_rays()

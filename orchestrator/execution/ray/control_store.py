@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from orchestrator.execution.ray.runtime import Cluster, is_listening
+from orchestrator.util import timeouts
 from orchestrator.util.command import exit_with_error, format_command
 from orchestrator.util.watched_clock import SuspendTolerantClock
 
-POLL_SECONDS = 2.0
-LOCAL_TIMEOUT_SECONDS = 30.0  # for a Ray that was started here: nobody starts its GCS again
 RECONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
-DEFAULT_RECONNECT_TIMEOUT_SECONDS = 60.0  # where that variable is not set
-JOIN_TIMEOUT_SECONDS = 5.0  # a check takes one second at most
 
 
 @contextmanager
@@ -44,7 +41,7 @@ def watch_control_store(
         yield
     finally:
         stop.set()
-        thread.join(JOIN_TIMEOUT_SECONDS)
+        thread.join(timeouts.CONTROL_STORE_JOIN_SECONDS)
 
 
 def _timeout_seconds(cluster: Cluster) -> float:
@@ -54,8 +51,8 @@ def _timeout_seconds(cluster: Cluster) -> float:
     last tenth: then Ray ends the process.
     """
     if cluster.local:
-        return LOCAL_TIMEOUT_SECONDS
-    return 0.9 * float(os.environ.get(RECONNECT_TIMEOUT_VARIABLE, DEFAULT_RECONNECT_TIMEOUT_SECONDS))
+        return timeouts.LOCAL_CONTROL_STORE_SECONDS
+    return 0.9 * float(os.environ.get(RECONNECT_TIMEOUT_VARIABLE, timeouts.CONTROL_STORE_RECONNECT_SECONDS))
 
 
 def _watch(
@@ -65,7 +62,7 @@ def _watch(
     timeout = _timeout_seconds(cluster)
     clock = SuspendTolerantClock()
     last_contact, answers = clock(), True
-    while not stop.wait(POLL_SECONDS):
+    while not stop.wait(timeouts.CONTROL_STORE_POLL_SECONDS):
         before, answers = answers, is_listening(host.strip("[]"), int(port))
         now = clock()
         if answers:

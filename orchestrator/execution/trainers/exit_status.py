@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
+from orchestrator.util import timeouts
 from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from ray.exceptions import RayActorError
 
 MAX_TRAINER_FAILURES = 3  # in a row
-UNREACHABLE_TIMEOUT_SECONDS = 30.0  # a worker is out of reach: how long Ray may take to find out why
 
 
 class ExitKind(StrEnum):
@@ -154,7 +154,7 @@ def _worker_exit_kind(error: RayActorError) -> ExitKind:
     from ray._private.state import actors
     from ray.exceptions import ActorDiedError
 
-    until = time.monotonic() + UNREACHABLE_TIMEOUT_SECONDS
+    until = time.monotonic() + timeouts.UNREACHABLE_TIMEOUT_SECONDS
     while True:
         dead = isinstance(error, ActorDiedError) or (
             error.actor_id is not None and actors(error.actor_id)["State"] == "DEAD"

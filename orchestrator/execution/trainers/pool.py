@@ -14,11 +14,9 @@ from orchestrator.execution.trainers.exit_status import ExitKind, ExitStatus
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
+from orchestrator.util import timeouts
 from orchestrator.util.watched_clock import SuspendTolerantClock
 
-NODE_COUNT_INTERVAL_SECONDS = 2.0  # how often the cluster is counted
-KILL_TIMEOUT_SECONDS = 2.0  # how long all threads of killed runs together may take to end
-PLACEMENT_GROUP_CLEANUP_SECONDS = 20.0  # how long after a death its placement group is looked for
 CONTROLLER_BYTES = 256 * 2**20  # memory of a trainer's Train controller: 247 MiB measured on Linux x86-64
 
 
@@ -77,7 +75,7 @@ class TrainerPool:
         self.failure_reason = self.failure_reason or abort_reason
         self._remove_ended_trainers(now)
         self._kill_hung_trainers(hung, now)
-        if now - self._last_node_count > NODE_COUNT_INTERVAL_SECONDS:
+        if now - self._last_node_count > timeouts.NODE_COUNT_INTERVAL_SECONDS:
             self._last_node_count = now
             self._count_nodes()
         if not self.failure_reason and (not self.num_started or (waiting_lanes and self.had_waiting_lanes)):
@@ -115,7 +113,7 @@ class TrainerPool:
         for run in self.running.values():
             run.kill()
         until = (
-            time.monotonic() + KILL_TIMEOUT_SECONDS
+            time.monotonic() + timeouts.TRAINER_THREAD_JOIN_SECONDS
         )  # a thread that used Ray after its shutdown would fail
         for run in self.running.values():
             run.join(max(0.0, until - time.monotonic()))
@@ -211,7 +209,7 @@ class TrainerPool:
         self.broker.trainer_exited.remote(name, exit_status.kind, exit_status.reason)
         if exit_status.kind is ExitKind.DONE:
             return
-        self._cleanup_until = now + PLACEMENT_GROUP_CLEANUP_SECONDS
+        self._cleanup_until = now + timeouts.PLACEMENT_GROUP_CLEANUP_SECONDS
         if exit_status.kind is ExitKind.PLACEMENT_TIMEOUT:
             self.notify(f"{name} found no room for {self.spec.start_timeout:g} s")
         elif exit_status.kind is ExitKind.NODE_LOST:

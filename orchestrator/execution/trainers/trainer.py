@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.util import timeouts
+
 if TYPE_CHECKING:
     from orchestrator.finetune.models.loading import BaseModel
     from orchestrator.finetune.tasks.base import Task
@@ -23,11 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 60.0
-DRAIN_POLL_SECONDS = (
-    3.0  # how often a worker asks whether its node has to go; spot machines give 30 s and more
-)
-RAYLET_POLL_SECONDS = 1.0  # how often a worker looks whether its Ray is still there
 MALLOC_ENVIRONMENT = {
     # glibc gives large blocks back to the system at every free; on a CPU each step would fault them in again,
     # a sixth of a small model's time.
@@ -109,7 +106,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             store,
             model_loader(spec, store.bases, device),
             max_lanes=spec.lanes_per_trainer,
-            idle_seconds=IDLE_SECONDS,
+            idle_seconds=timeouts.IDLE_TRAINER_SECONDS,
             provenance=provenance.current_provenance,
             save_adapter=spec.save_adapters,
             process_group=process_group,
@@ -135,7 +132,7 @@ def _exit_with_raylet() -> None:
     that computes live on for half a minute."""
     raylet = os.getppid()
     while os.getppid() == raylet:
-        time.sleep(RAYLET_POLL_SECONDS)
+        time.sleep(timeouts.RAYLET_POLL_SECONDS)
     os._exit(1)
 
 
@@ -150,7 +147,7 @@ def _drain_with_node(trainer_name: str) -> None:
     here = ray.get_runtime_context().get_node_id()
     said = False
     while True:
-        time.sleep(DRAIN_POLL_SECONDS)
+        time.sleep(timeouts.DRAIN_POLL_SECONDS)
         try:
             if here in draining_node_ids():
                 ray.get_actor(BROKER_NAME).drain.remote(trainer_name)

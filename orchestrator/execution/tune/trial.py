@@ -15,10 +15,10 @@ from orchestrator.execution.broker.actor import BROKER_NAME
 from orchestrator.execution.tune.rungs import evaluation_index, lane_evaluation_steps
 from orchestrator.finetune.engine.lane_source import Report
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
 TRIAL_MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB measured, Linux x86-64
 
-REPORT_WAIT_SECONDS = 20.0  # of one call; the trial asks again
 
 WORST_LOSS = 1e9  # finite: NaN and infinities poison schedulers
 
@@ -43,7 +43,7 @@ class LaneTrainable(tune.Trainable):
         while True:
             try:
                 promise: Any = self.broker.next_report.remote(
-                    self.name, self.configuration, self.reported_step, REPORT_WAIT_SECONDS
+                    self.name, self.configuration, self.reported_step, timeouts.REPORT_WAIT_SECONDS
                 )
                 news: Any = ray.get(promise)  # Report | State | None
             except ActorUnavailableError:  # it restarts, and is told again what this trial wants

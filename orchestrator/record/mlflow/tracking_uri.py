@@ -14,13 +14,12 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from orchestrator.record.store import Store
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError, suggest_nearest
 from orchestrator.util.redaction import REDACTED, redact_secrets
 
 DATABASES = ("postgresql", "mysql", "mssql")
 SCHEMES = ("sqlite", "http", "https", *DATABASES)
-TIMEOUT_SECONDS = 4.0
-"""Seconds that a server gets to answer."""
 
 
 def configured_uri(option: str | None) -> str:
@@ -156,7 +155,7 @@ def _check_health(uri: str) -> None:
     try:
         parts = urlsplit(uri)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=TIMEOUT_SECONDS).close()
+        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=timeouts.TRACKING_SERVER_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:  # below, it is there: it wants a login, or a proxy hides /health
             raise
@@ -182,7 +181,7 @@ def _run_with_timeout(uri: str, attempt: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(TIMEOUT_SECONDS + 1)
+    thread.join(timeouts.TRACKING_SERVER_SECONDS + 1)
     error = ended[0] if ended else TimeoutError("no answer in time")
     if isinstance(error, ModuleNotFoundError):
         raise UsageError(

@@ -11,9 +11,8 @@ from orchestrator.record.mlflow.log import MlflowLogger, TrackingDamagedError, T
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile
+from orchestrator.util import timeouts
 from orchestrator.util.redaction import redact_secrets
-
-_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _CLOSING_RETRY_SECONDS = 0.5, 30.0, 1.0
 
 
 class MlflowWriter:
@@ -77,7 +76,7 @@ class MlflowWriter:
         return self.pending_count
 
     def _run(self) -> None:
-        pause, parent = _MIN_RETRY_SECONDS, ""
+        pause, parent = timeouts.MIN_MLFLOW_RETRY_SECONDS, ""
         while True:
             try:
                 parent = parent or self._logger.ensure_study(
@@ -85,7 +84,7 @@ class MlflowWriter:
                 )
                 while (fingerprint := self._take_next()) is not None:
                     self._log_one(fingerprint)
-                    pause = _MIN_RETRY_SECONDS
+                    pause = timeouts.MIN_MLFLOW_RETRY_SECONDS
                 self._logger.finish_study(parent, self._status, self._report_files)
                 self.is_finished = True
                 return
@@ -96,7 +95,7 @@ class MlflowWriter:
                 parent, self.error = "", redact_secrets(f"{type(error).__name__}: {error}")
             if not self._wait_before_retry(pause):
                 return
-            pause = min(2 * pause, _MAX_RETRY_SECONDS)
+            pause = min(2 * pause, timeouts.MAX_MLFLOW_RETRY_SECONDS)
 
     def _take_next(self) -> str | None:
         """Waits for a fingerprint and takes it; None when closed and none is left."""
@@ -135,6 +134,6 @@ class MlflowWriter:
                 self._condition.wait_for(lambda: self._deadline is not None, seconds)
                 return True
             left = self._deadline - time.monotonic()
-        seconds = min(seconds, _CLOSING_RETRY_SECONDS)  # however long the outage was before
+        seconds = min(seconds, timeouts.CLOSING_MLFLOW_RETRY_SECONDS)  # however long the outage was before
         time.sleep(max(0.0, min(seconds, left)))
         return left > seconds

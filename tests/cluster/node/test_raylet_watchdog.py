@@ -15,6 +15,7 @@ from events import LIMIT_SECONDS, until
 
 from orchestrator.cluster.node import raylet_watchdog
 from orchestrator.cluster.node.raylets import Raylet
+from orchestrator.util import timeouts
 
 pytestmark = pytest.mark.cluster
 # As long as Ray's own: a driver that joins Ray parses the node ids of all raylets on its machine.
@@ -105,7 +106,7 @@ def test_what_a_raylet_leaves_behind_goes_with_it(node: Node, looks: list[bool])
 def test_a_head_that_is_out_of_reach_has_not_ended(
     head: socket.socket, node: Node, looks: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raylet_watchdog, "POLL_SECONDS", 0.3)  # what a connection is waited for
+    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # what a connection is waited for
     head.listen(0)  # the kernel answers nobody while as many wait
     with ExitStack() as waiting:
         with suppress(TimeoutError):  # nothing else ends it

@@ -30,6 +30,7 @@ from orchestrator.cluster.node.spot_watcher import (
     plan_drains,
     poll,
 )
+from orchestrator.util import timeouts
 
 A, B = Raylet("a" * 56, "10.0.0.1:6379"), Raylet("b" * 56, "10.0.0.1:6379")
 NOW = 1_700_000_000.0
@@ -213,7 +214,7 @@ def test_a_raylet_is_found_by_its_command_line() -> None:
 
 @pytest.mark.cluster
 def test_what_ray_says_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raylets, "_DRAIN_TIMEOUT_SECONDS", LIMIT_SECONDS)
+    monkeypatch.setattr(timeouts, "DRAIN_TIMEOUT_SECONDS", LIMIT_SECONDS)
     said = raylets.drain(Raylet("no hexadecimal", "127.0.0.1:1"), 10, "a test")
     assert said.startswith("ray drain-node: ")
     assert "\n" not in said

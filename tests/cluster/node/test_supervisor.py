@@ -169,7 +169,8 @@ def test_it_comes_back_when_the_server_answers(kept: Kept) -> None:
 DEAF = """
 import sys
 from orchestrator.cluster.node import supervisor
-supervisor.POLL_SECONDS = supervisor.TERMINATE_TIMEOUT_SECONDS = 1.0
+from orchestrator.util import timeouts
+timeouts.HEALTH_POLL_SECONDS = timeouts.SERVER_TERMINATE_SECONDS = 1.0
 asks = supervisor.is_healthy
 def answers(url):
     if answered := asks(url):

@@ -19,7 +19,8 @@ import pytest
 import yaml
 from test_ray_up import CLUSTER, HEAD, ON, local
 
-from orchestrator.cluster.remote import head, source_digest, target
+from orchestrator.cluster.remote import head, source_digest
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 ROOT = source_digest.PROJECT_ROOT
@@ -122,7 +123,7 @@ def test_without_a_running_cluster_the_user_is_not_asked(
     find_head = head.find_head
 
     def patient_find_head(path: Path, config: dict[str, Any], timeout: float) -> str:
-        assert timeout == target.LOOKUP_TIMEOUT_SECONDS
+        assert timeout == timeouts.CLUSTER_LOOKUP_SECONDS
         lookups.append(path)
         return find_head(path, config, 600.0)  # on a busy machine it takes longer
 

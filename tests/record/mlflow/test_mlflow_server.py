@@ -17,23 +17,23 @@ from in_process import ORCHESTRATOR
 from mlflow import MlflowClient
 from mlflow_server import Server, wait
 
-from orchestrator.launch import reporting, run_study
+from orchestrator.launch import run_study
 from orchestrator.launch.experiment import Experiment
-from orchestrator.record.mlflow import tracking_uri
 from orchestrator.record.mlflow.log import MlflowLogger, TrackingUnavailableError
 from orchestrator.record.mlflow.sync import sync_projections
 from orchestrator.record.mlflow.writer import MlflowWriter
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, find_study
 from orchestrator.study.options import StudyOptions
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """However busy the machine is, an answer that comes is waited for."""
-    monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", 240.0)
-    monkeypatch.setattr(reporting, "MLFLOW_FLUSH_SECONDS", 240.0)
+    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
+    monkeypatch.setattr(timeouts, "MLFLOW_FLUSH_SECONDS", 240.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
 
 

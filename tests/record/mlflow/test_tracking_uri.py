@@ -17,6 +17,7 @@ from orchestrator.record.mlflow.tracking_uri import (
     sqlite_path,
 )
 from orchestrator.record.store import Store
+from orchestrator.util import timeouts
 from orchestrator.util.command import format_command
 from orchestrator.util.errors import UsageError
 
@@ -87,7 +88,7 @@ def test_the_default_is_a_file_in_the_store(tmp_path, monkeypatch):
 @pytest.fixture
 def patient(monkeypatch):
     """However busy the machine is, an answer that comes is waited for."""
-    monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", 240.0)
+    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
 
 
 @pytest.mark.usefixtures("patient")
@@ -100,7 +101,7 @@ def test_a_server_that_is_not_there():
 
 
 def test_a_server_that_accepts_and_says_nothing(monkeypatch):
-    monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 0.3)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
         pytest.raises(UsageError, match=r"cannot be reached .*(timed out|no answer in time)"),
@@ -110,7 +111,7 @@ def test_a_server_that_accepts_and_says_nothing(monkeypatch):
 
 def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
     """Looking up a name may block longer than any time-out of a connection says."""
-    monkeypatch.setattr(tracking_uri, "TIMEOUT_SECONDS", -0.9)  # a tenth of a second in all
+    monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)  # a tenth of a second in all
     answered = threading.Event()
     with pytest.raises(UsageError, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
         tracking_uri._run_with_timeout("http://slow:5000", answered.wait)

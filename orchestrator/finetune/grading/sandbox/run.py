@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 
 from orchestrator.finetune.grading.sandbox.init_process import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
 from orchestrator.finetune.grading.sandbox.test_runner import PROGRAM_ENDED
+from orchestrator.util import timeouts
 from orchestrator.util.errors import StudyError, UsageError
 
 _log = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ _log = logging.getLogger(__name__)
 WEAK_SANDBOX_VARIABLE = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
 """Verdicts that other programs on the machine can cause, too."""
-SETUP_SECONDS = 60.0
-"""Seconds that putting up the walls may take on a busy machine before the machine is blamed."""
 
 SandboxLevel = Literal["namespaces", "limits"]
 
@@ -109,7 +108,9 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
                     _SandboxProcess(tests, limits, level, folder, tests_socket.fileno(), write_end)
                 )
             os.close(write_end)
-            output = _read_result(result, time.monotonic() + limits.wall_seconds + SETUP_SECONDS)
+            output = _read_result(
+                result, time.monotonic() + limits.wall_seconds + timeouts.SANDBOX_SETUP_SECONDS
+            )
         finally:
             codes = [side.wait_or_kill() for side in processes]
             errors = [side.read_stderr() for side in processes]
