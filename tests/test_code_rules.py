@@ -26,7 +26,11 @@ RETIRED = {
 }
 """Words of earlier versions, with what they are called now (docs/architecture.md, glossary)."""
 KEPT = {
+    "docs/architecture.md",  # the glossary says what earlier words were
+    "docs/options.md",  # the earlier names of options
+    "orchestrator/cli/arguments.py",  # the earlier names of options
     "orchestrator/record/store.py",  # the folder `evidence` of a store on disk
+    "orchestrator/study/study_name.py",  # the same folder
 }
 """Files where a retired word is on disk or is what a user of an earlier version types."""
 
