@@ -67,7 +67,7 @@ def test_no_function_is_too_long() -> None:
 
 def test_no_two_modules_have_one_name() -> None:
     by_name: dict[str, list[str]] = {}
-    for path in PROGRAM:
+    for path in sources("orchestrator", "variants"):
         by_name.setdefault(path.stem, []).append(name_of(path))
     assert {n: paths for n, paths in by_name.items() if len(paths) > 1 and n not in SHARED_NAMES} == {}
 
