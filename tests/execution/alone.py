@@ -62,8 +62,7 @@ def train(configurations: Iterable[Configuration], bases: Path, folder: Path) ->
             _Queue(configurations),
             store,
             model_loader(TrainerSpec(LANES, 0.0, str(folder), str(folder)), bases, torch.device("cpu")),
-            max_lanes=LANES,
-            idle_seconds=0.0,
+            loop.LoopSettings(max_lanes=LANES, idle_seconds=0.0),
             provenance=provenance.current_provenance,
         )
     finally:

@@ -128,7 +128,9 @@ def through_the_loop(
     store = Store(work / "store")
     made = [configuration(task, model, store.bases, seed) for seed in seeds]
     load = partial(loading.load_base_model, root=store.bases, device="cpu")
-    train(Script(leases(made)), store, load_base_model=lambda choice, task: load(choice, task=task), **options)
+    train(
+        Script(leases(made)), store, load_base_model=lambda choice, task: load(choice, task=task), **options
+    )
     records = [store.get(one.fingerprint) for one in made]
     assert all(records), records
     return [record for record in records if record is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from orchestrator.finetune.engine import loop
+from orchestrator.finetune.engine import leasing, loop
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.lane_state import LaneState
@@ -285,7 +285,9 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
         store.data = data
     elif "load_base_model" not in options and not store.data.exists():
         store.data = tiny_data()
-    options = {"idle_seconds": 5.0, "poll_seconds": 0.0, "load_base_model": tiny_bench, **options}
+    limits = {"max_lanes": lanes, "idle_seconds": 5.0, "poll_seconds": 0.0, **options}
+    settings = {f.name: limits[f.name] for f in fields(loop.LoopSettings) if f.name in limits}
+    rest = {name: value for name, value in options.items() if name not in settings}
 
     class Seen(Lane):
         """A lane that the script can look at."""
@@ -294,8 +296,15 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
             super().__init__(lease)
             source.lanes[self.fingerprint] = self
 
-    with patch.object(loop, "Lane", Seen):
-        loop.run(source, store, max_lanes=lanes, provenance=provenance, **options)
+    with patch.object(leasing, "Lane", Seen):
+        loop.run(
+            source,
+            store,
+            rest.pop("load_base_model", tiny_bench),
+            loop.LoopSettings(**settings),
+            provenance=provenance,
+            **rest,
+        )
 
 
 ALONE: dict[str, Record] = {}

@@ -69,7 +69,9 @@ class Runs:
 
     def play(self, name: str, lanes: int, points: list[Configuration]) -> Again:
         source, store = Again(leases(points)), Store(self.folder / name)
-        train(source, store, lanes, data=self.folder / "data", load_base_model=lambda choice, task: self.bench)
+        train(
+            source, store, lanes, data=self.folder / "data", load_base_model=lambda choice, task: self.bench
+        )
         free_memory()
         return source
 

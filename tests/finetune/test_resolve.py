@@ -88,7 +88,7 @@ def test_accumulation_splits_the_batch(bases: Path) -> None:
     with pytest.raises(UsageError, match="--accumulation 3: must divide the batch size, 32; take 2"):
         resolved(bases, accumulation=3)
     with pytest.raises(UsageError, match="every worker needs a row of the 2"):
-        resolved(bases, accumulation=16, workers_per_seat=3)
+        resolved(bases, accumulation=16, workers_per_trainer=3)
 
 
 def test_a_lane_is_looked_at_as_often_as_asked_and_at_most_once_a_step(bases: Path) -> None:

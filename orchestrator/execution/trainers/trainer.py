@@ -73,6 +73,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from orchestrator.execution.broker.actor import BrokerClient
+    from orchestrator.finetune.engine.loop import LoopSettings
     from orchestrator.finetune.failures import TrainerBrokenError
     from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, TorchProcessGroup
     from orchestrator.record import provenance
@@ -105,10 +106,12 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
             source,
             store,
             model_loader(spec, store.bases, device),
-            max_lanes=spec.lanes_per_trainer,
-            idle_seconds=timeouts.IDLE_TRAINER_SECONDS,
+            settings=LoopSettings(
+                spec.lanes_per_trainer,
+                timeouts.IDLE_TRAINER_SECONDS,
+                save_adapter=spec.save_adapters,
+            ),
             provenance=provenance.current_provenance,
-            save_adapter=spec.save_adapters,
             process_group=process_group,
         )
 

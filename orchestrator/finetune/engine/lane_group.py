@@ -1,4 +1,4 @@
-"""A pack: the lanes of one shape that train at this moment over one frozen base."""
+"""A lane group: the lanes of equal tensor shapes that train together over one frozen base model."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ from orchestrator.study.configuration import Configuration
 from variants.attach import Adapters
 
 MAX_GENERATING_LANES = 4
-"""Lanes whose answers are generated at once: keys and values of all their tokens are kept meanwhile (of
-Qwen3-0.6B up to 4 GB a lane), more than training needs."""
+"""Lanes whose answers are generated together. The key-value cache of all their tokens stays in memory (up to
+4 GB a lane for Qwen3-0.6B), which is more than training needs."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's splits as tokens, and the base's own scores on two of them."""
+    """The tokenised splits of a task, and the scores of the untrained base model."""
 
     task: Task
     train: Sequence[Row]
     splits: Mapping[str, EvaluationSplit]
+    """Validation and test."""
     untrained: Mapping[str, Mapping[str, float]]
+    """Split -> score name -> score of the base model without a lane."""
 
     @classmethod
     def load(
@@ -53,8 +55,20 @@ class TaskData:
         process_group: ProcessGroup,
         folder: Path,
     ) -> TaskData:
-        """From `folder`, where it is kept. Raises BadInput when the task has not the data it should, when
-        `max_length` leaves nothing of them, or when answers could not be graded here."""
+        """Read the prepared data of a task, and the base model's scores, or compute and store them.
+
+        Args:
+            configuration: Names the task's data and the length limit.
+            task: The task.
+            base_model: Its processor tokenises the data; the model computes the untrained scores.
+            adapters: The adapters of the model; they are disabled while it is scored.
+            process_group: The workers of this trainer, which share the scoring.
+            folder: The store's folder of prepared data.
+
+        Raises:
+            UsageError: The task lacks data, `max_length` leaves nothing of it, or this machine cannot grade
+                the answers.
+        """
         process_group.run_on_all(task.check_can_grade)
         prepared = dataset_cache.prepare_dataset(folder, configuration, task, base_model.processor)
         max_length = compute_max_row_length(task, configuration.batches.max_length)
@@ -79,17 +93,28 @@ class TaskData:
 
 @dataclass(frozen=True)
 class LocalGradients:
-    """Backward passes that this worker has done: gradients lie in the lanes' parameters, still without the
-    other workers' share. `flat`: the lanes' losses (K,); with other workers also which of all parameters have
-    a gradient here, and those gradients."""
+    """The result of this worker's backward passes, before the gradients of all workers are added.
+
+    The gradients themselves are in the lanes' parameters.
+    """
 
     lanes: Sequence[Lane]
     flat_tensor: Tensor
+    """The losses of the K lanes, shape (K,). With several workers this tensor continues with one flag for
+    each parameter (1 if it has a gradient here) and with all gradients, flattened."""
     token_counts: Sequence[int]
+    """Target tokens of each lane's batch, on all workers."""
 
 
 class LaneGroup:
-    """The arithmetic of a round. Knows no source and no store."""
+    """Computes losses, gradients and scores of lanes. It uses neither the source nor the store.
+
+    Args:
+        base_model: The frozen base model.
+        adapters: The lanes' adapters on it.
+        data: The task's data.
+        process_group: The workers of this trainer.
+    """
 
     def __init__(
         self, base_model: BaseModel, adapters: Adapters, data: TaskData, process_group: ProcessGroup
@@ -102,11 +127,12 @@ class LaneGroup:
         )
 
     def backward(self, lanes: Sequence[Lane]) -> LocalGradients:
-        """Leaves this worker's part of every lane's gradients of one optimizer step in its parameters;
-        changes nothing else, so it can be done again when it raises.
+        """Compute this worker's part of the gradients of one optimizer step of every lane.
 
-        The loss of a lane is the sum over its tokens divided by the tokens of its whole accumulated batch, on
-        all workers. The lanes' losses are added; as no two share a parameter, each gets its own gradient.
+        The gradients are left in the lanes' parameters and nothing else changes, so the call can be repeated
+        after an error. The loss of a lane is the sum over its target tokens, divided by the number of target
+        tokens in its whole accumulated batch on all workers. One backward pass over the sum of the lanes'
+        losses gives each lane its own gradient, because no two lanes share a parameter.
         """
         if self.data.task.inputs == "image":
             self.base_model.processor.prefetch(
@@ -118,7 +144,7 @@ class LaneGroup:
         for lane in lanes:
             lane.optimizer.zero_grad(set_to_none=True)
         for micro in range(len(micro_batches[0])):
-            # By length, so that no lane is padded for another's sake.
+            # Lanes of equal length only are batched together, so that no lane's result depends on padding.
             groups: dict[int, list[int]] = {}
             for index, batches in enumerate(micro_batches):
                 groups.setdefault(batches[micro].length, []).append(index)
@@ -133,7 +159,8 @@ class LaneGroup:
                     losses_by_lane[index].append(part)
         flat = torch.stack([torch.stack(of).sum() for of in losses_by_lane])
         if self.process_group.world_size > 1:
-            # Here and not in `reduce`: what may find no memory comes before the others are waited for.
+            # Allocated here, not in `reduce_gradients`: an out-of-memory error must come before the
+            # all-reduce, in which the other workers would wait.
             parameters = [p for lane in lanes for p in lane.parameters.values()]
             has_gradient = flat.new_tensor([float(p.grad is not None) for p in parameters])
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -141,8 +168,10 @@ class LaneGroup:
         return LocalGradients(lanes, flat, token_counts)
 
     def reduce_gradients(self, local: LocalGradients) -> list[BackwardResult]:
-        """Adds the workers' parts up, losses and gradients of all lanes in one flat tensor. All workers have
-        to come here."""
+        """Add the losses and gradients of all workers, with one all-reduce of one flat tensor.
+
+        All workers must call this method.
+        """
         lanes, flat_tensor = local.lanes, local.flat_tensor
         if self.process_group.world_size > 1:
             self.process_group.all_reduce_(flat_tensor)
@@ -151,7 +180,7 @@ class LaneGroup:
             flat_tensor, has_gradient, *summed = flat_tensor.split(sizes)
             for parameter, anyone, total in zip(parameters, has_gradient.tolist(), summed, strict=True):
                 parameter.grad = total.view_as(parameter).to(parameter.dtype) if anyone else None
-        # One copy from the device for all lanes.
+        # One copy from the device for all lanes, because each copy waits for the device.
         values = torch.cat(
             [flat_tensor, torch.stack([_gradient_norm(lane) for lane in lanes]).to(flat_tensor.dtype)]
         ).tolist()
@@ -177,7 +206,7 @@ class LaneGroup:
         ]
 
     def _upcoming_images(self, lanes: Sequence[Lane], steps_ahead: int) -> Iterator[Image]:
-        """What this worker will be asked for at the lanes' next step but `ahead`."""
+        """Yield the images of this worker's rows in a later batch; 0 steps ahead is the next batch."""
         for lane in lanes:
             batches = lane.configuration.batches
             first = (lane.step + steps_ahead) * batches.accumulation
@@ -194,14 +223,24 @@ class LaneGroup:
                     yield image
 
     def _own_rows(self, rows: int) -> tuple[int, int]:
-        """This worker's rows of a micro-batch: the first, and the one behind the last."""
+        """Return this worker's rows of a micro-batch of `rows` rows as a half-open range."""
         mine = np.array_split(np.arange(rows), self.process_group.world_size)[self.process_group.rank]
         return int(mine[0]), int(mine[-1]) + 1
 
     def _backward_micro_batch(
         self, lanes: Sequence[Lane], batches: Sequence[Batch], token_counts: Sequence[int], micro: int
     ) -> Sequence[Tensor]:
-        """Each lane's part of its loss from this worker's rows of one micro-batch, detached."""
+        """Run forward and backward over this worker's rows of one micro-batch of each lane.
+
+        Args:
+            lanes: Lanes whose micro-batches have equal length.
+            batches: One micro-batch a lane, with the rows of all workers.
+            token_counts: Target tokens of each lane's accumulated batch, by which its loss is divided.
+            micro: The number of the micro-batch within the step, which seeds dropout.
+
+        Returns:
+            For each lane, these rows' part of its loss, a detached scalar.
+        """
         row_count = len(batches[0].ids)
         first, last = self._own_rows(row_count)
         own_batches = [batch.slice_rows(first, last) for batch in batches]
@@ -225,21 +264,23 @@ class LaneGroup:
             )
             objective = lane_losses.sum()
             if (extra := now.auxiliary_loss()) is not None:
-                # A mean over examples: by this part's share of theirs it counts once over the whole step.
+                # The auxiliary loss is a mean over these rows: weighted by their share of the step's rows,
+                # the parts add up to one mean over the step.
                 accumulation = lanes[0].configuration.batches.accumulation
                 objective = objective + extra.sum() * ((last - first) / (row_count * accumulation))
             objective.backward()
         return lane_losses.detach().unbind()
 
-    def evaluate(
-        self, lanes: Sequence[Lane], split: str, force_generation: bool = False
-    ) -> list[EvaluationResult]:
-        """`always`: with answers generated, also for lanes on their way of a task that has them graded at the
-        end (to see what memory they need)."""
+    def evaluate(self, lanes: Sequence[Lane], split: str) -> list[EvaluationResult]:
+        """Score the lanes on a split, in the order of `lanes`.
+
+        Answers are generated for all lanes if the task grades every evaluation, else for those at their last
+        step.
+        """
         found: dict[str, EvaluationResult] = {}
-        force_generation = force_generation or self.data.task.grade_at == "every_evaluation"
+        grades_always = self.data.task.grade_at == "every_evaluation"
         for generate in (False, True):
-            due = [lane for lane in lanes if generate == (force_generation or lane.is_at_last_step)]
+            due = [lane for lane in lanes if generate == (grades_always or lane.is_at_last_step)]
             max_together = (
                 MAX_GENERATING_LANES
                 if generate and self.data.task.output == "generation"
@@ -263,6 +304,6 @@ class LaneGroup:
 
 
 def _gradient_norm(lane: Lane) -> Tensor:
-    """The global norm of a lane's gradient, a scalar on the device."""
+    """Return the L2 norm of all gradients of a lane, a scalar on the device."""
     gradients = [p.grad for p in lane.parameters.values() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

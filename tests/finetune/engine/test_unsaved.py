@@ -109,7 +109,9 @@ def test_checkpoints_that_the_disk_refuses_are_left_out_and_said_once(
 
 def place(share: float, folder: Path) -> str:
     made = Engine(
-        lambda choice, task: replace(tiny_bench(choice), memory_fraction=share), folder / "evidence", folder / "data"
+        lambda choice, task: replace(tiny_bench(choice), memory_fraction=share),
+        folder / "evidence",
+        folder / "data",
     )
     made.prepare_lane_group(POINT)
     return made.device_key

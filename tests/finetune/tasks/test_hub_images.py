@@ -134,9 +134,8 @@ def test_end_to_end(
         evaluations=2,
     )
     source = Script(leases([one]))
-    loop.run(
-        source, store, lambda _, task: load(folder, task), max_lanes=1, idle_seconds=1, provenance=provenance
-    )
+    settings = loop.LoopSettings(max_lanes=1, idle_seconds=1)
+    loop.run(source, store, lambda _, task: load(folder, task), settings, provenance=provenance)
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback

@@ -1,0 +1,143 @@
+"""What a trainer does when work on its lanes raises: isolate the lane, halve the lane group, or stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from orchestrator.finetune.engine.active_lanes import ActiveLanes
+from orchestrator.finetune.engine.lane import Lane
+from orchestrator.finetune.failures import BrokenKind, Fault, TrainerBrokenError, free_memory
+from orchestrator.finetune.process_group import WorkerError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_IDENTICAL_FAILURES = 3
+"""Lanes that fail in a row with the same message before the trainer stops."""
+OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller --batch-size or a larger GPU"
+
+
+@dataclass
+class FailureRecovery:
+    """Runs work on the lanes of a trainer and decides what a failure ends: a lane, a part of the group, all."""
+
+    active: ActiveLanes
+    last_failure: str = ""
+    """The reason of the last failed lane; empty again after any optimizer step."""
+    lanes_failed_alike: set[str] = field(default_factory=set)
+    """Fingerprints of the lanes that failed in a row with `last_failure`."""
+
+    def run_isolating_failures(
+        self, lanes: Sequence[Lane], work: Callable[[Sequence[Lane]], Sequence[T]]
+    ) -> list[tuple[Lane, T]]:
+        """Run `work` on the lanes together; if it raises, end only the lanes that cause it.
+
+        By the fault of the error: a lost device is raised; a full disk is waited for, and the work is
+        repeated; after an out-of-memory error the lane group is halved, and the work is repeated for the lanes
+        that remain; after any other error the work is repeated for each lane alone, and a lane for which it
+        raises again ends as `failed`.
+
+        Args:
+            lanes: The lanes to work on; may be empty.
+            work: Returns one result for each lane. May be called several times.
+
+        Returns:
+            Each lane for which the work succeeded and which is still active, with its result.
+
+        Raises:
+            WorkerError: The device is lost.
+            StoreFullError: The disk has stayed full for too long.
+            TrainerBrokenError: One lane after another failed with the same message.
+        """
+        if not lanes:
+            return []
+        active = self.active
+        try:
+            results = active.process_group.run_on_all(lambda: list(zip(lanes, work(lanes), strict=True)))
+        except WorkerError as error:
+            failed = error.without_traceback()
+        else:
+            active.recorder.store_full_since = None
+            return results
+        # Outside the except block: the traceback of `error` kept the tensors of the failed work alive.
+        if failed.fault is Fault.DEVICE:
+            raise failed
+        if failed.fault is Fault.DISK:
+            active.process_group.broadcast_from_rank0(partial(active.recorder.wait_for_space, failed))
+            return self.run_isolating_failures(lanes, work)
+        if failed.fault is Fault.MEMORY and len(active.lanes) > 1:
+            self.halve_lane_group()
+            return self.run_isolating_failures(self._still_active(lanes), work)
+        if len(lanes) == 1:
+            self.fail(lanes[0], failed)
+            return []
+        log.warning("%d lanes together: %s; now one by one", len(lanes), failed.reason)
+        results = [
+            one
+            for lane in lanes
+            if lane.fingerprint in active.lanes
+            for one in self.run_isolating_failures([lane], work)
+        ]
+        return [(lane, one) for lane, one in results if lane.fingerprint in active.lanes]
+
+    def _still_active(self, lanes: Sequence[Lane]) -> list[Lane]:
+        return [lane for lane in lanes if lane.fingerprint in self.active.lanes]
+
+    def halve_lane_group(self, mid_step: Sequence[Lane] = ()) -> None:
+        """Halve the lane group after an out-of-memory error, and remember the new maximum in the store.
+
+        Args:
+            mid_step: Lanes whose optimizer step was interrupted. They leave without being saved, because
+                their weights are half updated, and resume from their newest checkpoint.
+        """
+        free_memory()
+        active = self.active
+        failed_lanes, group_key = len(active.lanes), next(iter(active.lanes.values())).configuration.group_key
+        max_lanes, leaving = active.slots.halve(active.lanes.values(), mid_step)
+
+        def return_leases() -> None:
+            """Rank 0 only."""
+            for lane in mid_step:
+                active.return_lease(lane)
+            for lane in leaving:
+                active.save_and_return_lease(lane)
+            active.recorder.write_max_lanes(group_key, max_lanes, failed_lanes)
+
+        active.process_group.broadcast_from_rank0(return_leases)
+        for lane in (*mid_step, *leaving):
+            active.remove(lane)
+        free_memory()
+
+    def fail(self, lane: Lane, failed: WorkerError) -> None:
+        """End the lane as `failed`.
+
+        Raises:
+            TrainerBrokenError: `MAX_IDENTICAL_FAILURES` lanes in a row failed with the same message and no
+                lane is left. The cause is then the machine, for example a lost GPU or a missing base model,
+                and this trainer would fail all lanes that it leases.
+        """
+        active, reason = self.active, failed.reason
+        if failed.fault is Fault.MEMORY:
+            reason = f"out of memory with one lane alone: {OUT_OF_MEMORY_ADVICE} ({reason})"
+        active.end(lane, "failed", reason, failed.traceback_text)
+        if failed.fault is Fault.MEMORY:
+            free_memory()
+        if not active.lanes:
+            active.engine.detach_adapters()  # some workers only may have a lane group
+        if failed.reason != self.last_failure:
+            self.last_failure, self.lanes_failed_alike = failed.reason, set()
+        self.lanes_failed_alike.add(lane.fingerprint)
+        if len(self.lanes_failed_alike) >= MAX_IDENTICAL_FAILURES and not active.lanes:
+            raise TrainerBrokenError(
+                f"{len(self.lanes_failed_alike)} configurations in a row failed with {failed.reason}",
+                BrokenKind.REPEATED_LANE_FAILURES,
+            ) from failed
+
+    def reset_failure_count(self) -> None:
+        """Forget the failures in a row, after a lane has taken a step."""
+        self.last_failure = ""

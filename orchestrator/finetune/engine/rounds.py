@@ -1,0 +1,187 @@
+"""One round of the fine-tuning loop: reports, directives, one optimizer step, evaluations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from orchestrator.finetune.engine.active_lanes import NEVER, ActiveLanes
+from orchestrator.finetune.engine.lane import BackwardResult, Lane, share_elapsed_seconds
+from orchestrator.finetune.engine.lane_source import Directive, Report
+from orchestrator.finetune.engine.lane_state import LaneState
+from orchestrator.finetune.engine.recovery import FailureRecovery
+from orchestrator.finetune.failures import Fault
+from orchestrator.finetune.process_group import WorkerError, result_or_error
+
+
+@dataclass
+class TrainingRounds:
+    """Trains, evaluates and reports the lanes of a trainer, one round at a time."""
+
+    active: ActiveLanes
+    recovery: FailureRecovery
+    save_adapter: bool
+    checkpoint_seconds: float
+    exchanged_at: float = NEVER
+    busy_at: float = field(default_factory=time.monotonic)
+    """The time at which the last round began."""
+
+    def run(self) -> None:
+        """Run one round over all lanes."""
+        active = self.active
+        self.busy_at = time.monotonic()
+        for lane in active.in_state(LaneState.REPORTING):  # a resumed lane repeats its reports
+            self._send_reports(lane)
+        self._exchange()
+        busy = bool(active.in_state(LaneState.TRAINING) or active.in_state(LaneState.EVALUATING))
+        self._train(active.in_state(LaneState.TRAINING))
+        self._evaluate(active.in_state(LaneState.EVALUATING))
+        if active.lanes and not busy:
+            time.sleep(active.poll_interval.min_seconds)
+
+    def is_idle_for(self, seconds: float) -> bool:
+        """Return whether the last round began more than `seconds` ago, by the clock of rank 0."""
+        return self.active.process_group.broadcast_from_rank0(
+            lambda: time.monotonic() - self.busy_at > seconds
+        )
+
+    # -- directives -------------------------------------------------------------------------------------
+
+    def _exchange(self) -> None:
+        """Ask the source for directives and apply them."""
+        directives = self.active.process_group.broadcast_from_rank0(self._request_directives)
+        for fingerprint, directive in directives.items():
+            if fingerprint in self.active.lanes:
+                self._apply(directive, self.active.lanes[fingerprint])
+
+    def _request_directives(self) -> Mapping[str, Directive]:
+        """Save the checkpoints that are due, then ask the source if that is due. Rank 0 only."""
+        active = self.active
+        for lane in active.in_state(LaneState.TRAINING):
+            if time.monotonic() - lane.saved_at > self.checkpoint_seconds:
+                active.recorder.save_checkpoint(lane)
+        now = time.monotonic()
+        if not active.poll_interval.is_due(self.exchanged_at, now):
+            return {}
+        directives = active.source.exchange(active.steps_taken)
+        self.exchanged_at = time.monotonic()
+        active.poll_interval.record_answer(now, self.exchanged_at)
+        return directives
+
+    def _apply(self, directive: Directive, lane: Lane) -> None:
+        active = self.active
+        if directive is Directive.DROP:
+            # Removes the checkpoints of a lane that another trainer has ended.
+            active.process_group.broadcast_from_rank0(
+                partial(active.recorder.find_final_state, lane.fingerprint)
+            )
+            active.remove(lane)
+        elif directive is Directive.YIELD:
+            active.process_group.broadcast_from_rank0(partial(active.save_and_return_lease, lane))
+            active.remove(lane)
+        elif directive is Directive.STOP:
+            reported = lane.last_reported_step
+            further = f", trained to step {lane.step}" if lane.step > reported else ""
+            active.end(lane, "stopped", f"stopped by the scheduler after step {reported}{further}")
+        elif directive is Directive.PARK and lane.state is not LaneState.PARKED:
+            lane.transition_to(LaneState.PARKED)
+            active.slots.park(lane)
+        elif directive is Directive.CONTINUE and lane.state in (LaneState.PARKED, LaneState.REPORTING):
+            lane.enter_next_state()
+            active.slots.unpark(lane.fingerprint)
+
+    def _send_reports(self, lane: Lane) -> None:
+        """Send the lane's pending reports in order, until a directive takes it out of `REPORTING`."""
+        while lane.state is LaneState.REPORTING:
+            report = lane.pending_reports.popleft()
+            self._apply(
+                self.active.process_group.broadcast_from_rank0(partial(self._send_report, report)), lane
+            )
+
+    def _send_report(self, report: Report) -> Directive:
+        """Rank 0 only."""
+        return self.active.source.report(report)
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def _train(self, lanes: Sequence[Lane]) -> None:
+        """Take one optimizer step with each lane."""
+        if not lanes:
+            return
+        active, started = self.active, time.monotonic()
+        group_size = len(active.lanes)
+        gradients = self.recovery.run_isolating_failures(lanes, self._compute_gradients)
+        outcomes_by_rank = active.process_group.all_gather(
+            [result_or_error(partial(lane.take_optimizer_step, step)) for lane, step in gradients]
+        )
+        diverged, mid_step = [], []
+        for (lane, _), outcomes in zip(gradients, zip(*outcomes_by_rank, strict=True), strict=True):
+            lane.peak_group_size = max(lane.peak_group_size, group_size)
+            if failed := next((one for one in outcomes if isinstance(one, WorkerError)), None):
+                if failed.fault is Fault.DEVICE:
+                    raise failed
+                if failed.fault is Fault.MEMORY and group_size > 1:
+                    mid_step.append(lane)
+                else:
+                    self.recovery.fail(lane, failed)
+            elif outcomes[0] is not None:
+                diverged.append((lane, outcomes[0]))
+            else:
+                active.steps_taken += 1
+        if gradients:
+            self.recovery.reset_failure_count()
+        share_elapsed_seconds(started, lanes, "train_seconds")
+        for lane, reason in diverged:
+            active.end(lane, "diverged", reason)
+        if mid_step:
+            self.recovery.halve_lane_group(mid_step)
+
+    def _compute_gradients(self, lanes: Sequence[Lane]) -> Sequence[BackwardResult]:
+        process_group, lane_group = self.active.process_group, self.active.engine.lane_group
+        local = process_group.run_on_all(lambda: lane_group.backward(lanes))
+        return process_group.all_gather(lane_group.reduce_gradients(local))[0]
+
+    # -- evaluations ------------------------------------------------------------------------------------
+
+    def _evaluate(self, lanes: Sequence[Lane]) -> None:
+        """Evaluate the lanes on validation, those at their last step on test as well, and report the scores."""
+        if not lanes:
+            return
+        active, started = self.active, time.monotonic()
+        run_isolating_failures = self.recovery.run_isolating_failures
+        evaluate = active.engine.lane_group.evaluate
+        for lane, scored in run_isolating_failures(lanes, partial(evaluate, split="validation")):
+            lane.record_scores("validation", scored)
+        ending = [lane for lane in active.in_state(LaneState.EVALUATING) if lane.is_at_last_step]
+        for lane, scored in run_isolating_failures(ending, partial(evaluate, split="test")):
+            lane.record_scores("test", scored)
+        share_elapsed_seconds(started, lanes, "evaluate_seconds")
+        for lane in active.in_state(LaneState.EVALUATING):
+            # Saving another lane's adapter can run out of memory and evict this one.
+            if lane.fingerprint in active.lanes:
+                self._conclude_evaluation(lane)
+
+    def _conclude_evaluation(self, lane: Lane) -> None:
+        """Report the new scores; end a lane that has diverged or is at its last step."""
+        active = self.active
+        if reason := lane.find_nonfinite_loss():
+            active.end(lane, "diverged", reason)
+            return
+        lane.queue_reports(after_step=lane.step - 1)
+        lane.transition_to(LaneState.REPORTING)
+        if not lane.is_at_last_step:
+            active.process_group.broadcast_from_rank0(partial(active.recorder.save_checkpoint, lane))
+            self._send_reports(lane)
+        elif self.recovery.run_isolating_failures([lane], self._save_adapters):
+            active.end(lane, "finished")
+
+    def _save_adapters(self, lanes: Sequence[Lane]) -> Sequence[None]:
+        """Write the lanes' adapters to the store, on rank 0, if the study saves them."""
+        active = self.active
+        if self.save_adapter and active.process_group.rank == 0:
+            for lane in lanes:
+                folder = active.recorder.store.adapters / lane.fingerprint
+                active.engine.save_adapter(lane.fingerprint, folder, lane.configuration.model.name)
+        return [None] * len(lanes)
