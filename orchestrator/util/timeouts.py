@@ -91,8 +91,8 @@ SERVER_STARTUP_SECONDS = 180.0
 """For a server's first answer: MLflow migrates its database first."""
 SERVER_TERMINATE_SECONDS = 15.0
 """Between SIGTERM and SIGKILL for a supervised command."""
-CLUSTER_LOOKUP_SECONDS = 3.0
-"""For the look-up of a cluster that the user has not named."""
+CLUSTER_LOOKUP_SECONDS = 10.0
+"""For the look-up of a cluster that the user has not named, including the start of Ray's command."""
 SSH_CONNECT_SECONDS = 60.0
 """For SSH to connect."""
 JOB_QUERY_SECONDS = 120.0

@@ -1,6 +1,6 @@
-"""The metadata service of an EC2 machine (IMDSv2): is this spot machine about to be taken away?
+"""Client of an EC2 machine's metadata service (IMDSv2), for the notice that a spot machine is taken back.
 
-Standard library only. Only what a spot watcher needs; boto3 reads credentials there by itself.
+Uses the standard library only. boto3 reads credentials from the service by itself.
 """
 
 from __future__ import annotations
@@ -15,58 +15,73 @@ from datetime import datetime
 
 from orchestrator.util import timeouts
 
-ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # the AWS SDKs' own variable
+ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+"""Environment variable of the AWS SDKs with the service's URL."""
 DEFAULT_ENDPOINT = "http://169.254.169.254"
 
 
-class MetadataUnavailable(Exception):
-    """The metadata service does not answer, or not as it should. Its text is one line."""
+class MetadataUnavailableError(Exception):
+    """The metadata service does not respond, or gives an unexpected response. The message is one line."""
 
 
 @dataclass(frozen=True)
 class InterruptionNotice:
-    """AWS takes the machine away."""
+    """AWS will take the machine back."""
 
     action: str
-    """terminate, stop or hibernate: for what runs here it is all the same."""
+    """terminate, stop or hibernate. All of them end the processes of this machine."""
     ends_at: float
-    """When, in seconds since the epoch."""
+    """End of the machine in seconds since the epoch."""
 
     def seconds_left(self, now: float) -> int:
+        """Return the whole seconds from `now` to the end, at least 0."""
         return max(0, int(self.ends_at - now))
 
 
 def parse_notice(text: str, now: float) -> InterruptionNotice:
-    """From the service's JSON. That there is an answer at all is the notice: what is missing in it or cannot
-    be read is filled in with what AWS promises.
+    """Parse the service's JSON.
+
+    Any response is a notice. Missing or unreadable values are replaced by AWS's promise.
+
+    Args:
+        text: The response.
+        now: Seconds since the epoch.
     """
-    action, at = "terminate", now + timeouts.SPOT_NOTICE_SECONDS
+    action, ends_at = "terminate", now + timeouts.SPOT_NOTICE_SECONDS
     try:
         data = json.loads(text)
         action = str(data.get("action", action))
-        at = datetime.fromisoformat(data["time"].replace("Z", "+00:00")).timestamp()
+        ends_at = datetime.fromisoformat(data["time"].replace("Z", "+00:00")).timestamp()
     except (ValueError, KeyError, AttributeError, TypeError):
         pass
-    return InterruptionNotice(action, at)
+    return InterruptionNotice(action, ends_at)
 
 
 class MetadataClient:
-    """Asks the service; keeps the session token that IMDSv2 wants and takes a new one when it has expired."""
+    """Client of the service. Keeps IMDSv2's session token and replaces it when it has expired.
+
+    Args:
+        endpoint: URL of the service. Default: that of the environment, else AWS's.
+    """
 
     def __init__(self, endpoint: str | None = None) -> None:
         self.endpoint = (endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT).rstrip("/")
         self._token = ""
-        # Never through a proxy: it would ask its own machine's service, or none.
+        # Without proxies: a proxy would ask the service of its own machine.
         self._open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def fetch_notice(self) -> InterruptionNotice | None:
-        """The notice, or None while there is none. Raises Away."""
+        """Return the notice, or None if there is none.
+
+        Raises:
+            MetadataUnavailableError: The service gives no valid response.
+        """
         text = self._get("/latest/meta-data/spot/instance-action")
         return None if text is None else parse_notice(text, time.time())
 
     def _get(self, path: str) -> str | None:
-        """None for a 404. Raises Away."""
-        for _ in range(2):  # the second time with a new token
+        """Return the response's text, or None for status 404."""
+        for _ in range(2):  # a second time if the token has expired
             self._token = self._token or self._request_token()
             status, text = self._request("GET", path, {"X-aws-ec2-metadata-token": self._token})
             if status == 401:
@@ -75,26 +90,26 @@ class MetadataClient:
             if status == 404:
                 return None
             if status != 200:
-                raise MetadataUnavailable(f"{self.endpoint}{path} answers {status}")
+                raise MetadataUnavailableError(f"{self.endpoint}{path} answers {status}")
             return text
-        raise MetadataUnavailable(f"{self.endpoint} takes no token that it has just given")
+        raise MetadataUnavailableError(f"{self.endpoint} rejects a token that it has just issued")
 
     def _request_token(self) -> str:
         seconds = {"X-aws-ec2-metadata-token-ttl-seconds": str(timeouts.IMDS_TOKEN_TTL_SECONDS)}
         status, token = self._request("PUT", "/latest/api/token", seconds)
         if status != 200 or not token:
-            raise MetadataUnavailable(f"{self.endpoint} gives no token ({status})")
+            raise MetadataUnavailableError(f"{self.endpoint} gives no token ({status})")
         return token
 
     def _request(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+        """Send a request. Returns status and text; the text of an error is empty."""
         try:
             request = urllib.request.Request(self.endpoint + path, method=method, headers=headers)
-            with self._open_url(request, timeout=timeouts.IMDS_REQUEST_SECONDS) as answer:
-                return answer.status, answer.read(65536).decode(errors="replace")
+            with self._open_url(request, timeout=timeouts.IMDS_REQUEST_SECONDS) as response:
+                return response.status, response.read(65536).decode(errors="replace")
         except urllib.error.HTTPError as error:
             error.close()
             return error.code, ""
-        except (OSError, ValueError) as error:  # refused, timed out, cut off; an endpoint that is no URL
-            raise MetadataUnavailable(
-                f"{self.endpoint} does not answer ({getattr(error, 'reason', error)})"
-            ) from None
+        except (OSError, ValueError) as error:  # ValueError: the endpoint is no URL
+            reason = getattr(error, "reason", error)
+            raise MetadataUnavailableError(f"{self.endpoint} does not answer ({reason})") from None

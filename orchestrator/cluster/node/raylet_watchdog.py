@@ -1,12 +1,12 @@
-"""Ends this node's Ray when the head's has ended.
+"""End this node's Ray after the head's Ray has ended.
 
     python -m orchestrator.cluster.node.raylet_watchdog
 
-Comes back at once; what stays behind watches the raylet that runs here now, and ends with it. `ray down` ends
-machines, and where it cannot (provider `local`) Ray on the head alone: on other machines a raylet then waits
-a minute for its head, and some of its agents for minutes more. Here it goes when the head's machine has
-answered for some seconds that nothing listens. A head that is out of reach does not answer: a node that is
-cut off goes on, until Ray itself gives it up.
+The command returns at once and leaves a process that watches the raylet on this machine and ends with it.
+`ray down` terminates machines; where it cannot (provider `local`), it ends Ray on the head alone. A raylet on
+another machine then waits a minute for its head, and some of its agents wait for minutes more. The watchdog
+ends them when the head's machine has refused connections for some seconds. A head that cannot be reached
+refuses nothing: a node that is cut off keeps running until Ray itself gives it up.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from orchestrator.cluster.node import raylets
 from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.util import timeouts
 
-MAX_REFUSALS = 5  # looks in a row at which nothing listened
+MAX_REFUSALS = 5
+"""Refused connections in a row after which the head's Ray counts as ended."""
 
 
 def is_connection_refused(address: str) -> bool:
-    """Whether the machine at HOST:PORT says that nothing listens there."""
+    """Return whether the machine at HOST:PORT replies that no process listens there."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=timeouts.HEAD_POLL_SECONDS).close()
@@ -39,12 +40,17 @@ def is_connection_refused(address: str) -> bool:
 
 
 def watch(raylet: Raylet, poll_seconds: float = timeouts.HEAD_POLL_SECONDS) -> None:
-    """Until the raylet has ended or its head has, and nothing of its node is left."""
+    """Wait until the raylet or its head has ended, then end all processes of the node.
+
+    Args:
+        raylet: The raylet on this machine.
+        poll_seconds: Pause between two checks.
+    """
     processes: dict[int, psutil.Process] = {}
     refusals = 0
     while raylet in raylets.find_local_raylets() and refusals < MAX_REFUSALS:
-        for process in _node_processes(raylet):
-            processes[process.pid] = process  # psutil tells it from a later one with the same number
+        # psutil recognizes a later process with the same id as another one.
+        processes.update((process.pid, process) for process in _node_processes(raylet))
         refusals = refusals + 1 if is_connection_refused(raylet.gcs_address) else 0
         time.sleep(poll_seconds)
     for process in processes.values():
@@ -56,7 +62,7 @@ def watch(raylet: Raylet, poll_seconds: float = timeouts.HEAD_POLL_SECONDS) -> N
 
 
 def _node_processes(raylet: Raylet) -> list[psutil.Process]:
-    """The raylet, what it has started, and what was started beside it."""
+    """Return the raylet, the agents beside it, and their descendants."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -66,6 +72,7 @@ def _node_processes(raylet: Raylet) -> list[psutil.Process]:
 
 
 def main(arguments: list[str]) -> int:
+    """Start a watching process per local raylet; with a node id, watch that raylet. Returns the exit code."""
     local_raylets = raylets.find_local_raylets()
     if arguments:
         watch(next(raylet for raylet in local_raylets if raylet.node_id == arguments[0]))
@@ -78,7 +85,7 @@ def main(arguments: list[str]) -> int:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    print(f"leave: watches {len(local_raylets)} raylet{'' if len(local_raylets) == 1 else 's'}")
+    print(f"raylet watchdog: watches {len(local_raylets)} raylet{'' if len(local_raylets) == 1 else 's'}")
     return 0
 
 

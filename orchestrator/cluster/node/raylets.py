@@ -1,7 +1,7 @@
-"""The Ray nodes on this machine, found by their processes; Ray's own command drains one.
+"""The Ray nodes on this machine, found by their processes, and the command that drains one.
 
-Standard library and Linux's /proc only. Ray tells a machine's node id only to those who join the cluster, and
-that starts a driver: on a machine that is about to go, the command line of its raylet is cheaper and surer.
+Uses the standard library and Linux's /proc only. Ray tells a machine's node id to drivers that join the
+cluster. On a machine that is about to end, the command line of its raylet is a faster and safer source.
 """
 
 from __future__ import annotations
@@ -16,19 +16,24 @@ from orchestrator.util import timeouts
 
 @dataclass(frozen=True)
 class Raylet:
+    """The raylet process of a Ray node."""
+
     node_id: str
-    """As Ray prints it: hexadecimal."""
+    """Ray's node id, hexadecimal."""
     gcs_address: str
-    """Of its cluster's control service, HOST:PORT."""
+    """HOST:PORT of its cluster's control service."""
 
 
 def find_local_raylets(proc_folder: Path = Path("/proc")) -> tuple[Raylet, ...]:
-    """Those that run in this process namespace; one on a machine of a cluster, none while Ray is away."""
+    """Return the raylets of this process namespace, sorted by node id.
+
+    A machine of a cluster has one, or none while Ray is not running there.
+    """
     found = set()
     for file in proc_folder.glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if Path(words[0]).name != "raylet":
             continue
@@ -39,17 +44,29 @@ def find_local_raylets(proc_folder: Path = Path("/proc")) -> tuple[Raylet, ...]:
 
 
 def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
-    """Tells Ray that the node will be gone in so many seconds: it gets no new work, and what runs there is
-    told. Empty when Ray has accepted it, else one line that says why not.
+    """Tell Ray that a node is about to end: it gets no new work, and the work on it is notified.
+
+    Args:
+        raylet: The node.
+        seconds_left: Seconds until the node ends.
+        message: The reason for Ray's logs.
+
+    Returns:
+        An empty string if Ray has accepted it, else the reason in one line.
     """
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.gcs_address]
     command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds_left)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeouts.DRAIN_TIMEOUT_SECONDS, errors="replace"
+        completed = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeouts.DRAIN_TIMEOUT_SECONDS,
+            errors="replace",
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"ray drain-node: {error}"
-    said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-    return "" if done.returncode == 0 else f"ray drain-node: {said}"
+    output = completed.stderr.strip() or completed.stdout.strip() or "no output"
+    return "" if completed.returncode == 0 else f"ray drain-node: {output.splitlines()[-1]}"

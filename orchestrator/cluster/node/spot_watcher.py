@@ -1,11 +1,12 @@
-"""Watches for AWS's notice that this spot machine will be taken away, and tells Ray.
+"""Drain this machine's Ray node when AWS announces that it will take the spot machine back.
 
     python -m orchestrator.cluster.node.spot_watcher
 
-Open-source Ray polls no spot notice. This asks the machine's metadata service every few seconds and, at a
-notice, has Ray drain this machine's node (reason: preemption) with the seconds that are left: seats there
-save their lanes and give them back (docs/faults.md). It goes on while the service or Ray is away; a Ray that
-is started again after the notice is drained too. On a machine that is not a spot one it only waits.
+Open-source Ray does not look for spot notices. The watcher asks the machine's metadata service every few
+seconds. After a notice, it makes Ray drain this machine's node (reason: preemption) with the seconds that are
+left: trainers there save their lanes and return them (docs/faults.md). It continues while the service or Ray
+is unavailable, and also drains a Ray that starts after the notice. On a machine that is not a spot machine,
+there is never a notice.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from orchestrator.cluster.node import raylets
-from orchestrator.cluster.node.imds import InterruptionNotice, MetadataClient, MetadataUnavailable
+from orchestrator.cluster.node.imds import InterruptionNotice, MetadataClient, MetadataUnavailableError
 from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.cluster.node.supervisor import log_line
 from orchestrator.util import timeouts
@@ -24,7 +25,7 @@ from orchestrator.util import timeouts
 
 @dataclass(frozen=True)
 class DrainRequest:
-    """One node to drain now."""
+    """A node to be drained now."""
 
     raylet: Raylet
     seconds_left: int
@@ -33,19 +34,26 @@ class DrainRequest:
 
 @dataclass(frozen=True)
 class WatcherState:
-    """What the watcher remembers between two looks."""
+    """What the watcher remembers between two polls."""
 
     drained_node_ids: frozenset[str] = frozenset()
-    """Ids of nodes whose draining Ray has accepted."""
+    """Nodes whose draining Ray has accepted."""
     last_problem: str = ""
-    """The last that was said to be wrong: said once, not every five seconds."""
+    """The problem that was logged last, so that a lasting problem is logged once."""
 
 
 def plan_drains(
     state: WatcherState, notice: InterruptionNotice | None, local_raylets: Iterable[Raylet], now: float
 ) -> tuple[DrainRequest, ...]:
-    """What is to be drained: with a notice, each node of this machine for which Ray has not yet accepted it,
-    also when the time named has passed and the machine is still there.
+    """Return the nodes to drain: after a notice, each local node that is not drained yet.
+
+    The announced time may have passed: a machine that still runs is drained as well.
+
+    Args:
+        state: The watcher's state.
+        notice: The notice, or None.
+        local_raylets: The Ray nodes on this machine.
+        now: Seconds since the epoch.
     """
     if notice is None:
         return ()
@@ -65,7 +73,18 @@ def poll(
     drain: Callable[[Raylet, int, str], str],
     log_line: Callable[[str], None],
 ) -> tuple[WatcherState, float]:
-    """One look: the new state, and how long to wait before the next."""
+    """Ask the metadata service once and drain the nodes that need it.
+
+    Args:
+        state: The state that the last poll returned.
+        metadata: The metadata service.
+        find_raylets: Returns the Ray nodes on this machine; see `raylets.find_local_raylets`.
+        drain: Drains a node; see `raylets.drain`.
+        log_line: Writes a line to the log.
+
+    Returns:
+        The new state, and the seconds to wait before the next poll.
+    """
 
     def report_problem(problem: str) -> WatcherState:
         if problem and problem != state.last_problem:
@@ -75,16 +94,16 @@ def poll(
     drained_node_ids = state.drained_node_ids
     try:
         notice = metadata.fetch_notice()
-    except MetadataUnavailable as away:
-        return report_problem(str(away)), timeouts.SPOT_POLL_SECONDS
+    except MetadataUnavailableError as error:
+        return report_problem(str(error)), timeouts.SPOT_POLL_SECONDS
     if notice is None:
         return report_problem(""), timeouts.SPOT_POLL_SECONDS
     local_raylets = tuple(find_raylets())
     problem = "" if local_raylets else "a notice, and no Ray on this machine"
     for request in plan_drains(state, notice, local_raylets, time.time()):
-        error = drain(request.raylet, request.seconds_left, request.message)
-        if error:
-            problem = error
+        refusal = drain(request.raylet, request.seconds_left, request.message)
+        if refusal:
+            problem = refusal
         else:
             drained_node_ids |= {request.raylet.node_id}
             log_line(f"{request.message}: node {request.raylet.node_id[:12]} is drained")
@@ -92,7 +111,7 @@ def poll(
 
 
 def watch() -> None:
-    """Looks until it is ended from outside."""
+    """Poll until the process is ended."""
     metadata, state = MetadataClient(), WatcherState()
     log_line(f"watching {metadata.endpoint}")
     while True:

@@ -1,10 +1,12 @@
-"""Prints one value of this cluster that only its owner knows: where its storage is, the hub's token.
+"""Print a value that only the owner of the cluster knows: the address of its storage, or the hub's token.
 
     python -m orchestrator.cluster.node.ssm_parameter NAME
 
-The value is the environment's LORA_NAME where that is set (an existing machine, another cloud), else AWS's
-parameter /lora-orchestrator/NAME, decrypted with the rights of the machine's instance profile. Prints an
-empty line when there is neither: then the cluster does without. Nothing is written: a token is in no file.
+The value comes from the environment variable LORA_NAME (machines that exist already, other clouds), else from
+AWS's parameter /lora-orchestrator/NAME, decrypted with the rights of the machine's instance profile. The output is
+an empty line if there is neither; the cluster then works without it. Nothing is written to a file.
+
+The AWS command line could replace this, but the machines' image lacks it; boto3 comes with this package.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ PREFIX = "/lora-orchestrator/"
 
 
 def read_parameter(name: str) -> str:
-    """The value, or an empty string. Raises OSError when AWS cannot be asked."""
+    """Return the value, or an empty string if there is none.
+
+    Raises:
+        OSError: AWS does not answer, or refuses.
+    """
     given = os.environ.get("LORA_" + name.upper().replace("-", "_"))
     if given is not None:
         return given
@@ -33,10 +39,13 @@ def read_parameter(name: str) -> str:
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
     except BotoCoreError as error:
         raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
-    return str(response["Parameter"]["Value"]).strip()  # of a file that was put there: its newline
+    return str(
+        response["Parameter"]["Value"]
+    ).strip()  # a value that was read from a file ends with a newline
 
 
 def main() -> int:
+    """Print the value. Returns the exit code."""
     if len(sys.argv) != 2:
         print("usage: python -m orchestrator.cluster.node.ssm_parameter NAME", file=sys.stderr)
         return 2

@@ -1,13 +1,16 @@
-"""Keeps a command running: started again when it ends, and when it no longer answers.
+"""Keep a command running: restart it when it ends, and when it does not answer any more.
 
     python -m orchestrator.cluster.node.supervisor NAME [--health URL] [--with-ray] -- COMMAND ...
 
-Comes back at once, or with --health when the command answers, or has not for minutes: who types `ray up` and
-then a study is not refused for a server that starts. The keeper stays behind, as one process that belongs to
-no terminal. Called again with the same NAME it ends the former keeper with its command and takes over: `ray
-up` may be repeated. What the command prints is in ~/.lora-orchestrator/NAME.log. `--with-ray`: both end when
-Ray has left this machine, as after `ray down` where that ends no machine. systemd would do, but not every
-machine and no container has it.
+The command returns at once and leaves a supervising process that belongs to no terminal. With --health it
+returns when the supervised command answers, or after minutes without an answer, so that a study that is
+started after `ray up` finds its server. A second call with the same NAME ends the former supervisor and its
+command and replaces them: `ray up` may be repeated. The output of the command is appended to
+~/.lora-orchestrator/NAME.log. With --with-ray, both end when Ray has left this machine, as after `ray down`
+where that terminates no machine.
+
+systemd is missing in containers and on some machines. supervisord would restart a command that ends, but it
+checks no health, does not end with Ray, and leaves its commands behind when it is killed.
 """
 
 from __future__ import annotations
@@ -32,27 +35,34 @@ from orchestrator.cluster.node import raylets
 from orchestrator.execution.ray.cleanup import boot_id, start_time_since_boot
 from orchestrator.util import timeouts
 
-FAILURE_THRESHOLD = (
-    3  # so many looks without an answer, and it is started again; without Ray, and it is ended
-)
-MAX_LOG_BYTES = 20 * 2**20  # beyond it the log begins anew when the command does
+FAILURE_THRESHOLD = 3
+"""Failed health checks in a row before a restart; checks without Ray before the end."""
+MAX_LOG_BYTES = 20 * 2**20
+"""Size above which the log is emptied at the next restart."""
 
 
 def state_folder() -> Path:
+    """Return the folder of locks and logs of this user."""
     return Path.home() / ".lora-orchestrator"
 
 
 def is_healthy(url: str) -> bool:
-    """Whether a GET of the URL succeeds within seconds; asked directly, through no proxy."""
+    """Return whether a GET of the URL succeeds in time. Uses no proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with suppress(OSError, ValueError), opener.open(url, timeout=timeouts.HEALTH_POLL_SECONDS) as answer:
-        return answer.status < 400
+    with suppress(OSError, ValueError), opener.open(url, timeout=timeouts.HEALTH_POLL_SECONDS) as response:
+        return response.status < 400
     return False
 
 
 class Supervisor:
-    """Runs one command for ever. `run` returns only when the process gets SIGTERM, or with Ray, with the
-    command ended.
+    """Runs one command until this process is told to end.
+
+    Args:
+        name: Name of the lock and the log.
+        command: The command and its arguments.
+        health_url: A URL that answers while the command works; None: only its end leads to a restart.
+        poll_seconds: Pause between two checks.
+        with_ray: Whether to end when Ray has left this machine.
     """
 
     def __init__(
@@ -66,23 +76,23 @@ class Supervisor:
         self.name, self.command, self.health_url, self.poll_seconds = name, command, health_url, poll_seconds
         self.with_ray = with_ray
         self._checks_without_ray = 0
-        """So many looks."""
         self._child: subprocess.Popen[bytes] | None = None
         self._is_stopping = False
 
     def run(self) -> None:
+        """Run the command until SIGTERM, or the end of Ray. The command has ended then."""
         signal.signal(signal.SIGTERM, self._request_stop)
         with _take_over(_lock_path(self.name)) as lock_file:
             backoff = timeouts.INITIAL_BACKOFF_SECONDS
             while not self._is_stopping:
-                begun = time.monotonic()
+                started = time.monotonic()
                 self._child = self._start_command(lock_file)
-                self._wait_for_command(begun)
-                _terminate_group(self._child.pid)  # also what a server that has died left behind
+                self._wait_for_command(started)
+                _terminate_group(self._child.pid)  # including children that outlive a dead server
                 code = self._child.wait()
                 backoff = (
                     timeouts.INITIAL_BACKOFF_SECONDS
-                    if time.monotonic() - begun > timeouts.STABLE_SECONDS
+                    if time.monotonic() - started > timeouts.STABLE_SECONDS
                     else min(2 * backoff, timeouts.MAX_BACKOFF_SECONDS)
                 )
                 log_line(f"{self.name} ended ({code})")
@@ -99,8 +109,8 @@ class Supervisor:
         return child
 
     def _wait_for_command(self, started: float) -> None:
-        """Until the command ends, no longer answers, or this process is told to end."""
-        answered, failed_checks = False, 0
+        """Wait until the command ends or does not answer any more, or this process is told to end."""
+        has_answered, failed_checks = False, 0
         assert self._child is not None
         while not self._is_stopping and self._child.poll() is None:
             self._sleep(self.poll_seconds)
@@ -109,21 +119,21 @@ class Supervisor:
             if self.health_url is None or self._child.poll() is not None:
                 continue
             if is_healthy(self.health_url):
-                answered, failed_checks = True, 0
-            elif answered or time.monotonic() - started > timeouts.SERVER_STARTUP_SECONDS:
+                has_answered, failed_checks = True, 0
+            elif has_answered or time.monotonic() - started > timeouts.SERVER_STARTUP_SECONDS:
                 failed_checks += 1
                 if failed_checks >= FAILURE_THRESHOLD:
-                    log_line(f"{self.name} does not answer at {self.health_url}: started again")
+                    log_line(f"{self.name} does not answer at {self.health_url}: restarting it")
                     return
 
     def _check_ray(self) -> None:
         self._checks_without_ray = 0 if raylets.find_local_raylets() else self._checks_without_ray + 1
         if self._checks_without_ray >= FAILURE_THRESHOLD and not self._is_stopping:
-            log_line(f"Ray is not here any more: {self.name} ends")
+            log_line(f"Ray has left this machine: {self.name} ends")
             self._is_stopping = True
 
     def _sleep(self, seconds: float) -> None:
-        """Shorter when this process is told to end."""
+        """Sleep until the time is over or this process is told to end."""
         until = time.monotonic() + seconds
         while not self._is_stopping and time.monotonic() < until:
             time.sleep(0.1)
@@ -133,12 +143,14 @@ class Supervisor:
 
 
 def _lock_path(name: str) -> Path:
+    """Return the file that the supervisor locks; earlier releases use the same name and keys."""
     return state_folder() / f"{name}.keeper"
 
 
 def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url: str) -> bool:
-    """Whether the command of this keeper answers, within the time that it has to start. Its predecessor's may
-    do so until it is ended.
+    """Wait until the command of this supervisor answers. Returns False when the time is over.
+
+    Answers do not count until `process` holds the lock: they may come from its predecessor's command.
     """
     until = time.monotonic() + timeouts.SERVER_STARTUP_SECONDS
     while time.monotonic() < until and process.poll() is None:
@@ -152,19 +164,19 @@ def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], health_url:
 
 @contextmanager
 def _take_over(path: Path) -> Iterator[IO[str]]:
-    """Holds the file that says who keeps NAME, after ending whoever held it and the command that was left."""
+    """Lock the file, after ending the supervisor that holds it and a command that was left behind."""
     with path.open("a+") as file:
         kill_deadline = time.monotonic() + 2 * timeouts.SERVER_TERMINATE_SECONDS
         while not _try_lock(file):
-            keeper = _read_state(file).get("keeper", 0)
-            with suppress(ProcessLookupError):  # while the lock is held this number is the keeper's
-                if keeper:
-                    os.kill(keeper, signal.SIGKILL if time.monotonic() > kill_deadline else signal.SIGTERM)
+            holder = _read_state(file).get("keeper", 0)
+            with suppress(ProcessLookupError):  # the lock is held, so the process id is still the holder's
+                if holder:
+                    os.kill(holder, signal.SIGKILL if time.monotonic() > kill_deadline else signal.SIGTERM)
             time.sleep(0.2)
         previous = _read_state(file)
-        with suppress(psutil.Error):  # a keeper that was killed could not end its command
-            began = start_time_since_boot(psutil.Process(previous.get("child", 0)))
-            if previous.get("boot") == boot_id() and abs(began - previous.get("born", -1.0)) < 1.0:
+        with suppress(psutil.Error):  # a supervisor that was killed could not end its command
+            created = start_time_since_boot(psutil.Process(previous.get("child", 0)))
+            if previous.get("boot") == boot_id() and abs(created - previous.get("born", -1.0)) < 1.0:
                 _terminate_group(previous["child"])
         _write_state(file, 0)
         yield file
@@ -186,24 +198,21 @@ def _read_state(file: IO[str]) -> dict[str, Any]:
 
 
 def _write_state(file: IO[str], child_pid: int) -> None:
-    began = -1.0
+    created = -1.0
     with suppress(psutil.Error):
-        began = start_time_since_boot(psutil.Process(child_pid)) if child_pid else -1.0
+        created = start_time_since_boot(psutil.Process(child_pid)) if child_pid else -1.0
     file.seek(0)
     file.truncate()
-    file.write(json.dumps({"keeper": os.getpid(), "child": child_pid, "born": began, "boot": boot_id()}))
+    file.write(json.dumps({"keeper": os.getpid(), "child": child_pid, "born": created, "boot": boot_id()}))
     file.flush()
 
 
 def _terminate_group(group_id: int) -> None:
-    """All of a command's process group: asked to end, then killed."""
-    for number, seconds in (
-        (signal.SIGTERM, timeouts.SERVER_TERMINATE_SECONDS),
-        (signal.SIGKILL, timeouts.SERVER_TERMINATE_SECONDS),
-    ):
+    """Send SIGTERM to a process group, and SIGKILL to what is left of it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(group_id, number)
-        until = time.monotonic() + seconds
+        until = time.monotonic() + timeouts.SERVER_TERMINATE_SECONDS
         while time.monotonic() < until:
             if not any(p.status() != psutil.STATUS_ZOMBIE for p in _group_processes(group_id)):
                 return
@@ -220,45 +229,50 @@ def _group_processes(group_id: int) -> list[psutil.Process]:
 
 
 def log_line(line: str) -> None:
+    """Print a line with the time in UTC."""
     print(time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m orchestrator.cluster.node.supervisor", description=__doc__
-    )
-    parser.add_argument("name", help="what the log and the keeper are called by")
-    parser.add_argument("--health", help="a URL that answers while the command is well")
-    parser.add_argument(
-        "--look", type=float, default=timeouts.HEALTH_POLL_SECONDS, help="seconds between two looks"
-    )
-    parser.add_argument("--with-ray", action="store_true", help="end when Ray has left this machine")
-    parser.add_argument("--foreground", action="store_true", help="stay in this process")
-    parser.add_argument("command", nargs="+", help="after --")
-    options = parser.parse_args(arguments)
+    """Start a supervisor in the background, or run it here with --foreground. Returns the exit code."""
+    options = _parse(arguments)
     state_folder().mkdir(mode=0o700, exist_ok=True)
     if options.foreground:
-        Supervisor(options.name, options.command, options.health, options.look, options.with_ray).run()
+        Supervisor(
+            options.name, options.command, options.health, options.poll_seconds, options.with_ray
+        ).run()
         return 0
-    again = [
-        sys.executable,
-        "-m",
-        "orchestrator.cluster.node.supervisor",
-        "--foreground",
-        "--look",
-        str(options.look),
-    ]
-    again += ["--health", options.health] if options.health else []
-    again += ["--with-ray"] if options.with_ray else []
-    again += [options.name, "--", *options.command]
-    with (state_folder() / f"{options.name}.log").open("ab") as log:
+    command = [sys.executable, "-m", "orchestrator.cluster.node.supervisor", "--foreground"]
+    command += ["--poll-seconds", str(options.poll_seconds)]
+    command += ["--health", options.health] if options.health else []
+    command += ["--with-ray"] if options.with_ray else []
+    command += [options.name, "--", *options.command]
+    log_path = state_folder() / f"{options.name}.log"
+    with log_path.open("ab") as log:
         process = subprocess.Popen(
-            again, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    well = not options.health or _wait_until_healthy(options.name, process, options.health)
-    state = "kept running" if well else "kept running, and does not answer so far"
-    print(f"{options.name}: {state}; its log: {state_folder() / options.name}.log")
+    works = not options.health or _wait_until_healthy(options.name, process, options.health)
+    state = "is supervised" if works else "is supervised, and does not answer so far"
+    print(f"{options.name}: {state}; its log: {log_path}")
     return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.cluster.node.supervisor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", help="name of the lock and the log")
+    parser.add_argument("--health", metavar="URL", help="a URL that answers while the command works")
+    parser.add_argument(
+        "--poll-seconds", type=float, default=timeouts.HEALTH_POLL_SECONDS, help="pause between two checks"
+    )
+    parser.add_argument("--with-ray", action="store_true", help="end when Ray has left this machine")
+    parser.add_argument("--foreground", action="store_true", help="supervise in this process")
+    parser.add_argument("command", nargs="+", help="the command, after --")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A node that leaves when its head has: with processes that look like Ray's, and a head that is a socket."""
+"""The raylet watchdog, with processes that look like Ray's and a socket as the head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.util import timeouts
 
 pytestmark = pytest.mark.cluster
-# As long as Ray's own: a driver that joins Ray parses the node ids of all raylets on its machine.
+# As long as a real one: a driver that joins Ray parses the node ids of all raylets on its machine.
 NODE_ID = "00ff" * 14
 SLEEP = "import subprocess as s, sys, time; len(sys.argv) > 3 and s.Popen(['sleep', '600']); time.sleep(600)"
 
@@ -30,36 +30,36 @@ def head() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return what the watcher has found so far: for each look at the head, whether it was refused."""
-    found: list[bool] = []
-    refused = raylet_watchdog.is_connection_refused
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return the results of the checks so far: whether the head has refused the connection."""
+    results: list[bool] = []
+    is_refused = raylet_watchdog.is_connection_refused
 
-    def noted(address: str) -> bool:
-        found.append(refused(address))
-        return found[-1]
+    def recorded(address: str) -> bool:
+        results.append(is_refused(address))
+        return results[-1]
 
-    monkeypatch.setattr(raylet_watchdog, "is_connection_refused", noted)
-    return found
+    monkeypatch.setattr(raylet_watchdog, "is_connection_refused", recorded)
+    return results
 
 
 class Node:
-    """A raylet with a child, and what Ray starts beside it."""
+    """A raylet with a child, an agent beside it, and a thread that watches the raylet."""
 
     def __init__(self, head: socket.socket) -> None:
         address = f"127.0.0.1:{head.getsockname()[1]}"
         flags = [f"--gcs-address={address}", f"--node_id={NODE_ID}"]
         self.raylet = _named("raylet", *flags, "child")
-        self.beside = _named("python", flags[0], "x")
+        self.agent = _named("python", flags[0], "x")
         raylet = psutil.Process(self.raylet.pid)
         until(raylet.children)
         (self.child,) = raylet.children()
         self.watcher = threading.Thread(target=raylet_watchdog.watch, args=[Raylet(NODE_ID, address), 0.1])
         self.watcher.start()
 
-    def lives(self) -> bool:
-        """Whether any of its processes runs."""
-        return self.raylet.poll() is None or self.beside.poll() is None or _runs(self.child)
+    def is_alive(self) -> bool:
+        """Return whether any of its processes runs."""
+        return self.raylet.poll() is None or self.agent.poll() is None or _is_running(self.child)
 
     def close(self) -> None:
         self.raylet.kill()
@@ -70,50 +70,50 @@ def _named(name: str, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([name, "-c", SLEEP, *arguments], executable=sys.executable)
 
 
-def _runs(process: psutil.Process) -> bool:
+def _is_running(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 @pytest.fixture
-def node(head: socket.socket, looks: list[bool]) -> Iterator[Node]:
+def node(head: socket.socket, checks: list[bool]) -> Iterator[Node]:
     node = Node(head)
     yield node
     node.close()
-    until(lambda: not node.lives())
+    until(lambda: not node.is_alive())
 
 
-def test_it_leaves_when_its_head_has_ended(head: socket.socket, node: Node, looks: list[bool]) -> None:
-    until(lambda: len(looks) > raylet_watchdog.MAX_REFUSALS)
-    assert not any(looks)
-    assert node.lives()
+def test_a_node_ends_after_its_head_has_ended(head: socket.socket, node: Node, checks: list[bool]) -> None:
+    until(lambda: len(checks) > raylet_watchdog.MAX_REFUSALS)
+    assert not any(checks)
+    assert node.is_alive()
     head.close()
     node.watcher.join(LIMIT_SECONDS)
     assert not node.watcher.is_alive()
-    assert looks[-raylet_watchdog.MAX_REFUSALS :] == [True] * raylet_watchdog.MAX_REFUSALS
-    until(lambda: not node.lives())
+    assert checks[-raylet_watchdog.MAX_REFUSALS :] == [True] * raylet_watchdog.MAX_REFUSALS
+    until(lambda: not node.is_alive())
 
 
-def test_what_a_raylet_leaves_behind_goes_with_it(node: Node, looks: list[bool]) -> None:
-    until(lambda: looks)  # before it looks at the head, the watcher looks for the node's processes
+def test_processes_that_a_raylet_leaves_behind_are_ended(node: Node, checks: list[bool]) -> None:
+    until(lambda: checks)  # before it checks the head, the watchdog finds the node's processes
     node.raylet.kill()
     node.watcher.join(LIMIT_SECONDS)
-    until(lambda: not node.lives())
-    assert not any(looks)
+    until(lambda: not node.is_alive())
+    assert not any(checks)
 
 
-def test_a_head_that_is_out_of_reach_has_not_ended(
-    head: socket.socket, node: Node, looks: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_a_head_that_cannot_be_reached_does_not_count_as_ended(
+    head: socket.socket, node: Node, checks: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # what a connection is waited for
-    head.listen(0)  # the kernel answers nobody while as many wait
+    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # time-out of a connection
+    head.listen(0)  # with a full queue, the kernel answers no further connection
     with ExitStack() as waiting:
-        with suppress(TimeoutError):  # nothing else ends it
+        with suppress(TimeoutError):  # the queue is full
             while True:
                 waiting.enter_context(socket.create_connection(head.getsockname(), timeout=1))
-        before = len(looks)
-        until(lambda: len(looks) > before + 2 * raylet_watchdog.MAX_REFUSALS)
-        assert not any(looks)
+        before = len(checks)
+        until(lambda: len(checks) > before + 2 * raylet_watchdog.MAX_REFUSALS)
+        assert not any(checks)
         assert node.watcher.is_alive()
-        assert node.lives()
+        assert node.is_alive()

@@ -15,17 +15,15 @@ import pytest
 from events import LIMIT_SECONDS, reserved_port, until
 from imds_server import Service
 
-from orchestrator.cluster.node import imds, raylets, spot_watcher
+from orchestrator.cluster.node import raylets, spot_watcher
 from orchestrator.cluster.node.imds import (
     InterruptionNotice,
     MetadataClient,
-    MetadataUnavailable,
+    MetadataUnavailableError,
     parse_notice,
 )
 from orchestrator.cluster.node.raylets import Raylet
 from orchestrator.cluster.node.spot_watcher import (
-    POLL_SECONDS,
-    RETRY_SECONDS,
     WatcherState,
     plan_drains,
     poll,
@@ -38,9 +36,8 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(
-        imds, "_REQUEST_TIMEOUT_SECONDS", LIMIT_SECONDS
-    )  # a test process that stands still is not away
+    # A busy test process must not count as an unavailable service.
+    monkeypatch.setattr(timeouts, "IMDS_REQUEST_SECONDS", LIMIT_SECONDS)
     with reserved_port() as port:
         service = Service(port)
         yield service
@@ -48,24 +45,24 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
             service.close()
 
 
-class Ray:
-    """Stands where Ray does: accepts a drain, or says why not."""
+class FakeRay:
+    """Stand-in for Ray: accepts or refuses to drain a node."""
 
-    def __init__(self, *there: Raylet) -> None:
-        self.there = there
-        self.refuses = ""
-        self.asked: list[tuple[str, int]] = []
-        self.said: list[str] = []
+    def __init__(self, *raylets: Raylet) -> None:
+        self.raylets = raylets
+        self.refusal = ""
+        self.requests: list[tuple[str, int]] = []
+        self.log: list[str] = []
 
     def drain(self, raylet: Raylet, seconds: int, message: str) -> str:
-        self.asked.append((raylet.node_id, seconds))
-        return self.refuses
+        self.requests.append((raylet.node_id, seconds))
+        return self.refusal
 
-    def look(self, state: WatcherState, service: MetadataClient) -> tuple[WatcherState, float]:
-        return poll(state, service, lambda: self.there, self.drain, self.said.append)
+    def poll(self, state: WatcherState, service: MetadataClient) -> tuple[WatcherState, float]:
+        return poll(state, service, lambda: self.raylets, self.drain, self.log.append)
 
 
-def test_a_notice_says_how_long_there_is() -> None:
+def test_a_notice_gives_the_seconds_that_are_left() -> None:
     notice = parse_notice('{"action": "stop", "time": "2023-11-14T22:15:20Z"}', NOW)
     assert notice == InterruptionNotice("stop", NOW + 120)
     assert notice.seconds_left(NOW + 30.5) == 89
@@ -75,7 +72,7 @@ def test_a_notice_says_how_long_there_is() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{}", "null", "[]", '{"action": "terminate", "time": 5}', "<html>", '{"ti']
 )
-def test_an_answer_that_cannot_be_read_is_a_notice_all_the_same(text: str) -> None:
+def test_an_unreadable_response_counts_as_a_notice(text: str) -> None:
     assert parse_notice(text, NOW) == InterruptionNotice("terminate", NOW + 120)
 
 
@@ -89,75 +86,75 @@ def test_every_node_of_the_machine_is_drained_once() -> None:
     ]
     known = WatcherState(frozenset({A.node_id}))
     assert [d.raylet for d in plan_drains(known, notice, [A, B], NOW + 1)] == [B], (
-        "Ray was started again: a new node"
+        "a Ray that was started again is a new node"
     )
     assert [d.seconds_left for d in plan_drains(known, notice, [B], NOW + 600)] == [0], (
-        "never a negative time: Ray refuses it"
+        "Ray refuses a negative time"
     )
 
 
 def test_nothing_happens_without_a_notice(service: Service) -> None:
-    ray = Ray(A)
-    state, pause = ray.look(WatcherState(), MetadataClient(service.url))
-    assert (state, pause, ray.asked, ray.said) == (WatcherState(), POLL_SECONDS, [], [])
+    ray = FakeRay(A)
+    state, pause = ray.poll(WatcherState(), MetadataClient(service.url))
+    assert (state, pause, ray.requests, ray.log) == (WatcherState(), timeouts.SPOT_POLL_SECONDS, [], [])
     assert service.asked == ["/latest/meta-data/spot/instance-action"]
 
 
-def test_a_notice_drains_the_node_with_what_is_left_of_the_time(service: Service) -> None:
-    ray, metadata = Ray(A), MetadataClient(service.url)
+def test_a_notice_drains_the_node_with_the_seconds_that_are_left(service: Service) -> None:
+    ray, metadata = FakeRay(A), MetadataClient(service.url)
     at = service.give_notice(100)
-    most = int(at - time.time())
-    state, pause = ray.look(WatcherState(), metadata)
-    least = max(0, int(at - time.time()))
-    assert pause == RETRY_SECONDS
-    ((node, seconds),) = ray.asked
+    max_seconds = int(at - time.time())
+    state, pause = ray.poll(WatcherState(), metadata)
+    min_seconds = max(0, int(at - time.time()))
+    assert pause == timeouts.DRAIN_RETRY_SECONDS
+    ((node, seconds),) = ray.requests
     assert node == A.node_id
-    assert least <= seconds <= most
-    state, _ = ray.look(state, metadata)
-    assert len(ray.asked) == 1, "once"
-    ray.there = (B,)
-    ray.look(state, metadata)
-    assert ray.asked[-1][0] == B.node_id, "Ray was started again after the notice"
+    assert min_seconds <= seconds <= max_seconds
+    state, _ = ray.poll(state, metadata)
+    assert len(ray.requests) == 1, "once"
+    ray.raylets = (B,)
+    ray.poll(state, metadata)
+    assert ray.requests[-1][0] == B.node_id, "a Ray that starts after the notice is drained, too"
 
 
-def test_a_drain_that_ray_refuses_is_tried_again_and_said_once(service: Service) -> None:
-    ray, metadata, state = Ray(A), MetadataClient(service.url), WatcherState()
+def test_a_refused_drain_is_repeated_and_logged_once(service: Service) -> None:
+    ray, metadata, state = FakeRay(A), MetadataClient(service.url), WatcherState()
     service.give_notice(100)
-    ray.refuses = "ray drain-node: Unauthenticated"
+    ray.refusal = "ray drain-node: Unauthenticated"
     for _ in range(3):
-        state, pause = ray.look(state, metadata)
-        assert pause == RETRY_SECONDS
-    assert len(ray.asked) == 3
-    assert ray.said == ["ray drain-node: Unauthenticated"]
-    ray.refuses = ""
-    state, _ = ray.look(state, metadata)
+        state, pause = ray.poll(state, metadata)
+        assert pause == timeouts.DRAIN_RETRY_SECONDS
+    assert len(ray.requests) == 3
+    assert ray.log == ["ray drain-node: Unauthenticated"]
+    ray.refusal = ""
+    state, _ = ray.poll(state, metadata)
     assert state == WatcherState(frozenset({A.node_id}))
 
 
-def test_a_notice_while_ray_is_away_waits_for_it(service: Service) -> None:
-    ray, metadata = Ray(), MetadataClient(service.url)
+def test_a_notice_without_ray_waits_for_ray(service: Service) -> None:
+    ray, metadata = FakeRay(), MetadataClient(service.url)
     service.give_notice(100)
-    state, _ = ray.look(WatcherState(), metadata)
-    assert ray.said == ["a notice, and no Ray on this machine"]
-    ray.there = (A,)
-    ray.look(state, metadata)
-    assert [node for node, _ in ray.asked] == [A.node_id]
+    state, _ = ray.poll(WatcherState(), metadata)
+    assert ray.log == ["a notice, and no Ray on this machine"]
+    ray.raylets = (A,)
+    ray.poll(state, metadata)
+    assert [node for node, _ in ray.requests] == [A.node_id]
 
 
-def test_it_goes_on_when_the_service_was_away(service: Service) -> None:
-    ray, metadata = Ray(A), MetadataClient(service.url)
-    state, _ = ray.look(WatcherState(), metadata)
+def test_the_watcher_continues_after_the_service_was_unavailable(service: Service) -> None:
+    ray, metadata = FakeRay(A), MetadataClient(service.url)
+    state, _ = ray.poll(WatcherState(), metadata)
     service.close()
     for _ in range(2):
-        state, pause = ray.look(state, metadata)
-        assert pause == POLL_SECONDS
-    assert len(ray.said) == 1
-    assert "does not answer" in ray.said[0]
-    back = Service(service.port)  # it knows none of the old tokens
+        state, pause = ray.poll(state, metadata)
+        assert pause == timeouts.SPOT_POLL_SECONDS
+    assert len(ray.log) == 1
+    assert "does not answer" in ray.log[0]
+    back = Service(service.port)  # a new server, which rejects old tokens
     back.give_notice(60)
-    ray.look(state, metadata)
+    ray.poll(state, metadata)
     back.close()
-    assert len(ray.asked) == 1
+    assert len(ray.requests) == 1
 
 
 def test_a_token_that_has_expired_is_renewed(service: Service) -> None:
@@ -169,33 +166,33 @@ def test_a_token_that_has_expired_is_renewed(service: Service) -> None:
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "gives no token"), (500, "gives no token")])
-def test_a_service_that_is_switched_off_is_away(service: Service, status: int, words: str) -> None:
+def test_a_service_that_is_switched_off_is_unavailable(service: Service, status: int, words: str) -> None:
     service.status = status
-    with pytest.raises(MetadataUnavailable, match=words):
+    with pytest.raises(MetadataUnavailableError, match=words):
         MetadataClient(service.url).fetch_notice()
 
 
-def test_a_service_that_takes_no_token_is_away(service: Service) -> None:
+def test_a_service_that_rejects_its_tokens_is_unavailable(service: Service) -> None:
     metadata = MetadataClient(service.url)
     metadata.fetch_notice()
     service.status = 401
-    with pytest.raises(MetadataUnavailable):
+    with pytest.raises(MetadataUnavailableError):
         metadata.fetch_notice()
 
 
-def test_an_endpoint_that_is_no_url_is_away() -> None:
-    with pytest.raises(MetadataUnavailable, match="nonsense"):
+def test_an_endpoint_that_is_no_url_is_unavailable() -> None:
+    with pytest.raises(MetadataUnavailableError, match="nonsense"):
         MetadataClient("nonsense").fetch_notice()
 
 
-def test_no_proxy_is_asked(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_proxy_is_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", service.url + "/")
     assert MetadataClient().fetch_notice() is None
 
 
 def test_a_raylet_is_found_by_its_command_line() -> None:
-    """A process that is called as a raylet is, not a folder that looks like /proc."""
+    """A real process has the command line of a raylet; /proc is not imitated."""
     raylet = Raylet(secrets.token_hex(28), A.gcs_address)
     arguments = [
         f"--node_id={raylet.node_id}",
@@ -213,11 +210,11 @@ def test_a_raylet_is_found_by_its_command_line() -> None:
 
 
 @pytest.mark.cluster
-def test_what_ray_says_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeouts, "DRAIN_TIMEOUT_SECONDS", LIMIT_SECONDS)
-    said = raylets.drain(Raylet("no hexadecimal", "127.0.0.1:1"), 10, "a test")
-    assert said.startswith("ray drain-node: ")
-    assert "\n" not in said
+    reason = raylets.drain(Raylet("no hexadecimal", "127.0.0.1:1"), 10, "a test")
+    assert reason.startswith("ray drain-node: ")
+    assert "\n" not in reason
 
 
 def test_the_command_watches_until_it_is_ended(service: Service) -> None:
