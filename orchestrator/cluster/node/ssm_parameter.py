@@ -3,8 +3,8 @@
     python -m orchestrator.cluster.node.ssm_parameter NAME
 
 The value comes from the environment variable LORA_NAME (machines that exist already, other clouds), else from
-AWS's parameter /lora-orchestrator/NAME, decrypted with the rights of the machine's instance profile. The output is
-an empty line if there is neither; the cluster then works without it. Nothing is written to a file.
+AWS's parameter /lora-orchestrator/NAME, decrypted with the rights of the machine's instance profile. Without
+both, the output is an empty line, and the cluster works without the value. Nothing is written to a file.
 
 The AWS command line could replace this, but the machines' image lacks it; boto3 comes with this package.
 """

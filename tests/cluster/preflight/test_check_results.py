@@ -193,7 +193,7 @@ def test_the_startable_nodes_of_a_cluster_file() -> None:
             "none that the autoscaler may start has",
         ),
         (HEAD, {}, STARTABLE_GPUS, "FAILED", "would train on CPUs; add --gpus-per-worker 1"),
-        (Cluster(HEAD.nodes), {"trainers": 9}, (), "FAILED", "--seats 9: there is room for 4"),
+        (Cluster(HEAD.nodes), {"trainers": 9}, (), "FAILED", "--trainers 9: there is room for 4"),
     ],
 )
 def test_room_for_trainers_now_or_later(
