@@ -48,18 +48,12 @@ def check_clocks(samples: Mapping[str, Sequence[ClockSample]]) -> CheckResult:
         for node, readings in samples.items()
         if readings
     }
-    wrong = [
-        f"{node} by {offset:+.1f} s"
-        for node, offset in offsets.items()
-        if abs(offset) > timeouts.MAX_CLOCK_OFFSET_SECONDS
-    ]
+    limit = timeouts.MAX_CLOCK_OFFSET_SECONDS
+    wrong = [f"{node} by {offset:+.1f} s" for node, offset in offsets.items() if abs(offset) > limit]
     if wrong:
         return failed_result(
             CHECK_NAME,
-            f"clocks differ from this machine's: {shorten_list(wrong)}; at most {timeouts.MAX_CLOCK_OFFSET_SECONDS:g} s are "
-            "allowed; start chrony (or ntpd) on every node",
+            f"clocks differ from this machine's: {shorten_list(wrong)}; at most {limit:g} s are allowed; "
+            "start chrony (or ntpd) on every node",
         )
-    return ok_result(
-        CHECK_NAME,
-        f"within {timeouts.MAX_CLOCK_OFFSET_SECONDS:g} s of this machine's on {format_node_count(len(offsets))}",
-    )
+    return ok_result(CHECK_NAME, f"within {limit:g} s of this machine's on {format_node_count(len(offsets))}")
