@@ -1,1 +1,1 @@
-"""LoRA and its variants: how a frozen linear layer learns. Depends on torch alone."""
+"""LoRA and its variants: rules by which a frozen linear layer learns. Depends on torch, not on Ray."""

@@ -10,44 +10,48 @@ from variants.forward_context import AdapterState, draw_dropout_masks, split_by_
 
 
 class TableDropout(nn.Dropout):
-    """Mark dropout of a table that all rows of a batch share, with input (T, features).
+    """Dropout whose input is a table (T, features) that all rows of a batch share.
 
-    DeBERTa's embeddings of T relative positions are such a table.
+    The class only marks such modules for `LaneDropout`. DeBERTa's embeddings of T relative positions are an
+    example.
     """
 
 
 class LaneDropout(nn.Module):
-    """Apply dropout in training, with separate masks for each lane.
+    """Dropout of the model with separate masks for each lane.
 
-    It replaces an `nn.Dropout` of the model; every attention module gets one more, for the attention
-    probabilities. When no lane is trained it returns its input.
+    It replaces an `nn.Dropout` of the model. Every attention module gets another one as `lane_dropout`, for
+    the attention probabilities. It returns its input unchanged unless lanes are in training.
     """
 
     def __init__(self, name: str, p: float, adapter_state: AdapterState, is_table: bool = False) -> None:
-        """Args:
-        name: The module's path in the model. The masks depend on it.
-        p: The probability that a number is zeroed.
-        board: Knows which lanes' rows are computed.
-        table: Whether it replaces a `TableDropout`.
+        """Create the module.
+
+        Args:
+            name: The module's path in the model. The masks depend on it.
+            p: The probability of a zero.
+            adapter_state: The state that all adapted layers share.
+            is_table: Whether it replaces a `TableDropout`.
         """
         super().__init__()
         self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table
 
     @property
     def active(self) -> bool:
-        """Whether the rows being computed belong to lanes in training."""
+        """Whether the rows of the current context belong to lanes in training."""
         context = self.adapter_state.get_context(self.name)
         return bool(context.lanes) and context.dropout_steps is not None
 
     def forward(self, x: Tensor, p: float | None = None) -> Tensor:
-        """Zero numbers of `x` while lanes are trained.
+        """Apply dropout if lanes are in training.
 
         Args:
-            x: The rows of K lanes, lane-major, (K*R, ...); or a table, (T, features).
-            p: Replaces the module's own probability.
+            x: The rows of K lanes, (K*R, ...), one lane after the other; or a table, (T, features).
+            p: A probability to use in place of the module's own.
 
         Returns:
-            `x` with zeros, the rest divided by 1 - p. For a table (K*R, T, features), with one mask per lane.
+            `x` with some values zeroed and the others divided by 1 - p. A table in training becomes
+            (K*R, T, features), with one mask per lane.
         """
         p = self.p if p is None else p
         if p == 0 or not self.active:

@@ -1,6 +1,4 @@
-"""Evidence for starts that are computed from gradients or inputs: one pass over a few batches, in bounded
-memory.
-"""
+"""Calibration: the statistics of gradients or inputs that some initializations are computed from."""
 
 from __future__ import annotations
 
@@ -15,9 +13,11 @@ from variants.base import CalibrationStatistic, VariantSettings
 from variants.lane_linear import LaneLinear
 
 MEMORY_BUDGET_BYTES = 4 << 30
-"""Bytes that the matrices of the layers looked at in one pass may take."""
+"""Bytes that the matrices of one pass over the batches may take."""
 
 LossFactory = Callable[[], Generator[Tensor, None, None]]
+"""Starts a pass over the calibration batches. For each batch it runs the frozen model inside
+`adapters.disable_adapters(...)` and yields the loss, a scalar."""
 
 
 def calibrate(
@@ -26,27 +26,33 @@ def calibrate(
     iterate_losses: LossFactory,
     memory_budget: int = MEMORY_BUDGET_BYTES,
 ) -> dict[str, dict[str, Tensor]]:
-    """Layer -> what the variant's `distill` makes of the layer's evidence, on the CPU.
+    """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
-    `losses()` goes over the batches anew at every call: for each it runs the frozen model inside
-    `adapters.off(...)`, and yields the loss, a scalar. A layer's matrix is float32, as large as its weight
-    (gradients) or its inputs squared; layers are looked at in groups whose matrices fit into `budget` bytes,
-    with a pass over the batches for each group. The mean gradient is the mean of the batches' gradients; the
-    covariance of the inputs is over all positions that are no padding.
+    The mean gradient is the mean over batches; the covariance of the inputs is over all positions except
+    padding. A layer's matrix is float32 with the size of its weight (gradients) or in x in (inputs). Layers
+    are processed in groups whose matrices fit into the memory budget, with one pass over the batches per
+    group.
+
+    Args:
+        adapters: The adapters, whose lanes do not take part.
+        settings: The settings that `reduce_calibration` uses.
+        iterate_losses: Starts a pass over the same batches at every call.
+        memory_budget: The bytes that the matrices of one pass may take.
+
+    Returns:
+        Layer -> the tensors of `reduce_calibration`, on the CPU.
     """
     reduced: dict[str, dict[str, Tensor]] = {}
     settings = adapters.variant.validate_settings(settings)
+    statistic = adapters.variant.calibration_statistic
     for group in _split_by_memory(adapters, memory_budget):
-        accumulators = {
-            layer.name: _StatisticAccumulator(layer, adapters.variant.calibration_statistic)
-            for layer in group
-        }
+        accumulators = {layer.name: _StatisticAccumulator(layer, statistic) for layer in group}
         try:
             batches = 0
-            with closing(iterate_losses()) as losses:  # it may be inside `off`, which has to end here
+            with closing(iterate_losses()) as losses:  # closing ends its `disable_adapters` after an error
                 for loss in losses:
                     batches += 1
-                    if adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT:
+                    if statistic is CalibrationStatistic.MEAN_GRADIENT:
                         loss.backward()
         finally:
             for accumulator in accumulators.values():
@@ -61,37 +67,36 @@ def calibrate(
 
 
 def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[LaneLinear]]:
+    """Yield groups of layers whose matrices fit into the budget; a larger matrix has a group of its own."""
     group: list[LaneLinear] = []
     size = 0
     for layer in adapters.layers.values():
-        out_features, in_features = layer.frozen_layer.weight.shape
-        rows = (
-            out_features
-            if adapters.variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
-            else in_features
-        )
-        layer_bytes = 4 * rows * in_features
-        if group and size + layer_bytes > memory_budget:
+        rows, columns = _matrix_shape(layer, adapters.variant.calibration_statistic)
+        if group and size + 4 * rows * columns > memory_budget:
             yield group
             group, size = [], 0
         group.append(layer)
-        size += layer_bytes
+        size += 4 * rows * columns
     if group:
         yield group
 
 
+def _matrix_shape(layer: LaneLinear, statistic: CalibrationStatistic) -> tuple[int, int]:
+    out_features, in_features = layer.frozen_layer.weight.shape
+    return (out_features if statistic is CalibrationStatistic.MEAN_GRADIENT else in_features), in_features
+
+
 class _StatisticAccumulator:
-    """Sums up one layer's matrix while the model runs."""
+    """Accumulation of one layer's matrix in a hook of the layer, while the model runs."""
 
     def __init__(self, layer: LaneLinear, statistic: CalibrationStatistic) -> None:
-        out_features, in_features = layer.frozen_layer.weight.shape
-        rows = out_features if statistic is CalibrationStatistic.MEAN_GRADIENT else in_features
+        frozen_layer = layer.frozen_layer
         self.adapter_state = layer.adapter_state
         self.matrix = torch.zeros(
-            rows, in_features, device=layer.frozen_layer.weight.device, dtype=layer.frozen_layer.dtype
+            _matrix_shape(layer, statistic), device=frozen_layer.weight.device, dtype=frozen_layer.dtype
         )
         self.positions = 0
-        self.shift: Tensor | None = None  # the first batch's mean, so that little cancels in the covariance
+        self.shift: Tensor | None = None  # the first batch's mean; it reduces cancellation in the covariance
         self.shifted_sum = torch.zeros_like(self.matrix[0])
         hook = (
             self._accumulate_gradient
@@ -102,11 +107,8 @@ class _StatisticAccumulator:
 
     def _accumulate_inputs(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach().flatten(0, -2)
-        attention_mask = (
-            self.adapter_state.current_context.attention_mask
-            if self.adapter_state.current_context is not None
-            else None
-        )
+        context = self.adapter_state.current_context
+        attention_mask = None if context is None else context.attention_mask
         if attention_mask is not None and attention_mask.numel() == len(x):
             x = x[attention_mask.flatten().to(x.device)]
         x = x.to(self.matrix.dtype)
@@ -117,7 +119,7 @@ class _StatisticAccumulator:
         self.positions += len(x)
 
     def compute(self, batch_count: int) -> Tensor:
-        """The mean gradient of so many batches, or the covariance."""
+        """Return the mean gradient over `batch_count` batches, or the covariance of the inputs."""
         if self.shift is None:
             return self.matrix.div_(max(1, batch_count))
         offset = self.shifted_sum / self.positions
@@ -125,7 +127,7 @@ class _StatisticAccumulator:
 
     def _accumulate_gradient(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0].detach().flatten(0, -2)
-        if not output.requires_grad:  # the first layer of a frozen model: the graph begins here
+        if not output.requires_grad:  # in the first layer of a frozen model the graph has to begin here
             output = output.detach().requires_grad_(True)
 
         def add(gradient: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""Name -> variant. A variant is the file variants/<axis>/<name>.py; there is no list to keep.
+"""The catalogue of variants by name.
 
-Imports no torch until a variant is asked for.
+A variant is the file variants/<axis>/<name>.py; no list has to be maintained. This module imports torch only
+when a variant is used.
 """
 
 from __future__ import annotations
@@ -18,17 +19,23 @@ if TYPE_CHECKING:
 @lru_cache(maxsize=1)
 def _axis_by_name() -> dict[str, str]:
     files = sorted(Path(__file__).parent.glob("*/*.py"))
-    return {file.stem: file.parent.name for file in files if not file.stem.startswith("_")}
+    return {
+        file.stem: file.parent.name
+        for file in files
+        if not file.stem.startswith("_") and file.parent.name != "testing"
+    }
 
 
 def names() -> tuple[str, ...]:
-    """All variants, in alphabetical order."""
+    """Return the names of all variants in alphabetical order."""
     return tuple(sorted(_axis_by_name()))
 
 
 def axis(name: str) -> str:
-    """What the variant changes: baseline, rank, optimization, initialization, experts. ValueError if
-    unknown.
+    """Return what a variant changes: baseline, rank, optimization, initialization or experts.
+
+    Raises:
+        ValueError: There is no variant of this name; the message suggests the nearest name.
     """
     if name not in _axis_by_name():
         close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.5)
@@ -39,7 +46,12 @@ def axis(name: str) -> str:
 
 @cache
 def get(name: str) -> Variant:
-    """The variant of this name; ValueError (with the nearest name) if there is none."""
+    """Return the variant of this name.
+
+    Raises:
+        ValueError: There is no variant of this name; the message suggests the nearest name.
+        TypeError: The variant's file does not define exactly one variant with the right name and axis.
+    """
     folder = axis(name)
     from variants.base import Variant
 

@@ -16,4 +16,4 @@ class UnassignedRowsError(RuntimeError):
 
 
 class BypassedLayerError(RuntimeError):
-    """The model read the weight of an adapted layer without calling the layer, so the adapter has no effect."""
+    """The model read an adapted layer's weight without calling the layer, so the adapter has no effect."""

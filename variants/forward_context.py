@@ -1,4 +1,4 @@
-"""Which lanes' rows a call of the model computes, and the dropout masks of these lanes."""
+"""The rows that a call of the model computes: their lanes and their dropout masks."""
 
 from __future__ import annotations
 
@@ -16,37 +16,53 @@ from variants.errors import UnassignedRowsError
 
 @dataclass(eq=False)
 class ForwardContext:
-    """What a call of the model computes: K lanes' rows, lane-major. `lanes` is empty for the frozen base."""
+    """The rows that a call of the model computes: R rows for each of K lanes, one lane after the other."""
 
     lanes: tuple[str, ...]
+    """K lanes; empty for the frozen base model."""
     dropout_steps: tuple[int, ...] | None = None
+    """The optimizer step of each lane, which determines its dropout masks; None without dropout."""
     micro_batch: int = 0
+    """The number of the micro-batch within the step."""
     rows_per_lane: int | None = None
+    """R, if every layer is to check it."""
     shard: tuple[int, int] | None = None
-    """(first, of): these are the rows from `first` on of `of` that a lane has on all workers together."""
+    """(first, total): these rows are those from `first` on of the `total` rows that a lane has on all workers
+    together. None if this worker has all of them."""
     attention_mask: Tensor | None = None
     """(K*R, L), False at padding."""
     head_weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """For the frozen base: the weights of its heads."""
+    """For the frozen base model: head -> parameter -> value, in place of the model's own head."""
     called_layers: set[str] = field(default_factory=set)
-    mask_draws: dict[str, int] = field(default_factory=dict)
-    """Module -> how often its masks were drawn. A model may call a module twice; each call has its own."""
-    recomputed_mask_draws: dict[str, int] | None = None
-    """The same in the part of the model that is recomputed in backward (`Board.recomputing`)."""
+    """Adapted layers that the model has called."""
     weight_reads: set[str] = field(default_factory=set)
+    """Adapted layers whose weight the model has read."""
+    mask_draws: dict[str, int] = field(default_factory=dict)
+    """Module -> number of times that its masks were drawn. A model may call a module twice, and each call has
+    its own masks."""
+    recomputed_mask_draws: dict[str, int] | None = None
+    """The same count inside `AdapterState.checkpoint_contexts` during recomputation in the backward pass."""
     prepared_params: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
-    """Without gradients (generation, evaluation) the same parameters serve many calls: a layer's prepared
-    ones."""
+    """Layer -> (versions of the parameters, result of `Variant.prepare`). It is used without gradients, where
+    the same parameters serve many calls."""
     auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> (K,), each lane's term of the auxiliary loss."""
+    """Layer -> auxiliary loss of each lane, (K,)."""
 
     def auxiliary_loss(self) -> Tensor | None:
-        """(K,): the mean over layers, or None where the variant has no such loss."""
+        """Return the mean auxiliary loss over layers, (K,), or None if the variant has none."""
         return torch.stack(list(self.auxiliary_losses.values())).mean(0) if self.auxiliary_losses else None
 
 
 class AdapterState:
-    """What all adapted layers of a model share."""
+    """State that all adapted layers of a model share.
+
+    Attributes:
+        settings: Lane -> settings.
+        seeds: Lane -> seed.
+        dropout: The adapters' dropout probability.
+        current_context: The context of the calls being made; None outside any context.
+        last_context: The last context that has ended, which a recomputation in the backward pass needs.
+    """
 
     def __init__(self) -> None:
         self.settings: dict[str, VariantSettings] = {}
@@ -57,45 +73,57 @@ class AdapterState:
         self._scalings: dict[Any, Tensor] = {}
 
     def get_context(self, layer_name: str) -> ForwardContext:
-        """Whose rows `layer` is computing; raises RowsWithoutLane."""
+        """Return the context of the rows that a layer is computing.
+
+        Raises:
+            UnassignedRowsError: The layer was called outside any context.
+        """
         if self.current_context is not None:
             return self.current_context
-        # Gradient checkpointing calls the model again inside backward, when rows() may be closed already:
-        # what is recomputed is the latest call, because a loop goes backward before it goes forward again.
+        # Gradient checkpointing calls the model again during the backward pass, when activate_lanes() may
+        # have ended. It recomputes the last call, since a training loop runs the backward pass of one call
+        # before the forward pass of the next.
         if self.last_context is not None and torch._C._current_graph_task_id() != -1:
             return self.last_context
         raise UnassignedRowsError(
-            f"{layer_name} was called outside rows() and off(): no lane owns these rows"
+            f"{layer_name} was called outside activate_lanes() and disable_adapters(): "
+            "its rows belong to no lane"
         )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return contexts for a part of the model that starts now, and for its recomputation in backward.
 
-        The recomputation draws the masks that were drawn the first time.
+        The recomputation draws the same masks as the first computation.
         """
         context = self.current_context or self.last_context
         return nullcontext(), nullcontext() if context is None else _count_recomputed_draws(
             context, dict(context.mask_draws)
         )
 
-    def scaling(self, variant: Variant, lanes: tuple[str, ...], like: FrozenLayer) -> Tensor:
-        """(K, 1, 1)"""
-        key = (lanes, like.weight.device, like.dtype)
+    def scaling(self, variant: Variant, lanes: tuple[str, ...], layer: FrozenLayer) -> Tensor:
+        """Return the factor s of each lane, (K, 1, 1), with the layer's device and lane dtype.
+
+        Args:
+            variant: The variant that defines the factor.
+            lanes: K lanes.
+            layer: The layer.
+        """
+        key = (lanes, layer.weight.device, layer.dtype)
         if key not in self._scalings:
             factors = [variant.scaling(self.settings[lane]) for lane in lanes]
-            made = torch.tensor(factors, dtype=like.dtype, device=like.weight.device)
-            self._scalings[key] = made.view(-1, 1, 1)
+            tensor = torch.tensor(factors, dtype=layer.dtype, device=layer.weight.device)
+            self._scalings[key] = tensor.view(-1, 1, 1)
         return self._scalings[key]
 
     def invalidate(self) -> None:
-        """Lanes have come or gone."""
+        """Delete what depends on the set of lanes, after a lane was added or removed."""
         self._scalings.clear()
         self.last_context = None
 
 
 @contextmanager
 def _count_recomputed_draws(context: ForwardContext, draws: dict[str, int]) -> Iterator[None]:
-    """Count the masks that are drawn in backward from `drawn` on."""
+    """Count the masks that a recomputation draws, starting from the counts in `draws`."""
     context.recomputed_mask_draws = draws
     try:
         yield
@@ -104,31 +132,44 @@ def _count_recomputed_draws(context: ForwardContext, draws: dict[str, int]) -> I
 
 
 def _next_call_key(name: str, context: ForwardContext) -> str:
-    """Return the module's name and, if the model has called it before, how often. Raises RuntimeError."""
+    """Return the module's name, followed by the number of its earlier calls unless this is the first.
+
+    Raises:
+        RuntimeError: The call is a recomputation, and it is unknown which of several calls it repeats.
+    """
     if torch._C._current_graph_task_id() == -1:
-        drawn = context.mask_draws
+        draws = context.mask_draws
     elif context.recomputed_mask_draws is not None:
-        drawn = context.recomputed_mask_draws
+        draws = context.recomputed_mask_draws
     elif context.mask_draws.get(name, 0) > 1:
         raise RuntimeError(
-            f"{name} was called {context.mask_draws[name]} times, and it is not known which call is recomputed; use "
-            "orchestrator.finetune.models.activation_checkpointing in place of another gradient checkpointing"
+            f"{name} was called {context.mask_draws[name]} times, and it is unknown which call is recomputed: "
+            "use orchestrator.finetune.models.activation_checkpointing and no other gradient checkpointing"
         )
     else:
-        drawn = {}
-    before = drawn.get(name, 0)
-    drawn[name] = before + 1
-    return f"{name} {before}" if before else name
+        draws = {}
+    earlier_calls = draws.get(name, 0)
+    draws[name] = earlier_calls + 1
+    return f"{name} {earlier_calls}" if earlier_calls else name
 
 
 def split_by_lane(x: Tensor, context: ForwardContext, layer_name: str) -> Tensor:
-    """X (K*R, ..., features) as (K, N, features); raises RowsWithoutLane."""
+    """Return rows (K*R, ..., features) as (K, N, features).
+
+    Args:
+        x: The input of a layer.
+        context: The context of the call.
+        layer_name: The layer's name, for the error message.
+
+    Raises:
+        UnassignedRowsError: The number of rows is not a multiple of the number of lanes, or of K * R.
+    """
     lane_count = len(context.lanes)
     size = lane_count * (context.rows_per_lane or 1)
     if (lane_count > 1 or context.rows_per_lane) and (x.dim() < 2 or x.shape[0] % size):
         raise UnassignedRowsError(
             f"{layer_name} was called with {x.shape[0]} rows, not a multiple of {lane_count} lanes x "
-            f"{context.rows_per_lane or 1} rows: no lane owns the rest"
+            f"{context.rows_per_lane or 1} rows: the other rows belong to no lane"
         )
     return x.reshape(lane_count, -1, x.shape[-1])
 
@@ -138,19 +179,19 @@ def draw_dropout_masks(
 ) -> Tensor:
     """Draw the lanes' dropout masks for one module of the model.
 
-    A mask depends on the lane's seed, its step, the module's name, the micro-batch, and how often the model
-    has called the module before. A worker that has a part of a lane's rows draws the mask of all of them and
-    keeps its own part.
+    A mask depends on the lane's seed, its step, the module's name, the micro-batch, and the number of earlier
+    calls of the module in this context. A worker that has a part of a lane's rows draws the mask of all rows
+    and keeps its own part.
 
     Args:
         x: The tensor to apply the masks to, (K, N, features).
         p: The probability of a zero.
         name: The module's path in the model.
-        rows: Whose rows they are.
+        context: The context of the call.
         seeds: Lane -> seed.
 
     Returns:
-        (K, N, features): 0 or 1 / (1 - p).
+        (K, N, features), each value 0 or 1 / (1 - p).
     """
     assert context.dropout_steps is not None
     call_key = _next_call_key(name, context)
@@ -162,11 +203,11 @@ def draw_dropout_masks(
             x.new_empty(total_rows * positions_per_row, x.shape[2]),
             slice(first * positions_per_row, (first + context.rows_per_lane) * positions_per_row),
         )
-    found = []
+    masks = []
     for lane, step in zip(context.lanes, context.dropout_steps, strict=True):
         generator = torch.Generator(x.device).manual_seed(
             stable_seed(seeds[lane], step, call_key, context.micro_batch)
         )
         mask = torch.empty_like(like).bernoulli_(1 - p, generator=generator).div_(1 - p)
-        found.append(mask[local_slice])
-    return torch.stack(found)
+        masks.append(mask[local_slice])
+    return torch.stack(masks)

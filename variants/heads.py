@@ -1,4 +1,4 @@
-"""A task's head: linear layers that the task brings along, of which every lane has its own."""
+"""A task's head: linear layers that are new in the model and that every lane trains for itself."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from variants.base import parameter_generator
 from variants.forward_context import AdapterState, split_by_lane
 from variants.lane_tensors import LaneTensors
+from variants.seeds import parameter_generator
 
 INIT_STD = 0.02
-"""Of a head's first weights: what transformers initialises new layers with, for BERT and most others."""
+"""Standard deviation of a head's initial weights, the default of transformers for BERT and most others."""
 
 
 class LaneHead(nn.Module):
-    """y = W x + b in float32 (float64 over a float64 model), W (out, in) and b (out,) learnt by each lane
-    from N(0, 0.02) and 0. Stands where the linear layer `base` stood, whose weights only the frozen model
-    uses.
+    """Replacement of a linear layer that computes y = W x + b with each lane's own W (out, in) and b (out,).
+
+    W is drawn from N(0, 0.02), and b starts at 0. Both are float32, or float64 over a float64 model. Only the
+    frozen base model uses the weights of the replaced layer.
+
+    Attributes:
+        name: The dotted path of the layer in the model.
+        base_layer: The replaced layer.
+        adapter_state: The state that all adapted layers share.
+        own_tensors: The lanes' weights and biases.
     """
 
     def __init__(self, name: str, base_layer: nn.Linear, adapter_state: AdapterState) -> None:
@@ -28,10 +35,11 @@ class LaneHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The weight of the replaced layer, for models that read its dtype or device."""
         return self.base_layer.weight
 
     def init(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """A lane's first weights, drawn on the CPU as a variant's are."""
+        """Draw a lane's initial weight and bias; the noise comes from the CPU."""
         weight = self.base_layer.weight
         draw = torch.empty(weight.shape, dtype=torch.float32)
         draw.normal_(0, INIT_STD, generator=parameter_generator(generator, "weight"))
@@ -41,6 +49,14 @@ class LaneHead(nn.Module):
         return tensors
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the head for the rows of the current context.
+
+        Args:
+            x: (K*R, ..., in).
+
+        Returns:
+            (K*R, ..., out).
+        """
         context = self.adapter_state.get_context(self.name)
         context.called_layers.add(self.name)
         if not context.lanes and self.name not in context.head_weights:
@@ -61,7 +77,7 @@ def _lane_dtype(dtype: torch.dtype) -> torch.dtype:
 def _batched_linear(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     weight, bias = params["weight"], params.get("bias")
     out = weight.shape[1]
-    if out == 1:  # a single column is summed in another order for one lane than for several
+    if out == 1:  # PyTorch sums a single column in another order for one lane than for several
         weight = nn.functional.pad(weight, (0, 0, 0, 1))
     y = torch.bmm(x, weight.transpose(1, 2))[..., :out]
     return y if bias is None else y + bias.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""A frozen linear layer that several lanes share."""
+"""A frozen linear layer that several lanes share, each with its own update."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from variants.lane_tensors import LaneTensors
 from variants.targets import is_conv1d
 
 DENSE_RECOMPUTE_NUMEL = 1 << 20
-"""A dense update with more numbers than this is recomputed in backward instead of kept: below it the Python
-cost of recomputing (about 0.1 ms) outweighs the memory."""
+"""Dense updates with more values than this are recomputed in the backward pass instead of kept. Below it the
+Python overhead of recomputing (about 0.1 ms) outweighs the memory."""
 
 
 class LaneLinear(nn.Module):
-    """Stands in the model where the frozen layer `base` stood, and adds each lane's update to its output."""
+    """Replacement of a frozen linear layer that adds each lane's update to the layer's output.
+
+    Attributes:
+        name: The dotted path of the layer in the model.
+        base_layer: The frozen layer.
+        variant: The rule by which the layer learns.
+        adapter_state: The state that all adapted layers share.
+        own_tensors: The lanes' tensors of this layer.
+        layer_group: The lanes' tensors that this layer shares with others, or None.
+    """
 
     def __init__(
         self,
@@ -30,12 +39,8 @@ class LaneLinear(nn.Module):
         layer_group: LaneTensors | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.base_layer, self.variant, self.adapter_state = (
-            name,
-            base_layer,
-            variant,
-            adapter_state,
-        )
+        self.name, self.base_layer, self.variant = name, base_layer, variant
+        self.adapter_state = adapter_state
         self.own_tensors = LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
         self.layer_group = layer_group
         self._frozen_layer: FrozenLayer | None = None
@@ -43,26 +48,27 @@ class LaneLinear(nn.Module):
 
     @property
     def frozen_layer(self) -> FrozenLayer:
-        """The frozen layer as variants see it; made anew when the weight has moved or was written."""
-        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        """The frozen layer as variants see it; a new object after the weight was moved or written."""
+        stored: Tensor = self.base_layer.weight  # type: ignore[assignment]  # an nn.Module's attribute
         version = stored.data_ptr(), stored._version
         if self._frozen_layer is None or self._weight_version != version:
             self._weight_version = version
             weight = stored.detach().t() if is_conv1d(self.base_layer) else stored.detach()
-            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+            bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]  # likewise
             self._frozen_layer = FrozenLayer(self.name, weight, None if bias is None else bias.detach())
         return self._frozen_layer
 
     @property
     def weight(self) -> Tensor:
-        """The frozen layer's, for models that ask for its dtype or device."""
+        """The frozen layer's weight, for models that read its dtype or device."""
         if self.adapter_state.current_context is not None:
             self.adapter_state.current_context.weight_reads.add(self.name)
-        return self.base_layer.weight  # type: ignore[return-value]
+        return self.base_layer.weight  # type: ignore[return-value]  # an nn.Module's attribute
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias  # type: ignore[return-value]
+        """The frozen layer's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]  # an nn.Module's attribute
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -70,16 +76,22 @@ class LaneLinear(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)  # in_features, nf, and whatever else models look at
+            return getattr(self.base_layer, name)  # in_features, nf, and other attributes that models read
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
-        """All that a lane has here: its own tensors and its group's."""
-        return {
-            **(self.layer_group.lane_tensors(lane) if self.layer_group else {}),
-            **self.own_tensors.lane_tensors(lane),
-        }
+        """Return a lane's tensors of this layer, including those of its layer group."""
+        shared = self.layer_group.lane_tensors(lane) if self.layer_group else {}
+        return {**shared, **self.own_tensors.lane_tensors(lane)}
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the layer for the rows of the current context.
+
+        Args:
+            x: (K*R, ..., in).
+
+        Returns:
+            (K*R, ..., out).
+        """
         context = self.adapter_state.get_context(self.name)
         context.called_layers.add(self.name)
         base_output = self.base_layer(x)
@@ -97,9 +109,8 @@ class LaneLinear(nn.Module):
         if not self.variant.dropout_on_base:
             return self._apply_variant(dropped, flat_base, context, flat).view(base_output.shape)
         dropped_base_output = self.base_layer(dropped)
-        return (
-            flat_base + (self._apply_variant(dropped, dropped_base_output, context) - dropped_base_output)
-        ).view(base_output.shape)
+        change = self._apply_variant(dropped, dropped_base_output, context) - dropped_base_output
+        return (flat_base + change).view(base_output.shape)
 
     def _apply_variant(
         self, x: Tensor, base_output: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None
@@ -108,9 +119,9 @@ class LaneLinear(nn.Module):
 
         Args:
             x: The layer's input, after dropout if there is any, (K, N, in).
-            base: The frozen layer's output, (K, N, out).
-            rows: Whose rows they are.
-            undropped: The input before dropout; None where the whole update reads `x`.
+            base_output: The frozen layer's output, (K, N, out).
+            context: The context of the call.
+            x_before_dropout: The input before dropout; None if the whole update reads `x`.
 
         Returns:
             (K, N, out).
@@ -130,21 +141,25 @@ class LaneLinear(nn.Module):
                 for k, lane in enumerate(lanes)
             ]
             return torch.cat(parts)
-        if torch.is_grad_enabled():
-            params = variant.prepare(self._stack_tensors(lanes), layer, scaling)
-        else:
-            versions = self.own_tensors.versions(lanes) + (
-                self.layer_group.versions(lanes) if self.layer_group else []
-            )
-            cached = context.prepared_params.get(self.name)
-            if cached is None or cached[0] != versions:
-                cached = versions, variant.prepare(self._stack_tensors(lanes), layer, scaling)
-                context.prepared_params[self.name] = cached
-            params = cached[1]
+        params = self._prepare_params(context, layer, scaling)
         return variant.forward(x, base_output, params, layer, scaling)
 
+    def _prepare_params(self, context: ForwardContext, layer: FrozenLayer, scaling: Tensor) -> Params:
+        """Prepare the lanes' parameters; without gradients only if they have changed."""
+        lanes = context.lanes
+        if torch.is_grad_enabled():
+            return self.variant.prepare(self._stack_tensors(lanes), layer, scaling)
+        versions = self.own_tensors.versions(lanes)
+        if self.layer_group:
+            versions = versions + self.layer_group.versions(lanes)
+        cached = context.prepared_params.get(self.name)
+        if cached is None or cached[0] != versions:
+            cached = versions, self.variant.prepare(self._stack_tensors(lanes), layer, scaling)
+            context.prepared_params[self.name] = cached
+        return cached[1]
+
     def _forward_one_lane(self, x: Tensor, base_output: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
-        """One lane, keeping nothing of full size for backward."""
+        """Compute one lane without keeping a full-size tensor for the backward pass."""
         variant, scaling = self.variant, self.adapter_state.scaling(self.variant, (lane,), layer)
 
         def run(x: Tensor, base: Tensor, params: Params) -> Tensor:
@@ -167,5 +182,5 @@ class LaneLinear(nn.Module):
         term = self.variant.auxiliary_loss(
             x, attention_mask, self._stack_tensors(context.lanes), self.frozen_layer
         )
-        # Recomputed in backward, it is there already: what is added once counts once.
+        # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

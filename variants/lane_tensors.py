@@ -1,4 +1,4 @@
-"""What lanes own in one place of the model: a layer, a head, a group of layers, a parameter."""
+"""Storage of the lanes' tensors for one owner: a layer, a head, a layer group, or a module."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-MAX_CACHED_STACKS = 2  # kept of frozen tensors: training's lanes and evaluation's
+MAX_CACHED_STACKS = 2
+"""Number of stacks of frozen tensors to keep: one for the lanes in training, one for those in evaluation."""
 
 
 class LaneTensors:
-    """Each lane's tensors are separate, so that lanes come and go and each has its own optimizer; they are
-    stacked when they are computed with.
+    """Tensors of several lanes, stored per lane and stacked for computation.
+
+    They are stored separately because lanes are added and removed, and each lane has its own optimizer.
+
+    Attributes:
+        mutable_buffers: Names of the frozen tensors that hooks write, so that lanes must not share them.
+        hook_only_buffers: Names of the frozen tensors that only hooks read.
+        trainable: Lane -> name -> parameter.
+        frozen: Lane -> name -> frozen tensor.
     """
 
     def __init__(
         self, mutable_buffers: frozenset[str] = frozenset(), hook_only_buffers: frozenset[str] = frozenset()
     ) -> None:
-        """`moving`: frozen tensors that hooks write, so that no lane may share them. `unseen`: those that
-        only hooks read.
-        """
         self.mutable_buffers, self.hook_only_buffers = mutable_buffers, hook_only_buffers
         self.trainable: dict[str, dict[str, nn.Parameter]] = {}
         self.frozen: dict[str, dict[str, Tensor]] = {}
@@ -29,10 +34,16 @@ class LaneTensors:
     def add_lane(
         self, lane: str, trainable: Mapping[str, Tensor], frozen: Mapping[str, Tensor], device: torch.device
     ) -> None:
-        """Give `lane` copies of the tensors that training changes; other lanes may share the rest.
+        """Store copies of the tensors that training changes; other lanes may share the rest.
 
-        The tensors are kept in the order of their names. safetensors returns them in that order after a
-        resumption, and the last bits of the gradient norm, which is a sum, depend on the order.
+        The tensors are stored in the order of their names. safetensors returns them in this order when a
+        checkpoint is read, and the last bits of the gradient norm, which is a sum, depend on the order.
+
+        Args:
+            lane: The new lane.
+            trainable: The initial parameters, without the lane dimension.
+            frozen: The frozen tensors, without the lane dimension.
+            device: The device to store them on.
         """
         self.trainable[lane] = {
             name: nn.Parameter(tensor.detach().to(device, copy=True).contiguous())
@@ -45,34 +56,34 @@ class LaneTensors:
         self._cached_stacks.clear()
 
     def remove_lane(self, lane: str) -> None:
+        """Delete a lane's tensors."""
         del self.trainable[lane], self.frozen[lane]
         self._cached_stacks.clear()
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
-        """A lane's tensors, trainable and frozen, without the lane dimension."""
+        """Return a lane's trainable and frozen tensors, without the lane dimension."""
         return {**self.trainable[lane], **self.frozen[lane]}
 
     def stack(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors of these lanes that are computed with, (K, ...)"""
+        """Return the tensors of K lanes as (K, ...), without those that only hooks read."""
         parameters = [self.trainable[lane] for lane in lanes]
-        if len(lanes) == 1:
-            visible = {n: t for n, t in self.frozen[lanes[0]].items() if n not in self.hook_only_buffers}
-            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **visible}.items()}
-        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
-        if not self.frozen[lanes[0]]:
-            return stacked
         frozen = [
             {n: t for n, t in self.frozen[lane].items() if n not in self.hook_only_buffers} for lane in lanes
         ]
-        # Frozen ones are stacked anew only when a hook has written them.
+        if len(lanes) == 1:
+            return {name: tensor.unsqueeze(0) for name, tensor in {**parameters[0], **frozen[0]}.items()}
+        stacked = {name: torch.stack([each[name] for each in parameters]) for name in parameters[0]}
+        if not frozen[0]:
+            return stacked
+        # Frozen tensors are stacked again only after a hook has written one of them.
         versions = [tensor._version for each in frozen for tensor in each.values()]
         if lanes not in self._cached_stacks or self._cached_stacks[lanes][0] != versions:
             if len(self._cached_stacks) >= MAX_CACHED_STACKS:
                 self._cached_stacks.pop(next(iter(self._cached_stacks)))
-            kept = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
-            self._cached_stacks[lanes] = (versions, kept)
+            stacked_frozen = {name: torch.stack([each[name] for each in frozen]) for name in frozen[0]}
+            self._cached_stacks[lanes] = (versions, stacked_frozen)
         return {**stacked, **self._cached_stacks[lanes][1]}
 
     def versions(self, lanes: tuple[str, ...]) -> list[int]:
-        """Changes with every in-place write of a tensor."""
+        """Return numbers that change with every in-place write of one of the lanes' tensors."""
         return [t._version for lane in lanes for t in self.lane_tensors(lane).values()]

@@ -28,7 +28,7 @@ class FrozenLayer:
     bias: Tensor | None
     """(out,)"""
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Values that a variant derives from the frozen weight alone (an SVD, row norms); all lanes share them."""
+    """What a variant derives from the frozen weight alone (an SVD, row norms); all lanes share it."""
     calibration: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """During initialization: the result of the variant's `reduce_calibration` for this layer."""
 

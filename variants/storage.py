@@ -1,4 +1,4 @@
-"""A lane on disk: exactly as it is, or in the PEFT library's format, there and back."""
+"""Saving and loading of a lane: exactly, or in the format of the PEFT library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from variants import catalogue
-from variants.attach import Adapters
+from variants.adapters import Adapters
 from variants.base import InitialTensors, UnsupportedError, Variant, VariantSettings
 from variants.targets import find_target_layers, is_conv1d
 
@@ -28,12 +28,17 @@ _UNSUPPORTED_PEFT_KEYS = (
     "trainable_token_indices", "target_parameters", "megatron_config",
 )  # fmt: skip
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts after which PEFT has changed the base: unless converted, such an adapter fits no other base."""
+"""Initializations for which PEFT changes the base model: such an adapter fits only that base, unless PEFT has
+converted it on saving."""
 
 
 def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
-    """Everything of a lane (parameters, frozen tensors, settings, seed), bit for bit, as one safetensors
-    file.
+    """Save parameters, frozen tensors, settings and seed of a lane, bit for bit, as one safetensors file.
+
+    Args:
+        adapters: The adapters that hold the lane.
+        lane: The lane to save.
+        file: The path of the new file.
     """
     tensors = {f"trainable/{name}": tensor.detach() for name, tensor in adapters.trainable(lane).items()}
     tensors |= {f"frozen/{name}": tensor for name, tensor in adapters.frozen(lane).items()}
@@ -47,7 +52,16 @@ def save_lane(adapters: Adapters, lane: str, file: Path) -> None:
 
 
 def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
-    """The lane that `save_lane` wrote. Raises Unsupported if it is another variant's or another model's."""
+    """Add a lane that `save_lane` wrote.
+
+    Args:
+        adapters: The adapters that get the lane.
+        lane: The lane's new name.
+        file: The file to read.
+
+    Raises:
+        UnsupportedError: The file belongs to another variant or does not fit the model.
+    """
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
@@ -64,31 +78,32 @@ def load_lane(adapters: Adapters, lane: str, file: Path) -> None:
 
 
 def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str) -> None:
-    """Writes `folder` so that PeftModel.from_pretrained(base, folder) computes what the lane computes.
+    """Write a folder from which `PeftModel.from_pretrained(base, folder)` computes what the lane computes.
 
-    Raises Unsupported if PEFT has no such method.
+    Args:
+        adapters: The adapters that hold the lane.
+        lane: The lane to export.
+        folder: The folder to write.
+        base_model_name: The name of the base model in adapter_config.json.
+
+    Raises:
+        UnsupportedError: PEFT does not have the method.
     """
     settings = adapters.lane_settings(lane)
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        parts = adapters.variant.to_peft(lane_tensors, settings)
-        if parts is None:
-            raise UnsupportedError(
-                f"{adapters.variant.name} cannot be exported: PEFT does not have this method"
-            )
-        tensors |= {f"{PEFT_PREFIX}{name}.{key}": tensor.contiguous().cpu() for key, tensor in parts.items()}
-    if not adapters.layers:
+        for key, tensor in (adapters.variant.to_peft(lane_tensors, settings) or {}).items():
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.contiguous().cpu()
+    if not tensors:
         raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
     for group in adapters.layer_groups.values():
         shared = {key: tensor.detach() for key, tensor in group.lane_tensors(lane).items()}
         for key, tensor in adapters.variant.layer_group_to_peft(shared).items():
             tensors[f"{PEFT_ROOT}{key}"] = tensor.contiguous().cpu()
     for name, head in adapters.heads.items():
-        tensors |= {
-            f"{PEFT_PREFIX}{name}.{key}": t.detach().cpu()
-            for key, t in head.own_tensors.lane_tensors(lane).items()
-        }
+        for key, tensor in head.own_tensors.lane_tensors(lane).items():
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.detach().cpu()
     config = {
         **adapters.variant.peft_config(settings),
         "base_model_name_or_path": base_model_name,
@@ -103,50 +118,70 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
 
 
 def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0) -> Adapters:
-    """Attaches the adapter in `folder` to `model` as one lane of the variant that it belongs to.
+    """Attach the adapter in a folder that PEFT or `save_peft` wrote as one lane of the matching variant.
 
-    What it saved whole (`modules_to_save`) is the lane's head. A PiSSA adapter comes back as what it was
-    exported as, a LoRA of twice the rank. Raises Unsupported if no variant is its kind, or if it uses what
-    the variants here do not have.
+    The modules that PEFT saved in full (`modules_to_save`) become the lane's head. An exported PiSSA adapter
+    becomes a LoRA of twice the rank.
+
+    Args:
+        model: The base model, without adapters.
+        folder: The folder with adapter_config.json and adapter_model.safetensors.
+        lane: The lane's name.
+        seed: The lane's seed.
+
+    Raises:
+        UnsupportedError: No variant matches, or the adapter uses a feature that the variants do not have.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     variant, settings = _match_variant(config, folder)
     modules = dict(model.named_modules())
-    parts: dict[str, dict[str, Tensor]] = {}
-    shared: dict[str, Tensor] = {}
-    for key, tensor in load_file(folder / TENSORS_FILE).items():
-        if key.startswith(PEFT_PREFIX):
-            layer, rest = _split_key(key.removeprefix(PEFT_PREFIX), modules)
-            parts.setdefault(layer, {})[rest] = tensor
-        else:
-            shared[key.removeprefix(PEFT_ROOT)] = tensor
-    tops = [f".{name}." for name in config.get("modules_to_save") or ()]
-    heads = {name: modules[name] for name in parts if any(top in f".{name}." for top in tops)}
+    tensors_by_module, shared = _read_peft_tensors(folder / TENSORS_FILE, modules)
+    saved_in_full = [f".{name}." for name in config.get("modules_to_save") or ()]
+    heads = {
+        name: modules[name]
+        for name in tensors_by_module
+        if any(part in f".{name}." for part in saved_in_full)
+    }
     for name, module in heads.items():
         if not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise UnsupportedError(
                 f"{folder}: modules_to_save has {name}, a {kind}; only linear layers are read"
             )
-    # Past attach(), because a PiSSA export may have a rank above the layer's size.
     target_layers = find_target_layers(
-        model, "re:" + "|".join(re.escape(layer) for layer in parts if layer not in heads)
+        model, "re:" + "|".join(re.escape(name) for name in tensors_by_module if name not in heads)
     )
+    # Not by attach(): the rank of an exported PiSSA adapter may exceed the size of a layer.
     adapters = Adapters(model, variant, variant.validate_settings(settings), target_layers, heads)
     initial = {
-        n: variant.init_from_peft(parts[n], layer.frozen_layer, settings)
-        for n, layer in adapters.layers.items()
+        name: variant.init_from_peft(tensors_by_module[name], layer.frozen_layer, settings)
+        for name, layer in adapters.layers.items()
     }
     initial |= {name: variant.init_layer_group_from_peft(shared) for name in adapters.layer_groups}
-    initial |= {name: InitialTensors(parts[name]) for name in heads}
+    initial |= {name: InitialTensors(tensors_by_module[name]) for name in heads}
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
-    for name, owner_initial in initial.items():
-        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        trainable |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in owner_initial.trainable.items()}
-        frozen |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in owner_initial.frozen.items()}
+    for name, tensors in initial.items():
+        trainable |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.trainable.items()}
+        frozen |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.frozen.items()}
     adapters.restore_lane(lane, trainable, frozen, settings, seed)
     return adapters
+
+
+def _read_peft_tensors(
+    file: Path, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return module -> PEFT's name -> tensor, and the tensors that belong to no module of the base model."""
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
+    shared: dict[str, Tensor] = {}
+    for key, tensor in load_file(file).items():
+        if key.startswith(PEFT_PREFIX):
+            name, rest = _split_key(key.removeprefix(PEFT_PREFIX), modules)
+            tensors_by_module.setdefault(name, {})[rest] = tensor
+        else:
+            shared[key.removeprefix(PEFT_ROOT)] = tensor
+    return tensors_by_module, shared
 
 
 def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, VariantSettings]:
@@ -156,12 +191,12 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
     init_method = config.get("init_lora_weights")
     if isinstance(init_method, str) and init_method.startswith(_BASE_CHANGING_INITS):
         raise UnsupportedError(
-            f"{folder}: a {init_method} adapter over a changed base; let PEFT save it as plain LoRA"
+            f"{folder}: a {init_method} adapter over a changed base model; let PEFT save it as plain LoRA"
         )
     for name in catalogue.names():
         variant = catalogue.get(name)
         if "settings_from_peft" not in vars(type(variant)):
-            continue  # it exports what its parent loads
+            continue  # its parent class loads what it exports
         settings = variant.settings_from_peft(config)
         if settings is not None:
             return variant, settings
@@ -171,7 +206,7 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
 
 
 def _split_key(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """ "layers.0.q_proj.lora_A.weight" -> ("layers.0.q_proj", "lora_A.weight")"""
+    """Split "layers.0.q_proj.lora_A.weight" into ("layers.0.q_proj", "lora_A.weight")."""
     path = key.split(".")
     for end in range(len(path) - 1, 0, -1):
         if ".".join(path[:end]) in modules:

@@ -1,6 +1,4 @@
-"""Which layers of a model carry adapters, and which models are refused because an adapter would not be
-seen.
-"""
+"""Choice of the layers that carry adapters, and refusal of models that would bypass an adapter."""
 
 from __future__ import annotations
 
@@ -16,18 +14,22 @@ from variants.base import UnsupportedError
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-
 PATTERN_TIMEOUT_SECONDS = 5.0
-"""Of a regular expression on the name of one layer. With repetitions inside of repetitions it may take years,
-which Python's own `re` cannot be kept from."""
+"""Time limit for matching a regular expression to the name of one layer. With nested repetitions a
+match may take years; `re` of the standard library has no time limit, so `regex` is used."""
 
 
 def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
-    """The linear layers that `targets` names, by dotted path.
+    """Return the linear layers that `targets` selects, by dotted path.
 
-    targets: "blocks" (every linear layer inside a ModuleList, so neither head nor embeddings), a
-    comma-separated list of name endings ("q_proj,v_proj"), or "re:" and a regular expression for the whole
-    name. Raises Unsupported if a name fits nothing, or if what it covers cannot be adapted.
+    Args:
+        model: The model.
+        targets: "blocks" for every linear layer inside a ModuleList, which excludes heads and embeddings; a
+            comma-separated list of name endings such as "q_proj,v_proj"; or "re:" and a regular expression
+            for the whole name.
+
+    Raises:
+        UnsupportedError: A name matches nothing, or a selected module cannot be adapted.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == "blocks":
@@ -46,17 +48,17 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     found = {name: modules[name] for name in scope if is_linear(modules[name])}
     if not found:
         nearest = _suggest_layer(targets, (name for name, module in modules.items() if is_linear(module)))
-        raise UnsupportedError(f"targets {targets!r}: no linear layer among what it names. {nearest}")
+        raise UnsupportedError(f"targets {targets!r}: it selects no linear layer. {nearest}")
     return found
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear (and subclasses), or transformers' Conv1D, whose weight is stored (in, out)."""
+    """Return whether a module is an nn.Linear or transformers' Conv1D, whose weight is (in, out)."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Known by name, so that transformers need not be imported."""
+    """Return whether a module is transformers' Conv1D; checks the name, so transformers is not imported."""
     return any(
         kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         for kind in type(module).__mro__
@@ -84,8 +86,8 @@ def _match_pattern(modules: dict[str, nn.Module], targets: str) -> list[str]:
         return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_TIMEOUT_SECONDS)]
     except TimeoutError:
         raise UnsupportedError(
-            f"targets {targets!r}: one name takes more than {PATTERN_TIMEOUT_SECONDS:g} s; write it without a "
-            "repetition inside of a repetition"
+            f"targets {targets!r}: matching one name takes more than {PATTERN_TIMEOUT_SECONDS:g} s; write it "
+            "without a repetition inside of a repetition"
         ) from None
 
 
@@ -95,7 +97,7 @@ def _match_suffixes(modules: dict[str, nn.Module], targets: str) -> list[str]:
         fits = [name for name in modules if ending and f".{name}".endswith(f".{ending}")]
         if not fits:
             nearest = _suggest_layer(ending, (name for name, module in modules.items() if is_linear(module)))
-            raise UnsupportedError(f"target {ending!r}: no module's name ends so. {nearest}")
+            raise UnsupportedError(f"target {ending!r}: no module's name ends with it. {nearest}")
         for name in fits:
             _check_adaptable(name, modules, match_all=False)
             if not is_linear(modules[name]):
@@ -115,14 +117,19 @@ def _suggest_layer(name: str, layers: Iterable[str]) -> str:
 
 
 def _check_adaptable(name: str, modules: dict[str, nn.Module], match_all: bool) -> None:
-    """Raises for a module that adapters cannot reach. `whole`: every module in scope was meant, so that one
-    without linear layers counts too.
+    """Raise UnsupportedError for a module whose weights adapters cannot reach.
+
+    Args:
+        name: The module's path.
+        modules: All modules by path.
+        match_all: Whether the user selected every module in scope, so that modules without linear layers
+            are checked too.
     """
     parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]
     for path in [*parents, name]:
         if isinstance(modules[path], nn.MultiheadAttention):
             raise UnsupportedError(
-                f"{path} is an nn.MultiheadAttention, which reads its weights past any adapter"
+                f"{path} is an nn.MultiheadAttention, which reads its weights without calling the layers"
             )
     module = modules[name]
     if "quantized" in type(module).__module__:

@@ -23,13 +23,14 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from peft.optimizers import create_loraplus_optimizer
-from rig import Case, LaneOptimizer, evidence, fit, run
 from torch import Tensor, nn
 
 from variants.attach import Adapters
 from variants.base import ExtraSettings, InitialTensors, Variant, VariantSettings
 from variants.full_finetune import MODEL_PREFIX
 from variants.targets import is_conv1d
+from variants.testing.cases import Case
+from variants.testing.rig import LaneOptimizer, attach_variant, calibrate_lane, model_output
 
 RANK, ALPHA, STEPS, RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
 
@@ -136,8 +137,8 @@ def steps_alike(variant: Variant, oracle: Oracle, model: str) -> Adapters:
     1e-6; returns ours after the steps."""
     case = Case(model, model=model, dtype=torch.float64)
     settings = VariantSettings(RANK, ALPHA, extra=oracle.extra)
-    ours = fit(case, variant, settings)
-    ours.add_lane("0", settings, seed=0, calibration=evidence(case, ours, 0))
+    ours = attach_variant(case, variant, settings)
+    ours.add_lane("0", settings, seed=0, calibration=calibrate_lane(case, ours, 0))
     theirs, yours = _peft(case, ours, oracle) if oracle.config else _itself(case, ours)
     mine = ours.trainable("0")
     assert mine.keys() == yours.keys()
@@ -151,7 +152,7 @@ def steps_alike(variant: Variant, oracle: Oracle, model: str) -> Adapters:
         stepper.zero_grad()
         other.zero_grad()
         with ours.activate_lanes(["0"], step) as now:
-            loss, extra = case.loss(run(ours.model, rows), rows), now.auxiliary_loss()
+            loss, extra = case.loss(model_output(ours.model, rows), rows), now.auxiliary_loss()
             loss = loss if extra is None else loss + extra.sum()
             loss.backward()
         wanted = _loss(theirs, case, rows)
@@ -171,7 +172,7 @@ def _loss(theirs: nn.Module, case: Case, rows: Tensor) -> Tensor:
     """PEFT's own, with what it adds in its forward, where the oracle is PEFT's."""
     if isinstance(theirs, PeftModel):
         return theirs.base_model(input_ids=rows, labels=rows).loss
-    return case.loss(run(theirs, rows), rows)
+    return case.loss(model_output(theirs, rows), rows)
 
 
 def _itself(case: Case, ours: Adapters) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -6,21 +6,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rig import CASES, Case, NotApplicable, distance, output, put_on, run, stir, together
 from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
 from variants.base import Batching
+from variants.testing.cases import CASES, Case
+from variants.testing.rig import (
+    NotApplicableError,
+    attach_lanes,
+    lane_inputs,
+    lane_outputs,
+    model_output,
+    perturb_lanes,
+    relative_error,
+)
 
 SEVERAL = [case for case in CASES if case.lanes > 1]
 
 
 def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
     """Of lane "1", after one backward of these lanes together."""
-    x = together(case, lanes)
+    x = lane_inputs(case, lanes)
     with adapters.activate_lanes(lanes, 0):
-        out = run(adapters.model, x).chunk(len(lanes))
+        out = model_output(adapters.model, x).chunk(len(lanes))
     torch.stack([case.loss(o, r) for o, r in zip(out, x.chunk(len(lanes)), strict=True)]).sum().backward()
     own = adapters.trainable("1")
     got = {name: p.grad.clone() for name, p in own.items() if p.grad is not None}
@@ -34,16 +43,16 @@ def agree(name: str, case: Case) -> None:
     if variant.batching is Batching.EXCLUSIVE:
         pytest.skip(f"{name} is alone in its pack")
     try:
-        adapters = put_on(case, variant, 3, dropout=0.1)
-    except NotApplicable as reason:
+        adapters = attach_lanes(case, variant, 3, dropout=0.1)
+    except NotApplicableError as reason:
         pytest.skip(str(reason))
-    stir(case, adapters)
-    alone = output(case, adapters, ["1"])
-    assert distance(output(case, adapters).chunk(3)[1], alone) < case.tolerance
+    perturb_lanes(case, adapters)
+    alone = lane_outputs(case, adapters, ["1"])
+    assert relative_error(lane_outputs(case, adapters).chunk(3)[1], alone) < case.tolerance
     mine, company = gradients(case, adapters, ("1",)), gradients(case, adapters, ("0", "1", "2"))
     assert mine.keys() == company.keys() == adapters.trainable("1").keys()
     for key, gradient in mine.items():
-        assert distance(company[key], gradient) < case.tolerance, key
+        assert relative_error(company[key], gradient) < case.tolerance, key
 
 
 @pytest.mark.gpu

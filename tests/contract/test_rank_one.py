@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rig import Case, NotApplicable, put_on, run, stir, together
 from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
 from variants.base import Batching, UnsupportedError
+from variants.testing.cases import Case
+from variants.testing.rig import NotApplicableError, attach_lanes, lane_inputs, model_output, perturb_lanes
 
-CASE = Case("rank-one", out=64, inside=48)
+CASE = Case("rank-one", out_features=64, in_features=48)
 
 
 def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -20,7 +21,10 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
     with adapters.activate_lanes(lanes, None) as now:
-        loss, extra = run(adapters.model, together(CASE, lanes)).square().sum(), now.auxiliary_loss()
+        loss, extra = (
+            model_output(adapters.model, lane_inputs(CASE, lanes)).square().sum(),
+            now.auxiliary_loss(),
+        )
         (loss if extra is None else loss + extra.sum()).backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 
@@ -30,13 +34,13 @@ def test_rank_one_lanes_do_not_notice_each_other(name: str) -> None:
     if catalogue.get(name).batching is Batching.EXCLUSIVE:
         pytest.skip(f"{name} is alone in its pack")
     try:
-        adapters = put_on(CASE, catalogue.get(name), 3, rank=1)
-    except NotApplicable as reason:
+        adapters = attach_lanes(CASE, catalogue.get(name), 3, rank=1)
+    except NotApplicableError as reason:
         pytest.skip(str(reason))
     except UnsupportedError as refusal:
         assert name == "lora_moe", "only a mixture of experts has no rank 1"
         pytest.skip(str(refusal))
-    stir(CASE, adapters)
+    perturb_lanes(CASE, adapters)
     alone, company = gradients(adapters, ("1",)), gradients(adapters, ("0", "1", "2"))
     assert alone
     assert alone.keys() == company.keys()

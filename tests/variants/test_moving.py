@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from rig import CASES, Case, LaneOptimizer, distance, output, put_on, run, same, train, train_step
 from torch import Tensor
 
 from variants import catalogue
@@ -17,10 +16,21 @@ from variants.attach import Adapters
 from variants.base import UnsupportedError, VariantSettings
 from variants.merging import merge_and_detach
 from variants.storage import load_peft, save_peft
+from variants.testing.cases import CASES, Case
+from variants.testing.rig import (
+    LaneOptimizer,
+    attach_lanes,
+    lane_outputs,
+    model_output,
+    relative_error,
+    tensors_equal,
+    train,
+    train_step,
+)
 
-RIG = Case("rig", out=40, inside=24, bias=True)
+RIG = Case("rectangles", out_features=40, in_features=24, bias=True)
 LLAMA = Case("llama", model="llama", lanes=2)
-LOW = Case("low", out=24, inside=40, dtype=torch.bfloat16, lanes=2)
+LOW = Case("low", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=2)
 
 
 def stepped(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
@@ -44,17 +54,17 @@ def delta(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
 
 @pytest.mark.parametrize("case", [RIG, LLAMA, LOW], ids=lambda case: case.name)
 def test_a_merge_on_the_way_changes_no_output(case: Case) -> None:
-    adapters = put_on(case, catalogue.get("relora"), 2)
+    adapters = attach_lanes(case, catalogue.get("relora"), 2)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
     for step in range(5):
         train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
-    before, frozen = output(case, adapters), adapters.frozen("0")
+    before, frozen = lane_outputs(case, adapters), adapters.frozen("0")
     old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
     assert not any(tensor.any() for tensor in frozen.values())
     for lane, each in optimizers.items():
-        adapters.after_step(lane, 250, 1000, each._moments)
-    after = output(case, adapters)
-    assert distance(after, before) < case.tolerance / 10
+        adapters.after_step(lane, 250, 1000, each.moments)
+    after = lane_outputs(case, adapters)
+    assert relative_error(after, before) < case.tolerance / 10
     for name, tensor in adapters.trainable("0").items():
         layer, parameter = name.rsplit(".", 1)
         merged = frozen[f"{layer}.merged {parameter}"]
@@ -64,15 +74,15 @@ def test_a_merge_on_the_way_changes_no_output(case: Case) -> None:
 
 
 def test_relora_prunes_what_adam_remembers() -> None:
-    adapters = put_on(RIG, catalogue.get("relora"), 1)
+    adapters = attach_lanes(RIG, catalogue.get("relora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
     for step in range(3):
         train_step(RIG, adapters, {"0": optimizer}, {"0": step})
     parameters = adapters.trainable("0").values()
-    before = [{key: moment.clone() for key, moment in optimizer._moments(p).items()} for p in parameters]
-    adapters.after_step("0", 250, 1000, optimizer._moments)
+    before = [{key: moment.clone() for key, moment in optimizer.moments(p).items()} for p in parameters]
+    adapters.after_step("0", 250, 1000, optimizer.moments)
     for parameter, old in zip(parameters, before, strict=True):
-        now = optimizer._moments(parameter)
+        now = optimizer.moments(parameter)
         kept = now["exp_avg"] != 0
         assert kept.sum() == parameter.numel() - int(0.99 * parameter.numel()) > 0
         assert torch.equal(kept, now["exp_avg_sq"] != 0)
@@ -93,29 +103,32 @@ def test_relora_warms_up_again_after_each_merge() -> None:
 
 @pytest.mark.parametrize("case", [RIG, LLAMA], ids=lambda case: case.name)
 def test_relora_reaches_a_higher_rank_and_merges_and_leaves_whole(case: Case, tmp_path: Path) -> None:
-    adapters = put_on(case, catalogue.get("relora"), 1, rank=2)
+    adapters = attach_lanes(case, catalogue.get("relora"), 1, rank=2)
     train(case, adapters, steps=8)
     name = next(iter(adapters.layers))
     assert torch.linalg.matrix_rank(delta(adapters, name)) == 2 * 4
-    out = output(case, adapters)
+    out = lane_outputs(case, adapters)
     save_peft(adapters, "0", tmp_path, "base")
     back = load_peft(case.build(), tmp_path, lane="0")
     assert (back.variant.name, back.settings.rank) == ("lora", 8)
-    assert distance(output(case, back), out) < case.tolerance
+    assert relative_error(lane_outputs(case, back), out) < case.tolerance
     with torch.no_grad():
-        assert distance(run(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out) < 1e-5
+        assert (
+            relative_error(model_output(PeftModel.from_pretrained(case.build(), tmp_path), case.rows(0)), out)
+            < 1e-5
+        )
         merge_and_detach(adapters, "0")
-        assert distance(run(adapters.model, case.rows(0)), out) < case.tolerance
+        assert relative_error(model_output(adapters.model, case.rows(0)), out) < case.tolerance
 
 
 # -- Delta-LoRA ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["rig", "llama"])
+@pytest.mark.parametrize("model", ["rectangles", "llama"])
 def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
     """Beside LoRA, whose base weights are rewritten after each step t > K as in the paper's algorithm 1."""
-    case, steps = Case(model, model=model, out=40, inside=24, dtype=torch.float64), 12
-    ours, theirs = (put_on(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
+    case, steps = Case(model, model=model, out_features=40, in_features=24, dtype=torch.float64), 12
+    ours, theirs = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
     begin = {name: layer.frozen_layer.weight.clone() for name, layer in ours.layers.items()}
     k, taken = round(500 / 1562 * steps), stepped(case, ours, steps)
     product = {name: delta(theirs, name) for name in begin}
@@ -136,12 +149,12 @@ def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
 
 
 def test_delta_lora_has_no_dropout() -> None:
-    adapters = put_on(RIG, catalogue.get("delta_lora"), 1, dropout=0.5)
+    adapters = attach_lanes(RIG, catalogue.get("delta_lora"), 1, dropout=0.5)
     assert adapters.settings.dropout == 0
     train(RIG, adapters, steps=3)
-    clean = put_on(RIG, catalogue.get("delta_lora"), 1)
+    clean = attach_lanes(RIG, catalogue.get("delta_lora"), 1)
     train(RIG, clean, steps=3)
-    assert same(adapters.trainable("0"), clean.trainable("0"))
+    assert tensors_equal(adapters.trainable("0"), clean.trainable("0"))
 
 
 # -- AdaLoRA ------------------------------------------------------------------------------------------------
@@ -149,7 +162,7 @@ def test_delta_lora_has_no_dropout() -> None:
 
 def test_adaloras_ranks_follow_the_budget() -> None:
     """Of 4 layers' 6 triplets, 16 are left; with t_i = 3 and T - t_f = 17 of 40 steps."""
-    adapters = put_on(RIG, catalogue.get("adalora"), 2)
+    adapters = attach_lanes(RIG, catalogue.get("adalora"), 2)
     for step in stepped(RIG, adapters, 40):
         share = min(1.0, max(0.0, (step - 3) / 14))
         left = 16 + math.floor(8 * (1 - share) ** 3)
@@ -172,21 +185,21 @@ def test_adaloras_ranks_follow_the_budget() -> None:
 
 def test_adalora_prunes_the_least_important_of_all_layers() -> None:
     """A layer whose triplets are told to matter keeps all of them; the others pay for it."""
-    adapters = put_on(RIG, catalogue.get("adalora"), 1)
+    adapters = attach_lanes(RIG, catalogue.get("adalora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
     train_step(RIG, adapters, {"0": optimizer}, {"0": 0})
     for kind in ("importance", "uncertainty"):
         adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
-    adapters.after_step("0", 17, 40, optimizer._moments)
+    adapters.after_step("0", 17, 40, optimizer.moments)
     ranks = adapters.ranks_in_use("0")
     assert ranks["there.1"] == 6
     assert sum(ranks.values()) == 16
 
 
 def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
-    adapters = put_on(RIG, catalogue.get("adalora"), 2)
+    adapters = attach_lanes(RIG, catalogue.get("adalora"), 2)
     with adapters.activate_lanes(["0", "1"], 0) as now:
-        run(adapters.model, torch.cat([RIG.rows(0), RIG.rows(1)]))
+        model_output(adapters.model, torch.cat([RIG.rows(0), RIG.rows(1)]))
     found = now.auxiliary_loss()
     assert found is not None
     for lane, value in enumerate(found):
@@ -205,14 +218,14 @@ def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
 def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
     """The five steps of the law have one merge and one cut of the ranks; these sixteen have several."""
     case = CASES[3]
-    company, steps = put_on(case, catalogue.get(name), 3), 16
+    company, steps = attach_lanes(case, catalogue.get(name), 3), 16
     train(case, company, steps)
     for lane in range(3):
-        alone = put_on(case, catalogue.get(name), 0)
+        alone = attach_lanes(case, catalogue.get(name), 0)
         alone.add_lane(str(lane), alone.settings, seed=lane)
         train(case, alone, steps)
-        assert same(alone.trainable(str(lane)), company.trainable(str(lane)))
-        assert same(alone.frozen(str(lane)), company.frozen(str(lane)))
+        assert tensors_equal(alone.trainable(str(lane)), company.trainable(str(lane)))
+        assert tensors_equal(alone.frozen(str(lane)), company.frozen(str(lane)))
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ def test_endings_and_patterns(llama: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("q_prj", r"target 'q_prj': no module's name ends so. Did you mean 'q_proj'\?"),
+        ("q_prj", r"target 'q_prj': no module's name ends with it. Did you mean 'q_proj'\?"),
         ("q_proj,", "target ''"),
         ("proj", "target 'proj'"),
         ("zzz", "linear layers end in: down_proj, gate_proj"),
         ("embed_tokens", "'model.embed_tokens' is of type Embedding"),
         ("mlp", "is of type LlamaMLP"),
-        ("re:nothing", "no linear layer among"),
+        ("re:nothing", "selects no linear layer"),
         ("re:(", "not a regular expression"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The reference that the others are compared with."""
+"""Baselines: LoRA and two controls, full fine-tuning and a trained head."""

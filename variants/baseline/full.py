@@ -8,11 +8,15 @@ from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
 
 
 class Full(Variant):
-    """W' = W + dW for every parameter W: embeddings, norms, biases and all. A control, without rank or alpha.
+    """W' = W + dW for every parameter W, including embeddings, norms and biases.
 
-    Start: the model itself. The lane learns float32 copies that take the frozen parameters' place while it is
-    computed (in the model's dtype), so the base stays as it is; it is alone in its pack. With weight decay,
-    the copies decay towards zero, as in any full fine-tuning. Parameters: all of the model's.
+    A control without rank and alpha.
+
+    Initialization: the model itself. The lane trains float32 copies, which take the place of the frozen
+    parameters while the lane is computed in the model's dtype. The base model stays unchanged, and the lane
+    group holds one lane. With weight decay the copies decay towards zero, as in any full fine-tuning.
+
+    Parameters: those of the model.
     """
 
     name: ClassVar[str] = "full"

@@ -1,4 +1,4 @@
-"""A trained head on the frozen base: what the base knows already, without any adapter."""
+"""A trained head on the frozen base model, without any adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
 
 
 class HeadOnly(Variant):
-    """W' = W; only the task's head learns. A control: what an adapter adds is the distance from here.
+    """W' = W; only the task's head learns.
 
-    Without rank or alpha; for tasks with a head (classification). Parameters: the head's.
+    A control without rank and alpha, for tasks with a head (classification). The difference between an
+    adapter's score and this one is what the adapter adds.
+
+    Parameters: those of the head.
     """
 
     name: ClassVar[str] = "head_only"

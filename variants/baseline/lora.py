@@ -25,15 +25,18 @@ from variants.base import (
 
 
 class LoRA(Variant):
-    """W' = W + s B A. Start: A = U(-1/sqrt(in), 1/sqrt(in)) (Kaiming with a = sqrt 5), B = 0, so W' = W.
+    """W' = W + s B A with s = alpha / rank.
 
-    Parameters: rank * (in + out) a layer.
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0, so W' = W.
 
-    A start that is not zero (PiSSA, OLoRA, MiLoRA, LoRA-GA) is handled here: if `start` puts frozen copies
-    A0, B0 beside A, B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
-    s (B (A - A0) + (B - B0) A0): the same, but exactly zero at the start in every dtype, and what was learned
-    is not rounded against the larger B0 A0. Dropout applies to the input of B A, and not to that of
-    W - s B0 A0, the weight that the papers freeze (but see LoRA-GA, whose `frozen_part` is empty).
+    Parameters: rank * (in + out) per layer.
+
+    Subclasses may start from a non-zero product (PiSSA, LoRA-GA). If `init` returns frozen copies A0 and B0
+    of A and B, then W' = W + s (B A - B0 A0), which is W at step 0. It is computed as
+    s (B (A - A0) + (B - B0) A0). This form is exactly zero at step 0 in every dtype, and it does not round
+    the learnt change to the precision of the larger product B0 A0. Dropout applies to the input of B A, and
+    not to the input of W - s B0 A0, which is the weight that the papers freeze. LoRA-GA differs: its
+    `frozen_update_buffers` is empty.
     """
 
     name: ClassVar[str] = "lora"
@@ -53,7 +56,7 @@ class LoRA(Variant):
         return lora_init(layer, settings, generator)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """A and B with W' - W = s B A: (..., R, in) and (..., out, R), R = `export_rank`."""
+        """Return A (..., R, in) and B (..., out, R) with W' - W = s B A, where R is `export_rank`."""
         a, b = params["A"], params["B"]
         if "A0" not in params:
             return a, b
@@ -61,7 +64,7 @@ class LoRA(Variant):
         return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
 
     def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Return A (..., R, in) and B (..., out, R): `frozen_part` adds s B A to the frozen weight."""
+        """Return A (..., R, in) and B (..., out, R) for the part s B A that `add_frozen_update` adds."""
         return params["A0"], -params["B0"]
 
     def add_frozen_update(
@@ -71,8 +74,9 @@ class LoRA(Variant):
         return LoRA.forward(self, x, base_output, {"A": a, "sB": b * scaling}, layer, scaling)
 
     def export_rank(self, settings: VariantSettings) -> int:
-        """Of the plain LoRA that the export is, over the unchanged base: above the rank that is learnt where
-        there are frozen factors besides (as PEFT advises for PiSSA).
+        """Return the rank of the plain LoRA over the unchanged base model that the export is.
+
+        It exceeds the trained rank if there are frozen factors besides (as PEFT advises for PiSSA).
         """
         return settings.rank
 
@@ -101,7 +105,7 @@ class LoRA(Variant):
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         rank = self.export_rank(settings)
-        # PEFT scales by lora_alpha / r. That has to be this variant's s, which may not be alpha / rank.
+        # PEFT scales by lora_alpha / r, which has to equal this variant's s even if s is not alpha / rank.
         has_own_scaling = rank != settings.rank or type(self).scaling is not LoRA.scaling
         return {
             "peft_type": "LORA",
@@ -123,14 +127,14 @@ class LoRA(Variant):
 
 
 def lora_settings_from_peft(config: Mapping[str, Any], flag: str = "") -> VariantSettings | None:
-    """Return the settings behind a PEFT config of LoRA with exactly this flag.
+    """Return the settings that a PEFT config describes, if it is LoRA with exactly this flag.
 
     Args:
         config: The content of adapter_config.json.
         flag: "use_rslora" or "use_dora"; empty for plain LoRA.
 
     Returns:
-        None where the config is another method's.
+        None if the config belongs to another method.
     """
     on = {name for name in ("use_rslora", "use_dora") if config.get(name, False)}
     if config.get("peft_type") != "LORA" or on != ({flag} if flag else set()):
@@ -140,5 +144,5 @@ def lora_settings_from_peft(config: Mapping[str, Any], flag: str = "") -> Varian
 
 def _require_alpha(settings: VariantSettings) -> float:
     if settings.alpha is None:
-        raise UnsupportedError("alpha None: this variant needs one, a finite number above 0")
+        raise UnsupportedError("alpha None: this variant needs an alpha, a finite number above 0")
     return settings.alpha

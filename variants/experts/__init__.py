@@ -1,1 +1,1 @@
-"""Variants of several adapters between which a router chooses."""
+"""Variants with several adapters per layer and a router that weighs them."""

@@ -1,4 +1,4 @@
-"""LoRAMoE (Dou et al. 2023, arXiv 2312.09979): several LoRAs a layer, weighed for every token by a router."""
+"""LoRAMoE (Dou et al. 2023, arXiv 2312.09979): several LoRAs per layer and a router that weighs them."""
 
 from __future__ import annotations
 
@@ -28,27 +28,34 @@ from variants.base import (
 
 
 class LoRAMoE(Variant):
-    """y = W x + s sum_i g_i(x) B_i A_i x, g = softmax(R x) over the experts, R (experts, in). Not mergeable.
+    """y = W x + s sum_i g_i(x) B_i A_i x with g = softmax(R x) over the experts, R (experts, in).
 
-    `rank` is shared out among the experts: there are as many as divide it, at most `experts` (8 of rank 1 at
-    rank 8; 4 at rank 4), at least 2. s = alpha / (rank of an expert) as in the authors' code; with even gates
-    that is LoRA's alpha / rank of the whole (the published study took alpha / rank: an eighth of it).
+    It cannot be merged into W.
 
-    Start: A and R = U(-1/sqrt(in), 1/sqrt(in)), so each expert's A as a LoRA's; B = 0, so y = W x.
-    Parameters: rank * (in + out) + experts * in a layer.
+    The experts share `rank` equally. Their number is the largest one from 2 to `experts` that divides `rank`
+    (8 experts of rank 1 at rank 8, 4 at rank 4). As in the authors' code, s = alpha / (rank of one expert).
+    With equal gates this is LoRA's scaling alpha / rank of the whole. The published study used alpha / rank,
+    an eighth of it.
 
-    `top_k`: 0 weighs all experts, as the paper does. Any other number keeps a token's largest gates and
-    scales them to a sum of 1. The published study's 2 is not the default: it is not the paper's, saves
-    nothing where all experts are one product of matrices, and leaves experts without gradients.
+    Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), so that each expert's A is as in LoRA; B = 0, so
+    y = W x.
 
-    The localized balancing constraint, `balance` times the squared coefficient of variation of the experts'
-    gates summed over an example, joins the loss as a mean over examples. Here a task is of one type, so that
-    all experts are of that type and all entries of the importance matrix are scaled alike, by 1 + delta,
-    which drops out of the authors' code: var / mean^2 (var / mean, as in the paper's equation, would grow
-    with the number of tokens).
+    Parameters: rank * (in + out) + experts * in per layer.
 
-    Deviations: padding does not count; the layers' terms are averaged, not summed; dropout reaches the
-    router's input too. `balance` 0.1 is the paper's beta from memory, unconfirmed; the released script has 0.
+    Settings: `top_k` 0 weighs all experts, as in the paper. Another number keeps a token's largest gates and
+    scales them to a sum of 1. The published study used 2. This is not the default because the paper does not
+    do it, because it saves nothing where one matrix product computes all experts, and because it leaves
+    experts without gradients.
+
+    The loss gains the localized balancing constraint: `balance` times the squared coefficient of variation of
+    the experts' gates, summed over an example and averaged over examples. Here all examples belong to one
+    task type and so all experts do. Then the authors' code scales all entries of the importance matrix by
+    1 + delta, which cancels in var / mean^2. (The paper's equation has var / mean, which grows with the
+    number of tokens.)
+
+    Deviations: padding does not count; the layers' terms are averaged and not summed; dropout also applies to
+    the router's input. The default `balance` of 0.1 is the paper's beta from memory and unconfirmed; the
+    released script has 0.
     """
 
     name: ClassVar[str] = "lora_moe"
@@ -89,7 +96,7 @@ class LoRAMoE(Variant):
         a = initial.trainable["A"]
         initial.frozen["balance"] = a.new_tensor(float(settings.extra["balance"]))
         if top_k:
-            initial.frozen["kept"] = a.new_ones(top_k)  # as long as experts are kept
+            initial.frozen["kept"] = a.new_ones(top_k)  # its length tells `_gates` how many gates to keep
         return initial
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
@@ -120,7 +127,7 @@ def _expert_count(settings: VariantSettings) -> int:
 
 
 def _gates(x: Tensor, params: Params) -> Tensor:
-    """(K, N, experts) for x (K, N, in), in float32 or float64."""
+    """Return the gates (K, N, experts) for x (K, N, in), in float32 or float64."""
     logits = batch_invariant_bmm(x, params["R"].to(x.dtype).transpose(1, 2))
     gates = logits.softmax(2, dtype=torch.promote_types(x.dtype, torch.float32))
     if "kept" not in params:

@@ -1,1 +1,1 @@
-"""Variants that change where training starts."""
+"""Variants that change the initialization of LoRA."""

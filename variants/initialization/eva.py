@@ -1,5 +1,6 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA that starts from the directions in which a layer's
-inputs vary most, with more ranks where they explain more.
+"""EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA from the principal directions of a layer's inputs.
+
+Layers whose directions explain more variance get more ranks.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ from variants.initialization.pissa import randomized_svd
 
 
 class EVA(LoRA):
-    """W' = W + s B A, s = alpha / rank whatever ranks a layer was given (PEFT's `adjust_scaling_factors`).
+    """W' = W + s B A with s = alpha / rank, whatever number of ranks a layer has.
 
-    Start: A = the inputs' first principal directions, B = 0, so W' = W. Of the `rho` * rank first directions
-    of every layer, the layers * rank that explain the largest share of their own layer's variance are used; a
-    layer may get none. All layers are padded to `rho` * rank, with a frozen mask over the ranks that are not
-    in use. Parameters: ranks in use * (in + out) a layer.
+    (PEFT: `adjust_scaling_factors`.)
+
+    Initialization: A = the first principal directions of the layer's inputs, B = 0, so W' = W. Each layer
+    proposes its first `rho` * rank directions. Of all proposed directions, the layers * rank that explain the
+    largest fraction of their own layer's variance are used. A layer may get no rank. All layers have
+    `rho` * rank ranks allocated; a frozen mask hides those that are not in use.
+
+    Parameters: ranks in use * (in + out) per layer.
 
     Principal directions are the right singular vectors of the inputs minus their mean, as in the authors'
-    code and PEFT (both use an incremental PCA). Deviations from them: the covariance is that of all of
-    `calibration_batches` batches, decomposed once, where theirs is updated batch by batch, truncated each
-    time, until the directions stand still (`tau`); every position that is no padding counts, also the
-    prompt's, which PEFT leaves out by default.
+    code and PEFT (both use an incremental PCA).
+
+    Deviations: here the covariance of all `calibration_batches` batches is decomposed once; there the
+    decomposition is updated and truncated with each batch until the directions converge (`tau`). Here every
+    position except padding counts; PEFT leaves out the prompt by default.
     """
 
     name: ClassVar[str] = "eva"
@@ -60,7 +66,7 @@ class EVA(LoRA):
         self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
     ) -> dict[str, Tensor]:
         columns = min(_max_rank(settings), len(statistic))
-        # One seed for all layers, so that those that share their inputs tie exactly: the first comes first.
+        # All layers use one seed, so that layers with the same inputs tie exactly; the first one then wins.
         _, variance, directions = randomized_svd(statistic, columns, iterations=4, seed=stable_seed(columns))
         total = statistic.trace().clamp_min(torch.finfo(statistic.dtype).tiny)
         return {"directions": directions[:columns], "shares": variance[:columns] / total}
@@ -87,12 +93,12 @@ class EVA(LoRA):
         return int(params["mask"].sum())
 
     def export_rank(self, settings: VariantSettings) -> int:
-        """The masked ranks go along as zeros."""
+        """Return the allocated rank: masked ranks are exported as zeros."""
         return _max_rank(settings)
 
 
 def _max_rank(settings: VariantSettings) -> int:
-    """Ranks that a layer can get."""
+    """Return the number of ranks that each layer has allocated."""
     return round(settings.rank * float(settings.extra["rho"]))
 
 

@@ -1,4 +1,4 @@
-"""LoRA-GA (Wang et al. 2024, arXiv 2407.05000): LoRA whose first step goes where full fine-tuning's would."""
+"""LoRA-GA (Wang et al. 2024, arXiv 2407.05000): LoRA whose first step approximates full fine-tuning's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
-    UnsupportedError,
     VariantSettings,
     VerifiedBy,
     int_setting,
+    positive_setting,
     stable_seed,
 )
 from variants.baseline.lora import LoRA
@@ -24,21 +24,27 @@ from variants.initialization.pissa import randomized_svd
 
 
 class LoRAGA(LoRA):
-    """W' = W + s (B A - B0 A0), s = alpha / sqrt(rank), as the authors train it.
+    """W' = W + s (B A - B0 A0) with s = alpha / sqrt(rank), as in the authors' training code.
 
-    Start: with the mean gradient G = U S V^T over `calibration_batches` batches, A0 = c V[:, :r]^T and
-    B0 = c U[:, r:2r], c = out^(1/4) / sqrt(`gamma`) (the authors' scale "stable", direction "ArB2r"),
-    and A, B begin as A0, B0, so W' = W. Each rank takes two singular directions, so that there are at most
-    half as many ranks as the layer's smaller side is long. Parameters: rank * (in + out) a layer.
+    Initialization: G = U S V^T is the mean gradient over `calibration_batches` batches. A = A0 = c V[:, :r]^T
+    and B = B0 = c U[:, r:2r] with c = out^(1/4) / sqrt(`gamma`) (the authors' scale "stable" and direction
+    "ArB2r"), so W' = W. Each rank takes two singular vectors, so the rank is at most half the smaller side of
+    the layer.
 
-    Deviations: the paper writes W - s B0 A0 into the weight; here A0 and B0 stay beside it as frozen tensors,
-    and dropout applies to the offset as it does to B A, unlike in PiSSA. So the start is W with dropout too
-    (in the published study dropout broke LoRA-GA). The SVD is randomised with 4 power iterations as in the
-    authors' code, but with 2 r + 10 columns (theirs: 4 r) and noise of its own. A pair (u, v) of an SVD is as
-    good with both signs turned, but A0 and B0 are of different pairs, so training is not the same: here the
-    largest entry of v is positive (theirs: whatever the machine's linear algebra returns). PEFT's `lora_ga`
-    is another method: it multiplies B0 by the singular values and by c, leaves A0 unscaled, and divides by
-    `rank` unless told not to; so there is no oracle here.
+    Parameters: rank * (in + out) per layer.
+
+    Deviations:
+    - The paper writes W - s B0 A0 into the weight. Here A0 and B0 are frozen tensors beside it. Unlike in
+      PiSSA, dropout applies to B0 A0 as it does to B A, so that W' = W also with dropout. (In the published
+      study dropout broke LoRA-GA.)
+    - The SVD is randomized with 4 power iterations as in the authors' code, but with 2 r + 10 columns (there
+      4 r) and its own noise.
+    - An SVD determines a pair (u, v) up to a common sign. A0 and B0 come from different pairs, so the signs
+      affect training. Here the largest entry of v is positive; there the sign depends on the linear algebra
+      library.
+
+    PEFT's `lora_ga` is another method, so it is no reference: it multiplies B0 by the singular values and by
+    c, does not scale A0, and divides by `rank` by default.
     """
 
     name: ClassVar[str] = "lora_ga"
@@ -49,15 +55,13 @@ class LoRAGA(LoRA):
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.MEAN_GRADIENT
     singular_vectors_per_rank: ClassVar[int] = 2
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
-    numerics: ClassVar[int] = 2  # 1: signs as the SVD happened to return them
+    numerics: ClassVar[int] = 2  # numerics 1 kept the signs that the SVD returned
     extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "gamma": 16.0}
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
         int_setting(settings, "calibration_batches")
-        gamma = settings.extra["gamma"]
-        if isinstance(gamma, (str, bool)) or not math.isfinite(gamma) or gamma <= 0:
-            raise UnsupportedError(f"gamma {gamma!r}: must be a finite number above 0; the paper's is 16")
+        positive_setting(settings, "gamma", "the paper's is 16")
         return settings
 
     def scaling(self, settings: VariantSettings) -> float:

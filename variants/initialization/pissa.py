@@ -1,6 +1,4 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the weight's largest singular
-triplets.
-"""
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA from the largest singular triplets of the weight."""
 
 from __future__ import annotations
 
@@ -21,15 +19,18 @@ from variants.baseline.lora import LoRA
 
 
 class PiSSA(LoRA):
-    """W' = W + s (B A - B0 A0), s = alpha / rank; W - s B0 A0 is the paper's residual weight.
+    """W' = W + s (B A - B0 A0) with s = alpha / rank; W - s B0 A0 is the paper's residual weight.
 
-    Start: with W = U S V^T and its `rank` largest triplets, B0 = U sqrt(S / s), A0 = sqrt(S / s) V^T, and A,
-    B begin as A0, B0, so W' = W. The paper writes the residual into W; here A0 and B0 stay beside it as
-    frozen tensors, exact in bfloat16 and over one base for all lanes. Dropout does not apply to the residual.
-    Parameters: rank * (in + out) a layer.
+    Initialization: with the `rank` largest triplets of W = U S V^T, B = B0 = U sqrt(S / s) and
+    A = A0 = sqrt(S / s) V^T, so W' = W. It involves no noise: seeds differ only in their data order.
 
-    `svd`: "exact", or the number of power iterations of a randomised one (the paper advises 16 for speed).
-    There is no noise in the start: seeds differ in their data order only.
+    Parameters: rank * (in + out) per layer.
+
+    The paper writes the residual into W. Here A0 and B0 are frozen tensors beside it, which is exact in
+    bfloat16 and needs one base model for all lanes. Dropout does not apply to the residual.
+
+    Settings: `svd` is "exact" or the number of power iterations of a randomized SVD (the paper recommends 16
+    for speed).
     """
 
     name: ClassVar[str] = "pissa"
@@ -60,7 +61,7 @@ class PiSSA(LoRA):
 
 
 def _singular_triplets(layer: FrozenLayer, rank: int, svd: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, rank), S (rank,), V^T (rank, in): the same for all lanes, so taken once a layer."""
+    """Return U (out, rank), S (rank,) and V^T (rank, in); computed once per layer for all lanes."""
     key = f"svd {svd} {rank}"
     if key not in layer.cache:
         weight = layer.weight.to(layer.dtype)
@@ -74,8 +75,18 @@ def _singular_triplets(layer: FrozenLayer, rank: int, svd: str) -> tuple[Tensor,
 
 
 def randomized_svd(weight: Tensor, rank: int, iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V^T of the largest `rank` triplets and up to ten more: Halko, Martinsson and Tropp (2011, arXiv
-    0909.4061), algorithms 4.4 and 5.1. Its own noise, so that torch's global state is left alone.
+    """Return U, S and V^T of the largest triplets by a randomized SVD.
+
+    The result has up to ten triplets more than `rank`.
+
+    Halko, Martinsson and Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1. The global random state of
+    torch is not used.
+
+    Args:
+        weight: (out, in).
+        rank: The number of triplets needed.
+        iterations: The number of power iterations.
+        seed: The seed of the random projection.
     """
     columns = min(rank + 10, *weight.shape)
     noise = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(seed))

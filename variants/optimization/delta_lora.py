@@ -1,6 +1,4 @@
-"""Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the frozen weight follows the change of the low-rank
-product.
-"""
+"""Delta-LoRA (Zi et al. 2023, arXiv 2309.02411): the change of B A is also added to the frozen weight."""
 
 from __future__ import annotations
 
@@ -23,16 +21,19 @@ from variants.baseline.lora import LoRA
 
 
 class DeltaLoRA(LoRA):
-    """W' = Wt + s B A, s = alpha / rank; after each step t > K, Wt gains ratio * s (B A now - B A before).
+    """W' = Wt + s B A with s = alpha / rank; after each step t > K, Wt gains ratio * s * (change of B A).
 
-    Wt is never written. The sum telescopes to W + ratio * s (B A - B0 A0) with A0, B0 = A, B after K + 1
-    steps, kept as frozen tensors: exact in every dtype, and over one base for all lanes. Until then A0, B0
-    follow A and B. The part of Wt carries no gradient to A and B. Start and parameters as LoRA:
-    rank * (in + out) a layer.
+    Wt is never written. The sum of the changes telescopes: Wt = W + ratio * s (B A - B0 A0), where A0 and B0
+    are A and B after K + 1 steps, kept as frozen tensors. This is exact in every dtype and needs one base
+    model for all lanes. Before that step A0 and B0 follow A and B. No gradient flows through Wt.
 
-    `ratio` 2 is the paper's lambda. K is the share `start` of the horizon: the paper's K = 500, of the 1,562
-    steps of the published study. There is no dropout: the paper removes it from the low-rank path, so that
-    the gradient by B A is the gradient by W; any that is asked for is taken as zero.
+    Initialization and parameters as in LoRA: rank * (in + out) per layer.
+
+    Settings: `ratio` is the paper's lambda, by default 2. `start` is K as a fraction of the total steps, by
+    default the paper's K = 500 of the 1,562 steps of the published study.
+
+    Dropout in the settings is replaced by 0: the paper removes dropout from the low-rank path, so that the
+    gradient with respect to B A equals the gradient with respect to W.
     """
 
     name: ClassVar[str] = "delta_lora"
@@ -66,8 +67,10 @@ class DeltaLoRA(LoRA):
                     view.frozen[f"before {name}"].copy_(tensor)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """B A + ratio (B A - B0 A0) as one product. The difference is B (A - A0) + (B - B0) A0: exactly zero
-        while nothing has changed, and not rounded against B A.
+        """Return B A + ratio (B A - B0 A0) as one product.
+
+        The difference is written as B (A - A0) + (B - B0) A0. It is exactly zero while nothing has changed,
+        and it is not rounded to the precision of B A.
         """
         a, b, ratio = params["A"], params["B"], params["ratio"]
         a0, b0 = params["before A"], params["before B"]

@@ -1,4 +1,4 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): direction by LoRA, length of each row by a vector of its own."""
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA for the direction of each row, a vector for its length."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from variants.baseline.lora import LoRA, lora_settings_from_peft
 
 
 class DoRA(LoRA):
-    """W' = (m / n) (W + s B A), n = row norms of W + s B A, s = alpha / rank.
+    """W' = (m / n) (W + s B A) with n = row norms of W + s B A and s = alpha / rank.
 
-    Start: A, B as LoRA, m = row norms of W (one for each output), so W' = W exactly. Gradients treat n as a
-    constant (the paper's section 4.3; so do the authors' code and PEFT). Parameters: rank * (in + out) + out.
+    Initialization: A and B as in LoRA, m = row norms of W (one for each output), so W' = W exactly.
 
-    n is never taken from a full-size W + s B A but expanded,
+    Parameters: rank * (in + out) + out per layer.
+
+    The gradient treats n as a constant (section 4.3 of the paper; the authors' code and PEFT do the same).
+    n is computed without a full-size W + s B A, from
     n^2 = |W|^2 + 2 s rowsum(B * (W A^T)) + s^2 rowsum(B (A A^T) * B),
-    in float32 or float64 whatever the base's dtype. Dropout acts on what the frozen layer adds to the change,
-    too, as in the authors' code.
+    in float32 or float64 whatever the base model's dtype is. As in the authors' code, dropout also applies to
+    the part of the change that comes from the frozen layer.
     """
 
     name: ClassVar[str] = "dora"
@@ -82,7 +84,7 @@ class DoRA(LoRA):
 
 
 def _squared_row_norms(layer: FrozenLayer) -> Tensor:
-    """|W|^2 by row, (out,)"""
+    """Return the squared norm of each row of W, (out,)."""
     if "squared rows" not in layer.cache:
         layer.cache["squared rows"] = layer.weight.to(layer.dtype).square().sum(1)
     return layer.cache["squared rows"]
@@ -90,11 +92,11 @@ def _squared_row_norms(layer: FrozenLayer) -> Tensor:
 
 @torch.no_grad()
 def _row_norms(a: Tensor, b: Tensor, layer: FrozenLayer, scaling: Tensor) -> Tensor:
-    """Row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
+    """Return the row norms of W + s B A, (K, out), for A (K, rank, in) and B (K, out, rank)."""
     weight = layer.weight.to(layer.dtype).expand(len(a), -1, -1)
     cross = (b * torch.bmm(weight, a.transpose(1, 2))).sum(2)
     square = (b * torch.bmm(b, torch.bmm(a, a.transpose(1, 2)))).sum(2)
     s = scaling.squeeze(2)
     total = _squared_row_norms(layer) + 2 * s * cross + s * s * square
-    # Rounding may take a row that has all but vanished below zero.
+    # Rounding may make the square of a very small norm negative.
     return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()

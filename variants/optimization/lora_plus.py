@@ -1,18 +1,18 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA whose B learns faster than its A."""
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with a higher learning rate for B than for A."""
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-from variants.base import ExtraSettings, UnsupportedError, VariantSettings
+from variants.base import ExtraSettings, VariantSettings, positive_setting
 from variants.baseline.lora import LoRA
 
 
 class LoRAPlus(LoRA):
-    """W' = W + s B A, s = alpha / rank; B learns at `ratio` times the rate of A, which is the lane's.
+    """W' = W + s B A with s = alpha / rank; B's learning rate is `ratio` times the lane's, A's is the lane's.
 
-    Start and parameters as LoRA: rank * (in + out) a layer. `ratio` 16 is the authors' default.
+    Initialization and parameters as in LoRA: rank * (in + out) per layer. The default `ratio` of 16 is the
+    authors' default.
     """
 
     name: ClassVar[str] = "lora_plus"
@@ -23,9 +23,7 @@ class LoRAPlus(LoRA):
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
-        ratio = settings.extra["ratio"]
-        if isinstance(ratio, (str, bool)) or not math.isfinite(ratio) or ratio <= 0:
-            raise UnsupportedError(f"ratio {ratio!r}: must be a finite number above 0; the paper's is 16")
+        positive_setting(settings, "ratio", "the paper's is 16")
         return settings
 
     def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:

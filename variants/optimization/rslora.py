@@ -11,10 +11,10 @@ from variants.baseline.lora import LoRA, lora_settings_from_peft
 
 
 class RsLoRA(LoRA):
-    """W' = W + s B A, s = alpha / sqrt(rank): the size of the update does not shrink as the rank grows.
+    """W' = W + s B A with s = alpha / sqrt(rank), so that the update does not shrink as the rank grows.
 
-    At rank 8 and alpha 16, s is 5.66 where LoRA's is 2. Start and parameters as LoRA: rank * (in + out) a
-    layer.
+    At rank 8 and alpha 16, s is 5.66 (LoRA: 2). Initialization and parameters as in LoRA: rank * (in + out)
+    per layer.
     """
 
     name: ClassVar[str] = "rslora"

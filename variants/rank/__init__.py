@@ -1,1 +1,1 @@
-"""Variants that change what updates a layer can express."""
+"""Variants that change the rank of the update or the number of parameters per rank."""

@@ -1,6 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): a singular value decomposition is learnt, and its least
-important triplets are pruned.
-"""
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA as a learnt SVD whose least important triplets go."""
 
 from __future__ import annotations
 
@@ -25,27 +23,37 @@ from variants.base import (
 )
 from variants.baseline.lora import LoRA
 
-INIT_STD, EMA_DECAY = 0.02, 0.85
-"""Of the first A and B; of the averages of importance and of its uncertainty (beta1 = beta2)."""
+INIT_STD = 0.02
+"""Standard deviation of the initial A and B."""
+EMA_DECAY = 0.85
+"""Decay of the running averages of importance and uncertainty (the paper's beta1 and beta2)."""
 AVERAGE_BUFFERS = frozenset(f"{kind} {name}" for kind in ("importance", "uncertainty") for name in "AEB")
 
 
 class AdaLoRA(LoRA):
-    """W' = W + s B diag(E) A, s = alpha / (initial rank + 1e-5), as PEFT has it.
+    """W' = W + s B diag(E) A with s = alpha / (initial rank + 1e-5), as in PEFT.
 
-    Start: A, B ~ N(0, 0.02), E = 0, so W' = W. All layers begin with `initial` * rank triplets; `rank` is how
-    many they have on average at the end. The loss gains `orthogonality` times the mean over all A and B of
-    |A A^T - I| and |B^T B - I|. After each step, a number p is as important as the running average of |p dp|
-    times that of its distance from the average, and a triplet as its E plus the means over its A and B. From
-    t_i = `warmup` of the horizon on, the least important triplets of all layers have their E set to zero, so
-    many that b(t) are left, which falls cubically to layers * rank at T - t_f, t_f = `final` of the horizon.
-    Until then they may come back, then they are gone. Defaults: the published study's t_i = 100, t_f = 900
-    of T = 1,562 steps and ranks 12 -> 8; allocated at every step, running averages of 0.85, as in PEFT.
-    Parameters: ranks not yet gone * (in + out + 1) a layer. Where the initial rank exceeds a layer's smaller
-    side, as `rank` may not, its rows cannot all be orthogonal (in PEFT neither).
+    Initialization: A and B from N(0, 0.02), E = 0, so W' = W. Every layer begins with `initial` * rank
+    triplets (a row of A, an entry of E, a column of B); `rank` is the mean number of triplets per layer at
+    the end.
 
-    Deviation from PEFT, which goes on training what is gone: its orthogonality loss moves the A, B of pruned
-    triplets up to T; here their gradients are zero.
+    The loss gains `orthogonality` times the mean of |A A^T - I| and |B^T B - I| over all layers.
+
+    After each step the importance of a value p is the running average of |p * gradient| times the running
+    average of its deviation from that average. A triplet's score is the importance of its E plus the mean
+    importance over its row of A and its column of B. After step t, E is set to zero for all but the b(t)
+    triplets of all layers with the highest scores. The budget b(t) is the initial number up to t_i and then
+    falls cubically to layers * rank at T - t_f. Until then a pruned triplet may return; afterwards it may
+    not. T is the number of total steps, t_i = `warmup` * T and t_f = `final` * T.
+
+    Parameters: ranks in use * (in + out + 1) per layer.
+
+    Defaults: t_i = 100 and t_f = 900 of T = 1,562 steps and ranks 12 -> 8, as in the published study;
+    pruning at every step and averages of 0.85, as in PEFT. Where the initial rank exceeds the smaller side of
+    a layer (`rank` must not), the rows cannot all be orthogonal, as in PEFT.
+
+    Deviation: PEFT's orthogonality loss moves the A and B of pruned triplets until T. Here their gradients
+    are zero after T - t_f.
     """
 
     name: ClassVar[str] = "adalora"
@@ -63,10 +71,12 @@ class AdaLoRA(LoRA):
         settings = super().validate_settings(settings)
         float_setting(settings, "orthogonality")
         if float_setting(settings, "warmup") + float_setting(settings, "final") >= 1:
-            raise UnsupportedError("warmup and final: must be shares of the horizon with a sum below 1")
+            raise UnsupportedError(
+                "warmup and final: must be fractions of the total steps with a sum below 1"
+            )
         if float_setting(settings, "initial", minimum=1) * settings.rank <= settings.rank:
             raise UnsupportedError(
-                "initial 1: must be above 1, or there is no budget to cut; the published is 1.5"
+                "initial 1: must be above 1, or there is nothing to prune; the published value is 1.5"
             )
         return settings
 
@@ -141,7 +151,7 @@ class AdaLoRA(LoRA):
             "lora_alpha": settings.alpha,
             "lora_dropout": settings.dropout,
             "orth_reg_weight": settings.extra["orthogonality"],
-            "total_step": 1,  # what PEFT would train on for; it insists on a number
+            "total_step": 1,  # PEFT requires a number, which matters only if it trains on
             "bias": "none",
         }
 
@@ -155,7 +165,7 @@ class AdaLoRA(LoRA):
     def init_from_peft(
         self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
     ) -> InitialTensors:
-        """The averages, which PEFT does not keep, begin anew."""
+        """Invert `to_peft`; the running averages, which PEFT does not save, start at zero."""
         trainable = {name: tensors[f"lora_{name}"] for name in "AEB"}
         return InitialTensors(trainable, _init_buffers(trainable, self.validate_settings(settings)))
 
@@ -176,18 +186,18 @@ def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: torch.Ge
 
 
 def _pruning_end_step(settings: VariantSettings, total_steps: int) -> int:
-    """T - t_f: after so many steps the ranks stay as they are. One step of importance at least."""
+    """Return T - t_f, the step after which the ranks stay fixed; at least one step is scored before it."""
     final = round(float_setting(settings, "final") * total_steps)
     return max(2, _pruning_start_step(settings, total_steps) + 1, total_steps - final)
 
 
 def _pruning_start_step(settings: VariantSettings, total_steps: int) -> int:
-    """t_i"""
+    """Return t_i, the last step before pruning."""
     return round(float_setting(settings, "warmup") * total_steps)
 
 
 def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
-    """b(t): triplets of all layers that are left after `step` steps."""
+    """Return b(t), the number of triplets of all layers that are kept after `step` steps."""
     first, pruning_end = _pruning_start_step(settings, total_steps), _pruning_end_step(settings, total_steps)
     begin, end = layer_count * _initial_rank(settings), layer_count * settings.rank
     if step <= first:
@@ -196,13 +206,13 @@ def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, tota
 
 
 def _distance_from_orthogonal(rows: Tensor) -> Tensor:
-    """|M M^T - I| of M (K, rank, n), (K,)"""
+    """Return |M M^T - I| for M (K, rank, n), (K,)."""
     unit = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     return (torch.bmm(rows, rows.transpose(1, 2)) - unit).flatten(1).norm(dim=1)
 
 
 def _update_importance(view: LayerView) -> None:
-    """Takes a step's |p dp| into the averages."""
+    """Update the running averages with |p * gradient| of this step."""
     for name, parameter in view.trainable.items():
         assert parameter.grad is not None
         now = (parameter * parameter.grad).abs()
@@ -212,6 +222,6 @@ def _update_importance(view: LayerView) -> None:
 
 
 def _triplet_scores(view: LayerView) -> Tensor:
-    """(rank,)"""
+    """Return the score of each triplet, (rank,)."""
     a, e, b = (view.frozen[f"importance {name}"] * view.frozen[f"uncertainty {name}"] for name in "AEB")
     return e[:, 0] + a.mean(1) + b.mean(0)

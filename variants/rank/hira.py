@@ -1,4 +1,4 @@
-"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS): the update is the weight itself times a low rank."""
+"""HiRA (Huang et al., ICLR 2025, openreview TwJrTz9cRS): the weight times a low-rank matrix, elementwise."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from variants.base import (
 
 
 class HiRA(Variant):
-    """W' = W + W * (B A), elementwise: of high rank although B A is not. There is no alpha.
+    """W' = W + W * (B A), elementwise; the update has a high rank although B A does not. There is no alpha.
 
-    Start: A = U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W. Parameters: rank * (in + out) a layer. Steps act
-    through the weights' own size (about 0.02), so it wants 10 to 100 times LoRA's learning rate.
+    Initialization: A from U(-1/sqrt(in), 1/sqrt(in)), B = 0, so W' = W.
+
+    Parameters: rank * (in + out) per layer.
+
+    The size of the weights (about 0.02) scales every step, so HiRA needs 10 to 100 times LoRA's learning
+    rate.
     """
 
     name: ClassVar[str] = "hira"

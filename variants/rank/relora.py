@@ -1,4 +1,4 @@
-"""ReLoRA (Lialin et al. 2023, arXiv 2307.05695): LoRA that is merged and started anew on the way."""
+"""ReLoRA (Lialin et al. 2023, arXiv 2307.05695): LoRA that is merged and restarted during training."""
 
 from __future__ import annotations
 
@@ -25,23 +25,33 @@ from variants.baseline.lora import LoRA
 
 
 class ReLoRA(LoRA):
-    """W' = W + s (B A + sum over i of Bi Ai), s = alpha / rank: a sum of rank up to rank * (merges + 1).
+    """W' = W + s (B A + sum over i of Bi Ai) with s = alpha / rank.
 
-    Start as LoRA. The horizon has merges + 1 equal parts. After each but the last, B A joins the frozen Bi Ai
-    (not W: exact in every dtype, and over one base for all lanes; dropout does not apply to it, as it would
-    not to W), A is drawn anew and B is zero, so W' stays as it is. Then Adam is made to forget: both moments
-    of each A and B become zero where exp_avg is smallest, in the share `pruned` of all places; and the
-    learning rate warms up again from zero to its schedule, linearly over `warmup` of the horizon, at least
-    one step ("jagged cosine"). Parameters: rank * (in + out) a layer; the frozen factors are there from the
-    start, as zeros.
+    The update is a sum of rank up to rank * (merges + 1).
 
-    Defaults: 3 merges and 10 of 1,562 steps of warm-up, as in the published study; pruning as the paper says
-    it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code calls 99.9 % at random
-    a reset). Deviations: there, each moment is pruned by its own magnitude; but an exp_avg that is kept over
-    an exp_avg_sq that is not is divided by epsilon, as with B = 0 the gradient of A is zero, and after a
-    warm-up of one step nothing is left of such a lane. The paper's training at full rank before the first
-    LoRA is the pretraining that the base has behind it. A horizon that leaves a part fewer than two steps
-    gets fewer merges: nothing moves A in a part's first step.
+    Initialization as in LoRA. The total steps are divided into merges + 1 equal parts. After each part but
+    the last:
+    - B A joins the frozen products Bi Ai (and not W: this is exact in every dtype and needs one base model
+      for all lanes; dropout does not apply to it, as it would not to W).
+    - A is drawn again and B becomes zero, so W' does not change.
+    - Both Adam moments of A and B become zero where exp_avg is smallest, for the fraction `pruned` of all
+      values.
+    - The learning rate warms up from zero to its schedule again ("jagged cosine"), linearly over the fraction
+      `warmup` of the total steps, for at least one step.
+
+    Parameters: rank * (in + out) per layer. The frozen factors are allocated from the start, as zeros.
+
+    Defaults: 3 merges and a warm-up of 10 of 1,562 steps, as in the published study; pruning as the paper
+    states it ("we set 99% of low-magnitude optimizer state values to zero"; the authors' code resets 99.9 %
+    at random).
+
+    Deviations:
+    - In the authors' code each moment is pruned by its own magnitude. Then an exp_avg may be kept whose
+      exp_avg_sq is not, and it is divided by epsilon, because with B = 0 the gradient of A is zero. After a
+      warm-up of one step such a lane diverges.
+    - The paper trains at full rank before the first LoRA; here the base model's pretraining takes that place.
+    - If a part would have fewer than two steps, there are fewer merges, because A does not move in the first
+      step of a part.
     """
 
     name: ClassVar[str] = "relora"
@@ -108,13 +118,16 @@ class ReLoRA(LoRA):
 
 
 def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
-    """After how many steps a merge is due."""
+    """Return the numbers of steps after which a merge is due."""
     parts = min(int_setting(settings, "merges") + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]
 
 
 def _prune_moments(moments: Mapping[str, Tensor], share: float) -> None:
-    """Zeroes the smallest in place. (torch.quantile refuses more than 16 million numbers.)"""
+    """Set a fraction of all moments to zero in place: those where exp_avg is smallest.
+
+    Sorting is used because torch.quantile refuses more than 16 million values.
+    """
     first = moments["exp_avg"].flatten()
     smallest = first.abs().argsort(stable=True)[: int(share * len(first))]
     for moment in moments.values():

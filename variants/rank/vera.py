@@ -1,4 +1,4 @@
-"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): all layers share two random matrices; only vectors learn."""
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): two random matrices for all layers; only vectors learn."""
 
 from __future__ import annotations
 
@@ -28,16 +28,24 @@ from variants.base import (
 
 
 class VeRA(Variant):
-    """W' = W + diag(b) B diag(d) A, with A (r, in) and B (out, r) cut out of two frozen random matrices that
-    all layers share, as large as the largest layer wants. There is no alpha.
+    """W' = W + diag(b) B diag(d) A with trainable vectors b (out,) and d (r,). There is no alpha.
 
-    Start: A, B Kaiming-uniform (bounds sqrt(6 / largest in) and sqrt(6 / r)), d = 0.1, b = 0, so W' = W.
-    Parameters: r + out a layer.
+    A (r, in) and B (out, r) are slices of two frozen random matrices that all layers share and that fit the
+    largest layer.
 
-    r = `rank_factor` * rank: a rank of VeRA costs one number a layer, so that it wants many more than LoRA,
-    while a study has one rank for all variants; at rank 8, a factor of 32 gives 256, PEFT's default.
-    A lane draws its A and B from its own seed, where PEFT has one `projection_prng_key` for all; they travel
-    in the checkpoint and in the export. It wants larger learning rates than LoRA.
+    Initialization: A and B Kaiming-uniform (bounds sqrt(6 / largest in) and sqrt(6 / r)), d = 0.1, b = 0, so
+    W' = W.
+
+    Parameters: r + out per layer.
+
+    Settings: r = `rank_factor` * rank. A rank of VeRA costs one value per layer, so VeRA needs a much higher
+    rank than LoRA, while a study has one rank for all variants. At rank 8 the default factor of 32 gives 256,
+    PEFT's default.
+
+    Deviation: a lane draws A and B from its own seed, while PEFT has one `projection_prng_key` for all. A and
+    B are part of the checkpoint and of the export.
+
+    VeRA needs larger learning rates than LoRA.
     """
 
     name: ClassVar[str] = "vera"

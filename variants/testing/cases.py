@@ -1,0 +1,154 @@
+"""Cases on which the laws are checked: small models with inputs and a loss for each lane."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+ROWS, LENGTH, VOCABULARY, CLASSES = 8, 5, 64, 6
+"""Rows per lane, positions per row, size of the vocabulary, outputs of a head. With fewer than 8 rows a
+matrix product on a CPU may round differently for several lanes than for one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model with inputs and a loss for each lane."""
+
+    name: str
+    model: str = "rectangles"
+    """"rectangles" (layers of shape out x in and in x out), "headed" (the same with a task's head), "llama",
+    or "gpt2" (whose layers are Conv1D)."""
+    out_features: int = 32
+    in_features: int = 32
+    bias: bool = False
+    dtype: torch.dtype = torch.float32
+    lanes: int = 3
+    device: str = "cpu"
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether inputs are token ids."""
+        return self.model in ("llama", "gpt2")
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative error that rounding explains."""
+        return {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[self.dtype]
+
+    def build(self) -> nn.Module:
+        """Return a new model in evaluation mode, with the same weights at every call."""
+        model = copy.deepcopy(_prototype(self.model, self.out_features, self.in_features, self.bias))
+        return model.to(self.device, self.dtype).eval()
+
+    def rows(self, lane: int, step: int = 0) -> Tensor:
+        """Return a lane's input at one of its steps.
+
+        Args:
+            lane: The lane's number.
+            step: The lane's own step.
+
+        Returns:
+            (ROWS, LENGTH, in) values, or (ROWS, LENGTH) token ids.
+        """
+        noise = torch.Generator().manual_seed(1000 * lane + step)
+        if self.is_language_model:
+            return torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=noise).to(self.device)
+        return torch.randn(ROWS, LENGTH, self.in_features, generator=noise).to(self.device, self.dtype)
+
+    def loss(self, output: Tensor, rows: Tensor) -> Tensor:
+        """Return a lane's loss: next-token prediction for language models, else regression on rotated input.
+
+        Args:
+            output: The model's output for the lane's rows.
+            rows: The lane's input.
+        """
+        wide = torch.promote_types(output.dtype, torch.float32)
+        if self.is_language_model:
+            logits = output[:, :-1].to(wide).reshape(-1, VOCABULARY)
+            return nn.functional.cross_entropy(logits, rows[:, 1:].reshape(-1))
+        target = rows.to(wide).roll(1, dims=-1)[..., : output.shape[-1]]
+        return (output.to(wide) - target).square().mean()
+
+
+class Rectangles(nn.Module):
+    """Two residual blocks, each with a layer (out, in) and a layer (in, out)."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__()
+        self.there = nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(2))
+        self.back = nn.ModuleList(nn.Linear(out_features, in_features, bias=bias) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., in)."""
+        for there, back in zip(self.there, self.back, strict=True):
+            x = x + back(torch.tanh(there(x)))
+        return x
+
+
+class RectanglesWithHead(Rectangles):
+    """`Rectangles` with a task's head of two layers, as RoBERTa has it."""
+
+    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+        super().__init__(out_features, in_features, bias)
+        self.head = nn.Sequential(
+            nn.Linear(in_features, in_features), nn.Tanh(), nn.Linear(in_features, CLASSES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., CLASSES)."""
+        return self.head(super().forward(x))
+
+
+@cache
+def _prototype(model: str, out_features: int, in_features: int, bias: bool) -> nn.Module:
+    """Build a model in float32 on the CPU, once per process: this takes longer than a training step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return _MODELS[model](out_features, in_features, bias)
+
+
+def _llama(out_features: int, in_features: int, bias: bool) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
+        )
+    )  # fmt: skip
+
+
+def _gpt2(out_features: int, in_features: int, bias: bool) -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+
+
+_MODELS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "rectangles": Rectangles,
+    "headed": RectanglesWithHead,
+    "llama": _llama,
+    "gpt2": _gpt2,
+}
+
+CASES = (
+    Case("tall-bias-float32-one", out_features=40, in_features=24, bias=True, lanes=1),
+    Case("tall-nobias-bfloat16-several", out_features=40, in_features=24, dtype=torch.bfloat16),
+    Case("wide-bias-bfloat16-several", out_features=24, in_features=40, bias=True, dtype=torch.bfloat16),
+    Case("wide-nobias-float32-several", out_features=24, in_features=40),
+    Case("wide-nobias-bfloat16-one", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=1),
+    Case("llama-float32-several", model="llama"),
+    Case("gpt2-float32-several", model="gpt2"),
+    Case("headed-float32-several", model="headed", out_features=40, in_features=24, bias=True),
+    Case(
+        "headed-bfloat16-one", model="headed", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=1
+    ),
+)
+"""The first five contain every pair of values of shape, bias, dtype and number of lanes."""

@@ -1,0 +1,355 @@
+"""The laws that every variant must satisfy.
+
+A law is a function of a variant and a case. It raises AssertionError where the variant breaks the law, and
+NotApplicableError where the law says nothing about the variant.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from variants.adapters import Adapters
+from variants.base import AdaptationScope, Batching, MergeError, Variant, VariantSettings
+from variants.merging import merge_and_detach
+from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.testing.cases import CASES, Case
+from variants.testing.rig import (
+    LaneOptimizer,
+    NotApplicableError,
+    attach_lanes,
+    attach_variant,
+    base_outputs,
+    calibrate_lane,
+    lane_outputs,
+    model_output,
+    model_state,
+    perturb_lanes,
+    relative_error,
+    tensors_equal,
+    train,
+    train_step,
+)
+
+Law = Callable[[Variant, Case], None]
+
+
+def starts_at_the_base(variant: Variant, case: Case) -> None:
+    """At step 0 every lane computes what the frozen model with the lane's head computes, bit for bit."""
+    adapters = attach_lanes(case, variant, case.lanes)
+    assert torch.equal(lane_outputs(case, adapters), base_outputs(case, adapters))
+
+
+def every_tensor_gets_a_gradient(variant: Variant, case: Case) -> None:
+    """Within two steps each trainable tensor of each lane gets a non-zero gradient."""
+    adapters = attach_lanes(case, variant, case.lanes)
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 2) for lane in adapters.lanes}
+    reached = set()
+    for step in range(2):
+        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+        for lane in adapters.lanes:
+            for name, parameter in adapters.trainable(lane).items():
+                if parameter.grad is not None and parameter.grad.count_nonzero():
+                    reached.add((lane, name))
+    expected = {
+        (lane, name)
+        for lane in adapters.lanes
+        for name in adapters.trainable(lane)
+        if adapters.ranks_in_use(lane).get(name.rpartition(".")[0], 1) > 0  # EVA may give a layer no rank
+    }
+    assert expected
+    assert reached == expected, f"without a gradient: {sorted(expected - reached)}"
+
+
+def merged_equals_forward(variant: Variant, case: Case) -> None:
+    """A merged model computes what the lane computed, or merging is refused with the variant's name."""
+    adapters = attach_lanes(case, variant, case.lanes)
+    perturb_lanes(case, adapters)
+    before = lane_outputs(case, adapters).chunk(len(adapters.lanes))[0]
+    for other in adapters.lanes[1:]:
+        adapters.remove_lane(other)
+    refusal = ""
+    try:
+        merge_and_detach(adapters, "0")
+    except MergeError as error:
+        refusal = str(error)
+    if refusal:
+        assert variant.name in refusal
+        raise NotApplicableError(refusal)
+    with torch.no_grad():
+        merged = model_output(adapters.model, case.rows(0))
+    assert relative_error(merged, before) < case.tolerance
+
+
+def removal_restores_the_base(variant: Variant, case: Case) -> None:
+    """Disabled adapters give the base model's outputs, and detaching restores the model, bit for bit."""
+    model = case.build()
+    weights, kinds = model_state(model), [type(module) for module in model.modules()]
+    with torch.no_grad():
+        base = model_output(model, case.rows(0))
+    adapters = attach_lanes(case, variant, case.lanes, model=model)
+    perturb_lanes(case, adapters)
+    assert not torch.equal(lane_outputs(case, adapters, ["0"]), base)
+    with torch.no_grad(), adapters.disable_adapters():
+        assert torch.equal(model_output(model, case.rows(0)), base)
+    adapters.detach()
+    assert tensors_equal(dict(model.state_dict()), weights)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model_output(model, case.rows(0)), base)
+
+
+def frozen_stays_frozen(variant: Variant, case: Case) -> None:
+    """Training changes neither the base model nor a lane's frozen tensors, except its `mutable_buffers`."""
+    adapters = attach_lanes(case, variant, case.lanes)
+    assert not any(parameter.requires_grad for parameter in adapters.model.parameters())
+    weights = model_state(adapters.model)
+    frozen = {lane: _immutable_buffers(adapters, lane) for lane in adapters.lanes}
+    trainable = {lane: {n: t.clone() for n, t in adapters.trainable(lane).items()} for lane in adapters.lanes}
+    train(case, adapters, steps=3)
+    for lane in adapters.lanes:
+        assert not tensors_equal(adapters.trainable(lane), trainable[lane]), "training changed nothing"
+        assert tensors_equal(_immutable_buffers(adapters, lane), frozen[lane])
+    assert tensors_equal(model_state(adapters.model), weights)
+
+
+def saved_lane_is_restored(variant: Variant, case: Case) -> None:
+    """A saved lane, loaded over a copy of the base model, has the same tensors and outputs, bit for bit.
+
+    This includes the frozen tensors that the variant's hooks have written.
+    """
+    adapters = attach_lanes(case, variant, case.lanes)
+    train(case, adapters, steps=6)
+    perturb_lanes(case, adapters)
+    fresh = case.build()
+    fresh.load_state_dict(model_state(adapters.model))
+    restored = attach_variant(case, variant, adapters.settings, fresh)
+    with tempfile.TemporaryDirectory() as folder:
+        for lane in adapters.lanes:
+            save_lane(adapters, lane, Path(folder, f"{lane}.safetensors"))
+            load_lane(restored, lane, Path(folder, f"{lane}.safetensors"))
+    for lane in adapters.lanes:
+        assert tensors_equal(adapters.trainable(lane), restored.trainable(lane))
+        assert tensors_equal(adapters.frozen(lane), restored.frozen(lane))
+        assert adapters.lane_settings(lane) == restored.lane_settings(lane)
+        assert adapters.lane_seed(lane) == restored.lane_seed(lane)
+    assert torch.equal(lane_outputs(case, adapters), lane_outputs(case, restored))
+
+
+def lanes_are_independent(variant: Variant, case: Case) -> None:
+    """Lanes of one lane group end where each ends when it trains alone, bit for bit.
+
+    They start 0, 3 and 7 steps apart, with their own alpha, learning rate and dropout masks. The equality to
+    the bit needs at least 8 rows per lane on a CPU.
+    """
+    if variant.batching is Batching.EXCLUSIVE:
+        raise NotApplicableError(f"{variant.name} trains one lane at a time")
+    first_rounds, steps = {"0": 0, "1": 3, "2": 7}, 5
+    grouped = _attach_with_dropout(case, variant)
+    optimizers: dict[str, LaneOptimizer] = {}
+    for current in range(max(first_rounds.values()) + steps):
+        for lane, first in first_rounds.items():
+            if current == first:
+                optimizers[lane] = _add_lane(case, grouped, lane, steps)
+            if current == first + steps:
+                del optimizers[lane]
+        if optimizers:
+            train_step(case, grouped, optimizers, {lane: current - first_rounds[lane] for lane in optimizers})
+    for lane in first_rounds:
+        alone = _attach_with_dropout(case, variant)
+        optimizer = {lane: _add_lane(case, alone, lane, steps)}
+        for step in range(steps):
+            train_step(case, alone, optimizer, {lane: step})
+        assert tensors_equal(grouped.trainable(lane), alone.trainable(lane)), f"lane {lane}"
+        assert tensors_equal(grouped.frozen(lane), alone.frozen(lane)), f"lane {lane}"
+        in_group = lane_outputs(case, grouped, list(first_rounds)).chunk(3)[int(lane)]
+        assert torch.equal(in_group, lane_outputs(case, alone))
+
+
+def parameter_count_equals_the_formula(variant: Variant, case: Case) -> None:
+    """A lane has as many trainable values as `parameter_count` states, before and after training.
+
+    The ranks in use add up to `rank_budget`, and values beyond them get no gradient.
+    """
+    adapters = attach_lanes(case, variant, 1)
+    steps = 12
+    for step in (0, steps):
+        if step:
+            train(case, adapters, steps=steps)
+        ranks = adapters.ranks_in_use("0")
+        assert sum(ranks.values()) == variant.rank_budget(len(ranks), adapters.settings, step, steps)
+        assert adapters.parameter_count("0") == _expected_parameter_count(variant, case, adapters, ranks)
+    tensors = adapters.trainable("0").values()
+    if set(ranks.values()) <= {adapters.settings.rank}:
+        assert sum(p.numel() for p in tensors) == adapters.parameter_count("0")
+    else:
+        trained = sum(int(p.grad.count_nonzero()) for p in tensors if p.grad is not None)
+        assert trained <= adapters.parameter_count("0")
+
+
+def fits_a_representable_target(variant: Variant, case: Case) -> None:
+    """A lane learns, from its initialization, what other values of its own parameters compute.
+
+    The parameters with the highest learning rate get 0.02. The loss is scaled to begin at 1, because an
+    auxiliary loss is meant to stand beside the loss of a task.
+    """
+    teacher = attach_lanes(case, variant, 1)
+    perturb_lanes(case, teacher)
+    learner = attach_lanes(case, variant, 1)
+    names = {name.rpartition(".")[2] for name in learner.trainable("0")}
+    learning_rate = 0.02 / max(variant.parameter_lr_scale(name, learner.settings) for name in names)
+    optimizer = LaneOptimizer(learner, "0", learning_rate, 150)
+    x = torch.cat([case.rows(0, step) for step in range(8)])
+    with torch.no_grad(), teacher.activate_lanes(["0"], None):
+        target = model_output(teacher.model, x)
+    with torch.no_grad(), learner.activate_lanes(["0"], None):
+        unit = (model_output(learner.model, x) - target).square().mean()
+    losses = []
+    for step in range(150):
+        optimizer.zero_grad()
+        with learner.activate_lanes(["0"], step) as context:
+            loss = (model_output(learner.model, x) - target).square().mean() / unit
+            auxiliary = context.auxiliary_loss()
+            (loss if auxiliary is None else loss + auxiliary.sum()).backward()
+        optimizer.step(learning_rate * (1 - step / 150))
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0], f"loss {losses[0]:.3g} only fell to {losses[-1]:.3g}"
+
+
+def export_loads_in_peft(variant: Variant, case: Case) -> None:
+    """PEFT, and a lane loaded from the export, compute what the exported lane computes."""
+    from peft import PeftModel  # imported here, so that the other laws do not need peft
+
+    adapters = attach_lanes(case, variant, 1)
+    perturb_lanes(case, adapters)
+    exported = lane_outputs(case, adapters)
+    first = next(iter(adapters.layers.values()), None)
+    tensors = {key: tensor.detach() for key, tensor in first.lane_tensors("0").items()} if first else {}
+    if first is None or variant.to_peft(tensors, adapters.settings) is None:
+        raise NotApplicableError(f"PEFT does not have {variant.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft(adapters, "0", Path(folder), "base")
+        peft_model = PeftModel.from_pretrained(case.build(), folder)
+        loaded = load_peft(case.build(), Path(folder), lane="0")
+    with torch.no_grad():
+        peft_output = model_output(peft_model, case.rows(0))
+    assert relative_error(exported, peft_output) < case.tolerance
+    assert relative_error(lane_outputs(case, loaded), exported) < case.tolerance
+
+
+LAWS: dict[str, Law] = {
+    law.__name__: law
+    for law in (
+        starts_at_the_base,
+        every_tensor_gets_a_gradient,
+        merged_equals_forward,
+        removal_restores_the_base,
+        frozen_stays_frozen,
+        saved_lane_is_restored,
+        lanes_are_independent,
+        parameter_count_equals_the_formula,
+        fits_a_representable_target,
+        export_loads_in_peft,
+    )
+}
+
+LANE_COUNT_LAWS = frozenset(
+    law.__name__
+    for law in (
+        lanes_are_independent,
+        parameter_count_equals_the_formula,
+        fits_a_representable_target,
+        export_loads_in_peft,
+    )
+)
+"""Names of the laws that use a number of lanes of their own in place of the case's number."""
+
+
+def applies(law: Law, variant: Variant, case: Case) -> bool:
+    """Return whether a law says anything about a variant on a case.
+
+    Fitting concerns the formula, and neither models nor rounding, so a small float32 model is enough. A
+    variant that trains only a head needs a model with a head.
+
+    Args:
+        law: One of `LAWS`.
+        variant: The variant.
+        case: The case.
+    """
+    if variant.adaptation_scope is AdaptationScope.HEAD_ONLY and case.model != "headed":
+        return False
+    return law is not fits_a_representable_target or (
+        not case.is_language_model and case.dtype == torch.float32
+    )
+
+
+def satisfies(law: Law, variant: Variant, case: Case) -> bool:
+    """Return whether a variant satisfies a law on a case; a law that does not apply counts as satisfied.
+
+    Args:
+        law: One of `LAWS`.
+        variant: The variant.
+        case: The case.
+    """
+    try:
+        law(variant, case)
+    except NotApplicableError:
+        return True
+    except AssertionError:
+        return False
+    return True
+
+
+def check_laws(variant: Variant, cases: Iterable[Case] = CASES) -> None:
+    """Check all laws on all cases to which they apply.
+
+    Args:
+        variant: The variant.
+        cases: The cases.
+
+    Raises:
+        AssertionError: The variant breaks a law; the message names the law and the case.
+    """
+    for case in cases:
+        for name, law in LAWS.items():
+            if not applies(law, variant, case):
+                continue
+            try:
+                law(variant, case)
+            except NotApplicableError:
+                continue
+            except AssertionError as error:
+                raise AssertionError(f"{variant.name} breaks {name} on {case.name}: {error}") from error
+
+
+def _expected_parameter_count(variant: Variant, case: Case, adapters: Adapters, ranks: dict[str, int]) -> int:
+    model = case.build()
+    if variant.adaptation_scope is AdaptationScope.FULL_MODEL:
+        return sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for name in adapters.heads for p in model.get_submodule(name).parameters())
+    for name, rank in ranks.items():
+        out_features, in_features = adapters.layers[name].frozen_layer.weight.shape
+        count += variant.parameter_count(out_features, in_features, replace(adapters.settings, rank=rank))
+    return count
+
+
+def _immutable_buffers(adapters: Adapters, lane: str) -> dict[str, Tensor]:
+    mutable = adapters.variant.mutable_buffers
+    return {n: t.clone() for n, t in adapters.frozen(lane).items() if n.rpartition(".")[2] not in mutable}
+
+
+def _attach_with_dropout(case: Case, variant: Variant) -> Adapters:
+    return attach_variant(case, variant, VariantSettings(rank=4, alpha=8.0, dropout=0.1))
+
+
+def _add_lane(case: Case, adapters: Adapters, lane: str, steps: int) -> LaneOptimizer:
+    number = int(lane)
+    settings = VariantSettings(rank=4, alpha=4.0 * (number + 1), dropout=0.1)
+    adapters.add_lane(lane, settings, number, calibrate_lane(case, adapters, number))
+    return LaneOptimizer(adapters, lane, 0.003 * (number + 1), steps)

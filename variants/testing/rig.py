@@ -1,0 +1,250 @@
+"""Helpers that attach lanes to a case's model, train them, and compare results."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from variants.adapted_model import CalibrationTensors
+from variants.adapters import Adapters
+from variants.attach import attach
+from variants.base import CalibrationStatistic, UnsupportedError, Variant, VariantSettings, stable_seed
+from variants.calibrate import calibrate
+from variants.testing.cases import ROWS, Case
+
+
+class NotApplicableError(Exception):
+    """A law does not apply to a variant, for the reason in the message."""
+
+
+def model_output(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a model's output tensor, or the logits of a language model."""
+    out = model(x)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def attach_lanes(
+    case: Case,
+    variant: Variant,
+    lanes: int,
+    rank: int = 4,
+    dropout: float = 0.0,
+    model: nn.Module | None = None,
+) -> Adapters:
+    """Attach a variant with lanes "0", "1", ... whose seeds are 0, 1, ...
+
+    Args:
+        case: The case that builds the model.
+        variant: The variant.
+        lanes: The number of lanes; a variant that permits fewer gets as many as it permits.
+        rank: The rank of each lane.
+        dropout: The adapters' dropout.
+        model: A model to use in place of a new one.
+
+    Raises:
+        NotApplicableError: The variant trains only a head, and the model has none.
+    """
+    settings = VariantSettings(rank=rank, alpha=8.0, dropout=dropout)
+    adapters = attach_variant(case, variant, settings, model)
+    for lane in range(min(lanes, adapters.max_lanes)):
+        calibration = calibrate_lane(case, adapters, lane)
+        adapters.add_lane(str(lane), settings, seed=lane, calibration=calibration)
+    return adapters
+
+
+def attach_variant(
+    case: Case, variant: Variant, settings: VariantSettings, model: nn.Module | None = None
+) -> Adapters:
+    """Attach a variant without lanes.
+
+    Args:
+        case: The case that builds the model.
+        variant: The variant.
+        settings: The settings of the lane group.
+        model: A model to use in place of a new one.
+
+    Raises:
+        NotApplicableError: The variant trains only a head, and the model has none.
+    """
+    try:
+        heads = ["head"] if case.model == "headed" else []
+        return attach(case.build() if model is None else model, variant, settings, heads=heads)
+    except UnsupportedError as refusal:
+        if case.model != "headed" and "head alone" in str(refusal):
+            raise NotApplicableError(str(refusal)) from None
+        raise
+
+
+def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTensors | None:
+    """Calibrate on a lane's first three batches with the lane's own head; None if the variant needs none."""
+    if adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
+        return None
+
+    def iterate_losses() -> Generator[Tensor, None, None]:
+        for step in range(3):
+            rows = case.rows(lane, step)
+            with adapters.disable_adapters(head_weights=adapters.init_heads(lane)):
+                yield case.loss(model_output(adapters.model, rows), rows)
+
+    return calibrate(adapters, adapters.settings, iterate_losses)
+
+
+@torch.no_grad()
+def perturb_lanes(case: Case, adapters: Adapters, change: float = 0.2) -> None:
+    """Add noise to every parameter of every lane until each lane's output differs from the base model's.
+
+    The noise of a tensor depends on its name only, and not on the order in which a lane keeps its tensors.
+
+    Args:
+        case: The case that the adapters were attached for.
+        adapters: The adapters.
+        change: The relative difference of outputs to exceed.
+
+    Raises:
+        AssertionError: The parameters do not affect the output.
+    """
+    base = base_outputs(case, adapters).chunk(len(adapters.lanes))
+    for attempt in range(50):
+        outputs = lane_outputs(case, adapters).chunk(len(base))
+        if all(relative_error(out, start) > change for out, start in zip(outputs, base, strict=True)):
+            return
+        for lane in adapters.lanes:
+            for name, parameter in adapters.trainable(lane).items():
+                noise = torch.Generator().manual_seed(stable_seed(99, lane, name, attempt))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
+    raise AssertionError(f"{adapters.variant.name}: a change of its parameters does not change the output")
+
+
+@torch.no_grad()
+def lane_outputs(case: Case, adapters: Adapters, lanes: Sequence[str] | None = None) -> Tensor:
+    """Return the outputs (K * ROWS, ...) of some or all lanes, each for its own rows."""
+    lanes = adapters.lanes if lanes is None else lanes
+    with adapters.activate_lanes(lanes, None, rows_per_lane=ROWS):
+        return model_output(adapters.model, lane_inputs(case, lanes))
+
+
+def lane_inputs(case: Case, lanes: Sequence[str], steps: Mapping[str, int] | None = None) -> Tensor:
+    """Return the rows (K * ROWS, ...) of several lanes.
+
+    Args:
+        case: The case that draws the rows.
+        lanes: K lanes.
+        steps: Each lane's step; 0 by default.
+    """
+    return torch.cat([case.rows(int(lane), steps[lane] if steps else 0) for lane in lanes])
+
+
+@torch.no_grad()
+def base_outputs(case: Case, adapters: Adapters) -> Tensor:
+    """Return the outputs (K * ROWS, ...) of the frozen model with each lane's initial head."""
+    outputs = []
+    for lane in adapters.lanes:
+        with adapters.disable_adapters(head_weights=adapters.init_heads(adapters.lane_seed(lane))):
+            outputs.append(model_output(adapters.model, case.rows(int(lane))))
+    return torch.cat(outputs)
+
+
+class LaneOptimizer:
+    """AdamW for one lane with its variant's learning-rate factors and hooks."""
+
+    def __init__(self, adapters: Adapters, lane: str, learning_rate: float, total_steps: int) -> None:
+        """Create the optimizer's state.
+
+        Args:
+            adapters: The adapters that hold the lane.
+            lane: The lane.
+            learning_rate: The lane's learning rate.
+            total_steps: The number of steps that the variant's hooks assume.
+        """
+        self.adapters, self.lane = adapters, lane
+        self.learning_rate, self.total_steps = learning_rate, total_steps
+        self.settings, self.steps_taken = adapters.lane_settings(lane), 0
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in adapters.trainable(lane).items():
+            scale = adapters.variant.parameter_lr_scale(name.rpartition(".")[2], self.settings)
+            groups.setdefault(scale, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+            lr=learning_rate,
+            fused=True,  # as in orchestrator/finetune/engine/lane.py
+        )
+
+    def zero_grad(self) -> None:
+        """Delete the lane's gradients."""
+        self.optimizer.zero_grad()
+
+    def step(self, learning_rate: float | None = None) -> None:
+        """Take a step, at the lane's learning rate or at the given one."""
+        adapters, taken = self.adapters, self.steps_taken
+        factor = adapters.variant.schedule_lr_scale(taken, self.total_steps, self.settings)
+        for group in self.optimizer.param_groups:
+            rate = self.learning_rate if learning_rate is None else learning_rate
+            group["lr"] = rate * group["scale"] * factor
+        adapters.before_step(self.lane, taken, self.total_steps, self.moments)
+        self.optimizer.step()
+        self.steps_taken += 1
+        adapters.after_step(self.lane, self.steps_taken, self.total_steps, self.moments)
+
+    def moments(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """Return AdamW's `exp_avg` and `exp_avg_sq` of a parameter; empty before its first step."""
+        state = self.optimizer.state.get(parameter, {})
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
+
+
+def train_step(
+    case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer], steps: Mapping[str, int]
+) -> float:
+    """Take one optimizer step of several lanes together.
+
+    Args:
+        case: The case that draws the rows.
+        adapters: The adapters.
+        optimizers: The lanes that take part, with their optimizers.
+        steps: Each lane's own step.
+
+    Returns:
+        The sum of the lanes' losses, without auxiliary losses.
+    """
+    lanes = tuple(optimizers)
+    x = lane_inputs(case, lanes, steps)
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    with adapters.activate_lanes(lanes, [steps[lane] for lane in lanes], rows_per_lane=ROWS) as context:
+        parts = zip(model_output(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
+        losses = torch.stack([case.loss(out, rows) for out, rows in parts])
+        auxiliary = context.auxiliary_loss()
+        (losses if auxiliary is None else losses + auxiliary).sum().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return losses.sum().item()
+
+
+def train(case: Case, adapters: Adapters, steps: int, learning_rate: float = 0.01) -> None:
+    """Train all lanes together for a number of steps.
+
+    Args:
+        case: The case that draws the rows.
+        adapters: The adapters.
+        steps: The number of optimizer steps.
+        learning_rate: The learning rate of every lane.
+    """
+    optimizers = {lane: LaneOptimizer(adapters, lane, learning_rate, steps) for lane in adapters.lanes}
+    for step in range(steps):
+        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all tensors of a model, under the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): value.clone() for name, value in model.state_dict().items()}
+
+
+def tensors_equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Return whether both mappings have the same names and, bit for bit, the same tensors."""
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def relative_error(left: Tensor, right: Tensor) -> float:
+    """Return |left - right| / |right|, computed in float64."""
+    return ((left.double() - right.double()).norm() / right.double().norm()).item()
