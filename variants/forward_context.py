@@ -143,7 +143,7 @@ def _next_call_key(name: str, context: ForwardContext) -> str:
         draws = context.recomputed_mask_draws
     elif context.mask_draws.get(name, 0) > 1:
         raise RuntimeError(
-            f"{name} was called {context.mask_draws[name]} times, and it is unknown which call is recomputed: "
+            f"{name} was called {context.mask_draws[name]} times; it is unknown which call is recomputed: "
             "use orchestrator.finetune.models.activation_checkpointing and no other gradient checkpointing"
         )
     else:
