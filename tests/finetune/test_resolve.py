@@ -20,6 +20,7 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
 from orchestrator.finetune.tasks.local import letters
 from orchestrator.finetune.tasks.local.letters import Letters
+from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice
@@ -347,7 +348,7 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
 
 
 def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> None:
-    source = Path(resolve.__file__).with_name("tasks") / "local" / "reviews.py"
+    source = Path(reviews.__file__)
     path = tmp_path / "mine.py"
     path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
     with pytest.raises(UsageError, match="Did you mean 'matthews'"):

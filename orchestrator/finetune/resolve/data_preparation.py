@@ -1,0 +1,78 @@
+"""Prepare the data of all configurations in the store before a trainer starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.resolve.model_limits import check_positions, check_token_ids
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, Example, Split, Task
+from orchestrator.study.configuration import Configuration
+from orchestrator.util.atomic_files import add_path_to_disk_errors
+from orchestrator.util.errors import UsageError
+
+
+def prepare_datasets(
+    configurations: Sequence[Configuration],
+    base_models_folder: Path,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> None:
+    """Write the examples and token ids of all configurations to the store, as far as they are missing.
+
+    Args:
+        configurations: The configurations; data that several of them share is prepared once.
+        base_models_folder: The store's folder of base models.
+        folder: The store's folder of prepared data.
+        progress: Called with one line for each thing that takes time.
+
+    Raises:
+        UsageError: The data cannot be read or tokenised, or does not fit the model.
+        OSError: The disk is full, or the folder cannot be written.
+    """
+    from orchestrator.finetune.data import dataset_cache
+    from orchestrator.finetune.data.batches import compute_max_row_length
+
+    distinct = {(c.task, c.model, c.batches.max_length): c for c in configurations}
+    for configuration in distinct.values():
+        task = tasks.get(configuration.task.name)
+        processor = loading.load_processor(configuration.model, base_models_folder, task)
+        with add_path_to_disk_errors(folder):
+            prepared = dataset_cache.prepare_dataset(folder, configuration, task, processor, progress)
+        if task.inputs != "image":
+            check_token_ids(configuration, base_models_folder, dataset_cache.max_token_id(prepared))
+            longest = dataset_cache.compute_max_sequence_length(prepared, task)
+            # `check_attach` has compared lengths up to the limit of a training row.
+            if longest > compute_max_row_length(task, configuration.batches.max_length):
+                model, _ = loading.build_meta_model(configuration.model, base_models_folder, task)
+                try:
+                    check_positions(model, longest, task)
+                except ValueError as error:
+                    raise UsageError(f"Model {configuration.model.name!r}: {error}") from None
+            report_train_overlap(task, prepared.examples, progress)
+
+
+def report_train_overlap(
+    task: Task, examples: Mapping[Split, Sequence[Example]], progress: Callable[[str], None]
+) -> None:
+    """Report how many held-out examples of a user's task are training examples as well.
+
+    Their scores measure memorisation. They are not refused, because data may have a few duplicates.
+
+    Args:
+        task: The task; nothing is reported for the project's own tasks, whose splits are known.
+        examples: Its examples by split.
+        progress: Called with one line for each split that has such examples.
+    """
+    if not task.name.endswith(".py"):
+        return
+    train = {(example.prompt, example.pair, example.answer) for example in examples["train"]}
+    for split in HELD_OUT_SPLITS:
+        shared = sum((each.prompt, each.pair, each.answer) in train for each in examples[split])
+        if shared:
+            progress(
+                f"{Path(task.name).stem}: {shared} of {len(examples[split])} {split} examples are train "
+                "examples as well; their scores show what was learnt by heart"
+            )

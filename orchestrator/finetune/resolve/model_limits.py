@@ -1,0 +1,75 @@
+"""Checks of configurations and data against the base model's layers, positions and vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study.configuration import Configuration
+from orchestrator.util.errors import UsageError
+from variants import catalogue
+
+
+def check_attach(configurations: Sequence[Configuration], task: Task, base_models_folder: Path) -> None:
+    """Attach each configuration's variant to the base model without weights.
+
+    An error that would end a lane on a GPU is found here, before any machine is requested.
+
+    Raises:
+        UsageError: The variant's rank or targets do not fit the model, the model lacks positions for the
+            task's texts, or it does not support dropout of its own.
+    """
+    from orchestrator.finetune.data.batches import compute_max_row_length
+    from orchestrator.finetune.models import attention_dropout
+    from variants.attach import attach
+    from variants.base import VariantSettings
+
+    for configuration in configurations:
+        variant = configuration.variant
+        settings = VariantSettings(variant.rank, variant.alpha, variant.dropout, variant.extra)
+        try:
+            model, heads = loading.build_meta_model(configuration.model, base_models_folder, task)
+            check_positions(model, compute_max_row_length(task, configuration.batches.max_length), task)
+            if configuration.base_dropout == "on":
+                attention_dropout.check_dropout_supported(model, configuration.model.name)
+            attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
+        except ValueError as error:
+            raise UsageError(f"{configuration.model.name} with {variant.name}: {error}") from None
+
+
+def check_positions(model: Any, length: int, task: Task) -> None:
+    """Check that the model has position embeddings for the longest sequence of a task.
+
+    Args:
+        model: The base model.
+        length: Tokens of the longest text, or of the longest prompt with its generated answer.
+        task: The task, for the message.
+
+    Raises:
+        ValueError: The model has fewer positions.
+    """
+    max_positions = model_checks.max_learned_positions(model)
+    if max_positions is not None and length > max_positions:
+        raise ValueError(
+            f"it has positions for {max_positions} tokens, and task {task.name!r} needs up to {length}; "
+            "take another --model, or shorter texts"
+        )
+
+
+def check_token_ids(configuration: Configuration, base_models_folder: Path, largest_id: int) -> None:
+    """Check that the model has an embedding for the largest token id of the data.
+
+    Raises:
+        UsageError: It has none. On a GPU such an index would end the worker's process.
+    """
+    model = configuration.model
+    embedding_count = loading.read_vocab_size(model, base_models_folder)
+    if embedding_count is not None and largest_id >= embedding_count:
+        raise UsageError(
+            f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "
+            f"{configuration.task.name!r}, and the model has embeddings for {embedding_count} tokens, "
+            "from 0 on; take the tokenizer that belongs to the model."
+        )

@@ -1,0 +1,158 @@
+"""Check the names and values that a user has typed, without loading a model or data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from orchestrator.finetune.evaluation import metrics
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.sources import hub_data
+from orchestrator.finetune.tasks import catalogue as tasks
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.study import bounds, rates, space
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.space import Space, Value
+from orchestrator.util.errors import UsageError, suggest_nearest
+from variants import catalogue
+
+
+@dataclass(frozen=True)
+class ResolvedOptions:
+    """What the names in the options stand for, checked."""
+
+    variants: tuple[str, ...]
+    task: Task
+    model: str
+    learning_rates: tuple[float, ...]
+    fixed: Mapping[str, Value] = field(default_factory=dict)
+    """The values of --set, by setting."""
+    space: Space | None = None
+    """The search space; None for a grid."""
+
+
+def resolve_options(
+    options: StudyOptions, default_task: str, default_variants: Sequence[str], base_models_folder: Path
+) -> ResolvedOptions:
+    """Look up the variants, task, model, learning rates and search space of a study.
+
+    A grid without --set needs neither torch nor transformers, so that a wrong name is answered at once.
+
+    Args:
+        options: The options of the command line.
+        default_task: The task where the options name none.
+        default_variants: The variants where the options name none.
+        base_models_folder: The store's folder of base models.
+
+    Raises:
+        UsageError: A variant, task, metric or model is unknown, an option for a head is given for a task
+            without a head, or the search space is impossible.
+    """
+    hub_data.set_pin_folder(base_models_folder)
+    typed = (name.replace("-", "_") for name in options.variants or default_variants)
+    variants = tuple(dict.fromkeys(typed))
+    for name in variants:
+        if name not in catalogue.names():
+            raise UsageError(f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())}")
+    task = tasks.get(options.task or default_task)
+    if task.has_head:
+        metrics.get_metric(task)  # raises UsageError for an unknown metric
+    elif options.head_learning_rate != "same":
+        raise UsageError(
+            f"--head-learning-rate {options.head_learning_rate}: task {task.name!r} has no head; take same."
+        )
+    options = fill_accumulation(options, task)
+    model = options.model or default_model(task)
+    loading.find_content(model, base_models_folder)  # raises UsageError for an unknown model
+    learning_rates = (
+        rates.parse_learning_rates(options.learning_rates)
+        if options.learning_rates
+        else task.defaults.learning_rates
+    )
+    bounds.check_grid_size(options.seed_count, len(learning_rates))
+    fixed, search_space = _parse_fixed_and_space(options, variants, task, learning_rates)
+    return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
+
+
+def default_model(task: Task) -> str:
+    """Return the name of the task's own base model.
+
+    Raises:
+        UsageError: The task of a user's file names none.
+    """
+    if not hasattr(task, "default_model"):
+        raise UsageError(
+            f"Task {task.name!r} has no default_model; add one to the task, or choose a --model."
+        )
+    return task.default_model
+
+
+def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
+    """Return the options with an accumulation: the task's, or the largest below it that divides the batch."""
+    if options.accumulation is not None:
+        return options
+    size, max_accumulation = options.batch_size or task.defaults.batch_size, task.defaults.accumulation
+    return replace(options, accumulation=max(n for n in range(1, max_accumulation + 1) if size % n == 0))
+
+
+def variant_hyperparameters(name: str) -> Mapping[str, Value]:
+    """Return the hyperparameters that a variant has, by name; the values of rank, alpha and dropout are 0."""
+    from variants.base import AdaptationScope
+
+    variant = catalogue.get(name)
+    usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
+    own: dict[str, Value] = {
+        k: 0
+        for k, used in usual.items()
+        if used and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+    }
+    return own | dict(variant.extra_defaults)
+
+
+def _parse_fixed_and_space(
+    options: StudyOptions, variants: Sequence[str], task: Task, learning_rates: Sequence[float]
+) -> tuple[Mapping[str, Value], Space | None]:
+    fixed = space.parse_fixed_values(options.set, variants, variant_hyperparameters)
+    is_search = options.search != "grid"
+    for key in fixed:
+        name = key.rpartition(".")[2]
+        if name == "learning_rate" and not is_search:
+            raise UsageError(f"--set {key}: a grid's rates are those of --learning-rates.")
+        _check_has_head(f"--set {key}", name, task)
+    if not is_search:
+        return fixed, None
+    if len(learning_rates) == 1:
+        fixed.setdefault("learning_rate", learning_rates[0])
+    search_space = space.parse_space(
+        options.space or (), variants, variant_hyperparameters, learning_rates, tuple(fixed)
+    )
+    _check_space(options, search_space, task)
+    return fixed, search_space
+
+
+def _check_space(options: StudyOptions, search_space: Space, task: Task) -> None:
+    for dimension in search_space.dimensions:
+        _check_has_head(f"--space {dimension.key}", dimension.name, task)
+        if dimension.name == "batch_size":
+            if not dimension.choices and (options.accumulation or 1) > 1:
+                raise UsageError(
+                    f"--space {dimension.key}: with --accumulation {options.accumulation} take a choice of "
+                    "batch sizes that it divides."
+                )
+            for value in dimension.choices_or_ends:
+                options.check_batch_size(int(value))
+    if options.search_method == "cma-es":
+        for variant, dimensions in search_space.variants.items():
+            if not any(d.is_numeric for d in dimensions):
+                raise UsageError(f"--sampler cma-es: {variant} has nothing numeric to search; take tpe.")
+    if not search_space.dimensions:
+        raise UsageError(
+            f"--search {options.search}: nothing varies, neither the learning rate nor anything in --space; "
+            "take a --space, rank=4,8 say, or --search grid."
+        )
+
+
+def _check_has_head(option: str, name: str, task: Task) -> None:
+    if name == "head_learning_rate" and not task.has_head:
+        raise UsageError(f"{option}: task {task.name!r} has no head; leave it out.")

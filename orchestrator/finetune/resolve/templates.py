@@ -1,0 +1,206 @@
+"""Make one complete, checked configuration for each variant of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.loading import UNPREPARED
+from orchestrator.finetune.resolve.model_limits import check_attach
+from orchestrator.finetune.resolve.option_names import (
+    ResolvedOptions,
+    fill_accumulation,
+    variant_hyperparameters,
+)
+from orchestrator.study import space
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    ModelChoice,
+    OptimizerConfig,
+    VariantChoice,
+)
+from orchestrator.study.lr_schedule import warmup_steps
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.space import Space, Value, apply_values
+from orchestrator.util import user_code
+from orchestrator.util.errors import UsageError
+from variants import catalogue
+
+
+def resolve_base_model(model: str, base_models_folder: Path, progress: Callable[[str], None] | None) -> str:
+    """Return the content hash or revision of a base model.
+
+    Args:
+        model: Its name.
+        base_models_folder: The store's folder of base models.
+        progress: Called with one line while a missing model is made or fetched. None makes and fetches
+            nothing: the content of a missing model is then `UNPREPARED`.
+    """
+    if progress is None:
+        return loading.find_content(model, base_models_folder) or UNPREPARED
+    return loading.prepare_base_model(model, base_models_folder, progress)
+
+
+def build_configuration_templates(
+    options: StudyOptions, resolved: ResolvedOptions, base_content: str, base_models_folder: Path
+) -> list[Configuration]:
+    """Build one configuration for each variant and check it, as far as the base model is available.
+
+    Args:
+        options: The options of the command line.
+        resolved: What their names stand for.
+        base_content: The content of the base model, from `resolve_base_model`.
+        base_models_folder: The store's folder of base models.
+
+    Returns:
+        Configurations that are complete except for the learning rate and the seed, and for what a search
+        varies.
+
+    Raises:
+        UsageError: A setting is impossible for a variant, the model or the task; in a search also where only
+            a corner of the space is impossible.
+    """
+    task, defaults = resolved.task, resolved.task.defaults
+    options = fill_accumulation(options, task)
+    model = ModelChoice(resolved.model, base_content, options.dtype or defaults.dtype)
+    batch_size, accumulation = options.batch_size or defaults.batch_size, options.accumulation or 1
+    options.check_batch_size(batch_size)
+    head_rate = None if options.head_learning_rate == "same" else float(options.head_learning_rate)
+    steps = options.steps or defaults.steps
+    with user_code.report_user_errors(task.name, "gives no examples"):
+        choice = task.choice()  # reads all of the data
+    templates = [
+        Configuration(
+            variant=_variant_choice(name, options),
+            task=choice,
+            model=model,
+            # The learning rate is a placeholder: the grid or the search sets it.
+            optimizer=OptimizerConfig(
+                learning_rate=1.0, weight_decay=defaults.weight_decay, head_learning_rate=head_rate
+            ),
+            schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
+            batches=BatchConfig(batch_size // accumulation, accumulation, defaults.max_length),
+            base_dropout=options.base_dropout or defaults.base_dropout,
+            evaluations=min(options.evaluations or defaults.evaluations, steps),
+        )
+        for name in resolved.variants
+    ]
+    templates = [
+        apply_values(each, _applicable_values(each.variant.name, resolved.fixed)) for each in templates
+    ]
+    _check_templates(templates, options, resolved, base_models_folder)
+    return templates
+
+
+def _check_templates(
+    templates: Sequence[Configuration],
+    options: StudyOptions,
+    resolved: ResolvedOptions,
+    base_models_folder: Path,
+) -> None:
+    if any(key.endswith("batch_size") for key in resolved.fixed):
+        for configuration in templates:
+            options.check_batch_size(configuration.batches.batch_size * configuration.batches.accumulation)
+    to_check = list(templates)
+    if resolved.space is not None:
+        to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
+    for configuration in to_check:
+        if (error := find_settings_error(configuration)) is not None:
+            raise UsageError(error)
+        if configuration.schedule.steps == warmup_steps(configuration.schedule) == 1:
+            raise UsageError(
+                "--steps 1: the only step would be warm-up, at learning rate 0, and nothing would be learnt; "
+                "take more steps, or --set warmup=0."
+            )
+    if has_layer_shapes(templates[0].model):
+        check_attach(_distinct_adapters(to_check), resolved.task, base_models_folder)
+
+
+def has_layer_shapes(model: ModelChoice) -> bool:
+    """Return whether rank and targets can be checked against the model's layers."""
+    return model.content != UNPREPARED or loading.unprepared_config(model) is not None
+
+
+def corner_configurations(configuration: Configuration, search_space: Space) -> list[Configuration]:
+    """Return the configurations at the corners of a search space.
+
+    Args:
+        configuration: The template of a variant.
+        search_space: Its dimensions that are no hyperparameters of the variant are ignored.
+
+    Returns:
+        All combinations of the ends of numeric dimensions and of the choices of the others, then each
+        further choice alone.
+    """
+    dimensions = [
+        d
+        for d in search_space.variants[configuration.variant.name]
+        if d.variant or d.name in space.VARIANT_HYPERPARAMETERS
+    ]
+    ends = [
+        (d.choices_or_ends[0], d.choices_or_ends[-1]) if d.is_numeric else d.choices_or_ends
+        for d in dimensions
+    ]
+    corners = [
+        apply_values(configuration, dict(zip((d.key for d in dimensions), values, strict=True)))
+        for values in product(*ends)
+    ]
+    return corners + [
+        apply_values(corners[0], {d.key: value}) for d in dimensions for value in d.choices_or_ends[1:-1]
+    ]
+
+
+def find_settings_error(configuration: Configuration) -> str | None:
+    """Return why the variant refuses its settings, in one line; None if it accepts them.
+
+    The base model is not needed.
+    """
+    from variants.base import VariantSettings
+
+    variant = configuration.variant
+    try:
+        catalogue.get(variant.name).validate_settings(
+            VariantSettings(variant.rank, variant.alpha, variant.dropout, variant.extra)
+        )
+    except ValueError as error:
+        return f"{variant.name}: {error}"
+    return None
+
+
+def _distinct_adapters(configurations: Sequence[Configuration]) -> list[Configuration]:
+    """Return one configuration for each adapter shape: building a model without weights takes seconds."""
+    found = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
+    return list(found.values())
+
+
+def _applicable_values(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the values without hyperparameters that the variant lacks.
+
+    Such a value would change the fingerprint and not the training.
+    """
+    own = variant_hyperparameters(variant) if fixed else {}
+    return {key: v for key, v in fixed.items() if key not in space.VARIANT_HYPERPARAMETERS or key in own}
+
+
+def _variant_choice(name: str, options: StudyOptions) -> VariantChoice:
+    """Return the variant with its settings; options that it does not use have one fixed value.
+
+    Without that, an option without effect would change the fingerprint.
+    """
+    from variants.base import AdaptationScope
+
+    variant = catalogue.get(name)
+    adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+    return VariantChoice(
+        name,
+        rank=options.rank if variant.uses_rank else 0,
+        alpha=options.alpha if variant.uses_alpha else None,
+        dropout=options.dropout if variant.uses_dropout and adapts_layers else 0.0,
+        targets=options.targets if adapts_layers else "blocks",
+        extra=dict(variant.extra_defaults),
+        numerics=variant.numerics,
+    )
