@@ -1,4 +1,4 @@
-"""Variants that are wrong on purpose, one way each: most are mistakes that published code has made."""
+"""Variants with one deliberate error each; most of these errors occur in published code."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from variants.optimization.dora import DoRA
 
 
 class StartsElsewhere(LoRA):
-    """B is not zero and nothing offsets it (RandLoRA in the paper's code)."""
+    """B starts at non-zero values without an offset (RandLoRA in the paper's code)."""
 
     def init(
         self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
     ) -> InitialTensors:
-        begin = super().init(layer, settings, generator)
-        begin.trainable["B"].normal_(0, 0.01, generator=parameter_generator(generator, "B"))
-        return begin
+        initial = super().init(layer, settings, generator)
+        initial.trainable["B"].normal_(0, 0.01, generator=parameter_generator(generator, "B"))
+        return initial
 
 
 class DeadTensor(LoRA):
-    """A trainable tensor that never gets a gradient (LoHa with both B at zero)."""
+    """One trainable tensor never gets a gradient (LoHa with both B at zero)."""
 
     def init(
         self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
     ) -> InitialTensors:
-        begin = super().init(layer, settings, generator)
-        begin.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
-        return begin
+        initial = super().init(layer, settings, generator)
+        initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
+        return initial
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         return super().prepare({**params, "B": params["B"] + 0 * params["C"].unsqueeze(2)}, layer, scaling)
@@ -50,12 +50,14 @@ class DeadTensor(LoRA):
 
 
 class MergesUnscaled(LoRA):
+    """The merged weight lacks the factor s."""
+
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         return super().delta_weight(params, layer, 1.0)
 
 
 class RoundsTheBase(LoRA):
-    """Its start writes W: here only the last bit, as a residual weight stored in W would at best."""
+    """The initialization writes W, here its last bit, as a residual stored in W would at best."""
 
     def init(
         self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
@@ -66,22 +68,22 @@ class RoundsTheBase(LoRA):
 
 
 class MovesFrozen(PiSSA):
-    """Its hook counts in a frozen tensor that it does not declare as moving."""
+    """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
     def init(
         self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
     ) -> InitialTensors:
-        begin = super().init(layer, settings, generator)
-        begin.frozen["seen"] = torch.zeros(1, dtype=layer.dtype)
-        return begin
+        initial = super().init(layer, settings, generator)
+        initial.frozen["steps"] = torch.zeros(1, dtype=layer.dtype)
+        return initial
 
     def after_step(self, lane: LaneView) -> None:
         for view in lane.layers.values():
-            view.frozen["seen"].add_(1)
+            view.frozen["steps"].add_(1)
 
 
 class ForgetsFrozen(LoRA):
-    """A random tensor of the start that is in no file."""
+    """The initialization draws a random tensor that is not saved."""
 
     def init(
         self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
@@ -106,15 +108,17 @@ def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:
 
 
 class LeaksBetweenLanes(LoRA):
-    """Every lane is scaled by the first one's alpha."""
+    """Every lane is scaled by the alpha of the first lane."""
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         return super().prepare(params, layer, scaling[:1])
 
 
 class ScalesAcrossExperts(LoRA):
-    """Takes the mean of experts, whose B has one dimension more, and broadcasts the lanes' scaling along
-    that dimension: right with one lane, and no error with as many lanes as experts."""
+    """The lanes' scaling is broadcast along the dimension of the experts.
+
+    The result is right with one lane, and there is no error with as many lanes as experts.
+    """
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         experts = len(scaling)
@@ -123,12 +127,14 @@ class ScalesAcrossExperts(LoRA):
 
 
 class CountsWrong(LoRA):
+    """The parameter count includes a vector that does not exist."""
+
     def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features) + out_features
 
 
 class GoesUphill(LoRA):
-    """The right values with gradients of the wrong sign."""
+    """The values are right, and the gradients have the wrong sign."""
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         flipped = {name: 2 * tensor.detach() - tensor for name, tensor in params.items()}
@@ -136,15 +142,17 @@ class GoesUphill(LoRA):
 
 
 class ExportsWrongAlpha(LoRA):
+    """The export states the rank as alpha."""
+
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "lora_alpha": settings.rank}
 
 
 class AttachedNorm(DoRA):
-    """DoRA whose norm is part of the gradient: another method, with the same outputs at every step 0."""
+    """DoRA whose gradient includes the norm: another method, with the same outputs at step 0."""
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         a, b = pad_rank_one(params["A"], params["B"])
-        whole = layer.weight + scaling * torch.bmm(b, a)
-        gain = params["m"] / whole.norm(dim=2)
+        adapted = layer.weight + scaling * torch.bmm(b, a)
+        gain = params["m"] / adapted.norm(dim=2)
         return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}

@@ -1,4 +1,4 @@
-"""Each law catches the variant that breaks it, and no other law does: none of them is empty or doubled."""
+"""Each law detects a variant that breaks it, and no other law does: no law is empty or redundant."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from variants.testing.laws import satisfies
 BY_NAME = {case.name: case for case in CASES}
 ONE, SEVERAL = BY_NAME["tall-bias-float32-one"], BY_NAME["wide-nobias-float32-several"]
 
-BREAKS: list[tuple[type[Variant], Case, str]] = [
+MUTANTS: list[tuple[type[Variant], Case, str]] = [
     (broken.StartsElsewhere, SEVERAL, "starts_at_the_base"),
     (broken.DeadTensor, SEVERAL, "every_tensor_gets_a_gradient"),
     (broken.MergesUnscaled, ONE, "merged_equals_forward"),
@@ -30,28 +30,28 @@ BREAKS: list[tuple[type[Variant], Case, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "case", "law"), BREAKS, ids=[law for _, _, law in BREAKS])
+@pytest.mark.parametrize(("kind", "case", "law"), MUTANTS, ids=[law for _, _, law in MUTANTS])
 def test_breaks_one_law_only(kind: type[Variant], case: Case, law: str) -> None:
-    broken_ones = [
+    broken_laws = [
         name for name in LAWS if applies(LAWS[name], kind(), case) and not satisfies(LAWS[name], kind(), case)
     ]
-    assert broken_ones == [law]
+    assert broken_laws == [law]
 
 
-def test_every_law_has_its_breaker() -> None:
-    assert {law for _, _, law in BREAKS} == set(LAWS)
+def test_every_law_has_a_broken_variant() -> None:
+    assert {law for _, _, law in MUTANTS} == set(LAWS)
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"),
-    [(broken.AttachedNorm, parity.SETTINGS["dora"]), (broken.GoesUphill, parity.SETTINGS["lora"])],
+    ("kind", "reference"),
+    [(broken.AttachedNorm, parity.REFERENCES["dora"]), (broken.GoesUphill, parity.REFERENCES["lora"])],
 )
-def test_parity_bites(kind: type[Variant], settings: parity.Oracle) -> None:
+def test_parity_detects_a_broken_variant(kind: type[Variant], reference: parity.Reference) -> None:
     with pytest.raises(AssertionError, match="step"):
-        parity.steps_alike(kind(), settings, "llama")
+        parity.compare_steps(kind(), reference, "llama")
 
 
 @pytest.mark.parametrize(("kind", "name"), [(LoRA, "dora"), (DoRA, "rslora")])
-def test_parity_bites_another_method(kind: type[Variant], name: str) -> None:
+def test_parity_detects_another_method(kind: type[Variant], name: str) -> None:
     with pytest.raises((AssertionError, KeyError)):
-        parity.steps_alike(kind(), parity.SETTINGS[name], "llama")
+        parity.compare_steps(kind(), parity.REFERENCES[name], "llama")

@@ -1,4 +1,4 @@
-"""On a GPU a lane in company is the lane alone up to rounding: kernels may add in another order."""
+"""On a GPU a lane in a group equals the lane alone up to rounding, as kernels may sum in another order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEVERAL = [case for case in CASES if case.lanes > 1]
 
 
 def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Of lane "1", after one backward of these lanes together."""
+    """Return the gradients of lane "1" after one backward pass of these lanes together."""
     x = lane_inputs(case, lanes)
     with adapters.activate_lanes(lanes, 0):
         out = model_output(adapters.model, x).chunk(len(lanes))
@@ -38,10 +38,10 @@ def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[st
     return got
 
 
-def agree(name: str, case: Case) -> None:
+def check_lanes_agree(name: str, case: Case) -> None:
     variant = catalogue.get(name)
     if variant.batching is Batching.EXCLUSIVE:
-        pytest.skip(f"{name} is alone in its pack")
+        pytest.skip(f"{name} trains one lane at a time")
     try:
         adapters = attach_lanes(case, variant, 3, dropout=0.1)
     except NotApplicableError as reason:
@@ -49,10 +49,10 @@ def agree(name: str, case: Case) -> None:
     perturb_lanes(case, adapters)
     alone = lane_outputs(case, adapters, ["1"])
     assert relative_error(lane_outputs(case, adapters).chunk(3)[1], alone) < case.tolerance
-    mine, company = gradients(case, adapters, ("1",)), gradients(case, adapters, ("0", "1", "2"))
-    assert mine.keys() == company.keys() == adapters.trainable("1").keys()
-    for key, gradient in mine.items():
-        assert relative_error(company[key], gradient) < case.tolerance, key
+    expected, grouped = gradients(case, adapters, ("1",)), gradients(case, adapters, ("0", "1", "2"))
+    assert expected.keys() == grouped.keys() == adapters.trainable("1").keys()
+    for key, gradient in expected.items():
+        assert relative_error(grouped[key], gradient) < case.tolerance, key
 
 
 @pytest.mark.gpu
@@ -60,12 +60,12 @@ def agree(name: str, case: Case) -> None:
 @pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.name)
 @pytest.mark.parametrize("name", catalogue.names())
 def test_lanes_agree_on_a_gpu(name: str, case: Case) -> None:
-    agree(name, replace(case, device="cuda"))
+    check_lanes_agree(name, replace(case, device="cuda"))
 
 
 def test_the_check_itself_on_the_cpu() -> None:
-    """Run the check of the GPU tests without a GPU, so that it does not break unseen.
+    """Run the check of the GPU tests on a CPU, so that a defect of the check is noticed without a GPU.
 
-    The laws show more on a CPU: there a lane in company equals the lane alone to the bit.
+    The laws are stricter on a CPU, where a lane in a group equals the lane alone bit for bit.
     """
-    agree("lora", next(case for case in SEVERAL if case.model == "headed"))
+    check_lanes_agree("lora", next(case for case in SEVERAL if case.model == "headed"))
