@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# PostgreSQL on the head, for MLflow alone: a role and a database of this user's, over the local socket.
+# PostgreSQL on the head for MLflow's server: a role and a database of this user, reached over the local socket.
 #
-#   database.sh          installs it, starts it, makes both
-#   database.sh watch    starts it again whenever it has died; run by orchestrator.cluster.node.supervisor
+#   database.sh          install PostgreSQL, start it, create role and database
+#   database.sh watch    start it again whenever it has died; run by orchestrator.cluster.node.supervisor
 #
-# PostgreSQL knows the user from the system, so there is no password to hide, and it does not listen for other machines.
-# Its disk goes with the head: MLflow's runs are a projection of the store, `python -m orchestrator sync` makes them anew.
+# PostgreSQL authenticates the user by the system, so there is no password to hide. Other machines cannot connect.
+# The data is lost with the head's disk: `python -m orchestrator sync` creates MLflow's runs again from the store.
 #
-# It replaces those of its processes that die, but for the first. Nobody replaces that: Debian's and Ubuntu's unit of
-# systemd has no Restart=, and `service postgresql start` does nothing there when it has been called before.
+# PostgreSQL replaces its child processes when they die. Nothing replaces its main process: the systemd unit of Debian
+# and Ubuntu has no Restart=, and a second `service postgresql start` does nothing there.
 set -euo pipefail
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
-# From a folder that user postgres may enter.
+# Runs in a folder that the user postgres may enter.
 as_postgres() { (cd / && as_root runuser -u postgres -- "$@"); }
-gone() { # there is no server; one that starts, or is busy, is there
+is_gone() { # a server that is starting or busy is not gone
     local code=0
     pg_isready -q -h /var/run/postgresql || code=$?
     [ $code = 2 ]
 }
-start() { # one that runs after all is left alone, with an error
+start() { # a server that runs is left alone; its error is ignored
     pg_lsclusters -h | while read -r version name _; do
         as_root pg_ctlcluster "$version" "$name" start </dev/null || true
     done
@@ -27,8 +27,8 @@ start() { # one that runs after all is left alone, with an error
 
 if [ "${1:-}" = watch ]; then
     while sleep 2; do
-        if gone; then
-            echo "$(date -u '+%F %T') PostgreSQL is gone: started again"
+        if is_gone; then
+            echo "$(date -u '+%F %T') PostgreSQL is gone: starting it"
             start
         fi
     done
@@ -36,12 +36,12 @@ fi
 
 command -v pg_ctlcluster >/dev/null || bash "$(dirname "$0")/packages.sh" postgresql
 as_root service postgresql start
-if gone; then start; fi
+if is_gone; then start; fi
 for _ in $(seq 60); do
     as_postgres psql -qc 'select 1' >/dev/null 2>&1 && break
     sleep 1
 done
 me=$(id -un)
-known() { [ -n "$(as_postgres psql -Atc "$1")" ]; }
-known "select 1 from pg_roles where rolname = '$me'" || as_postgres createuser "$me"
-known "select 1 from pg_database where datname = 'mlflow'" || as_postgres createdb -O "$me" mlflow
+exists() { [ -n "$(as_postgres psql -Atc "$1")" ]; }
+exists "select 1 from pg_roles where rolname = '$me'" || as_postgres createuser "$me"
+exists "select 1 from pg_database where datname = 'mlflow'" || as_postgres createdb -O "$me" mlflow

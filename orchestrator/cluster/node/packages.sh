@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs Debian packages on a node: packages.sh NAME ...
+# Install Debian packages on a node: packages.sh NAME ...
 #
-# Asks nothing (Ray's SSH has a terminal, where Ubuntu's tools would), and waits for whoever holds apt's lock: a new
-# machine's own updates do for minutes.
+# Suppresses questions, which Ubuntu's tools ask in the terminal of Ray's SSH, and waits for apt's lock, which the
+# updates of a new machine hold for minutes.
 set -euo pipefail
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
