@@ -11,8 +11,8 @@ grid that is extended later, are refused: early stopping cannot stop what was tr
 
 from __future__ import annotations
 
+from orchestrator.cli.arguments import parse_options
 from orchestrator.launch.two_stage_options import EarlyStoppingOptions
-from orchestrator.study.options import parse_options
 from orchestrator.util.command import main
 
 

@@ -19,13 +19,14 @@ fine-tune --plan estimates the cost from what was measured.
 
 from __future__ import annotations
 
-from orchestrator.study.options import parse_options
+from orchestrator.cli.arguments import parse_options
+from orchestrator.study.options import StudyOptions
 from orchestrator.util.command import main
 
 
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, StudyOptions)
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.run_study import run_study
 

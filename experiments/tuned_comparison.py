@@ -12,8 +12,8 @@ kept: the same command again trains nothing, and more --confirm-seeds train only
 
 from __future__ import annotations
 
+from orchestrator.cli.arguments import parse_options
 from orchestrator.launch.two_stage_options import ComparisonOptions
-from orchestrator.study.options import parse_options
 from orchestrator.util.command import main
 
 

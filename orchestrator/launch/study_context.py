@@ -22,7 +22,8 @@ from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import build_grid
-from orchestrator.study.options import StudyOptions, default_output
+from orchestrator.study.option_groups import default_output
+from orchestrator.study.options import StudyOptions
 from orchestrator.study.study_name import default_study_name
 from orchestrator.util.errors import UsageError
 

@@ -13,15 +13,20 @@ FIRST_CONFIRM_SEED = 1000
 """Tuning uses the seeds below this one, the comparison those from it on."""
 
 
-@dataclass(frozen=True)
-class ComparisonOptions(StudyOptions):
-    """Options of a comparison of tuned variants."""
+@dataclass(frozen=True, kw_only=True)
+class ConfirmationOptions:
+    """How the chosen points are confirmed."""
 
     confirm_seeds: int = 10
     """How many fresh seeds train each chosen point; fix the number before you look."""
     margin: float = 0.01
     """The smallest difference of the test score that matters to you, fixed before you look: 0.01 is one
     point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions(StudyOptions, ConfirmationOptions):
+    """Options of a comparison of tuned variants."""
 
     def check_comparison(self) -> None:
         """Check the options of the comparison itself.
@@ -43,7 +48,7 @@ class ComparisonOptions(StudyOptions):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EarlyStoppingOptions(StudyOptions):
     """Options of a comparison of early stopping with the full grid."""
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.study.retired_options import translate_command
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, quote_value, suggest_nearest
 
@@ -119,7 +120,7 @@ class StudyFile:
             raise UsageError(
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
-        return study
+        return replace(study, command=translate_command(study.command))
 
 
 def _newer_version_error(path: Path, what: str) -> UsageError:

@@ -15,7 +15,6 @@ from rich.console import Console
 from synthetic import record, study
 from test_report import ABOUT, Page
 
-from orchestrator.__main__ import Report
 from orchestrator.analyze import selection, verdict
 from orchestrator.analyze.comparison import ChosenPoint, TunedChoice, TunedComparison, compare_tuned
 from orchestrator.analyze.plots.forest import plot_forest, x_limits
@@ -24,6 +23,7 @@ from orchestrator.analyze.report import write_report
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.table import render_summary
 from orchestrator.analyze.tuning import summarize_tuning
+from orchestrator.cli.commands import Report
 from orchestrator.record.schema import ItemResults, Record
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile

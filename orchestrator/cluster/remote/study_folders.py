@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from orchestrator.record.study_file import read_studies
-from orchestrator.study.options import default_output
+from orchestrator.study.option_groups import default_output
 
 
 def find_study_folders(command: str, output: Path) -> list[str]:

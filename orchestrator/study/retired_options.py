@@ -1,0 +1,42 @@
+"""Option names of earlier versions: refused when typed, translated in commands that a study has kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from orchestrator.util.errors import UsageError
+
+RETIRED_OPTIONS = {
+    "--seats": "--trainers",
+    "--lanes-per-seat": "--lanes-per-trainer",
+    "--workers-per-seat": "--workers-per-trainer",
+    "--gpus-per-seat": "--gpus-per-worker",
+    "--seat-timeout": "--trainer-timeout",
+    "--schedule": "--lr-schedule",
+}
+_WORD = re.compile(r"(?<!\S)--[A-Za-z_-]+(?=[=\s]|$)")
+
+
+def check_retired_options(arguments: Sequence[str]) -> None:
+    """Refuse options that have a new name.
+
+    Args:
+        arguments: The words of a command line, without the program.
+
+    Raises:
+        UsageError: One of them is an option of an earlier version; the error names the new option.
+    """
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option in RETIRED_OPTIONS:
+            raise UsageError(f"{option} is called {RETIRED_OPTIONS[option]} now; take that name.")
+
+
+def translate_command(command: str) -> str:
+    """Return a shell command with the new names of its options."""
+
+    def translate(found: re.Match[str]) -> str:
+        return RETIRED_OPTIONS.get(found[0].replace("_", "-"), found[0])
+
+    return _WORD.sub(translate, command)
