@@ -14,8 +14,8 @@ from typing import Any
 
 from simulated_training import add_estimated_losses, curve_from_record
 
+from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.execution.tune.early_stopping import PerVariantScheduler
-from orchestrator.execution.tune.rungs import lane_evaluation_steps
 from orchestrator.execution.tune.trial import WORST_LOSS
 from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration

@@ -358,9 +358,11 @@ def train_simulated(
 
     from orchestrator.execution.progress import Progress
     from orchestrator.execution.run_budget import RunBudget
-    from orchestrator.execution.session import PoolConfig, train
+    from orchestrator.execution.rungs import submission_order
+    from orchestrator.execution.session import train
+    from orchestrator.execution.session_context import SessionContext
+    from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
-    from orchestrator.execution.tune.rungs import submission_order
     from orchestrator.study.grid import training_order
 
     plan.write(store)
@@ -378,25 +380,23 @@ def train_simulated(
     )
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
-        return train(
-            submission_order(scheduler, [], training_order(configurations, lanes), lanes),
-            (),
+        context = SessionContext(
             scheduler,
             cluster,
             PoolConfig(pool_size.trainers, spec),
             store,
             scratch,
             progress,
-            lambda record: None,
             RunBudget(),
         )
+        return train(context, submission_order(scheduler, [], training_order(configurations, lanes), lanes))
 
 
 def _wait_for_previous_broker() -> None:
     """Wait until the broker of the study before has ended: both have the same actor name."""
     import ray
 
-    from orchestrator.execution.broker.actor import BROKER_NAME
+    from orchestrator.execution.broker.client import BROKER_NAME
 
     while True:
         try:

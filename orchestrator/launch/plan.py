@@ -12,9 +12,9 @@ from rich.console import Console
 
 from orchestrator.execution.progress import format_duration
 from orchestrator.execution.ray import runtime
+from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.search_file import VariantUsage
-from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.finetune.models.loading import UNPREPARED
 from orchestrator.finetune.resolve import has_layer_shapes
 from orchestrator.launch import cost

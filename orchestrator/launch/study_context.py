@@ -12,8 +12,8 @@ from rich.console import Console
 
 from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import open_search
-from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.finetune import resolve
 from orchestrator.finetune.resolve import ResolvedOptions
 from orchestrator.launch.experiment import Experiment

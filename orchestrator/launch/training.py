@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.execution.progress import Progress, format_duration
-from orchestrator.execution.ray import autoscaler, control_store, runtime
-from orchestrator.execution.tune.rungs import submission_order
+from orchestrator.execution.ray import autoscaler, gcs_monitor, runtime
+from orchestrator.execution.rungs import submission_order
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
 from orchestrator.record.schema import Record
@@ -20,7 +20,7 @@ from orchestrator.util import timeouts
 from orchestrator.util.command import graceful_interrupts
 
 if TYPE_CHECKING:
-    from orchestrator.execution.session import PoolConfig
+    from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.record.mlflow.writer import MlflowWriter
 
 
@@ -68,7 +68,7 @@ def train_pending(
         scratch_folder(context.store) as scratch,
         runtime.connect(close_writer) as cluster,
         graceful_interrupts(context.budget.request_stop),
-        control_store.watch_control_store(cluster, progress.notify, close_writer),
+        gcs_monitor.watch_gcs(cluster, progress.notify, close_writer),
     ):
         pool_config = _plan_pool(context, work, cluster, scratch)
         progress.notify(_describe_pool(cluster, pool_config))
@@ -89,7 +89,7 @@ def _plan_pool(context: StudyContext, work: StudyWork, cluster: runtime.Cluster,
     """Check the cluster, and choose how many trainers it gets and of which kind."""
     # Imported after `connect`, which sets the environment variables that Tune reads when it is imported.
     from orchestrator.cluster.preflight.nodes import require_usable_cluster
-    from orchestrator.execution.session import PoolConfig
+    from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
 
     options, store = context.options, context.store
@@ -141,22 +141,22 @@ def _run_session(
     """Run Tune until all is trained or a limit is reached. Returns the optimizer steps of all trainers."""
     from orchestrator.execution.search.searcher import PerVariantSearcher
     from orchestrator.execution.session import train
+    from orchestrator.execution.session_context import SessionContext
 
     scheduler, lanes = context.options.scheduler, pool_config.spec.lanes_per_trainer
     cached = {c.fingerprint for c in work.satisfied}
     searcher = None
     if work.search is not None:
         searcher = PerVariantSearcher(work.search, context.store, scheduler, lanes, cached)
-    return train(
-        submission_order(scheduler, work.satisfied, work.pending, lanes),
-        cached,
-        scheduler,
-        cluster,
-        pool_config,
-        context.store,
-        scratch,
-        progress,
-        on_record,
-        context.budget,
-        searcher,
+    session = SessionContext(
+        scheduler=scheduler,
+        cluster=cluster,
+        pool=pool_config,
+        store=context.store,
+        scratch=scratch,
+        progress=progress,
+        budget=context.budget,
+        on_record=on_record,
+        cached=cached,
     )
+    return train(session, submission_order(scheduler, work.satisfied, work.pending, lanes), searcher)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.samplers import BuildConfiguration
-from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.finetune import resolve
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.execution.tune.rungs import lane_evaluation_steps
+from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.finetune import resolve
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store

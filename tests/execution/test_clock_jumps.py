@@ -13,11 +13,14 @@ from points import POINTS
 from ray.exceptions import GetTimeoutError
 from rich.console import Console
 
-from orchestrator.execution.broker.actor import Broker, retry_until_lost
+from orchestrator.execution.broker.actor import Broker
+from orchestrator.execution.broker.client import retry_until_lost
+from orchestrator.execution.monitor import StudyMonitor
 from orchestrator.execution.progress import Progress
+from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.execution.run_budget import RunBudget
-from orchestrator.execution.session import _StudyMonitor
-from orchestrator.execution.trainers.pool import TrainerPool
+from orchestrator.execution.session_context import SessionContext
+from orchestrator.execution.trainers.pool import PoolConfig, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.record.store import Store
@@ -71,7 +74,7 @@ def test_no_trainer_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: 
     assert left == 0
 
 
-class OneAnswerLate(_StudyMonitor):
+class OneAnswerLate(StudyMonitor):
     """A watch of which one question to the broker has no answer, while the clock jumps by an hour."""
 
     looks = 0
@@ -89,16 +92,16 @@ class OneAnswerLate(_StudyMonitor):
 
 
 def test_no_broker_is_lost_because_the_drivers_clock_jumps(tmp_path: Path, jump: Jump) -> None:
-    plan, sight = (
-        TrainerSpec(1, 0.0, "store", "scratch", start_timeout=0.0),
-        StorageVisibility(tmp_path, (), print),
-    )
-    trainers = TrainerPool(plan, 1, "space", None, sight, print)
+    config = PoolConfig(1, TrainerSpec(1, 0.0, "store", "scratch", start_timeout=0.0))
+    pool = TrainerPool(config, "space", None, StorageVisibility(tmp_path, (), print), print)
     progress = Progress(tmp_path, 1, 0, Console(file=io.StringIO()))
-    watch = OneAnswerLate(None, trainers, Store(tmp_path), progress, (), "none", {}, print, RunBudget())
+    context = SessionContext(
+        "none", Cluster(()), config, Store(tmp_path), tmp_path, progress, RunBudget(), print
+    )
+    watch = OneAnswerLate(context, None, pool, {})
     watch.jump = jump
     watch.run()
-    assert (watch.looks, trainers.failure_reason) == (4, "")
+    assert (watch.looks, pool.failure_reason) == (4, "")
 
 
 def test_no_trainer_gives_up_its_lanes_because_its_clock_jumps(jump: Jump) -> None:

@@ -11,12 +11,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 
-from orchestrator.execution.trainers.exit_status import (
-    MAX_TRAINER_FAILURES,
-    ExitKind,
-    FailurePolicy,
-    classify_exit,
-)
+from orchestrator.execution.broker.failure_policy import MAX_TRAINER_FAILURES, ExitKind, FailurePolicy
+from orchestrator.execution.trainers.exit_status import classify_exit
 from orchestrator.finetune.failures import BrokenKind, StoreFullError, TrainerBrokenError
 
 
@@ -92,7 +88,7 @@ def test_deaths_without_a_step_end_the_study_soon_and_without_a_gain_in_the_end(
             assert not deaths.abort_reason
         deaths.on_step()
         deaths.on_trainer_failure()
-        assert "got no lane any further" in deaths.abort_reason
+        assert "no lane got any further" in deaths.abort_reason
         deaths.on_progress()
         assert not deaths.abort_reason
     for _ in range(MAX_TRAINER_FAILURES * (1 + trainers) + 1):

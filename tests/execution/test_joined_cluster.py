@@ -18,7 +18,7 @@ from ray.util import list_named_actors
 from ray.util.placement_group import placement_group_table
 from steps import TASK, Steps
 
-from orchestrator.execution.broker.actor import BROKER_NAME
+from orchestrator.execution.broker.client import BROKER_NAME
 from orchestrator.finetune.engine import checkpoint
 from orchestrator.record.store import Store
 

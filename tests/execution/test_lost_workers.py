@@ -22,9 +22,10 @@ from ray.util import placement_group
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.trainers import placement_groups
-from orchestrator.execution.trainers.exit_status import ExitKind, has_worker_on_lost_node
+from orchestrator.execution.trainers.exit_status import has_worker_on_lost_node
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
 

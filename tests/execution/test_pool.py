@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.execution.ray.runtime import Cluster, Node
-from orchestrator.execution.trainers.pool import TrainerPool
+from orchestrator.execution.trainers.pool import PoolConfig, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
@@ -27,7 +28,7 @@ def trainers(
 ) -> TrainerPool:
     """Trainers of four lanes and one GPU, on nodes with as many GPUs in all."""
     plan, sight = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
-    made = TrainerPool(plan, count, "space", None, sight, print, follow, to_come)
+    made = TrainerPool(PoolConfig(count, plan, follow, to_come), "space", None, sight, print)
     made.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))
     names = [f"trainer-{n}" for n in range(placed + unplaced)]
     made.running = {name: TrainerRun(name, plan, "space") for name in names}
@@ -81,7 +82,7 @@ def test_no_more_than_the_drivers_node_has_memory_for() -> None:
     assert now.num_to_start(60, 4, 7) == 2, "half of 1.5 GiB is enough for three"
     assert len(said) == 1
     assert said[0].startswith("3 trainers at most, not 8: each keeps 0.25 GiB")
-    now.elastic = False
+    now.config = replace(now.config, elastic=False)
     assert now.num_to_start(60, 4, 7) == 2
     poor = trainers(8, 8, started=False)
     poor.cluster, poor.notify = Cluster((Node(4, 1, 2**20, "here"),)), said.append

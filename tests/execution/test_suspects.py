@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from points import STEPS, configuration, record
 
 from orchestrator.execution.broker.actor import Broker
-from orchestrator.execution.broker.core import BrokerCore, HeldLane
-from orchestrator.execution.broker.lane_entry import LaneEntry
-from orchestrator.execution.trainers.exit_status import MAX_TRAINER_FAILURES, ExitKind
+from orchestrator.execution.broker.core import BrokerCore
+from orchestrator.execution.broker.failure_policy import MAX_TRAINER_FAILURES, ExitKind
+from orchestrator.execution.broker.lane_entry import HeldLane, LaneEntry
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import MAX_FAILURES, RecordState
 from orchestrator.record.store import Store
@@ -97,7 +97,7 @@ def test_the_guilty_fail_and_the_innocent_finish(
     assert {f for f, state in ends.items() if state == "failed"} == set(fatal)
     assert len(ends) == len(core.ended_lanes) == len(POINTS)
     assert set(written) == set(fatal)
-    assert all("while it trained alone: SIGABRT" in why for why in written.values())
+    assert all("while the lane trained alone: SIGABRT" in why for why in written.values())
     assert deaths <= len(fatal) * (lanes.bit_length() - 1 + MAX_FAILURES)
     assert core.num_suspects == 0
 
@@ -185,7 +185,7 @@ def test_the_broker_writes_the_record_of_a_lane_that_no_trainer_can(tmp_path: Pa
     record = store.get(point.fingerprint)
     assert record is not None
     assert record.state == "failed"
-    assert record.reason == "its trainer's process died while it trained alone: killed by SIGABRT"
+    assert record.reason == "the trainer's process died while the lane trained alone: killed by SIGABRT"
     assert store.count_failures(point.fingerprint) == MAX_FAILURES
 
 

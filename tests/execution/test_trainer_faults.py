@@ -162,12 +162,12 @@ def test_one_lane_takes_its_trainer_with_it_and_the_others_finish(
     assert [record.state for record in found.values()] == ["finished"] * 3
     assert aborted.state == "failed"
     assert Store(output / "store").count_failures(aborted.fingerprint) >= MAX_FAILURES
-    assert "its trainer's process died while it trained alone: " in aborted.reason
+    assert "the trainer's process died while the lane trained alone: " in aborted.reason
     # Halved from four to one, and three times alone.
     assert 3 <= (out + err).count(" died: ") <= 5, out + err
     runs = noted(output)
     assert {f for f, (status, _) in runs.items() if status == "FAILED"} == {aborted.fingerprint}
-    assert "died while it trained alone" in runs[aborted.fingerprint][1]
+    assert "died while the lane trained alone" in runs[aborted.fingerprint][1]
 
 
 @pytest.mark.nightly

@@ -54,7 +54,7 @@ def test_a_bug_shows_itself_without_them() -> None:
 
 
 def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.execution.trainers.exit_status import format_ray_error
+    from orchestrator.execution.ray.errors import format_ray_error
     from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
     from orchestrator.util.redaction import redact_errors
 

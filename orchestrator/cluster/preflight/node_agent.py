@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.cluster.preflight import availability, clock, shared_storage
 from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, shorten_list
 from orchestrator.cluster.preflight.node_info import NodeInfo, collect_node_info
+from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import Node, usable_nodes
-from orchestrator.execution.trainers.exit_status import format_ray_error
 from orchestrator.study.configuration import ModelChoice, TaskChoice
 from orchestrator.util import timeouts
 

@@ -90,13 +90,12 @@ def _check_worker_counts(path: Path, name: str, node_type: dict[str, Any]) -> No
 
 def _apply_ray_defaults(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Prepare and validate the configuration as `ray up` does before it starts a machine."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
+    from orchestrator.execution.ray.private import prepare_cluster_config
 
     quiet = io.StringIO()  # Ray warns of mounted files even if Docker, which they concern, is not used
     try:
         with redirect_stdout(quiet), redirect_stderr(quiet):
-            prepared: dict[str, Any] = prepare_config(config)
-        validate_config(prepared)
+            prepared = prepare_cluster_config(config)
     except (ValueError, RuntimeError, NotImplementedError, KeyError, ImportError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
     return prepared

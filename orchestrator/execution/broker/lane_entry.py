@@ -1,18 +1,18 @@
-"""The life of one lane between its trials and its trainer: a plain state machine.
+"""The state of one lane between its trials and its trainer, as a state machine without I/O.
 
-    waiting --lease--> leased --report--> parked --a trial asks on--> leased --done--> ended
-       ^  ^              |                  |
-       |  +--------------+------------------+   the trainer died, failed or left, or it was stopped and is wanted
-       |                                    |
-       +---------a trial asks on-------- spilled   its trainer needed the place (or died); a checkpoint is left
+    WAITING --lease--> LEASED --report--> PAUSED --a trial asks on--> LEASED --end_lease--> ENDED
+       ^  ^              |                  | |  +---requeue----+------------------+   the trainer ended or
+       gave the lane back, or a paused lane was stopped |                                    | +---------a
+       trial asks on------- RETURNED   the trainer gave back a paused lane, or ended
 
-Trials come and go by name. A lane that a scheduler has stopped is let go: whoever holds it ends it early and
-records that; where nobody does, it is leased once more for that. One that nobody wants for another reason is
-dropped and forgotten. All answers are computed from the state, so that asking twice (a lost reply, a
-restarted caller) does no harm.
+Trials join and leave by name. When the scheduler stops the last trial, the trainer ends the lane early and
+writes its record; a lane that no trainer holds is leased once more for this. A lane that lost its trials for
+another reason is dropped and forgotten. Every answer follows from the state alone, so a repeated call does no
+harm.
 
-A lane whose trainer crashed is suspected of it: it trains in company of half as many, and so on until it is
-alone or has a new report to show. One that crashes its trainer alone, time and again, has failed.
+A lane whose trainer crashed is a suspect: it trains in a lane group of half the size, then of a quarter,
+until it is alone or has a new report. A lane that crashes trainers repeatedly while it trains alone is faulty
+and fails.
 """
 
 from __future__ import annotations
@@ -23,25 +23,36 @@ from math import nan
 
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import MAX_FAILURES, Record, RecordState
+from orchestrator.study.configuration import Configuration
+
+HeldLane = tuple[int, Configuration, Report | None]
+"""A lane as its trainer announces it: attempt, configuration, last report of this attempt."""
 
 
 class LeasePhase(StrEnum):
+    """Where a lane is on its way through the broker."""
+
     WAITING = "waiting"
+    """No trainer holds the lane; it may be leased."""
     LEASED = "leased"
+    """A trainer holds and trains the lane."""
     PAUSED = "paused"
+    """A trainer holds the lane, which has reported and waits until its trial asks for more."""
     RETURNED = "returned"
+    """No trainer holds the lane, and its trial has not asked for more."""
     ENDED = "ended"
 
 
 @dataclass
 class LaneEntry:
-    """One fingerprint. `gated`: after a report the lane waits until a trial asks for the next one."""
+    """The broker's entry for one fingerprint."""
 
     fingerprint: str
     group_key: str
     waiting_since: float
-    """When it began to wait, on the broker's clock (seconds)."""
+    """Start of the wait for a trainer, in seconds on the broker's clock."""
     pauses_after_report: bool = False
+    """Whether a scheduler sees every report before the lane trains on."""
     phase: LeasePhase = LeasePhase.WAITING
     trainer_id: str = ""
     attempt: int = 0
@@ -50,26 +61,28 @@ class LaneEntry:
     state: RecordState | None = None
     failures: int = 0
     resume_after_step: int = -1
-    """The last step beyond which a trial has asked to go on."""
+    """The last step after which a trial has asked for the next report."""
     is_stopped: bool = False
-    """A scheduler has stopped it, and its record is owed."""
+    """Whether a scheduler has stopped the lane, whose record is not written yet."""
     stop_step: int = 0
-    """Up to which step that scheduler had seen it."""
+    """The step of the last report that this scheduler saw."""
     last_reported_step: int = 0
-    """The step of its holder's last report."""
+    """The step of the holder's last report."""
     orphan_until: float = 0.0
+    """Until when the lane is kept without a trial, on the broker's clock."""
     crash_id: int = 0
-    """The last crash of which it was suspected; 0 before the first."""
+    """The last crash that the lane is suspected of; 0 before the first."""
     max_group_size: int | None = None
-    """While it is suspected: how many lanes may be in its lane group, it among them."""
+    """The largest lane group that a suspect may train in, itself included; None without suspicion."""
     solo_crashes: int = 0
-    """How often its trainer crashed while it was alone there, since it had news or a newer checkpoint."""
+    """Crashes of a trainer that held only this lane, since its last new report or checkpoint."""
     checkpoint_step: int = 0
-    """The step of its newest checkpoint when its trainer last died."""
+    """The step of the lane's newest checkpoint when its trainer last died."""
 
-    # -- trials -----------------------------------------------------------------------------------------
+    # -- trials
 
     def add_trial(self, trial: str, now: float) -> None:
+        """Register a trial that wants the lane; this cancels a stop."""
         self.trials.add(trial)
         if self.is_stopped:
             self.is_stopped = False
@@ -77,7 +90,10 @@ class LaneEntry:
                 self.requeue(now)
 
     def next_report(self, after: int, now: float) -> Report | RecordState | None:
-        """The first report beyond step `after`, else how the lane ended, else None (not yet)."""
+        """Return the first report after step `after`, or the final state of a lane without one.
+
+        Where neither exists, None is returned, and the lane may train on beyond `after`.
+        """
         for report in self.reports:
             if report.step > after:
                 return report
@@ -93,16 +109,17 @@ class LaneEntry:
 
     @property
     def _awaits_trial(self) -> bool:
-        """Whether it has reported what no trial has asked beyond."""
+        """Whether the lane has reported and no trial has asked for the next report."""
         return (
             self.pauses_after_report and bool(self.reports) and self.resume_after_step < self.reports[-1].step
         )
 
     def is_wanted(self, now: float) -> bool:
+        """Return whether a trial wants the lane, or may still claim it after a restart of the broker."""
         return bool(self.trials) or now < self.orphan_until
 
     def stop(self, stop_step: int, now: float) -> None:
-        """Its last trial was stopped by the scheduler, at the report of step `seen`."""
+        """Note that the scheduler stopped the last trial at the report of step `stop_step`."""
         self.is_stopped, self.stop_step, self.orphan_until = True, stop_step, 0.0
         self.resume_after_step = max(self.resume_after_step, stop_step - 1)
         if self.phase is LeasePhase.PAUSED and self.last_reported_step < stop_step:
@@ -112,11 +129,14 @@ class LaneEntry:
 
     @property
     def needs_trainer(self) -> bool:
+        """Whether the lane should be leased."""
         return self.phase is LeasePhase.WAITING and (bool(self.trials) or self.is_stopped)
 
     def replay(self, record: Record) -> None:
-        """What is known of it already ends it at once; its trial hears of it as if it trained, up to where
-        the scheduler that stopped it saw it."""
+        """End the lane with a record from the store, and offer its reports to the trials.
+
+        The reports of a stopped record end with the last one that its scheduler saw.
+        """
         last = record.steps if record.stopped_at is None else record.stopped_at
         losses, attempt = {step.step: step.loss for step in record.curve}, record.provenance.attempt
         self.reports = [
@@ -126,28 +146,29 @@ class LaneEntry:
         ]
         self._end(record.state)
 
-    # -- trainers ------------------------------------------------------------------------------------------
+    # -- trainers
 
     def lease(self, trainer_id: str, attempt: int) -> None:
+        """Give a waiting lane to a trainer."""
         assert self.phase is LeasePhase.WAITING, (
             f"{self.fingerprint[:12]} is {self.phase}, only a waiting lane is leased"
         )
-        self.phase, self.trainer_id, self.attempt, self.last_reported_step = (
-            LeasePhase.LEASED,
-            trainer_id,
-            attempt,
-            0,
-        )
+        self.phase, self.trainer_id, self.attempt = LeasePhase.LEASED, trainer_id, attempt
+        self.last_reported_step = 0
 
     def is_held_by(self, trainer_id: str, attempt: int) -> bool:
-        return self.phase in (LeasePhase.LEASED, LeasePhase.PAUSED) and (self.trainer_id, self.attempt) == (
-            trainer_id,
-            attempt,
-        )
+        """Return whether this attempt of this trainer holds the lease."""
+        is_leased = self.phase in (LeasePhase.LEASED, LeasePhase.PAUSED)
+        return is_leased and (self.trainer_id, self.attempt) == (trainer_id, attempt)
 
     def add_report(self, trainer_id: str, report: Report) -> bool:
-        """The last report of who holds it, perhaps said before. One that is not newer than what is kept (a
-        new attempt repeats some) is not kept. Returns whether it is."""
+        """Take a report of the holder, which may repeat an earlier one.
+
+        A new attempt repeats the reports since its checkpoint; these are not stored again.
+
+        Returns:
+            Whether the report is newer than all before.
+        """
         if not self.is_held_by(trainer_id, report.attempt):
             return False
         self.last_reported_step = report.step
@@ -160,8 +181,11 @@ class LaneEntry:
         return newer
 
     def directive(self, trainer_id: str, attempt: int, now: float) -> Directive:
-        """What the trainer should do with the lane at this moment. One that is to be stopped first tells again
-        all that the scheduler has seen: its record says so."""
+        """Return what the trainer should do with the lane now.
+
+        A lane that is to be stopped continues until it has reported all that the scheduler saw, because its
+        record must contain that.
+        """
         if not self.is_held_by(trainer_id, attempt):
             return Directive.DROP
         if not self.is_wanted(now):
@@ -171,32 +195,45 @@ class LaneEntry:
         return Directive.PARK if self.phase is LeasePhase.PAUSED else Directive.CONTINUE
 
     def update_checkpoint_step(self, checkpoint_step: int) -> bool:
-        """Its trainer has died, and its newest checkpoint is of step `saved`. Returns whether it has got further
-        since the last time: then it may crash as often as before."""
+        """Note the lane's newest checkpoint after its trainer died.
+
+        Returns:
+            Whether the lane got further than before; then its earlier crashes no longer count.
+        """
         further = checkpoint_step > self.checkpoint_step
         if further:
             self.checkpoint_step, self.solo_crashes = checkpoint_step, 0
         return further
 
     def mark_suspect(self, crash_id: int, group_size: int, is_proof: bool = True) -> None:
-        """Its trainer crashed while it held so many lanes, this one among them. `counts`: for a lone one it is a
-        proof."""
+        """Suspect the lane of having caused a crash of its trainer.
+
+        Args:
+            crash_id: Number of the crash, shared by all its suspects.
+            group_size: Number of lanes that the trainer held.
+            is_proof: Whether the crash proves the lane guilty if it trained alone.
+        """
         self.crash_id, self.max_group_size = crash_id, max(1, group_size // 2)
         self.solo_crashes += is_proof and group_size == 1
 
     @property
     def is_faulty(self) -> bool:
+        """Whether the lane has crashed trainers, or failed, too often to be tried again."""
         return self.solo_crashes > 0 and self.solo_crashes + self.failures >= MAX_FAILURES
 
     def clear_suspicion(self) -> None:
+        """Let the lane train in lane groups of any size again."""
         self.max_group_size, self.solo_crashes = None, 0
 
     def abandon(self, state: RecordState) -> None:
-        """It is not tried again: it has failed, or somebody's record says how it ended before."""
+        """End the lane in the state of the record that counts, without trying it again."""
         self._end(state)
 
     def end_lease(self, trainer_id: str, attempt: int, state: RecordState, now: float) -> None:
-        """The trainer says how it ended. A final record counts whoever wrote it; the rest needs the lease."""
+        """Note how the lane ended on a trainer.
+
+        A final record counts whoever wrote it. Other states count only from the holder of the lease.
+        """
         if self.phase is LeasePhase.ENDED:
             return
         if state in ("finished", "diverged"):
@@ -214,8 +251,7 @@ class LaneEntry:
             self.requeue(now)
 
     def requeue(self, now: float) -> None:
-        """Off its trainer, which died or needs the place, or its end was not the end. Back to the queue, unless
-        its trial has yet to ask on."""
+        """Take the lane off its trainer and queue it again; a paused lane first waits for its trial."""
         if self.phase is not LeasePhase.ENDED:
             held_back = self._awaits_trial and not self.is_stopped
             self.phase = LeasePhase.RETURNED if held_back else LeasePhase.WAITING

@@ -18,7 +18,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 import orchestrator
-from orchestrator.execution.ray import auth_token, cleanup
+from orchestrator.execution.ray import auth_token, cleanup, private
 from orchestrator.util.command import exit_on_interrupt
 from orchestrator.util.errors import StudyError, UsageError, format_error
 
@@ -69,10 +69,10 @@ class Cluster:
     def plan_trainers(
         self, requested: int | None, gpus_per_worker: float | None, workers_per_trainer: int = 1
     ) -> tuple[int, float]:
-        """Trainers, and GPUs a worker: what was asked for, else all there is room for. A trainer's workers need not
-        be on one node. Of a cluster that was there before, more than there is room for may be asked: the rest
-        waits for nodes, and so does the one trainer that there is at least. Raises BadInput for more than a
-        local one has."""
+        """Trainers, and GPUs a worker: what was asked for, else all there is room for. A trainer's workers
+        need not be on one node. Of a cluster that was there before, more than there is room for may be asked:
+        the rest waits for nodes, and so does the one trainer that there is at least. Raises BadInput for more
+        than a local one has."""
         all_gpus = sum(node.gpus for node in self.nodes)
         gpus = gpus_per_worker if gpus_per_worker is not None else float(all_gpus > 0)
         units = self._worker_capacity(gpus)
@@ -313,20 +313,13 @@ def usable_nodes() -> tuple[Node, ...]:
     """Those of the joined Ray that can take a trainer: alive, and not about to go."""
     import ray
 
-    draining_ids = draining_node_ids()
+    draining_ids = private.draining_node_ids()
     return tuple(
         Node(has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0), node["NodeID"], address)
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in draining_ids
         for has, address in [(node["Resources"], node["NodeManagerAddress"])]
     )
-
-
-def draining_node_ids() -> frozenset[str]:
-    """Ids of nodes that Ray was told to empty (`ray drain-node`, an autoscaler, a spot machine's notice)."""
-    from ray._private.state import state  # Ray 2.60 tells it nowhere else
-
-    return frozenset(state.get_draining_nodes())
 
 
 def driver_node_affinity() -> Any:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
+from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search import journal, samplers
 from orchestrator.execution.search.budget import SearchBudget
-from orchestrator.execution.tune.rungs import scheduler_settings
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration

@@ -1,4 +1,4 @@
-"""Which nodes see a study's store. Those that join while it runs were not there for its first check."""
+"""Which nodes can access the study's store. Nodes that join later are checked when they do."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import Node
-from orchestrator.execution.trainers.exit_status import format_ray_error
 
 
 class StorageVisibility:
-    """`folder`: one in the store that is there as long as the driver lives. `known`: nodes that see it."""
+    """Check on every node, once, whether it can access a folder of the store.
+
+    Args:
+        folder: A folder in the store that exists as long as the driver.
+        visible: Nodes that are known to see the folder.
+        notify: Called with one line for each node that does not.
+    """
 
     def __init__(self, folder: Path, visible: Iterable[Node], notify: Callable[[str], None]) -> None:
         self.folder, self.notify = folder, notify
         self.can_see = {node.id: True for node in visible}
+        """The result by node id."""
         self.pending_checks: dict[str, Any] = {}
+        """The running check by node id."""
 
     def visible_nodes(self, nodes: Sequence[Node], driver_node_id: str) -> tuple[Node, ...]:
-        """Those of `nodes` that see the store, as far as they have answered; asks those that are new, and
-        waits for none. `here`: the driver's node; what has its address is on its machine."""
+        """Return the nodes that are known to see the folder; start checks of new nodes without waiting.
+
+        Nodes with the driver's address are on its machine and need no check.
+        """
         driver_addresses = {node.address for node in nodes if node.id == driver_node_id}
         for node in nodes:
             if node.id not in self.can_see and node.address not in driver_addresses:
@@ -35,23 +45,23 @@ class StorageVisibility:
 
     def _check_node(self, node: Node) -> None:
         if node.id not in self.pending_checks:
-            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
             task = ray.remote(num_cpus=0)(can_access)
-            self.pending_checks[node.id] = task.options(scheduling_strategy=there).remote(str(self.folder))
+            self.pending_checks[node.id] = task.options(scheduling_strategy=strategy).remote(str(self.folder))
         if not ray.wait([self.pending_checks[node.id]], timeout=0)[0]:
             return
-        why = ""
+        reason = ""
         try:
             self.can_see[node.id] = ray.get(self.pending_checks.pop(node.id))
-        except Exception as error:  # whatever is wrong there: no trainer could work there either
-            self.can_see[node.id], why = False, f" ({format_ray_error(error)})"
+        except Exception as error:  # no trainer could work on such a node either
+            self.can_see[node.id], reason = False, f" ({format_ray_error(error)})"
         if not self.can_see[node.id]:
             self.notify(
-                f"the node on {node.address} does not see this study's folder {self.folder}{why}: it is not "
+                f"the node on {node.address} does not see this study's folder {self.folder}{reason}: it is not "
                 "counted; mount there what the other nodes have, and start Ray there again"
             )
 
 
 def can_access(folder: str) -> bool:
-    """Runs on a node."""
+    """Return whether this process may list, read and write a folder. Runs as a Ray task."""
     return os.access(folder, os.R_OK | os.W_OK | os.X_OK)

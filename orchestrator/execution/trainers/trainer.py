@@ -1,7 +1,7 @@
-"""A trainer: one Ray Train run that holds a base model and trains lane groups of lanes until none waits.
+"""A trainer: one Ray Train run that holds a base model and trains lane groups until no lane waits.
 
-Its workers split every batch (`finetune/team.py`). One of them speaks to the broker; when one dies, Train
-ends the run, and the trainer is replaced as a whole.
+The workers of a trainer split every batch (`finetune/process_group.py`). The worker of rank 0 calls the
+broker. When a worker dies, Train ends the run, and the driver replaces the trainer as a whole.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MALLOC_ENVIRONMENT = {
-    # glibc gives large blocks back to the system at every free; on a CPU each step would fault them in again,
-    # a sixth of a small model's time.
+    # By default glibc returns large blocks to the system at every free. On a CPU, page faults on the next step would
+    # take a sixth of a small model's time.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -36,43 +36,50 @@ MALLOC_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """How trainers are made. All trainers of a study are alike."""
+    """The properties that all trainers of a study share."""
 
     lanes_per_trainer: int
     gpus_per_worker: float
-    """Of a worker."""
     store: str
-    """Folder of the store, the same on every node."""
+    """Folder of the store, which has the same path on every node."""
     scratch: str
     """Folder for Ray Train's own files."""
     save_adapters: bool = False
     start_timeout: float = 300.0
+    """Seconds that a study waits for a trainer while it has none."""
     workers_per_trainer: int = 1
     gradient_checkpointing: bool = False
     device: str = "auto"
-    """"cpu": GPUs are held in Ray's book-keeping only."""
+    """With "cpu", workers reserve GPUs in Ray but compute on the CPU."""
     train_loop: str = "orchestrator.finetune.engine.loop:run"
-    """What each worker runs, "module:function": a rehearsal has one that trains nothing."""
+    """The function that each worker runs, "module:function"; benchmarks replace it."""
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether its workers compute on the GPUs that they hold."""
+        """Whether the workers compute on the GPUs that they reserve."""
         return self.gpus_per_worker > 0 and self.device != "cpu"
 
     @property
     def resources_per_worker(self) -> dict[str, float]:
-        """Of a worker."""
+        """The resources that Ray reserves for a worker."""
         return {"CPU": 1, "GPU": self.gpus_per_worker} if self.gpus_per_worker else {"CPU": 1}
 
 
 def train_loop_per_worker(config: Mapping[str, Any]) -> None:
-    """Runs in each Ray Train worker: the fine-tuning loop over whatever the broker leases to this trainer."""
+    """Run the fine-tuning loop in a Ray Train worker, over the lanes that the broker leases to its trainer.
+
+    Args:
+        config: "name": the trainer's name; "spec": a `TrainerSpec` as a dictionary.
+
+    Raises:
+        RuntimeError: The worker cannot use its GPU, or its node does not see the store.
+    """
     import pkgutil
 
     import torch
     from ray.train.torch import get_device
 
-    from orchestrator.execution.broker.actor import BrokerClient
+    from orchestrator.execution.broker.client import BrokerClient
     from orchestrator.finetune.engine.loop import LoopSettings
     from orchestrator.finetune.failures import TrainerBrokenError
     from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, TorchProcessGroup
@@ -84,9 +91,9 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     gpu = spec.uses_gpus
     if gpu and not torch.cuda.is_available():
         raise RuntimeError(
-            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install one for its driver"
+            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install a torch for its driver"
         )
-    device = get_device() if gpu else torch.device("cpu")  # a node's workers see each other's GPUs
+    device = get_device() if gpu else torch.device("cpu")  # `cuda:0` may be another worker's GPU
     if gpu:
         torch.cuda.set_device(device)
     else:
@@ -96,7 +103,7 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
         raise RuntimeError(f"this node does not see the study's store {spec.store}: mount it here, too")
     store = Store(Path(spec.store))
     process_group = TorchProcessGroup() if spec.workers_per_trainer > 1 else SINGLE_PROCESS_GROUP
-    # A new process is a new incarnation: what its predecessor held is not its own.
+    # A new process is a new incarnation, which does not own the lanes of its predecessor.
     source = BrokerClient(f"{config['name']}.{uuid.uuid4().hex[:8]}") if process_group.rank == 0 else None
     threading.Thread(target=_exit_with_raylet, name="end with Ray", daemon=True).start()
     threading.Thread(target=_drain_with_node, args=[config["name"]], name="drain", daemon=True).start()
@@ -117,22 +124,32 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
 
 
 def model_loader(spec: TrainerSpec, bases: Path, device: Any) -> Callable[[ModelChoice, Task], BaseModel]:
-    """How a worker of the trainer loads a base."""
+    """Return the function with which a worker loads a base model.
+
+    Args:
+        spec: The properties of the trainer.
+        bases: Folder of the base models.
+        device: The worker's torch device.
+    """
     from orchestrator.finetune.models import loading
     from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 
     def load(model_choice: ModelChoice, task: Task) -> BaseModel:
-        bench = loading.load_base_model(model_choice, bases, device, task)
+        base_model = loading.load_base_model(model_choice, bases, device, task)
         if spec.gradient_checkpointing:
-            enable_activation_checkpointing(bench.model)
-        return replace(bench, memory_fraction=min(1.0, spec.gpus_per_worker)) if spec.uses_gpus else bench
+            enable_activation_checkpointing(base_model.model)
+        if not spec.uses_gpus:
+            return base_model
+        return replace(base_model, memory_fraction=min(1.0, spec.gpus_per_worker))
 
     return load
 
 
 def _exit_with_raylet() -> None:
-    """Ends this worker when its raylet is gone, which dies with a driver that was killed: Ray lets a worker
-    that computes live on for half a minute."""
+    """End this worker when its raylet has died.
+
+    The raylet dies with a driver that was killed. Ray lets a worker that computes live on for half a minute.
+    """
     raylet = os.getppid()
     while os.getppid() == raylet:
         time.sleep(timeouts.RAYLET_POLL_SECONDS)
@@ -140,21 +157,23 @@ def _exit_with_raylet() -> None:
 
 
 def _drain_with_node(trainer_name: str) -> None:
-    """When the node of this worker is to be drained: has the trainer save its lanes and end. Says so again and
-    again, since a broker that restarts has forgotten it."""
+    """Let the trainer save its lanes and end when the node of this worker is draining.
+
+    The request is repeated, because a broker that restarts has forgotten it.
+    """
     import ray
 
-    from orchestrator.execution.broker.actor import BROKER_NAME
-    from orchestrator.execution.ray.runtime import draining_node_ids
+    from orchestrator.execution.broker.client import BROKER_NAME
+    from orchestrator.execution.ray.private import draining_node_ids
 
-    here = ray.get_runtime_context().get_node_id()
-    said = False
+    node_id = ray.get_runtime_context().get_node_id()
+    has_warned = False
     while True:
         time.sleep(timeouts.DRAIN_POLL_SECONDS)
         try:
-            if here in draining_node_ids():
+            if node_id in draining_node_ids():
                 ray.get_actor(BROKER_NAME).drain.remote(trainer_name)
-        except Exception as error:  # the broker restarts, Ray is busy: the next time may go well
-            if not said:  # or Ray tells it in another way now, and the next time will be as this one
-                log.warning("cannot look whether this node has to go: %s: %s", type(error).__name__, error)
-            said = True
+        except Exception as error:  # usually passing: the broker restarts or Ray is busy
+            if not has_warned:  # a new version of Ray may also have changed the call
+                log.warning("cannot see whether this node is draining: %s: %s", type(error).__name__, error)
+            has_warned = True

@@ -13,14 +13,14 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
-from orchestrator.execution.tune.rungs import (
+from orchestrator.execution.rungs import (
     MIN_SAMPLES,
     REDUCTION_FACTOR,
     evaluation_index,
     first_rung,
     last_rung,
 )
+from orchestrator.execution.tune.fifo import LiveTrialFIFOScheduler
 from orchestrator.study.configuration import Configuration
 
 

@@ -1,5 +1,8 @@
-"""Tune's trial: one configuration, a thin client of the broker. It imports no torch and asks for memory,
-not CPU, so that trials never take the cores that trainers train on."""
+"""Tune's trial of one configuration, as a thin client of the broker.
+
+A trial imports no torch. It reserves memory instead of a CPU, so that trials never take the cores of
+trainers.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,28 @@ import ray
 from ray import tune
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from orchestrator.execution.broker.actor import BROKER_NAME
-from orchestrator.execution.tune.rungs import evaluation_index, lane_evaluation_steps
+from orchestrator.execution.broker.client import BROKER_NAME
+from orchestrator.execution.rungs import evaluation_index, lane_evaluation_steps
 from orchestrator.finetune.engine.lane_source import Report
 from orchestrator.study.configuration import Configuration
 from orchestrator.util import timeouts
 
-TRIAL_MEMORY_BYTES = 300 * 2**20  # a trial's process with Ray Tune imported: 190 MiB measured, Linux x86-64
-
-
-WORST_LOSS = 1e9  # finite: NaN and infinities poison schedulers
+TRIAL_MEMORY_BYTES = 300 * 2**20
+"""Memory of a trial's process with Ray Tune imported; 190 MiB were measured on Linux x86-64."""
+WORST_LOSS = 1e9
+"""The loss of a diverged lane. It is finite, because NaN and infinity break Ray's schedulers."""
 
 
 class LaneTrainable(tune.Trainable):
-    """`config` holds "configuration" (its JSON). Every `step` waits for the lane's next report, and lets the
-    lane go on if it was parked after the last one; the last result has `done` and the state in which the lane
-    ended.
+    """Trainable whose every `step` waits for the lane's next report.
 
-    Nothing is released here: a process that ends, or is given another trial, may have been paused. The driver
-    tells the broker which trials have ended.
+    A step lets the lane go on if it was paused after its last report. The last result has `done` and the
+    state in which the lane ended. The trainable never releases its lane, because its process may be paused or
+    reused for another trial when it ends; the driver tells the broker which trials have ended.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
+        """Take the configuration, which `config` has as JSON under "configuration"."""
         self.broker = ray.get_actor(BROKER_NAME)
         self.configuration = Configuration.from_json(config["configuration"])
         self.name = self.trial_id
@@ -40,16 +43,17 @@ class LaneTrainable(tune.Trainable):
         self.last_metrics: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
+        """Wait for the lane's next report, or its end, and return Tune's result."""
         while True:
             try:
-                promise: Any = self.broker.next_report.remote(
+                reference: Any = self.broker.next_report.remote(
                     self.name, self.configuration, self.reported_step, timeouts.REPORT_WAIT_SECONDS
                 )
-                news: Any = ray.get(promise)  # Report | State | None
-            except ActorUnavailableError:  # it restarts, and is told again what this trial wants
+                news: Any = ray.get(reference)  # Report | State | None
+            except ActorUnavailableError:  # the broker restarts; the next call submits again
                 time.sleep(0.5)
                 continue
-            except ActorDiedError:  # for good: the driver gives the study up
+            except ActorDiedError:  # it does not come back: the driver ends the study
                 news = "failed"
             if isinstance(news, Report):
                 self.reported_step = news.step
@@ -59,7 +63,7 @@ class LaneTrainable(tune.Trainable):
                 return {**self._final_metrics(news), "state": news, "done": True}
 
     def _metrics(self, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
-        """A task may have its answers graded at the end only: on the way it is worth the floor."""
+        """Return Tune's metrics for a report; the score is the floor if the task grades only at the end."""
         task = self.configuration.task
         return {
             "step": step,
@@ -69,9 +73,13 @@ class LaneTrainable(tune.Trainable):
         }
 
     def _final_metrics(self, state: str) -> dict[str, Any]:
-        """The last result again. A diverged lane gets that of the evaluation that it did not reach, and it is
-        the worst: the others are measured against it too. What failed or was stopped before it had a result
-        has the worst at its start, where nobody looks; its record says that it has no score."""
+        """Return the metrics of the last result.
+
+        They repeat the last report. A diverged lane gets the worst metrics, at the evaluation that it did not
+        reach, because other lanes are compared with it. A lane that failed or was stopped before its first
+        report gets the worst metrics at step 0, which no scheduler compares; its record says that it has no
+        score.
+        """
         step = self.reported_step
         if state == "diverged":
             step = next(
@@ -84,12 +92,14 @@ class LaneTrainable(tune.Trainable):
         return self._metrics(step, {"loss": WORST_LOSS, task.metric: task.floor})
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take another configuration, so that Tune can reuse the process."""
         self.setup(new_config)
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """On a pause: what Tune has seen. The lane's own checkpoints hold the rest."""
+        """Return what Tune has seen, for a pause; the lane has checkpoints of its own."""
         return {"reported_step": self.reported_step, "last_metrics": self.last_metrics}
 
     def load_checkpoint(self, checkpoint: Any) -> None:
+        """Take what `save_checkpoint` returned."""
         self.reported_step, self.last_metrics = checkpoint["reported_step"], checkpoint["last_metrics"]

@@ -6,17 +6,14 @@ from dataclasses import replace
 
 from points import configuration, record
 
-from orchestrator.execution.broker.core import (
-    MAX_GROUP_FAILURES,
-    STARVATION_SECONDS,
-    TRAINER_SILENT_SECONDS,
-    BrokerCore,
-    HeldLane,
-)
-from orchestrator.execution.trainers.exit_status import ExitKind
+from orchestrator.execution.broker.assignment import MAX_GROUP_FAILURES
+from orchestrator.execution.broker.core import BrokerCore
+from orchestrator.execution.broker.failure_policy import ExitKind
+from orchestrator.execution.broker.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
 
 def test_a_trainer_refills_its_shape_then_takes_the_shape_with_most_waiting() -> None:
@@ -44,7 +41,7 @@ def test_a_shape_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> Non
     core.lease("b", None, 1, 0.0)
     core.submit("t8", configuration("hira"), 0.0)
     core.submit("t9", configuration("lora", 1e-1), 0.0)
-    late = STARVATION_SECONDS + 1
+    late = timeouts.STARVATION_SECONDS + 1
     held = {f: (core.entries[f].attempt, core.configurations[f], None) for f in core.trainers["a"].lanes}
     core.exchange("a", held, 0, late)
     assert core.lease("b", shape, 1, late).leases == (), "b drains its lane group for the unserved shape"
@@ -214,7 +211,7 @@ def test_a_variant_that_fails_is_left_until_the_others_are_trained_and_kills_no_
         core.end_lease("trainer-0.x", lease.configuration.fingerprint, lease.attempt, "failed", 0.0)
     core.trainer_exited("trainer-0", 0.0, ExitKind.REPEATED_LANE_FAILURES, "3 configurations in a row failed")
     assert core.failure_policy.failures_without_step == 0, "another variant waits"
-    late = STARVATION_SECONDS + 1
+    late = timeouts.STARVATION_SECONDS + 1
     for rate in rates[:3]:
         (lease,) = core.lease("trainer-1.x", None, 1, late).leases
         good = configuration("lora", rate)
@@ -265,13 +262,13 @@ def test_a_hung_trainer_is_named_and_one_that_speaks_again_is_not() -> None:
         core.submit(f"t{rate}", configuration(rate=rate), 0.0)
     for name in ("trainer-0.x", "trainer-1.x", "trainer-2.x"):
         core.lease(name, None, 1, 0.0)
-    dead = TRAINER_SILENT_SECONDS + 1
+    dead = timeouts.TRAINER_SILENT_SECONDS + 1
     core.tick(dead)
     assert core.counts()["trainers"] == 0
     assert core.hung_trainers(dead) == [], "the broker itself may have stood still"
     core.heartbeat("trainer-1.x", dead)
     core.exchange("trainer-2.x", {}, 0, dead)
-    later = dead + TRAINER_SILENT_SECONDS + 1
+    later = dead + timeouts.TRAINER_SILENT_SECONDS + 1
     assert core.hung_trainers(later) == ["trainer-0"]
     core.trainer_exited("trainer-0", later, ExitKind.FAILED, "it hung")
     assert core.hung_trainers(later) == []

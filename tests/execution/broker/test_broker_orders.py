@@ -10,17 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from points import POINTS, STEPS, record
 
-from orchestrator.execution.broker.core import (
-    STARVATION_SECONDS,
-    TRAINER_SILENT_SECONDS,
-    BrokerCore,
-    HeldLane,
-)
-from orchestrator.execution.broker.lane_entry import LeasePhase
-from orchestrator.execution.trainers.exit_status import ExitKind
+from orchestrator.execution.broker.core import BrokerCore
+from orchestrator.execution.broker.failure_policy import ExitKind
+from orchestrator.execution.broker.lane_entry import HeldLane, LeasePhase
 from orchestrator.finetune.engine.lane_source import Directive, Report
 from orchestrator.record.schema import MAX_FAILURES, Record
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 
 
 @dataclass
@@ -308,7 +304,7 @@ class Broker(RuleBasedStateMachine):
 
     @rule()
     def wait_long(self) -> None:
-        self.now += TRAINER_SILENT_SECONDS + STARVATION_SECONDS
+        self.now += timeouts.TRAINER_SILENT_SECONDS + timeouts.STARVATION_SECONDS
         self.core.tick(self.now)
 
     @rule()

@@ -11,7 +11,7 @@ import pytest
 from ray.cluster_utils import Cluster
 from test_broker_core import configuration
 
-from orchestrator.execution.tune.rungs import (
+from orchestrator.execution.rungs import (
     evaluation_index,
     first_rung,
     lane_evaluation_steps,
@@ -58,18 +58,19 @@ def test_known_results_come_first_but_for_hyperband_where_order_makes_the_bracke
 @pytest.mark.parametrize("nodes", [1, 2, 40])
 def test_trials_leave_half_of_the_memory_to_trainers_under_hyperband_too(nodes: int) -> None:
     from orchestrator.execution.ray.runtime import Cluster, Node
-    from orchestrator.execution.session import PoolConfig
+    from orchestrator.execution.trainers.pool import PoolConfig
     from orchestrator.execution.trainers.trainer import TrainerSpec
+    from orchestrator.execution.tune.concurrency import trial_limits
     from orchestrator.execution.tune.trial import TRIAL_MEMORY_BYTES
 
-    room = PoolConfig(2, TrainerSpec(lanes_per_trainer=4, gpus_per_worker=0, store="", scratch=""))
+    pool = PoolConfig(2, TrainerSpec(lanes_per_trainer=4, gpus_per_worker=0, store="", scratch=""))
     for memory in (2 * 2**30, 64 * 2**30):
         cluster = Cluster((Node(8, 0, memory),) * nodes)
-        at_once, each = room.trial_limits(cluster, "asha")
+        at_once, each = trial_limits(pool, cluster, "asha")
         assert at_once is not None
         assert at_once <= 16
         assert at_once * TRIAL_MEMORY_BYTES <= cluster.memory / 2
-        at_once, asked = room.trial_limits(cluster, "hyperband")
+        at_once, asked = trial_limits(pool, cluster, "hyperband")
         assert at_once is None
         assert nodes <= nodes * (memory // asked) <= max(16, nodes), "as many, but one a node at least"
         assert nodes * (memory // asked) * each <= cluster.memory / 2

@@ -1,4 +1,4 @@
-"""Watch Ray's control store (GCS), without which Ray cannot go on.
+"""Watch over Ray's control store (GCS), without which Ray cannot go on.
 
 When the GCS is gone, every call to Ray that needs it blocks in C++ for a minute, and then Ray ends the
 process with a message of its own. The thread here notices this earlier and ends the study with one line that
@@ -22,15 +22,15 @@ RECONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 @contextmanager
-def watch_control_store(
+def watch_gcs(
     cluster: Cluster, notify: Callable[[str], None], before_exit: Callable[[], object]
 ) -> Iterator[None]:
-    """End the process when the GCS of the cluster has not answered for `_patience`.
+    """End the process when the GCS of the cluster has not answered for `_timeout_seconds`.
 
     Args:
-        cluster: the Ray that the study uses.
-        say: called with a line when the GCS stops answering, and when it answers again.
-        last: called before the process ends.
+        cluster: The Ray that the study uses.
+        notify: Called with a line when the GCS stops answering, and when it answers again.
+        before_exit: Called before the process ends.
     """
     stop = threading.Event()
     thread = threading.Thread(
@@ -47,8 +47,8 @@ def watch_control_store(
 def _timeout_seconds(cluster: Cluster) -> float:
     """Return how many seconds the GCS may be silent.
 
-    The GCS of a joined cluster may be started again, for which Ray waits. That time is used except for its
-    last tenth: then Ray ends the process.
+    Nobody restarts the GCS of a local Ray. That of a joined cluster may be restarted, for which Ray itself
+    waits before it ends the process; nine tenths of that time are used here.
     """
     if cluster.local:
         return timeouts.LOCAL_CONTROL_STORE_SECONDS
@@ -76,7 +76,7 @@ def _watch(
 
 
 def _error_message(cluster: Cluster, timeout: float) -> str:
-    """Return the error line: what is known, and how to go on."""
+    """Return the error line, with what is known and the command that goes on."""
     if cluster.local:
         why, how = "its process is gone", "to go on"
     else:

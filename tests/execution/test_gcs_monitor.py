@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from orchestrator.execution.ray import control_store
+from orchestrator.execution.ray import gcs_monitor
 from orchestrator.execution.ray.runtime import Cluster
 
 WHERE = "10.0.0.1:6379"
@@ -56,10 +56,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: looks.now)
-            patch.setattr(control_store, "is_listening", lambda host, port: looks.last)
-            patch.setattr(control_store, "exit_with_error", end_with)
+            patch.setattr(gcs_monitor, "is_listening", lambda host, port: looks.last)
+            patch.setattr(gcs_monitor, "exit_with_error", end_with)
             try:
-                control_store._watch(cluster, say or said.append, lambda: None, looks)  # type: ignore[arg-type]
+                gcs_monitor._watch(cluster, say or said.append, lambda: None, looks)  # type: ignore[arg-type]
             except Ended:
                 return said, looks.now, line
         return said, None, line

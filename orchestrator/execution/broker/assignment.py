@@ -1,0 +1,104 @@
+"""Which waiting lanes a trainer may take next, as functions of the broker's state."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.execution.broker.lane_entry import LaneEntry
+from orchestrator.util import timeouts
+
+MAX_GROUP_FAILURES = 3
+"""Failures in a row of the lanes of one group key, after which the other group keys go first. As many end a
+trainer; see `finetune/engine/loop.py`."""
+
+
+@dataclass
+class TrainerView:
+    """What the broker knows of one incarnation of a trainer."""
+
+    last_contact: float
+    """Time of the trainer's last call, on the broker's clock."""
+    group_key: str | None = None
+    draining_for: str | None = None
+    """The group key that the trainer will take when its present lane group is empty; it gets no lanes
+    before."""
+    lanes: set[str] = field(default_factory=set)
+    """Fingerprints of the lanes that the trainer holds."""
+
+
+def select_lanes(
+    waiting: Iterable[LaneEntry], group_key: str | None, group: Sequence[LaneEntry], limit: int
+) -> list[LaneEntry]:
+    """Return up to `limit` waiting lanes of a group key that may all join a lane group, suspects first."""
+    selected: list[LaneEntry] = []
+    for entry in sorted(waiting, key=lambda entry: entry.max_group_size is None):
+        if len(selected) == limit:
+            break
+        if entry.group_key == group_key and can_join(entry, [*group, *selected]):
+            selected.append(entry)
+    return selected
+
+
+def can_join(entry: LaneEntry, group: Sequence[LaneEntry]) -> bool:
+    """Return whether a lane may train in one lane group with the given lanes.
+
+    Suspects join only suspects of the same crash, and only as many as each of them allows.
+    """
+    limits = [one.max_group_size for one in (*group, entry) if one.max_group_size is not None]
+    return not limits or (len(group) < min(limits) and all(one.crash_id == entry.crash_id for one in group))
+
+
+def choose_group_key(
+    view: TrainerView, waiting: Iterable[LaneEntry], failures_by_group: Mapping[str, int]
+) -> str | None:
+    """Return the group key for an empty lane group, or None if no lane waits.
+
+    The group key that the trainer drained for comes first, then the one with the fewest failures, so that
+    what can be trained is trained early, then one with a suspect, then the one with the most waiting lanes.
+    """
+    waiting = list(waiting)
+    counts = Counter(entry.group_key for entry in waiting)
+    if view.draining_for in counts:
+        return view.draining_for
+    suspects = {entry.group_key for entry in waiting if entry.max_group_size is not None}
+    return min(
+        counts,
+        key=lambda key: (failures_by_group.get(key, 0), key not in suspects, -counts[key]),
+        default=None,
+    )
+
+
+def assign_starved_groups(
+    entries: Iterable[LaneEntry],
+    views: Sequence[TrainerView],
+    failures_by_group: Mapping[str, int],
+    now: float,
+) -> None:
+    """Let trainers drain for lanes that have waited longer than timeouts.STARVATION_SECONDS.
+
+    A group key that no trainer serves gets the trainer with the fewest lanes; so does a suspect, which may
+    join no lane group. A group key whose lanes fail in a row gets none.
+
+    Args:
+        entries: All lanes that have not ended.
+        views: The trainers that are not about to leave. `draining_for` is set for those that are chosen.
+        failures_by_group: Failures in a row by group key.
+        now: Time on the broker's clock.
+    """
+    drained_for = {view.draining_for for view in views}
+    served = {view.group_key for view in views if view.lanes} | drained_for
+    for entry in entries:
+        if not entry.needs_trainer or now - entry.waiting_since <= timeouts.STARVATION_SECONDS:
+            continue
+        key = entry.group_key
+        if entry.max_group_size is not None:
+            is_starved = key not in drained_for
+        else:
+            is_starved = key not in served and failures_by_group.get(key, 0) < MAX_GROUP_FAILURES
+        busy = [view for view in views if view.lanes and view.draining_for is None]
+        if is_starved and busy:
+            min(busy, key=lambda view: len(view.lanes)).draining_for = key
+            drained_for.add(key)
+            served.add(key)

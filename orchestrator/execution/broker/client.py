@@ -1,0 +1,130 @@
+"""The trainer's side of the broker: remote calls that survive a restart of the broker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+
+from orchestrator.execution.broker.lane_entry import HeldLane
+from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
+from orchestrator.record.schema import RecordState
+from orchestrator.util import timeouts
+from orchestrator.util.watched_clock import SuspendTolerantClock
+
+BROKER_NAME = "broker"
+"""Name of the broker's actor in the Ray namespace of the study."""
+Result = TypeVar("Result")
+
+
+class BrokerClient:
+    """The `LaneSource` of a trainer's fine-tuning loop.
+
+    Every lease, report and exchange names all lanes that the trainer holds, each with its last report. A lost
+    reply or a restart of the broker is thereby repaired by the next call.
+
+    Args:
+        trainer_id: The trainer's name and incarnation; a new process is a new incarnation.
+    """
+
+    def __init__(self, trainer_id: str) -> None:
+        self.trainer_id = trainer_id
+        self.broker = ray.get_actor(BROKER_NAME)
+        self.held: dict[str, HeldLane] = {}
+        self.steps_taken = 0
+        self.last_call_time = time.monotonic()
+        threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True).start()
+
+    def lease(self, group_key: str | None, free_slots: int, steps_taken: int) -> LeaseGrant:
+        """Lease up to `free_slots` lanes; see `LaneSource.lease`."""
+        self.steps_taken = steps_taken
+        grant: LeaseGrant = self._call(
+            "lease", self.trainer_id, group_key, free_slots, self.held, steps_taken
+        )
+        for lease in grant.leases:
+            self.held[lease.configuration.fingerprint] = (lease.attempt, lease.configuration, None)
+        return grant
+
+    def report(self, report: Report) -> Directive:
+        """Send a report and return the directive for its lane.
+
+        The exchange also returns directives for the other lanes. They are ignored here because the next
+        exchange repeats them.
+        """
+        fingerprint = report.fingerprint
+        if fingerprint not in self.held:
+            return Directive.DROP
+        attempt, configuration, _ = self.held[fingerprint]
+        self.held[fingerprint] = (attempt, configuration, report)
+        directives: dict[str, Directive] = self._call(
+            "exchange", self.trainer_id, self.held, self.steps_taken
+        )
+        if directives[fingerprint] is Directive.DROP:
+            del self.held[fingerprint]
+        return directives[fingerprint]
+
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+        """Return the directives for all lanes that the trainer holds, by fingerprint."""
+        self.steps_taken = steps_taken
+        directives: dict[str, Directive] = self._call("exchange", self.trainer_id, self.held, steps_taken)
+        for fingerprint, directive in directives.items():
+            if directive is Directive.DROP:
+                del self.held[fingerprint]
+        return directives
+
+    def return_lease(self, fingerprint: str, attempt: int) -> None:
+        """Give back a lane that has not ended."""
+        self._call("return_lease", self.trainer_id, fingerprint, attempt)
+        self.held.pop(fingerprint, None)
+
+    def notify(self, line: str) -> None:
+        """Show a line to the user of the study."""
+        self._call("notify", line)
+
+    def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
+        """Tell the broker that a lane has ended; its record is in the store."""
+        self._call("end_lease", self.trainer_id, fingerprint, attempt, state)
+        self.held.pop(fingerprint, None)
+
+    def _send_heartbeats(self) -> None:
+        """Keep the trainer alive for the broker while the loop loads a model or evaluates."""
+        while True:
+            time.sleep(timeouts.HEARTBEAT_SECONDS)
+            if time.monotonic() - self.last_call_time < timeouts.HUNG_SECONDS:
+                self.broker.heartbeat.remote(self.trainer_id)
+
+    def _call(self, method: str, *args: Any) -> Any:
+        self.last_call_time = time.monotonic()
+        call = getattr(self.broker, method)
+        return retry_until_lost(lambda: ray.get(call.remote(*args), timeout=timeouts.BROKER_LOST_SECONDS))
+
+
+def retry_until_lost(call: Callable[[], Result]) -> Result:
+    """Call the broker until it answers.
+
+    One call counts as at most two thirds of timeouts.BROKER_LOST_SECONDS, so at least two are made. The broker is
+    given up after timeouts.BROKER_LOST_SECONDS if calls fail at once, and after twice that if they time out.
+
+    Args:
+        call: A call of the broker, which may take up to timeouts.BROKER_LOST_SECONDS.
+
+    Returns:
+        The answer.
+
+    Raises:
+        ActorUnavailableError, RayActorError, GetTimeoutError: The last call raised it.
+    """
+    # The largest gap of the clock is below the limit, so a jump during one call cannot exceed it.
+    clock = SuspendTolerantClock(max_gap=timeouts.BROKER_LOST_SECONDS * 2 / 3)
+    deadline = clock() + timeouts.BROKER_LOST_SECONDS
+    while True:
+        try:
+            return call()
+        except (ActorUnavailableError, RayActorError, GetTimeoutError):
+            if clock() > deadline:
+                raise
+            time.sleep(0.5)

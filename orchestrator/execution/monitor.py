@@ -1,0 +1,198 @@
+"""The driver's thread beside `Tuner.fit`, which blocks: it follows the broker and manages the trainers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from orchestrator.execution.broker.core import parse_trainer_name
+from orchestrator.execution.broker.lane_entry import LeasePhase
+from orchestrator.execution.ray.errors import format_ray_error
+from orchestrator.execution.rungs import scheduler_settings
+from orchestrator.execution.session_context import SessionContext
+from orchestrator.execution.trainers.pool import LaneCounts, TrainerPool
+from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
+from orchestrator.record.schema import MAX_FAILURES
+from orchestrator.util import timeouts
+from orchestrator.util.command import interrupt_main_thread
+from orchestrator.util.watched_clock import SuspendTolerantClock
+
+
+class StudyMonitor(threading.Thread):
+    """Poll the broker: manage trainers, pass on new records, show progress, and enforce the budget.
+
+    Args:
+        context: The settings, storage and observers of the session.
+        broker: The handle of the broker's actor.
+        pool: The trainers.
+        pending_stops: Stopped trials whose lanes have no record yet; `BrokerCallback` adds to them.
+    """
+
+    def __init__(
+        self, context: SessionContext, broker: Any, pool: TrainerPool, pending_stops: PendingStops
+    ) -> None:
+        super().__init__(name="monitor", daemon=True)
+        self.context, self.broker, self.pool, self.pending_stops = context, broker, pool, pending_stops
+        self.budget, self.progress = context.budget, context.progress
+        self.draining_since: float | None = None
+        """When the trainers were told to save their lanes because the study ends."""
+        self.is_drained = False
+        self.stop_requested = threading.Event()
+        self.trials_ended, self.stops_recorded = threading.Event(), threading.Event()
+        self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, ""
+        self.steps_taken: dict[str, int] = {}
+        """Optimizer steps by trainer."""
+        self.error: Exception | None = None
+        self.clock = SuspendTolerantClock()
+        # The broker has yet to start, for which it gets as long as a trainer.
+        self.last_contact = self.clock() + pool.spec.start_timeout
+
+    def run(self) -> None:
+        """Poll until `close` is called, the trainers are drained, or the study cannot go on."""
+        while not self.stop_requested.wait(timeouts.SESSION_POLL_SECONDS):
+            try:
+                self._poll()
+                self.last_contact = self.clock()
+            except RayError as error:  # the broker restarts; lanes that end meanwhile are in the store
+                if self.clock() - self.last_contact > timeouts.BROKER_LOST_SECONDS:
+                    self.pool.failure_reason = (
+                        f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: {format_ray_error(error)}. "
+                        "What is done is kept; run the command again."
+                    )
+                self._enforce_budget(self.progress.live_trainers)
+            except Exception as error:  # a full disk, a closed pipe: without a monitor the study would hang
+                self.error = error
+            if self.error is not None or self.pool.failure_reason or self.is_drained:
+                self._abort()
+                return
+
+    def wait_for_pending_stops(self) -> None:
+        """Wait in the main thread, after `fit`, until all stopped lanes have a record or the monitor ends."""
+        self.trials_ended.set()
+        while self.is_alive() and not self.stops_recorded.wait(timeouts.SESSION_POLL_SECONDS):
+            pass
+
+    def close(self) -> None:
+        """End the trainers and the broker. The main thread calls this after `fit`, however that ended."""
+        self.stop_requested.set()
+        self.join(timeout=10)
+        try:
+            with suppress(RayError):
+                ray.get(self.broker.close.remote(), timeout=5)
+        finally:
+            try:
+                self.pool.shut_down(
+                    timeouts.INTERRUPT_TRAINER_SHUTDOWN_SECONDS
+                    if self.budget.is_interrupted
+                    else timeouts.TRAINER_SHUTDOWN_SECONDS
+                )
+                if self.error is None:
+                    self._poll_last_updates()
+            finally:
+                ray.kill(self.broker)
+
+    def _abort(self) -> None:
+        ABORTED.set()
+        self.broker.abort.remote()
+        if self.budget.is_interrupted and not self.stop_requested.is_set():
+            interrupt_main_thread()  # Tune would wait up to five seconds for its trials
+
+    def _poll_last_updates(self) -> None:
+        """Poll once more. An error of Ray here must not hide what ended the study."""
+        try:
+            self._poll()
+        except RayError:
+            pass
+        except Exception as error:
+            self.error = error
+
+    def _poll(self) -> None:
+        trials_ended = self.trials_ended.is_set()
+        updates = ray.get(
+            self.broker.get_updates.remote(self.num_ended_read, self.num_lines_read, self.broker_incarnation),
+            timeout=10,
+        )
+        if updates["incarnation"] != self.broker_incarnation:
+            self._resume_after_restart(updates["incarnation"])
+        self._forget_recorded_stops()
+        self._read_ended_lanes(updates)
+        counts = updates["counts"]
+        self._show_counts(updates)
+        self._enforce_budget(counts["trainers"])
+        has_open_lanes = any(
+            counts.get(str(phase), 0) for phase in LeasePhase if phase is not LeasePhase.ENDED
+        )
+        if trials_ended and not self.pending_stops and not has_open_lanes:
+            self.stops_recorded.set()
+        if not self.stop_requested.is_set() and self.draining_since is None:
+            self._update_pool(updates)
+        self.progress.waiting_for = self.pool.waiting_for
+        self.progress.refresh()
+
+    def _resume_after_restart(self, incarnation: str) -> None:
+        """Repeat the pending stops to a new broker, whose lists of ended lanes and lines begin anew."""
+        for trial, stopped in list(self.pending_stops.items()):
+            ray.get(self.broker.stop.remote(trial, *stopped), timeout=10)
+        self.num_ended_read, self.num_lines_read, self.broker_incarnation = 0, 0, incarnation
+
+    def _forget_recorded_stops(self) -> None:
+        store = self.context.store
+        for trial, (configuration, _) in list(self.pending_stops.items()):
+            fingerprint = configuration.fingerprint
+            settings = scheduler_settings(self.context.scheduler, configuration)
+            is_recorded = store.get_reusable(fingerprint, settings) is not None
+            if is_recorded or store.count_failures(fingerprint) >= MAX_FAILURES:
+                del self.pending_stops[trial]
+
+    def _read_ended_lanes(self, updates: dict[str, Any]) -> None:
+        """Pass on the records of lanes that have ended, the lines of trainers, and the steps taken."""
+        for fingerprint, _ in updates["ended"]:
+            is_new = fingerprint not in self.context.cached
+            record = self.context.store.get(fingerprint) if is_new else None
+            if record is not None:
+                self.progress.add_record(record)
+                self.context.on_record(record)
+        self.num_ended_read += len(updates["ended"])
+        for line in updates["lines"]:
+            self.progress.notify(line)
+        self.num_lines_read += len(updates["lines"])
+        for trainer_id, steps_taken in updates["steps_taken"].items():
+            self.steps_taken[trainer_id] = max(steps_taken, self.steps_taken.get(trainer_id, 0))
+
+    def _show_counts(self, updates: dict[str, Any]) -> None:
+        progress, counts = self.progress, updates["counts"]
+        progress.steps_taken = sum(self.steps_taken.values())
+        progress.training = counts.get(str(LeasePhase.LEASED), 0) + counts.get(str(LeasePhase.PAUSED), 0)
+        progress.waiting = counts.get(str(LeasePhase.WAITING), 0)
+        progress.live_trainers = counts["trainers"]
+        if progress.training and progress.first_lane_at is None:
+            progress.first_lane_at = time.monotonic()
+
+    def _update_pool(self, updates: dict[str, Any]) -> None:
+        self.pool.update(
+            LaneCounts(
+                self.progress.waiting,
+                self.progress.training,
+                updates["counts"]["trainers"],
+                placed={parse_trainer_name(trainer_id) for trainer_id in self.steps_taken},
+                hung=updates["hung"],
+                abort_reason=updates["abort_reason"],
+            )
+        )
+
+    def _enforce_budget(self, live_trainers: int) -> None:
+        """Let trainers save their lanes once the budget is used up, and note when no lane trains any more."""
+        now = time.monotonic()
+        if not self.budget.update(live_trainers, now) or self.stop_requested.is_set():
+            return
+        if self.draining_since is None:
+            self.draining_since = now
+            more = "; again ends at once" if self.budget.is_interrupted else ""
+            self.progress.notify(f"{self.budget.stop_reason}: the trainers save their lanes{more}")
+        self.broker.drain.remote(None)  # at every poll, because the broker may restart meanwhile
+        self.is_drained = not self.progress.training or now - self.draining_since > self.budget.save_timeout

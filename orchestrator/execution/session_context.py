@@ -1,0 +1,34 @@
+"""What all parts of a running session share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.execution.progress import Progress
+from orchestrator.execution.ray.runtime import Cluster
+from orchestrator.execution.run_budget import RunBudget
+from orchestrator.execution.trainers.pool import PoolConfig
+from orchestrator.record.schema import Record
+from orchestrator.record.store import Store
+
+
+@dataclass(frozen=True)
+class SessionContext:
+    """The settings, storage and observers of one session."""
+
+    scheduler: str
+    """The study's early stopping, or "none"."""
+    cluster: Cluster
+    pool: PoolConfig
+    store: Store
+    scratch: Path
+    """Folder in the store for Ray's own files, which exists as long as the session."""
+    progress: Progress
+    budget: RunBudget
+    """When it is used up, trainers save their lanes and the session ends."""
+    on_record: Callable[[Record], None] = lambda record: None
+    """Called with each new record, from another thread."""
+    cached: Collection[str] = ()
+    """Fingerprints with known results, which are replayed to the scheduler. A search adds to them."""
