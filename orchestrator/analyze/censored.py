@@ -1,5 +1,7 @@
-"""Which points may be chosen where runs were stopped early. A point is all runs that differ in seed alone:
-a rate of a grid, or what a search asked for."""
+"""Which points may be chosen if some of their runs were stopped early.
+
+A point is all runs that differ in the seed alone: one rate of a grid, or one point of a search.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,15 @@ from orchestrator.analyze.curve_shape import SCORE_EPSILON
 
 @dataclass(frozen=True)
 class PointOutcome:
-    """How the runs of a point ended. `scores`: of those that finished, and the floor for each that diverged;
-    `stopped`: how many a scheduler stopped."""
+    """How the runs of one point ended."""
 
     scores: Sequence[float]
+    """The scores of the runs that finished, and the floor for each run that diverged."""
     num_stopped: int
+    """How many runs a scheduler stopped."""
 
     def pessimistic_mean(self, floor: float) -> float | None:
-        """The mean score with every stopped run at the floor, as if it had diverged. None without a score."""
+        """Return the mean score with every stopped run at the floor; None without a score."""
         if not self.scores:
             return None
         total = math.fsum(self.scores) + self.num_stopped * floor
@@ -27,20 +30,28 @@ class PointOutcome:
 
 
 def eligible_points(points: Sequence[PointOutcome], floor: float) -> list[bool]:
-    """A point without stopped runs may. One with some has lost, and the mean of the others would be of
-    survivors only; it may all the same where something was learnt and it is the best of all with the floor
-    for each stopped run: it would beat every whole point if these had diverged."""
+    """Decide which points may be chosen as the best.
+
+    A point without stopped runs may. The mean of a point with stopped runs is taken over the surviving seeds
+    only and so is too high. Such a point may be chosen only if it is the best of all even with the floor for
+    every stopped run, and better than the floor: then no outcome of these runs could make another point win.
+
+    Args:
+        points: The outcomes.
+        floor: The score of a constant or untrained answer.
+
+    Returns:
+        For each point whether it may be chosen.
+    """
     complete = [not point.num_stopped and bool(point.scores) for point in points]
-    pessimistic_means = [point.pessimistic_mean(floor) for point in points]
+    means = [point.pessimistic_mean(floor) for point in points]
     complete_means = [
-        mean
-        for mean, is_whole in zip(pessimistic_means, complete, strict=True)
-        if is_whole and mean is not None
+        mean for mean, is_complete in zip(means, complete, strict=True) if is_complete and mean is not None
     ]
-    best = max((mean for mean in pessimistic_means if mean is not None), default=floor)
+    best = max((mean for mean in means if mean is not None), default=floor)
     if best <= max([floor, *complete_means]) + SCORE_EPSILON:
         return complete
     return [
-        is_whole or (mean is not None and mean >= best - SCORE_EPSILON)
-        for is_whole, mean in zip(complete, pessimistic_means, strict=True)
+        is_complete or (mean is not None and mean >= best - SCORE_EPSILON)
+        for is_complete, mean in zip(complete, means, strict=True)
     ]

@@ -1,5 +1,4 @@
-"""The second stage of a tuned comparison: each variant at the point that the first stage chose, with fresh
-seeds, against the tuned baseline."""
+"""The second stage of a tuned comparison: every variant at its chosen point, on fresh seeds."""
 
 from __future__ import annotations
 
@@ -7,6 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
 
 from orchestrator.analyze.panels import Value
 from orchestrator.analyze.selection import Choice
@@ -16,29 +18,39 @@ from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
 CONTROLS = ("full", "head_only")
-"""No variants of LoRA: compared, but not counted in the claim about most variants."""
+"""Variants that are not variants of LoRA: compared, but not counted in the claim about most variants."""
 
 
 @dataclass(frozen=True)
 class ChosenPoint:
-    """What tuning chose for a variant, and what that took: `points` tried with `seeds` each, by the
-    `states` of their runs; optimizer steps, and those of all runs to the end. `otherwise`: how often
-    resampled seeds would choose each point; empty with one seed. It goes into choice.json."""
+    """The point that tuning chose for a variant, and what tuning took. A part of `choice.json`."""
 
     configuration: Configuration
+    """The chosen configuration, with seed 0."""
     settings: Mapping[str, Value]
+    """The hyperparameters that tuning varied, and their chosen values."""
     validation: float
+    """The validation score of the chosen point, the mean over seeds."""
     edges: tuple[str, ...]
+    """Hyperparameters whose chosen value is at the edge of what was tried, see `TuningResult.edges`."""
     points: int
+    """How many points were tried."""
     seeds: int
+    """How many seeds each point was tried with."""
     states: Mapping[str, int]
+    """State -> number of runs."""
     steps: int
-    most_steps: int
-    otherwise: tuple[tuple[Mapping[str, Value], float], ...] = ()
+    """The optimizer steps of all runs."""
+    max_steps: Annotated[int, Field(alias="most_steps")]
+    """The optimizer steps that all runs would take without early stopping."""
+    selection_frequencies: Annotated[
+        tuple[tuple[Mapping[str, Value], float], ...], Field(alias="otherwise")
+    ] = ()
+    """How often resampled seeds would choose each point: settings and share. Empty with one seed."""
 
     @classmethod
     def from_tuning(cls, result: TuningResult) -> ChosenPoint | None:
-        """None where no point has a score."""
+        """Return the best point of `result`, or None if no point has a score."""
         best = result.best
         if best is None or best.validation.mean is None:
             return None
@@ -52,40 +64,47 @@ class ChosenPoint:
             len({seed for p in result.points for seed in p.scores}),
             result.states,
             result.steps,
-            result.most_steps,
+            result.max_steps,
             tuple(shares),
         )
 
 
 @dataclass(frozen=True)
 class TunedChoice(Choice):
-    """choice.json of the first stage. `points`: those of a search a variant, None for a grid. `variants`:
-    None for one that has no score at any point."""
+    """The content of `choice.json` of the first stage."""
 
     points: int | None
+    """The points that a search samples of each variant; None for a grid."""
     variants: Mapping[str, ChosenPoint | None]
+    """Variant -> its chosen point; None if it has no score at any point."""
 
 
 @dataclass(frozen=True)
 class TunedComparison:
-    """One task and base model. `chosen` is empty, and so are the words about tuning, where the first
-    stage's choice is not at hand. `item_errors`: of each variant's mean difference, the standard error that
-    comes from the test split's having so many items and no more. `untuned`: variants without a score at any
-    point of the first stage. `looks`: the numbers of seeds from which a verdict was read before this one."""
+    """The comparison on one task and base model."""
 
     task: str
     model: str
     metric: str
     steps: int
+    """Optimizer steps of a fine-tune."""
     seeds: tuple[int, ...]
+    """The fresh seeds."""
     failed: int
+    """How many runs failed."""
     comparison: Comparison
     configurations: Mapping[str, Configuration]
+    """Variant -> the configuration that was trained, with seed 0."""
     chosen: Mapping[str, ChosenPoint]
+    """Variant -> what tuning chose; empty if the first stage's choice cannot be read here."""
     item_errors: Mapping[str, float]
+    """Variant -> standard error of its mean difference that is due to the size of the test split."""
     test_items: int
+    """The size of the test split."""
     untuned: tuple[str, ...] = ()
+    """Variants without a score at any point of the first stage."""
     looks: tuple[int, ...] = ()
+    """The numbers of seeds from which a verdict was read before this one."""
 
 
 def compare_tuned(
@@ -95,10 +114,20 @@ def compare_tuned(
     tuning_choices: Mapping[str, ChosenPoint | None] | None = None,
     looks: Sequence[int] = (),
 ) -> TunedComparison | None:
-    """`records` are of one task and model. None without a score of the baseline. Of a variant with several
-    points the chosen one counts, else the one with most seeds. What `tuning` knows and the records do not is
-    unknown in the claim. `looks`: see StudyFile."""
-    chosen = {variant: found for variant, found in (tuning_choices or {}).items() if found is not None}
+    """Compare the variants with the tuned baseline.
+
+    Args:
+        records: The records of the second stage, all of one task and model. If a variant has several points,
+            its chosen point counts, or else the point with most seeds.
+        baseline: The variant that the others are compared with.
+        margin: The smallest difference of the test score that matters.
+        tuning_choices: Variant -> its chosen point. A variant without a record counts as unknown in the claim.
+        looks: The numbers of seeds from which a verdict was read, see `StudyFile.looks`.
+
+    Returns:
+        The comparison, or None if the baseline has no score.
+    """
+    chosen = {variant: point for variant, point in (tuning_choices or {}).items() if point is not None}
     points = _records_by_variant(records, chosen)
     scores = {
         variant: {
@@ -118,12 +147,12 @@ def compare_tuned(
         first.schedule.steps,
         tuple(sorted({r.configuration.seed for own in points.values() for r in own})),
         sum(r.state == "failed" for own in points.values() for r in own),
-        compare_to_baseline(scores, baseline, margin, CONTROLS, unknown=tuple(tuning_choices or ())),
+        compare_to_baseline(scores, baseline, margin, CONTROLS, expected=tuple(tuning_choices or ())),
         {variant: replace(own[0].configuration, seed=0) for variant, own in points.items()},
         {variant: chosen[variant] for variant in points if variant in chosen},
         _item_errors(points, baseline),
         first.task.test_size,
-        tuple(variant for variant, found in (tuning_choices or {}).items() if found is None),
+        tuple(variant for variant, point in (tuning_choices or {}).items() if point is None),
         tuple(n for n in looks if n < max(len(own) for own in points.values())),
     )
 
@@ -131,21 +160,26 @@ def compare_tuned(
 def _records_by_variant(
     records: Sequence[Record], chosen: Mapping[str, ChosenPoint]
 ) -> dict[str, list[Record]]:
-    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    """Return, for every variant, the records of its chosen point or else of the point with most seeds."""
+    by_point: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         point = replace(record.configuration, seed=0).fingerprint
-        found[record.configuration.variant.name][point].append(record)
+        by_point[record.configuration.variant.name][point].append(record)
     selected = {}
-    for variant in sorted(found):
-        points = found[variant]
-        wanted = chosen[variant].configuration.fingerprint if variant in chosen else ""
-        name = wanted if wanted in points else max(points, key=lambda p: (len(points[p]), p))
-        selected[variant] = sorted(points[name], key=lambda r: r.configuration.seed)
+    for variant in sorted(by_point):
+        points = by_point[variant]
+        preferred = chosen[variant].configuration.fingerprint if variant in chosen else ""
+        point = preferred if preferred in points else max(points, key=lambda p: (len(points[p]), p))
+        selected[variant] = sorted(points[point], key=lambda r: r.configuration.seed)
     return selected
 
 
 def _item_errors(points: Mapping[str, Sequence[Record]], baseline: str) -> dict[str, float]:
-    """Per item the mean over seeds of its outcome, minus the baseline's; their deviation over sqrt(items)."""
+    """Return, for every variant, the standard error of its mean difference over the items of the test split.
+
+    An item's difference is its outcome's mean over seeds minus the baseline's. The error is the standard
+    deviation of these differences divided by the square root of the number of items.
+    """
     import numpy as np
 
     means = {}

@@ -1,9 +1,9 @@
-"""What can be read off one curve: score over learning rate. Plain numbers, no records.
+"""Statistics of one curve, score over learning rate. Plain numbers, no records.
 
-A curve is two sequences of one length: `x`, log10 of the learning rates, strictly ascending, and `y`, the
-mean score at each, higher is better, None where it is not known because runs were stopped early (censored).
-Between two neighbours that are both known the score is linear in x; anywhere else it is unknown, never
-guessed.
+A curve is two sequences of the same length. `x` is log10 of the learning rates, strictly ascending. `y` is the
+mean score at each rate, higher is better; it is None where runs were stopped early (censored). Between two
+neighbours with a score the curve is linear in x; elsewhere it is unknown. `best` is the index of the best
+rate, as `best_index` returns it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 SCORE_EPSILON = 1e-9
-"""Scores closer than this are equal: means of the same numbers may differ in their last bits."""
+"""Scores closer than this count as equal: means of the same numbers may differ in their last bits."""
 
 CurveScores = Sequence[float | None]
+"""Mean scores, None where censored."""
 BracketStatus = Literal["yes", "low edge", "high edge", "both edges"]
 
 
 def best_index(y: CurveScores) -> int | None:
-    """The highest known score; among equals the lowest rate, which is the farthest from the cliff."""
+    """Return the index of the highest score, None without any; among equals that of the lowest rate."""
     known = [v for v in y if v is not None]
     if not known:
         return None
@@ -29,7 +30,7 @@ def best_index(y: CurveScores) -> int | None:
 
 
 def bracket_status(y: CurveScores, best: int) -> BracketStatus:
-    """Whether the grid encloses the best. An edge rate that ties with it does not enclose it."""
+    """Return whether the grid encloses the best rate. An edge rate with the same score does not enclose it."""
     peak = y[best]
     low, high = (peak is not None and v is not None and v >= peak - SCORE_EPSILON for v in (y[0], y[-1]))
     if low and high:
@@ -38,11 +39,14 @@ def bracket_status(y: CurveScores, best: int) -> BracketStatus:
 
 
 def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None:
-    """The peak (in x) of the parabola through the best and its two neighbours; None without two known ones.
+    """Return the x of the peak of the parabola through the best rate and its two neighbours.
 
-    With u, v the distances to the left and right neighbour and a, b >= 0 the falls towards them, the peak
-    lies (a v^2 - b u^2) / (2 (a v + b u)) to the right of the best: never beyond the middle of a neighbouring
-    gap.
+    Let u and v be the distances to the left and the right neighbour, and a, b >= 0 the score's falls towards
+    them. Then the peak lies (a v^2 - b u^2) / (2 (a v + b u)) to the right of the best rate, which is never
+    beyond the middle of the gap to a neighbour.
+
+    Returns:
+        The peak, or None if the best rate lacks a neighbour with a score, or both have the same score as it.
     """
     if best == 0 or best == len(y) - 1:
         return None
@@ -56,7 +60,7 @@ def parabola_peak(x: Sequence[float], y: CurveScores, best: int) -> float | None
 
 
 def score_at(x: Sequence[float], y: CurveScores, query_x: float) -> float | None:
-    """The score at x = `point`; None outside the grid and beside a censored rate."""
+    """Return the score at `query_x`; None outside the grid and beside a censored rate."""
     i = bisect_left(x, query_x - 1e-9)
     if i == len(x):
         return None
@@ -72,11 +76,13 @@ def score_at(x: Sequence[float], y: CurveScores, query_x: float) -> float | None
 
 
 def width(x: Sequence[float], y: CurveScores, best: int, threshold: float) -> tuple[float, bool]:
-    """Decades around the best over which the score stays at or above `threshold`, and whether that is only a
-    lower bound: it is, where the grid ends or a censored rate comes before the score has fallen below.
+    """Return the width of the interval around the best rate in which the score is at least `threshold`.
 
-    One connected stretch: a second hill beyond a dip does not count, since nobody tuning around the best
-    would stay in it.
+    Only the connected interval counts, and not a second hill beyond a dip.
+
+    Returns:
+        The width in decades, and whether it is only a lower bound: the grid ends, or a censored rate comes,
+        before the score falls below the threshold.
     """
     left, open_left = _distance_to_threshold(x, y, best, threshold, -1)
     right, open_right = _distance_to_threshold(x, y, best, threshold, +1)
@@ -86,6 +92,7 @@ def width(x: Sequence[float], y: CurveScores, best: int, threshold: float) -> tu
 def _distance_to_threshold(
     x: Sequence[float], y: CurveScores, best: int, threshold: float, side: int
 ) -> tuple[float, bool]:
+    """Return the width on one side, -1 or +1, of the best rate, and whether it is only a lower bound."""
     i = best
     while 0 <= i + side < len(y):
         score, next_score = y[i], y[i + side]
@@ -101,8 +108,12 @@ def _distance_to_threshold(
 def mean_regret(
     x: Sequence[float], y: CurveScores, best: int, reach: float = 0.5
 ) -> tuple[float, float] | None:
-    """The mean of (best - score) over x within `reach` decades of the best, and the decades it covers: less
-    than 2 `reach` where the grid ends or a censored rate is met. None where it would cover nothing."""
+    """Return the mean of (best score - score) within `reach` decades of the best rate.
+
+    Returns:
+        The mean, and the decades over which it is taken: less than 2 * `reach` if the grid ends or a censored
+        rate comes before. None if it would be taken over nothing.
+    """
     first = last = best
     while first > 0 and y[first - 1] is not None:
         first -= 1
@@ -123,8 +134,20 @@ def mean_regret(
 
 
 def cliff_index(y: CurveScores, diverged_share: Sequence[float], best: int, floor: float) -> int | None:
-    """The first rate above the best where more than half of the seeds diverge or the score is half way down
-    to `floor`; None if the grid does not reach it or nothing was learned at the best."""
+    """Return the index of the first rate above the best at which training breaks down.
+
+    Training breaks down if more than half of the seeds diverge, or the score has fallen at least half of the
+    way to the floor.
+
+    Args:
+        y: The mean scores.
+        diverged_share: The share of diverged seeds at each rate.
+        best: The index of the best rate.
+        floor: The score of a constant or untrained answer.
+
+    Returns:
+        The index, or None if no rate of the grid is that high or the best score is not above the floor.
+    """
     peak = y[best]
     if peak is None or peak <= floor + SCORE_EPSILON:
         return None

@@ -1,4 +1,4 @@
-"""Numbers and answers as people read them; used by the table, the plots and the report."""
+"""Numbers and answers as text, for the table, the plots and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fres
 
 
 def rate(value: float | None) -> str:
-    """A learning rate in short, 3e-4; three digits at most, for reading (`exact` is for commands)."""
+    """Format a learning rate with at most three digits: 3e-4. For commands use `exact_rate`."""
     if value is None:
         return "-"
     mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -22,45 +22,47 @@ def rate(value: float | None) -> str:
 
 
 def exact_rate(value: float) -> str:
-    """A learning rate that reads back as the very same number."""
+    """Format a learning rate so that it reads back as the same number."""
     return rate(value) if float(rate(value)) == value else repr(value)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure with fixed digits; never "-0.000"; a dash if there is none."""
+    """Format a number with a fixed number of digits, never as "-0.000"; "-" for None."""
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def estimate(value: Estimate, digits: int = 3) -> str:
-    """0.967 ±0.052, or without the interval where one seed gives none."""
+    """Format an estimate with half of its interval's width, 0.967 ±0.052, or without an interval, 0.967."""
     if value.mean is None or value.interval is None:
         return number(value.mean, digits)
     return f"{number(value.mean, digits)} ±{number((value.interval.high - value.interval.low) / 2, digits)}"
 
 
 def figure(value: CurveStatistic | None, digits: int = 2) -> str:
-    """0.42, ≥0.42 for a bound, a dash if unknown."""
-    return "-" if value is None else f"{'≥' if value.at_least else ''}{number(value.value, digits)}"
+    """Format a statistic: 0.42, or ≥0.42 for a lower bound; "-" for None."""
+    return "-" if value is None else f"{'≥' if value.is_lower_bound else ''}{number(value.value, digits)}"
 
 
 def interval(value: Estimate | CurveStatistic | None, digits: int = 3) -> str:
-    """[0.915, 1.019], empty where there is none."""
+    """Format an interval, [0.915, 1.019]; empty if there is none."""
     if value is None or value.interval is None:
         return ""
     return f"[{number(value.interval.low, digits)}, {number(value.interval.high, digits)}]"
 
 
 def varied_text(varied: Mapping[str, object]) -> str:
-    """What tells a panel from its neighbours: "rank=8, steps_horizon=60"."""
+    """Format what tells a panel from its neighbours: "rank=8, steps_horizon=60"."""
     return ", ".join(f"{k}={v}" for k, v in varied.items())
 
 
 def panel_title(panel: Panel) -> str:
+    """Return task, model and what tells the panel from its neighbours."""
     more = varied_text(panel.varied)
     return f"{panel.task} on {panel.model}" + (f" ({more})" if more else "")
 
 
 def best_rate_text(curve: Curve) -> str:
+    """Return the best rate and whether the grid brackets it."""
     if curve.best_rate is None:
         return "no score yet"
     if curve.bracketed == "both edges":
@@ -69,15 +71,17 @@ def best_rate_text(curve: Curve) -> str:
 
 
 def answer(panel: Panel) -> str:
-    """The study's question answered in two sentences from the numbers alone, and how far to trust them."""
+    """Answer a study's question in two sentences, and say how far to trust the answer."""
     scored = [c for c in panel.curves if c.best_rate is not None]
-    # One that scores the same at both ends of the grid, as a head behind its own rate, has no best rate.
+    # A variant that scores the same at both ends of the grid has no best rate, for example a head with a
+    # learning rate of its own.
     peaked = [c for c in scored if c.bracketed != "both edges"]
     ranked = sorted((c.best_rate, c.label) for c in peaked if c.best_rate is not None)
     if not scored:
         return f"No learning rate of {panel_title(panel)} has a score yet."
     if not ranked:
-        return f"No variant of {panel_title(panel)} scores better inside the grid than at its ends. {FEW_SEEDS_CAVEAT}"
+        title = panel_title(panel)
+        return f"No variant of {title} scores better inside the grid than at its ends. {FEW_SEEDS_CAVEAT}"
     if len(ranked) == 1:
         text = f"The best rate of {ranked[0][1]} is {rate(ranked[0][0])}."
         return f"{text} {FEW_SEEDS_CAVEAT}"
@@ -93,20 +97,20 @@ def answer(panel: Panel) -> str:
         )
     common, own = panel.spread_at_common, panel.spread_at_best
     if common is not None and own is not None and panel.common_rate is not None:
-        # Where early stopping has ended runs, some have no score at a rate that is not their own.
+        # Early stopping leaves some variants without a score at a rate that is not their best.
         few = common.variants < len(scored)
         whose = (
             f"the test scores of {common.variants} of {len(scored)} variants" if few else "their test scores"
         )
         text += (
-            f" At {panel.common_name} ({rate(panel.common_rate)}) {whose} span "
+            f" At {panel.common_rate_label} ({rate(panel.common_rate)}) {whose} span "
             f"{number(common.size, 2)} ({common.worst} {number(common.low, 2)} to {common.best} "
             f"{number(common.high, 2)}); each at its own best rate, {number(own.size, 2)}."
         )
     return f"{text} {FEW_SEEDS_CAVEAT}"
 
 
-# Columns of a record that a study's command has an option for.
+# The option of a study's command that sets a column of its records.
 _OPTION_OF_COLUMN = {
     "rank": "--rank",
     "alpha": "--alpha",
@@ -117,12 +121,23 @@ _OPTION_OF_COLUMN = {
     "task": "--task",
     "model": "--model",
 }
-# A script of two stages keeps its choice and refuses to choose among fewer; the plain one trains any part.
+# A script with two stages keeps its choice and refuses to train a part of its configurations, so that the
+# command for a part is that of the plain script, which lacks these options.
 _TWO_STAGE_OPTIONS = ("--confirm-seeds", "--margin")
 
 
 def narrow_command(command: str, variant: str, rates: Sequence[float], varied: Mapping[str, object]) -> str:
-    """The study's command cut down to one variant and some rates (and a panel's own rank, steps, ...)."""
+    """Narrow a study's command to one variant and some learning rates.
+
+    Args:
+        command: The command of the study.
+        variant: The variant to train.
+        rates: The learning rates to train it at.
+        varied: Other columns of the configurations and their values; those without an option are ignored.
+
+    Returns:
+        The command.
+    """
     options = {"--variants": [variant], "--learning-rates": [exact_rate(r) for r in rates]}
     options |= {
         _OPTION_OF_COLUMN[k]: [str(v)] for k, v in varied.items() if k in _OPTION_OF_COLUMN and v is not None
@@ -138,5 +153,5 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
 
 
 def redact_secrets(text: str) -> str:
-    """A URI or command without the user and password that a tracking URI may carry."""
+    """Remove user and password from every URI in a text."""
     return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)

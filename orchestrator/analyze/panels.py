@@ -1,4 +1,4 @@
-"""Which records belong on one curve, and what a study mixes that it should not."""
+"""Group the records of a study into panels and curves, and warn of mixed provenance."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from orchestrator.record.schema import Record
 
 Value = float | int | str | None
+"""A value in a column of a record."""
 
-# What two variants of one comparison may differ in as a matter of course: alpha (HiRA has none),
-# hyperparameters that only one of them knows, and their numerics number. These split curves; all else splits
-# panels.
+# Columns in which two variants of one comparison may differ: alpha (HiRA has none), hyperparameters that only
+# one of them has, and the numerics number. These columns split curves; all others split panels.
 _VARIANT_COLUMN_PREFIXES = ("alpha", "variant_")
 _NON_SPLITTING_COLUMNS = ("learning_rate", "seed", "variant")
 
 
 def deduplicate_records(records: Iterable[Record]) -> list[Record]:
-    """One record a fingerprint (a final one before a stopped before a failed), in an order that does not
-    depend on the order given."""
+    """Return one record per fingerprint: a final one if there is one, else a stopped, else a failed one.
+
+    The order of the result does not depend on the order of `records`.
+    """
     priority = {"finished": 0, "diverged": 0, "stopped": 1, "failed": 2}
     records_by_fingerprint: dict[str, Record] = {}
     for record in sorted(records, key=lambda r: (priority[r.state], r.fingerprint)):
@@ -29,21 +31,24 @@ def deduplicate_records(records: Iterable[Record]) -> list[Record]:
 
 @dataclass(frozen=True)
 class CurveRecords:
-    """The records of one curve. `varied`: what tells it from the other curves of its variant, mostly
-    nothing."""
+    """The records of one curve."""
 
     label: str
     varied: Mapping[str, Value]
+    """What tells the curve from the other curves of its variant: column -> value, usually empty."""
     records: tuple[Record, ...]
 
 
 def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value], list[CurveRecords]]]:
-    """Records that may be compared: for each panel what tells it from the other panels of its task and model
-    (column -> value, empty in the usual case), and the curves in it.
+    """Group records into panels of curves that may be compared.
 
-    Records on one curve differ in learning rate and seed only. A column such as rank, which every variant
-    has, splits panels only where it varies within one variant, so that a variant that needs another rank
-    stays.
+    The records of one curve differ in learning rate and seed only. A column such as rank, which every variant
+    has, splits panels only if it varies within one variant, so that a variant that needs another rank stays in
+    the panel.
+
+    Returns:
+        For each panel what tells it from the other panels of its task and model (column -> value, usually
+        empty), and its curves.
     """
     by_task: dict[tuple[str, str], list[tuple[Record, dict[str, Value]]]] = defaultdict(list)
     for record in records:
@@ -55,7 +60,7 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
         }
         by_task[(task.name, record.configuration.model.name)].append((record, columns))
 
-    found = []
+    grouped = []
     for key in sorted(by_task):
         members = by_task[key]
         varied = _splitting_columns([columns for _, columns in members])
@@ -63,8 +68,8 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
         for record, columns in members:
             split[tuple(columns.get(c) for c in varied)].append((record, columns))
         for values in sorted(split, key=lambda v: tuple(_sort_key(x) for x in v)):
-            found.append((dict(zip(varied, values, strict=True)), _group_into_curves(split[values])))
-    return found
+            grouped.append((dict(zip(varied, values, strict=True)), _group_into_curves(split[values])))
+    return grouped
 
 
 def _sort_key(value: Value) -> tuple[float, str]:
@@ -72,6 +77,7 @@ def _sort_key(value: Value) -> tuple[float, str]:
 
 
 def _splitting_columns(rows: Sequence[Mapping[str, Value]]) -> list[str]:
+    """Return the columns whose values split the records of one task and model into panels."""
     by_variant: dict[Value, dict[str, set[Value]]] = defaultdict(lambda: defaultdict(set))
     for row in rows:
         for column, value in row.items():
@@ -79,11 +85,8 @@ def _splitting_columns(rows: Sequence[Mapping[str, Value]]) -> list[str]:
     columns = [
         c for c in rows[0] if c not in _NON_SPLITTING_COLUMNS and not c.startswith(_VARIANT_COLUMN_PREFIXES)
     ]
-    shareable_columns = (
-        "rank",
-        "dropout",
-        "targets",
-    )  # variants of one comparison may legitimately differ in these
+    # Variants of one comparison may differ in these.
+    shareable_columns = ("rank", "dropout", "targets")
     return [
         c
         for c in columns
@@ -110,7 +113,11 @@ def _group_into_curves(members: Sequence[tuple[Record, Mapping[str, Value]]]) ->
 
 
 def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """What the records with a score were made with: column -> value -> how many records."""
+    """Count the provenance of the records with a score.
+
+    Returns:
+        Column -> value -> number of records.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         if record.state not in ("finished", "diverged"):
@@ -128,7 +135,7 @@ def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
 
 
 def mixed_provenance_warnings(provenance: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """One warning for each column of `provenance` that holds more than one value."""
+    """Return one warning for each column of `provenance` that has more than one value."""
     warnings = []
     for column, values in provenance.items():
         if len(values) > 1:
@@ -141,5 +148,5 @@ def mixed_provenance_warnings(provenance: Mapping[str, Mapping[str, int]]) -> li
 
 
 def _shorten_commit(value: str) -> str:
-    """A commit's first letters, and whether there were changes."""
+    """Return the first characters of a commit, and whether there were uncommitted changes."""
     return value[:12] + ("-dirty" if value.endswith("-dirty") else "")

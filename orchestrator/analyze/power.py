@@ -1,23 +1,35 @@
-"""Critical values, power and corrected p values of several t tests at once. `degrees` need not be whole."""
+"""Critical values, power and corrected p values of several t tests at once.
+
+Degrees of freedom need not be whole numbers.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
 MAX_SEEDS = 1000
-_QUADRATURE_NODES = 64  # of each of the two integrals below: four digits of the critical value
+"""The largest number of seeds that `seeds_needed` considers."""
+_QUADRATURE_NODES = 64  # of each of the two integrals below; gives four digits of the critical value
 
 
 @lru_cache(maxsize=4096)
 def dunnett_critical_value(count: int, degrees: float, level: float) -> float:
-    """c with P(|T_1| < c, ..., |T_count| < c) = level, for t statistics that are pairwise correlated by 1/2
-    because all compare with one baseline (Dunnett 1955). For one it is the two-sided t quantile.
+    """Compute the c for which P(|T_1| < c, ..., |T_count| < c) = level (Dunnett 1955).
 
-    By quadrature over the baseline's noise and the common standard deviation, given which all are
-    independent; scipy's multivariate t would draw random numbers.
+    The t statistics are pairwise correlated by 1/2, because all compare with one baseline. They are
+    independent given the baseline's noise and the common standard deviation, over which this function
+    integrates by quadrature; scipy's multivariate t distribution would draw random numbers.
+
+    Args:
+        count: The number of t statistics. For one, c is the two-sided t quantile.
+        degrees: The degrees of freedom of the standard deviation.
+        level: The simultaneous confidence level.
+
+    Returns:
+        The critical value.
     """
     from scipy import optimize, special, stats
 
@@ -39,14 +51,23 @@ def dunnett_critical_value(count: int, degrees: float, level: float) -> float:
 
 
 def sidak_critical_value(count: int, degrees: float, level: float) -> float:
-    """The two-sided t quantile that serves for `count` tests, whatever their correlation."""
+    """Return the two-sided t quantile for `count` simultaneous tests, whatever their correlation."""
     from scipy import stats
 
     return float(stats.t.ppf((1 + level ** (1 / count)) / 2, degrees))
 
 
 def one_sided_p_value(mean: float, error: float, degrees: float) -> float:
-    """One-sided p value of a mean above nil. Without any noise (error 0) it is 0 or 1, and 1 at nil."""
+    """Return the one-sided p value of a mean above 0.
+
+    Args:
+        mean: The mean.
+        error: Its standard error. If it is 0, the p value is 0 for a mean above 0, else 1.
+        degrees: The degrees of freedom of the error.
+
+    Returns:
+        The p value.
+    """
     from scipy import stats
 
     if error == 0:
@@ -55,38 +76,66 @@ def one_sided_p_value(mean: float, error: float, degrees: float) -> float:
 
 
 def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
-    """Holm's step-down correction: reject where it is below alpha, and the chance of any false rejection is
-    at most alpha."""
-    found: dict[str, float] = {}
+    """Apply Holm's step-down correction.
+
+    If every hypothesis whose corrected p value is below alpha is rejected, the probability of any false
+    rejection is at most alpha.
+
+    Args:
+        p: Name -> p value.
+
+    Returns:
+        Name -> corrected p value.
+    """
+    corrected: dict[str, float] = {}
     highest = 0.0
     for i, name in enumerate(sorted(p, key=lambda name: (p[name], name))):
         highest = max(highest, min(1.0, (len(p) - i) * p[name]))
-        found[name] = highest
-    return found
+        corrected[name] = highest
+    return corrected
 
 
 @lru_cache(maxsize=4096)
 def minimum_detectable_effect(critical: float, degrees: float, power: float) -> float:
-    """The true difference, in standard errors, that is found (|t| above `critical`) with chance `power`."""
+    """Return the true difference, in standard errors, that a t test detects with probability `power`.
+
+    Args:
+        critical: The critical value: a difference is detected if |t| is above it.
+        degrees: The degrees of freedom of the standard error.
+        power: The probability.
+
+    Returns:
+        The difference.
+    """
     from scipy import optimize, special
 
     s, ds = _std_ratio_quadrature(degrees)
 
     def surplus(shift: float) -> float:
-        found = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
-        return float((ds * found).sum()) - power
+        detected = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
+        return float((ds * detected).sum()) - power
 
     return float(optimize.brentq(surplus, 0.0, 10 * critical + 10, xtol=1e-6))
 
 
 def decision_probability(mean: float, margin: float, error: float, degrees: float, critical: float) -> float:
-    """The chance that an interval, observed difference -+ `critical` times its estimated error, says anything
-    about a true difference `mean` whose true error is `error`.
+    """Compute the probability that a comparison is decided.
 
-    It says nothing when it reaches down to minus the margin and up to nil: when the observed difference lies
-    between -c s error and c s error - margin, s the sample's deviation in units of the true one. For a given
-    s that is a difference of two normal probabilities; the rest is the mean over s. "Better" and "equivalent"
-    both lie above minus the margin, so that they add nothing.
+    The interval is the observed difference -+ `critical` times its estimated error. It is undecided if it
+    contains both minus the margin and 0, that is, if the observed difference lies between -c s error and
+    c s error - margin, where c is the critical value and s the sample's standard deviation divided by the true
+    one. For a given s this is a difference of two normal probabilities; the result is the mean over s. The
+    outcomes "better" and "equivalent" need no term of their own: their intervals lie above minus the margin.
+
+    Args:
+        mean: The true difference.
+        margin: The smallest difference that matters.
+        error: The true standard error of the observed difference.
+        degrees: The degrees of freedom of the estimated error.
+        critical: The critical value of the interval.
+
+    Returns:
+        The probability.
     """
     from scipy import special
 
@@ -99,8 +148,10 @@ def decision_probability(mean: float, margin: float, error: float, degrees: floa
 
 @lru_cache(maxsize=4096)
 def _std_ratio_quadrature(degrees: float) -> tuple[Any, Any]:
-    """Nodes and weights of an integral over sqrt(chi2 / degrees): a sample's deviation in units of the true
-    one."""
+    """Return nodes and weights of the mean over s = sqrt(chi2 / degrees).
+
+    s is the standard deviation of a sample divided by the true one.
+    """
     import numpy as np
     from scipy import stats
 
@@ -113,7 +164,7 @@ def _hermite_quadrature() -> tuple[Any, Any]:
     """Return the nodes and weights of Gauss-Hermite quadrature.
 
     Returns:
-        Two arrays of shape (_NODES,): the points x, and the weights w, for which sum(w * f(x)) approximates
+        Two arrays of shape (_QUADRATURE_NODES,): points x and weights w. sum(w * f(x)) approximates
         the integral of f(x) exp(-x^2 / 2) over the real line.
     """
     import numpy as np
@@ -126,7 +177,7 @@ def _legendre_quadrature() -> tuple[Any, Any]:
     """Return the nodes and weights of Gauss-Legendre quadrature.
 
     Returns:
-        Two arrays of shape (_NODES,): the points x, and the weights w, for which sum(w * f(x)) approximates
+        Two arrays of shape (_QUADRATURE_NODES,): points x and weights w. sum(w * f(x)) approximates
         the integral of f(x) over [-1, 1].
     """
     import numpy as np
@@ -138,21 +189,28 @@ def seeds_needed(
     mean: float,
     margin: float,
     std: float,
-    count: int,
     degrees_per_seed: float,
+    critical_value: Callable[[float], float],
     power: float,
-    level: float,
-    pooled: bool = True,
 ) -> int | None:
-    """How many seeds decide about a true difference `mean` with the chance `power`: how many it takes until
-    its interval lies above minus the margin, or below nil. None: more than 1,000. `degrees_a_seed` times
-    (n - 1) are the degrees of freedom with n seeds; `pooled`: the interval is Dunnett's, else Sidak's."""
-    critical = dunnett_critical_value if pooled else sidak_critical_value
+    """Compute how many seeds decide a comparison: its interval is above minus the margin, or below 0.
+
+    Args:
+        mean: The true difference.
+        margin: The smallest difference that matters.
+        std: The standard deviation of the difference of one seed.
+        degrees_per_seed: The degrees of freedom with n seeds, divided by n - 1.
+        critical_value: The critical value of the interval, a function of the degrees of freedom.
+        power: The probability with which the comparison is to be decided.
+
+    Returns:
+        The number of seeds, or None if it is above `MAX_SEEDS`.
+    """
 
     def decides(n: int) -> bool:
         degrees = degrees_per_seed * (n - 1)
         error = std / math.sqrt(n)
-        return decision_probability(mean, margin, error, degrees, critical(count, degrees, level)) >= power
+        return decision_probability(mean, margin, error, degrees, critical_value(degrees)) >= power
 
     if not decides(MAX_SEEDS):
         return None

@@ -1,5 +1,8 @@
-"""The report of a study: report.html (one file, no other host is asked), its pictures (curves.png and
-spread.png of a grid, search.png, forest.png of a comparison), summary.json."""
+"""The report of a study: `report.html`, `summary.json` and the pictures.
+
+`report.html` is a single file that loads nothing from another host. The pictures are `curves.png` and
+`spread.png` of a grid, `search.png` of a search, and `forest.png` of a comparison.
+"""
 
 from __future__ import annotations
 
@@ -13,117 +16,120 @@ from typing import Any
 
 from orchestrator.analyze import formatting, panels, selection, verdict
 from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
-from orchestrator.analyze.results import TOLERANCE, Curve, Panel, Summary
+from orchestrator.analyze.results import Curve, Panel, Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
 from orchestrator.util import atomic_files
 
 SCHEMA_VERSION = 1
-"""Of summary.json; raised when a field changes its meaning or goes."""
+"""The version of `summary.json`, raised when a field is removed or changes its meaning."""
 
 
 @dataclass(frozen=True)
 class StudyInfo:
-    """What the records do not say: the study's name and question, and the command that made it."""
+    """What the report shows besides the summary. A part of `summary.json`."""
 
     name: str
     question: str
     command: str
+    """The command of the study."""
     tracking_uri: str
     pending: int
+    """How many configurations have no record yet."""
     notes: tuple[str, ...]
 
 
 def write_report(
-    records: Sequence[Record],
-    folder: Path,
-    *,
-    name: str,
-    question: str,
-    command: str,
-    tracking_uri: str,
-    pending: int = 0,
-    notes: Sequence[str] = (),
-    baseline: str = "",
-    margin: float = TOLERANCE,
-    tuning_folder: Path | None = None,
-    is_search: bool = False,
-    looks: Sequence[int] = (),
+    study: StudyFile, records: Sequence[Record], folder: Path, tracking_uri: str, notes: Sequence[str] = ()
 ) -> Summary:
-    """Writes the files into `folder`, each whole or not at all, and returns what they show.
+    """Write the report of a study: `report.html`, its pictures and `summary.json`.
 
-    `baseline`: what all variants are compared with; the records are then of fresh seeds at the points that
-    the study in the folder `tuning` has chosen. `searched`, `looks`: see StudyFile.
+    Args:
+        study: The study. Its command is what a reader types to get the study.
+        records: The records of the study's configurations, as far as there are any.
+        folder: The study's folder. Every file in it is replaced as a whole or not at all. The choice of the
+            first stage of a comparison is read from the folder beside it that `study.tuning` names.
+        tracking_uri: Where MLflow has the runs. User and password are left out, here and in the command.
+        notes: Sentences for the reader, printed below the answer.
 
-    `pending`: configurations of the study without a record yet. `command` is what a reader types to get the
-    study; a user and password in it or in `tracking_uri` are left out. Raises OSError if the folder cannot be
-    written.
+    Returns:
+        The summary that the report shows.
+
+    Raises:
+        OSError: The folder cannot be written.
     """
     records = panels.deduplicate_records(records)
+    tuning_choices = _read_tuning_choices(folder.parent / study.tuning) if study.tuning else {}
     summary = summarize(
         records,
-        baseline=baseline,
-        margin=margin,
-        tuning_choices=_read_tuning_choices(tuning_folder),
-        looks=looks,
-        is_search=is_search,
+        baseline=study.baseline,
+        margin=study.margin,
+        tuning_choices=tuning_choices,
+        looks=study.looks,
+        is_search=study.searched,
     )
-    command, tracking_uri = formatting.redact_secrets(command), formatting.redact_secrets(tracking_uri)
-    about = StudyInfo(name, question, command, tracking_uri, pending, tuple(notes))
+    about = StudyInfo(
+        name=study.name,
+        question=study.question,
+        command=formatting.redact_secrets(study.command),
+        tracking_uri=formatting.redact_secrets(tracking_uri),
+        pending=len(set(study.configurations) - {record.fingerprint for record in records}),
+        notes=tuple(notes),
+    )
     pictures = _render_pictures(summary)
+    numbers = json.dumps(summary_to_json(summary, about), indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     for picture, content in pictures.items():
         atomic_files.write_atomically(folder / picture, content)
-    atomic_files.write_atomically(
-        folder / "summary.json", json.dumps(summary_to_json(summary, about), indent=1).encode()
-    )
-    atomic_files.write_atomically(
-        folder / "report.html", _render_html(summary, about, records, pictures).encode()
-    )
+    atomic_files.write_atomically(folder / "summary.json", numbers.encode())
+    page = _render_html(summary, about, records, pictures)
+    atomic_files.write_atomically(folder / "report.html", page.encode())
     return summary
 
 
 def _render_pictures(summary: Summary) -> dict[str, bytes]:
-    """File name -> PNG, of what the study has."""
+    """Return the pictures of a summary: file name -> PNG."""
     from orchestrator.analyze.plots import curves, forest, search_curves
 
-    found = {}
+    pictures = {}
     if summary.comparisons:
-        found["forest.png"] = forest.plot_forest(summary.comparisons)
+        pictures["forest.png"] = forest.plot_forest(summary.comparisons)
     if summary.searches:
-        found["search.png"] = search_curves.plot_search(summary.searches)
-    if summary.panels or not found:
-        found |= {"curves.png": curves.plot_curves(summary), "spread.png": curves.plot_spread(summary)}
-    return found
+        pictures["search.png"] = search_curves.plot_search(summary.searches)
+    if summary.panels or not pictures:
+        pictures |= {"curves.png": curves.plot_curves(summary), "spread.png": curves.plot_spread(summary)}
+    return pictures
 
 
-def _read_tuning_choices(tuning_folder: Path | None) -> Mapping[str, ChosenPoint | None]:
-    """What the first stage of a comparison has chosen; nothing where that is not at hand."""
-    saved = selection.read_choice(tuning_folder, TunedChoice) if tuning_folder else None
+def _read_tuning_choices(tuning_folder: Path) -> Mapping[str, ChosenPoint | None]:
+    """Read what the first stage of a comparison has chosen; empty if its folder has no choice."""
+    saved = selection.read_choice(tuning_folder, TunedChoice)
     return saved.variants if saved else {}
 
 
 def summary_to_json(summary: Summary, about: StudyInfo) -> dict[str, Any]:
-    """Every number of the report; JSON's own types only, no NaN."""
+    """Return the content of `summary.json`: every number of the report, as JSON's own types, without NaN."""
     from pydantic import TypeAdapter
 
-    found = {"schema_version": SCHEMA_VERSION, **TypeAdapter(StudyInfo).dump_python(about, mode="json")}
-    found |= TypeAdapter(Summary).dump_python(summary, mode="json")
-    for panel, entry in zip(summary.panels, found["panels"], strict=True):
+    data = {"schema_version": SCHEMA_VERSION, **TypeAdapter(StudyInfo).dump_python(about, mode="json")}
+    data |= TypeAdapter(Summary).dump_python(summary, mode="json", by_alias=True)
+    for panel, entry in zip(summary.panels, data["panels"], strict=True):
         entry["answer"] = formatting.answer(panel)
-    for compared, entry in zip(summary.comparisons, found["comparisons"], strict=True):
+    for compared, entry in zip(summary.comparisons, data["comparisons"], strict=True):
         entry["verdict"] = verdict.verdict_text(compared)
-    return found
+    return data
 
 
 def reproduction_command(about: StudyInfo, panel: Panel, curve: Curve, rates: Sequence[float]) -> str:
+    """Return the command that trains one curve of a panel at some learning rates."""
     return formatting.narrow_command(about.command, curve.variant, rates, {**panel.varied, **curve.varied})
 
 
 def _render_html(
     summary: Summary, about: StudyInfo, records: Sequence[Record], pictures: Mapping[str, bytes]
 ) -> str:
-    # autoescape is set by hand: its usual rule goes by the ending .html and would skip this template.
+    # The usual rule for autoescape goes by the ending .html and would skip these templates.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -146,7 +152,7 @@ def _render_html(
 
 
 def _unfinished_runs(summary: Summary, records: Sequence[Record]) -> dict[str, list[tuple[str, str, Record]]]:
-    """The runs that did not finish, by state: the variant's label, the panel's title, the record."""
+    """Return the runs that did not finish: state -> (label of the curve, title of the panel, record)."""
     where = {
         run.fingerprint: (curve.label, formatting.panel_title(panel))
         for panel in summary.panels
@@ -168,8 +174,7 @@ def _unfinished_runs(summary: Summary, records: Sequence[Record]) -> dict[str, l
 
 
 def mlflow_ui_command(tracking_uri: str) -> str:
-    """The command that shows the runs in MLflow's pages; empty for a server, which is opened by its
-    address."""
+    """Return the command that opens the runs in MLflow's UI; empty for a server, which has an address."""
     if not tracking_uri or tracking_uri.startswith(("http://", "https://")):
         return ""
     return shlex.join(["mlflow", "ui", "--backend-store-uri", tracking_uri])

@@ -1,12 +1,17 @@
-"""What the analysis finds: runs make points, points curves, curves panels, panels a summary. Plain data.
+"""The results of the analysis as plain data: runs make points, points curves, curves panels.
 
-Rates are learning rates, scores are the task's metric (higher is better), None is "the data do not say".
+Rates are learning rates. Scores are values of the task's metric, for which higher is better. None means that
+the data do not give the value. The JSON names of the fields, in `summary.json`, do not change; where a field
+has been renamed, its JSON name is its alias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.curve_shape import BracketStatus
@@ -18,126 +23,150 @@ from orchestrator.record.schema import RecordState
 REFERENCE_VARIANT = "lora"
 """The variant that the others are compared with."""
 TOLERANCE = 0.01
-"""How far below the best a rate still counts as good: one point on a 0..1 metric."""
+"""How far below the best score a rate still counts as good: one point on a metric from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One seed at one rate. Scores are None for a stopped or failed run; a diverged run's are the floor.
-    `last_seen` is the last validation score on the way, which a stopped run has too."""
+    """One seed at one rate. Its scores are None if it was stopped or failed, and the floor if it diverged."""
 
     seed: int
     fingerprint: str
     state: RecordState
     validation: float | None
     test: float | None
-    last_seen: float | None
+    last_validation: Annotated[float | None, Field(alias="last_seen")]
+    """The last validation score during training, which a stopped run has as well."""
     untrained_test: float | None
+    """The test score of the untrained base model."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One learning rate of a curve. `survivors` is the validation mean of the seeds that did not diverge."""
+    """One learning rate of a curve."""
 
     learning_rate: float
     validation: Estimate
     test: Estimate
-    survivors: Estimate
+    without_diverged: Annotated[Estimate, Field(alias="survivors")]
+    """The validation score of the seeds that did not diverge."""
     states: Mapping[str, int]
+    """State -> number of runs."""
     diverged_share: float | None
+    """The share of diverged runs among those that finished or diverged."""
     diverged_interval: Interval | None
-    """Of the seeds that finished or diverged; Wilson's interval."""
-    chosen_from: bool
-    """Whether the rate may be chosen and lies on the curve, see `censored.py`."""
+    """Wilson's interval of that share."""
+    eligible: Annotated[bool, Field(alias="chosen_from")]
+    """Whether the rate may be chosen as the best and lies on the curve, see `censored.eligible_points`."""
     runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A variant on one task and model. Figures are None where the data do not give them."""
+    """The curve of one variant on one task and model, and what is read off it."""
 
     variant: str
     label: str
+    """The variant and what tells the curve from its other curves."""
     varied: Mapping[str, Value]
+    """What tells the curve from the variant's other curves: column -> value."""
     points: tuple[CurvePoint, ...]
     best_rate: float | None
+    """The eligible rate with the highest validation mean."""
     best_validation: Estimate
     best_test: Estimate
-    best_rates_leaving_one_out: tuple[float, ...]
-    """The rate that would have been chosen without each seed in turn."""
+    best_rates_leave_one_out: Annotated[tuple[float, ...], Field(alias="best_rates_leaving_one_out")]
+    """The best rate with each seed left out in turn."""
     bracketed: BracketStatus | None
     interpolated_best_rate: CurveStatistic | None
+    """The peak of the parabola through the best rate and its neighbours."""
     width: CurveStatistic | None
-    """Decades of rate within the tolerance of the best."""
+    """Decades of rate around the best within the tolerance of the best score."""
     width_90: CurveStatistic | None
-    """Decades of rate that keep 90 % of the way from the floor to the best."""
+    """Decades of rate around the best that keep 90 % of the way from the floor to the best score."""
     half_decade_regret: CurveStatistic | None
+    """The mean validation score given up within half a decade of the best rate."""
     half_decade_covered: float | None
-    """Decades that mean covers: 1 unless the grid ends or a stopped run lies nearer."""
+    """The decades over which that mean is taken: 1 unless the grid ends or a stopped run lies nearer."""
     regret_at_reference_best: CurveStatistic | None
-    """Validation score given up by training at LoRA's best rate."""
+    """The validation score given up by training at LoRA's best rate."""
     regret_at_average_best: CurveStatistic | None
-    """The same at the rate that is best on average over the variants."""
+    """The validation score given up by training at the rate that is best on average over the variants."""
     cliff: float | None
-    gain: Estimate
-    """Test score at the chosen rate over the untrained base's, seed by seed."""
+    """The first rate above the best where training breaks down, see `curve_shape.cliff_index`."""
+    gain_over_untrained: Annotated[Estimate, Field(alias="gain")]
+    """The test score at the best rate minus that of the untrained base, paired by seed."""
     test_at_common_rate: float | None
 
     def point_at_rate(self, learning_rate: float | None) -> CurvePoint | None:
+        """Return the point at exactly this rate, or None."""
         return next((p for p in self.points if p.learning_rate == learning_rate), None)
 
     def count_runs(self, state: RecordState) -> int:
+        """Return how many runs of the curve ended in `state`."""
         return sum(p.states.get(state, 0) for p in self.points)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """From the worst to the best variant by test score."""
+    """The range of test scores from the worst to the best variant."""
 
     low: float
     high: float
     worst: str
+    """The label of the variant with the lowest score."""
     best: str
+    """The label of the variant with the highest score."""
     variants: int
-    """How many have a score there."""
+    """How many variants have a score."""
 
     @property
     def size(self) -> float:
+        """The highest score minus the lowest."""
         return self.high - self.low
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One task and base model with everything but rate, seed and variant alike. Curves: best validation
-    first."""
+    """The curves of one task and base model that differ in rate, seed and variant only, the best first."""
 
     task: str
     model: str
     metric: str
     floor: float
+    """The score of a constant or untrained answer."""
     varied: Mapping[str, Value]
+    """What tells the panel from the other panels of its task and model: column -> value."""
     curves: tuple[Curve, ...]
     untrained_validation: float | None
     untrained_test: float | None
     reference: str | None
+    """The label of LoRA's curve."""
     reference_best_rate: float | None
     average_best_rate: float | None
     common_rate: float | None
-    common_name: str
+    """LoRA's best rate, or else the rate that is best on average."""
+    common_rate_label: Annotated[str, Field(alias="common_name")]
+    """Which of the two it is, in words."""
     spread_at_common: Spread | None
+    """The spread at the common rate."""
     spread_at_best: Spread | None
-    """Both spreads are over the same variants: those with a test score at the common rate."""
+    """The spread of the same variants, each at its own best rate."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A task and model are in one of the three: curves of a grid, points of a search, or a comparison with
-    fresh seeds."""
+    """The results of a study. Each task and model is either a panel, a search or a comparison."""
 
     panels: tuple[Panel, ...]
+    """The curves of a grid."""
     states: Mapping[str, int]
+    """State -> number of runs."""
     provenance: Mapping[str, Mapping[str, int]]
+    """Column -> value -> number of runs."""
     warnings: tuple[str, ...]
     tolerance: float = TOLERANCE
     searches: tuple[SearchResult, ...] = ()
+    """The points of a search."""
     comparisons: tuple[TunedComparison, ...] = ()
+    """The comparison of tuned variants on fresh seeds."""

@@ -1,9 +1,8 @@
-"""A choice that a study has made, kept beside it: what comes after builds on it, so a second run must not
-silently choose otherwise.
+"""A choice that a study has made, kept in its folder as `choice.json`.
 
-<output>/<study>/choice.json
-{"configurations": [fingerprint, ...]: those it was chosen among, ...: what the script keeps}
-A script's own kind of choice is a dataclass that adds its fields to `Choice`.
+What is trained later builds on the choice, so a second run must not silently choose differently. Every script
+defines its own kind of choice, a dataclass that adds fields to `Choice`. The file is its JSON, beginning with
+{"configurations": [fingerprint, ...], ...}.
 """
 
 from __future__ import annotations
@@ -22,15 +21,28 @@ FILE = "choice.json"
 
 @dataclass(frozen=True)
 class Choice:
+    """What every kind of choice has."""
+
     configurations: tuple[str, ...]
-    """Fingerprints of all that it was chosen among."""
+    """The fingerprints of all configurations that the choice was made among."""
 
 
 ChoiceT = TypeVar("ChoiceT", bound=Choice)
 
 
 def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:
-    """None where nothing has been chosen yet. Raises BadInput on a file that is no choice of this kind."""
+    """Read the choice of a study.
+
+    Args:
+        folder: The study's folder.
+        choice_type: The kind of choice.
+
+    Returns:
+        The choice, or None if the study has made none.
+
+    Raises:
+        UsageError: The file is damaged, or holds another kind of choice.
+    """
     return atomic_files.read_json(
         folder / FILE, choice_type, "a choice", "delete it and run the study's command again"
     )
@@ -39,14 +51,24 @@ def read_choice(folder: Path, choice_type: type[ChoiceT]) -> ChoiceT | None:
 def load_or_make_choice(
     folder: Path, choice_type: type[ChoiceT], make_choice: Callable[[], ChoiceT]
 ) -> ChoiceT:
-    """The choice that was kept; the first time, what `found` says now, which is kept then."""
+    """Read the choice of a study; if it has made none, make and keep it.
+
+    Args:
+        folder: The study's folder.
+        choice_type: The kind of choice.
+        make_choice: Makes the choice.
+
+    Returns:
+        The choice as the file holds it.
+
+    Raises:
+        UsageError: The file is damaged, or holds another kind of choice.
+    """
     if read_choice(folder, choice_type) is None:
         from pydantic import TypeAdapter
 
-        atomic_files.write_atomically(
-            folder / FILE,
-            atomic_files.add_checksum(TypeAdapter(choice_type).dump_json(make_choice(), indent=1).decode()),
-        )
+        text = TypeAdapter(choice_type).dump_json(make_choice(), indent=1, by_alias=True).decode()
+        atomic_files.write_atomically(folder / FILE, atomic_files.add_checksum(text))
     saved = read_choice(folder, choice_type)
     assert saved is not None
     return saved
@@ -55,9 +77,21 @@ def load_or_make_choice(
 def check_same_candidates(
     folder: Path, study_name: str, fingerprints: Iterable[str], selector: str, explanation: str
 ) -> bool:
-    """Raises BadInput where the study `name` has chosen and `wanted` (fingerprints) would make it choose
-    among others; says whether it has chosen. `who` chooses; `why` says what is wrong about it and what to
-    do instead."""
+    """Check that a study that has made its choice is not extended afterwards.
+
+    Args:
+        folder: The study's folder.
+        study_name: The study's name.
+        fingerprints: The configurations of the command.
+        selector: What has made the choice, for the error message.
+        explanation: What is wrong with another choice and what to do, the end of the error message.
+
+    Returns:
+        Whether the study has made its choice.
+
+    Raises:
+        UsageError: The study has made its choice, and the command has configurations that took no part in it.
+    """
     saved = read_choice(folder, Choice)
     if saved is None:
         return False
@@ -65,7 +99,7 @@ def check_same_candidates(
     now = set(study.with_configurations(fingerprints, ()).configurations)
     if set(saved.configurations) != now:
         raise UsageError(
-            f"--study {study_name!r}: {selector} has chosen among {len(saved.configurations)} configurations and now "
-            f"there would be {len(now)}{explanation}."
+            f"--study {study_name!r}: {selector} has chosen among {len(saved.configurations)} configurations "
+            f"and now there would be {len(now)}{explanation}."
         )
     return True

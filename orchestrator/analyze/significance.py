@@ -1,30 +1,34 @@
-"""Which variants differ from one baseline: test scores of fresh seeds, paired by seed. Plain numbers.
+"""Which variants differ from one baseline: test scores of fresh seeds, paired by seed. Plain numbers only.
 
-d(v, s) = score(v, s) - score(baseline, s). The variance of d is pooled over the variants, v = 1 ... K:
+The difference of variant v at seed s is d(v, s) = score(v, s) - score(baseline, s). The variance of d is
+pooled over the variants v = 1 ... K, of n_v seeds each:
 
-    s^2 = sum_v sum_s (d(v, s) - mean d(v))^2 / sum_v (n_v - 1);    mean d(v) has the error s / sqrt(n_v).
+    S^2 = sum_v sum_s (d(v, s) - mean d(v))^2 / sum_v (n_v - 1);    mean d(v) has the error S / sqrt(n_v).
 
-All d share the baseline's noise: any two are correlated by 1/2, so that s^2 has 4 / (K + 3) times its sum_v
-(n_v - 1) degrees of freedom (Satterthwaite; all of them when K = 1). Simultaneous intervals are Dunnett's:
-mean d(v) -+ c s / sqrt(n_v), c from the multivariate t with that correlation. What is said of a variant is
-read off its interval, so that word and picture cannot disagree and all words hold at once: better above nil,
-worse below it, equivalent within the margin, not inferior above minus the margin. Beside it stand the p
-values of t tests with Holm's correction over the variants, for each of three questions: a difference,
-equivalence (two one-sided tests), and not inferior. Holm's can be smaller than the interval would say.
+All d share the baseline's noise, so any two of them are correlated by 1/2. Therefore S^2 has 4 / (K + 3) times
+its sum_v (n_v - 1) degrees of freedom (Satterthwaite; all of them if K = 1). The simultaneous intervals are
+Dunnett's: mean d(v) -+ c S / sqrt(n_v), with c from the multivariate t distribution with that correlation.
 
-A variant whose differences spread more than the others' (F test at 5 %, shared among the variants) leaves
-the pool and is judged by its own variance, its critical value by Sidak. Simulated simultaneous coverage with
-four variants and ten seeds (3,000 draws): 95.7 % with equal spreads, 94.1 % when one variant spreads four
-times as far and 93.4 % twice as far, 96.6 % when the baseline spreads three times as far; without that rule
-86.1 % in the second case.
+The outcome of a variant is read off its interval, so that word and picture cannot disagree and all outcomes
+hold at once: better (above 0), worse (below 0), equivalent (within the margin), not inferior (above minus the
+margin). The p values stand beside it. They are those of t tests with Holm's correction over the variants, for
+three questions: difference, equivalence (two one-sided tests) and non-inferiority. Holm's correction can
+reject a little before the interval does.
 
-With any of its seeds (or of the baseline's) diverged a variant gets no interval and no test: the floor makes
-two humps of the scores, which no t covers. The share of diverged seeds and the mean of the rest stand there
-instead, and the claim counts the variant as unknown. So an interval is about runs that do not diverge: ten
-seeds without a divergence leave a share of up to 28 % open. Simulated (four variants, ten seeds, 2,000
-draws, one variant diverging with the share 5 %, 15 %, 30 %): all intervals hold at once for the runs that do
-not diverge in 95, 95 and 94 % of the studies; for the mean that counts a divergence as the floor in 41, 77
-and 91 % only, as in the other studies none of the ten seeds happens to diverge.
+A variant whose differences vary more than those of the others (F test at 5 %, shared among the variants)
+leaves the pool. It is judged by its own variance, with Sidak's critical value. Simulated simultaneous coverage
+with four variants and ten seeds (3,000 draws): 95.7 % with equal standard deviations; 94.1 % if that of one
+variant is four times as large and 93.4 % if it is twice as large; 96.6 % if the baseline's is three times as
+large. Without this rule the second case has 86.1 %.
+
+If any seed of a variant or of the baseline diverged, the variant gets no interval and no test: with the floor
+among them the scores have two modes, which no t distribution covers. The share of diverged seeds and the mean
+of the others are given instead, and the claim counts the variant as unknown. So an interval is about runs that
+do not diverge: ten seeds without a divergence leave a share of up to 28 % possible. Simulated with four
+variants, ten seeds and 2,000 draws, one variant diverging with probability 5 %, 15 % and 30 %: the intervals
+hold simultaneously, for runs that do not diverge, in 95, 95 and 94 % of the studies; for the mean that counts
+a divergence as the floor in only 41, 77 and 91 %, because in the other studies none of the ten seeds happens
+to diverge.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from orchestrator.analyze.intervals import (
     CONFIDENCE_LEVEL,
@@ -54,13 +60,14 @@ Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 Claim = Literal["supported", "refuted", "undecided"]
 
 POWER = 0.8
+"""The probability with which a detectable difference is detected."""
 VARIANCE_TEST_LEVEL = 0.05
-"""Level of the test by which a variant leaves the pool."""
+"""The level of the test by which a variant leaves the pool."""
 
 
 @dataclass(frozen=True)
 class SeedScore:
-    """One seed's test score; a diverged run's is the task's floor."""
+    """The test score of one seed; the task's floor for a diverged run."""
 
     value: float
     diverged: bool = False
@@ -68,63 +75,78 @@ class SeedScore:
 
 @dataclass(frozen=True)
 class Arm:
-    """A variant's own scores: the mean with the floor for diverged seeds, the mean of the rest, and Wilson's
-    interval of the share that diverged. The mean has no interval where any diverged."""
+    """The scores of one variant."""
 
     label: str
     test: Estimate
-    survivors: Estimate
+    """The mean, with the floor for diverged seeds. It has no interval if any seed diverged."""
+    without_diverged: Annotated[Estimate, Field(alias="survivors")]
+    """The mean of the seeds that did not diverge."""
     diverged: int
+    """The number of diverged seeds."""
     diverged_interval: Interval | None
+    """Wilson's interval of the share of diverged seeds."""
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A variant against the baseline. `dropped`: seeds with a score in only one of the two. Figures are None
-    where there is no interval, and `reason` says why. All p values are Holm's. `detectable`: the smallest
-    true difference that had an 80 % chance to be told from nil. `seeds_to_decide`: for an undecided one, the
-    seeds that decide it with an 80 % chance if the truth is what was seen; None: more than 1,000."""
+    """A variant compared with the baseline. Without an interval all numbers but the difference are None."""
 
     label: str
     seeds: tuple[int, ...]
+    """The seeds of which both have a score."""
     dropped: tuple[int, ...]
+    """The seeds of which only one of the two has a score."""
     difference: float | None
+    """The mean difference of the test score."""
     reason: str = ""
+    """Why there is no interval, or why it is not from the pooled variance."""
     interval: Interval | None = None
+    """The simultaneous interval of the difference."""
     p_differs: float | None = None
+    """Holm's p value of the hypothesis that there is no difference."""
     p_equivalent: float | None = None
+    """Holm's p value of the hypothesis that the difference is at least as large as the margin."""
     p_not_inferior: float | None = None
+    """Holm's p value of the hypothesis that the variant is worse by the margin or more."""
     outcome: Outcome = "undecided"
-    detectable: float | None = None
+    minimum_detectable_effect: Annotated[float | None, Field(alias="detectable")] = None
+    """The smallest true difference that is detected with probability `POWER`."""
     seeds_to_decide: int | None = None
+    """How many seeds decide an undecided comparison with probability `POWER` if the observed difference is
+    the true one; None if it takes more than 1,000."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All variants against `baseline`. `spread`: the pooled standard deviation of the differences.
-    `correlation`: of the scores of a variant and the baseline over seeds, mean over variants;
-    `pairing_helps`: whether seeds differ by more than the noise (F test at 5 %).
-
-    `baseline_holds`: the simultaneous interval on the number of variants, of `counted`, to which the baseline
-    is not inferior. Controls (full fine-tuning, the head alone) are no variants and not counted. `unknown`:
-    variants that cannot be compared at all; they count, as ones of which nothing is known.
-    """
+    """All variants compared with the baseline."""
 
     baseline: Arm
     arms: tuple[Arm, ...]
+    """The variants, in the order of `pairs`."""
     pairs: tuple[PairedComparison, ...]
+    """The comparisons, the largest difference first, those without one last."""
     margin: float
-    spread: float | None
+    """The smallest difference of the test score that matters."""
+    difference_std: Annotated[float | None, Field(alias="spread")]
+    """The pooled standard deviation of the differences."""
     correlation: float | None
+    """The correlation over seeds of a variant's scores with the baseline's, the mean over variants."""
     pairing_helps: bool | None
+    """Whether seeds differ by more than the noise (F test at 5 %)."""
     counted: int
-    baseline_holds: tuple[int, int]
+    """How many variants the claim is about. Controls (full fine-tuning, the head alone) do not count."""
+    baseline_not_inferior_to: Annotated[tuple[int, int], Field(alias="baseline_holds")]
+    """The interval on the number of counted variants to which the baseline is not inferior."""
     claim: Claim
+    """Whether the baseline matches or beats most variants."""
     level: float = CONFIDENCE_LEVEL
-    unknown: tuple[str, ...] = ()
+    not_compared: Annotated[tuple[str, ...], Field(alias="unknown")] = ()
+    """Variants without any score here. They count as variants of which nothing is known."""
 
 
 ScoresBySeed = Mapping[int, SeedScore]
+"""Seed -> test score. A seed without a score is missing."""
 
 
 def compare_to_baseline(
@@ -133,10 +155,24 @@ def compare_to_baseline(
     margin: float,
     controls: Collection[str] = (),
     level: float = CONFIDENCE_LEVEL,
-    unknown: Collection[str] = (),
+    expected: Collection[str] = (),
 ) -> Comparison:
-    """`scores`: label -> seed -> test score; a seed that is not there is missing. The pairs are sorted by
-    difference, the highest first, those without one last. KeyError without the baseline."""
+    """Compare every variant with the baseline.
+
+    Args:
+        scores: Label -> the scores of the variant.
+        baseline: The label of the baseline.
+        margin: The smallest difference that matters.
+        controls: Labels that the claim does not count.
+        level: The confidence level of the simultaneous intervals.
+        expected: Labels that the claim counts, whether or not they have scores.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        KeyError: The baseline has no scores.
+    """
     arms = {label: _summarize_arm(label, list(own.values()), level) for label, own in scores.items()}
     others = sorted(label for label in scores if label != baseline)
     shared_seeds = {v: sorted(set(scores[v]) & set(scores[baseline])) for v in others}
@@ -156,7 +192,7 @@ def compare_to_baseline(
             )
         pairs.append(pair)
     pairs.sort(key=lambda x: (x.difference is None, -(x.difference or 0.0), x.label))
-    missing = tuple(sorted(set(unknown) - set(scores)))
+    missing = tuple(sorted(set(expected) - set(scores)))
     counted = [pair for pair in pairs if pair.label not in controls]
     number = len(counted) + sum(label not in controls for label in missing)
     holds_for = _baseline_holds_interval(counted, margin, number)
@@ -189,25 +225,27 @@ def _apply_tests(
     count: int,
     level: float,
 ) -> PairedComparison:
+    """Add the interval, the p values (as `_corrected_p_values` orders them) and the outcome to `pair`."""
     interval = Interval(
         mean - error.critical_value * error.standard_error, mean + error.critical_value * error.standard_error
     )
     outcome = _classify_interval(interval, margin)
     degrees_per_seed = error.degrees / (len(pair.seeds) - 1)
-    needed = (
-        seeds_needed(mean, margin, error.std, count, degrees_per_seed, POWER, level, error.pooled)
-        if outcome == "undecided"
-        else None
-    )
+    critical_value = dunnett_critical_value if error.pooled else sidak_critical_value
+    needed = None
+    if outcome == "undecided":
+        needed = seeds_needed(
+            mean, margin, error.std, degrees_per_seed, lambda d: critical_value(count, d, level), POWER
+        )
     return replace(
         pair,
-        reason="" if error.pooled else "its differences spread more than the others': its own variance",
+        reason="" if error.pooled else "its differences vary more than the others': its own variance",
         interval=interval,
         p_differs=p_values[0],
         p_equivalent=p_values[1],
         p_not_inferior=p_values[2],
         outcome=outcome,
-        detectable=error.standard_error
+        minimum_detectable_effect=error.standard_error
         * minimum_detectable_effect(error.critical_value, error.degrees, POWER),
         seeds_to_decide=needed,
     )
@@ -226,7 +264,7 @@ def _summarize_arm(label: str, own: Sequence[SeedScore], level: float) -> Arm:
 
 
 def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
-    """Why a variant gets no interval; empty: it gets one."""
+    """Return why a variant gets no interval; empty if it gets one."""
     if paired < 2:
         return f"{paired} seed{'' if paired == 1 else 's'} with a score of both"
     for who in (arm, baseline):
@@ -238,20 +276,26 @@ def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
 
 @dataclass(frozen=True)
 class _DifferenceError:
-    """Of a mean difference: its standard error is `size`, `spread` is that of one difference."""
+    """The error of a variant's mean difference."""
 
     standard_error: float
+    """The standard error of the mean difference."""
     std: float
+    """The standard deviation of a difference."""
     degrees: float
+    """The degrees of freedom of the standard deviation."""
     critical_value: float
+    """Half of the interval's width in standard errors."""
     pooled: bool
+    """Whether the standard deviation is the pooled one."""
 
 
 def _difference_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str, _DifferenceError]:
+    """Estimate the error of every variant's mean difference, from the pooled variance where it may be."""
     squares = {v: math.fsum((x - math.fsum(own) / len(own)) ** 2 for x in own) for v, own in d.items()}
     degrees = {v: len(own) - 1 for v, own in d.items()}
     pool = _poolable_variants(squares, degrees)
-    found = {}
+    errors = {}
     total = sum(degrees[v] for v in pool)
     if pool:
         std, pooled_degrees = (
@@ -260,16 +304,19 @@ def _difference_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[s
         )
         critical = dunnett_critical_value(len(d), pooled_degrees, level)
         for v in pool:
-            found[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, pooled_degrees, critical, True)
+            errors[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, pooled_degrees, critical, True)
     for v in set(d) - set(pool):
         std = math.sqrt(squares[v] / degrees[v])
         critical = sidak_critical_value(len(d), degrees[v], level)
-        found[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, degrees[v], critical, False)
-    return found
+        errors[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, degrees[v], critical, False)
+    return errors
 
 
 def _poolable_variants(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]:
-    """The variants whose variances may be pooled: the widest leaves while it is wider than all the rest."""
+    """Return the variants whose variances may be pooled.
+
+    The variant with the largest variance leaves as long as it is significantly larger than that of the rest.
+    """
     from scipy import stats
 
     pool = sorted(squares)
@@ -291,7 +338,7 @@ def _poolable_variants(squares: Mapping[str, float], degrees: Mapping[str, int])
 def _corrected_p_values(
     d: Mapping[str, Sequence[float]], errors: Mapping[str, _DifferenceError], margin: float
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Holm's p values of: it differs, it lies within the margin, it is not below minus the margin."""
+    """Return Holm's p values of the three tests: difference, equivalence, non-inferiority."""
     differs, equivalent, not_inferior = {}, {}, {}
     for v, error in errors.items():
         mean = math.fsum(d[v]) / len(d[v])
@@ -304,8 +351,11 @@ def _corrected_p_values(
 
 
 def _classify_interval(interval: Interval, margin: float) -> Outcome:
-    """Equivalent comes first: a difference that is shown to be smaller than what matters is none, even where
-    it can be told from nil."""
+    """Return the outcome that the interval shows.
+
+    Equivalence comes first: a difference that is shown to be smaller than the margin does not matter, even if
+    it is significantly different from 0.
+    """
     if -margin < interval.low and interval.high < margin:
         return "equivalent"
     if interval.low > 0:
@@ -318,8 +368,12 @@ def _classify_interval(interval: Interval, margin: float) -> Outcome:
 def _baseline_holds_interval(
     pairs: Sequence[PairedComparison], margin: float, number: int
 ) -> tuple[int, int]:
-    """The intervals hold all at once, so what they say together does: at least as many variants as lie below
-    the margin as a whole; at most all but those that lie above it as a whole."""
+    """Return the interval on the number of variants to which the baseline is not inferior.
+
+    The intervals hold simultaneously, and so does this one. The baseline is not inferior to at least the
+    variants whose whole interval is below the margin, and at most to all but those whose whole interval is
+    above it.
+    """
     sure = sum(pair.interval is not None and pair.interval.high < margin for pair in pairs)
     lost = sum(pair.interval is not None and pair.interval.low > margin for pair in pairs)
     return sure, number - lost
@@ -332,8 +386,15 @@ def _decide_claim(holds: tuple[int, int], counted: int) -> Claim:
 
 
 def _pairing_gain(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float | None, bool | None]:
-    """Of pairing by seed: the mean correlation of the first row with the others, and whether seeds differ by
-    more than the noise in the table of rows x seeds."""
+    """Measure what pairing by seed gains.
+
+    Args:
+        rows: The scores of the baseline and of every variant, one row each, one column per seed.
+        alpha: The level of the F test.
+
+    Returns:
+        The mean correlation of the baseline with the variants, and whether seeds differ by more than the noise.
+    """
     import numpy as np
     from scipy import stats
 

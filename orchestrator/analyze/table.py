@@ -1,4 +1,4 @@
-"""The study on a terminal of 80 columns."""
+"""The summary of a study as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ _BRACKET_TEXT = {"yes": "yes", "low edge": "low edge", "high edge": "high edge",
 
 
 def render_summary(summary: Summary) -> Group:
-    """One table a panel, a search or a comparison, best variant first, each closed by the answer in words;
-    warnings last."""
+    """Render a summary for a terminal.
+
+    Every comparison, search and panel is a table, the best variant first, followed by the answer in words.
+    The warnings come last.
+    """
     parts: list[Table | Text] = []
-    for found in summary.comparisons:
-        c = found.comparison
+    for result in summary.comparisons:
+        c = result.comparison
         more = [verdict.detectable_text(c), verdict.scope_text(c), verdict.pairing_text(c)]
-        parts += [_comparison_table(found), Text(verdict.verdict_text(found))]
+        parts += [_comparison_table(result), Text(verdict.verdict_text(result))]
         parts += [Text(" ".join(filter(None, more)), style="dim"), Text("")]
     for search in summary.searches:
         parts += [_search_table(search), Text("")]
@@ -127,7 +130,7 @@ def _search_table(search: SearchResult) -> Table:
                 formatting.number(best.test.mean),
             ]
         ended = ", ".join(f"{n} {state}" for state, n in v.states.items())
-        table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.most_steps}")
+        table.add_row(v.variant, *row, f"{len(v.points)}", ended, f"{v.steps}/{v.max_steps}")
     return table
 
 

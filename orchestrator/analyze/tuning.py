@@ -1,9 +1,8 @@
-"""What tuning found: of each variant the points it tried and the one that the validation split chooses. A
-point is a configuration without its seed: one of a grid, or one that a search asked for.
+"""The results of tuning: the points that each variant tried, and the one that the validation split chooses.
 
-As everywhere, a diverged run is worth the floor; a point with a run that was stopped early is chosen only
-where it is the best even with the floor for it (`censored.py`); a failed run is missing. Test scores enter no
-choice.
+A point is a configuration without its seed: a point of a grid or of a search. A diverged run counts as the
+floor, a failed run is missing, and a point with a run that was stopped early is chosen only if it is the best
+even with the floor for that run, see `censored.eligible_points`. No choice depends on a test score.
 """
 
 from __future__ import annotations
@@ -14,6 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Annotated
+
+from pydantic import Field
 
 from orchestrator.analyze import curve_shape
 from orchestrator.analyze.censored import PointOutcome, eligible_points
@@ -23,58 +25,67 @@ from orchestrator.record.schema import Record
 from orchestrator.study.configuration import Configuration
 
 EDGE_FRACTION = 0.05
-"""Within this share of the range that was tried, a best value is at its edge."""
+"""A best value is at the edge if it lies within this share of the range that was tried from an end."""
 RESAMPLING_DRAWS = 2000
-_MIN_VALUES_FOR_RANGE = 5  # so many values make a range; fewer are a choice, whose ends are no edges
+_MIN_VALUES_FOR_RANGE = 5  # fewer values are taken for a list of choices, whose ends are no edges
 _NON_HYPERPARAMETER_COLUMNS = ("seed", "variant", "variant_numerics", "loop_numerics")
 
 
 @dataclass(frozen=True)
 class TuningPoint:
-    """One point. `settings`: what its variant's points differ in, the learning rate always. `configuration`
-    has the first seed. `last_seen`: the mean of the last validation scores on the way, which a stopped run
-    has too."""
+    """One point of a variant, over all its seeds."""
 
     configuration: Configuration
+    """The configuration with the first seed."""
     settings: Mapping[str, Value]
+    """The learning rate, and all else in which the variant's points differ."""
     validation: Estimate
     test: Estimate
-    last_seen: float | None
+    last_validation: Annotated[float | None, Field(alias="last_seen")]
+    """The mean of the last validation scores during training, which stopped runs have as well."""
     states: Mapping[str, int]
-    chosen_from: bool
+    """State -> number of runs."""
+    eligible: Annotated[bool, Field(alias="chosen_from")]
+    """Whether the point may be chosen, see `censored.eligible_points`."""
     steps: int
-    """Optimizer steps that its runs took."""
+    """The optimizer steps of its runs."""
     scores: Mapping[int, float]
-    """seed -> validation score"""
-    stopped: frozenset[int]
-    """Seeds that were stopped early."""
-    begun: float
-    """When the first of its runs was, in seconds since the epoch."""
+    """Seed -> validation score."""
+    stopped_seeds: Annotated[frozenset[int], Field(alias="stopped")]
+    """The seeds that were stopped early."""
+    started: Annotated[float, Field(alias="begun")]
+    """When the first of its runs started, in seconds since the epoch."""
 
     @property
     def learning_rate(self) -> float:
+        """The learning rate."""
         return self.configuration.optimizer.learning_rate
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """A variant on one task and model. `points` in the order in which they were begun. `edges`:
-    hyperparameters whose best value is at the edge of what was tried, so that the optimum may lie beyond
-    ("learning_rate (high edge)"); empty: bracketed. `most_steps`: what all points take to the end."""
+    """The tuning of one variant on one task and model."""
 
     variant: str
     varied: tuple[str, ...]
+    """The hyperparameters in which the points differ."""
     points: tuple[TuningPoint, ...]
+    """The points in the order in which they started."""
     best: TuningPoint | None
+    """The point that the validation split chooses; None without a score."""
     edges: tuple[str, ...]
+    """Hyperparameters whose best value is at the edge of what was tried, for example "learning_rate (high
+    edge)": the optimum may lie beyond. Empty if the best point is bracketed."""
     steps: int
-    most_steps: int
+    """The optimizer steps of all runs."""
+    max_steps: Annotated[int, Field(alias="most_steps")]
+    """The optimizer steps that all runs would take without early stopping."""
     states: Mapping[str, int]
-    """How its runs ended."""
+    """State -> number of runs."""
 
 
 def summarize_tuning(records: Sequence[Record]) -> tuple[TuningResult, ...]:
-    """One a variant, in the order of their names; `records` are of one task and model."""
+    """Summarize the tuning of every variant, sorted by name. `records` are all of one task and model."""
     by_variant: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_variant[record.configuration.variant.name].append(record)
@@ -92,7 +103,7 @@ def _summarize_variant(variant: str, records: Sequence[Record]) -> TuningResult:
     for record in records:
         by_point[replace(record.configuration, seed=0).fingerprint].append(record)
     points = _mark_eligible([_summarize_point(own, varied) for own in by_point.values()])
-    points.sort(key=lambda p: (p.begun, p.learning_rate, p.configuration.fingerprint))
+    points.sort(key=lambda p: (p.started, p.learning_rate, p.configuration.fingerprint))
     best = best_point(points)
     return TuningResult(
         variant,
@@ -116,7 +127,7 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
         if (s := r.score("validation")) is not None and math.isfinite(s)
     }
     tests = [s for r in records if (s := r.score("test")) is not None and math.isfinite(s)]
-    seen = [last for r in records if (last := _last_seen(r)) is not None]
+    seen = [last for r in records if (last := _last_validation(r)) is not None]
     return TuningPoint(
         first,
         {k: columns.get(k) for k in varied},
@@ -132,7 +143,7 @@ def _summarize_point(records: Sequence[Record], varied: Sequence[str]) -> Tuning
     )
 
 
-def _last_seen(record: Record) -> float | None:
+def _last_validation(record: Record) -> float | None:
     if record.state == "diverged":
         return record.score("validation")
     metric = record.configuration.task.metric
@@ -141,14 +152,17 @@ def _last_seen(record: Record) -> float | None:
 
 
 def _mark_eligible(points: Sequence[TuningPoint]) -> list[TuningPoint]:
-    ended = [PointOutcome(list(p.scores.values()), len(p.stopped)) for p in points]
+    ended = [PointOutcome(list(p.scores.values()), len(p.stopped_seeds)) for p in points]
     eligible = eligible_points(ended, points[0].configuration.task.floor)
-    return [replace(p, chosen_from=may) for p, may in zip(points, eligible, strict=True)]
+    return [replace(p, eligible=may) for p, may in zip(points, eligible, strict=True)]
 
 
 def best_point(points: Sequence[TuningPoint]) -> TuningPoint | None:
-    """The highest validation mean; among equals the lowest rate, which is the farthest from the cliff."""
-    means = {i: p.validation.mean for i, p in enumerate(points) if p.chosen_from}
+    """Return the eligible point with the highest validation mean; None without a score.
+
+    Among equals it is the one with the lowest learning rate, which is the farthest from divergence.
+    """
+    means = {i: p.validation.mean for i, p in enumerate(points) if p.eligible}
     return _highest_mean(points, means)
 
 
@@ -161,10 +175,16 @@ def _highest_mean(points: Sequence[TuningPoint], means: Mapping[int, float | Non
 
 
 def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float]] | None:
-    """How often the same tuning with other seeds would have chosen each point, by resampling the seeds
-    jointly over points: all ways to draw them up to five seeds, else 2,000. The most frequent first; None
-    with one seed."""
-    seeds = sorted({seed for p in result.points for seed in (*p.scores, *p.stopped)})
+    """Estimate how often the same tuning with other seeds would choose each point.
+
+    The seeds are resampled with replacement, jointly over the points: in all possible ways up to five seeds,
+    else 2,000 times.
+
+    Returns:
+        The points that are chosen at least once and the share of draws that choose them, most frequent first;
+        None with one seed.
+    """
+    seeds = sorted({seed for p in result.points for seed in (*p.scores, *p.stopped_seeds)})
     if len(seeds) < 2:
         return None
     if len(seeds) <= 5:
@@ -176,7 +196,7 @@ def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float
     floor = result.points[0].configuration.task.floor
     for draw in draws:
         scores = [[p.scores[seed] for seed in draw if seed in p.scores] for p in result.points]
-        stopped = [sum(seed in p.stopped for seed in draw) for p in result.points]
+        stopped = [sum(seed in p.stopped_seeds for seed in draw) for p in result.points]
         eligible = eligible_points([PointOutcome(*each) for each in zip(scores, stopped, strict=True)], floor)
         means = {i: math.fsum(own) / len(own) for i, own in enumerate(scores) if eligible[i]}
         if (best := _highest_mean(result.points, means)) is not None:
@@ -189,15 +209,16 @@ def selection_frequencies(result: TuningResult) -> list[tuple[TuningPoint, float
 def _edge_hyperparameters(
     points: Sequence[TuningPoint], best: TuningPoint | None, varied: Sequence[str]
 ) -> tuple[str, ...]:
+    """Return the hyperparameters whose best value is at the edge of what was tried, and at which edge."""
     if best is None:
         return ()
     found = []
     for name in varied:
         ends = _edge_side(points, best, name)
-        if len(varied) == 1:  # then equal scores at an end count, as on a curve
+        if len(varied) == 1:  # the points form a curve, where an equal score at an end counts as an edge
             rates = sorted(points, key=lambda p: p.learning_rate)
             side = curve_shape.bracket_status(
-                [p.validation.mean if p.chosen_from else None for p in rates], rates.index(best)
+                [p.validation.mean if p.eligible else None for p in rates], rates.index(best)
             )
             ends = side if side != "yes" else ends
         if ends is not None:
@@ -206,6 +227,7 @@ def _edge_hyperparameters(
 
 
 def _edge_side(points: Sequence[TuningPoint], best: TuningPoint, name: str) -> str | None:
+    """Return at which edge of the tried values the best value lies, None if it is at none or has no order."""
     values = [p.settings[name] for p in points]
     numbers = sorted({float(v) for v in values if isinstance(v, int | float)})
     value = best.settings[name]

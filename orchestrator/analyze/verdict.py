@@ -1,4 +1,4 @@
-"""What a tuned comparison says, in words; used by the table, the forest plot and the report."""
+"""The results of a tuned comparison as text, for the table, the forest plot and the report."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ OUTCOME_PHRASES = {
 
 
 def verdict_text(result: TunedComparison) -> str:
-    """Two sentences: which variants differ from the tuned baseline, and whether it matches or beats most of
-    them. The task, model, variants, seeds and budget are named."""
+    """Return the verdict in two sentences.
+
+    The first says which variants differ from the tuned baseline, with task, model, seeds and budget. The
+    second says whether the baseline matches or beats most variants.
+    """
     c = result.comparison
     groups = []
     for outcome, how in OUTCOME_PHRASES.items():
@@ -28,23 +31,24 @@ def verdict_text(result: TunedComparison) -> str:
         if who:
             groups.append(f"{', '.join(who)} {'is' if len(who) == 1 else 'are'} {how} {c.baseline.label}")
     outcomes = "; ".join(groups) or "nothing to compare"
-    return f"{result.task} on {result.model}, {result.steps} steps, {_budget_text(result)}: {outcomes}. {claim_text(result)}"
+    where = f"{result.task} on {result.model}, {result.steps} steps, {_budget_text(result)}"
+    return f"{where}: {outcomes}. {claim_text(result)}"
 
 
 def _variant_phrase(result: TunedComparison, pair: PairedComparison) -> str:
-    """pissa (+0.030, not bracketed)."""
+    """Return the variant and its difference: pissa (+0.030, not bracketed)."""
     about = [] if pair.difference is None else [signed_number(pair.difference)]
     about += ["not bracketed"] if _is_at_edge(result, pair.label) else []
     return f"{pair.label} ({', '.join(about)})" if about else pair.label
 
 
 def _is_at_edge(result: TunedComparison, label: str) -> bool:
-    """Whether the optimum may lie beyond what was tried."""
+    """Return whether the optimum may lie beyond what was tried."""
     return label in result.chosen and bool(result.chosen[label].edges)
 
 
 def _budget_text(result: TunedComparison) -> str:
-    """What was spent: 7 points x 3 seeds each to tune, 10 fresh seeds."""
+    """Return what tuning and confirming took: 7 points x 3 seeds, 10 fresh seeds."""
     seeds = count_text(len(result.seeds), "fresh seed")
     if not result.chosen:
         return f"{seeds}, margin {result.comparison.margin:g}"
@@ -55,11 +59,11 @@ def _budget_text(result: TunedComparison) -> str:
 
 
 def claim_text(result: TunedComparison) -> str:
-    """Whether the tuned baseline matches or beats most variants, with the interval on how many."""
+    """Return whether the tuned baseline matches or beats most variants, and how many it does."""
     c = result.comparison
     if not c.counted:
         return ""
-    low, high = c.baseline_holds
+    low, high = c.baseline_not_inferior_to
     count = f"{low}" if low == high else f"{low} to {high}"
     name = "LoRA" if c.baseline.label == "lora" else c.baseline.label
     name += " (not bracketed)" if _is_at_edge(result, c.baseline.label) else ""
@@ -70,20 +74,22 @@ def claim_text(result: TunedComparison) -> str:
 
 
 def signed_number(value: float | None, digits: int = 3) -> str:
-    """+0.012; never -0.000; a dash if there is none."""
+    """Format a difference with its sign, +0.012, never as "-0.000"; "-" for None."""
     return "-" if value is None else f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
 def p_value(value: float | None) -> str:
+    """Format a p value; "-" for None."""
     return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def count_text(count: int, what: str) -> str:
+    """Return a count and a noun, in the plural if it has to be."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def undecided_text(pair: PairedComparison) -> str:
-    """What an undecided pair needs; empty for the others."""
+    """Return what would decide an undecided comparison; empty for the others."""
     if pair.outcome != "undecided":
         return ""
     if pair.interval is None:
@@ -94,7 +100,7 @@ def undecided_text(pair: PairedComparison) -> str:
 
 
 def pairing_text(c: Comparison) -> str:
-    """What the pairing by seed was worth."""
+    """Return whether pairing by seed reduced the error."""
     if c.correlation is None or c.pairing_helps is None:
         return ""
     r = f"correlation of the scores over seeds {signed_number(c.correlation, 2)}"
@@ -104,7 +110,8 @@ def pairing_text(c: Comparison) -> str:
 
 
 def detectable_text(c: Comparison) -> str:
-    sizes = [p.detectable for p in c.pairs if p.detectable is not None]
+    """Return the smallest difference that the comparison could detect; empty if there is none."""
+    sizes = [p.minimum_detectable_effect for p in c.pairs if p.minimum_detectable_effect is not None]
     if not sizes:
         return ""
     low, high = formatting.number(min(sizes)), formatting.number(max(sizes))
@@ -113,7 +120,7 @@ def detectable_text(c: Comparison) -> str:
 
 
 def scope_text(c: Comparison) -> str:
-    """What the intervals are about: as long as nothing diverges."""
+    """Return for which runs the intervals hold: those that do not diverge."""
     arms = [a for a in (c.baseline, *c.arms) if not a.diverged and a.diverged_interval is not None]
     if not any(p.interval is not None for p in c.pairs):
         return ""
@@ -122,14 +129,14 @@ def scope_text(c: Comparison) -> str:
 
 
 def chosen_point_text(chosen: ChosenPoint | None, rate: float) -> str:
-    """The point in short: 3e-3, rank 8; and whether it is at the edge of what was tried."""
+    """Return a point in short, 3e-3, rank 8, and whether it is at the edge of what was tried."""
     if chosen is None:
         return formatting.rate(rate)
     return settings_text(chosen.settings) + (" (edge)" if chosen.edges else "")
 
 
 def settings_text(settings: Mapping[str, Value]) -> str:
-    """All that a variant's points differ in: 3e-3, rank 8."""
+    """Format the settings in which a variant's points differ: 3e-3, rank 8."""
     return ", ".join(
         formatting.rate(v)
         if k == "learning_rate" and isinstance(v, float)
@@ -143,5 +150,6 @@ def _value_text(value: object) -> str:
 
 
 def stability_text(chosen: ChosenPoint) -> str:
-    """How often other seeds of the first stage would have chosen each point; empty with one seed."""
-    return ", ".join(f"{settings_text(settings)} {share:.0%}" for settings, share in chosen.otherwise[:3])
+    """Return how often resampled seeds would choose each point; empty with one seed."""
+    frequencies = chosen.selection_frequencies[:3]
+    return ", ".join(f"{settings_text(settings)} {share:.0%}" for settings, share in frequencies)

@@ -93,20 +93,7 @@ class Report(StoreLocation):
             raise UsageError(
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
-        write_report(
-            records,
-            folder,
-            name=study.name,
-            question=study.question,
-            command=study.command,
-            tracking_uri=redact_uri(study_uri(study.tracking_uri, store)),
-            pending=len(study.configurations) - len(records),
-            baseline=study.baseline,
-            margin=study.margin,
-            tuning_folder=folder.parent / study.tuning if study.tuning else None,
-            is_search=study.searched,
-            looks=study.looks,
-        )
+        write_report(study, records, folder, redact_uri(study_uri(study.tracking_uri, store)))
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

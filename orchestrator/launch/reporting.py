@@ -101,20 +101,7 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
     records = [record for f in study.configurations if (record := context.store.get(f)) is not None]
     write_parquet(context.store)
     uri = redact_uri(context.tracking_uri)
-    summary = write_report(
-        records,
-        folder,
-        name=study.name,
-        question=study.question,
-        command=study.command,
-        tracking_uri=uri,
-        pending=len(study.configurations) - len(records),
-        baseline=study.baseline,
-        margin=study.margin,
-        tuning_folder=folder.parent / study.tuning if study.tuning else None,
-        is_search=study.searched,
-        looks=study.looks,
-    )
+    summary = write_report(study, records, folder, uri)
     picture = next(file for name in PLOT_FILES if (file := folder / name).exists())
     context.console.print(render_summary(summary))
     for what, where in (

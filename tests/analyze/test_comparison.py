@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from synthetic import record, study
-from test_report import ABOUT, Page
+from test_report import DATABASE, STUDY_FILE, Page
 
 from orchestrator.analyze import selection, verdict
 from orchestrator.analyze.comparison import ChosenPoint, TunedChoice, TunedComparison, compare_tuned
@@ -119,8 +119,8 @@ def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Pat
     tune, folder = tmp_path / "tune", tmp_path / "confirm"
     tune.mkdir()
     selection.load_or_make_choice(tune, TunedChoice, lambda: TunedChoice((), None, CHOSEN))
-    about = ABOUT | {"baseline": "lora", "margin": 0.01, "tuning_folder": tune}
-    summary = write_report(fresh(seeds), folder, **about)
+    compared = replace(STUDY_FILE, baseline="lora", margin=0.01, tuning=tune.name)
+    summary = write_report(compared, fresh(seeds), folder, DATABASE)
     assert sorted(p.name for p in folder.iterdir()) == ["forest.png", "report.html", "summary.json"]
     page = Page((folder / "report.html").read_text())
     assert page.open == []
@@ -132,6 +132,10 @@ def test_the_page_has_the_picture_the_verdict_and_what_tuning_took(tmp_path: Pat
         assert part in text
     numbers = json.loads((folder / "summary.json").read_text())
     assert numbers["comparisons"][0]["verdict"] == said
+    compared_json = numbers["comparisons"][0]["comparison"]
+    assert {"spread", "baseline_holds", "unknown"} <= compared_json.keys(), "JSON names do not change"
+    assert {"detectable", "seeds_to_decide"} <= compared_json["pairs"][0].keys()
+    assert {"most_steps", "otherwise"} <= numbers["comparisons"][0]["chosen"]["lora"].keys()
     assert "NaN" not in json.dumps(numbers)
     image = Image.open(folder / "forest.png")
     assert image.width == 1200
@@ -193,9 +197,8 @@ def test_a_second_look_is_said() -> None:
 
 
 def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
-    summary = write_report(
-        fresh(), tmp_path, **ABOUT, baseline="lora", margin=0.01, tuning_folder=tmp_path / "gone"
-    )
+    compared = replace(STUDY_FILE, baseline="lora", margin=0.01, tuning="gone")
+    summary = write_report(compared, fresh(), tmp_path, DATABASE)
     assert summary.comparisons[0].chosen == {}
     assert any("the choice of the first stage is not at hand" in w for w in summary.warnings)
 
@@ -229,7 +232,7 @@ def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
         )
     ]
     records.append(record("lora", 5.55e-4, 0, 0.1, rank=4, state="stopped"))
-    summary = write_report(records, tmp_path, **ABOUT, is_search=True)
+    summary = write_report(replace(STUDY_FILE, searched=True), records, tmp_path, DATABASE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "search.png", "summary.json"]
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == []

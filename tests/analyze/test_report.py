@@ -21,14 +21,15 @@ from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
 from orchestrator.analyze.table import render_summary
 from orchestrator.record.schema import Record
+from orchestrator.record.study_file import StudyFile
 
-ABOUT: dict[str, Any] = {
-    "name": "lr-sensitivity",
-    "question": "How far apart are the best rates?",
-    "command": "python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
+STUDY_FILE = StudyFile(
+    name="lr-sensitivity",
+    question="How far apart are the best rates?",
+    command="python experiments/lr_sensitivity.py --dry-run --variants lora pissa "
     "--learning-rates=1e-3:1e-1:2 --seeds 3",
-    "tracking_uri": "sqlite:///results/mlflow.db",
-}
+)
+DATABASE = "sqlite:///results/mlflow.db"
 
 
 def printed(records: list[Record]) -> str:
@@ -114,7 +115,7 @@ def test_rates_read_short_and_exactly() -> None:
 
 def test_the_command_is_narrowed_and_other_options_stay() -> None:
     found = formatting.narrow_command(
-        ABOUT["command"], "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
+        STUDY_FILE.command, "hira", [1e-1], {"rank": 16, "steps_horizon": 80, "floor": 0.0}
     )
     expected = "--dry-run --seeds 3 --variants hira --learning-rates 1e-1 --rank 16 --steps 80"
     assert found == f"python experiments/lr_sensitivity.py {expected}"
@@ -189,8 +190,11 @@ class Page(HTMLParser):
         self.text += data
 
 
-def written(folder: Path, records: list[Record], **more: Any) -> tuple[Summary, Page, dict[str, Any]]:
-    summary = write_report(records, folder, **ABOUT | more)
+def written(
+    folder: Path, records: list[Record], uri: str = DATABASE, notes: tuple[str, ...] = (), **more: Any
+) -> tuple[Summary, Page, dict[str, Any]]:
+    """Write a report of STUDY_FILE with the fields `more`; return it as summary, page and numbers."""
+    summary = write_report(replace(STUDY_FILE, **more), records, folder, uri, notes)
     page = Page((folder / "report.html").read_text())
     assert page.open == []
     return summary, page, json.loads((folder / "summary.json").read_text())
@@ -209,7 +213,7 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["curves.png", "report.html", "spread.png", "summary.json"]
     assert formatting.answer(summary.panels[0]) in page.text
-    assert ABOUT["question"] in page.text
+    assert STUDY_FILE.question in page.text
     assert numbers["schema_version"] == 1
     assert numbers["states"] == {"finished": 76, "diverged": 29, "stopped": 0, "failed": 0}
     shown = {c["label"]: c for c in numbers["panels"][0]["curves"]}
@@ -217,6 +221,17 @@ def test_a_report_is_four_whole_files_and_nothing_else(of_study: tuple[Path, Pag
     assert shown["lora"]["width"]["interval"]["low"] > 0
     assert len(shown["hira"]["points"]) == 7
     assert "NaN" not in json.dumps(numbers)
+
+
+def test_renamed_fields_keep_their_names_in_the_summary(of_study: tuple[Path, Page]) -> None:
+    (panel,) = json.loads((of_study[0] / "summary.json").read_text())["panels"]
+    curve = panel["curves"][0]
+    point = curve["points"][0]
+    assert "common_name" in panel
+    assert {"best_rates_leaving_one_out", "gain"} <= curve.keys()
+    assert "at_least" in curve["width"]
+    assert {"survivors", "chosen_from"} <= point.keys()
+    assert "last_seen" in point["runs"][0]
 
 
 def test_the_page_asks_no_other_host(of_study: tuple[Path, Page]) -> None:
@@ -245,7 +260,9 @@ def test_what_ended_badly_is_listed_with_reason_and_fingerprint_and_nothing_is_m
     failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {evil}")
     stopped = record(seed=9, validation=0.1, state="stopped", reason="ASHA at step 30")
     records = [*study(), failed, stopped]
-    _, page, numbers = written(tmp_path, records, name=evil, notes=[evil], question="a & b < c", pending=12)
+    missing = tuple(f"{i:064x}" for i in range(12))
+    about: dict[str, Any] = {"name": evil, "question": "a & b < c", "configurations": missing}
+    _, page, numbers = written(tmp_path, records, notes=(evil,), **about)
     assert "script" not in page.tags
     assert "a & b < c" in page.text
     for text in (f"out of memory {evil}", "ASHA at step 30", "smoothed training loss", "12 pending"):
@@ -257,14 +274,14 @@ def test_what_ended_badly_is_listed_with_reason_and_fingerprint_and_nothing_is_m
 
 def test_a_server_is_linked_without_its_password(tmp_path: Path) -> None:
     uri = "https://me:secret@mlflow.example:5000/x"
-    _, page, _ = written(tmp_path, [record()], tracking_uri=uri, command=f"run --tracking-uri {uri}")
+    _, page, _ = written(tmp_path, [record()], uri, command=f"run --tracking-uri {uri}")
     assert "https://mlflow.example:5000/x" in page.links
     for file in ("report.html", "summary.json"):
         assert "secret" not in (tmp_path / file).read_text()
 
 
 def test_an_address_that_is_no_web_page_is_no_link(tmp_path: Path) -> None:
-    _, page, _ = written(tmp_path, [record()], tracking_uri="javascript:alert(1)")
+    _, page, _ = written(tmp_path, [record()], "javascript:alert(1)")
     assert not any(link.startswith("javascript") for link in page.links)
 
 
@@ -280,4 +297,4 @@ def test_an_empty_study_and_several_tasks_are_reports_too(tmp_path: Path) -> Non
 def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        write_report([record()], tmp_path / "file" / "study", **ABOUT)
+        write_report(STUDY_FILE, [record()], tmp_path / "file" / "study", DATABASE)

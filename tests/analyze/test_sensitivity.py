@@ -47,7 +47,7 @@ def test_a_diverged_run_counts_as_the_floor_with_its_share_and_the_mean_of_the_r
     )
     assert point.validation.mean == pytest.approx((0.9 + 0.1 + 0.7) / 3)
     assert point.test.n == 3
-    assert point.survivors.mean == pytest.approx(0.8)
+    assert point.without_diverged.mean == pytest.approx(0.8)
     assert point.diverged_share == pytest.approx(1 / 3)
     found = stats.binomtest(1, 3).proportion_ci(method="wilson")
     assert point.diverged_interval is not None
@@ -65,12 +65,12 @@ def test_a_stopped_run_enters_no_mean_loses_the_choice_and_bounds_the_width() ->
     found = only(records).curves[0]
     last = found.points[-1]
     assert (last.validation.n, last.validation.mean, last.states) == (1, 0.9, {"finished": 1, "stopped": 1})
-    assert last.runs[1].last_seen == 0.2
-    assert not last.chosen_from
+    assert last.runs[1].last_validation == 0.2
+    assert not last.eligible
     assert found.best_rate == 1e-2
     assert found.bracketed == "yes"  # the neighbour lost
     assert found.width is not None
-    assert found.width.at_least
+    assert found.width.is_lower_bound
     assert found.width.interval is None
     assert any("not stopped early score higher" in warning for warning in summarize(records).warnings)
 
@@ -99,7 +99,7 @@ def test_without_a_seed_the_choice_among_stopped_runs_is_made_anew() -> None:
     records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
     found = only(records).curves[0]
     assert found.best_rate == 1e-1  # (0.9 + 0.9 + 0) / 3 is more than 0.5; without the first, 0.9 / 2 is less
-    assert found.best_rates_leaving_one_out == (1e-2, 1e-2, 1e-1)
+    assert found.best_rates_leave_one_out == (1e-2, 1e-2, 1e-1)
     assert any("another rate would have been chosen" in w for w in summarize(records).warnings)
 
 
@@ -150,8 +150,8 @@ def test_one_seed_has_figures_and_no_interval_and_is_said_to() -> None:
         )
         assert all(f is not None and f.interval is None for f in figures)
         assert c.best_validation.interval is None
-        assert c.gain.interval is None
-        assert c.best_rates_leaving_one_out == ()
+        assert c.gain_over_untrained.interval is None
+        assert c.best_rates_leave_one_out == ()
     assert any("one seed at the best rate" in w for w in summary.warnings)
 
 
@@ -164,9 +164,11 @@ def test_gain_is_on_test_at_the_rate_chosen_on_validation() -> None:
     gains = [t - 0.2 for t in tests]
     low, high = stats.t.interval(0.95, 2, sum(gains) / 3, stats.sem(gains))
     assert found.best_rate == 1e-2
-    assert found.gain.mean == pytest.approx(0.45)
-    assert found.gain.interval is not None
-    assert (found.gain.interval.low, found.gain.interval.high) == pytest.approx((low, high))
+    assert found.gain_over_untrained.mean == pytest.approx(0.45)
+    assert found.gain_over_untrained.interval is not None
+    assert (found.gain_over_untrained.interval.low, found.gain_over_untrained.interval.high) == pytest.approx(
+        (low, high)
+    )
 
 
 def test_regrets_by_hand() -> None:
@@ -214,7 +216,7 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
 
 
 def test_leaving_one_seed_out_shows_a_shaky_choice() -> None:
-    assert curve(only(study()), "rslora").best_rates_leaving_one_out == (3e-3, 3e-3, 1e-2)
+    assert curve(only(study()), "rslora").best_rates_leave_one_out == (3e-3, 3e-3, 1e-2)
     assert any("rslora" in w and "without one of the seeds" in w for w in summarize(study()).warnings)
 
 
@@ -248,15 +250,15 @@ def test_a_constant_on_every_score_moves_scores_and_nothing_else(
 
     plain, moved = of(0), of(constant)
     assert (moved.best_rate, moved.bracketed, moved.cliff) == (plain.best_rate, plain.bracketed, plain.cliff)
-    assert moved.best_rates_leaving_one_out == plain.best_rates_leaving_one_out
-    assert moved.gain.mean == pytest.approx(plain.gain.mean)
+    assert moved.best_rates_leave_one_out == plain.best_rates_leave_one_out
+    assert moved.gain_over_untrained.mean == pytest.approx(plain.gain_over_untrained.mean)
     assert moved.best_validation.mean == pytest.approx((plain.best_validation.mean or 0) + constant)
     for name in ("width", "width_90", "half_decade_regret"):
         before, after = getattr(plain, name), getattr(moved, name)
         assert (before is None) == (after is None)
         if before is not None:
             assert after.value == pytest.approx(before.value, abs=1e-9)
-            assert after.at_least == before.at_least
+            assert after.is_lower_bound == before.is_lower_bound
 
 
 def test_what_differs_beside_rate_seed_and_variant_makes_panels_or_labelled_curves() -> None:

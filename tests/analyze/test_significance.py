@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -85,6 +85,13 @@ def test_the_detectable_difference_has_its_power() -> None:
     assert abs(found - 0.8) < 4 * math.sqrt(0.8 * 0.2 / len(draws))
 
 
+def needed(
+    mean: float, margin: float, count: int = 1, critical: Callable[..., float] = dunnett_critical_value
+) -> int | None:
+    """Return how many seeds decide one of `count` comparisons with standard deviation 0.02."""
+    return seeds_needed(mean, margin, 0.02, 1.0, lambda degrees: critical(count, degrees, 0.95), 0.8)
+
+
 def decided(n: int, mean: float, draws: int = 40_000) -> float:
     """The share of simulated studies (one variant, margin 0.01, spread 0.02) whose interval says anything."""
     d = np.random.default_rng(n).normal(mean, 0.02, (draws, n))
@@ -95,19 +102,19 @@ def decided(n: int, mean: float, draws: int = 40_000) -> float:
 @pytest.mark.parametrize("mean", [0.004, 0.0, -0.003, -0.005, -0.012])
 def test_the_seeds_that_decide_are_the_fewest(mean: float) -> None:
     """By simulation: 80 % of studies with so many seeds decide, and with two less they do not."""
-    n = seeds_needed(mean, 0.01, 0.02, 1, 1.0, 0.8, 0.95)
+    n = needed(mean, 0.01)
     assert n is not None
     slack = 4 * math.sqrt(0.8 * 0.2 / 40_000)
     assert decided(n, mean) >= 0.8 - slack
     assert decided(n - 2, mean) < 0.8 + slack / 4
-    assert seeds_needed(mean, 0.01, 0.02, 4, 1.0, 0.8, 0.95) > n  # type: ignore[operator]
+    assert needed(mean, 0.01, 4) > n  # type: ignore[operator]
 
 
 def test_no_number_of_seeds_may_decide_and_sidak_takes_more() -> None:
-    assert seeds_needed(0.0, 1e-6, 0.02, 1, 1.0, 0.8, 0.95) is None
-    wide = seeds_needed(0.004, 0.01, 0.02, 6, 1.0, 0.8, 0.95, pooled=False)
+    assert needed(0.0, 1e-6) is None
+    wide = needed(0.004, 0.01, 6, sidak_critical_value)
     assert wide is not None
-    assert wide > (seeds_needed(0.004, 0.01, 0.02, 6, 1.0, 0.8, 0.95) or 0)
+    assert wide > (needed(0.004, 0.01, 6) or 0)
     assert decision_probability(0.0, 0.01, 0.0, 9, 2.26) == 1.0
 
 
@@ -139,7 +146,7 @@ def test_the_variance_is_pooled_over_variants_with_the_degrees_of_the_shared_bas
     }
     found = compared(table)
     spread = math.sqrt((0.0006 + 0.0005) / 6)
-    assert found.spread == pytest.approx(spread)
+    assert found.difference_std == pytest.approx(spread)
     half = dunnett_critical_value(2, 6 * 4 / 5, 0.95) * spread / 2
     for label, mean in (("a", 0.01), ("b", 0.015)):
         interval = pair(found, label).interval
@@ -176,7 +183,7 @@ def test_the_five_outcomes() -> None:
         "undecided": "undecided",
     }
     assert (found["same but told apart"].p_differs or 1) < 0.05
-    assert "spread more" in found["undecided"].reason
+    assert "vary more" in found["undecided"].reason
     assert found["undecided"].seeds_to_decide is not None
     assert found["undecided"].seeds_to_decide > 10
 
@@ -212,7 +219,7 @@ def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest(
         assert (a.interval is not None) == judged
         assert (arm.test.interval is not None) == judged
         assert arm.test.mean == pytest.approx(sum(s.value for s in row(diverged).values()) / 9)
-        assert arm.survivors.mean == pytest.approx(np.mean([0.7 + x for x in NOISE[diverged:9]]))
+        assert arm.without_diverged.mean == pytest.approx(np.mean([0.7 + x for x in NOISE[diverged:9]]))
         wilson = stats.binomtest(diverged, 9).proportion_ci(method="wilson")
         assert arm.diverged_interval is not None
         assert arm.diverged_interval.high == pytest.approx(wilson.high)
@@ -222,7 +229,7 @@ def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest(
     assert unsure.claim == "undecided"
     # One that diverges once counts as unknown in the claim, however well LoRA does on the rest.
     once = compare_to_baseline({"lora": row(0), "a": row(1)}, "lora", 0.01)
-    assert (once.counted, once.baseline_holds, once.claim) == (1, (0, 1), "undecided")
+    assert (once.counted, once.baseline_not_inferior_to, once.claim) == (1, (0, 1), "undecided")
 
 
 def test_scores_without_any_spread_are_equal_or_they_are_not() -> None:
@@ -239,13 +246,13 @@ def test_most_variants_is_a_count_with_an_interval() -> None:
     lower, higher = moved(-0.05), moved(0.05)
     lora = [0.8] * 10
     found = compared({"lora": lora, "a": lower, "b": moved(0.0), "c": higher})
-    assert (found.counted, found.baseline_holds, found.claim) == (3, (2, 2), "supported")
+    assert (found.counted, found.baseline_not_inferior_to, found.claim) == (3, (2, 2), "supported")
     found = compared({"lora": lora, "a": lower, "b": higher, "c": higher})
-    assert (found.baseline_holds, found.claim) == ((1, 1), "refuted")
+    assert (found.baseline_not_inferior_to, found.claim) == ((1, 1), "refuted")
     found = compared({"lora": lora, "a": lower, "b": higher})
     assert found.claim == "refuted", "half of them is not most"
     found = compared({"lora": lora, "a": lower, "b": moved(0.01)})
-    assert (found.baseline_holds, found.claim) == ((1, 2), "undecided")
+    assert (found.baseline_not_inferior_to, found.claim) == ((1, 2), "undecided")
     found = compared({"lora": lora, "a": lower, "full": higher}, controls=("full",))
     assert (found.counted, found.claim) == (1, "supported")
     assert compared({"lora": lora}).claim == "undecided"
@@ -253,11 +260,11 @@ def test_most_variants_is_a_count_with_an_interval() -> None:
 
 def test_what_cannot_be_compared_counts_as_unknown() -> None:
     table = {"lora": [0.8] * 10, "a": moved(-0.05), "b": moved(0.05)}
-    found = compared({k: v for k, v in table.items() if k != "b"}, unknown=("c", "d"))
-    assert (found.counted, found.baseline_holds, found.claim) == (3, (1, 3), "undecided")
-    assert found.unknown == ("c", "d")
-    found = compared(table, unknown=("full", "b"), controls=("full",))
-    assert (found.counted, found.baseline_holds) == (2, (1, 1)), (
+    found = compared({k: v for k, v in table.items() if k != "b"}, expected=("c", "d"))
+    assert (found.counted, found.baseline_not_inferior_to, found.claim) == (3, (1, 3), "undecided")
+    assert found.not_compared == ("c", "d")
+    found = compared(table, expected=("full", "b"), controls=("full",))
+    assert (found.counted, found.baseline_not_inferior_to) == (2, (1, 1)), (
         "a control and one that is there do not count"
     )
 

@@ -134,7 +134,7 @@ def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
     for each in chosen.values():
         assert each is not None
         assert each.configuration.seed == 0
-        assert (each.points, each.seeds, each.most_steps) == (7, 3, 7 * 3 * 60)
+        assert (each.points, each.seeds, each.max_steps) == (7, 3, 7 * 3 * 60)
     kept = TunedChoice(("a", "b"), None, {**chosen, "nothing": None})
     assert selection.load_or_make_choice(tmp_path, TunedChoice, lambda: kept) == kept
     assert selection.read_choice(tmp_path, TunedChoice) == kept

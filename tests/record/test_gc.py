@@ -159,9 +159,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
     store.put(record)
     _file(other.adapters / record.fingerprint / "adapter_model.safetensors")
     write = {
-        "report": lambda: write_report(
-            [record], output / "s", name="s", question="", command="python x", tracking_uri="", pending=0
-        ),
+        "report": lambda: write_report(StudyFile("s", "", "python x"), [record], output / "s", ""),
         "parquet": lambda: write_parquet(store),
         "record": lambda: store.put(make_record(seed=2)),
         "study": lambda: StudyFile("s", "", "").write(output / "s"),

@@ -71,7 +71,7 @@ def score_range(panel: Panel) -> tuple[float, float] | None:
         for c in panel.curves
         for p in c.points
         for r in p.runs
-        for v in (r.last_seen, r.test)
+        for v in (r.last_validation, r.test)
         if v is not None
     ]
     return (0.0, 1.0) if all(0.0 <= v <= 1.0 for v in [*scores, panel.floor]) else None
@@ -169,7 +169,7 @@ def _curve_offsets(panel: Panel) -> dict[str, float]:
 def _plot_means(axes: Axes, curve: Curve, shift: float = 1.0, **style: Any) -> None:
     """The means joined; broken at censored rates, drawn across rates without any run."""
     points = [p for p in curve.points if p.validation.n or p.states.get("stopped")]
-    scores = [p.validation.mean if p.chosen_from else None for p in points]
+    scores = [p.validation.mean if p.eligible else None for p in points]
     y = [math.nan if s is None else s for s in scores]
     axes.plot([p.learning_rate * shift for p in points], y, **style)
 
@@ -180,7 +180,7 @@ def _plot_curve(axes: Axes, panel: Panel, curve: Curve, style: CurveStyle, offse
     for point in curve.points:
         x = point.learning_rate * shift
         _plot_seeds(axes, panel, point, x, style)
-        if not point.chosen_from or point.validation.mean is None:
+        if not point.eligible or point.validation.mean is None:
             continue
         if point.diverged_share != 1.0:  # then the crosses say it all
             axes.plot(x, point.validation.mean, style.marker, color=style.colour, markersize=6, zorder=4)
@@ -213,8 +213,8 @@ def _plot_seeds(axes: Axes, panel: Panel, point: CurvePoint, x: float, curve_sty
             axes.plot(x, run.validation, "o", alpha=0.4, markeredgewidth=0, **style)
         elif run.state == "diverged":
             axes.plot(x, panel.floor, "x", **style | {"markersize": 7, "zorder": 4.5})
-        elif run.state == "stopped" and run.last_seen is not None:
-            axes.plot(x, run.last_seen, "o", markerfacecolor="white", **style | {"markersize": 5})
+        elif run.state == "stopped" and run.last_validation is not None:
+            axes.plot(x, run.last_validation, "o", markerfacecolor="white", **style | {"markersize": 5})
 
 
 def _clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]:
@@ -340,7 +340,7 @@ def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) 
         axes,
         top + 0.9,
         panel.spread_at_common,
-        f"at {panel.common_name}, {formatting.rate(panel.common_rate)} (hollow)",
+        f"at {panel.common_rate_label}, {formatting.rate(panel.common_rate)} (hollow)",
     )
     _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")
 

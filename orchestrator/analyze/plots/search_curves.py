@@ -55,9 +55,9 @@ def _plot_point(axes: Axes, point: TuningPoint, curve_style: curves.CurveStyle, 
     x = point.learning_rate
     if point.states.get("diverged") and not point.states.get("finished"):
         axes.plot(x, floor, "x", color=curve_style.colour, markersize=8, zorder=4, clip_on=False)
-    elif point.states.get("stopped") and point.last_seen is not None:
+    elif point.states.get("stopped") and point.last_validation is not None:
         style: dict[str, Any] = {"markerfacecolor": "white", "markersize": 6, "zorder": 2.5}
-        axes.plot(x, point.last_seen, curve_style.marker, color=curve_style.colour, **style)
+        axes.plot(x, point.last_validation, curve_style.marker, color=curve_style.colour, **style)
     elif point.validation.mean is not None:
         style = {"alpha": 0.8, "markersize": 7, "markeredgewidth": 0, "zorder": 3}
         axes.plot(x, point.validation.mean, curve_style.marker, color=curve_style.colour, **style)
@@ -85,7 +85,7 @@ def running_best(variant: TuningResult) -> list[float]:
     best = math.nan
     for point in variant.points:
         mean = point.validation.mean
-        if point.chosen_from and mean is not None and not mean <= best:
+        if point.eligible and mean is not None and not mean <= best:
             best = mean
         found.append(best)
     return found

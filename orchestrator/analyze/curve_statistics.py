@@ -1,0 +1,172 @@
+"""The statistics of a panel's curves, computed on all seeds and again without each seed in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.analyze import curve_shape
+from orchestrator.analyze.censored import PointOutcome, eligible_points
+from orchestrator.analyze.results import REFERENCE_VARIANT, CurvePoint, Run
+
+
+@dataclass(frozen=True)
+class CurveMeans:
+    """A curve as numbers: the means over seeds at each rate.
+
+    Rates without a score are left out unless a run was stopped there: the curve is drawn across them. A rate
+    with a stopped run stays; its scores are None unless it is eligible.
+    """
+
+    rates: list[float]
+    x: list[float]
+    """log10 of the rates."""
+    y: list[float | None]
+    """The mean validation scores."""
+    test: list[float | None]
+    """The mean test scores."""
+    diverged: list[float]
+    """The shares of diverged seeds."""
+    best: int | None
+    """The index of the best rate."""
+
+    @property
+    def best_rate(self) -> float | None:
+        """The best rate; None without a score."""
+        return None if self.best is None else self.rates[self.best]
+
+
+@dataclass(frozen=True)
+class CurveStatistics:
+    """The numbers that are read off one curve; None where the curve does not give them."""
+
+    best_rate: float | None = None
+    interpolated_log_rate: float | None = None
+    """log10 of the rate at the parabola's peak."""
+    width: tuple[float, bool] | None = None
+    """The width in decades, and whether it is only a lower bound."""
+    width_90: tuple[float, bool] | None = None
+    half_decade_regret: tuple[float, float] | None = None
+    """The mean regret, and the decades over which it is taken."""
+    regret_at_reference: float | None = None
+    regret_at_average: float | None = None
+
+
+@dataclass(frozen=True)
+class PanelStatistics:
+    """The statistics of all curves of a panel, and the rates at which they are compared."""
+
+    means: Mapping[str, CurveMeans]
+    """Label -> means."""
+    curves: Mapping[str, CurveStatistics]
+    """Label -> statistics."""
+    reference: str | None
+    """The label of LoRA's curve."""
+    reference_rate: float | None
+    """LoRA's best rate."""
+    average_rate: float | None
+    """The rate that is best on average over the variants."""
+
+
+def panel_statistics(
+    points: Mapping[str, Sequence[CurvePoint]],
+    variants: Mapping[str, str],
+    floor: float,
+    tolerance: float,
+    without_seed: int | None = None,
+) -> PanelStatistics:
+    """Compute the statistics of a panel.
+
+    Args:
+        points: Label -> the points of the curve.
+        variants: Label -> the variant.
+        floor: The score of a constant or untrained answer.
+        tolerance: How far below the best score a rate still counts as good.
+        without_seed: A seed to leave out. Seeds are paired, so it is left out of all curves at once, and the
+            rates at which the curves are compared are chosen again.
+
+    Returns:
+        The statistics.
+    """
+    means = {label: _curve_means(own, floor, without_seed) for label, own in points.items()}
+    reference = _reference_curve(means, variants)
+    rate = None if reference is None else means[reference].best_rate
+    average = _average_best_rate(means)
+    curves = {label: _curve_statistics(m, floor, tolerance, rate, average) for label, m in means.items()}
+    return PanelStatistics(means, curves, reference, rate, average)
+
+
+def point_outcome(runs: Sequence[Run]) -> PointOutcome:
+    """Return how the runs of a point ended."""
+    scores = [r.validation for r in runs if r.validation is not None]
+    return PointOutcome(scores, sum(r.state == "stopped" for r in runs))
+
+
+def _curve_means(points: Sequence[CurvePoint], floor: float, without_seed: int | None) -> CurveMeans:
+    rates: list[float] = []
+    y: list[float | None] = []
+    test: list[float | None] = []
+    diverged: list[float] = []
+    runs_left = [[r for r in point.runs if r.seed != without_seed] for point in points]
+    eligible = eligible_points([point_outcome(runs) for runs in runs_left], floor)
+    for point, runs, is_eligible in zip(points, runs_left, eligible, strict=True):
+        scores = [r.validation for r in runs if r.validation is not None]
+        tests = [r.test for r in runs if r.test is not None]
+        if not scores and "stopped" not in point.states:
+            continue
+        usable = bool(scores) and is_eligible
+        rates.append(point.learning_rate)
+        y.append(math.fsum(scores) / len(scores) if usable else None)
+        test.append(math.fsum(tests) / len(tests) if usable and tests else None)
+        diverged.append(sum(r.state == "diverged" for r in runs) / len(scores) if scores else 0.0)
+    return CurveMeans(rates, [math.log10(r) for r in rates], y, test, diverged, curve_shape.best_index(y))
+
+
+def _curve_statistics(
+    m: CurveMeans, floor: float, tolerance: float, reference_rate: float | None, average_rate: float | None
+) -> CurveStatistics:
+    if m.best is None:
+        return CurveStatistics()
+    best = m.y[m.best]
+    assert best is not None
+
+    def regret(rate: float | None) -> float | None:
+        score = None if rate is None else curve_shape.score_at(m.x, m.y, math.log10(rate))
+        return None if score is None else best - score
+
+    return CurveStatistics(
+        best_rate=m.rates[m.best],
+        interpolated_log_rate=curve_shape.parabola_peak(m.x, m.y, m.best),
+        width=curve_shape.width(m.x, m.y, m.best, best - tolerance),
+        width_90=curve_shape.width(m.x, m.y, m.best, floor + 0.9 * (best - floor))
+        if best > floor + curve_shape.SCORE_EPSILON
+        else None,
+        half_decade_regret=curve_shape.mean_regret(m.x, m.y, m.best),
+        regret_at_reference=regret(reference_rate),
+        regret_at_average=regret(average_rate),
+    )
+
+
+def _reference_curve(means: Mapping[str, CurveMeans], variants: Mapping[str, str]) -> str | None:
+    """Return the label of LoRA's curve; the best one if a study has several, for example of several alphas."""
+    scores = {
+        label: m.y[m.best] or 0.0
+        for label, m in means.items()
+        if variants[label] == REFERENCE_VARIANT and m.best is not None
+    }
+    return max(sorted(scores), key=lambda label: scores[label]) if scores else None
+
+
+def _average_best_rate(means: Mapping[str, CurveMeans]) -> float | None:
+    """Return the rate with the highest mean over variants, among those at which every variant has a score."""
+    scores_by_rate: dict[float, list[float]] = {}
+    scored = [m for m in means.values() if m.best is not None]
+    for m in scored:
+        for rate, score in zip(m.rates, m.y, strict=True):
+            if score is not None:
+                scores_by_rate.setdefault(rate, []).append(score)
+    shared = [rate for rate in sorted(scores_by_rate) if len(scores_by_rate[rate]) == len(scored)]
+    if not shared:
+        return None
+    return max(shared, key=lambda rate: (round(math.fsum(scores_by_rate[rate]), 9), -rate))
