@@ -86,11 +86,11 @@ def letters_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The workers of pytest-xdist share it: the first one pretrains, the others wait for it.
     """
-    from orchestrator.finetune.models import loading
+    from orchestrator.finetune.models import catalogue as model_catalogue
 
     folder = tmp_path_factory.getbasetemp()
     root = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "letters-bases"
-    loading.prepare_base_model("letters-base", root, lambda text: None)
+    model_catalogue.prepare_base_model("letters-base", root, lambda text: None)
     return root
 
 

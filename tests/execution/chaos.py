@@ -324,12 +324,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a configuration (default: 50 a kill, 600 at least)")
     parser.add_argument("--folder", type=Path, help="where the studies go (default: a temporary folder)")
     options = parser.parse_args()
-    from orchestrator.finetune.models import loading
+    from orchestrator.finetune.models import catalogue as model_catalogue
 
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     say = partial(print, flush=True)
     say(f"seed {options.seed}, in {folder}")
-    loading.prepare_base_model("letters-base", folder / "bases", print)
+    model_catalogue.prepare_base_model("letters-base", folder / "bases", print)
     began = time.monotonic()
     size = Size(steps=options.steps or max(Size.steps, 50 * options.kills))
     run, expected = compare(folder / "bases", folder, size, options.kills, options.seed, say)

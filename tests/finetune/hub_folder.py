@@ -13,6 +13,7 @@ import pytest
 import torch
 from scripted import Script, leases, train
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
@@ -100,7 +101,7 @@ def small(task: Task, monkeypatch: pytest.MonkeyPatch, train: int, validation: i
 
 def configuration(task: Task, model: Path, bases: Path, seed: int = 0, **changes: Any) -> Configuration:
     """LoRA of rank 4 on the model in that folder, `STEPS` steps, two evaluations."""
-    content = loading.prepare_base_model(str(model), bases)
+    content = model_catalogue.prepare_base_model(str(model), bases)
     made = Configuration(
         VariantChoice("lora", rank=4, alpha=8.0, numerics=variants.get("lora").numerics),
         task.choice(),

@@ -18,7 +18,7 @@ from orchestrator.finetune.engine import leasing, loop
 from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant, Report
 from orchestrator.finetune.engine.lane_state import LaneState
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.finetune.tasks.local import reviews

@@ -14,6 +14,7 @@ from scripted import WORDS_TASK
 
 from orchestrator.finetune import resolve
 from orchestrator.finetune.data import dataset_cache
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -136,7 +137,7 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     typed = StudyOptions(task="reviews", model=str(tmp_path))
     chosen = resolve.resolve_options(typed, "letters", ("lora",), bases)
-    content = loading.prepare_base_model(str(tmp_path), bases, lambda text: None)
+    content = model_catalogue.prepare_base_model(str(tmp_path), bases, lambda text: None)
     with pytest.raises(UsageError, match="is an encoder with a decoder"):
         resolve.build_configuration_templates(typed, chosen, content, bases)
 
@@ -148,7 +149,7 @@ def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return what plans a study of `letters` with the model of a folder, and what loads its weights."""
     typed = StudyOptions(task="letters", model=str(folder))
     chosen = resolve.resolve_options(typed, "letters", ("lora",), root)
-    content = loading.prepare_base_model(str(folder), root, lambda text: None)
+    content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
     return [
         lambda: resolve.build_configuration_templates(typed, chosen, content, root),
         lambda: loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", chosen.task),
@@ -225,7 +226,7 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
         model = CpmAntForCausalLM(CpmAntConfig(vocab_size=len(words), **sizes))
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
-    content = loading.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
+    content = model_catalogue.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
     refused(
         lambda: loading.load_base_model(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER
     )
@@ -261,7 +262,7 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         )
         typed = StudyOptions(task="reviews", model=str(folder))
         chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
-        content = loading.prepare_base_model(str(folder), tmp_path, lambda text: None)
+        content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
             resolve.build_configuration_templates(typed, chosen, content, tmp_path)
             continue

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from variants import catalogue as variants
 from variants.attach import Adapters, attach
 from variants.base import VariantSettings

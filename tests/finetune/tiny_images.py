@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice

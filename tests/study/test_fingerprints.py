@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.finetune import resolve
-from orchestrator.finetune.models import loading
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -51,7 +51,7 @@ def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
             typed = StudyOptions(task=task, variants=variants, **options)
             chosen = resolve.resolve_options(typed, task, (), bases)
             for configuration in resolve.build_configuration_templates(
-                typed, chosen, loading.UNPREPARED, bases
+                typed, chosen, model_catalogue.UNPREPARED, bases
             ):
                 yield f"{task} {name} {configuration.variant.name}", configuration
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.util import timeouts
 
 if TYPE_CHECKING:
-    from orchestrator.finetune.models.loading import BaseModel
+    from orchestrator.finetune.models.base_model import BaseModel
     from orchestrator.finetune.tasks.base import Task
     from orchestrator.study.configuration import ModelChoice
 

@@ -50,6 +50,8 @@ IMAGE_COLUMNS = {"answer": TEXT, "name": TEXT, "file": BYTES, "digest": TEXT}
 ROW_COLUMNS = {"ids": INTEGER_LIST, "targets": INTEGER_LIST, "prompt": INTEGER_LIST, "second": INTEGER}
 """The columns of `Row`, except its image. Targets of regression tasks are a FLOAT_LIST."""
 
+_COUNTS_IN_OF_STORED: Mapping[str, Any] = {stored: name for name, stored in STORED_COUNTS_IN.items()}
+
 FORMAT_VERSION = 2
 """Raised by hand when other content is stored for the same task. 1: token ids without the tokenizer's BOS."""
 PROGRESS_INTERVAL_SECONDS = 4.0
@@ -212,15 +214,14 @@ def _example_file(folder: Path, choice: TaskChoice, task: Task, split: Split) ->
 
 def _to_stored(example: Example) -> Example:
     """Return the example with the value of `counts_in` that files contain."""
-    stored: Any = STORED_COUNTS_IN[example.counts_in]
+    stored: Any = STORED_COUNTS_IN.get(example.counts_in, example.counts_in)
     return replace(example, counts_in=stored)
 
 
 def _from_stored(*columns: Any) -> Example:
     """Return the example of a row of a file, in the order of EXAMPLE_COLUMNS."""
     *fields, stored = columns
-    counts_in: Any = next(name for name, value in STORED_COUNTS_IN.items() if value == stored)
-    return Example(*fields, counts_in)
+    return Example(*fields, _COUNTS_IN_OF_STORED.get(stored, stored))
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:

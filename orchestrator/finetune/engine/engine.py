@@ -16,7 +16,7 @@ from orchestrator.finetune.engine.lane import Lane, variant_settings
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.models import attention_dropout
 from orchestrator.finetune.models.activation_checkpointing import CHECKPOINTING_ATTRIBUTE
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task

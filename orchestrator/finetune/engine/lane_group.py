@@ -23,7 +23,7 @@ from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.evaluation import baseline_scores
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, Image, Task
 from orchestrator.study.configuration import Configuration
@@ -81,7 +81,7 @@ class TaskData:
 
         def compute() -> baseline_scores.Scores:
             return {
-                s: evaluate(base_model, task, split, 1, adapters.disable_adapters, process_group)[0].scores
+                s: evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)[0].scores
                 for s, split in splits.items()
             }
 
@@ -293,10 +293,9 @@ class LaneGroup:
                     self.base_model,
                     self.data.task,
                     self.data.splits[split],
-                    len(together),
+                    [lane.configuration.seed for lane in together],
                     partial(self.adapters.activate_lanes, names, None),
                     self.process_group,
-                    [lane.configuration.seed for lane in together],
                     generate,
                 )
                 found.update(zip(names, scored, strict=True))

@@ -1,10 +1,10 @@
-"""Scores of several lanes at once on one split, item by item."""
+"""Scores of several lanes at once on one held-out split, in total and per item."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from orchestrator.finetune.data.batches import Batch, Row, encode_examples, pad_
 from orchestrator.finetune.evaluation import metrics
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.evaluation.generate import generate_answers
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.record.schema import ItemResults
@@ -25,42 +25,48 @@ from orchestrator.util.errors import UsageError, format_error, quote_value
 
 @dataclass(frozen=True)
 class EvaluationSplit:
-    """A split ready to be scored: its examples and rows in order, and which items share a batch (`plan`: the
-    padded length and their numbers, a batch), of those that count in the loss. Neither rows nor batches are
-    in memory unless they are looked at: a split may be large, and lie on disk."""
+    """The examples and tokenized rows of a split, in order.
+
+    A split may be large and mapped from a file, so rows and batches are built only on access.
+    """
 
     examples: Sequence[Example]
     rows: Sequence[Row]
+    """The row of each example."""
     max_row_length: int
+    """The longest padded length, except for rows that are longer."""
     pad_token_id: int
 
     @classmethod
     def from_examples(
         cls, examples: Sequence[Example], task: Task, processor: Any, max_row_length: int
     ) -> EvaluationSplit:
+        """Tokenize examples. `processor` is the model's tokenizer or image processor."""
         rows = encode_examples(examples, task, processor, max_row_length if task.has_head else None)
         return cls(examples, rows, max_row_length, processor.pad_token_id)
 
     @cached_property
     def batch_plan(self) -> Sequence[tuple[int, Sequence[int]]]:
+        """The padded length and the item numbers of each batch of items that count in the loss."""
         loss_items = [i for i, example in enumerate(self.examples) if example.counts_in != "metric"]
         plan = plan_batches([len(self.rows[i].ids) for i in loss_items], self.max_row_length)
         return [(length, [loss_items[index] for index in indices]) for length, indices in plan]
 
     def batch(self, number: int) -> Batch:
+        """Return a batch of the plan."""
         length, items = self.batch_plan[number]
         return pad_rows([self.rows[i] for i in items], length, self.pad_token_id)
 
     @property
     def batches(self) -> Iterator[tuple[Batch, Sequence[int]]]:
-        """With the items that they hold, one after the other."""
+        """Each batch of the plan with its item numbers."""
         for number, (_, items) in enumerate(self.batch_plan):
             yield self.batch(number), items
 
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The targets with loss, batch after batch (float64); how many each item has, in that order; and
-        where each item stands in it."""
+        """The targets that count in the loss (float64), in the order of the batch plan; the number of targets
+        of each item, in the same order; and the indices that sort these items by item number."""
         target_parts = [
             (batch.targets[batch.targets != IGNORE_INDEX], batch.target_counts) for batch, _ in self.batches
         ]
@@ -70,24 +76,32 @@ class EvaluationSplit:
 
     @cached_property
     def graded_items(self) -> list[int]:
-        """The items that count in the metric."""
+        """The numbers of the items that count in the metric."""
         return [i for i, example in enumerate(self.examples) if example.counts_in != "loss"]
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`scores`: "loss" (nats a token or text, or the mean squared error), "accuracy" (share of answer tokens,
-    teacher-forced, or of texts or images, that are the argmax) and the task's metric: the mean over items, or
-    what `metrics.py` says of the whole split. Answers in words that were not generated have no metric, and a
-    split without a loss neither loss nor accuracy.
-
-    `items.correct` of a task with values is a closeness: 1 - |error| / spread of the split's values, or 0;
-    of sampled answers the mean of an item's. `items.answers` are what was generated, the first sample of
-    each, or what a head said. Both are of the items that count in the metric, `items.loss` of those that
-    count in the loss."""
+    """The scores of one lane on a split."""
 
     scores: Mapping[str, float]
+    """The scores of the split, by name.
+
+    - "loss": nats per target token, text or image; the mean squared error of a regression task.
+    - "accuracy": the share of targets that are the argmax of the logits; not for regression.
+    - the task's metric: a function of `metrics` for a task with a head, else the mean of `items.correct`.
+
+    A split without items that count in the loss has neither loss nor accuracy. A generation task has its
+    metric only if answers were generated.
+    """
     items: ItemResults
+    """The results per item, in the order of item numbers.
+
+    - `loss`: of the items that count in the loss.
+    - `correct`: of the items that count in the metric: 0 or 1; for generated answers the mean grade of the
+      item's samples; for regression 1 - |error| / (the range of the split's targets), at least 0.
+    - `answers`: the first sample of each generated answer, or the prediction of a head as text.
+    """
 
 
 @torch.no_grad()
@@ -95,81 +109,107 @@ def evaluate(
     base_model: BaseModel,
     task: Task,
     split: EvaluationSplit,
-    lane_count: int,
+    seeds: Sequence[int],
     lane_rows: Callable[[], AbstractContextManager[Any]],
     process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
-    seeds: Sequence[int] | None = None,
     predict_with_generate: bool = True,
 ) -> list[EvaluationResult]:
-    """One `Scored` a lane, the same on all of the team, which share the batches. Inside `rows()` the model
-    takes `lanes` times a batch's rows, lane by lane. `seeds`: the lanes', which decide what is drawn (0 where
-    not given); `generate`: whether answers in words are generated and graded."""
-    scores: list[dict[str, float]] = [{} for _ in range(lane_count)]
-    loss = correct = targets = predictions = np.zeros((lane_count, 0))
-    texts: list[tuple[str, ...]] = [()] * lane_count
-    if split.batch_plan:
-        batch_losses, batch_predictions = [], []
-        with lane_rows():
-            for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
-                batch = split.batch(number)
-                logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
-                batch_losses.append(compute_losses(logits, labels, task).view(lane_count, -1))
-                prediction = logits if task.output == "regression" else logits.argmax(dim=-1)
-                batch_predictions.append(prediction.view(lane_count, -1))
-        rank_parts = process_group.all_gather(
-            np.stack(
-                [
-                    _concatenate_on_cpu(batch_losses, lane_count),
-                    _concatenate_on_cpu(batch_predictions, lane_count),
-                ]
-            )
-        )
-        targets, counts, item_order = split.flat_targets
-        batch_ends = np.cumsum([len(items) for _, items in split.batch_plan])[:-1]
-        target_losses, predictions = _merge_rank_parts(
-            rank_parts, [int(item_counts.sum()) for item_counts in np.split(counts, batch_ends)]
-        )
+    """Score lanes on a split. The processes of the group share the batches.
 
-        # (lanes, targets of the split), batch after batch, from here on.
-        starts = np.cumsum([0, *counts[:-1]])
+    Args:
+        base_model: The base model that carries the lanes' adapters.
+        task: The task.
+        split: The split.
+        seeds: The seed of each lane, which decides what is sampled for its answers.
+        lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
+            another, with an equal number of rows for each.
+        process_group: The processes that evaluate the same lanes.
+        predict_with_generate: Whether to generate and grade the answers of a generation task.
+
+    Returns:
+        One result per lane, equal in all processes.
+
+    Raises:
+        UsageError: The task grades an answer with something else than a number from 0 to 1.
+    """
+    results = [EvaluationResult({}, ItemResults())] * len(seeds)
+    if split.batch_plan:
+        losses, predictions = _predict_targets(base_model, task, split, len(seeds), lane_rows, process_group)
+        results = [_score_predictions(task, split, *lane) for lane in zip(losses, predictions, strict=True)]
+    if task.output != "generation":
+        return results
+    results = [replace(result, items=replace(result.items, correct=())) for result in results]
+    if not (predict_with_generate and split.graded_items):
+        return results
+    prompts = [(i, split.rows[i].prompt) for i in split.graded_items]
+    generated = generate_answers(
+        base_model, task, prompts, split.max_row_length, seeds, lane_rows, process_group
+    )
+    grades = _grade_generated(task, split, generated, process_group)
+    return [
+        EvaluationResult(
+            {**result.scores, task.metric: float(lane_grades.mean())},
+            ItemResults(
+                tuple(lane_grades.tolist()), result.items.loss, tuple(samples[0] for samples in answers)
+            ),
+        )
+        for result, lane_grades, answers in zip(results, grades, generated, strict=True)
+    ]
+
+
+def _predict_targets(
+    base_model: BaseModel,
+    task: Task,
+    split: EvaluationSplit,
+    lane_count: int,
+    lane_rows: Callable[[], AbstractContextManager[Any]],
+    process_group: ProcessGroup,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return losses and predictions, each (lanes, targets) float64, in the order of the batch plan.
+
+    A prediction is the index of the largest logit, or the value that a regression head gives.
+    """
+    losses, predictions = [], []
+    with lane_rows():
+        for number in range(process_group.rank, len(split.batch_plan), process_group.world_size):
+            batch = split.batch(number)
+            logits, labels = compute_logits(base_model, task, Batch.concatenate([batch] * lane_count))
+            losses.append(compute_losses(logits, labels, task).view(lane_count, -1))
+            prediction = logits if task.output == "regression" else logits.argmax(dim=-1)
+            predictions.append(prediction.view(lane_count, -1))
+    rank_parts = process_group.all_gather(
+        np.stack([_concatenate_on_cpu(losses, lane_count), _concatenate_on_cpu(predictions, lane_count)])
+    )
+    _, counts, _ = split.flat_targets
+    batch_ends = np.cumsum([len(items) for _, items in split.batch_plan])[:-1]
+    target_counts = [int(item_counts.sum()) for item_counts in np.split(counts, batch_ends)]
+    merged_losses, merged_predictions = _merge_rank_parts(rank_parts, target_counts)
+    return merged_losses, merged_predictions
+
+
+def _score_predictions(
+    task: Task, split: EvaluationSplit, losses: np.ndarray, predictions: np.ndarray
+) -> EvaluationResult:
+    """Score one lane from the losses and predictions of its targets, each (targets,)."""
+    targets, counts, item_order = split.flat_targets
+    starts = np.cumsum([0, *counts[:-1]])
+    scores = {"loss": float(losses.mean())}
+    item_losses = (np.add.reduceat(losses, starts) / counts)[item_order]
+    if task.output == "regression":
+        correct = _closeness(predictions, targets)[item_order]
+    else:
         hits = predictions == targets
-        loss = (np.add.reduceat(target_losses, starts, axis=1) / counts)[:, item_order]
-        correct = np.logical_and.reduceat(hits, starts, axis=1)[:, item_order].astype(float)
-        if task.output == "regression":
-            correct = _closeness(predictions, targets)[:, item_order]
-        if task.has_head:
-            texts = [
-                tuple(_format_prediction(task, value) for value in lane)
-                for lane in predictions[:, item_order]
-            ]
-        for lane in range(lane_count):
-            scores[lane]["loss"] = float(target_losses[lane].mean())
-            if task.output != "regression":
-                scores[lane]["accuracy"] = float(hits[lane].mean())
-    if task.output == "generation":
-        correct = np.zeros((lane_count, 0))
-        if predict_with_generate and split.graded_items:
-            prompts = [(i, split.rows[i].prompt) for i in split.graded_items]
-            generated = generate_answers(
-                base_model,
-                task,
-                prompts,
-                split.max_row_length,
-                seeds or [0] * lane_count,
-                lane_rows,
-                process_group,
-            )
-            correct = _grade_generated(task, split, generated, process_group)
-            texts = [tuple(samples[0] for samples in lane) for lane in generated]
-    found = []
-    for lane in range(lane_count):
-        if task.has_head:
-            scores[lane][task.metric] = metrics.get_metric(task)(predictions[lane], targets)
-        elif correct.size:
-            scores[lane][task.metric] = float(correct[lane].mean())
-        items = ItemResults(tuple(correct[lane].tolist()), tuple(loss[lane].tolist()), texts[lane])
-        found.append(EvaluationResult(scores[lane], items))
-    return found
+        scores["accuracy"] = float(hits.mean())
+        correct = np.logical_and.reduceat(hits, starts)[item_order].astype(float)
+    answers: tuple[str, ...] = ()
+    if task.has_head:
+        answers = tuple(_format_prediction(task, value) for value in predictions[item_order])
+        scores[task.metric] = metrics.get_metric(task)(predictions, targets)
+    elif task.output == "teacher_forced":
+        scores[task.metric] = float(correct.mean())
+    return EvaluationResult(
+        scores, ItemResults(tuple(correct.tolist()), tuple(item_losses.tolist()), answers)
+    )
 
 
 def _grade_generated(
@@ -178,8 +218,16 @@ def _grade_generated(
     generated: Sequence[Sequence[tuple[str, ...]]],
     process_group: ProcessGroup,
 ) -> np.ndarray:
-    """(lanes, graded items): the mean over an item's samples. Each of the team grades a part: a grade may be
-    a program that is run, and take its time."""
+    """Return the mean grade of each graded item's samples, (lanes, items).
+
+    The processes of the group share the grading, since a grade may take a program run.
+
+    Args:
+        task: The task.
+        split: The split.
+        generated: The samples of each graded item, by lane.
+        process_group: The processes that have the same answers.
+    """
     answers_to_grade = [
         (split.examples[item], answer)
         for lane in generated
@@ -191,14 +239,16 @@ def _grade_generated(
         own_grades = task.grade_all(
             [example for example, _ in own_answers], [answer for _, answer in own_answers]
         )
-    except SystemExit as error:  # of a user's task: it would end the worker, and fail no lane
+    except (
+        SystemExit
+    ) as error:  # raised by a user's task, it would end the worker instead of failing the lane
         raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
     if len(own_grades) != len(own_answers):
         raise UsageError(
             f"Task {task.name!r}: grade_all gives {len(own_grades)} grades for {len(own_answers)} answers."
         )
     for grade, (_, answer) in zip(own_grades, own_answers, strict=True):
-        if not 0 <= grade <= 1:  # NaN as well
+        if not 0 <= grade <= 1:  # refuses NaN as well
             raise UsageError(
                 f"Task {task.name!r}: the grade of the answer {quote_value(answer)} is {grade!r}; must be a "
                 "number from 0 to 1."
@@ -209,16 +259,20 @@ def _grade_generated(
     return grades.reshape(len(generated), len(split.graded_items), -1).mean(axis=2)
 
 
-def _concatenate_on_cpu(batches: Sequence[Tensor], lanes: int) -> np.ndarray:
-    """(lanes, targets) float64: one copy from the device for all batches."""
-    if not batches:  # of a team larger than the plan
-        return np.zeros((lanes, 0))
+def _concatenate_on_cpu(batches: Sequence[Tensor], lane_count: int) -> np.ndarray:
+    """Return batches of (lanes, targets) as one float64 array, with a single copy from the device."""
+    if not batches:  # there are more processes than batches
+        return np.zeros((lane_count, 0))
     return torch.cat(list(batches), dim=1).cpu().double().numpy()
 
 
 def _merge_rank_parts(rank_parts: Sequence[np.ndarray], target_counts: Sequence[int]) -> np.ndarray:
-    """What each of the team has of its batches (..., targets), batch after batch of the whole plan; `sizes`:
-    the targets of each batch."""
+    """Put the targets of batches that processes have computed in turn into the order of the batch plan.
+
+    Args:
+        rank_parts: The values of each process's batches, (..., targets).
+        target_counts: The number of targets of each batch of the plan.
+    """
     world_size = len(rank_parts)
     batches_by_rank = [
         np.split(part, np.cumsum(target_counts[i::world_size])[:-1], axis=-1)
@@ -230,6 +284,7 @@ def _merge_rank_parts(rank_parts: Sequence[np.ndarray], target_counts: Sequence[
 
 
 def _closeness(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return 1 - |error| / (range of the targets) of each item, 0 where that is negative or not finite."""
     spread = (targets.max() - targets.min()) or 1.0
     near = 1.0 - np.abs(predictions - targets) / spread
     return np.where(np.isfinite(near), np.maximum(near, 0.0), 0.0)

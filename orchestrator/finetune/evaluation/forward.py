@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from orchestrator.finetune.data.batches import Batch
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Task
 
 

@@ -1,4 +1,4 @@
-"""Answers of several lanes at once: greedy, or sampled (`sampling.py`)."""
+"""Generated answers of several lanes at once, by greedy decoding or sampling (`token_sampling`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from orchestrator.finetune.evaluation.token_sampling import (
     InverseTransformLogitsProcessor,
     draw_uniform_table,
 )
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 
 STOP_CHECK_INTERVAL = 8
-"""Every so many new tokens the answers are looked through for a stop."""
+"""The number of new tokens after which answers are searched for a stop string."""
 
 
 @torch.no_grad()
@@ -33,42 +33,31 @@ def generate_answers(
     lane_rows: Callable[[], AbstractContextManager[Any]],
     process_group: ProcessGroup,
 ) -> list[list[tuple[str, ...]]]:
-    """[lane][prompt] -> `task.samples` answers, up to the end token or the task's first stop. `prompts`: item
-    numbers, which decide what is drawn, and token ids. `seeds`: one a lane, in the order of `lane_rows`. The
-    team share the work, and all get to know everything."""
-    tokenizer, lanes = base_model.tokenizer, len(seeds)
-    own_answers: dict[tuple[int, int], str] = {}
-    # An entry is one sample of one prompt.
-    entries = [(number, sample) for number in range(len(prompts)) for sample in range(task.samples)]
+    """Generate `task.samples` answers of each lane to each prompt. The processes of the group share the work.
+
+    Args:
+        base_model: The base model that carries the lanes' adapters.
+        task: The task, which decides the sampling, the stop strings and the length of answers.
+        prompts: An item number, which decides what is sampled, and token ids of each prompt.
+        max_row_length: The longest padded length, except for prompts that are longer.
+        seeds: The seed of each lane, in the order of `lane_rows`.
+        lane_rows: Makes a context in which the model treats its rows as those of the lanes, one after
+            another, with an equal number of rows for each.
+        process_group: The processes that generate for the same lanes.
+
+    Returns:
+        The samples by lane and prompt, equal in all processes. A sample ends before the end token or the
+        first stop string.
+    """
+    own_answers: dict[tuple[int, int], str] = {}  # by lane and entry
+    entries = [(prompt, sample) for prompt in prompts for sample in range(task.samples)]
     batch_plan = plan_batches(
-        [len(prompts[n][1]) for n, _ in entries], max_row_length, max_new_tokens=task.max_new_tokens
+        [len(ids) for (_, ids), _ in entries], max_row_length, max_new_tokens=task.max_new_tokens
     )
-    with lane_rows(), _greedy_decoding(base_model.model, tokenizer, task.max_new_tokens):
+    with lane_rows(), _greedy_decoding(base_model.model, base_model.tokenizer, task.max_new_tokens):
         for length, batch in batch_plan[process_group.rank :: process_group.world_size]:
-            rows = [prompts[entries[e][0]][1] for e in batch]
-            # Prompts are padded on the left, so that all answers begin in one column.
-            pad_counts = [length - len(row) for row in rows]
-            ids = torch.tensor(
-                [[*[tokenizer.pad_token_id] * n, *row] for n, row in zip(pad_counts, rows, strict=True)]
-            )
-            mask = torch.tensor([[*[0] * n, *[1] * (length - n)] for n in pad_counts])
-            logits_processors = []
-            if task.temperature > 0:
-                item_samples = [(prompts[entries[e][0]][0], entries[e][1]) for e in batch]
-                uniforms = draw_uniform_table(seeds, item_samples, task.max_new_tokens).to(base_model.device)
-                logits_processors.append(
-                    InverseTransformLogitsProcessor(uniforms, length, task.temperature, task.top_p)
-                )
-            generated = base_model.model.generate(
-                input_ids=ids.repeat(lanes, 1).to(base_model.device),
-                attention_mask=mask.repeat(lanes, 1).to(base_model.device),
-                logits_processor=LogitsProcessorList(logits_processors),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopStringCriteria(tokenizer, task.stop, length)] if task.stop else []
-                ),
-            )
-            for row, new in enumerate(generated[:, length:].tolist()):
-                text = truncate_at_stop(_decode_answer(new, tokenizer), task.stop)
+            texts = _generate_batch(base_model, task, [entries[e] for e in batch], length, seeds)
+            for row, text in enumerate(texts):
                 own_answers[row // len(batch), batch[row % len(batch)]] = text
     all_answers = {
         answer_key: text
@@ -80,12 +69,62 @@ def generate_answers(
             tuple(all_answers[lane, number * task.samples + sample] for sample in range(task.samples))
             for number in range(len(prompts))
         ]
-        for lane in range(lanes)
+        for lane in range(len(seeds))
+    ]
+
+
+def _generate_batch(
+    base_model: BaseModel,
+    task: Task,
+    entries: Sequence[tuple[tuple[int, Sequence[int]], int]],
+    length: int,
+    seeds: Sequence[int],
+) -> list[str]:
+    """Generate the answers of all lanes to one batch.
+
+    Args:
+        base_model: The base model, inside the contexts of lanes and of greedy decoding.
+        task: The task.
+        entries: The prompt (item number, token ids) and the sample number of each row.
+        length: The length that prompts are padded to.
+        seeds: The seed of each lane.
+
+    Returns:
+        The answers, (lanes * entries), lane by lane.
+    """
+    tokenizer, lanes, device = base_model.tokenizer, len(seeds), base_model.device
+    # Prompts are padded on the left, so that all answers begin in one column.
+    pad_counts = [length - len(prompt_ids) for (_, prompt_ids), _ in entries]
+    ids = torch.tensor(
+        [
+            [*[tokenizer.pad_token_id] * pads, *prompt_ids]
+            for pads, ((_, prompt_ids), _) in zip(pad_counts, entries, strict=True)
+        ]
+    )
+    mask = torch.tensor([[*[0] * pads, *[1] * (length - pads)] for pads in pad_counts])
+    logits_processors = []
+    if task.temperature > 0:
+        item_samples = [(item, sample) for (item, _), sample in entries]
+        uniforms = draw_uniform_table(seeds, item_samples, task.max_new_tokens).to(device)
+        logits_processors.append(
+            InverseTransformLogitsProcessor(uniforms, length, task.temperature, task.top_p)
+        )
+    generated = base_model.model.generate(
+        input_ids=ids.repeat(lanes, 1).to(device),
+        attention_mask=mask.repeat(lanes, 1).to(device),
+        logits_processor=LogitsProcessorList(logits_processors),
+        stopping_criteria=StoppingCriteriaList(
+            [_StopStringCriteria(tokenizer, task.stop, length)] if task.stop else []
+        ),
+    )
+    return [
+        truncate_at_stop(_decode_answer(new_ids, tokenizer), task.stop)
+        for new_ids in generated[:, length:].tolist()
     ]
 
 
 def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
-    """What stands before the first stop."""
+    """Return the text before the first stop string, all of it if there is none."""
     return text[: min((position for stop in stops if (position := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -95,14 +134,21 @@ def _decode_answer(ids: list[int], tokenizer: Any) -> str:
 
 
 class _StopStringCriteria(StoppingCriteria):
-    """Saves the tokens after a stop; what the answer is, `cut` says in any case. A row that has one goes on
-    as padding, as after an end token: the others do not notice."""
+    """Ends a row once its answer has a stop string, which saves the tokens after it.
+
+    An ended row is filled with padding, as after an end token, so other rows are not affected. The answer is
+    cut by `truncate_at_stop` in any case.
+
+    Args:
+        tokenizer: Decodes the answers.
+        stops: The stop strings.
+        prompt_length: The length of the padded prompts.
+    """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
-        self.tail = STOP_CHECK_INTERVAL + max(
-            len(stop.encode()) for stop in stops
-        )  # no token is shorter than a byte
+        # A token is at least one byte long: these many tokens hold a stop string that began since the last check.
+        self.tail = STOP_CHECK_INTERVAL + max(len(stop.encode()) for stop in stops)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         done = torch.zeros(len(input_ids), dtype=torch.bool)
@@ -115,7 +161,7 @@ class _StopStringCriteria(StoppingCriteria):
 
 @contextmanager
 def _greedy_decoding(model: Any, tokenizer: Any, max_new_tokens: int) -> Iterator[None]:
-    """Plain greedy decoding: what a model's own settings add (sampling, penalties) is left out meanwhile."""
+    """Replace the model's generation settings by plain greedy decoding, without sampling or penalties."""
     original_config = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,

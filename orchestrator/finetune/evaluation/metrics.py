@@ -1,11 +1,13 @@
-"""Metrics of a whole split by name: what a head said against what it should have said.
+"""Metrics of a task with a head, computed from the predictions and targets of a whole split.
 
-Whatever the predictions are, a metric is a finite number: where the definition divides by zero (all
-predictions alike, no pair of a class) it is 0, which is what a guess is worth.
+A metric is a finite number for any predictions. Where its definition divides by zero, for instance because
+all predictions are equal, it is 0: what guessing is worth. scikit-learn and SciPy are imported on first use,
+since they take a second.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,58 +16,50 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.util.errors import UsageError, suggest_nearest
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-"""(said, truth), each (items,), to a number."""
+"""A function of predictions and targets, each of shape (items,)."""
 
 
 def accuracy(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """The share of classes that are right."""
+    """Return the share of correct classes."""
     return float((predictions == targets).mean())
 
 
 def f1(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of class 1 of two (GLUE's convention)."""
-    return _binary_f1(predictions == 1, targets == 1)
+    """Return the F1 score of class 1 of two, as GLUE defines it for MRPC and QQP."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(targets == 1, predictions == 1, zero_division=0))
 
 
 def macro_f1(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """The mean of every class's F1, over the classes that were said or true (as scikit-learn's)."""
-    return float(
-        np.mean([_binary_f1(predictions == c, targets == c) for c in np.union1d(predictions, targets)])
-    )
+    """Return the mean F1 score over the classes that are predicted or true."""
+    from sklearn.metrics import f1_score
 
-
-def _binary_f1(predictions: np.ndarray, targets: np.ndarray) -> float:
-    total = predictions.sum() + targets.sum()
-    return float(2 * (predictions & targets).sum() / total) if total else 0.0
+    return float(f1_score(targets, predictions, average="macro", zero_division=0))
 
 
 def matthews(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """Matthews' correlation, for any number of classes (Gorodkin 2004): the covariance of the two one-hot
-    codings by their deviations, -1 to 1."""
-    classes = np.union1d(predictions, targets)
-    a, b = predictions[:, None] == classes, targets[:, None] == classes
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    return _correlation((a * b).sum(), (a * a).sum(), (b * b).sum())
+    """Return Matthews' correlation coefficient for any number of classes (Gorodkin 2004), from -1 to 1."""
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a single class was predicted, and is true
+        return float(matthews_corrcoef(targets, predictions))
 
 
 def pearson(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """The correlation of two series of numbers, -1 to 1; 0 when one does not vary or is not finite."""
-    if not np.isfinite(predictions).all():
+    """Return Pearson's correlation, from -1 to 1; 0 where a series is constant or a prediction not finite."""
+    from scipy.stats import pearsonr
+
+    if not np.isfinite(predictions).all() or _is_constant(predictions) or _is_constant(targets):
         return 0.0
-    # To one size first: a lane on its way out says 1e200, and the square of that is infinite.
-    a, b = _scale_and_center(predictions), _scale_and_center(targets)
-    return _correlation((a * b).sum(), (a * a).sum(), (b * b).sum())
+    # The mean of a diverging lane's predictions would overflow at 1e308.
+    return float(pearsonr(predictions / np.abs(predictions).max(), targets).statistic)
 
 
-def _scale_and_center(series: np.ndarray) -> np.ndarray:
-    size = np.abs(series).max()
-    centred = series / size - (series / size).mean() if size else series
-    # What a constant leaves is rounding, not variation.
-    return np.where(np.abs(centred).max() > 1e-12, centred, 0.0)
-
-
-def _correlation(covariance: float, a: float, b: float) -> float:
-    return float(np.clip(covariance / np.sqrt(a * b), -1.0, 1.0)) if a > 0 and b > 0 else 0.0
+def _is_constant(series: np.ndarray) -> bool:
+    """Return whether the values differ by no more than rounding."""
+    return bool(np.ptp(series / (np.abs(series).max() or 1.0)) <= 1e-12)
 
 
 CLASSIFICATION_METRICS: Mapping[str, Metric] = {
@@ -78,15 +72,19 @@ REGRESSION_METRICS: Mapping[str, Metric] = {"pearson": pearson}
 
 
 def get_metric(task: Task) -> Metric:
-    """The metric of a task with a head. Raises BadInput for one that does not fit its answers."""
+    """Return the metric of a task with a head.
+
+    Raises:
+        UsageError: The metric does not exist, or does not suit the task's output.
+    """
     known = CLASSIFICATION_METRICS if task.output == "classification" else REGRESSION_METRICS
     if task.metric not in known:
         raise UsageError(
-            f"Task {task.name!r}: metric {task.metric!r} is none for {task.output}s. "
+            f"Task {task.name!r}: no {task.output} metric is called {task.metric!r}. "
             f"{suggest_nearest(task.metric, known)}"
         )
     if task.metric == "f1" and task.num_labels != 2:
         raise UsageError(
-            f"Task {task.name!r}: f1 is for two classes, it has {task.num_labels}; take macro_f1."
+            f"Task {task.name!r}: f1 needs two classes, but the task has {task.num_labels}; use macro_f1."
         )
     return known[task.metric]

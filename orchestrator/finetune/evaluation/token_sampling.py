@@ -1,10 +1,9 @@
-"""The tokens of sampled answers: a draw that depends on a lane's seed, the item, the sample and the position,
-and on nothing else, whoever shares the batch.
+"""Sampling of answer tokens that depends only on a lane's seed, the item, the sample number and the position.
 
-The uniform numbers are made beforehand, on the CPU, by numpy; a token is where its number falls in the
-distribution function of the model's softmax (inverse transform), over the vocabulary in its own order. Plain
-greedy decoding around it then takes what was drawn. torch's global generator, which transformers' sampling
-uses, is never asked: it would give a lane other tokens in another pack.
+torch's global generator, which transformers samples with, would give a lane other tokens in another lane
+group. Here numpy draws uniform numbers on the CPU in advance. A token is found by inverse transform sampling:
+it is the one at which the cumulative distribution of the model's softmax, in the order of the vocabulary,
+passes the uniform number. Greedy decoding then selects it, since its logit is the only finite one.
 """
 
 from __future__ import annotations
@@ -17,26 +16,53 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 ROWS_PER_CHUNK = 32
-"""Rows drawn at once: float64 over a vocabulary of 150,000 is 1.2 MB a row, several times over."""
+"""Rows sampled at once. A row takes 1.2 MB per float64 copy with a vocabulary of 150,000."""
 
 
 def draw_uniforms(seed: int, item: int, sample: int, count: int) -> np.ndarray:
-    """(count,) in [0, 1): one a position of an answer, always the same for a seed, item and sample."""
+    """Draw uniform numbers from [0, 1).
+
+    Args:
+        seed: The lane's seed.
+        item: The item number.
+        sample: The number of the sample of that item.
+        count: The number of positions.
+
+    Returns:
+        The numbers, (count,), equal for equal arguments; those of a larger count begin with them.
+    """
     # RandomState, because numpy promises that its streams never change.
     return np.random.RandomState([seed % 2**32, seed // 2**32, item, sample]).random_sample(count)
 
 
+def draw_uniform_table(seeds: Sequence[int], item_samples: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Draw the uniform numbers of several lanes.
+
+    Args:
+        seeds: The seed of each lane.
+        item_samples: The item and sample number of each row of a lane.
+        count: The number of positions.
+
+    Returns:
+        The numbers, (lanes * rows, count), lane by lane.
+    """
+    rows = [draw_uniforms(seed, item, sample, count) for seed in seeds for item, sample in item_samples]
+    return torch.from_numpy(np.stack(rows))
+
+
 class InverseTransformLogitsProcessor(LogitsProcessor):
-    """Leaves one token a row: the drawn one. `numbers` (rows, positions) are its uniforms, the first of them
-    for the token after a prompt of `start` tokens (padding included)."""
+    """Keeps the logit of one sampled token per row and sets the others to -inf.
+
+    Args:
+        uniforms: The uniform numbers of each row, (rows, positions).
+        prompt_length: The length of the padded prompts: the first number is for the token after them.
+        temperature: Divides the logits.
+        top_p: The probability of the nucleus to sample from; see `sample_tokens`.
+    """
 
     def __init__(self, uniforms: Tensor, prompt_length: int, temperature: float, top_p: float = 1.0) -> None:
-        self.uniforms, self.prompt_length, self.temperature, self.top_p = (
-            uniforms,
-            prompt_length,
-            temperature,
-            top_p,
-        )
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+        self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step_uniforms = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
@@ -48,11 +74,21 @@ class InverseTransformLogitsProcessor(LogitsProcessor):
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """(rows,) token ids from logits (rows, vocabulary) and uniforms (rows,). `top_p` below 1 keeps the most
-    probable tokens that together have that probability, the one that reaches it included (nucleus sampling).
+    """Sample one token per row.
 
-    In the order of the vocabulary, not of probability: two nearly equal ones that change places, by rounding,
-    would change what is drawn."""
+    The cumulative distribution follows the order of the vocabulary, not of probability: rounding could swap
+    two nearly equal probabilities, and another token would be sampled.
+
+    Args:
+        logits: The model's logits, (rows, vocabulary).
+        uniforms: A number from [0, 1) per row, (rows,).
+        temperature: Divides the logits.
+        top_p: Below 1, sample only from the nucleus: the most probable tokens, up to the one with which their
+            total probability reaches `top_p` (Holtzman et al. 2020, arXiv 1904.09751).
+
+    Returns:
+        Token ids, (rows,).
+    """
     weights = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1.0:
         ordered, sorted_ids = weights.sort(dim=-1, descending=True, stable=True)
@@ -61,13 +97,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: f
             torch.zeros_like(outside_nucleus).scatter_(1, sorted_ids, outside_nucleus), 0.0
         )
     total = weights.cumsum(dim=-1)
-    # `right` passes over tokens without a weight; rounding may reach past the last one that has some.
+    # right=True skips tokens of weight 0. By rounding the index may pass the last token with a weight.
     found = torch.searchsorted(total, uniforms.double()[:, None] * total[:, -1:], right=True).squeeze(1)
     last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(dim=-1)
     return torch.minimum(found, last)
-
-
-def draw_uniform_table(seeds: Sequence[int], item_samples: Sequence[tuple[int, int]], count: int) -> Tensor:
-    """(lanes * places, count) uniforms, lane by lane; `places`: the (item, sample) of each row."""
-    rows = [draw_uniforms(seed, item, sample, count) for seed in seeds for item, sample in item_samples]
-    return torch.from_numpy(np.stack(rows))

@@ -6,12 +6,10 @@ transformers draws weights at random where a file lacks them or has others, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from orchestrator.finetune.models.base_model import BaseModel, is_bidirectional, is_causal
 from orchestrator.util.errors import UsageError
-
-if TYPE_CHECKING:
-    from orchestrator.finetune.models.loading import BaseModel
 
 
 def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_head: bool) -> None:
@@ -129,7 +127,7 @@ def check_causal(model: Any, name: str) -> None:
     config = model.config
     # Some architectures have no such attribute: of these, masked language models attend both ways.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
-    if _is_bidirectional(model) or not (
+    if is_bidirectional(model) or not (
         any(causal_flags) if causal_flags else getattr(config, "is_decoder", False) or not is_encoder
     ):
         raise not_causal_error(model, name)
@@ -164,12 +162,6 @@ def not_causal_error(model: Any, name: str) -> UsageError:
     return UsageError(
         f"Model {name!r} ({type(model).__name__}): its tokens attend to later ones, so it would see the "
         "answer that this task asks for; take a decoder-only model, or a task of classes."
-    )
-
-
-def is_causal(model: Any) -> bool:
-    return not _is_bidirectional(model) and any(
-        getattr(module, "is_causal", False) for module in model.modules()
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
 
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, ModelChoice

@@ -26,7 +26,7 @@ from scripted import (
 from orchestrator.finetune.engine.checkpoint import read_newest
 from orchestrator.finetune.engine.lane_source import Directive, Lease, LeaseGrant
 from orchestrator.finetune.failures import TrainerBrokenError
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store

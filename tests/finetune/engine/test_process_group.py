@@ -18,7 +18,7 @@ from short_of_memory import Again
 
 from orchestrator.finetune.data.batches import shuffled_indices as order
 from orchestrator.finetune.engine.lane_source import Directive, Lease, Report
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import (
     SingleProcessGroup,
     TorchProcessGroup,

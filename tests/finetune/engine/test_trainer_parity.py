@@ -20,7 +20,7 @@ from orchestrator.finetune.data.batches import make_training_batch
 from orchestrator.finetune.engine.lane import Lane, has_weight_decay
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.engine.lane_source import Lease
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SingleProcessGroup
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration, LRSchedule

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
 from orchestrator.finetune.evaluation.forward import accepts_logits_to_keep, compute_logits
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, WorkerError
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
@@ -51,9 +51,9 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(name: str) -> None:
     here, task = bench(), tasks.get(name)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
+        together = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
         alone = [
-            evaluate(here, task, split, 1, lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+            evaluate(here, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
@@ -68,21 +68,21 @@ def test_a_grade_that_is_none_is_named(worth: float, monkeypatch: pytest.MonkeyP
         three_lanes(here) as adapters,
         pytest.raises(UsageError, match=f"is {worth}; must be a number from 0"),
     ):
-        evaluate(here, task, split_of(task, here), 1, lambda: adapters.activate_lanes(["y"], None))
+        evaluate(here, task, split_of(task, here), [0], lambda: adapters.activate_lanes(["y"], None))
 
 
 def test_grades_that_are_too_few_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
     with three_lanes(here) as adapters, pytest.raises(UsageError, match="grade_all gives 1 grades for 24"):
-        evaluate(here, task, split_of(task, here), 1, lambda: adapters.activate_lanes(["y"], None))
+        evaluate(here, task, split_of(task, here), [0], lambda: adapters.activate_lanes(["y"], None))
 
 
 def test_scores_are_what_the_model_itself_says() -> None:
     here, task = bench(), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["y"], None))[0]
+        found = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         losses, hits, answers = [], [], []
         for row in split.rows:  # one by one, nothing padded
             with adapters.activate_lanes(["y"], None):
@@ -123,7 +123,7 @@ def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(here, t, split, 1, lambda: adapters.activate_lanes(["x"], None))[0]
+        evaluate(here, t, split, [0], lambda: adapters.activate_lanes(["x"], None))[0]
         for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
@@ -136,13 +136,13 @@ def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
     here, task = bench(), tasks.get("letters")
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        off = evaluate(here, task, split, 1, adapters.disable_adapters)[0]
+        off = evaluate(here, task, split, [0], adapters.disable_adapters)[0]
 
     @contextmanager
     def bare() -> Iterator[None]:
         yield
 
-    assert evaluate(here, task, split, 1, bare)[0] == off
+    assert evaluate(here, task, split, [0], bare)[0] == off
 
 
 def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
@@ -161,10 +161,10 @@ def test_the_models_own_generation_settings_are_left_out_and_left_alone() -> Non
     here, task = bench(), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        plain = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["z"], None))[0]
+        plain = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
         own = here.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["z"], None))[0]
+        again = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
     assert again == plain
     assert here.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)
@@ -174,7 +174,7 @@ def test_bf16_base() -> None:
     here, task = bench("bfloat16"), tasks.get(WORDS_TASK)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        scored = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
+        scored = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
     assert all(0 < one.scores["loss"] < 50 for one in scored)
 
 

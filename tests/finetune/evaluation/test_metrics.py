@@ -97,7 +97,7 @@ def test_a_large_number_is_not_lost() -> None:
 def test_a_metric_that_does_not_fit_the_answers_is_refused() -> None:
     task = Reviews()
     assert metrics.get_metric(task) is metrics.accuracy
-    for name, hint in (("acuracy", "'accuracy'"), ("pearson", "Choose from"), ("f1", "take macro_f1")):
+    for name, hint in (("acuracy", "'accuracy'"), ("pearson", "Choose from"), ("f1", "use macro_f1")):
         task.metric = name  # type: ignore[misc]
         with pytest.raises(UsageError, match=hint):
             metrics.get_metric(task)

@@ -14,7 +14,7 @@ from orchestrator.finetune.evaluation import generate
 from orchestrator.finetune.evaluation.evaluate import evaluate
 from orchestrator.finetune.evaluation.generate import generate_answers, truncate_at_stop
 from orchestrator.finetune.evaluation.token_sampling import draw_uniforms, sample_tokens
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -74,14 +74,14 @@ def test_samples_do_not_depend_on_the_pack() -> None:
     here, task = bench(), sampled()
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None), seeds=SEEDS)
+        together = evaluate(here, task, split, SEEDS, lambda: adapters.activate_lanes(NAMES, None))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
             alone = evaluate(
-                here, task, split, 1, lambda n=name: adapters.activate_lanes([n], None), seeds=[seed]
+                here, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None)
             )  # type: ignore[misc]
             assert alone == [one]
         # Another seed draws others; the same lane with the seed of another is not that one.
-        other = evaluate(here, task, split, 1, lambda: adapters.activate_lanes([NAMES[0]], None), seeds=[1])[
+        other = evaluate(here, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[
             0
         ]
     assert other.items.answers != together[0].items.answers
@@ -95,7 +95,7 @@ def test_samples_do_not_depend_on_what_torch_has_drawn() -> None:
         found = []
         for noise in (0, 1):
             torch.manual_seed(noise)
-            found += evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["x"], None), seeds=[0])
+            found += evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["x"], None))
             state = torch.get_rng_state()
             torch.manual_seed(noise)
             assert torch.equal(state, torch.get_rng_state())
@@ -133,7 +133,7 @@ def test_a_score_is_the_mean_over_samples() -> None:
     split = split_of(task, here)
     with three_lanes(here) as adapters:
         rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
-        found = evaluate(here, task, split, 1, rows, seeds=[3])[0]
+        found = evaluate(here, task, split, [3], rows)[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         told = generate_answers(here, task, prompts, split.max_row_length, [3], rows, SINGLE_PROCESS_GROUP)[0]
     worth = [
@@ -150,8 +150,8 @@ def test_cold_samples_are_the_greedy_answer() -> None:
     split = split_of(sampled(), here)
     with three_lanes(here) as adapters:
         rows = lambda: adapters.activate_lanes(NAMES, None)  # noqa: E731
-        cold = evaluate(here, sampled(samples=1, temperature=1e-6), split, 3, rows, seeds=SEEDS)
-        greedy = evaluate(here, sampled(samples=1, temperature=0.0), split, 3, rows, seeds=SEEDS)
+        cold = evaluate(here, sampled(samples=1, temperature=1e-6), split, SEEDS, rows)
+        greedy = evaluate(here, sampled(samples=1, temperature=0.0), split, SEEDS, rows)
     assert cold == greedy
 
 

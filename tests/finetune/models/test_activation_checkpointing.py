@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.models.deberta import patch_deberta_attention
-from orchestrator.finetune.models.loading import BaseModel
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import ModelChoice

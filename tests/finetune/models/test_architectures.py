@@ -17,12 +17,14 @@ import torch
 import transformers
 from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, train
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
+from orchestrator.study.configuration import ModelChoice
 from variants.targets import find_target_layers
 
 LLAMA = (
@@ -103,7 +105,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
     """Records of LoRA on every linear layer of the blocks, of lanes that trained together."""
     store = Store(work)
-    content = loading.prepare_base_model(str(model), store.bases)
+    content = model_catalogue.prepare_base_model(str(model), store.bases)
     made = []
     for seed in seeds:
         # The same eight rows in every step: what learns brings their loss down.
@@ -119,7 +121,7 @@ def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
 def test_adapters_are_on_every_linear_layer_of_the_blocks(name: str, folder: Callable[[str], Path]) -> None:
     base = BASES[name]
     task = catalogue.get(WORDS_TASK if base.causal else "reviews")
-    choice = loading.ModelChoice(str(folder(name)), base_store.content_hash(folder(name)))
+    choice = ModelChoice(str(folder(name)), base_store.content_hash(folder(name)))
     model, heads = loading.build_meta_model(choice, folder(name) / "bases", task)
     expected = {f"{base.prefix}.{block}.{layer}" for block in range(BLOCKS) for layer in base.layers}
     assert set(find_target_layers(model, "blocks")) == expected

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from orchestrator.finetune import resolve
-from orchestrator.finetune.models import attention_dropout, deberta, loading
+from orchestrator.finetune.models import attention_dropout, deberta
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -246,7 +247,7 @@ def test_a_model_without_it_is_refused_in_one_line(
         encoders.save(kind, folder, **more)
     typed = StudyOptions(task=task, model=str(folder), base_dropout="on")
     chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
-    content = loading.prepare_base_model(str(folder), tmp_path, lambda text: None)
+    content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
     with pytest.raises(UsageError, match=said) as caught:
         resolve.build_configuration_templates(typed, chosen, content, tmp_path)
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from orchestrator.finetune.data.batches import Batch, encode_examples, pad_rows
 from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Example, Task, TaskDefaults
 from orchestrator.finetune.tasks.base import Split as SplitName

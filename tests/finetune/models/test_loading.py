@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, smollm2
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue
@@ -53,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
     lines: list[str] = []
-    content = loading.prepare_task_base_model(Letters(QUICK), root, lines.append)
+    content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, lines.append)
     assert lines[-1].startswith("pretraining letters-base: step 3 of 3")
     made = base_store.base_folder(root, "letters-base", content)
     assert made.name == f"letters-base-{content[:12]}"
@@ -61,7 +62,7 @@ def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
 
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     said = len(lines)
-    assert loading.prepare_task_base_model(Letters(QUICK), root, lines.append) == content
+    assert model_catalogue.prepare_task_base_model(Letters(QUICK), root, lines.append) == content
     assert len(lines) == said
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
     assert not [path for path in root.iterdir() if path.name.startswith(".") and path.is_dir()]
@@ -73,7 +74,7 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
         torch.set_num_threads(threads)
         torch.manual_seed(i)
         state = torch.get_rng_state()
-        contents.append(loading.prepare_task_base_model(Letters(QUICK), tmp_path / str(i), silent))
+        contents.append(model_catalogue.prepare_task_base_model(Letters(QUICK), tmp_path / str(i), silent))
         assert torch.get_num_threads() == threads
         assert torch.equal(torch.get_rng_state(), state)
     assert contents[0] == contents[1]
@@ -81,14 +82,16 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
 
 def test_another_recipe_gives_another_base(root: Path) -> None:
     other = replace(QUICK, seed=1)
-    one, two = (loading.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other))
+    one, two = (
+        model_catalogue.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other)
+    )
     assert one != two
-    assert loading.find_content("letters-base", root) is None  # neither is the real recipe
+    assert model_catalogue.find_content("letters-base", root) is None  # neither is the real recipe
     assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
 
 
 def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
-    content = loading.prepare_task_base_model(Letters(QUICK), root, silent)
+    content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     for dtype in ("float32", "bfloat16"):
         bench = loading.load_base_model(ModelChoice("letters-base", content, dtype), root, "cpu")
         assert {p.dtype for p in bench.model.parameters()} == {getattr(torch, dtype)}
@@ -100,7 +103,7 @@ def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
 
 
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
-    content = loading.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
+    content = model_catalogue.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
     bench = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu")
     ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -112,7 +115,7 @@ def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
 
 
 def test_a_base_that_is_not_there_or_was_changed_is_refused(root: Path) -> None:
-    content = loading.prepare_task_base_model(Letters(QUICK), root, silent)
+    content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     with pytest.raises(UsageError, match="prepare it there first"):
         loading.load_base_model(ModelChoice("letters-base", "0" * 64), root)
     config = base_store.base_folder(root, "letters-base", content) / "config.json"
@@ -190,20 +193,22 @@ def test_two_processes_at_once_make_one_base(root: Path) -> None:
 
 
 def test_a_folder_is_known_by_its_files(folder: Path, root: Path) -> None:
-    content = loading.find_content(str(folder), root)
+    content = model_catalogue.find_content(str(folder), root)
     (folder / "README.md").write_text("notes")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "0.0.1"}))
-    assert loading.find_content(str(folder), root) == content  # notes and the writer's version change nothing
+    assert (
+        model_catalogue.find_content(str(folder), root) == content
+    )  # notes and the writer's version change nothing
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
-    assert loading.find_content(str(folder), root) != content
+    assert model_catalogue.find_content(str(folder), root) != content
 
 
 def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
     folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    content = loading.prepare_base_model("./mine", root, silent)
+    content = model_catalogue.prepare_base_model("./mine", root, silent)
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
     bench = loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
@@ -219,7 +224,7 @@ def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
 
 def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(folder: Path, root: Path) -> None:
     """Their content is checked when they are loaded, and on a CPU safetensors maps the file into memory."""
-    content = loading.prepare_base_model(str(folder), root, silent)
+    content = model_catalogue.prepare_base_model(str(folder), root, silent)
     bench = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu")
     before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
     with (folder / "model.safetensors").open("r+b") as file:
@@ -232,7 +237,7 @@ def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(fold
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None:
     with pytest.raises(UsageError, match=r"has no config\.json"):
-        loading.find_content(str(tmp_path), root)
+        model_catalogue.find_content(str(tmp_path), root)
 
 
 def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None:
@@ -241,7 +246,9 @@ def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None
     words.save_pretrained(folder)
     with pytest.raises(UsageError, match="no end token"):
         loading.load_base_model(
-            ModelChoice(str(folder), loading.prepare_base_model(str(folder), root, silent)), root, "cpu"
+            ModelChoice(str(folder), model_catalogue.prepare_base_model(str(folder), root, silent)),
+            root,
+            "cpu",
         )
 
 
@@ -280,7 +287,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
     [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root: Path) -> None:
-    for call in (loading.find_content, loading.prepare_base_model):
+    for call in (model_catalogue.find_content, model_catalogue.prepare_base_model):
         with pytest.raises(UsageError, match=hint):
             call(name, root)
     assert not root.exists()
@@ -297,7 +304,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, cache: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        loading.prepare_base_model("some-lab/some-model", root, silent)
+        model_catalogue.prepare_base_model("some-lab/some-model", root, silent)
     said = str(caught.value)
     assert said.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
     assert "\n" not in said
@@ -311,10 +318,14 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text(commit)
     folder.rename(repository / "snapshots" / commit)
-    assert loading.find_content(name, root) is None
-    assert loading.prepare_base_model(name, root, silent) == commit
+    assert model_catalogue.find_content(name, root) is None
+    assert model_catalogue.prepare_base_model(name, root, silent) == commit
     (repository / "refs" / "main").write_text(newer)
-    assert loading.prepare_base_model(name, root, silent) == loading.find_content(name, root) == commit
+    assert (
+        model_catalogue.prepare_base_model(name, root, silent)
+        == model_catalogue.find_content(name, root)
+        == commit
+    )
     bench = loading.load_base_model(ModelChoice(name, commit), root, "cpu")
     assert (type(bench.model).__name__, bench.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
 
@@ -322,9 +333,9 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     (repository / "refs" / "main").write_text(commit)
     for bases_folder in (root, root.with_name("bases of another study")):
         with pytest.raises(UsageError, match=r"model\.safetensors: is cut"):
-            loading.prepare_base_model(name, bases_folder, silent)
+            model_catalogue.prepare_base_model(name, bases_folder, silent)
     (repository / "snapshots" / commit / "model.safetensors").unlink()
-    assert loading.find_content(name, root) == commit, "what is not in the cache will be downloaded"
+    assert model_catalogue.find_content(name, root) == commit, "what is not in the cache will be downloaded"
 
 
 def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
@@ -335,7 +346,7 @@ def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache:
     (repository / "snapshots").mkdir()
     (repository / "refs" / "main").write_text(commit)
     kept = folder.rename(repository / "snapshots" / commit)
-    choice = ModelChoice(name, loading.prepare_base_model(name, root, silent))
+    choice = ModelChoice(name, model_catalogue.prepare_base_model(name, root, silent))
     for file in ("tokenizer.json", "config.json"):
         os.truncate(kept / file, 50)
         with pytest.raises(UsageError, match=r"does not load: .*; remove a damaged file from") as caught:

@@ -23,10 +23,12 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, weight_files
 from orchestrator.finetune.sources.base_store import content_hash, suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue
 from orchestrator.finetune.tasks.local.letters import RECIPE, Letters
+from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 
 
@@ -225,10 +227,10 @@ def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) ->
     """transformers would draw what is lacking at random, with a warning that nobody sees."""
     found = tensors(folder)
     save_file({f"other.{name}": tensor for name, tensor in found.items()}, one(folder), {"format": "pt"})
-    content = loading.find_content(str(folder), tmp_path)
+    content = model_catalogue.find_content(str(folder), tmp_path)
     assert content is not None
     with pytest.raises(UsageError, match=r"no weights for lm_head\.weight and \d+ more"):
-        loading.load_base_model(loading.ModelChoice(str(folder), content), tmp_path)
+        loading.load_base_model(ModelChoice(str(folder), content), tmp_path)
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -297,10 +299,10 @@ def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
     task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
     if answers == "label":
         folder = encoders.save("bert", tmp_path / "bert")
-    loading.load_base_model(loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
+    loading.load_base_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     spoil(folder)
     with pytest.raises(UsageError, match=said) as refused:
-        loading.load_base_model(loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
+        loading.load_base_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     assert "\n" not in str(refused.value)
 
 
@@ -316,9 +318,7 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
 def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
     changed(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UsageError, match=r"quantised \(quantization_config\)"):
-        loading.build_meta_model(
-            loading.ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE)
-        )
+        loading.build_meta_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE))
 
 
 def test_only_headers_are_read(folder: Path) -> None:

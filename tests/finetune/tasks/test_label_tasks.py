@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks.base import SPLITS, Example, Split, Task
@@ -130,7 +131,7 @@ def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: 
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
         torch.manual_seed(i)
-        contents.append(loading.prepare_task_base_model(Reviews(QUICK), tmp_path / str(i), silent))
+        contents.append(model_catalogue.prepare_task_base_model(Reviews(QUICK), tmp_path / str(i), silent))
     assert contents[0] == contents[1]
     assert base_store.base_folder(tmp_path / "0", "reviews-base", contents[0]).is_dir()
     bench = loading.load_base_model(

@@ -29,7 +29,7 @@ from orchestrator.finetune.data.batches import Batch, compute_max_row_length, en
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_logits, compute_losses
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
@@ -175,7 +175,7 @@ def test_a_head_begins_as_zeros_so_that_the_base_guesses(folder: Path) -> None:
     # A pooler that the checkpoint has not is the task's own as well.
     assert here.head_names == (("score",) if here.is_causal else ("classifier", "bert.pooler.dense"))
     with three_lanes(here) as adapters:
-        found = evaluate(here, task, split_of(task, here), 1, adapters.disable_adapters)[0]
+        found = evaluate(here, task, split_of(task, here), [0], adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
@@ -265,9 +265,9 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(folder: Path, task: Task) -> 
     here = load(folder, task)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, 3, lambda: adapters.activate_lanes(NAMES, None))
+        together = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
         alone = [
-            evaluate(here, task, split, 1, lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+            evaluate(here, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
@@ -278,7 +278,7 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
     here = load(folder, task)
     split = split_of(task, here, 24)
     with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, 1, lambda: adapters.activate_lanes(["y"], None))[0]
+        found = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         with adapters.activate_lanes(["y"], None):
             said = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
@@ -316,7 +316,7 @@ def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
             split = split_of(task, here, size)
             with three_lanes(here) as adapters:
                 rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
-                found += evaluate(here, task, split, 3, rows, team, seeds=(0, 1, 2))
+                found += evaluate(here, task, split, (0, 1, 2), rows, team)
     return found
 
 
