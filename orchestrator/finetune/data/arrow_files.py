@@ -150,9 +150,9 @@ class ArrowFile(Generic[T]):
                 try:
                     to_record_batch([value], self.schema)
                 except _CONVERSION_ERRORS as reason:
+                    what = f"{self.cache_key['split']} example {number} cannot be stored"
                     raise UsageError(
-                        f"Task {self.cache_key['task']!r}: {self.cache_key['split']} example {number} cannot be "
-                        f"stored: {str(reason).splitlines()[0]}"
+                        f"Task {self.cache_key['task']!r}: {what}: {str(reason).splitlines()[0]}"
                     ) from None
             raise
 
@@ -186,6 +186,6 @@ def read_verified_batches(path: Path, schema: Any) -> list[Any] | None:
 
 
 def _digest(batch: Any) -> bytes:
-    """Return the SHA-256 (hex) of a batch's IPC message without image files; equal batches have equal ones."""
+    """Return the SHA-256 (hex) of a batch's IPC message without image files, equal for equal batches."""
     small = batch.select([field.name for field in batch.schema if field.type != BYTES])
     return hashlib.sha256(small.serialize()).hexdigest().encode()

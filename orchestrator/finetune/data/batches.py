@@ -1,12 +1,11 @@
-"""Examples as tensors: encoded once (`prepared.py` keeps the rows on disk), drawn in an order that the seed
-alone decides, padded to buckets.
+"""Rows and batches: examples are tokenized, drawn in an order that depends only on the seed, and padded.
 
-Here, and nowhere else, labels are shifted: `targets[i]` is what the model has to say after reading `ids[i]`.
-A task with a head has one target a row, what the head has to say of the whole text; it stands at the last
-token. An image has no ids: its length is 0, and its file is decoded when its batch is computed (`images.py`).
+Labels are shifted here and nowhere else: `targets[i]` is the label of the prediction made after `ids[i]`. A
+task with a head has one target per row, at the last token. An image has no ids: its length is 0, and its file
+is decoded when its batch is computed (`image_processor`).
 
-Training and scoring pad on the right. In a causal model no real token looks at what comes after it, and
-padding carries no loss, so it needs no attention mask (`forward.py` says what other models get).
+Rows are padded on the right. In a causal model no token attends to later ones, and padding does not count in
+the loss, so no attention mask is needed (`evaluation.forward` gives other models theirs).
 """
 
 from __future__ import annotations
@@ -24,38 +23,45 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, EncodedExample, Examp
 from orchestrator.util.errors import UsageError, format_error, quote_value
 
 TOKENIZER_BATCH_SIZE = 1024
-"""Examples that a tokenizer is given at once."""
+"""The number of examples that are tokenized in one call."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `ids` and `targets` are of one length; for an answer of tokens `ids` lack the last one and
-    `targets` are one further. `second`: as of Encoded. Of an image: no ids, and one target. A new field needs
-    its column in `prepared.py`."""
+    """A tokenized example. `dataset_cache.ROW_COLUMNS` has a column for each field but the image."""
 
     ids: tuple[int, ...]
+    """Token ids, without the last one if the answer consists of tokens; empty for an image."""
     targets: tuple[float, ...]
+    """The label of the prediction after each id, IGNORE_INDEX where it does not count; one label for an
+    image."""
     prompt: tuple[int, ...]
-    second: int | None = None
+    """Token ids of the prompt, from which an answer is generated."""
+    second_segment_start: int | None = None
+    """The index at which the second text begins, None without one."""
     image: Image | None = None
+    """The image of an image task."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` and `targets` (rows, length), `lengths` (rows,) without padding; all on the CPU. int64, but
-    float64 targets where they are values. `seconds` (rows,): where a row's second text begins (its length,
-    where it has none); None when no row has one. `images`: one a row, for a task of images; `ids` are
-    (rows, 0) then, and `targets` (rows, 1)."""
+    """Rows that are padded to one length, on the CPU."""
 
     ids: Tensor
+    """Token ids, (rows, length) int64; (rows, 0) for images."""
     targets: Tensor
+    """Labels, (rows, length) int64, or float64 for a regression task; (rows, 1) for images."""
     lengths: Tensor
+    """The length of each row without padding, (rows,) int64."""
     second_segment_starts: Tensor | None = None
+    """The index at which each row's second text begins, or the row's length without one, (rows,) int64; None
+    if no row has a second text."""
     images: tuple[Image, ...] = ()
+    """One image per row for an image task, else none."""
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Batch:
-        """The rows of batches of one length, one batch after another."""
+        """Return the rows of batches of equal length as one batch."""
         has_pairs = any(b.second_segment_starts is not None for b in batches)
         return cls(
             torch.cat([b.ids for b in batches]),
@@ -70,7 +76,7 @@ class Batch:
         )
 
     def slice_rows(self, first: int, last: int) -> Batch:
-        """Rows `first` .. `last - 1`, as long as they are here."""
+        """Return rows `first` to `last - 1` with the same padding."""
         return Batch(
             self.ids[first:last],
             self.targets[first:last],
@@ -81,26 +87,27 @@ class Batch:
 
     @property
     def length(self) -> int:
+        """The padded length of the rows."""
         return self.ids.shape[1]
 
     @cached_property
     def target_counts(self) -> tuple[int, ...]:
-        """Targets with loss, a row."""
+        """The number of targets of each row that count in the loss."""
         return tuple((self.targets != IGNORE_INDEX).sum(dim=1).tolist())
 
     @property
     def target_count(self) -> int:
-        """Targets with loss in all."""
+        """The number of targets that count in the loss."""
         return sum(self.target_counts)
 
     @property
     def attention_mask(self) -> Tensor:
-        """(rows, length) bool: False at padding. Of images (rows, 0): they have none."""
+        """A mask that is False at padding, (rows, length) bool; (rows, 0) for images."""
         return torch.arange(self.length) < self.lengths.unsqueeze(1)
 
     @property
     def token_type_ids(self) -> Tensor | None:
-        """(rows, length) int64: 1 at the second text, 0 at the first and at padding; None without pairs."""
+        """1 at the second text, 0 at the first and at padding, (rows, length) int64; None without pairs."""
         if self.second_segment_starts is None:
             return None
         return (
@@ -109,34 +116,32 @@ class Batch:
 
 
 def bucket_length(length: int, max_row_length: int) -> int:
-    """The length that `length` is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k), no more than
-    `cap` unless `length` itself is longer. 0, of images, stays 0."""
+    """Return the length that a row is padded to: 8, 16, 24, 32, 48, 64, 96, ... (2^k and 1.5 * 2^k).
+
+    Args:
+        length: The length of the row. 0, the length of images, stays 0.
+        max_row_length: The largest padded length, unless `length` is larger.
+    """
     if length == 0:
         return 0
-    size = 8
-    for size in _sizes():
-        if size >= length:
-            break
+    power = 1 << max(3, (length - 1).bit_length())
+    three_quarters = power * 3 // 4
+    size = three_quarters if power > 16 and length <= three_quarters else power
     return min(size, max(max_row_length, length))
 
 
-def _sizes() -> Iterator[int]:
-    yield 8
-    size = 16
-    while True:
-        yield from (size, size + size // 2)
-        size *= 2
-
-
 def compute_max_row_length(task: Task, max_length: int) -> int:
-    """The most ids that a training row has: `cap` of the functions here."""
+    """Return the largest number of ids in a training row of up to `max_length` tokens.
+
+    A row for teacher forcing lacks the last token, which is only predicted.
+    """
     return max_length if task.has_head else max_length - 1
 
 
 def encode_examples(
     examples: Sequence[Example], task: Task, processor: Any, max_length: int | None = None
 ) -> list[Row]:
-    """All rows of `rows_of`, at hand."""
+    """Return the rows of `iter_encoded_examples` as a list."""
     return list(iter_encoded_examples(examples, task, processor, max_length))
 
 
@@ -147,12 +152,23 @@ def iter_encoded_examples(
     max_length: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Row]:
-    """`processor`: the model's tokenizer, of no use for images. With `max_length` (training) longer examples
-    lose their end, and those whose answer goes with it are left out. Without it (evaluation) all are kept
-    whole. For a task with a head it is always given: of a longer text the model sees the last token, which
-    closes it, and what fits before; of a longer pair what `Task.encode_cut` leaves. Raises BadInput when
-    nothing is left to learn, or when an example has nothing to score or to read. `progress` is told how many
-    examples are done, now and then."""
+    """Tokenize examples.
+
+    Args:
+        examples: The examples.
+        task: Their task.
+        processor: The model's tokenizer; not used for images.
+        max_length: The largest number of tokens of an example; None if examples are not truncated. A longer
+            example loses its end, and is left out if nothing of its answer remains. For a head, a longer
+            text keeps its last token, which marks its end, and `Task.encode_truncated` truncates a pair.
+        progress: Receives the number of examples done, from time to time.
+
+    Yields:
+        The rows, in the order of examples.
+
+    Raises:
+        UsageError: No example remains, or one of them has no token to score or to read.
+    """
     if task.inputs == "image":
         yield from (to_image_row(example, task, number) for number, example in enumerate(examples))
         return
@@ -189,11 +205,11 @@ def iter_encoded_examples(
 def _encode_block(
     examples: Sequence[Example], task: Task, processor: Any, first_index: int
 ) -> list[EncodedExample]:
-    """Return what the task's `encode_all` gives for the examples from number `start` on.
+    """Tokenize some examples, the first of which has the number `first_index`.
 
     Raises:
-        BadInput: An example cannot be encoded, for instance by a word-level tokenizer that has no token for
-            unknown words, or because a user's `encode` raises or ends the process. The error names the
+        UsageError: An example cannot be tokenized, for instance because a word-level tokenizer has no token
+            for unknown words, or because a user's `encode` raises or ends the process. The error names the
             first such example.
     """
     try:
@@ -207,8 +223,8 @@ def _encode_block(
             except (Exception, SystemExit) as one:
                 text = quote_value(f"{example.prompt} {example.answer}")
                 raise UsageError(
-                    f"Task {task.name!r}: {format_error(one)}, where example {number}, {text}, is encoded; correct "
-                    "the task or the example, or take a --model whose tokenizer knows its words."
+                    f"Task {task.name!r}: {format_error(one)}, where example {number}, {text}, is encoded; "
+                    "correct the task or the example, or take a --model whose tokenizer knows its words."
                 ) from one
         if isinstance(error, SystemExit):
             raise UsageError(
@@ -218,14 +234,23 @@ def _encode_block(
 
 
 def to_image_row(example: Example, task: Task, number: int) -> Row:
-    """Raises BadInput for an example without an image."""
+    """Return the row of an image example.
+
+    Args:
+        example: The example.
+        task: Its task.
+        number: The number of the example, for the error.
+
+    Raises:
+        UsageError: The example has no image.
+    """
     if example.image is None:
-        raise UsageError(f"Task {task.name!r} is one of images: example {number} has none.")
+        raise UsageError(f"Task {task.name!r} is an image task, but example {number} has no image.")
     return Row((), (task.target(example),), (), image=example.image)
 
 
 def _has_empty_input(encoded: EncodedExample, example: Example, task: Task, held_out: bool) -> bool:
-    """Whether there is nothing for a head to read, or for an answer to begin from."""
+    """Return whether there is no token for a head to read, or to generate an answer from."""
     if task.has_head:
         return not encoded.ids
     generated = held_out and task.output == "generation" and example.counts_in != "loss"
@@ -233,7 +258,7 @@ def _has_empty_input(encoded: EncodedExample, example: Example, task: Task, held
 
 
 def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: int | None) -> Row | None:
-    """None: nothing of its answer is left."""
+    """Return the row of a tokenized example, None if nothing of its answer remains."""
     if task.has_head:
         ids = encoded.ids
         if max_length is not None and len(ids) > max_length:
@@ -248,7 +273,7 @@ def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: i
 
 
 def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
-    """Rows to one length, padded on the right."""
+    """Pad rows on the right to `length` and return them as a batch."""
     ids = torch.tensor([[*r.ids, *[pad_token_id] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
     values = any(isinstance(r.targets[-1], float) for r in rows)
     targets = torch.tensor(
@@ -257,7 +282,8 @@ def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     )
     lengths = [len(r.ids) for r in rows]
     segment_starts = [
-        length if r.second is None else r.second for r, length in zip(rows, lengths, strict=True)
+        length if r.second_segment_start is None else r.second_segment_start
+        for r, length in zip(rows, lengths, strict=True)
     ]
     second_segment_starts = torch.tensor(segment_starts) if segment_starts != lengths else None
     images = tuple(r.image for r in rows if r.image is not None)
@@ -267,13 +293,29 @@ def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
 def make_training_batch(
     rows: Sequence[Row], seed: int, start: int, count: int, max_row_length: int, pad_token_id: int
 ) -> Batch:
-    """Examples `start` .. `start + count - 1` of the seed's endless sequence, padded to their own bucket."""
+    """Return a batch of a lane's training sequence, padded to the bucket of its longest row.
+
+    Args:
+        rows: The training rows.
+        seed: The lane's seed, which decides the order of rows.
+        start: The position of the first row in the sequence, which is endless.
+        count: The number of rows.
+        max_row_length: The largest padded length, as `compute_max_row_length` returns it.
+        pad_token_id: The id of the padding token.
+    """
     drawn = [rows[number] for number in shuffled_indices(seed, len(rows), start, count)]
     return pad_rows(drawn, bucket_length(max(len(r.ids) for r in drawn), max_row_length), pad_token_id)
 
 
 def shuffled_indices(seed: int, size: int, start: int, count: int) -> list[int]:
-    """A piece of the endless sequence of example numbers: one permutation of `size` after another."""
+    """Return indices of the endless training sequence: one permutation of all rows per epoch.
+
+    Args:
+        seed: The lane's seed.
+        size: The number of rows.
+        start: The position of the first index in the sequence.
+        count: The number of indices.
+    """
     return [
         int(_permutation(seed, size, index // size)[index % size]) for index in range(start, start + count)
     ]
@@ -292,10 +334,22 @@ def plan_batches(
     max_tokens: int = 4096,
     max_new_tokens: int = 0,
 ) -> list[tuple[int, list[int]]]:
-    """How a split is scored: (padded length, item numbers) a batch. Items of one bucket go together, at most
-    `rows` and about `tokens` tokens, in batches of nearly equal size (a small last one would take another
-    kernel, with other last bits). Nothing in it depends on how many lanes are scored at once. `growth`: the
-    tokens that each will write; with them a batch has about eight times `tokens`, which are only kept."""
+    """Group the items of a split into batches.
+
+    Items of one bucket share batches of nearly equal size: for a small last batch the device might select
+    another kernel, whose results differ in the last bits. The plan does not depend on the number of lanes.
+
+    Args:
+        lengths: The length of each item.
+        max_row_length: The largest padded length, except for items that are longer.
+        max_rows: The largest number of items in a batch.
+        max_tokens: About the largest number of tokens in a batch.
+        max_new_tokens: The number of tokens that are generated per item. They are read from a cache, so
+            together with them a batch may have eight times `max_tokens`.
+
+    Returns:
+        The padded length and the item numbers of each batch.
+    """
     by_bucket: dict[int, list[int]] = {}
     for item, length in enumerate(lengths):
         by_bucket.setdefault(bucket_length(length, max_row_length), []).append(item)

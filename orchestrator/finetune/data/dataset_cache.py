@@ -63,8 +63,11 @@ def ignore_progress(text: str) -> None:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """The examples and tokenized rows of a task, by split. Item k of a split's rows is example k, except in
-    the training split, where examples without a remaining answer have no row."""
+    """The examples and tokenized rows of a task, by split.
+
+    Row k of a held-out split belongs to example k. Training examples that lose their answer by truncation
+    have no row.
+    """
 
     examples: Mapping[Split, Sequence[Example]]
     rows: Mapping[Split, Sequence[Row]]
@@ -188,7 +191,7 @@ def has_examples(folder: Path, choice: TaskChoice, task: Task) -> bool:
 
 
 def _check_counts_in(examples_by_split: Mapping[Split, Sequence[Example]], task: Task) -> None:
-    """Refuse a task without a validation loss, which the loop watches, or without a metric on a held-out split.
+    """Refuse a task without a validation loss, or without a metric on a held-out split.
 
     Raises:
         UsageError: All examples of such a split are excluded from the loss, or from the metric.
@@ -237,7 +240,7 @@ def _example_cache_key(choice: TaskChoice, task: Task, split: Split) -> dict[str
 
 
 def task_file_digest(task: Task) -> str:
-    """Return the SHA-256 (hex) of a user's task file, wherever the file is; "" for a task of the catalogue."""
+    """Return the SHA-256 (hex) of a user's task file, "" for a task of the catalogue."""
     file = Path(task.name)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
 

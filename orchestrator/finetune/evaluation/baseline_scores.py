@@ -1,8 +1,10 @@
-"""The base's own scores, found once a store: where answers are generated and graded that takes minutes, and
-every seat would begin with it.
+"""The scores of a base model before training, computed once per store.
+
+They are the same for all lanes on one model and task. Where answers are generated and graded they take
+minutes, which every trainer would spend at its start.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
-        {"key": as in the file's name, "scores": split -> score -> number}
+        {"key": the hash in the file name, "scores": {split: {score: number}}}
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from orchestrator.util import atomic_files
 from orchestrator.util.canonical_json import canonical_json
 
 Scores = Mapping[str, Mapping[str, float]]
+"""The scores of each split, by name."""
 
 
 def load_or_compute_scores(
@@ -31,15 +34,26 @@ def load_or_compute_scores(
     process_group: ProcessGroup,
     compute: Callable[[], Scores],
 ) -> Scores:
-    """What is kept, or what `compute` gives on all of the team, which rank 0 keeps."""
-    key = _key(configuration, task)
+    """Return the cached scores, or compute and cache them.
+
+    Args:
+        folder: The cache folder.
+        configuration: The configuration, which names the model and the data.
+        task: The configuration's task.
+        process_group: The processes that call this function together. Rank 0 reads and writes the file.
+        compute: Computes the scores in all processes of the group.
+
+    Returns:
+        The scores, equal in all processes.
+    """
+    key = _cache_key_hash(configuration, task)
     file = folder / f"{Path(task.name).stem}-{key}.untrained.json"
 
     def read_cached() -> Scores | None:
-        # Not there, damaged, another's, or of an earlier version, which did not say whose it is: found anew.
+        # A file that is absent, damaged, of another key or of a version without keys is computed again.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(atomic_files.verify_checksum(file.read_bytes()))
-            return kept["scores"] if kept["key"] == key else None
+            contents = json.loads(atomic_files.verify_checksum(file.read_bytes()))
+            return contents["scores"] if contents["key"] == key else None
         return None
 
     cached = process_group.broadcast_from_rank0(read_cached)
@@ -54,7 +68,8 @@ def load_or_compute_scores(
     return computed
 
 
-def _key(configuration: Configuration, task: Task) -> str:
+def _cache_key_hash(configuration: Configuration, task: Task) -> str:
+    """Return a hash of all that decides the scores."""
     key_fields = {
         "task": asdict(replace(configuration.task, name=Path(task.name).stem)),
         "file": task_file_digest(task),

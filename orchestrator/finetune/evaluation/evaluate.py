@@ -65,8 +65,12 @@ class EvaluationSplit:
 
     @cached_property
     def flat_targets(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The targets that count in the loss (float64), in the order of the batch plan; the number of targets
-        of each item, in the same order; and the indices that sort these items by item number."""
+        """The targets that count in the loss, in the order of the batch plan.
+
+        Returns:
+            The targets, (targets,) float64; the number of targets of each item, in the same order; and the
+            indices that sort these items by item number.
+        """
         target_parts = [
             (batch.targets[batch.targets != IGNORE_INDEX], batch.target_counts) for batch, _ in self.batches
         ]

@@ -1,4 +1,4 @@
-"""What a model says where an answer is expected, and only there."""
+"""Forward passes that give logits and losses only where a target counts in the loss."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, Task
 
 
 def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(M, C) logits and (M,) labels of the batch's M targets with loss, row after row (`batch.counts`).
+    """Compute the logits of the targets that count in the loss.
 
-    C: the vocabulary, a head's classes, or 1 for values. What depends on targets is found on the CPU, where
-    they are, and needs no wait for the device.
+    Indices are computed on the CPU, where targets are, so that the host need not wait for the device.
+
+    Args:
+        base_model: The base model, inside a context that activates lanes.
+        task: The task.
+        batch: The rows, on the CPU.
+
+    Returns:
+        Logits, (targets, classes), and labels, (targets,), on the device, row after row. The classes are the
+        vocabulary or those of the head; a regression head has one output.
     """
     if batch.images:
         return _compute_image_logits(base_model, batch)
@@ -30,7 +38,16 @@ def compute_logits(base_model: BaseModel, task: Task, batch: Batch) -> tuple[Ten
 
 
 def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
-    """(M,) cross-entropy in nats, or squared errors of values; computed in float32 at least."""
+    """Compute the loss of each target, in float32 or float64.
+
+    Args:
+        logits: The logits, (targets, classes).
+        labels: The labels, (targets,).
+        task: The task.
+
+    Returns:
+        Cross-entropies in nats, (targets,); squared errors for a regression task.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if task.output == "regression":
         return mse_loss(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
@@ -38,8 +55,11 @@ def compute_losses(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
 
 
 def _compute_token_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The output head is a good part of a small model's cost; where the model takes `logits_to_keep`, it runs
-    over the columns with any label in them only."""
+    """Compute the logits of a language model at positions with a label.
+
+    The output layer is a large part of a small model's cost. Where the model takes `logits_to_keep`, it runs
+    only over the columns in which some row has a label.
+    """
     model, device, targets = base_model.model, base_model.device, batch.targets
     ids = batch.ids.to(device)
     has_label = targets != IGNORE_INDEX
@@ -57,11 +77,13 @@ def _compute_token_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, 
 
 
 def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A causal model's head reads the last token that is no padding. Others get an attention mask, always and
-    in its final form (rows, 1, 1, length): transformers leaves a plain one out of a batch without padding,
-    and a row's attention kernel would depend on whose rows share the batch. Only where it is to be combined
-    with windows, or hides padding from more than attention, it has to be plain. Token types go to models that
-    tell two texts apart by them."""
+    """Compute the logits of a head for texts.
+
+    The head of a causal model reads the last token before padding, so no attention mask is needed. Other
+    models always get one, in its final form of (rows, 1, 1, length): transformers drops a plain mask from a
+    batch without padding, and the attention kernel of a row would then depend on the other rows. The mask is
+    plain only where transformers combines it with a sliding window, or where a convolution needs it as well.
+    """
     model_inputs: dict[str, Any] = {"input_ids": batch.ids.to(base_model.device)}
     if base_model.has_token_types and (types := batch.token_type_ids) is not None:
         model_inputs["token_type_ids"] = types.to(base_model.device)
@@ -80,11 +102,12 @@ def _compute_head_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, T
 
 
 def _compute_image_logits(base_model: BaseModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """All patches of an image see each other, and all images have as many: there is nothing to mask."""
+    """Compute the logits of a head for images, which all have the same number of patches: none is masked."""
     pixels = base_model.processor.pixel_values(batch.images, base_model.device, base_model.model.dtype)
     return base_model.model(pixel_values=pixels).logits, batch.targets.flatten().to(base_model.device)
 
 
 @lru_cache
 def accepts_logits_to_keep(forward: Callable[..., Any]) -> bool:
+    """Return whether a model's forward method has the parameter `logits_to_keep`."""
     return "logits_to_keep" in inspect.signature(forward).parameters

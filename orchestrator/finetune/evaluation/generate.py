@@ -147,7 +147,7 @@ class _StopStringCriteria(StoppingCriteria):
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stops, self.prompt_length = tokenizer, stops, prompt_length
-        # A token is at least one byte long: these many tokens hold a stop string that began since the last check.
+        # A token has at least one byte: so many tokens hold any stop string that ended since the last check.
         self.tail = STOP_CHECK_INTERVAL + max(len(stop.encode()) for stop in stops)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

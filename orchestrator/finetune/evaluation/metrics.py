@@ -35,6 +35,7 @@ def macro_f1(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Return the mean F1 score over the classes that are predicted or true."""
     from sklearn.metrics import f1_score
 
+    targets, predictions = _number_classes(targets, predictions)
     return float(f1_score(targets, predictions, average="macro", zero_division=0))
 
 
@@ -42,9 +43,15 @@ def matthews(predictions: np.ndarray, targets: np.ndarray) -> float:
     """Return Matthews' correlation coefficient for any number of classes (Gorodkin 2004), from -1 to 1."""
     from sklearn.metrics import matthews_corrcoef
 
+    targets, predictions = _number_classes(targets, predictions)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a single class was predicted, and is true
+        warnings.simplefilter("ignore", UserWarning)  # all items have one class, in predictions and targets
         return float(matthews_corrcoef(targets, predictions))
+
+
+def _number_classes(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the classes as integers, (2, items): scikit-learn refuses floats with a fraction."""
+    return np.unique(np.stack([targets, predictions]), return_inverse=True)[1].reshape(2, -1)
 
 
 def pearson(predictions: np.ndarray, targets: np.ndarray) -> float:

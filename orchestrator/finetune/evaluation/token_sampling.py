@@ -65,6 +65,7 @@ class InverseTransformLogitsProcessor(LogitsProcessor):
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores of the next token, (rows, vocabulary), with one finite value per row."""
         step_uniforms = self.uniforms[:, input_ids.shape[1] - self.prompt_length].to(scores.device)
         parts = zip(scores.split(ROWS_PER_CHUNK), step_uniforms.split(ROWS_PER_CHUNK), strict=True)
         token = torch.cat(

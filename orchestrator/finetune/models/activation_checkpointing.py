@@ -1,9 +1,10 @@
-"""Gradient checkpointing: what a block of the model computes on its way is not kept but computed again in
-backward. About a third more time, and memory for one block instead of all; the same numbers, as dropout masks
-follow from the lane's seed and step.
+"""Activation checkpointing: blocks of the model are computed again in the backward pass.
 
-transformers' own switch is not used: it works in training mode only, which would turn on the dropout of the
-frozen base, and it makes the embeddings' output require gradients that nobody needs.
+Training takes about a third longer and needs the activations of one block instead of all. Numbers stay the
+same, since dropout masks depend on the lane's seed and step.
+
+transformers' own gradient checkpointing is not used: it needs training mode, which would turn on the dropout
+of the frozen base model, and it makes the output of the embeddings require gradients.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from torch.utils.checkpoint import checkpoint
 from orchestrator.util.errors import UsageError
 
 CHECKPOINTING_ATTRIBUTE = "has_activation_checkpointing"
-"""An attribute of a model whose blocks are."""
+"""An attribute that is set on a model with activation checkpointing."""
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """From now on, for good. The blocks are those that transformers itself can recompute. Raises BadInput for
-    a model without."""
+    """Make the blocks of a transformers model compute their activations again in the backward pass.
+
+    Blocks are the modules that transformers itself can checkpoint. The change cannot be undone.
+
+    Raises:
+        UsageError: The model has no such blocks.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -38,7 +44,7 @@ def enable_activation_checkpointing(model: Any) -> None:
 
 
 def _checkpoint_forward(block: Any) -> Any:
-    """Return `block.forward` with its dropout masks and without what it keeps for backward."""
+    """Return a forward method that keeps no activations and draws equal dropout masks each time."""
     forward = block.forward
 
     def context_fn() -> Any:

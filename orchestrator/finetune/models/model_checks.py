@@ -1,6 +1,6 @@
-"""Checks that a model which transformers has made suits a task, and that its weights are those of its files.
+"""Checks that a loaded model suits its task and has the weights of its files.
 
-transformers draws weights at random where a file lacks them or has others, and says so in a warning only.
+Where a file lacks weights, or has weights of another shape, transformers draws random ones and only warns.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from orchestrator.util.errors import UsageError
 
 
 def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_head: bool) -> None:
-    """Refuse a model of which transformers has drawn weights at random, or left some of its files' out.
+    """Refuse a model with random weights, or without some weights of its files.
 
     Args:
-        model: The model as transformers has loaded it.
-        name: Its name, for the error.
-        info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
-        headed: Whether the model has a head, whose weights in the files are not used.
+        model: The loaded transformers model.
+        name: The model's name, for the error.
+        loading_info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
+        has_head: Whether the model has a head. Weights of a head in the files are not used, and missing
+            weights are checked by `find_head_names`.
 
     Raises:
-        BadInput: There are such weights. Of a model with a head, `heads_of` judges the missing ones.
+        UsageError: There are such weights.
     """
     _check_shapes(model, name, loading_info["mismatched_keys"], has_head)
     _check_block_count(model, name, loading_info["unexpected_keys"])
@@ -30,15 +31,15 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise UsageError(
-            f"Model {name!r}: its files hold no weights for {lacking[0]}{more}: they are those of another "
+            f"Model {name!r}: its files hold no weights for {lacking[0]}{more}: they belong to another "
             "model; put config.json and weights of one model there."
         )
 
 
 def _base_modules(model: Any) -> set[str]:
-    """Return the names of the model's children that are the base, not the head of a task.
+    """Return the names of the model's children that belong to the base model and not to a head.
 
-    By their class: CLIP's image tower is not called what `base_model_prefix` says.
+    They are found by their class, because CLIP's image tower has another name than `base_model_prefix`.
     """
     from transformers import PreTrainedModel
 
@@ -48,36 +49,36 @@ def _base_modules(model: Any) -> set[str]:
 def _check_shapes(
     model: Any, name: str, mismatched_keys: Iterable[tuple[str, Any, Any]], has_head: bool
 ) -> None:
-    """Refuse weights of other sizes than the configuration's: transformers has drawn others at random.
+    """Refuse weights whose shape in the files differs from the configuration, except those of a head.
 
     Args:
-        model: The model as transformers has loaded it.
-        name: Its name, for the error.
-        mismatched: Of each such weight its key, its size in the files, and its size in the model.
-        headed: Whether the model has a head, whose weights in the files are not used.
+        model: The loaded transformers model.
+        name: The model's name, for the error.
+        mismatched_keys: The key, the shape in the files and the shape in the model of each such weight.
+        has_head: Whether the model has a head.
 
     Raises:
-        BadInput: There is such a weight, and it is not the head's.
+        UsageError: There is such a weight.
     """
     base = _base_modules(model)
     for key, file_shape, model_shape in sorted(mismatched_keys):
         if not has_head or key.partition(".")[0] in base:
             raise UsageError(
-                f"Model {name!r}: its files hold {key} of size {list(file_shape)}, and its config.json asks for "
-                f"{list(model_shape)}; put config.json and weights of one model there."
+                f"Model {name!r}: its files hold {key} of size {list(file_shape)}, and its config.json "
+                f"asks for {list(model_shape)}; put config.json and weights of one model there."
             )
 
 
 def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
-    """Refuse weights of more blocks than the configuration has: the model would be another than the files'.
+    """Refuse weights of more blocks than the configuration has, which transformers leaves out.
 
     Args:
-        model: The model as transformers has loaded it.
-        name: Its name, for the error.
-        unused: The keys of the weights that have no place in it.
+        model: The loaded transformers model.
+        name: The model's name, for the error.
+        unexpected_keys: The keys of weights that are in the files but not in the model.
 
     Raises:
-        BadInput: One of them is a block's.
+        UsageError: One of the weights belongs to a block.
     """
     from torch.nn import ModuleList
 
@@ -93,39 +94,39 @@ def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) ->
 
 
 def check_finite(model: Any, name: str) -> None:
-    """Refuse a model with a weight that is no finite number: every lane on it would be recorded as diverged.
+    """Refuse a model with a weight that is not finite: every lane on it would be recorded as diverged.
 
     Args:
-        model: A transformers model with its weights, on the device where checking them is cheapest.
-        name: Its name, for the error.
+        model: A transformers model with weights.
+        name: The model's name, for the error.
 
     Raises:
-        BadInput: There is such a weight.
+        UsageError: There is such a weight.
     """
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(
                 f"Model {name!r}: {key} holds a number that is not finite as {tensor.dtype}; put the model's "
-                "own weights there, or take another --dtype."
+                "own weights there, or use another --dtype."
             )
 
 
 def check_causal(model: Any, name: str) -> None:
-    """Refuse a model whose tokens attend to later ones: it would see the answer that it has to predict.
+    """Refuse a model whose configuration makes tokens attend to later ones, which are the answer to predict.
 
     Args:
         model: A transformers model with a language-modelling head, with or without weights.
-        name: Its name, for the error.
+        name: The model's name, for the error.
 
     Raises:
-        BadInput: The model is an encoder (a BERT without is_decoder), an XLNet, or a decoder whose
-            configuration says is_causal false. Others that look ahead are found by `_looks_ahead`.
+        UsageError: The model is an encoder (for instance a BERT without is_decoder), an XLNet, or a decoder
+            with is_causal false. `attends_to_future_tokens` finds the other models.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     causal_flags = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
     config = model.config
-    # Some architectures have no such attribute: of these, masked language models attend both ways.
+    # Of architectures without the attribute is_causal, masked language models are bidirectional.
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "xlnet"
     if is_bidirectional(model) or not (
         any(causal_flags) if causal_flags else getattr(config, "is_decoder", False) or not is_encoder
@@ -133,17 +134,12 @@ def check_causal(model: Any, name: str) -> None:
         raise not_causal_error(model, name)
 
 
-def _is_bidirectional(model: Any) -> bool:
-    """Return whether the configuration makes a decoder bidirectional (as LLM2Vec does): transformers then
-    leaves the causal mask out, while the attention modules say is_causal."""
-    return not getattr(model.config.get_text_config(), "is_causal", True)
-
-
 def attends_to_future_tokens(base_model: BaseModel) -> bool:
-    """Return whether another last token changes what a language model with its weights says before it.
+    """Return whether the last token changes a language model's logits at earlier positions.
 
-    Two rows of eight tokens are computed. Their earlier logits are equal to the bit in causal models that
-    were tried; up to 1% of the last token's own change is taken for rounding.
+    Two rows are computed, up to eight tokens long, that differ in the last token. In the causal models that
+    were tried, their earlier logits are equal to the bit; a difference of up to 1% of that at the last
+    position counts as rounding.
     """
     import torch
 
@@ -159,22 +155,25 @@ def attends_to_future_tokens(base_model: BaseModel) -> bool:
 
 
 def not_causal_error(model: Any, name: str) -> UsageError:
+    """Return the error for a model that is not causal but must generate or predict an answer."""
     return UsageError(
         f"Model {name!r} ({type(model).__name__}): its tokens attend to later ones, so it would see the "
-        "answer that this task asks for; take a decoder-only model, or a task of classes."
+        "answer that it has to give; use a decoder-only model, or a classification task."
     )
 
 
 def check_head_pooling(model: Any, name: str) -> None:
-    """Refuse a model whose head would not see the whole text.
+    """Refuse a model whose head might not read the whole text.
+
+    The head of an encoder reads the first token or all tokens, that of a decoder the last one.
 
     Args:
         model: A transformers model with a head for texts, with or without weights.
-        name: Its name, for the error.
+        name: The model's name, for the error.
 
     Raises:
-        BadInput: Nobody knows whether the model is an encoder, whose head reads the first token or all, or a
-            decoder, whose head reads the last one; or it is an encoder that is set to see as a decoder does.
+        UsageError: It is unknown whether the model is an encoder or a decoder, or it is an encoder whose
+            configuration makes it causal.
     """
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -189,18 +188,15 @@ def check_head_pooling(model: Any, name: str) -> None:
 
 
 def max_learned_positions(model: Any) -> int | None:
-    """Return how many tokens a model has learnt position embeddings for.
+    """Return the number of learnt position embeddings of a model, with or without weights.
 
-    None where it has no such embeddings, because its positions are rotary or relative.
-
-    Args:
-        model: A transformers model, with or without weights.
+    None if it has none, because its positions are rotary or relative.
     """
     from torch.nn import Embedding
 
     for name, module in model.named_modules():
         if isinstance(module, Embedding) and name.rpartition(".")[2] in _POSITION_EMBEDDING_NAMES:
-            # OPT's and BART's tables have an offset; RoBERTa begins after its padding index.
+            # The tables of OPT and BART begin at an offset, that of RoBERTa after the padding index.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - getattr(module, "offset", unused)
     return None
@@ -210,34 +206,44 @@ _POSITION_EMBEDDING_NAMES = ("position_embeddings", "wpe", "embed_positions", "p
 
 
 def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str, ...]:
-    """The modules with parameters that are not the base's: what stands beside it, and what its checkpoint has
-    no weights for (BERT's pooler, often)."""
+    """Find the modules of a model that are its head.
+
+    These are the modules beside the base model, and linear layers after its blocks that its checkpoint has no
+    weights for (often the pooler of BERT).
+
+    Args:
+        model: A transformers model with a head, with or without weights.
+        name: The model's name, for the error.
+        missing_keys: The keys of weights that the files lack.
+
+    Returns:
+        The names of the modules.
+
+    Raises:
+        UsageError: The model is an encoder-decoder, or its files lack weights of the base model.
+    """
+    from torch.nn import ModuleList
+
     if model.config.is_encoder_decoder:
-        raise UsageError(f"Model {name!r} is an encoder with a decoder; heads are for one or the other.")
+        raise UsageError(f"Model {name!r} is an encoder with a decoder; a head needs one or the other.")
     base = _base_modules(model)
     head_children = [
         child
         for child, module in model.named_children()
         if child not in base and next(module.parameters(), None) is not None
     ]
-    from torch.nn import ModuleList
-
-    block_prefixes = [
-        f"{place}." for place, module in model.named_modules() if isinstance(module, ModuleList)
-    ]
+    block_prefixes = tuple(
+        f"{module_name}." for module_name, module in model.named_modules() if isinstance(module, ModuleList)
+    )
     uninitialized = {key.rpartition(".")[0] for key in missing_keys if key.partition(".")[0] in base}
     for module_name in sorted(uninitialized):
         module = model.get_submodule(module_name)
         all_missing = all(f"{module_name}.{key}" in missing_keys for key, _ in module.named_parameters())
-        # Only a layer after the blocks can be a head: one of a block is the base's, and its file is cut.
-        if (
-            type(module).__name__ != "Linear"
-            or not all_missing
-            or module_name.startswith(tuple(block_prefixes))
-        ):
-            kind = type(module).__name__
+        kind = type(module).__name__
+        # A layer inside a block belongs to the base model: its weights are missing because the file is cut.
+        if kind != "Linear" or not all_missing or module_name.startswith(block_prefixes):
             raise UsageError(
-                f"Model {name!r}: its files hold no weights for {module_name} ({kind}): they are another model's; "
-                "put config.json and weights of one model there."
+                f"Model {name!r}: its files hold no weights for {module_name} ({kind}): they belong to "
+                "another model; put config.json and weights of one model there."
             )
     return (*head_children, *sorted(uninitialized))

