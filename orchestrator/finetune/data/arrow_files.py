@@ -31,6 +31,7 @@ from orchestrator.finetune.data.arrow_rows import to_record_batch
 from orchestrator.util import atomic_files
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
+from orchestrator.util.keyed_folder import KeyedFolder
 
 T = TypeVar("T")
 
@@ -95,22 +96,18 @@ class ArrowFile(Generic[T]):
         Raises:
             UsageError: A value cannot be stored in its column.
         """
-        from filelock import FileLock
 
-        if (found := self.read()) is not None:
-            return found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / f".{self.cache_key['task']}.lock"):
-            if (found := self.read()) is not None:
-                return found
+        def create() -> Sequence[T]:
             with self._write_temporary_file(make_values()) as source:
                 # An existing file is either damaged or the whole one of another node that was faster.
                 if not atomic_files.link_if_absent(source, self.path) and self.read() is None:
                     with atomic_files.add_path_to_disk_errors(self.path):
                         os.replace(source, self.path)
-        found = self.read()
-        assert found is not None, f"{self.path} is not what was written there"
-        return found
+            found = self.read()
+            assert found is not None, f"{self.path} is not what was written there"
+            return found
+
+        return KeyedFolder(self.folder).get_or_create(self.cache_key["task"], self.read, create)
 
     @contextmanager
     def _write_temporary_file(self, values: Iterable[object]) -> Iterator[Path]:

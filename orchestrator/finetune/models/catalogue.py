@@ -101,7 +101,7 @@ def prepare_base_model(name: str, root: Path, progress: ProgressCallback = print
     if content is not None and Path(name).is_dir():
         # A worker has another working directory: it finds the model by content, whatever its path was.
         pointer = {"folder": str(Path(name).resolve())}
-        base_store.write_pointer(root, f"folder-{content[:12]}", pointer, "folder", replace=True)
+        base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)
         return content
     if content is None:
         hub_models.pin(name, root, progress)
@@ -142,9 +142,11 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
     Raises:
         UsageError: The model is not there, or has other content than `choice` names.
     """
-    if choice.name in built_in_names():
+    is_built_in = choice.name in built_in_names()
+    entries = base_store.base_entries(root)
+    if is_built_in:
         folder = base_store.base_folder(root, choice.name, choice.content)
-    elif (kept := base_store.read_pointer(root, f"folder-{choice.content[:12]}", "folder")) is not None:
+    elif (kept := entries.read_entry(f"folder-{choice.content[:12]}", "folder")) is not None:
         folder = Path(kept)
     elif Path(choice.name).is_dir():
         folder = Path(choice.name)
@@ -156,9 +158,7 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
         raise UsageError(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
     if (actual_content := base_store.content_hash(folder)) != choice.content:
         other = (
-            "remove that folder: the model is made again"
-            if choice.name in built_in_names()
-            else "start a study of the new ones"
+            "remove that folder: the model is made again" if is_built_in else "start a study of the new ones"
         )
         raise UsageError(
             f"Model {choice.name!r}: {folder} holds content {actual_content[:12]}, the configuration names "

@@ -2,8 +2,8 @@
 
 transformers 5 loads the first of `WEIGHT_FILE_NAMES` that exists. It opens safetensors files without running
 code, and `.bin` files with `weights_only=True`, so that torch refuses pickles of anything but tensors and
-plain containers. These checks read the header of a safetensors file, and list the globals that the pickle in a
-`.bin` file names without loading it. Tensors are not read, since a base model can have 16 GB. A file that
+plain containers. These checks read the header of a safetensors file, and list the globals that the pickle in
+a `.bin` file names without loading it. Tensors are not read, since a base model can have 16 GB. A file that
 torch.save wrote before version 1.6 has no list of its tensors: only its first bytes are read.
 """
 

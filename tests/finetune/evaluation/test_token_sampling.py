@@ -76,14 +76,10 @@ def test_samples_do_not_depend_on_the_pack() -> None:
     with three_lanes(here) as adapters:
         together = evaluate(here, task, split, SEEDS, lambda: adapters.activate_lanes(NAMES, None))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(
-                here, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None)
-            )  # type: ignore[misc]
+            alone = evaluate(here, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None))  # type: ignore[misc]
             assert alone == [one]
         # Another seed draws others; the same lane with the seed of another is not that one.
-        other = evaluate(here, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[
-            0
-        ]
+        other = evaluate(here, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
