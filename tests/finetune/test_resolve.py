@@ -19,9 +19,8 @@ from orchestrator.finetune.models import loading, model_checks
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
-from orchestrator.finetune.tasks.local import letters
+from orchestrator.finetune.tasks.local import letters, reviews
 from orchestrator.finetune.tasks.local.letters import Letters
-from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.study.configuration import BatchConfig, Configuration, ModelChoice

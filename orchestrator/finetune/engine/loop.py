@@ -32,7 +32,7 @@ from orchestrator.finetune.failures import (
     TrainerBrokenError,
     classify_error,
 )
-from orchestrator.finetune.models.loading import BaseModel
+from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
 from orchestrator.finetune.tasks.base import Task
 from orchestrator.record.schema import Provenance

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from orchestrator.finetune.evaluation import metrics
-from orchestrator.finetune.models import loading
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -64,7 +64,7 @@ def resolve_options(
         )
     options = fill_accumulation(options, task)
     model = options.model or default_model(task)
-    loading.find_content(model, base_models_folder)  # raises UsageError for an unknown model
+    model_catalogue.find_content(model, base_models_folder)  # raises UsageError for an unknown model
     learning_rates = (
         rates.parse_learning_rates(options.learning_rates)
         if options.learning_rates

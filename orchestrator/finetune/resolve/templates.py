@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
+from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.loading import UNPREPARED
+from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.model_limits import check_attach
 from orchestrator.finetune.resolve.option_names import (
     ResolvedOptions,
@@ -41,8 +42,8 @@ def resolve_base_model(model: str, base_models_folder: Path, progress: Callable[
             nothing: the content of a missing model is then `UNPREPARED`.
     """
     if progress is None:
-        return loading.find_content(model, base_models_folder) or UNPREPARED
-    return loading.prepare_base_model(model, base_models_folder, progress)
+        return model_catalogue.find_content(model, base_models_folder) or UNPREPARED
+    return model_catalogue.prepare_base_model(model, base_models_folder, progress)
 
 
 def build_configuration_templates(

@@ -1,3 +1,5 @@
+"""Tokenized rows, their order in training, padding and the plan of batches for evaluation."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from orchestrator.util.errors import UsageError
 
 
 class Characters(Task):
-    """One token a character; 0 pads, 1 ends."""
+    """A task with one token per character, padding token 0 and end token 1."""
 
     name = "characters"
 
@@ -41,7 +43,7 @@ def test_buckets() -> None:
     assert sorted(found) == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     assert bucket_length(12, 12) == 12
     assert bucket_length(12, 14) == 14
-    assert bucket_length(20, 12) == 20  # an item to score that is longer than training allows is not cut
+    assert bucket_length(20, 12) == 20  # items of evaluation are not truncated
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -49,14 +51,14 @@ def test_a_bucket_holds_its_rows(length: int, cap: int) -> None:
     assert length <= bucket_length(length, cap) <= max(cap, length)
 
 
-def test_targets_are_one_further_and_only_the_answer_carries_loss() -> None:
+def test_targets_are_shifted_by_one_and_only_the_answer_counts_in_the_loss() -> None:
     (one,) = encode_examples([Example("ab", "cd")], Characters(), None)
     assert one.ids == (97, 98, 99, 100)
     assert one.targets == (IGNORE_INDEX, 99, 100, 1)
     assert one.prompt == (97, 98)
 
 
-def test_training_cuts_and_leaves_out_what_has_no_answer_left() -> None:
+def test_training_truncates_examples_and_leaves_out_those_without_answer() -> None:
     rows = encode_examples([Example("ab", "cd"), Example("abcdef", "g")], Characters(), None, max_length=4)
     assert [(r.ids, r.targets) for r in rows] == [((97, 98, 99), (IGNORE_INDEX, 99, 100))]
     with pytest.raises(UsageError, match="max_length 2"):
@@ -78,7 +80,7 @@ def test_an_encode_that_raises_or_ends_the_process_is_named_by_what_it_raises(en
         encode_examples([Example("a", "c"), Example("b", "c")], Broken(), None)
 
 
-def test_an_encoding_of_all_that_ends_the_process_is_refused() -> None:
+def test_an_encode_all_that_ends_the_process_is_refused() -> None:
     class Ends(Characters):
         def encode_all(self, examples: Sequence[Example], tokenizer: object) -> list[EncodedExample]:
             if len(examples) > 1:
@@ -89,7 +91,7 @@ def test_an_encoding_of_all_that_ends_the_process_is_refused() -> None:
         encode_examples([Example("a", "c"), Example("b", "c")], Ends(), None)
 
 
-def test_an_item_that_cannot_be_scored_is_named() -> None:
+def test_an_item_without_a_target_is_named() -> None:
     class Silent(Characters):
         def encode(self, example: Example, tokenizer: object) -> EncodedExample:
             return EncodedExample((97, 98), (IGNORE_INDEX, IGNORE_INDEX), 2)
@@ -98,7 +100,7 @@ def test_an_item_that_cannot_be_scored_is_named() -> None:
         encode_examples([Example("ab", "")], Silent(), None)
 
 
-def test_an_item_with_nothing_to_read_is_named() -> None:
+def test_an_item_with_an_empty_prompt_is_named() -> None:
     class Headed(Characters):
         output, labels = "classification", ("a", "b")
 
@@ -111,7 +113,7 @@ def test_an_item_with_nothing_to_read_is_named() -> None:
     with pytest.raises(UsageError, match="the prompt of example 0 is empty"):
         encode_examples([Example("", "b")], Characters(), None)
     assert encode_examples([Example("", "bc")], Characters(), None, 8)[0].ids == (98, 99), (
-        "to learn from it is well"
+        "training examples may have an empty prompt"
     )
     assert encode_examples([Example("", "b", counts_in="loss")], Characters(), None)[0].ids == (98,)
 
@@ -136,21 +138,19 @@ def gemma(**begin: bool) -> Any:
 
 @pytest.mark.parametrize("make", [llama, gemma])
 @pytest.mark.parametrize("adds", [True, False])
-def test_bos_stands_before_the_prompt_where_the_tokenizer_puts_it(
-    make: Callable[..., Any], adds: bool
-) -> None:
+def test_bos_precedes_the_prompt_if_the_tokenizer_adds_it(make: Callable[..., Any], adds: bool) -> None:
     words = make(add_bos_token=adds)
     assert words.bos_token_id is not None
     (row,) = encode_examples([Example("a b", "b a")], Words(), words)
     assert list(row.prompt) == words("a b")["input_ids"]
-    assert row.ids[: len(row.prompt)] == row.prompt, "in training as in generation"
+    assert row.ids[: len(row.prompt)] == row.prompt, "training and generation have the same prompt"
     assert (row.ids[0] == words.bos_token_id) is adds
-    assert row.ids.count(words.bos_token_id) == int(adds), "and not before the answer"
+    assert row.ids.count(words.bos_token_id) == int(adds), "BOS does not precede the answer"
     assert set(row.targets[: len(row.prompt) - 1]) == {IGNORE_INDEX}
     assert row.targets[-1] == words.eos_token_id
 
 
-def test_an_end_token_that_is_appended_and_is_bos_too_does_not_stand_before_the_prompt() -> None:
+def test_an_appended_end_token_that_is_also_bos_does_not_precede_the_prompt() -> None:
     words = llama(add_bos_token=False, add_eos_token=True)
     words.bos_token = words.eos_token
     assert words("")["input_ids"] == words("a")["input_ids"][-1:] == [words.bos_token_id]
@@ -158,7 +158,7 @@ def test_an_end_token_that_is_appended_and_is_bos_too_does_not_stand_before_the_
     assert words.bos_token_id not in row.ids
 
 
-def test_without_a_bos_token_nothing_stands_before_the_prompt() -> None:
+def test_without_a_bos_token_the_prompt_comes_first() -> None:
     from orchestrator.finetune.tasks.local.letters import tokenizer
 
     words = tokenizer()
@@ -167,7 +167,7 @@ def test_without_a_bos_token_nothing_stands_before_the_prompt() -> None:
     assert list(row.prompt) == words("a b", add_special_tokens=False)["input_ids"]
 
 
-def test_pad_on_the_right() -> None:
+def test_rows_are_padded_on_the_right() -> None:
     batch = pad_rows([row(2), row(3)], 4, pad_token_id=0)
     assert batch.ids.tolist() == [[2, 3, 0, 0], [2, 3, 4, 0]]
     assert batch.targets.tolist() == [
@@ -178,7 +178,7 @@ def test_pad_on_the_right() -> None:
 
 
 @given(st.integers(0, 2**40), st.integers(1, 30), st.integers(0, 100), st.integers(1, 60))
-def test_order_is_permutations_and_depends_on_seed_and_index_only(
+def test_the_order_consists_of_permutations_that_depend_only_on_the_seed(
     seed: int, size: int, start: int, count: int
 ) -> None:
     drawn = shuffled_indices(seed, size, 0, start + count)
@@ -187,14 +187,14 @@ def test_order_is_permutations_and_depends_on_seed_and_index_only(
         assert sorted(drawn[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
-def test_the_order_itself_never_changes() -> None:
-    # Another order here makes another experiment of every record there is.
+def test_the_order_is_the_same_in_every_version() -> None:
+    # Existing records were made with this order.
     assert shuffled_indices(0, 8, 0, 12) == [2, 6, 0, 4, 1, 3, 5, 7, 4, 0, 6, 1]
     assert shuffled_indices(1, 8, 0, 8) != shuffled_indices(0, 8, 0, 8)
     assert shuffled_indices(2**32, 8, 0, 8) != shuffled_indices(0, 8, 0, 8)
 
 
-def test_a_micro_batch_is_padded_by_its_own_examples() -> None:
+def test_a_micro_batch_is_padded_to_its_own_bucket() -> None:
     rows = [row(3), row(20), row(5), row(6)]
     batches = [
         make_training_batch(rows, seed=0, start=i, count=1, max_row_length=512, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Examples and token ids on disk: what is read is what was made, whoever made it."""
+"""Examples and token ids that are cached on disk."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ letters = st.characters(exclude_categories=["Cs"])
 texts, prompts = st.text(letters, max_size=20), st.text(letters, min_size=1, max_size=20)
 
 
-class Given(Task):
-    """A task of the examples that it is given, a token a character."""
+class GivenExamples(Task):
+    """A task of given examples, with one token per character."""
 
     name, title, floor, default_model = "given", "given", 0.0, "letters-base"
 
@@ -78,8 +78,8 @@ def of(task: Task, length: int = LENGTH) -> Configuration:
     return replace(one, task=task.choice())
 
 
-def plain(task: Task, split: str, words: Any, length: int = LENGTH) -> list[Row]:
-    """Without a file between."""
+def encode_in_memory(task: Task, split: str, words: Any, length: int = LENGTH) -> list[Row]:
+    """Tokenize a split without the cache."""
     cut = length if split == "train" else compute_max_row_length(task, length) if task.has_head else None
     return encode_examples(task.load(task.choice())[split], task, words, cut)  # type: ignore[index]
 
@@ -92,29 +92,29 @@ def tasks(draw: st.DrawFn) -> Task:
         "classification": st.sampled_from("ab"),
         "regression": st.floats(-9, 9).map(str),
     }[kind]
-    # One of them at least keeps its answer: a task that has nothing to learn is refused.
+    # The first example keeps its answer, since a task without targets is refused.
     found = draw(st.lists(st.builds(Example, prompts, answers, st.none() | texts), max_size=12))
     answer = {"teacher_forced": "y", "classification": "a", "regression": "1"}[kind]
-    return Given([Example("x", answer), *found], kind, ("a", "b"))
+    return GivenExamples([Example("x", answer), *found], kind, ("a", "b"))
 
 
 FEWER = settings.default.max_examples // 5  # type: ignore[union-attr]
-"""Every example writes and syncs six files."""
+"""A lower number of examples, each of which writes and syncs six files."""
 
 
 @settings(max_examples=FEWER)
 @given(tasks(), st.integers(1, 5))
-def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
+def test_cached_values_equal_those_that_were_stored(task: Task, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder, patch.object(arrow_files, "RECORD_BATCH_ROWS", chunk):
         one = of(task)
         made = dataset_cache.prepare_dataset(Path(folder), one, task, tokenizer())
-        with patch.object(type(task), "examples", side_effect=AssertionError("asked the task again")):
+        with patch.object(type(task), "examples", side_effect=AssertionError("the task was read again")):
             again = dataset_cache.prepare_dataset(Path(folder), one, task, tokenizer())
     for kept in (made, again):
         for split in SPLITS:
             assert list(kept.examples[split]) == task.load(task.choice())[split]
             rows = kept.rows[split]
-            assert list(rows) == plain(task, split, tokenizer())
+            assert list(rows) == encode_in_memory(task, split, tokenizer())
             assert [type(x) for r in rows for x in r.targets] == [
                 float if task.output == "regression" else int for r in rows for _ in r.targets
             ]
@@ -124,19 +124,19 @@ def test_what_is_read_is_what_was_made(task: Task, chunk: int) -> None:
 
 @settings(max_examples=FEWER)
 @given(tasks(), st.integers(0, 2**20), st.integers(0, 50), st.integers(1, 16), st.integers(1, 4))
-def test_a_workers_rows_are_its_part_of_the_same_batch(
+def test_worker_batches_are_slices_of_one_batch(
     task: Task, seed: int, start: int, count: int, workers: int
 ) -> None:
-    """Read by each worker for itself, whatever else is in its pack."""
+    """Each worker reads the cache itself, also for other lanes of its group."""
     words = tokenizer()
-    rows = plain(task, "train", words)
+    rows = encode_in_memory(task, "train", words)
     cap = compute_max_row_length(task, LENGTH)
     whole = make_training_batch(rows, seed, start, count, cap, 0)
     with tempfile.TemporaryDirectory() as folder:
         parts = []
         for rank in range(workers):
             own = dataset_cache.prepare_dataset(Path(folder), of(task), task, words).rows["train"]
-            make_training_batch(own, seed + 1, 0, 3, cap, 0)  # another lane's
+            make_training_batch(own, seed + 1, 0, 3, cap, 0)  # for another lane
             first, last = count * rank // workers, count * (rank + 1) // workers
             parts.append(make_training_batch(own, seed, start, count, cap, 0).slice_rows(first, last))
     joined = Batch.concatenate(parts)
@@ -150,13 +150,13 @@ def test_a_workers_rows_are_its_part_of_the_same_batch(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_real_tokenizer_is_given_many_texts_and_says_the_same(number: int) -> None:
+def test_tokenizing_many_texts_equals_tokenizing_each(number: int) -> None:
     task, words = ((Letters(), tokenizer()), (Reviews(), reviews_tokenizer()))[number]
     examples = task.examples("train", 300)
     if task.has_head:
         examples[7:9] = [replace(e, pair="the soup was bad") for e in examples[7:9]]
     expected = []
-    for e in examples:  # as it was written before there were many
+    for e in examples:  # the expected value, from one text at a time
         if task.has_head:
             ids = tuple(words(e.prompt, e.pair)["input_ids"])
             expected.append(EncodedExample(ids, (-100,) * len(ids), len(ids)))
@@ -169,8 +169,8 @@ def test_a_real_tokenizer_is_given_many_texts_and_says_the_same(number: int) -> 
     assert task.encode_all([], words) == []
 
 
-def test_an_encoding_of_ones_own_is_asked_example_by_example() -> None:
-    task = Given([Example("ab", "c")])
+def test_a_tasks_own_encode_is_called_for_each_example() -> None:
+    task = GivenExamples([Example("ab", "c")])
     assert task.encode_all(task.of, None) == [task.encode(task.of[0], None)]
 
 
@@ -181,7 +181,7 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def test_the_same_is_made_once_and_what_differs_lies_beside(tmp_path: Path) -> None:
+def test_equal_keys_share_a_file_and_other_keys_have_their_own(tmp_path: Path) -> None:
     task, words = Letters(), tokenizer()
     one = configuration()
     dataset_cache.prepare_dataset(tmp_path, one, task, words)
@@ -191,15 +191,15 @@ def test_the_same_is_made_once_and_what_differs_lies_beside(tmp_path: Path) -> N
     assert {path: path.stat().st_mtime_ns for path in files_in(tmp_path)} == first
     shorter = replace(one, batches=replace(one.batches, max_length=10))
     dataset_cache.prepare_dataset(tmp_path, shorter, task, words)
-    assert len(files_in(tmp_path)) == 7, "the training rows alone are cut"
+    assert len(files_in(tmp_path)) == 7, "only the training rows are truncated"
     words.add_tokens(["zz"])
     dataset_cache.prepare_dataset(tmp_path, one, task, words)
-    assert len(files_in(tmp_path)) == 10, "another tokenizer, the same examples"
+    assert len(files_in(tmp_path)) == 10, "another tokenizer has its own rows, but not its own examples"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "zeros", "another"])
-def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
+def test_a_cut_or_wrong_file_is_made_again(tmp_path: Path, harm: str) -> None:
     task, words, one = Letters(), tokenizer(), configuration()
     expected = [
         list(dataset_cache.prepare_dataset(tmp_path, one, task, words).rows[split]) for split in SPLITS
@@ -208,7 +208,7 @@ def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
     for path in paths:
         data = path.read_bytes()
         other = next(p for p in paths if p.suffixes == path.suffixes and p != path).read_bytes()
-        path.unlink()  # another file, as a copy makes one: what is mapped stays
+        path.unlink()  # not overwritten: the old file is still mapped
         path.write_bytes(
             {"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "another": other}[harm]
         )
@@ -219,7 +219,7 @@ def test_a_torn_or_wrong_file_is_made_anew(tmp_path: Path, harm: str) -> None:
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
-    """Of every seventh byte of each kind of file one bit is flipped, and none gives other values."""
+    """One bit of every seventh byte of a file is flipped, and no flip gives other values."""
     task, words = Letters(), tokenizer()
     one = configuration()
     one = replace(one, task=replace(one.task, train_size=16))
@@ -231,7 +231,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         right = ipc.open_file(whole).read_all().to_pydict()
         damaged, noticed = tmp_path / "damaged", 0
         for place in range(0, len(whole), 7):
-            damaged.unlink(missing_ok=True)  # what is mapped stays
+            damaged.unlink(missing_ok=True)  # not overwritten: the old file is still mapped
             flipped = bytes([whole[place] ^ 1 << place % 8])
             damaged.write_bytes(whole[:place] + flipped + whole[place + 1 :])
             found = arrow_files.read_verified_batches(damaged, schema)
@@ -240,7 +240,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
         assert noticed > 0.5 * len(range(0, len(whole), 7))
 
 
-def test_data_of_another_revision_are_refused_and_nothing_is_kept(tmp_path: Path) -> None:
+def test_data_of_another_revision_are_refused_and_not_stored(tmp_path: Path) -> None:
     one = configuration()
     stale = replace(one, task=replace(one.task, revision="0" * 16))
     with pytest.raises(UsageError, match="data 0000000000000000"):
@@ -248,8 +248,8 @@ def test_data_of_another_revision_are_refused_and_nothing_is_kept(tmp_path: Path
     assert files_in(tmp_path) == []
 
 
-def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
-    task = Given([Example("a", "b"), Example("a", 5), Example("a", "b")])  # type: ignore[arg-type]
+def test_an_example_that_is_not_text_is_named(tmp_path: Path) -> None:
+    task = GivenExamples([Example("a", "b"), Example("a", 5), Example("a", "b")])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"'given': train example 1 cannot be stored: .*int") as caught:
         dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
     assert "\n" not in str(caught.value)
@@ -263,13 +263,13 @@ def test_an_example_that_is_no_text_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, scored: Any, said: str) -> None:
-    task = Given([Example("a", "b", counts_in=scored)], "generation")
+    task = GivenExamples([Example("a", "b", counts_in=scored)], "generation")
     with pytest.raises(UsageError, match=said):
         dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
 
 
-class Counting(Given):
-    """Counts, and calls `first` at its first example."""
+class Counting(GivenExamples):
+    """A task that counts tokenized examples, and calls `first` at the first one."""
 
     def __init__(self, first: Callable[[], object]) -> None:
         super().__init__([Example("ab", "c")] * 5)
@@ -282,7 +282,7 @@ class Counting(Given):
         return super().encode(example, tokenizer)
 
 
-def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
+def test_of_two_processes_with_one_key_one_tokenizes(tmp_path: Path) -> None:
     begun, wanted = Event(), Event()
 
     def wait() -> None:
@@ -304,7 +304,7 @@ def test_of_two_that_want_the_same_one_tokenises(tmp_path: Path) -> None:
     assert all(list(one.rows[split]) == list(other.rows[split]) for split in SPLITS)
 
 
-def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
+def test_a_long_tokenization_reports_its_progress(tmp_path: Path) -> None:
     said: list[str] = []
     with (
         patch.object(dataset_cache, "PROGRESS_INTERVAL_SECONDS", 0.0),
@@ -322,20 +322,20 @@ def test_a_long_tokenisation_says_how_far_it_is(tmp_path: Path) -> None:
 # -- workers -------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_needs_neither_the_task_s_data_nor_a_hub_once_they_are_kept(tmp_path: Path) -> None:
+def test_a_worker_needs_neither_source_nor_hub_for_cached_data(tmp_path: Path) -> None:
     one = configuration(task=WORDS_TASK)
     expected = numbers_of(solo(one, tmp_path / "before"))
     store, task = Store(tmp_path / "store"), catalogue.get(WORDS_TASK)
     dataset_cache.prepare_dataset(store.data, one, task, tiny_bench(one.model).tokenizer)
-    with patch.object(type(task), "examples", side_effect=AssertionError("asked for examples")):
+    with patch.object(type(task), "examples", side_effect=AssertionError("the task was read again")):
         train(Script(leases([one])), store)
     record = store.get(one.fingerprint)
     assert record is not None
     assert numbers_of(record) == expected
 
 
-def test_a_revision_is_found_once_and_again_when_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Given([Example("a", "b")])
+def test_a_revision_is_computed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = GivenExamples([Example("a", "b")])
     with patch.object(task, "examples", wraps=task.examples) as asked:
         assert task.revision() == task.revision() == task.choice().revision
         assert asked.call_count == 3, "each split once"
@@ -348,32 +348,32 @@ def test_a_revision_is_found_once_and_again_when_something_changes(monkeypatch: 
         task.load(task.choice())
 
 
-def anonymous() -> int:
-    """This process's memory that is no file's, in bytes."""
+def anonymous_memory() -> int:
+    """Return the memory of this process that is not mapped from files, in bytes."""
     (line,) = [li for li in Path("/proc/self/status").read_text().splitlines() if li.startswith("RssAnon:")]
     return int(line.split()[1]) * 1024
 
 
-def test_two_hundred_thousand_rows_cost_a_worker_next_to_nothing(tmp_path: Path) -> None:
-    """Memory of its own: the pages of the file are the page cache's, and shared."""
+def test_two_hundred_thousand_rows_take_a_worker_little_memory(tmp_path: Path) -> None:
+    """Pages of the file belong to the page cache, so only the anonymous memory is measured."""
     about = {"task": "many", "split": "train"}
     row = Row(tuple(range(1000, 1060)), tuple(range(1001, 1061)), tuple(range(1000, 1030)))
     file = arrow_files.ArrowFile(
         tmp_path, "rows", about, dataset_cache.ROW_COLUMNS, partial(ArrowSequence, factory=Row)
     )
     file.read_or_create(lambda: (row for _ in range(200_000)))
-    before = anonymous()
+    before = anonymous_memory()
     rows = file.read()
     assert rows is not None
     for number in range(100):
         make_training_batch(rows, 0, 16 * number, 16, 64, 0)
-    grown = anonymous() - before
+    grown = anonymous_memory() - before
     assert len(rows) == 200_000
     assert sum(path.stat().st_size for path in files_in(tmp_path)) > 100e6
     assert grown < 15e6, "as tuples they take 300 MB and more"
 
 
-def test_a_split_on_disk_is_scored_as_one_at_hand(tmp_path: Path) -> None:
+def test_a_cached_split_is_evaluated_like_one_in_memory(tmp_path: Path) -> None:
     task, words, one = Letters(), tokenizer(), configuration()
     kept = dataset_cache.prepare_dataset(tmp_path, one, task, words)
     cap = compute_max_row_length(task, one.batches.max_length)

@@ -1,4 +1,4 @@
-"""The base's own scores: found once a store, alike for all of a team."""
+"""Scores of a base model before training: computed once per store, equal in all processes of a group."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from orchestrator.study.configuration import Configuration
 
 pytestmark = pytest.mark.xdist_group("pair")
 
-FOUND = {"validation": {"loss": 2.5, "exact_match": 0.1}, "test": {"loss": float("inf"), "exact_match": 0.0}}
+SCORES = {"validation": {"loss": 2.5, "exact_match": 0.1}, "test": {"loss": float("inf"), "exact_match": 0.0}}
 
 
-def asked(
-    folder: Path, wanted: Configuration, team: ProcessGroup = SINGLE_PROCESS_GROUP
+def load_and_count(
+    folder: Path, wanted: Configuration, process_group: ProcessGroup = SINGLE_PROCESS_GROUP
 ) -> tuple[Scores, int]:
-    """The scores, and how often they were computed."""
+    """Return the scores and the number of computations."""
     calls: list[int] = []
 
     def compute() -> Scores:
         calls.append(1)
-        return FOUND
+        return SCORES
 
-    return load_or_compute_scores(folder, wanted, catalogue.get(wanted.task.name), team, compute), len(calls)
+    return load_or_compute_scores(
+        folder, wanted, catalogue.get(wanted.task.name), process_group, compute
+    ), len(calls)
 
 
-def test_they_are_found_once_for_all_that_train_on_the_same(tmp_path: Path) -> None:
+def test_scores_are_computed_once_for_all_lanes_on_one_model_and_task(tmp_path: Path) -> None:
     first = configuration()
-    assert asked(tmp_path, first) == (FOUND, 1)
+    assert load_and_count(tmp_path, first) == (SCORES, 1)
     faster = replace(first, optimizer=replace(first.optimizer, learning_rate=0.5), seed=3)
-    assert asked(tmp_path, faster) == (FOUND, 0)
+    assert load_and_count(tmp_path, faster) == (SCORES, 0)
 
 
-def test_another_base_dtype_length_or_size_of_a_split_has_its_own(tmp_path: Path) -> None:
+def test_another_model_dtype_length_or_split_size_has_its_own_scores(tmp_path: Path) -> None:
     first = configuration()
     others = [
         replace(first, model=replace(first.model, content="another")),
@@ -49,9 +51,9 @@ def test_another_base_dtype_length_or_size_of_a_split_has_its_own(tmp_path: Path
         replace(first, task=replace(first.task, test_size=first.task.test_size + 1)),
         replace(first, task=replace(first.task, name=WORDS_TASK)),
     ]
-    asked(tmp_path, first)
+    load_and_count(tmp_path, first)
     for other in others:
-        assert asked(tmp_path, other) == (FOUND, 1)
+        assert load_and_count(tmp_path, other) == (SCORES, 1)
 
 
 @pytest.mark.parametrize(
@@ -61,39 +63,41 @@ def test_another_base_dtype_length_or_size_of_a_split_has_its_own(tmp_path: Path
 )
 def test_a_damaged_file_is_found_anew(tmp_path: Path, damage: Callable[[str], str]) -> None:
     first = configuration()
-    asked(tmp_path, first)
+    load_and_count(tmp_path, first)
     (file,) = tmp_path.glob("*.untrained.json")
     whole = file.read_text()
     file.write_text(damage(whole))
     assert file.read_text() != whole
-    assert asked(tmp_path, first) == (FOUND, 1)
-    assert asked(tmp_path, first) == (FOUND, 0)
+    assert load_and_count(tmp_path, first) == (SCORES, 1)
+    assert load_and_count(tmp_path, first) == (SCORES, 0)
 
 
 def test_a_file_in_the_place_of_another_is_found_anew(tmp_path: Path) -> None:
-    """Two files were swapped, or one was renamed: each is whole."""
+    """A whole file was renamed or swapped with another one."""
     first = configuration()
     other = replace(first, model=replace(first.model, content="another"))
-    asked(tmp_path, first)
+    load_and_count(tmp_path, first)
     (mine,) = tmp_path.glob("*.untrained.json")
-    asked(tmp_path, other)
+    load_and_count(tmp_path, other)
     (its,) = set(tmp_path.glob("*.untrained.json")) - {mine}
     mine.write_bytes(its.read_bytes())
-    assert asked(tmp_path, first) == (FOUND, 1)
-    assert asked(tmp_path, first) == (FOUND, 0)
+    assert load_and_count(tmp_path, first) == (SCORES, 1)
+    assert load_and_count(tmp_path, first) == (SCORES, 0)
 
 
-def once(team: ProcessGroup, folder: Path) -> tuple[Scores, int]:
+def once(process_group: ProcessGroup, folder: Path) -> tuple[Scores, int]:
     folder.mkdir(exist_ok=True)
-    team.broadcast_from_rank0(lambda: None)
-    return asked(folder, configuration(), team)
+    process_group.broadcast_from_rank0(lambda: None)
+    return load_and_count(folder, configuration(), process_group)
 
 
-def twice(team: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
-    return [once(team, folder), once(team, folder)]
+def twice(process_group: ProcessGroup, folder: Path) -> list[tuple[Scores, int]]:
+    return [once(process_group, folder), once(process_group, folder)]
 
 
-def test_two_workers_have_the_same_and_one_of_them_keeps_it(pair: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_workers_have_equal_scores_and_one_writes_the_file(
+    pair: Callable[..., Any], tmp_path: Path
+) -> None:
     found = pair({"twice": twice}, tmp_path)["twice"]
-    assert found == [[(FOUND, 1), (FOUND, 0)]] * 2
+    assert found == [[(SCORES, 1), (SCORES, 0)]] * 2
     assert len(list((tmp_path / "twice").iterdir())) == 1

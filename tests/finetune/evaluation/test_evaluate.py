@@ -1,3 +1,5 @@
+"""Scores of lanes on a split, by teacher forcing and by generation."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,16 +25,16 @@ from variants.base import VariantSettings
 NAMES = ("x", "y", "z")
 
 
-def split_of(task: Task, bench: BaseModel, size: int = 24) -> EvaluationSplit:
+def split_of(task: Task, base_model: BaseModel, size: int = 24) -> EvaluationSplit:
     return EvaluationSplit.from_examples(
-        task.examples("validation", size), task, bench.tokenizer, max_row_length=31
+        task.examples("validation", size), task, base_model.tokenizer, max_row_length=31
     )
 
 
 @contextmanager
-def three_lanes(bench: BaseModel) -> Iterator[Adapters]:
-    """Adapters with weights that differ enough to give different answers."""
-    adapters = attach(bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
+def three_lanes(base_model: BaseModel) -> Iterator[Adapters]:
+    """Yield adapters of three lanes whose weights differ enough to give different answers."""
+    adapters = attach(base_model.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
     for number, name in enumerate(NAMES):
         adapters.add_lane(name, VariantSettings(rank=4, alpha=8.0), seed=number)
         generator = torch.Generator().manual_seed(number)
@@ -42,60 +44,70 @@ def three_lanes(bench: BaseModel) -> Iterator[Adapters]:
     adapters.detach()
 
 
-def bench(dtype: str = "float32") -> BaseModel:
+def make_base_model(dtype: str = "float32") -> BaseModel:
     return tiny_bench(ModelChoice("tiny", "0" * 64, dtype))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["letters", WORDS_TASK])
-def test_a_lanes_scores_do_not_depend_on_its_mates(name: str) -> None:
-    here, task = bench(), tasks.get(name)
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+def test_a_lanes_scores_do_not_depend_on_other_lanes(name: str) -> None:
+    base_model, task = make_base_model(), tasks.get(name)
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
+        together = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
         alone = [
-            evaluate(here, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+            evaluate(base_model, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0]
+            for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
 
 
 @pytest.mark.parametrize("worth", [float("nan"), 1.5, -0.1, float("inf")])
-def test_a_grade_that_is_none_is_named(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be the mean of a lane's grades, and a score in its record."""
-    here, task = bench(), tasks.get(WORDS_TASK)
+def test_a_grade_outside_0_to_1_is_named(worth: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a grade would make the lane's score in its record meaningless."""
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     monkeypatch.setattr(type(task), "grade", lambda *_: worth)
     with (
-        three_lanes(here) as adapters,
+        three_lanes(base_model) as adapters,
         pytest.raises(UsageError, match=f"is {worth}; must be a number from 0"),
     ):
-        evaluate(here, task, split_of(task, here), [0], lambda: adapters.activate_lanes(["y"], None))
+        evaluate(
+            base_model, task, split_of(task, base_model), [0], lambda: adapters.activate_lanes(["y"], None)
+        )
 
 
-def test_grades_that_are_too_few_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, task = bench(), tasks.get(WORDS_TASK)
+def test_too_few_grades_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
     monkeypatch.setattr(type(task), "grade_all", lambda *_: [1.0])
-    with three_lanes(here) as adapters, pytest.raises(UsageError, match="grade_all gives 1 grades for 24"):
-        evaluate(here, task, split_of(task, here), [0], lambda: adapters.activate_lanes(["y"], None))
+    with (
+        three_lanes(base_model) as adapters,
+        pytest.raises(UsageError, match="grade_all gives 1 grades for 24"),
+    ):
+        evaluate(
+            base_model, task, split_of(task, base_model), [0], lambda: adapters.activate_lanes(["y"], None)
+        )
 
 
-def test_scores_are_what_the_model_itself_says() -> None:
-    here, task = bench(), tasks.get(WORDS_TASK)
-    split = split_of(task, here)
-    with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
+def test_scores_equal_those_of_plain_forward_passes() -> None:
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters, torch.no_grad():
+        found = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         losses, hits, answers = [], [], []
-        for row in split.rows:  # one by one, nothing padded
+        for row in split.rows:  # one row at a time, without padding
             with adapters.activate_lanes(["y"], None):
-                logits = here.model(input_ids=torch.tensor([row.ids])).logits[0]
+                logits = base_model.model(input_ids=torch.tensor([row.ids])).logits[0]
             labels = torch.tensor(row.targets)
             losses.append(cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX).item())
             hits.append((logits.argmax(-1) == labels)[labels != IGNORE_INDEX])
-            new, eos = [], here.tokenizer.eos_token_id
+            new, eos = [], base_model.tokenizer.eos_token_id
             while len(new) < task.max_new_tokens and eos not in new:
                 with adapters.activate_lanes(["y"], None):
                     text = torch.tensor([[*row.prompt, *new]])
-                    new.append(here.model(input_ids=text).logits[0, -1].argmax().item())
-            answers.append(here.tokenizer.decode([i for i in new if i != eos], skip_special_tokens=True))
+                    new.append(base_model.model(input_ids=text).logits[0, -1].argmax().item())
+            answers.append(
+                base_model.tokenizer.decode([i for i in new if i != eos], skip_special_tokens=True)
+            )
     tokens = [len(h) for h in hits]
     assert found.scores["loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
     assert found.scores["accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
@@ -106,24 +118,24 @@ def test_scores_are_what_the_model_itself_says() -> None:
     )
 
 
-def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
-    here, generated = bench(), tasks.get(WORDS_TASK)
+def test_generation_and_teacher_forcing_agree_for_exact_match() -> None:
+    base_model, generated = make_base_model(), tasks.get(WORDS_TASK)
     forced = type(generated)()
     forced.output = "teacher_forced"  # type: ignore[misc]
-    split = split_of(generated, here)
-    adapters = attach(here.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
+    split = split_of(generated, base_model)
+    adapters = attach(base_model.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
     adapters.add_lane("x", VariantSettings(rank=4, alpha=8.0), seed=0)
-    # Learn for a moment to answer "a": right on some items, wrong on others.
+    # After a short training some answers are right and others wrong.
     optimizer = torch.optim.AdamW(adapters.trainable("x").values(), lr=0.1)
     for _ in range(30):
         for batch, _ in split.batches:
             with adapters.activate_lanes(["x"], None):
-                logits, labels = compute_logits(here, generated, batch)
+                logits, labels = compute_logits(base_model, generated, batch)
                 cross_entropy(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
     one, other = (
-        evaluate(here, t, split, [0], lambda: adapters.activate_lanes(["x"], None))[0]
+        evaluate(base_model, t, split, [0], lambda: adapters.activate_lanes(["x"], None))[0]
         for t in (generated, forced)
     )
     assert one.items.correct == other.items.correct
@@ -132,49 +144,49 @@ def test_generated_and_forced_agree_when_the_grade_is_equality() -> None:
     assert other.items.answers == ()
 
 
-def test_the_untrained_base_is_what_the_bare_model_gives() -> None:
-    here, task = bench(), tasks.get("letters")
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
-        off = evaluate(here, task, split, [0], adapters.disable_adapters)[0]
+def test_disabled_adapters_give_the_scores_of_the_bare_model() -> None:
+    base_model, task = make_base_model(), tasks.get("letters")
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
+        off = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
 
     @contextmanager
     def bare() -> Iterator[None]:
         yield
 
-    assert evaluate(here, task, split, [0], bare)[0] == off
+    assert evaluate(base_model, task, split, [0], bare)[0] == off
 
 
-def test_columns_without_labels_are_left_out_and_nothing_changes() -> None:
-    here, task = bench(), tasks.get(WORDS_TASK)
-    for batch, _ in split_of(task, here).batches:
-        assert accepts_logits_to_keep(type(here.model).forward)
+def test_leaving_out_columns_without_labels_changes_no_logits() -> None:
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
+    for batch, _ in split_of(task, base_model).batches:
+        assert accepts_logits_to_keep(type(base_model.model).forward)
         assert (batch.targets != IGNORE_INDEX).any(0).sum() < batch.length
-        logits, labels = compute_logits(here, task, batch)
-        full = here.model(input_ids=batch.ids).logits
+        logits, labels = compute_logits(base_model, task, batch)
+        full = base_model.model(input_ids=batch.ids).logits
         places = batch.targets != IGNORE_INDEX
         assert torch.equal(labels, batch.targets[places])
         torch.testing.assert_close(logits, full[places])
 
 
-def test_the_models_own_generation_settings_are_left_out_and_left_alone() -> None:
-    here, task = bench(), tasks.get(WORDS_TASK)
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
-        plain = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
-        own = here.model.generation_config
+def test_the_models_generation_settings_are_ignored_and_restored() -> None:
+    base_model, task = make_base_model(), tasks.get(WORDS_TASK)
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
+        plain = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
+        own = base_model.model.generation_config
         own.do_sample, own.temperature, own.repetition_penalty = True, 5.0, 3.0
-        again = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
+        again = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["z"], None))[0]
     assert again == plain
-    assert here.model.generation_config is own
+    assert base_model.model.generation_config is own
     assert (own.do_sample, own.temperature) == (True, 5.0)
 
 
-def test_bf16_base() -> None:
-    here, task = bench("bfloat16"), tasks.get(WORDS_TASK)
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
-        scored = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+def test_a_bf16_base_model_has_finite_losses() -> None:
+    base_model, task = make_base_model("bfloat16"), tasks.get(WORDS_TASK)
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
+        scored = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
     assert all(0 < one.scores["loss"] < 50 for one in scored)
 
 

@@ -1,5 +1,7 @@
-"""Sampled answers: drawn rightly, and the same whoever shares the pack or the batch. (That two workers draw
-what one draws stands in `test_task_heads.py`, with their other scores.)"""
+"""Sampled answers have the right distribution and do not depend on the lane group or the batch.
+
+`test_task_heads.py` checks that two workers sample the same answers as one.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from orchestrator.study.configuration import ModelChoice
 SEEDS = (0, 1, 2)
 
 
-def bench() -> BaseModel:
+def make_base_model() -> BaseModel:
     return tiny_bench(ModelChoice("tiny", "0" * 64, "float32"))
 
 
@@ -35,7 +37,7 @@ def sampled(
     return task
 
 
-def test_frequencies_are_the_softmax() -> None:
+def test_token_frequencies_equal_the_softmax() -> None:
     logits = torch.tensor([2.0, 0.5, -1.0, 1.0, -30.0])
     count = 20_000
     numbers = torch.from_numpy(draw_uniforms(7, 0, 0, count))
@@ -43,70 +45,72 @@ def test_frequencies_are_the_softmax() -> None:
         tokens = sample_tokens(logits.repeat(count, 1), numbers, temperature)
         expected = torch.softmax(logits / temperature, dim=0)
         found = torch.bincount(tokens, minlength=5) / count
-        # Five standard errors, and none where there is next to nothing.
+        # Within five standard errors; a token with almost no probability is not sampled.
         assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-6).all()
 
 
-def test_a_nucleus_leaves_out_the_tail_and_keeps_the_proportions() -> None:
+def test_a_nucleus_excludes_the_tail_and_keeps_proportions() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     count = 20_000
     tokens = sample_tokens(
         logits.repeat(count, 1), torch.from_numpy(draw_uniforms(1, 0, 0, count)), 1.0, top_p=0.7
     )
-    # 0.5 and 0.25 reach 0.7 together.
+    # The probabilities 0.5 and 0.25 together reach 0.7.
     assert sorted(set(tokens.tolist())) == [1, 3]
     assert (tokens == 1).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
     one = sample_tokens(logits.repeat(50, 1), torch.from_numpy(draw_uniforms(1, 0, 0, 50)), 1.0, top_p=0.4)
     assert set(one.tolist()) == {1}
 
 
-def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_weight() -> None:
+def test_the_smallest_and_largest_uniforms_give_tokens_with_a_weight() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
     assert sample_tokens(logits, torch.tensor([0.0, 1.0 - 2**-53]), 1.0).tolist() == [1, 2]
 
 
-def test_numbers_differ_by_seed_item_and_sample() -> None:
+def test_uniforms_differ_by_seed_item_and_sample() -> None:
     found = {tuple(draw_uniforms(s, i, k, 4)) for s in (0, 1, 2**40) for i in range(3) for k in range(3)}
     assert len(found) == 27
 
 
-def test_samples_do_not_depend_on_the_pack() -> None:
-    here, task = bench(), sampled()
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, SEEDS, lambda: adapters.activate_lanes(NAMES, None))
+def test_samples_do_not_depend_on_the_lane_group() -> None:
+    base_model, task = make_base_model(), sampled()
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
+        together = evaluate(base_model, task, split, SEEDS, lambda: adapters.activate_lanes(NAMES, None))
         for name, seed, one in zip(NAMES, SEEDS, together, strict=True):
-            alone = evaluate(here, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None))  # type: ignore[misc]
+            alone = evaluate(
+                base_model, task, split, [seed], lambda n=name: adapters.activate_lanes([n], None)
+            )  # type: ignore[misc]
             assert alone == [one]
-        # Another seed draws others; the same lane with the seed of another is not that one.
-        other = evaluate(here, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[0]
+        # The first lane with the second lane's seed gives the answers of neither.
+        other = evaluate(base_model, task, split, [1], lambda: adapters.activate_lanes([NAMES[0]], None))[0]
     assert other.items.answers != together[0].items.answers
     assert other.items.answers != together[1].items.answers
 
 
-def test_samples_do_not_depend_on_what_torch_has_drawn() -> None:
-    here, task = bench(), sampled()
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
+def test_samples_do_not_depend_on_torchs_random_state() -> None:
+    base_model, task = make_base_model(), sampled()
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
         found = []
         for noise in (0, 1):
             torch.manual_seed(noise)
-            found += evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["x"], None))
+            found += evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["x"], None))
             state = torch.get_rng_state()
             torch.manual_seed(noise)
             assert torch.equal(state, torch.get_rng_state())
     assert found[0] == found[1]
 
 
-def test_samples_do_not_depend_on_the_order_or_on_who_else_is_asked() -> None:
-    here, task = bench(), sampled()
-    split = split_of(task, here)
+def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
+    base_model, task = make_base_model(), sampled()
+    split = split_of(task, base_model)
     prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-    with three_lanes(here) as adapters:
+    with three_lanes(base_model) as adapters:
 
         def said(asked: list[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[str, ...]]:
-            told = generate_answers(
-                here,
+            generated = generate_answers(
+                base_model,
                 task,
                 asked,
                 split.max_row_length,
@@ -114,7 +118,7 @@ def test_samples_do_not_depend_on_the_order_or_on_who_else_is_asked() -> None:
                 lambda: adapters.activate_lanes(["x"], None),
                 SINGLE_PROCESS_GROUP,
             )
-            return {number: texts for (number, _), texts in zip(asked, told[0], strict=True)}
+            return {number: texts for (number, _), texts in zip(asked, generated[0], strict=True)}
 
         whole = said(prompts)
         assert said(prompts[::-1]) == whole
@@ -124,49 +128,51 @@ def test_samples_do_not_depend_on_the_order_or_on_who_else_is_asked() -> None:
     assert any(len(set(texts)) > 1 for texts in whole.values())
 
 
-def test_a_score_is_the_mean_over_samples() -> None:
-    here, task = bench(), sampled(samples=4, temperature=2.0)
-    split = split_of(task, here)
-    with three_lanes(here) as adapters:
+def test_a_score_is_the_mean_grade_of_the_samples() -> None:
+    base_model, task = make_base_model(), sampled(samples=4, temperature=2.0)
+    split = split_of(task, base_model)
+    with three_lanes(base_model) as adapters:
         rows = lambda: adapters.activate_lanes(["y"], None)  # noqa: E731
-        found = evaluate(here, task, split, [3], rows)[0]
+        found = evaluate(base_model, task, split, [3], rows)[0]
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
-        told = generate_answers(here, task, prompts, split.max_row_length, [3], rows, SINGLE_PROCESS_GROUP)[0]
-    worth = [
+        generated = generate_answers(
+            base_model, task, prompts, split.max_row_length, [3], rows, SINGLE_PROCESS_GROUP
+        )[0]
+    grades = [
         sum(task.grade(example, text) for text in texts) / 4
-        for example, texts in zip(split.examples, told, strict=True)
+        for example, texts in zip(split.examples, generated, strict=True)
     ]
-    assert list(found.items.correct) == worth
-    assert found.scores["exact_match"] == pytest.approx(sum(worth) / len(worth))
-    assert found.items.answers == tuple(texts[0] for texts in told)
+    assert list(found.items.correct) == grades
+    assert found.scores["exact_match"] == pytest.approx(sum(grades) / len(grades))
+    assert found.items.answers == tuple(texts[0] for texts in generated)
 
 
-def test_cold_samples_are_the_greedy_answer() -> None:
-    here = bench()
-    split = split_of(sampled(), here)
-    with three_lanes(here) as adapters:
+def test_samples_at_temperature_zero_equal_the_greedy_answer() -> None:
+    base_model = make_base_model()
+    split = split_of(sampled(), base_model)
+    with three_lanes(base_model) as adapters:
         rows = lambda: adapters.activate_lanes(NAMES, None)  # noqa: E731
-        cold = evaluate(here, sampled(samples=1, temperature=1e-6), split, SEEDS, rows)
-        greedy = evaluate(here, sampled(samples=1, temperature=0.0), split, SEEDS, rows)
+        cold = evaluate(base_model, sampled(samples=1, temperature=1e-6), split, SEEDS, rows)
+        greedy = evaluate(base_model, sampled(samples=1, temperature=0.0), split, SEEDS, rows)
     assert cold == greedy
 
 
-def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_ends_before_its_first_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
     assert truncate_at_stop("a b### c", ("###", " b")) == "a"
     assert truncate_at_stop("a b", ()) == "a b"
-    here = bench()
+    base_model = make_base_model()
     plain = sampled(temperature=3.0)
-    split = split_of(plain, here)
+    split = split_of(plain, base_model)
     monkeypatch.setattr(generate, "STOP_CHECK_INTERVAL", 2)
-    with three_lanes(here) as adapters:
+    with three_lanes(base_model) as adapters:
         prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
         rows = lambda: adapters.activate_lanes(["x"], None)  # noqa: E731
-        whole = generate_answers(here, plain, prompts, split.max_row_length, [0], rows, SINGLE_PROCESS_GROUP)[
-            0
-        ]
+        whole = generate_answers(
+            base_model, plain, prompts, split.max_row_length, [0], rows, SINGLE_PROCESS_GROUP
+        )[0]
         stops = ("a", "c d")
         stopped = generate_answers(
-            here,
+            base_model,
             sampled(temperature=3.0, stop=stops),
             prompts,
             split.max_row_length,
@@ -178,21 +184,21 @@ def test_an_answer_ends_before_its_first_stop(monkeypatch: pytest.MonkeyPatch) -
     assert stopped != whole
 
 
-def test_a_task_may_have_its_answers_graded_at_the_end_only() -> None:
-    here, task = bench(), sampled()
+def test_answers_may_be_graded_at_the_last_evaluation_only() -> None:
+    base_model, task = make_base_model(), sampled()
     task.grade_at = "last_evaluation"  # type: ignore[misc]
-    split = split_of(task, here)
+    split = split_of(task, base_model)
 
     class Lane:
         def __init__(self, name: str, seed: int, at_end: bool) -> None:
             self.fingerprint, self.is_at_last_step, self.configuration = name, at_end, configured(seed=seed)
 
     lanes = [Lane(name, seed, name == "y") for name, seed in zip(NAMES, SEEDS, strict=True)]
-    with three_lanes(here) as adapters:
-        pack = LaneGroup(here, adapters, TaskData(task, (), {"test": split}, {}), SINGLE_PROCESS_GROUP)
-        found = dict(zip(NAMES, pack.evaluate(lanes, "test"), strict=True))  # type: ignore[arg-type]
+    with three_lanes(base_model) as adapters:
+        group = LaneGroup(base_model, adapters, TaskData(task, (), {"test": split}, {}), SINGLE_PROCESS_GROUP)
+        found = dict(zip(NAMES, group.evaluate(lanes, "test"), strict=True))  # type: ignore[arg-type]
         task.grade_at = "every_evaluation"  # type: ignore[misc]
-        every = dict(zip(NAMES, pack.evaluate(lanes, "test"), strict=True))  # type: ignore[arg-type]
+        every = dict(zip(NAMES, group.evaluate(lanes, "test"), strict=True))  # type: ignore[arg-type]
     assert {name for name in NAMES if task.metric in found[name].scores} == {"y"}
     assert found["y"] == every["y"]
     for name in NAMES:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing computes again, and the same."""
+"""Activation checkpointing runs blocks twice and changes no number."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llama() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    """With dropout of its own, which eval mode turns off."""
+    """A BERT with dropout of its own, which eval mode turns off."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
@@ -53,7 +53,7 @@ def bert() -> nn.Module:
 
 
 def deberta() -> nn.Module:
-    """Its attention calls the same projections twice: each call has masks of its own."""
+    """A DeBERTa, whose attention calls some projections twice, with separate masks for each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = DebertaV2Config(
@@ -97,8 +97,8 @@ def gradients(adapters: Adapters) -> dict[str, Tensor]:
     }
 
 
-def counted(model: Any) -> Counter[str]:
-    """How often each block's attention has been called."""
+def count_attention_calls(model: Any) -> Counter[str]:
+    """Return a counter of the calls of each block's attention."""
     calls: Counter[str] = Counter()
     for name, module in model.named_modules():
         if name.endswith((".self_attn", ".attention")):
@@ -109,27 +109,27 @@ def counted(model: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
 @pytest.mark.parametrize("make", [llama, bert, deberta])
-def test_the_same_gradients_to_the_bit_with_dropout(make: Any, variant: str) -> None:
+def test_gradients_with_dropout_are_bit_identical(make: Any, variant: str) -> None:
     plain = gradients(adapted(make(), variant))
     model = make()
     enable_activation_checkpointing(model)
     assert not any(module.training for module in model.modules())
-    calls = counted(model)
+    calls = count_attention_calls(model)
     adapters = adapted(model, variant)
-    again = gradients(adapters)
+    checkpointed = gradients(adapters)
     assert set(calls.values()) == {2}
     assert len(calls) == model.config.num_hidden_layers
-    assert plain.keys() == again.keys()
+    assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
-        assert torch.equal(gradient, again[name]), name
+        assert torch.equal(gradient, checkpointed[name]), name
         assert gradient.any()
 
 
 @pytest.mark.parametrize("make", [llama, bert])
-def test_without_gradients_nothing_is_computed_twice(make: Any) -> None:
+def test_without_gradients_blocks_run_once(make: Any) -> None:
     model = make()
     enable_activation_checkpointing(model)
-    calls = counted(model)
+    calls = count_attention_calls(model)
     adapters = adapted(model, "lora")
     with torch.no_grad(), adapters.activate_lanes(["a"], None):
         adapters.model(input_ids=torch.ones(ROWS, LENGTH, dtype=torch.long))
@@ -137,13 +137,13 @@ def test_without_gradients_nothing_is_computed_twice(make: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
-def test_a_whole_lane_is_the_same_to_the_bit(variant: str, store: Store, tmp_path: Path) -> None:
-    """Accumulation, evaluation and generation (with its cache) included."""
+def test_a_lane_record_is_bit_identical(variant: str, store: Store, tmp_path: Path) -> None:
+    """The lane accumulates gradients, and evaluates and generates with a cache."""
 
     def load(choice: ModelChoice, task: Task) -> BaseModel:
-        bench = tiny_bench(choice, task)
-        enable_activation_checkpointing(bench.model)
-        return bench
+        base_model = tiny_bench(choice, task)
+        enable_activation_checkpointing(base_model.model)
+        return base_model
 
     dropout = 0.2 if variant == "lora" else 0.0
     one = configuration(variant=variant, task=WORDS_TASK, dropout=dropout, accumulation=2, steps=6)
@@ -153,8 +153,8 @@ def test_a_whole_lane_is_the_same_to_the_bit(variant: str, store: Store, tmp_pat
     assert numbers_of(record) == numbers_of(solo(one, tmp_path))
 
 
-def test_less_is_kept_for_backward() -> None:
-    def kept(model: nn.Module) -> int:
+def test_fewer_activations_are_kept_for_the_backward_pass() -> None:
+    def saved_elements(model: nn.Module) -> int:
         size = 0
 
         def pack(tensor: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_less_is_kept_for_backward() -> None:
 
     model = bert()
     enable_activation_checkpointing(model)
-    assert kept(model) < kept(bert()) / 3
+    assert saved_elements(model) < saved_elements(bert()) / 3
 
 
 def test_a_model_without_blocks_is_refused() -> None:

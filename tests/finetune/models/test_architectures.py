@@ -1,7 +1,7 @@
-"""The text bases that studies name, as small random models of their config classes.
+"""Small random models of the text architectures that studies name.
 
-Adapters are on exactly the linear layers that are published. Decoders learn, and their lanes get in company
-what they get alone; test_encoders.py shows the same of encoders.
+Adapters are on exactly the linear layers that the architecture is published with. Decoders learn, and a lane
+in a lane group gets the numbers that it gets alone; test_encoders.py checks the same for encoders.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embedd
 
 @dataclass(frozen=True)
 class Base:
-    """`prefix` of a block, its linear layers, and what makes the configuration."""
+    """An architecture.
+
+    `prefix` is the name of the list of blocks, `layers` are the linear layers of a block, and `kind` and
+    `options` are the class of the configuration and its arguments.
+    """
 
     prefix: str
     layers: tuple[str, ...]
@@ -70,7 +74,7 @@ BASES = {
         "deberta.encoder.layer",
         DEBERTA,
         "DebertaV2Config",
-        # As microsoft/deberta-v3-base has it.
+        # The options of microsoft/deberta-v3-base.
         {**SIZE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
         | {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
     ),
@@ -79,7 +83,7 @@ BASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A base by name, as a folder."""
+    """Return a function that saves the base model with a name and returns its folder."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -102,13 +106,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def trained(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
-    """Records of LoRA on every linear layer of the blocks, of lanes that trained together."""
+def train_together(model: Path, work: Path, seeds: tuple[int, ...]) -> list[Record]:
+    """Train lanes with LoRA on every linear layer in one lane group, and return their records."""
     store = Store(work)
     content = model_catalogue.prepare_base_model(str(model), store.bases)
     made = []
     for seed in seeds:
-        # The same eight rows in every step: what learns brings their loss down.
+        # Every step has the same eight rows, so their loss falls in a model that learns.
         one = configuration(task=WORDS_TASK, seed=seed, steps=10, batch_size=8, train_size=8)
         made.append(replace(one, model=replace(one.model, name=str(model), content=content)))
     load = partial(loading.load_base_model, root=store.bases, device="cpu")
@@ -129,25 +133,26 @@ def test_adapters_are_on_every_linear_layer_of_the_blocks(name: str, folder: Cal
 
 
 FEW = ("Mistral", "Qwen3", "Gemma3")
-"""Those that differ most: windows, norms of queries and keys, both and two kinds of positions."""
+"""The three that differ most: a sliding window, norms of queries and keys, and both with two kinds of
+rotary positions."""
 MORE = [
     pytest.param(name, marks=pytest.mark.slow) for name in BASES if BASES[name].causal and name not in FEW
 ]
 
 
 @pytest.mark.parametrize("name", [*FEW, *MORE])
-def test_it_trains_and_lanes_get_in_company_what_they_get_alone(
+def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
     name: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    together = trained(folder(name), tmp_path / "together", (0, 1))
-    (alone,) = trained(folder(name), tmp_path / "alone", (1,))
+    together = train_together(folder(name), tmp_path / "together", (0, 1))
+    (alone,) = train_together(folder(name), tmp_path / "alone", (1,))
     for record in together:
         assert record.state == "finished", record.reason + record.traceback
         assert record.curve[-1].loss < record.curve[0].loss, [s.loss for s in record.curve]
     assert together[0].curve != together[1].curve
-    assert_alike(together[1], alone)
+    assert_equal_results(together[1], alone)
 
 
-def assert_alike(found: Record, wanted: Record) -> None:
-    """To the bit: a lane's batch has 8 rows."""
+def assert_equal_results(found: Record, wanted: Record) -> None:
+    """Compare two records to the bit, which holds on a CPU for a lane's batch of 8 rows."""
     assert replace(numbers_of(found), provenance=numbers_of(wanted).provenance) == numbers_of(wanted)

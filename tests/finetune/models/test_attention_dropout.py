@@ -1,4 +1,4 @@
-"""The base's own dropout: at every place of the model, with separate masks for each lane."""
+"""Dropout of the base model: at all its places in the model, with separate masks for each lane."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROWS, LENGTH = 8, 12
 
 
 def model_of(kind: str, folder: Path) -> Any:
-    """A classifier, or GPT-2's language model, with the dropout that its class has by default."""
+    """Return a classifier, or GPT-2's language model, with the default dropout of its class."""
     if kind == "gpt2":
         sizes = {"vocab_size": 32, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
         with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,7 @@ def model_of(kind: str, folder: Path) -> Any:
 
 
 @contextmanager
-def dropping(model: Any) -> Iterator[Adapters]:
+def lane_with_dropout(model: Any) -> Iterator[Adapters]:
     attention_dropout.check_dropout_supported(model, "it")
     adapters = attach(model, catalogue.get("lora"), SETTINGS, base_dropout=True)
     attention_dropout.enable_lane_dropout(model)
@@ -67,8 +67,8 @@ def dropping(model: Any) -> Iterator[Adapters]:
     adapters.detach()
 
 
-class Recorded(TorchFunctionMode):
-    """Gives transformers' own dropout, in training mode, our masks in the order of their use."""
+class GivenMasks(TorchFunctionMode):
+    """Makes transformers' dropout in training mode use given masks, in their order."""
 
     def __init__(self, masks: list[Tensor]) -> None:
         super().__init__()
@@ -84,11 +84,10 @@ class Recorded(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("kind", [*encoders.KINDS, "gpt2"])
-def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
+def test_outputs_equal_those_of_transformers_in_training_mode_with_the_same_masks(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dropout is at the places where transformers has it, and nowhere else, with the same probability: given
-    our masks, its model computes what ours computes. No two masks are the same."""
+    """Dropout has the places and the rate that it has in transformers, and no two masks are equal."""
     model = model_of(kind, tmp_path)
     ids = torch.randint(5, 25, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     real = torch.arange(LENGTH).expand(ROWS, LENGTH) < torch.tensor([[LENGTH], [LENGTH - 5]] * (ROWS // 2))
@@ -100,7 +99,7 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
         return masks[-1]
 
     monkeypatch.setattr(base_dropout, "draw_dropout_masks", drawn)
-    with dropping(model) as adapters, torch.no_grad():
+    with lane_with_dropout(model) as adapters, torch.no_grad():
         with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
             ours = model(**given).logits
         with adapters.activate_lanes(["lane"], 2, rows_per_lane=ROWS):
@@ -125,28 +124,28 @@ def test_it_is_transformers_own_in_training_mode_but_for_the_masks(
         model.train()
         if not kind.startswith("deberta"):
             model.config._attn_implementation = "eager"
-        with plain.activate_lanes(["lane"], None, rows_per_lane=ROWS), Recorded(masks):
+        with plain.activate_lanes(["lane"], None, rows_per_lane=ROWS), GivenMasks(masks):
             theirs = model(**given).logits
-    assert not masks, "it drops out where ours does"
-    if kind == "gpt2":  # what it says at padding means nothing
+    assert not masks, "transformers used all masks"
+    if kind == "gpt2":  # its logits at padding have no meaning
         ours, theirs = ours[real], theirs[real]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_model_is_given_back(attention: str, tmp_path: Path) -> None:
+def test_the_model_is_restored(attention: str, tmp_path: Path) -> None:
     model = model_of("bert", tmp_path)
     model.config._attn_implementation = attention
     before = [(name, type(module), module.training) for name, module in model.named_modules()]
-    with dropping(model):
+    with lane_with_dropout(model):
         assert [(n, type(m), m.training) for n, m in model.named_modules()] != before
         assert model.config._attn_implementation != attention
     assert [(n, type(m), m.training) for n, m in model.named_modules()] == before
     assert model.config._attn_implementation == attention
 
 
-def test_a_workers_rows_get_their_part_of_the_masks(tmp_path: Path) -> None:
-    with dropping(model_of("bert", tmp_path)) as adapters:
+def test_a_worker_draws_the_masks_of_its_own_rows(tmp_path: Path) -> None:
+    with lane_with_dropout(model_of("bert", tmp_path)) as adapters:
         adapters.add_lane("other", SETTINGS, seed=4)
         dropout = next(m for m in adapters.model.modules() if isinstance(m, LaneDropout) and m.p)
         x = torch.ones(2 * ROWS, LENGTH, 32)
@@ -176,9 +175,7 @@ def get(store: Store, one: Configuration) -> Record:
     return record
 
 
-def test_a_lane_gets_in_company_what_it_gets_alone_and_after_a_resumption(
-    store: Store, tmp_path: Path
-) -> None:
+def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store, tmp_path: Path) -> None:
     together = [point(seed, rate=0.003 * (seed + 1)) for seed in range(3)]
     train(Script(leases(together)), store)
     for one in together:
@@ -192,7 +189,7 @@ def test_a_lane_gets_in_company_what_it_gets_alone_and_after_a_resumption(
     assert numbers_of(get(again, together[0])) == numbers_of(solo(together[0], tmp_path))
 
 
-def test_gradient_checkpointing_changes_nothing(store: Store, tmp_path: Path) -> None:
+def test_activation_checkpointing_changes_no_result(store: Store, tmp_path: Path) -> None:
     def recomputing(choice: ModelChoice, task: Task) -> BaseModel:
         bench = tiny_bench(choice, task)
         enable_activation_checkpointing(bench.model)
@@ -203,8 +200,8 @@ def test_gradient_checkpointing_changes_nothing(store: Store, tmp_path: Path) ->
     assert numbers_of(get(store, one)) == numbers_of(solo(one, tmp_path))
 
 
-def test_it_is_off_in_scores_and_another_experiment(tmp_path: Path) -> None:
-    """At a learning rate near zero the scores equal those without dropout; the training losses do not."""
+def test_dropout_is_off_in_evaluation_and_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """At a learning rate near 0, scores equal those without dropout, but training losses do not."""
     on, off = point(rate=1e-30), replace(point(rate=1e-30), base_dropout="off")
     assert on.fingerprint != off.fingerprint
     assert on.group_key != off.group_key
@@ -216,7 +213,7 @@ def test_it_is_off_in_scores_and_another_experiment(tmp_path: Path) -> None:
 # -- what is asked for -----------------------------------------------------------------------------------
 
 
-def test_glue_has_it_and_the_others_have_not() -> None:
+def test_only_glue_tasks_have_base_dropout_by_default() -> None:
     defaults = {name: tasks.get(name).defaults.base_dropout for name in tasks.names()}
     glue = {name for name in defaults if name.startswith("glue_")}
     assert len(glue) == 9
@@ -235,7 +232,7 @@ def test_glue_has_it_and_the_others_have_not() -> None:
         ("letters", "llama", {}, "has type 'llama'; must be one of bert, deberta, "),
     ],
 )
-def test_a_model_without_it_is_refused_in_one_line(
+def test_a_model_without_dropout_is_refused_in_one_line(
     task: str, kind: str, more: dict[str, float], said: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"

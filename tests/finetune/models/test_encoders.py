@@ -1,4 +1,4 @@
-"""Encoders by name as the bases of classification, and pairs of texts on them."""
+"""Encoders as base models of classification, with single texts and pairs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ HEADS = {
     "deberta-v1": ("pooler", "classifier"),
 }
 TYPED = ("bert", "electra")
-"""Those that tell two texts apart by token types."""
+"""The models that have token types."""
 
 
 class Same(Task):
-    """Is the second text the first one?"""
+    """A task that asks whether two texts are equal."""
 
     name = "same"
     title = "equal texts"
@@ -79,16 +79,16 @@ def load(folder: Path) -> BaseModel:
     )
 
 
-def batch_of(bench: BaseModel, length: int = 48, count: int = 16) -> Batch:
-    rows = encode_examples(Same().examples("train", count), Same(), bench.tokenizer, 40)
+def batch_of(base_model: BaseModel, length: int = 48, count: int = 16) -> Batch:
+    rows = encode_examples(Same().examples("train", count), Same(), base_model.tokenizer, 40)
     assert len({len(row.ids) for row in rows}) > 2
-    return pad_rows(rows, length, bench.tokenizer.pad_token_id)
+    return pad_rows(rows, length, base_model.tokenizer.pad_token_id)
 
 
 # -- one model -------------------------------------------------------------------------------------------
 
 
-def test_its_head_begins_as_zeros(kind: str, folders: dict[str, Path]) -> None:
+def test_a_head_is_initialized_to_zero(kind: str, folders: dict[str, Path]) -> None:
     here = load(folders[kind])
     assert here.head_names == HEADS[kind]
     assert (here.is_causal, here.has_token_types) == (False, kind in TYPED)
@@ -96,10 +96,10 @@ def test_its_head_begins_as_zeros(kind: str, folders: dict[str, Path]) -> None:
         assert not compute_logits(here, Same(), batch_of(here))[0].any()
 
 
-def test_one_lane_is_transformers_own_and_padding_changes_nothing(
+def test_logits_of_one_lane_equal_those_of_transformers_without_padding(
     kind: str, folders: dict[str, Path]
 ) -> None:
-    """Against the class that transformers has, each text alone, with its tokenizer's types and no mask."""
+    """transformers' own class computes each text alone, with its tokenizer's types and without a mask."""
     here = load(folders[kind])
     own = AutoModelForSequenceClassification.from_pretrained(folders[kind], num_labels=2).eval()
     words = AutoTokenizer.from_pretrained(folders[kind])
@@ -114,7 +114,7 @@ def test_one_lane_is_transformers_own_and_padding_changes_nothing(
         found.add_lane("y", VariantSettings(rank=4, alpha=8.0), seed=0)
         for name, parameter in found.trainable("y").items():
             parameter.copy_(adapters.trainable("y")[name])
-        for length in (40, 64):  # on either side of where DeBERTa's buckets begin
+        for length in (40, 64):  # DeBERTa has no buckets at the first length, and buckets at the second
             with adapters.activate_lanes(["y"], None, rows_per_lane=16):
                 logits, _ = compute_logits(here, Same(), batch_of(here, length))
             assert logits.std(dim=0).min() > 0.01
@@ -127,8 +127,8 @@ def test_one_lane_is_transformers_own_and_padding_changes_nothing(
                     torch.testing.assert_close(own(**text).logits[0], said, rtol=1e-4, atol=1e-5)
 
 
-def test_a_text_of_all_the_positions_that_there_are(folders: dict[str, Path]) -> None:
-    """RoBERTa's positions begin after its padding's number: 258 of them are 256 tokens."""
+def test_a_text_may_use_all_positions(folders: dict[str, Path]) -> None:
+    """RoBERTa's positions begin after the padding index, so 258 positions are enough for 256 tokens."""
     here = load(folders["roberta"])
     long = [Example("a b " * 90, "same", "c d " * 90)] * 2
     rows = encode_examples(long, Same(), here.tokenizer, 256)
@@ -139,8 +139,8 @@ def test_a_text_of_all_the_positions_that_there_are(folders: dict[str, Path]) ->
         )
 
 
-def test_an_encoder_that_sees_as_a_decoder_does_is_refused(tmp_path: Path) -> None:
-    """Its head would read a token that has seen nothing of the text."""
+def test_a_causal_encoder_is_refused(tmp_path: Path) -> None:
+    """Its head would read the first token, which attends to no other token."""
     folder = encoders.save("bert", tmp_path / "decoder", is_decoder=True)
     choice = ModelChoice(str(folder), base_store.content_hash(folder))
     for call in (loading.build_meta_model, partial(loading.load_base_model, device="cpu")):
@@ -151,7 +151,7 @@ def test_an_encoder_that_sees_as_a_decoder_does_is_refused(tmp_path: Path) -> No
 # -- lanes -----------------------------------------------------------------------------------------------
 
 
-def trained(members: list[Configuration], folder: Path, work: Path) -> list[Record]:
+def train_together(members: list[Configuration], folder: Path, work: Path) -> list[Record]:
     task_file = partial(loading.load_base_model, root=folder, device="cpu")
     model = ModelChoice(str(folder), base_store.content_hash(folder))
     store = Store(work)
@@ -182,22 +182,22 @@ MORE = [pytest.param(kind, marks=pytest.mark.slow) for kind in HEADS if kind not
 
 
 @pytest.mark.parametrize("kind", [*FEW, *MORE])
-def test_they_train_and_lanes_in_company_get_what_they_get_alone(
+def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "same.py"
     path.write_text(USER_FILE)
-    # The same eight rows in every step: what learns brings their loss down.
+    # Every step has the same eight rows, so their loss falls in a model that learns.
     members = [
         configuration(task=str(path), seed=seed, rate=rate, train_size=8)
         for seed, rate in ((0, 1e-2), (1, 3e-3))
     ]
-    together = trained(members, folders[kind], tmp_path / "pack")
+    together = train_together(members, folders[kind], tmp_path / "group")
     assert all(record.provenance.pack_lanes == 2 for record in together)
     for number, one in enumerate(members):
-        (alone,) = trained([one], folders[kind], tmp_path / f"alone-{number}")
+        (alone,) = train_together([one], folders[kind], tmp_path / f"alone-{number}")
         assert numbers_of(alone) == numbers_of(together[number])
-        # Each step changes the loss but the first one, whose rate is 0.
+        # Each step changes the loss, except the first one, whose learning rate is 0.
         assert len({step.loss for step in alone.curve[1:]}) == 7
         assert alone.curve[-1].loss < alone.curve[0].loss
 
@@ -205,7 +205,7 @@ def test_they_train_and_lanes_in_company_get_what_they_get_alone(
 # -- pairs -----------------------------------------------------------------------------------------------
 
 
-def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str, Path]) -> None:
+def test_token_types_reach_only_models_that_have_them_and_are_0_at_padding(folders: dict[str, Path]) -> None:
     here = load(folders["bert"])
     batch = batch_of(here)
     assert batch.token_type_ids is not None
@@ -228,7 +228,7 @@ def test_types_reach_the_models_that_have_them_and_no_padding(folders: dict[str,
         assert torch.equal(given, without) == (kind not in TYPED)
 
 
-def test_single_texts_have_no_types(folders: dict[str, Path]) -> None:
+def test_single_texts_have_no_token_types(folders: dict[str, Path]) -> None:
     words = load(folders["bert"]).tokenizer
     rows = encode_examples([Example("a b", "same"), Example("a b", "same", None)], Same(), words, 40)
     assert [row.second_segment_start for row in rows] == [None, None]
@@ -237,8 +237,8 @@ def test_single_texts_have_no_types(folders: dict[str, Path]) -> None:
     assert pad_rows(mixed, 8, 0).token_type_ids.tolist() == [[0] * 8, [0, 0, 0, 0, 1, 1, 0, 0]]  # type: ignore[union-attr]
 
 
-def reference_cut(first: list[int], second: list[int], most: int) -> tuple[list[int], list[int]]:
-    """As run_glue has always done it: one token at a time off the end of the longer text."""
+def truncate_as_glue_does(first: list[int], second: list[int], most: int) -> tuple[list[int], list[int]]:
+    """Remove one token at a time from the end of the longer text, like GLUE's reference code."""
     first, second = list(first), list(second)
     while len(first) + len(second) > most:
         (first if len(first) > len(second) else second).pop()
@@ -247,7 +247,7 @@ def reference_cut(first: list[int], second: list[int], most: int) -> tuple[list[
 
 @pytest.mark.parametrize("kind", ["roberta", "bert", "deberta"])
 @pytest.mark.parametrize(("a", "b"), [(60, 5), (5, 60), (40, 41), (60, 60), (18, 18), (30, 3)])
-def test_a_long_pair_loses_the_end_of_its_longer_text(
+def test_a_long_pair_is_truncated_at_the_end_of_its_longer_text(
     kind: str, a: int, b: int, folders: dict[str, Path]
 ) -> None:
     words = AutoTokenizer.from_pretrained(folders[kind])
@@ -261,10 +261,10 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
         assert list(row.ids) == whole
         return
     assert len(row.ids) == 40
-    kept_first, kept_second = reference_cut(first, second, 40 - special)
+    kept_first, kept_second = truncate_as_glue_does(first, second, 40 - special)
     found = [i for i in row.ids if i not in words.all_special_ids]
     place = next(n for n, i in enumerate(row.ids[1:], 1) if i in words.all_special_ids) - 1
-    # Where both are cut and an odd token is over, the libraries give it to the one or the other.
+    # If both texts are truncated to an odd total, libraries differ in which text keeps one token more.
     assert abs(place - len(kept_first)) <= 1
     assert found[:place] == first[:place]
     assert found[place:] == second[: len(found) - place]
@@ -274,27 +274,29 @@ def test_a_long_pair_loses_the_end_of_its_longer_text(
     assert row.targets == (*[IGNORE_INDEX] * 39, 1)
 
 
-def test_other_types_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
-    class Odd:
+def test_token_types_other_than_0_and_1_are_refused(folders: dict[str, Path]) -> None:
+    class ThreeTypesTokenizer:
         def __call__(self, *texts: list[str], **rest: object) -> dict[str, list[list[int]]]:
             return {"input_ids": [[1, 2, 3]], "token_type_ids": [[2, 0, 1]]}
 
-    with pytest.raises(UsageError, match="the token types of Odd for two texts are not 0") as caught:
-        encode_examples([Example("a", "same", "b")], Same(), Odd(), 40)
+    with pytest.raises(
+        UsageError, match="the token types of ThreeTypesTokenizer for two texts are not 0"
+    ) as caught:
+        encode_examples([Example("a", "same", "b")], Same(), ThreeTypesTokenizer(), 40)
     assert "\n" not in str(caught.value)
 
 
-def test_a_task_that_encodes_by_itself_cuts_by_itself() -> None:
-    class Own(Same):
+def test_a_task_with_its_own_encode_may_have_its_own_truncation() -> None:
+    class OwnEncode(Same):
         def encode(self, example: Example, tokenizer: object) -> EncodedExample:
             return EncodedExample(tuple(range(50)), (IGNORE_INDEX,) * 50, 50)
 
-    class Cuts(Own):
+    class OwnTruncation(OwnEncode):
         def encode_truncated(self, example: Example, tokenizer: object, max_length: int) -> EncodedExample:
             return EncodedExample((2,) * max_length, (IGNORE_INDEX,) * max_length, max_length, 3)
 
     pair = Example("a", "same", "b")
-    (row,) = encode_examples([pair], Own(), None, 40)
+    (row,) = encode_examples([pair], OwnEncode(), None, 40)
     assert (row.ids, row.second_segment_start) == ((*range(39), 49), None)
-    (row,) = encode_examples([pair], Cuts(), None, 40)
+    (row,) = encode_examples([pair], OwnTruncation(), None, 40)
     assert (row.ids, row.second_segment_start) == ((2,) * 40, 3)

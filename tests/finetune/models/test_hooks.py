@@ -1,4 +1,4 @@
-"""A variant's hooks in a real lane: what they see, that their changes count, that a resumed lane goes on."""
+"""A variant's hooks in a lane: the gradients they receive, the effect of their changes, and resumption."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from variants.baseline.lora import LoRA
 
 
 class Riemannian(LoRA):
-    """Preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): g_A becomes (B^T B + d I)^-1 g_A, g_B
-    becomes g_B (A A^T + d I)^-1. Keeps the gradients that it is given."""
+    """Preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347) that records the gradients it receives.
+
+    g_A becomes (B^T B + d I)^-1 g_A, and g_B becomes g_B (A A^T + d I)^-1.
+    """
 
     damping: ClassVar[float] = 0.1
 
@@ -47,60 +49,60 @@ class Riemannian(LoRA):
         self.seen.append((lane.step, given))
 
 
-def opened(variant: Variant, chosen: list[Configuration], folder: Path) -> LaneGroup:
+def open_group(variant: Variant, chosen: list[Configuration], folder: Path) -> LaneGroup:
     one = chosen[0]
-    bench = tiny_bench(one.model)
+    base_model = tiny_bench(one.model)
     settings = VariantSettings(one.variant.rank, one.variant.alpha, one.variant.dropout)
-    adapters = attach(bench.model, variant, settings)
-    data = TaskData.load(one, tasks.get(one.task.name), bench, adapters, SingleProcessGroup(), folder)
-    return LaneGroup(bench, adapters, data, SingleProcessGroup())
+    adapters = attach(base_model.model, variant, settings)
+    data = TaskData.load(one, tasks.get(one.task.name), base_model, adapters, SingleProcessGroup(), folder)
+    return LaneGroup(base_model, adapters, data, SingleProcessGroup())
 
 
-def placed(pack: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
+def start_lanes(group: LaneGroup, chosen: list[Configuration]) -> list[Lane]:
     lanes = [Lane(Lease(one, 1)) for one in chosen]
     for lane in lanes:
-        lane.initialize(pack.adapters, pack.data.untrained["validation"]["loss"], None)
+        lane.initialize(group.adapters, group.data.untrained["validation"]["loss"], None)
     return lanes
 
 
-def step(pack: LaneGroup, lanes: list[Lane]) -> list[float]:
-    """One optimizer step of each; the norms of their gradients as they were before clipping."""
-    taken = pack.reduce_gradients(pack.backward(lanes))
+def step(group: LaneGroup, lanes: list[Lane]) -> list[float]:
+    """Take an optimizer step of each lane, and return the norms of its gradients before clipping."""
+    taken = group.reduce_gradients(group.backward(lanes))
     for lane, one in zip(lanes, taken, strict=True):
         assert lane.take_optimizer_step(one) is None
     return [one.gradient_norm for one in taken]
 
 
-def total(gradients: dict[str, Tensor]) -> float:
+def total_norm(gradients: dict[str, Tensor]) -> float:
     return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
 
 
 def test_before_step_sees_complete_and_clipped_gradients(tmp_path: Path) -> None:
-    """The same 16 rows at once, or in two micro-batches: the hook is given the same, never above the clip."""
+    """One batch and two micro-batches of the same rows give equal gradients, clipped to the same norm."""
     given = []
     for batch_size, accumulation in ((16, 1), (8, 2)):
         variant = Riemannian()
         one = configuration(batch_size=batch_size, accumulation=accumulation, evaluations=1)
         chosen = [replace(one, optimizer=replace(one.optimizer, clip_norm=0.2))]
-        pack = opened(variant, chosen, tmp_path)
-        lanes = placed(pack, chosen)
+        group = open_group(variant, chosen, tmp_path)
+        lanes = start_lanes(group, chosen)
         clip = chosen[0].optimizer.clip_norm
-        norms = [step(pack, lanes)[0] for _ in range(3)]
+        norms = [step(group, lanes)[0] for _ in range(3)]
         assert [at for at, _ in variant.seen] == [0, 1, 2]
         assert min(norms) < clip < max(norms)
         for norm, (_, gradients) in zip(norms, variant.seen, strict=True):
-            assert total(gradients) == pytest.approx(min(norm, clip), rel=1e-4)
+            assert total_norm(gradients) == pytest.approx(min(norm, clip), rel=1e-4)
         given.append(variant.seen[0][1])
     whole, parts = given
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
-    """Beside AdamW on the preconditioned gradients, by hand."""
+def test_the_optimizer_uses_the_gradients_that_before_step_changes(tmp_path: Path) -> None:
+    """The parameters equal those of AdamW on gradients that the test preconditions itself."""
     variant, chosen = Riemannian(), [configuration(evaluations=1)]
-    pack = opened(variant, chosen, tmp_path)
-    (lane,) = placed(pack, chosen)
+    group = open_group(variant, chosen, tmp_path)
+    (lane,) = start_lanes(group, chosen)
     options = chosen[0].optimizer
     copies = {name: torch.nn.Parameter(p.detach().clone()) for name, p in lane.parameters.items()}
     by_hand = torch.optim.AdamW(
@@ -109,7 +111,7 @@ def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
     for now in range(4):
         before = {name: p.detach().clone() for name, p in lane.parameters.items()}
         by_hand.param_groups[0]["lr"] = lane.learning_rate
-        step(pack, [lane])
+        step(group, [lane])
         for name, gradient in variant.seen[now][1].items():
             layer, parameter = name.rsplit(".", 1)
             a, b = before[f"{layer}.A"], before[f"{layer}.B"]
@@ -129,39 +131,41 @@ def test_the_optimizer_takes_what_before_step_leaves(tmp_path: Path) -> None:
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("delta_lora", "relora")),
     ],
 )
-def test_lanes_with_hooks_do_not_notice_each_other(name: str, tmp_path: Path) -> None:
+def test_lanes_with_hooks_are_independent(name: str, tmp_path: Path) -> None:
     def variant() -> Variant:
         return Riemannian() if name == "riemannian" else catalogue.get(name)
 
     chosen = [configuration(seed=seed, rate=0.003 * (seed + 1), evaluations=1) for seed in range(3)]
-    company = opened(variant(), chosen, tmp_path)
-    lanes = placed(company, chosen)
+    shared_group = open_group(variant(), chosen, tmp_path)
+    lanes = start_lanes(shared_group, chosen)
     for _ in range(8):
-        step(company, lanes)
+        step(shared_group, lanes)
     for one, lane in zip(chosen, lanes, strict=True):
-        pack = opened(variant(), [one], tmp_path)
-        (alone,) = placed(pack, [one])
+        group = open_group(variant(), [one], tmp_path)
+        (alone,) = start_lanes(group, [one])
         for _ in range(8):
-            step(pack, [alone])
+            step(group, [alone])
         for key, parameter in alone.parameters.items():
             assert torch.equal(parameter, lane.parameters[key]), key
-        for key, tensor in pack.adapters.frozen(alone.fingerprint).items():
-            assert torch.equal(tensor, company.adapters.frozen(lane.fingerprint)[key]), key
+        for key, tensor in group.adapters.frozen(alone.fingerprint).items():
+            assert torch.equal(tensor, shared_group.adapters.frozen(lane.fingerprint)[key]), key
 
 
 @cache
-def went_through(name: str, folder: Path) -> tuple[list[Configuration], LaneGroup, Lane, dict[int, Path]]:
-    """A lane after eight steps, and its checkpoints by step."""
+def train_uninterrupted(
+    name: str, folder: Path
+) -> tuple[list[Configuration], LaneGroup, Lane, dict[int, Path]]:
+    """Train a lane for eight steps, and return it with its checkpoints by step."""
     chosen = [configuration(variant=name, evaluations=1)]
-    pack = opened(catalogue.get(name), chosen, folder)
-    (lane,) = placed(pack, chosen)
+    group = open_group(catalogue.get(name), chosen, folder)
+    (lane,) = start_lanes(group, chosen)
     saved = {}
     for now in range(8):
         saved[now] = checkpoint.write(
-            folder / f"at-{now}", lane.make_checkpoint(pack.adapters.frozen(lane.fingerprint))
+            folder / f"at-{now}", lane.make_checkpoint(group.adapters.frozen(lane.fingerprint))
         )
-        step(pack, [lane])
-    return chosen, pack, lane, saved
+        step(group, [lane])
+    return chosen, group, lane, saved
 
 
 @pytest.fixture(scope="module")
@@ -171,16 +175,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("at", [1, 5, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 7))])
 @pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
-def test_a_resumed_lane_ends_as_one_that_went_through(
+def test_a_resumed_lane_ends_like_an_uninterrupted_lane(
     name: str, at: int, folder: Path, tmp_path: Path
 ) -> None:
-    chosen, pack, lane, saved = went_through(name, folder)
-    again = opened(catalogue.get(name), chosen, tmp_path)
+    chosen, group, lane, saved = train_uninterrupted(name, folder)
+    again = open_group(catalogue.get(name), chosen, tmp_path)
     resumed = Lane(Lease(chosen[0], 2))
     resumed.initialize(again.adapters, 3.0, checkpoint.read(saved[at]))
     for _ in range(at, 8):
         step(again, [resumed])
     for key, parameter in lane.parameters.items():
         assert torch.equal(parameter, resumed.parameters[key]), key
-    for key, tensor in pack.adapters.frozen(lane.fingerprint).items():
+    for key, tensor in group.adapters.frozen(lane.fingerprint).items():
         assert torch.equal(tensor, again.adapters.frozen(resumed.fingerprint)[key]), key

@@ -1,3 +1,5 @@
+"""Base models: pretrained by tasks, in folders, on the hub and in packages."""
+
 from __future__ import annotations
 
 import json
@@ -35,7 +37,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny random model as a user may have it: saved by transformers, its tokenizer without a pad token."""
+    """A tiny random model, saved by transformers, whose tokenizer has no padding token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -52,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 # -- a base that a task makes ----------------------------------------------------------------------------
 
 
-def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
+def test_a_task_base_model_is_made_once_and_identified_by_content(root: Path) -> None:
     lines: list[str] = []
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, lines.append)
     assert lines[-1].startswith("pretraining letters-base: step 3 of 3")
@@ -68,7 +70,7 @@ def test_a_task_base_is_made_once_and_known_by_content(root: Path) -> None:
     assert not [path for path in root.iterdir() if path.name.startswith(".") and path.is_dir()]
 
 
-def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(tmp_path: Path) -> None:
+def test_pretraining_does_not_depend_on_threads_or_global_seeds(tmp_path: Path) -> None:
     contents = []
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
@@ -80,41 +82,41 @@ def test_pretraining_gives_the_same_bits_whatever_threads_and_seeds_are_around(t
     assert contents[0] == contents[1]
 
 
-def test_another_recipe_gives_another_base(root: Path) -> None:
+def test_another_recipe_gives_another_base_model(root: Path) -> None:
     other = replace(QUICK, seed=1)
     one, two = (
         model_catalogue.prepare_task_base_model(Letters(recipe), root, silent) for recipe in (QUICK, other)
     )
     assert one != two
-    assert model_catalogue.find_content("letters-base", root) is None  # neither is the real recipe
+    assert model_catalogue.find_content("letters-base", root) is None  # both recipes differ from the real one
     assert len([path for path in root.glob("letters-base-*") if path.is_dir()]) == 2
 
 
-def test_a_task_base_loads_frozen_in_the_dtype_asked_for(root: Path) -> None:
+def test_a_task_base_model_loads_frozen_in_the_chosen_dtype(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     for dtype in ("float32", "bfloat16"):
-        bench = loading.load_base_model(ModelChoice("letters-base", content, dtype), root, "cpu")
-        assert {p.dtype for p in bench.model.parameters()} == {getattr(torch, dtype)}
-        assert not any(p.requires_grad for p in bench.model.parameters())
-        assert not bench.model.training
-        assert bench.tokenizer.pad_token_id == 0
-        ids = bench.tokenizer("unk a b c d e =", return_tensors="pt")["input_ids"]
-        assert bench.model(input_ids=ids).logits.shape == (1, 7, len(bench.tokenizer))
+        base_model = loading.load_base_model(ModelChoice("letters-base", content, dtype), root, "cpu")
+        assert {p.dtype for p in base_model.model.parameters()} == {getattr(torch, dtype)}
+        assert not any(p.requires_grad for p in base_model.model.parameters())
+        assert not base_model.model.training
+        assert base_model.tokenizer.pad_token_id == 0
+        ids = base_model.tokenizer("unk a b c d e =", return_tensors="pt")["input_ids"]
+        assert base_model.model(input_ids=ids).logits.shape == (1, 7, len(base_model.tokenizer))
 
 
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
-    bench = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu")
+    base_model = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu")
     ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::3, 10:] = 0
     with torch.no_grad():
-        together = bench.model(input_ids=ids, attention_mask=mask).logits
-        alone = bench.model(input_ids=ids[8:16], attention_mask=mask[8:16]).logits
+        together = base_model.model(input_ids=ids, attention_mask=mask).logits
+        alone = base_model.model(input_ids=ids[8:16], attention_mask=mask[8:16]).logits
     assert torch.equal(together[8:16], alone)
 
 
-def test_a_base_that_is_not_there_or_was_changed_is_refused(root: Path) -> None:
+def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     with pytest.raises(UsageError, match="prepare it there first"):
         loading.load_base_model(ModelChoice("letters-base", "0" * 64), root)
@@ -127,7 +129,7 @@ def test_a_base_that_is_not_there_or_was_changed_is_refused(root: Path) -> None:
 # -- making once -----------------------------------------------------------------------------------------
 
 
-def test_a_failed_attempt_leaves_nothing_behind(root: Path) -> None:
+def test_a_failed_attempt_leaves_no_files(root: Path) -> None:
     def fails(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise RuntimeError("power cut")
@@ -173,8 +175,8 @@ print(base_store.get_or_create_base(Path(sys.argv[1]), "thing", "r1", make), flu
 """
 
 
-def test_two_processes_at_once_make_one_base(root: Path) -> None:
-    """The second asks for it while the first makes it."""
+def test_two_processes_make_one_base_model(root: Path) -> None:
+    """The second process starts while the first makes the model."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     command = [sys.executable, "-c", MAKES, str(root)]
     with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
@@ -192,46 +194,46 @@ def test_two_processes_at_once_make_one_base(root: Path) -> None:
 # -- folders ---------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_known_by_its_files(folder: Path, root: Path) -> None:
+def test_a_folder_is_identified_by_its_files(folder: Path, root: Path) -> None:
     content = model_catalogue.find_content(str(folder), root)
     (folder / "README.md").write_text("notes")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "0.0.1"}))
     assert (
         model_catalogue.find_content(str(folder), root) == content
-    )  # notes and the writer's version change nothing
+    )  # a README and the version of transformers are not content
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
     assert model_catalogue.find_content(str(folder), root) != content
 
 
-def test_a_folder_loads_from_any_working_folder_with_a_padding_token(
+def test_a_folder_loads_from_any_working_directory_with_a_padding_token(
     folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
     content = model_catalogue.prepare_base_model("./mine", root, silent)
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
-    bench = loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
-    assert bench.tokenizer.pad_token == bench.tokenizer.eos_token == "<eos>"
-    assert bench.device == torch.device("cpu")
+    base_model = loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
+    assert base_model.tokenizer.pad_token == base_model.tokenizer.eos_token == "<eos>"
+    assert base_model.device == torch.device("cpu")
 
     (folder / "config.json").write_text((folder / "config.json").read_text() + " \n")
-    loading.load_base_model(ModelChoice("./mine", content), root, "cpu")  # blanks in JSON are not content
+    loading.load_base_model(ModelChoice("./mine", content), root, "cpu")  # white space in JSON is not content
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds content"):
         loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
 
 
-def test_weights_that_are_overwritten_after_they_were_loaded_change_nothing(folder: Path, root: Path) -> None:
-    """Their content is checked when they are loaded, and on a CPU safetensors maps the file into memory."""
+def test_overwriting_weight_files_does_not_change_a_loaded_model(folder: Path, root: Path) -> None:
+    """On a CPU, safetensors maps the file into memory, but its content is verified only on loading."""
     content = model_catalogue.prepare_base_model(str(folder), root, silent)
-    bench = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu")
-    before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
+    base_model = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu")
+    before = {name: tensor.clone() for name, tensor in base_model.model.state_dict().items()}
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         file.write(b"\x3f" * 4096)
     assert base_store.content_hash(folder) != content
-    after = bench.model.state_dict()
+    after = base_model.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -240,7 +242,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, root: Path) -> None
         model_catalogue.find_content(str(tmp_path), root)
 
 
-def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, root: Path) -> None:
     words = tokenizer()
     words.eos_token = None
     words.save_pretrained(folder)
@@ -254,7 +256,7 @@ def test_a_tokenizer_without_an_end_is_refused(folder: Path, root: Path) -> None
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
-    """transformers makes a tokenizer of special tokens alone: all texts would be the same to the model."""
+    """transformers would make a tokenizer of special tokens alone, to which all texts look the same."""
     folder = encoders.save(kind, tmp_path / kind)
     choice = ModelChoice(str(folder), base_store.content_hash(folder))
     assert len(loading.load_processor(choice, root, catalogue.get("reviews"))) > 5
@@ -265,10 +267,10 @@ def test_a_folder_without_the_tokenizers_words_is_refused(kind: str, root: Path,
         loading.load_processor(choice, root, catalogue.get("reviews"))
 
 
-def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+def test_a_model_with_custom_code_is_refused_without_a_prompt(
     folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers asks at the terminal whether to run it."""
+    """transformers would ask at the terminal whether to run the code."""
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
     config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -286,7 +288,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
     ("name", "hint"),
     [("smolm2-135", "Did you mean 'smollm2-135m'"), ("./gone", "Choose from"), ("a/b/c", "no such folder")],
 )
-def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_known_name(name: str, hint: str, root: Path) -> None:
     for call in (model_catalogue.find_content, model_catalogue.prepare_base_model):
         with pytest.raises(UsageError, match=hint):
             call(name, root)
@@ -295,14 +297,16 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, hint: str, root:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The local cache of a machine without a hub. The library reads HF_HUB_OFFLINE and HF_HUB_CACHE when it
-    is imported; what is set here says the same."""
+    """The hub cache of a machine that cannot reach the hub.
+
+    The library reads HF_HUB_OFFLINE and HF_HUB_CACHE on import, so their values are set in it directly.
+    """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def test_a_hub_model_out_of_reach_says_what_to_set_in_one_line(root: Path, cache: Path) -> None:
+def test_an_unreachable_hub_model_is_one_line_with_remedies(root: Path, cache: Path) -> None:
     with pytest.raises(UsageError) as caught:
         model_catalogue.prepare_base_model("some-lab/some-model", root, silent)
     said = str(caught.value)
@@ -326,8 +330,8 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
         == model_catalogue.find_content(name, root)
         == commit
     )
-    bench = loading.load_base_model(ModelChoice(name, commit), root, "cpu")
-    assert (type(bench.model).__name__, bench.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
+    base_model = loading.load_base_model(ModelChoice(name, commit), root, "cpu")
+    assert (type(base_model.model).__name__, base_model.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
 
     os.truncate(repository / "snapshots" / commit / "model.safetensors", 5000)
     (repository / "refs" / "main").write_text(commit)
@@ -338,8 +342,8 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
     assert model_catalogue.find_content(name, root) == commit, "what is not in the cache will be downloaded"
 
 
-def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
-    """No token is missing, and the hub can be read."""
+def test_a_damaged_file_in_the_hub_cache_is_named(folder: Path, root: Path, cache: Path) -> None:
+    """The error does not advise on tokens or the hub, which are not the cause."""
     name, commit = "some-lab/some-model", "1" * 40
     repository = cache / "models--some-lab--some-model"
     (repository / "refs").mkdir(parents=True)
@@ -355,7 +359,7 @@ def test_a_torn_file_in_the_hubs_cache_is_named(folder: Path, root: Path, cache:
         assert "HF_TOKEN" not in str(caught.value)
 
 
-def test_a_download_that_fails_says_why_in_one_line(
+def test_a_failed_download_is_one_line_with_the_reason(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -1,4 +1,4 @@
-"""A model folder's weights are judged by their headers, as transformers' own loader judges them."""
+"""Checks of weight files by their headers accept and refuse what transformers accepts and refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a small model that has learnt nothing."""
+    """Return the folder of a small model, trained for one step."""
     folder = tmp_path_factory.mktemp("base")
     with suppress_transformers_logging():
         Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
-    """Return a copy of that folder, to be changed."""
+    """Return a copy of that folder, which a test may change."""
     return Path(shutil.copytree(base, tmp_path / "m"))
 
 
@@ -52,19 +52,19 @@ def one(folder: Path) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Take the weights out of the folder and return them."""
+    """Remove the weight file from the folder and return its tensors."""
     found = load_file(one(folder))
     one(folder).unlink()
     return found
 
 
 def cut(file: Path, size: int = -1) -> None:
-    """Cut `file` to `size` bytes; by default to half of them."""
+    """Truncate a file to `size` bytes, by default to half its size."""
     os.truncate(file, file.stat().st_size // 2 if size < 0 else size)
 
 
 def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write a safetensors file anew with another header."""
+    """Change the header of a safetensors file."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
@@ -108,13 +108,13 @@ def index_cut(folder: Path) -> None:
 
 
 def pickled(folder: Path, **options: Any) -> Path:
-    """Keep the weights as torch.save does, and return the file."""
+    """Replace the weights by a file of torch.save, and return it."""
     torch.save(tensors(folder), folder / "pytorch_model.bin", **options)
     return folder / "pytorch_model.bin"
 
 
 class Planted:
-    """Runs code when a pickle with it is opened."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("planted",)
@@ -124,8 +124,8 @@ def planted(folder: Path) -> None:
     torch.save({**tensors(folder), "more": Planted()}, folder / "pytorch_model.bin")
 
 
-def holed(folder: Path) -> None:
-    """Keep beginning and end of a torch.save file, with the list of what is in it, and not the rest."""
+def remove_middle(folder: Path) -> None:
+    """Keep the beginning of a torch.save file and its end, which lists its members, and remove the rest."""
     file = pickled(folder)
     data = file.read_bytes()
     file.write_bytes(data[:20] + data[-2000:])
@@ -176,7 +176,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a plain pickle": (lambda f: pickled(f).write_bytes(pickle.dumps({"a": 1})), "is no file of torch.save"),
     "torch.save's cut": (lambda f: cut(pickled(f)), "is no file of torch.save"),
-    "torch.save's with a hole": (holed, "pytorch_model.bin"),
+    "torch.save's with a hole": (remove_middle, "pytorch_model.bin"),
     "torch.save's with code": (planted, "mkdir"),
     "an index of a file elsewhere": (
         lambda f: indexed(
@@ -224,7 +224,7 @@ def test_what_transformers_cannot_load_is_one_line(
 
 
 def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) -> None:
-    """transformers would draw what is lacking at random, with a warning that nobody sees."""
+    """transformers would draw the missing weights at random and only log a warning."""
     found = tensors(folder)
     save_file({f"other.{name}": tensor for name, tensor in found.items()}, one(folder), {"format": "pt"})
     content = model_catalogue.find_content(str(folder), tmp_path)
@@ -233,61 +233,81 @@ def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) ->
         loading.load_base_model(ModelChoice(str(folder), content), tmp_path)
 
 
-def changed(folder: Path, **values: Any) -> None:
+def change_config(folder: Path, **values: Any) -> None:
     """Set values in the model's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the weights in their file."""
     found = tensors(folder)
     change(found)
     save_file(found, one(folder), {"format": "pt"})
 
 
-def spoilt(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Return a function that sets one number of the first weight with `key` in its name."""
+def set_first_number(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that sets the first number of the first weight with `key` in its name."""
     return lambda found: next(found[name] for name in sorted(found) if key in name).view(-1)[0].fill_(value)
 
 
-def without(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
-    """Return a function that takes the weights with `key` in their names away."""
+def remove_weights(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    """Return a function that removes the weights with `key` in their names."""
     return lambda found: [found.pop(name) for name in list(found) if key in name]
 
 
 QUERY = "encoder.layer.1.attention.self.query"
 OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "wider layers": ("label", lambda f: changed(f, intermediate_size=48), r"size \[64\].*asks for \[48\]"),
-    "more tokens": ("label", lambda f: changed(f, vocab_size=300), r"word_embeddings.*asks for \[300, 32\]"),
-    "more positions": ("label", lambda f: changed(f, max_position_embeddings=300), "position_embeddings"),
-    "wider layers, and answers": ("forced", lambda f: changed(f, intermediate_size=48), r"asks for .*48"),
+    "wider layers": (
+        "label",
+        lambda f: change_config(f, intermediate_size=48),
+        r"size \[64\].*asks for \[48\]",
+    ),
+    "more tokens": (
+        "label",
+        lambda f: change_config(f, vocab_size=300),
+        r"word_embeddings.*asks for \[300, 32\]",
+    ),
+    "more positions": (
+        "label",
+        lambda f: change_config(f, max_position_embeddings=300),
+        "position_embeddings",
+    ),
+    "wider layers, and answers": (
+        "forced",
+        lambda f: change_config(f, intermediate_size=48),
+        r"asks for .*48",
+    ),
     "fewer blocks": (
         "label",
-        lambda f: changed(f, num_hidden_layers=1),
+        lambda f: change_config(f, num_hidden_layers=1),
         "asks for 1 blocks in bert.encoder.layer",
     ),
     "fewer blocks, and answers": (
         "forced",
-        lambda f: changed(f, num_hidden_layers=1),
+        lambda f: change_config(f, num_hidden_layers=1),
         "1 blocks in model.layers",
     ),
     "a layer that is not there": (
         "label",
-        lambda f: rewritten(f, without(QUERY)),
+        lambda f: change_weights(f, remove_weights(QUERY)),
         f"no weights for bert.{QUERY}",
     ),
     "half a layer": (
         "label",
-        lambda f: rewritten(f, without(f"{QUERY}.bias")),
+        lambda f: change_weights(f, remove_weights(f"{QUERY}.bias")),
         f"no weights for bert.{QUERY}",
     ),
     "a number that is none": (
         "forced",
-        lambda f: rewritten(f, spoilt("up_proj", float("nan"))),
+        lambda f: change_weights(f, set_first_number("up_proj", float("nan"))),
         "not finite",
     ),
-    "an infinite number": ("label", lambda f: rewritten(f, spoilt(QUERY, float("inf"))), "not finite"),
+    "an infinite number": (
+        "label",
+        lambda f: change_weights(f, set_first_number(QUERY, float("inf"))),
+        "not finite",
+    ),
 }
 
 
@@ -307,7 +327,7 @@ def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
 
 
 def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
-    """transformers would load the adapter's base, whatever the folder holds, and the adapter on it."""
+    """transformers would load the adapter and its base model in place of the model in the folder."""
     (folder / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}'
     )
@@ -316,13 +336,13 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
 
 
 def test_quantised_weights_are_refused_by_the_configuration(folder: Path, tmp_path: Path) -> None:
-    changed(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UsageError, match=r"quantised \(quantization_config\)"):
         loading.build_meta_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, Letters(RECIPE))
 
 
 def test_only_headers_are_read(folder: Path) -> None:
-    """A file of 64 GiB, all of it holes: reading it would take longer than a test may."""
+    """The test would time out if it read the file, a sparse one of 64 GiB."""
     size = 64 * 2**30
     header = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
@@ -331,7 +351,7 @@ def test_only_headers_are_read(folder: Path) -> None:
     weight_files.check_weight_files(folder, "m")
 
 
-def test_of_a_hubs_cache_only_what_is_there_is_looked_at(folder: Path) -> None:
+def test_missing_files_in_a_hub_cache_are_accepted(folder: Path) -> None:
     sharded(folder).unlink()
     weight_files.check_weight_files(folder, "m", complete=False)
     cut(folder / "model-00001-of-00002.safetensors")
@@ -342,7 +362,7 @@ def test_of_a_hubs_cache_only_what_is_there_is_looked_at(folder: Path) -> None:
     weight_files.check_weight_files(folder, "m", complete=False)
 
 
-def test_the_names_are_those_of_transformers() -> None:
+def test_weight_file_names_are_those_of_transformers() -> None:
     assert weight_files.WEIGHT_FILE_NAMES == (
         SAFE_WEIGHTS_NAME,
         SAFE_WEIGHTS_INDEX_NAME,
