@@ -107,7 +107,7 @@ class FetchModel(StoreLocation):
 
     def run(self) -> int:
         """Prepare the base model and return the exit code."""
-        from orchestrator.finetune.models.loading import prepare_base_model
+        from orchestrator.finetune.models.catalogue import prepare_base_model
         from orchestrator.record.store import Store
 
         content = prepare_base_model(self.name, Store(self.store_folder).bases, progress=print)
