@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from orchestrator.study.options import CLUSTER_FILE, StudyOptions
 from orchestrator.study.retired_options import check_retired_options
-from orchestrator.util.command import print_status
+from orchestrator.util.status_line import print_status
 
 Options = TypeVar("Options", bound=StudyOptions)
 

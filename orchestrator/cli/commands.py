@@ -14,8 +14,8 @@ from orchestrator.cli.arguments import flatten_arguments, grouped_arguments
 from orchestrator.study.option_groups import default_output
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.retired_options import check_retired_options
-from orchestrator.util.command import print_status
 from orchestrator.util.errors import UsageError
+from orchestrator.util.status_line import print_status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from orchestrator.execution.trainers.pool import LaneCounts, TrainerPool
 from orchestrator.execution.tune.trial_events import ABORTED, PendingStops
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.util import timeouts
-from orchestrator.util.command import interrupt_main_thread
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.graceful_interrupts import interrupt_main_thread
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 
 class StudyMonitor(threading.Thread):

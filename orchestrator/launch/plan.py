@@ -25,7 +25,7 @@ from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER, StudyOptions
-from orchestrator.util.command import format_command
+from orchestrator.util.graceful_interrupts import format_command
 
 STARTUP_SECONDS = 25.0
 """How long Ray and the first trainer take to start."""

@@ -13,7 +13,8 @@ from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
 from orchestrator.util import timeouts
-from orchestrator.util.command import EXIT_LIMIT_REACHED, graceful_interrupts
+from orchestrator.util.command import EXIT_LIMIT_REACHED
+from orchestrator.util.graceful_interrupts import graceful_interrupts
 
 if TYPE_CHECKING:
     from orchestrator.record.mlflow.writer import MlflowWriter

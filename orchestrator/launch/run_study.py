@@ -25,8 +25,8 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
-from orchestrator.util.command import format_command
 from orchestrator.util.errors import UsageError, describe_disk_error
+from orchestrator.util.graceful_interrupts import format_command
 
 
 def run_study(

@@ -17,7 +17,7 @@ from orchestrator.record.scratch import scratch_folder
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import DEFAULT_LANES_PER_TRAINER
 from orchestrator.util import timeouts
-from orchestrator.util.command import graceful_interrupts
+from orchestrator.util.graceful_interrupts import graceful_interrupts
 
 if TYPE_CHECKING:
     from orchestrator.execution.trainers.pool import PoolConfig

@@ -1,4 +1,4 @@
-"""What a user gets to read: one line that names the value, the rule and the nearest right choice."""
+"""Errors for the user: one line that names the value, the rule and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ _ADVICE = {
     errno.ESTALE: "mount its file system again",
     errno.ENOTCONN: "mount its file system again",
 }
-"""What the user can do about a disk's error, by its errno."""
+"""What the user can do about an error of a disk, by errno."""
 
 
 class UsageError(Exception):
-    """A wrong value from outside. Its text is one line, or one for each of several reasons; commands print
-    it, without a traceback."""
+    """A wrong value from a command line, a file or the environment.
+
+    Its text is one line, or one line for each of several reasons. Commands print it without a traceback and
+    exit with code 2.
+    """
 
 
 class StudyError(Exception):
-    """Something outside the user's command went wrong and the study cannot go on. Its text is one line;
-    commands print it without a traceback, exit code 1."""
+    """A failure outside the user's command that ends the study, such as a lost cluster.
+
+    Its text is one line. Commands print it without a traceback and exit with code 1.
+    """
 
 
 def describe_disk_error(error: BaseException | None) -> str:
-    """Return a line for the user if an error says that a disk is full or cannot be used.
+    """Describe an error of a disk that is full or cannot be used.
 
     Args:
-        error: The error; its causes are looked at, too.
+        error: Any error; its causes are searched, too.
 
     Returns:
-        The line; empty if neither the error nor one of its causes says so.
+        A line for the user with what to do; empty if neither the error nor a cause of it is a disk's.
     """
     if error is None:
         return ""
-    found = re.search(r"\(os error (\d+)\)", str(error))  # in safetensors' own errors
+    found = re.search(r"\(os error (\d+)\)", str(error))  # from safetensors
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number not in _ADVICE:
         return describe_disk_error(error.__cause__)
@@ -50,18 +55,25 @@ def describe_disk_error(error: BaseException | None) -> str:
 
 
 def suggest_nearest(value: str, choices: Iterable[str]) -> str:
-    """A suggestion to put behind a message about an unknown name: the nearest choice, or all of them."""
+    """Return a suggestion for a message about an unknown name.
+
+    Args:
+        value: The unknown name.
+        choices: The valid names.
+
+    Returns:
+        A sentence with the nearest choice or, if none is near, with all of them.
+    """
     choices = sorted(choices)
     close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Choose from: {', '.join(choices)}."
 
 
 def quote_value(value: str) -> str:
-    """Return `value` in quotation marks, control characters escaped, without the middle of a long one."""
+    """Return `value` in quotation marks, with control characters escaped and a long middle left out."""
     return repr(value if len(value) <= 80 else f"{value[:50]}...{value[-20:]}")
 
 
 def format_error(error: BaseException) -> str:
-    """Return the type and the text of an error from a library or a user's code, in one line, cut at 300
-    characters."""
+    """Return type and text of an error in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

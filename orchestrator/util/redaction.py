@@ -1,7 +1,7 @@
-"""What may be in no file, message or process listing: passwords in URIs, the environment's secrets.
+"""Removal of secrets from everything that is written: passwords in URIs, secret environment variables.
 
-A secret is used from where it is: the environment, a command line. What this project writes, or has others
-write (records with their tracebacks, MLflow's tags, reports, logs), goes through `without_secrets` first.
+Secrets are read where the user has put them, in the environment or on a command line. All text that is
+written (records with their tracebacks, MLflow's tags, reports, logs) goes through `redact_secrets` first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REDACTED = "***"
-"""In place of a secret."""
+"""The text that replaces a secret."""
 
 _SECRET_NAMES = re.compile(r"(?i)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(API|ACCESS|SECRET)_?KEY)$")
-_MIN_SECRET_LENGTH = (
-    8  # characters: shorter ones are everyday words, too, and would make holes in every traceback
-)
+_MIN_SECRET_LENGTH = 8  # shorter values are everyday words, too, and would make holes in every traceback
 _URI_SECRETS = (
     re.compile(r"(://[^/@:\s]*:)(\S*)(?=@)"),
     re.compile(r"(?i)([?&]\w*(?:password|passwd|pwd|token|secret)\w*=)([^&\s]+)"),
@@ -28,8 +26,11 @@ _URI_SECRETS = (
 
 
 def redact_secrets(text: str) -> str:
-    """`text` with stars for the passwords of the URIs in it (u:***@host, ?password=***) and for the values of
-    this process's variables whose names end like HF_TOKEN, AWS_SECRET_ACCESS_KEY, PGPASSWORD."""
+    """Return `text` with stars in place of secrets.
+
+    Secrets are passwords in URIs (u:***@host, ?password=***) and the values of environment variables whose
+    names end like HF_TOKEN, AWS_SECRET_ACCESS_KEY or PGPASSWORD.
+    """
     return _redact(text, lambda secret: REDACTED)
 
 
@@ -39,7 +40,7 @@ def _redact(text: str, mask: Callable[[str], str]) -> str:
         for name, value in os.environ.items()
         if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAMES.search(name)
     }
-    for value in sorted(known, key=len, reverse=True):  # one may be a part of another
+    for value in sorted(known, key=len, reverse=True):  # one value may contain another
         text = text.replace(value, mask(value))
     for pattern in _URI_SECRETS:
         text = pattern.sub(lambda found: found[1] + mask(found[2]), text)
@@ -48,8 +49,16 @@ def _redact(text: str, mask: Callable[[str], str]) -> str:
 
 @contextmanager
 def redact_errors(*preserved_types: type[Exception]) -> Iterator[None]:
-    """An error that says a secret is raised again without it, as what it was for the types `kept`, else as a
-    RuntimeError with the old one's traceback for words: whoever catches it (Ray) may log all of it."""
+    """Replace an error raised inside the block by one without secrets, if its traceback contains any.
+
+    The caller (Ray) may log the whole error.
+
+    Args:
+        *preserved_types: Error types that are raised again as the same type.
+
+    Raises:
+        RuntimeError: An error of another type contained a secret; the text is its redacted traceback.
+    """
     try:
         yield
     except Exception as error:
@@ -62,13 +71,15 @@ def redact_errors(*preserved_types: type[Exception]) -> Iterator[None]:
 
 
 def redact_process_arguments() -> None:
-    """Writes stars over the passwords in this process's own command line: everybody on a machine may read it
-    (`ps`), and Ray keeps it as the job's entry point. Only on Linux. `sys.argv` stays."""
+    """Overwrite the passwords in this process's command line, on Linux. `sys.argv` is not changed.
+
+    Everybody on the machine can read a command line (`ps`), and Ray stores it as the entry point of a job.
+    """
     with suppress(OSError, ValueError, IndexError):
         line = Path("/proc/self/cmdline").read_bytes()
         words = [_redact(os.fsdecode(word), _mask_same_length) for word in line.split(b"\0")]
         hidden = b"\0".join(map(os.fsencode, words))
-        # After the name, which may hold anything: the fields from the third on; see proc(5), arg_start.
+        # The process name may hold anything, so the fields are counted behind it; see proc(5), arg_start.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         first, last = int(fields[45]), int(fields[46])
         if hidden != line and first and last - first == len(hidden):
@@ -76,5 +87,5 @@ def redact_process_arguments() -> None:
 
 
 def _mask_same_length(secret: str) -> str:
-    """As many bytes: the words of a command line lie one behind the other."""
+    """Return stars of the same length in bytes, because the words of a command line are adjacent."""
     return "*" * len(os.fsencode(secret))

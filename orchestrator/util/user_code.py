@@ -1,4 +1,4 @@
-"""Report what goes wrong in a user's Python file in one line."""
+"""One-line errors for a user's Python file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from orchestrator.util.errors import StudyError, UsageError, format_error
 
 @contextmanager
 def report_user_errors(name: str, action: str) -> Iterator[None]:
-    """Turn what the code of the task `name` raises into a BadInput of one line, if the task is a user's file.
+    """Turn an error in a user's task file into a UsageError of one line.
 
-    SystemExit and all other BaseExceptions as well: sys.exit in the file would end the study, with an exit
-    code of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
+    This includes SystemExit and other BaseExceptions, because sys.exit in the file would end the study with
+    an exit code of its own. Errors of the project's own tasks are bugs and keep their tracebacks.
 
     Args:
-        name: The task's name; a user's is the path of its file.
-        doing: What fails, in words that follow the name.
+        name: Name of the task; for a user's task, the path of its file.
+        action: What failed, as a phrase that follows the name in the message.
 
     Raises:
-        BadInput: The code of the file raised anything but BadInput, Trouble or KeyboardInterrupt.
+        UsageError: The file raised anything but UsageError, StudyError or KeyboardInterrupt.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def report_user_errors(name: str, action: str) -> Iterator[None]:
         ]
         where = f" (line {lines[-1]})" if lines else ""
         if isinstance(error, SystemExit):
-            said = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
+            problem = f"sys.exit({'' if error.code is None else error.code}) would end the study; take it out"
         else:
-            said = format_error(error)
-        raise UsageError(f"Task file {name!r}{where} {action}: {said}") from error
+            problem = format_error(error)
+        raise UsageError(f"Task file {name!r}{where} {action}: {problem}") from error

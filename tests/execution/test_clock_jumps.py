@@ -24,7 +24,7 @@ from orchestrator.execution.trainers.pool import PoolConfig, TrainerPool
 from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.record.store import Store
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 HOUR = 3600.0
 Jump = Callable[[float], None]

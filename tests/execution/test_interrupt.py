@@ -26,12 +26,12 @@ THREE = (*RATES, "--task", str(TASK), "--steps", str(STEPS), "--trainers", "1", 
 # The signal comes at the moment when Ray has put its own handler in the place of ours.
 SIGTERM_WHILE_RAY_STARTS = """
 import os, signal
-from orchestrator.util.command import _interrupt_handler
+from orchestrator.util.graceful_interrupts import interrupt_handler
 set_handler = signal.signal
 
 def and_terminate(number, handler):
     before = set_handler(number, handler)
-    if number == signal.SIGTERM and handler != _interrupt_handler.heard:
+    if number == signal.SIGTERM and handler != interrupt_handler.handle_signal:
         os.kill(os.getpid(), signal.SIGTERM)
     return before
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from orchestrator.finetune.sources import hub_data
-from orchestrator.util import command
+from orchestrator.util import graceful_interrupts
 
 ROOT = Path(__file__).parents[2]
 ORCHESTRATOR = ROOT / "orchestrator" / "__main__.py"
@@ -40,7 +40,7 @@ class Ended:
 Run = Callable[..., Ended]
 
 
-class _LeavesSignals(command._InterruptHandler):
+class _LeavesSignals(graceful_interrupts.InterruptHandler):
     """Installs no signal handlers and starts no thread: both would stay in the test process.
     `tests/util/test_command.py` shows what they do, in processes of their own."""
 
@@ -56,7 +56,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is the case that is tested, on any machine
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(command, "_interrupt_handler", _LeavesSignals())
+    monkeypatch.setattr(graceful_interrupts, "interrupt_handler", _LeavesSignals())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for name in ("_pin_folder", "_add_pins"):
         monkeypatch.setattr(hub_data, name, getattr(hub_data, name))

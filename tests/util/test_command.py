@@ -17,7 +17,8 @@ from terminal import CTRL_C, Terminal, hides_cursor
 LOOP = "while not done.wait(0.05): pass"
 HEAD = """
 import subprocess, sys, threading, time
-from orchestrator.util.command import graceful_interrupts; from orchestrator.util.command import interrupt_main_thread; from orchestrator.util.command import main
+from orchestrator.util.command import main
+from orchestrator.util.graceful_interrupts import exit_on_interrupt, graceful_interrupts, interrupt_main_thread
 from orchestrator.util.errors import StudyError
 done = threading.Event()
 def started():
@@ -69,8 +70,8 @@ def test_inside_gently_the_work_ends_by_itself(number):
 
 def test_another_thread_may_let_go_of_work_that_does_not_end():
     body = (
-        "from orchestrator.util import command\n"
-        "command._interrupt_handler._wait_for_signal = lambda seconds: threading.Event().wait()  # only `interrupt_main_thread` ends it\n"
+        "from orchestrator.util.graceful_interrupts import interrupt_handler\n"
+        "interrupt_handler._wait_for_signal = lambda seconds: threading.Event().wait()\n"
         "try:\n    with graceful_interrupts(lambda: threading.Thread(target=interrupt_main_thread).start()):\n"
         "        started()\n        threading.Event().wait()\nfinally:\n    print('tidied up')"
     )
@@ -106,7 +107,8 @@ def test_a_library_that_takes_the_signals_does_not_keep_them():
 
 
 DROPPED = """
-from orchestrator.util import command, timeouts
+from orchestrator.util import timeouts
+from orchestrator.util.graceful_interrupts import interrupt_handler
 dropped = threading.Event()
 class Dropping:
     def __del__(self):  # as in a callback of Python's imports, nobody gets an exception of this
@@ -115,7 +117,7 @@ class Dropping:
 def patience(seconds):
     assert seconds == timeouts.INTERRUPT_TIMEOUT_SECONDS
     dropped.wait()
-command._interrupt_handler._wait_for_signal = patience
+interrupt_handler._wait_for_signal = patience
 Dropping()
 """
 """After a signal the process is ended from outside of the main thread as soon as `dropped` is set."""
@@ -123,7 +125,7 @@ Dropping()
 
 @pytest.mark.parametrize(
     "then",
-    ["with command.exit_on_interrupt():\n    time.sleep(600)", f"dropped.set()\n{LOOP}"],
+    ["with exit_on_interrupt():\n    time.sleep(600)", f"dropped.set()\n{LOOP}"],
     ids=["before Ray starts", "elsewhere"],
 )
 def test_an_interrupt_that_python_drops_is_not_lost(then):
@@ -139,7 +141,7 @@ def test_an_interrupt_that_python_drops_is_not_lost(then):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
     body = (
-        "import hashlib, signal\nfrom orchestrator.util.command import exit_on_interrupt\n"
+        "import hashlib, signal\n"
         "with exit_on_interrupt(lambda: print('closed', flush=True)):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "    started()\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
@@ -167,7 +169,7 @@ def test_trouble_is_one_line_and_1():
 
 
 ENDED_BY_A_THREAD = """
-from orchestrator.util.command import exit_with_error
+from orchestrator.util.graceful_interrupts import exit_with_error
 def last():
     print("last", flush=True)
     {last}
@@ -198,7 +200,6 @@ import tempfile
 from pathlib import Path
 from rich.console import Console
 from orchestrator.execution.progress import Progress
-from orchestrator.util import command
 folder = Path(tempfile.mkdtemp())
 progress = Progress(folder, 5, 0, Console(file=sys.stdout))
 def started():

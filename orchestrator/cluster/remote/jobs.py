@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from orchestrator.util import timeouts
-from orchestrator.util.command import EXIT_INTERRUPTED
 from orchestrator.util.errors import StudyError
+from orchestrator.util.graceful_interrupts import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cluster.remote import cluster_file, command_line, head, source_digest
 from orchestrator.cluster.remote.jobs import JobClient
 from orchestrator.study.options import StudyOptions
-from orchestrator.util.command import EXIT_INTERRUPTED, format_command, print_on_own_line
 from orchestrator.util.errors import StudyError, UsageError
+from orchestrator.util.graceful_interrupts import EXIT_INTERRUPTED, format_command
+from orchestrator.util.status_line import print_on_own_line
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails

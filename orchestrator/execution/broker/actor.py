@@ -22,7 +22,7 @@ from orchestrator.record import provenance
 from orchestrator.record.schema import Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from orchestrator.execution.broker.lane_entry import HeldLane
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record.schema import RecordState
 from orchestrator.util import timeouts
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 BROKER_NAME = "broker"
 """Name of the broker's actor in the Ray namespace of the study."""

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 
 from orchestrator.execution.ray.runtime import Cluster, is_listening
 from orchestrator.util import timeouts
-from orchestrator.util.command import exit_with_error, format_command
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.graceful_interrupts import exit_with_error, format_command
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 RECONNECT_TIMEOUT_VARIABLE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 

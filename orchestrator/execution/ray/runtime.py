@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 import orchestrator
 from orchestrator.execution.ray import auth_token, cleanup, private
-from orchestrator.util.command import exit_on_interrupt
 from orchestrator.util.errors import StudyError, UsageError, format_error
+from orchestrator.util.graceful_interrupts import exit_on_interrupt
 
 TRAINER_MEMORY_BYTES = (
     2 * 2**30

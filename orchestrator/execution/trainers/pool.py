@@ -17,7 +17,7 @@ from orchestrator.execution.trainers.storage_visibility import StorageVisibility
 from orchestrator.execution.trainers.trainer import TrainerSpec
 from orchestrator.execution.trainers.trainer_run import TrainerRun
 from orchestrator.util import timeouts
-from orchestrator.util.watched_clock import SuspendTolerantClock
+from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 CONTROLLER_BYTES = 256 * 2**20
 """Memory of a trainer's Train controller; 247 MiB were measured on Linux x86-64."""

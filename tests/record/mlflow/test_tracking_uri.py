@@ -18,8 +18,8 @@ from orchestrator.record.mlflow.tracking_uri import (
 )
 from orchestrator.record.store import Store
 from orchestrator.util import timeouts
-from orchestrator.util.command import format_command
 from orchestrator.util.errors import UsageError
+from orchestrator.util.graceful_interrupts import format_command
 
 
 @pytest.mark.parametrize(
