@@ -131,7 +131,7 @@ REFERENCES = {
     "head_only": Reference(None, models=("headed",)),
 }
 ADALORA_FIXED_RANKS = _adalora(orthogonality=0.0, final=4)
-"""AdaLoRA with fixed ranks in the last steps. The orthogonality loss, which then deviates from PEFT, is off."""
+"""AdaLoRA with fixed ranks in the last steps. The orthogonality loss is off, as it deviates from PEFT's."""
 
 
 def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapters:

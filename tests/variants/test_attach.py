@@ -1,4 +1,4 @@
-"""Lanes come and go, rows know their lane, the model comes back."""
+"""Attaching adapters, adding and removing lanes, merging, and restoring the model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def adapted(
     return adapters
 
 
-def shake(adapters: Adapters) -> None:
+def randomize(adapters: Adapters) -> None:
     with torch.no_grad():
         for lane in adapters.lanes:
             for parameter in adapters.trainable(lane).values():
                 parameter.normal_(generator=torch.Generator().manual_seed(len(lane)))
 
 
-def test_rows_without_a_lane_are_refused_by_name() -> None:
+def test_rows_without_a_lane_are_refused() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     with pytest.raises(UnassignedRowsError, match=r"blocks\.0 was called outside"):
         adapters.model(torch.randn(4, 6))
@@ -71,7 +71,7 @@ def test_rows_without_a_lane_are_refused_by_name() -> None:
 
 def test_contexts_nest_and_close_on_errors() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
-    shake(adapters)
+    randomize(adapters)
     x = torch.randn(2, 6)
     with pytest.raises(ZeroDivisionError), adapters.activate_lanes(["lane0"], None):
         raise ZeroDivisionError
@@ -84,9 +84,9 @@ def test_contexts_nest_and_close_on_errors() -> None:
         assert torch.equal(adapters.model(x), base)
 
 
-def test_lanes_come_and_go_and_keep_their_rows() -> None:
+def test_lanes_can_be_added_and_removed() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=3)
-    shake(adapters)
+    randomize(adapters)
     x = torch.randn(8, 6)
     with adapters.activate_lanes(["lane2"], None):
         alone = adapters.model(x)
@@ -100,18 +100,18 @@ def test_lanes_come_and_go_and_keep_their_rows() -> None:
         adapters.add_lane("lane9", VariantSettings(rank=3, alpha=4.0), seed=0)
 
 
-def test_a_step_inside_rows_is_seen() -> None:
-    """What is prepared once per generation must not outlive a change of the parameters."""
+def test_a_parameter_change_inside_the_context_takes_effect() -> None:
+    """Cached results of `prepare` must not be used after a change of the parameters."""
     adapters = adapted(Blocks(nn.Linear(6, 6)), lanes=1)
     x = torch.randn(2, 6)
     with torch.no_grad(), adapters.activate_lanes(["lane0"], None):
         before = adapters.model(x)
         assert torch.equal(adapters.model(x), before)
-        shake(adapters)
+        randomize(adapters)
         assert not torch.equal(adapters.model(x), before)
 
 
-def test_starts_depend_on_seed_layer_and_parameter_only() -> None:
+def test_initial_tensors_depend_only_on_seed_layer_and_parameter() -> None:
     first = adapted(Blocks(nn.Linear(6, 6), nn.Linear(6, 6)), lanes=2)
     again = adapted(Blocks(nn.Linear(6, 6), nn.Linear(6, 6)), lanes=1, name="dora")
     a = "blocks.0.A"
@@ -120,7 +120,7 @@ def test_starts_depend_on_seed_layer_and_parameter_only() -> None:
     assert not torch.equal(first.trainable("lane0")[a], first.trainable("lane0")["blocks.1.A"])
 
 
-def test_starts_and_masks_leave_torchs_global_state_alone() -> None:
+def test_initial_tensors_and_masks_do_not_use_the_global_random_state() -> None:
     model = Blocks(nn.Linear(6, 6))
     before = torch.get_rng_state()
     adapters = adapted(model, settings=VariantSettings(2, 4.0, dropout=0.5))
@@ -129,7 +129,7 @@ def test_starts_and_masks_leave_torchs_global_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_shared_layer_is_replaced_everywhere_and_given_back() -> None:
+def test_a_shared_layer_is_replaced_and_restored_everywhere() -> None:
     layer = nn.Linear(6, 6)
     model = Blocks(layer, layer)
     adapters = adapted(model, lanes=1)
@@ -138,7 +138,7 @@ def test_a_shared_layer_is_replaced_everywhere_and_given_back() -> None:
     assert model.blocks[0] is model.blocks[1] is layer
 
 
-def test_flags_come_back_as_they_were() -> None:
+def test_requires_grad_is_restored() -> None:
     model = Blocks(nn.Linear(6, 6), nn.Linear(6, 6))
     model.blocks[0].requires_grad_(False)
     before = [parameter.requires_grad for parameter in model.parameters()]
@@ -151,7 +151,7 @@ def test_flags_come_back_as_they_were() -> None:
     adapted(model).detach()
 
 
-def test_merge_is_refused_where_it_would_change_more() -> None:
+def test_merging_is_refused_if_it_would_change_other_lanes_or_modules() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     with pytest.raises(MergeError, match="while lane1 uses the same base"):
         merge_and_detach(adapters, "lane0")
@@ -181,8 +181,8 @@ def test_a_refused_merge_changes_nothing() -> None:
     assert adapters.lanes == ("a",)
 
 
-class Peeks(nn.Linear):
-    """A layer whose child is read past its forward, as fused kernels do."""
+class BypassingLayer(nn.Linear):
+    """A layer that reads the weight of its child without calling it, as fused kernels do."""
 
     def __init__(self) -> None:
         super().__init__(6, 6)
@@ -192,14 +192,14 @@ class Peeks(nn.Linear):
         return nn.functional.linear(x, self.inner.weight)
 
 
-def test_a_bypassed_layer_is_named() -> None:
-    adapters = attach(Blocks(Peeks()), catalogue.get("lora"), SETTINGS, "inner")
+def test_a_bypassed_layer_is_an_error() -> None:
+    adapters = attach(Blocks(BypassingLayer()), catalogue.get("lora"), SETTINGS, "inner")
     adapters.add_lane("a", SETTINGS, 0)
     with pytest.raises(BypassedLayerError, match=r"blocks\.0\.inner"), adapters.activate_lanes(["a"], None):
         adapters.model(torch.randn(2, 6))
 
 
-def test_models_may_ask_a_layer_for_its_shape_and_dtype() -> None:
+def test_models_can_read_attributes_of_the_replaced_layer() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     layer = adapters.layers["blocks.0"]
     assert (layer.in_features, layer.weight.dtype) == (6, torch.float32)
@@ -207,7 +207,7 @@ def test_models_may_ask_a_layer_for_its_shape_and_dtype() -> None:
         layer.nothing  # noqa: B018
 
 
-def test_load_names_foreign_tensors() -> None:
+def test_restoring_a_lane_names_tensors_that_do_not_fit() -> None:
     adapters = adapted(Blocks(nn.Linear(6, 6)))
     with pytest.raises(UnsupportedError, match=r"'blocks\.7' is not adapted"):
         adapters.restore_lane("new", {"blocks.7.A": torch.ones(2, 6)}, {}, SETTINGS)
@@ -218,7 +218,7 @@ def test_load_names_foreign_tensors() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["lora", "hira", "dora"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
-    """Recomputation happens in backward, when rows() is closed, and has to see the same lanes and masks."""
+    """The recomputation runs after activate_lanes() has ended and needs the same lanes and masks."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
@@ -227,7 +227,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
     model.train()
     ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
     adapters = adapted(model, name=name, settings=VariantSettings(2, 4.0, dropout=0.3))
-    shake(adapters)
+    randomize(adapters)
 
     def gradients() -> list[Tensor]:
         parameters = [p for lane in adapters.lanes for p in adapters.trainable(lane).values()]
@@ -239,9 +239,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: b
         assert all(p.grad is not None for p in parameters)
         return [p.grad.clone() for p in parameters if p.grad is not None]
 
-    plain = gradients()
+    expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
-    for once, twice in zip(plain, gradients(), strict=True):
-        torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-8)
+    for plain, recomputed in zip(expected, gradients(), strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-5, atol=1e-8)

@@ -1,4 +1,4 @@
-"""Names, and what is refused before anything is trained."""
+"""The catalogue's names and the validation of settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from variants import catalogue
 from variants.base import Batching, UnsupportedError, VariantSettings, VerifiedBy
 
 
-def test_the_five_and_their_axes() -> None:
+def test_axes_and_batching_of_five_variants() -> None:
     expected = {
         "lora": ("baseline", Batching.BATCHED),
         "rslora": ("optimization", Batching.BATCHED),
@@ -20,22 +20,22 @@ def test_the_five_and_their_axes() -> None:
         "pissa": ("initialization", Batching.BATCHED),
     }
     assert set(expected) <= set(catalogue.names())
-    for name, (axis, kind) in expected.items():
+    for name, (axis, batching) in expected.items():
         variant = catalogue.get(name)
-        assert (catalogue.axis(name), variant.axis, variant.batching) == (axis, axis, kind)
+        assert (catalogue.axis(name), variant.axis, variant.batching) == (axis, axis, batching)
         assert variant.verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
         assert variant.title
         assert variant.paper
 
 
-def test_unknown_name_gets_the_nearest() -> None:
+def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"no variant 'rs-lora'. Did you mean 'rslora'\?"):
         catalogue.get("rs-lora")
     with pytest.raises(ValueError, match=f"Choose from: {', '.join(sorted(catalogue.names()))}"):
         catalogue.axis("zzz")
 
 
-def test_names_need_no_torch() -> None:
+def test_names_do_not_import_torch() -> None:
     code = "import sys; from variants import catalogue; catalogue.names(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -55,7 +55,7 @@ def test_names_need_no_torch() -> None:
         ("pissa", VariantSettings(extra={"svd": 0}), "svd '0'"),
     ],
 )
-def test_bad_settings_are_named(name: str, settings: VariantSettings, message: str) -> None:
+def test_invalid_settings_are_refused(name: str, settings: VariantSettings, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         catalogue.get(name).validate_settings(settings)
 

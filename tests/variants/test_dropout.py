@@ -1,4 +1,4 @@
-"""A mask is a function of (seed, step, layer, micro-batch), and of nothing else."""
+"""Dropout masks depend on seed, step, layer and micro-batch only."""
 
 from __future__ import annotations
 
@@ -36,22 +36,26 @@ def adapted(name: str = "lora") -> Adapters:
     return adapters
 
 
-def begun_settings(name: str) -> VariantSettings:
+def validated_settings(name: str) -> VariantSettings:
     variant = catalogue.get(name)
     few = {"calibration_batches": 1} if "calibration_batches" in variant.extra_defaults else {}
     return variant.validate_settings(VariantSettings(rank=4, alpha=8.0, dropout=0.25, extra=few))
 
 
-def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
-    """Return what a start is computed from, for random gradients or inputs."""
+def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
+    """Return calibration tensors for random gradients or inputs; None if the variant needs none."""
     variant = adapters.variant
     if variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
     found = {}
     for name, layer in adapters.layers.items():
-        out, inside = layer.frozen_layer.weight.shape
-        rows = out if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT else inside
-        matrix = torch.randn(rows, inside, generator=torch.Generator().manual_seed(1))
+        out_features, in_features = layer.frozen_layer.weight.shape
+        rows = (
+            out_features
+            if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
+            else in_features
+        )
+        matrix = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
         matrix = (
             matrix
             if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
@@ -61,18 +65,18 @@ def evidence(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
     return found
 
 
-def begun(name: str) -> set[str]:
+def tensor_names(name: str) -> set[str]:
     """Return the names of the tensors that a lane of this variant has in a layer."""
-    variant, settings = catalogue.get(name), begun_settings(name)
+    variant, settings = catalogue.get(name), validated_settings(name)
     if variant.adaptation_scope is not AdaptationScope.TARGET_LAYERS:
         return set()
     adapters = attach(Block(), variant, settings)
-    adapters.add_lane("0", settings, seed=0, calibration=evidence(adapters))
+    adapters.add_lane("0", settings, seed=0, calibration=random_calibration(adapters))
     return set(adapters.layers["blocks.0"].lane_tensors("0"))
 
 
 def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int = 0) -> Tensor:
-    """What the adapter adds for one input of ones."""
+    """Return what the adapter adds to the output for an input of ones."""
     x = torch.ones(16, 64)
     with torch.no_grad(), adapters.disable_adapters():
         base = adapters.model(x)
@@ -80,27 +84,29 @@ def update(adapters: Adapters, lane: str = "0", step: int | None = 0, micro: int
         return adapters.model(x) - base
 
 
-def test_the_same_again_and_another_elsewhere() -> None:
+def test_masks_repeat_for_the_same_step_and_differ_otherwise() -> None:
     adapters = adapted()
     first = update(adapters)
     assert torch.equal(first, update(adapters))
     assert torch.equal(first, update(adapted()))
     for other in (update(adapters, step=1), update(adapters, micro=1), update(adapters, "1")):
         assert not torch.equal(first, other)
-    assert not torch.equal(first[0], first[1])  # each row has its own
-    assert torch.equal(update(adapters, step=None), update(adapters, "1", step=None))  # none in evaluation
+    assert not torch.equal(first[0], first[1])  # each row has its own mask
+    assert torch.equal(
+        update(adapters, step=None), update(adapters, "1", step=None)
+    )  # no dropout in evaluation
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "hira"])
-def test_the_mean_is_kept(name: str) -> None:
+def test_dropout_preserves_the_mean(name: str) -> None:
     adapters = adapted(name)
     clean = update(adapters, step=None)[0]
     mean = torch.stack([update(adapters, step=step).mean(0) for step in range(150)]).mean(0)
     assert (mean - clean).norm() / clean.norm() < 0.05
 
 
-def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None:
-    """With W a part of the identity, B = 0 and m doubled, the change is x itself, with its dropout."""
+def test_dora_applies_dropout_to_the_change_of_the_base_output() -> None:
+    """If W is a part of the identity, B = 0 and m is doubled, the change is x with dropout."""
     adapters = adapted("dora")
     with torch.no_grad():
         adapters.layers["blocks.0"].base_layer.weight.copy_(torch.eye(48, 64))
@@ -113,19 +119,21 @@ def test_dora_drops_what_the_base_adds_to_the_change_as_the_authors_do() -> None
     assert 0.65 < kept.float().mean() < 0.85
 
 
-WITH_A_FROZEN_PART = [n for n in catalogue.names() if catalogue.get(n).frozen_update_buffers & begun(n)]
+WITH_FROZEN_UPDATE = [
+    n for n in catalogue.names() if catalogue.get(n).frozen_update_buffers & tensor_names(n)
+]
 
 
-def test_those_with_a_frozen_part_are_known() -> None:
-    assert WITH_A_FROZEN_PART == ["pissa", "relora"]
+def test_only_pissa_and_relora_have_a_frozen_update() -> None:
+    assert WITH_FROZEN_UPDATE == ["pissa", "relora"]
 
 
-@pytest.mark.parametrize("name", WITH_A_FROZEN_PART)
-def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
-    """W' x = (W + frozen part) x + s B A drop(x), with the lane's own mask."""
-    model, settings = Block(), begun_settings(name)
+@pytest.mark.parametrize("name", WITH_FROZEN_UPDATE)
+def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
+    """W' x = (W + frozen part) x + s B A dropout(x), with the lane's own mask."""
+    model, settings = Block(), validated_settings(name)
     adapters = attach(model, catalogue.get(name), settings)
-    adapters.add_lane("0", settings, seed=0, calibration=evidence(adapters))
+    adapters.add_lane("0", settings, seed=0, calibration=random_calibration(adapters))
     (layer,) = adapters.layers.values()
     lane = layer.own_tensors.lane_tensors("0")
     with torch.no_grad():
@@ -136,7 +144,7 @@ def test_what_the_paper_freezes_is_not_dropped(name: str) -> None:
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
     with torch.no_grad(), adapters.activate_lanes(["0"], 3) as rows:
         found = model(x)
-        rows.mask_draws.clear()  # the same masks again
+        rows.mask_draws.clear()  # so that the same masks are drawn again
         dropped = (
             x.unsqueeze(0) * draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0})
         )[0]

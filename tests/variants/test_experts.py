@@ -1,4 +1,4 @@
-"""LoRAMoE: experts as one product of matrices, the router, the balancing loss."""
+"""LoRAMoE: experts as one matrix product, the router, and the balancing loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from variants.base import ExtraSettings, FrozenLayer, MergeError, UnsupportedErr
 from variants.merging import merge_and_detach
 
 VARIANT = catalogue.get("lora_moe")
-OUT, INSIDE = 20, 12
+OUT, IN = 20, 12
 
 
 def settings(rank: int = 8, **extra: float | int) -> VariantSettings:
@@ -20,15 +20,17 @@ def settings(rank: int = 8, **extra: float | int) -> VariantSettings:
 
 
 def layer() -> FrozenLayer:
-    weight = torch.randn(OUT, INSIDE, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
     return FrozenLayer("layer", weight, None)
 
 
-def lanes(of: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
-    """(K, ...) with a B that is not zero and a router that decides."""
+def stacked_tensors(variant_settings: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
+    """Return tensors (K, ...) with a non-zero B and a router whose gates differ."""
     noise = torch.Generator().manual_seed(seed)
-    starts = [VARIANT.init(layer(), of, torch.Generator().manual_seed(lane)) for lane in range(count)]
-    every = [{**start.trainable, **start.frozen} for start in starts]
+    initial = [
+        VARIANT.init(layer(), variant_settings, torch.Generator().manual_seed(lane)) for lane in range(count)
+    ]
+    every = [{**start.trainable, **start.frozen} for start in initial]
     stacked = {name: torch.stack([each[name] for each in every]) for name in every[0]}
     stacked["B"] = torch.randn(stacked["B"].shape, generator=noise)
     stacked["R"] = stacked["R"] * 8
@@ -36,19 +38,21 @@ def lanes(of: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tenso
 
 
 def inputs(count: int = 2) -> Tensor:
-    return torch.randn(count, 7, INSIDE, generator=torch.Generator().manual_seed(4))
+    return torch.randn(count, 7, IN, generator=torch.Generator().manual_seed(4))
 
 
-def computed(x: Tensor, params: dict[str, Tensor], of: VariantSettings) -> Tensor:
-    scaling = torch.full((len(x), 1, 1), VARIANT.scaling(of))
+def compute(x: Tensor, params: dict[str, Tensor], variant_settings: VariantSettings) -> Tensor:
+    scaling = torch.full((len(x), 1, 1), VARIANT.scaling(variant_settings))
     prepared = VARIANT.prepare(params, layer(), scaling)
     return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling)
 
 
-def looped(x: Tensor, params: dict[str, Tensor], lane: int, of: VariantSettings) -> Tensor:
-    """One expert after the other, as the authors' code does it; with `top_k`, over the kept gates alone."""
-    experts, top_k = params["R"].shape[1], int(of.extra["top_k"])
-    each = of.rank // experts
+def compute_with_loop(
+    x: Tensor, params: dict[str, Tensor], lane: int, variant_settings: VariantSettings
+) -> Tensor:
+    """Compute one expert after the other, as in the authors' code; with `top_k` only the kept gates count."""
+    experts, top_k = params["R"].shape[1], int(variant_settings.extra["top_k"])
+    each = variant_settings.rank // experts
     logits = x[lane] @ params["R"][lane].T
     gates = logits.softmax(-1)
     if top_k:
@@ -64,32 +68,34 @@ def looped(x: Tensor, params: dict[str, Tensor], lane: int, of: VariantSettings)
 
 @pytest.mark.parametrize("rank", [4, 8, 16, 12])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 4])
-def test_one_product_is_the_loop_over_experts(rank: int, top_k: int) -> None:
-    of = settings(rank, top_k=top_k)
-    x, params = inputs(), lanes(of)
-    together = computed(x, params, of)
+def test_one_matrix_product_equals_the_loop_over_experts(rank: int, top_k: int) -> None:
+    variant_settings = settings(rank, top_k=top_k)
+    x, params = inputs(), stacked_tensors(variant_settings)
+    together = compute(x, params, variant_settings)
     for lane in range(2):
-        torch.testing.assert_close(together[lane], looped(x, params, lane, of), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            together[lane], compute_with_loop(x, params, lane, variant_settings), rtol=1e-4, atol=1e-4
+        )
 
 
-def test_even_gates_make_a_lora_of_the_whole_rank() -> None:
-    of = settings(8)
-    x, params = inputs(), lanes(of)
+def test_equal_gates_give_lora_of_the_full_rank() -> None:
+    variant_settings = settings(8)
+    x, params = inputs(), stacked_tensors(variant_settings)
     params["R"] = torch.zeros_like(params["R"])
     lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
     own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling)
-    wanted = lora.forward(x, x @ layer().weight.T, own, layer(), scaling)
-    torch.testing.assert_close(computed(x, params, of), wanted, rtol=1e-4, atol=1e-4)
+    expected = lora.forward(x, x @ layer().weight.T, own, layer(), scaling)
+    torch.testing.assert_close(compute(x, params, variant_settings), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
-def test_as_many_experts_as_divide_the_rank(rank: int, experts: int) -> None:
-    of = settings(rank)
-    params = lanes(of)
-    assert params["R"].shape == (2, experts, INSIDE)
-    assert params["A"].shape == (2, rank, INSIDE)
-    assert VARIANT.scaling(of) == pytest.approx(16 * experts / rank)
-    assert VARIANT.parameter_count(OUT, INSIDE, of) == rank * (OUT + INSIDE) + experts * INSIDE
+def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None:
+    variant_settings = settings(rank)
+    params = stacked_tensors(variant_settings)
+    assert params["R"].shape == (2, experts, IN)
+    assert params["A"].shape == (2, rank, IN)
+    assert VARIANT.scaling(variant_settings) == pytest.approx(16 * experts / rank)
+    assert VARIANT.parameter_count(OUT, IN, variant_settings) == rank * (OUT + IN) + experts * IN
 
 
 @pytest.mark.parametrize(
@@ -102,95 +108,100 @@ def test_as_many_experts_as_divide_the_rank(rank: int, experts: int) -> None:
         (8, {"balance": -1.0}, "balance -1.0: must be a finite number of at least 0"),
     ],
 )
-def test_settings_that_cannot_be(rank: int, extra: ExtraSettings, message: str) -> None:
+def test_invalid_settings_are_refused(rank: int, extra: ExtraSettings, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         VARIANT.validate_settings(VariantSettings(rank, 16.0, extra=extra))
 
 
-def balance(x: Tensor, params: dict[str, Tensor], real: Tensor | None = None) -> Tensor:
-    """Of one example a lane, x (K, L, in)."""
-    real = torch.ones(x.shape[:2]) if real is None else real
-    return VARIANT.auxiliary_loss(x.unsqueeze(1), real.unsqueeze(1), params, layer())
+def balance(x: Tensor, params: dict[str, Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """Return the balancing loss of one example per lane, x (K, L, in)."""
+    attention_mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
+    return VARIANT.auxiliary_loss(x.unsqueeze(1), attention_mask.unsqueeze(1), params, layer())
 
 
-def test_balance_is_the_squared_variation_of_the_experts_loads() -> None:
-    x, params = inputs(), lanes(settings(8))
+def test_the_balancing_loss_is_the_squared_variation_of_the_loads() -> None:
+    x, params = inputs(), stacked_tensors(settings(8))
     for lane, term in enumerate(balance(x, params)):
         load = (x[lane] @ params["R"][lane].T).softmax(-1).sum(0)
         torch.testing.assert_close(term, 0.1 * load.var() / load.mean() ** 2)
         assert term > 0
     even = {**params, "R": torch.zeros_like(params["R"])}
     torch.testing.assert_close(balance(x, even), torch.zeros(2))
-    heavier = lanes(settings(8, balance=0.5))
+    heavier = stacked_tensors(settings(8, balance=0.5))
     torch.testing.assert_close(balance(x, heavier), 5 * balance(x, params))
 
 
-def test_parts_of_a_batch_balance_as_the_whole_does() -> None:
-    x, params = torch.randn(2, 6, 7, inputs().shape[-1]), lanes(settings(8))
-    real = (torch.rand(2, 6, 7) > 0.3).float()
-    whole = VARIANT.auxiliary_loss(x, real, params, layer())
-    parts = [VARIANT.auxiliary_loss(x[:, i : i + 2], real[:, i : i + 2], params, layer()) for i in (0, 2, 4)]
+def test_the_balancing_loss_of_a_batch_is_the_mean_over_its_parts() -> None:
+    x, params = torch.randn(2, 6, 7, inputs().shape[-1]), stacked_tensors(settings(8))
+    attention_mask = (torch.rand(2, 6, 7) > 0.3).float()
+    whole = VARIANT.auxiliary_loss(x, attention_mask, params, layer())
+    parts = [
+        VARIANT.auxiliary_loss(x[:, i : i + 2], attention_mask[:, i : i + 2], params, layer())
+        for i in (0, 2, 4)
+    ]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole)
 
 
-def test_balance_sees_real_tokens_only_and_not_how_many() -> None:
-    x, params = inputs(), lanes(settings(8))
-    real = torch.ones(2, 7)
-    real[0, 3:] = 0
-    real[1, 5:] = 0
-    found = balance(x, params, real)
-    torch.testing.assert_close(found[0], balance(x[:1, :3], lanes_of(params, 0))[0])
-    torch.testing.assert_close(found[1], balance(x[1:, :5], lanes_of(params, 1))[0])
-    assert torch.equal(found, balance(torch.where(real.unsqueeze(2) > 0, x, 100.0), params, real))
+def test_the_balancing_loss_ignores_padding_and_length() -> None:
+    x, params = inputs(), stacked_tensors(settings(8))
+    attention_mask = torch.ones(2, 7)
+    attention_mask[0, 3:] = 0
+    attention_mask[1, 5:] = 0
+    found = balance(x, params, attention_mask)
+    torch.testing.assert_close(found[0], balance(x[:1, :3], select_lane(params, 0))[0])
+    torch.testing.assert_close(found[1], balance(x[1:, :5], select_lane(params, 1))[0])
+    assert torch.equal(
+        found, balance(torch.where(attention_mask.unsqueeze(2) > 0, x, 100.0), params, attention_mask)
+    )
     torch.testing.assert_close(balance(torch.cat([x, x], 1), params), balance(x, params))
 
 
-def lanes_of(params: dict[str, Tensor], lane: int) -> dict[str, Tensor]:
+def select_lane(params: dict[str, Tensor], lane: int) -> dict[str, Tensor]:
     return {name: tensor[lane : lane + 1] for name, tensor in params.items()}
 
 
 def adapted(rank: int = 8, **extra: float | int) -> Adapters:
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 64)])})
-    of = settings(rank, **extra)
-    adapters = attach(model, VARIANT, of)
+    variant_settings = settings(rank, **extra)
+    adapters = attach(model, VARIANT, variant_settings)
     for lane in range(3):
-        adapters.add_lane(str(lane), of, seed=lane)
+        adapters.add_lane(str(lane), variant_settings, seed=lane)
     return adapters
 
 
 def gradients(adapters: Adapters, names: list[str], x: Tensor) -> dict[str, Tensor]:
-    """Of lane "1"."""
+    """Return the gradients of lane "1"."""
     for lane in names:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
-    with adapters.activate_lanes(names, 0) as now:
+    with adapters.activate_lanes(names, 0) as context:
         y = adapters.layers["blocks.0"](x).unflatten(0, (len(names), -1))
-        extra = now.auxiliary_loss()
+        extra = context.auxiliary_loss()
         assert extra is not None
         (y.square().sum((1, 2)) + extra).sum().backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 
 
 @pytest.mark.parametrize(("rank", "top_k"), [(2, 0), (2, 2), (16, 2)])
-def test_lanes_do_not_notice_each_other(rank: int, top_k: int) -> None:
-    """The laws have rank 4 and all gates: here experts have a single rank, and some of the gates are kept."""
+def test_lanes_are_independent(rank: int, top_k: int) -> None:
+    """The laws use rank 4 and all gates; here experts have a single rank, and only some gates are kept."""
     adapters, x = adapted(rank, top_k=top_k), torch.randn(27, 48)
     with torch.no_grad():
         for lane in adapters.lanes:
             adapters.trainable(lane)["blocks.0.B"].normal_()
-    alone, company = gradients(adapters, ["1"], x[9:18]), gradients(adapters, ["0", "1", "2"], x)
+    alone, grouped = gradients(adapters, ["1"], x[9:18]), gradients(adapters, ["0", "1", "2"], x)
     assert len(alone) == 3
-    assert all(torch.equal(gradient, company[name]) for name, gradient in alone.items())
+    assert all(torch.equal(gradient, grouped[name]) for name, gradient in alone.items())
 
 
-def test_every_expert_learns_from_the_first_step() -> None:
+def test_every_expert_gets_gradients_in_the_first_step() -> None:
     found = gradients(adapted(), ["1"], torch.randn(9, 48))
-    assert found["blocks.0.B"].any(0).all()  # each rank's column
-    assert found["blocks.0.R"].any(1).all()  # through the balancing loss; B is zero yet
+    assert found["blocks.0.B"].any(0).all()  # the column of each rank
+    assert found["blocks.0.R"].any(1).all()  # from the balancing loss, since B is still zero
 
 
-def test_merging_is_refused_by_name() -> None:
+def test_merging_is_refused() -> None:
     adapters = adapted()
     for lane in "02":
         adapters.remove_lane(lane)

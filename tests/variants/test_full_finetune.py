@@ -1,4 +1,4 @@
-"""Full fine-tuning beside a frozen base: the lane's copies take the parameters' place and give it back."""
+"""Full fine-tuning: the lane's copies replace the model's parameters while the lane is computed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = True) -> nn.Module:
         return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def steps(adapters: Adapters, count: int) -> None:
+def take_steps(adapters: Adapters, count: int) -> None:
     optimizer = torch.optim.AdamW(adapters.trainable("0").values(), lr=0.01)
     for _ in range(count):
         optimizer.zero_grad()
@@ -39,19 +39,19 @@ def steps(adapters: Adapters, count: int) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_it_is_plain_training_of_every_parameter(tied: bool) -> None:
+def test_it_equals_plain_training_of_all_parameters(tied: bool) -> None:
     adapters, plain = attach(llama(tied=tied), catalogue.get("full"), SETTINGS), llama(tied=tied)
     adapters.add_lane("0", SETTINGS, seed=0)
-    steps(adapters, 5)
+    take_steps(adapters, 5)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01)
     for _ in range(5):
         optimizer.zero_grad()
         plain(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
-    learnt = adapters.trainable("0")
+    trainable = adapters.trainable("0")
     assert adapters.parameter_count("0") == sum(p.numel() for p in plain.parameters())
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(learnt[f"model:{name}"], parameter)
+        torch.testing.assert_close(trainable[f"model:{name}"], parameter)
 
 
 def test_copies_are_float32_and_the_model_computes_in_its_own_dtype() -> None:
@@ -59,13 +59,13 @@ def test_copies_are_float32_and_the_model_computes_in_its_own_dtype() -> None:
     adapters.add_lane("0", SETTINGS, seed=0)
     assert {p.dtype for p in adapters.trainable("0").values()} == {torch.float32}
     before = {name: p.detach().clone() for name, p in adapters.trainable("0").items()}
-    steps(adapters, 1)  # at a rate far below bfloat16's resolution of most weights
+    take_steps(adapters, 1)  # at a learning rate far below bfloat16's resolution of most weights
     assert all(not torch.equal(p, before[name]) for name, p in adapters.trainable("0").items())
     with torch.no_grad(), adapters.activate_lanes(["0"], None):
         assert adapters.model(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
-def test_the_base_comes_back_when_the_model_raises() -> None:
+def test_the_parameters_are_restored_after_an_error() -> None:
     model = llama()
     frozen = dict(model.named_parameters())
     adapters = attach(model, catalogue.get("full"), SETTINGS)
@@ -75,7 +75,7 @@ def test_the_base_comes_back_when_the_model_raises() -> None:
     assert all(parameter is frozen[name] for name, parameter in model.named_parameters())
 
 
-def test_one_lane_at_a_time() -> None:
+def test_a_second_lane_is_refused() -> None:
     adapters = attach(llama(), catalogue.get("full"), SETTINGS)
     adapters.add_lane("0", SETTINGS, seed=0)
     assert adapters.max_lanes == 1

@@ -1,4 +1,4 @@
-"""A lane's own head: how it starts, that lanes have each their own, what export and merging make of it."""
+"""A lane's own head: initialization, independence of lanes, saving, merging and export."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def logits(adapters: Adapters, *lanes: str) -> Tensor:
         return adapters.model(input_ids=IDS.repeat(len(lanes), 1)).logits
 
 
-def shake(adapters: Adapters) -> None:
+def perturb(adapters: Adapters) -> None:
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for lane in adapters.lanes:
@@ -54,7 +54,7 @@ def shake(adapters: Adapters) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
 
 
-def test_a_head_is_drawn_from_the_lanes_seed_alone() -> None:
+def test_the_initial_head_depends_only_on_the_seed() -> None:
     lora, hira = adapted("lora"), adapted("hira")
     weight = lora.trainable("1")["classifier.weight"]
     assert torch.equal(weight, hira.trainable("1")["classifier.weight"])
@@ -65,7 +65,7 @@ def test_a_head_is_drawn_from_the_lanes_seed_alone() -> None:
     assert not lora.is_head("bert.encoder.layer.0.attention.self.query.A")
 
 
-def test_the_frozen_model_keeps_its_own_head_or_takes_the_one_it_is_given() -> None:
+def test_the_base_model_uses_its_own_head_or_a_given_one() -> None:
     plain, adapters = bert(), adapted()
     with torch.no_grad():
         own = plain(input_ids=IDS).logits
@@ -78,7 +78,7 @@ def test_the_frozen_model_keeps_its_own_head_or_takes_the_one_it_is_given() -> N
 
 
 def test_a_head_only_lane_is_a_linear_probe() -> None:
-    """Its gradients are those of logistic regression on the frozen features."""
+    """The gradients are those of logistic regression on the frozen features."""
     adapters, plain = adapted("head_only"), bert()
     labels = torch.arange(8) % 3
     with adapters.activate_lanes(["0", "1"], 0, rows_per_lane=8):
@@ -88,13 +88,13 @@ def test_a_head_only_lane_is_a_linear_probe() -> None:
     with torch.no_grad():
         features = plain.bert(input_ids=IDS).pooler_output
     for lane in ("0", "1"):
-        learnt = adapters.trainable(lane)
-        probe = nn.functional.linear(features, learnt["classifier.weight"], learnt["classifier.bias"])
-        wrong = probe.softmax(1) - nn.functional.one_hot(labels, 3)
-        torch.testing.assert_close(learnt["classifier.weight"].grad, wrong.t() @ features / 8)
+        trainable = adapters.trainable(lane)
+        probe = nn.functional.linear(features, trainable["classifier.weight"], trainable["classifier.bias"])
+        error = probe.softmax(1) - nn.functional.one_hot(labels, 3)
+        torch.testing.assert_close(trainable["classifier.weight"].grad, error.t() @ features / 8)
 
 
-def test_a_head_only_study_needs_a_head() -> None:
+def test_head_only_needs_a_head() -> None:
     with pytest.raises(
         UnsupportedError, match="head_only trains the task's head alone, and this task has none"
     ):
@@ -110,7 +110,7 @@ def test_heads_are_float32_over_bfloat16() -> None:
 @pytest.mark.parametrize("name", ["lora", "head_only", "full"])
 def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> None:
     adapters = adapted(name, lanes=1)
-    shake(adapters)
+    perturb(adapters)
     before = logits(adapters, "0")
     save_lane(adapters, "0", tmp_path / "lane.safetensors")
     fresh = adapted(name, lanes=0)
@@ -122,29 +122,29 @@ def test_a_lane_and_its_head_are_saved_and_merged(name: str, tmp_path: Path) -> 
 
 
 def test_a_head_inside_the_base_is_exported_too(tmp_path: Path) -> None:
-    """A checkpoint without a pooler leaves it to the task."""
+    """If a checkpoint has no pooler, the pooler belongs to the task's head."""
     heads = ["classifier", "bert.pooler"]
     adapters = attach(bert(), catalogue.get("lora"), SETTINGS, heads=heads)
     adapters.add_lane("0", SETTINGS, seed=0)
-    shake(adapters)
+    perturb(adapters)
     save_peft(adapters, "0", tmp_path, "bert")
-    theirs = PeftModel.from_pretrained(bert(), tmp_path)
+    peft_model = PeftModel.from_pretrained(bert(), tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(input_ids=IDS).logits, logits(adapters, "0"))
+        torch.testing.assert_close(peft_model(input_ids=IDS).logits, logits(adapters, "0"))
     assert torch.equal(logits(load_peft(bert(), tmp_path, lane="0"), "0"), logits(adapters, "0"))
 
 
-def test_targets_that_are_all_head_are_refused() -> None:
+def test_targets_that_belong_to_the_head_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="targets 'classifier': all of it is the task's head"):
         attach(bert(), catalogue.get("lora"), SETTINGS, "classifier", heads=["classifier"])
 
 
-def test_peft_takes_the_head_as_a_module_to_save(tmp_path: Path) -> None:
+def test_the_head_is_exported_as_a_module_to_save(tmp_path: Path) -> None:
     adapters = adapted(lanes=1)
-    shake(adapters)
+    perturb(adapters)
     save_peft(adapters, "0", tmp_path, "bert")
-    theirs = PeftModel.from_pretrained(bert(), tmp_path)
+    peft_model = PeftModel.from_pretrained(bert(), tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(input_ids=IDS).logits, logits(adapters, "0"))
+        torch.testing.assert_close(peft_model(input_ids=IDS).logits, logits(adapters, "0"))
     back = load_peft(bert(), tmp_path, lane="0")
     torch.testing.assert_close(logits(back, "0"), logits(adapters, "0"))

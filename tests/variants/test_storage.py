@@ -1,4 +1,4 @@
-"""Adapters made by PEFT are read, ours are written as PEFT writes them, and what cannot be read says why."""
+"""Loading of adapters that PEFT wrote, export in PEFT's format, and files of lanes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8)).eval()
 
 
-def made_by_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.Tensor:
-    """Saves a stirred PEFT adapter and returns its logits."""
+def save_with_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.Tensor:
+    """Save a PEFT adapter with random parameters and return its logits."""
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,35 +56,35 @@ def made_by_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.Ten
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_reads_what_peft_wrote(tmp_path: Path, config: PeftConfig, variant: str) -> None:
-    theirs = made_by_peft(tmp_path, config, llama())
+def test_adapters_of_peft_are_loaded(tmp_path: Path, config: PeftConfig, variant: str) -> None:
+    peft_logits = save_with_peft(tmp_path, config, llama())
     adapters = load_peft(llama(), tmp_path)
     assert adapters.variant.name == variant
     with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         ours = adapters.model(IDS).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, peft_logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-def test_reads_conv1d(tmp_path: Path) -> None:
-    theirs = made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), gpt2())
+def test_adapters_on_conv1d_are_loaded(tmp_path: Path) -> None:
+    peft_logits = save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), gpt2())
     adapters = load_peft(gpt2(), tmp_path)
     with torch.no_grad(), adapters.activate_lanes(["peft"], None):
-        torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapters.model(IDS).logits, peft_logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_what_peft_saved_whole_is_the_lanes_head(tmp_path: Path, variant: str) -> None:
+def test_modules_to_save_become_the_lanes_head(tmp_path: Path, variant: str) -> None:
     config = LoraConfig(
         r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=variant == "dora"
     )
-    theirs = made_by_peft(tmp_path, config, llama())
+    peft_logits = save_with_peft(tmp_path, config, llama())
     adapters = load_peft(llama(), tmp_path)
     assert adapters.variant.name == variant
     assert list(adapters.heads) == ["lm_head"]
     assert [name for name in adapters.trainable("peft") if adapters.is_head(name)] == ["lm_head.weight"]
     with torch.no_grad(), adapters.activate_lanes(["peft"], None):
-        torch.testing.assert_close(adapters.model(IDS).logits, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(adapters.model(IDS).logits, peft_logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,19 +100,19 @@ def test_what_peft_saved_whole_is_the_lanes_head(tmp_path: Path, variant: str) -
         ),
     ],
 )
-def test_what_cannot_be_read_says_why(tmp_path: Path, config: PeftConfig, message: str) -> None:
-    made_by_peft(tmp_path, config, llama())
+def test_unsupported_adapters_are_refused(tmp_path: Path, config: PeftConfig, message: str) -> None:
+    save_with_peft(tmp_path, config, llama())
     with pytest.raises(UnsupportedError, match=message):
         load_peft(llama(), tmp_path)
 
 
-def test_another_models_adapter_is_refused(tmp_path: Path) -> None:
-    made_by_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), llama())
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), llama())
     with pytest.raises(UnsupportedError, match="which the model does not have"):
         load_peft(gpt2(), tmp_path)
 
 
-def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
+def test_pissa_is_exported_as_lora_of_twice_the_rank(tmp_path: Path) -> None:
     settings = VariantSettings(10, 5.0)  # twice the rank is more than the layers' 16, and still loads
     adapters = attach(llama(), catalogue.get("pissa"), settings)
     adapters.add_lane("a", settings, 0)
@@ -125,7 +125,7 @@ def test_pissa_leaves_as_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
 
 
 class Aardvark(LoRA):
-    """A user's variant whose name sorts before "lora": another start, the same factors."""
+    """A user's variant with another initialization, whose name sorts before "lora"."""
 
     name = "aardvark"
 
@@ -141,7 +141,7 @@ class Aardvark(LoRA):
 
 
 class Thirds(LoRA):
-    """A user's variant with its own scaling."""
+    """A user's variant with another scaling."""
 
     name = "thirds"
 
@@ -149,10 +149,10 @@ class Thirds(LoRA):
         return super().scaling(settings) / 3
 
 
-def test_a_subclass_does_not_take_plain_lora_adapters(
+def test_a_subclass_does_not_load_plain_lora_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_by_peft(tmp_path, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]), llama())
+    save_with_peft(tmp_path, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]), llama())
     known = {"aardvark": Aardvark(), **{name: catalogue.get(name) for name in catalogue.names()}}
     monkeypatch.setattr(catalogue, "names", lambda: tuple(sorted(known)))
     monkeypatch.setattr(catalogue, "get", known.__getitem__)
@@ -163,7 +163,7 @@ def test_a_subclass_does_not_take_plain_lora_adapters(
 @pytest.mark.parametrize(
     "name", [*(n for n in catalogue.names() if isinstance(catalogue.get(n), LoRA)), "thirds"]
 )
-def test_the_exports_alpha_gives_the_variants_scaling(name: str) -> None:
+def test_the_exported_alpha_gives_the_variants_scaling(name: str) -> None:
     variant = Thirds() if name == "thirds" else catalogue.get(name)
     settings = variant.validate_settings(VariantSettings(4, 6.0))
     config = variant.peft_config(settings)
@@ -173,7 +173,7 @@ def test_the_exports_alpha_gives_the_variants_scaling(name: str) -> None:
     assert config["lora_alpha"] / rank == pytest.approx(variant.scaling(settings))
 
 
-def test_a_lanes_file_knows_its_variant(tmp_path: Path) -> None:
+def test_a_lane_of_another_variant_is_refused(tmp_path: Path) -> None:
     adapters = attach(llama(), catalogue.get("lora"), VariantSettings(2))
     adapters.add_lane("a", VariantSettings(2), seed=5)
     save_lane(adapters, "a", tmp_path / "a.safetensors")

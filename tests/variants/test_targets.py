@@ -1,4 +1,4 @@
-"""Which layers are found, and which models are refused, by name."""
+"""Choice of target layers, and models that are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8))
 
 
-def test_blocks_are_the_default(llama: nn.Module, gpt2: nn.Module) -> None:
+def test_blocks_selects_the_linear_layers_of_all_blocks(llama: nn.Module, gpt2: nn.Module) -> None:
     found = find_target_layers(llama, "blocks")
     assert len(found) == 14
     assert all(name.startswith("model.layers.") for name in found)
@@ -39,7 +39,7 @@ def test_blocks_are_the_default(llama: nn.Module, gpt2: nn.Module) -> None:
     ]
 
 
-def test_endings_and_patterns(llama: nn.Module) -> None:
+def test_name_endings_and_regular_expressions(llama: nn.Module) -> None:
     assert len(find_target_layers(llama, "q_proj, v_proj")) == 4
     assert list(find_target_layers(llama, "lm_head")) == ["lm_head"]
     assert list(find_target_layers(llama, "1.mlp.up_proj")) == ["model.layers.1.mlp.up_proj"]
@@ -59,7 +59,7 @@ def test_endings_and_patterns(llama: nn.Module) -> None:
         ("re:(", "not a regular expression"),
     ],
 )
-def test_unknown_targets(llama: nn.Module, targets: str, message: str) -> None:
+def test_invalid_targets_are_refused(llama: nn.Module, targets: str, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         find_target_layers(llama, targets)
 
@@ -78,7 +78,7 @@ class Experts(nn.Module):
 
 
 class Holder(nn.Module):
-    """A model of one block: what is given, beside a plain linear layer."""
+    """A model of one block: the given module and a plain linear layer."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Holder(nn.Module):
         return self.blocks[0]["plain"](x)  # type: ignore[index]
 
 
-QUANTISED = torch.ao.nn.quantized.dynamic.Linear
+QUANTIZED = torch.ao.nn.quantized.dynamic.Linear
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ QUANTISED = torch.ao.nn.quantized.dynamic.Linear
         (nn.MultiheadAttention(8, 2), "blocks.0.part is an nn.MultiheadAttention"),
         (nn.TransformerEncoderLayer(8, 2), "part.self_attn is an nn.MultiheadAttention"),
         (Experts(), "blocks.0.part.gate_up is a 3-D weight"),
-        (QUANTISED(8, 8), "blocks.0.part is quantised"),
+        (QUANTIZED(8, 8), "blocks.0.part is quantised"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "blocks.0.part holds a torch.float8_e4m3fn"),
     ],
 )
-def test_what_adapters_cannot_reach(part: nn.Module, message: str) -> None:
+def test_modules_that_bypass_adapters_are_refused(part: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         find_target_layers(Holder(part), "blocks")
 
 
-def test_what_is_out_of_scope_does_not_matter() -> None:
+def test_modules_outside_the_targets_are_not_checked() -> None:
     assert list(find_target_layers(Holder(Experts()), "plain")) == ["blocks.0.plain"]
     assert list(find_target_layers(Holder(nn.Conv1d(4, 4, 3)), "blocks")) == ["blocks.0.plain"]
     with pytest.raises(UnsupportedError, match="MultiheadAttention"):
@@ -116,7 +116,7 @@ def test_what_is_out_of_scope_does_not_matter() -> None:
 @pytest.mark.parametrize(
     "pattern", [r"re:(\w+\.?)+!", r"re:(.*)*\d+x", r"re:(?:\w|\w\w|\.|\.\w)+(?<=x)q_proj"]
 )
-def test_a_pattern_that_python_would_try_for_years_is_refused(
+def test_a_regular_expression_that_takes_too_long_is_refused(
     pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(targets, "PATTERN_TIMEOUT_SECONDS", 0.1)
@@ -125,6 +125,6 @@ def test_a_pattern_that_python_would_try_for_years_is_refused(
         find_target_layers(model, pattern)
 
 
-def test_a_model_without_blocks_says_so() -> None:
+def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="has no ModuleList"):
         find_target_layers(nn.Sequential(nn.Linear(4, 4)), "blocks")

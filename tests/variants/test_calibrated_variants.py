@@ -1,4 +1,4 @@
-"""Starts from gradients or inputs: the evidence itself, and what LoRA-GA and EVA make of it."""
+"""Calibration statistics, and the initializations that LoRA-GA and EVA compute from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCHES = 3
 
 
 class Gradients(LoRA):
-    """Keeps the matrix as it is."""
+    """A variant that keeps the calibration statistic as it is."""
 
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
 
@@ -41,7 +41,7 @@ class Inputs(Gradients):
 
 
 def gpt2() -> GPT2LMHeadModel:
-    """Its layers are Conv1D, those of its attention (32, 96)."""
+    """Return a model with layers of type Conv1D, those of the attention with shape (32, 96)."""
     torch.manual_seed(5)
     config = GPT2Config(
         vocab_size=40, n_positions=8, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
@@ -54,30 +54,30 @@ def ids(batch: int) -> Tensor:
     return torch.randint(0, 40, (6, 8), generator=torch.Generator().manual_seed(batch))
 
 
-def loss_of(model: nn.Module, batch: int) -> Tensor:
+def batch_loss(model: nn.Module, batch: int) -> Tensor:
     return model(input_ids=ids(batch), labels=ids(batch)).loss
 
 
-def losses(adapters: Adapters, passes: list[int], real: Tensor | None = None) -> Iterator[Tensor]:
+def losses(adapters: Adapters, passes: list[int], attention_mask: Tensor | None = None) -> Iterator[Tensor]:
     passes.append(len(passes))
     for batch in range(BATCHES):
-        with adapters.disable_adapters(attention_mask=real):
-            yield loss_of(adapters.model, batch)
+        with adapters.disable_adapters(attention_mask=attention_mask):
+            yield batch_loss(adapters.model, batch)
 
 
-def evidence(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """And how many passes over the batches it took."""
+def calibration(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """Return the calibration tensors and the number of passes over the batches."""
     passes: list[int] = []
     found = calibrate(adapters, adapters.settings, lambda: losses(adapters, passes), budget)
     return found, len(passes)
 
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs(), *map(catalogue.get, CALIBRATED)])
-def test_a_small_budget_takes_more_passes_and_finds_the_same(variant: LoRA) -> None:
+def test_a_small_memory_budget_takes_more_passes_with_equal_results(variant: LoRA) -> None:
     adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
-    at_once, one = evidence(adapters)
-    in_groups, several = evidence(adapters, budget=40_000)
-    each, most = evidence(adapters, budget=1)
+    at_once, one = calibration(adapters)
+    in_groups, several = calibration(adapters, budget=40_000)
+    each, most = calibration(adapters, budget=1)
     assert (one, most) == (1, len(adapters.layers))
     assert one < several < most
     for found in (in_groups, each):
@@ -87,19 +87,19 @@ def test_a_small_budget_takes_more_passes_and_finds_the_same(variant: LoRA) -> N
 
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs()])
-def test_calibration_leaves_nothing_behind(variant: LoRA) -> None:
+def test_calibration_removes_its_hooks_and_gradients(variant: LoRA) -> None:
     adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
-    evidence(adapters)
+    calibration(adapters)
     assert not any(layer.base_layer._forward_hooks for layer in adapters.layers.values())
     assert all(parameter.grad is None for parameter in adapters.model.parameters())
 
 
-def test_the_mean_gradient_is_autograds() -> None:
-    """As a plain model gives it, whose weights are learnt: out x in, also if the module stores in x out."""
-    found, _ = evidence(attach(gpt2(), Gradients(), VariantSettings(3, 6.0)))
+def test_the_mean_gradient_equals_autograd_of_the_plain_model() -> None:
+    """It has the shape (out, in) although the modules of this model store (in, out)."""
+    found, _ = calibration(attach(gpt2(), Gradients(), VariantSettings(3, 6.0)))
     plain = gpt2()
     for batch in range(BATCHES):
-        (loss_of(plain, batch) / BATCHES).backward()
+        (batch_loss(plain, batch) / BATCHES).backward()
     for name, tensors in found.items():
         module = plain.get_submodule(name)
         assert isinstance(module, Conv1D)
@@ -107,8 +107,8 @@ def test_the_mean_gradient_is_autograds() -> None:
         torch.testing.assert_close(tensors["matrix"], module.weight.grad.T, rtol=1e-4, atol=1e-7)
 
 
-def test_the_first_layer_of_a_frozen_model_has_its_gradient() -> None:
-    """Nothing before it needs a gradient, so that the graph begins at its output."""
+def test_the_first_layer_of_a_frozen_model_gets_a_gradient() -> None:
+    """No tensor before this layer needs a gradient, so the graph begins at its output."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(5, 7)])})
     adapters = attach(model, Gradients(), VariantSettings(2, 4.0))
@@ -124,15 +124,17 @@ def test_the_first_layer_of_a_frozen_model_has_its_gradient() -> None:
     torch.testing.assert_close(matrix, 2 * (x @ layer.weight.T + layer.bias).T @ x)
 
 
-def covariance(x: Tensor, real: Tensor | None = None) -> Tensor:
-    """What `calibrate` finds for a layer with the inputs x (batches, rows, length, in)."""
+def covariance(x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the covariance that `calibrate` computes for inputs x (batches, rows, length, in)."""
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(x.shape[-1], 4)])})
     adapters = attach(model, Inputs(), VariantSettings(2, 4.0))
 
     def batches() -> Iterable[Tensor]:
         for number, rows in enumerate(x):
             with (
-                adapters.disable_adapters(attention_mask=None if real is None else real[number]),
+                adapters.disable_adapters(
+                    attention_mask=None if attention_mask is None else attention_mask[number]
+                ),
                 torch.no_grad(),
             ):
                 yield adapters.layers["blocks.0"](rows).sum()
@@ -141,33 +143,33 @@ def covariance(x: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def test_inputs_are_centred_over_all_batches() -> None:
-    """Also far from zero, where the mean of x x^T minus that of x would have no digits left."""
+    """The inputs are far from zero, where mean(x x^T) - mean(x) mean(x)^T would lose all digits."""
     x = torch.randn(4, 3, 6, 5) * torch.arange(1.0, 6) + 1000
-    wanted = torch.cov(x.double().reshape(-1, 5).T, correction=0)
-    torch.testing.assert_close(covariance(x).double(), wanted, rtol=1e-4, atol=1e-4)
+    expected = torch.cov(x.double().reshape(-1, 5).T, correction=0)
+    torch.testing.assert_close(covariance(x).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_count_in_inputs() -> None:
     x = torch.randn(4, 3, 6, 5)
-    real = torch.arange(6) < torch.tensor([[6], [2], [4]])
-    real = real.expand(4, 3, 6)
-    found = covariance(x, real)
-    torch.testing.assert_close(found, torch.cov(x[real].T, correction=0), rtol=1e-5, atol=1e-6)
-    assert torch.equal(found, covariance(torch.where(real.unsqueeze(-1), x, 1e6), real))
+    attention_mask = torch.arange(6) < torch.tensor([[6], [2], [4]])
+    attention_mask = attention_mask.expand(4, 3, 6)
+    found = covariance(x, attention_mask)
+    torch.testing.assert_close(found, torch.cov(x[attention_mask].T, correction=0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found, covariance(torch.where(attention_mask.unsqueeze(-1), x, 1e6), attention_mask))
     assert not torch.allclose(found, covariance(x))
 
 
-def decaying(out: int, inside: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V^T of a matrix whose singular values are 1, 1/2, 1/4, …"""
+def decaying(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V^T of a matrix with the singular values 1, 1/2, 1/4, ..."""
     noise = torch.Generator().manual_seed(3)
-    u = torch.linalg.qr(torch.randn(out, out, generator=noise))[0]
-    v = torch.linalg.qr(torch.randn(inside, inside, generator=noise))[0]
-    least = min(out, inside)
-    return u[:, :least], 0.5 ** torch.arange(least), v[:, :least].T
+    u = torch.linalg.qr(torch.randn(out_features, out_features, generator=noise))[0]
+    v = torch.linalg.qr(torch.randn(in_features, in_features, generator=noise))[0]
+    smaller_side = min(out_features, in_features)
+    return u[:, :smaller_side], 0.5 ** torch.arange(smaller_side), v[:, :smaller_side].T
 
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Row by row, whatever the signs."""
+    """Return the absolute cosine similarity of corresponding rows."""
     return nn.functional.cosine_similarity(left, right, dim=1).abs()
 
 
@@ -186,8 +188,8 @@ def test_lora_ga_starts_from_the_gradients_singular_vectors(shape: tuple[int, in
     assert variant.scaling(settings) == pytest.approx(8 / math.sqrt(4))
 
 
-def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPUs differ in them, and with them training would."""
+def test_lora_ga_does_not_depend_on_the_signs_of_an_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signs differ between CPUs and would affect training."""
     variant = catalogue.get("lora_ga")
     settings = variant.validate_settings(VariantSettings(4, 8.0))
     layer = FrozenLayer("layer", torch.zeros(24, 40), None)
@@ -195,12 +197,12 @@ def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.
     found = variant.reduce_calibration(layer, u * s @ vh, settings)
     svd = torch.linalg.svd
 
-    def turned(*matrix: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def svd_with_other_signs(*matrix: Tensor, **how: bool) -> tuple[Tensor, Tensor, Tensor]:
         u, s, vh = svd(*matrix, **how)
         signs = torch.tensor([-1.0, 1.0]).repeat(len(s))[: len(s)]
         return u * signs, s, signs.unsqueeze(1) * vh
 
-    monkeypatch.setattr(torch.linalg, "svd", turned)
+    monkeypatch.setattr(torch.linalg, "svd", svd_with_other_signs)
     again = variant.reduce_calibration(layer, u * s @ vh, settings)
     assert torch.equal(found["A0"], again["A0"])
     assert torch.equal(found["B0"], again["B0"])
@@ -209,7 +211,7 @@ def test_lora_ga_starts_alike_whatever_signs_an_svd_returns(monkeypatch: pytest.
 def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
     settings = VariantSettings(4, 8.0, dropout=0.5)
     adapters = attach(gpt2(), catalogue.get("lora_ga"), settings)
-    adapters.add_lane("a", settings, seed=0, calibration=evidence(adapters)[0])
+    adapters.add_lane("a", settings, seed=0, calibration=calibration(adapters)[0])
     with torch.no_grad():
         with adapters.disable_adapters():
             base = adapters.model(ids(0)).logits
@@ -217,7 +219,7 @@ def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
             assert torch.equal(adapters.model(ids(0)).logits, base)
 
 
-def test_lora_ga_takes_at_most_half_the_directions() -> None:
+def test_lora_ga_limits_the_rank_to_half_of_the_smaller_side() -> None:
     attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(16, 8.0))
     with pytest.raises(UnsupportedError, match=r"rank 17 is larger than layer .* allows: at most 16"):
         attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(17, 8.0))
@@ -226,14 +228,14 @@ def test_lora_ga_takes_at_most_half_the_directions() -> None:
 def eva(rank: int = 3, rho: float = 2.0) -> tuple[Adapters, dict[str, dict[str, Tensor]]]:
     settings = VariantSettings(rank, 6.0, extra={"rho": rho})
     adapters = attach(gpt2(), catalogue.get("eva"), settings)
-    found, _ = evidence(adapters)
+    found, _ = calibration(adapters)
     adapters.add_lane("a", settings, seed=0, calibration=found)
     return adapters, found
 
 
-def test_eva_takes_the_directions_of_most_variance() -> None:
-    """Its shares are the exact eigenvalues', and along a direction there is as much variance as it says."""
-    matrices, _ = evidence(attach(gpt2(), Inputs(), VariantSettings(3, 6.0)))
+def test_eva_takes_the_directions_of_largest_variance() -> None:
+    """The shares of variance equal the exact eigenvalues' shares and the variance along the directions."""
+    matrices, _ = calibration(attach(gpt2(), Inputs(), VariantSettings(3, 6.0)))
     adapters, found = eva()
     for name, tensors in found.items():
         covariance, directions = matrices[name]["matrix"], tensors["directions"]
@@ -250,7 +252,7 @@ def test_eva_takes_the_directions_of_most_variance() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_eva_gives_ranks_to_the_largest_shares_of_all(rank: int) -> None:
+def test_eva_gives_ranks_to_the_largest_shares_of_all_layers(rank: int) -> None:
     adapters, found = eva(rank)
     ranks = adapters.ranks_in_use("a")
     assert sum(ranks.values()) == rank * len(ranks)
@@ -261,19 +263,19 @@ def test_eva_gives_ranks_to_the_largest_shares_of_all(rank: int) -> None:
     assert min(taken) >= max(left)
 
 
-def test_eva_with_rho_1_gives_all_the_same() -> None:
+def test_eva_with_rho_1_gives_all_layers_the_same_rank() -> None:
     adapters, _ = eva(rho=1.0)
     assert set(adapters.ranks_in_use("a").values()) == {3}
 
 
-def test_eva_masks_what_is_not_in_use() -> None:
-    """Ranks that a layer was not given stay without effect and without gradients whatever is in them."""
+def test_eva_masks_unused_ranks() -> None:
+    """Unused ranks have no effect and no gradients, whatever values they contain."""
     adapters, _ = eva()
     with torch.no_grad():
         for parameter in adapters.trainable("a").values():
             parameter.add_(torch.randn_like(parameter))
     with adapters.activate_lanes(["a"], None):
-        loss_of(adapters.model, 0).backward()
+        batch_loss(adapters.model, 0).backward()
     for name, rank in adapters.ranks_in_use("a").items():
         a, b = (adapters.trainable("a")[f"{name}.{key}"].grad for key in "AB")
         assert a is not None
@@ -296,13 +298,13 @@ def test_eva_masks_what_is_not_in_use() -> None:
         ("eva", {"rho": 0.5}, "rho 0.5: must be a finite number of at least 1"),
     ],
 )
-def test_settings_that_cannot_be(name: str, extra: dict[str, float], message: str) -> None:
+def test_invalid_settings_are_refused(name: str, extra: dict[str, float], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         catalogue.get(name).validate_settings(VariantSettings(4, 8.0, extra=extra))
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
-def test_a_lane_without_evidence_is_refused(name: str) -> None:
+def test_a_lane_without_calibration_is_refused(name: str) -> None:
     adapters = attach(gpt2(), catalogue.get(name), VariantSettings(3, 6.0))
     with pytest.raises(UnsupportedError, match=f"{name} starts from .*: calibrate first"):
         adapters.add_lane("a", VariantSettings(3, 6.0), seed=0)

@@ -1,4 +1,4 @@
-"""Batched products do not depend on the size of the batch, whatever the dtype."""
+"""Batch-invariant products give the same bits for every batch size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from variants.base import batch_invariant_baddbmm, batch_invariant_bmm
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(4, 40, 24), (24, 40, 4), (40, 4, 24)])
-def test_one_alone_is_one_of_several(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_a_batch_of_one_equals_one_of_several(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, inner, columns = sizes
     noise = torch.Generator().manual_seed(0)
     for _ in range(500):

@@ -1,4 +1,4 @@
-"""Variants whose tensors move in hooks: what a merge, a telescoped weight and a budget promise."""
+"""Variants with hooks: ReLoRA's merges, Delta-LoRA's telescoped weight, AdaLoRA's rank budget."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from variants.testing.rig import (
     train_step,
 )
 
-RIG = Case("rectangles", out_features=40, in_features=24, bias=True)
+RECTANGLES = Case("rectangles", out_features=40, in_features=24, bias=True)
 LLAMA = Case("llama", model="llama", lanes=2)
 LOW = Case("low", out_features=24, in_features=40, dtype=torch.bfloat16, lanes=2)
 
 
-def stepped(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
-    """Trains all lanes, one step at a time."""
+def train_steps(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
+    """Train all lanes and yield the number of steps taken after each step."""
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
     for step in range(steps):
         train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
         yield step + 1
 
 
-def delta(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
+def delta_weight(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
     layer, settings = adapters.layers[name], adapters.lane_settings(lane)
     with torch.no_grad():
         return adapters.variant.delta_weight(
@@ -52,8 +52,8 @@ def delta(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
 # -- ReLoRA -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [RIG, LLAMA, LOW], ids=lambda case: case.name)
-def test_a_merge_on_the_way_changes_no_output(case: Case) -> None:
+@pytest.mark.parametrize("case", [RECTANGLES, LLAMA, LOW], ids=lambda case: case.name)
+def test_a_merge_of_relora_changes_no_output(case: Case) -> None:
     adapters = attach_lanes(case, catalogue.get("relora"), 2)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
     for step in range(5):
@@ -73,11 +73,11 @@ def test_a_merge_on_the_way_changes_no_output(case: Case) -> None:
         assert not torch.equal(tensor, old[name])
 
 
-def test_relora_prunes_what_adam_remembers() -> None:
-    adapters = attach_lanes(RIG, catalogue.get("relora"), 1)
+def test_relora_prunes_adams_moments() -> None:
+    adapters = attach_lanes(RECTANGLES, catalogue.get("relora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
     for step in range(3):
-        train_step(RIG, adapters, {"0": optimizer}, {"0": step})
+        train_step(RECTANGLES, adapters, {"0": optimizer}, {"0": step})
     parameters = adapters.trainable("0").values()
     before = [{key: moment.clone() for key, moment in optimizer.moments(p).items()} for p in parameters]
     adapters.after_step("0", 250, 1000, optimizer.moments)
@@ -101,12 +101,12 @@ def test_relora_warms_up_again_after_each_merge() -> None:
     assert [s for s in range(20) if variant.schedule_lr_scale(s, 20, settings) < 1] == [5, 10, 15]
 
 
-@pytest.mark.parametrize("case", [RIG, LLAMA], ids=lambda case: case.name)
-def test_relora_reaches_a_higher_rank_and_merges_and_leaves_whole(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [RECTANGLES, LLAMA], ids=lambda case: case.name)
+def test_relora_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case, tmp_path: Path) -> None:
     adapters = attach_lanes(case, catalogue.get("relora"), 1, rank=2)
     train(case, adapters, steps=8)
     name = next(iter(adapters.layers))
-    assert torch.linalg.matrix_rank(delta(adapters, name)) == 2 * 4
+    assert torch.linalg.matrix_rank(delta_weight(adapters, name)) == 2 * 4
     out = lane_outputs(case, adapters)
     save_peft(adapters, "0", tmp_path, "base")
     back = load_peft(case.build(), tmp_path, lane="0")
@@ -125,35 +125,35 @@ def test_relora_reaches_a_higher_rank_and_merges_and_leaves_whole(case: Case, tm
 
 
 @pytest.mark.parametrize("model", ["rectangles", "llama"])
-def test_delta_lora_is_the_papers_step_by_step_accumulation(model: str) -> None:
-    """Beside LoRA, whose base weights are rewritten after each step t > K as in the paper's algorithm 1."""
+def test_delta_lora_equals_the_papers_stepwise_accumulation(model: str) -> None:
+    """The reference is LoRA whose base weights are written after each step t > K (algorithm 1)."""
     case, steps = Case(model, model=model, out_features=40, in_features=24, dtype=torch.float64), 12
-    ours, theirs = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
-    begin = {name: layer.frozen_layer.weight.clone() for name, layer in ours.layers.items()}
-    k, taken = round(500 / 1562 * steps), stepped(case, ours, steps)
-    product = {name: delta(theirs, name) for name in begin}
-    for t, now in enumerate(stepped(case, theirs, steps)):
+    adapters, reference = (attach_lanes(case, catalogue.get(name), 1) for name in ("delta_lora", "lora"))
+    initial_weights = {name: layer.frozen_layer.weight.clone() for name, layer in adapters.layers.items()}
+    k, taken = round(500 / 1562 * steps), train_steps(case, adapters, steps)
+    product = {name: delta_weight(reference, name) for name in initial_weights}
+    for t, now in enumerate(train_steps(case, reference, steps)):
         assert next(taken) == now
-        for name, layer in theirs.layers.items():
-            before, product[name] = product[name], delta(theirs, name)
+        for name, layer in reference.layers.items():
+            before, product[name] = product[name], delta_weight(reference, name)
             if t > k:
                 with torch.no_grad():
                     layer.base_layer.weight.add_(2.0 * (product[name] - before))  # type: ignore[operator]
-            accumulated = layer.frozen_layer.weight - begin[name] + product[name]
-            torch.testing.assert_close(delta(ours, name), accumulated, rtol=1e-9, atol=1e-12)
-        for name, tensor in theirs.trainable("0").items():
-            torch.testing.assert_close(ours.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
+            accumulated = layer.frozen_layer.weight - initial_weights[name] + product[name]
+            torch.testing.assert_close(delta_weight(adapters, name), accumulated, rtol=1e-9, atol=1e-12)
+        for name, tensor in reference.trainable("0").items():
+            torch.testing.assert_close(adapters.trainable("0")[name], tensor, rtol=1e-9, atol=1e-12)
     assert k == 4
-    for name in begin:
-        assert (delta(ours, name) - product[name]).norm() > 0.1 * product[name].norm()
+    for name in initial_weights:
+        assert (delta_weight(adapters, name) - product[name]).norm() > 0.1 * product[name].norm()
 
 
 def test_delta_lora_has_no_dropout() -> None:
-    adapters = attach_lanes(RIG, catalogue.get("delta_lora"), 1, dropout=0.5)
+    adapters = attach_lanes(RECTANGLES, catalogue.get("delta_lora"), 1, dropout=0.5)
     assert adapters.settings.dropout == 0
-    train(RIG, adapters, steps=3)
-    clean = attach_lanes(RIG, catalogue.get("delta_lora"), 1)
-    train(RIG, clean, steps=3)
+    train(RECTANGLES, adapters, steps=3)
+    clean = attach_lanes(RECTANGLES, catalogue.get("delta_lora"), 1)
+    train(RECTANGLES, clean, steps=3)
     assert tensors_equal(adapters.trainable("0"), clean.trainable("0"))
 
 
@@ -161,9 +161,9 @@ def test_delta_lora_has_no_dropout() -> None:
 
 
 def test_adaloras_ranks_follow_the_budget() -> None:
-    """Of 4 layers' 6 triplets, 16 are left; with t_i = 3 and T - t_f = 17 of 40 steps."""
-    adapters = attach_lanes(RIG, catalogue.get("adalora"), 2)
-    for step in stepped(RIG, adapters, 40):
+    """Of 4 layers with 6 triplets each, 16 triplets are kept; t_i = 3 and T - t_f = 17 of 40 steps."""
+    adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 2)
+    for step in train_steps(RECTANGLES, adapters, 40):
         share = min(1.0, max(0.0, (step - 3) / 14))
         left = 16 + math.floor(8 * (1 - share) ** 3)
         for lane in adapters.lanes:
@@ -173,10 +173,10 @@ def test_adaloras_ranks_follow_the_budget() -> None:
             assert sum(ranks.values()) == (16 if step >= 17 else 24)
             assert adapters.variant.rank_budget(4, adapters.settings, step, 40) == sum(ranks.values())
         if step == 17:
-            settled = {lane: adapters.ranks_in_use(lane) for lane in adapters.lanes}
-    assert len(set(settled["0"].values())) > 1
+            final_ranks = {lane: adapters.ranks_in_use(lane) for lane in adapters.lanes}
+    assert len(set(final_ranks["0"].values())) > 1
     for lane in adapters.lanes:
-        assert adapters.ranks_in_use(lane) == settled[lane]
+        assert adapters.ranks_in_use(lane) == final_ranks[lane]
         for name, tensor in adapters.trainable(lane).items():
             layer, parameter = name.rsplit(".", 1)
             if parameter == "E":
@@ -184,10 +184,10 @@ def test_adaloras_ranks_follow_the_budget() -> None:
 
 
 def test_adalora_prunes_the_least_important_of_all_layers() -> None:
-    """A layer whose triplets are told to matter keeps all of them; the others pay for it."""
-    adapters = attach_lanes(RIG, catalogue.get("adalora"), 1)
+    """A layer whose triplets are set to a high importance keeps all of them at the others' expense."""
+    adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
-    train_step(RIG, adapters, {"0": optimizer}, {"0": 0})
+    train_step(RECTANGLES, adapters, {"0": optimizer}, {"0": 0})
     for kind in ("importance", "uncertainty"):
         adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
     adapters.after_step("0", 17, 40, optimizer.moments)
@@ -197,10 +197,10 @@ def test_adalora_prunes_the_least_important_of_all_layers() -> None:
 
 
 def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
-    adapters = attach_lanes(RIG, catalogue.get("adalora"), 2)
-    with adapters.activate_lanes(["0", "1"], 0) as now:
-        model_output(adapters.model, torch.cat([RIG.rows(0), RIG.rows(1)]))
-    found = now.auxiliary_loss()
+    adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 2)
+    with adapters.activate_lanes(["0", "1"], 0) as context:
+        model_output(adapters.model, torch.cat([RECTANGLES.rows(0), RECTANGLES.rows(1)]))
+    found = context.auxiliary_loss()
     assert found is not None
     for lane, value in enumerate(found):
         norms = []
@@ -211,21 +211,21 @@ def test_adaloras_loss_is_the_mean_distance_from_orthogonality() -> None:
         torch.testing.assert_close(value, 0.5 * torch.stack(norms).mean())
 
 
-# -- all of them --------------------------------------------------------------------------------------------
+# -- all three --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["adalora", "delta_lora", "relora"])
-def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
-    """The five steps of the law have one merge and one cut of the ranks; these sixteen have several."""
+def test_lanes_are_independent_through_all_phases(name: str) -> None:
+    """The five steps of the law contain one merge and one pruning; these sixteen contain several."""
     case = CASES[3]
-    company, steps = attach_lanes(case, catalogue.get(name), 3), 16
-    train(case, company, steps)
+    grouped, steps = attach_lanes(case, catalogue.get(name), 3), 16
+    train(case, grouped, steps)
     for lane in range(3):
         alone = attach_lanes(case, catalogue.get(name), 0)
         alone.add_lane(str(lane), alone.settings, seed=lane)
         train(case, alone, steps)
-        assert tensors_equal(alone.trainable(str(lane)), company.trainable(str(lane)))
-        assert tensors_equal(alone.frozen(str(lane)), company.frozen(str(lane)))
+        assert tensors_equal(alone.trainable(str(lane)), grouped.trainable(str(lane)))
+        assert tensors_equal(alone.frozen(str(lane)), grouped.frozen(str(lane)))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +241,6 @@ def test_lanes_in_company_end_as_alone_through_all_phases(name: str) -> None:
         ("adalora", {"orthogonality": -1.0}, "orthogonality -1.0"),
     ],
 )
-def test_bad_settings_are_named(name: str, extra: dict[str, float | str], message: str) -> None:
+def test_invalid_settings_are_refused(name: str, extra: dict[str, float | str], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         catalogue.get(name).validate_settings(VariantSettings(extra=extra))

@@ -1,4 +1,4 @@
-"""Tensors that layers share: VeRA's two matrices."""
+"""Tensors that the layers of a group share: VeRA's two matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Linear(inside, out) for out, inside in SHAPES.values())
+        self.blocks = nn.ModuleList(
+            nn.Linear(in_features, out_features) for out_features, in_features in SHAPES.values()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -40,8 +42,8 @@ def shared(adapters: Adapters, lane: str) -> tuple[Tensor, Tensor]:
     return frozen["group:vera.A"], frozen["group:vera.B"]
 
 
-def test_the_matrices_are_as_large_as_the_largest_layer_wants() -> None:
-    """Larger in rank than any layer, and Kaiming-uniform."""
+def test_the_shared_matrices_fit_the_largest_layer() -> None:
+    """Their rank exceeds the size of any layer, and they are Kaiming-uniform."""
     a, b = shared(vera({"a": 0}, VariantSettings(8, None)), "a")
     assert a.shape == (256, 12)
     assert b.shape == (12, 256)
@@ -50,7 +52,7 @@ def test_the_matrices_are_as_large_as_the_largest_layer_wants() -> None:
         assert matrix.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
 
 
-def test_each_layer_computes_with_its_cut() -> None:
+def test_each_layer_uses_its_slice_of_the_shared_matrices() -> None:
     adapters = vera({"a": 0, "b": 1})
     variant = adapters.variant
     with torch.no_grad():
@@ -59,41 +61,43 @@ def test_each_layer_computes_with_its_cut() -> None:
                 parameter.normal_()
     for lane in adapters.lanes:
         a, b = shared(adapters, lane)
-        for name, (out, inside) in SHAPES.items():
+        for name, (out_features, in_features) in SHAPES.items():
             own = {key: adapters.trainable(lane)[f"{name}.{key}"] for key in "bd"}
-            wanted = own["b"].diag() @ b[:out] @ own["d"].diag() @ a[:, :inside]
+            expected = own["b"].diag() @ b[:out_features] @ own["d"].diag() @ a[:, :in_features]
             layer = adapters.layers[name]
             torch.testing.assert_close(
-                variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, 1.0), wanted
+                variant.delta_weight(layer.lane_tensors(lane), layer.frozen_layer, 1.0), expected
             )
 
 
-def test_what_a_lane_shares_follows_from_its_seed() -> None:
+def test_shared_tensors_depend_on_the_lanes_seed() -> None:
     adapters = vera({"a": 0, "b": 1, "again": 0})
     for mine, other, same in zip(*(shared(adapters, lane) for lane in adapters.lanes), strict=True):
         assert torch.equal(mine, same)
         assert not torch.equal(mine, other)
 
 
-def test_only_vectors_learn() -> None:
+def test_only_vectors_are_trainable() -> None:
     adapters = vera({"a": 0})
-    learnt = adapters.trainable("a")
-    assert {name: tuple(tensor.shape) for name, tensor in learnt.items()} == {
-        f"{layer}.{key}": ((RANK,) if key == "d" else (out,))
-        for layer, (out, _) in SHAPES.items()
+    trainable = adapters.trainable("a")
+    assert {name: tuple(tensor.shape) for name, tensor in trainable.items()} == {
+        f"{layer}.{key}": ((RANK,) if key == "d" else (out_features,))
+        for layer, (out_features, _) in SHAPES.items()
         for key in "db"
     }
-    assert all((tensor == (0.1 if name.endswith("d") else 0)).all() for name, tensor in learnt.items())
-    assert adapters.parameter_count("a") == 3 * RANK + sum(out for out, _ in SHAPES.values())
+    assert all((tensor == (0.1 if name.endswith("d") else 0)).all() for name, tensor in trainable.items())
+    assert adapters.parameter_count("a") == 3 * RANK + sum(
+        out_features for out_features, _ in SHAPES.values()
+    )
 
 
-def test_the_group_leaves_with_its_lane() -> None:
+def test_removing_a_lane_removes_its_shared_tensors() -> None:
     adapters = vera({"a": 0, "b": 1})
     adapters.remove_lane("a")
     (group,) = adapters.layer_groups.values()
     assert set(group.frozen) == {"b"}
 
 
-def test_a_factor_that_cannot_be() -> None:
+def test_an_invalid_rank_factor_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="rank_factor 0: must be a whole number of at least 1"):
         vera({}, VariantSettings(2, None, extra={"rank_factor": 0}))

@@ -1,4 +1,4 @@
-"""Each variant's own numbers: scale, start, and what its formula promises beyond the laws."""
+"""Scaling, initial tensors and numerical properties of single variants, beyond the laws."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from variants.attach import attach
 from variants.base import FrozenLayer, VariantSettings
 
 
-def layer(out: int = 40, inside: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
-    weight = torch.randn(out, inside, generator=torch.Generator().manual_seed(1)).to(dtype)
+def layer(out_features: int = 40, in_features: int = 25, dtype: torch.dtype = torch.float32) -> FrozenLayer:
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
     return FrozenLayer("layer", weight, None)
 
 
-def started(name: str, on: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
+def initial_tensors(name: str, frozen_layer: FrozenLayer, settings: VariantSettings) -> dict[str, Tensor]:
     variant = catalogue.get(name)
     settings = variant.validate_settings(settings)
-    start = variant.init(on, settings, torch.Generator().manual_seed(2))
+    start = variant.init(frozen_layer, settings, torch.Generator().manual_seed(2))
     return {**start.trainable, **start.frozen}
 
 
@@ -36,7 +36,7 @@ def test_scaling_at_rank_8_alpha_16(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "dora", "hira"])
 def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
-    start = started(name, layer(inside=400), VariantSettings(16, 8.0))
+    start = initial_tensors(name, layer(in_features=400), VariantSettings(16, 8.0))
     bound = 1 / math.sqrt(400)
     assert start["A"].abs().max() <= bound
     assert start["A"].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
@@ -44,74 +44,86 @@ def test_a_is_kaiming_uniform_and_b_zero(name: str) -> None:
     assert not start["B"].any()
 
 
-def test_dora_starts_from_the_row_norms() -> None:
-    on = layer()
-    torch.testing.assert_close(started("dora", on, VariantSettings(4))["m"], on.weight.norm(dim=1))
+def test_doras_magnitudes_are_the_row_norms() -> None:
+    frozen_layer = layer()
+    torch.testing.assert_close(
+        initial_tensors("dora", frozen_layer, VariantSettings(4))["m"], frozen_layer.weight.norm(dim=1)
+    )
 
 
 def test_dora_keeps_float32_norms_over_a_bfloat16_base() -> None:
-    """The expanded norm against the plain one in float64: no worse than float32 rounding."""
+    """The expanded norm equals the plain norm in float64 up to the rounding of float32."""
     from variants.optimization.dora import _row_norms
 
-    on = layer(64, 96, torch.bfloat16)
+    frozen_layer = layer(64, 96, torch.bfloat16)
     noise = torch.Generator().manual_seed(3)
     a, b = torch.randn(3, 4, 96, generator=noise), torch.randn(3, 64, 4, generator=noise)
     s = torch.tensor([0.5, 2.0, 8.0]).view(3, 1, 1)
-    plain = (on.weight.double() + s.double() * (b.double() @ a.double())).norm(dim=2)
-    torch.testing.assert_close(_row_norms(a, b, on, s).double(), plain, rtol=2e-6, atol=0)
+    plain = (frozen_layer.weight.double() + s.double() * (b.double() @ a.double())).norm(dim=2)
+    torch.testing.assert_close(_row_norms(a, b, frozen_layer, s).double(), plain, rtol=2e-6, atol=0)
 
 
-def test_dora_survives_a_row_that_vanishes() -> None:
-    on = layer()
-    on.weight[3] = 0
+def test_dora_keeps_a_row_of_zeros_finite() -> None:
+    frozen_layer = layer()
+    frozen_layer.weight[3] = 0
     variant = catalogue.get("dora")
-    start = started("dora", on, VariantSettings(4, 8.0))
+    start = initial_tensors("dora", frozen_layer, VariantSettings(4, 8.0))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 5, 25)
     scaling = torch.full((1, 1, 1), 2.0)
-    out = variant.forward(x, x @ on.weight.T, variant.prepare(one, on, scaling), on, scaling)
-    assert torch.equal(out, x @ on.weight.T)
+    out = variant.forward(
+        x, x @ frozen_layer.weight.T, variant.prepare(one, frozen_layer, scaling), frozen_layer, scaling
+    )
+    assert torch.equal(out, x @ frozen_layer.weight.T)
 
 
 @pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
 def test_pissa_takes_the_largest_triplets(shape: tuple[int, int]) -> None:
-    on = layer(*shape)
-    start = started("pissa", on, VariantSettings(5, 15.0))
-    residual = on.weight - 3.0 * start["B0"] @ start["A0"]
-    wanted = torch.linalg.svdvals(on.weight)[5:]
-    torch.testing.assert_close(torch.linalg.svdvals(residual)[: len(wanted)], wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(start["A"] @ start["A"].T, (start["B"].T @ start["B"]))  # sqrt(S / s) each
+    frozen_layer = layer(*shape)
+    start = initial_tensors("pissa", frozen_layer, VariantSettings(5, 15.0))
+    residual = frozen_layer.weight - 3.0 * start["B0"] @ start["A0"]
+    expected = torch.linalg.svdvals(frozen_layer.weight)[5:]
+    torch.testing.assert_close(
+        torch.linalg.svdvals(residual)[: len(expected)], expected, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        start["A"] @ start["A"].T, (start["B"].T @ start["B"])
+    )  # both contain sqrt(S / s)
 
 
-def test_pissa_randomised_is_close_to_exact_and_the_same_every_time() -> None:
-    on = layer(60, 50)
-    exact = started("pissa", on, VariantSettings(5, 10.0))
+def test_randomized_pissa_is_close_to_exact_and_deterministic() -> None:
+    frozen_layer = layer(60, 50)
+    exact = initial_tensors("pissa", frozen_layer, VariantSettings(5, 10.0))
     fast, again = (
-        started("pissa", layer(60, 50), VariantSettings(5, 10.0, extra={"svd": 16})) for _ in range(2)
+        initial_tensors("pissa", layer(60, 50), VariantSettings(5, 10.0, extra={"svd": 16})) for _ in range(2)
     )
     product = exact["B"] @ exact["A"]
     assert (fast["B"] @ fast["A"] - product).norm() < 1e-3 * product.norm()
     assert torch.equal(fast["A"], again["A"])
 
 
-def test_pissa_learns_what_bfloat16_would_round_away() -> None:
-    """A step far below the rounding of B0 A0 in bfloat16 still reaches the output at its own size."""
+def test_pissa_keeps_changes_that_bfloat16_would_round_away() -> None:
+    """A change far below the bfloat16 rounding error of B0 A0 still reaches the output in full."""
     variant = catalogue.get("pissa")
-    on = layer(64, 64, torch.bfloat16)
-    start = started("pissa", on, VariantSettings(4, 8.0))
+    frozen_layer = layer(64, 64, torch.bfloat16)
+    start = initial_tensors("pissa", frozen_layer, VariantSettings(4, 8.0))
     start["B"] = start["B"] + 1e-4 * torch.randn(64, 4, generator=torch.Generator().manual_seed(4))
     one = {name: tensor.unsqueeze(0) for name, tensor in start.items()}
     x = torch.randn(1, 9, 64).bfloat16()
     scaling = torch.full((1, 1, 1), 2.0)
-    ours = variant.forward(
-        x, torch.zeros(1, 9, 64).bfloat16(), variant.prepare(one, on, scaling), on, scaling
+    output = variant.forward(
+        x,
+        torch.zeros(1, 9, 64).bfloat16(),
+        variant.prepare(one, frozen_layer, scaling),
+        frozen_layer,
+        scaling,
     )
     true = x.double() @ (2 * (start["B"].double() - start["B0"].double()) @ start["A0"].double()).T
-    assert (ours.double() - true).norm() < 0.01 * true.norm()
+    assert (output.double() - true).norm() < 0.01 * true.norm()
 
 
-def test_dense_layers_above_the_limit_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One lane at a time with recomputation, or all at once: outputs and gradients are the same."""
+def test_recomputed_dense_updates_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lane at a time with recomputation gives the outputs and gradients of all lanes at once."""
 
     def gradients() -> list[Tensor]:
         torch.manual_seed(0)
