@@ -1,7 +1,7 @@
-"""Which of the offered choices an answer in free text takes: commonsense-15k's eight tasks.
+"""Grading of multiple-choice answers in free text, for the eight tasks of commonsense-15k.
 
-Their answers are `true` or `false` (BoolQ), `solution1` (PIQA), `answer3` (SIQA, ARC, OBQA), `ending4`
-(HellaSwag), `option2` (WinoGrande), trained as "the correct answer is option2".
+The choices are `true` and `false` (BoolQ), `solution1` (PIQA), `answer3` (SIQA, ARC, OBQA), `ending4`
+(HellaSwag) and `option2` (WinoGrande). The models are trained on "the correct answer is option2".
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ _STATED = re.compile(r"(?:correct|right|best|final)?\s*(?:answer|choice|option)\
 
 
 def grade(answer: str, reference: str) -> float:
-    """1.0 when `answer` takes the choice `truth`, else 0.0. The choice counts that first follows "the correct
-    answer is"; without one the first that is named at all, as the data's own evaluation takes it. `truth` may
-    be the choice or the sentence that it is trained on."""
+    """Return 1.0 if an answer takes the reference's choice, else 0.0.
+
+    The choice of a text is the first one that follows "the correct answer is", or else the first one in the
+    text, as in LLM-Adapters' own evaluation.
+
+    Args:
+        answer: The generated text.
+        reference: The correct choice, alone or in the sentence of the training data.
+    """
     return float(_extract_choice(answer) == _extract_choice(reference) is not None)
 
 
 def _extract_choice(text: str) -> str | None:
     text = re.sub(r"[*_`\"']", "", text.lower())
     for stated in _STATED.finditer(text):
-        found = _CHOICE.match(text, stated.end())
-        if found:
-            return _choice_name(found)
-    found = _CHOICE.search(text)
-    return _choice_name(found) if found else None
+        match = _CHOICE.match(text, stated.end())
+        if match:
+            return _choice_name(match)
+    match = _CHOICE.search(text)
+    return _choice_name(match) if match else None
 
 
-def _choice_name(found: re.Match[str]) -> str:
-    return found.group(1) or found.group(2) + found.group(3)
+def _choice_name(match: re.Match[str]) -> str:
+    return match.group(1) or match.group(2) + match.group(3)

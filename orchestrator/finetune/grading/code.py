@@ -1,31 +1,31 @@
-"""Does a program written by a model pass its tests? Found out in a sandbox.
+"""Grading of programs that a model wrote: they are run in a sandbox and have to pass their tests.
 
-**Walls** (`sandbox/isolation.py`; one test tries to break out of each): own namespaces of users, mounts,
-processes, network, IPC and host name; user `nobody`, without capabilities and without a way to new ones;
-no network at all, not even loopback or a hypervisor's; a root that shows the interpreter, its packages and
-/usr for reading,
-and an empty /tmp of limited size that goes with it; an environment of six fixed variables; limits on wall
-clock, CPU, memory, processes, file size, files; output goes nowhere. When its first process ends, or this
-one kills it, the kernel ends all that is in it. Where a machine lets no such walls be made `passes` refuses
-in one line (`level()`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
+**Isolation** (`sandbox/isolation.py`; for each item one test tries to break it): namespaces for users,
+mounts, processes, network, IPC and host name; user `nobody`, without capabilities and without a way to gain
+new ones; no network, not even loopback or a hypervisor's; a root file system with the interpreter, its
+packages and /usr, read-only, and an empty /tmp of limited size; an environment of six fixed variables; limits
+on wall-clock time, CPU time, memory, processes, file size and files; output is discarded. When the first
+process of a sandbox ends or is killed, the kernel kills all others in it. If a machine does not allow this,
+`grade_program` refuses with one line (see `sandbox_level`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 
-**A fake pass does not count.** The tests run in a process of another sandbox, which alone can speak the
-verdict; the two share one socket. The program is asked for what its functions return, gets arguments, never
-what is expected, and answers in plain values that are compared elsewhere (`sandbox/rpc.py`). So printing
-"passed", ending early with exit code 0, overriding assert, check or isclose, tracing, reading frames or
-memory, killing its parent, writing result files, or returning an object that is equal to everything gains
-nothing. What it raises cannot end a loop of the tests. SystemExit, an exhausted stack and an early end are
-never taken for an exception that a test expects: the program has failed then, even where a test catches
-everything. The solutions in the package of an installed benchmark are hidden.
+**Passing without solving the problem.** The tests run in another sandbox, and only their process can report a
+result; the two share one socket. The program receives function calls with arguments, never expected values,
+and returns plain values, which are compared in the process of the tests (`sandbox/rpc.py`). So a program
+gains nothing by printing "passed", exiting early with code 0, overriding assert, check or isclose, tracing,
+reading frames or memory, killing its parent, writing result files, or returning an object that is equal to
+everything. An exception of the program cannot end a loop in the tests. SystemExit, an exhausted stack and an
+early exit are never taken for an exception that a test expects: the program has then failed, even if a test
+catches everything. Solutions in the package of an installed benchmark are hidden.
 
-**What remains** (docs/grading.md has the whole list). It can answer rightly by other means than the intended
-ones (a table of known answers); that is beyond any test. Arguments and answers are copies: the tests see
-neither what a function does to its arguments in place nor whether it returns one of them. (If they saw
-it, a function could make its arguments fit its answer.) Objects of classes of its own are equal to no plain
-value and cannot call the tests' functions. The kernel is shared: a hole in it is a hole in this sandbox; the
-system calls that no program needs are refused (`sandbox/seccomp.py`), the others are not. Memory is limited for
-each process: `processes` times `memory` at worst, and the machine's out-of-memory killer takes these
-processes first. A name that the tests use, and that neither they nor Python define, is the program's.
+**Limits of this approach** (docs/grading.md has the complete list). A program may compute the right values in
+an unintended way, for instance from a table of known answers; no test can detect that. Arguments and results
+are copies: the tests see neither changes that a function makes to its arguments nor whether it returns one of
+them. (If they did, a function could make its arguments fit its result.) Objects of the program's own classes
+are equal to no plain value and cannot call functions of the tests. The kernel is shared, so a vulnerability
+of the kernel is one of the sandbox; system calls that no program needs are refused (`sandbox/seccomp.py`),
+others are not. Memory is limited per process, to `processes` times `memory_bytes` in total at worst; the
+out-of-memory killer of the machine ends these processes first. A name that the tests use, and that neither they nor Python
+define, is taken from the program.
 """
 
 from __future__ import annotations
@@ -62,9 +62,16 @@ __all__ = [
 
 
 def grade_program(program: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:  # noqa: B008 (frozen)
-    """The verdict on one program with its tests (`human_eval_program`, `mbpp_program`, `with_tests`). Raises
-    BadInput where no sandbox can be made, Trouble when one could not be made this time; neither says
-    anything of the program."""
+    """Run one program with its tests.
+
+    Args:
+        program: A program with its tests, from `human_eval_program`, `mbpp_program` or `join_tests`.
+        limits: The resources that the program may use.
+
+    Raises:
+        UsageError: This machine does not allow a sandbox, or the text contains no tests.
+        StudyError: Isolation failed this time, which says nothing about the program.
+    """
     return run(*split_tests(program), limits)
 
 
@@ -73,21 +80,26 @@ def grade_programs(
     workers: int | None = None,
     limits: ProgramLimits = ProgramLimits(),  # noqa: B008 (frozen)
 ) -> list[ProgramResult]:
-    """Return the verdicts in order.
+    """Run many programs with their tests in parallel, and return the results in the same order.
 
-    A program that starts many processes takes time and memory from those that run beside it. So one that
-    exceeded the wall-clock limit, or was killed by something other than its CPU limit, is judged again alone.
+    A program that starts many processes takes time and memory from those that run beside it. Therefore a
+    program that exceeded the limit of wall-clock time, or was killed for another reason than its CPU time, is
+    run again alone.
 
     Args:
-        programs: Programs with their tests, as `with_tests` joins them.
-        workers: How many run at once; by default as many as this process has cores.
-        limits: The limits of each program.
+        programs: Programs with their tests, from `human_eval_program`, `mbpp_program` or `join_tests`.
+        workers: How many programs run at once. Default: the number of cores of this process.
+        limits: The resources that each program may use.
+
+    Raises:
+        UsageError: This machine does not allow a sandbox, or a text contains no tests.
+        StudyError: Isolation failed this time, which says nothing about the program.
     """
-    sandbox_level()  # once, before there are threads that would all ask
+    sandbox_level()  # computed and cached here, so that the threads do not all compute it
     workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
-        verdicts = list(pool.map(lambda program: grade_program(program, limits), programs))
+        results = list(pool.map(lambda program: grade_program(program, limits), programs))
     return [
-        grade_program(program, limits) if verdict.reason in (KILLED, TIMED_OUT) else verdict
-        for program, verdict in zip(programs, verdicts, strict=True)
+        grade_program(program, limits) if result.reason in (KILLED, TIMED_OUT) else result
+        for program, result in zip(programs, results, strict=True)
     ]

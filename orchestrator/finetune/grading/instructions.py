@@ -1,7 +1,7 @@
-"""Does an answer follow the instructions of its prompt? IFEval (Zhou et al. 2023), by lm-eval's checker.
+"""Grading of answers by the instructions in their prompts: IFEval (Zhou et al. 2023), with lm-eval's checker.
 
-Two of its 25 kinds of instruction (capital words, number of sentences) cut text with NLTK's `punkt_tab`,
-which is data that NLTK downloads from GitHub: once `python -m nltk.downloader punkt_tab` (NLTK_DATA: where).
+Two of its 25 kinds of instructions (capital words, number of sentences) split text with NLTK's data
+`punkt_tab`. NLTK downloads it from GitHub to NLTK_DATA: `python -m nltk.downloader punkt_tab`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,28 @@ from orchestrator.util.errors import UsageError
 
 
 def grade(row: Mapping[str, Any], answer: str) -> float:
-    """1.0 when the answer follows every instruction of `row` (google/IFEval: `prompt`, `instruction_id_list`,
-    `kwargs`), strictly; else 0.0: prompt-level strict accuracy, of which the mean is the task's score."""
+    """Return 1.0 if an answer strictly follows every instruction, else 0.0 (prompt-level strict accuracy).
+
+    Args:
+        row: A row of google/IFEval: `prompt`, `instruction_id_list` and `kwargs`.
+        answer: The answer.
+
+    Raises:
+        UsageError: lm-eval or data that it needs are not installed.
+    """
     return float(score_instructions(row, answer)["prompt_level_strict_acc"])
 
 
 def score_instructions(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
-    """lm-eval's four measures: prompt and instruction level, strict and loose."""
+    """Return lm-eval's four measures: strict and loose, each by prompt and by instruction.
+
+    Args:
+        row: A row of google/IFEval: `prompt`, `instruction_id_list` and `kwargs`.
+        answer: The answer.
+
+    Raises:
+        UsageError: lm-eval or data that it needs are not installed.
+    """
     try:
         return load_checker().process_results({"key": 0, **row}, [answer])
     except LookupError as error:
@@ -37,9 +52,13 @@ def score_instructions(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
 
 @cache
 def load_checker() -> ModuleType:
-    """lm-eval's. Raises BadInput when it is not installed."""
+    """Return lm-eval's module with the checker.
+
+    Raises:
+        UsageError: lm-eval is not installed.
+    """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it says "Downloaded" when it could not
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints "Downloaded" even if the download failed
             import langdetect
             from lm_eval.tasks.ifeval import utils
     except ImportError as error:
@@ -47,5 +66,5 @@ def load_checker() -> ModuleType:
             f"IFEval is graded by lm-eval, and {error.name} is not installed. "
             "Run: pip install 'lora-orchestrator[ifeval]'"
         ) from None
-    langdetect.DetectorFactory.seed = 0  # the language of a short text is guessed by sampling
+    langdetect.DetectorFactory.seed = 0  # detecting the language of a text uses random numbers
     return utils

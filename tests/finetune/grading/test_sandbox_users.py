@@ -34,7 +34,8 @@ def readable() -> Iterator[tuple[str, Path]]:
         pytest.skip("no interpreter here that another user may run")
     # Other users may not look into this process's own temporary folder.
     folder = Path(tempfile.mkdtemp(prefix="readable-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
-    for part in ("orchestrator/finetune/grading", "orchestrator/util/errors.py"):
+    utilities = [f"orchestrator/util/{name}.py" for name in ("errors", "timeouts")]
+    for part in ("orchestrator/finetune/grading", *utilities):
         (folder / part).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (PROJECT / part).is_dir() else shutil.copy
         copy(PROJECT / part, folder / part)
@@ -92,7 +93,7 @@ def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
     )
     said = done.stdout.strip()
     assert said.startswith(
-        "Programs written by a model are not run here: this machine lets no sandbox be made"
+        "Programs written by a model are not run here: this machine does not allow a sandbox"
     ), done
     assert "unshare" in said
     assert said.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")

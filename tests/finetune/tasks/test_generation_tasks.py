@@ -203,7 +203,7 @@ def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
         "orchestrator.finetune.evaluation.evaluate.generate_answers", lambda *_: pytest.fail("generated")
     )
     (record,) = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch)
-    assert (record.state, record.reason, record.curve) == ("failed", "BadInput: not here", ())
+    assert (record.state, record.reason, record.curve) == ("failed", "UsageError: not here", ())
 
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)

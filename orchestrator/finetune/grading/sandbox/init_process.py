@@ -1,9 +1,9 @@
-"""The first process of a sandbox: puts up the walls, then runs one side of the talk and waits for its end.
+"""The first processes of a sandbox: they isolate themselves, then start the program or its tests.
 
-    launcher (outside)  ->  first process of the namespace  ->  the program, or its tests
+    launcher (outside)  ->  init process of the namespace  ->  program server, or test runner
 
-When the first process ends the kernel ends everything in the namespace, however it hides. Imports nothing
-that is not in Python itself: it runs without the project's packages.
+When the init process ends, the kernel kills every other process in the namespace. This module and those that
+it imports use the standard library only, since they run without the project's packages.
 """
 
 from __future__ import annotations
@@ -24,15 +24,21 @@ from orchestrator.finetune.grading.sandbox.seccomp import install_seccomp_filter
 from orchestrator.finetune.grading.sandbox.test_runner import run_tests
 
 SETUP_FAILED, OUT_OF_TIME, OUT_OF_CPU = 125, 124, 123
-"""What the launcher ends with: a wall could not be put up (stderr says which); the limit of the wall clock;
-that of CPU time."""
+"""Exit codes of the launcher: isolation failed (with a message on stderr), or the limit of wall-clock time or
+of CPU time was reached."""
 
 
 def main() -> None:
+    """Isolate this process, as a JSON object on stdin says, and run the program or the tests in it.
+
+    `run._SandboxProcess` writes the object. The exit code is that of the program, or one of this module's.
+    """
     spec = json.load(sys.stdin)
     connection = socket.socket(fileno=spec["connection"])
     try:
-        _try_write("/proc/self/oom_score_adj", "1000")  # short of memory, the machine ends this first
+        _try_write(
+            "/proc/self/oom_score_adj", "1000"
+        )  # when memory is short, the kernel ends this process first
         isolation.leave_session_keyring()
         if spec["namespaces"]:
             isolation.enter_new_namespaces()
@@ -47,7 +53,7 @@ def main() -> None:
     if spec["result"]:
         os.close(spec["result"])
     if not spec["namespaces"]:
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and then the orphans
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # orphans are killed below
     code = _exit_code(os.waitpid(child, 0)[1])
     if not spec["namespaces"]:
         _kill_orphans()
@@ -59,7 +65,7 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
     try:
         if spec["namespaces"]:
             isolation.enter_new_root(
-                spec["shown"], spec["hidden"], limits["tmp_bytes"], limits["max_tmp_files"]
+                spec["visible_folders"], spec["hidden_folders"], limits["tmp_bytes"], limits["max_tmp_files"]
             )
         else:
             os.chdir(spec["folder"])
@@ -88,10 +94,10 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
 
 
 def _out_of_cpu(status: int, used: resource.struct_rusage, limit: int) -> bool:
-    """Return whether the CPU limit ended a process.
+    """Return whether a process ended because of its limit of CPU time.
 
-    SIGKILL may also come from elsewhere, such as the out-of-memory killer. The kernel counts CPU time
-    for the limit more coarsely than the time that it reports: hence 0.8 of the limit.
+    SIGKILL may have other causes, such as the out-of-memory killer. The CPU time that the kernel compares
+    with the limit is coarser than the time that it reports: 0.8 of the limit counts as reached.
     """
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     spent = used.ru_utime + used.ru_stime >= 0.8 * limit
@@ -141,12 +147,9 @@ def _exit_setup_failed(error: BaseException) -> None:
 
 
 def _try_write(path: str, text: str) -> None:
-    """A wish, not a wall: where it may not be written, nothing depends on it."""
-    try:
-        with open(path, "w") as file:
-            file.write(text)
-    except OSError:
-        pass
+    """Write a setting of the kernel if that is allowed; the isolation does not depend on it."""
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        file.write(text)
 
 
 def _exit_code(status: int) -> int:
@@ -154,8 +157,11 @@ def _exit_code(status: int) -> int:
 
 
 def _kill_orphans() -> None:
-    """Without a namespace: what was left behind has become this process's child. Ends it, and what that
-    leaves, until there is nothing."""
+    """Kill the descendants that are left, which have become children of this process.
+
+    This is needed without namespaces only. Children of a killed process become children of this one, so this
+    is repeated until there are none.
+    """
     for _ in range(1000):
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = [int(number) for number in file.read().split()]

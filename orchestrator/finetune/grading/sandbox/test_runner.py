@@ -1,7 +1,7 @@
-"""The side of the tests: runs them in a process of its own and says whether they came to their end.
+"""The process of the tests: it runs them and reports whether they have come to their end.
 
-The program's functions are seen as `wire.Remote`s; what they return are plain copies. Names that the tests
-use and neither they, nor Python's builtins, nor a module of the standard library give them are the program's.
+Functions of the program appear as `rpc.RemoteObject`; their results are plain copies. A name that the tests
+use but do not define is a builtin, a module of the standard library, or else a name of the program.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ PROGRAM_ENDED = "the program ended before its tests did"
 
 
 class Program:
-    """What tests call `program`: the program's names as attributes."""
+    """The object that tests call `program`; its attributes are the names that the program defines.
+
+    Args:
+        channel: The connection to the program.
+        names: The names that it defines.
+    """
 
     def __init__(self, channel: Channel, names: set[str]) -> None:
         self._channel, self._names = channel, names
@@ -34,16 +39,24 @@ class Program:
 
 
 def run_tests(connection: socket.socket, text: str) -> tuple[bool, str]:
-    """Return (passed, why) of the tests `text` on the program at the other end of the connection."""
+    """Run tests on the program at the other end of a connection.
+
+    Args:
+        connection: The socket to the program.
+        text: The source of the tests.
+
+    Returns:
+        Whether they passed, and the reason.
+    """
     channel = Channel(connection)
-    passed, why = _run_tests(channel, text)
+    passed, reason = _run_tests(channel, text)
     if channel.failure is None:
-        return passed, why
+        return passed, reason
     return False, PROGRAM_ENDED if isinstance(channel.failure, Disconnected) else str(channel.failure)
 
 
 def _run_tests(channel: Channel, text: str) -> tuple[bool, str]:
-    """Return (passed, why) as the tests saw it: a failure that they caught is not in it."""
+    """Return (passed, reason), without failures of the program that the tests caught."""
     try:
         raised, names = channel.receive()
         if raised != "":
@@ -53,7 +66,7 @@ def _run_tests(channel: Channel, text: str) -> tuple[bool, str]:
         namespace: dict[str, Any] = {"__name__": "tests", "program": program}
         for name in _used_names(code) - set(dir(builtins)) - set(namespace):
             if name in sys.stdlib_module_names:
-                with contextlib.suppress(ImportError):  # another system's, or not installed: no such name
+                with contextlib.suppress(ImportError):  # a module of another system, or not installed
                     namespace[name] = importlib.import_module(name)
             elif name in names:
                 namespace[name] = getattr(program, name)
@@ -73,6 +86,6 @@ def _used_names(code: types.CodeType) -> set[str]:
 
 
 def _failed_line(error: BaseException, text: str) -> str:
-    """The line of the tests that was not met."""
+    """Return the line of the tests that failed."""
     numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]
     return text.splitlines()[(numbers[-1] or 1) - 1].strip()[:200] if numbers else ""
