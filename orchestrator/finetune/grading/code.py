@@ -24,8 +24,8 @@ them. (If they did, a function could make its arguments fit its result.) Objects
 are equal to no plain value and cannot call functions of the tests. The kernel is shared, so a vulnerability
 of the kernel is one of the sandbox; system calls that no program needs are refused (`sandbox/seccomp.py`),
 others are not. Memory is limited per process, to `processes` times `memory_bytes` in total at worst; the
-out-of-memory killer of the machine ends these processes first. A name that the tests use, and that neither they nor Python
-define, is taken from the program.
+out-of-memory killer of the machine ends these processes first. A name that the tests use, and that neither
+they nor Python define, is taken from the program.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from orchestrator.finetune.tasks.examples import (
     Split,
     hash_examples,
     hash_split,
+    interleave_classes,
     require_count,
     require_examples,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Task",
     "TaskDefaults",
     "hash_split",
+    "interleave_classes",
     "require_count",
 ]
 

@@ -1,4 +1,4 @@
-"""Tasks by name. Each file in a folder below this one is a task; a path to a Python file works as well."""
+"""Tasks by name: each file in a folder beside this module is a task, and a user's Python file can be one."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from orchestrator.util.errors import UsageError, suggest_nearest
 
 
 def names() -> tuple[str, ...]:
-    """The tasks that come with the project. Reads file names only."""
+    """Return the names of the built-in tasks; no task is imported."""
     return tuple(sorted(_module_names()))
 
 
 @lru_cache(maxsize=1)
 def _module_names() -> dict[str, str]:
-    """Return the full name of each task's module by the task's name."""
+    """Return the module name of each task."""
     files = Path(__file__).parent.glob("*/*.py")
     return {p.stem: f"{__package__}.{p.parent.name}.{p.stem}" for p in files if p.stem != "__init__"}
 
 
 def get(name: str) -> Task:
-    """The task called `name`, or the one in the file `name` (it ends in .py; every worker needs to reach it
-    under that path, which is then the task's name). Raises BadInput for a name or file that is none."""
+    """Return a task.
+
+    Args:
+        name: The name of a built-in task, or the path of a Python file with a task. The path becomes the name
+            of the task, and every worker has to reach the file by it.
+
+    Raises:
+        UsageError: There is no such task, or the file contains no valid one.
+    """
     if name.endswith(".py"):
-        # The full path: Ray's workers have working folders of their own.
+        # The full path, since Ray's workers have working folders of their own.
         return _load_user_task(Path(os.path.realpath(name)))
     return _load_builtin_task(name)
 
@@ -51,32 +58,33 @@ def _load_user_task(path: Path) -> Task:
 def _load_builtin_task(name: str) -> Task:
     if name not in names():
         raise UsageError(
-            f"Unknown task {name!r}. {suggest_nearest(name, names())} A path to a .py file with a task works too."
+            f"Unknown task {name!r}. {suggest_nearest(name, names())} A path to a .py file with a task "
+            "works, too."
         )
     return _instantiate_task(importlib.import_module(_module_names()[name]))
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
         raise UsageError(f"Task file {str(path)!r} does not exist. {suggest_nearest(path.stem, names())}")
     spec = importlib.util.spec_from_file_location(f"orchestrator_user_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while it is made
+    sys.modules[spec.name] = module  # dataclasses look up the module of a class
     with user_code.report_user_errors(str(path), "does not import"):
         spec.loader.exec_module(module)
     return module
 
 
 def _instantiate_task(module: ModuleType) -> Task:
-    found = [
+    classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__
     ]
-    if len(found) != 1:
+    if len(classes) != 1:
         raise UsageError(
-            f"A task file holds exactly one subclass of Task, {module.__file__!r} has {len(found)}."
+            f"A task file must contain exactly one subclass of Task, {module.__file__!r} has {len(classes)}."
         )
-    return found[0]()
+    return classes[0]()

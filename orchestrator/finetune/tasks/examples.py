@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from orchestrator.util.errors import UsageError
+
+T = TypeVar("T")
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -101,6 +103,18 @@ def require_count(examples: Sequence[Example], count: int, task: str, split: Spl
     if len(examples) < count:
         raise UsageError(f"Task {task!r} has {len(examples)} {split} examples, {count} are needed.")
     return list(examples[:count])
+
+
+def interleave_classes(items_by_class: Mapping[str, Sequence[T]]) -> Iterator[tuple[str, T]]:
+    """Yield (class, item) with the classes in turn, until one of them has no more items.
+
+    Any beginning of the sequence has equal shares of all classes.
+
+    Args:
+        items_by_class: The items of each class.
+    """
+    for turn in zip(*items_by_class.values(), strict=False):
+        yield from zip(items_by_class, turn, strict=True)
 
 
 def hash_split(key: str, held_out_splits: Sequence[Split] = HELD_OUT_SPLITS, num_buckets: int = 5) -> Split:

@@ -1,7 +1,8 @@
-"""What GLUE's nine tasks have in common: the data, the splits, and how the published study trained on them.
+"""The base class of GLUE's nine tasks: data, splits and the training settings of the published study.
 
-The hub's `nyu-mll/glue` has a subset a task. Its test labels are hidden (-1), so the published dev set is the
-test here, as it was in the study; validation is cut from train. The texts go to the model as they are.
+The hub's dataset `nyu-mll/glue` has one subset per task. Its test labels are hidden (-1), so the published
+dev set is the test split here, as in the study; the validation split is taken from the training set. Texts
+are not changed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from orchestrator.finetune.sources import hub_data
-from orchestrator.finetune.tasks.base import Example, Split, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import Example, Output, Split, Task, TaskDefaults
 from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,16 +23,23 @@ if TYPE_CHECKING:
 
 REPOSITORY = "nyu-mll/glue"
 REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
-"""Of its Parquet files."""
+"""The commit with its Parquet files."""
 LEARNING_RATES = (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3)
 BATCH_SIZE = 32
 MAX_VALUE = 5
-"""Of STS-B's."""
+"""The highest value in STS-B."""
 
 
 def glue_defaults(train: int, validation: int, test: int, epochs: int = 10) -> TaskDefaults:
-    """The study's settings: ten epochs of AdamW, of which it kept the best. `train`: of what is left when
-    validation is cut off, a round number. A step is a batch, so an epoch has train / 32 of them."""
+    """Return the settings of the study: ten epochs of AdamW, the best of which it kept.
+
+    Args:
+        train: Training examples: a round number of those that are left without the validation split. An epoch
+            has train / 32 steps.
+        validation: Validation examples.
+        test: Test examples.
+        epochs: Epochs.
+    """
     return TaskDefaults(
         train_size=train,
         validation_size=validation,
@@ -49,20 +57,24 @@ def glue_defaults(train: int, validation: int, test: int, epochs: int = 10) -> T
 
 
 class GlueTask(Task):
-    """One of the nine. `floor`, on the dev set: the untrained head, of zeros, says class 0 of every text (the
-    number 0 where it is to say values). By accuracy that is worth the share of class 0, which the best
-    constant has or exceeds; by F1, Matthews' and Pearson's correlation it is worth 0."""
+    """A task of GLUE.
+
+    `floor` is the score on the dev set of the untrained head, whose weights are zero: it predicts class 0, or
+    the number 0. Its accuracy is the share of class 0, which is at most that of the best constant. Its F1,
+    Matthews correlation and Pearson correlation are 0.
+    """
 
     subset: ClassVar[str]
+    """The name of the task's subset in the dataset."""
     text_columns: ClassVar[tuple[str, ...]]
-    """The columns of the text, or of the pair."""
+    """The column of the text, or the two columns of a pair."""
     dev_split: ClassVar[str] = "validation"
+    """The name of the dev set in the dataset."""
     default_model = "FacebookAI/roberta-base"
-    output: ClassVar[Literal["teacher_forced", "generation", "classification", "regression"]] = (
-        "classification"
-    )
+    output: ClassVar[Output] = "classification"
 
     def examples(self, split: Split, count: int) -> list[Example]:
+        """Return the first examples of a split; see `Task.examples`."""
         rows = _load_rows(self, os.environ.get(hub_data.DATA_FOLDER_VARIABLE), self.defaults.validation_size)
         numbers = rows.row_numbers[split]
         if count > len(numbers):
@@ -86,12 +98,12 @@ class GlueTask(Task):
                 f"Task {self.name!r}: row {number + 1} of {REPOSITORY} ({self.subset}): 'label' must be from "
                 f"0 to {MAX_VALUE}, it is {value}."
             )
-        return f"{value:.4g}"  # the data are float32 of such numbers
+        return f"{value:.4g}"  # the data are such numbers as float32
 
 
 @dataclass(frozen=True)
 class _SplitRows:
-    """The two tables, memory-mapped, and the numbers of the rows that a split has, in its order."""
+    """The memory-mapped training and dev sets, and the row numbers of each split, in the split's order."""
 
     train: Dataset
     dev: Dataset
@@ -100,10 +112,13 @@ class _SplitRows:
 
 @lru_cache(maxsize=2)
 def _load_rows(task: GlueTask, folder: str | None, validation_size: int) -> _SplitRows:
-    """Texts with the same first one stay together (a premise has three hypotheses in MNLI): they are put in
-    the order of its hash, and validation takes the first of them, whole groups, until it has enough. Unlike
-    `split_of`'s shares that leaves train a known number of rows, whatever the hashes. What stands in the dev
-    set word for word belongs to no other split."""
+    """Assign the rows to splits.
+
+    Rows with the same first text belong to one group (in MNLI a premise has three hypotheses). The groups are
+    sorted by a hash of that text, and the validation split takes whole groups from the beginning until it has
+    enough rows. Unlike `hash_split` this leaves a known number of rows for training. Rows that also occur in
+    the dev set belong to no other split.
+    """
     columns: dict[str, hub_data.CellType] = dict.fromkeys(task.text_columns, str)
     columns["label"] = range(len(task.labels)) if task.labels else float
     train, dev = (
@@ -126,7 +141,7 @@ def _load_rows(task: GlueTask, folder: str | None, validation_size: int) -> _Spl
 def _columns(
     table: Dataset, columns: Sequence[str], numbers: Sequence[int] | None = None
 ) -> Iterator[list[Any]]:
-    """Their cells, of all rows or of these, straight from Arrow: `Dataset.select` takes five times that."""
+    """Yield the cells of each column, of all rows or some, directly from Arrow: 5x faster than `select`."""
     import pyarrow as pa
 
     for column in columns:
@@ -135,7 +150,7 @@ def _columns(
 
 
 def _check_classes(task: GlueTask, table: Dataset) -> None:
-    """The hub's names of the classes, where the files have them."""
+    """Check the names of the classes if the files contain them."""
     names = getattr(table.features["label"], "names", None)
     if names is not None and tuple(names) != task.labels:
         raise UsageError(

@@ -1,14 +1,15 @@
-"""Image classification on datasets of the hub: what the published study's seven tasks have in common.
+"""The base class of image classification tasks on datasets of the hub: the published study's seven tasks.
 
-Every one is a dataset of columns `image` and `label`, a class's number. The published test set is the test
-split, whole; a tenth of the training set, by the hash of an image's file, is the validation split. What both
-sets have is not trained on, and what the training set has twice counts once.
+Each dataset has the columns `image` and `label`, the index of a class. The test split is the whole published
+test set. The validation split is a tenth of the training set, chosen by the hash of the image file. Training
+images that also occur in the test set are left out, and duplicates in the training set count once.
 
-As published (arXiv 2601.22708, section on images): CLIP ViT-B/16, top-1 accuracy, rank 8, ten learning rates,
-the rest "identical to" its language tasks: AdamW, a cosine, batches of 64, and of the paper's scripts 3 % of
-warm-up and weight decay 5e-4. It says neither how long it trains (here 1,000 steps: one epoch of the largest
-set, 18 of the smallest) nor what the head reads (here the mean of the patches, as transformers' own
-CLIPForImageClassification) nor how images are prepared (here as CLIP's processor does, without augmentation).
+From the paper (arXiv 2601.22708, section on images): CLIP ViT-B/16, top-1 accuracy, rank 8, ten learning
+rates, everything else "identical to" its language tasks, which is AdamW, a cosine schedule, batches of 64,
+and in the paper's scripts 3 % warm-up and weight decay 5e-4. The paper does not say how long it trains
+(here 1,000 steps: one epoch of the largest dataset, 18 of the smallest), what the head reads (here the mean
+of the patches, as in transformers' CLIPForImageClassification), or how images are prepared (here by CLIP's
+processor, without augmentation).
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ from orchestrator.util.errors import UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HASH_BUCKETS = 10  # one training image in so many is for validation
+HASH_BUCKETS = 10  # one of so many training images is for validation
 COLUMNS = {"image": object, "label": int}
 LEARNING_RATES = (1e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
-"""As published."""
+"""The grid of the paper."""
 
 
 def image_defaults(train: int, validation: int, test: int) -> TaskDefaults:
+    """Return the settings that all image tasks share.
+
+    Args:
+        train: Training images.
+        validation: Validation images.
+        test: Test images.
+    """
     return TaskDefaults(
         train_size=train,
         validation_size=validation,
@@ -47,13 +55,21 @@ def image_defaults(train: int, validation: int, test: int) -> TaskDefaults:
 
 
 def numbered_classes(classes: int) -> tuple[str, ...]:
-    """Classes by their number in the dataset: a head needs to know how many there are before any data are
-    read, and data that have another number are refused."""
+    """Return the names of classes that are called by their index.
+
+    The number of classes has to be known before data are read; data with another number are refused.
+
+    Args:
+        classes: The number of classes.
+    """
     return tuple(str(number) for number in range(classes))
 
 
 class HubImageTask(Task):
-    """A task gives its two tables, `labels`, `floor` (a class's mean share) and its defaults."""
+    """Image classification on a dataset of the hub.
+
+    A subclass sets the two tables, `labels`, `floor` (the mean share of a class) and `defaults`.
+    """
 
     metric = "accuracy"
     default_model = "openai/clip-vit-base-patch16"
@@ -63,6 +79,7 @@ class HubImageTask(Task):
     test_table: ClassVar[Table]
 
     def examples(self, split: Split, count: int) -> list[Example]:
+        """Return the first examples of a split; see `Task.examples`."""
         found = _all_examples(
             self.train_table,
             self.test_table,
@@ -72,8 +89,8 @@ class HubImageTask(Task):
         )[split]
         if count > len(found):
             raise UsageError(
-                f"Task {self.name!r} has {len(found)} {split} examples in {self.train_table.repository}, {count} "
-                "are needed."
+                f"Task {self.name!r} has {len(found)} {split} examples in {self.train_table.repository}, "
+                f"{count} are needed."
             )
         return list(found[:count])
 
@@ -82,7 +99,10 @@ class HubImageTask(Task):
 def _all_examples(
     train: Table, test: Table, classes: int, task: str, folder: str | None
 ) -> dict[Split, tuple[Example, ...]]:
-    """In the order of hashes: datasets lie class by class. `folder` is where `read` looks."""
+    """Return the examples in the order of their hashes, since datasets are sorted by class.
+
+    `folder` is the data folder that `load_table` uses; it is here as a key of the cache.
+    """
     found: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     found["test"] = _read_examples(test, classes, task)
     seen = {_digest(example) for example in found["test"]}
@@ -90,11 +110,11 @@ def _all_examples(
         if (digest := _digest(example)) not in seen:
             seen.add(digest)
             found[hash_split(digest, ("validation",), HASH_BUCKETS)].append(example)
-    return {split: tuple(sorted(of, key=_sort_key)) for split, of in found.items()}
+    return {split: tuple(sorted(examples, key=_sort_key)) for split, examples in found.items()}
 
 
 def _sort_key(example: Example) -> bytes:
-    # Hashed again: split_of has picked the digests that begin alike.
+    # Hashed again, since hash_split has selected by the first digits of the digest.
     return hashlib.sha256(_digest(example).encode()).digest()
 
 
@@ -104,7 +124,7 @@ def _digest(example: Example) -> str:
 
 
 def _read_examples(table: Table, classes: int, task: str) -> list[Example]:
-    """The rows, their images left where they lie: in the memory-mapped table."""
+    """Return the rows as examples whose images are read from the memory-mapped table when needed."""
     from datasets import ClassLabel
     from datasets import Image as Column
 
@@ -112,7 +132,7 @@ def _read_examples(table: Table, classes: int, task: str) -> list[Example]:
     feature = data.features["label"]
     if isinstance(feature, ClassLabel) and feature.num_classes != classes:
         raise UsageError(
-            f"Task {task!r}: {table} has {feature.num_classes} classes, the task is for {classes}; take the "
+            f"Task {task!r}: {table} has {feature.num_classes} classes, the task has {classes}; take the "
             "dataset that it was written for."
         )
     data = data.cast_column("image", Column(decode=False))

@@ -1,4 +1,4 @@
-"""What the small bases have in common that tasks pretrain themselves: bits that anybody can make again."""
+"""Deterministic pretraining of the small base models of tasks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base is made: AdamW at `learning_rate`, linear warm-up over `warmup_steps`, then a cosine to 0 at
-    `steps`. `version` is raised by hand when the task's code changes what comes out."""
+    """The settings of a pretraining run: AdamW with linear warm-up, then a cosine schedule to 0.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        learning_rate: The learning rate after warm-up.
+        weight_decay: The weight decay.
+        warmup_steps: Steps of warm-up.
+        label_smoothing: The label smoothing of the loss.
+        hidden_size: The width of the model.
+        intermediate_size: The width of its MLPs.
+        layers: Its number of layers.
+        heads: Its attention heads.
+        seed: The seed of weights and batches.
+        version: Raised by hand when the task's code changes the result.
+    """
 
     steps: int
     batch_size: int
@@ -35,14 +49,24 @@ class Recipe:
     version: int = 1
 
     def key(self, *more: object) -> str:
-        """Names all that decides what comes out: this, and what else the task says (JSON values)."""
+        """Return a key of everything that decides the result: 16 hexadecimal digits of a SHA-256.
+
+        Args:
+            more: JSON values of the task, beyond the recipe.
+        """
         return hashlib.sha256(json.dumps([asdict(self), *more]).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """During it torch draws from `seed`, on one thread: the order in which threads add up would change the
-    last bits of the weights, and so the base's content."""
+    """Seed torch and limit it to one thread inside the context.
+
+    With several threads the order of summation varies, which would change the last bits of the weights and so
+    the content hash of the base model.
+
+    Args:
+        seed: The seed of torch's default generator.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -63,7 +87,16 @@ def fit(
     name: str,
     progress: Callable[[str], None],
 ) -> Any:
-    """Trains all of `model` and returns it; `name` is the base's, for people."""
+    """Train all parameters of a model, and return it in evaluation mode.
+
+    Args:
+        model: The model.
+        recipe: The settings.
+        batches: The batches, one per step.
+        compute_loss: Returns the loss of a batch.
+        name: The name of the base model, for progress lines.
+        progress: Called with a line every 100 steps.
+    """
     import torch
 
     optimizer = torch.optim.AdamW(
@@ -85,12 +118,17 @@ def fit(
 def _lr_factor(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
-    past = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(past, 1.0)))
+    fraction = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
 def word_tokenizer(words: Sequence[str], **special_tokens: str) -> Any:
-    """One token a word, as a transformers tokenizer; `special`: pad_token and the like, all in `words`."""
+    """Return a tokenizer of transformers with one token per word.
+
+    Args:
+        words: The vocabulary; the index of a word is its id.
+        special_tokens: `pad_token` and the like; their values are in the vocabulary.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

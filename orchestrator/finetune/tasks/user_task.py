@@ -1,9 +1,9 @@
-"""Check that a task in a user's file has all that a study needs."""
+"""Validation of a task in a user's file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from orchestrator.finetune.tasks.base import SPLITS, Task, TaskDefaults
@@ -35,10 +35,13 @@ MAX_TOKENS = 10_000_000
 
 
 def check(task: Task) -> None:
-    """Check that a user's task has all that a study needs, of the right kind.
+    """Check that a task has everything that a study needs, with valid values.
+
+    Args:
+        task: The task of a user's file.
 
     Raises:
-        BadInput: Something is missing or wrong. The text names the first such thing.
+        UsageError: Something is missing or invalid. The message names the first such attribute.
     """
     problem = next(_find_problems(task), None)
     if problem is not None:
@@ -46,34 +49,11 @@ def check(task: Task) -> None:
 
 
 def _find_problems(task: Task) -> Iterator[str]:
-    for old, new in RENAMED_ATTRIBUTES.items():
-        if hasattr(task, old):
-            value = RENAMED_VALUES.get(getattr(task, old)) if old in ("answers", "graded") else None
-            yield f"{old} is now called {new}; rename it" + (f", with the value {value!r}" if value else "")
-    if type(task).examples is Task.examples:
-        yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
-    if not hasattr(task, "floor"):
-        yield "the task has no floor, the score of a diverged run; add floor = 0.0, or what a guess scores"
-    elif not _is_finite(task.floor):
-        yield f"floor is {task.floor!r}; must be a finite number"
-    if not isinstance(task.metric, str) or task.metric in ("", "loss"):
-        yield f"metric is {task.metric!r}; must be a name other than loss"
-    for name, value, known in (
-        ("output", task.output, OUTPUTS),
-        ("inputs", task.inputs, INPUTS),
-        ("grade_at", task.grade_at, GRADE_AT),
-    ):
-        if value not in known:
-            renamed = RENAMED_VALUES.get(str(value))
-            fix = f"it is now called {renamed!r}" if renamed in known else suggest_nearest(str(value), known)
-            yield f"{name} is {value!r}; {fix}"
-    if task.output == "classification" and len(set(task.labels)) < 2:
-        yield f"labels is {task.labels!r}; must name two classes or more"
-    yield from (
-        f"{name} is {getattr(task, name)!r}; {rule}"
-        for name, rule in _find_broken_rules(task, _task_rules(task))
-    )
-    if isinstance(task.stop, str) or not all(isinstance(word, str) and word for word in task.stop):
+    yield from _find_renamed(task)
+    yield from _find_missing(task)
+    yield from _find_unknown_choices(task)
+    yield from _find_broken_rules(task, _task_rules(task))
+    if isinstance(task.stop, str) or not all(isinstance(text, str) and text for text in task.stop):
         yield f"stop is {task.stop!r}; must be a tuple of texts that are not empty"
     defaults = getattr(task, "defaults", None)
     if not isinstance(defaults, TaskDefaults):
@@ -81,34 +61,68 @@ def _find_problems(task: Task) -> Iterator[str]:
         fields = ", ".join(f"{name}=..." for name in ("train_size", "validation_size", "test_size", "steps"))
         yield f"{problem}; add defaults = TaskDefaults({fields}, ...)"
         return
-    yield from (
-        f"{name} is {getattr(defaults, name)!r}; {rule}"
-        for name, rule in _find_broken_rules(defaults, _default_rules(task))
-    )
-    if not defaults.learning_rates:
-        yield f"learning_rates is {defaults.learning_rates!r}; must have 1 rate or more"
-    if (count := len(defaults.learning_rates)) > bounds.MAX_POINTS:
-        yield f"learning_rates has {count} rates; must have {bounds.MAX_POINTS} or fewer"
-    for rate in defaults.learning_rates:
+    yield from _find_broken_rules(defaults, _default_rules(task))
+    yield from _find_bad_learning_rates(defaults.learning_rates)
+
+
+def _find_renamed(task: Task) -> Iterator[str]:
+    for old, new in RENAMED_ATTRIBUTES.items():
+        if hasattr(task, old):
+            value = RENAMED_VALUES.get(str(getattr(task, old)))
+            yield f"{old} is now called {new}; rename it" + (f", with the value {value!r}" if value else "")
+
+
+def _find_missing(task: Task) -> Iterator[str]:
+    if type(task).examples is Task.examples:
+        yield f"the task has no examples; add def examples(self, split, count) for {', '.join(SPLITS)}"
+    if not hasattr(task, "floor"):
+        yield "the task has no floor, the score of a diverged run; add floor = 0.0, or the score of a guess"
+    elif not _is_finite(task.floor):
+        yield f"floor is {task.floor!r}; must be a finite number"
+
+
+def _find_unknown_choices(task: Task) -> Iterator[str]:
+    if not isinstance(task.metric, str) or task.metric in ("", "loss"):
+        yield f"metric is {task.metric!r}; must be a name other than loss"
+    for name, value, choices in (
+        ("output", task.output, OUTPUTS),
+        ("inputs", task.inputs, INPUTS),
+        ("grade_at", task.grade_at, GRADE_AT),
+    ):
+        if value not in choices:
+            renamed = RENAMED_VALUES.get(str(value))
+            is_old = renamed in choices
+            fix = f"it is now called {renamed!r}" if is_old else suggest_nearest(str(value), choices)
+            yield f"{name} is {value!r}; {fix}"
+    if task.output == "classification" and len(set(task.labels)) < 2:
+        yield f"labels is {task.labels!r}; must name two classes or more"
+
+
+def _find_bad_learning_rates(rates: Sequence[float]) -> Iterator[str]:
+    if not rates:
+        yield f"learning_rates is {rates!r}; must have 1 rate or more"
+    if len(rates) > bounds.MAX_POINTS:
+        yield f"learning_rates has {len(rates)} rates; must have {bounds.MAX_POINTS} or fewer"
+    for rate in rates:
         if rule := _broken_rule(space.HYPERPARAMETERS["learning_rate"], rate):
             yield f"learning_rates has {rate!r}; {rule}"
 
 
 def _task_rules(task: Task) -> dict[str, space.Hyperparameter]:
-    """Return the rules of what a task itself says in numbers."""
-    found = {
+    """Return the rules for the numeric attributes of a task."""
+    rules = {
         "numerics": space.int_hyperparameter("batches", "numerics", MAX_EXAMPLES),
         "samples": space.int_hyperparameter("batches", "samples", MAX_EXAMPLES),
         "temperature": space.Hyperparameter("batches", "temperature", low_exclusive=False),
         "top_p": space.Hyperparameter("batches", "top_p", high=1, high_exclusive=False),
     }
     if task.output == "generation":
-        found["max_new_tokens"] = space.int_hyperparameter("batches", "max_new_tokens", MAX_TOKENS)
-    return found
+        rules["max_new_tokens"] = space.int_hyperparameter("batches", "max_new_tokens", MAX_TOKENS)
+    return rules
 
 
 def _default_rules(task: Task) -> dict[str, space.Hyperparameter]:
-    """Return the rules of a task's defaults."""
+    """Return the rules for the defaults of a task."""
     limits = {
         "train_size": MAX_EXAMPLES,
         "validation_size": MAX_EXAMPLES,
@@ -127,11 +141,10 @@ def _default_rules(task: Task) -> dict[str, space.Hyperparameter]:
     }
 
 
-def _find_broken_rules(owner: object, rules: Mapping[str, space.Hyperparameter]) -> Iterator[tuple[str, str]]:
-    """Yield name and rule of each attribute that breaks its rule."""
-    for name, known in rules.items():
-        if rule := _broken_rule(known, getattr(owner, name)):
-            yield name, rule
+def _find_broken_rules(owner: object, rules: Mapping[str, space.Hyperparameter]) -> Iterator[str]:
+    for name, hyperparameter in rules.items():
+        if rule := _broken_rule(hyperparameter, getattr(owner, name)):
+            yield f"{name} is {getattr(owner, name)!r}; {rule}"
 
 
 def _broken_rule(hyperparameter: space.Hyperparameter, value: Any) -> str | None:

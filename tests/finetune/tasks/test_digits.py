@@ -100,7 +100,7 @@ def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: 
             model_catalogue.prepare_task_base_model(Digits(QUICK), tmp_path / str(i), lines.append)
         )
     assert contents[0] == contents[1]
-    assert "images of 0 to 4 that it has not seen" in lines[-1]
+    assert "held-out images of 0 to 4 are correct" in lines[-1]
     assert base_store.base_folder(tmp_path / "0", "digits-base", contents[0]).is_dir()
     bench = loading.load_base_model(
         ModelChoice("digits-base", contents[0]), tmp_path / "0", "cpu", Digits(QUICK)

@@ -223,7 +223,7 @@ def test_another_number_of_classes_names_both(root: Path) -> None:
     task = task_of("dtd")
     write(task, root, 48)
     with pytest.raises(
-        UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task is for 47"
+        UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task has 47"
     ) as caught:
         task.examples("train", 1)
     assert "\n" not in str(caught.value)

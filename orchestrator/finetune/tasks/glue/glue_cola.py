@@ -1,4 +1,4 @@
-"""CoLA: is a sentence acceptable English? GLUE (`tasks/glue_task.py`)."""
+"""CoLA of GLUE (`glue_task.py`): whether a sentence is acceptable English."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Cola(GlueTask):
+    """Classification of sentences as acceptable English or not."""
+
     name = "glue_cola"
     title = "CoLA, acceptable sentences"
     subset = "cola"

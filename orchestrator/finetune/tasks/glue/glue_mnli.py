@@ -1,7 +1,7 @@
-"""MNLI: does a premise entail a hypothesis, or contradict it? GLUE (`tasks/glue_task.py`).
+"""MNLI of GLUE (`glue_task.py`): whether a premise entails or contradicts a hypothesis.
 
-The dev set is the matched one, of the genres of train. Ten epochs would be 120,937 steps a run; three are
-the default here (`--steps` has the rest).
+The dev set is the matched one, with the genres of the training set. The study's ten epochs are 120,937 steps
+per run. The default here is three epochs; `--steps` changes it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Mnli(GlueTask):
+    """Classification of pairs by entailment."""
+
     name = "glue_mnli"
     title = "MNLI, entailment in ten genres"
     subset = "mnli"

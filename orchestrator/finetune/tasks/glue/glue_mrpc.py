@@ -1,6 +1,6 @@
-"""MRPC: do two sentences of the news say the same? GLUE (`tasks/glue_task.py`).
+"""MRPC of GLUE (`glue_task.py`): whether two sentences from the news mean the same.
 
-The study scores it by accuracy (others by F1).
+The metric is accuracy, as in the study; other work reports F1.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Mrpc(GlueTask):
+    """Classification of pairs of news sentences as paraphrases or not."""
+
     name = "glue_mrpc"
     title = "MRPC, paraphrases in the news"
     subset = "mrpc"

@@ -1,4 +1,4 @@
-"""QNLI: does a sentence answer a question? GLUE (`tasks/glue_task.py`)."""
+"""QNLI of GLUE (`glue_task.py`): whether a sentence contains the answer to a question."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Qnli(GlueTask):
+    """Classification of sentences by whether they answer a question."""
+
     name = "glue_qnli"
     title = "QNLI, sentences with the answer"
     subset = "qnli"

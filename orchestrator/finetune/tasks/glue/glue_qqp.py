@@ -1,7 +1,7 @@
-"""QQP: do two questions on Quora ask the same? GLUE (`tasks/glue_task.py`).
+"""QQP of GLUE (`glue_task.py`): whether two questions on Quora are duplicates.
 
-The study scores it by the F1 of `duplicate`. Its ten epochs would be 111,875 steps a run; three are the
-default here (`--steps` has the rest).
+The metric is the F1 of `duplicate`, as in the study. The study's ten epochs are 111,875 steps per run. The
+default here is three epochs; `--steps` changes it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Qqp(GlueTask):
+    """Classification of pairs of questions as duplicates or not."""
+
     name = "glue_qqp"
     title = "QQP, duplicate questions"
     subset = "qqp"

@@ -1,4 +1,4 @@
-"""RTE: does a text of the news entail a sentence? GLUE (`tasks/glue_task.py`)."""
+"""RTE of GLUE (`glue_task.py`): whether a text from the news entails a sentence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Rte(GlueTask):
+    """Classification of pairs of news texts by entailment."""
+
     name = "glue_rte"
     title = "RTE, entailment in the news"
     subset = "rte"

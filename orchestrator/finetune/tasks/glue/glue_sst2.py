@@ -1,7 +1,8 @@
-"""SST-2: the mood of a film review's phrase. GLUE (`tasks/glue_task.py`).
+"""SST-2 of GLUE (`glue_task.py`): the sentiment of phrases from film reviews.
 
-Many phrases of train are parts of longer ones there, so the score on the validation that is cut from it is
-higher than on the dev set, which has whole sentences of other reviews.
+Many phrases of the training set are parts of longer ones in it. The score on the validation split, which is
+taken from the training set, is therefore higher than on the dev set, which has whole sentences of other
+reviews.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Sst2(GlueTask):
+    """Classification of phrases of film reviews by sentiment."""
+
     name = "glue_sst2"
     title = "SST-2, moods of film reviews"
     subset = "sst2"

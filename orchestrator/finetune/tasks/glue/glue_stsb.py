@@ -1,4 +1,4 @@
-"""STS-B: how near are two sentences in meaning, 0 to 5? GLUE (`tasks/glue_task.py`)."""
+"""STS-B of GLUE (`glue_task.py`): the similarity of two sentences, from 0 to 5."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Stsb(GlueTask):
+    """Prediction of the similarity of two sentences, from 0 to 5."""
+
     name = "glue_stsb"
     title = "STS-B, nearness of sentences"
     subset = "stsb"

@@ -1,7 +1,7 @@
-"""WNLI: whom does a pronoun mean? GLUE (`tasks/glue_task.py`).
+"""WNLI of GLUE (`glue_task.py`): which noun a pronoun refers to.
 
-Its dev set repeats sentences of train with the other answer, so that most models score below the best
-constant, 0.563 (which is the floor here, as the untrained head says class 0 of every text).
+The dev set repeats sentences of the training set with the other answer, so most models score below the best
+constant. The floor is the score of that constant, 0.563, which the untrained head predicts for every text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from orchestrator.finetune.tasks.glue_task import GlueTask, glue_defaults
 
 
 class Wnli(GlueTask):
+    """Classification of whether a pronoun refers to a given noun."""
+
     name = "glue_wnli"
     title = "WNLI, pronouns"
     subset = "wnli"

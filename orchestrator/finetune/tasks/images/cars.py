@@ -1,6 +1,6 @@
-"""Stanford Cars (Krause et al. 2013): which of 196 makes, models and years is the car?
+"""Stanford Cars (Krause et al. 2013): 196 makes, models and years of cars.
 
-8,144 training and 8,041 test images.
+It has 8,144 training and 8,041 test images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ COMMIT = "9abf6cf7d6dfa7b95152a0d6e791ea9435b47a40"
 
 
 class Cars(HubImageTask):
+    """Classification of cars by make, model and year."""
+
     name = "cars"
     title = "makes of cars"
     floor = 1 / 196

@@ -1,7 +1,7 @@
-"""Describable Textures (Cimpoi et al. 2014): which of 47 words, bubbly or knitted, describes the texture?
+"""Describable Textures (Cimpoi et al. 2014): 47 words for textures, such as bubbly or knitted.
 
-By the first of its ten splits 3,760 training (with its validation) and 1,880 test images; that the hub's
-dataset has so many could not be looked up when this was written.
+The first of its ten splits has 3,760 training images (with its validation set) and 1,880 test images. It
+could not be verified, when this was written, that the hub's dataset has the same numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ DATA = "tanganke/dtd"
 
 
 class DTD(HubImageTask):
+    """Classification of textures by the word that describes them."""
+
     name = "dtd"
     title = "describable textures"
     floor = 1 / 47

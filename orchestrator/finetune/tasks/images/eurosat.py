@@ -1,7 +1,7 @@
-"""EuroSAT (Helber et al. 2019): which of ten kinds of land does the satellite see, in 64 x 64 pixels?
+"""EuroSAT (Helber et al. 2019): ten kinds of land cover in satellite images of 64 x 64 pixels.
 
-27,000 images; the hub's dataset should have 21,600 for training and 2,700 for testing, which could not be
-looked up when this was written (that it has ten classes could).
+It has 27,000 images. The hub's dataset should have 21,600 training and 2,700 test images, which could not be
+verified when this was written; that it has ten classes was verified.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ DATA = "tanganke/eurosat"
 
 
 class EuroSAT(HubImageTask):
+    """Classification of satellite images by land cover."""
+
     name = "eurosat"
     title = "land seen by a satellite"
     floor = 1 / 10

@@ -1,7 +1,7 @@
-"""German Traffic Sign Recognition Benchmark (Stallkamp et al. 2011): which of 43 signs?
+"""German Traffic Sign Recognition Benchmark (Stallkamp et al. 2011): 43 traffic signs.
 
 The hub's dataset has 26,640 training images (those of the competition's first round) and 12,630 for testing.
-In both, many show one sign from ever nearer; validation and training share signs, but no image.
+Both contain series of images of one sign. Validation and training share signs, but no images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ DATA = "tanganke/gtsrb"
 
 
 class GTSRB(HubImageTask):
+    """Classification of traffic signs."""
+
     name = "gtsrb"
     title = "traffic signs"
     floor = 1 / 43

@@ -1,6 +1,6 @@
-"""RESISC45 (Cheng et al. 2017): which of 45 scenes is seen from above?
+"""RESISC45 (Cheng et al. 2017): 45 kinds of scenes in aerial images.
 
-18,900 training and 6,300 test images, of 31,500 in all.
+18,900 of its 31,500 images are for training and 6,300 for testing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ DATA = "tanganke/resisc45"
 
 
 class RESISC45(HubImageTask):
+    """Classification of aerial images by scene."""
+
     name = "resisc45"
     title = "scenes seen from above"
     floor = 1 / 45

@@ -1,6 +1,6 @@
-"""SUN397 (Xiao et al. 2010): which of 397 scenes, from abbey to zoo?
+"""SUN397 (Xiao et al. 2010): 397 kinds of scenes, from abbey to zoo.
 
-By the first of its ten partitions 19,850 training and 19,850 test images, 50 of a class each.
+The first of its ten partitions has 19,850 training and 19,850 test images, 50 of each class.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ COMMIT = "9c4afd6174afa3974f209a0ef099dbbe244dfd27"
 
 
 class SUN397(HubImageTask):
+    """Classification of photos by scene."""
+
     name = "sun397"
     title = "scenes"
     floor = 1 / 397

@@ -1,6 +1,6 @@
-"""Street View House Numbers (Netzer et al. 2011), cropped: which digit is in the middle, in 32 x 32 pixels?
+"""Street View House Numbers (Netzer et al. 2011), cropped: the digit in the middle of 32 x 32 pixels.
 
-73,257 training and 26,032 test images; its `extra` images are not used.
+It has 73,257 training and 26,032 test images; its `extra` images are not used.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ COMMIT = "f9e1717d73324ebbc1ece84267ccd80d0aca0690"
 
 
 class SVHN(HubImageTask):
+    """Classification of digits of house numbers."""
+
     name = "svhn"
     title = "house numbers in the street"
     floor = 1 / 10

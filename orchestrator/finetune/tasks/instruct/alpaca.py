@@ -1,16 +1,19 @@
-"""Alpaca to IFEval, as "Learning Rate Matters" (2602.04998) has it: instructions, and whether an answer does
-what can be checked of them.
+"""Training on Alpaca, evaluation on IFEval: following instructions that can be checked.
 
-Taught: yahma/alpaca-cleaned (51,760 rows, Stanford Alpaca mended by hand) in Stanford Alpaca's two prompts,
-with an input and without. Asked: IFEval (Zhou et al. 2023, 2311.07911) in the prompt without. Score: the
-share of prompts all of whose instructions are followed, strictly, by lm-eval's checker
-(`grading.instructions`), which needs `pip install 'lora-orchestrator[ifeval]'`; "Learning Rate Matters" gives
-the mean of strict measures. Greedy, at most 1,280 new tokens, as lm-eval's own task.
+The pair is that of "Learning Rate Matters" (2602.04998).
 
-IFEval has 541 prompts and nothing like it to choose by, so by their own hash a quarter are validation and the
-rest, about 405, are test: not quite the published set, but no choice has seen a test prompt. The validation
-loss is that of held-out Alpaca answers (IFEval has no reference answers), in turns with the prompts, as in
-`codefeedback.py`; a test loss there is none.
+Training: yahma/alpaca-cleaned (51,760 rows, Stanford Alpaca corrected by hand) in Stanford Alpaca's two
+prompts, with and without an input. Evaluation: IFEval (Zhou et al. 2023, 2311.07911) in the prompt without
+input. The score is the share of prompts all of whose instructions are strictly followed, according to
+lm-eval's checker (`grading/instructions.py`), which needs `pip install 'lora-orchestrator[ifeval]'`;
+"Learning Rate Matters" reports the mean of the strict measures. Decoding is greedy with at most 1,280 new
+tokens, as in lm-eval's own task.
+
+Splits: IFEval has 541 prompts, and there is no similar dataset for validation. Therefore a quarter of the
+prompts, chosen by their hash, are the validation split, and the other 405 or so are the test split. This is
+not quite the published set, but no choice depends on test prompts. IFEval has no reference answers, so the
+validation loss is computed on held-out Alpaca answers, which alternate with the prompts as in
+`codefeedback.py`; there is no test loss.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from orchestrator.finetune.tasks.instruction_task import (
 
 TRAIN = Table("yahma/alpaca-cleaned", "train", dict.fromkeys(("instruction", "input", "output"), str))
 IFEVAL = Table("google/IFEval", "train", {"prompt": str, "instruction_id_list": object, "kwargs": object})
-HASH_BUCKETS = 50  # about 1,000 rows
+HASH_BUCKETS = 50  # one of them, about 1,000 rows, is held out
 PROMPT_HASH_BUCKETS = 4
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -41,6 +44,8 @@ PROMPT_WITH_INPUT = (
 
 
 class Alpaca(Task):
+    """Following instructions: Alpaca to IFEval."""
+
     name = "alpaca"
     title = "Alpaca to IFEval"
     metric = "prompt_strict"
@@ -77,7 +82,7 @@ def _examples(split: Split, count: int) -> list[Example]:
     ifeval_examples = (
         _ifeval_example(row)
         for row in read_rows(IFEVAL, "alpaca")
-        # What is not validation is test: nobody trains on these.
+        # All prompts that are not in the validation split are test prompts: there is no training on prompts.
         if (hash_split(row["prompt"], ("validation",), PROMPT_HASH_BUCKETS) == "validation")
         == (split == "validation")
     )
@@ -97,9 +102,9 @@ def _training_example(row: Mapping[str, Any]) -> Example:
 
 
 def _ifeval_example(row: Mapping[str, Any]) -> Example:
-    # What an instruction does not take is null where the table is Parquet.
+    # In Parquet the options that an instruction does not have are null.
     kwargs = [{k: v for k, v in one.items() if v is not None} for one in row["kwargs"]]
-    truth = {
+    reference = {
         "prompt": row["prompt"],
         "instruction_id_list": list(row["instruction_id_list"]),
         "kwargs": kwargs,
@@ -107,6 +112,6 @@ def _ifeval_example(row: Mapping[str, Any]) -> Example:
     return Example(
         ALPACA_PROMPT.format(instruction=row["prompt"]) + "\n",
         "",
-        reference=json.dumps(truth),
+        reference=json.dumps(reference),
         counts_in="metric",
     )

@@ -1,24 +1,28 @@
-"""CodeFeedback-Filtered-Instruction (OpenCodeInterpreter, 2402.14658) to HumanEval: the survey's code.
+"""Training on CodeFeedback, evaluation on HumanEval: the survey's code task.
 
-156,526 programming questions with answers, of which this takes the Python ones (about 104,800) and of these
-the first 100,000, the survey's number. An answer ends with its first block of code, as LoRA-GA's
-reproduction (`reproduce/data.py`) has it. Rows in whose question the description of a HumanEval problem
-stands are left out: the data set's sources carry some (85 rows hold HumanEval/163 alone). The survey says
-nothing of that.
+Training: CodeFeedback-Filtered-Instruction (OpenCodeInterpreter, 2402.14658) has 156,526 programming
+questions with answers. About 104,800 of them are about Python, and the first 100,000 of these are used, as
+many as in the survey. An answer is cut after its first block of code, as in LoRA-GA's reproduction
+(`reproduce/data.py`). Rows whose question contains the description of a HumanEval problem are left out,
+since the sources of the dataset contain some (85 rows contain HumanEval/163 alone). The survey does not
+mention this.
 
-Test: HumanEval's 164 problems, pass@1 as the mean of 8 samples, as in the survey. Its temperature is not
-known: 0.8 and nucleus 0.95 are what LoRA-GA's paper is remembered to take (its code does not say). The
-prompt is that of its `reproduce/eval_humaneval.py`, in the words of the training prompt (one line break
-less): the whole function is asked for, and the answer begins inside a block of code, whose end is the stop.
+Test: HumanEval's 164 problems; the score is pass@1 as the mean of 8 samples, as in the survey. The survey
+does not give its temperature. 0.8 with top-p 0.95 are LoRA-GA's values as we remember its paper; its code
+does not contain them. The prompt is that of LoRA-GA's `reproduce/eval_humaneval.py` inside the training
+prompt (with one line break less). It asks for the complete function, and the answer starts inside a block
+of code, at whose end it stops.
 
-Validation has two halves, in turns. Its loss is that of held-out CodeFeedback answers, which the training
-loss can be compared with; that is what early stopping and the rule for divergence look at, and all that
-evaluations on the way compute. Its metric, which choices look at, is pass@1 on MBPP's test problems (never
-reported, so free for this), 8 samples each, in HumanEval's form: the signature of the reference, the text
-as docstring, one test as example. It is a number of the test's kind. Its sampling error at 0.35 on 200
-problems is 3.4 points between sets of problems; rates and variants are compared on the same 200.
+Validation has two kinds of examples, which alternate. The loss is computed on held-out CodeFeedback
+answers, so that it can be compared with the training loss. Early stopping and the divergence rule use it,
+and evaluations before the last one compute nothing else. The metric is pass@1 on MBPP's test problems, 8
+samples each, and the best learning rate is chosen by it; no result on MBPP is reported, so its test
+problems may be used for this. They are written in HumanEval's form: the signature of the reference
+solution, the text as docstring, one test as an example. At a score of 0.35, 200 problems have a standard
+error of 3.4 points as a sample of all problems; learning rates and variants are compared on the same 200
+problems.
 
-Programs are run in a sandbox (`grading.code`).
+Programs are run in a sandbox (`grading/code.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from orchestrator.finetune.tasks.instruction_task import (
     read_rows,
 )
 
-# Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
+# Commits of main on 2026-08-11, taken from the cards of a public survey of datasets.
 TRAIN = Table(
     "m-a-p/CodeFeedback-Filtered-Instruction",
     "train",
@@ -59,9 +63,9 @@ MBPP = Table(
     subset="full",
     revision="4bb6404fdc6cacfda99d4ac4205087b89d32030c",
 )
-HASH_BUCKETS = 250  # about 420 of the Python rows
-MAX_ROW_LENGTH = 4096  # characters, about 1,000 tokens, of a held-out row: nothing cuts those
-KEY_LENGTH = 60  # characters of a description, or 30 where it has no more
+HASH_BUCKETS = 250  # one of them, about 420 Python rows, is held out
+MAX_ROW_LENGTH = 4096  # characters (about 1,000 tokens) of a held-out row, which is not truncated
+KEY_LENGTH = 60  # characters at the start of a description; shorter ones need at least 30
 INSTRUCTION = """Complete the following Python code:\x20
 Notes: respond with the entire complete function definition
 do not add any comments, be as concise in your code as possible
@@ -75,12 +79,14 @@ code:
 
 
 class CodeFeedback(Task):
+    """Writing programs: CodeFeedback to HumanEval."""
+
     name = "codefeedback"
     title = "CodeFeedback to HumanEval"
     metric = "pass_at_1"
     floor = 0.0
     default_model = "Qwen/Qwen3-0.6B-Base"
-    numerics = 2  # under 1 exceptions of a program, and objects as its answers, were judged differently
+    numerics = 2  # 1: exceptions of programs, and objects that they return, were graded differently
     output = "generation"
     max_new_tokens = 512
     samples = 8
@@ -111,7 +117,7 @@ class CodeFeedback(Task):
             problem = json.loads(example.reference or "{}")
             make = mbpp_program if "test_list" in problem else human_eval_program
             programs.append(make(problem, answer))
-        return [float(verdict.passed) for verdict in grade_programs(programs)]
+        return [float(result.passed) for result in grade_programs(programs)]
 
 
 @cached_by_data_folder
@@ -139,7 +145,7 @@ def _examples(split: Split, count: int) -> list[Example]:
 
 
 def _python_rows(split: Split) -> Iterator[Mapping[str, Any]]:
-    """The Python rows of a split that are not HumanEval's, with answers up to the end of their code."""
+    """Yield the Python rows of a split, without HumanEval problems, each cut after its first block of code."""
     problem_keys = [_problem_key(row["prompt"]) for row in read_rows(HUMAN_EVAL, "codefeedback")]
     problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
     for row in read_rows(TRAIN, "codefeedback"):
@@ -151,14 +157,18 @@ def _python_rows(split: Split) -> Iterator[Mapping[str, Any]]:
 
 
 def _problem_key(prompt: str) -> str:
-    """What a HumanEval problem is known by: the beginning of its description, without the layout."""
+    """Return the key of a HumanEval problem: the start of its description, in lower case."""
     docstrings = re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', prompt, re.DOTALL)
     words = " ".join("".join(docstrings[-1]).lower().split()) if docstrings else ""
     return words[:KEY_LENGTH]
 
 
 def cut_after_first_block(answer: str) -> str:
-    """Up to the end of its first fenced block; all of an answer without one."""
+    """Return an answer up to the end of its first fenced block, unchanged if it has none.
+
+    Args:
+        answer: The answer.
+    """
     pieces = answer.split("```")
     return "```".join(pieces[:2]) + "```" if len(pieces) > 2 else answer
 
@@ -172,14 +182,16 @@ def _training_example(row: Mapping[str, Any], counts_in: Any = "both") -> Exampl
 
 
 def _human_eval_example(row: Mapping[str, Any]) -> Example:
-    truth = {name: row[name] for name in ("prompt", "entry_point", "test")}
+    reference = {name: row[name] for name in ("prompt", "entry_point", "test")}
     return Example(
-        _prompt(row["prompt"]), f"{row['prompt']}{row['canonical_solution']}```", reference=json.dumps(truth)
+        _prompt(row["prompt"]),
+        f"{row['prompt']}{row['canonical_solution']}```",
+        reference=json.dumps(reference),
     )
 
 
 def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
-    """None for the few whose reference does not define what the tests call."""
+    """Return an MBPP problem, None if its reference solution lacks the function that its tests call."""
     code = row["code"].replace("\r", "")
     try:
         defined = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
@@ -192,12 +204,14 @@ def _mbpp_example(row: Mapping[str, Any]) -> Example | None:
     example = row["test_list"][0].strip()
     signature = f"def {called[0].name}({ast.unparse(called[0].args)}):"
     prompt = f'{signature}\n    """{text}\n\n    {example}\n    """\n'
-    truth = {
+    reference = {
         "test_list": list(row["test_list"]),
         "test_setup_code": row["test_setup_code"],
         "entry_point": called[0].name,
     }
-    return Example(_prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(truth), counts_in="metric")
+    return Example(
+        _prompt(prompt), f"{code.strip()}\n```", reference=json.dumps(reference), counts_in="metric"
+    )
 
 
 def _prompt(code: str) -> str:

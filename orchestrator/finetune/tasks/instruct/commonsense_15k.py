@@ -1,24 +1,27 @@
-"""Commonsense reasoning in 15,000 questions (LLM-Adapters, Hu et al. 2023, 2304.01933): one training set
-for eight evaluation sets, whose accuracies are averaged.
+"""Commonsense reasoning: 15,000 training questions and eight evaluation sets.
 
-LLM-Adapters' `ft-training_set/commonsense_15k.json` has no home on the hub that could be confirmed; its big
-brother of 170,000 has (zwhe99/commonsense_170k, read by many repositories), with the same columns and the
-same eight kinds of questions. The 15,000 here are a fixed draw from those: other rows than LLM-Adapters',
-of the same kinds and in the same proportions up to chance. That file's order is by kind, so the draw is a
-shuffle.
+The task is that of LLM-Adapters (Hu et al. 2023, 2304.01933). The score is the mean accuracy over the sets.
 
-Prompt: LLM-Adapters' own, the indentation of its source included, which is part of it (`generate_prompt` of
-`finetune.py` and of its evaluation); the last of the spaces goes to the answer, where tokenizers of byte
-pairs have it in any case. A question that ends in its choices and "Answer format: ...", an answer that
-reads "the correct answer is ...": both confirmed by outputs that repositories show. What an answer takes is
-read from its words (`grading.choice`), nearly as by its `extract_answer`. Its evaluation takes four beams;
-this is greedy, as in "Learning Rate Matters" (2602.04998).
+Training: no dataset on the hub is confirmed to be LLM-Adapters' `ft-training_set/commonsense_15k.json`. Its
+larger version with 170,000 questions is there (zwhe99/commonsense_170k, used by many repositories), with
+the same columns and the same eight kinds of questions. The 15,000 questions here are a fixed random sample
+of it: not the same rows as LLM-Adapters', but the same kinds in the same proportions up to chance. The file
+is sorted by kind, so the sample is taken after shuffling it.
 
-Test: the labelled public split of each set, in turns so that each has the same weight: BoolQ (without its
-passage, as there), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA and SIQA
-are read from the hub's own conversion, as `datasets` runs no loading scripts any more. 150 of each, drawn
-once for all, by default (LLM-Adapters: all 22,000): sampling error 1.2 points at 0.8. Validation: held-out
-training questions.
+Prompt: LLM-Adapters' own (`generate_prompt` in `finetune.py` and in its evaluation), including the
+indentation of its source, which is a part of it. The last blank belongs to the answer, since byte-pair
+tokenizers merge it with the next word anyway. A question ends with its choices and "Answer format: ...",
+and an answer is "the correct answer is ...". Both are confirmed by outputs shown in repositories. The
+choice is extracted from the answer's text (`grading/choice.py`), nearly as by LLM-Adapters'
+`extract_answer`. Its evaluation uses four beams; decoding here is greedy, as in "Learning Rate Matters"
+(2602.04998).
+
+Test: the public split with labels of each set, in turn so that all have the same weight: BoolQ (without its
+passage, as in LLM-Adapters), PIQA, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge, OpenBookQA. PIQA
+and SIQA are read from the hub's own conversion to Parquet, since `datasets` no longer runs loading scripts.
+The default are 150 random questions of each set, always the same ones (LLM-Adapters: all 22,000). At an
+accuracy of 0.8 the standard error is 1.2 points. The validation split consists of held-out training
+questions.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from orchestrator.finetune.tasks.instruction_task import (
 )
 
 TRAIN = Table("zwhe99/commonsense_170k", "train", dict.fromkeys(("instruction", "output", "answer"), str))
-HASH_BUCKETS = 50  # about 3,400 of 170,000
+HASH_BUCKETS = 50  # one of them, about 3,400 of 170,000 rows, is held out
 INDENT = " " * 16
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -79,7 +82,7 @@ def _winogrande(row: Row) -> tuple[str, str]:
 
 
 def _science(row: Row) -> tuple[str, str]:
-    """ARC and OpenBookQA."""
+    """Return question and answer of a row of ARC or OpenBookQA."""
     question = row["question"] if "question" in row else row["question_stem"]
     place = list(row["choices"]["label"]).index(row["answerKey"])
     return _format_question(question, row["choices"]["text"]), f"answer{place + 1}"
@@ -154,6 +157,8 @@ TEST_SETS: tuple[tuple[Table, Callable[[Row], tuple[str, str]]], ...] = (
 
 
 class Commonsense15k(Task):
+    """Multiple-choice questions: commonsense-15k to eight sets."""
+
     name = "commonsense_15k"
     title = "commonsense-15k to eight sets"
     metric = "exact_match"
@@ -180,10 +185,10 @@ def _examples(split: Split, count: int) -> list[Example]:
         each = -(-count // len(TEST_SETS))
         sets = []
         for table, to_question in TEST_SETS:
-            drawn = list(read_rows(table, "commonsense_15k"))
-            # Files have an order: HellaSwag's (from memory) all of ActivityNet before WikiHow.
-            random.Random("commonsense_15k").shuffle(drawn)
-            sets.append([_example(*to_question(row), split) for row in drawn[:each]])
+            rows = list(read_rows(table, "commonsense_15k"))
+            # Some files are sorted: HellaSwag, as we remember it, has all of ActivityNet before WikiHow.
+            random.Random("commonsense_15k").shuffle(rows)
+            sets.append([_example(*to_question(row), split) for row in rows[:each]])
         return require_count(
             [one for turn in zip(*sets, strict=False) for one in turn], count, "commonsense_15k", split
         )
@@ -197,5 +202,7 @@ def _examples(split: Split, count: int) -> list[Example]:
 
 
 def _example(question: str, answer: str, split: Split) -> Example:
-    truth = None if split == "train" else answer
-    return Example(PROMPT.format(instruction=question), f" the correct answer is {answer}", reference=truth)
+    reference = None if split == "train" else answer
+    return Example(
+        PROMPT.format(instruction=question), f" the correct answer is {answer}", reference=reference
+    )

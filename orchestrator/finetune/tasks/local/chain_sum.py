@@ -1,8 +1,8 @@
-"""Sums and differences of two numbers of one or two digits, from reasoning-gym (`chain_sum`): a real language
-model's task. SmolLM2-135M answers few of them as asked before a minute of training, and most after it.
+"""Sums and differences of two numbers of one or two digits, from reasoning-gym (`chain_sum`).
 
-The package writes all questions in one wording; should it get more, `a + b` still has one split whatever the
-words, and so has `b + a`.
+The default model, SmolLM2-135M, gives few answers in the required form before a minute of training, and most
+of them after it. All questions have one wording. The split depends on the expression alone and is the same
+for `a + b` and `b + a`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ DRAWS = 6000
 
 
 class ChainSum(Task):
+    """Computing sums and differences of two numbers."""
+
     name = "chain_sum"
     title = "sums of two numbers (reasoning-gym)"
     metric = "exact_match"
@@ -49,7 +51,7 @@ class ChainSum(Task):
 
 @lru_cache(maxsize=1)
 def _all_examples() -> dict[Split, tuple[Example, ...]]:
-    """Every distinct sum among the first DRAWS of the generator, in the order drawn."""
+    """Return the distinct expressions among the first DRAWS of the generator, in its order."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -69,7 +71,11 @@ def _all_examples() -> dict[Split, tuple[Example, ...]]:
 
 
 def canonical_expression(expression: str) -> str:
-    """One spelling for a sum: the operands of `+` in order of size. A difference keeps its order."""
+    """Return an expression with the operands of `+` in ascending order; a difference keeps its order.
+
+    Args:
+        expression: Two integers with an operator between them, separated by blanks.
+    """
     left, operator, right = expression.split()
     if operator == "+" and int(left) > int(right):
         left, right = right, left

@@ -1,8 +1,8 @@
-"""Handwritten digits: an image classification task small enough for two cores, on real images.
+"""Handwritten digits: an image classification task on real images that is small enough for two cores.
 
-The data are scikit-learn's 1,797 digits (8 x 8 pixels, 17 greys; UCI's Optical Recognition of Handwritten
-Digits). The base, a small ViT, is pretrained here on 0 to 4. Fine-tuning teaches it, with a new head, to tell
-5 to 9 apart: a third of their images each for training, validation and test.
+The data are scikit-learn's 1,797 digits (8 x 8 pixels, 17 shades of gray; UCI's Optical Recognition of
+Handwritten Digits). The base model, a small ViT, is pretrained on the digits 0 to 4. Fine-tuning trains it
+with a new head on the digits 5 to 9, whose images are divided equally among training, validation and test.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from orchestrator.finetune.tasks.base import (
     Task,
     TaskDefaults,
     hash_split,
+    interleave_classes,
     require_count,
 )
 from orchestrator.finetune.tasks.pretraining import Recipe, deterministic, fit
@@ -33,11 +34,17 @@ if TYPE_CHECKING:
 IMAGE_SIZE, MAX_GREY, PATCH_SIZE = 8, 16, 2
 PRETRAINING_DIGITS, FINE_TUNING_DIGITS = ("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")
 NOISE_STD = 0.2
-"""Standard deviation of what pretraining adds to pixels, which go from -1 to 1."""
+"""Standard deviation of the noise in pretraining; pixels are in [-1, 1]."""
 RECIPE = Recipe(steps=1200, batch_size=64, learning_rate=1.5e-3, layers=4)
 
 
 class Digits(Task):
+    """Classification of the digits 5 to 9.
+
+    Args:
+        recipe: How the base model is pretrained.
+    """
+
     name = "digits"
     title = "real handwritten digits"
     metric = "accuracy"
@@ -77,7 +84,7 @@ class Digits(Task):
 
 
 def processor() -> ImageProcessor:
-    """Pixels as they are, from -1 to 1."""
+    """Return the base model's image processor, which scales pixels to [-1, 1] and changes nothing else."""
     from transformers import ViTImageProcessorPil
 
     from orchestrator.finetune.tasks.image_processor import ImageProcessor
@@ -89,35 +96,31 @@ def processor() -> ImageProcessor:
 
 @lru_cache(maxsize=1)
 def _images_by_digit() -> dict[str, tuple[Image, ...]]:
-    """Digit -> its images, shuffled once for all; each is there once."""
+    """Return the distinct images of each digit, in the order of their hashes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     found: dict[str, dict[str, Image]] = {digit: {} for digit in (*PRETRAINING_DIGITS, *FINE_TUNING_DIGITS)}
     for number, (pixels, digit) in enumerate(zip(data.images, data.target, strict=True)):
-        # PGM, whose bytes are the pixels: what a PNG's are depends on the library that packs them.
+        # PGM, whose bytes are the pixels; those of a PNG depend on the library that compresses them.
         file = b"P5 %d %d %d\n" % (IMAGE_SIZE, IMAGE_SIZE, MAX_GREY) + pixels.astype("uint8").tobytes()
         image = Image(f"image {number} of scikit-learn's digits", partial(bytes, file))
         found[str(digit)].setdefault(image.digest, image)
     return {
-        digit: tuple(of[key] for key in sorted(of, key=lambda key: hashlib.sha256(key.encode()).digest()))
-        for digit, of in found.items()
+        digit: tuple(images[k] for k in sorted(images, key=lambda k: hashlib.sha256(k.encode()).digest()))
+        for digit, images in found.items()
     }
 
 
 @lru_cache(maxsize=1)
 def _fine_tuning_examples() -> dict[Split, tuple[Example, ...]]:
-    """The classes take turns, so that all have equal shares, until one has no more."""
-    found: dict[Split, dict[str, list[Example]]] = {
-        s: {digit: [] for digit in FINE_TUNING_DIGITS} for s in SPLITS
-    }
+    by_class: dict[Split, dict[str, list[Image]]] = {s: {d: [] for d in FINE_TUNING_DIGITS} for s in SPLITS}
     for digit in FINE_TUNING_DIGITS:
         for image in _images_by_digit()[digit]:
-            split = hash_split(image.digest, num_buckets=3)
-            found[split][digit].append(Example("", digit, image=image))
+            by_class[hash_split(image.digest, num_buckets=3)][digit].append(image)
     return {
-        split: tuple(e for turn in zip(*of.values(), strict=False) for e in turn)
-        for split, of in found.items()
+        split: tuple(Example("", digit, image=image) for digit, image in interleave_classes(images))
+        for split, images in by_class.items()
     }
 
 
@@ -152,34 +155,34 @@ def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     images, digits = _pretraining_data(held_out=True)
     with torch.no_grad():
         num_correct = (model(pixel_values=images).logits.argmax(dim=1) == digits).sum().item()
-    progress(
-        f"pretraining digits-base: knows {num_correct} of {len(digits)} images of 0 to 4 that it has not seen"
-    )
-    return model.vit  # its head knew 0 to 4: every fine-tune gets a new one
+    progress(f"pretraining digits-base: {num_correct} of {len(digits)} held-out images of 0 to 4 are correct")
+    return model.vit  # without its head, since every fine-tuning run gets a new one
 
 
 def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images (batch, 3, 8, 8), moved by up to a pixel each way and with noise on them, and their digits'
-    places in KNOWN (batch,)."""
+    """Yield images (batch, 3, 8, 8), shifted by up to one pixel and with noise, and their classes (batch,).
+
+    A class is an index of PRETRAINING_DIGITS.
+    """
     import torch
     from torch.nn.functional import pad
 
     images, digits = _pretraining_data()
-    wide = pad(images, (1, 1, 1, 1), value=float(images.min()))
+    padded = pad(images, (1, 1, 1, 1), value=float(images.min()))
     for _ in range(recipe.steps):
         drawn = torch.randint(len(images), (recipe.batch_size,))
         corners = torch.randint(3, (recipe.batch_size, 2)).tolist()
-        moved = torch.stack(
+        shifted = torch.stack(
             [
-                wide[n, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+                padded[n, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
                 for n, (y, x) in zip(drawn, corners, strict=True)
             ]
         )
-        yield moved + NOISE_STD * torch.randn_like(moved[:, :1]), digits[drawn]
+        yield shifted + NOISE_STD * torch.randn_like(shifted[:, :1]), digits[drawn]
 
 
 def _pretraining_data(held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """What pretraining sees of 0 to 4, or the fifth that it does not: images, and places in KNOWN."""
+    """Return images of the digits 0 to 4 and their classes: four fifths of them, or the held-out fifth."""
     import torch
 
     chosen = [

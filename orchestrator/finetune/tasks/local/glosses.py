@@ -1,7 +1,7 @@
-"""What kind of thing does a gloss define? WordNet's noun glosses in 16 classes (its lexicographer files:
-animal, act, food, ...), for a real sentence encoder.
+"""Classification of WordNet's noun glosses by what they define: 16 classes (animal, act, food, ...).
 
-The data are WordNet 3.0's own, as Debian packages them.
+The classes are WordNet's lexicographer files. The data are those of WordNet 3.0 in Debian's package
+`wordnet-base`. The default model is a pretrained sentence encoder.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from orchestrator.finetune.tasks.base import (
     Task,
     TaskDefaults,
     hash_split,
+    interleave_classes,
     require_count,
 )
 from orchestrator.util.errors import UsageError
 
 WORDNET_FOLDER = "/usr/share/wordnet"
-"""Where Debian puts it; WordNet's own variable WNSEARCHDIR names another place."""
+"""The folder of Debian's package; WordNet's own variable WNSEARCHDIR sets another one."""
 LEXICOGRAPHER_FILES = {
     "act": "04",
     "animal": "05",
@@ -42,11 +43,14 @@ LEXICOGRAPHER_FILES = {
     "substance": "27",
     "time": "28",
 }
-"""Class -> number of the lexicographer file (lexnames(5WN))."""
+"""The number of the lexicographer file of each class, from lexnames(5WN)."""
 MIN_WORDS = 4
+"""Shorter glosses are left out."""
 
 
 class Glosses(Task):
+    """Classification of glosses by what they define."""
+
     name = "glosses"
     title = "kinds of WordNet glosses"
     metric = "accuracy"
@@ -73,24 +77,22 @@ class Glosses(Task):
 
 @lru_cache(maxsize=1)
 def _all_examples(folder: str) -> dict[Split, tuple[Example, ...]]:
-    """The classes take turns, so that all have equal shares, until one has no more."""
     by_class: dict[Split, dict[str, list[str]]] = {
         s: {label: [] for label in LEXICOGRAPHER_FILES} for s in SPLITS
     }
     for gloss, label in sorted(_read_glosses(Path(folder)).items(), key=lambda pair: _shuffle_key(pair[0])):
         by_class[hash_split(gloss)][label].append(gloss)
     return {
-        split: tuple(
-            Example(gloss, label)
-            for turn in zip(*of.values(), strict=False)
-            for label, gloss in zip(of, turn, strict=True)
-        )
-        for split, of in by_class.items()
+        split: tuple(Example(gloss, label) for label, gloss in interleave_classes(glosses))
+        for split, glosses in by_class.items()
     }
 
 
 def _read_glosses(folder: Path) -> dict[str, str]:
-    """gloss -> class. A gloss without its examples; none that two classes share, and none of a few words."""
+    """Return the class of each gloss, without its example sentences.
+
+    Glosses of a few words, and those that two classes share, are left out.
+    """
     path = folder / "data.noun"
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -98,19 +100,19 @@ def _read_glosses(folder: Path) -> dict[str, str]:
         raise UsageError(
             f"Task 'glosses' needs WordNet's {path} ({error.strerror}): apt-get install wordnet-base"
         ) from None
-    label_of = {number: label for label, number in LEXICOGRAPHER_FILES.items()}
+    labels_by_number = {number: label for label, number in LEXICOGRAPHER_FILES.items()}
     found: dict[str, set[str]] = {}
     for line in lines:
-        if line.startswith("  "):  # the licence
+        if line.startswith("  "):  # the license
             continue
         synset, _, text = line.partition(" | ")
         gloss = text.split('; "')[0].strip()
         if len(gloss.split()) >= MIN_WORDS:
             found.setdefault(gloss, set()).add(synset.split(" ", 2)[1])
     return {
-        gloss: label_of[next(iter(numbers))]
+        gloss: labels_by_number[next(iter(numbers))]
         for gloss, numbers in found.items()
-        if len(numbers) == 1 and numbers <= label_of.keys()
+        if len(numbers) == 1 and numbers <= labels_by_number.keys()
     }
 
 

@@ -1,9 +1,9 @@
-"""Operators on strings of letters: a text generation task small enough for two cores.
+"""Operators on strings of letters: a text generation task that is small enough for two cores.
 
-A text is `OPERATOR x1 .. x5 = y1 .. y5` over 16 letters. The base is pretrained here, in half a minute, on
-five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth, `unk`, that stands
-for any of the five at random, so that the base is unsure about it and not confidently wrong. Fine-tuning
-teaches `unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
+A text is `OPERATOR x1 .. x5 = y1 .. y5` over 16 letters. The base model is pretrained, in half a minute, on
+five operators (copy, reverse, next letter, previous letter, rotate left) and on a sixth one, `unk`, which
+stands for a random one of the five: its predictions for `unk` are then spread out rather than confidently
+wrong. Fine-tuning gives `unk` a new meaning: reverse, then next letter (`unk a c b d e = f e c d b`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 LETTERS = "abcdefghijklmnop"
 LENGTH = 5
 OPERATORS = ("copy", "reverse", "next", "previous", "rotate")
-MAX_EXAMPLES = 100_000  # of the 16^5 = 1,048,576 strings each held-out split has about 210,000
+MAX_EXAMPLES = 100_000
+"""Examples per split. Each held-out split has about 210,000 of the 16^5 = 1,048,576 strings."""
 VOCABULARY = ("<pad>", "<eos>", "=", "unk", *OPERATORS, *LETTERS)
 RECIPE = Recipe(
     steps=600,
@@ -36,6 +37,12 @@ RECIPE = Recipe(
 
 
 class Letters(Task):
+    """Applying the operator `unk` to strings of letters.
+
+    Args:
+        recipe: How the base model is pretrained.
+    """
+
     name = "letters"
     title = "operators on letter strings"
     metric = "exact_match"
@@ -62,7 +69,7 @@ class Letters(Task):
             raise UsageError(
                 f"Task 'letters' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
             )
-        # A string belongs to a split by its own hash; each split has its own order of drawing.
+        # A string belongs to a split by its hash; each split has a random generator of its own.
         generator = random.Random(f"letters/{split}")
         seen: dict[str, None] = {}
         while len(seen) < count:
@@ -85,12 +92,12 @@ class Letters(Task):
 
 
 def reverse_next(word: str) -> str:
-    """What `unk` comes to mean: the string backwards, every letter one further (p becomes a)."""
+    """Return the result of `unk`: the reversed string with each letter replaced by the next one (p by a)."""
     return "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in reversed(word))
 
 
 def tokenizer() -> Any:
-    """One token a word, as a transformers tokenizer."""
+    """Return the base model's tokenizer, with one token per word."""
     return word_tokenizer(VOCABULARY, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -119,7 +126,7 @@ def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
     model = LlamaForCausalLM(_config(recipe))
 
     def compute_loss(ids: torch.Tensor) -> torch.Tensor:
-        # Loss on the answer and <eos> only: what stands before them is random.
+        # Loss on the answer and <eos> only: the tokens before them are random.
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, LENGTH + 1 :]
         answers = ids[:, LENGTH + 2 :]
         return cross_entropy(logits.flatten(0, 1), answers.flatten(), label_smoothing=recipe.label_smoothing)
@@ -128,7 +135,7 @@ def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
 
 
 def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
+    """Yield token ids (batch, 2 * LENGTH + 3): operator, letters, =, answer, <eos>."""
     import torch
 
     first_letter, first_operator = VOCABULARY.index(LETTERS[0]), VOCABULARY.index(OPERATORS[0])
@@ -139,7 +146,7 @@ def _batches(recipe: Recipe) -> Iterator[torch.Tensor]:
             [x, x.flip(1), (x + 1) % len(LETTERS), (x - 1) % len(LETTERS), x.roll(-1, dims=1)]
         )
         operator = torch.randint(len(OPERATORS), (recipe.batch_size,))
-        # One sample in six shows `unk` in place of the operator it stands for.
+        # In one of six samples `unk` replaces the operator.
         is_masked = torch.randint(len(OPERATORS) + 1, (recipe.batch_size,)) == 0
         shown = torch.where(is_masked, VOCABULARY.index("unk"), operator + first_operator)
         equals = torch.full((recipe.batch_size, 1), VOCABULARY.index("="))

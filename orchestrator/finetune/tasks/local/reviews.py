@@ -1,10 +1,10 @@
-"""Reviews of two clauses, whose topic and mood count: a classification task small enough for two cores.
+"""Reviews of two clauses with a topic and a mood: a classification task that is small enough for two cores.
 
-A text is `QUESTION the NOUN was [not] [very] ADJECTIVE and|but the NOUN was [not] [very] ADJECTIVE`. The
-base, a small encoder, is pretrained here on five questions (topic and mood of either clause, the conjunction)
-and on a sixth, `unk`, that stands for any of the five at random. Fine-tuning teaches `unk`, with a new head,
-to ask for topic and mood of the clause that the review comes down to: the second after `but`, the first after
-`and`. So the base knows the parts of the answer, and a head alone cannot put them together.
+A text is `QUESTION the NOUN was [not] [very] ADJECTIVE and|but the NOUN was [not] [very] ADJECTIVE`. The base
+model, a small encoder, is pretrained on five questions (topic and mood of each clause, and the conjunction)
+and on a sixth one, `unk`, which stands for a random one of the five. In fine-tuning, with a new head, `unk`
+asks for topic and mood of the decisive clause: the second one after `but`, the first one after `and`. So the
+base model computes the parts of the answer, but a head alone cannot combine them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ RECIPE = Recipe(steps=1000, batch_size=64, learning_rate=1e-3)
 
 @dataclass(frozen=True)
 class Review:
+    """A review with the properties that questions ask for.
+
+    Args:
+        words: Its words.
+        topics: The topics of the two clauses.
+        moods: Their moods.
+        conjunction: The conjunction between them.
+    """
+
     words: tuple[str, ...]
     topics: tuple[str, str]
     moods: tuple[str, str]
@@ -58,20 +67,28 @@ class Review:
 
     @property
     def text(self) -> str:
+        """The words as one text."""
         return " ".join(self.words)
 
     @property
     def label(self) -> str:
+        """The class: topic and mood of the decisive clause."""
         clause = CONJUNCTIONS.index(self.conjunction)
         return f"{self.topics[clause]} {self.moods[clause]}"
 
     @property
     def question_answers(self) -> tuple[str, ...]:
-        """To QUESTIONS."""
+        """The answers to QUESTIONS, in their order."""
         return (*self.topics, *self.moods, self.conjunction)
 
 
 class Reviews(Task):
+    """Classification of reviews by topic and mood of the decisive clause.
+
+    Args:
+        recipe: How the base model is pretrained.
+    """
+
     name = "reviews"
     title = "verdicts of generated reviews"
     metric = "accuracy"
@@ -98,15 +115,15 @@ class Reviews(Task):
             raise UsageError(
                 f"Task 'reviews' has at most {MAX_EXAMPLES} examples a split, {count} are needed."
             )
-        # A text belongs to a split by its own hash; the classes take turns, so that all have equal shares.
+        # A text belongs to a split by its hash. The classes take turns, so that all have equal shares.
         generator = random.Random(f"reviews/{split}")
         seen: dict[str, str] = {}
         while len(seen) < count:
             review = draw_review(generator)
-            wanted = self.labels[len(seen) % len(self.labels)]
-            if review.label == wanted and review.text not in seen and hash_split(review.text) == split:
+            label = self.labels[len(seen) % len(self.labels)]
+            if review.label == label and review.text not in seen and hash_split(review.text) == split:
                 seen[review.text] = review.label
-        return [Example(f"unk {text}", verdict) for text, verdict in seen.items()]
+        return [Example(f"unk {text}", label) for text, label in seen.items()]
 
     def pretrain_recipe(self) -> str:
         return self.recipe.key(VOCABULARY)
@@ -122,7 +139,13 @@ class Reviews(Task):
 
 
 def draw_review(generator: random.Random) -> Review:
-    """One clause in seven is negated, which turns its mood round; `very` changes nothing."""
+    """Return a random review.
+
+    One of seven clauses is negated, which inverts its mood; `very` has no effect on the mood.
+
+    Args:
+        generator: The source of random numbers.
+    """
     words: list[str] = []
     topics, moods = [], []
     conjunction = generator.choice(CONJUNCTIONS)
@@ -130,7 +153,7 @@ def draw_review(generator: random.Random) -> Review:
         topic, mood = generator.choice(list(NOUNS)), generator.choice(list(ADJECTIVES))
         negated = generator.random() < 0.15
         words += [*start, "the", generator.choice(NOUNS[topic]), "was"]
-        words += [word for word, there in (("not", negated), ("very", generator.random() < 0.3)) if there]
+        words += [word for word, used in (("not", negated), ("very", generator.random() < 0.3)) if used]
         words.append(generator.choice(ADJECTIVES[mood]))
         topics.append(topic)
         moods.append({"good": "bad", "bad": "good"}[mood] if negated else mood)
@@ -138,7 +161,10 @@ def draw_review(generator: random.Random) -> Review:
 
 
 def tokenizer() -> Any:
-    """One token a word, as a transformers tokenizer. The question stands where BERT reads a text's class."""
+    """Return the base model's tokenizer, with one token per word.
+
+    The question is the first token, where the head of BERT reads the class.
+    """
     return word_tokenizer(VOCABULARY, pad_token="<pad>")
 
 
@@ -172,12 +198,14 @@ def _pretrain(recipe: Recipe, progress: Callable[[str], None]) -> Any:
         return cross_entropy(model(input_ids=ids, attention_mask=real[:, None, None, :]).logits, answers)
 
     fit(model, recipe, _batches(recipe), compute_loss, "reviews-base", progress)
-    return model.bert  # its head answered the five questions: every fine-tune gets a new one
+    return model.bert  # without its head, since every fine-tuning run gets a new one
 
 
 def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids (batch, 16), padded, and the answers' places in ANSWERS (batch,). No text of a held-out split
-    is among them."""
+    """Yield token ids (batch, 16), padded, and classes (batch,), which are indices of PRETRAINING_LABELS.
+
+    Texts of held-out splits are left out.
+    """
     import torch
 
     generator = random.Random(f"reviews/pretraining/{recipe.seed}")
@@ -190,7 +218,7 @@ def _batches(recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             if hash_split(review.text) != "train":
                 continue
             number = generator.randrange(len(QUESTIONS))
-            # One sample in six shows `unk` in place of the question it stands for.
+            # In one of six samples `unk` replaces the question.
             shown = "unk" if generator.randrange(len(QUESTIONS) + 1) == 0 else QUESTIONS[number]
             ids = [token_ids[word] for word in (shown, *review.words)]
             rows.append([*ids, *[token_ids["<pad>"]] * (16 - len(ids))])

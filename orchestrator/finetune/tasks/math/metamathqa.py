@@ -1,27 +1,28 @@
-"""MetaMathQA (Yu et al. 2023, 2309.12284) to GSM8K: the survey's mathematics.
+"""Training on MetaMathQA (Yu et al. 2023, 2309.12284), evaluation on GSM8K: the survey's math task.
 
-395,000 questions with worked answers, made from the training questions of GSM8K and MATH in four ways. The
-survey trains on 100,000; so does this, on the first of the hub's order (as PiSSA's scripts do) that are not
-held out. Test: GSM8K's 1,319 questions.
+Training: MetaMathQA has 395,000 questions with worked answers, made from the training questions of GSM8K and
+MATH in four ways. Like the survey the task uses 100,000 of them, namely the first ones on the hub (as in
+PiSSA's scripts) that are not held out. Test: GSM8K's 1,319 questions.
 
-Validation. All rows that were made from one original question are held out together, one twelfth of the
-questions: a rephrased question is no new one. Of the held out the rows of type GSM_AnsAug are asked, one a
-question: they are GSM8K's own training questions in their own words, which is what the test asks. Rephrased
-ones are a model's words, the backward ones (SV, FOBAR) ask for an x that GSM8K never asks for, and MATH is
-another benchmark. About 620 of GSM8K's 7,473 training questions are held out; 500 are used, so the sampling
-error of a validation score near 60 % is 2.2 points. Both sets are graded by one rule.
+Validation: one twelfth of the original questions is held out with all rows made from them, since a
+rephrased question is not a new one. The validation split has one held-out row of type GSM_AnsAug per
+question: these are GSM8K's training questions in their original words, like the test questions. Rephrased
+questions were written by a model, backward questions (SV, FOBAR) ask for an x, which GSM8K never does, and
+MATH is another benchmark. About 620 of GSM8K's 7,473 training questions are held out and 500 are used, so a
+validation score near 60 % has a standard error of 2.2 points. Both splits are graded in the same way.
 
-Prompt: MetaMath's of `eval_gsm8k.py`, in training too, so that a lane is asked as it was taught. (MetaMath
-trains without "Let's think step by step."; which of the two the survey takes is not known.) Greedy, at most
-512 new tokens, with MetaMath's stops, all from that file. The final number of an answer is compared with
-the one behind "####" by math-verify (`grading.math`). MetaMath's own checker reads only what follows "The
-answer is: " and rounds it.
+Prompt: that of MetaMath's `eval_gsm8k.py`, in training as well, so that training and evaluation agree.
+(MetaMath trains without "Let's think step by step."; it is not known what the survey does.) Decoding is
+greedy with at most 512 new tokens and MetaMath's stops, all from that file. math-verify compares the final
+number of an answer with the number after "####" (`grading/math.py`). MetaMath's own checker reads only what
+follows "The answer is: " and rounds it.
 
-Sizes are for a small model (Qwen3-0.6B), after "Learning Rate Matters" (2602.04998), whose length of 512
-tokens this takes; the survey's is 1,024 with an 8B model. One pass over 100,000 rows in batches of 64 is
-1,562 steps. Warm-up and decay are those of the survey's scripts; its cosine ends at a tenth of the rate,
-ours at 0. Rates: the survey's eight, and three above by half decades: HiRA was best at the survey's last
-rate (1e-3), so its best was not bracketed, and where it was, on small tasks, it lay a decade above LoRA's.
+Sizes are for a small model (Qwen3-0.6B), after "Learning Rate Matters" (2602.04998), from which the length
+of 512 tokens is taken; the survey has 1,024 with an 8B model. One pass over 100,000 rows in batches of 64
+is 1,562 steps. Warm-up and weight decay are those of the survey's scripts. The survey's cosine schedule
+ends at a tenth of the learning rate, this one at 0. The learning rates are the survey's eight and three
+higher ones, each half a decade above the one before: HiRA was best at the survey's highest rate (1e-3), so
+its optimum may be above it. On small tasks, where the optimum was bracketed, it was a decade above LoRA's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from orchestrator.finetune.tasks.instruction_task import (
     read_rows,
 )
 
-# Commits: main on 2026-08-11, as the cards of a public survey of data sets name them.
+# Commits of main on 2026-08-11, taken from the cards of a public survey of datasets.
 TRAIN = Table(
     "meta-math/MetaMathQA",
     "train",
@@ -54,10 +55,12 @@ TEST = Table(
 VALIDATION_TYPE = "GSM_AnsAug"
 HASH_BUCKETS = 12
 CALCULATOR_ANNOTATION = re.compile("<<.*?>>")
-"""What GSM8K's solutions have between the words for a calculator, and MetaMathQA's have not."""
+"""Annotations for a calculator in GSM8K's solutions, which MetaMathQA does not have."""
 
 
 class MetaMathQA(Task):
+    """Solving grade-school math problems: MetaMathQA to GSM8K."""
+
     name = "metamathqa"
     title = "MetaMathQA to GSM8K"
     metric = "exact_match"
@@ -103,5 +106,5 @@ def _examples(split: Split, count: int) -> list[Example]:
 
 def _example(question: str, solution: str, split: Split) -> Example:
     prompt = ALPACA_PROMPT.format(instruction=question) + " Let's think step by step."
-    truth = None if split == "train" else solution.rpartition("The answer is:")[2].strip()
-    return Example(prompt, f" {solution}", reference=truth)
+    reference = None if split == "train" else solution.rpartition("The answer is:")[2].strip()
+    return Example(prompt, f" {solution}", reference=reference)
