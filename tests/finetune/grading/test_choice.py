@@ -1,4 +1,4 @@
-"""Choices in free text against labels written by hand."""
+"""Grades of multiple-choice answers against labels written by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 from orchestrator.finetune.grading.choice import grade
 
 
-def test_answers_are_graded_as_labelled_by_hand() -> None:
+def test_grades_agree_with_labels_written_by_hand() -> None:
     groups = yaml.safe_load((Path(__file__).parent / "choices.yaml").read_text("utf-8"))
     found = [
         (group["truth"], answer)

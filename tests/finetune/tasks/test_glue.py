@@ -1,4 +1,4 @@
-"""GLUE's nine tasks on a folder of the hub's schema."""
+"""GLUE's nine tasks, on a folder with the hub's schema."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def task_of(name: str) -> GlueTask:
 
 
 def rows(task: GlueTask, count: int, seed: int, hidden: bool = False) -> list[dict[str, Any]]:
-    """In the hub's columns; what is to be said shows in the texts."""
+    """Return rows with the hub's columns; the label can be read from the texts."""
     draw, found = random.Random(f"{task.name} {seed}"), []
     for number in range(count):
         texts = [" ".join(draw.choices(WORDS, k=draw.choice((3, 6, 12)))) for _ in task.text_columns]
@@ -51,7 +51,7 @@ def rows(task: GlueTask, count: int, seed: int, hidden: bool = False) -> list[di
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`nyu-mll/glue` with its nine subsets, test labels hidden, MNLI's two dev sets."""
+    """Write `nyu-mll/glue` with its nine subsets, hidden test labels and MNLI's two dev sets."""
     root = tmp_path_factory.mktemp("hub")
     for name in NAMES:
         task = task_of(name)
@@ -68,7 +68,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(hub: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder is the hub, and the tasks are as large as it is."""
+    """Use the folder in place of the hub, and reduce the tasks to its size."""
     monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(hub))
     for name in NAMES:
         small(task_of(name), monkeypatch, train=TRAIN - VALIDATION - 4, validation=VALIDATION, test=DEV)
@@ -86,7 +86,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_trained_and_scored_as_published(name: str) -> None:
+def test_settings_and_metric_are_those_of_the_study(name: str) -> None:
     task = task_of(name)
     one = task.defaults
     assert (task.metric, task.default_model) == (METRICS[name], "FacebookAI/roberta-base")
@@ -102,7 +102,7 @@ def test_it_is_trained_and_scored_as_published(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_dev_set_is_the_test_and_the_texts_are_the_hubs(name: str, here: Path) -> None:
+def test_the_test_split_is_the_dev_set_with_the_texts_of_the_hub(name: str, here: Path) -> None:
     task = task_of(name)
     found = task.examples("test", DEV)
     for example, row in zip(found, rows(task, DEV, 1), strict=True):
@@ -126,7 +126,7 @@ def test_splits_share_no_text_and_keep_their_order_at_any_size(name: str, here: 
         task.examples("test", 1000)
 
 
-def test_a_premise_stays_whole_and_what_is_tested_is_not_learnt(
+def test_rows_of_a_premise_share_a_split_and_test_rows_are_not_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of("mnli")
@@ -155,7 +155,7 @@ def test_a_premise_stays_whole_and_what_is_tested_is_not_learnt(
         ("stsb", -1.0, "row 1 of .*0 to 5, it is -1.0"),
     ],
 )
-def test_a_label_that_is_none_is_one_line(
+def test_an_invalid_label_is_an_error_of_one_line(
     name: str, label: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(name)
@@ -168,7 +168,7 @@ def test_a_label_that_is_none_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_other_classes_than_the_hubs_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_class_names_are_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import ClassLabel, Dataset
 
     task = task_of("wnli")
@@ -182,10 +182,10 @@ def test_other_classes_than_the_hubs_are_one_line(tmp_path: Path, monkeypatch: p
         task.examples("train", 1)
 
 
-def test_another_folder_and_another_file_are_read_anew(
+def test_another_folder_and_another_file_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`datasets` itself takes two folders of one name for the same."""
+    """`datasets` itself does not distinguish two folders of the same name."""
     for folder, text in (("a", "one"), ("b", "two"), ("b", "three")):
         write(tmp_path / folder, "an/example", {"train": [{"text": text}]}, subset="only")
         monkeypatch.setenv(hub_data.DATA_FOLDER_VARIABLE, str(tmp_path / folder))
@@ -202,7 +202,9 @@ FEW = ("cola", "qqp", "stsb")
 @pytest.mark.parametrize(
     "name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in FEW)]
 )
-def test_it_goes_from_the_folder_to_the_scores(name: str, here: Path, roberta: Path, store: Store) -> None:
+def test_a_task_is_trained_from_a_folder_to_its_scores(
+    name: str, here: Path, roberta: Path, store: Store
+) -> None:
     task = task_of(name)
     rest: dict[str, Any] = {
         "batches": BatchConfig(16, 1, task.defaults.max_length),
@@ -226,13 +228,13 @@ def test_it_goes_from_the_folder_to_the_scores(name: str, here: Path, roberta: P
         if task.labels:
             assert record.untrained[split]["loss"] == pytest.approx(math.log(len(task.labels)))
             assert set(record.items[split].answers) <= set(task.labels)
-    # The untrained head says class 0, or 0, of every text: that is what the floor stands for.
+    # The floor is the score of the untrained head, which predicts class 0, or 0, for every text.
     share = sum(task.target(example) == 0 for example in task.examples("test", DEV)) / DEV
     worth = share if task.metric == "accuracy" else 0
     assert record.untrained["test"][task.metric] == pytest.approx(worth)
 
 
-def test_lengths_that_differ_wildly_are_padded_to_buckets(here: Path, roberta: Path) -> None:
+def test_texts_of_very_different_lengths_are_padded_to_buckets(here: Path, roberta: Path) -> None:
     from transformers import AutoTokenizer
 
     task, words = task_of("mrpc"), AutoTokenizer.from_pretrained(roberta)
@@ -243,7 +245,7 @@ def test_lengths_that_differ_wildly_are_padded_to_buckets(here: Path, roberta: P
     found = [batch.length for batch, _ in split.batches]
     assert set(found) <= sizes
     assert len(set(found)) > 2
-    # A bucket is at most half as long again as what is in it, so the padding is less than a third.
+    # A bucket is at most 1.5 times as long as its texts, so the padding is less than a third.
     for batch, _ in split.batches:
         assert all(batch.length < 1.6 * length + 8 for length in batch.lengths.tolist())
     long = [Example("word " * 400, task.labels[0], "another " * 300)]

@@ -1,5 +1,7 @@
-"""The seven image tasks of the hub, end to end on folders of the hub's schema: load, format, train, evaluate,
-grade, on a small CLIP with random weights (and once on a ViT)."""
+"""The seven image tasks of the hub, end to end, on folders with the hub's schema.
+
+The model is a small CLIP with random weights, and once a ViT.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ CLASSES = {
     "sun397": 397,
     "svhn": 10,
 }
-SHOWN = 3  # classes that the folder's images have: one colour each
+SHOWN = 3  # classes of the images in the folder, one color each
 TRAIN, TEST = 120, 24
 SUBSETS = """---
 configs:
@@ -62,7 +64,7 @@ def task_of(name: str) -> HubImageTask:
 
 
 def picture(seed: int, label: int) -> bytes:
-    """Noise in a class's own colour, of a size of its own, in one of the formats that hubs have."""
+    """Return noise in the color of a class, of any size, in one of the formats on the hub."""
     source = np.random.RandomState(seed)
     pixels = source.randint(0, 90, (*source.randint(20, 60, 2), 3), dtype=np.uint8)
     pixels[..., label] += 150
@@ -77,7 +79,7 @@ def write(
     classes: int | None = None,
     edit: Callable[[str, list[bytes], list[int]], None] = lambda split, files, labels: None,
 ) -> None:
-    """A folder as `hf download --repo-type dataset` leaves it. Without `classes` labels are bare numbers."""
+    """Write a folder like `hf download --repo-type dataset`. Without `classes` labels are plain numbers."""
     folder = root / task.train_table.repository
     (folder / "data").mkdir(parents=True)
     for split, size, seed in (("train", TRAIN, 0), ("test", TEST, 10_000)):
@@ -151,7 +153,7 @@ def test_end_to_end(
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_the_study_published_is_what_it_is_by_default(name: str) -> None:
+def test_the_default_settings_are_those_of_the_paper(name: str) -> None:
     task = task_of(name)
     assert task.default_model == "openai/clip-vit-base-patch16"
     assert (task.num_labels, task.metric) == (CLASSES[name], "accuracy")
@@ -162,7 +164,7 @@ def test_what_the_study_published_is_what_it_is_by_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_without_hub_or_folder_one_line_says_what_to_set(
+def test_without_hub_and_folder_the_error_says_in_one_line_what_to_set(
     name: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -174,11 +176,11 @@ def test_without_hub_or_folder_one_line_says_what_to_set(
     assert "\n" not in str(caught.value)
 
 
-def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -> None:
+def test_splits_share_no_image_and_contain_the_whole_published_test_set(root: Path) -> None:
     task = task_of("dtd")
 
     def repeat(split: str, files: list[bytes], labels: list[int]) -> None:
-        """Two training images are of the test set, one is there twice, and so is one of the test set."""
+        """Repeat images: two test images in the training set, one training image and one test image twice."""
         if split == "train":
             files[:2] = [picture(10_000, 0), picture(10_001, 1)]
             files[5] = files[4]
@@ -193,13 +195,13 @@ def test_splits_share_no_image_and_the_published_test_set_is_whole(root: Path) -
     assert len(digests["validation"]) > 2
     assert not set(digests["train"]) & set(digests["validation"])
     assert not set(digests["test"]) & {*digests["train"], *digests["validation"]}
-    assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not class by class
+    assert {e.answer for e in task.examples("test", 12)} == {"0", "1", "2"}  # not sorted by class
     assert task.examples("train", 20) == task.examples("train", 30)[:20]
     with pytest.raises(UsageError, match=r"has \d+ validation examples in tanganke/dtd, 400 are needed"):
         task.examples("validation", 400)
 
 
-def test_other_data_are_other_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_depends_on_the_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of("dtd")
     monkeypatch.setattr(
         type(task), "defaults", replace(task.defaults, train_size=90, validation_size=5, test_size=TEST)
@@ -219,18 +221,16 @@ def test_other_data_are_other_content(root: Path, monkeypatch: pytest.MonkeyPatc
     assert task.revision() == before
 
 
-def test_another_number_of_classes_names_both(root: Path) -> None:
+def test_a_wrong_number_of_classes_is_an_error_with_both_numbers(root: Path) -> None:
     task = task_of("dtd")
     write(task, root, 48)
-    with pytest.raises(
-        UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task has 47"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"tanganke/dtd \(test\) has 48 classes, the task has 47") as caught:
         task.examples("train", 1)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("label", [10, -1])
-def test_a_label_that_is_no_class_names_its_row(root: Path, label: int) -> None:
+def test_an_invalid_label_is_named_with_its_row(root: Path, label: int) -> None:
     def wrong(split: str, files: list[bytes], labels: list[int]) -> None:
         if split == "train":
             labels[3] = label
@@ -242,7 +242,9 @@ def test_a_label_that_is_no_class_names_its_row(root: Path, label: int) -> None:
         task.examples("train", 1)
 
 
-def test_an_image_that_does_not_decode_names_its_row(root: Path, models_of: dict[str, Path]) -> None:
+def test_an_image_that_cannot_be_decoded_is_named_with_its_row(
+    root: Path, models_of: dict[str, Path]
+) -> None:
     def broken(split: str, files: list[bytes], labels: list[int]) -> None:
         if split == "test":
             files[3] = b"not an image"

@@ -1,4 +1,4 @@
-"""Images in the loop: what the model is given, a head per lane, and lanes that know nothing of each other."""
+"""Images in the loop: the model's input, a head per lane, and independence of the lanes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Im
 # -- pixels ----------------------------------------------------------------------------------------------
 
 
-def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
+def test_pixels_equal_those_of_the_models_own_processor(folder: Path) -> None:
     ours = ImageProcessor.from_pretrained(str(folder), None)
     photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
     made = ours.pixel_values(photos, torch.device("cpu"), torch.float32)
@@ -82,7 +82,7 @@ def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
     )
 
 
-def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(folder: Path) -> None:
+def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(folder: Path) -> None:
     calls: list[int] = []
 
     def read(seed: int) -> bytes:
@@ -100,7 +100,7 @@ def test_an_image_that_is_there_twice_is_decoded_once_on_any_number_of_threads(f
     assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), made)
 
 
-def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_when_it_is_asked_for(
+def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_for_their_use(
     folder: Path,
 ) -> None:
     read_by: list[int] = []
@@ -122,7 +122,7 @@ def test_what_is_asked_for_soon_is_decoded_meanwhile_and_once_and_fails_only_whe
         ours.pixel_values([broken], torch.device("cpu"), torch.float32)
 
 
-def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
+def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
     both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.finetune.tasks.image_processor.CACHE_SIZE", 3)
@@ -145,7 +145,7 @@ def test_no_more_is_begun_soon_than_is_kept_and_what_failed_is_tried_again(
     assert ours.decode(short).dtype == torch.uint8
 
 
-def test_an_image_of_too_many_pixels_is_one_line(
+def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
     both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
@@ -153,7 +153,7 @@ def test_an_image_of_too_many_pixels_is_one_line(
         ImageProcessor.from_pretrained(str(next(iter(both.values()))), None).decode(photo(0))
 
 
-def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None:
+def test_a_file_that_is_no_image_is_named_in_one_line(folder: Path) -> None:
     ours = ImageProcessor.from_pretrained(str(folder), None)
     broken = photo(0).read()
     for bad in (b"no image", broken[: len(broken) // 2], b""):
@@ -165,7 +165,7 @@ def test_a_file_that_is_no_image_is_one_line_that_names_it(folder: Path) -> None
 # -- data ------------------------------------------------------------------------------------------------
 
 
-def test_rows_and_batches_hold_files_and_no_pixels() -> None:
+def test_rows_and_batches_contain_files_but_no_pixels() -> None:
     task = Digits()
     examples = task.examples("train", 24)
     rows = encode_examples(examples, task, None, 0)
@@ -193,7 +193,7 @@ def test_an_example_without_an_image_is_refused() -> None:
 # -- the model -------------------------------------------------------------------------------------------
 
 
-def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> None:
+def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(folder: Path) -> None:
     task = Digits()
     bench = load(folder, task)
     assert bench.head_names == ("classifier",)
@@ -201,7 +201,7 @@ def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> No
         saved = AutoModel.from_pretrained(folder).state_dict()
     tower = {name.removeprefix("vit."): p for name, p in bench.model.named_parameters()}
     assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
-    for name, parameter in tower.items():  # the checkpoint's own weights, not fresh ones
+    for name, parameter in tower.items():  # the weights of the checkpoint, not random ones
         assert torch.equal(parameter, saved[name])
     others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
     clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
@@ -219,7 +219,7 @@ def test_the_image_tower_alone_is_loaded_and_a_head_of_zeros(folder: Path) -> No
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
-def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
+def test_the_targets_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
     bench = load(folder, Digits())
     parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
     parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -230,12 +230,16 @@ def test_blocks_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
     assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
 
 
-def test_what_does_not_go_together_is_one_line(tmp_path: Path, both: dict[str, Path]) -> None:
+def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(tmp_path: Path, both: dict[str, Path]) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with base_store.suppress_transformers_logging():
         BertModel(BertConfig(vocab_size=len(reviews.VOCABULARY), **sizes)).save_pretrained(tmp_path)
     reviews.tokenizer().save_pretrained(tmp_path)
-    text = (both["clip"], reviews.Reviews(), "its tokenizer has no words")  # the folder has no tokenizer
+    text = (
+        both["clip"],
+        reviews.Reviews(),
+        "its tokenizer has no words",
+    )  # this model folder has no tokenizer
     for model, task, said in ((tmp_path, Digits(), "does not load"), text):
         with pytest.raises(UsageError, match=said) as caught:
             load(model, task)
@@ -268,12 +272,13 @@ MORE = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data that all models share: their images are read from files, and a head of zeros guesses alike."""
+    """Return a data folder for all models: their images are read from files, and heads of zeros guess
+    alike."""
     return tmp_path_factory.mktemp("data")
 
 
 @pytest.mark.parametrize(("variant", "kind"), [*FEW, *MORE])
-def test_a_lane_gets_in_company_what_it_gets_alone(
+def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
     variant: str, kind: str, both: dict[str, Path], store: Store, tmp_path: Path, data: Path
 ) -> None:
     members = [
@@ -295,7 +300,7 @@ def test_a_lane_gets_in_company_what_it_gets_alone(
         assert set(record.items["test"].answers) <= set(Digits.labels)
 
 
-def test_full_fine_tuning_learns_the_patches_too(folder: Path, store: Store, data: Path) -> None:
+def test_full_fine_tuning_trains_the_patch_embedding(folder: Path, store: Store, data: Path) -> None:
     one = point("full", steps=3, rate=1e-3)
     train(Script(leases([one])), store, load_base_model=partial(_load, folder), data=data)
     record = store.get(one.fingerprint)
@@ -329,7 +334,7 @@ def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
     return bench
 
 
-def test_recomputed_blocks_give_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+def test_activation_checkpointing_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
     one = point(steps=3)
     plain = solo(one, tmp_path / "plain", load_base_model=partial(_load, folder))
     again = solo(one, tmp_path / "again", load_base_model=partial(_recomputed, folder))
@@ -356,7 +361,7 @@ def _on_two(team: ProcessGroup, where: Path, folder: Path) -> list[EvaluationRes
     return evaluate(bench, task, split, [0], adapters.disable_adapters, team)
 
 
-def test_two_workers_share_images_as_they_share_texts(
+def test_two_workers_split_images_like_texts(
     pair: Callable[..., Any], both: dict[str, Path], tmp_path: Path
 ) -> None:
     score = partial(_on_two, folder=both["clip"])
@@ -373,7 +378,7 @@ def test_two_workers_share_images_as_they_share_texts(
         assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)
 
 
-def test_a_lane_on_clip_is_an_adapter_that_peft_loads(both: dict[str, Path], tmp_path: Path) -> None:
+def test_peft_loads_the_adapter_of_a_lane_on_clip(both: dict[str, Path], tmp_path: Path) -> None:
     from peft import PeftModel  # here, so that the processes of pair.py do not import it
 
     task = Digits()

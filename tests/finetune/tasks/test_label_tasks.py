@@ -1,4 +1,4 @@
-"""The tasks that are classification: their data, and the base that one of them makes."""
+"""The local text classification tasks: their data, and the base model of one of them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def silent(_: str) -> None:
 
 @cache
 def loaded(task: Task) -> dict[Split, list[Example]]:
-    """The task's data, made once."""
+    """Return the data of the task, which are read once."""
     return task.load(task.choice())
 
 
 @pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
-def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess(task: Task) -> None:
+def test_splits_are_disjoint_and_balanced_and_the_floor_is_the_score_of_a_guess(task: Task) -> None:
     data = loaded(task)
     texts = [example.prompt for split in SPLITS for example in data[split]]
     assert len(texts) == len(set(texts)) == sum(len(data[split]) for split in SPLITS)
@@ -60,7 +60,7 @@ def test_splits_are_disjoint_balanced_and_worth_the_floor_to_a_guess(task: Task)
 
 
 @pytest.mark.parametrize("task", BOTH, ids=lambda task: task.name)
-def test_other_sizes_keep_what_they_share(task: Task) -> None:
+def test_smaller_sizes_are_prefixes_of_larger_ones(task: Task) -> None:
     small = task.load(task.choice(train_size=20, validation_size=30, test_size=10))
     large = loaded(task)
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
@@ -69,12 +69,12 @@ def test_other_sizes_keep_what_they_share(task: Task) -> None:
             task.examples(split, 1_000_000)
 
 
-def test_the_data_are_those_of_every_record_made_so_far() -> None:
+def test_the_revision_is_that_of_all_earlier_records() -> None:
     assert BOTH[0].revision() == "92fe7d36a79e2cc9"
 
 
 @needs_wordnet
-def test_the_glosses_are_those_of_every_record_made_so_far() -> None:
+def test_the_revision_of_glosses_is_that_of_all_earlier_records() -> None:
     assert Glosses().revision() == "940c35ef235a05f9"
 
 
@@ -82,7 +82,7 @@ def test_the_glosses_are_those_of_every_record_made_so_far() -> None:
 
 
 def reading(text: str) -> dict[str, str]:
-    """The answer to every question, worked out anew from the words."""
+    """Return the answer to every question, computed from the words by other code."""
     _, *words = text.split()
     middle = next(i for i, word in enumerate(words) if word in ("and", "but"))
     found = {"conjunction": words[middle]}
@@ -93,7 +93,7 @@ def reading(text: str) -> dict[str, str]:
     return found
 
 
-def test_a_verdict_is_that_of_the_clause_that_counts() -> None:
+def test_the_label_is_that_of_the_decisive_clause() -> None:
     for example in Reviews().examples("validation", 80):
         found = reading(example.prompt)
         number = "2" if found["conjunction"] == "but" else "1"
@@ -101,7 +101,7 @@ def test_a_verdict_is_that_of_the_clause_that_counts() -> None:
         assert example.answer == f"{found['topic' + number]} {found['mood' + number]}"
 
 
-def test_every_text_fits_and_has_a_token_a_word() -> None:
+def test_every_text_fits_the_length_with_one_token_per_word() -> None:
     task, words = Reviews(), tokenizer()
     assert len(set(VOCABULARY)) == len(VOCABULARY)
     for example in task.examples("test", 400):
@@ -110,7 +110,7 @@ def test_every_text_fits_and_has_a_token_a_word() -> None:
         assert len(encoded.ids) <= task.defaults.max_length
 
 
-def test_pretraining_asks_the_five_questions_hides_one_in_six_and_no_held_out_text() -> None:
+def test_pretraining_masks_one_of_six_questions_and_uses_no_held_out_text() -> None:
     words, seen = tokenizer(), Counter[str]()
     held_out = {e.prompt for s in ("validation", "test") for e in Reviews().examples(s, 400)}  # type: ignore[arg-type]
     for ids, answers in _batches(replace(RECIPE, steps=10)):
@@ -126,7 +126,7 @@ def test_pretraining_asks_the_five_questions_hides_one_in_six_and_no_held_out_te
     assert seen["unk"] == pytest.approx(640 / 6, abs=40)  # over four standard deviations
 
 
-def test_its_base_is_the_same_bits_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
+def test_the_base_model_is_bit_identical_each_time_and_gets_a_head_of_zeros(tmp_path: Path) -> None:
     contents = []
     for i, threads in enumerate((1, 2)):
         torch.set_num_threads(threads)
@@ -154,7 +154,7 @@ NOUNS_FILE = """  1 This software and database is being provided to you
 """
 
 
-def test_a_gloss_is_a_definition_of_one_class_without_its_examples(tmp_path: Path) -> None:
+def test_a_gloss_is_the_definition_of_one_class_without_example_sentences(tmp_path: Path) -> None:
     (tmp_path / "data.noun").write_text(NOUNS_FILE)
     assert glosses._read_glosses(tmp_path) == {
         "a friendly animal that barks": "animal",
@@ -162,7 +162,7 @@ def test_a_gloss_is_a_definition_of_one_class_without_its_examples(tmp_path: Pat
     }
 
 
-def test_without_wordnet_one_line_says_what_to_install(
+def test_without_wordnet_the_error_says_in_one_line_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))

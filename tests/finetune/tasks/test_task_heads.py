@@ -1,4 +1,4 @@
-"""Tasks with a head: what the model is given, what it says, and lanes that have heads of their own."""
+"""Tasks with a head: the model's input and output, and lanes with heads of their own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id
 
 
 class Lengths(Reviews):
-    """How many words a review has: a number to be said."""
+    """Regression of the number of words in a review."""
 
     name = "lengths"
     metric = "pearson"
@@ -62,7 +62,7 @@ class Lengths(Reviews):
 
 
 def encoder(folder: Path) -> Path:
-    """A tiny BERT as most are saved: for masked words, without a pooler."""
+    """Save a tiny BERT in the usual form: with a head for masked words and without a pooler."""
     torch.manual_seed(0)
     with base_store.suppress_transformers_logging():
         BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
@@ -104,7 +104,7 @@ def split_of(task: Task, bench: BaseModel, size: int = 80) -> EvaluationSplit:
 # -- data ------------------------------------------------------------------------------------------------
 
 
-def test_a_rows_one_target_stands_at_its_last_token() -> None:
+def test_the_only_target_of_a_row_is_at_its_last_token() -> None:
     task = Reviews()
     review = Example("unk the soup was bad but the play was very nice", "show good")
     (row,) = encode_examples([review], task, tokenizer(), max_length=16)
@@ -124,7 +124,7 @@ def test_a_text_that_is_too_long_keeps_its_end_token() -> None:
     assert len(row.targets) == 4
 
 
-def test_values_are_kept_as_they_are() -> None:
+def test_targets_of_regression_keep_their_values() -> None:
     rows = encode_examples(
         [Example("unk the", "0.123456789"), Example("unk", "7")], Lengths(), tokenizer(), 16
     )
@@ -132,7 +132,7 @@ def test_values_are_kept_as_they_are() -> None:
     assert batch.targets[batch.targets != IGNORE_INDEX].tolist() == [0.123456789, 7.0]
 
 
-def test_joined_and_part_are_rows() -> None:
+def test_batches_are_concatenated_and_sliced_by_rows() -> None:
     task = Reviews()
     rows = encode_examples(task.examples("train", 24), task, tokenizer(), 16)
     first, second = pad_rows(rows[:8], 16, 0), pad_rows(rows[8:], 16, 0)
@@ -149,13 +149,13 @@ def test_joined_and_part_are_rows() -> None:
     [(Reviews(), "food god", "Did you mean 'food good'"), (Lengths(), "long", "finite number")]
     + [(Lengths(), text, "finite number") for text in ("nan", "inf", str(IGNORE_INDEX))],
 )
-def test_an_answer_that_is_none_is_refused(task: Task, answer: str, hint: str) -> None:
+def test_an_invalid_answer_is_refused(task: Task, answer: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint) as caught:
         encode_examples([Example("unk the", answer)], task, tokenizer(), 16)
     assert "\n" not in str(caught.value)
 
 
-def test_the_classes_and_their_order_are_part_of_the_data() -> None:
+def test_the_revision_depends_on_the_classes_and_their_order() -> None:
     class Few(Reviews):
         defaults = replace(Reviews.defaults, train_size=8, validation_size=8, test_size=8)
 
@@ -168,11 +168,11 @@ def test_the_classes_and_their_order_are_part_of_the_data() -> None:
 # -- the model -------------------------------------------------------------------------------------------
 
 
-def test_a_head_begins_as_zeros_so_that_the_base_guesses(folder: Path) -> None:
+def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -> None:
     task = Reviews()
     here = load(folder, task)
     assert here.is_causal == ("Llama" in type(here.model).__name__)
-    # A pooler that the checkpoint has not is the task's own as well.
+    # A pooler that the checkpoint lacks is new, too.
     assert here.head_names == (("score",) if here.is_causal else ("classifier", "bert.pooler.dense"))
     with three_lanes(here) as adapters:
         found = evaluate(here, task, split_of(task, here), [0], adapters.disable_adapters)[0]
@@ -192,7 +192,7 @@ def test_a_checkpoint_with_a_head_for_other_classes_gets_a_new_one(folder: Path,
     assert not any(p.any() for p in other.model.get_submodule(other.head_names[0]).parameters())
 
 
-def test_the_skeleton_knows_the_heads(folder: Path) -> None:
+def test_the_meta_model_has_the_heads(folder: Path) -> None:
     choice = ModelChoice(str(folder), base_store.content_hash(folder))
     model, heads = loading.build_meta_model(choice, folder, Reviews())
     assert heads == load(folder, Reviews()).head_names[:1]
@@ -200,7 +200,7 @@ def test_the_skeleton_knows_the_heads(folder: Path) -> None:
     assert next(model.get_submodule(heads[0]).parameters()).shape[0] == 8
 
 
-def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
+def test_padding_and_neighboring_rows_change_nothing(folder: Path) -> None:
     task = Reviews()
     here = load(folder, task)
     rows = encode_examples(task.examples("train", 32), task, here.tokenizer, 16)
@@ -208,10 +208,10 @@ def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
     with three_lanes(here) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
         logits, labels = compute_logits(here, task, pad_rows(rows, 16, 0))
         assert labels.tolist() == [row.targets[-1] for row in rows]
-        for row, one in zip(rows, logits, strict=True):  # one by one, nothing padded, no mask of ours
+        for row, one in zip(rows, logits, strict=True):  # each alone, without padding and mask
             alone = here.model(input_ids=torch.tensor([row.ids])).logits[0]
             torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-4)
-        # Rows without any padding, beside padded ones and among themselves: the very same bits.
+        # Rows without padding are bit-identical beside padded rows and among themselves.
         full = [row for row in rows if len(row.ids) == max(len(r.ids) for r in rows)]
         full = (full * 8)[:8]
         length = len(full[0].ids)
@@ -219,7 +219,7 @@ def test_padding_and_the_rows_beside_change_nothing(folder: Path) -> None:
         assert torch.equal(together, compute_logits(here, task, pad_rows(full, length, 0))[0])
 
 
-def test_an_encoder_with_windows_keeps_them(tmp_path: Path) -> None:
+def test_an_encoder_with_sliding_windows_keeps_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     special = {"cls_token_id": 1, "sep_token_id": 1, "bos_token_id": 1, "eos_token_id": 1}
     config = ModernBertConfig(**SIZES, **special, local_attention=4, global_attn_every_n_layers=2)
@@ -236,7 +236,7 @@ def test_an_encoder_with_windows_keeps_them(tmp_path: Path) -> None:
         torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_of_which_nobody_knows_what_its_tokens_see_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_unknown_attention_is_refused(tmp_path: Path) -> None:
     config = BloomConfig(vocab_size=len(VOCABULARY), hidden_size=32, n_layer=1, n_head=2)
     with base_store.suppress_transformers_logging():
         BloomForCausalLM(config).save_pretrained(tmp_path)
@@ -245,7 +245,7 @@ def test_a_model_of_which_nobody_knows_what_its_tokens_see_is_refused(tmp_path: 
         load(tmp_path, Reviews())
 
 
-def test_the_loss_is_the_answers(folder: Path) -> None:
+def test_the_loss_is_that_of_the_answers(folder: Path) -> None:
     logits = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
     found = compute_losses(logits, torch.tensor([1, 1]), Reviews())
     assert found.tolist() == pytest.approx(
@@ -261,7 +261,7 @@ def test_the_loss_is_the_answers(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
-def test_a_lanes_scores_do_not_depend_on_its_mates(folder: Path, task: Task) -> None:
+def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task) -> None:
     here = load(folder, task)
     split = split_of(task, here)
     with three_lanes(here) as adapters:
@@ -274,7 +274,7 @@ def test_a_lanes_scores_do_not_depend_on_its_mates(folder: Path, task: Task) -> 
 
 
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
-def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None:
+def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: Task) -> None:
     here = load(folder, task)
     split = split_of(task, here, 24)
     with three_lanes(here) as adapters, torch.no_grad():
@@ -302,8 +302,10 @@ def test_scores_are_what_the_model_itself_says(folder: Path, task: Task) -> None
 
 
 def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
-    """On two workers, and in the test itself: answers of classes, of values, generated ones, greedy and
-    sampled, and forced."""
+    """Evaluate all outputs: classes, values, greedy and sampled generation, and teacher forcing.
+
+    This runs on two workers and in the process of the test.
+    """
     found = []
     for name in ("reviews", "lengths", WORDS_TASK, "sampled", "letters"):
         task = Lengths() if name == "lengths" else tasks.get(WORDS_TASK if name == "sampled" else name)
@@ -311,7 +313,7 @@ def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
             task = type(task)()
             task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
         here = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
-        # Also a split of one batch, of which one worker has nothing.
+        # This includes a split of one batch, of which one worker gets nothing.
         for size in (90, 9):
             split = split_of(task, here, size)
             with three_lanes(here) as adapters:
@@ -320,9 +322,7 @@ def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
     return found
 
 
-def test_two_workers_find_what_one_finds_and_both_know_it(
-    pair: Callable[..., Any], bert: Path, tmp_path: Path
-) -> None:
+def test_two_workers_get_the_results_of_one(pair: Callable[..., Any], bert: Path, tmp_path: Path) -> None:
     work = partial(_shared, bert=bert)
     first, second = pair({"shared": work}, tmp_path)["shared"]
     assert first == second
@@ -339,12 +339,12 @@ def point(variant: str = "lora", head: float | None = None, **options: object) -
 
 @pytest.fixture(scope="module")
 def options(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the lanes below are trained with: the one model and its data."""
+    """Return the options of training: the model and a data folder."""
     return {"load_base_model": lambda choice, task: load(bert, task), "data": tmp_path_factory.mktemp("data")}
 
 
 @pytest.mark.parametrize("variant", ["lora", pytest.param("hira", marks=pytest.mark.slow)])
-def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
+def test_a_lane_with_a_head_gets_the_numbers_of_a_lane_alone(
     variant: str, options: dict[str, Any], store: Store, tmp_path: Path
 ) -> None:
     alpha = 8.0 if variants.get(variant).uses_alpha else None
@@ -365,7 +365,7 @@ def test_a_lane_with_a_head_gets_in_company_what_it_gets_alone(
         assert set(record.items["test"].answers) <= set(Reviews.labels)
 
 
-def test_the_heads_rate_is_the_heads_alone(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_heads_learning_rate_affects_the_head_only(options: dict[str, Any], tmp_path: Path) -> None:
     same, as_typed, other = (
         solo(point(head=head, steps=6), tmp_path, **options) for head in (None, 1e-2, 1e-3)
     )

@@ -49,7 +49,7 @@ class Echo(Task):
 
 
 @pytest.mark.parametrize("name", catalogue.names())
-def test_every_task_says_what_a_fine_tune_needs(name: str) -> None:
+def test_every_task_defines_what_a_fine_tuning_run_needs(name: str) -> None:
     task = catalogue.get(name)
     assert task.name == name
     assert task.output in ("teacher_forced", "generation", "classification", "regression")
@@ -68,7 +68,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
         catalogue.get("leters")
 
 
-def test_a_file_with_a_task_is_a_task(tmp_path: Path) -> None:
+def test_a_file_can_be_a_task(tmp_path: Path) -> None:
     path = tmp_path / "echo.py"
     path.write_text(USER_TASK)
     task = catalogue.get(str(path))
@@ -89,13 +89,13 @@ def test_a_file_without_a_task_is_refused_in_one_line(tmp_path: Path, text: str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         catalogue.get(str(tmp_path / "letters.py"))
 
 
 @pytest.mark.parametrize("kind", [Letters, Reviews, Digits])
-def test_the_configuration_of_a_base_is_known_before_it_is_made(
+def test_the_configuration_of_a_base_model_is_known_before_pretraining(
     kind: Callable[[Recipe], Task], tmp_path: Path
 ) -> None:
     task = kind(Recipe(steps=1, batch_size=2, learning_rate=1e-3))
@@ -127,7 +127,7 @@ def test_data_under_another_revision_are_refused() -> None:
         task.load(stale)
 
 
-def test_split_of_gives_each_held_out_split_a_fifth() -> None:
+def test_hash_split_gives_each_held_out_split_a_fifth() -> None:
     counts = dict.fromkeys(SPLITS, 0)
     for i in range(5000):
         counts[hash_split(f"item {i}")] += 1
@@ -152,13 +152,13 @@ def test_letters_splits_are_disjoint_and_without_repetition() -> None:
     assert len(set(prompts)) == 7000
 
 
-def test_letters_are_the_same_on_every_call_and_other_sizes_keep_what_they_share() -> None:
+def test_letters_are_equal_on_every_call_and_smaller_sizes_are_prefixes() -> None:
     random.seed(1)
     small = Letters().load(Letters().choice(train_size=10, validation_size=20, test_size=5))
     random.seed(2)
     large = Letters().load(Letters().choice())
     assert all(large[split][: len(small[split])] == small[split] for split in SPLITS)
-    assert Letters().revision() == "a5033a656b6bf16d"  # the data of every record made so far
+    assert Letters().revision() == "a5033a656b6bf16d"  # the data of all earlier records
 
 
 def test_letters_answers_are_reversed_then_next() -> None:
@@ -182,12 +182,12 @@ def test_letters_encoding_round_trips_and_fits_the_length() -> None:
     assert words.pad_token_id not in (None, words.eos_token_id)
 
 
-def test_more_letters_than_there_are_is_refused() -> None:
+def test_too_many_letters_are_refused() -> None:
     with pytest.raises(UsageError, match="100000"):
         Letters().examples("test", 100_001)
 
 
-def test_pretraining_shows_the_five_operators_and_hides_one_in_six() -> None:
+def test_pretraining_uses_the_five_operators_and_masks_one_of_six() -> None:
     words, shift = tokenizer(), lambda letter, by: LETTERS[(LETTERS.index(letter) + by) % len(LETTERS)]
     rules = {
         "copy": lambda x: x,
@@ -216,7 +216,7 @@ def test_pretraining_shows_the_five_operators_and_hides_one_in_six() -> None:
 
 @pytest.mark.real
 @needs_reasoning_gym
-def test_chain_sum_splits_share_no_sum_in_any_wording() -> None:
+def test_chain_sum_splits_share_no_expression() -> None:
     data = ChainSum().load(ChainSum().choice())
     sums = {split: {_sum_in(example) for example in data[split]} for split in SPLITS}
     assert {split: len(found) for split, found in sums.items()} == {
@@ -230,7 +230,7 @@ def test_chain_sum_splits_share_no_sum_in_any_wording() -> None:
 
 @pytest.mark.real
 @needs_reasoning_gym
-def test_chain_sum_answers_are_right_and_graded_by_their_text() -> None:
+def test_chain_sum_answers_are_correct_and_graded_by_their_text() -> None:
     task = ChainSum()
     for example in task.examples("validation", 100):
         left, operator, right = _sum_in(example).split()
@@ -242,22 +242,22 @@ def test_chain_sum_answers_are_right_and_graded_by_their_text() -> None:
 
 @pytest.mark.real
 @needs_reasoning_gym
-def test_more_sums_than_there_are_is_refused() -> None:
+def test_too_many_sums_are_refused() -> None:
     with pytest.raises(UsageError, match="1000000 are needed"):
         ChainSum().examples("test", 1_000_000)
 
 
-def test_the_same_sum_has_one_spelling() -> None:
+def test_equal_sums_have_one_spelling() -> None:
     assert canonical_expression("9 + 12") == canonical_expression("12 + 9") == "9 + 12"
     assert canonical_expression("9 - 12") != canonical_expression("12 - 9")
 
 
 @pytest.mark.parametrize(("name", "folder"), [("chain_sum", "local"), ("gsm_symbolic", "math")])
-def test_without_reasoning_gym_one_line_says_what_to_install(
+def test_without_reasoning_gym_the_error_says_in_one_line_what_to_install(
     monkeypatch: pytest.MonkeyPatch, name: str, folder: str
 ) -> None:
     module = importlib.import_module(f"orchestrator.finetune.tasks.{folder}.{name}")
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # what Python itself does to block an import
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)  # how Python blocks an import
     module._all_examples.cache_clear()
     with pytest.raises(UsageError, match=r'pip install -e "\.\[real\]"'):
         catalogue.get(name).examples("train", 1)
@@ -272,7 +272,7 @@ def _sum_in(example: Example) -> str:
 
 @pytest.mark.real
 @needs_reasoning_gym
-def test_problems_of_other_splits_differ_in_more_than_their_names() -> None:
+def test_problems_of_different_splits_differ_in_their_numbers() -> None:
     data = GsmSymbolic().load(GsmSymbolic().choice())
     assert {split: len(data[split]) for split in SPLITS} == {"train": 1200, "validation": 200, "test": 200}
     numbers = {

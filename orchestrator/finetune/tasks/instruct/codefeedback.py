@@ -145,7 +145,7 @@ def _examples(split: Split, count: int) -> list[Example]:
 
 
 def _python_rows(split: Split) -> Iterator[Mapping[str, Any]]:
-    """Yield the Python rows of a split, without HumanEval problems, each cut after its first block of code."""
+    """Yield the Python rows of a split without HumanEval problems, cut after their first block of code."""
     problem_keys = [_problem_key(row["prompt"]) for row in read_rows(HUMAN_EVAL, "codefeedback")]
     problem_keys = [key for key in problem_keys if len(key) >= KEY_LENGTH // 2]
     for row in read_rows(TRAIN, "codefeedback"):
