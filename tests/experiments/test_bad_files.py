@@ -190,7 +190,7 @@ def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
 def test_examples_that_are_others_each_time_are_refused(tmp_path: Path, base: Path, run: Run) -> None:
     (tmp_path / "my.py").write_text("import random\n" + having("{word} =", "{random.choice('abcdefgh')} ="))
     done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
-    done.assert_refused("my.py", "the same each time", "seed")
+    done.assert_refused("my.py", "the same examples in every call", "seed")
 
 
 def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, run: Run) -> None:
