@@ -1,4 +1,4 @@
-"""A user's own task: one file beside its data, outside the package, and no other edit."""
+"""A user's own task in one file beside its data, outside the package, without any other change."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ WORDS = ("<pad>", *(f"w{i}" for i in range(20)))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With a task file, its data and a small base."""
+    """Return a folder with a task file, its data and a small base model."""
     (tmp_path / "mail_task.py").write_text(TASK)
     rows = [
         {"text": f"w{i % 19} w{i // 19} w{(7 * i) % 13}", "spam": int(i % 19 > 9), "from": "me"}
@@ -81,10 +81,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_task_of_ones_own_runs_in_a_study(
+def test_a_users_task_runs_in_a_study(
     cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All paths are relative to the folder where the command is typed."""
+    """All paths are relative to the folder in which the command is run."""
     arguments = ("--task", "mail_task.py", "--model", "./base", "--variants", "lora", "--seeds", "1")
     output = folder / "results"
     monkeypatch.chdir(folder)
@@ -100,16 +100,18 @@ def test_a_task_of_ones_own_runs_in_a_study(
     assert (output / "lr_sensitivity-mail_task-base" / "report.html").exists()
     store = Store(output / "store")
     kept = sorted(path.name for path in store.data.glob("*.arrow"))
-    assert len(kept) == 6, "examples and token ids of three splits, made once for driver and workers"
+    assert len(kept) == 6, "examples and token ids of three splits, written once for driver and workers"
     assert all(name.startswith("mail_task-") for name in kept)
     gc.collect_garbage(store, output, older_than=0.0)
-    assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "what is whole stays"
+    assert sorted(path.name for path in store.data.glob("*.arrow")) == kept, "complete files are kept"
 
     rows = (folder / "mail.jsonl").read_text().splitlines()
     rows[41] = rows[41].replace('"spam": ', '"spam": 1')
     (folder / "mail.jsonl").write_text("\n".join(rows))
-    code, out, err = study.run(Path("results"), *arguments, cwd=folder)  # this process knows the old rows
+    code, out, err = study.run(
+        Path("results"), *arguments, cwd=folder
+    )  # this process has cached the old rows
     assert code == 2, out + err
     assert err.startswith(f"error: Task 'mail': {folder / 'mail.jsonl'}: row 42: 'spam' must be a class from")
     assert err.count("\n") == 1, err
-    assert "Ray" not in out, "it is refused before anything is started"
+    assert "Ray" not in out, "the task is refused before Ray is started"

@@ -1,5 +1,7 @@
-"""Whatever is wrong with a file that a study reads (a task, a model, the store's own) is one line and exit
-code 2, before Ray starts. The scripts run in this process."""
+"""A bad file that a study reads (a task, a model, a file of the store) is an error of one line with exit code 2.
+
+Ray is not started. The scripts run in the process of the test.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,14 @@ class Mine(Task):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that knows the words of `letters` and has learnt nothing."""
+    """Return the folder of an untrained model with the vocabulary of `letters`."""
     folder = tmp_path_factory.mktemp("base") / "m"
     folder.mkdir()
     Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
     return folder
 
 
-def test_a_task_file_as_it_should_be_is_planned(tmp_path: Path, run: Run) -> None:
+def test_a_valid_task_file_is_planned(tmp_path: Path, run: Run) -> None:
     (tmp_path / "my.py").write_text(TASK)
     done = run(SWEEP, *DRY, "--task", "my.py")
     assert done.returncode == 0, done.stderr
@@ -50,7 +52,7 @@ def test_a_task_file_as_it_should_be_is_planned(tmp_path: Path, run: Run) -> Non
 
 
 def without(name: str) -> str:
-    """Return `TASK` without the attribute or method `name`: it is renamed."""
+    """Return `TASK` without the attribute or method `name`, which is renamed."""
     return TASK.replace(f"    {name} =", f"    not_{name} =").replace(f"def {name}(", f"def not_{name}(")
 
 
@@ -178,7 +180,7 @@ def test_a_task_file_that(what: str, tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop", "long name"])
-def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
+def test_a_path_without_a_task_file_is_refused(kind: str, tmp_path: Path, run: Run) -> None:
     path = tmp_path / ("a" * 300 + ".py" if kind == "long name" else "my.py")
     if kind == "folder":
         path.mkdir()
@@ -187,7 +189,7 @@ def test_a_task_file_that_is_none(kind: str, tmp_path: Path, run: Run) -> None:
     run(SWEEP, *DRY, "--task", path.name).assert_refused(path.name, "does not exist")
 
 
-def test_examples_that_are_others_each_time_are_refused(tmp_path: Path, base: Path, run: Run) -> None:
+def test_examples_that_change_between_calls_are_refused(tmp_path: Path, base: Path, run: Run) -> None:
     (tmp_path / "my.py").write_text("import random\n" + having("{word} =", "{random.choice('abcdefgh')} ="))
     done = run(SWEEP, "--dry-run", "--task", "my.py", "--model", str(base))
     done.assert_refused("my.py", "the same examples in every call", "seed")
@@ -197,7 +199,7 @@ def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path, base: Path, ru
     (tmp_path / "[bold]my.py").write_text(having("d {word}", "d {'bread' if word == 'f' else word}"))
     done = run(SWEEP, "--dry-run", "--task", "[bold]my.py", "--model", str(base))
     done.assert_refused("my.py", "example 5", "bread", "WordLevel", "--model")
-    assert "[bold]my: reading the examples" in done.stdout, "what looks like markup is a name"
+    assert "[bold]my: reading the examples" in done.stdout, "brackets in a name are not markup"
 
 
 # -- models --------------------------------------------------------------------------------------------------
@@ -333,14 +335,14 @@ STORED = {
 
 
 @pytest.mark.parametrize("what", STORED)
-def test_a_stored_file_that_is_none_is_named(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+def test_an_invalid_file_of_the_store_is_named(what: str, tmp_path: Path, base: Path, run: Run) -> None:
     command, spoil, said = STORED[what]
     path = spoil(tmp_path / "results")
     run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
 
 
-def test_a_base_that_has_changed_is_one_line(tmp_path: Path, base: Path, run: Run) -> None:
-    """The store made the base itself and keeps a hash of its files."""
+def test_a_changed_base_model_is_an_error_of_one_line(tmp_path: Path, base: Path, run: Run) -> None:
+    """The store contains the base model and a hash of its files."""
     bases = tmp_path / "results" / "store" / "bases"
     shutil.copytree(base, bases / f"letters-base-{'0' * 12}")
     (tmp_path / "results" / POINTER).write_text(json.dumps({"name": "letters-base", "content": "0" * 64}))
@@ -350,7 +352,9 @@ def test_a_base_that_has_changed_is_one_line(tmp_path: Path, base: Path, run: Ru
 
 
 @pytest.mark.parametrize("name", ["s/.lock", "store/bases"])
-def test_what_is_in_the_way_of_a_file_is_one_line(name: str, tmp_path: Path, base: Path, run: Run) -> None:
+def test_something_else_with_the_name_of_a_file_is_an_error_of_one_line(
+    name: str, tmp_path: Path, base: Path, run: Run
+) -> None:
     path = tmp_path / "results" / name
     path.parent.mkdir(parents=True)
     if name == "s/.lock":
