@@ -1,4 +1,4 @@
-"""What an error says of who is to blame: the lane, or the memory, the device, the disk of the machine."""
+"""Classifies an error by its cause: the lane, or the memory, the device or the disk of the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from orchestrator.util.errors import DISK_FULL_ERRNOS
 
-# What torch says in words only: of the host's allocator, of CUDA's and of the libraries above it.
+# torch reports these causes only in the message, from the host's allocator, CUDA's, or a library above it.
 _OUT_OF_MEMORY_PATTERN = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|out of memory|ALLOC_FAILED|bad_alloc|"
     r"Cannot allocate memory"
@@ -20,14 +20,16 @@ _DEVICE_ERROR_PATTERN = re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|devic
 
 
 class Fault(StrEnum):
+    """The cause of an error."""
+
     LANE = "lane"
-    """The lane's own, or nobody knows."""
+    """The lane, or unknown."""
     MEMORY = "memory"
-    """There is too little of it, the device's or the host's: fewer lanes may have enough."""
+    """Out of memory, on the device or on the host; fewer lanes may fit."""
     DEVICE = "device"
-    """The device, or this process's hold of it, is lost: nothing that is done here is of use any more."""
+    """The device is lost to this process, which can compute nothing more."""
     DISK = "disk"
-    """There is no space left on it."""
+    """The disk is full."""
 
 
 class BrokenKind(StrEnum):
@@ -56,11 +58,11 @@ class TrainerBrokenError(RuntimeError):
 
 
 class StoreFullError(RuntimeError):
-    """There is no space for a record, and none was made for a while."""
+    """The disk has stayed full for so long that a record could not be written."""
 
 
 def classify_error(error: BaseException) -> Fault:
-    """Of an error or of what it was raised from."""
+    """Return the cause of an error, looked for also in the errors from which it was raised."""
     import torch
 
     known = getattr(error, "fault", None)
@@ -87,13 +89,15 @@ def classify_error(error: BaseException) -> Fault:
 
 
 def is_file_not_found(error: OSError | SafetensorError) -> bool:
-    """Whether it says that a file, or the folder it was to be in, is not there."""
+    """Return whether the error says that a file or its folder is missing."""
     return getattr(error, "errno", None) == errno.ENOENT or f"(os error {errno.ENOENT})" in str(error)
 
 
 def free_memory() -> None:
-    """Gives back what is no longer used. The errors that told of the shortage must be gone: their tracebacks
-    hold what their work had made."""
+    """Release unused memory of this process.
+
+    The out-of-memory error must not be referenced any more, because its traceback keeps tensors alive.
+    """
     import torch
 
     gc.collect()

@@ -1,9 +1,9 @@
-"""The workers of a seat, which all run the same loop in step.
+"""The workers of a trainer, which all run the same loop in step.
 
-Each holds the base and every lane, and computes its rows of every batch. What is not the same everywhere (a
-source's answer, the clock, the newest checkpoint) rank 0 finds out and all are told; what raises on one
-worker fails on all. So that none waits for another in vain, work of one's own comes first, then the agreement
-that it went well, then what needs all of them.
+Each worker holds the base model and every lane, and computes its own rows of every batch. Rank 0 determines
+what can differ between workers (an answer of the source, the clock, the newest checkpoint) and broadcasts it.
+Work that raises on one worker fails on all. To prevent deadlocks, each worker first does its local work, then
+all confirm that it succeeded, and only then they call a collective operation.
 """
 
 from __future__ import annotations
@@ -22,28 +22,37 @@ T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
-    """Work of the team raised on a worker. The same on every worker."""
+    """Work raised an error on one of the workers. Every worker raises this same error.
+
+    Args:
+        reason: Type and message of the original error.
+        traceback_text: Its traceback.
+        fault: Its cause.
+    """
 
     def __init__(self, reason: str, traceback_text: str, fault: Fault = Fault.LANE) -> None:
-        super().__init__(reason, traceback_text, fault)  # as it is pickled
+        super().__init__(reason, traceback_text, fault)  # unpickling passes these arguments
         self.reason, self.traceback_text, self.fault = reason, traceback_text, fault
 
     def __str__(self) -> str:
         return self.reason
 
     def without_traceback(self) -> WorkerError:
-        """The same without a traceback, which holds all that the work had at hand."""
+        """Return a copy without `__traceback__`, which keeps the tensors of the failed work alive."""
         return WorkerError(self.reason, self.traceback_text, self.fault)
 
     @classmethod
     def from_exception(cls, error: BaseException) -> WorkerError:
-        """What the other workers, and the record, get to know of an error."""
+        """Return the error as other workers and the record see it: as text without secrets."""
         reason, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
         return cls(redact_secrets(reason), redact_secrets(trace), classify_error(error))
 
 
 def result_or_error(work: Callable[[], T]) -> T | WorkerError:
-    """What it returns, or as a value what it raises: for `gather`, where the others wait."""
+    """Return the result of `work`, or its error as a value.
+
+    Used before `all_gather`, where the other workers wait.
+    """
     try:
         return work()
     except Exception as error:
@@ -51,49 +60,69 @@ def result_or_error(work: Callable[[], T]) -> T | WorkerError:
 
 
 class WorkersOutOfSyncError(RuntimeError):
-    """The workers are at different places of the loop: this seat cannot go on."""
+    """The workers have called different collective operations, so the trainer cannot continue."""
 
 
 class ProcessGroup(Protocol):
-    @property
-    def rank(self) -> int: ...
+    """The collective operations that the loop uses. All workers must call them in the same order."""
 
     @property
-    def world_size(self) -> int: ...
+    def rank(self) -> int:
+        """This worker's rank, from 0."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers."""
+        ...
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
-        """What `value` gives on rank 0, which alone calls it. What it raises ends the loop on all."""
+        """Return on every worker the result of `compute` on rank 0; the others do not call it.
+
+        An error of `compute` is raised on rank 0 as it is, and as a WorkerError on the others.
+        """
         ...
 
     def all_gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank. Raises Failed when a worker raised before it came here."""
+        """Return the values of all workers, by rank.
+
+        Raises:
+            WorkerError: A worker raised an error before it called this method.
+        """
         ...
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """Everybody's own result of `work`. Raises Failed on all when it raises on any."""
+        """Run `work` on every worker and return this worker's result once all have succeeded.
+
+        Raises:
+            WorkerError: `work` raised an error on one of the workers.
+        """
         ...
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Adds everybody's `tensor` up, in place; afterwards all hold the same bits."""
+        """Replace the tensor by the sum over all workers, which is bit-identical on all of them."""
         ...
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Give all workers the `tensor` of rank 0, in place, whatever its dtype."""
+        """Replace the tensor by that of rank 0; any dtype."""
         ...
 
 
 class SingleProcessGroup:
-    """A seat of one worker, or none at all."""
+    """The process group of a single worker."""
 
     rank, world_size = 0, 1
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
+        """See `ProcessGroup`."""
         return compute()
 
     def all_gather(self, value: T) -> list[T]:
+        """See `ProcessGroup`."""
         return [value]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
+        """See `ProcessGroup`."""
         try:
             return work()
         except WorkerError:
@@ -102,15 +131,17 @@ class SingleProcessGroup:
             raise WorkerError.from_exception(error) from error
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        pass
+        """See `ProcessGroup`."""
 
     def broadcast_(self, tensor: Tensor) -> None:
-        pass
+        """See `ProcessGroup`."""
 
 
 class TorchProcessGroup:
-    """The processes of an initialised torch.distributed. Tensors go by its backend, objects by gloo, so that
-    no GPU is waited for."""
+    """The process group of an initialised torch.distributed.
+
+    Tensors are sent with its backend, Python objects with gloo, so that they do not wait for the GPU.
+    """
 
     def __init__(self) -> None:
         from torch import distributed
@@ -121,6 +152,7 @@ class TorchProcessGroup:
         self._object_group = distributed.group.WORLD if gloo else distributed.new_group(backend="gloo")
 
     def broadcast_from_rank0(self, compute: Callable[[], T]) -> T:
+        """See `ProcessGroup`."""
         payload: list[Any] = [None]
         try:
             if self.rank == 0:
@@ -135,36 +167,39 @@ class TorchProcessGroup:
         return payload[0]
 
     def all_gather(self, value: T) -> list[T]:
+        """See `ProcessGroup`."""
         return self._all_gather("a value", value)
 
     def run_on_all(self, work: Callable[[], T]) -> T:
+        """See `ProcessGroup`."""
         try:
             result = work()
-        except (WorkerError, WorkersOutOfSyncError):  # all know it already
+        except (WorkerError, WorkersOutOfSyncError):  # raised by a collective operation, so on all workers
             raise
         except Exception as error:
-            # Wherever in `work` the others are, their next gathering, or the one below, meets this one.
+            # The others receive the error in their next `_all_gather`: inside `work`, or the one below.
             self._all_gather("", WorkerError.from_exception(error))
         self._all_gather("the end of an attempt", None)
         return result
 
     def all_reduce_(self, tensor: Tensor) -> None:
+        """See `ProcessGroup`."""
         self._distributed.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor) -> None:
+        """See `ProcessGroup`."""
         self._distributed.broadcast(tensor, src=0)
 
     def _all_gather(self, call_site: str, value: T) -> list[T]:
         gathered: list[Any] = [None] * self.world_size
         self._distributed.all_gather_object(gathered, (call_site, value), group=self._object_group)
-        for _, theirs in gathered:
-            if isinstance(theirs, WorkerError):
-                raise theirs
-        if len({theirs for theirs, _ in gathered}) > 1:
-            raise WorkersOutOfSyncError(
-                f"the seat's workers are at {', '.join(theirs for theirs, _ in gathered)}"
-            )
-        return [theirs for _, theirs in gathered]
+        for _, received in gathered:
+            if isinstance(received, WorkerError):
+                raise received
+        call_sites = [site for site, _ in gathered]
+        if len(set(call_sites)) > 1:
+            raise WorkersOutOfSyncError(f"the trainer's workers are at {', '.join(call_sites)}")
+        return [received for _, received in gathered]
 
 
 SINGLE_PROCESS_GROUP = SingleProcessGroup()

@@ -1,7 +1,8 @@
-"""The evidence behind a start: computed once for a model, task, variant and seed, whatever the learning rate,
-and kept in the store.
+"""Calibration tensors of variants that initialise from data, such as EVA and LoRA-GA.
 
-    <folder>/<key>.safetensors        tensors named <layer>/<name>; the head is the key
+They are computed once for a model, task, variant and seed, whatever the learning rate, and kept in the store:
+
+    <folder>/<key>.safetensors        tensors named <layer>/<name>; the file's header is the key
 """
 
 from __future__ import annotations
@@ -36,10 +37,20 @@ if TYPE_CHECKING:
 def load_or_compute_calibration(
     lane_group: LaneGroup, configuration: Configuration, folder: Path, process_group: ProcessGroup
 ) -> CalibrationTensors | None:
-    """What `Adapters.add` wants, or None for a variant that starts without.
+    """Return the calibration tensors of a configuration, by layer and name.
 
-    Rank 0 looks at the first batches that the lane will train on (the variant's `calibration_batches`), at
-    the frozen base with the lane's own head; the others read what it kept.
+    If they are not in the store, rank 0 computes them on the frozen base model with the lane's initial head,
+    from the first batches that the lane will train on (as many as the variant's `calibration_batches`). The
+    other ranks read the file.
+
+    Args:
+        lane_group: The lane group, which has the model, the adapters and the data.
+        configuration: The configuration of the lane.
+        folder: The store's folder of calibration tensors.
+        process_group: The workers of this trainer.
+
+    Returns:
+        Layer -> name -> tensor; None for a variant that initialises without data.
     """
     if lane_group.adapters.variant.calibration_statistic is CalibrationStatistic.NONE:
         return None
@@ -51,7 +62,10 @@ def load_or_compute_calibration(
 
 
 def _calibration_key(configuration: Configuration) -> str:
-    """Of all that the evidence depends on: the configuration without rate, schedule, alpha, evaluation."""
+    """Return a hash of the configuration without learning rate, schedule, alpha and evaluations.
+
+    The calibration tensors do not depend on those.
+    """
     relevant = replace(
         configuration,
         variant=replace(configuration.variant, alpha=None),
@@ -64,7 +78,9 @@ def _calibration_key(configuration: Configuration) -> str:
 
 
 def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
-    with suppress(OSError, ValueError, SafetensorError):  # not there, torn, or another's: made anew
+    with suppress(
+        OSError, ValueError, SafetensorError
+    ):  # missing, damaged, or another configuration's: computed again
         _read(file, torch.device("cpu"))
         return
     calibration = calibrate(
@@ -74,15 +90,20 @@ def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: P
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{layer}/{k}": t.contiguous() for layer, of in calibration.items() for k, t in of.items()}
-    tensor_files.write(file, tensors, file.stem)  # of two seats that make the same, either's is whole
+    tensor_files.write(file, tensors, file.stem)  # two trainers that compute the same write whole files
 
 
 def _read(file: Path, device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """Raises ValueError, OSError or SafetensorError when the file is not there, or not what was written."""
+    """Read a calibration file.
+
+    Raises:
+        OSError, SafetensorError: The file is missing or cannot be read.
+        ValueError: Its content is damaged, or belongs to another configuration.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     tensors, key = tensor_files.read(file)
     if key != file.stem:
-        raise DamagedFileError(f"{file}: holds what was found for another configuration")
+        raise DamagedFileError(f"{file}: holds the calibration of another configuration")
     for name, tensor in tensors.items():
         layer, key = name.rsplit("/", 1)
         found.setdefault(layer, {})[key] = tensor.to(device)

@@ -1,9 +1,10 @@
-"""Lane checkpoints: one safetensors file each, whole or not there.
+"""Lane checkpoints: one safetensors file each, which is either complete or absent.
 
     <folder of the fingerprint>/<attempt>/step-00000015.safetensors
 
-Tensors are named `trainable/..`, `frozen/..` and `moments/<moment>/<parameter>`; everything else is one JSON
-text in the file's metadata, with a digest of all (`tensor_files.py`). Opening one runs no code.
+Tensors are named `trainable/..`, `frozen/..` and `moments/<moment>/<parameter>`. Everything else is a JSON
+text in the file's metadata, with a digest of the whole content (`tensor_files.py`). Opening a checkpoint runs
+no code.
 """
 
 from __future__ import annotations
@@ -20,26 +21,40 @@ from torch import Tensor
 from orchestrator.finetune.engine import tensor_files
 
 NUM_TO_KEEP = 2
-"""Checkpoints kept of an attempt: the newest, and the one before it should the newest be torn."""
+"""Checkpoints kept of an attempt: the newest one, and the one before it in case the newest is damaged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A lane after `step` optimizer steps. `moments`: optimizer moment -> parameter -> tensor. `state`: the
-    rest, JSON values (not-a-number and infinities allowed)."""
+    """The state of a lane between two optimizer steps."""
 
     fingerprint: str
     attempt: int
     step: int
+    """Optimizer steps taken."""
     trainable: Mapping[str, Tensor]
+    """Parameters by name."""
     frozen: Mapping[str, Tensor]
+    """Tensors of the adapter that are not trained, by name."""
     moments: Mapping[str, Mapping[str, Tensor]]
+    """AdamW's moments: name of the moment -> parameter -> tensor."""
     state: Mapping[str, Any] = field(default_factory=dict)
+    """Everything else, as JSON values; NaN and infinities are allowed."""
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Written beside its place, flushed to the disk, renamed; then older ones of this attempt go. Raises
-    OSError or SafetensorError when the disk refuses; what was there is there still."""
+    """Write a checkpoint by an atomic rename, then remove older ones of the same attempt.
+
+    Args:
+        folder: The checkpoints of the lane's fingerprint.
+        checkpoint: The state.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError, SafetensorError: The file cannot be written; earlier checkpoints are unchanged.
+    """
     tensors = {f"trainable/{name}": t for name, t in checkpoint.trainable.items()}
     tensors |= {f"frozen/{name}": t for name, t in checkpoint.frozen.items()}
     for moment, by_name in checkpoint.moments.items():
@@ -54,21 +69,21 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def checkpoint_path(folder: Path, attempt: int, step: int) -> Path:
+    """Return the file of a checkpoint."""
     return folder / str(attempt) / f"step-{step:08d}.safetensors"
 
 
 def read_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = "") -> Checkpoint | None:
-    """Find the checkpoint from which a lane goes on.
+    """Read the checkpoint from which a lane resumes.
 
     Args:
         folder: The checkpoints of one fingerprint.
-        say: Is told, in one line each, which files were skipped because they cannot be read, or do not hold
-            what was written to them, or are another lane's.
-        fingerprint: The lane's; empty: whoever's they are.
+        warn: Called with one line for each file that is skipped because it is damaged or another lane's.
+        fingerprint: The lane's fingerprint; empty accepts any.
 
     Returns:
-        The whole checkpoint with the most steps over all attempts (of two alike the later attempt's); None
-        when there is none.
+        The undamaged checkpoint with the most steps over all attempts (at equal steps that of the latest
+        attempt); None if there is none.
     """
     for _, _, path in sorted(_list_checkpoints(folder), reverse=True):
         try:
@@ -83,7 +98,11 @@ def read_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = ""
 
 
 def read(path: Path) -> Checkpoint:
-    """Raises SafetensorError, OSError, KeyError or ValueError when the file is not a whole checkpoint."""
+    """Read one checkpoint.
+
+    Raises:
+        SafetensorError, OSError, KeyError, ValueError: The file is not an undamaged checkpoint.
+    """
     tensors, text = tensor_files.read(path)
     header = json.loads(text)
     if path.name != checkpoint_path(path.parent, 0, header["step"]).name:

@@ -1,4 +1,4 @@
-"""When a lane has diverged. A plain object whose state goes into the lane's checkpoint."""
+"""The rule by which a lane has diverged. Its state is part of the lane's checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from orchestrator.study.lr_schedule import warmup_steps
 
 
 class DivergenceDetector:
-    """Looks at every step's training loss and gradient norm before the step is taken.
+    """Checks the training loss and the gradient norm of every step before the step is taken.
 
-    Diverged: a value that is not finite, at once; or, after warm-up, a smoothed loss
-    m_t = s m_{t-1} + (1 - s) loss_t  (m_0 = loss_0, s = `smoothing`)  above `loss_ratio` times the untrained
-    base's loss for `share` of all steps in a row. Losses in nats a token.
+    A lane has diverged when a value is not finite, or when after warm-up the smoothed loss m_t = s m_{t-1} +
+    (1 - s) loss_t, with m_0 = loss_0 and s = `rule.smoothing`, has exceeded `rule.loss_ratio` times the
+    untrained loss for `rule.share` of all steps in a row.
+
+    Args:
+        rule: The rule's parameters.
+        schedule: The lane's schedule, which gives the numbers of steps and of warm-up steps.
+        untrained_loss: Validation loss of the base model, in nats a token.
     """
 
     def __init__(self, rule: DivergenceConfig, schedule: LRSchedule, untrained_loss: float) -> None:
@@ -24,10 +29,16 @@ class DivergenceDetector:
         self.patience = max(1, math.ceil(round(rule.share * schedule.steps, 9)))
         self.smoothed_loss: float | None = None
         self.steps_above_limit = 0
-        """Steps in a row that the smoothed loss has been above the limit."""
+        """Steps in a row in which the smoothed loss was above the limit."""
 
     def observe(self, step: int, loss: float, gradient_norm: float) -> str | None:
-        """The reason why the lane has diverged in step `step` (counted from 0), or None."""
+        """Return why the lane has diverged, or None.
+
+        Args:
+            step: The step to be taken, counted from 0.
+            loss: Its training loss, in nats a token.
+            gradient_norm: L2 norm of its gradient.
+        """
         if not math.isfinite(loss):
             return f"training loss {loss} in step {step + 1}"
         if not math.isfinite(gradient_norm):
@@ -42,12 +53,14 @@ class DivergenceDetector:
         if self.steps_above_limit < self.patience:
             return None
         return (
-            f"smoothed training loss {self.smoothed_loss:.3g} in step {step + 1}, above {self.loss_limit:.3g} for "
-            f"{self.steps_above_limit} steps in a row"
+            f"smoothed training loss {self.smoothed_loss:.3g} in step {step + 1}, "
+            f"above {self.loss_limit:.3g} for {self.steps_above_limit} steps in a row"
         )
 
     def state_dict(self) -> dict[str, float | int | None]:
+        """Return the state as JSON values."""
         return {"smoothed": self.smoothed_loss, "above": self.steps_above_limit}
 
     def load_state_dict(self, state: Mapping[str, float | int | None]) -> None:
+        """Restore the state from `state_dict`'s value."""
         self.smoothed_loss, self.steps_above_limit = state["smoothed"], int(state["above"] or 0)

@@ -1,4 +1,4 @@
-"""What stays between lanes: the loaded base, the adapters of the present shape, the data."""
+"""The engine of a trainer: the loaded base model, the attached adapters and the task's data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ from variants.storage import save_lane, save_peft
 
 
 class Engine:
-    """Keeps the base loaded while the model stays the same, the adapters attached while the shape does."""
+    """Holds the base model and the lane group, and replaces them only when a lane needs others.
+
+    Args:
+        load_base_model: Loads a base model for a task.
+        calibration_folder: The store's folder of calibration tensors.
+        data_folder: The store's folder of examples, token ids and untrained scores.
+        process_group: The workers of this trainer.
+    """
 
     def __init__(
         self,
@@ -37,8 +44,6 @@ class Engine:
         data_folder: Path,
         process_group: ProcessGroup = SINGLE_PROCESS_GROUP,
     ) -> None:
-        """`evidence`: the folder where starts that are computed from data keep what they found; `data`: that
-        of examples and token ids."""
         self._base_model_loader, self._calibration_folder, self._data_folder, self.process_group = (
             load_base_model,
             calibration_folder,
@@ -49,27 +54,29 @@ class Engine:
         self._data_by_key: dict[tuple[object, ...], TaskData] = {}
         self._group_key = ""
         self._model_with_dropout: Any = None
-        """The model whose own dropout is on."""
+        """The base model while its own dropout is enabled, else None."""
         self._lane_group: LaneGroup | None = None
         self.variant: Variant
 
     @property
     def has_lane_group(self) -> bool:
+        """Whether adapters are attached."""
         return self._lane_group is not None
 
     @property
     def lane_group(self) -> LaneGroup:
-        assert self._lane_group is not None, "no lane has been opened"
+        """The lane group; there must be one."""
+        assert self._lane_group is not None, "no lane has been added"
         return self._lane_group
 
     @property
     def max_lanes(self) -> int:
-        """How many lanes the present pack can have."""
+        """Lanes that the variant of the lane group allows at once; no limit without a lane group."""
         return self._lane_group.adapters.max_lanes if self._lane_group is not None else sys.maxsize
 
     @property
     def device_name(self) -> str:
-        """For people: the GPU's name, or "cpu"."""
+        """The GPU's name, or "cpu"; "none" before a base model is loaded."""
         if self._base_model is None:
             return "none"
         device = self._base_model[1].device
@@ -77,8 +84,10 @@ class Engine:
 
     @property
     def device_key(self) -> str:
-        """What decides how many lanes of a shape have memory, in words: the device, its memory, the seat's
-        share of it, and how it is used."""
+        """Everything besides the group key that decides how many lanes fit into memory, as text.
+
+        This text is part of the file format of `record/lane_capacity.py`.
+        """
         words = [self.device_name]
         if self._base_model is not None:
             base_model = self._base_model[1]
@@ -93,7 +102,13 @@ class Engine:
         return ", ".join(words)
 
     def prepare_lane_group(self, configuration: Configuration) -> LaneGroup:
-        """The pack for this configuration's shape. Raises what loading, attaching or the task does."""
+        """Return the lane group for a configuration; if its group key is new, replace the present one.
+
+        Raises:
+            RuntimeError: The configuration was made with other numerics of its variant or task.
+            UsageError: The task's data cannot be prepared or graded.
+            ValueError: The variant does not fit the model.
+        """
         same = configuration.group_key == self._group_key and self._lane_group is not None
         if same and self.variant.batching is not Batching.EXCLUSIVE:
             return self.lane_group
@@ -141,7 +156,7 @@ class Engine:
         return self._lane_group
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
-        """Puts the lane on the model of its shape, at its start or where `saved` left it."""
+        """Add the lane to the lane group of its configuration, initialised or from a checkpoint."""
         lane_group, configuration = self.prepare_lane_group(lane.configuration), lane.configuration
         calibration = (
             None
@@ -155,7 +170,8 @@ class Engine:
             lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
         )
         if checkpoint is None and self.process_group.world_size > 1:
-            with torch.no_grad():  # one start: another kind of GPU may find singular vectors of other signs
+            # Another GPU model may compute singular vectors of other signs: all take those of rank 0.
+            with torch.no_grad():
                 for tensor in (
                     *lane.parameters.values(),
                     *lane_group.adapters.frozen(lane.fingerprint).values(),
@@ -163,18 +179,25 @@ class Engine:
                     self.process_group.broadcast_(tensor)
 
     def _load_base_model(self, choice: ModelChoice, task: Task) -> BaseModel:
-        key = (choice, task.name if task.has_head else "")  # tasks with a head have a model of their own
+        key = (choice, task.name if task.has_head else "")  # a head makes the model specific to the task
         if self._base_model is None or self._base_model[0] != key:
-            self._base_model = None  # frees the old base before the new one comes
+            self._base_model = None  # frees the old model before the new one is loaded
             self._base_model = (key, self._base_model_loader(choice, task))
         return self._base_model[1]
 
     def remove_lane(self, fingerprint: str) -> None:
+        """Remove a lane's adapter, if it has one."""
         if self._lane_group is not None and fingerprint in self._lane_group.adapters.lanes:
             self._lane_group.adapters.remove_lane(fingerprint)
 
     def save_adapter(self, fingerprint: str, folder: Path, base_model_name: str) -> None:
-        """In PEFT's format where PEFT has the method, else in ours."""
+        """Write a lane's adapter, in PEFT's format if PEFT has the method, else in the project's.
+
+        Args:
+            fingerprint: The lane.
+            folder: Where the files are written.
+            base_model_name: The name of the base model, for PEFT's `adapter_config.json`.
+        """
         try:
             save_peft(self.lane_group.adapters, fingerprint, folder, base_model_name)
         except UnsupportedError:
@@ -182,13 +205,13 @@ class Engine:
             save_lane(self.lane_group.adapters, fingerprint, folder / "lane.safetensors")
 
     def detach_adapters(self) -> None:
-        """Takes the adapters off; the base stays loaded."""
+        """Detach the adapters of the lane group, if there is one; the base model stays loaded."""
         if self._lane_group is not None:
             self._detach(self._lane_group.adapters)
             self._lane_group = None
 
     def _detach(self, adapters: Adapters) -> None:
-        """Detach the adapters, and turn the base's own dropout off."""
+        """Detach the adapters and disable the base model's own dropout."""
         if self._model_with_dropout is not None:
             attention_dropout.disable_lane_dropout(self._model_with_dropout)
             self._model_with_dropout = None
@@ -196,7 +219,7 @@ class Engine:
 
 
 def _total_memory(device: torch.device) -> int:
-    """Bytes that it has in all: a GPU's, or the machine's."""
+    """Return the bytes of memory of a GPU or, for the CPU, of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)

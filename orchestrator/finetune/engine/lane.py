@@ -1,4 +1,4 @@
-"""A lane: one configuration in training, with everything that is its own."""
+"""A lane: one configuration in training, with its own step, optimizer, curve and reports."""
 
 from __future__ import annotations
 
@@ -33,30 +33,33 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CLIP_EPSILON = 1e-6
-"""What torch.nn.utils.clip_grad_norm_, which transformers' Trainer uses, adds to the norm."""
+"""Added to the gradient norm before clipping, as torch.nn.utils.clip_grad_norm_ does."""
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
-"""Matches the lower-case names of parameters that do not decay, as transformers'
-Trainer.get_decay_parameter_names does."""
+"""Matches lower-case names of parameters without weight decay, as Trainer.get_decay_parameter_names of
+transformers does."""
 
 
 @dataclass(frozen=True)
 class BackwardResult:
-    """What a step's backward passes gave: mean loss a token, global gradient norm, tokens with loss."""
+    """The result of the backward passes of one optimizer step."""
 
     loss: float
+    """Mean over the target tokens, in nats."""
     gradient_norm: float
+    """L2 norm of all gradients, before clipping."""
     tokens: int
+    """Target tokens of the accumulated batch, on all workers."""
 
 
 def has_weight_decay(name: str, adapters: Adapters) -> bool:
     """Return whether weight decay applies to a parameter, by the rule of transformers' Trainer.
 
     Args:
-        name: As `Adapters.trainable` gives it.
-        adapters: The model's adapters.
+        name: The parameter's name, from `Adapters.trainable`.
+        adapters: The adapters of the model.
 
     Returns:
-        False for biases and for the parameters of norms.
+        False for biases and for parameters of normalisation layers.
     """
     return not (
         _NO_DECAY.search(name.lower()) or isinstance(adapters.owning_module(name), torch.nn.LayerNorm)
@@ -64,13 +67,17 @@ def has_weight_decay(name: str, adapters: Adapters) -> bool:
 
 
 def variant_settings(configuration: Configuration) -> VariantSettings:
-    """What the variant is told."""
+    """Return the variant's settings of a configuration."""
     choice = configuration.variant
     return VariantSettings(choice.rank, choice.alpha, choice.dropout, choice.extra)
 
 
 class Lane:
-    """`step` counts the optimizer steps taken. Nothing here knows the other lanes of the pack."""
+    """One configuration in training. A lane does not depend on the other lanes of its group.
+
+    Args:
+        lease: The right to train the configuration.
+    """
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
@@ -78,6 +85,7 @@ class Lane:
         self.fingerprint = lease.configuration.fingerprint
         self.state = LaneState.LEASED
         self.step = 0
+        """Optimizer steps taken."""
         self.evaluation_steps = evaluation_steps(
             self.configuration.schedule.steps, self.configuration.evaluations
         )
@@ -97,9 +105,14 @@ class Lane:
         self.optimizer: torch.optim.AdamW
         self.divergence_detector: DivergenceDetector
 
-    # -- where it is ------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------------
 
     def transition_to(self, target: LaneState) -> None:
+        """Change the lane's state.
+
+        Raises:
+            IllegalTransitionError: `TRANSITIONS` does not allow this.
+        """
         if target not in TRANSITIONS[self.state]:
             raise IllegalTransitionError(
                 f"lane {self.fingerprint[:12]} at step {self.step} cannot go from {self.state} to {target}"
@@ -107,7 +120,7 @@ class Lane:
         self.state = target
 
     def enter_next_state(self) -> None:
-        """To what comes next for a lane that may go on: owed reports, due scores, training."""
+        """Enter REPORTING if reports are pending, else EVALUATING if scores are due, else TRAINING."""
         if self.pending_reports:
             if self.state is not LaneState.REPORTING:
                 self.transition_to(LaneState.REPORTING)
@@ -118,13 +131,15 @@ class Lane:
 
     @property
     def is_at_last_step(self) -> bool:
+        """Whether the lane has taken all its steps."""
         return self.step == self.configuration.schedule.steps
 
     @property
     def evaluated(self) -> bool:
+        """Whether the lane has scores after its present step."""
         return any(e.step == self.step for e in self.evaluations)
 
-    # -- on and off the model ---------------------------------------------------------------------------
+    # -- initialization ---------------------------------------------------------------------------------
 
     def initialize(
         self,
@@ -133,7 +148,17 @@ class Lane:
         checkpoint: Checkpoint | None,
         calibration: CalibrationTensors | None = None,
     ) -> None:
-        """Puts the lane on the model, at its start or where `saved` left it; raises what the variant does."""
+        """Add the lane's adapter to the model, initialised or restored, and make its optimizer.
+
+        Args:
+            adapters: The adapters of the model.
+            untrained_loss: Validation loss of the base model, for the divergence rule.
+            checkpoint: Where the lane resumes; None starts it.
+            calibration: Tensors for variants that initialise from data.
+
+        Raises:
+            ValueError: The variant refuses the settings.
+        """
         self.adapters = adapters
         self.settings = adapters.variant.validate_settings(variant_settings(self.configuration))
         seed = self.configuration.seed
@@ -178,14 +203,20 @@ class Lane:
 
     @property
     def learning_rate(self) -> float:
-        """Of the step to come."""
+        """The learning rate of the next step, before the scales of parameter groups."""
         schedule = self.configuration.schedule
         variant_scale = self.adapters.variant.schedule_lr_scale(self.step, schedule.steps, self.settings)
         return self.configuration.optimizer.learning_rate * lr_factor(schedule, self.step) * variant_scale
 
     def take_optimizer_step(self, result: BackwardResult) -> str | None:
-        """One optimizer step with the gradients that are in the parameters. Returns why the lane has diverged
-        if it has; the step is not taken then."""
+        """Clip the gradients in the parameters and take one optimizer step, unless the lane has diverged.
+
+        Args:
+            result: Loss, gradient norm and token count of these gradients.
+
+        Returns:
+            The reason why the lane has diverged, in which case no step was taken; None otherwise.
+        """
         loss, norm, rate = result.loss, result.gradient_norm, self.learning_rate
         self.curve.append(StepMetrics(self.step + 1, loss, rate, norm))
         self.tokens += result.tokens
@@ -215,12 +246,13 @@ class Lane:
     # -- scores -----------------------------------------------------------------------------------------
 
     def record_scores(self, split: Literal["validation", "test"], result: EvaluationResult) -> None:
+        """Keep the scores after the present step, and after the last step the outcome of each item."""
         self.evaluations.append(Evaluation(self.step, split, result.scores))
         if self.is_at_last_step:
             self.items[split] = result.items
 
     def queue_reports(self, after_step: int = 0) -> None:
-        """The validation scores beyond step `after` are to be reported, in order."""
+        """Queue a report for each validation evaluation after step `after_step`, in order."""
         losses = {s.step: s.loss for s in self.curve}
         for e in self.evaluations:
             if e.split == "validation" and e.step > after_step:
@@ -230,13 +262,13 @@ class Lane:
 
     @property
     def last_reported_step(self) -> int:
-        """The last step whose validation scores were reported; 0 before the first."""
+        """The last step whose validation scores were reported; 0 before the first report."""
         pending_steps = {report.step for report in self.pending_reports}
         steps = [e.step for e in self.evaluations if e.split == "validation" and e.step not in pending_steps]
         return max(steps, default=0)
 
     def find_nonfinite_loss(self) -> str | None:
-        """A loss on a held-out split that is not finite: why the lane has diverged."""
+        """Return why the lane has diverged if a loss after the present step is not finite, else None."""
         for e in self.evaluations:
             if e.step == self.step and not math.isfinite(e.scores.get("loss", 0.0)):
                 return f"{e.split} loss {e.scores['loss']} after step {e.step}"
@@ -244,6 +276,7 @@ class Lane:
 
     @property
     def cost(self) -> Cost:
+        """Seconds, tokens and trainable parameters of the lane."""
         return Cost(
             self.train_seconds,
             self.evaluate_seconds,
@@ -254,6 +287,11 @@ class Lane:
     # -- checkpoints ------------------------------------------------------------------------------------
 
     def make_checkpoint(self, frozen: Mapping[str, Tensor]) -> Checkpoint:
+        """Return the lane's state as a checkpoint that shares the lane's tensors.
+
+        Args:
+            frozen: The adapter's tensors that are not trained, by name.
+        """
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         for name, parameter in self.parameters.items():
             for moment, kept in self._moments(parameter).items():
@@ -292,12 +330,18 @@ class Lane:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.step), dtype=torch.float32, device=parameter.device)
                 } | {m: checkpoint.moments[m][name].to(parameter.device) for m in MOMENTS}
-        # Whoever waits may have missed any report, or all (a new driver): they are told again, in order.
+        # A new driver, or a restarted broker, may have missed any of the reports: all are sent again.
         self.queue_reports()
 
 
 def share_elapsed_seconds(started: float, lanes: Sequence[Lane], attribute: str) -> None:
-    """The seconds since `started`, in equal parts to the lanes that they went to."""
+    """Add the seconds since `started`, in equal shares, to an attribute of the lanes.
+
+    Args:
+        started: Start time on the monotonic clock.
+        lanes: The lanes that were worked on; at least one.
+        attribute: `train_seconds` or `evaluate_seconds`.
+    """
     seconds = (time.monotonic() - started) / len(lanes)
     for lane in lanes:
         setattr(lane, attribute, getattr(lane, attribute) + seconds)

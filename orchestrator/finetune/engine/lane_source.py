@@ -1,7 +1,7 @@
-"""The seam between the fine-tuning loop and whoever schedules it. Plain Python on both sides.
+"""The interface between the fine-tuning loop and its scheduler.
 
-The loop is handed a `Source`: it leases lanes, reports at evaluations, and asks now and then what has
-changed. Behind it stands the broker on a cluster, or a list in a test.
+The loop leases lanes from a `LaneSource`, reports to it at evaluations, and asks it for directives. On a
+cluster the source is a client of the broker; in tests it is a list.
 """
 
 from __future__ import annotations
@@ -16,74 +16,93 @@ from orchestrator.study.configuration import Configuration
 
 
 class Directive(StrEnum):
+    """What the scheduler wants a trainer to do with a lane."""
+
     CONTINUE = "go"
-    """Train on."""
+    """Train the lane on."""
     PARK = "park"
-    """Keep the lane where it is, train it no further until a later GO."""
+    """Keep the lane on the model and do not train it until a later CONTINUE."""
     STOP = "stop"
-    """End it early: keep its checkpoint, write a `stopped` record."""
+    """End the lane early: keep its checkpoint and write a `stopped` record."""
     YIELD = "leave"
-    """Save its checkpoint and give the lease back, by `spill`: this seat has to go, another trains it on."""
+    """Save the lane's checkpoint and return its lease, because this trainer has to end."""
     DROP = "drop"
-    """The lane is no longer this seat's: forget it, write nothing."""
+    """Remove the lane and write nothing, because this trainer no longer holds its lease."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to train one configuration, once. A new attempt starts from the newest whole checkpoint."""
+    """The right to train one configuration."""
 
     configuration: Configuration
     attempt: int
+    """Number of this lease, from 1. Each attempt resumes from the newest undamaged checkpoint."""
     scheduler: str = ""
-    """Settings of the scheduler that may stop it, for the `stopped` record."""
+    """Settings of the scheduler that may stop the lane, for a `stopped` record."""
 
 
 @dataclass(frozen=True)
 class LeaseGrant:
-    """What a seat is given: at most as many leases as it has room for, all of one shape."""
+    """The leases that a trainer is granted, at most as many as it asked for and all of one group key."""
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False
-    """Nothing waits and nothing more will come, or not to this seat: it may end."""
+    """Whether the trainer may end: no lane waits for it and none will."""
     requires_empty_group: bool = False
-    """They may not share a pack with the lanes that are there, all parked for long: those leave first."""
+    """Whether the lanes of the group, which must all be long parked, leave before these lanes start."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A lane's news at an evaluation. `step` counts optimizer steps; `scores` are the validation split's."""
+    """The result of a lane's evaluation on the validation split."""
 
     fingerprint: str
     attempt: int
     step: int
+    """Optimizer steps that the lane has taken."""
     scores: Mapping[str, float]
+    """Score name -> value, validation split."""
     train_loss: float
+    """Training loss of that step, in nats a token."""
 
 
 class LaneSource(Protocol):
-    """`taken`: the optimizer steps that this seat has taken since it began, all lanes together. A step that
-    is repeated after a resumption counts again, because it cost again."""
+    """A scheduler as the loop sees it.
+
+    `steps_taken` is the number of optimizer steps that this trainer has taken, all lanes together. A step
+    that is repeated after a resumption counts again, because its computation is paid again.
+    """
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
-        """Up to `room` lanes of `shape`. Of any one shape when `shape` is None: the pack is empty, or all of
-        it has been parked for long and will be spilled for what is given."""
+        """Lease lanes.
+
+        Args:
+            group_key: The group key of the lanes. None allows any one group key: the lane group is empty, or
+                all of its lanes are long parked and leave for the new ones.
+            capacity: The largest number of leases.
+            steps_taken: Optimizer steps of this trainer.
+        """
         ...
 
-    def report(self, report: Report) -> Directive: ...
+    def report(self, report: Report) -> Directive:
+        """Deliver a report; return what to do with the lane."""
+        ...
 
     def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
-        """A sign of life; returns what to do with the lanes that are held (fingerprint -> answer)."""
+        """Send a heartbeat; return the directives for lanes that this trainer holds, by fingerprint."""
         ...
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
-        """A lane was saved to its checkpoint, if it could be, and has left the pack; it waits for any seat, a
-        parked one first for its trial to ask on."""
+        """Give a lease back: the lane has left the group, saved if possible.
+
+        Any trainer may lease it again, a parked lane only once its trial asks for it to continue.
+        """
         ...
 
     def notify(self, line: str) -> None:
-        """Show `line` to the people who watch the study."""
+        """Show a line to the users who watch the study."""
         ...
 
     def end_lease(self, fingerprint: str, attempt: int, state: RecordState) -> None:
-        """The lane has ended and its record, if any, is in the store already."""
+        """End a lease: the lane has ended, and its record is in the store."""
         ...

@@ -1,8 +1,8 @@
-"""The life of a lane on a seat, as a plain state machine.
+"""The states of a lane on a trainer, as a state machine.
 
     leased -> training <-> evaluating -> reporting -> training | parked | ended
 
-Any of them may end; a parked lane goes on where it was held.
+A lane can end in any state. A parked lane continues in the state that follows from its pending work.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from enum import StrEnum
 
 
 class LaneState(StrEnum):
+    """What a lane does next."""
+
     LEASED = "leased"
-    """Ours, not yet on the model."""
+    """Is added to the model."""
     TRAINING = "training"
+    """Takes an optimizer step."""
     EVALUATING = "evaluating"
-    """At a step where scores are due."""
+    """Is scored, because its step is one of its evaluation steps."""
     REPORTING = "reporting"
-    """Has scores that the source has not been told."""
+    """Sends its pending reports to the source."""
     PARKED = "parked"
-    """Waits for the source's go-ahead."""
+    """Waits for CONTINUE from the source."""
     ENDED = "ended"
+    """Nothing: it has left the trainer."""
 
 
 TRANSITIONS: Mapping[LaneState, frozenset[LaneState]] = {
-    # A lane that resumes may owe reports or scores.
+    # A lane that resumes from a checkpoint may have reports to send or scores to compute first.
     LaneState.LEASED: frozenset(
         {LaneState.TRAINING, LaneState.EVALUATING, LaneState.REPORTING, LaneState.ENDED}
     ),
@@ -39,13 +43,19 @@ TRANSITIONS: Mapping[LaneState, frozenset[LaneState]] = {
     ),
     LaneState.ENDED: frozenset(),
 }
+"""State -> states that may follow it."""
 
 
 class IllegalTransitionError(RuntimeError):
-    """A lane was sent where it cannot go from where it is: a fault of the loop."""
+    """A transition that `TRANSITIONS` does not allow; a bug in the loop."""
 
 
 def evaluation_steps(steps: int, evaluations: int) -> tuple[int, ...]:
-    """After which steps a lane is evaluated: evenly spaced, the last at the end."""
+    """Return the steps after which a lane is evaluated: evenly spaced, the last one at the end.
+
+    Args:
+        steps: Optimizer steps of the lane.
+        evaluations: The wanted number; at least one and at most one a step are made.
+    """
     count = max(1, min(evaluations, steps))
     return tuple(steps * i // count for i in range(1, count + 1))

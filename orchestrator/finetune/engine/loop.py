@@ -4,8 +4,8 @@ Each round leases lanes for the free slots (`leasing.py`), applies the directive
 optimizer step with every lane in training, and evaluates the lanes for which that is due (`rounds.py`). Lanes
 join and leave at any round and do not influence each other.
 
-All workers of a trainer run the loop in step (`process_group.py`). Rank 0 alone uses the source, the clock and
-the store, and broadcasts what it finds; from there on all workers do the same.
+All workers of a trainer run the loop in step (`process_group.py`). Rank 0 alone uses the source, the clock
+and the store, and broadcasts what it finds; from there on all workers do the same.
 """
 
 from __future__ import annotations
@@ -97,22 +97,13 @@ def run(
             back.
     """
     engine = make_engine(load_base_model, store.calibration, store.data, process_group)
+    notify = source.notify if source is not None else log.warning
     recorder = LaneRecorder(
-        store,
-        engine,
-        provenance,
-        process_group.world_size,
-        settings.store_full_timeout_seconds,
-        notify=source.notify if source is not None else log.warning,
+        store, engine, provenance, process_group.world_size, settings.store_full_timeout_seconds, notify
     )
-    active = ActiveLanes(
-        source,
-        engine,
-        recorder,
-        process_group,
-        LaneSlots(settings.max_lanes, settings.spill_seconds),
-        PollInterval(settings.poll_seconds),
-    )
+    slots = LaneSlots(settings.max_lanes, settings.spill_seconds)
+    poll_interval = PollInterval(settings.poll_seconds)
+    active = ActiveLanes(source, engine, recorder, process_group, slots, poll_interval)
     is_device_lost = False
     try:
         _run_until_idle(active, settings)

@@ -1,27 +1,32 @@
-"""How often a seat asks its source. All seats ask one broker: where its answers take long, they ask less."""
+"""The interval at which a trainer asks its source.
+
+All trainers ask one broker; while it answers slowly, they ask less often.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LATENCY_FACTOR = (
-    20.0  # times as long as the last answer took, so that little of a seat's time goes into waiting
-)
-MAX_SLOWDOWN = 20.0  # times as long as usual: a stop, a drain or Ctrl-C has to be heard
+LATENCY_FACTOR = 20.0
+"""The interval is at least this many times the last answer's latency, so that waiting costs little."""
+MAX_SLOWDOWN = 20.0
+"""The interval is at most this many times the shortest one: a stop, a drain or Ctrl-C must be noticed."""
 
 
 @dataclass
 class PollInterval:
-    """At most every `seconds`, and less often while answers are slow. Times are a clock's, in seconds."""
+    """The interval between two requests, which grows with the latency of the answers; times in seconds."""
 
     min_seconds: float
+    """The shortest interval."""
     last_latency: float = 0.0
-    """The last answer."""
+    """How long the last answer took."""
 
     def record_answer(self, sent_at: float, now: float) -> None:
+        """Note that a request sent at `sent_at` was answered at `now`."""
         self.last_latency = now - sent_at
 
     def is_due(self, last_answered_at: float, now: float) -> bool:
-        """Whether to ask again; `last`: when it was answered before."""
+        """Return whether a new request is due."""
         backoff = min(LATENCY_FACTOR * self.last_latency, MAX_SLOWDOWN * self.min_seconds)
         return now - last_answered_at >= max(self.min_seconds, backoff)

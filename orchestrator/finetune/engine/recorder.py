@@ -1,4 +1,4 @@
-"""What becomes of a lane, its checkpoints and its record, and what the loop needs of the store for that."""
+"""Writes the checkpoints and records of lanes, and the limits on lanes that were learnt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FINAL_STATES = ("finished", "diverged")
 
 
 class LaneStore(Protocol):
-    """What the loop needs of the store."""
+    """The parts of `record.store.Store` that the loop uses."""
 
     checkpoints: Path
     adapters: Path
@@ -33,51 +33,61 @@ class LaneStore(Protocol):
     data: Path
     lane_capacity: Path
 
-    def put(self, record: Record) -> bool: ...
+    def put(self, record: Record) -> bool:
+        """Write a record; return False if there is a final one already."""
+        ...
 
-    def get(self, fingerprint: str) -> Record | None: ...
+    def get(self, fingerprint: str) -> Record | None:
+        """Return the record of a configuration, if there is one."""
+        ...
 
-    def discard_checkpoints(self, fingerprint: str) -> None: ...
+    def discard_checkpoints(self, fingerprint: str) -> None:
+        """Remove all checkpoints of a configuration."""
+        ...
 
 
 @dataclass
 class LaneRecorder:
-    """Rank 0's: writes what is to be kept of the lanes, as far as there is space for it.
+    """Writes checkpoints and records of lanes to the store. Used on rank 0 only.
 
-    A checkpoint that cannot be written is left out: the lane trains on and is saved the next time. A record
-    that finds no space is tried again for `patience` seconds; then StoreFull is raised.
+    If a checkpoint cannot be written, the lane trains on and is saved the next time. If the disk is full, a
+    record is tried again for `store_full_timeout_seconds`; then StoreFullError is raised.
     """
 
     store: LaneStore
     engine: Engine
     provenance: Callable[..., Provenance]
-    """As in `loop.run`."""
+    """Makes the provenance of a record, see `loop.run`."""
     workers: int
+    """The number of workers of this trainer."""
     store_full_timeout_seconds: float
     notify: Callable[[str], None]
-    """Shows a line to the people who watch the study."""
+    """Shows a line to the users who watch the study."""
     saved_progress: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """What a lane's newest checkpoint holds: steps, evaluations."""
+    """Fingerprint -> steps and evaluations in the lane's newest checkpoint."""
     has_warned: bool = False
+    """Whether the last checkpoint could not be written."""
     store_full_since: float | None = None
+    """The time since which the disk has been full."""
 
     def warn(self, line: str) -> None:
-        """Write `line` to this process's log and show it to the people who watch the study."""
+        """Write a line to this process's log and show it to the users who watch the study."""
         log.warning("%s", line)
         self.notify(line)
 
     def mark_restored(self, lane: Lane) -> None:
-        """It goes on from its newest checkpoint."""
+        """Note that the lane equals its newest checkpoint, so that it is not written again."""
         self.saved_progress[lane.fingerprint] = (lane.step, len(lane.evaluations))
 
     def forget(self, lane: Lane) -> None:
+        """Forget a lane that has left."""
         self.saved_progress.pop(lane.fingerprint, None)
 
     def save_checkpoint(self, lane: Lane) -> None:
-        """Unless its newest checkpoint says the same, or it has yet to begin."""
-        if (
-            lane.is_at_last_step
-        ):  # its last scores count with their items, which are not saved: all are due again
+        """Write a checkpoint of the lane, unless its newest one is equal or the lane has not started."""
+        if lane.is_at_last_step:
+            # The last scores need the outcome of each item, which a checkpoint does not hold: a lane that
+            # resumes there is evaluated again.
             lane.evaluations = [e for e in lane.evaluations if e.step < lane.step]
         progress = (lane.step, len(lane.evaluations))
         if lane.state is LaneState.LEASED or self.saved_progress.get(lane.fingerprint) == progress:
@@ -102,14 +112,27 @@ class LaneRecorder:
         except (OSError, SafetensorError) as error:
             if not is_file_not_found(error):
                 raise
-            # Whoever has ended this lane elsewhere removed the folder: once, and this lane hears of it soon.
+            # Another trainer has ended this lane and removed the folder, which happens once at most; this
+            # trainer will receive DROP for the lane.
             checkpoint.write(folder, lane_checkpoint)
 
     def write_record(
         self, lane: Lane, state: RecordState, reason: str = "", traceback_text: str = ""
     ) -> RecordState:
-        """Writes the lane's record. Returns the state of the one that counts: somebody else's final one may
-        have been there first."""
+        """Write the record of a lane that ends, and discard its checkpoints if the record is final.
+
+        Args:
+            lane: The lane.
+            state: Its final state.
+            reason: Why it ended, in one line.
+            traceback_text: The traceback of a failed lane.
+
+        Returns:
+            The state of the record in the store, which another trainer may have written first.
+
+        Raises:
+            StoreFullError: The disk has stayed full for too long.
+        """
         if state == "stopped":
             self.save_checkpoint(lane)
         if not self._put(
@@ -122,8 +145,11 @@ class LaneRecorder:
         return state
 
     def find_final_state(self, fingerprint: str) -> RecordState | None:
-        """The state of its final record, if it has one. Then its checkpoints go: whoever wrote the record, or
-        trained the lane beside its writer, may have left some."""
+        """Return the state of the configuration's final record, or None; discard leftover checkpoints.
+
+        A trainer that died after it wrote the record, or that trained the same configuration, may have left
+        checkpoints.
+        """
         record = self.store.get(fingerprint)
         if record is None or record.state not in FINAL_STATES:
             return None
@@ -131,7 +157,13 @@ class LaneRecorder:
         return record.state
 
     def write_max_lanes(self, group_key: str, max_lanes: int, failed_lanes: int) -> None:
-        """No more than `lanes` of this shape at once from now on: `tried` found no memory."""
+        """Remember in the store how many lanes fit into memory.
+
+        Args:
+            group_key: The lanes' group key.
+            max_lanes: Lanes that may train at once from now on.
+            failed_lanes: Lanes that ran out of memory.
+        """
         try:
             path = lane_capacity.write_max_lanes(
                 self.store.lane_capacity, group_key, self.engine.device_key, max_lanes, failed_lanes
@@ -143,16 +175,27 @@ class LaneRecorder:
         self.warn(f"out of memory with {failed_lanes} lanes, now {max_lanes} at once; {outcome}")
 
     def read_max_lanes(self, group_key: str, requested: int) -> int | None:
-        """That there is memory for, if that is known; says so where it is less than the seat was `told`."""
+        """Return how many lanes fit into memory if an earlier trainer found out, else None.
+
+        Args:
+            group_key: The lanes' group key.
+            requested: The number that the user chose; a warning says if fewer fit.
+        """
         device_key = self.engine.device_key
         max_lanes = lane_capacity.read_max_lanes(self.store.lane_capacity, group_key, device_key)
         if max_lanes is not None and max_lanes < requested:
             path = lane_capacity.capacity_file(self.store.lane_capacity, group_key, device_key)
-            self.warn(f"at most {max_lanes} lanes at once: more had no memory before (remove {path} to try)")
+            self.warn(
+                f"at most {max_lanes} lanes at once: more ran out of memory before (remove {path} to try)"
+            )
         return max_lanes
 
     def wait_for_space(self, reason: object) -> None:
-        """Raises StoreFull when it has waited for long."""
+        """Sleep for a moment because the disk is full.
+
+        Raises:
+            StoreFullError: The disk has been full for `store_full_timeout_seconds`.
+        """
         now = time.monotonic()
         if self.store_full_since is None:
             self.store_full_since = now
@@ -184,7 +227,17 @@ def build_record(
     reason: str = "",
     traceback_text: str = "",
 ) -> Record:
-    """`provenance` as in `loop.run`."""
+    """Build the record of a lane that ends.
+
+    Args:
+        lane: The lane.
+        state: Its final state.
+        engine: Gives the untrained scores and the device's name.
+        provenance: Makes the provenance, see `loop.run`.
+        workers: The number of workers of the trainer.
+        reason: Why the lane ended, in one line.
+        traceback_text: The traceback of a failed lane.
+    """
     return Record(
         fingerprint=lane.fingerprint,
         configuration=lane.configuration,

@@ -24,7 +24,7 @@ OUT_OF_MEMORY_ADVICE = "try --gradient-checkpointing, --accumulation, a smaller 
 
 @dataclass
 class FailureRecovery:
-    """Runs work on the lanes of a trainer and decides what a failure ends: a lane, a part of the group, all."""
+    """Runs work on lanes and decides what a failure ends: one lane, half of the group, or the trainer."""
 
     active: ActiveLanes
     last_failure: str = ""
@@ -38,9 +38,9 @@ class FailureRecovery:
         """Run `work` on the lanes together; if it raises, end only the lanes that cause it.
 
         By the fault of the error: a lost device is raised; a full disk is waited for, and the work is
-        repeated; after an out-of-memory error the lane group is halved, and the work is repeated for the lanes
-        that remain; after any other error the work is repeated for each lane alone, and a lane for which it
-        raises again ends as `failed`.
+        repeated; after an out-of-memory error the lane group is halved, and the work is repeated for the
+        lanes that remain; after any other error the work is repeated for each lane alone, and a lane for
+        which it raises again ends as `failed`.
 
         Args:
             lanes: The lanes to work on; may be empty.

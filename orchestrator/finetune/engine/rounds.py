@@ -146,7 +146,7 @@ class TrainingRounds:
     # -- evaluations ------------------------------------------------------------------------------------
 
     def _evaluate(self, lanes: Sequence[Lane]) -> None:
-        """Evaluate the lanes on validation, those at their last step on test as well, and report the scores."""
+        """Score the lanes on validation, those at their last step on test as well, and report the scores."""
         if not lanes:
             return
         active, started = self.active, time.monotonic()

@@ -1,7 +1,7 @@
-"""Safetensors files with a digest that reading verifies.
+"""Safetensors files with a digest that is verified when they are read.
 
-The file's metadata holds one text (`head`) and a SHA-256 over that text and all tensors: a bit that a disk, a
-copy or a network file system has changed raises an error and never gives another number.
+The file's metadata holds a text (the header) and a SHA-256 over that text and all tensors. A bit that a disk,
+a copy or a network file system has changed raises an error.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor
 from orchestrator.util.atomic_files import DamagedFileError
 
 METADATA_KEY = "about"
-"""The only key of the file's metadata: safetensors writes several keys in random order, and equal content is
-to give equal files."""
+"""The only key of the file's metadata: safetensors writes several keys in random order, and equal content
+must give equal files."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: str = "") -> None:
-    """Write the tensors to `path`, under a temporary name that is synced and renamed.
+    """Write tensors to a file under a temporary name, sync it, and rename it.
 
-    A reader sees the old file or the whole new one.
+    A reader sees either the old file or the complete new one.
 
     Args:
         path: The file; its folder exists.
         tensors: Name -> tensor of any shape, dtype and device.
-        head: A text that is kept with them.
+        header: A text that is stored with them.
 
     Raises:
-        OSError, SafetensorError: The file cannot be written; what was at `path` is still there.
+        OSError, SafetensorError: The file cannot be written; an earlier file at `path` is unchanged.
     """
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary_path = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         metadata = {"head": header, "sha256": _digest(cpu_tensors, header)}
-        # `save_file`, not `save`: that would hold a whole model in memory once more.
+        # `save_file` and not `save`, which would hold all tensors in memory a second time.
         safetensors.torch.save_file(cpu_tensors, temporary_path, {METADATA_KEY: json.dumps(metadata)})
         with open(temporary_path, "rb+") as file:
             os.fsync(file.fileno())
@@ -52,17 +52,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: str = "") -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read what `write` has written.
+    """Read and verify a file of `write`.
 
     Args:
         path: The file.
 
     Returns:
-        The tensors by name, on the CPU and in the order of their names, and the head.
+        The tensors by name, on the CPU and in the order of their names, and the header.
 
     Raises:
-        Damaged: The content has changed since it was written, or another program has written the file.
-        OSError, SafetensorError: The file cannot be read, or is no safetensors file.
+        DamagedFileError: The content has changed since it was written, or another program wrote the file.
+        OSError, SafetensorError: The file cannot be read, or is not a safetensors file.
     """
     with safetensors.safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get(METADATA_KEY, "{}")

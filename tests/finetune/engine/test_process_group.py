@@ -415,7 +415,7 @@ def test_under_any_answers_both_come_to_the_same_end(played: Played, name: str) 
 
 
 def test_workers_that_are_at_different_places_end(played: Played) -> None:
-    assert played["out of step"] == ["the seat's workers are at a value, the end of an attempt"] * 2
+    assert played["out of step"] == ["the trainer's workers are at a value, the end of an attempt"] * 2
 
 
 def test_the_team(played: Played) -> None:
