@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def can_have_a_lab() -> None:
     """Skips where namespaces cannot be made, and says what it takes."""
-    if reason := machines.lacking():
+    if reason := machines.missing_requirements():
         pytest.skip(reason)
 
 
@@ -47,5 +47,5 @@ def lab(can_have_a_lab: None, tmp_path: Path) -> Iterator[machines.Lab]:
     """A network of this test's own, whose hosts share `tmp_path/shared`. Fails when it leaves anything."""
     folder = tmp_path / "shared"
     folder.mkdir()
-    with machines.Lab(seen=[machines.ROOT], shared=folder) as network:
+    with machines.Lab(read_only=[machines.ROOT], shared=folder) as network:
         yield network

@@ -1,13 +1,12 @@
-"""Machines out of namespaces: a small network of hosts with SSH, on this machine, with no way out of it.
+"""A network of hosts with SSH, made of namespaces of this machine and without access to other networks.
 
-A `Lab` is a switch and the machine of whoever sits at it; `Host`s are plugged into it while it runs. Each has
-its own network, processes, IPC, name and root folder: what is written there lies in memory above this
-machine's files and is gone with it. /tmp, /root, /run and /dev/shm are empty at first. The interpreter that
-runs this, and what else is to be `seen`, is there under the same path, to read only. All have this machine's
-kernel, CPUs and memory.
+A `Lab` is a switch with a machine of its own, on which the tests run commands. `Host`s are connected to it
+while it runs. Each machine has its own network, processes, IPC, host name and root folder. Files that are
+written there are in memory, above this machine's files, and are lost with it. /tmp, /root, /run and /dev/shm
+are empty at first. The interpreter of the tests, and further folders, are visible under the same path and
+read-only. All machines use this machine's kernel, CPUs and memory.
 
-Run as a program it is process 1 of one of them. It ends, and the kernel ends all that is there, when the
-process that made it does.
+The kernel ends all processes of a machine when the process that has made it ends.
 """
 
 from __future__ import annotations
@@ -18,23 +17,24 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import lab_init
 from events import LIMIT_SECONDS, until
+from lab_init import EMPTY_FOLDERS, MOUNT, Plan
 
 if TYPE_CHECKING:
     import psutil
 
-SPACES = {"net": "--net", "mnt": "--mount", "pid": "--pid", "ipc": "--ipc", "uts": "--uts"}
+NAMESPACES = {"net": "--net", "mnt": "--mount", "pid": "--pid", "ipc": "--ipc", "uts": "--uts"}
 PROGRAMS = {
     "sshd": "openssh-server",
     "ssh": "openssh-client",
@@ -49,14 +49,12 @@ PROGRAMS = {
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VENV = Path(sys.prefix)
 ROOT = Path(__file__).parents[2]
-EMPTY = ("/tmp", "/root", "/run", "/dev/shm")
 POSTGRESQL = ("/var/lib/postgresql", "/etc/postgresql", "/var/log/postgresql")
-MOUNT = "lab-of-the-tests"  # what the overlays are called in lists of mounts
-_LIBC = ctypes.CDLL(None, use_errno=True)  # Python has setns from 3.12 on
+_LIBC = ctypes.CDLL(None, use_errno=True)  # for setns, which Python has since 3.12
 
 
-def lacking() -> str:
-    """Why there can be no lab on this machine, and what to do about it; empty when there can."""
+def missing_requirements() -> str:
+    """Return why this machine cannot have a lab, and the remedy; empty if it can."""
     if os.geteuid() != 0:
         return "a lab of network namespaces needs root"
     missing = {package for program, package in PROGRAMS.items() if _find(program) is None}
@@ -74,9 +72,9 @@ def lacking() -> str:
 
 
 def lacks_postgresql() -> str:
-    """Why no host can have PostgreSQL; empty when one can."""
+    """Return why no host can have PostgreSQL, and the remedy; empty if one can."""
     if shutil.which("pg_createcluster") is None or shutil.which("pg_ctlcluster") is None:
-        return "PostgreSQL as Debian and Ubuntu package it is missing: apt-get install postgresql"
+        return "the PostgreSQL of Debian and Ubuntu is missing: apt-get install postgresql"
     return ""
 
 
@@ -85,58 +83,47 @@ def _find(program: str) -> str | None:
 
 
 def _unshare() -> list[str]:
-    return ["unshare", *SPACES.values(), "--fork", "--kill-child", "--propagation", "private"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What process 1 of a machine makes before anything else runs on it."""
-
-    name: str
-    empty: Sequence[str] = EMPTY
-    """Folders that are in memory, and empty at first."""
-    seen: Mapping[str, str] = field(default_factory=dict)
-    """Folders of outside, to read only, by where they are here."""
-    shared: Mapping[str, str] = field(default_factory=dict)
-    """The same, to write."""
+    return ["unshare", *NAMESPACES.values(), "--fork", "--kill-child", "--propagation", "private"]
 
 
 class CommandError(AssertionError):
-    """A command that did not end well. Its text is what the command has said."""
+    """A command has failed. The message holds its output."""
 
 
 class Machine:
-    """Runs from when it is made until `kill`."""
+    """A machine that runs from its creation until `kill`."""
 
     def __init__(self, plan: Plan) -> None:
         self.name = plan.name
-        command = [*_unshare(), sys.executable, __file__, json.dumps(asdict(plan))]
+        command = [*_unshare(), sys.executable, lab_init.__file__, json.dumps(asdict(plan))]
         self._unshare = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd="/"
         )
         assert self._unshare.stdout is not None
-        said = self._unshare.stdout.readline()
-        assert said == b"ready\n", f"{self.name} did not start"
-        me = self._unshare.pid
-        self.pid = int(Path(f"/proc/{me}/task/{me}/children").read_text())
-        """Of its process 1, as this machine counts."""
-        self.spaces = {space: os.readlink(f"/proc/{self.pid}/ns/{space}") for space in SPACES}
-        self._before: list[psutil.Process] = []
-        """What ran on it when it was killed."""
+        output = self._unshare.stdout.readline()
+        assert output == b"ready\n", f"{self.name} did not start"
+        parent = self._unshare.pid
+        self.pid = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
+        """Process id of its process 1 outside."""
+        self.namespaces = {name: os.readlink(f"/proc/{self.pid}/ns/{name}") for name in NAMESPACES}
+        self._killed: list[psutil.Process] = []
+        """The processes that ran on it when it was killed."""
 
-    def path(self, there: str) -> Path:
-        """Where a file of this machine is for the process that made it, to read and to write."""
-        return Path(f"/proc/{self.pid}/root{there}")
+    def path(self, path: str) -> Path:
+        """Return the path outside, readable and writable, of a file of this machine."""
+        return Path(f"/proc/{self.pid}/root{path}")
 
     def start(
         self, *command: str, output: IO[Any] | int | None = None, cwd: str = "/", **environment: str
     ) -> subprocess.Popen[bytes]:
-        """Starts a command as root. It knows no variables of outside; the interpreter's folder is the first
-        in its PATH."""
+        """Start a command as root.
+
+        Its environment has no variables of outside; its PATH begins with the interpreter's folder.
+        """
         variables = {"HOME": "/root", "USER": "root", "LOGNAME": "root", "TERM": "dumb", "LANG": "C.UTF-8"}
         variables |= {"PATH": f"{VENV}/bin:{SYSTEM_PATH}", **environment}
         bare = ["env", "-i", "-C", cwd, *(f"{key}={value}" for key, value in variables.items())]
-        enter = ["nsenter", "-t", str(self.pid), *SPACES.values(), "--", *bare, *command]
+        enter = ["nsenter", "-t", str(self.pid), *NAMESPACES.values(), "--", *bare, *command]
         return subprocess.Popen(
             enter, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -150,7 +137,7 @@ class Machine:
         **environment: str,
     ) -> str:
         """Return what the command prints on both its outputs. Raises CommandError when it fails."""
-        # To a file: SSH leaves a process behind that would keep a pipe open.
+        # The output goes to a file: SSH leaves a process behind that would keep a pipe open.
         with tempfile.TemporaryFile() as output:
             process = self.start(*command, output=output, cwd=cwd, **environment)
             try:
@@ -160,13 +147,13 @@ class Machine:
                 process.wait()
                 code = f"not within {timeout:g} s"
             output.seek(0)
-            said = output.read().decode(errors="replace")
+            text = output.read().decode(errors="replace")
         if check and code != 0:
-            raise CommandError(f"{self.name}: {' '.join(command)[:200]}: {code}\n{said}")
-        return said
+            raise CommandError(f"{self.name}: {' '.join(command)[:200]}: {code}\n{text}")
+        return text
 
     def network(self) -> ThreadPoolExecutor:
-        """A thread of this process whose sockets are in the machine's network."""
+        """Return a thread of this process whose sockets are in the machine's network."""
 
         def enter() -> None:
             with open(f"/proc/{self.pid}/ns/net") as space:
@@ -176,9 +163,9 @@ class Machine:
         return ThreadPoolExecutor(1, f"in-{self.name}", enter)
 
     def processes(self) -> dict[int, str]:
-        """Command lines of all that runs on it, by number as this machine counts, but for process 1."""
+        """Return process id outside -> command line, without process 1."""
         found = {}
-        for pid in _inside({"pid": self.spaces["pid"]}):
+        for pid in _processes_in({"pid": self.namespaces["pid"]}):
             with suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 if line and pid != self.pid:  # zombies have none
@@ -186,14 +173,14 @@ class Machine:
         return found
 
     def kill(self) -> None:
-        """As if its power was cut: nothing on it ends in order."""
+        """Kill the machine as a power cut does: no process ends in order."""
         import psutil
 
-        if self._unshare.returncode is not None:  # its number may be another process's by now
+        if self._unshare.returncode is not None:  # another process may have its id by now
             return
-        for pid in _inside(self.spaces):
+        for pid in _processes_in(self.namespaces):
             with suppress(psutil.Error):
-                self._before.append(psutil.Process(pid))
+                self._killed.append(psutil.Process(pid))
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._unshare.wait()
@@ -201,12 +188,12 @@ class Machine:
             assert pipe is not None
             pipe.close()
 
-    def left(self) -> list[str]:
-        """Processes that should have died with it."""
+    def survivors(self) -> list[str]:
+        """Return the processes that should have ended with it."""
         import psutil
 
         found = []
-        for process in self._before:
+        for process in self._killed:
             with suppress(psutil.Error):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(f"{process.pid} {process.name()} of {self.name}")
@@ -214,23 +201,25 @@ class Machine:
 
 
 class Host(Machine):
-    """A machine at an address of the lab, with SSH for root and the lab's key."""
+    """A machine with an address in the lab, which admits root by SSH with the lab's key."""
 
     def __init__(self, plan: Plan, address: str) -> None:
         super().__init__(plan)
         self.address = address
 
-    def installed(self, folder: str = "/root/venv") -> None:
-        """Makes the interpreter's environment look as if set-up had installed the project in `folder`."""
-        there = self.path(folder)
-        there.mkdir(parents=True)
+    def install_environment(self, folder: str = "/root/venv") -> None:
+        """Link the interpreter's environment into `folder`, as if set-up had installed the project there."""
+        environment = self.path(folder)
+        environment.mkdir(parents=True)
         for part in VENV.iterdir():
-            (there / part.name).symlink_to(part)
-        (there / "finished").touch()
+            (environment / part.name).symlink_to(part)
+        (environment / "finished").touch()
 
-    def has_postgresql(self) -> None:
-        """As Debian's package leaves it: a cluster with its defaults, which is not started yet. For a host
-        where the folders POSTGRESQL are empty."""
+    def create_postgresql(self) -> None:
+        """Create a database cluster as Debian's package does, not started.
+
+        The folders POSTGRESQL of the host must be empty.
+        """
         for folder in POSTGRESQL:
             self.run("chown", "postgres:postgres", folder)
         newest = max(Path("/usr/lib/postgresql").iterdir(), key=lambda path: float(path.name))
@@ -238,25 +227,31 @@ class Host(Machine):
 
 
 class Lab(Machine):
-    """`seen`: further folders of this machine that the lab's own machine sees. `shared`: a folder that is
-    /shared on all hosts."""
+    """A switch with a machine of its own.
+
+    Args:
+        subnet: The network of the lab.
+        read_only: Further folders of this machine that the lab's own machine can read.
+        shared: A folder that all hosts have as /shared.
+    """
 
     KEY = "/root/lab.pem"
 
     def __init__(
-        self, subnet: str = "10.77.0.0/24", seen: Sequence[Path] = (), shared: Path | None = None
+        self, subnet: str = "10.77.0.0/24", read_only: Sequence[Path] = (), shared: Path | None = None
     ) -> None:
         self.subnet = ipaddress.ip_network(subnet)
         self.address = str(self.subnet[-2])
         self.shared = shared
         self.hosts: dict[str, Host] = {}
-        self._all: list[Machine] = [self]
-        super().__init__(Plan("lab", seen=_interpreter() | {str(path): str(path) for path in seen}))
+        self._machines: list[Machine] = [self]
+        folders = {str(path): str(path) for path in read_only}
+        super().__init__(Plan("lab", read_only=_interpreter_folders() | folders))
         self.run("ip", "link", "add", "switch", "type", "bridge")
         self.run("ip", "address", "add", self._with_prefix(self.address), "dev", "switch")
         self.run("ip", "link", "set", "switch", "up")
         self.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", self.KEY)
-        self._name_all()
+        self._write_hosts_files()
 
     def __enter__(self) -> Lab:
         return self
@@ -268,79 +263,88 @@ class Lab(Machine):
         return f"{address}/{self.subnet.prefixlen}"
 
     def host(self, name: str, address: str, empty: Sequence[str] = ()) -> Host:
-        """A further host. `name`: up to 11 characters. `empty`: further folders that are in memory, and empty
-        at first."""
-        assert name not in self.hosts, f"{name} is there already"
+        """Add a host.
+
+        Args:
+            name: Host name of at most 11 characters.
+            address: Address in the subnet.
+            empty: Further folders that are in memory and empty at first.
+        """
+        assert name not in self.hosts, f"{name} exists already"
         assert ipaddress.ip_address(address) in self.subnet, f"{address} is not in {self.subnet}"
         shared = {"/shared": str(self.shared)} if self.shared else {}
-        host = Host(Plan(name, (*EMPTY, *_projects(), *empty), _interpreter(), shared), address)
+        host = Host(
+            Plan(name, (*EMPTY_FOLDERS, *_project_folders(), *empty), _interpreter_folders(), shared), address
+        )
         self.hosts[name] = host
-        self._all.append(host)
-        # Only with the lab's network: with its processes, too, the host's number would mean another one.
+        self._machines.append(host)
+        # Enter the lab's network namespace only: in its process namespace, the host has another process id.
         for command in (
             f"link add to-{name} type veth peer name of-{name}",
             f"link set of-{name} netns {host.pid} name eth0",
             f"link set to-{name} master switch up",
         ):
             subprocess.run(["nsenter", "-t", str(self.pid), "--net", "ip", *command.split()], check=True)
-        # The others may remember who had the address before.
+        # Other machines may remember who had the address before.
         host.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify")
         host.run("ip", "address", "add", self._with_prefix(address), "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
-        self._name_all()
-        self._serve_ssh(host)
-        self._hear(host)
+        self._write_hosts_files()
+        self._start_ssh_server(host)
+        self._wait_until_reachable(host)
         return host
 
-    def cut(self, host: Host) -> None:
-        """Pulls its plug out: it lives on, and nobody hears of it."""
+    def disconnect(self, host: Host) -> None:
+        """Unplug the host from the switch. It keeps running."""
         self.run("ip", "link", "set", f"to-{host.name}", "down")
 
-    def mend(self, host: Host) -> None:
-        """Puts its plug in again."""
+    def reconnect(self, host: Host) -> None:
+        """Plug the host in again."""
         self.run("ip", "link", "set", f"to-{host.name}", "up")
-        self._hear(host)
+        self._wait_until_reachable(host)
 
-    def _hear(self, host: Host) -> None:
-        """Waits until the lab's own machine reaches it: the kernel takes its time to use a link that has come
-        up, remembers who had an address before, and does not look at once again for who was looked for in
-        vain."""
+    def _wait_until_reachable(self, host: Host) -> None:
+        """Wait until the lab's own machine reaches the host.
 
-        def is_heard() -> bool:
+        The kernel does not use a new link at once, remembers who had an address before, and delays a second
+        search for an address that it did not find.
+        """
+
+        def is_reachable() -> bool:
             self.run("ip", "neighbour", "flush", "dev", "switch")
             with suppress(CommandError):
                 self.run("bash", "-c", f"echo > /dev/tcp/{host.address}/22", timeout=10)
                 return True
             return False
 
-        until(is_heard, lambda: f"{host.name} is not heard")
+        until(is_reachable, lambda: f"{host.name} cannot be reached")
 
     def kill_host(self, host: Host) -> None:
-        """It is gone, with its files; another may take its name and address."""
+        """Kill the host and delete its files. Its name and address are free again."""
         del self.hosts[host.name]
         host.kill()
-        self.run("ip", "link", "delete", f"to-{host.name}", check=False)  # the kernel does it too, later
-        self._name_all()
+        self.run("ip", "link", "delete", f"to-{host.name}", check=False)  # the kernel would do it later
+        self._write_hosts_files()
 
     def close(self) -> None:
-        """Ends all. Raises AssertionError when something is left."""
-        for machine in reversed(self._all):
+        """Kill all machines. Raises AssertionError when processes or mounts are left."""
+        for machine in reversed(self._machines):
             machine.kill()
 
-        def left() -> list[str]:
-            return [line for machine in self._all for line in machine.left()]
+        def survivors() -> list[str]:
+            return [line for machine in self._machines for line in machine.survivors()]
 
-        until(lambda: not left(), lambda: f"the lab has left {left()}")
+        until(lambda: not survivors(), lambda: f"the lab has left {survivors()}")
         mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if MOUNT in line]
         assert not mounts, f"the lab has left {mounts}"
 
-    def _name_all(self) -> None:
-        everybody = [(self.address, self.name), *((h.address, h.name) for h in self.hosts.values())]
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in everybody)]
+    def _write_hosts_files(self) -> None:
+        machines = [(self.address, self.name), *((h.address, h.name) for h in self.hosts.values())]
+        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for address, name in machines)]
         for machine in (self, *self.hosts.values()):
             machine.path("/etc/hosts").write_text("\n".join(lines) + "\n")
 
-    def _serve_ssh(self, host: Host) -> None:
+    def _start_ssh_server(self, host: Host) -> None:
         home = host.path("/root")
         shutil.copytree("/etc/skel", home, dirs_exist_ok=True)
         (home / ".ssh").mkdir(mode=0o700)
@@ -354,87 +358,31 @@ class Lab(Machine):
             "PermitRootLogin": "prohibit-password",
             "PasswordAuthentication": "no",
             "KbdInteractiveAuthentication": "no",
-            "UsePAM": "no",  # with it an account without a password, as root's is in containers, is closed
+            "UsePAM": "no",  # PAM refuses an account without a password, which root is in containers
             "MaxStartups": "50:30:100",
             "MaxSessions": "50",
         }
         host.path("/run/sshd_config").write_text("".join(f"{k} {v}\n" for k, v in options.items()))
-        host.run("/usr/sbin/sshd", "-f", "/run/sshd_config", "-E", "/run/sshd.log")  # comes back listening
+        host.run("/usr/sbin/sshd", "-f", "/run/sshd_config", "-E", "/run/sshd.log")  # returns when it listens
 
 
-def _interpreter() -> dict[str, str]:
+def _interpreter_folders() -> dict[str, str]:
     return {path: path for path in (str(VENV), sys.base_prefix)}
 
 
-def _projects() -> list[str]:
-    """This one's folder and the one that the interpreter's environment belongs to: what a host runs of it
-    must have been sent there."""
+def _project_folders() -> list[str]:
+    """Return the folders of the project. Hosts do not see them, but run the sources that were sent to them.
+
+    They are this file's project and the project to which the interpreter's environment belongs.
+    """
     return [str(path) for path in {ROOT, VENV.parent} if (path / "pyproject.toml").exists()]
 
 
-def _inside(spaces: Mapping[str, str]) -> list[int]:
-    """Processes in any of these namespaces."""
+def _processes_in(namespaces: Mapping[str, str]) -> list[int]:
+    """Return the ids of all processes in any of these namespaces."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if any(os.readlink(folder / "ns" / space) == number for space, number in spaces.items()):
+            if any(os.readlink(folder / "ns" / name) == number for name, number in namespaces.items()):
                 found.append(int(folder.name))
     return found
-
-
-# -- process 1
-
-
-def _be_the_first(plan: Plan) -> None:
-    socket.sethostname(plan.name)
-    _run("ip", "link", "set", "lo", "up")
-    _build(plan)
-    signal.signal(signal.SIGCHLD, _reap)
-    print("ready", flush=True)
-    sys.stdin.buffer.read()  # until whoever made it is gone
-
-
-def _build(plan: Plan) -> None:
-    """A root folder above this machine's, and what is mounted in it."""
-    base = Path("/mnt")
-    _run("mount", "-t", "tmpfs", MOUNT, str(base))
-    upper, scratch, root = (base / name for name in ("upper", "scratch", "root"))
-    for folder in (upper, scratch, root):
-        folder.mkdir(mode=0o755)
-    overlay = f"lowerdir=/,upperdir={upper},workdir={scratch}"
-    _run("mount", "-t", "overlay", MOUNT, "-o", overlay, str(root))
-
-    def at(there: str) -> str:
-        folder = root / there.lstrip("/")
-        folder.mkdir(parents=True, exist_ok=True)
-        return str(folder)
-
-    _run("mount", "-t", "proc", "proc", at("/proc"))
-    _run("mount", "-t", "sysfs", "sysfs", at("/sys"))
-    _run("mount", "--rbind", "/dev", at("/dev"))
-    _run("mount", "-t", "devpts", "-o", "newinstance,ptmxmode=0666,mode=0620,gid=5", "devpts", at("/dev/pts"))
-    for there in plan.empty:
-        like = os.stat(at(there)).st_mode & 0o7777
-        _run("mount", "-t", "tmpfs", "-o", f"size=4g,mode={like:o}", MOUNT, at(there))
-    for there, here in {**plan.seen, **plan.shared}.items():
-        _run("mount", "--bind", here, at(there))
-        if there in plan.seen:
-            _run("mount", "-o", "remount,bind,ro", at(there))
-    os.chdir(root)
-    _run("pivot_root", ".", ".")
-    _run("umount", "-l", ".")
-    os.chdir("/")
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
-
-
-def _reap(*_: object) -> None:
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-if __name__ == "__main__":
-    _be_the_first(Plan(**json.loads(sys.argv[1])))

@@ -1,11 +1,11 @@
-"""Reports a study's records to the head's MLflow, on the head, and says what is missing of them there.
+"""Report a study's records to the head's MLflow, and check what MLflow holds. Runs on the head.
 
-    python reporter.py report COUNT HALT ...  waits after HALT records until the file `HALT.go` is there
-    python reporter.py check COUNT            prints what is not as it should be, as JSON
-    python reporter.py spoil                  so that the check finds something
+    python reporter.py report COUNT HALT ...  wait after HALT records until the file `HALT.go` exists
+    python reporter.py check COUNT            print the errors as JSON
+    python reporter.py spoil                  introduce errors that the check must find
 
-As a study does it: the record goes into the store, then to the writer, which nobody waits for. What it has
-come to is in the file `logged`.
+Like a study, it puts each record into the store and hands it to the writer without waiting. The file `logged`
+holds the number of records that the writer has logged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def report(count: int, *halts: int) -> int:
     study.write(RESULTS / STUDY)
     writer = MlflowWriter(MlflowLogger(URI), store, study, tags={"commit": "none"})
 
-    def look(number: int) -> None:
+    def write_progress(number: int) -> None:
         time.sleep(0.1)
         (HERE / "logged").write_text(str(number - writer.pending_count))
 
@@ -54,16 +54,16 @@ def report(count: int, *halts: int) -> int:
         store.put(record)
         writer.put(record)
         while number in halts and not (HERE / f"{number}.go").exists():
-            look(number)
-    while writer.pending_count:  # other lanes are trained meanwhile
-        look(count)
+            write_progress(number)
+    while writer.pending_count:  # a study trains other lanes meanwhile
+        write_progress(count)
     late = writer.close(600)
-    print(f"{late} late, {'' if writer.is_finished else 'not '}ended; last trouble: {writer.error or 'none'}")
+    print(f"{late} late, {'' if writer.is_finished else 'not '}ended; last error: {writer.error or 'none'}")
     return int(bool(late) or not writer.is_finished)
 
 
 def check(count: int) -> list[str]:
-    """What is wrong; asked of MLflow by its own client, and the number of rows of its database."""
+    """Return the errors, found by MLflow's client and by the number of rows in its database."""
     from mlflow import MlflowClient
 
     client = MlflowClient(URI, URI)
@@ -86,43 +86,47 @@ def check(count: int) -> list[str]:
             wrong.append(f"{name}: {len(found)} children")
             continue
         (run,) = found
-        said: dict[str, list[tuple[int, float]]] = {}
+        expected_metrics: dict[str, list[tuple[int, float]]] = {}
         for metric in run_content.metrics(record):
-            said.setdefault(metric.key, []).append((metric.step, metric.value))
-        for what, here, there in (
+            expected_metrics.setdefault(metric.key, []).append((metric.step, metric.value))
+        for what, actual, wanted in (
             ("status", run.info.status, run_content.STATUS[record.state]),
             ("state", run.data.tags["state"], record.state),
             ("parent", run.data.tags["mlflow.parentRunId"], parents[0].info.run_id if parents else ""),
             ("params", run.data.params, {p.key: p.value for p in run_content.params(record)}),
-            ("metrics", set(run.data.metrics), set(said)),
-            ("rows", rows[run.info.run_id], sum(len(set(map(str, points))) for points in said.values())),
+            ("metrics", set(run.data.metrics), set(expected_metrics)),
+            (
+                "rows",
+                rows[run.info.run_id],
+                sum(len(set(map(str, points))) for points in expected_metrics.values()),
+            ),
             ("inputs", len(run.inputs.dataset_inputs), 3),
         ):
-            if here != there:
-                wrong.append(f"{name}: {what} {here}, not {there}")
+            if actual != wanted:
+                wrong.append(f"{name}: {what} {actual}, not {wanted}")
         curve = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train_loss")]
-        if not _alike(curve, said["train_loss"]):
+        if not _is_same_curve(curve, expected_metrics["train_loss"]):
             wrong.append(f"{name}: train_loss {curve}")
     return wrong
 
 
-def _alike(here: list[tuple[int, float]], there: list[tuple[int, float]]) -> bool:
-    return len(here) == len(there) and all(
+def _is_same_curve(first: list[tuple[int, float]], second: list[tuple[int, float]]) -> bool:
+    return len(first) == len(second) and all(
         one == other and (math.isclose(a, b) or (math.isnan(a) and math.isnan(b)))
-        for (one, a), (other, b) in zip(sorted(here), there, strict=True)
+        for (one, a), (other, b) in zip(sorted(first), second, strict=True)
     )
 
 
 def _rows() -> Counter[str]:
     query = "select run_uuid, count(*) from metrics group by 1"
-    said = subprocess.check_output(
+    rows = subprocess.check_output(
         ["psql", "-At", "-h", "/var/run/postgresql", "mlflow", "-c", query], text=True
     )
-    return Counter({run: int(number) for run, number in (line.split("|") for line in said.split())})
+    return Counter({run: int(number) for run, number in (line.split("|") for line in rows.split())})
 
 
 def spoil() -> None:
-    """A child is deleted, one is RUNNING, one is there twice, and one has lost a row."""
+    """Delete a child run, set one to RUNNING, duplicate one, and delete a row of one."""
     from mlflow import MlflowClient
 
     client = MlflowClient(URI, URI)

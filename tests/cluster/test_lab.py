@@ -1,4 +1,4 @@
-"""The lab itself: its hosts are apart where machines are, and nothing is left of them."""
+"""The lab itself: its hosts are as separate as machines, and nothing is left of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null")
 
 
 def ssh(lab: Lab, address: str, command: str, seconds: int = 120) -> str:
-    """Return what a command says there. `seconds` ends an attempt to connect."""
+    """Return the output of a command on a host. `seconds` limits the attempt to connect."""
     limit = ("-o", f"ConnectTimeout={seconds}")
     return lab.run("ssh", "-q", "-tt", "-i", lab.KEY, *SSH, *limit, f"root@{address}", command)
 
 
-def test_hosts_are_apart_but_for_the_network_and_the_shared_folder(lab: Lab, tmp_path: Path) -> None:
+def test_hosts_share_only_the_network_and_the_shared_folder(lab: Lab, tmp_path: Path) -> None:
     one = lab.host("one", "10.77.0.2")
     two = lab.host("two", "10.77.0.3", empty=["/var/lib"])
     for folder in ("/tmp", "/root", "/etc", "/dev/shm"):
@@ -40,40 +40,40 @@ def test_hosts_are_apart_but_for_the_network_and_the_shared_folder(lab: Lab, tmp
         lab.run("bash", "-c", "echo > /dev/tcp/192.0.2.1/80")
     with pytest.raises(CommandError, match="Read-only"):
         one.run("touch", str(VENV / "x"))
-    two.installed()
+    two.install_environment()
     found = two.run("/root/venv/bin/python", "-c", "import sys, ray; print(sys.prefix)")
     assert found == "/root/venv\n"
-    assert not two.path(str(ROOT / "orchestrator")).exists(), "what a host runs has been sent to it"
+    assert not two.path(str(ROOT / "orchestrator")).exists(), "a host runs the sources that were sent to it"
     assert lab.path(str(ROOT / "cluster.yaml")).exists()
 
 
-def test_a_link_is_cut_and_mended_and_a_host_replaced(lab: Lab) -> None:
+def test_a_host_is_disconnected_reconnected_and_replaced(lab: Lab) -> None:
     host = lab.host("one", "10.77.0.2")
-    lab.cut(host)
+    lab.disconnect(host)
     with pytest.raises(CommandError):
         ssh(lab, "one", "true", seconds=1)
-    assert host.processes(), "it lives on"
-    lab.mend(host)
+    assert host.processes(), "it keeps running"
+    lab.reconnect(host)
     assert ssh(lab, "one", "echo there").strip() == "there"
     host.path("/root/old").touch()
     lab.kill_host(host)
-    assert not host.left()
+    assert not host.survivors()
     again = lab.host("new", "10.77.0.2")
     assert ssh(lab, "10.77.0.2", "hostname").strip() == "new"
     assert not again.path("/root/old").exists()
 
 
-def test_any_network_will_do(can_have_a_lab: None) -> None:
+def test_a_lab_may_have_another_subnet(can_have_a_lab: None) -> None:
     with Lab("172.31.0.0/16") as lab:
         lab.host("one", "172.31.200.7")
         assert ssh(lab, "172.31.200.7", "echo there").strip() == "there"
 
 
-def test_it_ends_with_the_process_that_made_it(can_have_a_lab: None) -> None:
-    script = (
-        "import lab; it = lab.Lab(); one = it.host('one', '10.77.0.2'); one.run('sh', '-c', 'sleep 1000 &'); "
+def test_a_lab_ends_with_the_process_that_has_made_it(can_have_a_lab: None) -> None:
+    script = "import lab; it = lab.Lab(); one = it.host('one', '10.77.0.2'); "
+    script += (
+        "one.run('sh', '-c', 'sleep 1000 &'); print(it.pid, one.pid, *one.processes(), flush=True); input()"
     )
-    script += "print(it.pid, one.pid, *one.processes(), flush=True); input()"
     maker = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=Path(__file__).parent,
@@ -82,8 +82,8 @@ def test_it_ends_with_the_process_that_made_it(can_have_a_lab: None) -> None:
         text=True,
     )
     assert maker.stdout is not None
-    there = [psutil.Process(int(pid)) for pid in maker.stdout.readline().split()]
-    assert any("sleep 1000" in " ".join(process.cmdline()) for process in there[2:])
+    processes = [psutil.Process(int(pid)) for pid in maker.stdout.readline().split()]
+    assert any("sleep 1000" in " ".join(process.cmdline()) for process in processes[2:])
     maker.kill()
     maker.communicate()
-    assert not psutil.wait_procs(there, timeout=LIMIT_SECONDS)[1]
+    assert not psutil.wait_procs(processes, timeout=LIMIT_SECONDS)[1]

@@ -1,7 +1,7 @@
-"""A real `ray up` of cluster.yaml on AWS in a box: it grows, loses a spot machine, and ends at nothing.
+"""A real `ray up` of cluster.yaml against a simulated AWS.
 
-What is shown with it: set-up on every node, the rights that its machines use, the spot watcher against a
-metadata service, Ray's own autoscaler. What is not: a machine's boot, a real GPU, what AWS refuses.
+The test covers the set-up of every node, the rights that its machines use, the spot watcher with a metadata
+service, and Ray's own autoscaler. It does not cover the boot of a machine, a real GPU, and refusals by AWS.
 """
 
 from __future__ import annotations
@@ -24,84 +24,87 @@ from test_ray_up import children
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 
-# All that is changed in cluster.yaml: what a box cannot have.
+# The changes of cluster.yaml that the simulation needs.
 CHANGES = {
-    # moto's public addresses are other people's machines.
+    # The public addresses that moto assigns belong to real machines.
     "  type: aws\n": "  type: aws\n  use_internal_ips: true\n",
     "  ssh_user: ubuntu": "  ssh_user: root",
 }
 SENT = ("orchestrator", "variants", "experiments")
 SENT += ("constraints.txt", "pyproject.toml", "README.md", "LICENSE")
-HERE = "/root/lora-orchestrator"  # on the machine where `ray up` is typed
-# It does not end before the test says so. Where its results go, and how long it waits, the head knows.
+PROJECT = "/root/lora-orchestrator"
+"""The user's copy of the project on the lab's own machine."""
+# It ends when the test lets it. The head's environment sets its output folder and its time-out.
 STUDY = (
     "python experiments/lr_sensitivity.py --task /shared/held_task.py --model /shared/model --device cpu "
     "--gpus-per-worker 1 --lanes-per-trainer 2 --variants lora --learning-rates 3e-3 1e-2 --seeds 2"
 )
 HEAD, GPU = "lora-orchestrator-head", "lora-orchestrator-gpu"
 NOTICE_SECONDS = 1200.0  # AWS's is 120; a busy machine may take longer to save lanes
-PATIENCE = 900.0  # on a machine that does ten other things, too
+LIMIT_SECONDS = 900.0
 
 
 class Study:
-    """A study that runs on the head, in tmux, whoever is logged in there."""
+    """A study that runs on the head in tmux, independent of the user's session."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self._cluster = cluster
         self._out, self._code = (cluster.shared / f"{name}.{kind}" for kind in ("out", "code"))
         self.command = f"> /shared/{name}.out 2>&1; echo $? > /shared/{name}.code"
 
-    def until(self, what: Callable[[], object]) -> None:
-        """Waits until then, as long as it runs."""
-        until(lambda: what() or self.ended(), self.said, PATIENCE)
-        assert not self.ended() or what(), f"it ended first:\n{self.said()}"
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait until the condition holds. Fails if the study ends first."""
+        until(lambda: condition() or self.ended(), self.output, LIMIT_SECONDS)
+        assert not self.ended() or condition(), f"it ended first:\n{self.output()}"
 
     def ended(self) -> bool:
         self._cluster.aws.check()
         return self._code.exists() and self._code.read_text().endswith("\n")
 
-    def end(self) -> str:
-        """What it has said. It must end well."""
-        until(self.ended, self.said, PATIENCE)
-        assert self._code.read_text() == "0\n", self.said()
-        return self.said()
+    def wait(self) -> str:
+        """Wait for the end with exit code 0. Returns the output."""
+        until(self.ended, self.output, LIMIT_SECONDS)
+        assert self._code.read_text() == "0\n", self.output()
+        return self.output()
 
-    def said(self) -> str:
-        return self._out.read_text() if self._out.exists() else "nothing yet"
+    def output(self) -> str:
+        return self._out.read_text() if self._out.exists() else "no output"
 
 
 class Cluster:
-    """cluster.yaml, and whoever types Ray's commands."""
+    """A cluster of cluster.yaml, and the user's machine."""
 
     def __init__(self, lab: Lab, aws: Account, shared: Path) -> None:
         self.lab, self.aws, self.shared = lab, aws, shared
         self.store = Store(shared / "results" / "store")
-        here = lab.path(HERE)
-        here.mkdir()
+        project = lab.path(PROJECT)
+        project.mkdir()
         for name in SENT:
             copied: Callable[..., Any] = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copied(ROOT / name, here / name)
-        (here / "cluster.yaml").write_text(adapted((ROOT / "cluster.yaml").read_text()))
+            copied(ROOT / name, project / name)
+        (project / "cluster.yaml").write_text(adapted((ROOT / "cluster.yaml").read_text()))
         self.run("ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
 
     def run(self, command: str) -> str:
         try:
-            return self.lab.run("bash", "-c", command, cwd=HERE, timeout=PATIENCE, **self.aws.environment)
+            return self.lab.run(
+                "bash", "-c", command, cwd=PROJECT, timeout=LIMIT_SECONDS, **self.aws.environment
+            )
         finally:
             self.aws.check()
 
     def study(self, name: str) -> Study:
         study = Study(self, name)
-        there = f"cd ~/lora-orchestrator && {STUDY} {study.command}"
-        self.run(f"ray exec cluster.yaml --tmux '{there}'")
+        command = f"cd ~/lora-orchestrator && {STUDY} {study.command}"
+        self.run(f"ray exec cluster.yaml --tmux '{command}'")
         return study
 
     def training(self) -> set[str]:
-        """The machines on which a seat holds its model."""
+        """Return the machines on which a trainer runs."""
         return {i for i, m in self.aws.of_type("gpu").items() if workers(m.host)}
 
     def half_trained(self) -> set[str]:
-        """Those that have a checkpoint and no record."""
+        """Return the configurations that have a checkpoint and no record."""
         checkpoints = self.store.checkpoints.glob("*/*/*.safetensors")
         return {path.parts[-3] for path in checkpoints} - set(self.store.states())
 
@@ -117,15 +120,15 @@ def adapted(text: str) -> str:
 
 
 def workers(host: Host) -> list[int]:
-    """Processes that train."""
+    """Return the ids of the training processes."""
     return [pid for pid, line in host.processes().items() if "ray::RayTrainWorker" in line]
 
 
 def image(host: Host, kind: str, url: str) -> None:
-    """What an administrator's image has: the environment, so that nothing is fetched, and where AWS is."""
-    host.installed()
+    """Prepare a host like an administrator's image: with the environment, and with the address of AWS."""
+    host.install_environment()
     if kind == "head":
-        host.has_postgresql()
+        host.create_postgresql()
     host.path("/etc/profile.d/aws.sh").write_text(f"export AWS_ENDPOINT_URL={url}\n")
 
 
@@ -133,14 +136,14 @@ def image(host: Host, kind: str, url: str) -> None:
 def cluster(can_have_a_lab: None, tmp_path: Path, shared: Path) -> Iterator[Cluster]:
     if reason := lacks_postgresql() or ("" if shutil.which("tmux") else "no tmux: apt-get install tmux"):
         pytest.skip(reason)
-    there = tmp_path / "shared"
-    shutil.copytree(shared / "model", there / "model")
-    shutil.copy(ROOT / "tests/cluster/held_task.py", there)
-    # The stack's network, which `ray up` is typed in here: there is no way in from outside, and none out.
-    with Lab("10.77.0.0/16", seen=[ROOT], shared=there) as lab:
+    folder = tmp_path / "shared"
+    shutil.copytree(shared / "model", folder / "model")
+    shutil.copy(ROOT / "tests/cluster/held_task.py", folder)
+    # The subnet is that of the stack. The user's machine is in it, because it has no access from outside.
+    with Lab("10.77.0.0/16", read_only=[ROOT], shared=folder) as lab:
         aws = Account(lab, lambda host, kind: image(host, kind, aws.url))
         try:
-            yield Cluster(lab, aws, there)
+            yield Cluster(lab, aws, folder)
         finally:
             aws.close()
 
@@ -148,7 +151,7 @@ def cluster(can_have_a_lab: None, tmp_path: Path, shared: Path) -> Iterator[Clus
 @pytest.mark.cluster
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-def test_it_grows_loses_a_spot_machine_and_ends_at_nothing(cluster: Cluster) -> None:
+def test_a_cluster_grows_loses_a_spot_machine_and_ends_without_machines(cluster: Cluster) -> None:
     aws = cluster.aws
     deploy(aws.client)
     token = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
@@ -156,40 +159,40 @@ def test_it_grows_loses_a_spot_machine_and_ends_at_nothing(cluster: Cluster) -> 
 
     cluster.run("PYTHONPATH=. python -m orchestrator.cluster.remote.cluster_file && ray up -y cluster.yaml")
     (head,) = aws.of_type("head").values()
-    assert not aws.of_type("gpu"), "none until a study waits for one"
+    assert not aws.of_type("gpu"), "no GPU machine starts before a study waits for one"
 
     study = cluster.study("study")
     study.until(cluster.training)
     first, *_ = cluster.training()
-    study.until(lambda: len(cluster.training()) == 2)  # it grows: lanes wait that the first has no room for
+    study.until(lambda: len(cluster.training()) == 2)  # the first machine has no room for the other lanes
     study.until(lambda: len(cluster.half_trained()) == 4)
     taken = aws.machines[first].host
     assert all(environment(pid)["HF_TOKEN"] == "a-token" for pid in workers(taken))
-    (cluster.shared / f"slow-{taken.name}").touch()  # the others wait
-    notice(aws, first, study)
-    study.until(lambda: len(cluster.training() - {first}) == 2)  # another one has come in its place
+    (cluster.shared / f"slow-{taken.name}").touch()  # the lanes of other machines wait
+    take_back(aws, first, study)
+    study.until(lambda: len(cluster.training() - {first}) == 2)  # a third machine has replaced it
     (cluster.shared / "go").touch()
-    said = study.end()
+    output = study.wait()
     records = cluster.records()
     assert len(records) == 4
     assert {record.state for record in records.values()} == {"finished"}
     assert any(record.provenance.resumed_from for record in records.values())
-    assert taken_steps(said) == sum(record.steps for record in records.values()), "not one is repeated"
-    assert not re.search(r"trainer-\d+ (died|was lost)", said), "it had left before its machine did"
+    assert count_steps(output) == sum(record.steps for record in records.values()), "no step is repeated"
+    assert not re.search(r"trainer-\d+ (died|was lost)", output), "the trainer left before its machine ended"
     assert sorted(children(head.host)) == sorted((fingerprint, "FINISHED") for fingerprint in records)
-    assert artifacts(aws), "MLflow's server has put them there, with the head's rights"
+    assert artifacts(aws), "MLflow's server writes artifacts with the head's rights"
 
     cluster.run("ray down -y cluster.yaml")
-    until(lambda: not aws.machines, lambda: aws.machines, PATIENCE)
+    until(lambda: not aws.machines, lambda: aws.machines, LIMIT_SECONDS)
     assert {i["State"]["Name"] for i in aws.instances()} == {"terminated"}
     assert aws.client("ec2").describe_volumes()["Volumes"] == []
     assert not any("/ray/" in line or "ray::" in line for line in cluster.lab.processes().values())
-    asked_for_what_it_promises(aws)
-    asked_for_no_more_than_it_may(aws)
+    check_requested_machines(aws)
+    check_requested_actions(aws)
 
 
-def notice(aws: Account, instance_id: str, study: Study) -> None:
-    """AWS takes a spot machine: the notice, and two minutes later, here as soon as it is empty, the end."""
+def take_back(aws: Account, instance_id: str, study: Study) -> None:
+    """Give notice to a spot machine, and end it as soon as it is empty (on AWS: after two minutes)."""
     host = aws.machines[instance_id].host
     log = host.path("/root/.lora-orchestrator/spot.log")
     aws.give_notice(instance_id, NOTICE_SECONDS)
@@ -199,8 +202,8 @@ def notice(aws: Account, instance_id: str, study: Study) -> None:
     aws.take_away(instance_id)
 
 
-def asked_for_what_it_promises(aws: Account) -> None:
-    """What the machines were started with, the GPU ones by the autoscaler on the head."""
+def check_requested_machines(aws: Account) -> None:
+    """Check the requests for machines: the head's by the user, the GPU machines' by the autoscaler."""
     (group,) = [
         g
         for g in aws.client("ec2").describe_security_groups()["SecurityGroups"]
@@ -208,37 +211,39 @@ def asked_for_what_it_promises(aws: Account) -> None:
     ]
     started = [request for request in aws.requests() if request.action == "RunInstances"]
     assert [aws.keys[request.key] for request in started] == ["user"] + [HEAD] * (len(started) - 1)
-    assert len(started) >= 4, "the head and three"
+    assert len(started) >= 4, "the head and three GPU machines"
     for request in started:
-        asked = request.parameters
+        parameters = request.parameters
         gpu = request is not started[0]
-        assert asked["InstanceType"] == ("g5.xlarge" if gpu else "m7i.xlarge")
-        market = {k.rpartition(".")[2]: v for k, v in asked.items() if k.startswith("InstanceMarketOptions")}
+        assert parameters["InstanceType"] == ("g5.xlarge" if gpu else "m7i.xlarge")
+        market = {
+            k.rpartition(".")[2]: v for k, v in parameters.items() if k.startswith("InstanceMarketOptions")
+        }
         spot = {"MarketType": "spot", "SpotInstanceType": "one-time", "MaxPrice": "1.00"}
         assert market == (spot | {"InstanceInterruptionBehavior": "terminate"} if gpu else {})
-        assert asked["IamInstanceProfile.Name"] == (GPU if gpu else HEAD)
-        assert asked["SecurityGroupId.1"] == group["GroupId"]
-        assert "SecurityGroupId.2" not in asked
-        assert asked["MetadataOptions.HttpTokens"] == "required"
+        assert parameters["IamInstanceProfile.Name"] == (GPU if gpu else HEAD)
+        assert parameters["SecurityGroupId.1"] == group["GroupId"]
+        assert "SecurityGroupId.2" not in parameters
+        assert parameters["MetadataOptions.HttpTokens"] == "required"
         kinds = {"instance", "volume"} | ({"spot-instances-request"} if gpu else set())
-        given = specified(asked)
+        given = requested_tags(parameters)
         assert set(given) == kinds
         assert all(tag[TAG["Key"]] == TAG["Value"] for tag in given.values())
         assert given["instance"]["ray-cluster-name"] == "lora-orchestrator"
 
 
-def specified(asked: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Kind of resource -> its tags, of a RunInstances."""
+def requested_tags(parameters: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Return type of resource -> its tags, from the parameters of RunInstances."""
     found: dict[str, dict[str, str]] = {}
-    for name, key in asked.items():
+    for name, key in parameters.items():
         if match := re.fullmatch(r"(TagSpecification\.\d+)\.Tag\.(\d+)\.Key", name):
-            kind = asked[f"{match[1]}.ResourceType"]
-            found.setdefault(kind, {})[key] = asked[f"{match[1]}.Tag.{match[2]}.Value"]
+            kind = parameters[f"{match[1]}.ResourceType"]
+            found.setdefault(kind, {})[key] = parameters[f"{match[1]}.Tag.{match[2]}.Value"]
     return found
 
 
-def asked_for_no_more_than_it_may(aws: Account) -> None:
-    """What the machines asked for, beside what the stack's roles let them. moto refuses nothing."""
+def check_requested_actions(aws: Account) -> None:
+    """Check that the stack's roles allow every request of the machines. moto itself refuses nothing."""
     clusters = {i["InstanceId"]: tags(i)["ray-cluster-name"] for i in aws.instances()}
     seen = set()
     for request in aws.requests():
@@ -249,7 +254,7 @@ def asked_for_no_more_than_it_may(aws: Account) -> None:
         assert any(
             fnmatchcase(action(request), allowed)
             for statement in statements(aws, profile)
-            for allowed in listed(statement["Action"])
+            for allowed in as_list(statement["Action"])
         ), f"{profile}: {request}"
         if request.action in ("CreateTags", "TerminateInstances"):
             ids = [v for k, v in request.parameters.items() if re.match(r"(ResourceId|InstanceId)\.", k)]
@@ -263,12 +268,12 @@ def statements(aws: Account, profile: str) -> list[dict[str, Any]]:
     iam = aws.client("iam")
     (role,) = iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
     answer = iam.get_role_policy(RoleName=role["RoleName"], PolicyName="cluster")
-    document = yaml.safe_load(str(answer["PolicyDocument"]))  # moto gives it as Python writes it
+    document = yaml.safe_load(str(answer["PolicyDocument"]))  # moto returns the document as Python's repr
     found: list[dict[str, Any]] = document["Statement"]
     return found
 
 
-def listed(value: str | list[str]) -> list[str]:
+def as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
@@ -285,9 +290,9 @@ def environment(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def taken_steps(said: str) -> int:
-    found = re.search(r"(\d+) optimizer steps of", said)
-    assert found, said
+def count_steps(output: str) -> int:
+    found = re.search(r"(\d+) optimizer steps of", output)
+    assert found, output
     return int(found[1])
 
 

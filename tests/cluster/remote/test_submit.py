@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_ray_up import CLUSTER, HEAD, ON, local
+from laptop import CLUSTER, HEAD, ON, local_config
 
 from orchestrator.cluster.remote import head, source_digest
 from orchestrator.util import timeouts
@@ -63,7 +63,7 @@ def refused(script: Callable[[], int], tmp_path: Path, monkeypatch: pytest.Monke
 
 def write_cluster_file(folder: Path) -> None:
     """Write the cluster.yaml of a cluster that is not up."""
-    config = local(CLUSTER, HEAD, [], "key.pem") | {"cluster_name": f"test-{os.getpid()}"}
+    config = local_config(CLUSTER, HEAD, [], "key.pem") | {"cluster_name": f"test-{os.getpid()}"}
     mounts = {there: str(ROOT / here) for there, here in config["file_mounts"].items() if here[0] != "~"}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(config | {"file_mounts": mounts}))
 
