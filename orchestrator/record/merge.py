@@ -1,13 +1,15 @@
-"""Joins stores: what another one knows comes into this one, and nothing that is here is overwritten."""
+"""Merging of stores: copies what another store has and this one lacks, and overwrites no result.
+
+Final records are immutable and named by their content, so they, base models, adapters and calibrations are
+only copied where they are missing. Of stopped and failed records the more advanced one is kept.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,36 +24,43 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class MergeSummary:
-    """What one store gave."""
+    """Counts of what was copied from one store."""
 
     records: int = 0
     already_present: int = 0
-    """Configurations of which this store knew as much or more."""
+    """Configurations for which this store had the same record, or a better one."""
     damaged: int = 0
     lanes: int = 0
-    """Unfinished ones that now go on from the other's checkpoint."""
+    """Unfinished lanes that now continue from a checkpoint of the other store."""
     bases: int = 0
     adapters: int = 0
     calibrations: int = 0
     bytes: int = 0
 
     def to_line(self) -> str:
-        damaged_text = f", {self.damaged} files torn and skipped" if self.damaged else ""
+        """Return the counts as a line for the user."""
+        damaged = f", {self.damaged} damaged files skipped" if self.damaged else ""
         return (
-            f"{self.records} records taken, {self.already_present} known already{damaged_text}; checkpoints of {self.lanes} "
-            f"lanes, {self.bases} bases, {self.adapters} adapters, {self.calibrations} evidence files "
-            f"({format_bytes(self.bytes)})"
+            f"{self.records} records copied, {self.already_present} present already{damaged}; checkpoints of "
+            f"{self.lanes} lanes, {self.bases} bases, {self.adapters} adapters, {self.calibrations} "
+            f"calibrations ({format_bytes(self.bytes)})"
         )
 
 
 def merge_stores(store: Store, other: Store) -> MergeSummary:
-    """Takes into `store` what `other` has and it has not: a final record where there is none (the first one
-    stays), the longer of two stopped ones, the failed one of more failures; checkpoints of lanes without a
-    final record that are further than those here (a lane that has one now needs none); bases, adapters of
-    records that came, evidence. Doing it again changes nothing, and of several stores the order does not
-    matter for any state. Torn files are skipped with a warning.
+    """Copy into `store` what `other` has and `store` lacks.
 
-    Raises BadInput when both are one store, or a record is of another schema version.
+    These are: a final record where there is none (the first one stays), the longer of two stopped records, the
+    failed record with more failures; checkpoints of unfinished lanes that are further than all in `store`;
+    base models, calibrations, and the adapters of copied records. Repeating it changes nothing, and the order
+    in which several stores are merged does not change any state. Damaged files are skipped with a warning.
+
+    Args:
+        store: The store that is extended.
+        other: The store that is read.
+
+    Raises:
+        UsageError: Both are the same store, or a record has another schema version.
     """
     if store.root.samefile(other.root):
         raise UsageError(f"merge {other.root}: that is the store itself; name another one")
@@ -65,178 +74,128 @@ class _Merger:
     summary: MergeSummary
 
     def run(self) -> MergeSummary:
-        for name in self._list_fingerprints():
+        unfinished = {path.name for path in _visible(self.other.checkpoints, "*") if len(path.name) == 64}
+        for name in sorted(unfinished | set(self.other.states())):
             self._merge_record(name)
-            if self.store.get_reusable(name) is None:
+            final = self.store.get_reusable(name)
+            if final is None:
                 self._merge_checkpoints(name)
                 continue
             self.store.discard_checkpoints(name)
-            if self._has_same_record(name):
-                self.summary.adapters += self._copy_folder(
-                    self.other.adapters / name, self.store.adapters / name
-                )
-        for source in self._list_visible(self.other.calibration, "*.safetensors"):
-            if _is_complete(source):
-                self.summary.calibrations += self._copy_file(source, self.store.calibration / source.name)
-            else:
-                self._skip_damaged(source)
-        for source in self._list_visible(self.other.bases, "*"):
-            target = self.store.bases / source.name
-            if source.is_dir():
-                self.summary.bases += self._copy_folder(source, target)
-        for source in self._list_visible(
-            self.other.bases, "*.json"
-        ):  # once the folders that they name are there
-            self._copy_file(source, self.store.bases / source.name)
+            theirs = self.other.get_reusable(name)
+            if theirs is not None and theirs.to_json() == final.to_json():  # as JSON, since NaN is not NaN
+                self.summary.adapters += self._copy(self.other.adapters / name, self.store.adapters / name)
+        for source in _visible(self.other.calibration, "*.safetensors"):
+            self.summary.calibrations += self._copy_tensors(source, self.store.calibration / source.name)
+        bases = sorted(_visible(self.other.bases, "*"), key=Path.is_file)  # a file names folders
+        for source in bases:
+            is_copied = self._copy(source, self.store.bases / source.name)
+            self.summary.bases += is_copied and source.is_dir()
         return self.summary
 
-    def _list_fingerprints(self) -> list[str]:
-        found = set(self.other.states())
-        found |= {
-            path.name for path in self._list_visible(self.other.checkpoints, "*") if len(path.name) == 64
-        }
-        return sorted(found)
-
-    @staticmethod
-    def _list_visible(folder: Path, pattern: str) -> Iterator[Path]:
-        return (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
-
-    def _has_same_record(self, name: str) -> bool:
-        """Whether the final record here is the other's: then its adapter belongs to it."""
-        existing, incoming = self.store.get_reusable(name), self.other.get_reusable(name)
-        return (
-            existing is not None and incoming is not None and existing.to_json() == incoming.to_json()
-        )  # NaN is not NaN
-
-    # -- records
-
     def _merge_record(self, name: str) -> None:
-        records = {kind: self._read_incoming(name, kind) for kind in ("", "stopped", "failed")}
-        final, stopped, failed = records.values()
+        found = {kind: self._read_incoming(name, kind) for kind in ("", "stopped", "failed")}
+        final, stopped, failed = found.values()
         is_copied = False
         if final is not None:
             is_copied = self.store.put(final)
         elif self.store.get_reusable(name) is None:
             if stopped is not None:
-                existing = self.store._read_record(self.store._path(name, "stopped"))
-                if existing is None or _progress_key(stopped) > _progress_key(existing):
-                    is_copied |= self._copy_record(name, "stopped")
-            if failed is not None:
-                existing = self.store._read_record(self.store._path(name, "failed"))
-                existing_failures, incoming_failures = (
-                    self.store.count_failures(name),
-                    self.other.count_failures(name),
+                is_copied |= self._replace_older(
+                    name, "stopped", stopped, lambda _, r: (r.steps, r.provenance.ended)
                 )
-                if existing is None or (incoming_failures, *_recency_key(failed)) > (
-                    existing_failures,
-                    *_recency_key(existing),
-                ):
-                    is_copied |= self._copy_record(name, "failed")
-        if any(records.values()):
+            if failed is not None:
+                is_copied |= self._replace_older(
+                    name, "failed", failed, lambda s, r: (s.count_failures(name), r.provenance.ended, r.steps)
+                )
+        if any(found.values()):
             self.summary.records += is_copied
             self.summary.already_present += not is_copied
 
     def _read_incoming(self, name: str, kind: str) -> Record | None:
-        path = self.other._path(name, kind)
-        record = self.other._read_record(path)
+        path = self.other.record_path(name, kind)
+        record = self.other.read_record(path)
         self.summary.damaged += record is None and path.exists()
         return record
 
-    def _copy_record(self, name: str, kind: str) -> bool:
-        """Byte by byte: the count of failures stands beside the record."""
-        try:
-            data = self.other._path(name, kind).read_bytes()
-        except FileNotFoundError:  # a study has just put a later one
+    def _replace_older(
+        self, name: str, kind: str, incoming: Record, key: Callable[[Store, Record], tuple[float, ...]]
+    ) -> bool:
+        """Copy a stopped or failed record, byte by byte, if its key is greater than that of the local one."""
+        path = self.store.record_path(name, kind)
+        existing = self.store.read_record(path)
+        if existing is not None and key(self.other, incoming) <= key(self.store, existing):
             return False
-        path = self.store._path(name, kind)
+        try:
+            data = self.other.record_path(name, kind).read_bytes()
+        except FileNotFoundError:  # a running study has just replaced it
+            return False
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_files.write_atomically(path, data)
         return True
 
-    # -- files
-
     def _merge_checkpoints(self, name: str) -> None:
-        """Those of more steps than any here. A lane computes the same wherever it trains: it may go on from
-        any of them."""
-        furthest = max(
-            (_checkpoint_step(p) for p in _checkpoint_files(self.store.checkpoints / name)), default=-1
-        )
+        """Copy the checkpoints that are further than all local ones; a lane may continue from any of them."""
+        furthest = max(map(_step, _checkpoints(self.store, name)), default=-1)
         is_copied = False
-        for path in _checkpoint_files(self.other.checkpoints / name):
-            if _checkpoint_step(path) <= furthest:
-                continue
-            if _is_complete(path):
-                is_copied |= self._copy_file(
-                    path, self.store.checkpoints / name / path.parent.name / path.name
-                )
-            else:
-                self._skip_damaged(path)
+        for path in _checkpoints(self.other, name):
+            if _step(path) > furthest:
+                target = self.store.checkpoints / name / path.parent.name / path.name
+                is_copied |= self._copy_tensors(path, target)
         self.summary.lanes += is_copied
 
-    def _copy_file(self, source: Path, target: Path) -> bool:
-        """Whole or not at all, and never over another."""
-        if target.exists():
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        try:
-            shutil.copyfile(source, draft)
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
-            is_copied = atomic_files.link_if_absent(draft, target)
-            self.summary.bytes += draft.stat().st_size if is_copied else 0
-        except FileNotFoundError:  # the other store is in use, and this has just become superfluous
-            return False
-        finally:
-            draft.unlink(missing_ok=True)
-        return is_copied
+    def _copy_tensors(self, source: Path, target: Path) -> bool:
+        """Copy a safetensors file, or skip it with a warning if it is incomplete."""
+        if _is_complete(source):
+            return self._copy(source, target)
+        self.summary.damaged += 1
+        _log.warning("%s is damaged: skipped", source)
+        return False
 
-    def _copy_folder(self, source: Path, target: Path) -> bool:
-        """The same for a folder of files."""
-        if not source.is_dir() or target.exists():
+    def _copy(self, source: Path, target: Path) -> bool:
+        """Copy a file or a folder of files as a whole, unless the target exists. Return whether it was copied."""
+        if target.exists() or not source.exists():
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        draft = atomic_files.temporary_path(target)
         try:
-            shutil.copytree(source, draft)
-            for path in draft.rglob("*"):
-                if path.is_file():
-                    with path.open("rb+") as file:
-                        os.fsync(file.fileno())
-            size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
-            draft.rename(target)
-        except OSError:
-            if target.is_dir():  # somebody else was faster
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, draft)
+            files = [path for path in (draft, *draft.rglob("*")) if path.is_file()]
+            for path in files:
+                atomic_files.sync_file(path)
+            size = sum(path.stat().st_size for path in files)
+            if draft.is_dir():
+                draft.rename(target)
+            elif not atomic_files.link_if_absent(draft, target):
+                return False
+        except OSError as error:
+            # Another process was faster, or a study that uses the other store has just removed the source.
+            if target.exists() or (isinstance(error, FileNotFoundError) and not source.exists()):
                 return False
             raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+            draft.unlink(missing_ok=True)
         self.summary.bytes += size
         return True
 
-    def _skip_damaged(self, path: Path) -> None:
-        self.summary.damaged += 1
-        _log.warning("%s is torn: skipped", path)
+
+def _visible(folder: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
 
 
-def _progress_key(record: Record) -> tuple[int, float]:
-    return record.steps, record.provenance.ended
+def _checkpoints(store: Store, fingerprint: str) -> list[Path]:
+    files = sorted((store.checkpoints / fingerprint).glob("*/step-*.safetensors"))
+    return [path for path in files if path.stem[5:].isdecimal()]
 
 
-def _recency_key(record: Record) -> tuple[float, int]:
-    return record.provenance.ended, record.steps
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*/step-*.safetensors")) if path.stem[5:].isdecimal()]
-
-
-def _checkpoint_step(path: Path) -> int:
-    return int(path.stem[5:])
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.stem[5:])
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+    """Return whether a safetensors file is as long as its header says."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.record.schema import SCHEMA_VERSION, Record
 from orchestrator.record.store import Store
-from orchestrator.util.atomic_files import add_path_to_disk_errors
+from orchestrator.util.atomic_files import replace_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,13 +56,8 @@ def write_parquet(store: Store) -> Path:
     fields = _arrow_fields(rows)
     schema = pa.schema(fields, metadata={"record_schema_version": str(SCHEMA_VERSION)})
     path = store.root / PARQUET_FILE
-    temporary = path.with_name(f".{PARQUET_FILE}.{uuid.uuid4().hex}")
-    try:
-        with add_path_to_disk_errors(path):
-            pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_atomically(path) as temporary:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), temporary)
     return path
 
 

@@ -81,9 +81,9 @@ class Store:
         A `stopped` record replaces stopped and failed ones. A `failed` one is kept beside a stopped one and
         counts the failures, this one for as many as `failures`. Raises OSError when the disk refuses.
         """
-        final = self._path(record.fingerprint)
-        stopped = self._path(record.fingerprint, "stopped")
-        failed = self._path(record.fingerprint, "failed")
+        final = self.record_path(record.fingerprint)
+        stopped = self.record_path(record.fingerprint, "stopped")
+        failed = self.record_path(record.fingerprint, "failed")
         final.parent.mkdir(parents=True, exist_ok=True)
         if record.state in ("finished", "diverged"):
             is_created = self._create(final, _serialize(record))
@@ -91,7 +91,7 @@ class Store:
                 stopped.unlink(missing_ok=True)
                 failed.unlink(missing_ok=True)
             return is_created
-        if self._read_record(final) is not None:
+        if self.read_record(final) is not None:
             return False
         if record.state == "stopped":
             atomic_files.write_atomically(stopped, _serialize(record))
@@ -103,7 +103,7 @@ class Store:
 
     def reset_failures(self, fingerprint: str) -> None:
         """A configuration that failed counts as new again."""
-        self._path(fingerprint, "failed").unlink(missing_ok=True)
+        self.record_path(fingerprint, "failed").unlink(missing_ok=True)
 
     def discard_checkpoints(self, fingerprint: str) -> None:
         """Once its record is final it needs none."""
@@ -118,7 +118,7 @@ class Store:
         Raises BadInput on a record of an unknown schema version.
         """
         for kind in ("", "failed", "stopped"):
-            record = self._read_record(self._path(fingerprint, kind))
+            record = self.read_record(self.record_path(fingerprint, kind))
             if record is not None:
                 return record
         return None
@@ -126,16 +126,16 @@ class Store:
     def get_reusable(self, fingerprint: str, scheduler: str = "") -> Record | None:
         """The record that answers a request, if any: finished and diverged answer every request, stopped only
         one whose scheduler has the same settings."""
-        record = self._read_record(self._path(fingerprint))
+        record = self.read_record(self.record_path(fingerprint))
         if record is None and scheduler:
-            record = self._read_record(self._path(fingerprint, "stopped"))
+            record = self.read_record(self.record_path(fingerprint, "stopped"))
             if record is not None and record.scheduler != scheduler:
                 return None
         return record
 
     def count_failures(self, fingerprint: str) -> int:
         """How often this configuration has failed since it last ended in another way."""
-        data = self._read_json(self._path(fingerprint, "failed"))
+        data = self._read_json(self.record_path(fingerprint, "failed"))
         count = data.get("failures", 1) if data else 0
         return count if isinstance(count, int) else 1
 
@@ -156,7 +156,7 @@ class Store:
                 if not entry.name.startswith("."):  # temporary files, and what file systems leave
                     self._skip_file(Path(entry.path), "is not a record")
                 continue
-            if entry.path != str(self._path(match[1], match[2] or "")):
+            if entry.path != str(self.record_path(match[1], match[2] or "")):
                 self._skip_file(Path(entry.path), f"belongs in {self.records_folder / match[1][:2]}")
                 continue
             try:
@@ -193,7 +193,8 @@ class Store:
 
     # -- files
 
-    def _path(self, fingerprint: str, kind: str = "") -> Path:
+    def record_path(self, fingerprint: str, kind: str = "") -> Path:
+        """Return the path of the record file of a `kind`: final (empty), "stopped" or "failed"."""
         if not re.fullmatch(r"\w+", fingerprint):
             raise ValueError(f"not a fingerprint: {fingerprint!r}")
         return self.records_folder / fingerprint[:2] / f"{fingerprint}{'.' + kind if kind else ''}.json"
@@ -220,7 +221,7 @@ class Store:
                 and path.name == fingerprint + _SUFFIXES[cast(RecordState, state)]
             ):
                 return cast(RecordState, state)
-        record = self._read_record(path)
+        record = self.read_record(path)
         return record.state if record else None
 
     def _read_json(self, path: Path) -> dict[str, Any] | None:
@@ -242,7 +243,8 @@ class Store:
             )
         return data
 
-    def _read_record(self, path: Path) -> Record | None:
+    def read_record(self, path: Path) -> Record | None:
+        """Return the record in a file; None, with one warning, if the file is damaged or misplaced."""
         data = self._read_json(path)
         if data is None:
             return None
@@ -277,12 +279,12 @@ class Store:
         with atomic_files.temporary_file(path, data) as temporary:
             if atomic_files.link_if_absent(temporary, path):
                 return True
-            if self._read_record(path) is not None:
+            if self.read_record(path) is not None:
                 return False
             # The name is taken by a file that is no record: it must not keep the configuration from ever
             # being recorded. Under a lock, so that nobody moves the good file of one who just did the same.
             with atomic_files.lock_folder(path.parent):
-                if self._read_record(path) is None and path.exists():
+                if self.read_record(path) is None and path.exists():
                     os.replace(path, path.with_name(f".{path.name}.torn"))
                 return atomic_files.link_if_absent(temporary, path)
 

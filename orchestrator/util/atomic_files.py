@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, then named.
+"""Files that are complete or absent: written under a temporary name, synced, then renamed.
 
-A JSON file may be sealed: its last member is then a SHA-256 over all that stands before it, so that a reader
-notices a change that leaves valid JSON (another digit of a score).
+A JSON file may end with a checksum: its last member is then the SHA-256 of all bytes before it, so that a
+reader notices a change that leaves valid JSON, such as another digit of a score.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
 
 @contextmanager
 def add_path_to_disk_errors(path: Path) -> Iterator[None]:
-    """Put `path` into a disk's error that is raised inside and names no file, or the temporary one of `path`.
+    """Set `path` as the file of a disk error that names no file, or the temporary file of `path`.
 
-    Other errors are left as they are: those of networks and of Ray's time limits are OSErrors, too.
+    Other errors are left as they are: errors of networks and time limits of Ray are OSErrors, too.
     """
     try:
         yield
@@ -37,18 +37,18 @@ def add_path_to_disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def report_unwritable_folders(*folders: Path) -> Iterator[None]:
-    """Replace an error raised inside by the disk's own error, where one of `folders` cannot be written.
+    """Replace an error raised inside the block by the disk's own error, if a folder cannot be written.
 
-    A library may turn a full disk into an error of its own that does not mention the disk. So after any error
-    that does not mention it, each folder is written to, to see whether that works.
+    A library may turn a full disk into an error of its own that does not mention the disk. After such an error
+    a test file is written to each folder.
 
     Args:
-        folders: The folders that the code inside writes to. A disk's error that names no file gets the name
-            of the first one.
+        *folders: The folders that the code inside writes to. A disk error that names no file gets the name of
+            the first one.
 
     Raises:
         OSError: One of the folders cannot be written; the error names it.
-        Trouble: One of the folders is gone.
+        StudyError: One of the folders does not exist any more.
     """
     try:
         with add_path_to_disk_errors(folders[0]):
@@ -62,7 +62,7 @@ def report_unwritable_folders(*folders: Path) -> Iterator[None]:
 
 
 def _probe_folder(folder: Path, error: Exception) -> None:
-    """Write to `folder`. Where that fails, raise the reason, with `error` as its cause."""
+    """Write to `folder`; if that fails, raise the reason, with `error` as its cause."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0" * 4096)
@@ -79,7 +79,7 @@ _CHECKSUM_BYTES = 100
 
 
 class DamagedFileError(ValueError):
-    """The content of a file is not what was written to it."""
+    """The content of a file differs from what was written."""
 
 
 def add_checksum(text: str) -> bytes:
@@ -89,23 +89,23 @@ def add_checksum(text: str) -> bytes:
         text: The JSON text of an object with at least one member.
 
     Returns:
-        The text of the same object with the last member "sha256", and a newline.
+        The text of the same object with "sha256" as last member, and a newline.
     """
     body = text.rstrip().removesuffix("}").rstrip().encode()
     return body + f',"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
 
 
 def verify_checksum(data: bytes) -> bytes:
-    """Verify the checksum that `seal` has added, and remove it.
+    """Verify the checksum that `add_checksum` has added, and remove it.
 
     Args:
-        data: The bytes of a JSON file. Files of earlier versions have no checksum: they are not verified.
+        data: The bytes of a JSON file. Files of earlier versions have no checksum and are not verified.
 
     Returns:
         The JSON without the checksum.
 
     Raises:
-        Damaged: The content does not have this checksum, or another program has written the file.
+        DamagedFileError: The checksum does not match, or another program has rewritten the file.
     """
     start = max(0, len(data) - _CHECKSUM_BYTES)
     found = next((m for m in _CHECKSUM.finditer(data, start) if m.end() == len(data)), None)
@@ -119,10 +119,19 @@ def verify_checksum(data: bytes) -> bytes:
     return body + b"}"
 
 
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{32}")
+"""The names that `temporary_path` gives, by which garbage collection knows them."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Return an unused hidden name in the folder of `path`, for a file or folder until it is complete."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
 @contextmanager
 def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
-    """A synced file with `data` in the folder of `path`, under a name nobody else uses; gone afterwards."""
-    name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """Write `data` to a synced temporary file in the folder of `path`, and remove it after the block."""
+    name = temporary_path(path)
     try:
         with add_path_to_disk_errors(path), name.open("xb") as file:
             file.write(data)
@@ -134,11 +143,15 @@ def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def link_if_absent(source: Path, path: Path) -> bool:
-    """Gives `source` the name `path`; False when that name is taken. One of several callers wins."""
+    """Give the file `source` the additional name `path`, if that is free. One of several callers wins.
+
+    Returns:
+        Whether `source` has the name now.
+    """
     try:
         os.link(source, path)
     except FileExistsError:
-        # NFS repeats a request whose answer was lost: the name may be taken by ourselves.
+        # NFS repeats a request whose answer was lost: this very call may have taken the name.
         if source.stat().st_nlink < 2:
             return False
     sync_folder(path.parent)
@@ -146,23 +159,42 @@ def link_if_absent(source: Path, path: Path) -> bool:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` to `path`; a reader sees the old file or the new one."""
-    with add_path_to_disk_errors(path), temporary_file(path, data) as source:
-        os.replace(source, path)
-        sync_folder(path.parent)
+    """Write `data` to `path`. A reader sees the old file or the new one."""
+    with replace_atomically(path) as source:
+        source.write_bytes(data)
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; afterwards the file is synced and renamed to `path`.
+
+    If the block raises, `path` stays as it was and the temporary file is removed.
+    """
+    draft = temporary_path(path)
+    try:
+        with add_path_to_disk_errors(path):
+            yield draft
+            sync_file(draft)
+            os.replace(draft, path)
+            sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_json(path: Path, schema: Any, description: str, remedy: str) -> Any:
-    """Return the JSON file `path` as a `kind`, None where there is no such file.
+    """Read a JSON file and validate it.
 
     Args:
         path: The file.
-        kind: A type that pydantic knows.
-        what: What the file should be, with its article: "a study".
+        schema: The type that the content must have, one that pydantic knows.
+        description: What the file should be, with an article: "a study".
         remedy: What the user can do about a bad file; the end of the error line.
 
+    Returns:
+        The content as an instance of `schema`; None if the file does not exist.
+
     Raises:
-        BadInput: The file cannot be read, is damaged, or is no `kind`.
+        UsageError: The file cannot be read, is damaged, or does not match `schema`.
     """
     try:
         text = path.read_bytes()
@@ -174,10 +206,17 @@ def read_json(path: Path, schema: Any, description: str, remedy: str) -> Any:
 
 
 def parse_json(text: bytes, schema: Any, source: str, description: str, remedy: str) -> Any:
-    """Return JSON as a `kind`; the other arguments as in `read`, with `where` for the path.
+    """Validate JSON.
+
+    Args:
+        text: The JSON, with or without a checksum.
+        schema: As in `read_json`.
+        source: Where the text comes from, for the error line.
+        description: As in `read_json`.
+        remedy: As in `read_json`.
 
     Raises:
-        BadInput: It is damaged, or is no `kind`.
+        UsageError: The text is damaged, or does not match `schema`.
     """
     from pydantic import ValidationError
 
@@ -201,8 +240,14 @@ def _type_adapter(schema: Any) -> Any:
     return TypeAdapter(schema)
 
 
+def sync_file(path: Path) -> None:
+    """Write a file's content to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
-    """A new name survives a power cut only when its folder has been synced."""
+    """Write a folder's entries to the disk: without that, a new name may be lost in a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -212,7 +257,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock file; another process waits. The lock ends with the process that holds it."""
+    """Hold the folder's lock file; other processes wait. The lock ends with the process that holds it."""
     import fcntl
 
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -224,7 +269,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder of the store. Raises BadInput where something else has its name, or OSError."""
+    """Make a folder of the store.
+
+    Raises:
+        UsageError: The folder cannot be made, for example because a file has its name.
+        OSError: The disk is full or cannot be used.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,11 +286,11 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Create the folder of a store if needed, and try to write there.
+    """Create the folder of a store if needed, and write a test file there.
 
     Raises:
-        BadInput: It is no folder, or has no hard links.
-        OSError: The disk is full or cannot be used, as `refused_by_disk` tells; the error names the folder.
+        UsageError: It is no folder, cannot be written, or its file system has no hard links.
+        OSError: The disk is full or cannot be used (see `describe_disk_error`); the error names the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

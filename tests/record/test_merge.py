@@ -47,8 +47,8 @@ def test_what_is_new_comes_and_what_is_here_stays(stores, make_record):
     here.put(make_record(seed=3))
     there.put(make_record(seed=3, state="failed"))
     there.put(make_record(seed=4, state="diverged"))
-    taken = merge_stores(here, there)
-    assert (taken.records, taken.already_present, taken.damaged) == (2, 2, 0)
+    summary = merge_stores(here, there)
+    assert (summary.records, summary.already_present, summary.damaged) == (2, 2, 0)
     assert here.get(mine.fingerprint).reason == "mine", "the first final record stays"
     assert here.get(make_record(seed=2).fingerprint).state == "finished"
     assert sorted(here.states().values()) == ["diverged", "finished", "finished", "finished"]
@@ -87,16 +87,16 @@ def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
     name = make_record(seed=1).fingerprint
     (there.records_folder / name[:2] / f"{name}.json").write_bytes(b'{"schema_version":1,"fin')
     lane = make_record(seed=3).fingerprint
-    torn = _checkpoint(there, lane, 20)
-    torn.write_bytes(torn.read_bytes()[:-4])
+    damaged = _checkpoint(there, lane, 20)
+    damaged.write_bytes(damaged.read_bytes()[:-4])
     _checkpoint(there, lane, 10)
     with caplog.at_level(logging.WARNING):
-        taken = merge_stores(here, there)
-    assert (taken.records, taken.lanes) == (1, 1)
+        summary = merge_stores(here, there)
+    assert (summary.records, summary.lanes) == (1, 1)
     assert list(here.states()) == [make_record(seed=2).fingerprint]
     assert [p.name for p in here.checkpoints.rglob("*.safetensors")] == ["step-00000010.safetensors"]
     assert name in caplog.text
-    assert str(torn) in caplog.text
+    assert str(damaged) in caplog.text
 
 
 def test_a_record_torn_here_is_healed_by_a_whole_one(stores, make_record):
@@ -120,9 +120,9 @@ def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record
     _checkpoint(there, behind, 20)
     _checkpoint(there, done, 20)
     before = kept.read_bytes()
-    taken = merge_stores(here, there)
-    assert taken.lanes == 1
-    assert taken.bytes > 0
+    summary = merge_stores(here, there)
+    assert summary.lanes == 1
+    assert summary.bytes > 0
     found = sorted(
         str(p.relative_to(here.checkpoints / further)) for p in here.checkpoints.glob(f"{further}/*/*")
     )
@@ -162,8 +162,8 @@ def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
     for one in (came, other):
         (there.adapters / one.fingerprint).mkdir(parents=True)
         (there.adapters / one.fingerprint / "adapter_config.json").write_text("{}")
-    taken = merge_stores(here, there)
-    assert (taken.bases, taken.calibrations, taken.adapters) == (1, 1, 1)
+    summary = merge_stores(here, there)
+    assert (summary.bases, summary.calibrations, summary.adapters) == (1, 1, 1)
     assert (here.adapters / came.fingerprint / "adapter_config.json").read_text() == "{}"
     assert not (here.adapters / other.fingerprint).exists(), "it is not the adapter of the record that stayed"
     assert sorted(p.name for p in here.bases.iterdir()) == ["b-1", "b-mine", "b-theirs", "b.recipe.json"]
@@ -194,8 +194,8 @@ def test_the_command_merges_all_and_names_the_next_one(run, tmp_path, make_recor
     done = run(*merging, "other1", "other2")
     assert (done.returncode, done.stderr) == (0, "")
     first, second, following = done.stdout.splitlines()
-    assert first.startswith(f"{tmp_path}/other1: 1 records taken, 0 known already; ")
-    assert second.startswith(f"{tmp_path}/other2: 1 records taken, ")
+    assert first.startswith(f"{tmp_path}/other1: 1 records copied, 0 present already; ")
+    assert second.startswith(f"{tmp_path}/other2: 1 records copied, ")
     assert following == "Next: python -m orchestrator sync --output joined (Parquet and MLflow)"
     assert len(Store(tmp_path / "joined" / "store").states()) == 2
     run(*merging, "nowhere").assert_refused("there is no store here")
@@ -254,8 +254,10 @@ def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_recor
             assert outcomes[0][fingerprint][0] == "finished"
         else:
             stops = [r.steps for r in records if r.fingerprint == fingerprint and r.state == "stopped"]
-            held = Store(root / "joined0")._read_record(Store(root / "joined0")._path(fingerprint, "stopped"))
-            kept = [p._read_record(p._path(fingerprint, "stopped")) for p in parts]
+            held = Store(root / "joined0").read_record(
+                Store(root / "joined0").record_path(fingerprint, "stopped")
+            )
+            kept = [p.read_record(p.record_path(fingerprint, "stopped")) for p in parts]
             assert (held is not None) == bool(stops)
             if held is not None:
                 assert held.steps == max(k.steps for k in kept if k is not None)
