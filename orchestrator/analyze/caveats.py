@@ -103,8 +103,8 @@ def _tuning_caveats(result: TunedComparison, where: str) -> list[str]:
     if result.looks:
         seeds = ", ".join(map(str, result.looks))
         caveats.append(
-            f"{where}: look {len(result.looks) + 1} at {len(result.seeds)} seeds, after a verdict at {seeds}: "
-            "seeds that are added until it decides no longer hold the 5 % exactly."
+            f"{where}: look {len(result.looks) + 1} at {len(result.seeds)} seeds, after a verdict at {seeds}"
+            ": seeds that are added until it decides no longer hold the 5 % exactly."
         )
     return caveats
 

@@ -121,7 +121,8 @@ def compare_tuned(
             its chosen point counts, or else the point with most seeds.
         baseline: The variant that the others are compared with.
         margin: The smallest difference of the test score that matters.
-        tuning_choices: Variant -> its chosen point. A variant without a record counts as unknown in the claim.
+        tuning_choices: Variant -> its chosen point. A variant without a record counts as unknown in the
+            claim.
         looks: The numbers of seeds from which a verdict was read, see `StudyFile.looks`.
 
     Returns:

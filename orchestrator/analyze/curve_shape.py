@@ -1,8 +1,8 @@
 """Statistics of one curve, score over learning rate. Plain numbers, no records.
 
-A curve is two sequences of the same length. `x` is log10 of the learning rates, strictly ascending. `y` is the
-mean score at each rate, higher is better; it is None where runs were stopped early (censored). Between two
-neighbours with a score the curve is linear in x; elsewhere it is unknown. `best` is the index of the best
+A curve is two sequences of the same length. `x` is log10 of the learning rates, strictly ascending. `y` is
+the mean score at each rate, higher is better; it is None where runs were stopped early (censored). Between
+two neighbours with a score the curve is linear in x; elsewhere it is unknown. `best` is the index of the best
 rate, as `best_index` returns it.
 """
 
@@ -30,7 +30,10 @@ def best_index(y: CurveScores) -> int | None:
 
 
 def bracket_status(y: CurveScores, best: int) -> BracketStatus:
-    """Return whether the grid encloses the best rate. An edge rate with the same score does not enclose it."""
+    """Return whether the grid encloses the best rate.
+
+    An edge rate with the same score does not enclose it.
+    """
     peak = y[best]
     low, high = (peak is not None and v is not None and v >= peak - SCORE_EPSILON for v in (y[0], y[-1]))
     if low and high:

@@ -149,7 +149,7 @@ def _curve_statistics(
 
 
 def _reference_curve(means: Mapping[str, CurveMeans], variants: Mapping[str, str]) -> str | None:
-    """Return the label of LoRA's curve; the best one if a study has several, for example of several alphas."""
+    """Return the label of LoRA's curve; the best one if a study has several, say of several alphas."""
     scores = {
         label: m.y[m.best] or 0.0
         for label, m in means.items()

@@ -43,8 +43,8 @@ def group_into_panels(records: Sequence[Record]) -> list[tuple[dict[str, Value],
     """Group records into panels of curves that may be compared.
 
     The records of one curve differ in learning rate and seed only. A column such as rank, which every variant
-    has, splits panels only if it varies within one variant, so that a variant that needs another rank stays in
-    the panel.
+    has, splits panels only if it varies within one variant, so that a variant that needs another rank stays
+    in the panel.
 
     Returns:
         For each panel what tells it from the other panels of its task and model (column -> value, usually

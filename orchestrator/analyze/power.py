@@ -123,9 +123,10 @@ def decision_probability(mean: float, margin: float, error: float, degrees: floa
 
     The interval is the observed difference -+ `critical` times its estimated error. It is undecided if it
     contains both minus the margin and 0, that is, if the observed difference lies between -c s error and
-    c s error - margin, where c is the critical value and s the sample's standard deviation divided by the true
-    one. For a given s this is a difference of two normal probabilities; the result is the mean over s. The
-    outcomes "better" and "equivalent" need no term of their own: their intervals lie above minus the margin.
+    c s error - margin, where c is the critical value and s the sample's standard deviation divided by the
+    true one. For a given s this is a difference of two normal probabilities; the result is the mean over s.
+    The outcomes "better" and "equivalent" need no term of their own: their intervals lie above minus the
+    margin.
 
     Args:
         mean: The true difference.

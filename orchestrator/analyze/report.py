@@ -90,7 +90,7 @@ def write_report(
 
 def _render_pictures(summary: Summary) -> dict[str, bytes]:
     """Return the pictures of a summary: file name -> PNG."""
-    from orchestrator.analyze.plots import curves, forest, search_curves
+    from orchestrator.analyze.plots import curves, forest, search_curves, spread
 
     pictures = {}
     if summary.comparisons:
@@ -98,7 +98,7 @@ def _render_pictures(summary: Summary) -> dict[str, bytes]:
     if summary.searches:
         pictures["search.png"] = search_curves.plot_search(summary.searches)
     if summary.panels or not pictures:
-        pictures |= {"curves.png": curves.plot_curves(summary), "spread.png": curves.plot_spread(summary)}
+        pictures |= {"curves.png": curves.plot_curves(summary), "spread.png": spread.plot_spread(summary)}
     return pictures
 
 

@@ -5,9 +5,9 @@ pooled over the variants v = 1 ... K, of n_v seeds each:
 
     S^2 = sum_v sum_s (d(v, s) - mean d(v))^2 / sum_v (n_v - 1);    mean d(v) has the error S / sqrt(n_v).
 
-All d share the baseline's noise, so any two of them are correlated by 1/2. Therefore S^2 has 4 / (K + 3) times
-its sum_v (n_v - 1) degrees of freedom (Satterthwaite; all of them if K = 1). The simultaneous intervals are
-Dunnett's: mean d(v) -+ c S / sqrt(n_v), with c from the multivariate t distribution with that correlation.
+All d share the baseline's noise, so any two of them are correlated by 1/2. Therefore S^2 has 4 / (K + 3)
+times its sum_v (n_v - 1) degrees of freedom (Satterthwaite; all of them if K = 1). The simultaneous intervals
+are Dunnett's: mean d(v) -+ c S / sqrt(n_v), with c from the multivariate t distribution of that correlation.
 
 The outcome of a variant is read off its interval, so that word and picture cannot disagree and all outcomes
 hold at once: better (above 0), worse (below 0), equivalent (within the margin), not inferior (above minus the
@@ -16,19 +16,19 @@ three questions: difference, equivalence (two one-sided tests) and non-inferiori
 reject a little before the interval does.
 
 A variant whose differences vary more than those of the others (F test at 5 %, shared among the variants)
-leaves the pool. It is judged by its own variance, with Sidak's critical value. Simulated simultaneous coverage
-with four variants and ten seeds (3,000 draws): 95.7 % with equal standard deviations; 94.1 % if that of one
-variant is four times as large and 93.4 % if it is twice as large; 96.6 % if the baseline's is three times as
-large. Without this rule the second case has 86.1 %.
+leaves the pool. It is judged by its own variance, with Sidak's critical value. The simulated simultaneous
+coverage with four variants and ten seeds (3,000 draws) is 95.7 % with equal standard deviations; 94.1 % if
+that of one variant is four times as large and 93.4 % if it is twice as large; 96.6 % if the baseline's is
+three times as large. Without this rule it is 86.1 % in the second case.
 
 If any seed of a variant or of the baseline diverged, the variant gets no interval and no test: with the floor
 among them the scores have two modes, which no t distribution covers. The share of diverged seeds and the mean
-of the others are given instead, and the claim counts the variant as unknown. So an interval is about runs that
-do not diverge: ten seeds without a divergence leave a share of up to 28 % possible. Simulated with four
-variants, ten seeds and 2,000 draws, one variant diverging with probability 5 %, 15 % and 30 %: the intervals
-hold simultaneously, for runs that do not diverge, in 95, 95 and 94 % of the studies; for the mean that counts
-a divergence as the floor in only 41, 77 and 91 %, because in the other studies none of the ten seeds happens
-to diverge.
+of the others are given instead, and the claim counts the variant as unknown. So an interval is about runs
+that do not diverge: ten seeds without a divergence leave a share of up to 28 % possible. In simulations with
+four variants, ten seeds and 2,000 draws, one variant diverges with probability 5 %, 15 % and 30 %. For runs
+that do not diverge, all intervals hold in 95, 95 and 94 % of the studies. For the mean that counts a
+divergence as the floor they hold in only 41, 77 and 91 %, because in the other studies none of the ten seeds
+happens to diverge.
 """
 
 from __future__ import annotations
@@ -393,7 +393,8 @@ def _pairing_gain(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float 
         alpha: The level of the F test.
 
     Returns:
-        The mean correlation of the baseline with the variants, and whether seeds differ by more than the noise.
+        The mean correlation of the baseline with the variants, and whether seeds differ by more than the
+        noise.
     """
     import numpy as np
     from scipy import stats

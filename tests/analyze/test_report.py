@@ -15,7 +15,7 @@ from rich.console import Console
 from synthetic import RATES, STUDY, record, study
 
 from orchestrator.analyze import caveats, formatting
-from orchestrator.analyze.plots import curves
+from orchestrator.analyze.plots import curves, spread, style
 from orchestrator.analyze.report import write_report
 from orchestrator.analyze.results import Summary
 from orchestrator.analyze.sensitivity import summarize
@@ -146,7 +146,7 @@ def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
 def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
     before = dict(rcParams)
     summary = summarize(records)
-    for picture in (curves.plot_curves(summary), curves.plot_spread(summary)):
+    for picture in (curves.plot_curves(summary), spread.plot_spread(summary)):
         image = Image.open(io.BytesIO(picture)).convert("RGB")
         assert image.width == 1200
         assert image.height >= 360
@@ -156,7 +156,7 @@ def test_pictures_are_1200_wide_and_not_empty(records: list[Record]) -> None:
 
 def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
     records = [record(v) for v in ("adalora", "dora", "hira", "lora", "miss", "olora", "pissa", "rslora")]
-    looks = curves.curve_styles(summarize(records))
+    looks = style.curve_styles(summarize(records))
     assert looks["lora"].colour == "#000000"
     assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 8
 

@@ -1,4 +1,4 @@
-"""The picture of a tuned comparison: each variant's difference from the tuned baseline, with the margin."""
+"""The picture of a tuned comparison: the difference of every variant from the tuned baseline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from orchestrator.analyze import formatting, verdict
 from orchestrator.analyze.comparison import TunedComparison
 from orchestrator.analyze.intervals import Interval
-from orchestrator.analyze.plots import curves
+from orchestrator.analyze.plots.style import RC_PARAMS, figure_layout, render_png
 from orchestrator.analyze.significance import PairedComparison
 
-# Blue above, orange below, green for no difference that matters: told apart with any colour vision, and by
-# words.
+# Blue is better, orange worse, green no difference that matters. The colours differ for any colour vision,
+# and every outcome is written out as well.
 OUTCOME_COLOURS = {
     "better": "#0072B2",
     "worse": "#D55E00",
@@ -29,15 +29,20 @@ _MARGIN_COLOUR = "#009E73"
 
 
 def plot_forest(comparisons: Sequence[TunedComparison]) -> bytes:
-    """PNG, 1200 pixels wide: a row a variant, its mean difference of the test score with the simultaneous
-    95 % interval over the band of the margin; its outcome as a word."""
-    with rc_context(curves.RC_PARAMS):
+    """Draw a row per variant: its mean difference of the test score, its interval and its outcome.
+
+    The intervals are simultaneous ones at 95 %. The margin is a green band.
+
+    Returns:
+        A PNG, 1200 pixels wide.
+    """
+    with rc_context(RC_PARAMS):
         rows = [max(2, len(c.comparison.pairs)) + 1.6 for c in comparisons]
-        figure = Figure(figsize=(12, 1.0 + 0.52 * sum(rows) + 0.8 * len(rows)), layout=curves.figure_layout())
+        figure = Figure(figsize=(12, 1.0 + 0.52 * sum(rows) + 0.8 * len(rows)), layout=figure_layout())
         grid = figure.subplots(max(1, len(rows)), 1, squeeze=False, height_ratios=rows or None)
-        for axes, found in zip(grid.flat, comparisons, strict=False):
-            _draw_comparison(axes, found)
-        return curves.render_png(figure)
+        for axes, comparison in zip(grid.flat, comparisons, strict=False):
+            _draw_comparison(axes, comparison)
+        return render_png(figure)
 
 
 def _draw_comparison(axes: Axes, result: TunedComparison) -> None:
@@ -76,7 +81,7 @@ def _draw_pair(axes: Axes, y: int, pair: PairedComparison, left: float, right: f
         return
     value = verdict.signed_number(pair.difference)
     note: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5, "color": colour}
-    if not left <= pair.difference <= right:  # far out: an arrow and its number
+    if not left <= pair.difference <= right:  # beyond the axes: an arrow and the number
         end, arrow, side = (left, "<", 1) if pair.difference < left else (right, ">", -1)
         axes.plot(end, y, arrow, markersize=10, color=colour, zorder=4, clip_on=False)
         alignment: dict[str, Any] = {"ha": "left" if side > 0 else "right", "va": "center"}
@@ -104,8 +109,11 @@ def _interval_text(interval: Interval) -> str:
 
 
 def x_limits(pairs: Sequence[PairedComparison], margin: float) -> tuple[float, float]:
-    """Wide enough for two thirds of the means and for what is near; the far ones would press all others
-    together."""
+    """Return the limits of the x axis.
+
+    They hold two thirds of the means and what is near them. Limits that held the outliers as well would leave
+    no room to tell the others apart.
+    """
     means = sorted(abs(p.difference) for p in pairs if p.difference is not None)
     widths = sorted(p.interval.high - p.interval.low for p in pairs if p.interval is not None)
     usual = widths[(len(widths) - 1) // 2] if widths else margin

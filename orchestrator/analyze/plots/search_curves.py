@@ -1,4 +1,4 @@
-"""The picture of a search: where its points lie and how the best one came about."""
+"""The picture of a search: the score of its points, and the best score as points are added."""
 
 from __future__ import annotations
 
@@ -13,31 +13,44 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from orchestrator.analyze import formatting
-from orchestrator.analyze.plots import curves
+from orchestrator.analyze.plots.style import (
+    GREY,
+    RC_PARAMS,
+    CurveStyle,
+    figure_layout,
+    render_png,
+    styles_by_label,
+)
 from orchestrator.analyze.search_results import SearchResult
 from orchestrator.analyze.tuning import TuningPoint, TuningResult
 
 
 def plot_search(searches: tuple[SearchResult, ...]) -> bytes:
-    """PNG, 1200 pixels wide, a row a task and model. Left: validation score over learning rate, a dot a
-    point, hollow where stopped early (its last score), a cross where diverged, the best ringed. Right: the
-    best so far over the points in the order in which they were begun."""
-    with rc_context(curves.RC_PARAMS):
-        figure = Figure(figsize=(12, 5.6 * max(1, len(searches))), layout=curves.figure_layout())
+    """Draw two axes per task and model.
+
+    On the left is the validation score over the learning rate, a dot per point: hollow at its last score if
+    it was stopped early, a cross if it diverged, ringed if it is the best. On the right is the best score so
+    far, over the points in the order in which they started.
+
+    Returns:
+        A PNG, 1200 pixels wide.
+    """
+    with rc_context(RC_PARAMS):
+        figure = Figure(figsize=(12, 5.6 * max(1, len(searches))), layout=figure_layout())
         grid = figure.subplots(max(1, len(searches)), 2, squeeze=False, width_ratios=(3, 2), sharey="row")
         for (left, right), search in zip(grid, searches, strict=False):
             names = [v.variant for v in search.variants]
-            styles = curves.styles_by_label(names)
+            styles = styles_by_label(names)
             _plot_points(left, search, styles)
             _plot_running_best(right, search, styles)
             _add_legend(right, search, styles)
-        return curves.render_png(figure)
+        return render_png(figure)
 
 
-def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
+def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
     axes.set_xscale("log")
     if search.untrained_validation is not None:
-        axes.axhline(search.untrained_validation, color=curves.GREY, linestyle=":", linewidth=1.4, zorder=1.5)
+        axes.axhline(search.untrained_validation, color=GREY, linestyle=":", linewidth=1.4, zorder=1.5)
     for variant in search.variants:
         for point in variant.points:
             _plot_point(axes, point, styles[variant.variant], search.floor)
@@ -51,7 +64,7 @@ def _plot_points(axes: Axes, search: SearchResult, styles: Mapping[str, curves.C
     axes.set_ylabel(f"{search.metric.replace('_', ' ')} (validation)")
 
 
-def _plot_point(axes: Axes, point: TuningPoint, curve_style: curves.CurveStyle, floor: float) -> None:
+def _plot_point(axes: Axes, point: TuningPoint, curve_style: CurveStyle, floor: float) -> None:
     x = point.learning_rate
     if point.states.get("diverged") and not point.states.get("finished"):
         axes.plot(x, floor, "x", color=curve_style.colour, markersize=8, zorder=4, clip_on=False)
@@ -63,7 +76,7 @@ def _plot_point(axes: Axes, point: TuningPoint, curve_style: curves.CurveStyle, 
         axes.plot(x, point.validation.mean, curve_style.marker, color=curve_style.colour, **style)
 
 
-def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
+def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
     most = max((len(v.points) for v in search.variants), default=1)
     for variant in search.variants:
         best = running_best(variant)
@@ -80,18 +93,18 @@ def _plot_running_best(axes: Axes, search: SearchResult, styles: Mapping[str, cu
 
 
 def running_best(variant: TuningResult) -> list[float]:
-    """The highest score among the first 1, 2, ... points that may be chosen; NaN before there is one."""
-    found: list[float] = []
+    """Return the highest score of an eligible point among the first 1, 2, ... points; NaN without any."""
+    running: list[float] = []
     best = math.nan
     for point in variant.points:
         mean = point.validation.mean
         if point.eligible and mean is not None and not mean <= best:
             best = mean
-        found.append(best)
-    return found
+        running.append(best)
+    return running
 
 
-def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, curves.CurveStyle]) -> None:
+def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, CurveStyle]) -> None:
     handles = []
     for v in search.variants:
         best = "no score yet"
@@ -99,7 +112,7 @@ def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, curves.Cu
             best = f"best at {formatting.rate(v.best.learning_rate)}{' (edge)' if v.edges else ''}"
         style = styles[v.variant]
         handles.append(Line2D([], [], color=style.colour, marker=style.marker, label=f"{v.variant}\n{best}"))
-    grey: dict[str, Any] = {"color": curves.GREY, "linestyle": ""}
+    grey: dict[str, Any] = {"color": GREY, "linestyle": ""}
     ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none"}
     states = {state for v in search.variants for p in v.points for state in p.states}
     handles.append(Line2D([], [], label="best point", **ring, **grey))
@@ -108,7 +121,7 @@ def _add_legend(axes: Axes, search: SearchResult, styles: Mapping[str, curves.Cu
     if "diverged" in states:
         handles.append(Line2D([], [], marker="x", label="diverged (floor)", **grey))
     if search.untrained_validation is not None:
-        handles.append(Line2D([], [], color=curves.GREY, linestyle=":", label="untrained base"))
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="untrained base"))
     legend_position: dict[str, Any] = {
         "loc": "upper left",
         "bbox_to_anchor": (1.02, 1.02),

@@ -1,0 +1,103 @@
+"""The picture of what one common learning rate hides: test scores there and at each variant's best rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from orchestrator.analyze import formatting
+from orchestrator.analyze.plots.style import (
+    GREY,
+    RC_PARAMS,
+    CurveStyle,
+    clip_to_score_range,
+    curve_styles,
+    figure_layout,
+    render_png,
+    score_range,
+)
+from orchestrator.analyze.results import Panel, Spread, Summary
+
+
+def plot_spread(summary: Summary) -> bytes:
+    """Draw two test scores of each variant: at the common rate (hollow) and at its own best rate (filled).
+
+    The filled one has its t-interval. Above them, two brackets show the spread of the variants at the common
+    rate and at their own best rates.
+
+    Returns:
+        A PNG, 1200 pixels wide.
+    """
+    with rc_context(RC_PARAMS):
+        rows = [max(3, len(p.curves)) + 2.4 for p in summary.panels]
+        figure = Figure(figsize=(12, max(3.6, 0.42 * sum(rows) + 1.0 * len(rows))), layout=figure_layout())
+        styles = curve_styles(summary)
+        if summary.panels:
+            grid = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)
+            for axes, panel in zip(grid.flat, summary.panels, strict=True):
+                _plot_dumbbells(axes, panel, styles)
+        return render_png(figure)
+
+
+def _plot_dumbbells(axes: Axes, panel: Panel, styles: Mapping[str, CurveStyle]) -> None:
+    shown = sorted(
+        panel.curves, key=lambda c: (c.best_test.mean is not None, c.best_test.mean or 0.0, c.label)
+    )
+    for y, c in enumerate(shown):
+        colour = styles[c.label].colour
+        own, common = c.best_test.mean, c.test_at_common_rate
+        if own is None:
+            axes.text(0.5, y, "no score yet", transform=axes.get_yaxis_transform(), va="center", color=GREY)
+            continue
+        if c.best_test.interval is not None:
+            low, high = clip_to_score_range(c.best_test.interval, panel)
+            axes.hlines(y, low, high, color=colour, alpha=0.22, linewidth=9, zorder=1.5)
+        if common is not None:
+            axes.hlines(y, min(own, common), max(own, common), color=colour, linewidth=2, zorder=2)
+            axes.plot(common, y, "o", markersize=10, color=colour, markerfacecolor="white", markeredgewidth=2)
+        axes.plot(own, y, "o", markersize=9, color=colour, zorder=4)
+        rate_text = f"own {formatting.best_rate_text(c)}"
+        axes.text(
+            1.012,
+            y,
+            rate_text,
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9.5,
+            color="#444444",
+        )
+    axes.set_yticks(range(len(shown)), [c.label for c in shown])
+    top = len(shown)
+    axes.set_ylim(-0.6, top + 1.5)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    bounds = score_range(panel)
+    if bounds:
+        axes.set_xlim(bounds[0] - 0.03, bounds[1] + 0.03)
+    axes.set_xlabel(f"{panel.metric.replace('_', ' ')} (test)")
+    axes.set_title(formatting.panel_title(panel), pad=8)
+    _plot_spread_bracket(
+        axes,
+        top + 0.9,
+        panel.spread_at_common,
+        f"at {panel.common_rate_label}, {formatting.rate(panel.common_rate)} (hollow)",
+    )
+    _plot_spread_bracket(axes, top, panel.spread_at_best, "each at its own best rate (filled)")
+
+
+def _plot_spread_bracket(axes: Axes, y: float, spread: Spread | None, text: str) -> None:
+    """Draw the range of a spread with its size and `text`."""
+    if spread is None:
+        return
+    axes.plot(
+        [spread.low, spread.high], [y, y], "|-", color=GREY, markersize=9, linewidth=1.5, markeredgewidth=1.5
+    )
+    left, right = axes.get_xlim()
+    relative_position = ((spread.low + spread.high) / 2 - left) / (right - left)
+    x, side = (spread.high, "right") if relative_position > 0.6 else (spread.low, "left")
+    note = f"{formatting.number(spread.size, 2)} apart, {text}"
+    axes.text(x, y + 0.15, note, ha=side, va="bottom", fontsize=9.5)

@@ -1,0 +1,92 @@
+"""What all pictures of a report share: colours, markers, layout and the PNG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from orchestrator.analyze.intervals import Interval
+from orchestrator.analyze.results import REFERENCE_VARIANT, Panel, Summary
+
+# Okabe and Ito's colours, told apart with any colour vision; yellow is too pale on white and is replaced by
+# olive.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A00")
+_MARKERS = "osD^vPX*"
+GREY = "#6b6b6b"
+RC_PARAMS: Any = {
+    "font.size": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "axes.edgecolor": "#999999",
+    "axes.titlesize": 12.0,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.minor.size": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class CurveStyle:
+    """How one curve is drawn."""
+
+    colour: str
+    marker: str
+
+
+def curve_styles(summary: Summary) -> dict[str, CurveStyle]:
+    """Return label -> style, the same in every panel."""
+    return styles_by_label({c.label for p in summary.panels for c in p.curves})
+
+
+def styles_by_label(labels: Iterable[str]) -> dict[str, CurveStyle]:
+    """Return label -> style. LoRA is black, the others get colours in the order of their names."""
+    ordered = sorted(labels, key=lambda label: (label.partition(" ")[0] != REFERENCE_VARIANT, label))
+    return {
+        label: CurveStyle(COLOURS[i % len(COLOURS)], _MARKERS[i % len(_MARKERS)])
+        for i, label in enumerate(ordered)
+    }
+
+
+def score_range(panel: Panel) -> tuple[float, float] | None:
+    """Return the metric's range: (0, 1) if every score is in it, else None.
+
+    Intervals are not drawn beyond the range.
+    """
+    scores = [
+        v
+        for c in panel.curves
+        for p in c.points
+        for r in p.runs
+        for v in (r.last_validation, r.test)
+        if v is not None
+    ]
+    return (0.0, 1.0) if all(0.0 <= v <= 1.0 for v in [*scores, panel.floor]) else None
+
+
+def clip_to_score_range(interval: Interval, panel: Panel) -> tuple[float, float]:
+    """Return the ends of an interval, cut to the metric's range."""
+    low, high = score_range(panel) or (-math.inf, math.inf)
+    return max(low, interval.low), min(high, interval.high)
+
+
+def figure_layout() -> ConstrainedLayoutEngine:
+    """Return the layout engine of a figure."""
+    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+
+
+def render_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG of 100 dots per inch."""
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=100, facecolor="white")
+        return buffer.getvalue()
