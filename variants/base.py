@@ -39,31 +39,12 @@ from variants.variant_settings import (
 )
 
 __all__ = [
-    "AdaptationScope",
-    "Batching",
-    "CalibrationStatistic",
-    "ExtraSettings",
-    "FrozenLayer",
-    "InitialTensors",
-    "LaneView",
-    "LayerView",
-    "MergeError",
-    "Params",
-    "UnsupportedError",
-    "Variant",
-    "VariantSettings",
-    "VerifiedBy",
-    "batch_invariant_baddbmm",
-    "batch_invariant_bmm",
-    "float_setting",
-    "int_setting",
-    "lora_init",
-    "pad_rank_one",
-    "parameter_generator",
-    "positive_setting",
-    "stable_seed",
+    "AdaptationScope", "Batching", "CalibrationStatistic", "ExtraSettings", "FrozenLayer",
+    "InitialTensors", "LaneView", "LayerView", "MergeError", "Params", "UnsupportedError", "Variant",
+    "VariantSettings", "VerifiedBy", "batch_invariant_baddbmm", "batch_invariant_bmm", "float_setting",
+    "int_setting", "lora_init", "pad_rank_one", "parameter_generator", "positive_setting", "stable_seed",
     "uniform_init",
-]
+]  # fmt: skip
 
 
 class Batching(StrEnum):

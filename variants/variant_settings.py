@@ -50,16 +50,15 @@ def float_setting(
         settings: The settings, with all defaults filled in.
         name: The key in `settings.extra`.
         minimum: The smallest permitted value.
-        below: The upper limit, which is itself not permitted.
+        below: The upper limit, which is not permitted itself.
 
     Raises:
         UnsupportedError: The value is not a number in this range.
     """
     value = settings.extra[name]
     if isinstance(value, (str, bool)) or not minimum <= value < below:
-        raise UnsupportedError(
-            f"{name} {value!r}: must be a number of at least {minimum:g} and below {below:g}"
-        )
+        kind, limit = ("number", f" and below {below:g}") if below < math.inf else ("finite number", "")
+        raise UnsupportedError(f"{name} {value!r}: must be a {kind} of at least {minimum:g}{limit}")
     return float(value)
 
 

@@ -20,6 +20,7 @@ from variants.base import (
     VerifiedBy,
     batch_invariant_baddbmm,
     batch_invariant_bmm,
+    float_setting,
     int_setting,
     lora_init,
     parameter_generator,
@@ -70,14 +71,13 @@ class LoRAMoE(Variant):
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
         int_setting(settings, "experts", 2)
-        experts, top_k, balance = _expert_count(settings), settings.extra["top_k"], settings.extra["balance"]
+        experts, top_k = _expert_count(settings), settings.extra["top_k"]
         if experts == 1:
             most = settings.extra["experts"]
             raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
         if int_setting(settings, "top_k", 0) > experts:
             raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
-        if isinstance(balance, (str, bool)) or not math.isfinite(balance) or balance < 0:
-            raise UnsupportedError(f"balance {balance!r}: must be a finite number of at least 0")
+        float_setting(settings, "balance")
         return settings
 
     def scaling(self, settings: VariantSettings) -> float:

@@ -5,7 +5,6 @@ Layers whose directions explain more variance get more ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
@@ -18,8 +17,8 @@ from variants.base import (
     FrozenLayer,
     InitialTensors,
     Params,
-    UnsupportedError,
     VariantSettings,
+    float_setting,
     int_setting,
     stable_seed,
 )
@@ -57,9 +56,7 @@ class EVA(LoRA):
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
         int_setting(settings, "calibration_batches")
-        rho = settings.extra["rho"]
-        if isinstance(rho, (str, bool)) or not math.isfinite(rho) or rho < 1:
-            raise UnsupportedError(f"rho {rho!r}: must be a finite number of at least 1; the paper's is 2")
+        float_setting(settings, "rho", minimum=1)
         return settings
 
     def reduce_calibration(
