@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.results import Curve, Panel
+from orchestrator.util import redaction
 
 FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
 
@@ -153,5 +154,5 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
 
 
 def redact_secrets(text: str) -> str:
-    """Remove user and password from every URI in a text."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
+    """Remove secrets from a text, and the user from every URI in it."""
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1", redaction.redact_secrets(text))

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.record.schema import Record
+from orchestrator.record.schema import FINAL_STATES, Record
 
 Value = float | int | str | None
 """A value in a column of a record."""
@@ -120,7 +120,7 @@ def count_provenance(records: Iterable[Record]) -> dict[str, dict[str, int]]:
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        if record.state not in ("finished", "diverged"):
+        if record.state not in FINAL_STATES:
             continue
         provenance = record.provenance
         columns = {

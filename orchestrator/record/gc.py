@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.record import scratch
+from orchestrator.record.schema import FINAL_STATES
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
 
@@ -39,7 +40,6 @@ SKIP_REASONS = {
 }
 """Why something is left alone."""
 
-_FINAL_STATES = ("finished", "diverged")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What our writers call a file until it is whole, a record that was no record, a probe of the file system.
 # (`.part` and `.pointer-` are names of earlier versions.)
@@ -142,9 +142,9 @@ class _Collector:
             if not folder.is_dir() or not _FINGERPRINT.fullmatch(name):
                 continue
             state = states.get(name)
-            if state in _FINAL_STATES and self.store.get_reusable(name) is None:
+            if state in FINAL_STATES and self.store.get_reusable(name) is None:
                 self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # by its first bytes it looked whole
-            elif state in _FINAL_STATES:
+            elif state in FINAL_STATES:
                 self._remove(ENDED_CHECKPOINTS, folder)
             elif state == "stopped" and not self.include_stopped:
                 self._skip(STOPPED_CHECKPOINTS, folder)
@@ -160,7 +160,7 @@ class _Collector:
         states = self.store.states()
         for path in sorted(self.store.records_folder.glob("*/*.*.json")):
             name = path.name.split(".")[0]
-            if states.get(name) in _FINAL_STATES and self.store.get_reusable(name) is not None:
+            if states.get(name) in FINAL_STATES and self.store.get_reusable(name) is not None:
                 self._remove(SUPERSEDED_RECORDS, path)
 
     def _collect_temporary(self, folder: Path) -> None:

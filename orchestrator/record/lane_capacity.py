@@ -1,10 +1,9 @@
-"""How many lanes of a shape a machine has memory for, learnt the hard way and kept beside the records.
+"""Lane capacities: how many lanes of a group key fit on a device, learnt from out-of-memory errors.
 
-    root/limits/<shape and place, hashed>.json    {"shape", "place", "lanes", "tried"}, sealed
+    root/limits/<hash of group key and device key>.json    {"shape", "place", "lanes", "tried"}, with checksum
 
-The place says all that counts but the shape: the device and its memory, a seat's share of it, how it is used.
-
-Removing a file, or the folder, makes the next seat try as many as it is told to again.
+"shape" is the group key, "place" the device key: the device and its memory, a trainer's share of it, and how
+it is used. After a file or the folder is removed, the next trainer tries as many lanes as its options say.
 """
 
 from __future__ import annotations
@@ -17,7 +16,16 @@ from orchestrator.util import atomic_files
 
 
 def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
-    """Lanes of `shape` that fit on `place`; None when nothing is known, or what is known cannot be read."""
+    """Return the number of lanes that fit.
+
+    Args:
+        folder: The store's folder of capacities.
+        group_key: The group key of the lanes.
+        device_key: The key of the device, as described above.
+
+    Returns:
+        The number; None if it is not known, or its file cannot be read.
+    """
     try:
         found = json.loads(
             atomic_files.verify_checksum(capacity_file(folder, group_key, device_key).read_bytes())
@@ -31,8 +39,21 @@ def read_max_lanes(folder: Path, group_key: str, device_key: str) -> int | None:
 def write_max_lanes(
     folder: Path, group_key: str, device_key: str, max_lanes: int, attempted_lanes: int
 ) -> Path:
-    """`tried` lanes at once had not enough memory, so there are to be no more than `lanes`; what is known to
-    be less stays. Returns the file. Raises OSError when the disk refuses."""
+    """Store a capacity after an out-of-memory error. A smaller stored capacity is kept.
+
+    Args:
+        folder: The store's folder of capacities.
+        group_key: The group key of the lanes.
+        device_key: The key of the device.
+        max_lanes: The new largest number of lanes.
+        attempted_lanes: The number of lanes that did not fit.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: The disk is full or cannot be used.
+    """
     path = capacity_file(folder, group_key, device_key)
     previous = read_max_lanes(folder, group_key, device_key)
     if previous is None or max_lanes < previous:
@@ -43,6 +64,6 @@ def write_max_lanes(
 
 
 def capacity_file(folder: Path, group_key: str, device_key: str) -> Path:
-    """Where that is kept, if it is."""
+    """Return the path of a capacity's file, which need not exist."""
     name = hashlib.sha256(f"{group_key} {device_key}".encode()).hexdigest()[:24]
     return folder / f"{name}.json"

@@ -1,4 +1,4 @@
-"""The Parquet projection: one row a configuration, rebuilt from the store whenever it is wanted."""
+"""The Parquet projection of a store: one row per configuration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 PARQUET_FILE = "records.parquet"
 
-# Arrow type by column, in the order of the file. Types are stated, never inferred: a column that happens to
-# be empty today has the type it will have tomorrow.
+# Arrow types by column, in the order of the file. They are not inferred, so that a column that is empty today
+# does not change its type later.
 _CONFIGURATION = {
     "string": "variant task model model_content dtype targets schedule task_revision base_dropout",
     "int64": "seed rank steps_horizon batch_size accumulation max_length task_train_size "
@@ -40,14 +40,17 @@ _PROVENANCE = {
 
 
 def write_parquet(store: Store) -> Path:
-    """Writes `store.root`/records.parquet, replacing it at once, and returns its path.
+    """Write `records.parquet` in the store's folder.
 
-    Columns: `fingerprint`; every hyperparameter under its name in `Configuration.flat()` (a variant's own as
-    `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and `test_score` as
-    the analysis counts them (a diverged one's is the floor, a stopped or failed one's null); the same metric
-    for the untrained base; every score of the last evaluation of a split as `validation_<score>` and
-    `test_<score>`, whatever the state; cost and provenance (`versions` is a JSON object, times are UTC). The
-    schema's version is in the file's metadata under `record_schema_version`.
+    Columns: `fingerprint`; every hyperparameter under its name in `Configuration.to_columns()` (a variant's
+    own as `variant_<name>`, numbers as float64); `state`, `reason`, `steps`; `validation_score` and
+    `test_score` as in `Record.score`; the same metric for the untrained base; every score of the last
+    evaluation of a split as `validation_<score>` and `test_<score>`, for any state; cost and provenance
+    (`versions` is a JSON object, times are UTC). The file's metadata has the version of the schema under
+    `record_schema_version`.
+
+    Returns:
+        The path of the file.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -62,11 +65,11 @@ def write_parquet(store: Store) -> Path:
 
 
 def to_row(record: Record) -> dict[str, Any]:
-    """One record as named columns."""
+    """Return a record as named columns."""
     metric = record.configuration.task.metric
     cost, provenance = record.cost, record.provenance
     columns: dict[str, Any] = {"fingerprint": record.fingerprint, **record.configuration.to_columns()}
-    for evaluation in record.evaluations:  # in the order of steps: the last one stays
+    for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):
         columns[f"{split}_score"] = record.score(split)  # type: ignore[arg-type]
@@ -121,7 +124,7 @@ def _arrow_fields(rows: Iterable[Mapping[str, Any]]) -> list[pa.Field]:
 
 
 def _arrow_type_name(values: set[type]) -> str:
-    """A number is a float64 even if it is whole in every record so far: the next one may not be."""
+    """Return the type of a column; float64 for all numbers, since the next record may have a fraction."""
     values = values - {type(None)}
     if values == {bool}:
         return "bool"

@@ -1,4 +1,4 @@
-"""What produced a record, apart from its configuration: code, versions, machine."""
+"""Provenance of a record: commit, versions and machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,19 @@ def current_provenance(
     started: float = 0.0,
     ended: float = 0.0,
 ) -> Provenance:
-    """The provenance of a lane that this process trains. Imports no library whose version it reports."""
+    """Return the provenance of a lane that this process trains.
+
+    No library is imported for its version.
+
+    Args:
+        device: Name of the device.
+        lane_group_size: Lanes in the lane group.
+        workers: Workers of the trainer.
+        attempt: Number of the attempt, from 0.
+        resumed_from: Steps at which the lane continued after interruptions.
+        started: Start of the lane, in seconds since the epoch.
+        ended: End of the lane, in seconds since the epoch.
+    """
     return Provenance(
         commit=current_commit(),
         versions=package_versions(),
@@ -45,15 +57,17 @@ def current_provenance(
 
 @lru_cache(maxsize=1)
 def current_commit() -> str:
-    """The commit of the running code; see `commit_of`. Read once a process."""
+    """Return the commit of the running code, as `read_commit` does. It is read once per process."""
     return read_commit(_REPOSITORY)
 
 
 def read_commit(repository: Path) -> str:
-    """The commit checked out in `house`, with "-dirty" when the sources differ from it (new files count).
+    """Return the commit that is checked out in `repository`.
 
-    "unknown" without git, outside a repository, or when the sources are not tracked by the repository around
-    them (an installed copy in somebody's project must not be given that project's commit).
+    Returns:
+        The commit, with "-dirty" if a source file differs from it or is new. "unknown" without git, outside a
+        repository, or if the repository does not track the sources: an installed copy inside another project
+        must not get that project's commit.
     """
     if _git(repository, "ls-files", "--error-unmatch", "orchestrator/__init__.py") is None:
         return "unknown"
@@ -80,7 +94,7 @@ def _git(repository: Path, *arguments: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def package_versions() -> Mapping[str, str]:
-    """Versions by name: Python, the libraries that do the numbers, and the NVIDIA driver if there is one."""
+    """Return versions by name: Python, the numerical libraries, and the NVIDIA driver if there is one."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

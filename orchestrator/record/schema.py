@@ -1,4 +1,4 @@
-"""A record: what one configuration gave. Written by the worker, read by everything else."""
+"""The record: the result of one configuration, written by a worker and read by everything else."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import Any, ClassVar, Literal
 from orchestrator.study.configuration import Configuration
 
 SCHEMA_VERSION = 1
+"""Version of the record's JSON, to be raised when a field changes its meaning."""
 
 MAX_FAILURES = 3
-"""A configuration that failed is tried again twice, no more."""
+"""A failed configuration is tried again until it has failed so often."""
 
 RecordState = Literal["finished", "diverged", "stopped", "failed"]
+FINAL_STATES = ("finished", "diverged")
+"""The states of a record that answers every later request for its configuration."""
 
-# A diverged lane's curve may hold NaN and infinities; JSON has none, so they are written as strings.
+# JSON has no NaN and infinities, which the curve of a diverged lane may hold; they are written as strings.
 _WITH_NAN = {"ser_json_inf_nan": "strings"}
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step of a lane, as it was taken (losses in nats a token)."""
+    """One optimizer step of a lane; the loss is in nats per token."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
@@ -34,7 +37,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on one split after `step` optimizer steps; `scores` holds "loss" and the task's metric."""
+    """Scores on one split after `step` optimizer steps: "loss", the task's metric, and others by name."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
     step: int
@@ -44,7 +47,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ItemResults:
-    """Per-item outcomes at the end of training, in the split's order. `answers` may be empty."""
+    """Results per item at the end of training, in the order of the split. `answers` may be empty."""
 
     __pydantic_config__: ClassVar = _WITH_NAN
     correct: tuple[float, ...] = ()
@@ -54,7 +57,7 @@ class ItemResults:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the pack are shared equally among the lanes it held at the time."""
+    """Cost of one lane. A lane group's seconds are divided equally among the lanes that it held at the time."""
 
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
@@ -64,17 +67,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What may differ between two runs of one configuration without changing its identity."""
+    """Properties of a run that are not part of the configuration: code, versions, machine, attempt, times."""
 
     commit: str = "unknown"
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     host: str = ""
     pack_lanes: int = 1
+    """Lanes in the lane group (the JSON keeps an earlier name)."""
     workers: int = 1
     attempt: int = 0
     resumed_from: tuple[int, ...] = ()
-    """The steps from which an interrupted lane went on, one entry a time."""
+    """Steps at which an interrupted lane continued, one entry for each interruption."""
     started: float = 0.0
     ended: float = 0.0
     """Seconds since the epoch."""
@@ -82,6 +86,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Record:
+    """The result of one configuration. It is immutable; a configuration trained again makes a new record."""
+
     __pydantic_config__: ClassVar = _WITH_NAN
     fingerprint: str
     configuration: Configuration
@@ -89,26 +95,29 @@ class Record:
     steps: int
     """Optimizer steps taken."""
     reason: str = ""
-    """Why it ended, in words, for a state other than finished."""
+    """Why the lane ended, for any state but finished."""
     traceback: str = ""
     curve: tuple[StepMetrics, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
     untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """split -> scores of the base without an adapter."""
+    """Split to the scores of the base model without an adapter."""
     items: Mapping[str, ItemResults] = field(default_factory=dict)
-    """split -> outcomes; for a finished record both "validation" and "test"."""
+    """Split to results per item; a finished record has "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
     scheduler: str = ""
-    """For a stopped record: the settings of the scheduler that stopped it."""
+    """For a stopped record: the settings of the early stopping that stopped it."""
     stopped_at: int | None = None
-    """For a stopped record: the last step whose scores that scheduler had seen. A lane that went on from a
+    """For a stopped record: the last step whose scores early stopping had seen. A lane that continued from a
     checkpoint may have been trained further."""
     schema_version: int = SCHEMA_VERSION
 
     def score(self, split: Literal["validation", "test"]) -> float | None:
-        """The task's metric at the end. A diverged record is worth the task's floor; a stopped or failed one
-        has none (censored, missing)."""
+        """Return the task's metric at the end of training.
+
+        Returns:
+            The score; the task's floor for a diverged record; None for a stopped or failed one.
+        """
         if self.state == "diverged":
             return self.configuration.task.floor
         if self.state != "finished":
@@ -117,12 +126,17 @@ class Record:
         return last[-1].scores[self.configuration.task.metric] if last else None
 
     def to_json(self) -> dict[str, Any]:
-        # By way of bytes: dump_python(mode="json") leaves NaN and infinities as floats, which JSON has not.
+        """Return the record as a JSON object, with NaN and infinities as strings."""
+        # Through bytes, because dump_python(mode="json") leaves NaN and infinities as floats.
         return json.loads(_type_adapter().dump_json(self))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Raises pydantic.ValidationError on data that is not a record."""
+        """Return the record in a JSON object.
+
+        Raises:
+            pydantic.ValidationError: The object is no record.
+        """
         return _type_adapter().validate_python(data)
 
 

@@ -1,9 +1,10 @@
-"""Folders for what Ray Tune and Train write for themselves, on the storage that all nodes see.
+"""Scratch folders for Ray Tune's and Ray Train's own files, on the storage that all nodes share.
 
-    root/scratch/<host>-<process>-<eight hex digits>/       a study's that runs
-    root/scratch/<host>-<process>-<eight hex digits>.lock   held as long as its driver lives
+    root/scratch/<host>-<process>-<eight hex digits>/       folder of a running study
+    root/scratch/<host>-<process>-<eight hex digits>.lock   locked while its driver lives
 
-Nothing of them outlives the study; what a killed one left goes with the next command on that host, or gc.
+A study removes its folder at the end. The folder of a killed study is removed by the next command on that
+host, or by gc.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from orchestrator.record.store import Store
 
 @contextmanager
 def scratch_folder(store: Store) -> Iterator[Path]:
-    """A new folder, gone afterwards."""
+    """Make a new folder and remove it after the block."""
     name = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder = store.root / "scratch" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_file(folder)):  # before the folder is there: nobody takes it for a dead one's
+    with FileLock(
+        _lock_file(folder)
+    ):  # taken before the folder exists, which therefore never looks abandoned
         folder.mkdir()
         try:
             yield folder
@@ -36,23 +39,29 @@ def scratch_folder(store: Store) -> Iterator[Path]:
 
 
 def list_folders(store: Store) -> list[Path]:
-    """Of whatever host, and whatever else lies there."""
+    """Return all folders below `scratch`, of all hosts."""
     return sorted(path for path in (store.root / "scratch").glob("*") if path.is_dir())
 
 
 def is_on_this_host(folder: Path) -> bool:
-    """Whether `in_use` can tell: file systems that several machines see may keep locks for each alone."""
+    """Return whether the folder belongs to this host.
+
+    Only then `is_in_use` is right: a shared file system may keep locks for each machine separately.
+    """
     return re.fullmatch(rf"{re.escape(os.uname().nodename)}-\d+-[0-9a-f]{{8}}", folder.name) is not None
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether its driver lives. A process number would not do: of two containers with one name and one
-    storage, each has numbers of its own."""
+    """Return whether the folder's driver lives.
+
+    A lock tells, and not the process number: two containers with one name and one storage number their
+    processes separately.
+    """
     return is_locked(_lock_file(folder))
 
 
 def is_locked(file: Path) -> bool:
-    """Whether a process holds this lock file, or may: somebody else's cannot be looked at."""
+    """Return whether a process holds this lock file; True if the file cannot be opened."""
     if not file.exists():
         return False
     try:
@@ -63,12 +72,13 @@ def is_locked(file: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
+    """Remove a scratch folder and its lock file."""
     shutil.rmtree(folder, ignore_errors=True)
     _lock_file(folder).unlink(missing_ok=True)
 
 
 def remove_stale_folders(store: Store) -> None:
-    """What drivers that were killed on this host left."""
+    """Remove the folders of drivers that were killed on this host."""
     for folder in list_folders(store):
         if is_on_this_host(folder) and not is_in_use(folder):
             remove_folder(folder)

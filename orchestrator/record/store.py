@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from orchestrator.record.schema import SCHEMA_VERSION, Record, RecordState
+from orchestrator.record.schema import FINAL_STATES, SCHEMA_VERSION, Record, RecordState
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError
 
@@ -85,7 +85,7 @@ class Store:
         stopped = self.record_path(record.fingerprint, "stopped")
         failed = self.record_path(record.fingerprint, "failed")
         final.parent.mkdir(parents=True, exist_ok=True)
-        if record.state in ("finished", "diverged"):
+        if record.state in FINAL_STATES:
             is_created = self._create(final, _serialize(record))
             if is_created:
                 stopped.unlink(missing_ok=True)

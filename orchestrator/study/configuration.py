@@ -1,8 +1,8 @@
-"""A configuration: one point of a study, immutable, and the fingerprint that is its identity everywhere.
+"""A configuration: one immutable point of a study, identified everywhere by its fingerprint.
 
 Every field is *resolved*: defaults are filled in before a configuration is made, so that two spellings of
-one experiment have one fingerprint. What does not change the numbers (device, pack size, versions) is not
-here; it is provenance, kept in the record.
+one experiment have one fingerprint. Device, lane group size and versions do not change the numbers; they are
+not part of the configuration, but of the record's provenance.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ LRScheduleName = Literal["constant", "linear", "cosine"]
 class VariantChoice:
     """A variant with all its hyperparameters.
 
-    `alpha` is None for a variant that has none (HiRA). `targets` is "blocks" (every linear layer inside the
-    model's repeated blocks), a comma-separated list of layer-name endings, or a regular expression behind
-    "re:". `extra` holds what only this variant knows.
+    `alpha` is None for a variant without one (HiRA). `targets` is "blocks" (every linear layer inside the
+    model's repeated blocks), a comma-separated list of layer-name endings, or "re:" and a regular expression.
+    `extra` holds the settings that only this variant has.
     """
 
     name: str
@@ -39,7 +39,7 @@ class VariantChoice:
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """A task with its data: `revision` names the data's content, sizes are in examples."""
+    """A task with its data: `revision` identifies the content of the data, sizes are in examples."""
 
     name: str
     revision: str
@@ -53,7 +53,7 @@ class TaskChoice:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A base model: `name` is for people, `content` (a SHA-256 or a hub revision) is the identity."""
+    """A base model: `name` is for display, `content` (a SHA-256 or a hub revision) is its identity."""
 
     name: str
     content: str
@@ -62,8 +62,11 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW as transformers' Trainer runs it: biases and norms do not decay. `clip_norm` bounds the global
-    gradient norm of a lane. `head_learning_rate` is that of a task's head; None: the same as all."""
+    """AdamW as in transformers' Trainer: biases and norms have no weight decay.
+
+    `clip_norm` is the largest global gradient norm of a lane. `head_learning_rate` is the learning rate of a
+    task's head; None means `learning_rate`.
+    """
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -76,8 +79,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LRSchedule:
-    """The learning rate over `steps` optimizer steps: linear warm-up from 0 for the share `warmup`, then
-    `name`."""
+    """The learning rate over `steps` optimizer steps.
+
+    A linear warm-up from 0 takes the fraction `warmup` of the steps; the curve `name` follows.
+    """
 
     steps: int
     name: LRScheduleName = "cosine"
@@ -86,7 +91,7 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """`batch_size` examples a micro-batch, `accumulation` micro-batches an optimizer step."""
+    """Batches: `batch_size` examples per micro-batch, `accumulation` micro-batches per optimizer step."""
 
     batch_size: int
     accumulation: int = 1
@@ -95,9 +100,12 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class DivergenceConfig:
-    """A lane diverges when, after warm-up, its smoothed training loss stays above `loss_ratio` times the
-    untrained base's for the fraction `share` of all steps (or when a loss or gradient is not finite).
-    `smoothing` is the weight of the past in the exponential moving average."""
+    """The rule by which a lane has diverged.
+
+    A lane diverges when, after warm-up, its smoothed training loss stays above `loss_ratio` times the
+    untrained base's loss for the fraction `share` of all steps, or when a loss or gradient is not finite.
+    `smoothing` is the weight of the past in the exponential moving average.
+    """
 
     loss_ratio: float = 1.5
     share: float = 0.1
@@ -106,6 +114,8 @@ class DivergenceConfig:
 
 @dataclass(frozen=True)
 class Configuration:
+    """One point of a study: everything that determines the numbers of a fine-tune."""
+
     variant: VariantChoice
     task: TaskChoice
     model: ModelChoice
@@ -113,21 +123,24 @@ class Configuration:
     schedule: LRSchedule
     batches: BatchConfig
     base_dropout: Literal["on", "off"] = "off"
-    """Whether the base model's own dropout is on in training, with the rates in its config.json."""
+    """Whether the base model's own dropout is active in training, with the rates in its config.json."""
     divergence: DivergenceConfig = DivergenceConfig()
     evaluations: int = 4
-    """How many times a lane is evaluated on the validation split, evenly spaced, the last at the end."""
+    """Number of evenly spaced evaluations on the validation split; the last one is at the end."""
     seed: int = 0
     loop_numerics: int = 2
-    """Raised by hand when a change of the loop alters results. With 1, warm-up began at (step + 1) / w,
-    weight decay reached biases and norms, tensors had no fixed order, prompts began without BOS, dropout
-    reached what PiSSA and ReLoRA freeze, and clipping divided by the norm without 1e-6."""
+    """Version of the loop's numerics, raised by hand when a change alters results. With 1, warm-up began at
+    (step + 1) / w, weight decay applied to biases and norms, tensors had no fixed order, prompts began
+    without BOS, dropout applied to what PiSSA and ReLoRA freeze, and clipping divided by the norm without
+    1e-6."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical JSON, the base by content alone: its name is for people. A head that
-        learns at the rate of all the rest is left out, however that was said, and so is dropout of the base
-        that is off: earlier versions had no such field."""
+        """SHA-256 (hex) of the canonical JSON.
+
+        The base model counts by its content, not by its name. A head learning rate equal to the learning rate
+        and a base dropout that is off are left out, because earlier versions had no such fields.
+        """
         data = replace(self, model=replace(self.model, name="")).to_json()
         if data["optimizer"]["head_learning_rate"] in (None, data["optimizer"]["learning_rate"]):
             del data["optimizer"]["head_learning_rate"]
@@ -137,7 +150,10 @@ class Configuration:
 
     @cached_property
     def group_key(self) -> str:
-        """Lanes of one shape train in one pack: all but learning rates, decay, alpha, schedule and seed."""
+        """Key of the lane group: lanes with equal keys have equal tensor shapes and may train together.
+
+        It covers everything but learning rates, weight decay, alpha, learning rate schedule and seed.
+        """
         normalized = replace(
             self,
             variant=replace(self.variant, alpha=None),
@@ -151,17 +167,22 @@ class Configuration:
         return hashlib.sha256(canonical_json(normalized.to_json())).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the configuration as a JSON object in one spelling."""
         adapter = _type_adapter()
-        # Validating first turns 16 into 16.0 where a float is meant: one value, one spelling.
+        # Validation first turns 16 into 16.0 where the type is float, so that one value has one spelling.
         return adapter.dump_python(adapter.validate_python(adapter.dump_python(self)), mode="json")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Configuration:
-        """Raises pydantic.ValidationError on data that is not a configuration."""
+        """Return the configuration in a JSON object.
+
+        Raises:
+            pydantic.ValidationError: The object is no configuration.
+        """
         return _type_adapter().validate_python(data)
 
     def to_columns(self) -> dict[str, float | int | str | None]:
-        """One level of named columns for Parquet, MLflow and the analysis."""
+        """Return all fields as one level of named columns, for Parquet, MLflow and the analysis."""
         nested = self.to_json()
         columns: dict[str, Any] = {"variant": self.variant.name, "task": self.task.name}
         columns |= {"model": self.model.name, "model_content": self.model.content, "dtype": self.model.dtype}

@@ -1,4 +1,4 @@
-"""A grid study: its configurations, and the order in which they are trained."""
+"""The configurations of a grid study, and the order in which they are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from orchestrator.study.configuration import Configuration
 def build_grid(
     templates: Sequence[Configuration], learning_rates: Sequence[float], seeds: Iterable[int]
 ) -> list[Configuration]:
-    """Every template (one a variant and task) at every rate and seed."""
+    """Return every template at every learning rate and seed.
+
+    Args:
+        templates: One configuration for each variant and task.
+        learning_rates: The learning rates.
+        seeds: The seeds.
+    """
     return [
         replace(template, optimizer=replace(template.optimizer, learning_rate=rate), seed=seed)
         for template in templates
@@ -24,11 +30,16 @@ def build_grid(
 
 
 def training_order(configurations: Iterable[Configuration], lanes_per_group: int) -> list[Configuration]:
-    """Blocks of one variant and task: all its rates, and as many seeds as it takes to fill a pack of `lanes`.
+    """Return configurations in training order.
 
-    Blocks with the first seeds come first. Inside a block the order is a seeded shuffle: early stopping that
-    meets the rates in ascending order keeps most of a small grid, and a shuffle over variants would leave
-    packs nearly empty.
+    They are trained in blocks of one variant and task, with all its rates and as many seeds as fill a lane
+    group. Blocks with the first seeds come first. Inside a block the order is shuffled with a fixed seed,
+    because early stopping keeps most of a small grid if the rates ascend. Variants are not mixed, because lane
+    groups would then be nearly empty.
+
+    Args:
+        configurations: The configurations of a study.
+        lanes_per_group: Lanes in a full lane group.
     """
 
     def block_key(c: Configuration) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The learning rate's course over a lane's steps."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from orchestrator.study.configuration import LRSchedule
 def warmup_steps(schedule: LRSchedule) -> int:
     """Return the number of warm-up steps: `warmup * steps`, rounded up.
 
-    The same as in transformers' Trainer, but for rounding errors: 0.07 * 100 is 7.000000000000001 in floating
-    point, which is 7 steps here and 8 there.
+    This is the number in transformers' Trainer except for rounding errors: 0.07 * 100 is 7.000000000000001 in
+    floating point, which gives 7 steps here and 8 there.
     """
     return min(schedule.steps, math.ceil(round(schedule.warmup * schedule.steps, 9)))
 
 
 def lr_factor(schedule: LRSchedule, step: int) -> float:
-    """Return the factor of the peak learning rate in a step, the same as in transformers' schedules.
+    """Return the factor of the peak learning rate in a step, as in transformers' schedules.
 
-    With w warm-up steps and n = steps - w after them: step / w while step < w (the first step has rate 0);
-    then, at p = (step - w) / n in [0, 1), one of constant: 1, linear: 1 - p, cosine: (1 + cos(pi p)) / 2.
+    With w warm-up steps and n = steps - w steps after them, the factor is step / w while step < w (the first
+    step has rate 0). After that, with p = (step - w) / n in [0, 1), it is 1 (constant), 1 - p (linear) or
+    (1 + cos(pi p)) / 2 (cosine).
 
     Args:
-        schedule: The horizon, the share of warm-up and the curve after it.
-        step: Optimizer steps taken so far, 0 .. steps-1.
+        schedule: Steps, warm-up and curve.
+        step: Optimizer steps taken so far, 0 to steps - 1.
 
     Returns:
         A factor in [0, 1].

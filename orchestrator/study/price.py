@@ -1,4 +1,4 @@
-"""The price of a GPU hour as it is typed: LOW:HIGH, or one number."""
+"""The price of a GPU hour on the command line: LOW:HIGH, or one number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ EXAMPLE = "For example: 1.2, or 0.4:1.2 (spot:on demand)."
 
 
 def parse_price(text: str) -> tuple[float, float]:
-    """Low and high, in USD. Raises BadInput."""
+    """Return the low and the high price, in USD.
+
+    Raises:
+        UsageError: The text is no valid price.
+    """
     words = text.split(":")
     if len(words) > 2:
         raise UsageError(f"{OPTION}: {text!r} must be LOW:HIGH or one number. {EXAMPLE}")

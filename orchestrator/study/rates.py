@@ -1,4 +1,4 @@
-"""Learning rates as they are typed: a list, or low:high:points-per-decade."""
+"""Learning rates on the command line: a list, or low:high:points-per-decade."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from orchestrator.study import bounds
 from orchestrator.util.errors import UsageError, quote_value
 
 MAX_DECADES = 100
-"""The widest range of a grid; float32 spans 83. In a wider one a power of ten could overflow."""
+"""Widest range of a grid. float32 spans 83 decades; in a much wider range a power of ten could overflow."""
 EXAMPLE = "For example: 1e-4 1e-3 1e-2, or 1e-4:1e-2:2 (two points a decade)."
 
 
 def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
-    """The rates in ascending order, without repetition. Raises BadInput."""
+    """Return learning rates in ascending order, each once.
+
+    Raises:
+        UsageError: A word is no rate or range, or there are none or too many.
+    """
     rates = {each for word in words for each in (_parse_range(word) if ":" in word else [_parse_rate(word)])}
     if not rates:
         raise UsageError(f"--learning-rates is empty; it needs at least one rate. {EXAMPLE}")
@@ -24,7 +28,16 @@ def parse_learning_rates(words: Sequence[str]) -> tuple[float, ...]:
 
 
 def parse_positive_number(option: str, word: str, example: str) -> float:
-    """One learning rate of `option`. Raises BadInput."""
+    """Return a finite number above 0.
+
+    Args:
+        option: Name of the option, for the error line.
+        word: The text of the number.
+        example: A sentence at the end of the error line.
+
+    Raises:
+        UsageError: The word is no such number.
+    """
     try:
         value = float(word)
     except ValueError:
@@ -43,7 +56,7 @@ def _parse_range(word: str) -> list[float]:
     if len(parts) != 3:
         raise UsageError(f"--learning-rates: {word!r} must be low:high:points-per-decade. {EXAMPLE}")
     low, high = _parse_rate(parts[0]), _parse_rate(parts[1])
-    # float(), because int() refuses more than 4,300 digits.
+    # float(), because int() raises on more than 4,300 digits.
     density = float(parts[2]) if parts[2].isdecimal() else 0.0
     if density < 1:
         raise UsageError(
@@ -61,9 +74,9 @@ def _parse_range(word: str) -> list[float]:
         )
     if decades * density > bounds.MAX_POINTS:
         raise UsageError(
-            f"--learning-rates: {quote_value(word)} has more than {bounds.MAX_POINTS} rates; take fewer points a "
-            f"decade. {EXAMPLE}"
+            f"--learning-rates: {quote_value(word)} has more than {bounds.MAX_POINTS} rates; take fewer "
+            f"points a decade. {EXAMPLE}"
         )
     count = math.floor(decades * density + 1e-9) + 1 if decades else 1
-    # Three digits: 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
+    # Three digits, so that 1e-4:1e-2:2 is 1e-4, 3.16e-4, 1e-3, ... on every machine.
     return [float(f"{low * 10 ** (i / density):.3g}") for i in range(count)]

@@ -1,4 +1,4 @@
-"""What a study may be called: its name is a folder, an MLflow experiment and a word in commands."""
+"""Names of studies. A name is also a folder, an MLflow experiment and a word in commands."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STORE_FOLDERS = (
     *("records", "bases", "checkpoints", "adapters", "evidence", "data", "limits"),  # record/store.py
     *("scratch", "mlflow-artifacts"),
 )
-"""Folders that a store makes below its own."""
+"""Folders inside a store's folder."""
 MAX_NAME_BYTES = 200
-"""Of a name in UTF-8 that is typed. File systems allow 255."""
+"""Longest name on the command line, in UTF-8. File systems allow 255 bytes."""
 SUFFIX_BYTES = 20
-"""Of the ending that a script of two stages adds to the name."""
+"""Longest suffix that a script of two stages adds to the name."""
 
 
 def default_study_name(script: str, task: str, model: str | None, sampler: str | None = None) -> str:
@@ -43,38 +43,43 @@ def check_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> None:
 
     Args:
         name: The name.
-        most: The largest number of its bytes in UTF-8.
+        max_bytes: The largest length in UTF-8.
 
     Raises:
-        BadInput: It is empty, too long, or has characters that cannot be in a folder's name or that a
-            terminal would not print. The error names the nearest name that is allowed.
+        UsageError: The name is empty, too long, or has characters that a folder's name cannot have or that a
+            terminal does not print. The error names the nearest valid name.
     """
     near = nearest_valid_name(name, max_bytes)
     if name != near:
         raise UsageError(
-            f"--study {quote_value(name)}: must be 1 to {max_bytes} bytes of printable characters, none of them "
-            f"'/' or '\\', with no '.', '-' or space at the start and no space at the end; take "
+            f"--study {quote_value(name)}: must be 1 to {max_bytes} bytes of printable characters, none of "
+            f"them '/' or '\\', with no '.', '-' or space at the start and no space at the end; take "
             f"{quote_value(near)}."
         )
 
 
 def nearest_valid_name(name: str, max_bytes: int = MAX_NAME_BYTES) -> str:
-    """Return `name` if it is allowed, else the nearest name that is. `most`: as in `check`."""
+    """Return `name` if `check_name` accepts it, else the nearest name that it accepts."""
     shown = "".join(c if c.isprintable() and c not in "/\\" else "-" for c in name)
     shown = shown.lstrip(".- ").encode()[:max_bytes].decode(errors="ignore").rstrip()
     return shown or "study"
 
 
 def resolve_study_folder(name: str, output: Path, store: Path) -> Path:
-    """Return the folder of the study `name` below `output`.
+    """Return the folder of a study.
+
+    Args:
+        name: Name of the study.
+        output: The output folder, in which the study's folder is.
+        store: The folder of the store.
 
     Raises:
-        BadInput: The name is not allowed, or the folder would be `store`, the default store, or one of the
-            folders in these that hold the records and all else.
+        UsageError: The name is not valid, or the folder would be the store, the default store, or one of the
+            folders inside them.
     """
     check_name(name, MAX_NAME_BYTES + SUFFIX_BYTES)
     found = output / name
-    # Not Path.resolve: Python 3.11's raises RuntimeError where links run in a circle.
+    # Not Path.resolve, which raises RuntimeError in Python 3.11 for a circle of links.
     real = Path(os.path.realpath(found))
     for taken in (store, output / DEFAULT_STORE_NAME):
         root = Path(os.path.realpath(taken))

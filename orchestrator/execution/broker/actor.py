@@ -19,14 +19,13 @@ from orchestrator.execution.ray.runtime import driver_node_affinity
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.finetune.engine.lane_source import Directive, LeaseGrant, Report
 from orchestrator.record import provenance
-from orchestrator.record.schema import Evaluation, Record, RecordState
+from orchestrator.record.schema import FINAL_STATES, Evaluation, Record, RecordState
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 
 log = logging.getLogger(__name__)
 
-FINAL_STATES = ("finished", "diverged")
 
 
 class Broker:

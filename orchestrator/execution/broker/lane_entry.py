@@ -22,7 +22,7 @@ from enum import StrEnum
 from math import nan
 
 from orchestrator.finetune.engine.lane_source import Directive, Report
-from orchestrator.record.schema import MAX_FAILURES, Record, RecordState
+from orchestrator.record.schema import FINAL_STATES, MAX_FAILURES, Record, RecordState
 from orchestrator.study.configuration import Configuration
 
 HeldLane = tuple[int, Configuration, Report | None]
@@ -236,7 +236,7 @@ class LaneEntry:
         """
         if self.phase is LeasePhase.ENDED:
             return
-        if state in ("finished", "diverged"):
+        if state in FINAL_STATES:
             self._end(state)
         elif self.is_held_by(trainer_id, attempt):
             self.max_group_size = None

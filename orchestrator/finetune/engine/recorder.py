@@ -17,11 +17,10 @@ from orchestrator.finetune.engine.lane import Lane
 from orchestrator.finetune.engine.lane_state import LaneState
 from orchestrator.finetune.failures import Fault, StoreFullError, classify_error, is_file_not_found
 from orchestrator.record import lane_capacity
-from orchestrator.record.schema import Provenance, Record, RecordState
+from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordState
 
 log = logging.getLogger(__name__)
 
-FINAL_STATES = ("finished", "diverged")
 
 
 class LaneStore(Protocol):
