@@ -1,4 +1,4 @@
-"""A bad file that a study reads (a task, a model, a file of the store) is refused in one line with exit code 2.
+"""A bad file that a study reads (task, model, or file of the store) is refused in one line with exit code 2.
 
 Ray is not started. The scripts run in the process of the test.
 """

@@ -12,10 +12,10 @@ from orchestrator.finetune.grading.choice import grade
 def test_grades_agree_with_labels_written_by_hand() -> None:
     groups = yaml.safe_load((Path(__file__).parent / "choices.yaml").read_text("utf-8"))
     found = [
-        (group["truth"], answer)
+        (group["reference"], answer)
         for group in groups
         for label in ("right", "wrong")
         for answer in group[label]
-        if grade(answer, group["truth"]) != float(label == "right")
+        if grade(answer, group["reference"]) != float(label == "right")
     ]
     assert found == []

@@ -27,7 +27,10 @@ KNOWN = {
 def _labelled(name: str) -> list[tuple[str, str, bool]]:
     groups = yaml.safe_load((HERE / name).read_text("utf-8"))
     return [
-        (a, g["truth"], label == "right") for g in groups for label in ("right", "wrong") for a in g[label]
+        (a, g["reference"], label == "right")
+        for g in groups
+        for label in ("right", "wrong")
+        for a in g[label]
     ]
 
 
@@ -35,8 +38,14 @@ def _labelled(name: str) -> list[tuple[str, str, bool]]:
 def test_grades_agree_with_labels_written_by_hand(name: str, least: int) -> None:
     labelled = _labelled(name)
     assert len(labelled) >= least
-    found = {(truth, answer) for answer, truth, right in labelled if grade(answer, truth) != float(right)}
-    assert found == {key for key in KNOWN if any(key == (truth, answer) for answer, truth, _ in labelled)}
+    found = {
+        (reference, answer)
+        for answer, reference, right in labelled
+        if grade(answer, reference) != float(right)
+    }
+    assert found == {
+        key for key in KNOWN if any(key == (reference, answer) for answer, reference, _ in labelled)
+    }
 
 
 def test_grading_works_in_threads_where_alarms_cannot_be_set() -> None:

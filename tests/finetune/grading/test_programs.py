@@ -36,11 +36,11 @@ def _read(name: str) -> Any:
 
 
 def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
-    verdicts = grade_programs([text for text, _ in labelled], workers=4, limits=WIDE)
+    results = grade_programs([text for text, _ in labelled], workers=4, limits=WIDE)
     return [
-        f"labelled {'right' if right else 'wrong'}, judged {verdict.reason!r}: {text!r}"
-        for (text, right), verdict in zip(labelled, verdicts, strict=True)
-        if verdict.passed != right
+        f"labelled {'right' if right else 'wrong'}, judged {result.reason!r}: {text!r}"
+        for (text, right), result in zip(labelled, results, strict=True)
+        if result.passed != right
     ]
 
 
@@ -89,8 +89,8 @@ def same(objects): return objects == {*objects}
     ],
 )
 def test_objects_of_a_program_have_the_hashes_that_their_class_defines(test: str) -> None:
-    verdict = grade_program(join_tests(SETS, test), WIDE)
-    assert verdict.passed, verdict.reason
+    result = grade_program(join_tests(SETS, test), WIDE)
+    assert result.passed, result.reason
 
 
 @some(5)
@@ -105,9 +105,9 @@ def test_a_program_that_never_ends_is_killed(every: int) -> None:
     hostile = [join_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
     small = [join_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
     assert len(hostile) >= 10
-    for verdict in grade_programs([*hostile, *small][::every], workers=4, limits=SHORT):
-        assert not verdict.passed
-        assert verdict.reason in ("out of time", "out of CPU time")
+    for result in grade_programs([*hostile, *small][::every], workers=4, limits=SHORT):
+        assert not result.passed
+        assert result.reason in ("out of time", "out of CPU time")
 
 
 @some(7)

@@ -39,8 +39,8 @@ def _try(body: str, tests: str = "assert attempt() is None", limits: ProgramLimi
 
 
 def _assert_nothing_reached(body: str, limits: ProgramLimits = WIDE) -> None:
-    verdict = _try(body, limits=limits)
-    assert verdict.passed, verdict.reason
+    result = _try(body, limits=limits)
+    assert result.passed, result.reason
 
 
 def _running(mark: str) -> psutil.Process:
@@ -126,8 +126,8 @@ while made < 1000:
     made += 1
 return made
 """
-    verdict = _try(bomb, "assert 4 <= attempt() <= 16", limits)
-    assert verdict.passed, verdict.reason
+    result = _try(bomb, "assert 4 <= attempt() <= 16", limits)
+    assert result.passed, result.reason
 
 
 def test_a_fork_bomb_leaves_no_process_behind() -> None:
@@ -177,8 +177,8 @@ return {name: number for name, number in made.items() if number >= 0} or None
 
 
 def test_cpu_time_is_limited() -> None:
-    verdict = _try("while True: pass", limits=replace(WIDE, cpu_seconds=1))
-    assert verdict == ProgramResult(False, "out of CPU time")
+    result = _try("while True: pass", limits=replace(WIDE, cpu_seconds=1))
+    assert result == ProgramResult(False, "out of CPU time")
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_wall_clock_time_is_limited(body: str) -> None:
     """A program that waits forever runs out of time, and none of its processes is left."""
     mark = f"waits-{os.getpid()}"
     child = f"import signal, time\nos.spawnlp(os.P_NOWAIT, 'sleep', '{mark}', '1000')\n"
-    verdict = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, wall_seconds=0.5))
-    assert verdict == ProgramResult(False, "out of time")
+    result = _try(f"{child}{body}\ntime.sleep(1000)", limits=replace(WIDE, wall_seconds=0.5))
+    assert result == ProgramResult(False, "out of time")
     assert _gone(mark)
 
 
@@ -205,11 +205,11 @@ def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
     mark = f"killed-{os.getpid()}"
     program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
     with ThreadPoolExecutor(1) as pool:
-        verdicts = pool.submit(grade_programs, [join_tests(program, "assert attempt() is None")], 1, WIDE)
+        results = pool.submit(grade_programs, [join_tests(program, "assert attempt() is None")], 1, WIDE)
         os.kill(_running(mark).ppid(), signal.SIGKILL)
         assert _gone(mark)
         _running(mark).kill()
-        assert verdicts.result() == [ProgramResult(True, "passed")]
+        assert results.result() == [ProgramResult(True, "passed")]
 
 
 def test_a_program_that_kills_itself_fails_when_it_is_run_again() -> None:
@@ -223,8 +223,8 @@ def test_deeply_nested_folders_are_removed_after_the_weaker_sandbox() -> None:
     )
     deep += "    os.chmod('.', 0)\n"
     before = set(Path(tempfile.gettempdir()).iterdir())
-    verdict = run.run(deep, "assert attempt() is None", WIDE, "limits")
-    assert verdict.passed, verdict.reason
+    result = run.run(deep, "assert attempt() is None", WIDE, "limits")
+    assert result.passed, result.reason
     assert set(Path(tempfile.gettempdir()).glob("sandbox-*")) <= before
 
 
@@ -419,9 +419,9 @@ return got or None
 
 
 def test_a_huge_return_value_does_not_fill_the_memory_of_the_tests() -> None:
-    verdict = _try("return ['x' * (1 << 20)] * 65")
-    assert not verdict.passed
-    assert verdict.reason.endswith("at most 67108864 are read")
+    result = _try("return ['x' * (1 << 20)] * 65")
+    assert not result.passed
+    assert result.reason.endswith("at most 67108864 are read")
 
 
 def test_a_failed_isolation_is_an_error_and_no_result_of_the_program() -> None:

@@ -54,8 +54,8 @@ def call(number, *arguments):
 
 def answers(expression: str, body: str = "") -> None:
     """Assert `expression` in the tests of a program that has `call` and `body`."""
-    verdict = grade_program(join_tests(PRELUDE + body, f"assert {expression}"), WIDE)
-    assert verdict.passed, verdict.reason
+    result = grade_program(join_tests(PRELUDE + body, f"assert {expression}"), WIDE)
+    assert result.passed, result.reason
 
 
 def test_the_list_contains_the_calls_that_affect_more_than_the_program() -> None:

@@ -277,10 +277,10 @@ def test_the_validation_split_of_metamathqa_has_each_gsm8k_question_once(task: T
 
 @pytest.mark.parametrize("task", ["codefeedback"], indirect=True)
 def test_codefeedback_trains_on_python_without_human_eval(task: Task) -> None:
-    taught = task.examples("train", 600)
-    assert not any("in C" in e.prompt or "multiplied by" in e.prompt.lower() for e in taught)
-    assert taught[0].answer.endswith("\n```")
-    assert taught[0].answer.count("```") == 2
+    trained_on = task.examples("train", 600)
+    assert not any("in C" in e.prompt or "multiplied by" in e.prompt.lower() for e in trained_on)
+    assert trained_on[0].answer.endswith("\n```")
+    assert trained_on[0].answer.count("```") == 2
     assert cut_after_first_block("no block") == "no block"
     lost, asked = task.examples("validation", 2)
     assert (lost.counts_in, asked.counts_in) == ("loss", "metric")

@@ -149,7 +149,7 @@ NOUNS_FILE = """  1 This software and database is being provided to you
 00001741 13 n 01 soup 0 000 | a warm dish that is eaten with a spoon
 00001742 05 n 01 cat 0 000 | is in two classes at once
 00001743 13 n 01 cat 0 000 | is in two classes at once
-00001744 03 n 01 entity 0 000 | of a class that is not asked for
+00001744 03 n 01 entity 0 000 | of a class that the task does not have
 00001745 05 n 01 ant 0 000 | too few words
 """
 

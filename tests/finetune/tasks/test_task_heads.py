@@ -96,7 +96,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder(tmp_path_factory.mktemp("bert"))
 
 
-def split_of(task: Task, bench: BaseModel, size: int = 80) -> EvaluationSplit:
+def make_split(task: Task, bench: BaseModel, size: int = 80) -> EvaluationSplit:
     length = compute_max_row_length(task, task.defaults.max_length)
     return EvaluationSplit.from_examples(task.examples("validation", size), task, bench.tokenizer, length)
 
@@ -175,7 +175,7 @@ def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -
     # A pooler that the checkpoint lacks is new, too.
     assert here.head_names == (("score",) if here.is_causal else ("classifier", "bert.pooler.dense"))
     with three_lanes(here) as adapters:
-        found = evaluate(here, task, split_of(task, here), [0], adapters.disable_adapters)[0]
+        found = evaluate(here, task, make_split(task, here), [0], adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
@@ -263,7 +263,7 @@ def test_the_loss_is_that_of_the_answers(folder: Path) -> None:
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
 def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task) -> None:
     here = load(folder, task)
-    split = split_of(task, here)
+    split = make_split(task, here)
     with three_lanes(here) as adapters:
         together = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
         alone = [
@@ -276,7 +276,7 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
 def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: Task) -> None:
     here = load(folder, task)
-    split = split_of(task, here, 24)
+    split = make_split(task, here, 24)
     with three_lanes(here) as adapters, torch.no_grad():
         found = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         with adapters.activate_lanes(["y"], None):
@@ -315,7 +315,7 @@ def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
         here = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
         # This includes a split of one batch, of which one worker gets nothing.
         for size in (90, 9):
-            split = split_of(task, here, size)
+            split = make_split(task, here, size)
             with three_lanes(here) as adapters:
                 rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
                 found += evaluate(here, task, split, (0, 1, 2), rows, team)
