@@ -2,11 +2,12 @@
 
     <folder>/letters-3f9c0a1b2c3d4e5f.examples.arrow
 
-The file name contains a hash of the cache key: everything that decides the content. The key itself is in the
-metadata of the file's schema. Each record batch has a SHA-256 digest in its metadata, and the last one the
-number of batches. A file that is cut, damaged, or written for another key is made again. The bytes of image
-files are left out of the digests of batches, since each image has a digest of its own that is verified when
-the image is read: opening a file reads all of it but the images.
+The file name contains a hash of the cache key, which holds all that decides the content. The metadata of the
+schema contains the key itself. The metadata of each record batch contains its SHA-256 digest, and the last
+batch also states the number of batches. A file that is cut, damaged, or written for another key is made again.
+
+The digest of a batch does not cover image files. Each image has a digest of its own, which is verified when
+the image is read, so opening a file reads everything except image files.
 
 Files use Arrow's IPC format, which is opened without running code. They are memory-mapped, so all workers on
 a node share one copy of them in the page cache.
@@ -43,8 +44,9 @@ TEXT, BYTES, INTEGER, INTEGER_LIST, FLOAT_LIST = (
     pa.large_list(pa.float64()),
 )
 RECORD_BATCH_ROWS = 4096
+"""The number of rows in a record batch without image files."""
 IMAGE_RECORD_BATCH_ROWS = 128
-"""Rows of a batch with image files. A batch is in memory until it is written; a photo may take a megabyte."""
+"""The number of rows in a record batch with image files, of up to a megabyte, which it keeps in memory."""
 
 _DIGEST_KEY, _BATCH_COUNT_KEY = b"sha256", b"batches"
 _CONVERSION_ERRORS = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeError, OverflowError)

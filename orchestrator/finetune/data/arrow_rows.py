@@ -99,16 +99,16 @@ def to_record_batch(values: Sequence[Any], schema: Any) -> Any:
     """Convert dataclass instances to a record batch.
 
     Args:
-        values: Instances of one dataclass; there is at least one unless the batch is to be empty.
-        schema: The Arrow schema. Its first column holds the first field of the dataclass, and so on; further
-            fields are not stored.
+        values: Instances of one dataclass.
+        schema: The Arrow schema. Column k holds field k of the dataclass; fields after the last column are
+            not stored.
 
     Returns:
         The record batch, with one row per instance.
 
     Raises:
-        pyarrow.ArrowInvalid: A value does not fit the type of its column; so do ArrowTypeError, UnicodeError
-            and OverflowError.
+        pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, UnicodeError, OverflowError: A value does not fit the
+            type of its column.
     """
     names = [field.name for field in fields(values[0])] if values else schema.names
     return pa.record_batch(

@@ -4,8 +4,8 @@ Labels are shifted here and nowhere else: `targets[i]` is the label of the predi
 task with a head has one target per row, at the last token. An image has no ids: its length is 0, and its file
 is decoded when its batch is computed (`image_processor`).
 
-Rows are padded on the right. In a causal model no token attends to later ones, and padding does not count in
-the loss, so no attention mask is needed (`evaluation.forward` gives other models theirs).
+Rows are padded on the right. A causal model needs no attention mask: its tokens do not attend to the padding
+after them, and padding does not count in the loss. Other models get a mask in `evaluation.forward`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Row:
     ids: tuple[int, ...]
     """Token ids, without the last one if the answer consists of tokens; empty for an image."""
     targets: tuple[float, ...]
-    """The label of the prediction after each id, IGNORE_INDEX where it does not count; one label for an
-    image."""
+    """The label of the prediction after each id; IGNORE_INDEX where the prediction does not count in the
+    loss. An image has one label."""
     prompt: tuple[int, ...]
     """Token ids of the prompt, from which an answer is generated."""
     second_segment_start: int | None = None
@@ -107,7 +107,10 @@ class Batch:
 
     @property
     def token_type_ids(self) -> Tensor | None:
-        """1 at the second text, 0 at the first and at padding, (rows, length) int64; None without pairs."""
+        """Token types: 1 in the second text, 0 elsewhere, (rows, length) int64.
+
+        None if no row has a second text.
+        """
         if self.second_segment_starts is None:
             return None
         return (
@@ -141,7 +144,7 @@ def compute_max_row_length(task: Task, max_length: int) -> int:
 def encode_examples(
     examples: Sequence[Example], task: Task, processor: Any, max_length: int | None = None
 ) -> list[Row]:
-    """Return the rows of `iter_encoded_examples` as a list."""
+    """Tokenize examples into a list; `iter_encoded_examples` describes the arguments."""
     return list(iter_encoded_examples(examples, task, processor, max_length))
 
 
@@ -275,10 +278,10 @@ def _to_row(example: Example, encoded: EncodedExample, task: Task, max_length: i
 def pad_rows(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
     """Pad rows on the right to `length` and return them as a batch."""
     ids = torch.tensor([[*r.ids, *[pad_token_id] * (length - len(r.ids))] for r in rows], dtype=torch.int64)
-    values = any(isinstance(r.targets[-1], float) for r in rows)
+    has_float_targets = any(isinstance(r.targets[-1], float) for r in rows)
     targets = torch.tensor(
         [[*r.targets, *[IGNORE_INDEX] * (length - len(r.targets))] for r in rows],
-        dtype=torch.float64 if values else torch.int64,
+        dtype=torch.float64 if has_float_targets else torch.int64,
     )
     lengths = [len(r.ids) for r in rows]
     segment_starts = [

@@ -1,7 +1,7 @@
 """The scores of a base model before training, computed once per store.
 
-They are the same for all lanes on one model and task. Where answers are generated and graded they take
-minutes, which every trainer would spend at its start.
+They are equal for all lanes on one model and task. Without the cache every trainer would compute them at its
+start, which takes minutes where answers are generated and graded.
 
     <folder>/letters-3f9c0a1b2c3d4e5f.untrained.json
         {"key": the hash in the file name, "scores": {split: {score: number}}}

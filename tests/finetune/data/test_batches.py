@@ -73,9 +73,9 @@ def test_an_encode_that_raises_or_ends_the_process_is_named_by_what_it_raises(en
                 raise SystemExit(7) if ends else KeyError("title")
             return super().encode(example, tokenizer)
 
-    said = "SystemExit: 7" if ends else "KeyError: 'title'"
+    message = "SystemExit: 7" if ends else "KeyError: 'title'"
     with pytest.raises(
-        UsageError, match=f"'characters': {said}, where example 1, 'b c', .* correct the task"
+        UsageError, match=f"'characters': {message}, where example 1, 'b c', .* correct the task"
     ):
         encode_examples([Example("a", "c"), Example("b", "c")], Broken(), None)
 

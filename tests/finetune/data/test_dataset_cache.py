@@ -162,8 +162,8 @@ def test_tokenizing_many_texts_equals_tokenizing_each(number: int) -> None:
             expected.append(EncodedExample(ids, (-100,) * len(ids), len(ids)))
         else:
             prompt = words(e.prompt, add_special_tokens=False)["input_ids"]
-            said = [*words(e.answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
-            expected.append(EncodedExample((*prompt, *said), (*[-100] * len(prompt), *said), len(prompt)))
+            answer = [*words(e.answer, add_special_tokens=False)["input_ids"], words.eos_token_id]
+            expected.append(EncodedExample((*prompt, *answer), (*[-100] * len(prompt), *answer), len(prompt)))
     assert task.encode_all(examples, words) == expected
     assert [task.encode(e, words) for e in examples] == expected
     assert task.encode_all([], words) == []
@@ -256,15 +256,15 @@ def test_an_example_that_is_not_text_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scored", "said"),
+    ("counts_in", "message"),
     [
         ("metric", "no validation example counts in the loss"),
         ("loss", "no validation example counts in the metric"),
     ],
 )
-def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, scored: Any, said: str) -> None:
-    task = GivenExamples([Example("a", "b", counts_in=scored)], "generation")
-    with pytest.raises(UsageError, match=said):
+def test_a_split_without_loss_or_metric_is_one_line(tmp_path: Path, counts_in: Any, message: str) -> None:
+    task = GivenExamples([Example("a", "b", counts_in=counts_in)], "generation")
+    with pytest.raises(UsageError, match=message):
         dataset_cache.prepare_dataset(tmp_path, of(task), task, tokenizer())
 
 
@@ -273,11 +273,11 @@ class Counting(GivenExamples):
 
     def __init__(self, first: Callable[[], object]) -> None:
         super().__init__([Example("ab", "c")] * 5)
-        self.asked, self.first = 0, first
+        self.encoded_count, self.first = 0, first
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
-        self.asked += 1
-        if self.asked == 1:
+        self.encoded_count += 1
+        if self.encoded_count == 1:
             self.first()
         return super().encode(example, tokenizer)
 
@@ -299,20 +299,20 @@ def test_of_two_processes_with_one_key_one_tokenizes(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(work, tasks)
-    assert sum(task.asked for task in tasks) == 3 * 5, "every example of the three splits once"
-    assert tasks[1].asked < 3 * 5
+    assert sum(task.encoded_count for task in tasks) == 3 * 5, "every example of the three splits once"
+    assert tasks[1].encoded_count < 3 * 5
     assert all(list(one.rows[split]) == list(other.rows[split]) for split in SPLITS)
 
 
 def test_a_long_tokenization_reports_its_progress(tmp_path: Path) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     with (
         patch.object(dataset_cache, "PROGRESS_INTERVAL_SECONDS", 0.0),
         patch("orchestrator.finetune.data.batches.TOKENIZER_BATCH_SIZE", 20),
     ):
-        dataset_cache.prepare_dataset(tmp_path, configuration(), Letters(), tokenizer(), said.append)
-    assert said[0] == "letters: reading the examples"
-    assert said[1:] == [
+        dataset_cache.prepare_dataset(tmp_path, configuration(), Letters(), tokenizer(), lines.append)
+    assert lines[0] == "letters: reading the examples"
+    assert lines[1:] == [
         *(f"letters: {n} of 64 train examples tokenized" for n in (20, 40, 60, 64)),
         "letters: 16 of 16 validation examples tokenized",
         "letters: 16 of 16 test examples tokenized",
@@ -336,13 +336,13 @@ def test_a_worker_needs_neither_source_nor_hub_for_cached_data(tmp_path: Path) -
 
 def test_a_revision_is_computed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     task = GivenExamples([Example("a", "b")])
-    with patch.object(task, "examples", wraps=task.examples) as asked:
+    with patch.object(task, "examples", wraps=task.examples) as examples:
         assert task.revision() == task.revision() == task.choice().revision
-        assert asked.call_count == 3, "each split once"
+        assert examples.call_count == 3, "each split once"
         before = task.revision()
         monkeypatch.setenv("ORCHESTRATOR_DATA", "/elsewhere")
         assert task.revision() == before
-        assert asked.call_count == 6, "other data may lie there"
+        assert examples.call_count == 6, "another folder may hold other data"
     task.of = [Example("a", "c")]
     with pytest.raises(UsageError, match="this machine makes"):
         task.load(task.choice())
@@ -377,10 +377,10 @@ def test_a_cached_split_is_evaluated_like_one_in_memory(tmp_path: Path) -> None:
     task, words, one = Letters(), tokenizer(), configuration()
     kept = dataset_cache.prepare_dataset(tmp_path, one, task, words)
     cap = compute_max_row_length(task, one.batches.max_length)
-    here = EvaluationSplit(kept.examples["test"], kept.rows["test"], cap, words.pad_token_id)
-    there = EvaluationSplit.from_examples(task.load(one.task)["test"], task, words, cap)
-    assert here.batch_plan == there.batch_plan
-    assert [x.tolist() for x in here.flat_targets] == [x.tolist() for x in there.flat_targets]
-    for (a, _), (b, _) in zip(here.batches, there.batches, strict=True):
+    cached = EvaluationSplit(kept.examples["test"], kept.rows["test"], cap, words.pad_token_id)
+    in_memory = EvaluationSplit.from_examples(task.load(one.task)["test"], task, words, cap)
+    assert cached.batch_plan == in_memory.batch_plan
+    assert [x.tolist() for x in cached.flat_targets] == [x.tolist() for x in in_memory.flat_targets]
+    for (a, _), (b, _) in zip(cached.batches, in_memory.batches, strict=True):
         assert torch.equal(a.ids, b.ids)
-    assert astuple(here.examples[3]) == astuple(there.examples[3])
+    assert astuple(cached.examples[3]) == astuple(in_memory.examples[3])

@@ -108,21 +108,21 @@ def test_samples_do_not_depend_on_the_order_or_on_other_prompts() -> None:
     prompts = [(number, row.prompt) for number, row in enumerate(split.rows)]
     with three_lanes(base_model) as adapters:
 
-        def said(asked: list[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[str, ...]]:
+        def answers_to(some_prompts: list[tuple[int, tuple[int, ...]]]) -> dict[int, tuple[str, ...]]:
             generated = generate_answers(
                 base_model,
                 task,
-                asked,
+                some_prompts,
                 split.max_row_length,
                 [5],
                 lambda: adapters.activate_lanes(["x"], None),
                 SINGLE_PROCESS_GROUP,
             )
-            return {number: texts for (number, _), texts in zip(asked, generated[0], strict=True)}
+            return {number: texts for (number, _), texts in zip(some_prompts, generated[0], strict=True)}
 
-        whole = said(prompts)
-        assert said(prompts[::-1]) == whole
-        some = said(prompts[3:20])
+        whole = answers_to(prompts)
+        assert answers_to(prompts[::-1]) == whole
+        some = answers_to(prompts[3:20])
     assert some == {number: whole[number] for number in some}
     assert all(len(texts) == 3 for texts in whole.values())
     assert any(len(set(texts)) > 1 for texts in whole.values())

@@ -191,9 +191,9 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
 
 def test_activation_checkpointing_changes_no_result(store: Store, tmp_path: Path) -> None:
     def recomputing(choice: ModelChoice, task: Task) -> BaseModel:
-        bench = tiny_bench(choice, task)
-        enable_activation_checkpointing(bench.model)
-        return bench
+        base_model = tiny_bench(choice, task)
+        enable_activation_checkpointing(base_model.model)
+        return base_model
 
     one = point(accumulation=2)
     train(Script(leases([one])), store, load_base_model=recomputing)
@@ -210,7 +210,7 @@ def test_dropout_is_off_in_evaluation_and_part_of_the_fingerprint(tmp_path: Path
     assert [s.loss for s in with_it.curve] != [s.loss for s in without.curve]
 
 
-# -- what is asked for -----------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------------
 
 
 def test_only_glue_tasks_have_base_dropout_by_default() -> None:
@@ -221,7 +221,7 @@ def test_only_glue_tasks_have_base_dropout_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "kind", "more", "said"),
+    ("task", "kind", "more", "message"),
     [
         (
             "reviews",
@@ -233,19 +233,19 @@ def test_only_glue_tasks_have_base_dropout_by_default() -> None:
     ],
 )
 def test_a_model_without_dropout_is_refused_in_one_line(
-    task: str, kind: str, more: dict[str, float], said: str, tmp_path: Path
+    task: str, kind: str, more: dict[str, float], message: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     if kind == "llama":
-        bench = tiny_bench(ModelChoice("tiny", "0" * 64))
-        bench.model.save_pretrained(folder)
-        bench.tokenizer.save_pretrained(folder)
+        base_model = tiny_bench(ModelChoice("tiny", "0" * 64))
+        base_model.model.save_pretrained(folder)
+        base_model.tokenizer.save_pretrained(folder)
     else:
         encoders.save(kind, folder, **more)
     typed = StudyOptions(task=task, model=str(folder), base_dropout="on")
     chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
     content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
-    with pytest.raises(UsageError, match=said) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         resolve.build_configuration_templates(typed, chosen, content, tmp_path)
     assert "\n" not in str(caught.value)
     assert "Use --base-dropout off." in str(caught.value)

@@ -89,21 +89,21 @@ def batch_of(base_model: BaseModel, length: int = 48, count: int = 16) -> Batch:
 
 
 def test_a_head_is_initialized_to_zero(kind: str, folders: dict[str, Path]) -> None:
-    here = load(folders[kind])
-    assert here.head_names == HEADS[kind]
-    assert (here.is_causal, here.has_token_types) == (False, kind in TYPED)
-    with three_lanes(here, 0.3) as adapters, adapters.disable_adapters(), torch.no_grad():
-        assert not compute_logits(here, Same(), batch_of(here))[0].any()
+    base_model = load(folders[kind])
+    assert base_model.head_names == HEADS[kind]
+    assert (base_model.is_causal, base_model.has_token_types) == (False, kind in TYPED)
+    with three_lanes(base_model, 0.3) as adapters, adapters.disable_adapters(), torch.no_grad():
+        assert not compute_logits(base_model, Same(), batch_of(base_model))[0].any()
 
 
 def test_logits_of_one_lane_equal_those_of_transformers_without_padding(
     kind: str, folders: dict[str, Path]
 ) -> None:
     """transformers' own class computes each text alone, with its tokenizer's types and without a mask."""
-    here = load(folders[kind])
+    base_model = load(folders[kind])
     own = AutoModelForSequenceClassification.from_pretrained(folders[kind], num_labels=2).eval()
     words = AutoTokenizer.from_pretrained(folders[kind])
-    with three_lanes(here, 0.3) as adapters, torch.no_grad():
+    with three_lanes(base_model, 0.3) as adapters, torch.no_grad():
         head = {k: v for k, v in adapters.trainable("y").items() if adapters.is_head(k)}
         adapters.remove_lane("x")
         adapters.remove_lane("z")
@@ -116,26 +116,28 @@ def test_logits_of_one_lane_equal_those_of_transformers_without_padding(
             parameter.copy_(adapters.trainable("y")[name])
         for length in (40, 64):  # DeBERTa has no buckets at the first length, and buckets at the second
             with adapters.activate_lanes(["y"], None, rows_per_lane=16):
-                logits, _ = compute_logits(here, Same(), batch_of(here, length))
+                logits, _ = compute_logits(base_model, Same(), batch_of(base_model, length))
             assert logits.std(dim=0).min() > 0.01
-            for example, said in zip(Same().examples("train", 16), logits, strict=True):
+            for example, lane_logits in zip(Same().examples("train", 16), logits, strict=True):
                 text = words(example.prompt, example.pair, return_tensors="pt")
                 text.pop("attention_mask")
                 if kind not in TYPED:
                     text.pop("token_type_ids", None)
                 with found.activate_lanes(["y"], None):
-                    torch.testing.assert_close(own(**text).logits[0], said, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(own(**text).logits[0], lane_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_text_may_use_all_positions(folders: dict[str, Path]) -> None:
     """RoBERTa's positions begin after the padding index, so 258 positions are enough for 256 tokens."""
-    here = load(folders["roberta"])
+    base_model = load(folders["roberta"])
     long = [Example("a b " * 90, "same", "c d " * 90)] * 2
-    rows = encode_examples(long, Same(), here.tokenizer, 256)
+    rows = encode_examples(long, Same(), base_model.tokenizer, 256)
     assert [len(row.ids) for row in rows] == [256, 256]
-    with three_lanes(here, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+    with three_lanes(base_model, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
         assert (
-            compute_logits(here, Same(), pad_rows(rows, 256, here.tokenizer.pad_token_id))[0].isfinite().all()
+            compute_logits(base_model, Same(), pad_rows(rows, 256, base_model.tokenizer.pad_token_id))[0]
+            .isfinite()
+            .all()
         )
 
 
@@ -206,25 +208,25 @@ def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
 
 
 def test_token_types_reach_only_models_that_have_them_and_are_0_at_padding(folders: dict[str, Path]) -> None:
-    here = load(folders["bert"])
-    batch = batch_of(here)
+    base_model = load(folders["bert"])
+    batch = batch_of(base_model)
     assert batch.token_type_ids is not None
     assert not batch.token_type_ids[~batch.attention_mask].any()
     for example, types, length in zip(
         Same().examples("train", 16), batch.token_type_ids, batch.lengths.tolist(), strict=True
     ):
-        assert types[:length].tolist() == here.tokenizer(example.prompt, example.pair)["token_type_ids"]
+        assert types[:length].tolist() == base_model.tokenizer(example.prompt, example.pair)["token_type_ids"]
     both = Batch.concatenate([batch, replace(batch, second_segment_starts=None)])
     assert both.token_type_ids is not None
     assert torch.equal(both.token_type_ids[:16], batch.token_type_ids)
     assert not both.token_type_ids[16:].any()
     assert torch.equal(both.slice_rows(8, 20).token_type_ids, both.token_type_ids[8:20])  # type: ignore[arg-type]
     for kind in ("bert", "electra", "deberta", "distilbert"):
-        here = load(folders[kind])
-        batch = batch_of(here)
-        with three_lanes(here, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
-            given, _ = compute_logits(here, Same(), batch)
-            without, _ = compute_logits(here, Same(), replace(batch, second_segment_starts=None))
+        base_model = load(folders[kind])
+        batch = batch_of(base_model)
+        with three_lanes(base_model, 0.3) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+            given, _ = compute_logits(base_model, Same(), batch)
+            without, _ = compute_logits(base_model, Same(), replace(batch, second_segment_starts=None))
         assert torch.equal(given, without) == (kind not in TYPED)
 
 

@@ -63,9 +63,9 @@ def test_a_task_base_model_is_made_once_and_identified_by_content(root: Path) ->
     assert base_store.content_hash(made) == content
 
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    said = len(lines)
+    line_count = len(lines)
     assert model_catalogue.prepare_task_base_model(Letters(QUICK), root, lines.append) == content
-    assert len(lines) == said
+    assert len(lines) == line_count
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
     assert not [path for path in root.iterdir() if path.name.startswith(".") and path.is_dir()]
 
@@ -309,10 +309,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_unreachable_hub_model_is_one_line_with_remedies(root: Path, cache: Path) -> None:
     with pytest.raises(UsageError) as caught:
         model_catalogue.prepare_base_model("some-lab/some-model", root, silent)
-    said = str(caught.value)
-    assert said.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
-    assert "\n" not in said
-    assert all(way in said for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
+    message = str(caught.value)
+    assert message.startswith("Model 'some-lab/some-model' cannot be read from the model hub")
+    assert "\n" not in message
+    assert all(way in message for way in ("HF_TOKEN", "HF_HUB_OFFLINE=1", "local folder"))
 
 
 def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root: Path, cache: Path) -> None:

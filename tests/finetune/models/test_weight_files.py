@@ -209,13 +209,13 @@ def test_what_transformers_cannot_load_is_one_line(
     what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    spoil, said = BAD[what]
-    spoil(folder)
+    damage, message = BAD[what]
+    damage(folder)
     with pytest.raises(UsageError) as refused:
         weight_files.check_weight_files(folder, "m")
     text = str(refused.value)
     assert str(folder) in text
-    assert said in text
+    assert message in text
     assert "save_pretrained" in text
     assert "\n" not in text
     with pytest.raises(Exception):  # noqa: B017, PT011  # of many kinds
@@ -315,13 +315,13 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
     what: str, folder: Path, tmp_path: Path
 ) -> None:
-    answers, spoil, said = OTHERS[what]
+    answers, damage, message = OTHERS[what]
     task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
     if answers == "label":
         folder = encoders.save("bert", tmp_path / "bert")
     loading.load_base_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
-    spoil(folder)
-    with pytest.raises(UsageError, match=said) as refused:
+    damage(folder)
+    with pytest.raises(UsageError, match=message) as refused:
         loading.load_base_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     assert "\n" not in str(refused.value)
 
