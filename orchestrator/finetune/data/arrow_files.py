@@ -4,7 +4,7 @@
 
 The file name contains a hash of the cache key, which holds all that decides the content. The metadata of the
 schema contains the key itself. The metadata of each record batch contains its SHA-256 digest, and the last
-batch also states the number of batches. A file that is cut, damaged, or written for another key is made again.
+batch also states the number of batches. A file that is cut, damaged or of another key is made again.
 
 The digest of a batch does not cover image files. Each image has a digest of its own, which is verified when
 the image is read, so opening a file reads everything except image files.
