@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from scripted import WORDS_TASK, tiny_bench
+from three_lanes import NAMES, three_lanes
 from torch.nn.functional import cross_entropy
 
 from orchestrator.finetune.evaluation.evaluate import EvaluationSplit, _grade_generated, evaluate
@@ -19,29 +20,14 @@ from orchestrator.finetune.tasks.base import IGNORE_INDEX, Example, Task
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError
 from variants import catalogue as variants
-from variants.attach import Adapters, attach
+from variants.attach import attach
 from variants.base import VariantSettings
-
-NAMES = ("x", "y", "z")
 
 
 def split_of(task: Task, base_model: BaseModel, size: int = 24) -> EvaluationSplit:
     return EvaluationSplit.from_examples(
         task.examples("validation", size), task, base_model.tokenizer, max_row_length=31
     )
-
-
-@contextmanager
-def three_lanes(base_model: BaseModel) -> Iterator[Adapters]:
-    """Yield adapters of three lanes whose weights differ enough to give different answers."""
-    adapters = attach(base_model.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks")
-    for number, name in enumerate(NAMES):
-        adapters.add_lane(name, VariantSettings(rank=4, alpha=8.0), seed=number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in adapters.trainable(name).values():
-            parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    yield adapters
-    adapters.detach()
 
 
 def make_base_model(dtype: str = "float32") -> BaseModel:

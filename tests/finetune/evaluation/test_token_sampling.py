@@ -9,7 +9,8 @@ import pytest
 import torch
 from scripted import WORDS_TASK, tiny_bench
 from scripted import configuration as configured
-from test_evaluate import NAMES, split_of, three_lanes
+from test_evaluate import split_of
+from three_lanes import NAMES, three_lanes
 
 from orchestrator.finetune.engine.lane_group import LaneGroup, TaskData
 from orchestrator.finetune.evaluation import generate
