@@ -47,6 +47,7 @@ from orchestrator.analyze.intervals import (
     estimate_mean,
     wilson_interval,
 )
+from orchestrator.analyze.pooled_errors import DifferenceError, estimate_errors
 from orchestrator.analyze.power import (
     dunnett_critical_value,
     holm_correction,
@@ -61,8 +62,6 @@ Claim = Literal["supported", "refuted", "undecided"]
 
 POWER = 0.8
 """The probability with which a detectable difference is detected."""
-VARIANCE_TEST_LEVEL = 0.05
-"""The level of the test by which a variant leaves the pool."""
 
 
 @dataclass(frozen=True)
@@ -174,52 +173,60 @@ def compare_to_baseline(
         KeyError: The baseline has no scores.
     """
     arms = {label: _summarize_arm(label, list(own.values()), level) for label, own in scores.items()}
-    others = sorted(label for label in scores if label != baseline)
-    shared_seeds = {v: sorted(set(scores[v]) & set(scores[baseline])) for v in others}
-    d = {v: [scores[v][s].value - scores[baseline][s].value for s in shared_seeds[v]] for v in others}
-    exclusion_reasons = {v: _exclusion_reason(arms[v], arms[baseline], len(shared_seeds[v])) for v in others}
-    tested = [v for v in others if not exclusion_reasons[v]]
-    errors = _difference_errors({v: d[v] for v in tested}, level)
-    p = _corrected_p_values(d, errors, margin)
-    pairs = []
-    for v in others:
-        mean = math.fsum(d[v]) / len(d[v]) if d[v] else None
-        dropped = tuple(sorted(set(scores[v]) ^ set(scores[baseline])))
-        pair = PairedComparison(v, tuple(shared_seeds[v]), dropped, mean, exclusion_reasons[v])
-        if v in errors and mean is not None:
-            pair = _apply_tests(
-                pair, mean, errors[v], (p[0][v], p[1][v], p[2][v]), margin, len(tested), level
-            )
-        pairs.append(pair)
-    pairs.sort(key=lambda x: (x.difference is None, -(x.difference or 0.0), x.label))
+    pairs, difference_std = _compare_pairs(scores, arms, arms[baseline], margin, level)
     missing = tuple(sorted(set(expected) - set(scores)))
     counted = [pair for pair in pairs if pair.label not in controls]
     number = len(counted) + sum(label not in controls for label in missing)
     holds_for = _baseline_holds_interval(counted, margin, number)
-    pooled = [e.std for e in errors.values() if e.pooled]
-    common_seeds = sorted(set.intersection(*(set(scores[v]) for v in [baseline, *tested])))
-    table = [[scores[v][seed].value for seed in common_seeds] for v in [baseline, *tested]]
-    correlation, helps = _pairing_gain(table, 1 - level)
+    tested = [baseline, *sorted(pair.label for pair in pairs if pair.interval is not None)]
+    common_seeds = sorted(set.intersection(*(set(scores[v]) for v in tested)))
+    table = [[scores[v][seed].value for seed in common_seeds] for v in tested]
+    correlation, pairing_helps = _pairing_gain(table, 1 - level)
     return Comparison(
-        arms[baseline],
-        tuple(arms[pair.label] for pair in pairs),
-        tuple(pairs),
-        margin,
-        pooled[0] if pooled else None,
-        correlation,
-        helps,
-        number,
-        holds_for,
-        _decide_claim(holds_for, number),
-        level,
-        missing,
+        baseline=arms[baseline],
+        arms=tuple(arms[pair.label] for pair in pairs),
+        pairs=tuple(pairs),
+        margin=margin,
+        difference_std=difference_std,
+        correlation=correlation,
+        pairing_helps=pairing_helps,
+        counted=number,
+        baseline_not_inferior_to=holds_for,
+        claim=_decide_claim(holds_for, number),
+        level=level,
+        not_compared=missing,
     )
+
+
+def _compare_pairs(
+    scores: Mapping[str, ScoresBySeed], arms: Mapping[str, Arm], baseline: Arm, margin: float, level: float
+) -> tuple[list[PairedComparison], float | None]:
+    """Return all comparisons, sorted, and the pooled standard deviation of the differences."""
+    base = scores[baseline.label]
+    others = sorted(label for label in scores if label != baseline.label)
+    shared_seeds = {v: sorted(set(scores[v]) & set(base)) for v in others}
+    d = {v: [scores[v][s].value - base[s].value for s in shared_seeds[v]] for v in others}
+    exclusion_reasons = {v: _exclusion_reason(arms[v], baseline, len(shared_seeds[v])) for v in others}
+    tested = [v for v in others if not exclusion_reasons[v]]
+    errors = estimate_errors({v: d[v] for v in tested}, level)
+    p = _corrected_p_values(d, errors, margin)
+    pairs = []
+    for v in others:
+        mean = math.fsum(d[v]) / len(d[v]) if d[v] else None
+        dropped = tuple(sorted(set(scores[v]) ^ set(base)))
+        pair = PairedComparison(v, tuple(shared_seeds[v]), dropped, mean, exclusion_reasons[v])
+        if v in errors and mean is not None:
+            p_values = p[0][v], p[1][v], p[2][v]
+            pair = _apply_tests(pair, mean, errors[v], p_values, margin, len(tested), level)
+        pairs.append(pair)
+    pairs.sort(key=lambda x: (x.difference is None, -(x.difference or 0.0), x.label))
+    return pairs, next((error.std for error in errors.values() if error.pooled), None)
 
 
 def _apply_tests(
     pair: PairedComparison,
     mean: float,
-    error: _DifferenceError,
+    error: DifferenceError,
     p_values: tuple[float, float, float],
     margin: float,
     count: int,
@@ -274,69 +281,8 @@ def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _DifferenceError:
-    """The error of a variant's mean difference."""
-
-    standard_error: float
-    """The standard error of the mean difference."""
-    std: float
-    """The standard deviation of a difference."""
-    degrees: float
-    """The degrees of freedom of the standard deviation."""
-    critical_value: float
-    """Half of the interval's width in standard errors."""
-    pooled: bool
-    """Whether the standard deviation is the pooled one."""
-
-
-def _difference_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str, _DifferenceError]:
-    """Estimate the error of every variant's mean difference, from the pooled variance where it may be."""
-    squares = {v: math.fsum((x - math.fsum(own) / len(own)) ** 2 for x in own) for v, own in d.items()}
-    degrees = {v: len(own) - 1 for v, own in d.items()}
-    pool = _poolable_variants(squares, degrees)
-    errors = {}
-    total = sum(degrees[v] for v in pool)
-    if pool:
-        std, pooled_degrees = (
-            math.sqrt(math.fsum(squares[v] for v in pool) / total),
-            total * 4 / (len(pool) + 3),
-        )
-        critical = dunnett_critical_value(len(d), pooled_degrees, level)
-        for v in pool:
-            errors[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, pooled_degrees, critical, True)
-    for v in set(d) - set(pool):
-        std = math.sqrt(squares[v] / degrees[v])
-        critical = sidak_critical_value(len(d), degrees[v], level)
-        errors[v] = _DifferenceError(std / math.sqrt(len(d[v])), std, degrees[v], critical, False)
-    return errors
-
-
-def _poolable_variants(squares: Mapping[str, float], degrees: Mapping[str, int]) -> list[str]:
-    """Return the variants whose variances may be pooled.
-
-    The variant with the largest variance leaves as long as it is significantly larger than that of the rest.
-    """
-    from scipy import stats
-
-    pool = sorted(squares)
-    while len(pool) > 1:
-        widest = max(pool, key=lambda v: (squares[v] / degrees[v], v))
-        rest = [v for v in pool if v != widest]
-        total = sum(degrees[v] for v in rest)
-        others, own = math.fsum(squares[v] for v in rest) / total, squares[widest] / degrees[widest]
-        rest_degrees = total * 4 / (len(rest) + 3)
-        if own <= 0 or (
-            others > 0
-            and stats.f.sf(own / others, degrees[widest], rest_degrees) >= VARIANCE_TEST_LEVEL / len(squares)
-        ):
-            break
-        pool = rest
-    return pool
-
-
 def _corrected_p_values(
-    d: Mapping[str, Sequence[float]], errors: Mapping[str, _DifferenceError], margin: float
+    d: Mapping[str, Sequence[float]], errors: Mapping[str, DifferenceError], margin: float
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Return Holm's p values of the three tests: difference, equivalence, non-inferiority."""
     differs, equivalent, not_inferior = {}, {}, {}
