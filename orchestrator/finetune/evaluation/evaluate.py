@@ -134,7 +134,7 @@ def evaluate(
         One result per lane, equal in all processes.
 
     Raises:
-        UsageError: The task grades an answer with something else than a number from 0 to 1.
+        UsageError: The task grades an answer with anything but a number from 0 to 1.
     """
     results = [EvaluationResult({}, ItemResults())] * len(seeds)
     if split.batch_plan:
@@ -243,9 +243,7 @@ def _grade_generated(
         own_grades = task.grade_all(
             [example for example, _ in own_answers], [answer for _, answer in own_answers]
         )
-    except (
-        SystemExit
-    ) as error:  # raised by a user's task, it would end the worker instead of failing the lane
+    except SystemExit as error:  # of a user's task; it would end the worker instead of failing the lane
         raise RuntimeError(f"grading ends the process: {format_error(error)}") from error
     if len(own_grades) != len(own_answers):
         raise UsageError(

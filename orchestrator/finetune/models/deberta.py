@@ -52,10 +52,10 @@ class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention
         Args:
             query_layer: Scaled queries, (rows, heads, length, head size).
             key_layer: Keys, (rows, heads, length, head size).
-            relative_pos: Relative positions of queries and keys, (1, 1, length, length).
+            relative_pos: Position of each query minus that of each key, (1, length, length).
             rel_embeddings: The position table, (positions, features), or with a dropout mask per row
                 (rows, positions, features).
-            scale_factor: The number of kinds of scores, by which they are scaled.
+            scale_factor: The number of kinds of scores. Scores are divided by sqrt(head size * scale_factor).
 
         Returns:
             Scores to add to those of contents, (rows, heads, length, length).
@@ -93,11 +93,11 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
         Args:
             query_layer: Queries, (rows * heads, length, head size).
             key_layer: Keys, (rows * heads, length, head size).
-            relative_pos: Relative positions of queries and keys, (1, 1, length, length), in buckets if the
-                model has them.
+            relative_pos: Position of each query minus that of each key, (1, length, length); the number of
+                its bucket if the model has buckets.
             rel_embeddings: The position table, (positions, features), or with a dropout mask per row
                 (rows, positions, features).
-            scale_factor: The number of kinds of scores, by which they are scaled.
+            scale_factor: The number of kinds of scores. Scores are divided by sqrt(head size * scale_factor).
 
         Returns:
             Scores to add to those of contents, (rows * heads, length, length).
