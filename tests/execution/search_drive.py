@@ -18,7 +18,8 @@ from orchestrator.execution.search.searcher import PerVariantSearcher
 from orchestrator.record.schema import Evaluation, Record
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration, LRSchedule
-from orchestrator.study.space import Space, Value, apply_values, parse_space
+from orchestrator.study.space import Space, Value, apply_values
+from orchestrator.study.space_parsing import parse_space
 
 STEPS = 90
 OWN: dict[str, dict[str, Value]] = {

@@ -18,7 +18,8 @@ from orchestrator.execution.search.samplers import (
     to_optuna_params,
 )
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Space, Value, apply_values, parse_space
+from orchestrator.study.space import Space, Value, apply_values
+from orchestrator.study.space_parsing import parse_space
 
 OWN: dict[str, dict[str, Value]] = {
     "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},

@@ -11,7 +11,8 @@ from search_drive import OWN, Drive, build, score, space
 
 from orchestrator.execution.search import samplers
 from orchestrator.study.configuration import Configuration
-from orchestrator.study.space import Value, parse_space
+from orchestrator.study.space import Value
+from orchestrator.study.space_parsing import parse_space
 
 
 def test_a_small_space_is_used_up_and_said_to_be(tmp_path: Path) -> None:

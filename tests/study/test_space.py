@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_grid import TEMPLATE
 
-from orchestrator.study import space
+from orchestrator.study import space_parsing
 from orchestrator.study.configuration import Configuration, VariantChoice
-from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, apply_values, parse_space
+from orchestrator.study.space import HYPERPARAMETERS, Dimension, Value, apply_values
+from orchestrator.study.space_parsing import parse_space
 from orchestrator.util.errors import UsageError
 
 OWN: dict[str, dict[str, Value]] = {
@@ -84,7 +85,7 @@ def test_values_enter_the_configuration() -> None:
 
 
 def test_fixed_values_are_typed_by_the_setting() -> None:
-    found = space.parse_fixed_values(
+    found = space_parsing.parse_fixed_values(
         ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
     )
     assert found == {
@@ -145,7 +146,7 @@ def test_a_name_is_given_once() -> None:
     with pytest.raises(UsageError, match="--set has fixed rank"):
         parsed("rank=4,8", fixed=("rank",))
     with pytest.raises(UsageError, match="twice"):
-        space.parse_fixed_values(["rank=4", "rank=8"], VARIANTS, own)
+        space_parsing.parse_fixed_values(["rank=4", "rank=8"], VARIANTS, own)
 
 
 SPECS = st.one_of(

@@ -11,7 +11,7 @@ from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.sources import hub_data
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
-from orchestrator.study import bounds, rates, space
+from orchestrator.study import bounds, rates, space_parsing
 from orchestrator.study.options import StudyOptions
 from orchestrator.study.space import Space, Value
 from orchestrator.util.errors import UsageError, suggest_nearest
@@ -113,7 +113,7 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
 def _parse_fixed_and_space(
     options: StudyOptions, variants: Sequence[str], task: Task, learning_rates: Sequence[float]
 ) -> tuple[Mapping[str, Value], Space | None]:
-    fixed = space.parse_fixed_values(options.set, variants, variant_hyperparameters)
+    fixed = space_parsing.parse_fixed_values(options.set, variants, variant_hyperparameters)
     is_search = options.search != "grid"
     for key in fixed:
         name = key.rpartition(".")[2]
@@ -124,7 +124,7 @@ def _parse_fixed_and_space(
         return fixed, None
     if len(learning_rates) == 1:
         fixed.setdefault("learning_rate", learning_rates[0])
-    search_space = space.parse_space(
+    search_space = space_parsing.parse_space(
         options.space or (), variants, variant_hyperparameters, learning_rates, tuple(fixed)
     )
     _check_space(options, search_space, task)
