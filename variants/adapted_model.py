@@ -78,7 +78,10 @@ class AdaptedModel:
             name: LaneLinear(name, base, variant, self.state, group_of.get(name))
             for name, base in target_layers.items()
         }
-        self.heads = {name: LaneHead(name, base, self.state) for name, base in (heads or {}).items()}  # type: ignore[arg-type]
+        self.heads = {
+            name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
+            for name, base in (heads or {}).items()
+        }
         wrappers: list[LaneLinear | LaneHead] = [*self.layers.values(), *self.heads.values()]
         self._module_swap = ModuleSwap(model, wrappers, self.state, base_dropout)
         self.full_model = None
@@ -129,7 +132,7 @@ class AdaptedModel:
     def device(self, owner: str) -> torch.device:
         """Return the device of an owner's tensors."""
         if owner in self.layers:
-            return self.layers[owner].base_layer.weight.device  # type: ignore[return-value]
+            return self.layers[owner].base_layer.weight.device  # type: ignore[return-value]  # a Tensor
         if owner in self._layers_by_group:
             return self.device(self._layers_by_group[owner][0])
         return next(self.model.parameters()).device

@@ -29,9 +29,9 @@ def calibrate(
     """Compute each layer's calibration statistic and reduce it by the variant's `reduce_calibration`.
 
     The mean gradient is the mean over batches; the covariance of the inputs is over all positions except
-    padding. A layer's matrix is float32 with the size of its weight (gradients) or in x in (inputs). Layers
-    are processed in groups whose matrices fit into the memory budget, with one pass over the batches per
-    group.
+    padding. A layer's matrix has the shape (out, in) for gradients and (in, in) for inputs, in the lanes'
+    dtype. Layers are processed in groups whose matrices fit into the memory budget, with one pass over the
+    batches per group.
 
     Args:
         adapters: The adapters, whose lanes do not take part.

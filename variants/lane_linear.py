@@ -133,8 +133,8 @@ class LaneLinear(nn.Module):
         ):
             stacked = self._stack_tensors(lanes)
             base_output = variant.add_frozen_update(x_before_dropout, base_output, stacked, layer, scaling)
-            learnt = {name: tensor for name, tensor in stacked.items() if name not in frozen}
-            return variant.forward(x, base_output, variant.prepare(learnt, layer, scaling), layer, scaling)
+            unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
+            return variant.forward(x, base_output, variant.prepare(unfrozen, layer, scaling), layer, scaling)
         if variant.batching == Batching.DENSE and layer.weight.numel() * len(lanes) > DENSE_RECOMPUTE_NUMEL:
             parts = [
                 self._forward_one_lane(x[k : k + 1], base_output[k : k + 1], lane, layer)

@@ -31,8 +31,8 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
             wide = torch.promote_types(weight.dtype, layer.frozen_layer.dtype)
             weight.copy_((weight.to(wide) + delta).to(weight.dtype))
         for head in adapters.heads.values():
-            for name, learnt in head.own_tensors.trainable[lane].items():
-                getattr(head.base_layer, name).copy_(learnt)
+            for name, trained in head.own_tensors.trainable[lane].items():
+                getattr(head.base_layer, name).copy_(trained)
     if adapters.full_model is not None:
         adapters.full_model.copy_to_model(lane)
     adapters.detach()

@@ -20,8 +20,11 @@ from variants.base import InitialTensors, UnsupportedError, Variant, VariantSett
 from variants.targets import find_target_layers, is_conv1d
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""Names of the files in a folder of PEFT's."""
 PEFT_ROOT = "base_model."
+"""Prefix of the names of all tensors in PEFT's file."""
 PEFT_PREFIX = f"{PEFT_ROOT}model."
+"""Prefix of the names of tensors that belong to a module of the base model."""
 
 _UNSUPPORTED_PEFT_KEYS = (
     "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication", "use_qalora",

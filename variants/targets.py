@@ -13,6 +13,7 @@ from torch import nn
 from variants.base import UnsupportedError
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that adapters are computed for; others belong to quantized layers."""
 
 PATTERN_TIMEOUT_SECONDS = 5.0
 """Time limit for matching a regular expression to the name of one layer. With nested repetitions a
@@ -134,7 +135,7 @@ def _check_adaptable(name: str, modules: dict[str, nn.Module], match_all: bool) 
     module = modules[name]
     if "quantized" in type(module).__module__:
         raise UnsupportedError(
-            f"{name} is quantised ({type(module).__name__}): a row's output would depend on the others"
+            f"{name} is quantized ({type(module).__name__}): a row's output would depend on the others"
         )
     if (match_all or is_linear(module)) and not isinstance(module, nn.modules.conv._ConvNd):
         for key, parameter in module.named_parameters(recurse=False):

@@ -97,7 +97,7 @@ QUANTIZED = torch.ao.nn.quantized.dynamic.Linear
         (nn.MultiheadAttention(8, 2), "blocks.0.part is an nn.MultiheadAttention"),
         (nn.TransformerEncoderLayer(8, 2), "part.self_attn is an nn.MultiheadAttention"),
         (Experts(), "blocks.0.part.gate_up is a 3-D weight"),
-        (QUANTIZED(8, 8), "blocks.0.part is quantised"),
+        (QUANTIZED(8, 8), "blocks.0.part is quantized"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "blocks.0.part holds a torch.float8_e4m3fn"),
     ],
 )

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA as a learnt SVD whose least important triplets go."""
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): an SVD is trained, and unimportant triplets are pruned."""
 
 from __future__ import annotations
 
