@@ -104,10 +104,10 @@ def test_the_base_model_is_bit_identical_each_time_and_gets_a_head_of_zeros(tmp_
     assert contents[0] == contents[1]
     assert "held-out images of 0 to 4 are correct" in lines[-1]
     assert base_store.base_folder(tmp_path / "0", "digits-base", contents[0]).is_dir()
-    bench = loading.load_base_model(
+    base_model = loading.load_base_model(
         ModelChoice("digits-base", contents[0]), tmp_path / "0", "cpu", Digits(QUICK)
     )
-    assert bench.head_names == ("classifier",)
-    assert bench.model.classifier.out_features == len(FINE_TUNING_DIGITS)
-    assert not any(p.any() for p in bench.model.classifier.parameters())
-    assert sum(p.numel() for p in bench.model.parameters()) < 2_000_000
+    assert base_model.head_names == ("classifier",)
+    assert base_model.model.classifier.out_features == len(FINE_TUNING_DIGITS)
+    assert not any(p.any() for p in base_model.model.classifier.parameters())
+    assert sum(p.numel() for p in base_model.model.parameters()) < 2_000_000

@@ -251,9 +251,9 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row(
 
     task = task_of("dtd")
     write(task, root, CLASSES["dtd"], broken)
-    bench = load(models_of["clip"], task)
+    base_model = load(models_of["clip"], task)
     images = [e.image for e in task.examples("test", TEST) if e.image is not None]
     with pytest.raises(
         UsageError, match=r"Row 3 of tanganke/dtd \(test\) is not an image that Pillow can read"
     ):
-        bench.processor.pixel_values(images, bench.device, bench.model.dtype)
+        base_model.processor.pixel_values(images, base_model.device, base_model.model.dtype)

@@ -72,13 +72,13 @@ def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Im
 
 
 def test_pixels_equal_those_of_the_models_own_processor(folder: Path) -> None:
-    ours = ImageProcessor.from_pretrained(str(folder), None)
+    image_processor = ImageProcessor.from_pretrained(str(folder), None)
     photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
-    made = ours.pixel_values(photos, torch.device("cpu"), torch.float32)
+    made = image_processor.pixel_values(photos, torch.device("cpu"), torch.float32)
     opened = [PIL.Image.open(io.BytesIO(p.read())).convert("RGB") for p in photos]
     assert made.shape == (4, 3, SIDE, SIDE)
     torch.testing.assert_close(
-        made, ours.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
+        made, image_processor.hf_processor(opened, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-6
     )
 
 
@@ -90,8 +90,8 @@ def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(fol
         return photo(seed).read()
 
     first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
-    ours = ImageProcessor.from_pretrained(str(folder), None)
-    made = ours.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
+    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+    made = image_processor.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1]
     assert torch.equal(made[0], made[2])
     assert not torch.equal(made[0], made[1])
@@ -110,16 +110,16 @@ def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_fo
         return photo(0).read()
 
     image, broken = Image("good", read), Image("row 7 of cars", bytes)
-    ours = ImageProcessor.from_pretrained(str(folder), None)
-    ours.prefetch([image, broken])
-    made = ours.pixel_values([image], torch.device("cpu"), torch.float32)
+    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+    image_processor.prefetch([image, broken])
+    made = image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
     assert len(read_by) == 1
     assert read_by != [threading.get_ident()]
     assert torch.equal(
         made, ImageProcessor.from_pretrained(str(folder), None).pixel_values([image], made.device, made.dtype)
     )
     with pytest.raises(UsageError, match="row 7 of cars"):
-        ours.pixel_values([broken], torch.device("cpu"), torch.float32)
+        image_processor.pixel_values([broken], torch.device("cpu"), torch.float32)
 
 
 def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
@@ -134,15 +134,15 @@ def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
             raise MemoryError
         return photo(number).read()
 
-    ours = ImageProcessor.from_pretrained(str(next(iter(both.values()))), None)
+    image_processor = ImageProcessor.from_pretrained(str(next(iter(both.values()))), None)
     images = [Image(str(number), partial(read, number)) for number in range(6)]
-    ours.prefetch([*images, *images])
-    ours.pixel_values(images[:3], torch.device("cpu"), torch.float32)
+    image_processor.prefetch([*images, *images])
+    image_processor.pixel_values(images[:3], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1, 2]
     short = Image("9", partial(read, 9))
     with pytest.raises(MemoryError):
-        ours.decode(short)
-    assert ours.decode(short).dtype == torch.uint8
+        image_processor.decode(short)
+    assert image_processor.decode(short).dtype == torch.uint8
 
 
 def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
@@ -154,11 +154,11 @@ def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
 
 
 def test_a_file_that_is_no_image_is_named_in_one_line(folder: Path) -> None:
-    ours = ImageProcessor.from_pretrained(str(folder), None)
+    image_processor = ImageProcessor.from_pretrained(str(folder), None)
     broken = photo(0).read()
     for bad in (b"no image", broken[: len(broken) // 2], b""):
         with pytest.raises(UsageError, match="row 7 of cars is not an image that Pillow can read") as caught:
-            ours.decode(Image("row 7 of cars", partial(bytes, bad)))
+            image_processor.decode(Image("row 7 of cars", partial(bytes, bad)))
         assert "\n" not in str(caught.value)
 
 
@@ -186,7 +186,7 @@ def test_rows_and_batches_contain_files_but_no_pixels() -> None:
 
 
 def test_an_example_without_an_image_is_refused() -> None:
-    with pytest.raises(UsageError, match="example 1 has none"):
+    with pytest.raises(UsageError, match="example 1 has no image"):
         encode_examples([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)
 
 
@@ -195,36 +195,40 @@ def test_an_example_without_an_image_is_refused() -> None:
 
 def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(folder: Path) -> None:
     task = Digits()
-    bench = load(folder, task)
-    assert bench.head_names == ("classifier",)
+    base_model = load(folder, task)
+    assert base_model.head_names == ("classifier",)
     with base_store.suppress_transformers_logging():
         saved = AutoModel.from_pretrained(folder).state_dict()
-    tower = {name.removeprefix("vit."): p for name, p in bench.model.named_parameters()}
+    tower = {name.removeprefix("vit."): p for name, p in base_model.model.named_parameters()}
     assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
     for name, parameter in tower.items():  # the weights of the checkpoint, not random ones
         assert torch.equal(parameter, saved[name])
     others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
     clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
-    assert others == (clip_others if bench.model.config.model_type == "clip" else {"pooler"})
+    assert others == (clip_others if base_model.model.config.model_type == "clip" else {"pooler"})
     skeleton, heads = loading.build_meta_model(choice(folder), folder, task)
-    assert heads == bench.head_names
+    assert heads == base_model.head_names
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
-        n: p.shape for n, p in bench.model.named_parameters()
+        n: p.shape for n, p in base_model.model.named_parameters()
     }
-    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, bench.processor, 0)
+    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, base_model.processor, 0)
     adapters = attach(
-        bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
+        base_model.model,
+        variants.get("lora"),
+        VariantSettings(rank=4, alpha=8.0),
+        "blocks",
+        base_model.head_names,
     )
-    found = evaluate(bench, task, split, [0], adapters.disable_adapters)[0]
+    found = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
 
 
 def test_the_targets_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
-    bench = load(folder, Digits())
+    base_model = load(folder, Digits())
     parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
     parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    kind = bench.model.config.model_type
-    found = find_target_layers(bench.model, "blocks")
+    kind = base_model.model.config.model_type
+    found = find_target_layers(base_model.model, "blocks")
     assert len(found) == 2 * 6
     assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
     assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
@@ -316,22 +320,24 @@ def test_a_bfloat16_base_reads_the_same_images(folder: Path) -> None:
     batch = pad_rows(encode_examples(task.examples("train", 16), task, None, 0), 0, 0)
     narrow = loading.load_base_model(replace(choice(folder), dtype="bfloat16"), folder, "cpu", task)
     found = {}
-    for bench in (load(folder, task), narrow):
+    for base_model in (load(folder, task), narrow):
         with torch.no_grad():
-            bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+            base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
             settings = VariantSettings(rank=4, alpha=8.0)
-            adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.head_names)
+            adapters = attach(
+                base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names
+            )
             with adapters.disable_adapters():
-                found[bench.model.dtype] = compute_logits(bench, task, batch)[0].float()
+                found[base_model.model.dtype] = compute_logits(base_model, task, batch)[0].float()
     wide, short = found[torch.float32], found[torch.bfloat16]
     assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
     assert not torch.equal(wide, short)
 
 
 def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
-    bench = load(folder, task)
-    enable_activation_checkpointing(bench.model)
-    return bench
+    base_model = load(folder, task)
+    enable_activation_checkpointing(base_model.model)
+    return base_model
 
 
 def test_activation_checkpointing_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
@@ -349,16 +355,20 @@ def _scenario(ones: list[Configuration], folder: Path, rank: int) -> Scenario:
     return Scenario(Script(leases(ones)), options={"load_base_model": partial(_load, folder)})
 
 
-def _on_two(team: ProcessGroup, where: Path, folder: Path) -> list[EvaluationResult]:
+def _on_two(process_group: ProcessGroup, where: Path, folder: Path) -> list[EvaluationResult]:
     task = Digits()
-    bench = load(folder, task)
-    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, bench.processor, 0)
+    base_model = load(folder, task)
+    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, base_model.processor, 0)
     with torch.no_grad():
-        bench.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+        base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
     adapters = attach(
-        bench.model, variants.get("lora"), VariantSettings(rank=4, alpha=8.0), "blocks", bench.head_names
+        base_model.model,
+        variants.get("lora"),
+        VariantSettings(rank=4, alpha=8.0),
+        "blocks",
+        base_model.head_names,
     )
-    return evaluate(bench, task, split, [0], adapters.disable_adapters, team)
+    return evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)
 
 
 def test_two_workers_split_images_like_texts(
@@ -382,19 +392,19 @@ def test_peft_loads_the_adapter_of_a_lane_on_clip(both: dict[str, Path], tmp_pat
     from peft import PeftModel  # here, so that the processes of pair.py do not import it
 
     task = Digits()
-    bench = load(both["clip"], task)
+    base_model = load(both["clip"], task)
     settings = VariantSettings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", bench.head_names)
+    adapters = attach(base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names)
     adapters.add_lane("x", settings, seed=0)
     for parameter in adapters.trainable("x").values():
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     save_peft(adapters, "x", tmp_path, "clip")
     images = [e.image for e in task.examples("test", 8) if e.image is not None]
-    pixels = bench.processor.pixel_values(images, bench.device, torch.float32)
+    pixels = base_model.processor.pixel_values(images, base_model.device, torch.float32)
     with base_store.suppress_transformers_logging():
         base = AutoModelForImageClassification.from_pretrained(both["clip"], num_labels=5)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
     with torch.no_grad(), adapters.activate_lanes(["x"], None):
-        ours = bench.model(pixel_values=pixels).logits
-        torch.testing.assert_close(theirs(pixel_values=pixels).logits, ours)
-    assert ours.abs().max() > 0.1
+        logits = base_model.model(pixel_values=pixels).logits
+        torch.testing.assert_close(theirs(pixel_values=pixels).logits, logits)
+    assert logits.abs().max() > 0.1

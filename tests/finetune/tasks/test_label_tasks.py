@@ -134,12 +134,12 @@ def test_the_base_model_is_bit_identical_each_time_and_gets_a_head_of_zeros(tmp_
         contents.append(model_catalogue.prepare_task_base_model(Reviews(QUICK), tmp_path / str(i), silent))
     assert contents[0] == contents[1]
     assert base_store.base_folder(tmp_path / "0", "reviews-base", contents[0]).is_dir()
-    bench = loading.load_base_model(
+    base_model = loading.load_base_model(
         ModelChoice("reviews-base", contents[0]), tmp_path / "0", "cpu", Reviews(QUICK)
     )
-    assert bench.head_names == ("classifier",)  # the pooler is pretrained
-    assert not any(p.any() for p in bench.model.classifier.parameters())
-    assert bench.tokenizer.pad_token_id == bench.model.config.pad_token_id == 0
+    assert base_model.head_names == ("classifier",)  # the pooler is pretrained
+    assert not any(p.any() for p in base_model.model.classifier.parameters())
+    assert base_model.tokenizer.pad_token_id == base_model.model.config.pad_token_id == 0
 
 
 # -- glosses ---------------------------------------------------------------------------------------------

@@ -96,9 +96,11 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return encoder(tmp_path_factory.mktemp("bert"))
 
 
-def make_split(task: Task, bench: BaseModel, size: int = 80) -> EvaluationSplit:
+def make_split(task: Task, base_model: BaseModel, size: int = 80) -> EvaluationSplit:
     length = compute_max_row_length(task, task.defaults.max_length)
-    return EvaluationSplit.from_examples(task.examples("validation", size), task, bench.tokenizer, length)
+    return EvaluationSplit.from_examples(
+        task.examples("validation", size), task, base_model.tokenizer, length
+    )
 
 
 # -- data ------------------------------------------------------------------------------------------------
@@ -170,25 +172,27 @@ def test_the_revision_depends_on_the_classes_and_their_order() -> None:
 
 def test_a_head_starts_with_zeros_so_that_the_base_model_guesses(folder: Path) -> None:
     task = Reviews()
-    here = load(folder, task)
-    assert here.is_causal == ("Llama" in type(here.model).__name__)
+    base_model = load(folder, task)
+    assert base_model.is_causal == ("Llama" in type(base_model.model).__name__)
     # A pooler that the checkpoint lacks is new, too.
-    assert here.head_names == (("score",) if here.is_causal else ("classifier", "bert.pooler.dense"))
-    with three_lanes(here) as adapters:
-        found = evaluate(here, task, make_split(task, here), [0], adapters.disable_adapters)[0]
+    assert base_model.head_names == (
+        ("score",) if base_model.is_causal else ("classifier", "bert.pooler.dense")
+    )
+    with three_lanes(base_model) as adapters:
+        found = evaluate(base_model, task, make_split(task, base_model), [0], adapters.disable_adapters)[0]
     assert found.scores == {"loss": pytest.approx(math.log(8)), "accuracy": task.floor}
     assert set(found.items.answers) == {task.labels[0]}
 
 
 def test_a_checkpoint_with_a_head_for_other_classes_gets_a_new_one(folder: Path, tmp_path: Path) -> None:
     task = Reviews()
-    here = load(folder, task)
+    base_model = load(folder, task)
     with base_store.suppress_transformers_logging():
-        here.model.save_pretrained(tmp_path)
-    here.tokenizer.save_pretrained(tmp_path)
+        base_model.model.save_pretrained(tmp_path)
+    base_model.tokenizer.save_pretrained(tmp_path)
     other = load(tmp_path, Lengths())
     assert other.model.config.num_labels == 1
-    assert other.head_names[0] == here.head_names[0]
+    assert other.head_names[0] == base_model.head_names[0]
     assert not any(p.any() for p in other.model.get_submodule(other.head_names[0]).parameters())
 
 
@@ -202,21 +206,21 @@ def test_the_meta_model_has_the_heads(folder: Path) -> None:
 
 def test_padding_and_neighboring_rows_change_nothing(folder: Path) -> None:
     task = Reviews()
-    here = load(folder, task)
-    rows = encode_examples(task.examples("train", 32), task, here.tokenizer, 16)
+    base_model = load(folder, task)
+    rows = encode_examples(task.examples("train", 32), task, base_model.tokenizer, 16)
     assert len({len(row.ids) for row in rows}) > 2
-    with three_lanes(here) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
-        logits, labels = compute_logits(here, task, pad_rows(rows, 16, 0))
+    with three_lanes(base_model) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+        logits, labels = compute_logits(base_model, task, pad_rows(rows, 16, 0))
         assert labels.tolist() == [row.targets[-1] for row in rows]
         for row, one in zip(rows, logits, strict=True):  # each alone, without padding and mask
-            alone = here.model(input_ids=torch.tensor([row.ids])).logits[0]
+            alone = base_model.model(input_ids=torch.tensor([row.ids])).logits[0]
             torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-4)
         # Rows without padding are bit-identical beside padded rows and among themselves.
         full = [row for row in rows if len(row.ids) == max(len(r.ids) for r in rows)]
         full = (full * 8)[:8]
         length = len(full[0].ids)
-        together = compute_logits(here, task, pad_rows([*full, *rows], length, 0))[0][:8]
-        assert torch.equal(together, compute_logits(here, task, pad_rows(full, length, 0))[0])
+        together = compute_logits(base_model, task, pad_rows([*full, *rows], length, 0))[0][:8]
+        assert torch.equal(together, compute_logits(base_model, task, pad_rows(full, length, 0))[0])
 
 
 def test_an_encoder_with_sliding_windows_keeps_them(tmp_path: Path) -> None:
@@ -227,12 +231,12 @@ def test_an_encoder_with_sliding_windows_keeps_them(tmp_path: Path) -> None:
         ModernBertForMaskedLM(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     task = Reviews()
-    here = load(tmp_path, task)
-    assert (here.head_names, here.has_sliding_window) == (("head", "classifier"), True)
-    rows = encode_examples(task.examples("train", 16), task, here.tokenizer, 16)
-    with three_lanes(here) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
-        logits, _ = compute_logits(here, task, pad_rows(rows, 16, 0))
-        alone = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
+    base_model = load(tmp_path, task)
+    assert (base_model.head_names, base_model.has_sliding_window) == (("head", "classifier"), True)
+    rows = encode_examples(task.examples("train", 16), task, base_model.tokenizer, 16)
+    with three_lanes(base_model) as adapters, adapters.activate_lanes(["y"], None), torch.no_grad():
+        logits, _ = compute_logits(base_model, task, pad_rows(rows, 16, 0))
+        alone = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in rows]
         torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -262,12 +266,13 @@ def test_the_loss_is_that_of_the_answers(folder: Path) -> None:
 
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
 def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task) -> None:
-    here = load(folder, task)
-    split = make_split(task, here)
-    with three_lanes(here) as adapters:
-        together = evaluate(here, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
+    base_model = load(folder, task)
+    split = make_split(task, base_model)
+    with three_lanes(base_model) as adapters:
+        together = evaluate(base_model, task, split, [0, 0, 0], lambda: adapters.activate_lanes(NAMES, None))
         alone = [
-            evaluate(here, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0] for n in NAMES
+            evaluate(base_model, task, split, [0], lambda n=n: adapters.activate_lanes([n], None))[0]
+            for n in NAMES
         ]  # type: ignore[misc]
     assert together == alone
     assert len({one.scores["loss"] for one in alone}) == 3
@@ -275,12 +280,12 @@ def test_scores_of_a_lane_do_not_depend_on_other_lanes(folder: Path, task: Task)
 
 @pytest.mark.parametrize("task", [Reviews(), Lengths()], ids=lambda task: task.name)
 def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: Task) -> None:
-    here = load(folder, task)
-    split = make_split(task, here, 24)
-    with three_lanes(here) as adapters, torch.no_grad():
-        found = evaluate(here, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
+    base_model = load(folder, task)
+    split = make_split(task, base_model, 24)
+    with three_lanes(base_model) as adapters, torch.no_grad():
+        found = evaluate(base_model, task, split, [0], lambda: adapters.activate_lanes(["y"], None))[0]
         with adapters.activate_lanes(["y"], None):
-            said = [here.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
+            said = [base_model.model(input_ids=torch.tensor([row.ids])).logits[0] for row in split.rows]
     if task.output == "classification":
         classes = [task.labels[int(one.argmax())] for one in said]
         right = [c == e.answer for c, e in zip(classes, split.examples, strict=True)]
@@ -301,7 +306,7 @@ def test_scores_equal_those_computed_with_the_model_itself(folder: Path, task: T
     assert found.scores["loss"] == pytest.approx(np.mean([float(one) for one in each]), rel=1e-4)
 
 
-def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
+def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
     """Evaluate all outputs: classes, values, greedy and sampled generation, and teacher forcing.
 
     This runs on two workers and in the process of the test.
@@ -312,13 +317,13 @@ def _shared(team: ProcessGroup, _: Path, bert: Path) -> list[EvaluationResult]:
         if name == "sampled":
             task = type(task)()
             task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
-        here = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
+        base_model = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
         # This includes a split of one batch, of which one worker gets nothing.
         for size in (90, 9):
-            split = make_split(task, here, size)
-            with three_lanes(here) as adapters:
+            split = make_split(task, base_model, size)
+            with three_lanes(base_model) as adapters:
                 rows = lambda adapters=adapters: adapters.activate_lanes(NAMES, None)  # noqa: E731
-                found += evaluate(here, task, split, (0, 1, 2), rows, team)
+                found += evaluate(base_model, task, split, (0, 1, 2), rows, process_group)
     return found
 
 
