@@ -35,8 +35,8 @@ class LoRAMoE(Variant):
 
     The experts share `rank` equally. Their number is the largest one from 2 to `experts` that divides `rank`
     (8 experts of rank 1 at rank 8, 4 at rank 4). As in the authors' code, s = alpha / (rank of one expert).
-    With equal gates this is LoRA's scaling alpha / rank of the whole. The published study used alpha / rank,
-    an eighth of it.
+    With equal gates this gives LoRA's scaling alpha / rank for the sum of all experts. The published study
+    used s = alpha / rank, which is an eighth of it with 8 experts.
 
     Initialization: A and R from U(-1/sqrt(in), 1/sqrt(in)), so that each expert's A is as in LoRA; B = 0, so
     y = W x.
@@ -48,11 +48,11 @@ class LoRAMoE(Variant):
     do it, because it saves nothing where one matrix product computes all experts, and because it leaves
     experts without gradients.
 
-    The loss gains the localized balancing constraint: `balance` times the squared coefficient of variation of
-    the experts' gates, summed over an example and averaged over examples. Here all examples belong to one
-    task type and so all experts do. Then the authors' code scales all entries of the importance matrix by
-    1 + delta, which cancels in var / mean^2. (The paper's equation has var / mean, which grows with the
-    number of tokens.)
+    The loss gains the localized balancing constraint. Each expert's gates are summed over the tokens of an
+    example. The constraint is `balance` times the squared coefficient of variation of these sums over the
+    experts, averaged over examples. Here all examples, and so all experts, belong to one task type. Then the
+    authors' code scales all entries of the importance matrix by 1 + delta, which cancels in var / mean^2.
+    (The paper's equation has var / mean, which grows with the number of tokens.)
 
     Deviations: padding does not count; the layers' terms are averaged and not summed; dropout also applies to
     the router's input. The default `balance` of 0.1 is the paper's beta from memory and unconfirmed; the

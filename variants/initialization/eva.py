@@ -29,7 +29,7 @@ from variants.initialization.pissa import randomized_svd
 class EVA(LoRA):
     """W' = W + s B A with s = alpha / rank, whatever number of ranks a layer has.
 
-    (PEFT: `adjust_scaling_factors`.)
+    PEFT's option `adjust_scaling_factors` has the same effect.
 
     Initialization: A = the first principal directions of the layer's inputs, B = 0, so W' = W. Each layer
     proposes its first `rho` * rank directions. Of all proposed directions, the layers * rank that explain the
