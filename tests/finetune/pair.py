@@ -1,7 +1,7 @@
-"""Two processes that run the loop as the two workers of a seat, over gloo.
+"""Two processes that run the loop as the two workers of a trainer, over gloo.
 
-Starting them takes seconds, so a session of tests starts them once (the fixture `pair` in conftest.py) and
-sends them one work after another.
+Starting them takes seconds, so a test session starts them once (the fixture `pair` in conftest.py) and sends
+them one function after another.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PROCESSES.set_forkserver_preload(
 
 
 def process(target: Callable[..., None], *arguments: object) -> Any:
-    """Return a started process that calls `target`. What it imports is there already, for the most part."""
+    """Start a process that calls `target`; most of its imports are preloaded."""
     made = _PROCESSES.Process(target=target, args=arguments, daemon=True)
     with pytest.MonkeyPatch.context() as patch:
         # multiprocessing removes its own folder at exit. It must not lie in the one that tests/conftest.py
@@ -55,7 +55,7 @@ def process(target: Callable[..., None], *arguments: object) -> Any:
 
 @dataclass
 class Scenario:
-    """What a worker is started with: `options` as in `scripted.train`."""
+    """The arguments of `scripted.train` on one worker."""
 
     source: Script
     lanes: int = 8
@@ -63,8 +63,8 @@ class Scenario:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a worker saw of a scenario. `weights`: lane -> all its parameters in one tensor, at its end."""
+class WorkerResult:
+    """What one worker observed; `weights` maps a lane to all its final parameters in one tensor."""
 
     raised: str
     reports: list[tuple[str, int]]
@@ -75,7 +75,7 @@ class Told:
 
 
 class Pair:
-    """The two processes. They wait for works until `close`."""
+    """The two processes. They wait for functions to run until `close`."""
 
     def __init__(self, folder: Path) -> None:
         self.workers = []
@@ -89,9 +89,9 @@ class Pair:
     def run(
         self, works: Mapping[str, Callable[[TorchProcessGroup, Path], T]], folder: Path
     ) -> dict[str, list[T]]:
-        """Return what each work gives on the two workers. A work may keep things in `folder / name`.
+        """Run each function on both workers and return its two results. It may write to `folder / name`.
 
-        Raises RuntimeError with a worker's traceback, or when a worker has died.
+        Raises RuntimeError with a worker's traceback, or if a worker has died.
         """
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((works, folder)))
@@ -109,7 +109,7 @@ class Pair:
         return {name: [found[pipe][name] for pipe in self.pipes] for name in works}
 
     def close(self) -> None:
-        """End the workers, whatever they do."""
+        """Kill the workers."""
         for worker in self.workers:
             worker.kill()
             worker.join()
@@ -117,7 +117,7 @@ class Pair:
 
 @contextmanager
 def started(folder: Path) -> Iterator[Callable[..., Any]]:
-    """Yield `Pair.run` of workers that are started at its first call, and anew after one that raised."""
+    """Yield `Pair.run` of workers that start at its first call, and again after a call that raised."""
     pairs: list[Pair] = []
 
     def run(works: Mapping[str, Any], where: Path) -> Any:
@@ -139,33 +139,33 @@ def started(folder: Path) -> Iterator[Callable[..., Any]]:
 def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
-    team = TorchProcessGroup()
+    group = TorchProcessGroup()
     while True:
         try:
             works, folder = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the tests have ended
             return
         try:
-            told = {name: work(team, folder / name) for name, work in works.items()}, ""
+            told = {name: work(group, folder / name) for name, work in works.items()}, ""
         except BaseException:
             told = {}, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(told))  # as bytes: a tensor that is sent itself would be shared memory
 
 
-def play(make: Callable[[int], Scenario], team: TorchProcessGroup, folder: Path) -> Told:
-    """Run the loop over a scenario. Each worker makes its own, of its rank; the store is in `folder`.
+def play(make: Callable[[int], Scenario], group: TorchProcessGroup, folder: Path) -> WorkerResult:
+    """Run the loop on a scenario that each worker makes for its rank; the store is in `folder`.
 
-    The stores of one call of `run` share their data, which is made once.
+    The stores of one call of `run` share their prepared data.
     """
-    one = make(team.rank)
+    one = make(group.rank)
     raised = ""
     store = Store(folder)
     store.data = folder.parent / "data"
     try:
-        train(one.source, store, one.lanes, process_group=team, **one.options)
+        train(one.source, store, one.lanes, process_group=group, **one.options)
     except Exception as error:
         raised = f"{type(error).__name__}: {error}"
-    return Told(
+    return WorkerResult(
         raised,
         [(r.fingerprint, r.step) for r in one.source.reports],
         one.source.ended,

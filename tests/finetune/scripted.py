@@ -1,4 +1,4 @@
-"""A real tiny model, real tasks, and a source that a test writes down in advance."""
+"""A tiny model, real tasks, and a source whose leases and directives a test defines in advance."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from orchestrator.finetune.tasks.base import EncodedExample, Example, Task
 
 
 class Poisoned(Task):
-    """Training example 5 has a token that the model does not know."""
+    """Training example 5 has a token id that the model has no embedding for."""
 
     title, floor, default_model = "poisoned", 0.0, "letters-base"
     output, max_new_tokens, defaults = "teacher_forced", 6, letters.Letters.defaults
@@ -58,9 +58,11 @@ class Poisoned(Task):
 '''
 
 
-def tiny_bench(choice: ModelChoice, task: Task | None = None) -> BaseModel:
-    """Hidden 32, 2 layers, the same weights every time: Llama with the letters' 25 words, or for a task with
-    a head BERT with those of the reviews."""
+def tiny_base_model(choice: ModelChoice, task: Task | None = None) -> BaseModel:
+    """Return a model with hidden size 32, two layers and always the same weights.
+
+    It is a Llama with the vocabulary of letters, or, for a task with a head, a BERT with that of reviews.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _llama() if task is None or not task.has_head else _bert(task)
@@ -142,17 +144,15 @@ def _choice(task: str, train_size: int) -> TaskChoice:
 
 @dataclass
 class Script:
-    """A source in one process. `start_at`: a lane is leased when the first lane has that many steps.
-
-    `answers(report)` says what a report is answered, GO unless told otherwise; a parked lane is told GO at
-    the next exchange. Everything that the loop says is kept. `changes` is given the steps of all lanes, which
-    `train` looks up in the loop: a source is told their sum only.
-    """
+    """A source in one process, which keeps everything that the loop sends to it."""
 
     leases: list[Lease]
     start_at: Mapping[str, int] = field(default_factory=dict)
+    """Fingerprint -> steps that some lane must have before this one is leased."""
     answers: Callable[[Report], Directive] = lambda report: Directive.CONTINUE
+    """The directive that answers a report. A parked lane continues at the next exchange."""
     changes: Callable[[Mapping[str, int]], Mapping[str, Directive]] = lambda steps: {}
+    """The directives of an exchange, from the steps of all lanes, which `train` reads from the lanes."""
     reports: list[Report] = field(default_factory=list)
     ended: list[tuple[str, int, str]] = field(default_factory=list)
     held: list[Mapping[str, int]] = field(default_factory=list)
@@ -192,9 +192,9 @@ class Script:
             name: lane.step for name, lane in self.lanes.items() if lane.state is not LaneState.ENDED
         }
         self.held.append(self.steps)
-        told = {f: Directive.CONTINUE for f in self.parked if f in steps}
+        resumed = {f: Directive.CONTINUE for f in self.parked if f in steps}
         self.parked.clear()
-        return {**told, **self.changes(steps)}
+        return {**resumed, **self.changes(steps)}
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
         self.spilled.append((fingerprint, attempt))
@@ -208,17 +208,21 @@ class Script:
 
 @dataclass
 class Queue(Script):
-    """Parks every lane at its reports but the last and gives it its go-ahead when `told` exchanges are over;
-    a lane that was spilled waits at the end of the line by then. Checks that the pack is never overfull."""
+    """Parks every lane at each report but its last, and lets it continue after `park_exchanges` exchanges.
 
-    told: int = 2
+    A lane whose lease was returned waits behind all others from then on.
+    """
+
+    park_exchanges: int = 2
     most: int = 0
     since: dict[str, int] = field(default_factory=dict)
     away: dict[str, int] = field(default_factory=dict)
     attempt: Counter[str] = field(default_factory=Counter)
 
     def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
-        for name in [name for name, since in self.away.items() if len(self.held) >= since + self.told]:
+        for name in [
+            name for name, since in self.away.items() if len(self.held) >= since + self.park_exchanges
+        ]:
             del self.away[name]
             self.attempt[name] += 1
             self.leases.append(Lease(self.lanes[name].configuration, 1 + self.attempt[name]))
@@ -241,7 +245,7 @@ class Queue(Script):
         return {
             name: Directive.CONTINUE
             for name, since in self.since.items()
-            if name in self.steps and len(self.held) >= since + self.told
+            if name in self.steps and len(self.held) >= since + self.park_exchanges
         }
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
@@ -250,16 +254,16 @@ class Queue(Script):
         self.away[fingerprint] = len(self.held)
 
 
-class Interrupted(Exception):
-    """What `dies_at` raises: the end of a process, as far as the loop can see it."""
+class SimulatedCrashError(Exception):
+    """The end of a process, as far as the loop can see it."""
 
 
 def dies_at(step: int) -> Callable[[Report], Directive]:
-    """Return answers that let a lane go on, until one reports from this step."""
+    """Return `answers` that let lanes continue until one reports from this step, and then raise."""
 
     def answer(report: Report) -> Directive:
         if report.step == step:
-            raise Interrupted
+            raise SimulatedCrashError
         return Directive.CONTINUE
 
     return answer
@@ -275,12 +279,16 @@ def provenance(device: str, **rest: Any) -> Provenance:
 
 @cache
 def tiny_data() -> Path:
-    """The folder of examples, token ids and untrained scores that the stores with the tiny model share."""
+    """Return a folder of prepared data that the stores of the tiny model share."""
     return Path(tempfile.mkdtemp(prefix="data-"))
 
 
 def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None, **options: Any) -> None:
-    """Run the loop. `data`: a folder of data that this store shares with others of the same model."""
+    """Run the loop with `lanes` lanes at most.
+
+    `data` is a folder of prepared data that this store shares with others of the same model. `options` are
+    fields of `LoopSettings` and arguments of `loop.run`.
+    """
     if data is not None:
         store.data = data
     elif "load_base_model" not in options and not store.data.exists():
@@ -290,7 +298,7 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
     rest = {name: value for name, value in options.items() if name not in settings}
 
     class Seen(Lane):
-        """A lane that the script can look at."""
+        """A lane that registers itself with the script."""
 
         def __init__(self, lease: Lease) -> None:
             super().__init__(lease)
@@ -300,7 +308,7 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
         loop.run(
             source,
             store,
-            rest.pop("load_base_model", tiny_bench),
+            rest.pop("load_base_model", tiny_base_model),
             loop.LoopSettings(**settings),
             provenance=provenance,
             **rest,
@@ -308,11 +316,11 @@ def train(source: Any, store: Store, lanes: int = 8, *, data: Path | None = None
 
 
 ALONE: dict[str, Record] = {}
-"""What `solo` has trained with the tiny model, by fingerprint: where and when does not change the numbers."""
+"""Records of `solo`, by fingerprint: a configuration gives the same numbers in every test."""
 
 
 def solo(one: Configuration, folder: Path, **options: Any) -> Record:
-    """Return the record of a configuration that trained alone. With `options` it is trained in `folder`."""
+    """Return the record of a configuration that trained alone; with `options` tests do not share it."""
     if not options and one.fingerprint in ALONE:
         return ALONE[one.fingerprint]
     store = Store(folder / f"solo-{one.fingerprint[:12]}")
@@ -324,6 +332,6 @@ def solo(one: Configuration, folder: Path, **options: Any) -> Record:
 
 
 def numbers_of(record: Record) -> Record:
-    """Without what may differ between two runs of one configuration: seconds, provenance."""
+    """Return the record without what differs between two runs of a configuration: seconds and provenance."""
     cost = replace(record.cost, train_seconds=0.0, evaluate_seconds=0.0)
     return replace(record, cost=cost, provenance=Provenance())

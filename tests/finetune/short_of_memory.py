@@ -1,7 +1,7 @@
-"""Packs that find less memory than they need, trained in a process of their own, and what became of them.
+"""Trains lane groups that run out of memory, in a process of their own, and writes what became of them.
 
-The limit is the kernel's, on that process's address space. It is set between what half of the lanes took and
-what all of them took.
+The kernel limits the address space of that process, to a size between the peak of half of the lanes and that
+of all lanes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scripted import Script, configuration, leases, tiny_bench, train
+from scripted import Script, configuration, leases, tiny_base_model, train
 
 from orchestrator.finetune.engine.lane_source import Lease
 from orchestrator.finetune.failures import free_memory
@@ -29,7 +29,7 @@ HUGE = configuration(steps=1, batch_size=2**14, train_size=512)
 
 
 class Again(Script):
-    """What is given back waits again."""
+    """A source in which a lane whose lease is returned waits again."""
 
     def __init__(self, given: list[Lease]) -> None:
         super().__init__(given)
@@ -41,7 +41,7 @@ class Again(Script):
 
 
 def status(key: str) -> int:
-    """Bytes, of this process."""
+    """Return a value of /proc/self/status in bytes."""
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
@@ -51,26 +51,30 @@ def limit(size: int) -> None:
 
 
 MALLOPT = {-8: 1, -3: 1 << 20, -1: 0}
-"""M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc: what is freed goes back to the kernel at once,
-so that the next pack needs as much as the one before."""
+"""M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc: freed memory goes back to the kernel at once,
+so that the next lane group needs as much as the one before."""
 
 
 class Runs:
-    """Runs of the loop on one bench, with stores in `folder` that share their data.
+    """Runs of the loop with one base model, with stores in `folder` that share their data.
 
-    What is logged is in the folder's file `said`, what `tell` is given in `told.json`.
+    Log lines are in the folder's file `said`, the arguments of `tell` in `told.json`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         logging.basicConfig(filename=folder / "said", level=logging.WARNING)
         torch.set_num_threads(1)
-        self.bench = tiny_bench(WIDE[0].model)
+        self.base_model = tiny_base_model(WIDE[0].model)
 
     def play(self, name: str, lanes: int, points: list[Configuration]) -> Again:
         source, store = Again(leases(points)), Store(self.folder / name)
         train(
-            source, store, lanes, data=self.folder / "data", load_base_model=lambda choice, task: self.bench
+            source,
+            store,
+            lanes,
+            data=self.folder / "data",
+            load_base_model=lambda choice, task: self.base_model,
         )
         free_memory()
         return source
@@ -80,7 +84,7 @@ class Runs:
 
 
 def together(folder: Path) -> None:
-    """Train a pack that has memory for half of its lanes, then a second one."""
+    """Train a lane group that has memory for half of its lanes, then a second one."""
     if sys.platform == "linux":
         for option, value in MALLOPT.items():
             assert ctypes.CDLL(None).mallopt(option, value) == 1
@@ -88,7 +92,7 @@ def together(folder: Path) -> None:
     for lanes in (LANES // 2, LANES):
         runs.play(f"plenty-{lanes}", lanes, WIDE[:lanes])
         peaks.append(status("VmPeak"))
-    # Nearer to what half of them took: the heap may have space that needs no new addresses.
+    # Nearer to the peak of half of them: the heap may have space that needs no new addresses.
     limit(peaks[0] + (peaks[1] - peaks[0]) // 3)
     short = runs.play("short", LANES, WIDE)
     later = runs.play("short", LANES, LATER)
@@ -103,9 +107,9 @@ def together(folder: Path) -> None:
 
 
 def alone(folder: Path) -> None:
-    """Train a lane that has no memory even alone, then one that has."""
+    """Train a lane that runs out of memory even alone, then one that does not."""
     runs = Runs(folder)
-    # Tokenising has threads, each with memory of its own, and ends the process where it finds none.
+    # Tokenising first: its threads need memory of their own, and end the process if there is none.
     runs.play("data", 1, [configuration(steps=1, train_size=512), configuration(steps=1)])
     limit(status("VmSize") + 2**28)
     source = runs.play("alone", 1, [HUGE, configuration(steps=2)])

@@ -1,4 +1,4 @@
-"""From what is typed to configurations."""
+"""From the options of the command line to checked configurations and prepared data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = Recipe(1, 2, 1e-3, hidden_size=16, intermediate_size=32, layers=1, heads
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Quickly made bases of the tasks, as models in folders."""
+    """Return a folder of small base models of the tasks."""
     root = tmp_path_factory.mktemp("bases")
     for task in (Letters(SMALL), Reviews(SMALL)):
         (root / task.name).mkdir()
@@ -47,7 +47,7 @@ def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configu
     return resolve.build_configuration_templates(typed, chosen, content, bases)
 
 
-def test_examples_that_are_scored_and_trained_on_are_told() -> None:
+def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
     task = tasks.get(WORDS_TASK)
     said: list[str] = []
     one, other = Example("a", "b"), Example("a", "c")
@@ -69,7 +69,7 @@ def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:
         resolved(bases, variants=("head-onli",))
 
 
-def test_what_a_variant_has_not_makes_no_other_configuration(bases: Path) -> None:
+def test_options_that_a_variant_lacks_do_not_change_its_configuration(bases: Path) -> None:
     typed: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira", "delta_lora")}
     usual = resolved(bases, **typed)
     other = resolved(bases, **typed, rank=4, alpha=1.0, targets="query,value", dropout=0.1)
@@ -92,7 +92,7 @@ def test_accumulation_splits_the_batch(bases: Path) -> None:
         resolved(bases, accumulation=16, workers_per_trainer=3)
 
 
-def test_a_lane_is_looked_at_as_often_as_asked_and_at_most_once_a_step(bases: Path) -> None:
+def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases: Path) -> None:
     (usual,) = resolved(bases)
     assert usual.evaluations == Reviews.defaults.evaluations
     assert resolved(bases, evaluations=12)[0].evaluations == 12
@@ -145,7 +145,7 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 
 def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
-    """Return what plans a study of `letters` with the model of a folder, and what loads its weights."""
+    """Return two functions on the model of a folder: one plans a study of `letters`, one loads weights."""
     typed = StudyOptions(task="letters", model=str(folder))
     chosen = resolve.resolve_options(typed, "letters", ("lora",), root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
@@ -173,7 +173,7 @@ def with_an_end_token(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert", "deberta"])
 def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(kind: str, tmp_path: Path) -> None:
-    """It attends both ways and would see the answer: in the plan, and where the weights are loaded."""
+    """An encoder attends in both directions and would see the answer. Plan and loader both refuse it."""
     from transformers import AutoModelForMaskedLM
 
     folder = with_an_end_token(encoders.save(kind, tmp_path))
@@ -194,7 +194,7 @@ def test_a_bert_that_is_a_decoder_may_give_the_next_tokens(tmp_path: Path) -> No
 def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
     bases: Path, tmp_path: Path
 ) -> None:
-    """As LLM2Vec writes it. Its attention modules say is_causal all the same."""
+    """LLM2Vec writes such a configuration; its attention modules have is_causal=True nevertheless."""
     from transformers import AutoConfig
 
     shutil.copytree(bases / "letters", tmp_path / "m")
@@ -208,7 +208,7 @@ def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
 def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_are_there(
     tmp_path: Path,
 ) -> None:
-    """CpmAnt has no is_causal, and its whole text is context, which sees itself both ways."""
+    """CpmAnt has no is_causal, and treats its whole text as context with attention in both directions."""
     from transformers import CpmAntConfig, CpmAntForCausalLM
 
     words = letters.tokenizer()
@@ -253,7 +253,7 @@ def test_the_positions_of_a_model_are_as_many_as_it_computes(kind: str, sizes: d
 
 
 def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
-    """An index of a table that is out of range takes a GPU's process with it."""
+    """On a GPU, an index out of the range of a table ends the process."""
     most = Reviews.defaults.max_length
     for room, padding in ((most, 0), (most - 1, 0), (most + 1, 2)):
         folder = encoders.save(
@@ -295,7 +295,7 @@ class Long(Task):
 def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
     output: str, needed: int, missing: int, tmp_path: Path
 ) -> None:
-    """Held-out texts are kept whole, and eight tokens of a prompt grow by four that the model is given."""
+    """Held-out texts are not truncated, and a prompt of eight tokens grows by four generated ones."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     words, room = letters.tokenizer(), needed - missing
@@ -321,7 +321,7 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
 def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     missing: int, bases: Path, tmp_path: Path
 ) -> None:
-    """On a GPU, an index that is out of range ends the process of the worker, and all its lanes."""
+    """On a GPU, an index out of range ends the worker's process and all its lanes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(bases / "letters", tmp_path / "base")

@@ -17,9 +17,9 @@ NAMES = ("x", "y", "z")
 
 
 @contextmanager
-def three_lanes(bench: BaseModel, deviation: float = 0.5) -> Iterator[Adapters]:
+def three_lanes(base_model: BaseModel, deviation: float = 0.5) -> Iterator[Adapters]:
     settings = VariantSettings(rank=4, alpha=8.0)
-    adapters = attach(bench.model, variants.get("lora"), settings, "blocks", heads=bench.head_names)
+    adapters = attach(base_model.model, variants.get("lora"), settings, "blocks", heads=base_model.head_names)
     for number, name in enumerate(NAMES):
         adapters.add_lane(name, settings, seed=number)
         for place, parameter in adapters.trainable(name).items():

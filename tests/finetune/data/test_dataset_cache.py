@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc
-from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.data import arrow_files, dataset_cache
 from orchestrator.finetune.data.arrow_rows import ArrowSequence
@@ -326,7 +326,7 @@ def test_a_worker_needs_neither_source_nor_hub_for_cached_data(tmp_path: Path) -
     one = configuration(task=WORDS_TASK)
     expected = numbers_of(solo(one, tmp_path / "before"))
     store, task = Store(tmp_path / "store"), catalogue.get(WORDS_TASK)
-    dataset_cache.prepare_dataset(store.data, one, task, tiny_bench(one.model).tokenizer)
+    dataset_cache.prepare_dataset(store.data, one, task, tiny_base_model(one.model).tokenizer)
     with patch.object(type(task), "examples", side_effect=AssertionError("the task was read again")):
         train(Script(leases([one])), store)
     record = store.get(one.fingerprint)

@@ -1,4 +1,4 @@
-"""Evidence for a start: computed once for a model, task, variant and seed, the same wherever it is read."""
+"""Calibration tensors: computed once for a model, task, variant and seed, equal wherever they are read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.models.base_model import BaseModel
 from orchestrator.finetune.tasks.base import Task
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_made_anew(store: Store, damage: Callable[[bytes], byt
 
 
 def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Path) -> None:
-    """Two files were swapped, or one was renamed: each is whole."""
+    """Two undamaged files were swapped, or one was renamed."""
     train(Script(leases([point("eva")])), store)
     (mine,) = store.calibration.iterdir()
     whole = mine.read_bytes()
@@ -87,10 +87,10 @@ def test_a_file_in_the_place_of_another_is_made_anew(store: Store, tmp_path: Pat
 
 
 @pytest.mark.parametrize("variant", CALIBRATED)
-def test_a_lane_in_company_starts_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
-    pack = [point(variant, seed=seed) for seed in range(3)]
-    train(Script(leases(pack)), store)
-    for c in pack:
+def test_a_lane_starts_in_a_group_where_it_starts_alone(variant: str, store: Store, tmp_path: Path) -> None:
+    lanes = [point(variant, seed=seed) for seed in range(3)]
+    train(Script(leases(lanes)), store)
+    for c in lanes:
         record = store.get(c.fingerprint)
         assert record is not None
         assert numbers_of(record) == numbers_of(solo(c, tmp_path))
@@ -102,11 +102,11 @@ def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Stor
     seen: list[torch.Tensor] = []
 
     def load(choice: ModelChoice, task: Task) -> BaseModel:
-        bench = tiny_bench(choice, task)
-        bench.model.register_forward_pre_hook(
+        base_model = tiny_base_model(choice, task)
+        base_model.model.register_forward_pre_hook(
             lambda model, args, given: seen.append(given["input_ids"]), with_kwargs=True
         )
-        return bench
+        return base_model
 
     train(Script(leases([c])), store, load_base_model=load)
     # Splits are scored in batches of another size.

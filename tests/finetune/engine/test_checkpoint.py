@@ -53,7 +53,7 @@ def test_a_lane_that_has_not_stepped_has_no_moments(tmp_path: Path) -> None:
     assert found.frozen == found.moments == {}
 
 
-def test_newest_over_all_attempts(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_over_all_attempts_is_read(tmp_path: Path) -> None:
     assert read_newest(tmp_path / "nothing", print) is None
     for attempt, step in [(2, 30), (9, 15), (10, 30)]:
         write(tmp_path, make(step, attempt))
@@ -62,7 +62,7 @@ def test_newest_over_all_attempts(tmp_path: Path) -> None:
     assert (found.step, found.attempt) == (30, 10)  # by number: 10 comes after 9 and 2
 
 
-def test_two_are_kept_of_an_attempt(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_of_an_attempt(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         write(tmp_path, make(step))
     write(tmp_path, make(5, attempt=2))
@@ -75,7 +75,7 @@ def test_two_are_kept_of_an_attempt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
-def test_a_torn_one_is_skipped_with_a_line(tmp_path: Path, keep: int) -> None:
+def test_a_torn_checkpoint_is_skipped_with_a_warning(tmp_path: Path, keep: int) -> None:
     write(tmp_path, make(5))
     torn = write(tmp_path, make(10))
     torn.write_bytes(torn.read_bytes()[:keep])
@@ -89,7 +89,7 @@ def test_a_torn_one_is_skipped_with_a_line(tmp_path: Path, keep: int) -> None:
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
-    """Of every byte of the file one bit is flipped: header, JSON, tensors."""
+    """One bit of each byte of the file is flipped: of the header, the JSON and the tensors."""
     older = write(tmp_path, make(5, curve=[{"loss": 0.25}]))
     path = write(tmp_path, make(10, curve=[{"loss": 0.25}]))
     whole = path.read_bytes()
@@ -104,7 +104,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
     assert older.exists()
 
 
-def test_what_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoints_are_ignored(tmp_path: Path) -> None:
     place = write(tmp_path, make(5))
     (place.parent / ".step-00000009.safetensors.77").write_bytes(b"half")  # a writer died before its rename
     (place.parent / "step-x.safetensors").write_bytes(b"no number")
@@ -126,8 +126,8 @@ def test_a_safetensors_file_of_another_program_is_skipped(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("other", ["another lane's", "of another step"])
-def test_a_whole_one_in_the_place_of_another_is_skipped_with_a_line(tmp_path: Path, other: str) -> None:
-    """Two files were swapped, renamed, or copied back into another's place: each is whole."""
+def test_a_checkpoint_in_the_place_of_another_is_skipped_with_a_warning(tmp_path: Path, other: str) -> None:
+    """Undamaged files were swapped, renamed, or copied to the place of another."""
     mine = tmp_path / ("f" * 64)
     write(mine, make(5))
     path = write(mine, make(10))

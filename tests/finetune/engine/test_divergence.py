@@ -15,12 +15,12 @@ SCHEDULE = LRSchedule(steps=50, warmup=0.1)  # 5 steps of warm-up, 5 steps of pa
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_not_finite_is_told_at_once_even_in_warmup(bad: float) -> None:
+def test_a_value_that_is_not_finite_is_reported_at_once_even_in_warmup(bad: float) -> None:
     assert "training loss" in (DivergenceDetector(RULE, SCHEDULE, 2.0).observe(0, bad, 1.0) or "")
     assert "gradient norm" in (DivergenceDetector(RULE, SCHEDULE, 2.0).observe(0, 1.0, bad) or "")
 
 
-def test_above_the_limit_for_a_tenth_of_the_steps_after_warmup() -> None:
+def test_a_loss_above_the_limit_for_a_tenth_of_the_steps_after_warmup_has_diverged() -> None:
     watch = DivergenceDetector(RULE, SCHEDULE, 2.0)
     told = [watch.observe(step, 3.01, 1.0) for step in range(10)]
     assert told[:9] == [None] * 9  # steps 0-4 are warm-up, 5-8 the first four above

@@ -1,4 +1,4 @@
-"""What is no lane's fault: too little memory, a full disk, a lost device. Caused for real where it can be."""
+"""Failures that no lane causes: out of memory, a full disk, a lost device. They are real where possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import short_of_memory
 import torch
 from full_disk import Disk, mounted
 from pair import process
-from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 from short_of_memory import HUGE, LANES, LATER, WIDE, Again
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -57,7 +57,7 @@ def get(store: Store, point: Configuration) -> Record:
         (WorkerError("reason", "trace", Fault.MEMORY), Fault.MEMORY),
     ],
 )
-def test_who_is_to_blame(error: Exception, fault: Fault) -> None:
+def test_an_error_is_classified_by_its_cause(error: Exception, fault: Fault) -> None:
     assert classify_error(error) is fault
     outer = RuntimeError("while it was at work")
     outer.__cause__ = error
@@ -69,7 +69,7 @@ def test_who_is_to_blame(error: Exception, fault: Fault) -> None:
 
 
 def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
-    """What a work of short_of_memory.py told."""
+    """Return the results that a function of short_of_memory.py wrote."""
     done = process(work, folder)
     done.join()
     assert done.exitcode == 0, (folder / "said").read_text()
@@ -78,7 +78,7 @@ def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The store's folders, and what was told."""
+    """The folder of the stores, and the results."""
     folder = tmp_path_factory.mktemp("short")
     return folder, short_of(short_of_memory.together, folder)
 
@@ -102,7 +102,7 @@ def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
 
 
 @pytest.mark.slow
-def test_what_fits_is_remembered_for_the_next_seat(short: tuple[Path, dict[str, Any]]) -> None:
+def test_what_fits_is_remembered_for_the_next_trainer(short: tuple[Path, dict[str, Any]]) -> None:
     folder, told = short
     assert told["later_most"] == LANES // 2
     assert told["later_given_back"] == []
@@ -124,10 +124,10 @@ def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: P
 def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
     nth: int, store: Store, tmp_path: Path
 ) -> None:
-    """The nth forward pass over more than two lanes that are being scored finds none: in one split or in the
-    other, with scores of the first there already."""
-    bench = tiny_bench(configuration().model)
-    forward, wide = bench.model.forward, []
+    """The nth forward pass that scores more than two lanes runs out of memory: in the first split, or in the
+    second one, when the scores of the first are there already."""
+    base_model = tiny_base_model(configuration().model)
+    forward, wide = base_model.model.forward, []
 
     def starves(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 16:
@@ -136,10 +136,10 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    bench.model.forward = starves
+    base_model.model.forward = starves
     points = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(4)]
     source = Again(leases(points))
-    train(source, store, load_base_model=lambda choice, task: bench)
+    train(source, store, load_base_model=lambda choice, task: base_model)
     assert len(source.spilled) == 2
     assert len(wide) == nth
     assert source.taken == 4 * len(points)
@@ -148,9 +148,9 @@ def test_lanes_that_find_no_memory_for_their_last_scores_are_scored_later(
 
 
 def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_path: Path) -> None:
-    """The fifth of six; the one after it is given back unopened."""
-    bench = tiny_bench(configuration().model)
-    forward, raised = bench.model.forward, []
+    """The fifth lane of six runs out of memory; the lease of the sixth is returned before it starts."""
+    base_model = tiny_base_model(configuration().model)
+    forward, raised = base_model.model.forward, []
 
     def starves(*args: Any, **kwargs: Any) -> Any:
         if len(source.lanes) == 5 and not raised:
@@ -158,12 +158,12 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
-    bench.model.forward = starves
+    base_model.model.forward = starves
     points = [configuration(variant="eva", seed=seed, steps=2, evaluations=1) for seed in range(6)]
     few = {**variants.get("eva").extra_defaults, "calibration_batches": 2}
     points = [replace(one, variant=replace(one.variant, extra=few)) for one in points]
     source = Again(leases(points))
-    train(source, store, load_base_model=lambda choice, task: bench)
+    train(source, store, load_base_model=lambda choice, task: base_model)
     assert len(source.spilled) == 4
     assert max(map(len, source.held)) == 2
     assert source.taken == 2 * len(points)
@@ -171,7 +171,7 @@ def test_lanes_that_find_no_memory_when_they_are_opened_wait(store: Store, tmp_p
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_limits_only_get_lower_and_what_cannot_be_read_is_not_there(tmp_path: Path) -> None:
+def test_a_learnt_limit_only_falls_and_an_unreadable_file_is_ignored(tmp_path: Path) -> None:
     assert lane_capacity.read_max_lanes(tmp_path, "shape", "gpu") is None
     path = lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 4, 8)
     lane_capacity.write_max_lanes(tmp_path, "shape", "gpu", 6, 12)
@@ -192,7 +192,7 @@ def test_limits_only_get_lower_and_what_cannot_be_read_is_not_there(tmp_path: Pa
 def test_a_lane_that_is_half_way_through_a_step_goes_on_from_its_checkpoint(
     store: Store, tmp_path: Path
 ) -> None:
-    """Its optimizer has found no memory for the last of its moments."""
+    """Its optimizer ran out of memory in the last of its moments."""
     points = [configuration(seed=seed, steps=6, evaluations=3) for seed in range(3)]
     raised = []
 
@@ -225,7 +225,7 @@ from orchestrator.finetune.tasks.local import letters
 
 
 class Broken(letters.Letters):
-    """Says what CUDA says when its context is gone."""
+    """Raises the error that CUDA raises when its context is lost."""
 
     def {method}(self, *args):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
@@ -247,11 +247,11 @@ def test_a_lost_device_ends_the_process_and_is_no_lanes_failure(store: Store, tm
 def test_an_index_out_of_range_on_a_gpu_is_a_lost_device(tmp_path: Path) -> None:
     program = (
         "import torch\n"
-        "from orchestrator.finetune.failures import Fault; from orchestrator.finetune.failures import classify_error\n"
+        "from orchestrator.finetune.failures import classify_error\n"
         "try:\n"
         "    torch.nn.Embedding(4, 4).cuda()(torch.tensor([9], device='cuda')).sum().item()\n"
         "except Exception as error:\n"
-        "    print(fault_of(error))\n"
+        "    print(classify_error(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(Fault.DEVICE)], done.stderr
@@ -267,14 +267,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 class Filling(Again):
-    """Fills the disk when a lane has come to step `full`, and frees it again at step `freed`."""
+    """Fills the disk when a lane has reached step `full`, and frees it at step `freed`."""
 
     disk: Disk
     full, freed = 0, 0
     is_full = False
 
-    def exchange(self, taken: int) -> Mapping[str, Directive]:
-        answers = super().exchange(taken)
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+        answers = super().exchange(steps_taken)
         furthest = max(self.steps.values(), default=0)
         if self.full and furthest >= self.full:
             self.disk.fill()
@@ -288,8 +288,7 @@ class Filling(Again):
 def test_a_checkpoint_that_finds_no_space_is_left_out(
     disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The store's checkpoints alone lie on the full disk; a lane that leaves meanwhile goes on from the one
-    before."""
+    """Only the checkpoints are on the full disk. A lane that yields meanwhile resumes from an earlier one."""
     store = Store(tmp_path / "store")
     store.checkpoints = disk.folder
     points = [configuration(seed=seed, steps=12, evaluations=6) for seed in range(2)]
@@ -326,7 +325,7 @@ def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -
     said: list[str] = []
 
     class Frees(logging.Handler):
-        """Frees the disk when the loop says that it waits for that."""
+        """Frees the disk when the loop logs that it waits for space."""
 
         def emit(self, record: logging.LogRecord) -> None:
             if "waiting for space" in record.getMessage():
@@ -345,7 +344,7 @@ def test_a_record_that_finds_no_space_waits_for_it(disk: Disk, tmp_path: Path) -
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-def test_a_record_that_finds_no_space_for_long_ends_the_seat_and_loses_nothing(
+def test_a_record_that_finds_no_space_for_long_ends_the_trainer_and_loses_nothing(
     disk: Disk, tmp_path: Path
 ) -> None:
     store = Store(disk.folder / "store")
@@ -368,11 +367,11 @@ def test_a_record_that_finds_no_space_for_long_ends_the_seat_and_loses_nothing(
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))
 
 
-# -- checkpoints of the dead --------------------------------------------------------------------------------
+# -- leftover checkpoints --------------------------------------------------------------------------------
 
 
-def test_checkpoints_that_the_writer_of_a_final_record_left_go(store: Store) -> None:
-    """It died between the two, or a lane of an old lease was saved after that."""
+def test_leftover_checkpoints_of_a_final_record_are_discarded(store: Store) -> None:
+    """The writer died before it removed them, or a lane of an older lease was saved afterwards."""
     point = configuration(steps=4)
     train(Script(leases([point])), store)
     assert not (store.checkpoints / point.fingerprint).exists()
@@ -402,7 +401,7 @@ def test_a_lane_whose_record_somebody_else_has_written_leaves_no_checkpoint(
     assert not (store.checkpoints / point.fingerprint).exists()
 
 
-def test_a_lane_that_leaves_is_saved_at_once_and_goes_on_elsewhere(store: Store, tmp_path: Path) -> None:
+def test_a_lane_that_yields_is_saved_at_once_and_resumes_elsewhere(store: Store, tmp_path: Path) -> None:
     points = [configuration(seed=seed, steps=8, evaluations=2) for seed in range(2)]
 
     def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
@@ -412,7 +411,10 @@ def test_a_lane_that_leaves_is_saved_at_once_and_goes_on_elsewhere(store: Store,
     train(source, store)
     assert sorted(source.spilled) == sorted((point.fingerprint, 1) for point in points)
     assert source.ended == []
-    assert {read_newest(store.checkpoints / point.fingerprint, print).step for point in points} == {3}  # type: ignore[union-attr]
+    for point in points:
+        saved = read_newest(store.checkpoints / point.fingerprint, print)
+        assert saved is not None
+        assert saved.step == 3
     train(Script(leases(points, attempt=2)), store)
     for point in points:
         assert numbers_of(get(store, point)) == numbers_of(solo(point, tmp_path))

@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("golden_curves.json")
 
 
 def point(variant: str) -> Configuration:
-    """Of letters, or where a head is all that learns of reviews."""
+    """A configuration of letters, or of reviews for a variant that trains a head only."""
     chosen = catalogue.get(variant)
     task = "reviews" if chosen.adaptation_scope is AdaptationScope.HEAD_ONLY else "letters"
     alpha = 8.0 if chosen.uses_alpha else None

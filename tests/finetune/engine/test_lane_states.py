@@ -1,4 +1,4 @@
-"""The life of a lane on its seat: a state machine, and the loop under random answers."""
+"""The states of a lane on a trainer, and the loop under random directives."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from orchestrator.finetune.engine.lane_state import (
     evaluation_steps,
 )
 from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration
 
 
-def test_due_steps() -> None:
+def test_evaluation_steps() -> None:
     assert evaluation_steps(60, 4) == (15, 30, 45, 60)
     assert evaluation_steps(10, 3) == (3, 6, 10)
     assert evaluation_steps(2, 4) == (1, 2)
     assert evaluation_steps(5, 0) == (5,)
 
 
-def test_illegal_moves_are_refused() -> None:
+def test_illegal_transitions_are_refused() -> None:
     for here, there in itertools.product(LaneState, LaneState):
         lane = Lane(Lease(configuration(), 1))
         lane.state = here
@@ -49,7 +50,7 @@ def test_illegal_moves_are_refused() -> None:
 # Every example trains several lanes.
 @settings(max_examples=settings.default.max_examples // 4)  # type: ignore[union-attr]
 @given(st.data())
-def test_under_any_answers_no_lane_is_lost(
+def test_under_any_directives_no_lane_is_lost(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     store = Store(tmp_path_factory.mktemp("store"))
@@ -70,7 +71,7 @@ def test_under_any_answers_no_lane_is_lost(
     parked_at: dict[str, int] = {}
     seen: dict[str, int] = {}
 
-    def tell(fingerprint: str, step: int, told: Directive) -> Directive:
+    def note(fingerprint: str, step: int, told: Directive) -> Directive:
         if told is Directive.DROP:
             dropped.add(fingerprint)
         if told is Directive.PARK:
@@ -84,8 +85,8 @@ def test_under_any_answers_no_lane_is_lost(
     def answers(report: Report) -> Directive:
         assert report.fingerprint not in dropped
         step = source.lanes[report.fingerprint].step
-        assert step == report.step or report.attempt > 1  # one that came back tells what it told before
-        return tell(report.fingerprint, step, data.draw(answer))
+        assert step == report.step or report.attempt > 1  # a resumed lane repeats its reports
+        return note(report.fingerprint, step, data.draw(answer))
 
     def changes(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         assert not dropped & set(steps), "a dropped lane is still held"
@@ -100,7 +101,7 @@ def test_under_any_answers_no_lane_is_lost(
             for f in parked_at
             if f in steps and f not in told and data.draw(st.booleans())
         }
-        return {f: tell(f, steps[f], a) for f, a in told.items()}
+        return {f: note(f, steps[f], a) for f, a in told.items()}
 
     source = Random(leases(lanes), answers=answers, changes=changes)
     source.start_at = {c.fingerprint: data.draw(st.integers(0, 3)) for c in lanes[1:]}
@@ -111,12 +112,16 @@ def test_under_any_answers_no_lane_is_lost(
 
     ended = [fingerprint for fingerprint, _, _ in source.ended]
     assert sorted(ended) == sorted(c.fingerprint for c in lanes if c.fingerprint not in dropped)
+    assert_records_and_reports(source, store, lanes)
+
+
+def assert_records_and_reports(source: Script, store: Store, lanes: list[Configuration]) -> None:
     for fingerprint, _, state in source.ended:
         record = store.get(fingerprint)
         assert record is not None
         assert record.state == state
     for one in lanes:
-        # A lane that was spilled tells all its reports again, under its new attempt.
+        # A lane whose lease was returned sends all its reports again, under its new attempt.
         mine = [r for r in source.reports if r.fingerprint == one.fingerprint]
         last = max((r.attempt for r in mine), default=1)
         for attempt in range(1, last + 1):
@@ -129,20 +134,22 @@ def test_under_any_answers_no_lane_is_lost(
 
 
 class Random(Script):
-    """Gives a parked lane its GO only when the test draws one, and leases what waits once nothing trains. A
-    spilled lane is wanted again at once."""
+    """Continues a parked lane only when the test draws that, and leases waiting lanes once nothing trains.
+
+    A lane whose lease is returned waits again at once.
+    """
 
     parked_at: dict[str, int]
     leaving: set[str]
 
-    def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
-        if shape is None:
+    def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
+        if group_key is None:
             self.start_at = {}
-        return super().lease(shape, room, taken)
+        return super().lease(group_key, capacity, steps_taken)
 
-    def exchange(self, taken: int) -> Mapping[str, Directive]:
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         self.parked.clear()
-        return super().exchange(taken)
+        return super().exchange(steps_taken)
 
     def return_lease(self, fingerprint: str, attempt: int) -> None:
         super().return_lease(fingerprint, attempt)

@@ -1,4 +1,4 @@
-"""The loop on a real tiny Llama: lanes that come, go, wait, fail and resume."""
+"""The loop on a real tiny Llama: lanes that start, end, wait, fail and resume."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from scripted import (
     POISONED,
     WORDS_TASK,
-    Interrupted,
     Script,
+    SimulatedCrashError,
     configuration,
     dies_at,
     leases,
     numbers_of,
     solo,
-    tiny_bench,
+    tiny_base_model,
     train,
 )
 
@@ -138,7 +138,7 @@ def to_be_interrupted(variant: str) -> Configuration:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """What lanes that are not interrupted leave."""
+    """Return a store in which lanes were trained without interruption."""
     store = Store(tmp_path_factory.mktemp("whole"))
     for variant in ("lora", "pissa"):
         train(Script(leases([to_be_interrupted(variant)])), store, save_adapter=True)
@@ -158,10 +158,10 @@ def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: 
 
     def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if steps[one.fingerprint] >= stop_at:
-            raise Interrupted
+            raise SimulatedCrashError
         return {}
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), changes=die), store, checkpoint_seconds=0.0)
     assert store.get(one.fingerprint) is None
     train(Script(leases([one], attempt=2)), store, save_adapter=True)
@@ -175,10 +175,10 @@ def test_an_interrupted_lane_goes_on_exactly(stop_at: int, variant: str, store: 
     assert weights[0] == weights[1]
 
 
-def test_reports_are_told_again_after_a_resumption(store: Store) -> None:
+def test_reports_are_sent_again_after_a_resumption(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), answers=dies_at(9)), store)
     source = Script(leases([one], attempt=2), answers=lambda report: Directive.PARK)
     train(source, store)
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
 ) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), answers=dies_at(9)), store)
     last = store.checkpoints / one.fingerprint / "1" / "step-00000009.safetensors"
     last.write_bytes(damage(last.read_bytes()))
@@ -208,9 +208,9 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
     assert numbers(record) == numbers(solo(one, tmp_path))
 
 
-def test_swapped_checkpoints_are_nobodys(store: Store, tmp_path: Path) -> None:
+def test_swapped_checkpoints_are_not_used(store: Store, tmp_path: Path) -> None:
     two = [configuration(steps=12, evaluations=4, rate=rate) for rate in (1e-3, 1e-2)]
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases(two), answers=dies_at(9)), store)
     one, other = (store.checkpoints / each.fingerprint / "1" for each in two)
     one.rename(tmp_path / "aside")
@@ -250,7 +250,7 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
 def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_scheduler_saw(store: Store) -> None:
     one = configuration(steps=12, evaluations=4)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), answers=dies_at(9)), store)
     train(
         Script(
@@ -263,7 +263,7 @@ def test_a_resumed_lane_that_is_stopped_at_an_owed_report_says_what_the_schedule
     assert record.reason == "stopped by the scheduler after step 6, trained to step 9"
 
 
-def test_stop_between_reports(store: Store) -> None:
+def test_a_lane_can_be_stopped_between_reports(store: Store) -> None:
     one, mate = configuration(steps=12, evaluations=1), configuration(seed=1, steps=12, evaluations=1)
 
     def stop(steps: Mapping[str, int]) -> Mapping[str, Directive]:
@@ -300,7 +300,7 @@ def test_a_parked_lane_does_not_train_while_its_mate_goes_on(store: Store, tmp_p
         assert numbers(get(store, one.fingerprint)) == numbers(solo(one, tmp_path))
 
 
-def test_known_results_are_only_announced(store: Store) -> None:
+def test_a_configuration_with_a_final_record_is_not_trained_again(store: Store) -> None:
     one = configuration(steps=4)
     train(Script(leases([one])), store)
     before = get(store, one.fingerprint)
@@ -311,14 +311,14 @@ def test_known_results_are_only_announced(store: Store) -> None:
     assert get(store, one.fingerprint) == before
 
 
-def test_a_newer_lease_of_a_lane_that_is_here_replaces_it(store: Store, tmp_path: Path) -> None:
+def test_a_newer_lease_of_a_held_lane_replaces_it(store: Store, tmp_path: Path) -> None:
     one = configuration(steps=8)
 
     class Twice(Script):
-        def exchange(self, taken: int) -> Mapping[str, Directive]:
+        def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
             if self.lanes[one.fingerprint].step == 2 and len(self.held) < 4:
                 self.leases.append(Lease(one, 2))
-            return super().exchange(taken)
+            return super().exchange(steps_taken)
 
     source = Twice(leases([one]))
     train(source, store)
@@ -330,7 +330,7 @@ def test_a_newer_lease_of_a_lane_that_is_here_replaces_it(store: Store, tmp_path
 
 
 def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
-    """Of all lanes together; the step that showed a divergence was not taken, one that is repeated counts."""
+    """Steps of all lanes count, repeated ones as well, but not the step in which a lane diverged."""
     good, bad = configuration(steps=6), configuration(rate=1e36, steps=6)
     source = Script(leases([good, bad]))
     train(source, store)
@@ -340,11 +340,11 @@ def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
 
     def die(steps: Mapping[str, int]) -> Mapping[str, Directive]:
         if steps[one.fingerprint] == 6:
-            raise Interrupted
+            raise SimulatedCrashError
         return {}
 
     first = Script(leases([one]), changes=die)
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(first, store)
     second = Script(leases([one], attempt=2))
     train(second, store)
@@ -354,7 +354,7 @@ def test_steps_are_counted_as_they_are_taken(store: Store) -> None:
 # -- failures -----------------------------------------------------------------------------------------------
 
 
-def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
+def test_a_lane_that_cannot_be_added_fails_alone(store: Store) -> None:
     good = configuration(steps=4)
     bad = [
         configuration(steps=4, rank=400),
@@ -373,8 +373,8 @@ def test_a_lane_that_cannot_be_made_fails_alone(store: Store) -> None:
         assert "Traceback" in record.traceback
 
 
-def test_a_process_that_fails_whatever_it_is_given_ends_before_it_has_spoilt_all(store: Store) -> None:
-    """The base cannot be loaded: the first three say so, the rest is left to other seats."""
+def test_a_trainer_on_which_every_lane_fails_ends_after_three(store: Store) -> None:
+    """The base model cannot be loaded: three lanes fail with that, the others are left to other trainers."""
 
     def gone(choice: ModelChoice, task: Task) -> BaseModel:
         raise OSError("the base is gone")
@@ -417,7 +417,7 @@ def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_serv
     def load(choice, task):  # type: ignore[no-untyped-def]
         if choice.name == "gone":
             raise OSError("no such model")
-        return tiny_bench(choice)
+        return tiny_base_model(choice)
 
     source = Script(leases([missing, good]))
     train(source, store, load_base_model=load)
@@ -425,17 +425,17 @@ def test_a_base_that_cannot_be_loaded_fails_its_lanes_and_the_next_model_is_serv
     assert get(store, missing.fingerprint).reason == "OSError: no such model"
 
 
-def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
+def test_the_base_model_is_loaded_once_and_left_unchanged(store: Store) -> None:
     loaded = []
 
     def load(choice, task):  # type: ignore[no-untyped-def]
-        loaded.append(tiny_bench(choice))
+        loaded.append(tiny_base_model(choice))
         return loaded[-1]
 
     shapes = [configuration(steps=3, rank=rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
     train(Script(leases(shapes)), store, load_base_model=load)
     assert len(loaded) == 1
-    fresh = tiny_bench(shapes[0].model).model
+    fresh = tiny_base_model(shapes[0].model).model
     assert [n for n, _ in loaded[0].model.named_modules()] == [n for n, _ in fresh.named_modules()]
     for (name, mine), (_, other) in zip(
         loaded[0].model.state_dict().items(), fresh.state_dict().items(), strict=True
@@ -446,7 +446,7 @@ def test_the_base_is_loaded_once_and_given_back(store: Store) -> None:
 
 def test_an_idle_loop_ends(store: Store) -> None:
     class Nothing(Script):
-        def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
+        def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
             return LeaseGrant()
 
     train(Nothing([]), store, idle_seconds=0.05, poll_seconds=0.01)

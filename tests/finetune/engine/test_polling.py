@@ -13,7 +13,9 @@ SECONDS = st.floats(0, 1e3)
     ("took", "wait"),
     [(0.001, 0.1), (0.005, 0.1), (0.05, 1.0), (0.1, 2.0), (30.0, 2.0)],
 )
-def test_slow_answers_are_asked_for_less_often_up_to_two_seconds(took: float, wait: float) -> None:
+def test_while_answers_are_slow_requests_are_less_frequent_up_to_two_seconds(
+    took: float, wait: float
+) -> None:
     pace = PollInterval(0.1)
     pace.record_answer(5.0, 5.0 + took)
     assert not pace.is_due(10.0, 10.0 + 0.99 * wait)
@@ -21,7 +23,9 @@ def test_slow_answers_are_asked_for_less_often_up_to_two_seconds(took: float, wa
 
 
 @given(seconds=SECONDS, took=SECONDS, since=SECONDS)
-def test_never_sooner_than_told_and_never_much_later(seconds: float, took: float, since: float) -> None:
+def test_a_request_is_due_no_sooner_than_the_interval_and_not_much_later(
+    seconds: float, took: float, since: float
+) -> None:
     pace = PollInterval(seconds)
     pace.record_answer(0.0, took)
     due = pace.is_due(0.0, since)
@@ -29,14 +33,14 @@ def test_never_sooner_than_told_and_never_much_later(seconds: float, took: float
     assert due or since < MAX_SLOWDOWN * seconds
 
 
-def test_once_answers_are_quick_again_it_is_asked_as_often_as_before() -> None:
+def test_once_answers_are_fast_again_requests_are_as_frequent_as_before() -> None:
     pace = PollInterval(0.1)
     pace.record_answer(0.0, 1.0)
     pace.record_answer(0.0, 0.1 / LATENCY_FACTOR)
     assert pace.is_due(0.0, 0.1)
 
 
-def test_without_a_pause_it_is_asked_at_every_turn() -> None:
+def test_with_an_interval_of_zero_a_request_is_always_due() -> None:
     pace = PollInterval(0.0)
     pace.record_answer(0.0, 9.0)
     assert pace.is_due(0.0, 0.0)

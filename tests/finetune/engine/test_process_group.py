@@ -1,4 +1,4 @@
-"""A seat of two workers gives what one worker gives: real processes, gloo, the loop as it is."""
+"""A trainer of two workers gives the results of one worker: real processes, gloo, the real loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pair import WORKERS, Scenario, play
-from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_bench
+from scripted import POISONED, WORDS_TASK, Queue, Script, configuration, leases, solo, tiny_base_model
 from short_of_memory import Again
 
 from orchestrator.finetune.data.batches import shuffled_indices as order
@@ -38,7 +38,7 @@ SIZE = 64  # training examples
 
 
 def uneven() -> list[Configuration]:
-    """Rows that do not halve, answers of one token and of three, two micro-batches, dropout."""
+    """An odd number of rows, answers of one token and of three, two micro-batches, dropout."""
     words = partial(configuration, task=WORDS_TASK, batch_size=7, accumulation=2, dropout=0.1)
     return [
         words(seed=0, steps=9, evaluations=3),
@@ -48,8 +48,8 @@ def uneven() -> list[Configuration]:
 
 
 FEW = ("adalora", "eva", "full", "head_only", "hira", "lora_moe", "pissa")
-"""Variants with hooks, evidence, the model's weights, a head alone, a dense product, an auxiliary loss, and a
-start of their own."""
+"""Variants with hooks, calibration, full fine-tuning, a head only, a dense update, an auxiliary loss, and an
+initialization of their own."""
 
 
 def kinds(names: Iterable[str]) -> list[Configuration]:
@@ -82,7 +82,7 @@ def stop_one(report: Report) -> Directive:
 
 
 def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
-    """Which worker meets example 5 (and cannot compute it) in the first `steps` batches."""
+    """Return the workers that draw example 5, which raises an error, in the first `steps` batches."""
     drawn = order(seed, SIZE, 0, steps * size)
     shares = np.array_split(np.arange(size), WORKERS)
     return [
@@ -96,7 +96,7 @@ def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
 
 @cache
 def poisoned_seeds(steps: int = 5) -> tuple[int, int, int]:
-    """Seeds of which the first meets example 5 on worker 1, and the others on none."""
+    """Return seeds: with the first, worker 1 draws example 5; with the others, no worker does."""
     met = {seed: poisoned_rows(seed, steps) for seed in range(40)}
     guilty = next(seed for seed in met if met[seed] == [1])
     innocent = [seed for seed in met if not met[seed]]
@@ -129,13 +129,13 @@ def hungry() -> list[Configuration]:
 
 
 def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
-    """Worker 1 does not find one of the bases, can train another but not score it, and has memory for two
-    lanes of a third."""
+    """Load a base model on a worker. Worker 1 cannot load one of the models, can train but not score another,
+    and has memory for two lanes of a third."""
     if choice.name == "gone" and rank == 1:
         raise OSError("no such model here")
-    bench = tiny_bench(choice, task)
+    base_model = tiny_base_model(choice, task)
     if choice.name == "unscorable" and rank == 1:
-        forward, trained = bench.model.forward, False
+        forward, trained = base_model.model.forward, False
 
         def fails(*args: Any, **kwargs: Any) -> Any:
             nonlocal trained
@@ -144,57 +144,62 @@ def load_on(rank: int, choice: ModelChoice, task: Task) -> BaseModel:
                 raise OSError("no scores here")
             return forward(*args, **kwargs)
 
-        bench.model.forward = fails
+        base_model.model.forward = fails
     if choice.name == "hungry" and rank == 1:
-        enough = bench.model.forward
+        enough = base_model.model.forward
 
         def starves(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() and len(kwargs["input_ids"]) > 2 * 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return enough(*args, **kwargs)
 
-        bench.model.forward = starves
-    return bench
+        base_model.model.forward = starves
+    return base_model
 
 
-def out_of_step(team: TorchProcessGroup, folder: Path) -> str:
-    """One is where the other is not; neither waits for ever."""
+def out_of_step(group: TorchProcessGroup, folder: Path) -> str:
+    """The workers call different operations; neither may wait for ever."""
     try:
-        if team.rank == 0:
-            team.all_gather(1)
+        if group.rank == 0:
+            group.all_gather(1)
         else:
-            team.run_on_all(lambda: None)
+            group.run_on_all(lambda: None)
     except WorkersOutOfSyncError as error:
         return str(error)
     return ""
 
 
-def primitives(team: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
-    tensor = torch.tensor([1.0, float(team.rank)])
-    team.all_reduce_(tensor)
+def primitives(group: TorchProcessGroup, folder: Path) -> tuple[Any, ...]:
+    tensor = torch.tensor([1.0, float(group.rank)])
+    group.all_reduce_(tensor)
     failed = ""
     try:
-        team.run_on_all(lambda: 1 / (1 - team.rank))
+        group.run_on_all(lambda: 1 / (1 - group.rank))
     except WorkerError as error:
         failed = error.reason
     try:  # one raises before the other's gathering
-        team.run_on_all(lambda: team.all_gather(1 / (1 - team.rank)))
+        group.run_on_all(lambda: group.all_gather(1 / (1 - group.rank)))
     except WorkerError as error:
         failed += error.reason
-    return team.broadcast_from_rank0(lambda: team.rank), team.all_gather(team.rank), tensor.tolist(), failed
+    return (
+        group.broadcast_from_rank0(lambda: group.rank),
+        group.all_gather(group.rank),
+        tensor.tolist(),
+        failed,
+    )
 
 
 class Lost(Script):
-    """Its broker does not answer."""
+    """A source whose broker does not answer after three steps."""
 
-    def exchange(self, taken: int) -> Mapping[str, Directive]:
+    def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
         if self.taken >= 3:
             raise ConnectionError("the broker is lost")
-        return super().exchange(taken)
+        return super().exchange(steps_taken)
 
 
 class Wild(Script):
-    """Answers at random; a spilled lane is wanted again at once, a parked one sooner or later."""
+    """Gives random directives. A lane whose lease is returned waits again at once."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(leases(wild()))
@@ -249,7 +254,7 @@ MORE_WILD = [pytest.param(f"wild{seed}", marks=pytest.mark.slow) for seed in ran
 
 
 class Played:
-    """What the two workers told of each scenario; one is played when it is first asked for."""
+    """The results of the two workers for each scenario, which runs when it is first needed."""
 
     def __init__(self, pair: Callable[..., Any], folder: Path) -> None:
         self.pair, self.folder = pair, folder
@@ -281,7 +286,7 @@ def near(value: Any) -> Any:
 
 
 def assert_alike(record: Record | None, expected: Record) -> None:
-    """The same but for the last bits of what was added up in another order."""
+    """Assert that two records agree up to rounding of sums that were added in another order."""
     assert record is not None
     assert (record.state, record.steps, record.reason) == (expected.state, expected.steps, expected.reason)
     assert record.cost.tokens == expected.cost.tokens
@@ -400,7 +405,7 @@ def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
 
 
 @pytest.mark.parametrize("name", [*WILD, *MORE_WILD])
-def test_under_any_answers_both_come_to_the_same_end(played: Played, name: str) -> None:
+def test_under_any_directives_both_workers_come_to_the_same_end(played: Played, name: str) -> None:
     first, second = played[name]
     assert (first.raised, second.raised) == ("", "")
     states = {fingerprint: state for fingerprint, _, state in first.ended}
@@ -414,38 +419,38 @@ def test_under_any_answers_both_come_to_the_same_end(played: Played, name: str) 
             assert record is None or record.state == "finished"
 
 
-def test_workers_that_are_at_different_places_end(played: Played) -> None:
+def test_workers_that_call_different_operations_end(played: Played) -> None:
     assert played["out of step"] == ["the trainer's workers are at a value, the end of an attempt"] * 2
 
 
-def test_the_team(played: Played) -> None:
+def test_the_collective_operations(played: Played) -> None:
     failed = "ZeroDivisionError: division by zero"
     assert played["primitives"] == [(0, [0, 1], [2.0, 1.0], failed * 2)] * 2
 
 
 def test_alone() -> None:
-    team, tensor = SingleProcessGroup(), torch.ones(2)
-    assert team.broadcast_from_rank0(lambda: 3) == 3
-    assert team.all_gather("a") == ["a"]
-    team.all_reduce_(tensor)
+    group, tensor = SingleProcessGroup(), torch.ones(2)
+    assert group.broadcast_from_rank0(lambda: 3) == 3
+    assert group.all_gather("a") == ["a"]
+    group.all_reduce_(tensor)
     assert tensor.tolist() == [1.0, 1.0]
     with pytest.raises(WorkerError, match="ZeroDivisionError: division by zero") as error:
-        team.run_on_all(lambda: 1 / 0)
+        group.run_on_all(lambda: 1 / 0)
     assert "Traceback" in error.value.traceback_text
 
 
-def rank_0s(team: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
-    """Broadcast tensors of every kind that a start may have."""
+def rank_0s(group: TorchProcessGroup, folder: Path) -> dict[str, torch.Tensor]:
+    """Broadcast a tensor of every dtype that an initialization may have."""
     tensors = {
-        str(dtype): torch.arange(5).add(team.rank * 7).to(dtype)
+        str(dtype): torch.arange(5).add(group.rank * 7).to(dtype)
         for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
     }
     for tensor in tensors.values():
-        team.broadcast_(tensor)
+        group.broadcast_(tensor)
     return tensors
 
 
-def test_a_start_with_whole_numbers_is_the_first_workers(pair: Callable[..., Any], tmp_path: Path) -> None:
+def test_initial_tensors_of_every_dtype_are_those_of_rank_0(pair: Callable[..., Any], tmp_path: Path) -> None:
     (found,) = pair({"broadcast": rank_0s}, tmp_path).values()
     for name, tensor in found[0].items():
         assert torch.equal(tensor.to(torch.int64), torch.arange(5).to(tensor.dtype).to(torch.int64)), name

@@ -1,4 +1,4 @@
-"""A lane that goes on from its checkpoint computes what it would have computed without the interruption."""
+"""A lane that resumes from its checkpoint equals one that was not interrupted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, train
+from scripted import Script, SimulatedCrashError, configuration, dies_at, leases, numbers_of, solo, train
 
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -19,7 +19,7 @@ NAMES = {
     ],
     "reviews": catalogue.names(),
 }
-"""Task -> variants: a language model, and an encoder with a head that every lane learns whole."""
+"""Task -> variants: a language model, and an encoder with a head that every lane trains."""
 
 
 def point(variant: str, task: str) -> Configuration:
@@ -48,7 +48,7 @@ def point(variant: str, task: str) -> Configuration:
 @pytest.mark.parametrize(("task", "variant"), [(task, name) for task in NAMES for name in NAMES[task]])
 def test_a_resumed_lane_is_bit_equal(task: str, variant: str, store: Store, tmp_path: Path) -> None:
     one = point(variant, task)
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases([one]), answers=dies_at(4)), store)
     train(Script(leases([one], attempt=2)), store)
     record = store.get(one.fingerprint)

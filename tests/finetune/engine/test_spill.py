@@ -1,4 +1,4 @@
-"""Parked lanes make way for those that wait, and come back."""
+"""Parked lanes make room for waiting ones, and come back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def numbers(store: Store, fingerprint: str) -> Record:
 
 
 @pytest.mark.parametrize("variant", ["lora", pytest.param("pissa", marks=pytest.mark.slow)])
-def test_parked_lanes_make_way_and_come_back(variant: str, store: Store, tmp_path: Path) -> None:
+def test_parked_lanes_make_room_and_come_back(variant: str, store: Store, tmp_path: Path) -> None:
     five = [
         configuration(variant=variant, seed=seed, steps=9, evaluations=3, dropout=0.1) for seed in range(5)
     ]
@@ -41,10 +41,10 @@ def test_a_parked_lane_keeps_its_place_while_nobody_needs_it(store: Store) -> No
     assert {attempt for _, attempt, _ in source.ended} == {1}
 
 
-def test_the_lane_that_was_parked_longest_makes_way_first_and_no_more_than_are_needed(store: Store) -> None:
+def test_the_longest_parked_lane_makes_room_first_and_no_more_than_needed(store: Store) -> None:
     early, late = configuration(seed=0, steps=4, evaluations=4), configuration(seed=1, steps=4, evaluations=2)
     third = configuration(seed=2, steps=4, evaluations=1)
-    source = Queue(leases([early, late, third]), told=4)
+    source = Queue(leases([early, late, third]), park_exchanges=4)
     source.start_at = {third.fingerprint: 2}  # both are parked then, `early` since step 1
     train(source, store, lanes=2, spill_seconds=-1.0)
     assert source.spilled[0] == (early.fingerprint, 1)
@@ -52,23 +52,25 @@ def test_the_lane_that_was_parked_longest_makes_way_first_and_no_more_than_are_n
     assert {state for _, _, state in source.ended} == {"finished"}
 
 
-def test_a_pack_that_is_parked_as_a_whole_makes_way_for_another_shape(store: Store, tmp_path: Path) -> None:
-    """Else a scheduler that waits for the other shape's reports would wait for ever."""
+def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
+    store: Store, tmp_path: Path
+) -> None:
+    """Otherwise a scheduler that needs reports of the other group key would wait for ever."""
     small, large = configuration(rank=2, steps=4), configuration(rank=4, steps=4)
 
     class Bracket(Queue):
-        def exchange(self, taken: int) -> Mapping[str, Directive]:
-            told = super().exchange(taken)
+        def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
+            told = super().exchange(steps_taken)
             return (
                 told
                 if {r.fingerprint for r in self.reports} == {small.fingerprint, large.fingerprint}
                 else {}
             )
 
-        def lease(self, shape: str | None, room: int, taken: int) -> LeaseGrant:
+        def lease(self, group_key: str | None, capacity: int, steps_taken: int) -> LeaseGrant:
             if small.fingerprint in self.away and len(self.reports) < 2:
                 self.away[small.fingerprint] = len(self.held)
-            return super().lease(shape, room, taken)
+            return super().lease(group_key, capacity, steps_taken)
 
     source = Bracket(leases([small, large]))
     train(source, store, lanes=4, spill_seconds=-1.0)
@@ -86,7 +88,7 @@ def test_a_lane_that_is_not_parked_for_long_stays(store: Store) -> None:
 
 
 def test_what_was_saved_already_is_not_written_again(store: Store) -> None:
-    """A lane is saved at its evaluations: a spill right after one, or after a resumption, adds nothing."""
+    """A lane is saved at its evaluations: right after one, or after a resumption, an eviction adds none."""
     two = [configuration(seed=seed, steps=4, evaluations=2) for seed in range(2)]
     written: list[tuple[str, int]] = []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from encoders import KINDS
-from scripted import configuration, tiny_bench
+from scripted import configuration, tiny_base_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -41,69 +41,69 @@ def point(task: str, schedule: str, variant: str = "lora") -> Configuration:
     )
 
 
-def bench_of(one: Configuration) -> BaseModel:
+def base_model_of(one: Configuration) -> BaseModel:
     """Return the tiny model in float64, without dropout of its own."""
-    bench = tiny_bench(one.model, tasks.get(one.task.name))
-    bench.model.double()
-    for module in bench.model.modules():
+    base_model = tiny_base_model(one.model, tasks.get(one.task.name))
+    base_model.model.double()
+    for module in base_model.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return bench
+    return base_model
 
 
 def ours(one: Configuration, folder: Path) -> tuple[list[float], list[float], dict[str, Tensor], LaneGroup]:
-    """Train a lane. Returns its losses, gradient norms, parameters at the end, and its pack."""
-    bench = bench_of(one)
+    """Train a lane. Returns its losses, gradient norms, parameters at the end, and its lane group."""
+    base_model = base_model_of(one)
     choice = one.variant
     adapters = attach(
-        bench.model,
+        base_model.model,
         catalogue.get(choice.name),
         VariantSettings(choice.rank, choice.alpha, choice.dropout),
-        heads=bench.head_names,
+        heads=base_model.head_names,
     )
     task = tasks.get(one.task.name)
-    pack = LaneGroup(
-        bench,
+    lane_group = LaneGroup(
+        base_model,
         adapters,
-        TaskData.load(one, task, bench, adapters, SingleProcessGroup(), folder),
+        TaskData.load(one, task, base_model, adapters, SingleProcessGroup(), folder),
         SingleProcessGroup(),
     )
     lane = Lane(Lease(one, 1))
     lane.initialize(adapters, math.inf, None)
     for _ in range(STEPS):
-        (taken,) = pack.reduce_gradients(pack.backward([lane]))
+        (taken,) = lane_group.reduce_gradients(lane_group.backward([lane]))
         assert lane.take_optimizer_step(taken) is None
     parameters = {name: parameter.detach().clone() for name, parameter in lane.parameters.items()}
-    return [s.loss for s in lane.curve], [s.gradient_norm for s in lane.curve], parameters, pack
+    return [s.loss for s in lane.curve], [s.gradient_norm for s in lane.curve], parameters, lane_group
 
 
 def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """The mean cross-entropy in the model's own precision (transformers' own is float32)."""
+    """Return the mean cross-entropy in the model's precision; transformers would compute it in float32."""
     return cross_entropy(outputs.logits.flatten(0, -2), labels.flatten())
 
 
 class InOrder(transformers.Trainer):
-    """Takes the examples in the order in which they are given."""
+    """A Trainer that takes the examples in the given order."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def theirs(
-    model: Any, one: Configuration, pack: LaneGroup, folder: Path
+    model: Any, one: Configuration, lane_group: LaneGroup, folder: Path
 ) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Train `model` with transformers' Trainer on the batches of the lane. Returns as `ours`."""
+    """Train the model with transformers' Trainer on the batches of the lane. Returns the same as `ours`."""
     batches = one.batches
-    length = max(len(row.ids) for row in pack.data.train)
+    length = max(len(row.ids) for row in lane_group.data.train)
     examples = []
     for step in range(STEPS):
         batch = make_training_batch(
-            pack.data.train, one.seed, step * batches.batch_size, batches.batch_size, length, 0
+            lane_group.data.train, one.seed, step * batches.batch_size, batches.batch_size, length, 0
         )
         width = length - batch.length
         ids = torch.nn.functional.pad(batch.ids, (0, width))
         real = torch.nn.functional.pad(batch.attention_mask.long(), (0, width))
-        if pack.data.task.has_head:
+        if lane_group.data.task.has_head:
             labels = batch.targets[batch.targets != -100]
         else:  # already shifted, as `loss_of` wants them
             labels = torch.nn.functional.pad(batch.targets, (0, width), value=-100)
@@ -150,54 +150,58 @@ def name_in_peft(name: str, heads: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize(("task", "schedule"), [("letters", "cosine"), ("reviews", "linear")])
 def test_twenty_steps_of_lora(task: str, schedule: str, tmp_path: Path) -> None:
-    """A Llama, and a BERT with a head."""
+    """A Llama without a head, and a BERT with one."""
     one = point(task, schedule)
-    losses, norms, mine, pack = ours(one, tmp_path / "data")
-    names = list(pack.adapters.layers)
-    pack.adapters.detach()
+    losses, norms, mine, lane_group = ours(one, tmp_path / "data")
+    names = list(lane_group.adapters.layers)
+    lane_group.adapters.detach()
 
-    bench = bench_of(one)
+    base_model = base_model_of(one)
     config = peft.LoraConfig(
         r=one.variant.rank,
         lora_alpha=one.variant.alpha,
         target_modules=names,
-        modules_to_save=list(bench.head_names) or None,
+        modules_to_save=list(base_model.head_names) or None,
     )
-    model = peft.get_peft_model(bench.model, config)
+    model = peft.get_peft_model(base_model.model, config)
     fresh = attach(
-        bench_of(one).model, catalogue.get("lora"), VariantSettings(4, 8.0), heads=bench.head_names
+        base_model_of(one).model, catalogue.get("lora"), VariantSettings(4, 8.0), heads=base_model.head_names
     )
     fresh.add_lane("lane", VariantSettings(4, 8.0), one.seed)
-    start = {name_in_peft(n, bench.head_names): p for n, p in fresh.trainable("lane").items()}
+    start = {name_in_peft(n, base_model.head_names): p for n, p in fresh.trainable("lane").items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained.keys() == start.keys()
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(start[name])
 
-    their_losses, their_norms, end = theirs(model, one, pack, tmp_path / "trainer")
+    their_losses, their_norms, end = theirs(model, one, lane_group, tmp_path / "trainer")
     assert min(norms) < one.optimizer.clip_norm < max(norms), "some gradients are clipped, others not"
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(their_losses), rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(their_norms), rtol=1e-6, atol=1e-6)
     for name, parameter in mine.items():
-        torch.testing.assert_close(parameter, end[name_in_peft(name, bench.head_names)], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            parameter, end[name_in_peft(name, base_model.head_names)], rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("task", ["letters", "reviews"])
 def test_twenty_steps_of_full_fine_tuning(task: str, tmp_path: Path) -> None:
-    """Norms and biases do not decay."""
+    """Biases and parameters of normalisation layers have no weight decay."""
     one = point(task, "linear", "full")
-    losses, _, mine, pack = ours(one, tmp_path / "data")
-    pack.adapters.detach()
-    bench = bench_of(one)
-    bench.model.requires_grad_(True)
-    fresh = attach(bench_of(one).model, catalogue.get("full"), VariantSettings(), heads=bench.head_names)
+    losses, _, mine, lane_group = ours(one, tmp_path / "data")
+    lane_group.adapters.detach()
+    base_model = base_model_of(one)
+    base_model.model.requires_grad_(True)
+    fresh = attach(
+        base_model_of(one).model, catalogue.get("full"), VariantSettings(), heads=base_model.head_names
+    )
     fresh.add_lane("lane", VariantSettings(), one.seed)
     start = {name.removeprefix("model:"): p for name, p in fresh.trainable("lane").items()}
     with torch.no_grad():
-        for name, parameter in bench.model.named_parameters():
+        for name, parameter in base_model.model.named_parameters():
             parameter.copy_(start[name])
-    their_losses, _, end = theirs(bench.model, one, pack, tmp_path / "trainer")
+    their_losses, _, end = theirs(base_model.model, one, lane_group, tmp_path / "trainer")
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(their_losses), rtol=0, atol=1e-6)
     for name, parameter in mine.items():
         torch.testing.assert_close(parameter, end[name.removeprefix("model:")], rtol=0, atol=1e-6)
@@ -207,9 +211,9 @@ GPT2 = {"vocab_size": 32, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", *KINDS])
-def test_what_decays_is_what_trainer_lets_decay(kind: str) -> None:
+def test_weight_decay_applies_to_the_parameters_that_trainer_decays(kind: str) -> None:
     if kind == "llama":
-        model = tiny_bench(configuration().model).model
+        model = tiny_base_model(configuration().model).model
     elif kind == "gpt2":
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
     else:

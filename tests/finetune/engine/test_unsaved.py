@@ -1,5 +1,7 @@
-"""Checkpoints that cannot be written for reasons other than a full disk (that is in test_faults.py), and what
-is remembered of a seat's memory."""
+"""Checkpoints that cannot be written for reasons other than a full disk, and the learnt limits on lanes.
+
+The full disk is in test_failures.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from scripted import Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.record import lane_capacity
@@ -45,7 +47,7 @@ def test_a_folder_that_somebody_removes_meanwhile_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a study does that has finished the same lane: at this moment of a checkpoint's writing, once."""
+    """Remove the folder once while a checkpoint is written, as another study does that ends the same lane."""
     wanted = numbers_of(solo(POINT, tmp_path))
     folder = store.checkpoints / POINT.fingerprint
     removed: list[str] = []
@@ -72,8 +74,10 @@ def test_a_folder_that_somebody_removes_meanwhile_is_made_again(
 
 @pytest.fixture(params=["read-only", "a file"])
 def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder of checkpoints that takes none. What permissions say does not count for root: a file system
-    does."""
+    """Return a folder in which no checkpoint can be written.
+
+    Root ignores permissions, so it is a read-only file system, or a file in the place of the folder.
+    """
     folder = tmp_path / "refusing"
     if request.param == "a file":
         folder.write_text("")
@@ -92,7 +96,7 @@ def refusing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_checkpoints_that_the_disk_refuses_are_left_out_and_said_once(
+def test_checkpoints_that_the_disk_refuses_are_skipped_with_one_warning(
     refusing: Path, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     points = [POINT, configuration(seed=1, steps=8, evaluations=4)]
@@ -109,15 +113,15 @@ def test_checkpoints_that_the_disk_refuses_are_left_out_and_said_once(
 
 def place(share: float, folder: Path) -> str:
     made = Engine(
-        lambda choice, task: replace(tiny_bench(choice), memory_fraction=share),
-        folder / "evidence",
+        lambda choice, task: replace(tiny_base_model(choice), memory_fraction=share),
+        folder / "calibration",
         folder / "data",
     )
     made.prepare_lane_group(POINT)
     return made.device_key
 
 
-def test_a_place_says_how_much_memory_there_is_and_which_share_of_it(tmp_path: Path) -> None:
+def test_the_device_key_names_the_memory_and_the_share_of_it(tmp_path: Path) -> None:
     size = f"{round(psutil.virtual_memory().total / 2**30)} GiB"
     assert place(1.0, tmp_path) == f"cpu, {size}"
     assert place(0.5, tmp_path) == f"cpu, {size}, share 0.5"
@@ -125,7 +129,7 @@ def test_a_place_says_how_much_memory_there_is_and_which_share_of_it(tmp_path: P
     assert lane_capacity.read_max_lanes(tmp_path, POINT.group_key, place(1.0, tmp_path)) is None
 
 
-def test_a_seat_that_is_limited_says_so_once_and_where_that_is_kept(
+def test_a_trainer_with_a_learnt_limit_says_so_once_and_names_the_file(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     points = [configuration(seed=seed, steps=2) for seed in range(4)]
@@ -133,7 +137,7 @@ def test_a_seat_that_is_limited_says_so_once_and_where_that_is_kept(
     few = Script(leases(points))
     with caplog.at_level(logging.WARNING):
         train(few, store, lanes=2)
-        assert not lines(caplog, "at most"), "nobody has asked for more"
+        assert not lines(caplog, "at most"), "the limit is not lower than the requested number"
         store = Store(tmp_path / "another")
         shutil.copytree(path.parent, store.lane_capacity)
         source = Script(leases(points))

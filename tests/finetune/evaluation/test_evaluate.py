@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from scripted import WORDS_TASK, tiny_bench
+from scripted import WORDS_TASK, tiny_base_model
 from three_lanes import NAMES, three_lanes
 from torch.nn.functional import cross_entropy
 
@@ -31,7 +31,7 @@ def split_of(task: Task, base_model: BaseModel, size: int = 24) -> EvaluationSpl
 
 
 def make_base_model(dtype: str = "float32") -> BaseModel:
-    return tiny_bench(ModelChoice("tiny", "0" * 64, dtype))  # type: ignore[arg-type]
+    return tiny_base_model(ModelChoice("tiny", "0" * 64, dtype))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["letters", WORDS_TASK])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scripted import WORDS_TASK, tiny_bench
+from scripted import WORDS_TASK, tiny_base_model
 from scripted import configuration as configured
 from test_evaluate import split_of
 from three_lanes import NAMES, three_lanes
@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2)
 
 
 def make_base_model() -> BaseModel:
-    return tiny_bench(ModelChoice("tiny", "0" * 64, "float32"))
+    return tiny_base_model(ModelChoice("tiny", "0" * 64, "float32"))
 
 
 def sampled(

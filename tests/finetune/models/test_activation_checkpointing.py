@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -33,7 +33,7 @@ ROWS, LENGTH = 8, 12
 
 
 def llama() -> nn.Module:
-    return tiny_bench(ModelChoice("tiny", "0" * 64)).model
+    return tiny_base_model(ModelChoice("tiny", "0" * 64)).model
 
 
 def bert() -> nn.Module:
@@ -141,7 +141,7 @@ def test_a_lane_record_is_bit_identical(variant: str, store: Store, tmp_path: Pa
     """The lane accumulates gradients, and evaluates and generates with a cache."""
 
     def load(choice: ModelChoice, task: Task) -> BaseModel:
-        base_model = tiny_bench(choice, task)
+        base_model = tiny_base_model(choice, task)
         enable_activation_checkpointing(base_model.model)
         return base_model
 

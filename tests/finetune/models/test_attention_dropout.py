@@ -12,7 +12,7 @@ from typing import Any
 import encoders
 import pytest
 import torch
-from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, tiny_bench, train
+from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, tiny_base_model, train
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -191,7 +191,7 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
 
 def test_activation_checkpointing_changes_no_result(store: Store, tmp_path: Path) -> None:
     def recomputing(choice: ModelChoice, task: Task) -> BaseModel:
-        base_model = tiny_bench(choice, task)
+        base_model = tiny_base_model(choice, task)
         enable_activation_checkpointing(base_model.model)
         return base_model
 
@@ -237,7 +237,7 @@ def test_a_model_without_dropout_is_refused_in_one_line(
 ) -> None:
     folder = tmp_path / "model"
     if kind == "llama":
-        base_model = tiny_bench(ModelChoice("tiny", "0" * 64))
+        base_model = tiny_base_model(ModelChoice("tiny", "0" * 64))
         base_model.model.save_pretrained(folder)
         base_model.tokenizer.save_pretrained(folder)
     else:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from scripted import configuration, tiny_bench
+from scripted import configuration, tiny_base_model
 from torch import Tensor
 
 from orchestrator.finetune.engine import checkpoint
@@ -51,7 +51,7 @@ class Riemannian(LoRA):
 
 def open_group(variant: Variant, chosen: list[Configuration], folder: Path) -> LaneGroup:
     one = chosen[0]
-    base_model = tiny_bench(one.model)
+    base_model = tiny_base_model(one.model)
     settings = VariantSettings(one.variant.rank, one.variant.alpha, one.variant.dropout)
     adapters = attach(base_model.model, variant, settings)
     data = TaskData.load(one, tasks.get(one.task.name), base_model, adapters, SingleProcessGroup(), folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_bench, train
+from scripted import WORDS_TASK, Script, configuration, leases, numbers_of, solo, tiny_base_model, train
 from three_lanes import NAMES, three_lanes
 from transformers import (
     BertConfig,
@@ -317,7 +317,7 @@ def _shared(process_group: ProcessGroup, _: Path, bert: Path) -> list[Evaluation
         if name == "sampled":
             task = type(task)()
             task.samples, task.temperature, task.top_p = 3, 1.0, 0.9  # type: ignore[misc]
-        base_model = load(bert, task) if task.has_head else tiny_bench(ModelChoice("tiny", "0" * 64))
+        base_model = load(bert, task) if task.has_head else tiny_base_model(ModelChoice("tiny", "0" * 64))
         # This includes a split of one batch, of which one worker gets nothing.
         for size in (90, 9):
             split = make_split(task, base_model, size)
