@@ -12,7 +12,17 @@ from typing import Any
 import encoders
 import pytest
 import torch
-from scripted import Interrupted, Script, configuration, dies_at, leases, numbers_of, solo, tiny_base_model, train
+from scripted import (
+    Script,
+    SimulatedCrashError,
+    configuration,
+    dies_at,
+    leases,
+    numbers_of,
+    solo,
+    tiny_base_model,
+    train,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -183,7 +193,7 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
         assert record.provenance.pack_lanes == 3
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
     again = Store(tmp_path / "again")
-    with pytest.raises(Interrupted):
+    with pytest.raises(SimulatedCrashError):
         train(Script(leases(together[:1]), answers=dies_at(4)), again)
     train(Script(leases(together[:1], attempt=2)), again)
     assert numbers_of(get(again, together[0])) == numbers_of(solo(together[0], tmp_path))
