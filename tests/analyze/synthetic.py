@@ -1,5 +1,7 @@
-"""Records made by hand, with the real dataclasses: the scores of a rehearsal of the dry run (letter strings,
-five variants, seven rates, three seeds), so that tables and pictures can be judged without training."""
+"""Synthetic records, so that the analysis is tested without training.
+
+Their scores are those of a dry run: letter strings, five variants, seven rates, three seeds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 NOTHING = (0.0, 0.0, 0.0)
 DIVERGED = (None, None, None)
 
-# variant -> one triple of seeds a rate; None is a diverged run
+# Variant -> the scores of three seeds at each rate; None is a diverged run.
 STUDY: dict[str, Sequence[Sequence[float | None]]] = {
     "lora": (NOTHING, (0.01,) * 3, (0.22, 0.25, 0.17), (0.96, 0.95, 0.99), NOTHING, DIVERGED, DIVERGED),
     "rslora": (
@@ -74,8 +76,11 @@ def record(
     reason: str = "",
     provenance: Provenance | None = None,
 ) -> Record:
-    """One record. `validation` None: diverged, unless `state` says otherwise. `test` is validation if not
-    given. For a stopped record `validation` is the last score on the way."""
+    """Build a record.
+
+    Without a `validation` score it is diverged, unless `state` is given. `test` is the validation score by
+    default. The validation score of a stopped record is its last one during training.
+    """
     state = state or ("diverged" if validation is None else "finished")
     configuration = Configuration(
         variant=VariantChoice(variant, rank=rank, alpha=alpha, extra=extra or {}),
@@ -107,13 +112,13 @@ def record(
 
 
 def study(scores: dict[str, Sequence[Sequence[float | None]]] = STUDY, **more: Any) -> list[Record]:
-    """The rehearsed study. Test scores differ a little from validation scores, as in life."""
-    found = []
+    """Build the study. Test scores differ a little from validation scores, as real ones do."""
+    records = []
     for v, (variant, curve) in enumerate(scores.items()):
         for r, (rate, seeds) in enumerate(zip(RATES, curve, strict=False)):
             for seed, value in enumerate(seeds):
                 shift = ((7 * v + 3 * r + 5 * seed) % 7 - 3) / 100
                 test = None if value is None else min(1.0, max(0.0, value + (shift if value > 0.05 else 0.0)))
                 alpha = None if variant == "hira" else 16.0
-                found.append(record(variant, rate, seed, value, test, alpha=alpha, **more))
-    return found
+                records.append(record(variant, rate, seed, value, test, alpha=alpha, **more))
+    return records

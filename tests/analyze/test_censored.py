@@ -1,3 +1,5 @@
+"""Which points with stopped runs may be chosen."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,7 +26,7 @@ POINTS = st.lists(st.builds(PointOutcome, st.lists(SCORES, max_size=4), st.integ
         ([([0.0, 0.0], 0), ([0.0], 2)], [True, False]),
     ],
 )
-def test_a_point_with_stopped_runs_is_chosen_where_no_end_of_them_could_have_changed_it(
+def test_a_point_with_stopped_runs_is_eligible_if_no_outcome_of_them_could_change_the_choice(
     points: list[tuple[list[float], int]], may: list[bool]
 ) -> None:
     assert eligible_points([PointOutcome(scores, stopped) for scores, stopped in points], 0.0) == may
@@ -36,7 +38,7 @@ def test_the_floor_is_the_tasks_own() -> None:
 
 
 @given(points=POINTS, ends=st.data())
-def test_whatever_the_stopped_runs_had_come_to_above_the_floor_the_choice_beats_every_whole_point(
+def test_the_choice_beats_every_complete_point_whatever_its_stopped_runs_would_have_scored(
     points: list[PointOutcome], ends: st.DataObject
 ) -> None:
     may = eligible_points(points, 0.0)

@@ -1,4 +1,4 @@
-"""A comparison's second stage: from records and the kept choice to the verdict, its picture and its page."""
+"""The second stage of a comparison: from records and the saved choice to verdict, picture and report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHIFTS = {"lora": 0.0, "rslora": -0.1, "pissa": 0.03, "hira": 0.0, "lora-plus": 
 
 
 def fresh(seeds: int = 10, diverged: int = 4, **more: Any) -> list[Record]:
-    """Of LoRA+ the first `diverged` seeds diverged."""
+    """Build the records of fresh seeds; the first `diverged` seeds of LoRA+ diverged."""
     found = []
     for variant, chosen in CHOSEN.items():
         for s in range(seeds):
@@ -64,7 +64,7 @@ def test_the_verdict_names_task_model_variants_seeds_budget_and_margin() -> None
     assert "matches or beats most variants: undecided" in said
 
 
-def test_the_chosen_point_counts_where_a_study_holds_others_too() -> None:
+def test_the_chosen_point_counts_if_a_study_holds_others_as_well() -> None:
     records = fresh() + [record("pissa", 5e-3, 2000 + s, 0.1) for s in range(20)]
     found = only(records)
     assert found.configurations["pissa"].optimizer.learning_rate == 3e-3
@@ -72,7 +72,7 @@ def test_the_chosen_point_counts_where_a_study_holds_others_too() -> None:
     assert compare_tuned([r for r in records if r.configuration.variant.name != "lora"], "lora", 0.01) is None
 
 
-def test_a_failed_seed_is_missing_and_said() -> None:
+def test_a_failed_seed_is_missing_and_reported() -> None:
     records = fresh()
     broken = next(i for i, r in enumerate(records) if r.configuration.variant.name == "hira")
     seed = records[broken].configuration.seed
@@ -85,7 +85,7 @@ def test_a_failed_seed_is_missing_and_said() -> None:
     assert any(f"hira: left out, one of the two has no score: seeds {seed}" in w for w in summary.warnings)
 
 
-def test_item_noise_is_that_of_the_difference() -> None:
+def test_the_item_error_is_that_of_the_difference() -> None:
     lora, other = (1.0, 1.0, 0.0, 0.0), (1.0, 0.0, 1.0, 1.0)
     records = [
         replace(record(v, 1e-2, s, 0.5), items={"test": ItemResults(correct)})
@@ -172,7 +172,7 @@ def test_variants_without_a_point_or_a_fresh_seed_count_as_unknown() -> None:
     plot_forest([found])
 
 
-def test_one_diverged_seed_takes_the_interval_and_says_the_share_and_the_rest() -> None:
+def test_one_diverged_seed_removes_the_interval_and_adds_the_share_and_the_mean_of_the_rest() -> None:
     summary = summarize(fresh(diverged=1), baseline="lora", margin=0.01, tuning_choices=CHOSEN)
     (found,) = summary.comparisons
     (pair,) = [p for p in found.comparison.pairs if p.label == "lora-plus"]
@@ -184,7 +184,7 @@ def test_one_diverged_seed_takes_the_interval_and_says_the_share_and_the_rest() 
     assert "up to 28% still may" in verdict.scope_text(found.comparison)
 
 
-def test_a_second_look_is_said() -> None:
+def test_a_second_look_is_a_caveat() -> None:
     def told(*looks: int) -> list[str]:
         found = summarize(fresh(), baseline="lora", margin=0.01, tuning_choices=CHOSEN, looks=looks)
         return [w for w in found.warnings if "look" in w]
@@ -196,14 +196,14 @@ def test_a_second_look_is_said() -> None:
     assert study_file.with_look(5).with_look(10).with_look(10).with_look(7).looks == (5, 10)
 
 
-def test_a_comparison_without_its_first_stage_says_so(tmp_path: Path) -> None:
+def test_a_comparison_without_its_first_stage_has_a_caveat(tmp_path: Path) -> None:
     compared = replace(STUDY_FILE, baseline="lora", margin=0.01, tuning="gone")
     summary = write_report(compared, fresh(), tmp_path, DATABASE)
     assert summary.comparisons[0].chosen == {}
     assert any("the choice of the first stage is not at hand" in w for w in summary.warnings)
 
 
-def test_one_that_is_far_out_does_not_press_the_others_together() -> None:
+def test_an_outlier_does_not_squeeze_the_other_variants_together() -> None:
     near = only([r for r in fresh() if r.configuration.variant.name != "lora-plus"])
     far = only(fresh())
     pairs = far.comparison.pairs
@@ -244,7 +244,7 @@ def test_the_page_of_a_search_shows_every_point(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(plot_search(summary.searches))).width == 1200
 
 
-def test_the_best_so_far_never_falls_and_counts_no_stopped_point() -> None:
+def test_the_best_score_so_far_never_falls_and_ignores_stopped_points() -> None:
     scores = (0.3, None, 0.2, 0.6, 0.5)
     rates = (1.11e-3, 2.22e-3, 3.33e-3, 4.44e-3, 5.55e-3)
     records = [

@@ -1,3 +1,5 @@
+"""Statistics of a curve, by hand and as invariances."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -44,7 +46,7 @@ def test_the_parabola_agrees_with_a_fit_on_an_uneven_grid() -> None:
     assert curve_shape.parabola_peak(x, [0.5, 0.5, 0.5], 1) is None
 
 
-def test_between_rates_the_score_is_linear_and_beside_a_stopped_one_unknown() -> None:
+def test_the_score_is_linear_between_rates_and_unknown_beside_a_stopped_one() -> None:
     y = [0.0, 0.4, 0.8, None]
     assert curve_shape.score_at(X, y, -2.5) == pytest.approx(0.6)
     assert curve_shape.score_at(X, y, -2.0) == 0.8
@@ -61,13 +63,13 @@ def test_width_by_hand() -> None:
     assert not at_least
 
 
-def test_a_width_that_runs_into_the_end_or_a_stopped_rate_is_a_lower_bound() -> None:
+def test_a_width_up_to_the_end_of_the_grid_or_a_stopped_rate_is_a_lower_bound() -> None:
     assert curve_shape.width(X, [0.0, 0.4, 0.8, 0.79], 2, 0.6) == (pytest.approx(1.5), True)
     assert curve_shape.width(X, [0.0, 0.4, 0.8, None], 2, 0.6) == (pytest.approx(0.5), True)
     assert curve_shape.width([-3.0], [0.5], 0, 0.4) == (0.0, True)
 
 
-def test_a_point_below_the_best_is_within_a_point_whatever_the_rounding() -> None:
+def test_a_score_exactly_one_point_below_the_best_is_within_one_point_despite_rounding() -> None:
     assert 0.1 - 0.01 > 0.09  # so .09 would fall short by 1e-17, and the flat stretch with it
     assert curve_shape.width(X, [0.09, 0.09, 0.1, 0.0], 2, 0.1 - 0.01) == (pytest.approx(2.1), True)
 
@@ -95,7 +97,7 @@ def test_half_decade_regret_by_hand() -> None:
     assert curve_shape.mean_regret([-3.0], [0.8], 0) is None
 
 
-def test_half_decade_regret_passes_through_every_knot_on_its_way() -> None:
+def test_half_decade_regret_integrates_through_every_rate_in_its_range() -> None:
     x, y = [-1.0, -0.75, -0.5, 0.0, 0.5], [0.0, 0.1, 0.3, 1.0, 0.2]
     inside = np.linspace(-0.5, 0.5, 100_001)
     expected = 1.0 - float(np.trapezoid(np.interp(inside, x, y), inside))

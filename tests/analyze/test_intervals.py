@@ -1,3 +1,5 @@
+"""Confidence intervals over seeds, by hand and against SciPy."""
+
 from __future__ import annotations
 
 import math
@@ -61,7 +63,7 @@ def test_the_jackknife_of_a_mean_is_the_t_interval(values: list[float]) -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
-def test_the_jackknife_is_cut_to_its_bounds_and_needs_every_value() -> None:
+def test_the_jackknife_interval_is_cut_to_its_bounds_and_needs_every_value() -> None:
     assert jackknife_interval(0.1, [0.0, 0.1, 0.3], (0.0, 0.2)) == Interval(0.0, 0.2)
     assert jackknife_interval(0.1, [0.1, None, 0.3]) is None
     assert jackknife_interval(0.1, [0.1]) is None

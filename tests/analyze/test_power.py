@@ -93,7 +93,7 @@ def test_the_seeds_that_decide_are_the_fewest(mean: float) -> None:
     assert needed(mean, 0.01, 4) > n  # type: ignore[operator]
 
 
-def test_no_number_of_seeds_may_decide_and_sidak_takes_more() -> None:
+def test_no_number_of_seeds_may_decide_and_sidak_needs_more_of_them() -> None:
     assert needed(0.0, 1e-6) is None
     wide = needed(0.004, 0.01, 6, sidak_critical_value)
     assert wide is not None

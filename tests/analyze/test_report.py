@@ -1,3 +1,5 @@
+"""The table, the pictures and the report of a study."""
+
 from __future__ import annotations
 
 import io
@@ -121,7 +123,7 @@ def test_the_command_is_narrowed_and_other_options_stay() -> None:
     assert found == f"python experiments/lr_sensitivity.py {expected}"
 
 
-def test_a_part_of_a_script_of_two_stages_is_run_by_the_plain_one() -> None:
+def test_the_command_for_a_part_of_a_two_stage_study_is_that_of_the_plain_script() -> None:
     command = "python experiments/tuned_comparison.py --dry-run --confirm-seeds 5 --seeds 2 --margin 0.02"
     found = formatting.narrow_command(command, "hira", [1e-1], {})
     options = "--dry-run --seeds 2 --variants hira --learning-rates 1e-1"
@@ -165,7 +167,7 @@ def test_lora_is_black_and_no_two_of_eight_variants_look_alike() -> None:
 
 
 class Page(HTMLParser):
-    """Collects what a browser would fetch, the text, and whether every element is closed in order."""
+    """A parsed page: what a browser would fetch, the text, and the elements that are not closed."""
 
     VOID = frozenset({"meta", "img", "br"})
 
@@ -202,7 +204,7 @@ def written(
 
 @pytest.fixture(scope="module")
 def of_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    """The report of the rehearsed study, in a folder that it has made. Tests only read it."""
+    """Write the report of the synthetic study into a new folder, which tests only read."""
     folder = tmp_path_factory.mktemp("report") / "new" / "study"
     return folder, written(folder, study())[1]
 
@@ -255,7 +257,9 @@ def test_every_row_has_its_command(of_study: tuple[Path, Page]) -> None:
             assert f"{base} --variants {variant} --learning-rates {rate}" in page.text
 
 
-def test_what_ended_badly_is_listed_with_reason_and_fingerprint_and_nothing_is_markup(tmp_path: Path) -> None:
+def test_unfinished_runs_are_listed_with_reason_and_fingerprint_and_no_text_becomes_markup(
+    tmp_path: Path,
+) -> None:
     evil = "<script>alert(1)</script>"
     failed = record(seed=8, validation=None, state="failed", reason=f"out of memory {evil}")
     stopped = record(seed=9, validation=0.1, state="stopped", reason="ASHA at step 30")
@@ -280,7 +284,7 @@ def test_a_server_is_linked_without_its_password(tmp_path: Path) -> None:
         assert "secret" not in (tmp_path / file).read_text()
 
 
-def test_an_address_that_is_no_web_page_is_no_link(tmp_path: Path) -> None:
+def test_a_tracking_uri_that_is_no_web_address_is_no_link(tmp_path: Path) -> None:
     _, page, _ = written(tmp_path, [record()], "javascript:alert(1)")
     assert not any(link.startswith("javascript") for link in page.links)
 

@@ -1,3 +1,5 @@
+"""Curves and what is read off them, from synthetic records."""
+
 from __future__ import annotations
 
 import math
@@ -56,7 +58,7 @@ def test_a_diverged_run_counts_as_the_floor_with_its_share_and_the_mean_of_the_r
     )
 
 
-def test_a_stopped_run_enters_no_mean_loses_the_choice_and_bounds_the_width() -> None:
+def test_a_stopped_run_is_in_no_mean_and_is_not_chosen_and_bounds_the_width() -> None:
     records = [record(rate=r, seed=s, validation=v) for r, v in ((1e-3, 0.5), (1e-2, 0.6)) for s in (0, 1)]
     records += [
         record(rate=1e-1, seed=0, validation=0.9),
@@ -75,7 +77,7 @@ def test_a_stopped_run_enters_no_mean_loses_the_choice_and_bounds_the_width() ->
     assert any("not stopped early score higher" in warning for warning in summarize(records).warnings)
 
 
-def test_stopped_runs_at_every_rate_leave_a_choice_with_a_warning() -> None:
+def test_a_rate_is_chosen_with_a_warning_if_runs_were_stopped_at_every_rate() -> None:
     records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
     records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
     summary = summarize(records)
@@ -83,7 +85,7 @@ def test_stopped_runs_at_every_rate_leave_a_choice_with_a_warning() -> None:
     assert any("stopped early at the best rate" in w for w in summary.warnings)
 
 
-def test_a_rate_that_a_bracket_kept_whole_is_not_chosen_before_one_that_is_sure_to_be_better() -> None:
+def test_a_rate_without_stopped_runs_is_not_chosen_before_one_that_is_certainly_better() -> None:
     records = [record(rate=1e-2, seed=s, validation=0.0) for s in (0, 1, 2)]
     records += [record(rate=1e-1, seed=s, validation=0.9) for s in (0, 1)]
     records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
@@ -93,7 +95,7 @@ def test_a_rate_that_a_bracket_kept_whole_is_not_chosen_before_one_that_is_sure_
     assert any("stopped early at the best rate" in w for w in summarize(records).warnings)
 
 
-def test_without_a_seed_the_choice_among_stopped_runs_is_made_anew() -> None:
+def test_the_choice_among_stopped_runs_is_repeated_without_each_seed() -> None:
     records = [record(rate=1e-2, seed=s, validation=0.5) for s in (0, 1, 2)]
     records += [record(rate=1e-1, seed=s, validation=0.9) for s in (0, 1)]
     records += [record(rate=1e-1, seed=2, validation=0.1, state="stopped")]
@@ -103,7 +105,7 @@ def test_without_a_seed_the_choice_among_stopped_runs_is_made_anew() -> None:
     assert any("another rate would have been chosen" in w for w in summarize(records).warnings)
 
 
-def test_where_no_rate_finished_whole_one_where_all_diverged_is_no_choice() -> None:
+def test_a_rate_where_all_runs_diverged_is_not_chosen_if_every_other_rate_has_stopped_runs() -> None:
     records = [record(rate=r, seed=s, validation=0.5 + r) for r in (1e-3, 1e-2) for s in (0, 1)]
     records += [record(rate=r, seed=2, validation=0.1, state="stopped") for r in (1e-3, 1e-2)]
     records += [record(rate=1e-1, seed=s, validation=None) for s in (0, 1, 2)]
@@ -115,7 +117,7 @@ def test_where_no_rate_finished_whole_one_where_all_diverged_is_no_choice() -> N
     assert only([*none, *stopped]).curves[0].best_rate == 1e-2, "nothing finished: the floor is all there is"
 
 
-def test_a_failed_run_is_missing_and_a_rate_of_failures_is_drawn_across() -> None:
+def test_a_failed_run_is_missing_and_the_curve_is_drawn_across_a_rate_of_failed_runs() -> None:
     records = [
         record(rate=r, seed=s, validation=v)
         for r, v in ((1e-4, 0.0), (1e-2, 0.8), (1e-1, 0.0))
@@ -131,14 +133,14 @@ def test_a_failed_run_is_missing_and_a_rate_of_failures_is_drawn_across() -> Non
     assert found.count_runs("failed") == 2
 
 
-def test_of_two_records_of_one_configuration_the_final_one_counts() -> None:
+def test_the_final_one_of_two_records_of_a_configuration_counts() -> None:
     states = ("failed", "finished", "stopped")
     records = [record(validation=0.5, state=state) for state in states]  # type: ignore[arg-type]
     for order in (records, records[::-1]):
         assert summarize(order).states == {"finished": 1, "diverged": 0, "stopped": 0, "failed": 0}
 
 
-def test_one_seed_has_figures_and_no_interval_and_is_said_to() -> None:
+def test_one_seed_gives_numbers_without_an_interval_and_a_warning() -> None:
     summary = summarize([r for r in study() if r.configuration.seed == 0])
     for c in summary.panels[0].curves:
         figures = (
@@ -155,7 +157,7 @@ def test_one_seed_has_figures_and_no_interval_and_is_said_to() -> None:
     assert any("one seed at the best rate" in w for w in summary.warnings)
 
 
-def test_gain_is_on_test_at_the_rate_chosen_on_validation() -> None:
+def test_the_gain_is_the_test_score_at_the_rate_that_validation_chose() -> None:
     # On test 1e-3 looks better; validation chooses 1e-2.
     records = [record(rate=1e-3, seed=s, validation=0.5, test=0.99, untrained=0.2) for s in range(3)]
     tests = (0.6, 0.7, 0.65)
@@ -193,7 +195,7 @@ def test_regrets_by_hand() -> None:
     assert panel.spread_at_best.size == pytest.approx(0.1)
 
 
-def test_a_common_rate_between_a_variants_own_is_interpolated_and_outside_unknown() -> None:
+def test_a_score_at_the_common_rate_is_interpolated_inside_the_grid_and_unknown_outside() -> None:
     records = [record("lora", r, validation=v) for r, v in ((1e-3, 0.1), (1e-2, 0.9), (1e-1, 0.2))]
     records += [record("hira", r, validation=v) for r, v in ((10**-2.5, 0.4), (10**-1.5, 0.6))]
     records += [record("pissa", r, validation=v) for r, v in ((1e-4, 0.9), (1e-3, 0.7))]
@@ -215,7 +217,7 @@ def test_without_lora_the_rate_best_on_average_is_the_common_one() -> None:
     assert all(c.regret_at_reference_best is None for c in panel.curves)
 
 
-def test_leaving_one_seed_out_shows_a_shaky_choice() -> None:
+def test_leaving_one_seed_out_shows_an_unstable_choice() -> None:
     assert curve(only(study()), "rslora").best_rates_leave_one_out == (3e-3, 3e-3, 1e-2)
     assert any("rslora" in w and "without one of the seeds" in w for w in summarize(study()).warnings)
 
@@ -234,7 +236,7 @@ def test_the_order_of_records_and_repeats_change_nothing(seed: int) -> None:
     st.lists(st.lists(st.integers(0, 64), min_size=3, max_size=3), min_size=2, max_size=6),
     st.sampled_from([-2, 1, 4]),
 )
-def test_a_constant_on_every_score_moves_scores_and_nothing_else(
+def test_adding_a_constant_to_every_score_changes_the_scores_only(
     table: list[list[int]], constant: int
 ) -> None:
     def of(shift: int) -> Curve:
@@ -261,7 +263,7 @@ def test_a_constant_on_every_score_moves_scores_and_nothing_else(
             assert after.is_lower_bound == before.is_lower_bound
 
 
-def test_what_differs_beside_rate_seed_and_variant_makes_panels_or_labelled_curves() -> None:
+def test_differences_besides_rate_seed_and_variant_make_panels_or_labelled_curves() -> None:
     records = [record(rate=r, rank=k, steps=n) for r in (1e-3, 1e-2) for k in (8, 16) for n in (60, 80)]
     panels = summarize(records).panels
     assert [dict(p.varied) for p in panels] == [
@@ -290,7 +292,7 @@ def test_another_data_revision_or_task_is_another_panel() -> None:
     ]
 
 
-def test_mixed_provenance_is_warned_about_once_a_column() -> None:
+def test_mixed_provenance_gives_one_warning_per_column() -> None:
     other = Provenance("fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", pack_lanes=4, host="b")
     summary = summarize([record(seed=0), record(seed=1, provenance=other)])
     mixed = [w for w in summary.warnings if "mix" in w]
@@ -305,12 +307,12 @@ def test_a_score_that_is_not_finite_is_missing() -> None:
     assert (point.validation.n, point.validation.mean) == (1, 0.5)
 
 
-def test_nothing_at_all() -> None:
+def test_a_study_without_records_has_an_empty_summary() -> None:
     assert summarize([]).panels == ()
     found = only([record(validation=None, state="failed")]).curves[0]
     assert found.best_rate is None
     assert found.width is None
 
 
-def test_the_synthetic_study_is_the_dry_runs_size() -> None:
+def test_the_synthetic_study_has_the_size_of_the_dry_run() -> None:
     assert len(study()) == 105 == sum(len(seeds) for c in STUDY.values() for seeds in c)

@@ -1,3 +1,5 @@
+"""Comparisons with a baseline: by hand, against SciPy, by simulation, and invariances."""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +22,7 @@ Table = Mapping[str, Sequence[float | None]]
 
 
 def compared(table: Table, margin: float = 0.01, **more: object) -> Comparison:
-    """`table`: label -> scores of seeds 0, 1, ...; None is a seed that failed. The baseline is "lora"."""
+    """Compare with "lora". `table`: label -> scores of seeds 0, 1, ...; None is a seed that failed."""
     scores = {
         label: {s: SeedScore(v) for s, v in enumerate(row) if v is not None} for label, row in table.items()
     }
@@ -86,7 +88,7 @@ def test_the_five_outcomes() -> None:
         "undecided": moved(-0.006, 8.0),
     }
     found = {p.label: p for p in compared(table).pairs}
-    # The wide ones leave the pool, so that they are not judged by the narrow ones' spread.
+    # The variants with large variances leave the pool, so that the small variances do not judge them.
     assert {v: p.outcome for v, p in found.items()} == {
         "better": "better",
         "worse": "worse",
@@ -101,7 +103,7 @@ def test_the_five_outcomes() -> None:
     assert found["undecided"].seeds_to_decide > 10
 
 
-# --- what is missing, what diverged
+# --- missing and diverged seeds
 
 
 def test_a_seed_that_is_missing_in_either_is_dropped_from_that_pair() -> None:
@@ -121,7 +123,7 @@ def test_a_seed_that_is_missing_in_either_is_dropped_from_that_pair() -> None:
     assert compared({"lora": [0.8], "a": [None]}).pairs[0].difference is None
 
 
-def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest() -> None:
+def test_a_diverged_seed_leaves_no_interval_but_a_share_and_the_mean_of_the_rest() -> None:
     def row(diverged: int) -> dict[int, SeedScore]:
         return {s: SeedScore(0.0, True) if s < diverged else SeedScore(0.7 + NOISE[s]) for s in range(9)}
 
@@ -140,12 +142,12 @@ def test_with_any_diverged_seed_there_is_no_interval_but_the_share_and_the_rest(
     unsure = compare_to_baseline({"lora": row(3), "a": row(0), "b": row(0)}, "lora", 0.01)
     assert {p.reason for p in unsure.pairs} == {"3 of 9 seeds of lora diverged"}
     assert unsure.claim == "undecided"
-    # One that diverges once counts as unknown in the claim, however well LoRA does on the rest.
+    # A variant that diverges once counts as unknown in the claim, however well LoRA does on the other seeds.
     once = compare_to_baseline({"lora": row(0), "a": row(1)}, "lora", 0.01)
     assert (once.counted, once.baseline_not_inferior_to, once.claim) == (1, (0, 1), "undecided")
 
 
-def test_scores_without_any_spread_are_equal_or_they_are_not() -> None:
+def test_scores_without_noise_are_either_equal_or_different() -> None:
     found = compared({"lora": [1.0] * 3, "same": [1.0] * 3, "lower": [0.5] * 3})
     assert pair(found, "same").outcome == "equivalent"
     assert pair(found, "lower").outcome == "worse"
@@ -155,7 +157,7 @@ def test_scores_without_any_spread_are_equal_or_they_are_not() -> None:
 # --- the claim, the pairing
 
 
-def test_most_variants_is_a_count_with_an_interval() -> None:
+def test_the_claim_counts_variants_with_an_interval() -> None:
     lower, higher = moved(-0.05), moved(0.05)
     lora = [0.8] * 10
     found = compared({"lora": lora, "a": lower, "b": moved(0.0), "c": higher})
@@ -171,7 +173,7 @@ def test_most_variants_is_a_count_with_an_interval() -> None:
     assert compared({"lora": lora}).claim == "undecided"
 
 
-def test_what_cannot_be_compared_counts_as_unknown() -> None:
+def test_a_variant_that_cannot_be_compared_counts_as_unknown() -> None:
     table = {"lora": [0.8] * 10, "a": moved(-0.05), "b": moved(0.05)}
     found = compared({k: v for k, v in table.items() if k != "b"}, expected=("c", "d"))
     assert (found.counted, found.baseline_not_inferior_to, found.claim) == (3, (1, 3), "undecided")
@@ -182,7 +184,7 @@ def test_what_cannot_be_compared_counts_as_unknown() -> None:
     )
 
 
-def test_the_worth_of_the_pairing() -> None:
+def test_pairing_helps_where_seeds_differ_by_more_than_the_noise() -> None:
     rng = np.random.default_rng(0)
     seeds = rng.normal(0, 0.05, 10)
     paired = compared({v: list(0.8 + seeds + rng.normal(0, 0.01, 10)) for v in ("lora", "a", "b")})
@@ -192,18 +194,22 @@ def test_the_worth_of_the_pairing() -> None:
     assert single.pairing_helps is False
 
 
-# --- by simulation. A fixed generator; bounds of four binomial standard errors, so that a right rate passes.
+# --- by simulation, with a fixed generator. The bounds are four binomial standard errors wide.
 
 
 @pytest.fixture
 def no_seeds_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out `Pair.seeds_to_decide`: it takes most of a comparison's time, and no simulation reads it."""
+    """Skip `seeds_to_decide`, which takes most of a comparison's time and is not simulated."""
     monkeypatch.setattr(significance, "seeds_needed", lambda *_: None)
 
 
 def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Shares of studies without any true difference in which something is declared better or worse, in
-    which all simultaneous intervals hold, and in which something at the margin is declared equivalent."""
+    """Simulate studies without any true difference.
+
+    Returns:
+        Three shares of studies: any variant is declared better or worse; all simultaneous intervals hold; any
+        variant at the margin is declared equivalent.
+    """
     rng = np.random.default_rng(seed)
     false = held = equal = 0
     for _ in range(draws):
@@ -231,7 +237,7 @@ def simulated(draws: int, n: int, spreads: Sequence[float], seed: int) -> tuple[
 def test_false_findings_and_coverage_are_near_nominal(
     n: int, spreads: tuple[float, ...], allowed: float
 ) -> None:
-    """`allowed`: what pooling costs where the variances are not equal."""
+    """`allowed` is the coverage that pooling may cost if the variances are not equal."""
     draws = 400
     false, held, equal = simulated(draws, n, spreads, 11)
     slack = 4 * math.sqrt(0.05 * 0.95 / draws)
@@ -241,7 +247,7 @@ def test_false_findings_and_coverage_are_near_nominal(
 
 
 @pytest.mark.usefixtures("no_seeds_to_decide")
-def test_a_true_difference_of_the_detectable_size_is_found_four_times_in_five() -> None:
+def test_a_true_difference_of_the_detectable_size_is_detected_four_times_in_five() -> None:
     rng, n, draws = np.random.default_rng(5), 10, 300
     degrees, error = 3 * 9 * 4 / 6, 0.02 * math.sqrt(2 / n)
     shift = error * minimum_detectable_effect(dunnett_critical_value(3, degrees, 0.95), degrees, 0.8)
@@ -257,8 +263,8 @@ def test_a_true_difference_of_the_detectable_size_is_found_four_times_in_five() 
 
 @pytest.mark.usefixtures("no_seeds_to_decide")
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_what_diverges_now_and_then_breaks_no_interval_of_the_runs_that_do_not(share: float) -> None:
-    """Four variants that are LoRA's equals but for one whose runs diverge with chance `share`."""
+def test_occasional_divergence_breaks_no_interval_of_the_runs_that_do_not_diverge(share: float) -> None:
+    """Four variants equal LoRA, but the runs of one of them diverge with probability `share`."""
     rng, draws, n = np.random.default_rng(2), 400, 10
     held = 0
     for _ in range(draws):
@@ -302,7 +308,9 @@ def nearly(found: Comparison) -> list[tuple[str, object, object]]:
 
 
 @given(tables, st.data())
-def test_what_all_share_changes_nothing(table: dict[str, list[float]], data: st.DataObject) -> None:
+def test_a_shift_that_all_variants_share_changes_nothing(
+    table: dict[str, list[float]], data: st.DataObject
+) -> None:
     n = len(table["lora"])
     shifts = data.draw(st.lists(st.integers(-50, 50).map(lambda k: k / 64), min_size=n, max_size=n))
     shifted = {v: [x + by for x, by in zip(row, shifts, strict=True)] for v, row in table.items()}
@@ -323,7 +331,7 @@ def test_neither_the_order_of_variants_nor_of_seeds_matters(
 
 
 @given(tables, st.sampled_from([0.01, 0.05, 0.2]))
-def test_the_word_is_what_the_interval_shows(table: dict[str, list[float]], margin: float) -> None:
+def test_the_outcome_is_what_the_interval_shows(table: dict[str, list[float]], margin: float) -> None:
     for p in compared(table, margin).pairs:
         assert p.interval is not None
         low, high = p.interval.low, p.interval.high

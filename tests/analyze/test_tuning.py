@@ -1,4 +1,4 @@
-"""What tuning chooses, for grids and searches, and how the choice is kept."""
+"""What tuning chooses, for grids and searches, and how the choice is saved."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def best_rate(records: list[Record]) -> float | None:
 # --- the choice
 
 
-def test_on_a_grid_the_choice_is_that_of_the_curves() -> None:
+def test_tuning_on_a_grid_chooses_the_rates_that_the_curves_show() -> None:
     records = study()
     curves = {c.label: c.best_rate for c in summarize(records).panels[0].curves}
     assert {t.variant: t.best.learning_rate for t in summarize_tuning(records) if t.best} == curves
@@ -73,7 +73,7 @@ def test_a_failed_seed_is_missing_and_a_variant_without_a_score_has_no_choice() 
     assert ChosenPoint.from_tuning(nothing) is None
 
 
-def test_among_equals_the_lowest_rate_and_then_it_is_no_bracket() -> None:
+def test_the_lowest_of_equal_rates_is_chosen_and_is_not_bracketed() -> None:
     records = [record(rate=r, validation=0.5) for r in (1e-3, 1e-2)]
     assert best_rate(records) == 1e-3
     assert only(records).edges == ("learning_rate (both edges)",)
@@ -103,7 +103,7 @@ def test_edges_of_a_grid_and_of_a_range() -> None:
     )
 
 
-def test_other_seeds_choose_anew_among_points_with_stopped_runs() -> None:
+def test_resampled_seeds_repeat_the_choice_among_points_with_stopped_runs() -> None:
     records = [record(rate=1e-3, seed=s, validation=0.5) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.9)]
     records += [record(rate=1e-2, seed=1, validation=0.9, state="stopped")]
@@ -114,7 +114,7 @@ def test_other_seeds_choose_anew_among_points_with_stopped_runs() -> None:
     assert found == {1e-3: 0.75, 1e-2: 0.25}  # seed 0 alone, drawn twice, knows of no stopped run
 
 
-def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
+def test_selection_frequencies_by_hand() -> None:
     # Seeds 0 and 1. At 1e-2: .9 and .1, at 1e-3: .4 both. Draws 00 and 01, 10 choose 1e-2, 11 chooses 1e-3.
     records = [record(rate=1e-3, seed=s, validation=0.4) for s in (0, 1)]
     records += [record(rate=1e-2, seed=0, validation=0.9), record(rate=1e-2, seed=1, validation=0.1)]
@@ -129,7 +129,7 @@ def test_how_often_other_seeds_would_have_chosen_otherwise_by_hand() -> None:
     assert [share for _, share in steady] == [1.0]
 
 
-def test_a_choice_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_a_choice_is_read_back_from_its_file(tmp_path: Path) -> None:
     chosen = {each.variant: ChosenPoint.from_tuning(each) for each in summarize_tuning(study())}
     for each in chosen.values():
         assert each is not None
@@ -171,7 +171,9 @@ def test_a_choice_is_made_once(tmp_path: Path) -> None:
         ('{"configurations": [], "points": null, "variants": {"lora": {"rate": 0.1}}}', "variants"),
     ],
 )
-def test_a_file_that_is_no_choice_or_an_old_one_is_one_line(tmp_path: Path, text: str, where: str) -> None:
+def test_a_file_without_a_choice_or_with_an_old_one_is_a_one_line_error(
+    tmp_path: Path, text: str, where: str
+) -> None:
     (tmp_path / selection.FILE).write_text(text)
     with pytest.raises(UsageError, match=f"not a choice.*{where}.*delete it and run") as error:
         selection.read_choice(tmp_path, TunedChoice)
@@ -182,7 +184,7 @@ def test_a_file_that_is_no_choice_or_an_old_one_is_one_line(tmp_path: Path, text
 # --- a search or a grid
 
 
-def test_a_search_is_one_table_with_all_that_it_varied(tmp_path: Path) -> None:
+def test_a_search_is_one_table_with_everything_it_varied(tmp_path: Path) -> None:
     points = [
         replace(
             record(rate=r, rank=k, validation=v, test=0.0), provenance=replace(record().provenance, started=t)

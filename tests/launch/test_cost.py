@@ -1,4 +1,4 @@
-"""What a plan says of GPU hours and money, against sums done by hand."""
+"""GPU hours and price in a plan, compared with calculations by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def plan(store: Store, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """What is printed on a machine with this GPU (or several, without a name, or none)."""
+    """Return a function that prints a plan on a machine with a GPU of this name.
+
+    None means no GPU, and an empty name that its name is not known.
+    """
 
     def said(gpu: str | None, left: Sequence[Configuration] = HUNDRED, **options: Any) -> str:
         gpus = 0 if gpu is None else 2
@@ -63,26 +66,26 @@ def trained(
     lanes: int = 4,
     workers: int = 1,
 ) -> None:
-    """A lane of four steps, scored in 6 s; lanes of a pack took it in equal parts."""
+    """Store a finished lane of four steps that took `train` seconds to train and 6 to score."""
     made = record(configuration(variant, seed=seed), "finished")
     provenance = Provenance(device=device, pack_lanes=lanes, workers=workers)
     store.put(replace(made, cost=Cost(train, 6.0), provenance=provenance))
 
 
 def seconds(store: Store, *left: Configuration, lanes: int = 4, workers: int = 1) -> tuple[float, float]:
-    """Of one lane, without what no lane counts."""
-    (found,) = estimate_times(left or HUNDRED, store, lanes, workers)
-    return found.low_seconds / len(left or HUNDRED), found.high_seconds / TRAINER_OVERHEAD / len(
+    """Return the estimated seconds per lane, without the trainer's overhead."""
+    (estimate,) = estimate_times(left or HUNDRED, store, lanes, workers)
+    return estimate.low_seconds / len(left or HUNDRED), estimate.high_seconds / TRAINER_OVERHEAD / len(
         left or HUNDRED
     )
 
 
-def test_hours_and_price_of_what_was_measured_like_this(store: Store, plan: Plan) -> None:
+def test_hours_and_price_of_configurations_like_those_measured(store: Store, plan: Plan) -> None:
     trained(store)
     trained(store, seed=1, train=42.0)  # the mean of the two: 36 + 6 s
     trained(store, device="cpu", seed=2, train=1e6)
     said = plan(A10G)
-    # 100 lanes of 42 s and up to a quarter more: 4200 to 5250 s on two seats, 25 s to start; 1.17 to 1.46
+    # 100 lanes of 42 s and up to a quarter more: 4200 to 5250 s on two trainers, 25 s to start; 1.17 to 1.46
     # hours, at 0.45 to 1.006 USD.
     assert "Time            about 35:25 to 44:10, on NVIDIA A10G, from 2 lanes trained there\n" in said
     assert "GPU hours       about 1.2 to 1.5 on NVIDIA A10G\n" in said
@@ -91,7 +94,7 @@ def test_hours_and_price_of_what_was_measured_like_this(store: Store, plan: Plan
     assert "trains one" not in said
 
 
-def test_a_price_of_ones_own_comes_first(store: Store, plan: Plan) -> None:
+def test_a_given_price_overrides_the_table(store: Store, plan: Plan) -> None:
     trained(store, train=3594.0)  # an hour with its evaluations
     said = plan(A10G, price_per_gpu_hour="2:3.5")
     assert "Price           about 200 to 440 USD, at 2 to 3.5 USD a GPU hour, as given\n" in said
@@ -100,16 +103,18 @@ def test_a_price_of_ones_own_comes_first(store: Store, plan: Plan) -> None:
     assert "Price           about 200 to 250 USD, at 2 USD a GPU hour, as given\n" in said
 
 
-def test_another_pack_makes_a_range_from_free_to_in_proportion(store: Store) -> None:
+def test_another_lane_group_size_makes_a_range_from_no_cost_to_proportional_cost(store: Store) -> None:
     trained(store, lanes=1)
     assert seconds(store) == pytest.approx((36 / 4, 36))
     assert seconds(store, lanes=1) == pytest.approx((36, 36))
-    assert seconds(store, HUNDRED[0], HUNDRED[1], lanes=4) == pytest.approx((36 / 2, 36)), "two fill no four"
+    assert seconds(store, HUNDRED[0], HUNDRED[1], lanes=4) == pytest.approx((36 / 2, 36)), (
+        "two do not fill a group of four"
+    )
     whole = replace(HUNDRED[0], variant=replace(HUNDRED[0].variant, name="full"))
-    assert seconds(store, whole, whole) == pytest.approx((36, 36)), "it never shares a pack"
+    assert seconds(store, whole, whole) == pytest.approx((36, 36)), "it never shares a lane group"
 
 
-def test_steps_and_evaluations_scale_and_batches_make_a_range(store: Store) -> None:
+def test_time_scales_with_steps_and_evaluations_and_another_batch_makes_a_range(store: Store) -> None:
     trained(store)
     longer = [replace(c, schedule=LRSchedule(3 * STEPS)) for c in HUNDRED]
     assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
@@ -140,7 +145,7 @@ def test_a_variant_that_was_not_measured_lies_between_the_others_and_is_named(
     assert "GPU hours       about 2 to 3.8 on NVIDIA A10G\n" in said
 
 
-def test_what_is_not_known_is_said_and_what_would_tell(store: Store, plan: Plan) -> None:
+def test_an_unknown_time_is_reported_with_the_command_that_measures_it(store: Store, plan: Plan) -> None:
     trained(store, device="cpu")
     trained(store, device="NVIDIA L4", seed=1)
     high, low = configuration(rate=1e-2), configuration(rate=3e-5)
@@ -152,7 +157,7 @@ def test_what_is_not_known_is_said_and_what_would_tell(store: Store, plan: Plan)
     assert said.endswith(f"train one of them, then plan again:\n  python {command}\n")
 
 
-def test_without_a_gpu_there_is_no_word_of_them(store: Store, plan: Plan) -> None:
+def test_a_plan_without_gpus_mentions_none(store: Store, plan: Plan) -> None:
     trained(store)
     said = plan(None, price_per_gpu_hour="2")
     assert not re.search("GPU|USD|plan again", said)
@@ -164,7 +169,7 @@ def test_without_a_gpu_there_is_no_word_of_them(store: Store, plan: Plan) -> Non
         assert ", on cpu, from 1 lanes trained there\n" in said
 
 
-def test_a_joined_cluster_has_the_gpus_that_records_or_the_user_know_of(
+def test_a_joined_cluster_is_assumed_to_have_the_gpus_of_the_records_or_options(
     store: Store, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runtime, "running_cluster_address", lambda: "10.0.0.1:6379")
@@ -209,14 +214,14 @@ def test_the_table_is_dated_and_every_name_has_one_price() -> None:
         ("1:2:3", "'1:2:3' must be LOW:HIGH or one number"),
     ],
 )
-def test_a_wrong_price_is_one_line(typed: str, said: str) -> None:
+def test_a_wrong_price_is_a_one_line_error(typed: str, said: str) -> None:
     with pytest.raises(UsageError) as error:
         StudyOptions(price_per_gpu_hour=typed)
     assert str(error.value).startswith(f"--price-per-gpu-hour: {said}")
     assert "\n" not in str(error.value)
 
 
-def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
+def test_the_gpu_name_is_read_from_the_driver(tmp_path: Path) -> None:
     assert runtime.gpu_name(tmp_path) == ""
     for slot in ("0", "1"):
         (tmp_path / slot).mkdir()
@@ -226,5 +231,5 @@ def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
     assert runtime.gpu_name(tmp_path) == "", "which of them, nobody knows"
 
 
-def test_two_digits_and_no_more() -> None:
+def test_a_range_has_two_significant_digits() -> None:
     assert [format_range(0.0123, 0.0123), format_range(1234, 56789)] == ["0.012", "1200 to 57000"]
