@@ -15,22 +15,27 @@ RETIRED_OPTIONS = {
     "--seat-timeout": "--trainer-timeout",
     "--schedule": "--lr-schedule",
 }
+REMOVED_OPTIONS = {
+    "--no-probe": "the check does not measure memory, because training halves a lane group that is too large",
+}
 _WORD = re.compile(r"(?<!\S)--[A-Za-z_-]+(?=[=\s]|$)")
 
 
 def check_retired_options(arguments: Sequence[str]) -> None:
-    """Refuse options that have a new name.
+    """Refuse options that have a new name or were removed.
 
     Args:
         arguments: The words of a command line, without the program.
 
     Raises:
-        UsageError: One of them is an option of an earlier version; the error names the new option.
+        UsageError: One of them is an option of an earlier version; the error says what replaces it.
     """
     for argument in arguments:
         option = argument.partition("=")[0].replace("_", "-")
         if option in RETIRED_OPTIONS:
             raise UsageError(f"{option} is called {RETIRED_OPTIONS[option]} now; take that name.")
+        if option in REMOVED_OPTIONS:
+            raise UsageError(f"{option} was removed: {REMOVED_OPTIONS[option]}; leave it out.")
 
 
 def translate_command(command: str) -> str:

@@ -54,17 +54,7 @@ def check_capacity(
     max_trainers = _max_trainers(trainers_now, startable_node_types, gpus_per_worker, workers_per_trainer)
     if max_trainers == 0:
         needs = _describe_trainer(gpus_per_worker, workers_per_trainer)
-        others = (
-            "and none that the autoscaler may start has"
-            if startable_node_types
-            else "and no autoscaler is known here to start one"
-        )
-        advice = (
-            "start such a node (ray start --address), or change --gpus-per-worker or --workers-per-trainer"
-        )
-        return failed_result(
-            CHECK_NAME, f"{summary}: no node has room for a trainer ({needs}), {others}; {advice}"
-        )
+        return _no_room_result(f"{summary}: no node has room for a trainer ({needs})", startable_node_types)
     if not startable_node_types:
         return ok_result(
             CHECK_NAME,
@@ -82,6 +72,14 @@ def check_capacity(
         f"{summary}, room for {trainers_now} trainers; the autoscaler may start {names}{later}; "
         f"a study waits {timeout:g} s for its first trainer (--trainer-timeout)",
     )
+
+
+def _no_room_result(problem: str, startable_node_types: Sequence[NodeType]) -> CheckResult:
+    others = "and no autoscaler is known here to start one"
+    if startable_node_types:
+        others = "and none that the autoscaler may start has"
+    advice = "start such a node (ray start --address), or change --gpus-per-worker or --workers-per-trainer"
+    return failed_result(CHECK_NAME, f"{problem}, {others}; {advice}")
 
 
 def _max_trainers(

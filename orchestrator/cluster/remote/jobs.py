@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ from orchestrator.util.graceful_interrupts import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-ENTRYPOINT_LINE_PREFIX = "Running entrypoint for job "
-"""Beginning of the last line that Ray writes into a job's log before the program starts."""
+RAY_LINE = re.compile(r"Running entrypoint for job |\S+ \S+\tINFO job_manager\.py:")
+"""Beginning of the lines that Ray writes into a job's log. They may follow the first lines of the program."""
 
 
 class JobClient:
@@ -104,14 +105,13 @@ class JobClient:
         return code
 
     async def _read_log(self, job_id: str, write_line: Callable[[str], object]) -> None:
-        partial_line, has_started = "", False
+        partial_line = ""
         async for text in self._client.tail_job_logs(job_id):
             *lines, partial_line = (partial_line + text).split("\n")
             for line in lines:
-                if has_started:
+                if not RAY_LINE.match(line):
                     write_line(line)
-                has_started = has_started or line.startswith(ENTRYPOINT_LINE_PREFIX)
-        if has_started and partial_line:
+        if partial_line:
             write_line(partial_line)
 
     def stop_job(self, job_id: str) -> None:

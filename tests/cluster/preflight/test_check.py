@@ -280,7 +280,12 @@ def wait_for_nodes(cluster: Cluster, count: int, log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"), [(["--trainers", "0"], "--trainers 0"), (["--task", "lettres"], "'letters'")]
+    ("arguments", "word"),
+    [
+        (["--trainers", "0"], "--trainers 0"),
+        (["--task", "lettres"], "'letters'"),
+        (["--no-probe"], "leave it out"),
+    ],
 )
 def test_wrong_options_are_refused_before_any_check(
     arguments: list[str], word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
