@@ -39,9 +39,6 @@ from orchestrator.util import user_code
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
-ProgressCallback = Callable[[str], None]
-"""Receives a line about what takes long."""
-
 # The names of columns are part of files that exist. Each column holds the dataclass's field at its position.
 EXAMPLE_COLUMNS = {"prompt": TEXT, "answer": TEXT, "pair": TEXT, "truth": TEXT, "scored": TEXT}
 """The columns of `Example`, except its image."""
@@ -55,10 +52,6 @@ _COUNTS_IN_OF_STORED: Mapping[str, Any] = {stored: name for name, stored in STOR
 FORMAT_VERSION = 2
 """Raised by hand when other content is stored for the same task. 1: token ids without the tokenizer's BOS."""
 PROGRESS_INTERVAL_SECONDS = 4.0
-
-
-def ignore_progress(text: str) -> None:
-    """Do nothing with a line of progress."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def prepare_dataset(
     configuration: Configuration,
     task: Task,
     processor: Any,
-    progress: ProgressCallback = ignore_progress,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> PreparedDataset:
     """Return the examples and rows of a configuration, created first where they are not cached.
 
@@ -152,7 +145,7 @@ def compute_max_sequence_length(dataset: PreparedDataset, task: Task) -> int:
 
 
 def load_examples(
-    folder: Path, choice: TaskChoice, task: Task, progress: ProgressCallback = ignore_progress
+    folder: Path, choice: TaskChoice, task: Task, progress: Callable[[str], None] = lambda line: None
 ) -> dict[Split, Sequence[Example]]:
     """Return the examples of each split, read from their source first where they are not cached.
 
@@ -271,7 +264,7 @@ class _ProgressReporter:
         progress: Receives the lines.
     """
 
-    def __init__(self, text: str, progress: ProgressCallback) -> None:
+    def __init__(self, text: str, progress: Callable[[str], None]) -> None:
         self._text, self._progress = text, progress
         self._last_report_time = time.monotonic()
 

@@ -23,9 +23,6 @@ from orchestrator.finetune.tasks.base import Task
 from orchestrator.study.configuration import ModelChoice
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-ProgressCallback = Callable[[str], None]
-"""Receives a line about what takes long."""
-
 UNPREPARED = "not prepared yet"
 """The content that a plan names for a base model that is not prepared. No record has it."""
 
@@ -75,7 +72,7 @@ def find_content(name: str, root: Path) -> str | None:
     )
 
 
-def prepare_base_model(name: str, root: Path, progress: ProgressCallback = print) -> str:
+def prepare_base_model(name: str, root: Path, progress: Callable[[str], None] = print) -> str:
     """Find a base model or make it: pretrain, download, or pin it to a hub commit.
 
     Two processes may prepare the same model at once; one of them makes it.
@@ -110,7 +107,7 @@ def prepare_base_model(name: str, root: Path, progress: ProgressCallback = print
     return content
 
 
-def prepare_task_base_model(task: Task, root: Path, progress: ProgressCallback) -> str:
+def prepare_task_base_model(task: Task, root: Path, progress: Callable[[str], None]) -> str:
     """Pretrain the base model `<task name>-base` of a task, unless it exists.
 
     Args:
