@@ -1,24 +1,17 @@
-"""Images in the loop: the model's input, a head per lane, and independence of the lanes."""
+"""Preparation of images: pixels, decoding in the background, rows and batches."""
 
 from __future__ import annotations
 
 import io
-import math
 import threading
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from pair import Scenario, play
-from scripted import Script, configuration, leases, numbers_of, solo, train
-from tiny_images import MAKE, SIDE, choice, load
-from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
+from tiny_images import SIDE
 
 from orchestrator.finetune.data.batches import (
     Batch,
@@ -28,37 +21,10 @@ from orchestrator.finetune.data.batches import (
     pad_rows,
     plan_batches,
 )
-from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
-from orchestrator.finetune.evaluation.forward import compute_logits
-from orchestrator.finetune.models import loading
-from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
-from orchestrator.finetune.models.base_model import BaseModel
-from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
-from orchestrator.finetune.sources import base_store
-from orchestrator.finetune.tasks.base import Example, Image, Task
+from orchestrator.finetune.tasks.base import Example, Image
 from orchestrator.finetune.tasks.image_processor import ImageProcessor
-from orchestrator.finetune.tasks.local import reviews
 from orchestrator.finetune.tasks.local.digits import Digits
-from orchestrator.record.store import Store
-from orchestrator.study.configuration import Configuration, ModelChoice
 from orchestrator.util.errors import UsageError
-from variants import catalogue as variants
-from variants.attach import attach
-from variants.base import Batching, VariantSettings
-from variants.storage import save_peft
-from variants.targets import find_target_layers
-
-pytestmark = pytest.mark.xdist_group("pair")
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MAKE.items()}
-
-
-@pytest.fixture(params=list(MAKE))
-def folder(request: pytest.FixtureRequest, both: dict[str, Path]) -> Path:
-    return both[request.param]
 
 
 def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Image:
@@ -71,8 +37,8 @@ def photo(seed: int, width: int = 50, height: int = 37, mode: str = "RGB") -> Im
 # -- pixels ----------------------------------------------------------------------------------------------
 
 
-def test_pixels_equal_those_of_the_models_own_processor(folder: Path) -> None:
-    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+def test_pixels_equal_those_of_the_models_own_processor(image_folder: Path) -> None:
+    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     photos = [photo(0), photo(1, 20, 90), photo(2, mode="L"), photo(3, mode="P")]
     made = image_processor.pixel_values(photos, torch.device("cpu"), torch.float32)
     opened = [PIL.Image.open(io.BytesIO(p.read())).convert("RGB") for p in photos]
@@ -82,7 +48,7 @@ def test_pixels_equal_those_of_the_models_own_processor(folder: Path) -> None:
     )
 
 
-def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(folder: Path) -> None:
+def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(image_folder: Path) -> None:
     calls: list[int] = []
 
     def read(seed: int) -> bytes:
@@ -90,18 +56,18 @@ def test_an_image_that_occurs_twice_is_decoded_once_by_any_number_of_threads(fol
         return photo(seed).read()
 
     first, second = (Image(str(seed), partial(read, seed)) for seed in range(2))
-    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     made = image_processor.pixel_values([first, second, first], torch.device("cpu"), torch.float32)
     assert sorted(calls) == [0, 1]
     assert torch.equal(made[0], made[2])
     assert not torch.equal(made[0], made[1])
     torch.set_num_threads(2)
-    other = ImageProcessor.from_pretrained(str(folder), None)
+    other = ImageProcessor.from_pretrained(str(image_folder), None)
     assert torch.equal(other.pixel_values([first, second, first], torch.device("cpu"), torch.float32), made)
 
 
 def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_for_their_use(
-    folder: Path,
+    image_folder: Path,
 ) -> None:
     read_by: list[int] = []
 
@@ -110,20 +76,23 @@ def test_prefetched_images_are_decoded_once_in_the_background_and_errors_wait_fo
         return photo(0).read()
 
     image, broken = Image("good", read), Image("row 7 of cars", bytes)
-    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     image_processor.prefetch([image, broken])
     made = image_processor.pixel_values([image], torch.device("cpu"), torch.float32)
     assert len(read_by) == 1
     assert read_by != [threading.get_ident()]
     assert torch.equal(
-        made, ImageProcessor.from_pretrained(str(folder), None).pixel_values([image], made.device, made.dtype)
+        made,
+        ImageProcessor.from_pretrained(str(image_folder), None).pixel_values(
+            [image], made.device, made.dtype
+        ),
     )
     with pytest.raises(UsageError, match="row 7 of cars"):
         image_processor.pixel_values([broken], torch.device("cpu"), torch.float32)
 
 
 def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
-    both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    image_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchestrator.finetune.tasks.image_processor.CACHE_SIZE", 3)
     calls: list[int] = []
@@ -134,7 +103,7 @@ def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
             raise MemoryError
         return photo(number).read()
 
-    image_processor = ImageProcessor.from_pretrained(str(next(iter(both.values()))), None)
+    image_processor = ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None)
     images = [Image(str(number), partial(read, number)) for number in range(6)]
     image_processor.prefetch([*images, *images])
     image_processor.pixel_values(images[:3], torch.device("cpu"), torch.float32)
@@ -146,15 +115,15 @@ def test_prefetching_stops_at_the_cache_size_and_failed_images_are_tried_again(
 
 
 def test_an_image_with_too_many_pixels_is_an_error_of_one_line(
-    both: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    image_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UsageError, match=r"photo 0 is not an image that Pillow can read: .*limit"):
-        ImageProcessor.from_pretrained(str(next(iter(both.values()))), None).decode(photo(0))
+        ImageProcessor.from_pretrained(str(next(iter(image_folders.values()))), None).decode(photo(0))
 
 
-def test_a_file_that_is_no_image_is_named_in_one_line(folder: Path) -> None:
-    image_processor = ImageProcessor.from_pretrained(str(folder), None)
+def test_a_file_that_is_no_image_is_named_in_one_line(image_folder: Path) -> None:
+    image_processor = ImageProcessor.from_pretrained(str(image_folder), None)
     broken = photo(0).read()
     for bad in (b"no image", broken[: len(broken) // 2], b""):
         with pytest.raises(UsageError, match="row 7 of cars is not an image that Pillow can read") as caught:
@@ -176,10 +145,10 @@ def test_rows_and_batches_contain_files_but_no_pixels() -> None:
         rows, seed=3, start=20, count=8, max_row_length=compute_max_row_length(task, 0), pad_token_id=0
     )
     assert (batch.length, batch.target_counts, batch.attention_mask.numel()) == (0, (1,) * 8, 0)
-    both = Batch.concatenate([batch, pad_rows(rows[:4], 0, 0)])
-    assert both.images == (*batch.images, *(e.image for e in examples[:4]))
-    assert both.slice_rows(8, 12).images == both.images[8:12]
-    assert torch.equal(both.slice_rows(8, 12).targets, pad_rows(rows[:4], 0, 0).targets)
+    image_folders = Batch.concatenate([batch, pad_rows(rows[:4], 0, 0)])
+    assert image_folders.images == (*batch.images, *(e.image for e in examples[:4]))
+    assert image_folders.slice_rows(8, 12).images == image_folders.images[8:12]
+    assert torch.equal(image_folders.slice_rows(8, 12).targets, pad_rows(rows[:4], 0, 0).targets)
     plan = plan_batches([0] * 130, 0)
     assert [length for length, _ in plan] == [0, 0, 0]
     assert [item for _, items in plan for item in items] == list(range(130))
@@ -188,223 +157,3 @@ def test_rows_and_batches_contain_files_but_no_pixels() -> None:
 def test_an_example_without_an_image_is_refused() -> None:
     with pytest.raises(UsageError, match="example 1 has no image"):
         encode_examples([Digits().examples("train", 1)[0], Example("5", "5")], Digits(), None, 0)
-
-
-# -- the model -------------------------------------------------------------------------------------------
-
-
-def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(folder: Path) -> None:
-    task = Digits()
-    base_model = load(folder, task)
-    assert base_model.head_names == ("classifier",)
-    with base_store.suppress_transformers_logging():
-        saved = AutoModel.from_pretrained(folder).state_dict()
-    tower = {name.removeprefix("vit."): p for name, p in base_model.model.named_parameters()}
-    assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
-    for name, parameter in tower.items():  # the weights of the checkpoint, not random ones
-        assert torch.equal(parameter, saved[name])
-    others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
-    clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
-    assert others == (clip_others if base_model.model.config.model_type == "clip" else {"pooler"})
-    skeleton, heads = loading.build_meta_model(choice(folder), folder, task)
-    assert heads == base_model.head_names
-    assert {n: p.shape for n, p in skeleton.named_parameters()} == {
-        n: p.shape for n, p in base_model.model.named_parameters()
-    }
-    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, base_model.processor, 0)
-    adapters = attach(
-        base_model.model,
-        variants.get("lora"),
-        VariantSettings(rank=4, alpha=8.0),
-        "blocks",
-        base_model.head_names,
-    )
-    found = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
-    assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
-
-
-def test_the_targets_are_the_linear_layers_of_the_image_tower(folder: Path) -> None:
-    base_model = load(folder, Digits())
-    parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
-    parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-    kind = base_model.model.config.model_type
-    found = find_target_layers(base_model.model, "blocks")
-    assert len(found) == 2 * 6
-    assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
-    assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
-
-
-def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(tmp_path: Path, both: dict[str, Path]) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with base_store.suppress_transformers_logging():
-        BertModel(BertConfig(vocab_size=len(reviews.VOCABULARY), **sizes)).save_pretrained(tmp_path)
-    reviews.tokenizer().save_pretrained(tmp_path)
-    text = (
-        both["clip"],
-        reviews.Reviews(),
-        "its tokenizer has no words",
-    )  # this model folder has no tokenizer
-    for model, task, said in ((tmp_path, Digits(), "does not load"), text):
-        with pytest.raises(UsageError, match=said) as caught:
-            load(model, task)
-        assert "\n" not in str(caught.value)
-        with pytest.raises(UsageError, match="does not suit task") as caught:
-            loading.build_meta_model(choice(model), model, task)
-        assert "\n" not in str(caught.value)
-
-
-# -- training --------------------------------------------------------------------------------------------
-
-
-def point(variant: str = "lora", **options: object) -> Configuration:
-    alpha = 8.0 if variants.get(variant).uses_alpha else None
-    one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
-    extra = dict(variants.get(variant).extra_defaults)
-    if "calibration_batches" in extra:
-        extra["calibration_batches"] = 2
-    return replace(one, variant=replace(one.variant, extra=extra))
-
-
-FEW = [("lora", "clip"), ("full", "clip"), ("eva", "vit"), ("head_only", "vit")]
-MORE = [
-    pytest.param(name, kind, marks=pytest.mark.slow)
-    for name in variants.names()
-    for kind in MAKE
-    if (name, kind) not in FEW
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a data folder for all models: their images are read from files, and heads of zeros guess
-    alike."""
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.mark.parametrize(("variant", "kind"), [*FEW, *MORE])
-def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
-    variant: str, kind: str, both: dict[str, Path], store: Store, tmp_path: Path, data: Path
-) -> None:
-    members = [
-        point(variant, seed=0, steps=3),
-        point(variant, seed=1, steps=4, rate=5e-3),
-        point(variant, seed=1, steps=2),
-    ]
-    options = {"load_base_model": partial(_load, both[kind]), "data": data}
-    train(Script(leases(members), start_at={members[2].fingerprint: 1}), store, lanes=3, **options)
-    for one in members:
-        record = store.get(one.fingerprint)
-        assert record is not None
-        assert record.state == "finished", record.traceback
-        assert (record.provenance.pack_lanes > 1) == (
-            variants.get(variant).batching is not Batching.EXCLUSIVE
-        )
-        assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
-        assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
-        assert set(record.items["test"].answers) <= set(Digits.labels)
-
-
-def test_full_fine_tuning_trains_the_patch_embedding(folder: Path, store: Store, data: Path) -> None:
-    one = point("full", steps=3, rate=1e-3)
-    train(Script(leases([one])), store, load_base_model=partial(_load, folder), data=data)
-    record = store.get(one.fingerprint)
-    assert record is not None
-    assert record.state == "finished", record.traceback
-    assert record.cost.trainable_parameters == sum(
-        p.numel() for p in load(folder, Digits()).model.parameters()
-    )
-
-
-def test_a_bfloat16_base_reads_the_same_images(folder: Path) -> None:
-    task = Digits()
-    batch = pad_rows(encode_examples(task.examples("train", 16), task, None, 0), 0, 0)
-    narrow = loading.load_base_model(replace(choice(folder), dtype="bfloat16"), folder, "cpu", task)
-    found = {}
-    for base_model in (load(folder, task), narrow):
-        with torch.no_grad():
-            base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
-            settings = VariantSettings(rank=4, alpha=8.0)
-            adapters = attach(
-                base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names
-            )
-            with adapters.disable_adapters():
-                found[base_model.model.dtype] = compute_logits(base_model, task, batch)[0].float()
-    wide, short = found[torch.float32], found[torch.bfloat16]
-    assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
-    assert not torch.equal(wide, short)
-
-
-def _recomputed(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
-    base_model = load(folder, task)
-    enable_activation_checkpointing(base_model.model)
-    return base_model
-
-
-def test_activation_checkpointing_gives_the_same_numbers(folder: Path, tmp_path: Path) -> None:
-    one = point(steps=3)
-    plain = solo(one, tmp_path / "plain", load_base_model=partial(_load, folder))
-    again = solo(one, tmp_path / "again", load_base_model=partial(_recomputed, folder))
-    assert numbers_of(again) == numbers_of(plain)
-
-
-def _load(folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
-    return load(folder, task)
-
-
-def _scenario(ones: list[Configuration], folder: Path, rank: int) -> Scenario:
-    return Scenario(Script(leases(ones)), options={"load_base_model": partial(_load, folder)})
-
-
-def _on_two(process_group: ProcessGroup, where: Path, folder: Path) -> list[EvaluationResult]:
-    task = Digits()
-    base_model = load(folder, task)
-    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, base_model.processor, 0)
-    with torch.no_grad():
-        base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
-    adapters = attach(
-        base_model.model,
-        variants.get("lora"),
-        VariantSettings(rank=4, alpha=8.0),
-        "blocks",
-        base_model.head_names,
-    )
-    return evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)
-
-
-def test_two_workers_split_images_like_texts(
-    pair: Callable[..., Any], both: dict[str, Path], tmp_path: Path
-) -> None:
-    score = partial(_on_two, folder=both["clip"])
-    ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
-    learn = partial(play, partial(_scenario, ones, both["clip"]))
-    found = pair({"score": score, "learn": learn}, tmp_path)
-    assert found["score"][0] == found["score"][1] == score(SINGLE_PROCESS_GROUP, tmp_path)
-    assert found["learn"][0].raised == ""
-    for one in ones:
-        together = Store(tmp_path / "learn").get(one.fingerprint)
-        alone = solo(one, tmp_path, load_base_model=partial(_load, both["clip"]))
-        assert together is not None
-        assert together.provenance.workers == 2
-        assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)
-
-
-def test_peft_loads_the_adapter_of_a_lane_on_clip(both: dict[str, Path], tmp_path: Path) -> None:
-    from peft import PeftModel  # here, so that the processes of pair.py do not import it
-
-    task = Digits()
-    base_model = load(both["clip"], task)
-    settings = VariantSettings(rank=4, alpha=8.0)
-    adapters = attach(base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names)
-    adapters.add_lane("x", settings, seed=0)
-    for parameter in adapters.trainable("x").values():
-        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    save_peft(adapters, "x", tmp_path, "clip")
-    images = [e.image for e in task.examples("test", 8) if e.image is not None]
-    pixels = base_model.processor.pixel_values(images, base_model.device, torch.float32)
-    with base_store.suppress_transformers_logging():
-        base = AutoModelForImageClassification.from_pretrained(both["clip"], num_labels=5)
-    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad(), adapters.activate_lanes(["x"], None):
-        logits = base_model.model(pixel_values=pixels).logits
-        torch.testing.assert_close(theirs(pixel_values=pixels).logits, logits)
-    assert logits.abs().max() > 0.1

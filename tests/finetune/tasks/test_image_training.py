@@ -1,0 +1,266 @@
+"""Models for images in the loop: a head per lane, and independence of the lanes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pair import Scenario, play
+from scripted import Script, configuration, leases, numbers_of, solo, train
+from tiny_images import MAKE, choice, load
+from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
+
+from orchestrator.finetune.data.batches import (
+    encode_examples,
+    pad_rows,
+)
+from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
+from orchestrator.finetune.evaluation.forward import compute_logits
+from orchestrator.finetune.models import loading
+from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
+from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.process_group import SINGLE_PROCESS_GROUP, ProcessGroup
+from orchestrator.finetune.sources import base_store
+from orchestrator.finetune.tasks.base import Task
+from orchestrator.finetune.tasks.local import reviews
+from orchestrator.finetune.tasks.local.digits import Digits
+from orchestrator.record.store import Store
+from orchestrator.study.configuration import Configuration, ModelChoice
+from orchestrator.util.errors import UsageError
+from variants import catalogue as variants
+from variants.attach import attach
+from variants.base import Batching, VariantSettings
+from variants.storage import save_peft
+from variants.targets import find_target_layers
+
+pytestmark = pytest.mark.xdist_group("pair")
+
+
+# -- the model -------------------------------------------------------------------------------------------
+
+
+def test_only_the_image_tower_is_loaded_and_it_gets_a_head_of_zeros(image_folder: Path) -> None:
+    task = Digits()
+    base_model = load(image_folder, task)
+    assert base_model.head_names == ("classifier",)
+    with base_store.suppress_transformers_logging():
+        saved = AutoModel.from_pretrained(image_folder).state_dict()
+    tower = {name.removeprefix("vit."): p for name, p in base_model.model.named_parameters()}
+    assert not any(tower.pop(f"classifier.{part}").any() for part in ("weight", "bias"))
+    for name, parameter in tower.items():  # the weights of the checkpoint, not random ones
+        assert torch.equal(parameter, saved[name])
+    others = {name.partition(".")[0] for name in set(saved) - set(tower) if "position_ids" not in name}
+    clip_others = {"text_model", "text_projection", "visual_projection", "logit_scale"}
+    assert others == (clip_others if base_model.model.config.model_type == "clip" else {"pooler"})
+    skeleton, heads = loading.build_meta_model(choice(image_folder), image_folder, task)
+    assert heads == base_model.head_names
+    assert {n: p.shape for n, p in skeleton.named_parameters()} == {
+        n: p.shape for n, p in base_model.model.named_parameters()
+    }
+    split = EvaluationSplit.from_examples(task.examples("validation", 20), task, base_model.processor, 0)
+    adapters = attach(
+        base_model.model,
+        variants.get("lora"),
+        VariantSettings(rank=4, alpha=8.0),
+        "blocks",
+        base_model.head_names,
+    )
+    found = evaluate(base_model, task, split, [0], adapters.disable_adapters)[0]
+    assert found.scores == {"loss": pytest.approx(math.log(5)), "accuracy": task.floor}
+
+
+def test_the_targets_are_the_linear_layers_of_the_image_tower(image_folder: Path) -> None:
+    base_model = load(image_folder, Digits())
+    parts = {"clip": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
+    parts["vit"] = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+    kind = base_model.model.config.model_type
+    found = find_target_layers(base_model.model, "blocks")
+    assert len(found) == 2 * 6
+    assert {name.rpartition(".")[2] for name in found} == set(parts[kind])
+    assert all(name.startswith({"clip": "vision_model.", "vit": "vit."}[kind]) for name in found)
+
+
+def test_a_mismatch_of_model_and_task_is_an_error_of_one_line(
+    tmp_path: Path, image_folders: dict[str, Path]
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with base_store.suppress_transformers_logging():
+        BertModel(BertConfig(vocab_size=len(reviews.VOCABULARY), **sizes)).save_pretrained(tmp_path)
+    reviews.tokenizer().save_pretrained(tmp_path)
+    text = (
+        image_folders["clip"],
+        reviews.Reviews(),
+        "its tokenizer has no words",
+    )  # this model folder has no tokenizer
+    for model, task, said in ((tmp_path, Digits(), "does not load"), text):
+        with pytest.raises(UsageError, match=said) as caught:
+            load(model, task)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UsageError, match="does not suit task") as caught:
+            loading.build_meta_model(choice(model), model, task)
+        assert "\n" not in str(caught.value)
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def point(variant: str = "lora", **options: object) -> Configuration:
+    alpha = 8.0 if variants.get(variant).uses_alpha else None
+    one = configuration(task="digits", variant=variant, alpha=alpha, **options)  # type: ignore[arg-type]
+    extra = dict(variants.get(variant).extra_defaults)
+    if "calibration_batches" in extra:
+        extra["calibration_batches"] = 2
+    return replace(one, variant=replace(one.variant, extra=extra))
+
+
+FEW = [("lora", "clip"), ("full", "clip"), ("eva", "vit"), ("head_only", "vit")]
+MORE = [
+    pytest.param(name, kind, marks=pytest.mark.slow)
+    for name in variants.names()
+    for kind in MAKE
+    if (name, kind) not in FEW
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data folder for all models: their images are read from files, and heads of zeros guess
+    alike."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize(("variant", "kind"), [*FEW, *MORE])
+def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
+    variant: str, kind: str, image_folders: dict[str, Path], store: Store, tmp_path: Path, data: Path
+) -> None:
+    members = [
+        point(variant, seed=0, steps=3),
+        point(variant, seed=1, steps=4, rate=5e-3),
+        point(variant, seed=1, steps=2),
+    ]
+    options = {"load_base_model": partial(_load, image_folders[kind]), "data": data}
+    train(Script(leases(members), start_at={members[2].fingerprint: 1}), store, lanes=3, **options)
+    for one in members:
+        record = store.get(one.fingerprint)
+        assert record is not None
+        assert record.state == "finished", record.traceback
+        assert (record.provenance.pack_lanes > 1) == (
+            variants.get(variant).batching is not Batching.EXCLUSIVE
+        )
+        assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
+        assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
+        assert set(record.items["test"].answers) <= set(Digits.labels)
+
+
+def test_full_fine_tuning_trains_the_patch_embedding(image_folder: Path, store: Store, data: Path) -> None:
+    one = point("full", steps=3, rate=1e-3)
+    train(Script(leases([one])), store, load_base_model=partial(_load, image_folder), data=data)
+    record = store.get(one.fingerprint)
+    assert record is not None
+    assert record.state == "finished", record.traceback
+    assert record.cost.trainable_parameters == sum(
+        p.numel() for p in load(image_folder, Digits()).model.parameters()
+    )
+
+
+def test_a_bfloat16_base_reads_the_same_images(image_folder: Path) -> None:
+    task = Digits()
+    batch = pad_rows(encode_examples(task.examples("train", 16), task, None, 0), 0, 0)
+    narrow = loading.load_base_model(
+        replace(choice(image_folder), dtype="bfloat16"), image_folder, "cpu", task
+    )
+    found = {}
+    for base_model in (load(image_folder, task), narrow):
+        with torch.no_grad():
+            base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+            settings = VariantSettings(rank=4, alpha=8.0)
+            adapters = attach(
+                base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names
+            )
+            with adapters.disable_adapters():
+                found[base_model.model.dtype] = compute_logits(base_model, task, batch)[0].float()
+    wide, short = found[torch.float32], found[torch.bfloat16]
+    assert (wide - short).abs().max() < 2e-2 * wide.abs().max()
+    assert not torch.equal(wide, short)
+
+
+def _recomputed(image_folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
+    base_model = load(image_folder, task)
+    enable_activation_checkpointing(base_model.model)
+    return base_model
+
+
+def test_activation_checkpointing_gives_the_same_numbers(image_folder: Path, tmp_path: Path) -> None:
+    one = point(steps=3)
+    plain = solo(one, tmp_path / "plain", load_base_model=partial(_load, image_folder))
+    again = solo(one, tmp_path / "again", load_base_model=partial(_recomputed, image_folder))
+    assert numbers_of(again) == numbers_of(plain)
+
+
+def _load(image_folder: Path, choice: ModelChoice, task: Task) -> BaseModel:
+    return load(image_folder, task)
+
+
+def _scenario(ones: list[Configuration], image_folder: Path, rank: int) -> Scenario:
+    return Scenario(Script(leases(ones)), options={"load_base_model": partial(_load, image_folder)})
+
+
+def _on_two(process_group: ProcessGroup, where: Path, image_folder: Path) -> list[EvaluationResult]:
+    task = Digits()
+    base_model = load(image_folder, task)
+    split = EvaluationSplit.from_examples(task.examples("validation", 90), task, base_model.processor, 0)
+    with torch.no_grad():
+        base_model.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
+    adapters = attach(
+        base_model.model,
+        variants.get("lora"),
+        VariantSettings(rank=4, alpha=8.0),
+        "blocks",
+        base_model.head_names,
+    )
+    return evaluate(base_model, task, split, [0], adapters.disable_adapters, process_group)
+
+
+def test_two_workers_split_images_like_texts(
+    pair: Callable[..., Any], image_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    score = partial(_on_two, image_folder=image_folders["clip"])
+    ones = [point("lora", seed=seed, batch_size=7, accumulation=2, steps=4) for seed in range(2)]
+    learn = partial(play, partial(_scenario, ones, image_folders["clip"]))
+    found = pair({"score": score, "learn": learn}, tmp_path)
+    assert found["score"][0] == found["score"][1] == score(SINGLE_PROCESS_GROUP, tmp_path)
+    assert found["learn"][0].raised == ""
+    for one in ones:
+        together = Store(tmp_path / "learn").get(one.fingerprint)
+        alone = solo(one, tmp_path, load_base_model=partial(_load, image_folders["clip"]))
+        assert together is not None
+        assert together.provenance.workers == 2
+        assert [s.loss for s in together.curve] == pytest.approx([s.loss for s in alone.curve], rel=1e-4)
+
+
+def test_peft_loads_the_adapter_of_a_lane_on_clip(image_folders: dict[str, Path], tmp_path: Path) -> None:
+    from peft import PeftModel  # here, so that the processes of pair.py do not import it
+
+    task = Digits()
+    base_model = load(image_folders["clip"], task)
+    settings = VariantSettings(rank=4, alpha=8.0)
+    adapters = attach(base_model.model, variants.get("lora"), settings, "blocks", base_model.head_names)
+    adapters.add_lane("x", settings, seed=0)
+    for parameter in adapters.trainable("x").values():
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_peft(adapters, "x", tmp_path, "clip")
+    images = [e.image for e in task.examples("test", 8) if e.image is not None]
+    pixels = base_model.processor.pixel_values(images, base_model.device, torch.float32)
+    with base_store.suppress_transformers_logging():
+        base = AutoModelForImageClassification.from_pretrained(image_folders["clip"], num_labels=5)
+    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad(), adapters.activate_lanes(["x"], None):
+        logits = base_model.model(pixel_values=pixels).logits
+        torch.testing.assert_close(theirs(pixel_values=pixels).logits, logits)
+    assert logits.abs().max() > 0.1
