@@ -104,7 +104,7 @@ class ProcessGroup(Protocol):
         ...
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Replace the tensor by that of rank 0; any dtype."""
+        """Replace the tensor, of any dtype, by the tensor of rank 0."""
         ...
 
 

@@ -100,12 +100,12 @@ class Pair:
             for ready in wait([pipe for pipe in self.pipes if pipe not in found]):
                 assert isinstance(ready, Connection)
                 try:
-                    told, trace = pickle.loads(ready.recv_bytes())
+                    results, trace = pickle.loads(ready.recv_bytes())
                 except EOFError:
-                    told, trace = {}, "a worker has died"
+                    results, trace = {}, "a worker has died"
                 if trace:
                     raise RuntimeError(trace)
-                found[ready] = told
+                found[ready] = results
         return {name: [found[pipe][name] for pipe in self.pipes] for name in works}
 
     def close(self) -> None:
@@ -146,10 +146,12 @@ def _serve(rank: int, pipe: Connection, meeting: Path) -> None:
         except EOFError:  # the tests have ended
             return
         try:
-            told = {name: work(group, folder / name) for name, work in works.items()}, ""
+            results = {name: work(group, folder / name) for name, work in works.items()}, ""
         except BaseException:
-            told = {}, traceback.format_exc()
-        pipe.send_bytes(pickle.dumps(told))  # as bytes: a tensor that is sent itself would be shared memory
+            results = {}, traceback.format_exc()
+        pipe.send_bytes(
+            pickle.dumps(results)
+        )  # as bytes: a tensor that is sent itself would be shared memory
 
 
 def play(make: Callable[[int], Scenario], group: TorchProcessGroup, folder: Path) -> WorkerResult:

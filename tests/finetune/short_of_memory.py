@@ -58,7 +58,7 @@ so that the next lane group needs as much as the one before."""
 class Runs:
     """Runs of the loop with one base model, with stores in `folder` that share their data.
 
-    Log lines are in the folder's file `said`, the arguments of `tell` in `told.json`.
+    Log lines are in the folder's file `said`, the arguments of `tell` in `results.json`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,8 +79,8 @@ class Runs:
         free_memory()
         return source
 
-    def tell(self, **told: Any) -> None:
-        (self.folder / "told.json").write_text(json.dumps(told))
+    def tell(self, **results: Any) -> None:
+        (self.folder / "results.json").write_text(json.dumps(results))
 
 
 def together(folder: Path) -> None:

@@ -78,9 +78,8 @@ def _calibration_key(configuration: Configuration) -> str:
 
 
 def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
-    with suppress(
-        OSError, ValueError, SafetensorError
-    ):  # missing, damaged, or another configuration's: computed again
+    # A file that is missing, damaged or another configuration's is computed again.
+    with suppress(OSError, ValueError, SafetensorError):
         _read(file, torch.device("cpu"))
         return
     calibration = calibrate(

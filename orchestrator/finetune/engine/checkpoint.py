@@ -82,8 +82,8 @@ def read_newest(folder: Path, warn: Callable[[str], None], fingerprint: str = ""
         fingerprint: The lane's fingerprint; empty accepts any.
 
     Returns:
-        The undamaged checkpoint with the most steps over all attempts (at equal steps that of the latest
-        attempt); None if there is none.
+        The undamaged checkpoint with the most steps over all attempts; if two have equal steps, the one of
+        the later attempt. None if there is no undamaged checkpoint.
     """
     for _, _, path in sorted(_list_checkpoints(folder), reverse=True):
         try:

@@ -102,7 +102,9 @@ class Engine:
         return ", ".join(words)
 
     def prepare_lane_group(self, configuration: Configuration) -> LaneGroup:
-        """Return the lane group for a configuration; if its group key is new, replace the present one.
+        """Return the lane group for a configuration.
+
+        It replaces the present one if the group key differs or the variant allows one lane only.
 
         Raises:
             RuntimeError: The configuration was made with other numerics of its variant or task.
@@ -170,7 +172,7 @@ class Engine:
             lambda: lane.initialize(lane_group.adapters, untrained, checkpoint, calibration)
         )
         if checkpoint is None and self.process_group.world_size > 1:
-            # Another GPU model may compute singular vectors of other signs: all take those of rank 0.
+            # Another GPU model may compute singular vectors of other signs: rank 0 decides.
             with torch.no_grad():
                 for tensor in (
                     *lane.parameters.values(),

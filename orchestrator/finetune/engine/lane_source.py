@@ -18,13 +18,13 @@ from orchestrator.study.configuration import Configuration
 class Directive(StrEnum):
     """What the scheduler wants a trainer to do with a lane."""
 
-    CONTINUE = "go"
-    """Train the lane on."""
+    CONTINUE = "continue"
+    """Continue to train the lane."""
     PARK = "park"
     """Keep the lane on the model and do not train it until a later CONTINUE."""
     STOP = "stop"
     """End the lane early: keep its checkpoint and write a `stopped` record."""
-    YIELD = "leave"
+    YIELD = "yield"
     """Save the lane's checkpoint and return its lease, because this trainer has to end."""
     DROP = "drop"
     """Remove the lane and write nothing, because this trainer no longer holds its lease."""
@@ -43,7 +43,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class LeaseGrant:
-    """The leases that a trainer is granted, at most as many as it asked for and all of one group key."""
+    """The leases that a trainer is granted: at most `capacity`, all of one group key."""
 
     leases: tuple[Lease, ...] = ()
     closed: bool = False

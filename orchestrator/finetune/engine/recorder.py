@@ -22,7 +22,6 @@ from orchestrator.record.schema import FINAL_STATES, Provenance, Record, RecordS
 log = logging.getLogger(__name__)
 
 
-
 class LaneStore(Protocol):
     """The parts of `record.store.Store` that the loop uses."""
 

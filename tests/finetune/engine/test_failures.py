@@ -73,7 +73,7 @@ def short_of(work: Callable[[Path], None], folder: Path) -> dict[str, Any]:
     done = process(work, folder)
     done.join()
     assert done.exitcode == 0, (folder / "said").read_text()
-    return json.loads((folder / "told.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +87,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
     short: tuple[Path, dict[str, Any]],
 ) -> None:
-    folder, told = short
+    folder, results = short
     said = (folder / "said").read_text()
     assert f"out of memory with {LANES} lanes, now {LANES // 2} at once; remembered in" in said
-    assert told["most"] == LANES
-    given_back = {name for name, _ in told["given_back"]}
+    assert results["most"] == LANES
+    given_back = {name for name, _ in results["given_back"]}
     assert len(given_back) == LANES // 2
-    assert told["taken"] == LANES, "no step was lost, none taken twice"
+    assert results["taken"] == LANES, "no step was lost, none taken twice"
     for point in WIDE:
         record = get(Store(folder / "short"), point)
         assert record.state == "finished"
@@ -103,9 +103,9 @@ def test_lanes_that_find_no_memory_train_fewer_at_once_with_the_same_results(
 
 @pytest.mark.slow
 def test_what_fits_is_remembered_for_the_next_trainer(short: tuple[Path, dict[str, Any]]) -> None:
-    folder, told = short
-    assert told["later_most"] == LANES // 2
-    assert told["later_given_back"] == []
+    folder, results = short
+    assert results["later_most"] == LANES // 2
+    assert results["later_given_back"] == []
     store = Store(folder / "short")
     assert {get(store, point).state for point in LATER} == {"finished"}
     place = f"cpu, {round(psutil.virtual_memory().total / 2**30)} GiB"
@@ -113,8 +113,8 @@ def test_what_fits_is_remembered_for_the_next_trainer(short: tuple[Path, dict[st
 
 
 def test_a_lane_that_finds_no_memory_alone_fails_and_says_what_to_do(tmp_path: Path) -> None:
-    told = short_of(short_of_memory.alone, tmp_path)
-    assert [state for _, _, state in told["ended"]] == ["failed", "finished"]
+    results = short_of(short_of_memory.alone, tmp_path)
+    assert [state for _, _, state in results["ended"]] == ["failed", "finished"]
     record = get(Store(tmp_path / "alone"), HUGE)
     assert "out of memory with one lane alone: try --gradient-checkpointing, --accumulation" in record.reason
     assert "DefaultCPUAllocator" in record.traceback

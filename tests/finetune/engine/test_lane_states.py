@@ -71,16 +71,16 @@ def test_under_any_directives_no_lane_is_lost(
     parked_at: dict[str, int] = {}
     seen: dict[str, int] = {}
 
-    def note(fingerprint: str, step: int, told: Directive) -> Directive:
-        if told is Directive.DROP:
+    def note(fingerprint: str, step: int, directive: Directive) -> Directive:
+        if directive is Directive.DROP:
             dropped.add(fingerprint)
-        if told is Directive.PARK:
+        if directive is Directive.PARK:
             parked_at[fingerprint] = step
-        elif told is not Directive.DROP:
+        elif directive is not Directive.DROP:
             parked_at.pop(fingerprint, None)
-        if told is Directive.YIELD:
+        if directive is Directive.YIELD:
             source.leaving.add(fingerprint)
-        return told
+        return directive
 
     def answers(report: Report) -> Directive:
         assert report.fingerprint not in dropped
@@ -95,13 +95,13 @@ def test_under_any_directives_no_lane_is_lost(
             if fingerprint in parked_at:
                 assert step == parked_at[fingerprint], "a parked lane has trained"
             seen[fingerprint] = step
-        told = {f: data.draw(answer) for f in steps if data.draw(st.booleans())}
-        told |= {
+        directives = {f: data.draw(answer) for f in steps if data.draw(st.booleans())}
+        directives |= {
             f: Directive.CONTINUE
             for f in parked_at
-            if f in steps and f not in told and data.draw(st.booleans())
+            if f in steps and f not in directives and data.draw(st.booleans())
         }
-        return {f: note(f, steps[f], a) for f, a in told.items()}
+        return {f: note(f, steps[f], a) for f, a in directives.items()}
 
     source = Random(leases(lanes), answers=answers, changes=changes)
     source.start_at = {c.fingerprint: data.draw(st.integers(0, 3)) for c in lanes[1:]}

@@ -77,8 +77,12 @@ def ending() -> dict[str, Configuration]:
 
 def stop_one(report: Report) -> Directive:
     lanes = {one.fingerprint: name for name, one in ending().items()}
-    told = {"stopped": Directive.STOP, "dropped": Directive.DROP}
-    return told.get(lanes[report.fingerprint], Directive.CONTINUE) if report.step == 4 else Directive.CONTINUE
+    directives = {"stopped": Directive.STOP, "dropped": Directive.DROP}
+    return (
+        directives.get(lanes[report.fingerprint], Directive.CONTINUE)
+        if report.step == 4
+        else Directive.CONTINUE
+    )
 
 
 def poisoned_rows(seed: int, steps: int, size: int = 8) -> list[int]:
@@ -261,15 +265,15 @@ class Played:
         path = folder / "poisoned.py"
         path.write_text(POISONED)
         self.path = str(path)
-        self.told: dict[str, list[Any]] = {}
+        self.results: dict[str, list[Any]] = {}
 
     def __getitem__(self, name: str) -> list[Any]:
-        if name not in self.told:
+        if name not in self.results:
             work = {"out of step": out_of_step, "primitives": primitives}.get(
                 name, partial(play, partial(scenario, name, self.path))
             )
-            self.told |= self.pair({name: work}, self.folder)
-        return self.told[name]
+            self.results |= self.pair({name: work}, self.folder)
+        return self.results[name]
 
     def record(self, name: str, one: Configuration) -> Record | None:
         assert self[name]
@@ -398,7 +402,7 @@ def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) 
 
 
 def test_what_the_source_raises_ends_the_loop_on_all(played: Played) -> None:
-    assert [told.raised for told in played["lost"]] == [
+    assert [result.raised for result in played["lost"]] == [
         "ConnectionError: the broker is lost",
         "WorkerError: ConnectionError: the broker is lost",
     ]

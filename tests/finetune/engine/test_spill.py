@@ -60,9 +60,9 @@ def test_a_group_that_is_parked_as_a_whole_makes_room_for_another_group_key(
 
     class Bracket(Queue):
         def exchange(self, steps_taken: int) -> Mapping[str, Directive]:
-            told = super().exchange(steps_taken)
+            directives = super().exchange(steps_taken)
             return (
-                told
+                directives
                 if {r.fingerprint for r in self.reports} == {small.fingerprint, large.fingerprint}
                 else {}
             )
