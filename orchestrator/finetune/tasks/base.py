@@ -41,6 +41,7 @@ __all__ = [
     "STORED_COUNTS_IN",
     "EncodedExample",
     "Example",
+    "GradeAt",
     "Image",
     "Output",
     "Split",
@@ -253,10 +254,7 @@ class Task(TextEncoder):
         return cached[key]
 
     def choice(
-        self,
-        train_size: int | None = None,
-        validation_size: int | None = None,
-        test_size: int | None = None,
+        self, train_size: int | None = None, validation_size: int | None = None, test_size: int | None = None
     ) -> TaskChoice:
         """Return the task as a part of a configuration.
 

@@ -6,14 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from orchestrator.finetune.tasks.base import SPLITS, Task, TaskDefaults
+from orchestrator.finetune.tasks.base import SPLITS, GradeAt, Output, Task, TaskDefaults
 from orchestrator.study import bounds, space
 from orchestrator.study.configuration import Dtype
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-OUTPUTS = ("teacher_forced", "generation", "classification", "regression")
-INPUTS = ("text", "image")
-GRADE_AT = ("every_evaluation", "last_evaluation")
 RENAMED_ATTRIBUTES = {
     "answers": "output",
     "graded": "grade_at",
@@ -85,9 +82,9 @@ def _find_unknown_choices(task: Task) -> Iterator[str]:
     if not isinstance(task.metric, str) or task.metric in ("", "loss"):
         yield f"metric is {task.metric!r}; must be a name other than loss"
     for name, value, choices in (
-        ("output", task.output, OUTPUTS),
-        ("inputs", task.inputs, INPUTS),
-        ("grade_at", task.grade_at, GRADE_AT),
+        ("output", task.output, get_args(Output)),
+        ("inputs", task.inputs, ("text", "image")),
+        ("grade_at", task.grade_at, get_args(GradeAt)),
     ):
         if value not in choices:
             renamed = RENAMED_VALUES.get(str(value))

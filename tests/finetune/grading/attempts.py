@@ -6,12 +6,7 @@ import time
 
 import psutil
 
-from orchestrator.finetune.grading.code import (
-    ProgramLimits,
-    ProgramResult,
-    grade_program,
-    join_tests,
-)
+from orchestrator.finetune.grading.code import ProgramLimits, ProgramResult, grade_program, join_tests
 
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 """For programs that end by themselves, so that a busy machine does not change their result."""

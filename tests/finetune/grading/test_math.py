@@ -15,12 +15,7 @@ from orchestrator.finetune.grading.math import extract_answer, grade
 
 HERE = Path(__file__).parent
 
-KNOWN = {
-    (
-        "18",
-        "The answer is 18 more than 20, so 38",
-    ): "what follows 'answer is' counts",
-}
+KNOWN = {("18", "The answer is 18 more than 20, so 38"): "what follows 'answer is' counts"}
 """Known wrong grades, which docs/grading.md counts."""
 
 

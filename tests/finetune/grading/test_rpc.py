@@ -90,9 +90,7 @@ class Equal(list[int]):
     __hash__ = None  # type: ignore[assignment]  # as Python sets it for a class with __eq__
 
 
-def test_subclasses_and_numpy_numbers_are_sent_as_builtins(
-    ends: tuple[Channel, Channel],
-) -> None:
+def test_subclasses_and_numpy_numbers_are_sent_as_builtins(ends: tuple[Channel, Channel]) -> None:
     point = namedtuple("point", "x y")
     for value, plain in (
         (Colour.RED, 3),

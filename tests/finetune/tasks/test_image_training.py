@@ -16,10 +16,7 @@ from scripted import Script, configuration, leases, numbers_of, solo, train
 from tiny_images import MAKE, choice, load
 from transformers import AutoModel, AutoModelForImageClassification, BertConfig, BertModel
 
-from orchestrator.finetune.data.batches import (
-    encode_examples,
-    pad_rows,
-)
+from orchestrator.finetune.data.batches import encode_examples, pad_rows
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult, EvaluationSplit, evaluate
 from orchestrator.finetune.evaluation.forward import compute_logits
 from orchestrator.finetune.models import loading
