@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.execution.broker.core import parse_trainer_name
+from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.lane_entry import LeasePhase
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.rungs import scheduler_settings
@@ -61,8 +61,8 @@ class StudyMonitor(threading.Thread):
             except RayError as error:  # the broker restarts; lanes that end meanwhile are in the store
                 if self.clock() - self.last_contact > timeouts.BROKER_LOST_SECONDS:
                     self.pool.failure_reason = (
-                        f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: {format_ray_error(error)}. "
-                        "What is done is kept; run the command again."
+                        f"The broker has been lost for {timeouts.BROKER_LOST_SECONDS:g} s: "
+                        f"{format_ray_error(error)}. What is done is kept; run the command again."
                     )
                 self._enforce_budget(self.progress.live_trainers)
             except Exception as error:  # a full disk, a closed pipe: without a monitor the study would hang

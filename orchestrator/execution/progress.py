@@ -1,5 +1,7 @@
-"""What a study shows while it runs: one live line at a terminal, plain lines elsewhere, all in `study.log`.
-What Ray prints meanwhile goes to `ray.log`."""
+"""The progress of a running study: a live line on a terminal, plain lines elsewhere, and log files.
+
+The lines also go to `study.log`. Output of Ray goes to `ray.log`.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,13 @@ from rich.text import Text
 
 from orchestrator.record.schema import Record
 
-PLAIN_LINE_INTERVAL_SECONDS = 10.0  # how often a plain line is written where there is no terminal
+PLAIN_LINE_INTERVAL_SECONDS = 10.0
+"""Interval of the plain lines where there is no terminal."""
+MAX_LINE_LENGTH = 80
 
 
 class _LogFile(io.TextIOWrapper):
-    """A log file that drops what it cannot write, because a full disk must not end a study here."""
+    """Log file that drops what it cannot write, since a full disk must not end a study here."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
@@ -35,6 +39,8 @@ class _LogFile(io.TextIOWrapper):
 
 @dataclass
 class BestResult:
+    """The configuration with the best validation score so far."""
+
     score: float
     variant: str
     learning_rate: float
@@ -42,14 +48,21 @@ class BestResult:
 
 @dataclass
 class Progress:
-    """`total` configurations are asked for, `known` of them were there before. Times are the wall clock's."""
+    """The numbers and messages that the user of a running study sees.
+
+    As a context manager, it redirects standard output and standard error to `ray.log`.
+    """
 
     folder: Path
+    """Folder of the study, for the log files."""
     total: int
+    """Number of configurations of the study."""
     cached: int
+    """Number of those whose results were known before the run."""
     console: Console
-    """Bound to its file: what others print meanwhile goes to ray.log."""
+    """Console that writes to its own file, so that the redirection does not affect it."""
     num_ended: int = 0
+    """Number of lanes that ended in this run, in any state."""
     diverged: int = 0
     stopped: int = 0
     failed: int = 0
@@ -57,12 +70,12 @@ class Progress:
     waiting: int = 0
     live_trainers: int = 0
     waiting_for: str = ""
-    """What must come before a trainer can start; empty when nothing must."""
+    """The kind of node that is missing before a trainer can start; empty if none is."""
     best: BestResult | None = None
     started: float = field(default_factory=time.monotonic)
     first_lane_at: float | None = None
     steps_taken: int = 0
-    """Optimizer steps of all lanes, also of those that have not ended."""
+    """Optimizer steps of all lanes, including those in training."""
     _ended_steps: int = 0
     _seen: set[str] = field(default_factory=set)
     _live: Live | None = None
@@ -83,14 +96,14 @@ class Progress:
         self._stack.close()
 
     def notify(self, text: str) -> None:
-        """A line that stays, on the terminal and in the log."""
-        if self._live is None:  # a live display clears its line by itself; else ^C may be there
+        """Print a permanent line, and write it to `study.log`."""
+        if self._live is None:  # the terminal may have echoed ^C; a live display clears its line itself
             self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 0)))
         self.console.print(text, markup=False)
         self._write_log(text)
 
     def add_record(self, record: Record) -> None:
-        """A lane has ended with this record."""
+        """Count a lane that has ended, and write its result to `study.log`."""
         if record.fingerprint in self._seen:
             return
         self._seen.add(record.fingerprint)
@@ -111,9 +124,11 @@ class Progress:
         )
 
     def refresh(self) -> None:
-        """Refreshes the live line; where there is no terminal, writes one now and then."""
+        """Refresh the live line, or print a plain line from time to time where there is no terminal."""
         if self.console.is_terminal:
-            if self._live is None:  # only now: it would draw over the words of a Ctrl-C while Ray starts
+            if (
+                self._live is None
+            ):  # starting it earlier would overwrite the message of a Ctrl-C during Ray's start
                 live = Live(
                     console=self.console,
                     refresh_per_second=4,
@@ -128,9 +143,9 @@ class Progress:
             self.notify(self.status_line())
 
     def status_line(self) -> str:
-        """At most 80 columns for up to 99,999 configurations: what matters least goes first."""
+        """Return the live line, without its least important parts if it is longer than 80 columns."""
         lines = [self._format_status(without) for without in range(4)]
-        return next((line for line in lines if len(line) <= 80), lines[-1])
+        return next((line for line in lines if len(line) <= MAX_LINE_LENGTH), lines[-1])
 
     def _format_status(self, num_omitted: int) -> str:
         parts = [f"{self.cached + self.num_ended}/{self.total} done"]
@@ -153,8 +168,11 @@ class Progress:
         return " | ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """From the pace since the first lane trained, lanes under way counted in parts; None until one is
-        done. Steps that an earlier start has taken make it longer, steps that are repeated shorter."""
+        """Estimate the remaining seconds from the pace so far, or return None before the first result.
+
+        Lanes in training count in parts. Steps that an earlier run has taken make the estimate too long,
+        repeated steps make it too short.
+        """
         if self.first_lane_at is None or not self.num_ended:
             return None
         under_way = max(0, self.steps_taken - self._ended_steps) / max(
@@ -169,7 +187,7 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """12 s, 3:07, 2:10:00."""
+    """Return a duration as "12 s", "3:07" or "2:10:00"."""
     whole = max(0, round(seconds))
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     if hours:

@@ -1,4 +1,4 @@
-"""When a study ends before all is trained: by a limit, or because somebody asked. And what it has cost."""
+"""The limits of one run of a study, Ctrl-C, and the GPU hours that the run has used."""
 
 from __future__ import annotations
 
@@ -10,60 +10,75 @@ from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 INTERRUPTED = "Ctrl-C"
+"""The stop reason after Ctrl-C or SIGTERM."""
 
 
 @dataclass
 class RunBudget:
-    """Asked at every look of the driver at its trainers. Hours are those of this run."""
+    """The hours that a run may take, and why it has to stop.
+
+    The driver updates it at every poll. Earlier runs of the same study do not count.
+    """
 
     max_hours: float | None = None
     max_gpu_hours: float | None = None
     started_at: float = field(default_factory=time.monotonic)
-    """On the clock of `look`, in seconds."""
+    """Start of the run in seconds, on the clock of `update`."""
     gpus_per_trainer: float = 0.0
-    """Of a trainer, all its workers together."""
+    """GPUs that all workers of a trainer reserve together."""
     used_gpu_hours: float = 0.0
-    """What the trainers have held so far, from their first word to their last."""
+    """GPU hours that trainers have reserved so far, from their first to their last call of the broker."""
     stop_reason: str = ""
-    """Why the study ends now: the limit as it was typed, or INTERRUPTED; empty while it goes on."""
+    """Why the run has to stop: the limit as the user typed it, or INTERRUPTED; empty while it goes on."""
     interrupted_at: float | None = None
-    """When Ctrl-C came."""
+    """Time of Ctrl-C."""
     _last_update: float | None = None
     _live_trainers: int = 0
 
     def set_gpus_per_trainer(self, gpus_per_trainer: float) -> None:
-        """GPUs that each trainer of this study holds. Raises BadInput when a limit on them means nothing."""
+        """Set the number of GPUs that each trainer reserves.
+
+        Raises:
+            UsageError: GPU hours are limited and the trainers reserve no GPU.
+        """
         if self.max_gpu_hours is not None and not gpus_per_trainer:
             raise UsageError(
-                f"--max-gpu-hours {self.max_gpu_hours:g}: this study's trainers hold no GPU; take --max-hours."
+                f"--max-gpu-hours {self.max_gpu_hours:g}: the trainers of this study hold no GPU; take "
+                "--max-hours."
             )
         self.gpus_per_trainer = gpus_per_trainer
 
     @property
     def is_interrupted(self) -> bool:
-        """Somebody waits for the end."""
+        """Whether the user has interrupted the run."""
         return self.interrupted_at is not None
 
     @property
     def save_timeout(self) -> float:
-        """What trainers get to save their lanes."""
+        """Seconds that trainers get to save their lanes."""
         return timeouts.INTERRUPT_SAVE_SECONDS if self.is_interrupted else timeouts.SAVE_SECONDS
 
     def interrupt_seconds_left(self) -> float:
-        """Of what Ctrl-C is promised; endless without one."""
+        """Return the seconds left until the deadline after Ctrl-C; infinity without Ctrl-C."""
         if self.interrupted_at is None:
             return math.inf
         return timeouts.INTERRUPT_DEADLINE_SECONDS - (time.monotonic() - self.interrupted_at)
 
     def request_stop(self, reason: str = INTERRUPTED) -> None:
-        """End it at the next look."""
+        """Make the next update return a stop reason; Ctrl-C replaces an earlier reason."""
         if reason == INTERRUPTED:
             self.stop_reason, self.interrupted_at = reason, time.monotonic()
         self.stop_reason = self.stop_reason or reason
 
     def update(self, live_trainers: int, now: float) -> str:
-        """`trainers` are there at `now`: counts what they hold, and returns why the study ends, if it does. A
-        trainer that came since the last look counts from now on, one that has gone until now."""
+        """Add the GPU hours since the last update, and return the stop reason.
+
+        A trainer that started since the last update counts from now on, one that ended counts until now.
+
+        Args:
+            live_trainers: Number of trainers that are alive.
+            now: Monotonic time in seconds.
+        """
         if self._last_update is not None:
             self.used_gpu_hours += (
                 self.gpus_per_trainer * self._live_trainers * (now - self._last_update) / 3600
@@ -76,5 +91,5 @@ class RunBudget:
         return self.stop_reason
 
     def format_usage(self) -> str:
-        """For people; empty for a study without GPUs."""
+        """Return the GPU hours used, as text; empty for a study without GPUs."""
         return f"{self.used_gpu_hours:.3g} GPU hours" if self.gpus_per_trainer else ""

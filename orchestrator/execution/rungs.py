@@ -1,7 +1,7 @@
-"""When early stopping looks at a lane, and the one spelling of its settings. Plain Python, without Tune.
+"""The steps at which early stopping compares lanes, and the text form of its settings. No Ray is imported.
 
-All schedulers compare validation losses, the lower the better, and none looks before the first evaluation
-that lies behind the warm-up: until then a high rate has not shown what it does.
+All schedulers compare validation losses; lower is better. None compares before the first evaluation after the
+warm-up, because a high learning rate shows its effect only then.
 """
 
 from __future__ import annotations
@@ -13,38 +13,47 @@ from orchestrator.study.configuration import Configuration
 from orchestrator.study.grid import training_order
 from orchestrator.study.lr_schedule import warmup_steps
 
-REDUCTION_FACTOR = {
-    "asha": 4,
-    "hyperband": 3,
-}  # one lane in so many goes on to the next rung; docs/early_stopping.md
-LAST_RUNG_DIVISOR = 3  # ASHA's lies no later than at a third of the steps, or is the first
-MIN_SAMPLES = 3  # lanes that have come as far, before the median of their losses stops anybody
+REDUCTION_FACTOR = {"asha": 4, "hyperband": 3}
+"""One lane in so many goes on to the next rung; see docs/early_stopping.md."""
+LAST_RUNG_DIVISOR = 3
+"""ASHA's last rung lies at this part of the steps at the latest, unless it is also the first."""
+MIN_SAMPLES = 3
+"""Lanes that must have come as far before median stopping compares with the median of their losses."""
 
 
 def lane_evaluation_steps(configuration: Configuration) -> tuple[int, ...]:
-    """After which optimizer steps the lane is evaluated."""
+    """Return the optimizer steps after which the lane is evaluated."""
     return evaluation_steps(configuration.schedule.steps, configuration.evaluations)
 
 
 def first_rung(configuration: Configuration) -> int:
-    """The step of the first evaluation after the warm-up (the last one if all lie in it)."""
+    """Return the step of the first evaluation after the warm-up, else of the last evaluation."""
     steps = lane_evaluation_steps(configuration)
     return next((step for step in steps if step >= warmup_steps(configuration.schedule)), steps[-1])
 
 
 def last_rung(configuration: Configuration) -> int:
-    """ASHA's: a later one saves little and costs the choice its seeds."""
+    """Return the step of ASHA's last rung.
+
+    A later rung would save little, and would stop seeds of the variant's best settings.
+    """
     return max(first_rung(configuration), configuration.schedule.steps // LAST_RUNG_DIVISOR)
 
 
 def evaluation_index(configuration: Configuration, step: int) -> int:
-    """How many evaluations from the first rung on lie at or before `step`: Hyperband's time. Its brackets are
-    made of whole units from 1; in steps, most of them would end before the first evaluation."""
+    """Return the number of evaluations from the first rung on that lie at or before `step`.
+
+    Hyperband uses it as its unit of time. With steps as the unit, most of its brackets would end before the
+    first evaluation.
+    """
     return sum(first_rung(configuration) <= each <= step for each in lane_evaluation_steps(configuration))
 
 
 def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
-    """What a stopped record keeps, to tell whether it answers a request. Empty without early stopping."""
+    """Return the settings that a stopped record stores; empty without early stopping.
+
+    A stopped record answers a request only with equal settings.
+    """
     if scheduler == "none":
         return ""
     parts = [scheduler, "loss=min", f"first={first_rung(configuration)}"]
@@ -56,11 +65,20 @@ def scheduler_settings(scheduler: str, configuration: Configuration) -> str:
 def submission_order(
     scheduler: str, cached: Sequence[Configuration], pending: Sequence[Configuration], lanes: int
 ) -> list[Configuration]:
-    """What Tune is given, in this order. `known` results are replayed to it, since it keeps no rungs: before
-    the others, so that all of them count from the first decision on. Hyperband fills its brackets in the
-    order of entry: there each takes the place that it had when nothing was known, if the same grid was asked
-    for. In an extended grid it may come into another bracket, where what was stopped before counts with the
-    evaluations that it has and is not trained further."""
+    """Return the configurations that Tune gets, in order.
+
+    Tune keeps no rungs between runs, so the known results are replayed. They come first, so that they count
+    from the first decision on. Hyperband fills its brackets in the order of entry, so there each
+    configuration keeps its place in the order of the whole grid. In an extended grid a lane may come into
+    another bracket; if it was stopped before, it counts with the evaluations that it has and is not trained
+    further.
+
+    Args:
+        scheduler: The study's early stopping, or "none".
+        cached: Configurations with known results.
+        pending: Configurations to train.
+        lanes: Lanes per trainer.
+    """
     if scheduler == "none":
         return list(pending)
     return training_order([*cached, *pending], lanes) if scheduler == "hyperband" else [*cached, *pending]

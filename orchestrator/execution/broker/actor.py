@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
+from orchestrator.execution.broker.assignment import parse_trainer_name
 from orchestrator.execution.broker.client import BROKER_NAME
-from orchestrator.execution.broker.core import BrokerCore, parse_trainer_name
+from orchestrator.execution.broker.core import BrokerCore
 from orchestrator.execution.broker.failure_policy import ExitKind
 from orchestrator.execution.broker.lane_entry import HeldLane, LaneEntry
 from orchestrator.execution.ray.runtime import driver_node_affinity

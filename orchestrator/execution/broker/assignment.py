@@ -28,6 +28,11 @@ class TrainerView:
     """Fingerprints of the lanes that the trainer holds."""
 
 
+def parse_trainer_name(trainer_id: str) -> str:
+    """Return the name in a trainer's id, which has the form NAME.INCARNATION."""
+    return trainer_id.partition(".")[0]
+
+
 def select_lanes(
     waiting: Iterable[LaneEntry], group_key: str | None, group: Sequence[LaneEntry], limit: int
 ) -> list[LaneEntry]:
@@ -76,7 +81,7 @@ def assign_starved_groups(
     failures_by_group: Mapping[str, int],
     now: float,
 ) -> None:
-    """Let trainers drain for lanes that have waited longer than timeouts.STARVATION_SECONDS.
+    """Let trainers drain for lanes that have waited longer than STARVATION_SECONDS.
 
     A group key that no trainer serves gets the trainer with the fewest lanes; so does a suspect, which may
     join no lane group. A group key whose lanes fail in a row gets none.

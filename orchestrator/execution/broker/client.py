@@ -106,11 +106,11 @@ class BrokerClient:
 def retry_until_lost(call: Callable[[], Result]) -> Result:
     """Call the broker until it answers.
 
-    One call counts as at most two thirds of timeouts.BROKER_LOST_SECONDS, so at least two are made. The broker is
-    given up after timeouts.BROKER_LOST_SECONDS if calls fail at once, and after twice that if they time out.
+    One call counts as at most two thirds of BROKER_LOST_SECONDS, so at least two are made. The broker is
+    given up after BROKER_LOST_SECONDS if calls fail at once, and after twice that if they time out.
 
     Args:
-        call: A call of the broker, which may take up to timeouts.BROKER_LOST_SECONDS.
+        call: A call of the broker, which may take up to BROKER_LOST_SECONDS.
 
     Returns:
         The answer.

@@ -16,6 +16,7 @@ from orchestrator.execution.broker.assignment import (
     assign_starved_groups,
     can_join,
     choose_group_key,
+    parse_trainer_name,
     select_lanes,
 )
 from orchestrator.execution.broker.failure_policy import ExitKind, FailurePolicy
@@ -304,13 +305,10 @@ class BrokerCore:
 
     def tick(self, now: float) -> None:
         """Take trainers for dead that have been silent for too long. The driver calls this regularly."""
-        for trainer_id in [
-            s
-            for s, view in self.trainers.items()
-            if now - view.last_contact > timeouts.TRAINER_SILENT_SECONDS
-        ]:
-            self.silent_since.setdefault(parse_trainer_name(trainer_id), now)
-            self.remove_trainer(trainer_id, now)
+        for trainer_id, view in list(self.trainers.items()):
+            if now - view.last_contact > timeouts.TRAINER_SILENT_SECONDS:
+                self.silent_since.setdefault(parse_trainer_name(trainer_id), now)
+                self.remove_trainer(trainer_id, now)
 
     def hung_trainers(self, now: float) -> list[str]:
         """Return the names of trainers that were taken for dead and have been silent for as long again.
@@ -318,9 +316,8 @@ class BrokerCore:
         They occupy their place for nothing. The second wait protects against a broker that stood still
         itself: it hears from the living trainers in between.
         """
-        return [
-            name for name, since in self.silent_since.items() if now - since > timeouts.TRAINER_SILENT_SECONDS
-        ]
+        limit = timeouts.TRAINER_SILENT_SECONDS
+        return [name for name, since in self.silent_since.items() if now - since > limit]
 
     # -- the driver
 
@@ -392,14 +389,6 @@ class BrokerCore:
         A trainer that holds such a lane learns it from its next directive.
         """
         entry = self.entries[fingerprint]
-        if (
-            entry.phase in (LeasePhase.WAITING, LeasePhase.RETURNED)
-            and not entry.trials
-            and not entry.is_stopped
-        ):
+        is_unheld = entry.phase in (LeasePhase.WAITING, LeasePhase.RETURNED)
+        if is_unheld and not entry.trials and not entry.is_stopped:
             del self.entries[fingerprint], self.open_entries[fingerprint], self.configurations[fingerprint]
-
-
-def parse_trainer_name(trainer_id: str) -> str:
-    """Return the name in a trainer's id, which has the form NAME.INCARNATION."""
-    return trainer_id.partition(".")[0]

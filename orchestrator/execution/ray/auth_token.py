@@ -14,8 +14,10 @@ from pathlib import Path
 
 from orchestrator.util import atomic_files
 
-TOKEN_BYTES = 32  # of randomness, as in the tokens that Ray makes
-OTHER_USERS_MASK = 0o077  # the permissions of the group and of all other users
+TOKEN_BYTES = 32
+"""Random bytes in a token, as in those that Ray makes."""
+OTHER_USERS_MASK = 0o077
+"""The permissions of the group and of all other users."""
 
 
 def restrict_token_file(create_if_missing: bool) -> None:
@@ -25,7 +27,8 @@ def restrict_token_file(create_if_missing: bool) -> None:
     happens: Ray then reads or creates the file by itself.
 
     Args:
-        create: whether to create the file where it is missing, because a local Ray is about to start.
+        create_if_missing: Whether to create the file where it is missing, because a local Ray is about to
+            start.
     """
     with suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         path = Path.home() / ".ray" / "auth_token"
@@ -38,7 +41,7 @@ def restrict_token_file(create_if_missing: bool) -> None:
 
 
 def _ray_creates_token() -> bool:
-    """Tell whether Ray would create the file: no variable names a token or turns tokens off."""
+    """Return whether Ray would create the file: no variable gives a token or turns tokens off."""
     named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return not named and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token"
 
@@ -52,7 +55,7 @@ def _create_token_file(path: Path) -> None:
             file.write(secrets.token_hex(TOKEN_BYTES))
         try:
             atomic_files.link_if_absent(part, path)
-        except OSError:  # a file system without hard links; of a user's studies here one at a time starts Ray
+        except OSError:  # no hard links here; a lock lets one study at a time start Ray
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What an autoscaler may still start. `ray up` leaves its file on the head, which the autoscaler reads."""
+"""The nodes that an autoscaler may start, from the cluster file that `ray up` leaves on the head."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ CLUSTER_CONFIG_FILE = Path("~/ray_bootstrap_config.yaml")
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes of one type."""
+    """The nodes of one type in a cluster file."""
 
     name: str
     max_nodes: int
     node: Node | None
-    """One of them; None where the file does not say what it has (machines that are there already)."""
+    """Resources of one node; None if the file does not give them, as for existing machines."""
 
     @property
     def has_gpus(self) -> bool:
+        """Whether the nodes have GPUs, as far as the file says."""
         return self.node is not None and self.node.gpus > 0
 
 
 def adapt_options(options: StudyOptions) -> StudyOptions:
-    """The options of a study that joins a cluster whose autoscaler can start GPU nodes: it waits for them,
-    rather than train on the head. What is typed stays, and a rehearsal starts no machine unasked."""
+    """Return the options with defaults for a joined cluster whose autoscaler can start GPU nodes.
+
+    The study waits for such nodes instead of training on the head. Options that the user has set stay, and a
+    dry run starts no machine unless asked to.
+    """
     if runtime.running_cluster_address() is None or not any(
         kind.has_gpus for kind in load_node_types() or ()
     ):
@@ -44,7 +48,7 @@ def adapt_options(options: StudyOptions) -> StudyOptions:
 
 
 def load_node_types() -> tuple[NodeType, ...] | None:
-    """The kinds of nodes that may come; None on a node where no such file is."""
+    """Return the types of nodes that an autoscaler may start; None on a node without a cluster file."""
     import yaml
 
     try:
@@ -55,7 +59,10 @@ def load_node_types() -> tuple[NodeType, ...] | None:
 
 
 def parse_node_types(data: Mapping[str, Any]) -> tuple[NodeType, ...]:
-    """Of a cluster file: those with a number above 0, which `ray up` has filled in for all (0 for a head)."""
+    """Return the types in a cluster file that may have nodes.
+
+    `ray up` has filled in `max_workers` for every type, with 0 for a head.
+    """
     most = int(data.get("max_workers") or 0)
     found = []
     for name, kind in (data.get("available_node_types") or {}).items():
@@ -72,7 +79,7 @@ def _parse_node(resources: Mapping[str, Any]) -> Node | None:
 
 
 def worker_capacity(node_types: Sequence[NodeType], gpus_per_worker: float) -> int | None:
-    """Workers of trainers that have room on all nodes that may come; None where that is not known."""
+    """Return how many workers fit on all nodes that may be started, or None if that is unknown."""
     total = 0
     for kind in node_types:
         if kind.node is None:

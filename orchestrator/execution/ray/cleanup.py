@@ -1,11 +1,13 @@
-"""What a driver that is killed leaves of the Ray that it started, and its end.
+"""Ending of the processes that a killed driver leaves of the Ray which it started.
 
-A driver that dies by kill -9 cannot end its Ray. Most of that ends by itself, Ray's agents do not within a
-minute, and two Rays on one machine can end each other's Train runs. So a driver writes down its Ray's
-processes, and a guard beside it ends them once the driver is gone; the next driver does so, too, in case that
-the guard has died. A driver that is not killed ends what Ray's own shutdown leaves.
+A driver that dies by kill -9 cannot end its Ray. Most of Ray's processes then end by themselves, but its
+agents do not within a minute, and two Rays on one machine can end each other's Train runs. So a driver lists
+the processes of its Ray in a file. A second process, the guard, ends them once the driver is gone. The next
+driver does the same, in case the guard has died too. A driver that is not killed ends what Ray's own shutdown
+leaves.
 
-    python -m orchestrator.execution.ray.cleanup      the guard: waits for the end of its standard input
+    python -m orchestrator.execution.ray.cleanup      runs the guard, which waits for the end of its standard
+    input
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from orchestrator.util import atomic_files, timeouts
 from orchestrator.util.errors import UsageError
 
 ProcessIdentity = tuple[int, float]
-"""A process: its PID, and what `born` returns for it."""
+"""A process: its PID, and its start in seconds since the boot (`start_time_since_boot`)."""
 NO_PROCESS: ProcessIdentity = (0, -1.0)
-"""No process: in place of a driver that nobody knows."""
+"""Placeholder for the driver of an unreadable file."""
 
 
 def state_folder() -> Path:
-    """Return this user's folder in the temporary folder; it need not be there yet.
+    """Return this user's folder in the temporary folder, which may not exist yet.
 
     Raises:
-        BadInput: it is there, and it is not a folder of this user that nobody else can write to.
+        UsageError: The path exists and is not a folder that only this user can write to.
     """
     path = Path(tempfile.gettempdir(), f"lora-orchestrator-{os.getuid()}")
     with suppress(FileNotFoundError):
@@ -55,7 +57,7 @@ def _state_file() -> Path:
 
 
 def child_processes() -> frozenset[psutil.Process]:
-    """Return the processes that this process has started, and theirs."""
+    """Return all descendants of this process."""
     return frozenset(psutil.Process().children(recursive=True))
 
 
@@ -63,21 +65,19 @@ def record_processes(processes_before: Collection[psutil.Process] = ()) -> None:
     """Write this process and its Ray's processes to the file of this process.
 
     Args:
-        before: what `children` returned before Ray was started; these are not Ray's processes.
+        processes_before: The descendants before Ray was started, which are not Ray's processes.
     """
     rays = [
         process for process in child_processes() if process.is_running() and process not in processes_before
     ]
-    atomic_files.write_atomically(
-        _state_file(), serialize_processes([psutil.Process(), *rays]).encode()
-    )  # `end` may read it meanwhile
+    atomic_files.write_atomically(_state_file(), serialize_processes([psutil.Process(), *rays]).encode())
 
 
 def serialize_processes(processes: Sequence[psutil.Process]) -> str:
-    """Return the content of a file for `_read`.
+    """Return the content of a process list.
 
     Args:
-        processes: a driver, then its Ray's processes.
+        processes: A driver, then the processes of its Ray.
     """
     return json.dumps(
         {"boot": boot_id(), "processes": [(p.pid, start_time_since_boot(p)) for p in processes]}
@@ -85,7 +85,7 @@ def serialize_processes(processes: Sequence[psutil.Process]) -> str:
 
 
 def _read_processes(file: Path) -> list[ProcessIdentity]:
-    """Return the processes in a file; none where it is torn, or was written before the last boot."""
+    """Return the processes in a file; none if it is damaged or was written before the last boot."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(file.read_text())
         if found["boot"] == boot_id():
@@ -96,21 +96,21 @@ def _read_processes(file: Path) -> list[ProcessIdentity]:
 def start_time_since_boot(process: psutil.Process) -> float:
     """Return the seconds from the boot of the machine to the start of a process.
 
-    On Linux, setting the clock changes `create_time` and does not change this.
+    On Linux, setting the clock changes `psutil`'s `create_time` but not this value.
     """
-    began = psutil.boot_time()  # first: older versions of psutil use its last result in `create_time`
+    began = psutil.boot_time()  # first, since older versions of psutil use its last result in `create_time`
     return process.create_time() - began
 
 
 def boot_id() -> str:
-    """Return the id of the current boot of the machine; empty outside of Linux."""
+    """Return the id of the machine's current boot; empty outside of Linux."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _find_process(pid: int, started_since_boot: float) -> psutil.Process | None:
-    """Alive, or dead and not yet reaped."""
+    """Return the process, alive or dead and not yet reaped, or None."""
     with suppress(psutil.Error):
         process = psutil.Process(pid)
         if abs(start_time_since_boot(process) - started_since_boot) < 1.0:
@@ -127,21 +127,19 @@ def _find_running_process(pid: int, started_since_boot: float) -> psutil.Process
 
 
 def _shares_pid_namespace(pid: int) -> bool:
-    """Tell whether a process is in the same Linux PID namespace as this process.
+    """Return whether a process is in the Linux PID namespace of this process.
 
-    A process in a container is in another namespace. Its environment holds the PID of its raylet, which is
-    valid in that namespace only: in the namespace of this process, the same number belongs to an unrelated
-    process or to none.
+    The environment of a process in a container holds the PID of its raylet, which is valid in the namespace
+    of the container only. Here the same number belongs to an unrelated process or to none.
 
     Args:
-        pid: the process, as numbered in the namespace of this process.
+        pid: The process, as numbered in the namespace of this process.
 
     Returns:
-        True where both are in one namespace, on systems that have no PID namespaces, and for a process that
-        has ended meanwhile.
+        True if both share a namespace, on systems without PID namespaces, and for a process that has ended.
 
     Raises:
-        PermissionError: the process belongs to another user.
+        PermissionError: The process belongs to another user.
     """
     with suppress(FileNotFoundError):  # outside of Linux, or of a process that has ended
         return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
@@ -149,7 +147,11 @@ def _shares_pid_namespace(pid: int) -> bool:
 
 
 def end_orphaned_rays() -> None:
-    """End the processes of Rays whose driver is gone. Raises BadInput as `folder` does."""
+    """End the processes of Rays whose driver is gone.
+
+    Raises:
+        UsageError: The folder of the lists is not safe; see `state_folder`.
+    """
     for file in state_folder().glob("*.json"):
         driver, *rays = _read_processes(file) or [NO_PROCESS]
         if _find_running_process(*driver) is None:
@@ -158,18 +160,18 @@ def end_orphaned_rays() -> None:
 
 
 def _kill_processes(ray_processes: Sequence[ProcessIdentity]) -> None:
-    """End these processes, and the workers of raylets among them.
+    """Kill processes, and the workers of raylets among them.
 
-    A PID may belong to another process by now: such a process is left alone. Where nobody reaps dead
-    processes (the first process of many containers does not), the workers of a dead raylet take it for alive
-    and train on: they are found by the PID of the raylet in their environment.
+    A PID that belongs to another process by now is left alone. In containers whose first process does not
+    reap dead children, the workers of a dead raylet take it for alive and train on; they are found by their
+    raylet's PID in their environment.
     """
     raylets = {
         str(pid) for pid, born in ray_processes if not psutil.pid_exists(pid) or _find_process(pid, born)
     }
     doomed = [process for identity in ray_processes if (process := _find_running_process(*identity))]
     for process in psutil.process_iter() if ray_processes else ():
-        with suppress(psutil.Error):  # a worker knows its raylet by this variable, whoever adopted it
+        with suppress(psutil.Error):  # a worker keeps this variable when another process adopts it
             if process.environ().get("RAY_RAYLET_PID") in raylets and _shares_pid_namespace(process.pid):
                 doomed.append(process)
     for process in doomed:
@@ -179,7 +181,7 @@ def _kill_processes(ray_processes: Sequence[ProcessIdentity]) -> None:
 
 
 def kill_new_children(processes_before: Collection[psutil.Process]) -> None:
-    """End what runs below this process and did not `before`: a Ray whose start has failed."""
+    """Kill the descendants of this process that are new, such as those of a Ray that failed to start."""
     _kill_processes(
         [
             (process.pid, start_time_since_boot(process))
@@ -196,7 +198,7 @@ def cleanup_guard(processes_before: Collection[psutil.Process] = ()) -> Iterator
     process does so when it leaves the context.
 
     Args:
-        before: as for `write`.
+        processes_before: The descendants before Ray was started, which are not Ray's processes.
     """
     record_processes(processes_before)
     guard = subprocess.Popen(

@@ -170,8 +170,8 @@ class TrainerPool:
             return min(wanted, self.config.num_trainers - running)
         room = self.cluster.trainer_capacity(self.spec.gpus_per_worker, self.spec.workers_per_trainer)
         startable_now = min(wanted, room - running, free_trainers - unplaced)
-        # An autoscaler's nodes cost money. So the first trainer must be placed before more nodes are requested, and
-        # none is for lanes that a placed trainer is about to lease.
+        # An autoscaler's nodes cost money. So the first trainer must be placed before more are requested, and
+        # none is requested for lanes that a placed trainer is about to lease.
         more = max(0, self.config.autoscaler_capacity - room) if self.placed else 0
         lanes_about_to_be_leased = max(0, (running - unplaced) * lanes - training_lanes)
         useful_later = min(wanted, -(-(waiting_lanes - lanes_about_to_be_leased) // lanes) - unplaced)
@@ -213,8 +213,8 @@ class TrainerPool:
         if self.max_trainers < self.config.num_trainers:
             self.notify(
                 f"{self.max_trainers} trainers at most, not {self.config.num_trainers}: each keeps "
-                f"{CONTROLLER_BYTES / 2**30:g} GiB on the driver's node, half of whose {memory / 2**30:.0f} GiB "
-                "is for that; take a larger one, or more --lanes-per-trainer"
+                f"{CONTROLLER_BYTES / 2**30:g} GiB on the driver's node, half of whose {memory / 2**30:.0f} "
+                "GiB is for that; take a larger one, or more --lanes-per-trainer"
             )
 
     def _start_trainer(self) -> None:

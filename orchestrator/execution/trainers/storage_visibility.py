@@ -57,8 +57,8 @@ class StorageVisibility:
             self.can_see[node.id], reason = False, f" ({format_ray_error(error)})"
         if not self.can_see[node.id]:
             self.notify(
-                f"the node on {node.address} does not see this study's folder {self.folder}{reason}: it is not "
-                "counted; mount there what the other nodes have, and start Ray there again"
+                f"the node on {node.address} does not see this study's folder {self.folder}{reason}: it is "
+                "not counted; mount there what the other nodes have, and start Ray there again"
             )
 
 

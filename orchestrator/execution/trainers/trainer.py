@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MALLOC_ENVIRONMENT = {
-    # By default glibc returns large blocks to the system at every free. On a CPU, page faults on the next step would
-    # take a sixth of a small model's time.
+    # By default glibc returns large blocks to the system at every free. On a CPU, the page faults of the next
+    # step would take a sixth of a small model's time.
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
     "MALLOC_TOP_PAD_": str(2**26),
@@ -91,7 +91,8 @@ def train_loop_per_worker(config: Mapping[str, Any]) -> None:
     gpu = spec.uses_gpus
     if gpu and not torch.cuda.is_available():
         raise RuntimeError(
-            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install a torch for its driver"
+            f"Ray gave this trainer a GPU that torch {torch.__version__} cannot use; install a torch for its "
+            "driver"
         )
     device = get_device() if gpu else torch.device("cpu")  # `cuda:0` may be another worker's GPU
     if gpu:

@@ -1,4 +1,4 @@
-"""Tune's own early stopping, one scheduler a variant and task, so that each variant is tuned as far."""
+"""Early stopping with Tune's schedulers, one for each variant and task, so that all are tuned equally."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ from orchestrator.study.configuration import Configuration
 
 
 class PerVariantScheduler(LiveTrialFIFOScheduler):
-    """Passes whatever concerns a trial to the scheduler of its variant and task."""
+    """Scheduler that passes each call to the scheduler of the trial's variant and task.
+
+    Args:
+        scheduler: "asha", "hyperband" or "median".
+        cached: Fingerprints of known results, which are replayed; a search adds to them. They fill the rungs
+            that other trials are compared with, and are never stopped. Under Hyperband they are members of
+            brackets.
+    """
 
     _metric = "loss"
-    _supports_buffered_results = False  # every result is decided on before the lane goes on
+    _supports_buffered_results = False  # each result needs a decision before the lane trains on
 
     def __init__(self, scheduler: str, cached: Collection[str] = ()) -> None:
-        """`known`: fingerprints of results that are replayed. They fill the rungs that the others are
-        measured by, and nothing is decided about them; a search adds to them. (Under Hyperband they are
-        members of brackets.)"""
         super().__init__()
         self.scheduler, self.cached = scheduler, () if scheduler == "hyperband" else cached
         self.schedulers: dict[tuple[str, str], Any] = {}
-        self.scheduler_of_trial: dict[
-            str, tuple[Any, bool]
-        ] = {}  # trial -> its scheduler, whether it is known
+        self.scheduler_of_trial: dict[str, tuple[Any, bool]] = {}
+        """The scheduler of a trial, and whether its result is known."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Give the trial to the scheduler of its variant and task, which is created for its first trial."""
         super().on_trial_add(tune_controller, trial)
         configuration = Configuration.from_json(trial.config["configuration"])
         variant_key = (configuration.task.name, configuration.variant.name)
@@ -54,38 +58,49 @@ class PerVariantScheduler(LiveTrialFIFOScheduler):
         self.schedulers[variant_key].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return the scheduler's decision; a known result is noted and always continues."""
         scheduler, is_cached = self.scheduler_of_trial[trial.trial_id]
         if not is_cached:
             return scheduler.on_trial_result(tune_controller, trial, result)
-        # As if it were complete at each of its results: these are noted and not decided on.
+        # Schedulers note the result of a completed trial without a decision.
         scheduler.on_trial_complete(tune_controller, trial, result)
         scheduler.on_trial_add(tune_controller, trial)
         return TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Pass the call on."""
         self.scheduler_of_trial[trial.trial_id][0].on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass the call on."""
         self.scheduler_of_trial[trial.trial_id][0].on_trial_error(tune_controller, trial)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Pass the call on."""
         self.scheduler_of_trial[trial.trial_id][0].on_trial_remove(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Only Hyperband has a choice of its own, for its paused trials: the first that any of them wants to
-        run. The others take trials as they come."""
+        """Return the trial to start next.
+
+        Under Hyperband it is the first that any of the schedulers chooses, since it decides which paused
+        trials go on. Other schedulers take trials in their order of arrival.
+        """
         if self.scheduler != "hyperband":
             return super().choose_trial_to_run(tune_controller)
         chosen = (scheduler.choose_trial_to_run(tune_controller) for scheduler in self.schedulers.values())
         return next((trial for trial in chosen if trial is not None), None)
 
     def debug_string(self) -> str:
+        """Return one line per variant and task."""
         return "\n".join(f"{group}: {each.debug_string()}" for group, each in self.schedulers.items())
 
 
 class _HyperBand(HyperBandScheduler):
-    """Ray 2.60 marks a bracket as being processed and never takes the mark off. A trial that ends by itself
-    (a lane that diverged) once its bracket was halved then no longer lets the paused ones of it go on."""
+    """HyperBand without a fault of Ray 2.60, which never clears the mark of a bracket being processed.
+
+    With the mark, a trial that ends by itself (a diverged lane) after its bracket was halved would leave the
+    paused trials of the bracket paused for ever.
+    """
 
     def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
         try:
@@ -95,7 +110,7 @@ class _HyperBand(HyperBandScheduler):
 
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
-    """Lanes that come to their end end by themselves: no scheduler stops the last."""
+    """Return Tune's scheduler for one variant and task; it never stops a lane at its last step."""
     steps, first = configuration.schedule.steps, first_rung(configuration)
     loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "asha":
@@ -109,7 +124,7 @@ def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
             stop_last_trials=False,
         )
     if name == "median":
-        never: Any = inf  # a trial that yields to others would cost a process and free no lane
+        never: Any = inf  # pausing a trial in favour of others would cost a process and free no lane
         return MedianStoppingRule(
             "step", **loss, grace_period=first, min_samples_required=MIN_SAMPLES, min_time_slice=never
         )
