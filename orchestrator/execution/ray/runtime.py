@@ -162,9 +162,9 @@ def running_cluster_address() -> str | None:
         if found and is_listening(host, int(port)):
             if owner not in (0, os.getuid()):
                 raise UsageError(
-                    f"{file_path} announces a Ray cluster of another user (user id {owner}), which is joined "
-                    f"on request only; set RAY_ADDRESS={found} to join it, or TMPDIR to a folder of your own to "
-                    "start Ray here."
+                    f"{file_path} announces a Ray cluster of another user (user id {owner}), which is "
+                    f"joined on request only; set RAY_ADDRESS={found} to join it, or TMPDIR to a folder of "
+                    "your own to start Ray here."
                 )
             return found
     return None
