@@ -28,8 +28,11 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.util.command import main
 
 if TYPE_CHECKING:
+    from simulated_curves import SimulationPlan
+
     from orchestrator.execution.ray.runtime import Cluster
     from orchestrator.record.schema import Record
+    from orchestrator.study.configuration import Configuration
 
 TRAINERS, LANES_PER_TRAINER = 2, 4  # those of a dry run on two cores
 
@@ -130,12 +133,6 @@ def _replay(
     evaluations: int,
 ) -> dict[str, Any]:
     """Replay one study under `scheduler` and compare it with the full grid of the same rates."""
-    import shutil
-
-    from simulated_training import PoolSize, SimulationPlan, train_simulated
-
-    from orchestrator.record.store import Store
-
     grid = sorted({_learning_rate(record) for record in full_records})
     grid = grid[:: max(1, len(grid) // rates)]
     grid_records = [record for record in full_records if _learning_rate(record) in grid]
@@ -143,35 +140,13 @@ def _replay(
     configurations = [replace(record.configuration, evaluations=evaluations) for record in grid_records]
     started = time.monotonic()
     if cluster is None:
-        from simulated_schedulers import simulate_scheduler
-
-        from orchestrator.study.grid import training_order
-
-        records_by_fingerprint = {
-            point.fingerprint: record for point, record in zip(configurations, grid_records, strict=True)
-        }
-        replayed_records = simulate_scheduler(
-            scheduler,
-            training_order(configurations, LANES_PER_TRAINER),
-            records_by_fingerprint,
-            TRAINERS * LANES_PER_TRAINER,
-            options.loss_window,
-        )
-        steps = sum(record.steps for record in replayed_records)
+        steps, records = _simulate(options, configurations, grid_records, scheduler)
     else:
+        from simulated_curves import SimulationPlan
+
+        plan = SimulationPlan(str(options.store.resolve()), stored_evaluations, options.loss_window)
         folder = options.output / f"{rates}-{scheduler}-{evaluations}"
-        shutil.rmtree(folder, ignore_errors=True)  # of a replay that was interrupted
-        store, plan = (
-            Store(folder),
-            SimulationPlan(str(options.store.resolve()), stored_evaluations, options.loss_window),
-        )
-        pool_size = PoolSize(TRAINERS, LANES_PER_TRAINER)
-        steps = train_simulated(configurations, scheduler, cluster, pool_size, store, plan)
-        replayed_records = [
-            record for point in configurations if (record := store.get(point.fingerprint)) is not None
-        ]
-        shutil.rmtree(folder)
-    seconds = time.monotonic() - started
+        steps, records = _train(configurations, scheduler, cluster, plan, folder)
     return {
         "rates": rates,
         "scheduler": scheduler,
@@ -179,13 +154,54 @@ def _replay(
         "without_ray": options.without_ray,
         "loss_window": options.loss_window if evaluations > stored_evaluations else 0,
         "configurations": len(configurations),
-        "missing": len(configurations) - len(replayed_records),
-        "states": dict(Counter(record.state for record in replayed_records)),
-        "seconds": round(seconds),
+        "missing": len(configurations) - len(records),
+        "states": dict(Counter(record.state for record in records)),
+        "seconds": round(time.monotonic() - started),
         "steps": steps,
         "share": steps / sum(record.steps for record in grid_records),
-        "variants": _summarize_variants(grid, grid_records, replayed_records),
+        "variants": _summarize_variants(grid, grid_records, records),
     }
+
+
+def _simulate(
+    options: Options, configurations: Sequence[Configuration], grid_records: Sequence[Record], scheduler: str
+) -> tuple[int, list[Record]]:
+    """Apply the scheduler in this process. Returns the steps and the records of the study."""
+    from simulated_schedulers import simulate_scheduler
+
+    from orchestrator.study.grid import training_order
+
+    pairs = zip(configurations, grid_records, strict=True)
+    records = simulate_scheduler(
+        scheduler,
+        training_order(configurations, LANES_PER_TRAINER),
+        {configuration.fingerprint: record for configuration, record in pairs},
+        TRAINERS * LANES_PER_TRAINER,
+        options.loss_window,
+    )
+    return sum(record.steps for record in records), records
+
+
+def _train(
+    configurations: Sequence[Configuration],
+    scheduler: str,
+    cluster: Cluster,
+    plan: SimulationPlan,
+    folder: Path,
+) -> tuple[int, list[Record]]:
+    """Run the study on the cluster, with a store in `folder`. Returns its steps and its records."""
+    import shutil
+
+    from simulated_training import PoolSize, train_simulated
+
+    from orchestrator.record.store import Store
+
+    shutil.rmtree(folder, ignore_errors=True)  # of a replay that was interrupted
+    store, pool_size = Store(folder), PoolSize(TRAINERS, LANES_PER_TRAINER)
+    steps = train_simulated(configurations, scheduler, cluster, pool_size, store, plan)
+    records = [record for c in configurations if (record := store.get(c.fingerprint)) is not None]
+    shutil.rmtree(folder)
+    return steps, records
 
 
 def _summarize_variants(

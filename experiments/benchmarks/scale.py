@@ -175,7 +175,8 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
 
 def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
-    from simulated_training import PoolSize, SimulationPlan, train_simulated
+    from simulated_curves import SimulationPlan
+    from simulated_training import PoolSize, train_simulated
 
     from orchestrator.execution.ray.runtime import Cluster, Node
 

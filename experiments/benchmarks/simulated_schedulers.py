@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulated_training import add_estimated_losses, curve_from_record
+from simulated_curves import add_estimated_losses, curve_from_record
 
 from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.execution.tune.early_stopping import PerVariantScheduler

@@ -8,150 +8,38 @@ The other scripts of this folder import this module.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import random
-import statistics
 import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from simulated_curves import (
+    SimulatedCurve,
+    SimulationPlan,
+    add_estimated_losses,
+    curve_from_record,
+    synthetic_curve,
+)
 
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.checkpoint import Checkpoint
 from orchestrator.finetune.engine.engine import Engine
 from orchestrator.finetune.engine.lane import BackwardResult, Lane
 from orchestrator.finetune.engine.lane_source import LaneSource
-from orchestrator.finetune.engine.lane_state import evaluation_steps
 from orchestrator.finetune.evaluation.evaluate import EvaluationResult
-from orchestrator.record.schema import ItemResults, Record
+from orchestrator.record.schema import ItemResults
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from variants import catalogue
 
 if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
-
-PLAN_FILE = "simulation.json"
-SPLITS = ("validation", "test")
-UNTRAINED_LOSS = 2.5
-"""Loss of the untrained synthetic model, in nats per token."""
-
-
-@dataclass(frozen=True)
-class SimulationPlan:
-    """Where the curves of a simulation come from, and how long its steps take."""
-
-    store: str = ""
-    """Folder of the records whose curves are replayed. Empty: synthetic curves."""
-    evaluations: int | None = None
-    """Evaluations of each replayed configuration. Default: those of the simulated configuration."""
-    loss_window: int = 0
-    """Training steps whose mean loss replaces a validation loss that the replayed record lacks. 0: a missing
-    loss is an error."""
-    seconds_per_step: float = 0.0
-    """Duration of one step of a lane group, in seconds."""
-
-    def write(self, store: Store) -> None:
-        """Write the plan into the folder of `store`, where `read` finds it."""
-        (store.root / PLAN_FILE).write_text(json.dumps(asdict(self)) + "\n")
-
-    @classmethod
-    def read(cls, store: Any) -> SimulationPlan:
-        """Return the plan in the folder of `store`. Raises OSError when there is none."""
-        return cls(**json.loads((store.root / PLAN_FILE).read_text()))
-
-    def stored_configuration(self, configuration: Configuration) -> Configuration:
-        """Return the configuration whose record is replayed for `configuration`."""
-        return replace(configuration, evaluations=self.evaluations or configuration.evaluations)
-
-
-@dataclass(frozen=True)
-class SimulatedCurve:
-    """The whole training of one configuration."""
-
-    losses: Sequence[float]
-    """Training loss of each step."""
-    gradient_norms: Sequence[float]
-    """Gradient norm of each step."""
-    scores: Mapping[tuple[int, str], Mapping[str, float]]
-    """(step, split) -> metric -> score."""
-    untrained: Mapping[str, Mapping[str, float]]
-    """Split -> metric -> score of the untrained model."""
-    tokens_per_step: int = 0
-    items: Mapping[str, ItemResults] = field(default_factory=dict)
-    """Split -> results of its examples after the last step."""
-
-
-def curve_from_record(record: Record) -> SimulatedCurve:
-    """Return the curve that `record` holds."""
-    return SimulatedCurve(
-        losses=[step.loss for step in record.curve],
-        gradient_norms=[step.gradient_norm for step in record.curve],
-        scores={(e.step, e.split): e.scores for e in record.evaluations},
-        untrained=record.untrained,
-        tokens_per_step=record.cost.tokens // max(1, len(record.curve)),
-        items=record.items,
-    )
-
-
-def add_estimated_losses(
-    curve: SimulatedCurve, configuration: Configuration, loss_window: int
-) -> SimulatedCurve:
-    """Add a validation loss at each step at which `configuration` is evaluated and `curve` has none.
-
-    Args:
-        curve: The curve of a record with fewer evaluations.
-        configuration: The configuration to be simulated.
-        loss_window: The added loss is the mean training loss of this many steps before the evaluation.
-
-    Returns:
-        The curve with the added losses. Their metric is the task's floor, because no score is known.
-    """
-    due = evaluation_steps(configuration.schedule.steps, configuration.evaluations)
-    scores = dict(curve.scores)
-    for step in due:
-        if step <= len(curve.losses):
-            loss = statistics.fmean(curve.losses[max(0, step - loss_window) : step])
-            estimate = {"loss": loss, configuration.task.metric: configuration.task.floor}
-            scores.setdefault((step, "validation"), estimate)
-    return replace(curve, scores=scores)
-
-
-def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
-    """Return a curve whose loss is a smooth function of the logarithm of the learning rate.
-
-    Each variant has a best rate of its own, each configuration its own noise. Above ten times the best rate,
-    the loss grows with every step, as in a training that diverges.
-    """
-    best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
-    log_distance = math.log10(configuration.optimizer.learning_rate) - best
-    gain = math.exp(-(log_distance**2) / 0.5)
-    steps, noise = configuration.schedule.steps, random.Random(configuration.fingerprint)
-
-    def loss(step: int) -> float:
-        if log_distance > 1.0:
-            return UNTRAINED_LOSS * (1.0 + step)
-        progress = 1.0 - math.exp(-4.0 * step / steps)
-        return UNTRAINED_LOSS * (1.0 - 0.95 * gain * progress) * math.exp(noise.gauss(0.0, 0.02))
-
-    def scores(loss: float) -> dict[str, float]:
-        return {"loss": loss, configuration.task.metric: max(0.0, 1.0 - loss / UNTRAINED_LOSS)}
-
-    due = evaluation_steps(steps, configuration.evaluations)
-    return SimulatedCurve(
-        losses=[loss(step) for step in range(steps)],
-        gradient_norms=[2.0] * steps,
-        scores={(step, split): scores(loss(step)) for step in due for split in SPLITS},
-        untrained=dict.fromkeys(SPLITS, scores(UNTRAINED_LOSS)),
-    )
 
 
 class _SimulatedAdapters:

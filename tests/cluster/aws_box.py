@@ -1,9 +1,8 @@
-"""AWS in a box: moto's server in a lab, where each machine that runs is a host of the lab.
+"""A simulated AWS: moto's server in a lab, with a host of the lab for each running machine.
 
-moto answers as AWS does and starts nothing. What is missing is done here: a new machine gets a host at its
-address, with the image that these tests have, the key pair's public half, and a metadata service with its
-role's keys; one that runs no longer has its host killed. moto enforces no rights: who asked for what is
-recorded.
+moto answers like AWS and starts no machines. This module adds them: a new machine gets a host at its address,
+with an image of these tests, the public key of its key pair, and a metadata service with its role's keys.
+The host of a machine that has ended is killed. moto enforces no rights, so all requests are recorded.
 """
 
 from __future__ import annotations
@@ -27,36 +26,40 @@ from lab import POSTGRESQL, Host, Lab
 
 REGION = "us-west-2"
 METADATA = "169.254.169.254"
-USER = "somebody"  # the access key of whoever types `ray up`
+USER = "somebody"  # the access key of the user who runs `ray up`
 PORT = 5555
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asked of AWS."""
+    """A request to AWS."""
 
     key: str
-    """The access key it is signed with."""
+    """The access key with which it is signed."""
     service: str
     action: str
     parameters: dict[str, str] = field(hash=False)
 
 
 @dataclass
-class Running:
-    """A machine that AWS runs."""
+class RunningMachine:
+    """A running machine."""
 
     host: Host
     metadata: Service
     role: str
     key: str
-    """The access key that its metadata service gives."""
+    """The access key that its metadata service returns."""
 
 
 class Account:
-    """From when it is made until `close`. A host's name is the end of its machine's id; `image` makes it
-    what a machine of a node type of Ray's is after its boot."""
+    """An AWS account, which exists until `close`. The name of a host is the end of its machine's id.
+
+    Args:
+        lab: The lab that gets the hosts.
+        image: Prepares a host like a booted machine of a node type of Ray's.
+    """
 
     def __init__(self, lab: Lab, image: Callable[[Host, str], None]) -> None:
         self.url = f"http://{lab.address}:{PORT}"
@@ -66,25 +69,25 @@ class Account:
             "AWS_SECRET_ACCESS_KEY": "none",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
-        """Of whoever types `ray up`."""
-        self.machines: dict[str, Running] = {}
+        """The environment of the user who runs `ray up`."""
+        self.machines: dict[str, RunningMachine] = {}
         self.keys: dict[str, str] = {USER: "user"}
-        """Role, by access key."""
+        """Access key -> role."""
         self._lab, self._image = lab, image
         self._network = lab.network()
         self._clients: dict[str, Any] = {}
-        self._end, self._lock, self._trouble = threading.Event(), threading.RLock(), ""
+        self._closing, self._lock, self._error = threading.Event(), threading.RLock(), ""
         recording = {"MOTO_ENABLE_RECORDING": "true", "MOTO_RECORDER_FILEPATH": "/tmp/requests"}
         with lab.path("/tmp/moto.log").open("wb") as log:
             self._server = lab.start(
                 "moto_server", "-H", lab.address, "-p", str(PORT), output=log, **recording
             )
-        self._await_server()
-        self._agent = threading.Thread(target=self._follow, daemon=True)
+        self._wait_for_server()
+        self._agent = threading.Thread(target=self._update_hosts, daemon=True)
         self._agent.start()
 
     def client(self, service: str) -> Any:
-        """boto3's, of the user; it works from any thread."""
+        """Return the user's boto3 client of a service, usable from any thread."""
         if service not in self._clients:
             session = boto3.Session(aws_access_key_id=USER, aws_secret_access_key="none", region_name=REGION)
             make = self._network.submit(session.client, service, endpoint_url=self.url)
@@ -92,37 +95,37 @@ class Account:
         return self._clients[service]
 
     def instances(self, *states: str) -> list[dict[str, Any]]:
-        """All that were ever started, or those in one of these states."""
+        """Return all machines that were ever started, or those in one of these states."""
         answer = self.client("ec2").describe_instances()["Reservations"]
         found = [instance for reservation in answer for instance in reservation["Instances"]]
         return [i for i in found if not states or i["State"]["Name"] in states]
 
-    def of_type(self, name: str) -> dict[str, Running]:
-        """The machines of a node type of Ray's that run now and have a host."""
+    def of_type(self, name: str) -> dict[str, RunningMachine]:
+        """Return the running machines of a node type of Ray's: id -> machine."""
         self.check()
         ids = {i["InstanceId"] for i in self.instances("running") if tags(i)["ray-user-node-type"] == name}
         return {key: machine for key, machine in dict(self.machines).items() if key in ids}
 
     def give_notice(self, instance_id: str, seconds: float) -> None:
-        """AWS will take it away."""
+        """Announce that AWS will take the spot machine back."""
         self.machines[instance_id].metadata.give_notice(seconds)
 
     def take_away(self, instance_id: str) -> None:
-        """With a notice before or without: its host is dead when this comes back."""
+        """Terminate a machine, and kill its host before returning."""
         with self._lock:
             self._kill(instance_id)
             self.client("ec2").terminate_instances(InstanceIds=[instance_id])
 
     def requests(self) -> list[Request]:
-        """All so far, in order."""
+        """Return all requests so far, in order."""
         return [_read(line) for line in self._lab.path("/tmp/requests").read_text().splitlines()]
 
     def check(self) -> None:
-        """Raises AssertionError when a machine could not be had."""
-        assert not self._trouble, self._trouble
+        """Raise AssertionError if a machine could not be started."""
+        assert not self._error, self._error
 
     def close(self) -> None:
-        self._end.set()
+        self._closing.set()
         self._agent.join()
         for machine in self.machines.values():
             machine.metadata.close()
@@ -130,18 +133,18 @@ class Account:
         os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
 
-    def _await_server(self) -> None:
-        def listens() -> bool:
+    def _wait_for_server(self) -> None:
+        def is_listening() -> bool:
             assert self._server.poll() is None, log()
             return not self._lab.run("bash", "-c", f"echo > /dev/tcp/{self._lab.address}/{PORT}", check=False)
 
         def log() -> str:
             return self._lab.path("/tmp/moto.log").read_text()
 
-        until(listens, log)
+        until(is_listening, log)
 
-    def _follow(self) -> None:
-        while not self._end.wait(LOOK_SECONDS):
+    def _update_hosts(self) -> None:
+        while not self._closing.wait(POLL_SECONDS):
             try:
                 with self._lock:
                     running = {i["InstanceId"]: i for i in self.instances("running")}
@@ -150,13 +153,13 @@ class Account:
                     for instance_id in self.machines.keys() - running.keys():
                         self._kill(instance_id)
             except Exception:
-                self._trouble = traceback.format_exc()
-                print(self._trouble, flush=True)
-                # So that nobody waits for a machine that will not come.
+                self._error = traceback.format_exc()
+                print(self._error, flush=True)
+                # End the server, so that no test waits for a machine that cannot start.
                 os.killpg(self._server.pid, signal.SIGKILL)
                 return
 
-    def _boot(self, instance: dict[str, Any]) -> Running:
+    def _boot(self, instance: dict[str, Any]) -> RunningMachine:
         host = self._lab.host(instance["InstanceId"][-8:], instance["PrivateIpAddress"], empty=POSTGRESQL)
         role, rights = self._rights(instance)
         metadata = metadata_service(host)
@@ -164,10 +167,10 @@ class Account:
         self._image(host, tags(instance)["ray-user-node-type"])
         pair = self.client("ec2").describe_key_pairs(KeyNames=[instance["KeyName"]], IncludePublicKey=True)
         host.path("/root/.ssh/authorized_keys").write_text(pair["KeyPairs"][0]["PublicKey"].strip() + "\n")
-        return Running(host, metadata, role, rights["AccessKeyId"])
+        return RunningMachine(host, metadata, role, rights["AccessKeyId"])
 
     def _rights(self, instance: dict[str, Any]) -> tuple[str, dict[str, str]]:
-        """Its role, and what the metadata service answers for it."""
+        """Return the machine's role, and the keys that its metadata service returns."""
         name = instance["IamInstanceProfile"]["Arn"].rpartition("/")[2]
         profile = self.client("iam").get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
         (role,) = profile["Roles"]
@@ -186,7 +189,7 @@ class Account:
 
 
 def metadata_service(host: Host) -> Service:
-    """What answers there at the address that EC2's metadata service has."""
+    """Start a metadata service on the host, at the address of EC2's."""
     host.run("ip", "address", "add", f"{METADATA}/32", "dev", "lo")
     network = host.network()
     service = network.submit(Service, 80, METADATA).result()
@@ -195,7 +198,7 @@ def metadata_service(host: Host) -> Service:
 
 
 class _Client:
-    """A client of boto3's whose requests leave from another thread."""
+    """A boto3 client that sends its requests from a thread in the lab's network."""
 
     def __init__(self, client: Any, thread: ThreadPoolExecutor) -> None:
         self._client, self._thread = client, thread

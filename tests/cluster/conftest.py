@@ -1,4 +1,4 @@
-"""What the tests of the check share."""
+"""Fixtures of the cluster tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = Path(__file__).parents[1] / "finetune" / "words_task.py"
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all nodes see: a tiny model, a task, and room for a store."""
+    """A folder that all nodes see, with a tiny model and a task."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -37,14 +37,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def can_have_a_lab() -> None:
-    """Skips where namespaces cannot be made, and says what it takes."""
+    """Skip where namespaces cannot be created, with the requirements as the reason."""
     if reason := machines.missing_requirements():
         pytest.skip(reason)
 
 
 @pytest.fixture
 def lab(can_have_a_lab: None, tmp_path: Path) -> Iterator[machines.Lab]:
-    """A network of this test's own, whose hosts share `tmp_path/shared`. Fails when it leaves anything."""
+    """A lab whose hosts share `tmp_path/shared`. The test fails if processes or mounts are left."""
     folder = tmp_path / "shared"
     folder.mkdir()
     with machines.Lab(read_only=[machines.ROOT], shared=folder) as network:

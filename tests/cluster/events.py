@@ -1,4 +1,4 @@
-"""Waiting for events, and a port that stays the test's own."""
+"""Waiting for events, and reserving a port for a test."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LIMIT_SECONDS = 240.0
-"""Ends a wait that would never end. No test depends on its length."""
+"""Limit of every wait. No test depends on its length."""
 PAUSE_SECONDS = 0.1
 
 
 def until(
-    what: Callable[[], object], otherwise: Callable[[], object] = str, seconds: float = LIMIT_SECONDS
+    condition: Callable[[], object], otherwise: Callable[[], object] = str, seconds: float = LIMIT_SECONDS
 ) -> None:
-    """Wait until `what()` is true.
+    """Wait until the condition is true.
 
     Args:
-        what: the event.
-        otherwise: what the error says when the event has not happened.
-        seconds: when to give up.
+        condition: The condition.
+        otherwise: Returns the details of the error if the time is over.
+        seconds: The time limit.
     """
     deadline = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < deadline, f"this has not happened within {seconds:g} s\n{otherwise()}"
         time.sleep(PAUSE_SECONDS)
 
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """Yield a port of 127.0.0.1 that no other process is given meanwhile.
+    """Yield a port of 127.0.0.1 that the system gives to no other process meanwhile.
 
     The port is bound and does not listen: connections to it are refused. A server that sets SO_REUSEADDR, as
     those of http.server do, can still listen on it, and again after it has been closed.

@@ -1,7 +1,7 @@
-"""The letters task, small, for studies that must not end before a test says so.
+"""A small letters task for studies that must not end before the test lets them.
 
-A lane goes on alone to its first checkpoint, then waits for the file `go` beside this one. Where the file
-`slow-HOST` is there, lanes on that host take steps meanwhile, too few to end within any test.
+A lane trains to its first checkpoint and waits for the file `go` beside this file. Where the file `slow-HOST`
+exists, lanes on that host take slow steps meanwhile, too few to end during any test.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HeldLetters(Letters):
     )
 
     def pretrain_recipe(self) -> str:
-        return ""  # its model is given
+        return ""  # the test provides the model
 
 
 def hold(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -11,16 +11,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Service:
-    """Answers on a free port, or the one given; may be told to forget its tokens, to give a notice, to go."""
+    """The server. Tests make it forget its tokens, give a notice, or close.
+
+    Args:
+        port: Default: a free port.
+        address: The address on which it listens.
+    """
 
     def __init__(self, port: int = 0, address: str = "127.0.0.1") -> None:
         self.tokens: set[str] = set()
         self.rights: dict[str, str] = {}
-        """Role -> the answer with its keys, of a machine with an instance profile."""
+        """Role -> response with its keys, for a machine with an instance profile."""
         self.notice: str | None = None
         self.status: int | None = None
-        """What every request is answered with, when set."""
-        self.asked: list[str] = []
+        """Status of every response; None: the regular one."""
+        self.requested_paths: list[str] = []
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,7 +38,7 @@ class Service:
                 self._answer(200, token)
 
             def do_GET(self) -> None:
-                service.asked.append(self.path)
+                service.requested_paths.append(self.path)
                 if self.headers.get("X-aws-ec2-metadata-token") not in service.tokens:
                     return self._answer(401)
                 text = service.text(self.path)
@@ -42,7 +47,7 @@ class Service:
             def _answer(self, status: int, text: str = "") -> None:
                 self.send_response(service.status or status)
                 self.end_headers()
-                with suppress(BrokenPipeError):  # the machine that asked has been killed
+                with suppress(BrokenPipeError):  # the requesting machine has been killed
                     self.wfile.write(text.encode())
 
             def log_message(self, *_: object) -> None:
@@ -55,7 +60,7 @@ class Service:
         serve.start()
 
     def text(self, path: str) -> str | None:
-        """What is there, or None."""
+        """Return the metadata at a path, or None."""
         kind, _, name = path.removeprefix("/latest/meta-data/").partition("/")
         if (kind, name) == ("spot", "instance-action"):
             return self.notice
@@ -65,7 +70,7 @@ class Service:
         return None
 
     def give_notice(self, seconds: float, action: str = "terminate") -> int:
-        """Return the time that the notice names, in seconds since the epoch."""
+        """Give a notice. Returns the announced end in seconds since the epoch."""
         at = int(time.time() + seconds)
         named = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
         self.notice = json.dumps({"action": action, "time": named})

@@ -1,4 +1,4 @@
-"""Plants secrets, and looks for them in files."""
+"""Secrets that tests plant, and the search for them in files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 
 
 def planted(*names: str) -> dict[str, str]:
+    """Return a new secret for each name."""
     return {name: f"pl4nted{secrets.token_hex(16)}" for name in names}
 
 
 def forms(values: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """What to look for: each value as it is, and as HTTP's basic authentication sends it."""
+    """Yield each secret as it is, and as HTTP's basic authentication encodes it."""
     for name, value in values.items():
         yield name, value.encode()
         yield name, base64.b64encode(f"me:{value}".encode())
 
 
 def contents(path: Path) -> Iterator[bytes]:
-    """A file's bytes, and what is packed in them: a database's long values lie in pieces, columns of Parquet
-    are compressed."""
+    """Yield a file's bytes and unpacked content: databases split long values, Parquet compresses columns."""
     raw = path.read_bytes()
     yield raw
     if raw.startswith(b"\x1f\x8b"):
@@ -43,12 +43,12 @@ def contents(path: Path) -> Iterator[bytes]:
 
 
 def found(values: Mapping[str, str], *folders: Path) -> list[str]:
-    """Which value is in which file."""
+    """Return "name: path" for each secret in a file of the folders."""
     hits = []
     for path in (p for folder in folders for p in folder.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
-        with suppress(FileNotFoundError):  # another's of this machine, which has just gone
+        with suppress(FileNotFoundError):  # a file of another process, which has just been deleted
             for name in {name for data in contents(path) for name, form in forms(values) if form in data}:
                 hits.append(f"{name}: {path}")
     return sorted(hits)

@@ -1,4 +1,4 @@
-"""Deploys the project's stack where moto stands for AWS."""
+"""Deploy the project's stack to moto."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TAG = {"Key": "project", "Value": "lora-orchestrator"}
 
 
 def deploy(client: Callable[[str], Any], ssh_from: str = SSH_FROM) -> None:
-    """As docs/cluster.md says. `client`: boto3's client of a service."""
+    """Deploy as docs/cluster.md says. `client` returns boto3's client of a service."""
     image = client("ec2").describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
     client("ssm").put_parameter(Name="/test/image", Value=image, Type="String")
-    # moto knows no image by AWS's public parameters.
+    # moto lacks AWS's public parameters with the images.
     body = re.sub(r"Default: /aws/service/\S+", "Default: /test/image", STACK.read_text())
     client("cloudformation").create_stack(
         StackName="lora-orchestrator",

@@ -1,7 +1,7 @@
-"""The letters task for the test of secrets: what a user's code may do that knows some.
+"""A letters task whose code prints secrets, as a user's code may do.
 
-Lanes of rates above 1e-2 fail, with an error that says every secret of the environment, and the address of a
-server with a password in it, as drivers of databases do. Lanes wait for the file TEST_GO.
+Lanes with rates above 1e-2 fail with an error that has every secret of the environment, and a server's
+address with a password, as errors of database drivers have. All lanes wait for the file TEST_GO.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class TalkativeLetters(Letters):
     defaults = replace(Letters.defaults, steps=12, evaluations=2, validation_size=50, test_size=50)
 
     def pretrain_recipe(self) -> str:
-        return ""  # it trains on the letters task's base and has none of its own
+        return ""  # it uses the base model of the letters task
 
 
 def wait_and_fail(optimizer: Any, args: Any, kwargs: Any) -> None:
     while not Path(os.environ["TEST_GO"]).exists():
         time.sleep(0.05)
     if optimizer.param_groups[0]["lr"] > 1e-2:
-        said = " ".join(f"{name}={os.environ[name]}" for name in SECRETS)
-        raise ConnectionError(f"cannot reach {os.environ['TEST_SERVER']} with {said}")
+        secrets = " ".join(f"{name}={os.environ[name]}" for name in SECRETS)
+        raise ConnectionError(f"cannot reach {os.environ['TEST_SERVER']} with {secrets}")
 
 
 if "TEST_SERVER" in os.environ:

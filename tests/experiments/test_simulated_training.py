@@ -23,8 +23,9 @@ BENCHMARKS = ROOT / "experiments" / "benchmarks"
 sys.path[:0] = [str(BENCHMARKS), str(ROOT / "tests" / "finetune")]
 
 from scripted import Queue, Script, configuration, leases, train  # noqa: E402  (needs the paths above)
+from simulated_curves import SimulationPlan, synthetic_curve  # noqa: E402
 from simulated_schedulers import simulate_scheduler  # noqa: E402
-from simulated_training import SimulatedEngine, SimulationPlan, synthetic_curve  # noqa: E402
+from simulated_training import SimulatedEngine  # noqa: E402
 
 
 def simulate(source: Any, store: Store, plan: SimulationPlan, **options: Any) -> None:

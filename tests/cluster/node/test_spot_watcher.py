@@ -97,7 +97,7 @@ def test_nothing_happens_without_a_notice(service: Service) -> None:
     ray = FakeRay(A)
     state, pause = ray.poll(WatcherState(), MetadataClient(service.url))
     assert (state, pause, ray.requests, ray.log) == (WatcherState(), timeouts.SPOT_POLL_SECONDS, [], [])
-    assert service.asked == ["/latest/meta-data/spot/instance-action"]
+    assert service.requested_paths == ["/latest/meta-data/spot/instance-action"]
 
 
 def test_a_notice_drains_the_node_with_the_seconds_that_are_left(service: Service) -> None:
@@ -222,7 +222,7 @@ def test_the_command_watches_until_it_is_ended(service: Service) -> None:
     command = [sys.executable, "-m", "orchestrator.cluster.node.spot_watcher"]
     root = Path(spot_watcher.__file__).parents[3]
     process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
-    until(lambda: service.asked or process.poll() is not None)
+    until(lambda: service.requested_paths or process.poll() is not None)
     assert process.poll() is None
     process.terminate()
     out, _ = process.communicate(timeout=LIMIT_SECONDS)

@@ -113,13 +113,13 @@ def test_a_store_that_a_node_cannot_write_is_a_failure(tmp_path: Path) -> None:
         str(tmp_path),
         *odd.python(WRITE_CHECK, str(tmp_path)),
     ]
-    said = odd.said(command)
+    said = odd.output_of(command)
     assert said.startswith("FAILED  storage   /s: not writable from node (Read-only file system); every node")
 
 
 def test_a_store_without_hard_links_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
-    said = odd.said(odd.python(odd.LINKLESS + WRITE_CHECK, str(tmp_path)))
+    said = odd.output_of(odd.python(odd.LINKLESS + WRITE_CHECK, str(tmp_path)))
     assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
 
 
@@ -130,10 +130,10 @@ def test_a_nearly_full_disk_is_a_failure(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     small.mkdir()
     large.mkdir()
-    store = odd.said(odd.mounted(small, "size=16m", odd.python(DISK_CHECK, str(small))))
+    store = odd.output_of(odd.mounted(small, "size=16m", odd.python(DISK_CHECK, str(small))))
     assert f"FAILED  disk      {small} has 0.0 GiB free: at least 1 GiB" in store
     temporary = ["env", f"TMPDIR={small}", *odd.python(DISK_CHECK, str(large))]
-    node = odd.said(odd.mounted(small, "size=16m", temporary))
+    node = odd.output_of(odd.mounted(small, "size=16m", temporary))
     assert f"FAILED  disk      {small} on node has 0.0 GiB free: at least 1 GiB" in node
 
 
