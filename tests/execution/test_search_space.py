@@ -191,7 +191,7 @@ def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path,
     configuration = point_builder(made)(variant, point)
     assert configuration is not None
     asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
-    command = f"python x.py --task letters {asked} --space {' '.join(words)} --schedule cosine"
+    command = f"python x.py --task letters {asked} --space {' '.join(words)} --lr-schedule cosine"
     record = Record(configuration.fingerprint, configuration, "finished", 60)
     again = shlex.split(narrow_command(command, record))[2:]
     assert "--search" not in " ".join(again)
