@@ -141,9 +141,9 @@ class FetchData:
 class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
-    A study removes its temporary data itself, unless it was killed. This command removes checkpoints of lanes
-    whose record is finished or diverged, temporary files, and the scratch folders of dead processes, and lists
-    what it keeps. It may run while a study runs.
+    A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
+    lanes whose record is finished or diverged, temporary files, and scratch folders of dead processes. It lists
+    what it keeps, and may run while a study runs.
     """
 
     dry_run: bool = False
@@ -201,9 +201,8 @@ class Merge(StoreLocation):
             print(f"{other.root}: {merge_stores(store, other).to_line()}")
         folder_options = [] if self.output == default_output() else ["--output", str(self.output)]
         folder_options += ["--store", str(self.store)] if self.store else []
-        print(
-            f"Next: {shlex.join(['python', '-m', 'orchestrator', 'sync', *folder_options])} (Parquet and MLflow)"
-        )
+        command = shlex.join(["python", "-m", "orchestrator", "sync", *folder_options])
+        print(f"Next: {command} (Parquet and MLflow)")
         return 0
 
 
@@ -211,9 +210,9 @@ class Merge(StoreLocation):
 class Check(StudyOptions):
     """Check whether a study with these options could run, before it costs anything.
 
-    The options are those of a study: replace the script's path by `-m orchestrator check`. A running cluster is
-    joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later (cannot be
-    known yet). Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED.
+    The options are those of a study: replace the script's path by `-m orchestrator check`. A running cluster
+    is joined, else this machine is checked. Each requirement is a line: ok, FAILED with a fix, or later
+    (cannot be known yet). Nothing is trained or left behind. Exit code 0, or 1 when a line says FAILED.
     """
 
     def run(self) -> int:

@@ -1,6 +1,6 @@
-"""Clears what a crash left in a store: checkpoints that nobody needs, temporary files, scratch folders.
+"""Garbage collection: removes useless checkpoints, temporary files and scratch folders from a store.
 
-A study clears up behind itself. One that was killed cannot, nor can the machine that lost its power.
+A study removes its temporary data itself, unless it was killed or its machine lost power.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from orchestrator.record import scratch
 from orchestrator.record.schema import FINAL_STATES
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import StudyFile, read_studies
+from orchestrator.util import atomic_files
 
 ENDED_CHECKPOINTS = "checkpoints of lanes that have ended"
 STOPPED_CHECKPOINTS = "checkpoints of stopped lanes"
@@ -30,53 +31,55 @@ OTHER_HOST_SCRATCH = "scratch folders of other machines"
 NOT_REMOVABLE = "things that could not be removed"
 
 SKIP_REASONS = {
-    STOPPED_CHECKPOINTS: "--stopped clears them; asked for without early stopping, such a lane then starts anew",
+    STOPPED_CHECKPOINTS: "--stopped removes them; without early stopping such a lane then starts again",
     RESUMABLE_CHECKPOINTS: "running, interrupted or failed",
-    DAMAGED_RECORD_CHECKPOINTS: "their study's command goes on from there",
-    UNREFERENCED_CHECKPOINTS: "another --output may; else delete their folders",
-    IN_USE: "younger than --older-than, or wanted by a study that runs",
+    DAMAGED_RECORD_CHECKPOINTS: "their study's command continues from there",
+    UNREFERENCED_CHECKPOINTS: "another --output may need them; else delete their folders",
+    IN_USE: "younger than --older-than, or needed by a running study",
     OTHER_HOST_SCRATCH: "run gc there",
     NOT_REMOVABLE: "see their permissions",
 }
-"""Why something is left alone."""
+"""Kinds of things that are kept, with the reason."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-# What our writers call a file until it is whole, a record that was no record, a probe of the file system.
+# Names of incomplete files, of damaged records that were moved away, and of test files of the file system.
 # (`.part` and `.pointer-` are names of earlier versions.)
 _TEMPORARY = re.compile(
-    r"\..+\.[0-9a-f]{32}|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*"
-    r"|\.pointer-.+|\..+\.\d+\.part"
+    atomic_files.TEMPORARY_NAME.pattern
+    + r"|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*|\.pointer-.+|\..+\.\d+\.part"
 )
 _TEMPORARY_BASE = re.compile(r"\..+-[a-z0-9_]{8}")
 
 
 @dataclass
 class FileTotal:
+    """Number and total size of files."""
+
     count: int = 0
     bytes: int = 0
 
 
 @dataclass
 class GCReport:
-    """What was cleared (or would be) and what was left alone, by kind."""
+    """Files that were removed (or would be) and that were kept, by kind."""
 
     removed: dict[str, FileTotal] = field(default_factory=dict)
     skipped: dict[str, FileTotal] = field(default_factory=dict)
 
     def to_lines(self, dry_run: bool = False) -> Iterator[str]:
-        """For people."""
+        """Yield the lines for the user."""
         total = sum(pile.bytes for pile in self.removed.values())
-        yield f"{'would clear' if dry_run else 'cleared'} {format_bytes(total)}"
+        yield f"{'would remove' if dry_run else 'removed'} {format_bytes(total)}"
         for kind, pile in self.removed.items():
             yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)})"
         if self.skipped:
-            yield "left alone"
+            yield "kept"
         for kind, pile in self.skipped.items():
             yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)}): {SKIP_REASONS[kind]}"
 
 
 def format_bytes(size: float) -> str:
-    """Bytes for people: 512 B, 1.5 kB, 20 MB."""
+    """Return a size for display: 512 B, 1.5 kB, 20 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
@@ -92,10 +95,17 @@ def collect_garbage(
     older_than: float = 3600.0,
     dry_run: bool = False,
 ) -> GCReport:
-    """Clears `store`, and the folders of the studies under `output`. Checkpoints go when their lane has a
-    final record; with `stopped` also those of stopped lanes. Temporary files and stopped lanes' checkpoints
-    that were written to in the last `older_than` seconds stay, as does all that a running study asks for.
-    With `dry_run` nothing is removed."""
+    """Remove garbage from a store and from the folders of studies.
+
+    Checkpoints are removed when their lane has a final record. Whatever a running study needs is kept.
+
+    Args:
+        store: The store.
+        output: The output folder with the studies' folders.
+        include_stopped: Also remove checkpoints of lanes that early stopping has ended.
+        older_than: Seconds; temporary files and checkpoints of stopped lanes that are younger are kept.
+        dry_run: Remove nothing, only report.
+    """
     return _Collector(store, output, include_stopped, older_than, dry_run).run()
 
 
@@ -143,7 +153,7 @@ class _Collector:
                 continue
             state = states.get(name)
             if state in FINAL_STATES and self.store.get_reusable(name) is None:
-                self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # by its first bytes it looked whole
+                self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # whole by its first bytes only
             elif state in FINAL_STATES:
                 self._remove(ENDED_CHECKPOINTS, folder)
             elif state == "stopped" and not self.include_stopped:
@@ -156,7 +166,7 @@ class _Collector:
                 self._skip(RESUMABLE_CHECKPOINTS if name in referenced else UNREFERENCED_CHECKPOINTS, folder)
 
     def _collect_superseded(self) -> None:
-        """A process that dies between a final record and the end of what it replaces leaves both."""
+        """Remove records beside a final one, left by a process that died before it could remove them."""
         states = self.store.states()
         for path in sorted(self.store.records_folder.glob("*/*.*.json")):
             name = path.name.split(".")[0]
@@ -195,7 +205,7 @@ class _Collector:
         try:
             if not self.dry_run:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        except FileNotFoundError:  # its study was faster
+        except FileNotFoundError:  # its study has removed it
             return
         except OSError:
             self._skip(NOT_REMOVABLE, path)
@@ -213,7 +223,7 @@ def _add(totals: dict[str, FileTotal], kind: str, size: int) -> None:
 
 
 def _is_running(folder: Path) -> bool:
-    """Whether a study runs in `folder`: it holds its lock."""
+    """Return whether a study runs in `folder`; it holds the lock there."""
     return scratch.is_locked(folder / ".lock")
 
 
@@ -224,5 +234,5 @@ def _size(path: Path) -> int:
 def _stat(path: Path, attribute: str) -> float:
     try:
         return float(getattr(path.lstat(), attribute))
-    except OSError:  # gone meanwhile
+    except OSError:  # removed meanwhile
         return 0.0

@@ -50,10 +50,11 @@ class MergeSummary:
 def merge_stores(store: Store, other: Store) -> MergeSummary:
     """Copy into `store` what `other` has and `store` lacks.
 
-    These are: a final record where there is none (the first one stays), the longer of two stopped records, the
-    failed record with more failures; checkpoints of unfinished lanes that are further than all in `store`;
-    base models, calibrations, and the adapters of copied records. Repeating it changes nothing, and the order
-    in which several stores are merged does not change any state. Damaged files are skipped with a warning.
+    Of records, that is a final one where there is none (the first one stays), the longer of two stopped ones,
+    and the failed one with more failures. Other files are checkpoints of unfinished lanes that are further
+    than all in `store`, base models, calibrations, and the adapters of copied records. Repeating the call
+    changes nothing, and the order in which several stores are merged does not change any state. Damaged files
+    are skipped with a warning.
 
     Args:
         store: The store that is extended.
@@ -153,7 +154,7 @@ class _Merger:
         return False
 
     def _copy(self, source: Path, target: Path) -> bool:
-        """Copy a file or a folder of files as a whole, unless the target exists. Return whether it was copied."""
+        """Copy a file or a folder as a whole, unless the target exists. Return whether it was copied."""
         if target.exists() or not source.exists():
             return False
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ class ItemResults:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one lane. A lane group's seconds are divided equally among the lanes that it held at the time."""
+    """Cost of one lane. A lane group's seconds are divided equally among the lanes in it at the time."""
 
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""One record in words, for a terminal of 80 columns."""
+"""Text of one record for a terminal of 80 columns, and the command that trains it again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,22 @@ from orchestrator.util.errors import UsageError
 
 
 def format_record(store: Store, output: Path, prefix: str) -> str:
-    """The record whose fingerprint starts with `prefix`: state, scores, cost, provenance, evaluations, the
-    traceback of a failed one, and the command that runs it again. Raises BadInput when `prefix` names none or
-    several, or a file that is damaged."""
+    """Return a record as text.
+
+    The text has state, scores, cost, provenance, evaluations, the traceback of a failed lane, and the command
+    that trains the configuration again.
+
+    Args:
+        store: The store.
+        output: The output folder, for the studies that requested the configuration.
+        prefix: First digits of the fingerprint.
+
+    Raises:
+        UsageError: No fingerprint, or several, start so, or the record's file is damaged.
+    """
     fingerprint = store.resolve_prefix(prefix)
     record = store.get(fingerprint)
-    if record is None:  # `one` looks at the files' first bytes alone
+    if record is None:  # `resolve_prefix` reads the first bytes of files only
         raise UsageError(
             f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} holds no whole record of it "
             "any more; its study's command trains it again"
@@ -38,10 +48,14 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
 
 
 def narrow_command(command: str, record: Record) -> str:
-    """A study's command for one of its configurations: the same options, but for variant, rate and seed, and
-    in place of a search the values that it has found.
+    """Narrow a study's command to one of its configurations.
 
-    `--seeds N` asks for the seeds 0..N-1; those before this one are known or wanted by the study anyway.
+    Variant, learning rate and seeds are replaced, and a search by the values that it has found. All other
+    options stay. `--seeds N` requests the seeds 0 to N-1; the study needs those before this one anyway.
+
+    Args:
+        command: The study's command.
+        record: The record of the configuration.
     """
     configuration = record.configuration
     kept: list[str] = []
@@ -76,7 +90,7 @@ _REPLACED_OPTIONS = (
 
 
 def _select_fixed_values(words: list[str], configuration: Configuration) -> list[str]:
-    """Fixed values but for those of other variants, which are not in this command, and for the rate."""
+    """Return the fixed values except the learning rate and those of other variants."""
     keys = [(word, word.partition("=")[0].replace("-", "_")) for word in words]
     variants = ("", configuration.variant.name)
     return [
@@ -87,7 +101,7 @@ def _select_fixed_values(words: list[str], configuration: Configuration) -> list
 
 
 def _format_found_values(space: list[str], configuration: Configuration) -> list[str]:
-    """The values that a search over `space` has found, as they would be typed."""
+    """Return the values that a search over `space` has found, as words of --set."""
     keys = [word.partition("=")[0].replace("-", "_") for word in space]
     values = {key: get_value(configuration, key) for key in keys if key.rpartition(".")[2] != "learning_rate"}
     return [
@@ -135,7 +149,8 @@ def _format_cost(record: Record) -> Iterator[str]:
         f"{cost.tokens} tokens, {cost.trainable_parameters} parameters"
     )
     if provenance.ended:
-        yield f"made         {datetime.fromtimestamp(provenance.ended, UTC):%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
+        ended = datetime.fromtimestamp(provenance.ended, UTC)
+        yield f"made         {ended:%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
     yield f"with         {provenance.device}, commit {provenance.commit}"
     if provenance.versions:
         yield from _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
@@ -144,7 +159,8 @@ def _format_cost(record: Record) -> Iterator[str]:
         if provenance.resumed_from
         else ""
     )
-    yield f"             attempt {provenance.attempt}{resumed}, {provenance.pack_lanes} lanes, {provenance.workers} workers"
+    group = f"{provenance.pack_lanes} lanes, {provenance.workers} workers"
+    yield f"             attempt {provenance.attempt}{resumed}, {group}"
 
 
 def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:

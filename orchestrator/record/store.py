@@ -1,18 +1,18 @@
-"""The store: one JSON file a record, under the configuration's fingerprint. The truth; all else is projected.
+"""The store: one JSON file per record, named by the configuration's fingerprint; all else is derived from it.
 
     root/records/<first two hex digits>/<fingerprint>.json           finished or diverged, created exclusively
                                        /<fingerprint>.stopped.json   stopped early, replaced by a later one
-                                       /<fingerprint>.failed.json    failed, with the count of failures
+                                       /<fingerprint>.failed.json    failed, with the number of failures
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
-    root/adapters/<fingerprint>/                 adapters kept on request
-    root/evidence/                               what starts from gradients or inputs are computed from
+    root/adapters/<fingerprint>/                 adapters that --save-adapters keeps
+    root/evidence/                               calibrations, for initializations from gradients or inputs
     root/data/                                   examples and token ids of tasks, see finetune/prepared.py
     root/limits/                                 how many lanes there was memory for, see limits.py
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
-in its folder, synced, then linked (final ones: link() fails if the name is taken, so the first wins whatever
-its state) or renamed (the others). A reader thus never meets half a record of ours. A full disk, an editor or
-a copy can still leave one, and a disk can flip a bit: such a file is skipped with one warning, and its
+in its folder and synced. A final record is then linked: link() fails if the name is taken, so the first one
+wins, whatever its state. Other records are renamed. So a reader never sees a part of a record that this class
+has written. A full disk, an editor or a copy can still damage a file: it is skipped with one warning, and its
 configuration counts as not trained.
 """
 
@@ -33,7 +33,7 @@ from orchestrator.util.errors import UsageError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"([0-9a-f]{64})(?:\.(stopped|failed))?\.json")
-# What `_bytes` puts first, so that the state is known without parsing the file.
+# What `_serialize` puts first, so that the state can be read without parsing the file.
 _HEAD = re.compile(rb'\{"schema_version":(\d+),"fingerprint":"([0-9a-f]{64})","state":"([a-z]+)",')
 _HEAD_BYTES = 256
 _SUFFIXES: Mapping[RecordState, str] = {
@@ -42,16 +42,21 @@ _SUFFIXES: Mapping[RecordState, str] = {
     "stopped": ".stopped.json",
     "failed": ".failed.json",
 }
-"""Of the name of a record in that state, behind its fingerprint."""
+"""Suffix of a record's file name, behind the fingerprint."""
 
 _Stamp = tuple[str, int, int]  # path, modification time in ns, size
 
 
 class Store:
-    """Records under `root`.
+    """Records below a folder, and the folders beside them.
 
-    Raises what `files.check_writable` does; with `create=False` (for commands that only read) BadInput when
-    there is no store at `root`.
+    Args:
+        root: The store's folder.
+        create: Make the folder if needed and check that it can be written. False for commands that only read.
+
+    Raises:
+        UsageError: There is no store at `root`, or it cannot be written.
+        OSError: The disk is full or cannot be used.
     """
 
     def __init__(self, root: Path | str, create: bool = True) -> None:
@@ -76,10 +81,19 @@ class Store:
     # -- writing
 
     def put(self, record: Record, new_failures: int = 1) -> bool:
-        """Keeps `record`; False when a final record was there already (then nothing is written).
+        """Store a record, unless a final record of the configuration exists.
 
-        A `stopped` record replaces stopped and failed ones. A `failed` one is kept beside a stopped one and
-        counts the failures, this one for as many as `failures`. Raises OSError when the disk refuses.
+        A stopped record replaces stopped and failed ones. A failed record is kept beside a stopped one.
+
+        Args:
+            record: The record.
+            new_failures: For a failed record, the number of failures to add to the stored number.
+
+        Returns:
+            Whether the record was stored.
+
+        Raises:
+            OSError: The disk is full or cannot be used.
         """
         final = self.record_path(record.fingerprint)
         stopped = self.record_path(record.fingerprint, "stopped")
@@ -102,20 +116,22 @@ class Store:
         return True
 
     def reset_failures(self, fingerprint: str) -> None:
-        """A configuration that failed counts as new again."""
+        """Forget the failures of a configuration, so that it is tried again."""
         self.record_path(fingerprint, "failed").unlink(missing_ok=True)
 
     def discard_checkpoints(self, fingerprint: str) -> None:
-        """Once its record is final it needs none."""
+        """Remove the checkpoints of a configuration, which a final record makes useless."""
         shutil.rmtree(self.checkpoints / fingerprint, ignore_errors=True)
 
     # -- reading
 
     def get(self, fingerprint: str) -> Record | None:
-        """The record that counts: the final one, else the failed one, else the stopped one.
+        """Return the current record: the final one, else the failed one, else the stopped one.
 
-        (A failure is newer than the stop beside it: a later `stopped` removes the failed record.)
-        Raises BadInput on a record of an unknown schema version.
+        A failed record is newer than a stopped one beside it, because a stopped record removes a failed one.
+
+        Raises:
+            UsageError: The record has an unknown schema version.
         """
         for kind in ("", "failed", "stopped"):
             record = self.read_record(self.record_path(fingerprint, kind))
@@ -124,8 +140,13 @@ class Store:
         return None
 
     def get_reusable(self, fingerprint: str, scheduler: str = "") -> Record | None:
-        """The record that answers a request, if any: finished and diverged answer every request, stopped only
-        one whose scheduler has the same settings."""
+        """Return the record that makes training unnecessary, if there is one.
+
+        Args:
+            fingerprint: The configuration.
+            scheduler: Settings of the study's early stopping; empty without early stopping. A stopped record
+                is reusable only with the same settings; a final one always is.
+        """
         record = self.read_record(self.record_path(fingerprint))
         if record is None and scheduler:
             record = self.read_record(self.record_path(fingerprint, "stopped"))
@@ -134,26 +155,29 @@ class Store:
         return record
 
     def count_failures(self, fingerprint: str) -> int:
-        """How often this configuration has failed since it last ended in another way."""
+        """Return how often a configuration has failed since it last ended in another state."""
         data = self._read_json(self.record_path(fingerprint, "failed"))
         count = data.get("failures", 1) if data else 0
         return count if isinstance(count, int) else 1
 
     def records(self) -> Iterator[Record]:
-        """One record a configuration, in the order of fingerprints, read one at a time."""
+        """Yield the current record of each configuration in the order of fingerprints, one at a time."""
         for fingerprint in sorted(self.states()):
             record = self.get(fingerprint)
             if record is not None:
                 yield record
 
     def states(self) -> dict[str, RecordState]:
-        """fingerprint -> state, without parsing records: a file's first bytes hold it, and are read once."""
+        """Return the state of each fingerprint.
+
+        Records are not parsed: the state is among the first bytes of a file, which are read once.
+        """
         found: dict[str, dict[str, RecordState]] = {}
         seen: dict[_Stamp, RecordState | None] = {}
         for entry in self._scan_files():
             match = _NAME.fullmatch(entry.name)
             if match is None:
-                if not entry.name.startswith("."):  # temporary files, and what file systems leave
+                if not entry.name.startswith("."):  # temporary files, and files of the file system
                     self._skip_file(Path(entry.path), "is not a record")
                 continue
             if entry.path != str(self.record_path(match[1], match[2] or "")):
@@ -161,7 +185,7 @@ class Store:
                 continue
             try:
                 status = entry.stat()
-            except FileNotFoundError:  # a stopped one whose final one has just come
+            except FileNotFoundError:  # a stopped record that a final one has just replaced
                 continue
             stamp = (entry.path, status.st_mtime_ns, status.st_size)
             seen[stamp] = self._states[stamp] if stamp in self._states else self._read_state(Path(entry.path))
@@ -173,11 +197,15 @@ class Store:
         return {fp: next(kinds[k] for k in order if k in kinds) for fp, kinds in found.items()}
 
     def find_by_prefix(self, prefix: str) -> list[str]:
-        """All fingerprints that start with `prefix`, sorted."""
+        """Return all fingerprints that start with `prefix`, sorted."""
         return sorted(f for f in self.states() if f.startswith(prefix.lower()))
 
     def resolve_prefix(self, prefix: str) -> str:
-        """The one fingerprint that starts with `prefix`. Raises BadInput when there is none or several."""
+        """Return the only fingerprint that starts with `prefix`.
+
+        Raises:
+            UsageError: There is none, or several.
+        """
         if not re.fullmatch(r"[0-9a-fA-F]{1,64}", prefix):
             raise UsageError(f"fingerprint {prefix!r}: must be up to 64 hexadecimal digits, as in the report")
         found = self.find_by_prefix(prefix)
@@ -206,13 +234,13 @@ class Store:
                     yield from entries
 
     def _read_state(self, path: Path) -> RecordState | None:
-        """The state in a file's head, if the file is whole (it ends as ours do) or, failing that, parses."""
+        """Return the state in a file's first bytes, if the file has a whole record's end; else parse it."""
         try:
             with path.open("rb") as file:
                 head = _HEAD.match(file.read(_HEAD_BYTES))
                 file.seek(-2, os.SEEK_END)
                 whole = file.read() == b"}\n"
-        except OSError:  # gone, or empty: `_read` tells these apart
+        except OSError:  # missing or empty: `read_record` tells these apart
             head, whole = None, False
         if head and whole and int(head[1]) == SCHEMA_VERSION:
             fingerprint, state = head[2].decode(), head[3].decode()
@@ -225,7 +253,7 @@ class Store:
         return record.state if record else None
 
     def _read_json(self, path: Path) -> dict[str, Any] | None:
-        """The JSON object in `path`; None, with one warning, when there is something else."""
+        """Return the JSON object in a file; None, with one warning, if there is something else."""
         try:
             data = json.loads(atomic_files.verify_checksum(path.read_bytes()))
         except FileNotFoundError:
@@ -238,7 +266,7 @@ class Store:
             return None
         if data["schema_version"] != SCHEMA_VERSION:
             raise UsageError(
-                f"{path}: record of schema version {data['schema_version']}, this program knows "
+                f"{path}: record of schema version {data['schema_version']}, this program reads "
                 f"{SCHEMA_VERSION}; update the program or choose another --store"
             )
         return data
@@ -270,7 +298,7 @@ class Store:
             self._warned.add(str(path))
             _log.warning("%s %s: skipped", path, problem)
         try:
-            status = path.stat()  # `states` must not count what `get` has found broken
+            status = path.stat()  # `states` must not count a file that `get` has found damaged
         except OSError:
             return
         self._states[(str(path), status.st_mtime_ns, status.st_size)] = None
@@ -281,8 +309,8 @@ class Store:
                 return True
             if self.read_record(path) is not None:
                 return False
-            # The name is taken by a file that is no record: it must not keep the configuration from ever
-            # being recorded. Under a lock, so that nobody moves the good file of one who just did the same.
+            # A damaged file has the name. It is moved away, or the configuration could never be recorded. A
+            # lock keeps two processes that do this at once from moving each other's good file.
             with atomic_files.lock_folder(path.parent):
                 if self.read_record(path) is None and path.exists():
                     os.replace(path, path.with_name(f".{path.name}.torn"))

@@ -1,4 +1,4 @@
-"""`study.json`: what a study asked for, kept in its folder so that everything about it can be rebuilt.
+"""`study.json`: the request of a study, kept in its folder, from which its projections can be rebuilt.
 
 <output>/<study>/study.json
 {"schema_version", "name", "question", "command", "configurations": [fingerprint, ...],
@@ -23,19 +23,22 @@ _log = logging.getLogger(__name__)
 
 STUDY_FILE = "study.json"
 SCHEMA_VERSION = 1
-"""Of study.json; to be raised when a field is added, removed or changes its meaning. A file that says none
-has version 1."""
+"""Version of study.json, to be raised when a field is added, removed or changes its meaning. A file without a
+version has version 1."""
 PLOT_FILES = ("forest.png", "search.png", "curves.png", "spread.png")
-"""The pictures of a study's report, beside study.json. A study has some of them."""
+"""Plots of a report, beside study.json. A study has some of them."""
 REPORT_FILES = ("report.html", *PLOT_FILES, "summary.json")
 """All files of a study's report."""
 
 
 @dataclass(frozen=True)
 class StudyFile:
-    """`command` is the command line as typed, but for passwords. `reused` are the configurations that were
-    known already when the study first asked for them; being kept, it stays true after a crash and a second
-    run."""
+    """The content of study.json.
+
+    `command` is the command line of the study, without passwords and with today's option names. `reused` are
+    the configurations that the store had already when the study first requested them; they are kept so that
+    the list stays right after a crash and in later runs.
+    """
 
     name: str
     question: str
@@ -43,21 +46,26 @@ class StudyFile:
     configurations: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
     tracking_uri: str = ""
-    """Empty: the SQLite file of the store. A password in it is not kept: stars stand there."""
+    """MLflow tracking URI, with stars in place of a password; empty for the SQLite file in the store."""
     baseline: str = ""
-    """Of a study with fresh seeds: the variant that all others are compared with. Empty: no comparison."""
+    """Variant that all others are compared with, in a study with fresh seeds; empty: no comparison."""
     margin: float = 0.01
-    """Of such a study: the smallest difference of the test score that matters, fixed before it began."""
+    """Smallest difference of the test score that matters, fixed before such a study began."""
     tuning: str = ""
-    """Of such a study: the name of the study beside it that chose the configurations."""
+    """Name of the study, in the same output folder, that chose the configurations of such a study."""
     searched: bool = False
-    """Whether a search asked for its points, so that no grid's curve goes through them."""
+    """Whether a search chose the points, so that they form no grid and no curve."""
     looks: tuple[int, ...] = ()
-    """Of a study with fresh seeds: how many it had each time a verdict was read, ascending. With more seeds
-    after a look the 5 % no longer holds exactly."""
+    """Numbers of seeds, ascending, at which a verdict was read in a study with fresh seeds. With more seeds
+    after such a look, the error rate of 5 % no longer holds exactly."""
 
     def with_configurations(self, requested: Iterable[str], cached: Iterable[str]) -> StudyFile:
-        """This study with more configurations; those new to it that are `known` count as reused."""
+        """Return this study with more configurations.
+
+        Args:
+            requested: Fingerprints of the configurations.
+            cached: Fingerprints that the store has; the new ones among them count as reused.
+        """
         requested, cached, present = list(dict.fromkeys(requested)), set(cached), set(self.configurations)
         added = tuple(f for f in requested if f not in present)
         return replace(
@@ -67,11 +75,11 @@ class StudyFile:
         )
 
     def with_look(self, seeds: int) -> StudyFile:
-        """This study after a verdict from so many seeds; with no more of them it is the same look again."""
+        """Return this study after a verdict with `seeds` seeds. The same number again is no new look."""
         return replace(self, looks=(*self.looks, seeds)) if seeds > max(self.looks, default=0) else self
 
     def write(self, folder: Path) -> None:
-        """Replaces `folder`/study.json at once."""
+        """Write study.json in a folder; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
         data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         atomic_files.write_atomically(
@@ -80,29 +88,27 @@ class StudyFile:
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
-        """Read `folder`/study.json.
-
-        Args:
-            folder: the study's folder.
+        """Read study.json in the folder of a study.
 
         Returns:
-            The study, or None where the folder holds none.
+            The study; None if the folder has no such file.
 
         Raises:
-            BadInput: the file is not a study, is damaged, or was written by a newer version of this program;
-                or it is another study's.
+            UsageError: The file is no study, is damaged, belongs to another study, or was written by a newer
+                version of this program.
         """
         study = cls._read(folder)
         if study is not None and study.name != folder.name:
             raise UsageError(
-                f"{folder / STUDY_FILE}: is of the study {quote_value(study.name)}, not {quote_value(folder.name)}; give the "
-                "folder its name back, or delete the file and run the study's command again"
+                f"{folder / STUDY_FILE}: is of the study {quote_value(study.name)}, not "
+                f"{quote_value(folder.name)}; give the folder its name back, or delete the file and run the "
+                "study's command again"
             )
         return study
 
     @classmethod
     def _read(cls, folder: Path) -> StudyFile | None:
-        """Do as `read`, whatever the folder is called."""
+        """Read study.json like `read`, in a folder of any name."""
         path, remedy = folder / STUDY_FILE, "delete it and run the study's command again"
         data: dict[str, Any] | None = atomic_files.read_json(path, dict[str, Any], "a study", remedy)
         if data is None:
@@ -131,8 +137,13 @@ def _newer_version_error(path: Path, what: str) -> UsageError:
 
 
 def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
-    """name -> (folder, study) of every study under `output`, sorted by name. A copy in a folder of another
-    name is left out, with a warning."""
+    """Read all studies in an output folder.
+
+    A copy in a folder of another name is left out, with a warning.
+
+    Returns:
+        Name to folder and study, sorted by name.
+    """
     found = {}
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):
         study = StudyFile._read(path.parent)
@@ -148,7 +159,11 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
 
 
 def find_study(output: Path, name: str) -> tuple[Path, StudyFile]:
-    """Raises BadInput with the nearest name when no study under `output` is called `name`."""
+    """Return the folder and the content of the study `name` in an output folder.
+
+    Raises:
+        UsageError: There is no such study; the error names the nearest one.
+    """
     studies = read_studies(output)
     if not studies:
         raise UsageError(f"study {name!r}: there is no study under {output}; name its folder with --output")

@@ -34,8 +34,8 @@ def training_order(configurations: Iterable[Configuration], lanes_per_group: int
 
     They are trained in blocks of one variant and task, with all its rates and as many seeds as fill a lane
     group. Blocks with the first seeds come first. Inside a block the order is shuffled with a fixed seed,
-    because early stopping keeps most of a small grid if the rates ascend. Variants are not mixed, because lane
-    groups would then be nearly empty.
+    because early stopping keeps most of a small grid if the rates ascend. Variants are not mixed, because
+    lane groups would then be nearly empty.
 
     Args:
         configurations: The configurations of a study.

@@ -217,13 +217,13 @@ class ResourceOptions:
             if self.workers_per_trainer > 1 and 0 < self.gpus_per_worker < 1:
                 raise UsageError(
                     f"--workers-per-trainer {self.workers_per_trainer} with --gpus-per-worker "
-                    f"{self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; take --gpus-per-worker 1, "
-                    "or --workers-per-trainer 1."
+                    f"{self.gpus_per_worker:g}: NCCL refuses two workers on one GPU; take --gpus-per-worker "
+                    "1, or --workers-per-trainer 1."
                 )
         if self.trainer_timeout is not None and not 0 < self.trainer_timeout < math.inf:
             raise UsageError(
-                f"--trainer-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; the "
-                "default is 300."
+                f"--trainer-timeout {self.trainer_timeout:g}: must be a finite number of seconds above 0; "
+                "the default is 300."
             )
 
 

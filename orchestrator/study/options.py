@@ -89,8 +89,8 @@ class StudyOptions(GridOptions, SearchOptions, TrainingOptions, ResourceOptions,
                 own_option = OPTION_OF_HYPERPARAMETER.get(name)
                 if own_option and getattr(self, own_option) != _DEFAULTS[own_option]:
                     raise UsageError(
-                        f"{option} {word!r} and --{own_option.replace('_', '-')} both set {name}; take one of "
-                        "the two away."
+                        f"{option} {word!r} and --{own_option.replace('_', '-')} both set {name}; take one "
+                        "of the two away."
                     )
 
     def check_batch_size(self, batch_size: int) -> None:

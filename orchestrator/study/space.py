@@ -16,7 +16,7 @@ from orchestrator.study.configuration import Configuration
 
 Value = float | int | str | bool
 VariantDefaults = Callable[[str], Mapping[str, Value]]
-"""Function from a variant to its settings with their defaults, including rank, alpha and dropout if it has them."""
+"""Function from a variant to its settings with their defaults, including rank, alpha and dropout."""
 
 SIGNIFICANT_DIGITS = 3
 """Significant digits of a drawn number, so that its spelling in reports is its value."""
@@ -156,7 +156,7 @@ class Space:
         return tuple(sorted(found.values(), key=lambda d: d.variant != ""))
 
     def size(self, variant: str) -> float:
-        """Return the number of points of a variant; infinite if a dimension is an interval of real numbers."""
+        """Return the number of points of a variant; infinite with an interval of real numbers."""
         return math.prod(d.size or math.inf for d in self.variants[variant])
 
 

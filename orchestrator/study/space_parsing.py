@@ -38,7 +38,7 @@ def parse_space(
         words: The NAME=SPEC words.
         variants: Names of the variants.
         variant_defaults: Settings of each variant.
-        learning_rates: The learning rate is varied from the lowest to the highest, unless it is named or fixed.
+        learning_rates: Unless named or fixed, the learning rate is varied from the lowest to the highest.
         fixed_names: Names to which --set gives a value.
 
     Raises:

@@ -39,8 +39,8 @@ def add_path_to_disk_errors(path: Path) -> Iterator[None]:
 def report_unwritable_folders(*folders: Path) -> Iterator[None]:
     """Replace an error raised inside the block by the disk's own error, if a folder cannot be written.
 
-    A library may turn a full disk into an error of its own that does not mention the disk. After such an error
-    a test file is written to each folder.
+    A library may turn a full disk into an error of its own that does not mention the disk. After such an
+    error a test file is written to each folder.
 
     Args:
         *folders: The folders that the code inside writes to. A disk error that names no file gets the name of

@@ -24,8 +24,8 @@ def main(run: Callable[[], int | None]) -> NoReturn:
     """Call `run` and exit with the code that it returns (None is 0).
 
     These errors are printed without a traceback: a UsageError (one line for each reason, exit code 2), a
-    StudyError, a full disk and a file that the operating system refuses (one line, exit code 1), and Ctrl-C or
-    SIGTERM (the command that continues, exit code 130). A second signal ends the process at once, with all
+    StudyError, a full disk and a file that the operating system refuses (one line, exit code 1), and Ctrl-C
+    or SIGTERM (the command that continues, exit code 130). A second signal ends the process at once, with all
     processes that it has started. Any other exception is a bug and keeps its traceback. Secrets are removed
     from everything that is printed, and from this process's command line.
     """

@@ -220,8 +220,8 @@ def test_the_command_says_what_it_did(run, store, make_record):
     store.put(record)
     _checkpoint(store, record.fingerprint)
     lines = ["100 B", "  1 checkpoints of lanes that have ended (100 B)"]
-    expected = [("--dry-run", f"would clear {lines[0]}\n{lines[1]}\n")]
-    expected += [("--no-dry-run", f"cleared {lines[0]}\n{lines[1]}\n"), ("--no-dry-run", "cleared 0 B\n")]
+    expected = [("--dry-run", f"would remove {lines[0]}\n{lines[1]}\n")]
+    expected += [("--no-dry-run", f"removed {lines[0]}\n{lines[1]}\n"), ("--no-dry-run", "removed 0 B\n")]
     for option, said in expected:
         done = run(ORCHESTRATOR, "gc", option)
         assert (done.returncode, done.stdout, done.stderr) == (0, said, "")

@@ -1,9 +1,8 @@
-"""MLflow as a projection of the store: written by one process, the driver, and rebuilt whenever it is wanted.
+"""MLflow as a projection of the store, written by one process (the driver), which can be rebuilt at any time.
 
-A study is an experiment of its name with one parent run; its configurations are that run's children. One
-experiment a study, because MLflow's charts and tables show an experiment: opened, it shows this study's
-curves and no other's, its columns are this study's parameters, and several experiments can still be ticked
-together.
+A study is an experiment of the same name with one parent run; its configurations are child runs. There is one
+experiment per study because MLflow's charts and tables show an experiment: they show the curves and
+parameters of this study only, and several experiments can still be selected together.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 ARTIFACTS_FOLDER = "mlflow-artifacts"
 _METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
-# Errors that another try of the same request will meet again.
+# Errors that the same request will have again.
 _PERMANENT_ERROR_CODES = (
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -38,8 +37,8 @@ _PERMANENT_ERROR_CODES = (
     "INVALID_STATE",
 )
 _MLFLOW_ENVIRONMENT = {
-    # MLflow repeats a failed request for minutes, `create_run` too, which makes two runs when only the answer
-    # was lost. Whoever calls us tries again, and looks first at what is there.
+    # MLflow repeats a failed request for minutes, also `create_run`, which makes two runs if only the answer
+    # was lost. Our callers try again themselves, after reading which runs exist.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -48,11 +47,11 @@ _MLFLOW_ENVIRONMENT = {
 
 
 class TrackingUnavailableError(Exception):
-    """MLflow's server or database does not answer. Nothing is lost: the store has the records."""
+    """MLflow's server or database does not answer. The records are in the store."""
 
 
 class TrackingDamagedError(TrackingUnavailableError):
-    """MLflow's SQLite file is damaged. Waiting does not help: it has to be rebuilt from the store."""
+    """MLflow's SQLite file is damaged and must be rebuilt from the store."""
 
 
 @dataclass
@@ -61,7 +60,7 @@ class _ChildRun:
     record_version: str
     is_complete: bool
     latest_metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of each of its metrics."""
+    """The last value of each metric."""
 
 
 @dataclass
@@ -72,9 +71,15 @@ class _StudyRun:
 
 
 class MlflowLogger:
-    """Writes studies to `tracking_uri`. Artifacts go to `artifact_root`; without one, to a folder beside a
-    SQLite file, or to where a server keeps them. Every method raises TrackingDown when MLflow does not
-    answer; a later call starts from what is there then."""
+    """Writer of studies and records to MLflow.
+
+    Every method raises TrackingUnavailableError when MLflow does not answer. A later call first reads what
+    MLflow has.
+
+    Args:
+        tracking_uri: The tracking URI.
+        artifact_root: Folder of the artifacts; None: a folder beside a SQLite file, or the server's choice.
+    """
 
     def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
         self.tracking_uri = tracking_uri
@@ -86,7 +91,16 @@ class MlflowLogger:
         self._studies: dict[str, _StudyRun] = {}
 
     def ensure_study(self, name: str, question: str, tags: Mapping[str, str] | None = None) -> str:
-        """The id of the study's parent run, created if need be and set RUNNING, with its tags as given."""
+        """Create the study's parent run if it is missing, set it RUNNING, and set its tags.
+
+        Args:
+            name: Name of the study.
+            question: The study's question, which becomes the run's note.
+            tags: More tags.
+
+        Returns:
+            The id of the parent run.
+        """
         self._study_descriptions[name] = (question, dict(tags or {}))
         with self._convert_errors():
             self._studies[name] = self._open_study(name)
@@ -99,16 +113,23 @@ class MlflowLogger:
         reused: Set[str] = frozenset(),
         artifacts: Mapping[str, Path] | None = None,
     ) -> int:
-        """Makes each record's child run what the record says; returns how many had to be written.
+        """Write the child run of each record, if it is missing or differs. Call `ensure_study` first.
 
-        One child a (study, fingerprint): a complete one is left alone, one that a killed driver left half
-        written is completed, one of an older record (stopped, since finished) is replaced, and so is one with
-        other last values than the record's (a damaged database). `reused`: the fingerprints whose new child
-        is tagged `reused_from`. `artifacts`: fingerprint -> a folder, kept as artifact "adapter".
-        `ensure_study` comes first, once.
+        There is one child for each study and fingerprint. A complete one is left as it is, and one that a
+        killed driver left incomplete is completed. A child of an older record (stopped, now finished) is
+        replaced, and so is one with other last values than the record (after a damaged database).
+
+        Args:
+            study: Name of the study.
+            records: The records.
+            reused: Fingerprints whose new child gets the tag `reused_from`.
+            artifacts: Fingerprint to a folder that is logged as artifact "adapter".
+
+        Returns:
+            The number of children that were written.
         """
         if study not in self._study_descriptions:
-            raise ValueError(f"ensure_study({study!r}) comes first")
+            raise ValueError(f"call ensure_study({study!r}) first")
         written = 0
         for record in records:
             with self._convert_errors():
@@ -121,7 +142,13 @@ class MlflowLogger:
     def finish_study(
         self, parent_run_id: str, status: str = "FINISHED", report_files: Sequence[Path] = ()
     ) -> None:
-        """Ends the parent run: FINISHED, FAILED or KILLED. The files of `report` become its artifacts."""
+        """End the parent run of a study.
+
+        Args:
+            parent_run_id: The run, as `ensure_study` returned it.
+            status: FINISHED, FAILED or KILLED.
+            report_files: Files to log as artifacts of the run.
+        """
         with self._convert_errors():
             for path in report_files:
                 self._client.log_artifact(parent_run_id, str(path))
@@ -159,7 +186,7 @@ class MlflowLogger:
         return True
 
     def _open_study(self, name: str) -> _StudyRun:
-        """Finds or makes the study's experiment and parent run, and reads which children there are."""
+        """Find or create the study's experiment and parent run, and read which children exist."""
         from mlflow.entities import RunTag
 
         question, tags = self._study_descriptions[name]
@@ -171,9 +198,7 @@ class MlflowLogger:
             if run_tags.get("role") == "study":
                 parent = parent or run.info.run_id
             elif run_tags.get("study") == name and "fingerprint" in run_tags:
-                if (
-                    run_tags["fingerprint"] in children
-                ):  # of two drivers that wrote at once; the older one stays
+                if run_tags["fingerprint"] in children:  # two drivers wrote at once; the older run stays
                     self._delete_run(run.info.run_id)
                     continue
                 complete = run.info.status in ("FINISHED", "FAILED")
@@ -187,7 +212,7 @@ class MlflowLogger:
         return _StudyRun(experiment, parent, children)
 
     def _ensure_experiment(self, name: str) -> str:
-        """The id of the study's experiment, made if need be."""
+        """Return the id of the study's experiment, which is created if it is missing."""
         from mlflow import MlflowException
 
         found = self._client.get_experiment_by_name(name)
@@ -198,13 +223,13 @@ class MlflowLogger:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                return self._ensure_experiment(name)  # by another driver, just now
-        if found.lifecycle_stage == "deleted":  # its name stays taken until it is purged
+                return self._ensure_experiment(name)  # another driver has just created it
+        if found.lifecycle_stage == "deleted":  # its name cannot be used again until it is purged
             self._client.restore_experiment(found.experiment_id)
         return found.experiment_id
 
     def _search_runs(self, experiment: str) -> Iterator[Run]:
-        """All runs that are not deleted, oldest first."""
+        """Yield all runs that are not deleted, oldest first."""
         token = None
         while True:
             page: Sequence[Run] = self._client.search_runs(
@@ -221,7 +246,7 @@ class MlflowLogger:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        # What goes wrong is raised, and told by whoever called; migrations are of no interest to anybody.
+        # Errors are raised, and the caller reports them; messages about migrations help nobody.
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         if self._database is not None:
@@ -229,7 +254,7 @@ class MlflowLogger:
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
     def _raise_if_damaged(self, every_page: bool = False) -> None:
-        """Raise TrackingDamaged if MLflow's SQLite file is damaged. `every_page`: see `damage`."""
+        """Raise TrackingDamagedError if MLflow's SQLite file is damaged. `every_page`: see `find_damage`."""
         if self._database is not None and (why := find_damage(self._database, every_page)):
             raise TrackingDamagedError(redact_uri(f"{self.tracking_uri}: the file is damaged ({why})"))
 
@@ -237,7 +262,7 @@ class MlflowLogger:
         """Delete a child run, in a database permanently, with its artifacts.
 
         MLflow's client only marks a run as deleted. `_hard_delete_run`, which `mlflow gc` uses, removes it. A
-        server does not offer that: the marked run stays there until somebody runs `mlflow gc`.
+        server does not offer that: the marked run stays there until `mlflow gc` is run.
         """
         self._client.delete_run(run_id)
         store = self._client._tracking_client.store
@@ -252,7 +277,7 @@ class MlflowLogger:
         try:
             yield
         except Exception as error:
-            # A request whose answer was lost may have been carried out: look at what is there first.
+            # A request whose answer was lost may have been executed: the next call reads what exists.
             self._studies.clear()
             self._raise_if_damaged(every_page=True)
             if _is_unavailable(error):
@@ -262,16 +287,16 @@ class MlflowLogger:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an error's text; for an error of SQLAlchemy's, of the database's own error."""
+    """Return the first line of an error's text; for SQLAlchemy, of the error of the database itself."""
     cause: BaseException | None = error
     while cause is not None and not hasattr(cause, "orig"):
         cause = cause.__cause__
-    said = str(getattr(cause, "orig", None) or error) or type(error).__name__
-    return said.splitlines()[0]
+    text = str(getattr(cause, "orig", None) or error) or type(error).__name__
+    return text.splitlines()[0]
 
 
 def _is_up_to_date(child: _ChildRun, record: Record) -> bool:
-    """Tell whether a child is of this record and, if it is complete, has the record's last values."""
+    """Return whether a child belongs to this record and, if complete, has the record's last values."""
     if child.record_version != run_content.record_version(record):
         return False
     wanted = run_content.latest_metrics(record) if child.is_complete else {}
@@ -279,10 +304,10 @@ def _is_up_to_date(child: _ChildRun, record: Record) -> bool:
 
 
 def _create_database(path: Path) -> None:
-    """Makes MLflow's SQLite file, whole or not at all.
+    """Create MLflow's SQLite file, complete or not at all.
 
-    Processes that meet a fresh file at once break each other's migrations, and one that is killed in its
-    migrations leaves a file that no later one can open: hence the lock and the other name.
+    Two processes that open a new file at once break each other's migrations, and a process that is killed
+    during its migrations leaves a file that no later one can open. A lock and a temporary name prevent both.
     """
     from mlflow import MlflowClient
 
@@ -303,4 +328,4 @@ def _is_unavailable(error: Exception) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code not in _PERMANENT_ERROR_CODES
-    return isinstance(error, OSError | SQLAlchemyError)  # those of `requests` are OSErrors
+    return isinstance(error, OSError | SQLAlchemyError)  # errors of `requests` are OSErrors

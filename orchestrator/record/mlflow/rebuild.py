@@ -1,10 +1,10 @@
-"""Set MLflow's SQLite file aside, so that it is made again from the records.
+"""Archiving of MLflow's SQLite files, so that they are created again from the records.
 
     <folder>/mlflow.db, mlflow-artifacts/<study>/    what MLflow had
-    <folder>/mlflow.db.old-1/                        the same, set aside: the file, its journal, the artifacts
+    <folder>/mlflow.db.old-1/                        the archive: the file, its journal, the artifacts
 
-Everything that a study logs is a copy of its records, its adapters and its report. The old file is kept,
-because a user may have logged other runs there.
+Everything that a study logs is a copy of its records, its adapters and its report. The old file is kept
+because a user may have logged other runs to it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
 
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
-"""Endings of the files that SQLite keeps beside a database. It would apply old ones to the new database."""
+"""Suffixes of SQLite's journals, which are moved too: SQLite would apply old ones to the new database."""
 
 
 def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mapping[str, str]) -> list[Path]:
     """Move the SQLite files of these studies, and the studies' artifacts, into new folders beside them.
 
     Args:
-        studies: name -> folder and file of each study.
-        uris: name -> the study's tracking URI. URIs of servers are left alone.
+        studies: Name to folder and content of each study.
+        uris: Name to the tracking URI of each study. URIs of servers are ignored.
 
     Returns:
-        The new folders, one for each SQLite file that was there.
+        The new folders, one for each SQLite file that existed.
 
     Raises:
-        BadInput: no study logs to a SQLite file, or a study that does is running now.
+        UsageError: No study logs to a SQLite file, or a study that does is running.
     """
     studies_by_database: dict[Path, list[str]] = {}
     for name, uri in uris.items():
@@ -54,7 +54,7 @@ def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mappi
 
 
 def _archive_database(database: Path, studies: Collection[str]) -> Path:
-    """Move one SQLite file and the artifacts of its studies. Returns the folder that holds them now."""
+    """Move one SQLite file and the artifacts of its studies, and return their new folder."""
     names = (database.with_name(f"{database.name}.old-{number}") for number in count(1))
     archive = next(name for name in names if not name.exists())
     archive.mkdir()

@@ -1,5 +1,6 @@
-"""A record in MLflow's terms: what one child run says. Everything here follows from the record alone, times
-too, so that logging it twice writes the same rows.
+"""Content of an MLflow child run: tags, parameters, metrics and datasets of one record.
+
+Everything, also every time, follows from the record alone, so that logging it twice writes the same rows.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
 
 STATUS = {"finished": "FINISHED", "diverged": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 NOTE_TAG = "mlflow.note.content"
-_MAX_TAG_LENGTH = 5000  # characters of a tag; MySQL keeps no more
-_MAX_DIGEST_LENGTH = 36  # characters of a dataset's digest that MLflow keeps
+_MAX_TAG_LENGTH = 5000  # characters; MySQL's limit
+_MAX_DIGEST_LENGTH = 36  # characters; MLflow's limit
 
 
 def record_version(record: Record) -> str:
-    """Tells two records of one configuration apart: a child with another identity is out of date."""
+    """Return a text that differs between two records of one configuration; an old child has another one."""
     return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
 
 
 def run_name(record: Record) -> str:
+    """Return the name of the child run: variant, learning rate and seed."""
     configuration = record.configuration
     return (
         f"{configuration.variant.name} lr {configuration.optimizer.learning_rate:g} seed {configuration.seed}"
@@ -34,8 +36,15 @@ def run_name(record: Record) -> str:
 
 
 def tags(record: Record, study: str, parent: str, reused: bool) -> dict[str, str]:
-    """All tags of a child. `reused_from` says when and by which code a result was made that this study found
-    in the store."""
+    """Return the tags of a child run.
+
+    Args:
+        record: The record.
+        study: Name of the study.
+        parent: Id of the study's parent run.
+        reused: Whether the store had the record before the study requested it. The tag `reused_from` then
+            has its time and commit.
+    """
     configuration, provenance = record.configuration, record.provenance
     found = {
         "mlflow.parentRunId": parent,
@@ -64,17 +73,18 @@ def _axis(variant: str) -> str:
 
     try:
         return catalogue.axis(variant)
-    except ValueError:  # from another tool (peft:...), or since renamed
+    except ValueError:  # a variant of another tool (peft:...), or one renamed since
         return "unknown"
 
 
 def time_range(record: Record) -> tuple[int, int]:
-    """Start and end in milliseconds since the epoch; MLflow takes 0 for "now"."""
+    """Return start and end in milliseconds since the epoch, at least 1: MLflow takes 0 for "now"."""
     start = max(1, round(record.provenance.started * 1000))
     return start, max(start, round(record.provenance.ended * 1000))
 
 
 def params(record: Record) -> list[Param]:
+    """Return the hyperparameters as MLflow parameters."""
     from mlflow.entities import Param
 
     return [
@@ -83,21 +93,21 @@ def params(record: Record) -> list[Param]:
 
 
 def _mlflow_key(name: str) -> str:
-    """A name that MLflow takes: a task may call its score "hits@10"."""
+    """Return a name that MLflow accepts: a score of a task may be called "hits@10"."""
     return re.sub(r"[^\w.\- ]", "_", name)[:250]
 
 
 def metrics(record: Record) -> list[Metric]:
-    """The curve step by step, the evaluations, and the end's scores and cost.
+    """Return the training curve, the evaluations, and the final scores and cost.
 
-    A value that is not finite is logged as NaN, which draws a gap. MLflow's database would turn infinity into
-    1.8e308, and one such point flattens every curve of a chart. The record keeps the difference.
+    A value that is not finite is logged as NaN, which a chart draws as a gap. MLflow's database would turn
+    infinity into 1.8e308, and one such point flattens all curves of a chart.
     """
     from mlflow.entities import Metric
 
     start, end = time_range(record)
 
-    def timestamp_at_step(step: int) -> int:  # steps take about equally long
+    def timestamp_at_step(step: int) -> int:  # steps take about the same time
         return start + round((end - start) * min(1.0, step / max(1, record.steps)))
 
     return [
@@ -107,7 +117,7 @@ def metrics(record: Record) -> list[Metric]:
 
 
 def latest_metrics(record: Record) -> dict[str, float]:
-    """Return the last value of each metric of which it is finite: what MLflow's tables show of a run."""
+    """Return the last value of each metric if it is finite, as in MLflow's table of runs."""
     last = {_mlflow_key(key): value for key, _, value in _metric_values(record, record.curve[-1:])}
     return {key: value for key, value in last.items() if math.isfinite(value)}
 
@@ -132,7 +142,7 @@ def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
 
 
 def datasets(record: Record) -> list[DatasetInput]:
-    """The task's three splits as dataset inputs: name "task/split", digest the data's revision."""
+    """Return the task's splits as dataset inputs: name "task/split", with the data's revision as digest."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -142,6 +152,6 @@ def datasets(record: Record) -> list[DatasetInput]:
     for split, context in (("train", "training"), ("validation", "validation"), ("test", "test")):
         source = CodeDatasetSource({"task": task.name, "revision": task.revision, "split": split})
         name = f"{task.name}/{split}"
-        data = MetaDataset(source, name, task.revision[:_MAX_DIGEST_LENGTH])  # type: ignore[abstract]  # mlflow's own slip
+        data = MetaDataset(source, name, task.revision[:_MAX_DIGEST_LENGTH])  # type: ignore[abstract]  # MLflow's class is wrongly marked as abstract
         inputs.append(DatasetInput(Dataset(**data.to_dict()), [InputTag("mlflow.data.context", context)]))
     return inputs

@@ -1,4 +1,4 @@
-"""Rebuilds the projections of a store: Parquet, and the MLflow runs of every study."""
+"""Rebuilding of a store's projections: Parquet, and the MLflow runs of every study."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
 def sync_projections(
     store: Store, output: Path, tracking_uri: str | None, notify: Callable[[str], None], rebuild: bool = False
 ) -> int:
-    """Write Parquet and MLflow again from the records, and say in one line for each what is there.
+    """Write Parquet and MLflow again from the records.
 
-    A study's adapters are logged where the store keeps them, with those children that have yet to be written.
+    Adapters that the store keeps are logged with the child runs that are written now.
 
     Args:
-        store: the records.
-        output: the folder of the studies.
-        tracking_uri: where all studies are logged; None: each where its file says.
-        say: called with each line.
-        rebuild: first set SQLite files aside, so that they are made again.
+        store: The store.
+        output: The output folder with the studies' folders.
+        tracking_uri: MLflow URI for all studies; None: the URI in each study's file.
+        notify: Called with one line for each file and study.
+        rebuild: First move SQLite files away, so that they are created again.
 
     Returns:
-        0, or 1 when MLflow stopped answering on the way.
+        Exit code: 0, or 1 if MLflow stopped answering.
 
     Raises:
-        BadInput: a tracking URI cannot be used, or there is nothing that can be rebuilt now.
+        UsageError: A tracking URI cannot be used, or nothing can be rebuilt now.
     """
     studies = read_studies(output)
     uris = {
         name: tracking_uri or study_uri(study.tracking_uri, store) for name, (_, study) in studies.items()
     }
     for uri in set(uris.values()):
-        if not (rebuild and sqlite_path(uri)):  # a file is looked at once it is whole again
+        if not (rebuild and sqlite_path(uri)):  # a file is checked after it was created again
             check_uri(uri)
     for folder in archive_databases(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
@@ -75,6 +75,6 @@ def _sync_study(store: Store, study: StudyFile, log: MlflowLogger, report: Seque
             num_records += 1
     log.finish_study(parent, "FINISHED" if num_records == len(study.configurations) else "KILLED", report)
     return (
-        f"{study.name}: {num_records} of {len(study.configurations)} configurations in {redact_uri(log.tracking_uri)}, "
-        f"{num_written} of them written now"
+        f"{study.name}: {num_records} of {len(study.configurations)} configurations in "
+        f"{redact_uri(log.tracking_uri)}, {num_written} of them written now"
     )

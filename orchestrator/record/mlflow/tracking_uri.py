@@ -1,4 +1,4 @@
-"""Where MLflow keeps its runs: the default, and a check that costs seconds at most. Imports no MLflow."""
+"""MLflow tracking URIs: the default, and a check that takes seconds at most and imports no MLflow."""
 
 from __future__ import annotations
 
@@ -23,50 +23,63 @@ SCHEMES = ("sqlite", "http", "https", *DATABASES)
 
 
 def configured_uri(option: str | None) -> str:
-    """What is typed, else MLflow's own variable; empty: neither."""
+    """Return the value of --tracking-uri, else of MLFLOW_TRACKING_URI; empty if neither is set."""
     return option or os.environ.get("MLFLOW_TRACKING_URI", "")
 
 
 def default_uri(store: Store) -> str:
-    """A SQLite file in the store."""
+    """Return the URI of the SQLite file in the store."""
     return f"sqlite:///{store.root.resolve() / 'mlflow.db'}"
 
 
 def resolve_uri(option: str | None, store: Store) -> str:
-    """Where a study's runs go. Raises BadInput as `check_uri` does."""
+    """Return the tracking URI of a new study, after checking it.
+
+    Args:
+        option: The value of --tracking-uri, if given.
+        store: The store, for the default.
+
+    Raises:
+        UsageError: The URI cannot be used; see `check_uri`.
+    """
     uri = configured_uri(option) or default_uri(store)
     try:
         check_uri(uri)
     except UsageError as error:
         if option or not configured_uri(None):
             raise
-        said = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
-        raise UsageError(said.replace("leave the option out", "unset the variable")) from None
+        message = str(error).replace("--tracking-uri", "MLFLOW_TRACKING_URI")
+        raise UsageError(message.replace("leave the option out", "unset the variable")) from None
     return uri
 
 
 def study_uri(stored_uri: str, store: Store) -> str:
-    """Where a study's runs are, by what its file keeps: without a password, which MLflow's variable may
-    have."""
+    """Return the tracking URI of a study.
+
+    Args:
+        stored_uri: The URI in the study's file, without a password. If MLFLOW_TRACKING_URI is the same URI
+            with a password, that one is returned.
+        store: The store, for the default.
+    """
     variable = configured_uri(None)
     return variable if variable and redact_uri(variable) == stored_uri else stored_uri or default_uri(store)
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file behind a sqlite URI; None for another scheme. Three slashes: relative, four: absolute."""
+    """Return the file of a sqlite URI (three slashes: relative, four: absolute); None for other schemes."""
     return Path(uri.split("?")[0].removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def find_damage(database: Path, every_page: bool = False) -> str:
-    """Return what is wrong with a SQLite file.
+    """Check a SQLite file for damage.
 
     Args:
-        database: the file; it need not exist.
-        every_page: read the whole file. Otherwise only the header, the size and the schema are read, which
-            takes no time and finds a file that was cut or is no database.
+        database: The file; it need not exist.
+        every_page: Read the whole file. Otherwise only header, size and schema are read, which is fast and
+            finds a file that was cut or is no database.
 
     Returns:
-        SQLite's message in one line; empty if the file is whole, missing, or cannot be read now (locked).
+        SQLite's message in one line; empty if the file is whole, missing, or locked.
     """
     uri = f"file:{quote(str(database.resolve()))}?mode=ro"
     try:
@@ -80,27 +93,32 @@ def find_damage(database: Path, every_page: bool = False) -> str:
 
 
 def redact_uri(uri: str) -> str:
-    """The URI for a message or a file: without its password."""
+    """Return the URI without its password, for messages and files."""
     return redact_secrets(uri)
 
 
 def check_uri(uri: str) -> None:
-    """Raises BadInput when `uri` is malformed, lacks its password, its server does not answer, or its file
-    cannot be written or is damaged."""
+    """Check a tracking URI.
+
+    Raises:
+        UsageError: The URI is malformed or lacks its password, its server does not answer, or its file cannot
+            be written or is damaged.
+    """
     if REDACTED in uri:
         raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: passwords are kept nowhere; give the option with its own again"
+            f"--tracking-uri {redact_uri(uri)!r}: passwords are not stored; give the option with the password"
         )
     scheme, colon, rest = uri.partition("://")
     scheme = scheme.split("+")[0]  # postgresql+psycopg2
     if not colon or scheme == "file":
         raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: must start with sqlite:///, http://, https:// or a database's "
-            f"scheme; say {_suggest_uri(rest or uri)}"
+            f"--tracking-uri {redact_uri(uri)!r}: must start with sqlite:///, http://, https:// or a "
+            f"database's scheme; take {_suggest_uri(rest or uri)}"
         )
     if scheme not in SCHEMES:
         raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: unknown scheme {scheme!r}. {suggest_nearest(scheme, SCHEMES)}"
+            f"--tracking-uri {redact_uri(uri)!r}: unknown scheme {scheme!r}. "
+            f"{suggest_nearest(scheme, SCHEMES)}"
         )
     if scheme == "sqlite":
         _check_sqlite(uri)
@@ -121,7 +139,9 @@ def _suggest_uri(uri: str) -> str:
 def _check_sqlite(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or not path.name:
-        raise UsageError(f"--tracking-uri {redact_uri(uri)!r}: names no file; say sqlite:///folder/mlflow.db")
+        raise UsageError(
+            f"--tracking-uri {redact_uri(uri)!r}: names no file; take sqlite:///folder/mlflow.db"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -136,7 +156,7 @@ def _check_sqlite(uri: str) -> None:
     if why := find_damage(path):
         raise UsageError(
             f"--tracking-uri {redact_uri(uri)!r}: the file is damaged ({why}); "
-            "name another file, or, if studies of this --output log to it, have it made again from the "
+            "name another file, or, if studies of this --output log to it, create it again from the "
             "records: python -m orchestrator sync --rebuild, with the same --output and --store"
         )
 
@@ -157,7 +177,7 @@ def _check_health(uri: str) -> None:
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=timeouts.TRACKING_SERVER_SECONDS).close()
     except urllib.error.HTTPError as error:
-        if error.code >= 500:  # below, it is there: it wants a login, or a proxy hides /health
+        if error.code >= 500:  # with a lower code it is up: it requires a login, or a proxy hides /health
             raise
         error.close()
 
@@ -169,14 +189,14 @@ def _check_database(uri: str) -> None:
 
 
 def _run_with_timeout(uri: str, attempt: Callable[[], None]) -> None:
-    """Runs `attempt` in a thread: looking up a name or connecting may block longer than any timeout says."""
+    """Run `attempt` in a thread, because name look-up and connecting may block beyond their time-outs."""
     ended: list[Exception | None] = []
 
     def run() -> None:
         try:
             attempt()
             ended.append(None)
-        except Exception as error:  # whatever it is, it becomes the user's one line
+        except Exception as error:  # any error becomes one line for the user
             ended.append(error)
 
     thread = threading.Thread(target=run, daemon=True)

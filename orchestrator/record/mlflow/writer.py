@@ -1,4 +1,4 @@
-"""Logs to MLflow beside the study: a thread of the driver that nothing waits for."""
+"""MLflow logging in a thread of the driver, so that a study never waits for it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from orchestrator.util.redaction import redact_secrets
 
 
 class MlflowWriter:
-    """Takes records (or their fingerprints: they are read from the store when their turn comes, so that a
-    long outage fills no memory) and makes their MLflow children. While MLflow does not answer it tries again,
-    with growing pauses. No method raises; what is not logged by `close` is left to
-    `python -m orchestrator sync`."""
+    """Background writer of MLflow child runs.
+
+    It queues fingerprints only and reads a record when its turn comes, so that a long outage does not fill
+    the memory. While MLflow does not answer it tries again, with growing pauses. No method raises; records
+    that are not logged when the writer closes are left to `python -m orchestrator sync`.
+
+    Args:
+        log: The logger.
+        store: The store.
+        study: The study whose records are logged.
+        log_adapters: Also log the adapters that the store keeps.
+        tags: Tags of the study's parent run.
+    """
 
     def __init__(
         self,
@@ -34,40 +43,48 @@ class MlflowWriter:
         self._log_adapters, self._tags = log_adapters, dict(tags or {})
         self._reused = frozenset(study.reused)
         self._condition = threading.Condition()
-        self._queue: dict[str, None] = {}  # a set in order
+        self._queue: dict[str, None] = {}  # an ordered set
         self._current = ""
         self._rejected: set[str] = set()
         self._deadline: float | None = None
         self._status = "FINISHED"
         self._report_files: Sequence[Path] = ()
         self.error = ""
-        """Why something is delayed; kept when it has since been logged."""
+        """The last error; it stays after the record has been logged."""
         self.is_damaged = False
         """Whether `error` is about a damaged SQLite file."""
         self.is_finished = False
-        """Whether the study's own run has been ended."""
+        """Whether the study's parent run has ended."""
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
         self._thread.start()
 
     @property
     def pending_count(self) -> int:
-        """How many of those put are not in MLflow yet."""
+        """Number of queued records that are not in MLflow yet."""
         with self._condition:
             return len({*self._queue, *self._rejected, self._current} - {""})
 
     def put(self, record: Record | str) -> None:
+        """Queue a record, given itself or by its fingerprint."""
         with self._condition:
             self._queue[record if isinstance(record, str) else record.fingerprint] = None
             self._condition.notify()
 
     def mark_reused(self, fingerprint: str) -> None:
-        """The study has come to ask for it, and it was known already."""
+        """Mark a configuration that the store had before the study requested it."""
         self._reused |= {fingerprint}
 
     def close(self, timeout: float, status: str = "FINISHED", report_files: Sequence[Path] = ()) -> int:
-        """Gives the writer `timeout` seconds to log what waits and to end the study's parent run with
-        `status` (FINISHED, FAILED, KILLED) and the files of `report`. Returns the number of records that are
-        not logged."""
+        """Log the queue, end the study's parent run, and stop.
+
+        Args:
+            timeout: Seconds for all of that.
+            status: Status of the parent run: FINISHED, FAILED or KILLED.
+            report_files: Files to log as artifacts of the parent run.
+
+        Returns:
+            The number of records that are not logged.
+        """
         with self._condition:
             self._status, self._report_files = status, report_files
             self._deadline = time.monotonic() + timeout
@@ -91,26 +108,25 @@ class MlflowWriter:
             except TrackingUnavailableError as down:
                 parent, self.error = "", str(down)
                 self.is_damaged = isinstance(down, TrackingDamagedError)
-            except Exception as error:  # ours is a side show: nothing in it may end a study
+            except Exception as error:  # logging must never end a study
                 parent, self.error = "", redact_secrets(f"{type(error).__name__}: {error}")
             if not self._wait_before_retry(pause):
                 return
             pause = min(2 * pause, timeouts.MAX_MLFLOW_RETRY_SECONDS)
 
     def _take_next(self) -> str | None:
-        """Waits for a fingerprint and takes it; None when closed and none is left."""
+        """Wait for a fingerprint and take it; None when the writer is closed and the queue is empty."""
         with self._condition:
             self._condition.wait_for(lambda: self._queue or self._deadline is not None)
             fingerprint = next(iter(self._queue), None)
             if fingerprint is not None:
-                # Taken before it is read: one that is put meanwhile, in a newer state, has its own turn.
+                # Taken before the record is read: a newer state that is queued meanwhile gets its own turn.
                 del self._queue[fingerprint]
                 self._current = fingerprint
             return fingerprint
 
     def _log_one(self, fingerprint: str) -> None:
-        """Logs the record as the store has it now. One that MLflow refuses is set aside: it must not keep the
-        others waiting."""
+        """Log the current record. A record that MLflow refuses is put aside, so that the others go on."""
         artifacts = {fingerprint: self._store.adapters / fingerprint} if self._log_adapters else None
         try:
             record = self._store.get(fingerprint)
@@ -128,7 +144,7 @@ class MlflowWriter:
                 self._current = ""
 
     def _wait_before_retry(self, seconds: float) -> bool:
-        """False when the time that `close` allowed is over."""
+        """Wait, and return whether there is time for another attempt."""
         with self._condition:
             if self._deadline is None:
                 self._condition.wait_for(lambda: self._deadline is not None, seconds)
