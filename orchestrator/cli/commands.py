@@ -142,8 +142,8 @@ class Gc(StoreLocation):
     """Remove what a crash left in the store.
 
     A study removes its temporary data itself, unless it was killed. This command removes checkpoints of
-    lanes whose record is finished or diverged, temporary files, and scratch folders of dead processes. It lists
-    what it keeps, and may run while a study runs.
+    lanes whose record is finished or diverged, temporary files, and scratch folders of dead processes. It
+    lists what it keeps, and may run while a study runs.
     """
 
     dry_run: bool = False

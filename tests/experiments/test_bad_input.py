@@ -35,7 +35,7 @@ BAD = {
     "negative seeds": ((*DRY, "--seeds", "-3"), ["--seeds -3", "1 or more"]),
     "zero steps": ((*DRY, "--steps", "0"), ["--steps 0", "1 or more"]),
     "zero lanes": ((*DRY, "--lanes-per-trainer", "0"), ["--lanes-per-trainer 0", "1 or more"]),
-    "zero seats": ((*DRY, "--trainers", "0"), ["--trainers 0", "1 or more"]),
+    "zero trainers": ((*DRY, "--trainers", "0"), ["--trainers 0", "1 or more"]),
     "unknown scheduler": ((*DRY, "--scheduler", "ahsa"), ["'ahsa'", "asha"]),
     "population based training": ((*DRY, "--scheduler", "pbt"), ["'pbt'", "immutable", "asha"]),
     "zero workers": ((*DRY, "--workers-per-trainer", "0"), ["--workers-per-trainer 0", "1 or more"]),
@@ -52,7 +52,7 @@ BAD = {
     "head rate no number": ((*DRY, "--head-learning-rate", "sme"), ["'sme'", "same", "1e-3"]),
     "head rate zero": ((*DRY, "--head-learning-rate", "0"), ["'0'", "above 0"]),
     "head rate without a head": ((*DRY, "--head-learning-rate", "1e-3"), ["1e-3", "no head", "same"]),
-    "gpus of a seat": ((*DRY, "--gpus-per-worker", "1.5"), ["--gpus-per-worker 1.5"]),
+    "gpus of a worker": ((*DRY, "--gpus-per-worker", "1.5"), ["--gpus-per-worker 1.5"]),
     "price reversed": ((*DRY, "--price-per-gpu-hour", "2:1"), ["'2:1'", "reversed", "1:2"]),
     "output is a file": ((*DRY, "--output", "/dev/null"), ["--output '/dev/null'", "cannot be written"]),
     "output below a file": (
@@ -65,7 +65,7 @@ BAD = {
         (*DRY, "--tracking-uri", "http://127.0.0.1:9"),
         ["'http://127.0.0.1:9'", "cannot be reached"],
     ),
-    "more seats than there are cores": (
+    "more trainers than there are cores": (
         (*DRY, "--trainers", "4000"),
         ["--trainers 4000", "take --trainers "],
     ),
@@ -167,7 +167,7 @@ BAD = {
         (*DRY, "--search", "qmc", "--space", "batch_size=int:1:1e18"),
         ["'batch_size=int:1:1e18'", "'1e18'", "at most 1e+06"],
     ),
-    "seat timeout not finite": ((*DRY, "--trainer-timeout", "inf"), ["--trainer-timeout inf", "finite"]),
+    "trainer timeout not finite": ((*DRY, "--trainer-timeout", "inf"), ["--trainer-timeout inf", "finite"]),
     "empty task": ((*DRY, "--task", ""), ["--task is empty", "leave it out"]),
     "empty model": ((*DRY, "--model", ""), ["--model is empty", "leave it out"]),
     "empty tracking uri": ((*DRY, "--tracking-uri", ""), ["--tracking-uri is empty", "leave it out"]),

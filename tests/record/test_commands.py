@@ -171,7 +171,7 @@ def test_report_of_a_study(run, results):
         (("show",), "name at least one fingerprint"),
         (("show", "ab", "--output", "nowhere"), "no store here"),
         (("sync", "--output", "nowhere"), "no store here"),
-        (("sync", "--tracking-uri", "mlruns"), "say sqlite:///mlruns.db"),
+        (("sync", "--tracking-uri", "mlruns"), "take sqlite:///mlruns.db"),
         (("report", "ratse"), "Did you mean 'rates'?"),
         (("report", "rates", "--output", "nowhere", "--store", "results/store"), "no study under nowhere"),
     ],

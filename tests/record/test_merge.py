@@ -1,4 +1,4 @@
-"""Stores that are joined: the same as if all had been put into one, in any order."""
+"""Merging of stores gives the same as one store would have, in any order."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def stores(tmp_path) -> tuple[Store, Store]:
     return Store(tmp_path / "here" / "store"), Store(tmp_path / "there" / "store")
 
 
-def test_what_is_new_comes_and_what_is_here_stays(stores, make_record):
+def test_new_records_are_copied_and_local_ones_stay(stores, make_record):
     here, there = stores
     mine, theirs = make_record(seed=1, reason="mine"), make_record(seed=1, reason="theirs")
     here.put(mine)
@@ -58,7 +58,7 @@ def test_what_is_new_comes_and_what_is_here_stays(stores, make_record):
     assert _files(here) == files, "doing it again changes nothing"
 
 
-def test_the_longer_stop_and_the_more_failures_count(stores, make_record):
+def test_the_longer_stopped_and_the_more_often_failed_record_is_kept(stores, make_record):
     here, there = stores
     short, long = (
         make_record(seed=1, state="stopped", steps=5),
@@ -80,7 +80,7 @@ def test_the_longer_stop_and_the_more_failures_count(stores, make_record):
     assert there.count_failures(failed.fingerprint) == 2
 
 
-def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
+def test_damaged_files_are_skipped_with_a_warning(stores, caplog, make_record):
     here, there = stores
     for seed in (1, 2):
         there.put(make_record(seed=seed))
@@ -99,7 +99,7 @@ def test_what_is_torn_is_skipped_with_a_warning(stores, caplog, make_record):
     assert str(damaged) in caplog.text
 
 
-def test_a_record_torn_here_is_healed_by_a_whole_one(stores, make_record):
+def test_a_damaged_local_record_is_replaced_by_a_whole_one(stores, make_record):
     here, there = stores
     whole = make_record(seed=1)
     there.put(whole)
@@ -110,7 +110,7 @@ def test_a_record_torn_here_is_healed_by_a_whole_one(stores, make_record):
     assert here.get(whole.fingerprint).to_json() == whole.to_json()
 
 
-def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record):
+def test_unfinished_lanes_continue_from_the_furthest_checkpoint(stores, make_record):
     here, there = stores
     further, behind, done = (make_record(seed=s).fingerprint for s in (1, 2, 3))
     here.put(make_record(seed=3))
@@ -133,7 +133,7 @@ def test_unfinished_lanes_go_on_from_the_furthest_checkpoint(stores, make_record
     assert merge_stores(here, there).lanes == 0
 
 
-def test_what_has_ended_elsewhere_keeps_no_checkpoint_here(stores, make_record):
+def test_a_lane_that_has_ended_elsewhere_keeps_no_local_checkpoint(stores, make_record):
     here, there = stores
     came, was = make_record(seed=1), make_record(seed=2)
     there.put(came)
@@ -145,7 +145,7 @@ def test_what_has_ended_elsewhere_keeps_no_checkpoint_here(stores, make_record):
     assert list(here.checkpoints.iterdir()) == []
 
 
-def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
+def test_bases_calibrations_and_adapters_of_copied_records_are_copied(stores, make_record):
     here, there = stores
     for store, text in ((here, "mine"), (there, "theirs")):
         for name, content in (("b-1", "same"), (f"b-{text}", text)):
@@ -154,7 +154,7 @@ def test_bases_evidence_and_the_adapters_of_what_came(stores, make_record):
         (store.bases / "b.recipe.json").write_text(text)
         store.calibration.mkdir()
         save_file({"a": np.zeros(2)}, store.calibration / f"{text}.safetensors")
-    (there.bases / ".b-abcdefgh").mkdir()  # in the making
+    (there.bases / ".b-abcdefgh").mkdir()  # incomplete
     came, other = make_record(seed=1), make_record(seed=2, reason="theirs")
     there.put(came)
     there.put(other)
@@ -215,7 +215,7 @@ _WRITES = st.lists(
 
 
 def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
-    """State, steps of what counts, failures."""
+    """Return state, steps of the current record, and failures of each fingerprint."""
     return {f: (s, store.get(f).steps, store.count_failures(f)) for f, s in store.states().items()}
 
 
@@ -247,7 +247,7 @@ def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_recor
         assert _files(joined) == before
     assert all(outcome == outcomes[0] for outcome in outcomes)
 
-    # And what is in there is what was put in: a final record where there was one, else the longest stop.
+    # The merged store has a final record where there was one, else the longest stopped record.
     for fingerprint in {r.fingerprint for r in records}:
         states = {r.state for r in records if r.fingerprint == fingerprint}
         if "finished" in states:

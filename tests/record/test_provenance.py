@@ -39,7 +39,8 @@ def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path):
 def test_current_names_versions_without_importing_them():
     code = (
         "import sys; from orchestrator.record.provenance import current_provenance\n"
-        "p = current_provenance('cpu', lane_group_size=3, workers=2, attempt=1, resumed_from=(5,), started=1.0, ended=2.0)\n"
+        "p = current_provenance('cpu', lane_group_size=3, workers=2, attempt=1, resumed_from=(5,),"
+        " started=1.0, ended=2.0)\n"
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
         "print(p.versions['torch'], p.versions['python'], p.pack_lanes, p.workers, p.attempt, p.resumed_from)"
     )

@@ -1,4 +1,4 @@
-"""Scratch folders: whose driver lives is told by a lock, and nothing else is touched."""
+"""Scratch folders: a lock shows whether the driver lives, and no other folder is removed."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, cap
     _overwrite(files, lambda file, text: "?" * len(text))
     assert store.states() == expected
     assert not caplog.messages
-    assert Store(store.root).states() == {}, "it would have told"
+    assert Store(store.root).states() == {}, "the folder would appear"
 
 
 def _overwrite(files: list[Path], change: Callable[[Path, str], str]) -> None:
@@ -170,7 +170,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
     del data["sha256"]
     _file(store, record).write_bytes(atomic_files.add_checksum(json.dumps(data)))
     for read in (lambda: store.get(record.fingerprint), store.states, lambda: list(store.records())):
-        with pytest.raises(UsageError, match="schema version 7, this program knows 1"):
+        with pytest.raises(UsageError, match="schema version 7, this program reads 1"):
             read()
 
 

@@ -22,14 +22,14 @@ SWEEP = ROOT / "experiments" / "lr_sensitivity.py"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command has ended, with the names that `subprocess.CompletedProcess` uses."""
+    """The end of a command, with the attribute names of `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
     stderr: str
 
     def assert_refused(self, *words: str) -> None:
-        """Assert that a wrong value was answered as it should be: exit code 2 and one line with `words`."""
+        """Assert that the command ended with exit code 2 and one error line that contains `words`."""
         assert self.returncode == 2, self.stdout + self.stderr
         assert self.stderr.startswith("error: "), self.stderr
         assert self.stderr.count("\n") == 1, self.stderr
@@ -41,8 +41,7 @@ Run = Callable[..., Ended]
 
 
 class _LeavesSignals(graceful_interrupts.InterruptHandler):
-    """Installs no signal handlers and starts no thread: both would stay in the test process.
-    `tests/util/test_command.py` shows what they do, in processes of their own."""
+    """A handler that takes no signals and starts no thread, which would stay in the test process."""
 
     def install(self) -> None:
         pass
@@ -50,8 +49,7 @@ class _LeavesSignals(graceful_interrupts.InterruptHandler):
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set back what a command changes for the rest of its process, and let it find neither a GPU nor settings
-    of the user's in the environment."""
+    """Undo what a command changes for the rest of its process, and hide GPUs and the user's settings."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # no GPU is the case that is tested, on any machine
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "ORCHESTRATOR_OUTPUT", "ORCHESTRATOR_DATA"):
@@ -89,7 +87,7 @@ def run(
 
 
 def _ray() -> tuple[bool, bool]:
-    """Whether Ray is imported here, and whether it runs."""
+    """Return whether Ray is imported in this process, and whether it runs."""
     ray = sys.modules.get("ray")
     return ray is not None, ray is not None and ray.is_initialized()
 

@@ -1,4 +1,4 @@
-"""A pseudo-terminal for tests of commands: keys can be typed into it, and the lines on its screen be read."""
+"""A pseudo-terminal for tests of commands, with methods to type keys and to read its screen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
 HEAD = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-"""Makes the terminal the controlling one of the process, so that Ctrl-C sends it a signal."""
+"""Code that makes the terminal the controlling one of the process, so that Ctrl-C sends a signal."""
 LIMIT_SECONDS = 200.0
 
 
@@ -41,9 +41,9 @@ class Terminal:
         os.close(theirs)
 
     def wait_for(self, text: str) -> None:
-        """Read until `text` has been shown since the start or the last call; assert that it was."""
+        """Read until `text` has been shown since the last call; fail if the program ends first."""
         while text not in self.shown[self._seen :]:
-            assert self._read(), f"it ended without {text!r}: {self.shown!r}"
+            assert self._read(), f"the program ended without {text!r}: {self.shown!r}"
         self._seen = self.shown.index(text, self._seen) + len(text)
 
     def type(self, keys: bytes) -> None:
@@ -65,7 +65,7 @@ class Terminal:
         )
         try:
             data = os.read(self._ours, 65536)
-        except OSError:  # Linux, when nobody has the other side any more
+        except OSError:  # on Linux, when the other side is closed
             return False
         self.shown += self._decoder.decode(data)  # a character may come in two parts
         return bool(data)

@@ -34,7 +34,7 @@ def test_the_fingerprint_is_what_it_was() -> None:
 
 
 def test_the_fields_of_today_leave_points_of_earlier_numerics_recognizable() -> None:
-    """A search of an earlier version is told that the numerics were raised, and of nothing else."""
+    """A search of an earlier version is refused because the numerics were raised, and for no other reason."""
     before = replace(POINT, loop_numerics=1)
     assert before.fingerprint == "f3772e6fc07e41559cc1d7750e25c3ee629eec7975b9e1217315539f66130eb1"
 

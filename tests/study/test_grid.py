@@ -43,7 +43,7 @@ def test_blocks_hold_one_variant_at_all_rates_and_first_seeds_come_first() -> No
     assert [block[0].seed for block in blocks] == [0, 0, 0, 1, 1, 1]
 
 
-def test_a_block_takes_as_many_seeds_as_fill_a_pack() -> None:
+def test_a_block_takes_as_many_seeds_as_fill_a_lane_group() -> None:
     points = training_order(build_grid(TEMPLATES, (1e-3, 1e-2), range(4)), lanes_per_group=4)
     first = points[:4]
     assert len({c.variant.name for c in first}) == 1

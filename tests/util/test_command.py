@@ -18,7 +18,8 @@ LOOP = "while not done.wait(0.05): pass"
 HEAD = """
 import subprocess, sys, threading, time
 from orchestrator.util.command import main
-from orchestrator.util.graceful_interrupts import exit_on_interrupt, graceful_interrupts, interrupt_main_thread
+from orchestrator.util.graceful_interrupts import exit_on_interrupt, graceful_interrupts
+from orchestrator.util.graceful_interrupts import interrupt_main_thread
 from orchestrator.util.errors import StudyError
 done = threading.Event()
 def started():
@@ -60,7 +61,7 @@ def test_the_first_signal_is_one_line_without_passwords_and_130(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_inside_gently_the_work_ends_by_itself(number):
+def test_inside_graceful_interrupts_the_work_ends_by_itself(number):
     process = _start(
         f"with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nprint('tidied up')\nreturn 3"
     )
@@ -68,11 +69,12 @@ def test_inside_gently_the_work_ends_by_itself(number):
     assert _end(process) == (3, "tidied up\n", "")
 
 
-def test_another_thread_may_let_go_of_work_that_does_not_end():
+def test_another_thread_can_interrupt_work_that_does_not_end():
     body = (
         "from orchestrator.util.graceful_interrupts import interrupt_handler\n"
         "interrupt_handler._wait_for_signal = lambda seconds: threading.Event().wait()\n"
-        "try:\n    with graceful_interrupts(lambda: threading.Thread(target=interrupt_main_thread).start()):\n"
+        "stop = lambda: threading.Thread(target=interrupt_main_thread).start()\n"
+        "try:\n    with graceful_interrupts(stop):\n"
         "        started()\n        threading.Event().wait()\nfinally:\n    print('tidied up')"
     )
     process = _start(body)
@@ -98,7 +100,7 @@ def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
     assert not psutil.wait_procs([other], timeout=200)[1]
 
 
-def test_a_library_that_takes_the_signals_does_not_keep_them():
+def test_signals_are_taken_back_from_a_library():
     """As `ray.init` does with SIGTERM."""
     body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
     process = _start(f"{body}with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nreturn 4")
@@ -163,9 +165,9 @@ def test_a_closed_stdout_or_stderr_changes_no_exit_code(closed):
     assert done.stdout == ("said\n" if closed == "2>&-" else "")
 
 
-def test_trouble_is_one_line_and_1():
-    process = _start("started()\nraise StudyError('no seat')")
-    assert _end(process) == (1, "", "error: no seat\n")
+def test_a_study_error_is_one_line_and_exit_code_1():
+    process = _start("started()\nraise StudyError('no trainer')")
+    assert _end(process) == (1, "", "error: no trainer\n")
 
 
 ENDED_BY_A_THREAD = """
@@ -187,7 +189,7 @@ threading.Event().wait()
     [("raise OSError", "", "error: gone\n"), ("", "sys.__stderr__.close()", "")],
     ids=["its last act fails", "its line cannot be printed"],
 )
-def test_what_a_thread_ends_is_ended_though(last, before, said):
+def test_a_process_that_a_thread_ends_always_ends(last, before, said):
     process = _start(ENDED_BY_A_THREAD.format(last=last, before=before))
     process.send_signal(signal.SIGINT)
     assert _end(process) == (1, "last\n", said)
@@ -217,7 +219,7 @@ def _in_a_terminal(folder: Path, body: str) -> Terminal:
     return terminal
 
 
-def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
+def test_the_line_after_ctrl_c_has_a_line_of_its_own(tmp_path):
     terminal = _in_a_terminal(tmp_path, f"started()\n{LOOP}")
     terminal.type(CTRL_C)
     code, lines = terminal.end()
@@ -225,11 +227,14 @@ def test_what_is_said_after_ctrl_c_has_a_line_of_its_own(tmp_path):
     assert (code, lines) == (130, ["started", f"interrupted; to go on: python {tmp_path}/x.py"])
 
 
-def test_so_has_what_a_study_says_before_its_live_line_is_there(tmp_path):
-    body = f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n    progress.notify('Ctrl-C: seats save')"
+def test_a_message_before_the_live_line_has_a_line_of_its_own(tmp_path):
+    body = (
+        f"with progress, graceful_interrupts(done.set):\n    started()\n    {LOOP}\n"
+        "    progress.notify('Ctrl-C: trainers save')"
+    )
     terminal = _in_a_terminal(tmp_path, body)
     terminal.type(CTRL_C)
-    assert terminal.end() == (0, ["started", "Ctrl-C: seats save"])
+    assert terminal.end() == (0, ["started", "Ctrl-C: trainers save"])
 
 
 def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
@@ -247,7 +252,7 @@ def test_a_second_ctrl_c_leaves_neither_live_line_nor_hidden_cursor(tmp_path):
     assert not hides_cursor(terminal.shown)
 
 
-def test_how_to_go_on_is_not_glued_to_the_live_line(tmp_path):
+def test_the_resume_command_is_not_on_the_live_line(tmp_path):
     """Python has dropped the interrupt, so another thread than the main one ends the process."""
     work = f"progress.refresh()\n{DROPPED}dropped.set()\n{LOOP}"
     terminal = _in_a_terminal(tmp_path, f"with progress:\n{textwrap.indent(work, '    ')}")
@@ -276,7 +281,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
     ids=["study", "command"],
 )
-def test_a_terminal_hears_first_what_the_next_seconds_go_to(tmp_path, script, arguments):
+def test_a_terminal_shows_first_what_the_next_seconds_are_spent_on(tmp_path, script, arguments):
     """The line is printed before the first library is imported, and not with `--help`. Where stderr is no
     terminal nothing is printed: see tests/experiments/test_bad_input.py."""
     program = tmp_path / "x.py"

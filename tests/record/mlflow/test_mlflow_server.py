@@ -94,7 +94,7 @@ class _Pass(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_POST = do_GET
+    do_POST = do_GET  # noqa: N815  # the name that http.server calls
 
     def log_message(self, *_: object) -> None:
         pass
@@ -244,7 +244,7 @@ def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
 
     said: list[str] = []
     with pytest.raises(
-        UsageError, match="passwords are kept nowhere; give the option with its own again"
+        UsageError, match="passwords are not stored; give the option with the password"
     ) as no:
         sync_projections(store, output, None, said.append)
     assert "\n" not in str(no.value)

@@ -122,7 +122,7 @@ class _Hold(BaseHTTPRequestHandler):
         self.server.released.wait()
         self.send_error(503)
 
-    do_POST = do_GET
+    do_POST = do_GET  # noqa: N815  # the name that http.server calls
 
     def log_message(self, *_: object) -> None:
         pass
@@ -137,7 +137,7 @@ def holding() -> Iterator[Holding]:
     server.server_close()
 
 
-def test_a_database_that_is_damaged_on_the_way_is_told_from_one_that_is_down(tmp_path, store, make_record):
+def test_a_database_damaged_during_a_study_differs_from_one_that_is_down(tmp_path, store, make_record):
     database = tmp_path / "mlflow.db"
     writer = MlflowWriter(MlflowLogger(empty_database(database)), store, StudyFile("damaged", "", "x"))
     records = [make_record(seed=seed) for seed in range(2)]
