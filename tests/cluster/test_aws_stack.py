@@ -124,7 +124,7 @@ def test_results_outlive_the_stack() -> None:
 
 
 @pytest.mark.cluster
-def test_cloudformation_would_take_it() -> None:
+def test_the_stack_passes_cfn_lint() -> None:
     from cfnlint import api  # what AWS refuses (aliases, unknown properties) moto lets through
 
     assert api.lint_file(STACK) == []
@@ -132,11 +132,11 @@ def test_cloudformation_would_take_it() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("aws")
-def test_a_parameter_comes_from_the_environment_else_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parameter_is_read_from_the_environment_or_from_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     deploy(boto3.client)
     assert re.fullmatch(r"fs-\w+\.efs\.us-west-2\.amazonaws\.com:/", read_parameter("storage"))
     assert re.fullmatch(r"s3://[\w-]+/mlflow", read_parameter("artifacts"))
-    assert read_parameter("hub-token") == "", "none was put there"
+    assert read_parameter("hub-token") == "", "the stack has no such parameter"
     put = {"Name": "/lora-orchestrator/hub-token", "Type": "SecureString", "Value": "a-token\n"}
     boto3.client("ssm").put_parameter(**put)
     assert read_parameter("hub-token") == "a-token"

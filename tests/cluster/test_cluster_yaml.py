@@ -1,4 +1,4 @@
-"""cluster.yaml: Ray's own code takes it, what is wrong in it is refused, and it keeps what it promises."""
+"""cluster.yaml: Ray's own code accepts it, mistakes in it are refused, and it keeps its promises."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMANDS = [c for key, value in CONFIG.items() if key.endswith("_commands") for 
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a changed description may lie: the project's parts beside it, a token in its owner's home."""
+    """Return the path for a changed cluster file: beside the project's parts, with a token in the home."""
     for local in CONFIG["file_mounts"].values():
         if not local.startswith("~"):
             (tmp_path / local).symlink_to(ROOT / local)
@@ -50,10 +50,10 @@ def changed(*path: str, value: Any) -> dict[str, Any]:
     return config
 
 
-# -- what Ray checks
+# -- checks by Ray
 
 
-def test_ray_takes_it() -> None:
+def test_ray_accepts_the_file() -> None:
     prepared = prepare_config(copy.deepcopy(CONFIG))
     validate_config(prepared)
     assert prepared["available_node_types"]["head"]["max_workers"] == 0
@@ -72,16 +72,16 @@ RAY_REFUSES = [
 
 
 @pytest.mark.parametrize(("path", "value", "words"), RAY_REFUSES)
-def test_ray_refuses(written: Path, path: tuple[str, ...], value: Any, words: str) -> None:
+def test_ray_refuses_mistakes(written: Path, path: tuple[str, ...], value: Any, words: str) -> None:
     config = changed(*path, value=value)
     if path[-1] == "min_workers":
-        config["available_node_types"]["gpu"]["max_workers"] = 9  # so that ours has nothing to say
+        config["available_node_types"]["gpu"]["max_workers"] = 9  # so that our own check passes
     with pytest.raises((ValidationError, ValueError, TypeError)):
         validate_config(prepare_config(copy.deepcopy(config)))
     refused(written, config, words)
 
 
-# -- what Ray lets through: it would come to light when machines run, or never
+# -- mistakes that Ray accepts: they would appear when machines run, or never
 
 OURS = [
     (("provider", "cache_stoped_nodes"), False, "Did you mean 'cache_stopped_nodes'?"),
@@ -99,7 +99,7 @@ OURS = [
 
 
 @pytest.mark.parametrize(("path", "value", "words"), OURS)
-def test_we_refuse_what_ray_lets_through(
+def test_mistakes_that_ray_accepts_are_refused(
     written: Path, path: tuple[str, ...], value: Any, words: str
 ) -> None:
     config = changed(*path, value=value)
@@ -128,14 +128,14 @@ def test_a_missing_token_is_named_before_a_machine_runs(written: Path) -> None:
         ("{cluster_name: x, provider: {type: azzure}}", "azzure"),
     ],
 )
-def test_what_is_no_description_is_one_line(written: Path, text: str, words: str) -> None:
+def test_a_file_that_is_no_cluster_file_is_refused_in_one_line(written: Path, text: str, words: str) -> None:
     written.write_text(text)
     with pytest.raises(UsageError, match=words) as refusal:
         cluster_file.read_cluster_file(written)
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cluster\.yml: No such file"):
         cluster_file.read_cluster_file(tmp_path / "cluster.yml")
 
@@ -147,12 +147,12 @@ def refused(file: Path, config: dict[str, Any], words: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_as_it_is_it_is_not_refused(written: Path) -> None:
+def test_the_file_itself_is_accepted(written: Path) -> None:
     written.write_text(TEXT)
     assert cluster_file.read_cluster_file(written)["cluster_name"] == "lora-orchestrator"
 
 
-# -- what it promises
+# -- promises
 
 
 def test_gpu_workers_are_spot_and_scale_from_zero_to_a_bound() -> None:
@@ -166,7 +166,7 @@ def test_gpu_workers_are_spot_and_scale_from_zero_to_a_bound() -> None:
     assert CONFIG["idle_timeout_minutes"] <= 15
 
 
-def test_nothing_that_costs_is_left() -> None:
+def test_terminated_machines_leave_nothing_that_costs() -> None:
     assert CONFIG["provider"]["cache_stopped_nodes"] is False
     assert NODES["head"]["InstanceInitiatedShutdownBehavior"] == "terminate"
     for name, node in NODES.items():
@@ -186,14 +186,14 @@ def test_ssh_is_not_open_and_rights_are_narrow() -> None:
         assert node["MetadataOptions"]["HttpTokens"] == "required"
 
 
-def test_only_the_loopback_shows_the_dashboard_and_mlflow() -> None:
+def test_dashboard_and_mlflow_listen_on_the_loopback_address_only() -> None:
     assert "--dashboard-host=127.0.0.1" in START["head"]
     server = (ROOT / "orchestrator/cluster/node/mlflow_server.sh").read_text()
     assert "--host 127.0.0.1" in server
     assert any("supervisor mlflow --health http://127.0.0.1:" in c for c in CONFIG["head_start_ray_commands"])
 
 
-def test_every_node_wants_the_token_and_none_is_in_the_file() -> None:
+def test_every_node_needs_the_token_which_is_not_in_the_file() -> None:
     for command in START.values():
         assert re.search(r"RAY_AUTH_MODE=token .*ray start", command, re.DOTALL)
     assert any("export RAY_AUTH_MODE=token" in c for c in CONFIG["setup_commands"])
@@ -212,7 +212,7 @@ def test_every_node_gets_the_same_versions() -> None:
     assert {"constraints.txt", "pyproject.toml", "orchestrator", "variants", "experiments"} <= mounted
 
 
-def test_workers_watch_for_their_end_and_have_time_to_start() -> None:
+def test_workers_have_a_watchdog_and_time_to_start() -> None:
     assert CONFIG["worker_start_ray_commands"][-1].endswith(
         "-- python -m orchestrator.cluster.node.spot_watcher"
     )
@@ -221,7 +221,7 @@ def test_workers_watch_for_their_end_and_have_time_to_start() -> None:
     assert int(waits["RAY_AUTOSCALER_RECONCILE_RAY_INSTALL_STATUS_TIMEOUT_S"]) >= 1800
 
 
-def test_one_region() -> None:
+def test_the_region_stands_in_two_marked_lines() -> None:
     assert f"AWS_DEFAULT_REGION={CONFIG['provider']['region']}'" in TEXT
     assert TEXT.count("# REGION") == 2
 
@@ -233,7 +233,7 @@ def test_scripts_are_bash_and_used(script: Path) -> None:
     assert any(f"cluster/{script.name}" in text or f'/{script.name}"' in text for text in used_by)
 
 
-# -- what is sent to nodes
+# -- files that are sent to nodes
 
 
 def test_no_mount_holds_results_or_the_environment() -> None:

@@ -1,4 +1,4 @@
-"""No secret is in the commands of cluster.yaml, nor in what `ray up` makes of it."""
+"""No secret is in the commands of cluster.yaml, nor in the files that `ray up` derives from it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def strings(node: Any) -> Iterator[str]:
         yield from (text for part in node for text in strings(part))
 
 
-def test_no_command_of_the_description_has_a_secret_for_a_word() -> None:
-    """Bash would put a variable's value in place of its name where that stands in no single quotes."""
+def test_no_command_of_the_cluster_file_has_a_secret_as_a_word() -> None:
+    """Bash replaces a variable's name by its value except in single quotes."""
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     commands = [text for key, value in config.items() if key.endswith("_commands") for text in strings(value)]
     assert len(commands) > 15
@@ -39,7 +39,7 @@ def test_no_command_of_the_description_has_a_secret_for_a_word() -> None:
     assert any("${HF_TOKEN" in text for text in commands), "this would see one"
 
 
-def test_what_every_shell_of_a_node_reads_says_where_the_token_is_and_not_what(tmp_path: Path) -> None:
+def test_the_shell_environment_of_a_node_refers_to_the_token_without_its_value(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     value = planted("x")
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "HF_TOKEN": value["x"]}
@@ -58,7 +58,7 @@ def test_what_every_shell_of_a_node_reads_says_where_the_token_is_and_not_what(t
 
 
 @pytest.mark.cluster
-def test_what_ray_up_derives_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_ray_up_have_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import boto3
     import moto
     from ray.autoscaler._private import commands

@@ -1,5 +1,7 @@
-"""Secrets in the environment and the options of a real study are found nowhere afterwards: in no file, log,
-MLflow field, output or command line. The search itself is shown to find what is there."""
+"""Secrets in the environment and the options of a real study are found nowhere afterwards.
+
+The tests search files, logs, MLflow's fields, output and command lines, and show that the search works.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +37,21 @@ URI, DATABASE = "the password in --tracking-uri", "the password in an error's te
 
 @dataclass
 class Watch:
-    """Reads the command lines of all processes of this machine, again and again."""
+    """A thread that reads the command lines of all processes of this machine repeatedly."""
 
     values: Mapping[str, str]
     home: Path = Path("/nowhere")
-    """HOME of the processes in question."""
+    """HOME of the processes that are watched."""
     course: dict[str, list[tuple[bool, bool]]] = field(default_factory=dict)
-    """Of each command that somebody typed, look by look: whether a secret was in it, and whether it had
-    children."""
+    """Typed command -> for each reading, whether it held a secret and whether it had children."""
     others: set[str] = field(default_factory=set)
-    """Names of secrets in other command lines, with these."""
+    """Names of secrets found in other command lines, with the command lines."""
     looked_at: set[str] = field(default_factory=set)
-    """Words of command lines of processes with this home."""
+    """Words of the command lines of processes with this home."""
     typed: dict[int, str] = field(default_factory=dict)
-    """The commands that somebody typed, by process, until they have been waited for."""
+    """Process id -> name of a typed command, until it has been waited for."""
     busy: threading.Lock = field(default_factory=threading.Lock)
-    """Held during a look, and while `typed` is not up to date."""
+    """Held during a reading, and while `typed` changes."""
 
     def __enter__(self) -> Watch:
         self._ended = threading.Event()
@@ -63,7 +64,7 @@ class Watch:
         self._thread.join()
 
     def start(self, name: str, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start what somebody types. However busy this machine is, it begins after the first look at it."""
+        """Start a command as a user types it. It begins after the first reading of its command line."""
         held = ["sh", "-c", 'read -r _; exec "$@"', "sh", *command]
         with self.busy:
             process = subprocess.Popen(held, stdin=subprocess.PIPE, **options)
@@ -79,10 +80,10 @@ class Watch:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Return its exit code."""
+        """Wait for a typed command. Returns its exit code."""
         until(lambda: self.has_ended(process), seconds=LIMIT_SECONDS)
         with self.busy:
-            del self.typed[process.pid]  # from now on it may be another's
+            del self.typed[process.pid]  # another process may get the id from now on
         return process.wait()
 
     def _run(self) -> None:
@@ -130,7 +131,7 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study of which one configuration fails, and the commands around it, with planted secrets."""
+    """Run a study in which one configuration fails, and related commands, with planted secrets."""
     from mlflow_server import Server
 
     root = tmp_path_factory.mktemp("secrets")
@@ -212,7 +213,7 @@ def mlflow_tells(uri: str) -> tuple[int, str]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_the_study_was_a_real_one_and_its_user_code_said_the_secrets(study: Study) -> None:
+def test_the_study_was_real_and_its_user_code_printed_the_secrets(study: Study) -> None:
     codes = {"plan": 0, "study": 1, "check": 0, "show": 0, "report": 0, "sync": 0, "down": 2}
     assert study.codes == codes, study.said
     assert study.runs == 3, "the study's and one a configuration"
@@ -232,7 +233,7 @@ def test_the_study_was_a_real_one_and_its_user_code_said_the_secrets(study: Stud
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_they_are_in_no_file(study: Study) -> None:
+def test_no_file_has_a_secret(study: Study) -> None:
     logs = {path.name for folder in study.folders for path in folder.rglob("logs/*")}
     assert {"gcs_server.out", "raylet.out", "runtime_env_agent.log"} <= logs, "Ray's session was searched"
     assert found(study.values, *study.folders) == []
@@ -240,14 +241,14 @@ def test_they_are_in_no_file(study: Study) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_they_are_in_nothing_that_is_said_or_that_mlflow_tells(study: Study) -> None:
+def test_no_output_and_no_mlflow_field_has_a_secret(study: Study) -> None:
     for name, text in {**study.said, "MLflow": study.mlflow}.items():
         assert [name for name, form in forms(study.values) if form.decode() in text] == [], name
 
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1800)
-def test_they_are_in_no_command_line(study: Study) -> None:
+def test_no_command_line_has_a_secret(study: Study) -> None:
     assert study.watch.looked_at == set(WORDS)
     assert study.watch.others == set()
     # What somebody types is there until the program has come to read it. That is before it does anything.
@@ -259,7 +260,7 @@ def test_they_are_in_no_command_line(study: Study) -> None:
     assert (False, True) in study.watch.course["study"]
 
 
-def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
+def test_the_search_finds_planted_secrets(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -282,7 +283,7 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
     assert len(found(value, tmp_path)) == len(names)
 
 
-def test_the_watch_sees_a_command_line() -> None:
+def test_the_watch_finds_a_secret_in_a_command_line() -> None:
     value = planted("x")
     with Watch(value) as watch:
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", value["x"]])
