@@ -1,4 +1,4 @@
-"""Clocks that jump, as after a machine was suspended or its time was set: nobody is given up for it."""
+"""Clocks that jump, as after the suspension of a machine, do not make one process give up another."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_no_trainer_is_taken_for_dead_because_the_brokers_clock_jumps(tmp_path: 
 
 
 class OneAnswerLate(StudyMonitor):
-    """A watch of which one question to the broker has no answer, while the clock jumps by an hour."""
+    """A monitor that gets no answer to one poll, while the clock jumps by an hour."""
 
     looks = 0
     jump: Jump

@@ -1,4 +1,4 @@
-"""Whose fault it is that a trainer ended. Real deaths are those of test_chaos.py and test_nodes.py."""
+"""How errors of Ray Train are classified. test_chaos.py and test_nodes.py cause real deaths."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from orchestrator.finetune.failures import BrokenKind, StoreFullError, TrainerBr
 
 
 def raised(*errors: BaseException) -> WorkerGroupError:
-    """What Train makes of what its workers raised."""
-    told = {rank: UserExceptionWithTraceback(error, "its traceback") for rank, error in enumerate(errors)}
-    return WorkerGroupError("what they said", told)
+    """Return the error of a Train run whose workers raised these errors."""
+    failures = {rank: UserExceptionWithTraceback(error, "its traceback") for rank, error in enumerate(errors)}
+    return WorkerGroupError("what they said", failures)
 
 
 def short_of_memory() -> WorkerGroupError:
-    """What Train makes of a worker that Ray's memory monitor ended."""
+    """Return the error of a Train run whose worker was killed by Ray's memory monitor."""
     ended = OutOfMemoryError("Task was killed due to the node running low on memory.")
     return WorkerGroupError("they died", {0: WorkerHealthCheckFailedError("no answer", ended)})
 

@@ -1,5 +1,7 @@
-"""Where a trainer's worker died, and what it leaves: asked of a real Ray, of actors that stand to each other as
-Train's controller and its worker do."""
+"""How a real Ray describes the death of a worker, shown with actors that own each other like Train's.
+
+One actor stands for Train's controller, and the actor that it creates for its worker.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many trainers are started, as lanes wait and nodes come and go."""
+"""How many trainers are started for the waiting lanes and the present nodes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def trainers(
     started: bool = True,
     to_come: int = 0,
 ) -> TrainerPool:
-    """Trainers of four lanes and one GPU, on nodes with as many GPUs in all."""
+    """Return a pool of trainers with four lanes and one GPU each, on nodes with `gpus` GPUs in total."""
     plan, sight = TrainerSpec(4, 1.0, "store", "scratch"), StorageVisibility(Path(), (), print)
     made = TrainerPool(PoolConfig(count, plan, follow, to_come), "space", None, sight, print)
     made.cluster = Cluster(tuple(Node(4, 1, 2**33) for _ in range(gpus)))

@@ -1,4 +1,4 @@
-"""How many trainers there is room for, and what is said when there is not."""
+"""How many trainers fit on a cluster, and the errors for more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lanes that crash their trainer are found by halving its lane group; innocent ones finish, in any order of events."""
+"""Halving a crashed lane group finds the faulty lanes, and all others finish, in any order of events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POINTS = [configuration(rate=10.0**-n) for n in range(12)]
 
 
 class Trainer:
-    """Trains its lanes in turn; dies at the step at which one of them crashes."""
+    """A trainer that trains its lanes in turn and dies at the step at which one of them crashes."""
 
     def __init__(self, name: str, lanes: int) -> None:
         self.name, self.places = name, lanes
@@ -59,7 +59,7 @@ class Trainer:
 def test_the_guilty_fail_and_the_innocent_finish(
     guilty: dict[int, int], lanes: int, count: int, data: st.DataObject
 ) -> None:
-    """`guilty`: lane -> the step at which it takes its trainer with it, every time."""
+    """`guilty` maps a lane to the step at which it crashes its trainer, every time."""
     written: dict[str, str] = {}
 
     def give_up(life: LaneEntry, point: Configuration, why: str) -> RecordState:
@@ -103,7 +103,7 @@ def test_the_guilty_fail_and_the_innocent_finish(
 
 
 def crashed(lanes: int, how: ExitKind = ExitKind.CRASHED) -> BrokerCore:
-    """A broker whose only trainer is gone with so many lanes."""
+    """Return a broker whose only trainer died with so many lanes."""
     core = BrokerCore()
     for number, point in enumerate(POINTS[:lanes]):
         core.submit(f"t{number}", point, 0.0)

@@ -1,4 +1,4 @@
-"""What the broker does in one order of events at a time; test_broker_orders.py tries all of them."""
+"""What the broker does in given orders of events; test_broker_orders.py generates random orders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_shape_that_waits_too_long_gets_the_trainer_with_fewest_lanes() -> Non
 
 
 def restarted() -> tuple[BrokerCore, Configuration]:
-    """A gated broker that knows nothing, and what its predecessor had leased to trainer "a" as attempt 1."""
+    """Return a restarted broker under ASHA, and the lane that trainer "a" holds as attempt 1."""
     return BrokerCore(scheduler="asha"), configuration()
 
 
@@ -189,7 +189,7 @@ def test_vacated_trainers_give_everything_back_and_get_nothing_more() -> None:
 
 
 def fails_alike(core: BrokerCore, name: str) -> set[str]:
-    """A trainer of one place is given lanes, each of which fails, until it gives up. Returns their variants."""
+    """Let every lane of a trainer with one slot fail until the trainer gives up; return their variants."""
     variants = set()
     for _ in range(MAX_GROUP_FAILURES):
         (lease,) = core.lease(f"{name}.x", None, 1, 0.0).leases

@@ -1,4 +1,4 @@
-"""The broker's state machine under random orders of submit, lease, report, park, death and release."""
+"""The broker under random orders of submissions, leases, reports, pauses, deaths and releases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.util import timeouts
 
 @dataclass
 class Lane:
-    """As a trainer has it. One that goes on from a checkpoint reports again what that holds."""
+    """A lane on a trainer. After a resumption it reports again what its checkpoint contains."""
 
     attempt: int
     configuration: Configuration
@@ -49,7 +49,7 @@ class FakeTrainer:
 
 
 class Broker(RuleBasedStateMachine):
-    """Trials and trainers as they behave, in any order. `saved` plays the checkpoints, `records` the store."""
+    """Trials and trainers in any order of events. `saved` stands for checkpoints, `records` for the store."""
 
     @initialize(gated=st.booleans(), in_step=st.booleans())
     def start(self, gated: bool, in_step: bool) -> None:

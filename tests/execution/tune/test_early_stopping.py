@@ -89,6 +89,19 @@ class EndsEarly:
     others_at: int
 
 
+def mark_when_paused(ends: EndsEarly, ready: Path) -> Any:
+    """Return a Tune callback that writes `ready` once the other trials are paused at the same evaluation."""
+    from ray import tune
+
+    class Others(tune.Callback):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            paused = [trial.last_result for trial in trials if trial.status == "PAUSED"]
+            if ends.others <= {r["rate"] for r in paused if r["evaluation"] == ends.others_at}:
+                ready.touch()
+
+    return Others()
+
+
 @pytest.fixture(scope="module")
 def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """(scheduler, points, known, ends, at once) -> the last evaluation of each variant and rate."""
@@ -126,17 +139,6 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
         def load_checkpoint(self, checkpoint: Any) -> None:
             self.at = checkpoint["at"]
 
-    class Others(tune.Callback):
-        """Writes `ready` when the others are paused, all after the same evaluation."""
-
-        def __init__(self, ends: EndsEarly, ready: Path) -> None:
-            self.ends, self.ready = ends, ready
-
-        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            paused = [trial.last_result for trial in trials if trial.status == "PAUSED"]
-            if self.ends.others <= {r["rate"] for r in paused if r["evaluation"] == self.ends.others_at}:
-                self.ready.touch()
-
     def run(
         scheduler: str,
         points: list[Configuration],
@@ -161,7 +163,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
             run_config=tune.RunConfig(
                 storage_path=str(folder),
                 verbose=0,
-                callbacks=[Others(ends, ready)] if ends else [],
+                callbacks=[mark_when_paused(ends, ready)] if ends else [],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
