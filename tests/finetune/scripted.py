@@ -273,8 +273,8 @@ def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Le
     return [Lease(c, attempt) for c in configurations]
 
 
-def provenance(device: str, **rest: Any) -> Provenance:
-    return Provenance(commit="test", device=device, **rest)
+def provenance(device: str, *, lane_group_size: int = 1, **rest: Any) -> Provenance:
+    return Provenance(commit="test", device=device, pack_lanes=lane_group_size, **rest)
 
 
 @cache

@@ -86,7 +86,7 @@ def run(
         store: Receives checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
         settings: Limits and intervals.
-        provenance: `provenance(device, pack_lanes=, workers=, attempt=, resumed_from=, started=, ended=)`
+        provenance: `provenance(device, lane_group_size=, workers=, attempt=, resumed_from=, started=, ended=)`
             returns the provenance of a record.
         process_group: The workers of this trainer.
         make_engine: Makes the engine, which computes steps and scores.

@@ -250,7 +250,7 @@ def build_record(
         cost=lane.cost,
         provenance=provenance(
             engine.device_name,
-            pack_lanes=lane.peak_group_size,
+            lane_group_size=lane.peak_group_size,
             workers=workers,
             attempt=lane.lease.attempt,
             resumed_from=lane.resumed_from,
