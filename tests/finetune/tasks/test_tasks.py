@@ -110,7 +110,7 @@ def test_the_configuration_of_a_base_model_is_known_before_pretraining(
 def test_listing_and_choosing_imports_no_torch() -> None:
     code = (
         "import sys; from orchestrator.finetune.tasks import catalogue;"
-        "from orchestrator.finetune.models import loading as models;"
+        "from orchestrator.finetune.models import catalogue as models;"
         "catalogue.names(); models.built_in_names(); catalogue.get('letters').choice();"
         "assert not {'torch', 'transformers', 'reasoning_gym'} & set(sys.modules)"
     )
