@@ -20,9 +20,7 @@ def test_a_retired_option_is_refused_with_its_new_name(option: str, run: Run) ->
 
 
 def test_the_command_in_an_earlier_study_file_is_read_with_the_new_names(tmp_path: Path) -> None:
-    command = (
-        "python experiments/lr_sensitivity.py --seats 2 --schedule=linear --set a=--seats"
-    )
+    command = "python experiments/lr_sensitivity.py --seats 2 --schedule=linear --set a=--seats"
     StudyFile("s", "why", "").write(tmp_path / "s")
     data = json.loads((tmp_path / "s" / STUDY_FILE).read_text())
     del data["sha256"]

@@ -28,7 +28,6 @@ from orchestrator.util.suspend_tolerant_clock import SuspendTolerantClock
 log = logging.getLogger(__name__)
 
 
-
 class Broker:
     """The actor between the trials, the trainers and the driver of a study.
 

@@ -86,8 +86,8 @@ def run(
         store: Receives checkpoints, adapters and records.
         load_base_model: Loads a base model for a task.
         settings: Limits and intervals.
-        provenance: `provenance(device, lane_group_size=, workers=, attempt=, resumed_from=, started=, ended=)`
-            returns the provenance of a record.
+        provenance: Makes the provenance of a record, called as `provenance(device, lane_group_size=,
+            workers=, attempt=, resumed_from=, started=, ended=)`.
         process_group: The workers of this trainer.
         make_engine: Makes the engine, which computes steps and scores.
 

@@ -243,9 +243,7 @@ def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
     assert study.command == f"python study.py --dry-run '--tracking-uri={masked}'"
 
     said: list[str] = []
-    with pytest.raises(
-        UsageError, match="passwords are not stored; give the option with the password"
-    ) as no:
+    with pytest.raises(UsageError, match="passwords are not stored; give the option with the password") as no:
         sync_projections(store, output, None, said.append)
     assert "\n" not in str(no.value)
     assert sync_projections(store, output, uri, said.append) == 0
