@@ -16,7 +16,6 @@ PRIVATE_OF_RAY_FILE = ROOT / "orchestrator" / "execution" / "ray" / "private.py"
 RETIRED = {
     "seat": "trainer",
     "seats": "trainers",
-    "pack": "lane group",
     "packs": "lane groups",
     "bench": "BaseModel",
     "workshop": "Engine",
@@ -28,7 +27,7 @@ RETIRED = {
 KEPT = {
     "docs/architecture.md",  # the glossary says what earlier words were
     "docs/options.md",  # the earlier names of options
-    "orchestrator/cli/arguments.py",  # the earlier names of options
+    "orchestrator/study/retired_options.py",
     "orchestrator/record/store.py",  # the folder `evidence` of a store on disk
     "orchestrator/study/study_name.py",  # the same folder
 }
