@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 POINTS, STEPS = 3, 24
 SEARCH = ("--search", "optuna", "--points", str(POINTS), "--space", "rank=4,8", "alpha=log:4:64")
 SMALL = ("--variants", "lora", "hira", "--steps", str(STEPS), "--scheduler", "asha")
-ONE_PLACE = ("--seats", "1", "--lanes-per-seat", "1")
+ONE_PLACE = ("--trainers", "1", "--lanes-per-trainer", "1")
 NAME = "lr_sensitivity-held_task-letters-base-tpe"
 
 
