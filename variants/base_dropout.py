@@ -38,7 +38,7 @@ class LaneDropout(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the rows of the current context belong to lanes in training."""
+        """Return whether the rows of the current context belong to lanes in training."""
         context = self.adapter_state.get_context(self.name)
         return bool(context.lanes) and context.dropout_steps is not None
 

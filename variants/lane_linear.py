@@ -79,7 +79,7 @@ class LaneLinear(nn.Module):
             return getattr(self.base_layer, name)  # in_features, nf, and other attributes that models read
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
-        """Return a lane's tensors of this layer, including those of its layer group."""
+        """Return the tensors of one lane in this layer by name, with those that its layer group shares."""
         shared = self.layer_group.lane_tensors(lane) if self.layer_group else {}
         return {**shared, **self.own_tensors.lane_tensors(lane)}
 

@@ -1,8 +1,9 @@
-"""Cost of a task's data: time to tokenise many short examples, and memory of a worker that reads them.
+"""Measure the time to tokenize many short examples, and the memory of a worker that reads them.
 
     python experiments/benchmarks/data_path.py --examples 100000
 
-The texts are synthetic and the tokenizer splits at words, so nothing is downloaded. Nothing is kept.
+The texts are synthetic and the tokenizer splits at words, so nothing is downloaded. The script
+deletes its files at the end.
 """
 
 from __future__ import annotations

@@ -128,7 +128,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Panel:
-    """The curves of one task and base model that differ in rate, seed and variant only, the best first."""
+    """The curves of one task and base model, the highest best validation score first.
+
+    The runs of a panel differ only in learning rate, seed and variant.
+    """
 
     task: str
     model: str

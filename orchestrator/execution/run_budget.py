@@ -50,7 +50,7 @@ class RunBudget:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether the user has interrupted the run."""
+        """Return whether the user has interrupted the run."""
         return self.interrupted_at is not None
 
     @property

@@ -136,7 +136,7 @@ class _Merger:
         return True
 
     def _merge_checkpoints(self, name: str) -> None:
-        """Copy the checkpoints that are further than all local ones; a lane may continue from any of them."""
+        """Copy the checkpoints whose step is higher than that of every local checkpoint of the lane."""
         furthest = max(map(_step, _checkpoints(self.store, name)), default=-1)
         is_copied = False
         for path in _checkpoints(self.other, name):

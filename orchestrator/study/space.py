@@ -113,7 +113,7 @@ class Dimension:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether its values have an order; choices of numbers are in ascending order."""
+        """Return whether its values have an order; choices of numbers are in ascending order."""
         return not any(isinstance(each, (str, bool)) for each in self.choices)
 
     @property

@@ -33,7 +33,7 @@ class Case:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether inputs are token ids."""
+        """Return whether inputs are token ids."""
         return self.model in ("llama", "gpt2")
 
     @property

@@ -1,4 +1,4 @@
-"""Whether model and data are available: to the driver, and to a worker on every node."""
+"""Check whether model and data are available: to the driver, and to a worker on every node."""
 
 from __future__ import annotations
 

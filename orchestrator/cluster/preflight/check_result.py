@@ -30,7 +30,7 @@ class CheckResult:
 
     @property
     def failed(self) -> bool:
-        """Whether the check failed."""
+        """Return whether the check failed."""
         return self.status is CheckStatus.FAILED
 
     def format_line(self) -> str:

@@ -1,4 +1,4 @@
-"""Whether every node reads and writes the same store.
+"""Check whether every node reads and writes the same store.
 
 The driver writes a file into a temporary folder in the store. Each node reads it and leaves a file of its own
 in the way in which records are written: written, renamed, linked. Then all look for all files by their names,
@@ -46,7 +46,7 @@ class WriteResult:
 
     @property
     def wrote_file(self) -> bool:
-        """Whether the node has written its file."""
+        """Return whether the node has written its file."""
         return not (self.is_driver_file_missing or self.write_error)
 
 

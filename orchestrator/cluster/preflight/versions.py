@@ -1,4 +1,4 @@
-"""Whether every node has the same versions: a result must not depend on the node that computed it."""
+"""Check whether every node has the same versions: a result must not depend on the node that computed it."""
 
 from __future__ import annotations
 

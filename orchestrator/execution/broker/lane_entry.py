@@ -109,7 +109,7 @@ class LaneEntry:
 
     @property
     def _awaits_trial(self) -> bool:
-        """Whether the lane has reported and no trial has asked for the next report."""
+        """Return whether the lane has reported and no trial has asked for the next report."""
         return (
             self.pauses_after_report and bool(self.reports) and self.resume_after_step < self.reports[-1].step
         )
@@ -129,7 +129,7 @@ class LaneEntry:
 
     @property
     def needs_trainer(self) -> bool:
-        """Whether the lane should be leased."""
+        """Return whether the lane should be leased."""
         return self.phase is LeasePhase.WAITING and (bool(self.trials) or self.is_stopped)
 
     def replay(self, record: Record) -> None:
@@ -218,7 +218,7 @@ class LaneEntry:
 
     @property
     def is_faulty(self) -> bool:
-        """Whether the lane has crashed trainers, or failed, too often to be tried again."""
+        """Return whether the lane has crashed trainers, or failed, too often to be tried again."""
         return self.solo_crashes > 0 and self.solo_crashes + self.failures >= MAX_FAILURES
 
     def clear_suspicion(self) -> None:

@@ -26,7 +26,7 @@ class NodeType:
 
     @property
     def has_gpus(self) -> bool:
-        """Whether the nodes have GPUs, as far as the file says."""
+        """Return whether the nodes have GPUs, as far as the file says."""
         return self.node is not None and self.node.gpus > 0
 
 

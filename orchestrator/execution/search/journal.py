@@ -87,7 +87,7 @@ def read_points(
         raise UsageError(
             f"{path}: not the journal of a search ({format_error(error)}); put the whole file back, or take "
             "another --study"
-        ) from None
+        ) from error
     return [point for _, point in sorted(found, key=lambda pair: pair[0])], others
 
 

@@ -56,7 +56,7 @@ class TrainerSpec:
 
     @property
     def uses_gpus(self) -> bool:
-        """Whether the workers compute on the GPUs that they reserve."""
+        """Return whether the workers compute on the GPUs that they reserve."""
         return self.gpus_per_worker > 0 and self.device != "cpu"
 
     @property

@@ -60,7 +60,7 @@ class Engine:
 
     @property
     def has_lane_group(self) -> bool:
-        """Whether adapters are attached."""
+        """Return whether adapters are attached."""
         return self._lane_group is not None
 
     @property

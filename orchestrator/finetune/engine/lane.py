@@ -131,12 +131,12 @@ class Lane:
 
     @property
     def is_at_last_step(self) -> bool:
-        """Whether the lane has taken all its steps."""
+        """Return whether the lane has taken all its steps."""
         return self.step == self.configuration.schedule.steps
 
     @property
     def evaluated(self) -> bool:
-        """Whether the lane has scores after its present step."""
+        """Return whether the lane has scores after its present step."""
         return any(e.step == self.step for e in self.evaluations)
 
     # -- initialization ---------------------------------------------------------------------------------

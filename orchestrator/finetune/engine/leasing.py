@@ -39,7 +39,7 @@ class GroupOccupancy:
 
     @property
     def is_all_parked(self) -> bool:
-        """Whether every lane of the group may make room."""
+        """Return whether every lane of the group may make room."""
         return len(self.long_parked) == len(self.fingerprints)
 
 
@@ -194,7 +194,7 @@ class LaneLeasing:
             path: The file of that checkpoint, which the other ranks read.
 
         Returns:
-            One None for the lane, as `run_isolating_failures` wants it.
+            A list with one None: `run_isolating_failures` expects one result per lane.
         """
         (lane,) = lanes
         if any(

@@ -33,7 +33,7 @@ class BaseModel:
 
     @cached_property
     def is_causal(self) -> bool:
-        """Whether a token attends only to the tokens before it."""
+        """Return whether a token attends only to the tokens before it."""
         return is_causal(self.model)
 
     @cached_property
@@ -43,7 +43,7 @@ class BaseModel:
 
     @cached_property
     def has_sliding_window(self) -> bool:
-        """Whether a token attends only to its neighbours in some layers."""
+        """Return whether a token attends only to its neighbours in some layers."""
         return any("sliding" in kind for kind in getattr(self.model.config, "layer_types", None) or ())
 
     @cached_property

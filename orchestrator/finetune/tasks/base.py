@@ -206,7 +206,7 @@ class Task(TextEncoder):
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a head, for classes or for a number."""
+        """Return whether the model has a head, for classes or for a number."""
         return self.output in ("classification", "regression")
 
     @property

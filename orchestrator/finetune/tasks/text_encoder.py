@@ -38,7 +38,7 @@ class TextEncoder:
 
     @property
     def has_head(self) -> bool:
-        """Whether the model has a head, which reads the prompt only."""
+        """Return whether the model has a head, which reads the prompt only."""
         raise NotImplementedError
 
     def encode(self, example: Example, tokenizer: Any) -> EncodedExample:
