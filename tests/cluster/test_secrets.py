@@ -177,7 +177,7 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
             sync = [*module, "sync", "--output", str(output), "--tracking-uri", uri]
             end(
                 plan=start("plan", script, *options, "--plan"),
-                check=start("check", *module, "check", *options, "--no-probe"),
+                check=start("check", *module, "check", *options),
                 show=start("show", *module, "show", *store.states(), "--output", str(output)),
                 report=start("report", *module, "report", "s", "--output", str(output)),
                 sync=start("sync", *sync),
