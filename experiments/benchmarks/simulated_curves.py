@@ -92,7 +92,7 @@ def add_estimated_losses(
     Returns:
         The curve with the added losses. Their metric is the task's floor, because no score is known.
     """
-    due = evaluation_steps(configuration.schedule.steps, configuration.evaluations)
+    due = evaluation_steps(configuration.lr_schedule.steps, configuration.evaluations)
     scores = dict(curve.scores)
     for step in due:
         if step <= len(curve.losses):
@@ -111,7 +111,7 @@ def synthetic_curve(configuration: Configuration) -> SimulatedCurve:
     best = -2.5 + int(hashlib.sha256(configuration.variant.name.encode()).hexdigest()[:4], 16) / 2**16
     log_distance = math.log10(configuration.optimizer.learning_rate) - best
     gain = math.exp(-(log_distance**2) / 0.5)
-    steps, noise = configuration.schedule.steps, random.Random(configuration.fingerprint)
+    steps, noise = configuration.lr_schedule.steps, random.Random(configuration.fingerprint)
 
     def loss(step: int) -> float:
         if log_distance > 1.0:

@@ -145,7 +145,7 @@ def compare_tuned(
         first.task.name,
         first.model.name,
         first.task.metric,
-        first.schedule.steps,
+        first.lr_schedule.steps,
         tuple(sorted({r.configuration.seed for own in points.values() for r in own})),
         sum(r.state == "failed" for own in points.values() for r in own),
         compare_to_baseline(scores, baseline, margin, CONTROLS, expected=tuple(tuning_choices or ())),

@@ -112,7 +112,7 @@ def _summarize_variant(variant: str, records: Sequence[Record]) -> TuningResult:
         best,
         _edge_hyperparameters(points, best, varied),
         sum(p.steps for p in points),
-        sum(r.configuration.schedule.steps for r in records),
+        sum(r.configuration.lr_schedule.steps for r in records),
         dict(sorted(Counter(r.state for r in records).items())),
     )
 

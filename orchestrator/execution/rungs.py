@@ -23,13 +23,13 @@ MIN_SAMPLES = 3
 
 def lane_evaluation_steps(configuration: Configuration) -> tuple[int, ...]:
     """Return the optimizer steps after which the lane is evaluated."""
-    return evaluation_steps(configuration.schedule.steps, configuration.evaluations)
+    return evaluation_steps(configuration.lr_schedule.steps, configuration.evaluations)
 
 
 def first_rung(configuration: Configuration) -> int:
     """Return the step of the first evaluation after the warm-up, else of the last evaluation."""
     steps = lane_evaluation_steps(configuration)
-    return next((step for step in steps if step >= warmup_steps(configuration.schedule)), steps[-1])
+    return next((step for step in steps if step >= warmup_steps(configuration.lr_schedule)), steps[-1])
 
 
 def last_rung(configuration: Configuration) -> int:
@@ -37,7 +37,7 @@ def last_rung(configuration: Configuration) -> int:
 
     A later rung would save little, and would stop seeds of the variant's best settings.
     """
-    return max(first_rung(configuration), configuration.schedule.steps // LAST_RUNG_DIVISOR)
+    return max(first_rung(configuration), configuration.lr_schedule.steps // LAST_RUNG_DIVISOR)
 
 
 def evaluation_index(configuration: Configuration, step: int) -> int:

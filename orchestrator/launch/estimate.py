@@ -82,7 +82,7 @@ def estimate_times(
         return []
     first = pending[0]
     workloads = Counter(
-        _LaneWorkload(c.variant.name, c.schedule.steps, c.batches, c.evaluations) for c in pending
+        _LaneWorkload(c.variant.name, c.lr_schedule.steps, c.batches, c.evaluations) for c in pending
     )
     group_sizes = {
         workload: 1 if _is_exclusive(workload.variant) else min(lanes_per_trainer, count)
@@ -152,8 +152,8 @@ def _scaled_seconds(
     """
     before, cost, provenance = record.configuration, record.cost, record.provenance
     pass_ratio = max(1, provenance.pack_lanes) / group_size
-    accumulation_ratio = workload.batches.accumulation / before.batches.accumulation
-    row_ratio = accumulation_ratio * workload.batches.batch_size / before.batches.batch_size
+    accumulation_ratio = workload.batches.accumulation_steps / before.batches.accumulation_steps
+    row_ratio = accumulation_ratio * workload.batches.micro_batch_size / before.batches.micro_batch_size
     train = cost.train_seconds / max(1, record.steps) * workload.steps
     scored = workload.evaluations * first.task.validation_size + first.task.test_size
     scored_before = before.evaluations * before.task.validation_size + before.task.test_size

@@ -124,8 +124,8 @@ def _unsampled_points(search: SearchBudget | None, template: Configuration) -> l
 
 def _configuration_lines(template: Configuration, work: StudyWork, options: StudyOptions) -> list[Line]:
     """Describe the configurations: what they share, what they vary, and how many there are."""
-    model, steps = template.model, template.schedule.steps
-    batch = template.batches.batch_size * template.batches.accumulation
+    model, steps = template.model, template.lr_schedule.steps
+    batch = template.batches.micro_batch_size * template.batches.accumulation_steps
     content = model.content if model.content == UNPREPARED else model.content[:12]
     lines = [
         ("Task", f"{template.task.name}, {steps} steps of {batch}"),

@@ -62,7 +62,7 @@ class StudyContext:
             self.options.point_count,
             self.resolved.space,
             point_builder(self.templates),
-            self.templates[0].schedule.steps,
+            self.templates[0].lr_schedule.steps,
         )
         return StudyWork.from_store(list(search.configurations.values()), search, self.store, self.options)
 

@@ -79,7 +79,7 @@ def train_pending(
         duration = format_duration(time.monotonic() - began)
         progress.notify(f"{progress.num_ended} trained in {duration}{early}{used}")
         sampled = [c for c in work.requested[num_requested:] if c.fingerprint not in reused]
-        max_steps = sum(c.schedule.steps for c in [*work.pending, *sampled])
+        max_steps = sum(c.lr_schedule.steps for c in [*work.pending, *sampled])
         progress.notify(f"{steps} optimizer steps of {max_steps} for all configurations to the end")
     if context.budget.is_interrupted:
         raise KeyboardInterrupt

@@ -128,7 +128,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
         # Through bytes, because dump_python(mode="json") leaves NaN and infinities as floats.
-        return json.loads(_type_adapter().dump_json(self))
+        return json.loads(_type_adapter().dump_json(self, by_alias=True))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:

@@ -113,7 +113,7 @@ def _format_found_values(space: list[str], configuration: Configuration) -> list
 
 def _format_header(record: Record, failures: int) -> Iterator[str]:
     configuration = record.configuration
-    state = f"{record.state} after {record.steps} of {configuration.schedule.steps} steps"
+    state = f"{record.state} after {record.steps} of {configuration.lr_schedule.steps} steps"
     yield f"fingerprint  {record.fingerprint}"
     yield f"state        {state}{f', {failures} failures' if failures > 1 else ''}"
     if record.reason:

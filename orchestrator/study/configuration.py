@@ -2,7 +2,7 @@
 
 Every field is *resolved*: defaults are filled in before a configuration is made, so that two spellings of
 one experiment have one fingerprint. Device, lane group size and versions do not change the numbers; they are
-not part of the configuration, but of the record's provenance.
+not part of the configuration, but of the record's provenance. A field with an alias has that name on disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from orchestrator.util.canonical_json import canonical_json
 
@@ -91,10 +93,10 @@ class LRSchedule:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Batches: `batch_size` examples per micro-batch, `accumulation` micro-batches per optimizer step."""
+    """Batches: `accumulation_steps` micro-batches of `micro_batch_size` examples per optimizer step."""
 
-    batch_size: int
-    accumulation: int = 1
+    micro_batch_size: Annotated[int, Field(alias="batch_size")]
+    accumulation_steps: Annotated[int, Field(alias="accumulation")] = 1
     max_length: int = 512
 
 
@@ -120,7 +122,7 @@ class Configuration:
     task: TaskChoice
     model: ModelChoice
     optimizer: OptimizerConfig
-    schedule: LRSchedule
+    lr_schedule: Annotated[LRSchedule, Field(alias="schedule")]
     batches: BatchConfig
     base_dropout: Literal["on", "off"] = "off"
     """Whether the base model's own dropout is active in training, with the rates in its config.json."""
@@ -159,7 +161,7 @@ class Configuration:
             variant=replace(self.variant, alpha=None),
             model=replace(self.model, name=""),
             optimizer=OptimizerConfig(learning_rate=1.0),
-            schedule=LRSchedule(steps=1),
+            lr_schedule=LRSchedule(steps=1),
             divergence=DivergenceConfig(),
             evaluations=1,
             seed=0,
@@ -170,7 +172,8 @@ class Configuration:
         """Return the configuration as a JSON object in one spelling."""
         adapter = _type_adapter()
         # Validation first turns 16 into 16.0 where the type is float, so that one value has one spelling.
-        return adapter.dump_python(adapter.validate_python(adapter.dump_python(self)), mode="json")
+        validated = adapter.validate_python(adapter.dump_python(self, by_alias=True))
+        return adapter.dump_python(validated, mode="json", by_alias=True)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Configuration:
@@ -190,9 +193,9 @@ class Configuration:
         columns |= {f"variant_{k}": v for k, v in nested["variant"]["extra"].items()}
         columns |= nested["optimizer"]
         columns |= {
-            "schedule": self.schedule.name,
-            "warmup": self.schedule.warmup,
-            "steps_horizon": self.schedule.steps,
+            "schedule": self.lr_schedule.name,
+            "warmup": self.lr_schedule.warmup,
+            "steps_horizon": self.lr_schedule.steps,
         }
         columns |= nested["batches"]
         columns |= {f"task_{k}": v for k, v in nested["task"].items() if k not in ("name", "metric", "floor")}

@@ -29,7 +29,7 @@ class Hyperparameter:
     Values are one of `choices`, or numbers from `low` to `high`, without the ends that are exclusive.
     """
 
-    part: Literal["variant", "optimizer", "schedule", "batches"]
+    part: Literal["variant", "optimizer", "lr_schedule", "batches"]
     field: str
     is_int: bool = False
     low: float = 0.0
@@ -79,9 +79,9 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "beta2": Hyperparameter("optimizer", "beta2", high=1, low_exclusive=False, significant_digits=6),
     "epsilon": Hyperparameter("optimizer", "epsilon"),
     "clip_norm": Hyperparameter("optimizer", "clip_norm"),
-    "warmup": Hyperparameter("schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
-    "schedule": Hyperparameter("schedule", "name", choices=("constant", "linear", "cosine")),
-    "batch_size": int_hyperparameter("batches", "batch_size", bounds.MAX_BATCH_SIZE),
+    "warmup": Hyperparameter("lr_schedule", "warmup", high=1, low_exclusive=False, high_exclusive=False),
+    "schedule": Hyperparameter("lr_schedule", "name", choices=("constant", "linear", "cosine")),
+    "batch_size": int_hyperparameter("batches", "micro_batch_size", bounds.MAX_BATCH_SIZE),
 }
 INT_SETTING_RULE = replace(int_hyperparameter("variant", "extra", bounds.MAX_RANK), low=0)
 """The rule for whole numbers among a variant's own settings. The variant itself may be stricter."""
@@ -176,8 +176,9 @@ def apply_values(configuration: Configuration, values: Mapping[str, Value]) -> C
             extra = {**configuration.variant.extra, name: value}
             configuration = replace(configuration, variant=replace(configuration.variant, extra=extra))
         elif hyperparameter.part == "batches":
-            size = int(value) // configuration.batches.accumulation
-            configuration = replace(configuration, batches=replace(configuration.batches, batch_size=size))
+            batches = configuration.batches
+            batches = replace(batches, micro_batch_size=int(value) // batches.accumulation_steps)
+            configuration = replace(configuration, batches=batches)
         else:
             part = replace(getattr(configuration, hyperparameter.part), **{hyperparameter.field: value})
             configuration = replace(configuration, **{hyperparameter.part: part})
@@ -201,7 +202,7 @@ def get_value(configuration: Configuration, key: str) -> Value | None:
         return configuration.variant.extra[name]
     hyperparameter = HYPERPARAMETERS[name]
     if hyperparameter.part == "batches":
-        return configuration.batches.batch_size * configuration.batches.accumulation
+        return configuration.batches.micro_batch_size * configuration.batches.accumulation_steps
     value = getattr(getattr(configuration, hyperparameter.part), hyperparameter.field)
     return None if (name, value) == ("rank", 0) else value  # a variant without ranks
 

@@ -87,7 +87,7 @@ def record(
         task=TaskChoice(task, "r1", 960, 200, 200, "exact_match", floor),
         model=ModelChoice(model, "c0ffee"),
         optimizer=OptimizerConfig(learning_rate=rate),
-        schedule=LRSchedule(steps=steps),
+        lr_schedule=LRSchedule(steps=steps),
         batches=BatchConfig(16),
         seed=seed,
     )

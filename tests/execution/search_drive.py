@@ -31,7 +31,7 @@ ASHA = "asha loss=min first=30 eta=4 last=30"
 
 
 def build(variant: str, values: Mapping[str, Value]) -> Configuration:
-    point = replace(configuration(variant), schedule=LRSchedule(STEPS), evaluations=3)
+    point = replace(configuration(variant), lr_schedule=LRSchedule(STEPS), evaluations=3)
     return apply_values(point, values)
 
 

@@ -104,7 +104,7 @@ def test_other_settings_are_another_study(tmp_path: Path) -> None:
     Drive(tmp_path, space()).all()
 
     def longer(variant: str, values: Mapping[str, Value]) -> Configuration:
-        return replace(build(variant, values), schedule=LRSchedule(2 * STEPS))
+        return replace(build(variant, values), lr_schedule=LRSchedule(2 * STEPS))
 
     with pytest.raises(UsageError, match="other settings"):
         open_search(tmp_path / "study", "tpe", 6, space(), longer, 2 * STEPS)

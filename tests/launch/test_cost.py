@@ -116,7 +116,7 @@ def test_another_lane_group_size_makes_a_range_from_no_cost_to_proportional_cost
 
 def test_time_scales_with_steps_and_evaluations_and_another_batch_makes_a_range(store: Store) -> None:
     trained(store)
-    longer = [replace(c, schedule=LRSchedule(3 * STEPS)) for c in HUNDRED]
+    longer = [replace(c, lr_schedule=LRSchedule(3 * STEPS)) for c in HUNDRED]
     assert seconds(store, *longer) == pytest.approx((96, 96)), "three times the steps, scored as often"
     seldom = [replace(c, evaluations=1) for c in HUNDRED]
     assert seconds(store, *seldom) == pytest.approx((30 + 6 * 2 / 5,) * 2), "once and the test, not 4 times"

@@ -32,7 +32,7 @@ def configuration(seed: int = 0, rate: float = 1e-3, variant: str = "lora", **ex
         task=TaskChoice("letters", "0123456789abcdef" * 4, 512, 128, 256, "exact_match", 0.05),
         model=ModelChoice("letters-base", "c0ffee"),
         optimizer=OptimizerConfig(rate),
-        schedule=LRSchedule(20),
+        lr_schedule=LRSchedule(20),
         batches=BatchConfig(8),
         seed=seed,
     )

@@ -70,7 +70,7 @@ def test_a_setting_of_a_variant_may_have_the_name_of_a_hyperparameter() -> None:
         "relora.warmup=0:0.1",
     ]
     point = apply_values(template("relora"), {"warmup": 0.2, "relora.warmup": 0.05})
-    assert (point.schedule.warmup, point.variant.extra["warmup"]) == (0.2, 0.05)
+    assert (point.lr_schedule.warmup, point.variant.extra["warmup"]) == (0.2, 0.05)
 
 
 def test_values_enter_the_configuration() -> None:
@@ -80,7 +80,7 @@ def test_values_enter_the_configuration() -> None:
     )
     assert point.optimizer.learning_rate == 0.01
     assert (point.variant.rank, point.variant.alpha) == (4, 8.0)
-    assert (point.batches.batch_size, point.batches.accumulation) == (32, 1)
+    assert (point.batches.micro_batch_size, point.batches.accumulation_steps) == (32, 1)
     assert apply_values(template("lora"), {"rank": 4, "lora.rank": 2}).variant.rank == 2
 
 

@@ -111,7 +111,7 @@ class _HyperBand(HyperBandScheduler):
 
 def _make_scheduler(name: str, configuration: Configuration) -> TrialScheduler:
     """Return Tune's scheduler for one variant and task; it never stops a lane at its last step."""
-    steps, first = configuration.schedule.steps, first_rung(configuration)
+    steps, first = configuration.lr_schedule.steps, first_rung(configuration)
     loss: dict[str, Any] = {"metric": "loss", "mode": "min"}
     if name == "asha":
         last = last_rung(configuration)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,10 +71,10 @@ def _calibration_key(configuration: Configuration) -> str:
         variant=replace(configuration.variant, alpha=None),
         model=replace(configuration.model, name=""),
         optimizer=OptimizerConfig(learning_rate=1.0),
-        schedule=LRSchedule(steps=1),
+        lr_schedule=LRSchedule(steps=1),
         evaluations=1,
     )
-    return hashlib.sha256(canonical_json(asdict(relevant))).hexdigest()
+    return hashlib.sha256(canonical_json(relevant.to_json())).hexdigest()
 
 
 def _ensure_written(lane_group: LaneGroup, configuration: Configuration, file: Path) -> None:
@@ -122,8 +122,8 @@ def _calibration_losses(lane_group: LaneGroup, configuration: Configuration) -> 
             batch = make_training_batch(
                 lane_group.data.train,
                 configuration.seed,
-                number * configuration.batches.batch_size,
-                configuration.batches.batch_size,
+                number * configuration.batches.micro_batch_size,
+                configuration.batches.micro_batch_size,
                 compute_max_row_length(lane_group.data.task, configuration.batches.max_length),
                 lane_group.base_model.processor.pad_token_id,
             )

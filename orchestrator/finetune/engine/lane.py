@@ -87,7 +87,7 @@ class Lane:
         self.step = 0
         """Optimizer steps taken."""
         self.evaluation_steps = evaluation_steps(
-            self.configuration.schedule.steps, self.configuration.evaluations
+            self.configuration.lr_schedule.steps, self.configuration.evaluations
         )
         self.curve: list[StepMetrics] = []
         self.evaluations: list[Evaluation] = []
@@ -132,7 +132,7 @@ class Lane:
     @property
     def is_at_last_step(self) -> bool:
         """Return whether the lane has taken all its steps."""
-        return self.step == self.configuration.schedule.steps
+        return self.step == self.configuration.lr_schedule.steps
 
     @property
     def evaluated(self) -> bool:
@@ -170,7 +170,7 @@ class Lane:
             )
         self.parameters = adapters.trainable(self.fingerprint)
         self.divergence_detector = DivergenceDetector(
-            self.configuration.divergence, self.configuration.schedule, untrained_loss
+            self.configuration.divergence, self.configuration.lr_schedule, untrained_loss
         )
         self.optimizer = self._make_optimizer()
         if checkpoint is not None:
@@ -204,7 +204,7 @@ class Lane:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step, before the scales of parameter groups."""
-        schedule = self.configuration.schedule
+        schedule = self.configuration.lr_schedule
         variant_scale = self.adapters.variant.schedule_lr_scale(self.step, schedule.steps, self.settings)
         return self.configuration.optimizer.learning_rate * lr_factor(schedule, self.step) * variant_scale
 
@@ -229,7 +229,7 @@ class Lane:
             torch._foreach_mul_(gradients, clip_factor)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        steps = self.configuration.schedule.steps
+        steps = self.configuration.lr_schedule.steps
         self.adapters.before_step(self.fingerprint, self.step, steps, self._moments)
         self.optimizer.step()
         self.step += 1

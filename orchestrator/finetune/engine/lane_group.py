@@ -192,30 +192,30 @@ class LaneGroup:
 
     def _micro_batches(self, lane: Lane) -> list[Batch]:
         batches = lane.configuration.batches
-        first = lane.step * batches.accumulation
+        first = lane.step * batches.accumulation_steps
         return [
             make_training_batch(
                 self.data.train,
                 lane.configuration.seed,
-                (first + micro) * batches.batch_size,
-                batches.batch_size,
+                (first + micro) * batches.micro_batch_size,
+                batches.micro_batch_size,
                 compute_max_row_length(self.data.task, batches.max_length),
                 self.base_model.processor.pad_token_id,
             )
-            for micro in range(batches.accumulation)
+            for micro in range(batches.accumulation_steps)
         ]
 
     def _upcoming_images(self, lanes: Sequence[Lane], steps_ahead: int) -> Iterator[Image]:
         """Yield the images of this worker's rows in a later batch; 0 steps ahead is the next batch."""
         for lane in lanes:
             batches = lane.configuration.batches
-            first = (lane.step + steps_ahead) * batches.accumulation
-            for micro in range(first, first + batches.accumulation):
+            first = (lane.step + steps_ahead) * batches.accumulation_steps
+            for micro in range(first, first + batches.accumulation_steps):
                 drawn = shuffled_indices(
                     lane.configuration.seed,
                     len(self.data.train),
-                    micro * batches.batch_size,
-                    batches.batch_size,
+                    micro * batches.micro_batch_size,
+                    batches.micro_batch_size,
                 )
                 for number in drawn[slice(*self._own_rows(len(drawn)))]:
                     image = self.data.train[number].image
@@ -266,7 +266,7 @@ class LaneGroup:
             if (extra := now.auxiliary_loss()) is not None:
                 # The auxiliary loss is a mean over these rows: weighted by their share of the step's rows,
                 # the parts add up to one mean over the step.
-                accumulation = lanes[0].configuration.batches.accumulation
+                accumulation = lanes[0].configuration.batches.accumulation_steps
                 objective = objective + extra.sum() * ((last - first) / (row_count * accumulation))
             objective.backward()
         return lane_losses.detach().unbind()

@@ -83,7 +83,7 @@ def build_configuration_templates(
             optimizer=OptimizerConfig(
                 learning_rate=1.0, weight_decay=defaults.weight_decay, head_learning_rate=head_rate
             ),
-            schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
+            lr_schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
             batches=BatchConfig(batch_size // accumulation, accumulation, defaults.max_length),
             base_dropout=options.base_dropout or defaults.base_dropout,
             evaluations=min(options.evaluations or defaults.evaluations, steps),
@@ -105,14 +105,16 @@ def _check_templates(
 ) -> None:
     if any(key.endswith("batch_size") for key in resolved.fixed):
         for configuration in templates:
-            options.check_batch_size(configuration.batches.batch_size * configuration.batches.accumulation)
+            options.check_batch_size(
+                configuration.batches.micro_batch_size * configuration.batches.accumulation_steps
+            )
     to_check = list(templates)
     if resolved.space is not None:
         to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
     for configuration in to_check:
         if (error := find_settings_error(configuration)) is not None:
             raise UsageError(error)
-        if configuration.schedule.steps == warmup_steps(configuration.schedule) == 1:
+        if configuration.lr_schedule.steps == warmup_steps(configuration.lr_schedule) == 1:
             raise UsageError(
                 "--steps 1: the only step would be warm-up, at learning rate 0, and nothing would be learnt; "
                 "take more steps, or --set warmup=0."

@@ -20,7 +20,9 @@ PROGRAM = "sh -c 'for i in 1 2 3; do echo line $i; done; echo error: wrong; slee
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobClient]:
     with reserved_port() as port:
         pass  # the dashboard binds it next
-    context = ray.init("local", include_dashboard=True, dashboard_port=port, num_cpus=1, logging_level="ERROR")
+    context = ray.init(
+        "local", include_dashboard=True, dashboard_port=port, num_cpus=1, logging_level="ERROR"
+    )
     yield JobClient(f"http://{context.dashboard_url}", str(tmp_path_factory.mktemp("project")))
     ray.shutdown()
 

@@ -23,7 +23,7 @@ from orchestrator.study.configuration import Configuration, LRSchedule
 
 def lane(rate: float = 1e-3, steps: int = 9, warmup: float = 0.05, variant: str = "lora") -> Configuration:
     point = configuration(variant, rate)
-    return replace(point, schedule=LRSchedule(steps, warmup=warmup), evaluations=min(9, steps))
+    return replace(point, lr_schedule=LRSchedule(steps, warmup=warmup), evaluations=min(9, steps))
 
 
 @pytest.mark.parametrize(("warmup", "first"), [(0.0, 10), (0.1, 10), (0.12, 20), (0.5, 50), (1.0, 90)])
@@ -123,7 +123,7 @@ def tune_run(connected: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ca
                     time.sleep(0.05)
                 return self.result() | {"done": True}
             self.at += 1
-            return self.result() | {"done": self.at == self.point.schedule.steps}
+            return self.result() | {"done": self.at == self.point.lr_schedule.steps}
 
         def result(self) -> dict[str, Any]:
             rate = self.point.optimizer.learning_rate

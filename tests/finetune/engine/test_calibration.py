@@ -110,6 +110,6 @@ def test_its_batches_are_those_that_the_lane_trains_on(variant: str, store: Stor
 
     train(Script(leases([c])), store, load_base_model=load)
     # Splits are scored in batches of another size.
-    batches = [ids for ids in seen if len(ids) == c.batches.batch_size]
-    assert len(batches) == 2 + c.schedule.steps
+    batches = [ids for ids in seen if len(ids) == c.batches.micro_batch_size]
+    assert len(batches) == 2 + c.lr_schedule.steps
     assert all(torch.equal(mine, its) for mine, its in zip(batches[:2], batches[2:4], strict=True))

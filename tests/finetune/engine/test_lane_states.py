@@ -127,10 +127,10 @@ def assert_records_and_reports(source: Script, store: Store, lanes: list[Configu
         for attempt in range(1, last + 1):
             steps = [r.step for r in mine if r.attempt == attempt]
             assert steps == sorted(set(steps))
-            assert set(steps) <= set(evaluation_steps(one.schedule.steps, one.evaluations))
+            assert set(steps) <= set(evaluation_steps(one.lr_schedule.steps, one.evaluations))
         record = store.get(one.fingerprint)
         if record is not None and record.state == "finished":
-            assert steps == list(evaluation_steps(one.schedule.steps, one.evaluations))
+            assert steps == list(evaluation_steps(one.lr_schedule.steps, one.evaluations))
 
 
 class Random(Script):

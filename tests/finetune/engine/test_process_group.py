@@ -388,7 +388,7 @@ def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(played: Played,
     first, _ = played["hungry"]
     assert first.raised == ""
     assert len(first.spilled) == 2
-    assert first.taken == sum(one.schedule.steps for one in hungry())
+    assert first.taken == sum(one.lr_schedule.steps for one in hungry())
     for one in hungry():
         assert_alike(played.record("hungry", one), solo(one, tmp_path))
 
@@ -396,7 +396,7 @@ def test_when_one_worker_is_out_of_memory_both_train_fewer_lanes(played: Played,
 def test_parked_lanes_are_spilled_and_come_back(played: Played, tmp_path: Path) -> None:
     first, _ = played["parking"]
     assert first.spilled
-    assert first.taken == sum(one.schedule.steps for one in parking())
+    assert first.taken == sum(one.lr_schedule.steps for one in parking())
     for one in parking():
         assert_alike(played.record("parking", one), solo(one, tmp_path))
 

@@ -37,7 +37,7 @@ def point(task: str, schedule: str, variant: str = "lora") -> Configuration:
     return replace(
         one,
         optimizer=replace(one.optimizer, weight_decay=0.3, clip_norm=0.5),
-        schedule=LRSchedule(STEPS, schedule, 0.2),  # type: ignore[arg-type]
+        lr_schedule=LRSchedule(STEPS, schedule, 0.2),  # type: ignore[arg-type]
     )
 
 
@@ -98,7 +98,12 @@ def theirs(
     examples = []
     for step in range(STEPS):
         batch = make_training_batch(
-            lane_group.data.train, one.seed, step * batches.batch_size, batches.batch_size, length, 0
+            lane_group.data.train,
+            one.seed,
+            step * batches.micro_batch_size,
+            batches.micro_batch_size,
+            length,
+            0,
         )
         width = length - batch.length
         ids = torch.nn.functional.pad(batch.ids, (0, width))
@@ -116,11 +121,11 @@ def theirs(
         model,
         transformers.TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=batches.batch_size,
+            per_device_train_batch_size=batches.micro_batch_size,
             max_steps=STEPS,
             learning_rate=options.learning_rate,
-            lr_scheduler_type=one.schedule.name,
-            warmup_steps=one.schedule.warmup,
+            lr_scheduler_type=one.lr_schedule.name,
+            warmup_steps=one.lr_schedule.warmup,
             weight_decay=options.weight_decay,
             max_grad_norm=options.clip_norm,
             optim="adamw_torch_fused",

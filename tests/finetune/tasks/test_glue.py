@@ -210,7 +210,7 @@ def test_a_task_is_trained_from_a_folder_to_its_scores(
         "batches": BatchConfig(16, 1, task.defaults.max_length),
         "optimizer": OptimizerConfig(5e-3),
     }
-    rest["schedule"] = LRSchedule(20, task.defaults.schedule)
+    rest["lr_schedule"] = LRSchedule(20, task.defaults.schedule)
     one = configuration(task, roberta, store.bases, **rest)
     load = partial(loading.load_base_model, root=store.bases, device="cpu")
     train(Script(leases([one])), store, load_base_model=lambda choice, task: load(choice, task=task))
