@@ -73,7 +73,7 @@ def curve_from_record(record: Record) -> SimulatedCurve:
         losses=[step.loss for step in record.curve],
         gradient_norms=[step.gradient_norm for step in record.curve],
         scores={(e.step, e.split): e.scores for e in record.evaluations},
-        untrained=record.untrained,
+        untrained=record.baseline_scores,
         tokens_per_step=record.cost.tokens // max(1, len(record.curve)),
         items=record.items,
     )

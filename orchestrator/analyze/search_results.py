@@ -32,7 +32,7 @@ def summarize_search(records: Sequence[Record]) -> SearchResult:
     untrained_scores = sorted(
         v
         for r in records
-        if (v := r.untrained.get("validation", {}).get(task.metric)) is not None and math.isfinite(v)
+        if (v := r.baseline_scores.get("validation", {}).get(task.metric)) is not None and math.isfinite(v)
     )
     untrained = math.fsum(untrained_scores) / len(untrained_scores) if untrained_scores else None
     return SearchResult(task.name, model.name, task.metric, task.floor, tuple(variants), untrained)

@@ -105,7 +105,7 @@ def _summarize_run(record: Record) -> Run:
         _finite_or_none(record.score("validation")),
         _finite_or_none(record.score("test")),
         _finite_or_none(seen[-1]) if seen else None,
-        _finite_or_none(record.untrained.get("test", {}).get(metric)),
+        _finite_or_none(record.baseline_scores.get("test", {}).get(metric)),
     )
 
 
@@ -203,7 +203,7 @@ def _summarize_curves(
 
 def _untrained_mean(records: Sequence[Record], split: str, metric: str) -> float | None:
     values = sorted(
-        v for r in records if (v := _finite_or_none(r.untrained.get(split, {}).get(metric))) is not None
+        v for r in records if (v := _finite_or_none(r.baseline_scores.get(split, {}).get(metric))) is not None
     )
     return math.fsum(values) / len(values) if values else None
 

@@ -151,7 +151,7 @@ def _scaled_seconds(
         The lower and the upper end in seconds.
     """
     before, cost, provenance = record.configuration, record.cost, record.provenance
-    pass_ratio = max(1, provenance.pack_lanes) / group_size
+    pass_ratio = max(1, provenance.lane_group_size) / group_size
     accumulation_ratio = workload.batches.accumulation_steps / before.batches.accumulation_steps
     row_ratio = accumulation_ratio * workload.batches.micro_batch_size / before.batches.micro_batch_size
     train = cost.train_seconds / max(1, record.steps) * workload.steps

@@ -73,7 +73,7 @@ def to_row(record: Record) -> dict[str, Any]:
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):
         columns[f"{split}_score"] = record.score(split)  # type: ignore[arg-type]
-        columns[f"untrained_{split}_score"] = record.untrained.get(split, {}).get(metric)
+        columns[f"untrained_{split}_score"] = record.baseline_scores.get(split, {}).get(metric)
     columns |= {"state": record.state, "reason": record.reason, "steps": record.steps}
     columns |= {
         "seconds": cost.train_seconds + cost.evaluate_seconds,
@@ -85,13 +85,13 @@ def to_row(record: Record) -> dict[str, Any]:
         "device": provenance.device,
         "host": provenance.host,
         "versions": json.dumps(dict(provenance.versions), sort_keys=True),
-        "pack_lanes": provenance.pack_lanes,
+        "pack_lanes": provenance.lane_group_size,
         "workers": provenance.workers,
         "attempt": provenance.attempt,
         "resumed_from": list(provenance.resumed_from),
         "started": round(provenance.started * 1000),
         "ended": round(provenance.ended * 1000),
-        "scheduler": record.scheduler,
+        "scheduler": record.stopping_settings,
     }
     return columns
 

@@ -46,7 +46,7 @@ def current_provenance(
         versions=package_versions(),
         device=device,
         host=socket.gethostname(),
-        pack_lanes=lane_group_size,
+        lane_group_size=lane_group_size,
         workers=workers,
         attempt=attempt,
         resumed_from=resumed_from,

@@ -1,4 +1,7 @@
-"""The record: the result of one configuration, written by a worker and read by everything else."""
+"""The record: the result of one configuration, written by a worker and read by everything else.
+
+A field with an alias has that name on disk.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from orchestrator.study.configuration import Configuration
 
@@ -73,8 +78,8 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = "cpu"
     host: str = ""
-    pack_lanes: int = 1
-    """Lanes in the lane group (the JSON keeps an earlier name)."""
+    lane_group_size: Annotated[int, Field(alias="pack_lanes")] = 1
+    """Lanes in the lane group, at most."""
     workers: int = 1
     attempt: int = 0
     resumed_from: tuple[int, ...] = ()
@@ -99,13 +104,15 @@ class Record:
     traceback: str = ""
     curve: tuple[StepMetrics, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
-    untrained: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    baseline_scores: Annotated[Mapping[str, Mapping[str, float]], Field(alias="untrained")] = field(
+        default_factory=dict
+    )
     """Split to the scores of the base model without an adapter."""
     items: Mapping[str, ItemResults] = field(default_factory=dict)
     """Split to results per item; a finished record has "validation" and "test"."""
     cost: Cost = Cost()
     provenance: Provenance = Provenance()
-    scheduler: str = ""
+    stopping_settings: Annotated[str, Field(alias="scheduler")] = ""
     """For a stopped record: the settings of the early stopping that stopped it."""
     stopped_at: int | None = None
     """For a stopped record: the last step whose scores early stopping had seen. A lane that continued from a

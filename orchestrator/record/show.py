@@ -128,7 +128,7 @@ def _format_scores(record: Record) -> Iterator[str]:
     yield ""
     for split in ("validation", "test"):
         score = record.score(split)  # type: ignore[arg-type]
-        untrained = record.untrained.get(split, {}).get(metric)
+        untrained = record.baseline_scores.get(split, {}).get(metric)
         before = f" (untrained {untrained:.4f})" if untrained is not None else ""
         yield f"{split:<12} {metric} {'none' if score is None else f'{score:.4f}'}{before}"
     if not record.evaluations:
@@ -159,7 +159,7 @@ def _format_cost(record: Record) -> Iterator[str]:
         if provenance.resumed_from
         else ""
     )
-    group = f"{provenance.pack_lanes} lanes, {provenance.workers} workers"
+    group = f"{provenance.lane_group_size} lanes, {provenance.workers} workers"
     yield f"             attempt {provenance.attempt}{resumed}, {group}"
 
 

@@ -150,7 +150,7 @@ class Store:
         record = self.read_record(self.record_path(fingerprint))
         if record is None and scheduler:
             record = self.read_record(self.record_path(fingerprint, "stopped"))
-            if record is not None and record.scheduler != scheduler:
+            if record is not None and record.stopping_settings != scheduler:
                 return None
         return record
 

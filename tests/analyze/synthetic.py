@@ -106,7 +106,7 @@ def record(
         steps=steps,
         reason=reason or {"diverged": "smoothed training loss 4.9 above 1.5 x 3.1"}.get(state, ""),
         evaluations=tuple(scores),
-        untrained={"validation": before, "test": before},
+        baseline_scores={"validation": before, "test": before},
         provenance=provenance or Provenance("0123abc", {"torch": "2.13.0", "ray": "2.60.0"}),
     )
 

@@ -293,7 +293,9 @@ def test_another_data_revision_or_task_is_another_panel() -> None:
 
 
 def test_mixed_provenance_gives_one_warning_per_column() -> None:
-    other = Provenance("fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", pack_lanes=4, host="b")
+    other = Provenance(
+        "fedcba9", {"torch": "2.12.0", "ray": "2.60.0"}, device="cuda", lane_group_size=4, host="b"
+    )
     summary = summarize([record(seed=0), record(seed=1, provenance=other)])
     mixed = [w for w in summary.warnings if "mix" in w]
     assert [w.split()[3].rstrip(":") for w in mixed] == ["commit", "device", "torch"]

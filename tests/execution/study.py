@@ -299,7 +299,7 @@ def keep_known(
                 *(Evaluation(step, "validation", scores) for step in steps),
                 Evaluation(steps[-1], "test", others),
             ),
-            untrained={"validation": others, "test": others},
+            baseline_scores={"validation": others, "test": others},
             provenance=Provenance(started=1e9, ended=1e9 + 1),
         )
         assert store.put(record)

@@ -82,7 +82,7 @@ def test_kill_9_in_the_middle_of_asha_loses_nothing(
     for fingerprint in set(now) - before:
         record = now[fingerprint]
         assert (record.state, record.steps, record.stopped_at) == ("stopped", 8, 8)
-        assert record.scheduler == "asha loss=min first=8 eta=4 last=8"
+        assert record.stopping_settings == "asha loss=min first=8 eta=4 last=8"
         assert validated(record) == [8]
         assert len(record.curve) == 8
         assert (store.checkpoints / fingerprint).exists()

@@ -40,7 +40,7 @@ def get_record(store: Store, point: Configuration) -> Record:
 
 def replayed_fields(record: Record) -> tuple[Any, ...]:
     """Return the parts of a record that a replay must repeat."""
-    return record.state, record.steps, record.reason, record.curve, record.evaluations, record.untrained
+    return record.state, record.steps, record.reason, record.curve, record.evaluations, record.baseline_scores
 
 
 @pytest.fixture(scope="module")

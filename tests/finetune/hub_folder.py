@@ -149,4 +149,4 @@ def assert_went_through(record: Record, task: Task, graded: Mapping[str, int] | 
         assert score is not None
         assert 0.0 <= score <= 1.0
         assert len(record.items[split].correct) == size
-        assert task.metric in record.untrained[split]
+        assert task.metric in record.baseline_scores[split]

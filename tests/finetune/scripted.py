@@ -274,7 +274,7 @@ def leases(configurations: Iterable[Configuration], attempt: int = 1) -> list[Le
 
 
 def provenance(device: str, *, lane_group_size: int = 1, **rest: Any) -> Provenance:
-    return Provenance(commit="test", device=device, pack_lanes=lane_group_size, **rest)
+    return Provenance(commit="test", device=device, lane_group_size=lane_group_size, **rest)
 
 
 @cache

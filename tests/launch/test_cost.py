@@ -68,7 +68,7 @@ def trained(
 ) -> None:
     """Store a finished lane of four steps that took `train` seconds to train and 6 to score."""
     made = record(configuration(variant, seed=seed), "finished")
-    provenance = Provenance(device=device, pack_lanes=lanes, workers=workers)
+    provenance = Provenance(device=device, lane_group_size=lanes, workers=workers)
     store.put(replace(made, cost=Cost(train, 6.0), provenance=provenance))
 
 

@@ -63,13 +63,16 @@ def record(
         traceback="Traceback: no such tensor" if state == "failed" else "",
         curve=tuple(curve),
         evaluations=tuple(evaluations),
-        untrained={"validation": {"loss": math.inf, "exact_match": 0.1}, "test": {"exact_match": 0.125}},
+        baseline_scores={
+            "validation": {"loss": math.inf, "exact_match": 0.1},
+            "test": {"exact_match": 0.125},
+        },
         items={"validation": ItemResults((1.0, 0.0), (0.5, math.nan), ("a", "b"))},
         cost=Cost(2.0, 0.5, 4096, 1234),
         provenance=Provenance(
             "abc123", {"torch": "2.9", "ray": "2.60"}, "cpu", "box", started=1e9, ended=1e9 + 4
         ),
-        scheduler="asha 4" if state == "stopped" else "",
+        stopping_settings="asha 4" if state == "stopped" else "",
     )
     return replace(whole, **changes)
 

@@ -51,7 +51,7 @@ def test_one_row_a_configuration_with_every_hyperparameter(store, make_record):
 
 def test_types_do_not_depend_on_what_is_there(store, make_record):
     empty = pq.read_schema(write_parquet(store))
-    store.put(make_record(state="failed", evaluations=(), untrained={}))
+    store.put(make_record(state="failed", evaluations=(), baseline_scores={}))
     one = pq.read_schema(write_parquet(store))
     store.put(make_record(seed=1))
     more = pq.read_schema(write_parquet(store))

@@ -61,7 +61,7 @@ def test_which_record_meets_which_request(store, make_record):
 
 
 def test_a_stopped_record_without_a_scheduler_meets_nothing(store, make_record):
-    store.put(make_record(state="stopped", scheduler=""))
+    store.put(make_record(state="stopped", stopping_settings=""))
     assert store.get_reusable(make_record().fingerprint) is None
 
 

@@ -245,7 +245,7 @@ def build_record(
         traceback=traceback_text,
         curve=tuple(lane.curve),
         evaluations=tuple(lane.evaluations),
-        untrained=engine.lane_group.data.untrained if engine.has_lane_group else {},
+        baseline_scores=engine.lane_group.data.untrained if engine.has_lane_group else {},
         items=lane.items,
         cost=lane.cost,
         provenance=provenance(
@@ -257,6 +257,6 @@ def build_record(
             started=lane.started,
             ended=time.time(),
         ),
-        scheduler=lane.lease.scheduler if state == "stopped" else "",
+        stopping_settings=lane.lease.scheduler if state == "stopped" else "",
         stopped_at=lane.last_reported_step if state == "stopped" else None,
     )

@@ -134,7 +134,7 @@ def _metric_values(record: Record, curve: Sequence[StepMetrics]) -> Iterator[tup
     for split, score in (("validation", record.score("validation")), ("test", record.score("test"))):
         if score is not None:
             yield f"{split}_score", record.steps, score
-        if metric in (untrained := record.untrained.get(split, {})):
+        if metric in (untrained := record.baseline_scores.get(split, {})):
             yield f"untrained_{split}_score", record.steps, untrained[metric]
     yield "seconds", record.steps, record.cost.train_seconds + record.cost.evaluate_seconds
     yield "tokens", record.steps, record.cost.tokens

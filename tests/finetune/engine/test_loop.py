@@ -61,7 +61,7 @@ def test_lanes_that_start_0_3_and_7_steps_apart_equal_their_solo_runs(
         record = get(store, one.fingerprint)
         assert record.state == "finished"
         assert numbers(record) == numbers(solo(one, tmp_path))
-    assert get(store, three[2].fingerprint).provenance.pack_lanes == 3
+    assert get(store, three[2].fingerprint).provenance.lane_group_size == 3
 
 
 def test_dropout_is_a_function_of_the_lanes_own_step(store: Store, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
 def test_training_brings_the_loss_down(dtype: str, tmp_path: Path) -> None:
     record = solo(configuration(rate=1e-2, dtype=dtype, steps=30, batch_size=16), tmp_path)
     assert record.state == "finished"
-    assert record.evaluations[-1].scores["loss"] < record.untrained["test"]["loss"] - 0.1
+    assert record.evaluations[-1].scores["loss"] < record.baseline_scores["test"]["loss"] - 0.1
 
 
 def test_learning_rate_groups_and_the_curve(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_stopped_lane_keeps_its_checkpoint_and_can_go_on(store: Store, tmp_path:
     )
     train(source, store)
     record = get(store, one.fingerprint)
-    assert (record.state, record.steps, record.scheduler) == ("stopped", 6, "asha")
+    assert (record.state, record.steps, record.stopping_settings) == ("stopped", 6, "asha")
     assert (record.stopped_at, record.reason) == (6, "stopped by the scheduler after step 6")
     assert record.score("test") is None
     assert source.ended == [(one.fingerprint, 1, "stopped")]

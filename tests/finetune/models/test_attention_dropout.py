@@ -190,7 +190,7 @@ def test_a_lane_in_a_group_and_a_resumed_lane_equal_the_lane_alone(store: Store,
     train(Script(leases(together)), store)
     for one in together:
         record = get(store, one)
-        assert record.provenance.pack_lanes == 3
+        assert record.provenance.lane_group_size == 3
         assert numbers_of(record) == numbers_of(solo(one, tmp_path))
     again = Store(tmp_path / "again")
     with pytest.raises(SimulatedCrashError):

@@ -195,7 +195,7 @@ def test_lanes_learn_and_a_lane_in_a_group_equals_the_lane_alone(
         for seed, rate in ((0, 1e-2), (1, 3e-3))
     ]
     together = train_together(members, folders[kind], tmp_path / "group")
-    assert all(record.provenance.pack_lanes == 2 for record in together)
+    assert all(record.provenance.lane_group_size == 2 for record in together)
     for number, one in enumerate(members):
         (alone,) = train_together([one], folders[kind], tmp_path / f"alone-{number}")
         assert numbers_of(alone) == numbers_of(together[number])

@@ -226,12 +226,12 @@ def test_a_task_is_trained_from_a_folder_to_its_scores(
         assert (0 if task.floor else -1) <= score <= 1
         assert len(record.items[split].answers) == len(record.items[split].correct) == size
         if task.labels:
-            assert record.untrained[split]["loss"] == pytest.approx(math.log(len(task.labels)))
+            assert record.baseline_scores[split]["loss"] == pytest.approx(math.log(len(task.labels)))
             assert set(record.items[split].answers) <= set(task.labels)
     # The floor is the score of the untrained head, which predicts class 0, or 0, for every text.
     share = sum(task.target(example) == 0 for example in task.examples("test", DEV)) / DEV
     worth = share if task.metric == "accuracy" else 0
-    assert record.untrained["test"][task.metric] == pytest.approx(worth)
+    assert record.baseline_scores["test"][task.metric] == pytest.approx(worth)
 
 
 def test_texts_of_very_different_lengths_are_padded_to_buckets(here: Path, roberta: Path) -> None:

@@ -133,7 +133,7 @@ def test_end_to_end(
     record = store.get(one.fingerprint)
     assert record is not None
     assert record.state == "finished", record.traceback
-    assert record.untrained["test"]["loss"] == pytest.approx(math.log(CLASSES[name]))
+    assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(CLASSES[name]))
     scores = {e.split: e.scores for e in record.evaluations if e.step == 20}
     assert scores["test"]["loss"] < 0.9 * math.log(CLASSES[name])
     items = record.items["test"]

@@ -147,11 +147,11 @@ def test_a_lane_in_a_group_gets_the_numbers_of_a_lane_alone(
         record = store.get(one.fingerprint)
         assert record is not None
         assert record.state == "finished", record.traceback
-        assert (record.provenance.pack_lanes > 1) == (
+        assert (record.provenance.lane_group_size > 1) == (
             variants.get(variant).batching is not Batching.EXCLUSIVE
         )
         assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
-        assert record.untrained["test"]["loss"] == pytest.approx(math.log(5))
+        assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(5))
         assert set(record.items["test"].answers) <= set(Digits.labels)
 
 

@@ -364,9 +364,9 @@ def test_a_lane_with_a_head_gets_the_numbers_of_a_lane_alone(
         record = store.get(one.fingerprint)
         assert record is not None
         assert record.state == "finished", record.traceback
-        assert record.provenance.pack_lanes > 1
+        assert record.provenance.lane_group_size > 1
         assert numbers_of(record) == numbers_of(solo(one, tmp_path, **options))
-        assert record.untrained["test"]["loss"] == pytest.approx(math.log(8))
+        assert record.baseline_scores["test"]["loss"] == pytest.approx(math.log(8))
         assert set(record.items["test"].answers) <= set(Reviews.labels)
 
 
