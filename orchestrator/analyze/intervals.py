@@ -1,4 +1,4 @@
-"""Confidence intervals over seeds: two-sided, at 95 % by default, None where the data cannot give one."""
+"""Confidence intervals over seeds: two-sided, at 95 %; None where the data give none."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class CurveStatistic:
     """Whether the true value may be larger: the grid ended before the curve gave it."""
 
 
-def _t_quantile(degrees: int, level: float) -> float:
+def _t_quantile(degrees: int) -> float:
     from scipy import stats
 
-    return float(stats.t.ppf((1 + level) / 2, degrees))
+    return float(stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, degrees))
 
 
-def estimate_mean(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> Estimate:
+def estimate_mean(values: Sequence[float]) -> Estimate:
     """Compute the mean and its t-interval: mean -+ t(n-1) s / sqrt(n), s the sample standard deviation.
 
     A bootstrap is no alternative: below ten seeds its percentile interval covers far less than it states
@@ -55,10 +55,6 @@ def estimate_mean(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> E
 
     Args:
         values: One score per seed.
-        level: The confidence level.
-
-    Returns:
-        The estimate.
     """
     n = len(values)
     if n == 0:
@@ -67,17 +63,16 @@ def estimate_mean(values: Sequence[float], level: float = CONFIDENCE_LEVEL) -> E
     if n == 1:
         return Estimate(1, mean)
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = _t_quantile(n - 1, level) * std / math.sqrt(n)
+    half = _t_quantile(n - 1) * std / math.sqrt(n)
     return Estimate(n, mean, Interval(mean - half, mean + half))
 
 
-def wilson_interval(count: int, n: int, level: float = CONFIDENCE_LEVEL) -> Interval | None:
+def wilson_interval(count: int, n: int) -> Interval | None:
     """Compute Wilson's score interval of a share, without continuity correction.
 
     Args:
         count: The number of successes.
         n: The number of trials.
-        level: The confidence level.
 
     Returns:
         The interval, or None without a trial.
@@ -86,7 +81,7 @@ def wilson_interval(count: int, n: int, level: float = CONFIDENCE_LEVEL) -> Inte
         return None
     from scipy import stats
 
-    found = stats.binomtest(count, n).proportion_ci(level, method="wilson")
+    found = stats.binomtest(count, n).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
     return Interval(float(found.low), float(found.high))
 
 
@@ -94,7 +89,6 @@ def jackknife_interval(
     full_value: float | None,
     leave_one_out_values: Sequence[float | None],
     bounds: tuple[float, float] = (-math.inf, math.inf),
-    level: float = CONFIDENCE_LEVEL,
 ) -> Interval | None:
     """Compute the jackknife interval of a statistic of the mean curve.
 
@@ -111,7 +105,6 @@ def jackknife_interval(
         full_value: The statistic on all seeds.
         leave_one_out_values: The statistic with each seed left out in turn.
         bounds: The range of the statistic, to which the interval is cut.
-        level: The confidence level.
 
     Returns:
         The interval, or None with fewer than two seeds, or if one of the values is None.
@@ -122,5 +115,5 @@ def jackknife_interval(
         return None
     centre = math.fsum(known) / n
     error = math.sqrt((n - 1) / n * math.fsum((v - centre) ** 2 for v in known))
-    half = _t_quantile(n - 1, level) * error
+    half = _t_quantile(n - 1) * error
     return Interval(max(bounds[0], full_value - half), min(bounds[1], full_value + half))

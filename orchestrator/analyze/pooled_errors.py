@@ -31,15 +31,11 @@ class DifferenceError:
     """Whether the standard deviation is the pooled one."""
 
 
-def estimate_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str, DifferenceError]:
+def estimate_errors(d: Mapping[str, Sequence[float]]) -> dict[str, DifferenceError]:
     """Estimate the error of every variant's mean difference, from the pooled variance where that is allowed.
 
     Args:
         d: Variant -> its differences from the baseline, one per seed.
-        level: The confidence level of the simultaneous intervals.
-
-    Returns:
-        Variant -> error.
     """
     squares = {v: math.fsum((x - math.fsum(own) / len(own)) ** 2 for x in own) for v, own in d.items()}
     degrees = {v: len(own) - 1 for v, own in d.items()}
@@ -47,16 +43,14 @@ def estimate_errors(d: Mapping[str, Sequence[float]], level: float) -> dict[str,
     errors = {}
     total = sum(degrees[v] for v in pool)
     if pool:
-        std, pooled_degrees = (
-            math.sqrt(math.fsum(squares[v] for v in pool) / total),
-            total * 4 / (len(pool) + 3),
-        )
-        critical = dunnett_critical_value(len(d), pooled_degrees, level)
+        std = math.sqrt(math.fsum(squares[v] for v in pool) / total)
+        pooled_degrees = total * 4 / (len(pool) + 3)
+        critical = dunnett_critical_value(len(d), pooled_degrees)
         for v in pool:
             errors[v] = DifferenceError(std / math.sqrt(len(d[v])), std, pooled_degrees, critical, True)
     for v in set(d) - set(pool):
         std = math.sqrt(squares[v] / degrees[v])
-        critical = sidak_critical_value(len(d), degrees[v], level)
+        critical = sidak_critical_value(len(d), degrees[v])
         errors[v] = DifferenceError(std / math.sqrt(len(d[v])), std, degrees[v], critical, False)
     return errors
 

@@ -6,18 +6,28 @@ Degrees of freedom need not be whole numbers.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
+
+from orchestrator.analyze.intervals import CONFIDENCE_LEVEL
+
+POWER = 0.8
+"""The probability with which a detectable difference is detected."""
 MAX_SEEDS = 1000
 """The largest number of seeds that `seeds_needed` considers."""
 _QUADRATURE_NODES = 64  # of each of the two integrals below; gives four digits of the critical value
+# Computing the nodes each time took two fifths of the time of a comparison.
+_hermite_quadrature = cache(np.polynomial.hermite_e.hermegauss)
+_legendre_quadrature = cache(np.polynomial.legendre.leggauss)
 
 
 @lru_cache(maxsize=4096)
-def dunnett_critical_value(count: int, degrees: float, level: float) -> float:
-    """Compute the c for which P(|T_1| < c, ..., |T_count| < c) = level (Dunnett 1955).
+def dunnett_critical_value(count: int, degrees: float) -> float:
+    """Compute the c for which P(|T_1| < c, ..., |T_count| < c) = `CONFIDENCE_LEVEL` (Dunnett 1955).
 
     The t statistics are pairwise correlated by 1/2, because all compare with one baseline. They are
     independent given the baseline's noise and the common standard deviation, over which this function
@@ -26,35 +36,30 @@ def dunnett_critical_value(count: int, degrees: float, level: float) -> float:
     Args:
         count: The number of t statistics. For one, c is the two-sided t quantile.
         degrees: The degrees of freedom of the standard deviation.
-        level: The simultaneous confidence level.
-
-    Returns:
-        The critical value.
     """
-    from scipy import optimize, special, stats
+    from scipy import optimize, special
 
+    lowest = sidak_critical_value(1, degrees)
     if count == 1:
-        return float(stats.t.ppf((1 + level) / 2, degrees))
-    z, dz = _hermite_quadrature()
+        return lowest
+    z, dz = _hermite_quadrature(_QUADRATURE_NODES)
     s, ds = _std_ratio_quadrature(degrees)
     root = math.sqrt(2) * s[:, None]
     weight = ds[:, None] * (dz / math.sqrt(2 * math.pi))[None, :]
 
     def surplus(c: float) -> float:
         inside = special.ndtr(root * c + z) - special.ndtr(-root * c + z)
-        return float((weight * inside**count).sum()) - level
+        return float((weight * inside**count).sum()) - CONFIDENCE_LEVEL
 
-    lowest = float(stats.t.ppf((1 + level) / 2, degrees))
-    return float(
-        optimize.brentq(surplus, 0.9 * lowest, 1.1 * sidak_critical_value(count, degrees, level), xtol=1e-7)
-    )
+    highest = sidak_critical_value(count, degrees)
+    return float(optimize.brentq(surplus, 0.9 * lowest, 1.1 * highest, xtol=1e-7))
 
 
-def sidak_critical_value(count: int, degrees: float, level: float) -> float:
+def sidak_critical_value(count: int, degrees: float) -> float:
     """Return the two-sided t quantile for `count` simultaneous tests, whatever their correlation."""
     from scipy import stats
 
-    return float(stats.t.ppf((1 + level ** (1 / count)) / 2, degrees))
+    return float(stats.t.ppf((1 + CONFIDENCE_LEVEL ** (1 / count)) / 2, degrees))
 
 
 def one_sided_p_value(mean: float, error: float, degrees: float) -> float:
@@ -64,9 +69,6 @@ def one_sided_p_value(mean: float, error: float, degrees: float) -> float:
         mean: The mean.
         error: Its standard error. If it is 0, the p value is 0 for a mean above 0, else 1.
         degrees: The degrees of freedom of the error.
-
-    Returns:
-        The p value.
     """
     from scipy import stats
 
@@ -96,16 +98,12 @@ def holm_correction(p: Mapping[str, float]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=4096)
-def minimum_detectable_effect(critical: float, degrees: float, power: float) -> float:
-    """Return the true difference, in standard errors, that a t test detects with probability `power`.
+def minimum_detectable_effect(critical: float, degrees: float) -> float:
+    """Return the true difference, in standard errors, that a t test detects with probability `POWER`.
 
     Args:
         critical: The critical value: a difference is detected if |t| is above it.
         degrees: The degrees of freedom of the standard error.
-        power: The probability.
-
-    Returns:
-        The difference.
     """
     from scipy import optimize, special
 
@@ -113,7 +111,7 @@ def minimum_detectable_effect(critical: float, degrees: float, power: float) -> 
 
     def surplus(shift: float) -> float:
         detected = special.ndtr(shift - critical * s) + special.ndtr(-shift - critical * s)
-        return float((ds * detected).sum()) - power
+        return float((ds * detected).sum()) - POWER
 
     return float(optimize.brentq(surplus, 0.0, 10 * critical + 10, xtol=1e-6))
 
@@ -134,9 +132,6 @@ def decision_probability(mean: float, margin: float, error: float, degrees: floa
         error: The true standard error of the observed difference.
         degrees: The degrees of freedom of the estimated error.
         critical: The critical value of the interval.
-
-    Returns:
-        The probability.
     """
     from scipy import special
 
@@ -153,37 +148,10 @@ def _std_ratio_quadrature(degrees: float) -> tuple[Any, Any]:
 
     s is the standard deviation of a sample divided by the true one.
     """
-    import numpy as np
     from scipy import stats
 
-    u, du = _legendre_quadrature()
+    u, du = _legendre_quadrature(_QUADRATURE_NODES)
     return np.sqrt(stats.chi2.ppf((u + 1) / 2, degrees) / degrees), du / 2
-
-
-@cache  # computing the nodes each time took two fifths of the time of a comparison
-def _hermite_quadrature() -> tuple[Any, Any]:
-    """Return the nodes and weights of Gauss-Hermite quadrature.
-
-    Returns:
-        Two arrays of shape (_QUADRATURE_NODES,): points x and weights w. sum(w * f(x)) approximates
-        the integral of f(x) exp(-x^2 / 2) over the real line.
-    """
-    import numpy as np
-
-    return np.polynomial.hermite_e.hermegauss(_QUADRATURE_NODES)
-
-
-@cache
-def _legendre_quadrature() -> tuple[Any, Any]:
-    """Return the nodes and weights of Gauss-Legendre quadrature.
-
-    Returns:
-        Two arrays of shape (_QUADRATURE_NODES,): points x and weights w. sum(w * f(x)) approximates
-        the integral of f(x) over [-1, 1].
-    """
-    import numpy as np
-
-    return np.polynomial.legendre.leggauss(_QUADRATURE_NODES)
 
 
 def seeds_needed(
@@ -192,9 +160,10 @@ def seeds_needed(
     std: float,
     degrees_per_seed: float,
     critical_value: Callable[[float], float],
-    power: float,
 ) -> int | None:
-    """Compute how many seeds decide a comparison: its interval is above minus the margin, or below 0.
+    """Compute how many seeds decide a comparison with probability `POWER`.
+
+    A comparison is decided if its interval is above minus the margin, or below 0.
 
     Args:
         mean: The true difference.
@@ -202,7 +171,6 @@ def seeds_needed(
         std: The standard deviation of the difference of one seed.
         degrees_per_seed: The degrees of freedom with n seeds, divided by n - 1.
         critical_value: The critical value of the interval, a function of the degrees of freedom.
-        power: The probability with which the comparison is to be decided.
 
     Returns:
         The number of seeds, or None if it is above `MAX_SEEDS`.
@@ -211,12 +179,8 @@ def seeds_needed(
     def decides(n: int) -> bool:
         degrees = degrees_per_seed * (n - 1)
         error = std / math.sqrt(n)
-        return decision_probability(mean, margin, error, degrees, critical_value(degrees)) >= power
+        return decision_probability(mean, margin, error, degrees, critical_value(degrees)) >= POWER
 
     if not decides(MAX_SEEDS):
         return None
-    low, high = 2, MAX_SEEDS
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decides(middle) else (middle + 1, high)
-    return low
+    return 2 + bisect_left(range(2, MAX_SEEDS), True, key=decides)

@@ -36,8 +36,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from orchestrator.analyze.intervals import (
@@ -59,9 +61,6 @@ from orchestrator.analyze.power import (
 
 Outcome = Literal["better", "worse", "equivalent", "not inferior", "undecided"]
 Claim = Literal["supported", "refuted", "undecided"]
-
-POWER = 0.8
-"""The probability with which a detectable difference is detected."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,10 @@ class PairedComparison:
     """Holm's p value of the hypothesis that the variant is worse by the margin or more."""
     outcome: Outcome = "undecided"
     minimum_detectable_effect: Annotated[float | None, Field(alias="detectable")] = None
-    """The smallest true difference that is detected with probability `POWER`."""
+    """The smallest true difference that is detected with probability `power.POWER`."""
     seeds_to_decide: int | None = None
-    """How many seeds decide an undecided comparison with probability `POWER` if the observed difference is
-    the true one; None if it takes more than 1,000."""
+    """How many seeds decide an undecided comparison with probability `power.POWER` if the observed difference
+    is the true one; None if it takes more than 1,000."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,6 @@ def compare_to_baseline(
     baseline: str,
     margin: float,
     controls: Collection[str] = (),
-    level: float = CONFIDENCE_LEVEL,
     expected: Collection[str] = (),
 ) -> Comparison:
     """Compare every variant with the baseline.
@@ -163,25 +161,20 @@ def compare_to_baseline(
         baseline: The label of the baseline.
         margin: The smallest difference that matters.
         controls: Labels that the claim does not count.
-        level: The confidence level of the simultaneous intervals.
         expected: Labels that the claim counts, whether or not they have scores.
-
-    Returns:
-        The comparison.
 
     Raises:
         KeyError: The baseline has no scores.
     """
-    arms = {label: _summarize_arm(label, list(own.values()), level) for label, own in scores.items()}
-    pairs, difference_std = _compare_pairs(scores, arms, arms[baseline], margin, level)
+    arms = {label: _summarize_arm(label, list(own.values())) for label, own in scores.items()}
+    pairs, difference_std = _compare_pairs(scores, arms, arms[baseline], margin)
     missing = tuple(sorted(set(expected) - set(scores)))
     counted = [pair for pair in pairs if pair.label not in controls]
     number = len(counted) + sum(label not in controls for label in missing)
     holds_for = _baseline_holds_interval(counted, margin, number)
     tested = [baseline, *sorted(pair.label for pair in pairs if pair.interval is not None)]
     common_seeds = sorted(set.intersection(*(set(scores[v]) for v in tested)))
-    table = [[scores[v][seed].value for seed in common_seeds] for v in tested]
-    correlation, pairing_helps = _pairing_gain(table, 1 - level)
+    correlation, pairing_helps = _pairing_gain([[scores[v][s].value for s in common_seeds] for v in tested])
     return Comparison(
         baseline=arms[baseline],
         arms=tuple(arms[pair.label] for pair in pairs),
@@ -193,81 +186,62 @@ def compare_to_baseline(
         counted=number,
         baseline_not_inferior_to=holds_for,
         claim=_decide_claim(holds_for, number),
-        level=level,
         not_compared=missing,
     )
 
 
 def _compare_pairs(
-    scores: Mapping[str, ScoresBySeed], arms: Mapping[str, Arm], baseline: Arm, margin: float, level: float
+    scores: Mapping[str, ScoresBySeed], arms: Mapping[str, Arm], baseline: Arm, margin: float
 ) -> tuple[list[PairedComparison], float | None]:
     """Return all comparisons, sorted, and the pooled standard deviation of the differences."""
     base = scores[baseline.label]
     others = sorted(label for label in scores if label != baseline.label)
     shared_seeds = {v: sorted(set(scores[v]) & set(base)) for v in others}
     d = {v: [scores[v][s].value - base[s].value for s in shared_seeds[v]] for v in others}
-    exclusion_reasons = {v: _exclusion_reason(arms[v], baseline, len(shared_seeds[v])) for v in others}
-    tested = [v for v in others if not exclusion_reasons[v]]
-    errors = estimate_errors({v: d[v] for v in tested}, level)
-    p = _corrected_p_values(d, errors, margin)
+    means = {v: math.fsum(own) / len(own) for v, own in d.items() if own}
+    reasons = {v: _exclusion_reason(arms[v], baseline, len(shared_seeds[v])) for v in others}
+    errors = estimate_errors({v: d[v] for v in others if not reasons[v]})
+    p_values = _corrected_p_values(means, errors, margin)
     pairs = []
     for v in others:
-        mean = math.fsum(d[v]) / len(d[v]) if d[v] else None
         dropped = tuple(sorted(set(scores[v]) ^ set(base)))
-        pair = PairedComparison(v, tuple(shared_seeds[v]), dropped, mean, exclusion_reasons[v])
-        if v in errors and mean is not None:
-            p_values = p[0][v], p[1][v], p[2][v]
-            pair = _apply_tests(pair, mean, errors[v], p_values, margin, len(tested), level)
-        pairs.append(pair)
+        pair = PairedComparison(
+            v, tuple(shared_seeds[v]), dropped, means.get(v), reasons[v], **p_values.get(v, {})
+        )
+        pairs.append(_apply_error(pair, means[v], errors[v], margin, len(errors)) if v in errors else pair)
     pairs.sort(key=lambda x: (x.difference is None, -(x.difference or 0.0), x.label))
     return pairs, next((error.std for error in errors.values() if error.pooled), None)
 
 
-def _apply_tests(
-    pair: PairedComparison,
-    mean: float,
-    error: DifferenceError,
-    p_values: tuple[float, float, float],
-    margin: float,
-    count: int,
-    level: float,
+def _apply_error(
+    pair: PairedComparison, mean: float, error: DifferenceError, margin: float, count: int
 ) -> PairedComparison:
-    """Add the interval, the p values (as `_corrected_p_values` orders them) and the outcome to `pair`."""
-    interval = Interval(
-        mean - error.critical_value * error.standard_error, mean + error.critical_value * error.standard_error
-    )
+    """Add to `pair`, one of `count` tested pairs, its interval, outcome and power."""
+    half = error.critical_value * error.standard_error
+    interval = Interval(mean - half, mean + half)
     outcome = _classify_interval(interval, margin)
     degrees_per_seed = error.degrees / (len(pair.seeds) - 1)
-    critical_value = dunnett_critical_value if error.pooled else sidak_critical_value
+    critical_value = partial(dunnett_critical_value if error.pooled else sidak_critical_value, count)
     needed = None
     if outcome == "undecided":
-        needed = seeds_needed(
-            mean, margin, error.std, degrees_per_seed, lambda d: critical_value(count, d, level), POWER
-        )
+        needed = seeds_needed(mean, margin, error.std, degrees_per_seed, critical_value)
+    detectable = error.standard_error * minimum_detectable_effect(error.critical_value, error.degrees)
     return replace(
         pair,
         reason="" if error.pooled else "its differences vary more than the others': its own variance",
         interval=interval,
-        p_differs=p_values[0],
-        p_equivalent=p_values[1],
-        p_not_inferior=p_values[2],
         outcome=outcome,
-        minimum_detectable_effect=error.standard_error
-        * minimum_detectable_effect(error.critical_value, error.degrees, POWER),
+        minimum_detectable_effect=detectable,
         seeds_to_decide=needed,
     )
 
 
-def _summarize_arm(label: str, own: Sequence[SeedScore], level: float) -> Arm:
-    num_diverged = sum(score.diverged for score in own)
-    test = estimate_mean([score.value for score in own], level)
-    return Arm(
-        label,
-        Estimate(test.n, test.mean) if num_diverged else test,
-        estimate_mean([score.value for score in own if not score.diverged], level),
-        num_diverged,
-        wilson_interval(num_diverged, len(own), level),
-    )
+def _summarize_arm(label: str, own: Sequence[SeedScore]) -> Arm:
+    diverged = sum(score.diverged for score in own)
+    test = estimate_mean([score.value for score in own])
+    without_diverged = estimate_mean([score.value for score in own if not score.diverged])
+    test = Estimate(test.n, test.mean) if diverged else test
+    return Arm(label, test, without_diverged, diverged, wilson_interval(diverged, len(own)))
 
 
 def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
@@ -282,18 +256,18 @@ def _exclusion_reason(arm: Arm, baseline: Arm, paired: int) -> str:
 
 
 def _corrected_p_values(
-    d: Mapping[str, Sequence[float]], errors: Mapping[str, DifferenceError], margin: float
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Return Holm's p values of the three tests: difference, equivalence, non-inferiority."""
+    means: Mapping[str, float], errors: Mapping[str, DifferenceError], margin: float
+) -> dict[str, dict[str, Any]]:
+    """Return Holm's p values of the three tests: variant -> field of `PairedComparison` -> p value."""
     differs, equivalent, not_inferior = {}, {}, {}
     for v, error in errors.items():
-        mean = math.fsum(d[v]) / len(d[v])
-        differs[v] = min(1.0, 2 * one_sided_p_value(abs(mean), error.standard_error, error.degrees))
-        not_inferior[v] = one_sided_p_value(mean + margin, error.standard_error, error.degrees)
-        equivalent[v] = max(
-            not_inferior[v], one_sided_p_value(margin - mean, error.standard_error, error.degrees)
-        )
-    return holm_correction(differs), holm_correction(equivalent), holm_correction(not_inferior)
+        p_above = partial(one_sided_p_value, error=error.standard_error, degrees=error.degrees)
+        differs[v] = min(1.0, 2 * p_above(abs(means[v])))
+        not_inferior[v] = p_above(means[v] + margin)
+        equivalent[v] = max(not_inferior[v], p_above(margin - means[v]))
+    tests = {"p_differs": differs, "p_equivalent": equivalent, "p_not_inferior": not_inferior}
+    corrected = {test: holm_correction(p) for test, p in tests.items()}
+    return {v: {test: p[v] for test, p in corrected.items()} for v in errors}
 
 
 def _classify_interval(interval: Interval, margin: float) -> Outcome:
@@ -331,18 +305,16 @@ def _decide_claim(holds: tuple[int, int], counted: int) -> Claim:
     return "refuted" if counted and holds[1] <= counted / 2 else "undecided"
 
 
-def _pairing_gain(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float | None, bool | None]:
+def _pairing_gain(rows: Sequence[Sequence[float]]) -> tuple[float | None, bool | None]:
     """Measure what pairing by seed gains.
 
     Args:
         rows: The scores of the baseline and of every variant, one row each, one column per seed.
-        alpha: The level of the F test.
 
     Returns:
         The mean correlation of the baseline with the variants, and whether seeds differ by more than the
         noise.
     """
-    import numpy as np
     from scipy import stats
 
     table = np.array(rows)
@@ -350,14 +322,11 @@ def _pairing_gain(rows: Sequence[Sequence[float]], alpha: float) -> tuple[float 
         return None, None
     centred = table - table.mean(axis=1, keepdims=True)
     size = np.sqrt((centred**2).sum(axis=1))
-    known = [
-        centred[0] @ own / (size[0] * s)
-        for own, s in zip(centred[1:], size[1:], strict=True)
-        if size[0] * s > 0
-    ]
+    sizes = size[0] * size[1:]
+    known = [centred[0] @ own / s for own, s in zip(centred[1:], sizes, strict=True) if s > 0]
     by_seed = centred.mean(axis=0)
     rest, (k, n) = ((centred - by_seed) ** 2).sum(), table.shape
     if not known or rest <= 0:
         return (float(np.mean(known)) if known else None), (True if known else None)
     ratio = k * (by_seed**2).sum() / (rest / (k - 1))
-    return float(np.mean(known)), bool(stats.f.sf(ratio, n - 1, (k - 1) * (n - 1)) < alpha)
+    return float(np.mean(known)), bool(stats.f.sf(ratio, n - 1, (k - 1) * (n - 1)) < 1 - CONFIDENCE_LEVEL)

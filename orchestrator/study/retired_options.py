@@ -16,7 +16,7 @@ RETIRED_OPTIONS = {
     "--schedule": "--lr-schedule",
 }
 REMOVED_OPTIONS = {
-    "--no-probe": "the check does not measure memory, because training halves a lane group that is too large",
+    "--no-probe": "the check does not measure memory, because training halves a lane group that is too large"
 }
 _WORD = re.compile(r"(?<!\S)--[A-Za-z_-]+(?=[=\s]|$)")
 

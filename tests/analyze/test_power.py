@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,28 +28,20 @@ from orchestrator.analyze.power import (
     [(2, 10, 2.57), (4, 20, 2.65), (9, 60, 2.77), (3, 5, 3.29)],
 )
 def test_dunnetts_published_values(count: int, degrees: int, published: float) -> None:
-    assert dunnett_critical_value(count, degrees, 0.95) == pytest.approx(published, abs=0.006)
+    assert dunnett_critical_value(count, degrees) == pytest.approx(published, abs=0.006)
 
 
 @pytest.mark.parametrize(("count", "degrees"), [(2, 2.0), (3, 9.0), (5, 22.5)])
 def test_dunnetts_value_is_the_quantile_of_scipys_multivariate_t(count: int, degrees: float) -> None:
-    c = np.full(count, dunnett_critical_value(count, degrees, 0.95))
+    c = np.full(count, dunnett_critical_value(count, degrees))
     shape = 0.5 * (np.eye(count) + 1)
     inside = stats.multivariate_t.cdf(c, shape=shape, df=degrees, lower_limit=-c, random_state=1)
     assert inside == pytest.approx(0.95, abs=5e-4)
 
 
 def test_one_comparison_is_the_t_test_and_many_cost_less_than_sidak() -> None:
-    assert (
-        dunnett_critical_value(1, 9, 0.95)
-        == sidak_critical_value(1, 9, 0.95)
-        == pytest.approx(stats.t.ppf(0.975, 9))
-    )
-    assert (
-        dunnett_critical_value(1, 9, 0.95)
-        < dunnett_critical_value(4, 9, 0.95)
-        < sidak_critical_value(4, 9, 0.95)
-    )
+    assert dunnett_critical_value(1, 9) == sidak_critical_value(1, 9) == pytest.approx(stats.t.ppf(0.975, 9))
+    assert dunnett_critical_value(1, 9) < dunnett_critical_value(4, 9) < sidak_critical_value(4, 9)
 
 
 def test_holm_by_hand() -> None:
@@ -60,8 +53,8 @@ def test_holm_by_hand() -> None:
 
 def test_the_detectable_difference_has_its_power() -> None:
     n, spread = 10, 2.0
-    degrees, critical = n - 1, dunnett_critical_value(1, n - 1, 0.95)
-    shift = spread / math.sqrt(n) * minimum_detectable_effect(critical, degrees, 0.8)
+    degrees, critical = n - 1, dunnett_critical_value(1, n - 1)
+    shift = spread / math.sqrt(n) * minimum_detectable_effect(critical, degrees)
     draws = np.random.default_rng(7).normal(shift, spread, (20_000, n))
     t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(n))
     found = (abs(t) > critical).mean()
@@ -72,7 +65,7 @@ def needed(
     mean: float, margin: float, count: int = 1, critical: Callable[..., float] = dunnett_critical_value
 ) -> int | None:
     """Return how many seeds decide one of `count` comparisons with standard deviation 0.02."""
-    return seeds_needed(mean, margin, 0.02, 1.0, lambda degrees: critical(count, degrees, 0.95), 0.8)
+    return seeds_needed(mean, margin, 0.02, 1.0, partial(critical, count))
 
 
 def decided(n: int, mean: float, draws: int = 40_000) -> float:

@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from orchestrator.analyze import significance
-from orchestrator.analyze.power import (
-    dunnett_critical_value,
-    minimum_detectable_effect,
-)
+from orchestrator.analyze.power import dunnett_critical_value, minimum_detectable_effect
 from orchestrator.analyze.significance import Comparison, PairedComparison, SeedScore, compare_to_baseline
 
 Table = Mapping[str, Sequence[float | None]]
@@ -62,7 +59,7 @@ def test_the_variance_is_pooled_over_variants_with_the_degrees_of_the_shared_bas
     found = compared(table)
     spread = math.sqrt((0.0006 + 0.0005) / 6)
     assert found.difference_std == pytest.approx(spread)
-    half = dunnett_critical_value(2, 6 * 4 / 5, 0.95) * spread / 2
+    half = dunnett_critical_value(2, 6 * 4 / 5) * spread / 2
     for label, mean in (("a", 0.01), ("b", 0.015)):
         interval = pair(found, label).interval
         assert interval is not None
@@ -250,7 +247,7 @@ def test_false_findings_and_coverage_are_near_nominal(
 def test_a_true_difference_of_the_detectable_size_is_detected_four_times_in_five() -> None:
     rng, n, draws = np.random.default_rng(5), 10, 300
     degrees, error = 3 * 9 * 4 / 6, 0.02 * math.sqrt(2 / n)
-    shift = error * minimum_detectable_effect(dunnett_critical_value(3, degrees, 0.95), degrees, 0.8)
+    shift = error * minimum_detectable_effect(dunnett_critical_value(3, degrees), degrees)
     found = 0
     for _ in range(draws):
         scores = 0.8 + rng.normal(0, 0.02, (4, n))

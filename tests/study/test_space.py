@@ -88,12 +88,7 @@ def test_fixed_values_are_typed_by_the_setting() -> None:
     found = space_parsing.parse_fixed_values(
         ["relora.merges=2", "weight-decay=0.01", "pissa.shared=false", "pissa.svd=fast"], VARIANTS, own
     )
-    assert found == {
-        "relora.merges": 2,
-        "weight_decay": 0.01,
-        "pissa.shared": False,
-        "pissa.svd": "fast",
-    }
+    assert found == {"relora.merges": 2, "weight_decay": 0.01, "pissa.shared": False, "pissa.svd": "fast"}
     assert isinstance(found["relora.merges"], int)
 
 
