@@ -1,7 +1,7 @@
 """Does early stopping choose the rate that the full grid chooses?
 
-    python experiments/early_stopping.py --dry-run      a rehearsal on this machine, no GPU, a few minutes
-    python experiments/early_stopping.py                the study, on a GPU or a Ray cluster
+    python experiments/early_stopping.py --dry-run   a rehearsal without a GPU
+    python experiments/early_stopping.py             the study, on GPUs
 
 The study has two stages. First the grid runs under --scheduler; then, in the same store, it runs to the end,
 and the lanes that were stopped continue from their checkpoints. --search, --sampler, --space and --points are

@@ -1,7 +1,7 @@
 """How sensitive are LoRA and its variants to the learning rate?
 
-    python experiments/lr_sensitivity.py --dry-run      a rehearsal on this machine, no GPU, a few minutes
-    python experiments/lr_sensitivity.py                the study, on a GPU or a Ray cluster
+    python experiments/lr_sensitivity.py --dry-run   a rehearsal without a GPU
+    python experiments/lr_sensitivity.py             the study, on GPUs
 
 Every variant is fine-tuned at every learning rate with every seed; with --search, at points of a wider space,
 the same number of each variant. Results are kept: the same command again trains nothing, and one more rate or

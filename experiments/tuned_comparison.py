@@ -1,8 +1,8 @@
 """Is any variant better than LoRA when both are tuned with the same budget?
 
-    python experiments/tuned_comparison.py --dry-run      a rehearsal on this machine, no GPU, some minutes
-    python experiments/tuned_comparison.py                the study, on a GPU or a Ray cluster
-    python experiments/tuned_comparison.py --search optuna --space rank=4,8,16     tuned by a search
+    python experiments/tuned_comparison.py --dry-run   a rehearsal without a GPU
+    python experiments/tuned_comparison.py             the study, on GPUs
+    python experiments/tuned_comparison.py --search optuna   tuned by a search
 
 The study has two stages. First every variant, LoRA among them, is tuned with the same budget: the grid of
 learning rates, or a --search. The point of each variant is chosen on the validation split. Then the chosen

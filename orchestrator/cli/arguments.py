@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ def parse_options(description: str | None, options_class: type[Options]) -> Opti
 
     arguments = tyro.cli(
         grouped_arguments(options_class),
-        description=description,
+        description=wrap_description(description or ""),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     options = flatten_arguments(arguments, options_class)
@@ -46,6 +48,18 @@ def parse_options(description: str | None, options_class: type[Options]) -> Opti
     if code is not None:
         sys.exit(code)
     return options
+
+
+def wrap_description(description: str) -> str:
+    """Return a description whose paragraphs are as wide as the terminal; indented ones stay as they are.
+
+    A leading space in every line keeps tyro from joining them.
+    """
+    wrapper = textwrap.TextWrapper(
+        shutil.get_terminal_size().columns, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False
+    )
+    parts = description.strip().split("\n\n")
+    return "\n\n".join(part if part.startswith(" ") else wrapper.fill(part) for part in parts)
 
 
 def grouped_arguments(options_class: type[StudyOptions]) -> type[Any]:
