@@ -46,7 +46,7 @@ def test_current_names_versions_without_importing_them():
         "print(p.resumed_from)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == f"{version('torch')} {sys.version.split()[0]} 3 2 1 (5,)"
+    assert done.stdout.strip() == f"{version('torch')} {sys.version.split()[0]} 3 2 1\n(5,)"
 
 
 def test_the_nvidia_driver_is_read_from_where_linux_tells_it(tmp_path):
