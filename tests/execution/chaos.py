@@ -1,11 +1,10 @@
-"""Kills what a study is made of, one process after another, at random moments; starts the command again each
-time that it has ended; and compares what the study leaves with what an undisturbed training leaves.
+"""Kill processes of a running study at random moments, and compare its results with an undisturbed run.
 
-    python -m tests.execution.chaos                  5 kills, one of each kind
-    python -m tests.execution.chaos --kills 20       what docs/faults.md reports
+    python -m tests.execution.chaos                  5 kills, one of each kind of process
+    python -m tests.execution.chaos --kills 20       the run that docs/faults.md reports
 
-Nobody knows better than the processes themselves how many steps they took, and a killed one can say nothing:
-`counted_task.py` notes each step as it is taken.
+The command of the study is started again each time that it ends. A killed process cannot report how many
+steps it took, so `counted_task.py` writes each step to a file when it is taken.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ try:
     import study
     from steps import FOLDER, TASK, Steps
 except ModuleNotFoundError:  # run as a module from the project's folder
-    from tests.schedule import alone, study
-
+    from tests.execution import alone, study
     from tests.execution.steps import FOLDER, TASK, Steps
 
 from orchestrator.record.gc import collect_garbage
@@ -50,30 +48,30 @@ TITLES = {
     "broker": ["Broker"],
     "controller": ["TrainController"],
 }
-"""What Ray calls the processes that are killed, besides the driver."""
+"""Kind of process -> the names that Ray gives to its processes. The driver has no such name."""
 KINDS = ("driver", *TITLES)
-BACK = ("driver", "trainer")
-"""Kinds whose lanes have to wait for a new process."""
-SHARE = 0.6
-"""Of the steps that are left: within these the kills that are left happen, so that none comes too late."""
-LATE = 0.1
-"""A part of all steps: if a kill is later by so many, the study waits for it."""
-LOST_SECONDS = study.HANG_SECONDS
-"""How long a started command may take to its next step, on a busy machine."""
+RESUMED_KINDS = ("driver", "trainer")
+"""Kinds of processes whose lanes wait until a new process trains them."""
+KILL_SHARE = 0.6
+"""The share of the remaining steps within which the remaining kills happen, so that none comes too late."""
+LATE_SHARE = 0.1
+"""The share of all steps by which a kill may be late before the study is slowed down for it."""
+STEP_LIMIT_SECONDS = study.HANG_SECONDS
+"""How long a started command may take until its next step, on a busy machine."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the study: what is trained, and by how many at once."""
+    """The size of the study: its configurations, and how many of them train at once."""
 
     variants: tuple[str, ...] = ("lora", "hira", "pissa")
     rates: tuple[str, ...] = ("1e-3", "1e-2")
     seeds: int = 2
     steps: int = 600
-    """Many: trainers outlive a killed driver by a moment, and what they finish in it is finished."""
+    """Many, because trainers outlive a killed driver by a moment, and may finish short lanes in it."""
     trainers: int = 2
     lanes: int = 2
-    """Of a trainer."""
+    """Lanes of a trainer."""
 
     @property
     def configurations(self) -> int:
@@ -102,26 +100,26 @@ class Size:
 class Kill:
     kind: str
     when: float
-    """Seconds since the epoch."""
+    """When the process was killed, in seconds since the epoch."""
     steps: int
-    """Taken by then, by all processes since the first start of the command."""
+    """Steps that all processes had taken by then, since the first start of the command."""
     start: int
-    """Which start of the command it hit."""
-    back: float | None = None
-    """Seconds until a new process took a step; for `BACK`."""
+    """The number of the start of the command, from 1, whose process was killed."""
+    seconds_to_resume: float | None = None
+    """Seconds until a new process took a step, for the kinds in `RESUMED_KINDS`."""
 
 
 @dataclass
 class Run:
-    """A study's command, started as often as it takes, and what it left behind in `output`."""
+    """A study's command, which is started until the study is complete, and its results in `output`."""
 
     output: Path
     size: Size
     starts: int = 0
     kills: list[Kill] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
-    """How the command ended by itself before the study was complete, for people to read. None is right: only
-    a killed driver has to be started again."""
+    """One sentence for each time that the command ended by itself before the study was complete. There must
+    be none, because only a killed driver has to be started again."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -133,7 +131,7 @@ class Run:
         return Store(self.output / "store")
 
     def steps_of(self, start: int) -> Steps:
-        """Those of one start of the command."""
+        """Return the steps of one start of the command."""
         return Steps(self.output / "steps" / str(start))
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -153,48 +151,48 @@ class Run:
         return self.process
 
     def end(self) -> None:
-        """Whatever still runs when something went wrong here."""
+        """Kill the command if it still runs, because this program failed."""
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def steps(self) -> int:
-        """Optimizer steps that all processes together have taken since the first start of the command."""
+        """Return the optimizer steps that all processes have taken since the first start of the command."""
         return sum(self.steps_of(start).taken() for start in range(1, self.starts + 1))
 
-    def start_again(self, code: int, say: Callable[[str], None]) -> subprocess.Popen[bytes]:
-        """It has ended with `code`, and nobody had killed it."""
+    def start_again(self, code: int, progress: Callable[[str], None]) -> subprocess.Popen[bytes]:
+        """Start the command again after it ended by itself with the exit code `code`."""
         kind = f", the last of a {self.kills[-1].kind}" if self.kills else ""
         said = self.log.read_text().splitlines() if self.log.exists() else []
         last = f": {said[-1]}" if said else ""
         self.exits.append(f"start {self.starts} ended with {code} after {len(self.kills)} kills{kind}{last}")
-        say(f"{self.exits[-1]}; started again")
+        progress(f"{self.exits[-1]}; started again")
         return self.start()
 
     def fail(self, what: str) -> AssertionError:
-        return AssertionError(f"{what}; the command's last words:\n{self.log.read_text()[-3000:]}")
+        return AssertionError(f"{what}; the end of the command's output:\n{self.log.read_text()[-3000:]}")
 
 
-def disturbed(run: Run, kills: int, seed: int, say: Callable[[str], None]) -> None:
-    """Kills `kills` processes, in turn one of each kind; then lets the study end."""
-    chance = random.Random(seed)
+def run_with_kills(run: Run, kills: int, seed: int, progress: Callable[[str], None]) -> None:
+    """Kill `kills` processes, one of each kind in turn, then wait for the end of the study."""
+    rng = random.Random(seed)
     process = run.start()
     began = time.time()
     for number in range(kills):
         kind = KINDS[number % len(KINDS)]
-        left = SHARE * (run.size.all_steps - run.steps()) / (kills - number)
-        process = _kill(run, process, kind, chance.randint(1, max(1, int(left))), chance, say)
+        left = KILL_SHARE * (run.size.all_steps - run.steps()) / (kills - number)
+        process = _kill(run, process, kind, rng.randint(1, max(1, int(left))), rng, progress)
         kill = run.kills[-1]
-        say(f"{kill.when - began:5.0f} s, step {kill.steps}: {kind} killed")
+        progress(f"{kill.when - began:5.0f} s, step {kill.steps}: {kind} killed")
         if kind == "driver":
             if (code := process.wait()) != -signal.SIGKILL:
-                raise run.fail(f"it ended with {code} just before it was to be killed")
+                raise run.fail(f"the driver ended with {code} just before it was to be killed")
             process = run.start()
     run.steps_of(run.starts).run_free()
     while code := process.wait():
         if run.starts > 2 * kills + 3:
-            raise run.fail(f"started {run.starts} times it still ended with {code}")
-        process = run.start_again(code, say)
-    _measure(run)
+            raise run.fail(f"the command ended with {code} after {run.starts} starts")
+        process = run.start_again(code, progress)
+    _measure_resumption(run)
     collect_garbage(run.store, run.output, older_than=0.0)
 
 
@@ -203,34 +201,36 @@ def _kill(
     process: subprocess.Popen[bytes],
     kind: str,
     after: int,
-    chance: random.Random,
-    say: Callable[[str], None],
+    rng: random.Random,
+    progress: Callable[[str], None],
 ) -> subprocess.Popen[bytes]:
-    """Kills one of `kind` once the command has taken `after` steps since the last kill. Returns the command's
-    process, which is another one if it had ended by itself meanwhile (which is noted)."""
+    """Kill a process of a kind, once the command has taken `after` steps since the last kill.
+
+    Returns:
+        The command's process. It is a new one if the command ended by itself meanwhile; `run.exits` has a
+        sentence about that.
+    """
     steps = run.steps_of(run.starts)
     before = steps.taken()
-    steps.slow_after(before + after + int(LATE * run.size.all_steps))
-    deadline = time.monotonic() + LOST_SECONDS
+    steps.slow_after(before + after + int(LATE_SHARE * run.size.all_steps))
+    deadline = time.monotonic() + STEP_LIMIT_SECONDS
     while True:
         code = process.poll()
         if code == 0:
-            raise run.fail(
-                f"complete after {len(run.kills)} kills: the study is too short for more, give it more steps"
-            )
+            raise run.fail(f"the study was complete after {len(run.kills)} kills: take more --steps")
         if code is not None:
-            process, before = run.start_again(code, say), 0
+            process, before = run.start_again(code, progress), 0
             steps = run.steps_of(run.starts)
         if steps.taken() - before >= after:
             victims = _processes(process.pid, kind)
             if victims:
                 kill = Kill(kind, time.time(), run.steps(), run.starts)
                 with suppress(ProcessLookupError):  # it has just ended: take another one
-                    os.kill(chance.choice(victims), signal.SIGKILL)
+                    os.kill(rng.choice(victims), signal.SIGKILL)
                     run.kills.append(kill)
                     return process
         if time.monotonic() > deadline:
-            raise run.fail(f"no {kind} to kill, or no {after} steps, within {LOST_SECONDS:g} s")
+            raise run.fail(f"no {kind} to kill, or no {after} steps, within {STEP_LIMIT_SECONDS:g} s")
         time.sleep(0.05)
 
 
@@ -244,27 +244,30 @@ def _processes(driver: int, kind: str) -> list[int]:
         return []
 
 
-def _measure(run: Run) -> None:
-    """Trainers outlive their driver by a moment: after its death only those of the next start are new."""
+def _measure_resumption(run: Run) -> None:
+    """Compute for each kill how long it took until a new process trained.
+
+    Trainers outlive a killed driver by a moment, so only trainers of the next start are new ones.
+    """
     for kill in run.kills:
         start = kill.start + 1 if kill.kind == "driver" else kill.start
         firsts = [moment for moment in run.steps_of(start).firsts() if moment > kill.when]
-        if kill.kind in BACK and firsts:
-            kill.back = min(firsts) - kill.when
+        if kill.kind in RESUMED_KINDS and firsts:
+            kill.seconds_to_resume = min(firsts) - kill.when
 
 
-def wrong_starts(run: Run) -> list[str]:
-    """Nothing but a killed driver ends the command before the study is complete."""
-    found = [f"the command ended by itself: {how}" for how in run.exits]
+def unexplained_starts(run: Run) -> list[str]:
+    """Return a sentence for each start of the command that no killed driver explains."""
+    found = [f"the command ended by itself: {each}" for each in run.exits]
     drivers = sum(kill.kind == "driver" for kill in run.kills)
     if run.starts != 1 + drivers:
         found.append(f"{run.starts} starts for {drivers} killed drivers")
     return found
 
 
-def wrong(run: Run, expected: Mapping[str, Record]) -> list[str]:
-    """What is not as in `expected`, the records of an undisturbed training. Nothing is right."""
-    found = wrong_starts(run)
+def differences(run: Run, expected: Mapping[str, Record]) -> list[str]:
+    """Return a sentence for each difference from `expected`, the records of an undisturbed training."""
+    found = unexplained_starts(run)
     file, now = StudyFile.read(run.output / NAME), study.records(run.output)
     asked = set(file.configurations) if file else set()
     if len(asked) != run.size.configurations:
@@ -272,7 +275,7 @@ def wrong(run: Run, expected: Mapping[str, Record]) -> list[str]:
     found += [f"{f[:12]} has no record" for f in asked - now.keys()]
     found += [f"{f[:12]} was not asked for" for f in now.keys() - asked]
     for name in expected.keys() & now.keys():
-        # To the bit: on a CPU a lane with at least 8 rows computes the same in any company.
+        # Equal to the bit: on a CPU the other lanes do not change a lane with at least 8 rows.
         if (study.course(now[name]), now[name].items) != (study.course(expected[name]), expected[name].items):
             found.append(f"{name[:12]} has other scores")
     files = [path.name for path in run.store.records_folder.rglob("*.json")]
@@ -289,26 +292,38 @@ def wrong(run: Run, expected: Mapping[str, Record]) -> list[str]:
     store = run.store.root
     left = [*store.glob("scratch/*"), *store.glob("checkpoints/*"), *store.glob("records/*/.*")]
     found += [f"{path} is left" for path in left]
-    if run.steps() > bound(run):
-        found.append(f"{run.steps()} optimizer steps, more than {bound(run)}")
+    if run.steps() > max_steps(run):
+        found.append(f"{run.steps()} optimizer steps, more than {max_steps(run)}")
     return found
 
 
-def bound(run: Run) -> int:
-    """Each step once, and for each kill what every lane in flight had taken since its checkpoint."""
+def max_steps(run: Run) -> int:
+    """Return the most steps allowed: all steps, and for each kill those since the last checkpoints."""
     record = next(iter(study.records(run.output).values()))
     interval = -(-run.size.steps // record.configuration.evaluations)
     return run.size.all_steps + len(run.kills) * run.size.trainers * run.size.lanes * interval
 
 
 def compare(
-    bases: Path, folder: Path, size: Size, kills: int, seed: int, say: Callable[[str], None]
+    bases: Path, folder: Path, size: Size, kills: int, seed: int, progress: Callable[[str], None]
 ) -> tuple[Run, dict[str, Record]]:
-    """The disturbed run and the records of an undisturbed training, in `folder`; `bases` has the base."""
+    """Run the study with kills, then train its configurations undisturbed.
+
+    Args:
+        bases: A folder with the base model.
+        folder: Where both store their results.
+        size: The size of the study.
+        kills: The number of processes to kill.
+        seed: The seed of the moments.
+        progress: Called with a line of progress.
+
+    Returns:
+        The run with kills, and the records of the undisturbed training by fingerprint.
+    """
     run = Run(folder / "disturbed", size)
     shutil.copytree(bases, run.store.bases)
     try:
-        disturbed(run, kills, seed, say)
+        run_with_kills(run, kills, seed, progress)
     finally:
         run.end()
     configurations = [record.configuration for record in run.store.records()]
@@ -319,20 +334,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=len(KINDS), help="how many processes are killed")
-    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="of the moments")
-    parser.add_argument("--steps", type=int, help="of a configuration (default: 50 a kill, 600 at least)")
-    parser.add_argument("--folder", type=Path, help="where the studies go (default: a temporary folder)")
+    parser.add_argument("--kills", type=int, default=len(KINDS), help="how many processes to kill")
+    parser.add_argument("--seed", type=int, default=random.randrange(10_000), help="seed of the moments")
+    parser.add_argument(
+        "--steps", type=int, help="steps of a configuration (default: 50 per kill, at least 600)"
+    )
+    parser.add_argument("--folder", type=Path, help="folder of the studies (default: a temporary folder)")
     options = parser.parse_args()
     from orchestrator.finetune.models import catalogue as model_catalogue
 
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    say = partial(print, flush=True)
-    say(f"seed {options.seed}, in {folder}")
+    progress = partial(print, flush=True)
+    progress(f"seed {options.seed}, in {folder}")
     model_catalogue.prepare_base_model("letters-base", folder / "bases", print)
     began = time.monotonic()
     size = Size(steps=options.steps or max(Size.steps, 50 * options.kills))
-    run, expected = compare(folder / "bases", folder, size, options.kills, options.seed, say)
+    run, expected = compare(folder / "bases", folder, size, options.kills, options.seed, progress)
     summary = {
         "seed": options.seed,
         "seconds": round(time.monotonic() - began),
@@ -342,13 +359,18 @@ def main() -> None:
         "kills": [(kill.kind, kill.steps) for kill in run.kills],
         "steps": run.steps(),
         "undisturbed": size.all_steps,
-        "bound": bound(run),
+        "bound": max_steps(run),
         "seconds until a new process trains": {
-            kind: [round(k.back) for k in run.kills if k.kind == kind and k.back is not None] for kind in BACK
+            kind: [
+                round(k.seconds_to_resume)
+                for k in run.kills
+                if k.kind == kind and k.seconds_to_resume is not None
+            ]
+            for kind in RESUMED_KINDS
         },
     }
     print(json.dumps(summary, indent=1))
-    found = wrong(run, expected)
+    found = differences(run, expected)
     print("\n".join(found) or "nothing is wrong")
     sys.exit(bool(found))
 

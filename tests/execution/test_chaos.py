@@ -30,11 +30,11 @@ SMALL = chaos.Size(variants=("lora", "hira"), steps=100)
 def test_four_kills_change_nothing_and_cost_little(letters_bases: Path, tmp_path: Path) -> None:
     """`.ci/nightly` kills 20 processes, a trainer's controller among them."""
     before = study.rays()
-    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, say=print)
+    run, expected = chaos.compare(letters_bases, tmp_path, SMALL, kills=4, seed=SEED, progress=print)
     assert [kill.kind for kill in run.kills] == ["driver", "trainer", "trial", "broker"]
     assert not run.exits, "nothing but a killed driver ends the command"
     assert run.starts == 1 + 1, "one start, and one more for the killed driver"
-    assert not chaos.wrong(run, expected)
+    assert not chaos.differences(run, expected)
     said = run.log.read_text()
     assert len(re.findall(r"trainer-\d+ died", said)) == 1, "a trial or a broker that dies costs no trainer"
     assert "trials failed" not in said
@@ -54,9 +54,9 @@ class EndsOnce(chaos.Run):
 def test_a_command_that_ends_by_itself_is_wrong(tmp_path: Path) -> None:
     run = EndsOnce(tmp_path, chaos.Size())
     (tmp_path / "store" / "records").mkdir(parents=True)
-    chaos.disturbed(run, kills=0, seed=SEED, say=print)
+    chaos.run_with_kills(run, kills=0, seed=SEED, progress=print)
     assert run.starts == 2
-    found = chaos.wrong_starts(run)
+    found = chaos.unexplained_starts(run)
     assert "ended by itself: start 1 ended with 3 after 0 kills" in found[0]
     assert found[1:] == ["2 starts for 0 killed drivers"]
 
