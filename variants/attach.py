@@ -69,7 +69,7 @@ def _check_rank(variant: Variant, settings: VariantSettings, layers: Mapping[str
     if not variant.is_rank_limited_by_layer:
         return
     limits = {
-        name: min(layer.weight.shape) // variant.singular_vectors_per_rank  # type: ignore[arg-type, union-attr]  # Linear or Conv1D
+        name: min(layer.weight.shape) // variant.singular_vectors_per_rank  # type: ignore[arg-type]  # Linear or Conv1D
         for name, layer in layers.items()
     }
     tightest = min(limits, key=lambda name: limits[name])

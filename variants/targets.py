@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-import regex  # type: ignore[import-untyped]
+import regex
 import torch
 from torch import nn
 

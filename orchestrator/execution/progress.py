@@ -29,7 +29,7 @@ class _LogFile(io.TextIOWrapper):
     """Log file that drops what it cannot write, since a full disk must not end a study here."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)  # type: ignore[arg-type]
+        super().__init__(path.open("ab", buffering=0), encoding="utf-8", write_through=True)
 
     def write(self, text: str) -> int:
         with suppress(OSError):

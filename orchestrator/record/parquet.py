@@ -72,7 +72,7 @@ def to_row(record: Record) -> dict[str, Any]:
     for evaluation in record.evaluations:  # in the order of steps, so that the last one stays
         columns |= {f"{evaluation.split}_{name}": float(v) for name, v in evaluation.scores.items()}
     for split in ("validation", "test"):
-        columns[f"{split}_score"] = record.score(split)  # type: ignore[arg-type]
+        columns[f"{split}_score"] = record.score(split)
         columns[f"untrained_{split}_score"] = record.baseline_scores.get(split, {}).get(metric)
     columns |= {"state": record.state, "reason": record.reason, "steps": record.steps}
     columns |= {

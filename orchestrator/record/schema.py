@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from orchestrator.study.configuration import Configuration
 
@@ -135,7 +135,8 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object, with NaN and infinities as strings."""
         # Through bytes, because dump_python(mode="json") leaves NaN and infinities as floats.
-        return json.loads(_type_adapter().dump_json(self, by_alias=True))
+        data: dict[str, Any] = json.loads(_type_adapter().dump_json(self, by_alias=True))
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
@@ -148,7 +149,5 @@ class Record:
 
 
 @lru_cache(maxsize=1)
-def _type_adapter() -> Any:
-    from pydantic import TypeAdapter
-
+def _type_adapter() -> TypeAdapter[Record]:
     return TypeAdapter(Record)

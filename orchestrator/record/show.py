@@ -127,7 +127,7 @@ def _format_scores(record: Record) -> Iterator[str]:
     metric = record.configuration.task.metric
     yield ""
     for split in ("validation", "test"):
-        score = record.score(split)  # type: ignore[arg-type]
+        score = record.score(split)
         untrained = record.baseline_scores.get(split, {}).get(metric)
         before = f" (untrained {untrained:.4f})" if untrained is not None else ""
         yield f"{split:<12} {metric} {'none' if score is None else f'{score:.4f}'}{before}"

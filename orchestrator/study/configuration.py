@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from orchestrator.util.canonical_json import canonical_json
 
@@ -173,7 +173,8 @@ class Configuration:
         adapter = _type_adapter()
         # Validation first turns 16 into 16.0 where the type is float, so that one value has one spelling.
         validated = adapter.validate_python(adapter.dump_python(self, by_alias=True))
-        return adapter.dump_python(validated, mode="json", by_alias=True)
+        data: dict[str, Any] = adapter.dump_python(validated, mode="json", by_alias=True)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Configuration:
@@ -206,7 +207,5 @@ class Configuration:
 
 
 @lru_cache(maxsize=1)
-def _type_adapter() -> Any:
-    from pydantic import TypeAdapter
-
+def _type_adapter() -> TypeAdapter[Configuration]:
     return TypeAdapter(Configuration)

@@ -240,5 +240,5 @@ def _parse_choices(
         raise UsageError(f"--space {word!r} has one value only; take --set {typed}={texts[0]}.")
     dimension = Dimension(name, variant, choices=tuple(distinct))
     if dimension.is_numeric:
-        dimension = replace(dimension, choices=tuple(sorted(distinct)))  # type: ignore[type-var]  # numeric ones only
+        dimension = replace(dimension, choices=tuple(sorted(distinct)))
     return dimension

@@ -13,11 +13,12 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from orchestrator.util.errors import StudyError, UsageError, describe_disk_error
+
+Content = TypeVar("Content")
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def read_json(path: Path, schema: Any, description: str, remedy: str) -> Any:
+def read_json(path: Path, schema: type[Content], description: str, remedy: str) -> Content | None:
     """Read a JSON file and validate it.
 
     Args:
@@ -205,7 +206,7 @@ def read_json(path: Path, schema: Any, description: str, remedy: str) -> Any:
     return parse_json(text, schema, str(path), description, remedy)
 
 
-def parse_json(text: bytes, schema: Any, source: str, description: str, remedy: str) -> Any:
+def parse_json(text: bytes, schema: type[Content], source: str, description: str, remedy: str) -> Content:
     """Validate JSON.
 
     Args:
@@ -218,26 +219,19 @@ def parse_json(text: bytes, schema: Any, source: str, description: str, remedy: 
     Raises:
         UsageError: The text is damaged, or does not match `schema`.
     """
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         text = verify_checksum(text)
     except DamagedFileError as error:
         raise UsageError(f"{source}: {error}; {remedy}") from None
     try:
-        return _type_adapter(schema).validate_json(text)
+        return TypeAdapter(schema).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         part = ".".join(str(each) for each in first["loc"])
         details = f"{part + ': ' if part else ''}{first['msg']}"
         raise UsageError(f"{source}: not {description} ({details}); {remedy}") from error
-
-
-@cache
-def _type_adapter(schema: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(schema)
 
 
 def sync_file(path: Path) -> None:

@@ -122,10 +122,10 @@ def _in_memory(logs: list[dict[str, Any]]) -> JournalStorage:
     from optuna.storages.journal import BaseJournalBackend
 
     class ListBackend(BaseJournalBackend):
-        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
             return iter(logs[log_number_from:])
 
-        def append_logs(self, new: list[dict[str, Any]]) -> None:  # type: ignore[override]
+        def append_logs(self, new: list[dict[str, Any]]) -> None:
             logs.extend(new)
 
     return JournalStorage(ListBackend())

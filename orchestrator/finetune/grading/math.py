@@ -211,7 +211,7 @@ def _parse(text: str) -> Any:
     if number is not None:
         return [sympy.Rational(number.numerator, number.denominator)]
     settings = [LatexExtractionConfig(), ExprExtractionConfig()]
-    return parse(f"${text.strip('$ ')}$", settings, parsing_timeout=None)  # type: ignore[arg-type]
+    return parse(f"${text.strip('$ ')}$", settings, parsing_timeout=None)
 
 
 def _parse_fraction(text: str) -> Fraction | None:

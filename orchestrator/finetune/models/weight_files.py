@@ -84,7 +84,8 @@ def _read_shard_index(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
     Raises:
         UsageError: The file is not an index.
     """
-    index: _ShardIndex = atomic_files.read_json(path, _ShardIndex, "an index of weights", remedy)
+    index = atomic_files.read_json(path, _ShardIndex, "an index of weights", remedy)
+    assert index is not None  # the caller has seen the file
     found: dict[Path, set[str]] = {}
     for tensor, file in index.weight_map.items():
         if Path(file).name != file:  # only files in the model's folder are part of its content hash
