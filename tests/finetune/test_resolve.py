@@ -227,7 +227,10 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
     words.save_pretrained(tmp_path)
     content = model_catalogue.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
     refused(
-        lambda: loading.load_base_model(ModelChoice(str(tmp_path), content), tmp_path, "cpu"), SEES_ANSWER
+        lambda: loading.load_base_model(
+            ModelChoice(str(tmp_path), content), tmp_path, "cpu", tasks.get("letters")
+        ),
+        SEES_ANSWER,
     )
 
 

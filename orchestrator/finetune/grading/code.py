@@ -6,7 +6,7 @@ new ones; no network, not even loopback or a hypervisor's; a root file system wi
 packages and /usr, read-only, and an empty /tmp of limited size; an environment of six fixed variables; limits
 on wall-clock time, CPU time, memory, processes, file size and files; output is discarded. When the first
 process of a sandbox ends or is killed, the kernel kills all others in it. If a machine does not allow this,
-`grade_program` refuses with one line (see `sandbox_level`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
+`grade_programs` refuses with one line (see `sandbox_level`), unless ORCHESTRATOR_WEAK_SANDBOX=1.
 
 **Passing without solving the problem.** The tests run in another sandbox, and only their process can report a
 result; the two share one socket. The program receives function calls with arguments, never expected values,
@@ -34,12 +34,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.finetune.grading.program_text import (
-    human_eval_program,
-    join_tests,
-    mbpp_program,
-    split_tests,
-)
+from orchestrator.finetune.grading.program_text import TestedProgram
 from orchestrator.finetune.grading.sandbox.run import (
     KILLED,
     TIMED_OUT,
@@ -49,57 +44,29 @@ from orchestrator.finetune.grading.sandbox.run import (
     sandbox_level,
 )
 
-__all__ = [
-    "ProgramLimits",
-    "ProgramResult",
-    "grade_program",
-    "grade_programs",
-    "human_eval_program",
-    "join_tests",
-    "mbpp_program",
-    "sandbox_level",
-]
-
-
-def grade_program(program: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:  # noqa: B008 (frozen)
-    """Run one program with its tests.
-
-    Args:
-        program: A program with its tests, from `human_eval_program`, `mbpp_program` or `join_tests`.
-        limits: The resources that the program may use.
-
-    Raises:
-        UsageError: This machine does not allow a sandbox, or the text contains no tests.
-        StudyError: Isolation failed this time, which says nothing about the program.
-    """
-    return run(*split_tests(program), limits)
-
 
 def grade_programs(
-    programs: Sequence[str],
-    workers: int | None = None,
+    programs: Sequence[TestedProgram],
     limits: ProgramLimits = ProgramLimits(),  # noqa: B008 (frozen)
 ) -> list[ProgramResult]:
-    """Run many programs with their tests in parallel, and return the results in the same order.
+    """Run programs with their tests, as many at once as there are cores; return the results in their order.
 
     A program that starts many processes takes time and memory from those that run beside it. Therefore a
     program that exceeded the limit of wall-clock time, or was killed for another reason than its CPU time, is
     run again alone.
 
     Args:
-        programs: Programs with their tests, from `human_eval_program`, `mbpp_program` or `join_tests`.
-        workers: How many programs run at once. Default: the number of cores of this process.
+        programs: Programs with their tests, from `human_eval_program` or `mbpp_program`.
         limits: The resources that each program may use.
 
     Raises:
-        UsageError: This machine does not allow a sandbox, or a text contains no tests.
+        UsageError: This machine does not allow a sandbox, or a program has no tests.
         StudyError: Isolation failed this time, which says nothing about the program.
     """
     sandbox_level()  # computed and cached here, so that the threads do not all compute it
-    workers = workers or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(lambda program: grade_program(program, limits), programs))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = list(pool.map(lambda each: run(*each, limits), programs))
     return [
-        grade_program(program, limits) if result.reason in (KILLED, TIMED_OUT) else result
-        for program, result in zip(programs, results, strict=True)
+        run(*each, limits) if result.reason in (KILLED, TIMED_OUT) else result
+        for each, result in zip(programs, results, strict=True)
     ]

@@ -26,21 +26,8 @@ def grade(row: Mapping[str, Any], answer: str) -> float:
     Raises:
         UsageError: lm-eval or data that it needs are not installed.
     """
-    return float(score_instructions(row, answer)["prompt_level_strict_acc"])
-
-
-def score_instructions(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
-    """Return lm-eval's four measures: strict and loose, each by prompt and by instruction.
-
-    Args:
-        row: A row of google/IFEval: `prompt`, `instruction_id_list` and `kwargs`.
-        answer: The answer.
-
-    Raises:
-        UsageError: lm-eval or data that it needs are not installed.
-    """
     try:
-        return load_checker().process_results({"key": 0, **row}, [answer])
+        scores = load_checker().process_results({"key": 0, **row}, [answer])
     except LookupError as error:
         if "punkt_tab" not in str(error):
             raise
@@ -48,6 +35,7 @@ def score_instructions(row: Mapping[str, Any], answer: str) -> dict[str, Any]:
             f"IFEval's instructions {', '.join(row['instruction_id_list'])} need NLTK's data 'punkt_tab', "
             "which is not on this machine. Run: python -m nltk.downloader punkt_tab"
         ) from None
+    return float(scores["prompt_level_strict_acc"])
 
 
 @cache

@@ -31,6 +31,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _FRACTION = r"\\[dt]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
+_SIMPLE_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))")
 _DIGITS = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!)\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]}}])[-\u2212\u2013]\s?)?(?:\\?[$\u20ac\u00a3\u00a5]\s?)?(?P<inner>-)?"
@@ -54,9 +55,7 @@ def grade(answer: str, reference: str) -> float:
         reference: A value, or a worked solution that ends in "#### 72" or "The answer is: 72".
     """
     expected, actual = extract_answer(reference), extract_answer(answer)
-    if not expected or not actual:
-        return 0.0
-    return float(_are_equal(expected, actual))
+    return float(bool(expected and actual) and _are_equal(expected, actual))
 
 
 def extract_answer(text: str) -> str:
@@ -216,9 +215,7 @@ def _parse(text: str) -> Any:
 
 def _parse_fraction(text: str) -> Fraction | None:
     """Parse a number, a fraction or a mixed number; math-verify reads 3 1/2 as 3/2."""
-    text = re.sub(
-        r"\\[dt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))", _format_fraction, text
-    )
+    text = _SIMPLE_FRACTION.sub(r" \1\2/\3\4", text)
     parts = re.fullmatch(
         r"(-?)(?:(\d+)\s+)?(-?[\d.]+(?:[eE][-+]?\d{1,3})?)(?:\s?/\s?(-?[\d.]+))?", text.strip()
     )
@@ -229,7 +226,3 @@ def _parse_fraction(text: str) -> Fraction | None:
     except (ValueError, ZeroDivisionError):
         return None
     return -value if parts[1] else value
-
-
-def _format_fraction(match: re.Match[str]) -> str:
-    return f" {match[1] or match[2]}/{match[3] or match[4]}"

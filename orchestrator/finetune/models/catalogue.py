@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from orchestrator.finetune.models import minilm, smollm2, weight_files
@@ -92,18 +93,16 @@ def prepare_base_model(name: str, root: Path, progress: Callable[[str], None] = 
     if (task := task_bases().get(name)) is not None:
         return content or prepare_task_base_model(task, root, progress)
     if (package := PACKAGED_MODELS.get(name)) is not None:
-        return content or base_store.get_or_create_base(
-            root, name, package.RECIPE, lambda folder: package.build(folder, progress)
-        )
-    if content is not None and Path(name).is_dir():
-        # A worker has another working directory: it finds the model by content, whatever its path was.
-        pointer = {"folder": str(Path(name).resolve())}
-        base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)
-        return content
+        make = partial(package.build, progress=progress)
+        return content or base_store.get_or_create_base(root, name, package.RECIPE, make)
     if content is None:
         hub_models.pin(name, root, progress)
         content = find_content(name, root)
         assert content is not None, f"{name} has just been pinned"
+    elif Path(name).is_dir():
+        # A worker has another working directory: it finds the model by content, whatever its path was.
+        pointer = {"folder": str(Path(name).resolve())}
+        base_store.base_entries(root).write_entry(f"folder-{content[:12]}", pointer, "folder", replace=True)
     return content
 
 
@@ -140,17 +139,13 @@ def locate_pretrained(choice: ModelChoice, root: Path) -> tuple[str, str | None]
         UsageError: The model is not there, or has other content than `choice` names.
     """
     is_built_in = choice.name in built_in_names()
-    entries = base_store.base_entries(root)
     if is_built_in:
         folder = base_store.base_folder(root, choice.name, choice.content)
-    elif (kept := entries.read_entry(f"folder-{choice.content[:12]}", "folder")) is not None:
-        folder = Path(kept)
-    elif Path(choice.name).is_dir():
-        folder = Path(choice.name)
-    elif hub_models.is_hub_name(choice.name):
-        return hub_models.repo_id(choice.name), choice.content
     else:
-        folder = Path(choice.name)
+        entry = base_store.base_entries(root).read_entry(f"folder-{choice.content[:12]}", "folder")
+        folder = Path(entry or choice.name)
+        if not folder.is_dir() and entry is None and hub_models.is_hub_name(choice.name):
+            return hub_models.repo_id(choice.name), choice.content
     if not folder.is_dir():
         raise UsageError(f"Model {choice.name!r} is not in {folder}: prepare it there first.")
     if (actual_content := base_store.content_hash(folder)) != choice.content:

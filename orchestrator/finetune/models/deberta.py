@@ -40,18 +40,13 @@ class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention
     """Attention of DeBERTa that projects relative positions for each row."""
 
     def disentangled_att_bias(
-        self,
-        query_layer: Tensor,
-        key_layer: Tensor,
-        relative_pos: Any,
-        rel_embeddings: Tensor,
-        scale_factor: int,
+        self, query: Tensor, key: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
     ) -> Any:
         """Compute the scores between contents and relative positions.
 
         Args:
-            query_layer: Scaled queries, (rows, heads, length, head size).
-            key_layer: Keys, (rows, heads, length, head size).
+            query: Scaled queries, (rows, heads, length, head size).
+            key: Keys, (rows, heads, length, head size).
             relative_pos: Position of each query minus that of each key, (1, length, length).
             rel_embeddings: The position table, (positions, features), or with a dropout mask per row
                 (rows, positions, features).
@@ -60,20 +55,18 @@ class PerRowDisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention
         Returns:
             Scores to add to those of contents, (rows, heads, length, length).
         """
-        rows, _, length, size = query_layer.shape
+        rows, _, length, size = query.shape
         middle, span = self.max_relative_positions, min(length, self.max_relative_positions)
         table = rel_embeddings[..., middle - span : middle + span, :].expand(rows, -1, -1)
-        c2p_index = _to_gather_index(relative_pos + span, 2 * span).expand(*query_layer.shape[:2], -1, -1)
-        p2c_index = _to_gather_index(span - relative_pos, 2 * span).expand(*query_layer.shape[:2], -1, -1)
+        c2p_index = _to_gather_index(relative_pos + span, 2 * span).expand(*query.shape[:2], -1, -1)
+        p2c_index = _to_gather_index(span - relative_pos, 2 * span).expand(*query.shape[:2], -1, -1)
         score: Any = 0
         if "c2p" in self.pos_att_type:
             keys = self.transpose_for_scores(self.pos_proj(table))
-            score = score + torch.gather(query_layer @ keys.transpose(-1, -2), -1, c2p_index)
+            score = score + torch.gather(query @ keys.transpose(-1, -2), -1, c2p_index)
         if "p2c" in self.pos_att_type:
             queries = self.transpose_for_scores(self.pos_q_proj(table)) / (size * scale_factor) ** 0.5
-            score = score + torch.gather(key_layer @ queries.transpose(-1, -2), -1, p2c_index).transpose(
-                -1, -2
-            )
+            score = score + torch.gather(key @ queries.transpose(-1, -2), -1, p2c_index).transpose(-1, -2)
         return score
 
 
@@ -81,18 +74,13 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
     """Attention of DeBERTa-v2 and -v3 that projects relative positions for each row."""
 
     def disentangled_attention_bias(
-        self,
-        query_layer: Tensor,
-        key_layer: Tensor,
-        relative_pos: Any,
-        rel_embeddings: Tensor,
-        scale_factor: int,
+        self, query: Tensor, key: Tensor, relative_pos: Any, rel_embeddings: Tensor, scale_factor: int
     ) -> Any:
         """Compute the scores between contents and relative positions.
 
         Args:
-            query_layer: Queries, (rows * heads, length, head size).
-            key_layer: Keys, (rows * heads, length, head size).
+            query: Queries, (rows * heads, length, head size).
+            key: Keys, (rows * heads, length, head size).
             relative_pos: Position of each query minus that of each key, (1, length, length); the number of
                 its bucket if the model has buckets.
             rel_embeddings: The position table, (positions, features), or with a dropout mask per row
@@ -102,7 +90,7 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
         Returns:
             Scores to add to those of contents, (rows * heads, length, length).
         """
-        batch_heads, length, size = query_layer.shape
+        batch_heads, length, size = query.shape
         heads, span = self.num_attention_heads, self.pos_ebd_size
         # Distances up to half the number of buckets have a bucket each. Longer ones share buckets: then the
         # whole table is needed.
@@ -117,11 +105,11 @@ class PerRowDisentangledSelfAttentionV2(modeling_deberta_v2.DisentangledSelfAtte
         if "c2p" in self.pos_att_type:
             project = self.key_proj if self.share_att_key else self.pos_key_proj
             keys = self.transpose_for_scores(project(rows), heads)
-            score = score + torch.gather(query_layer @ keys.transpose(-1, -2), -1, c2p_index) / scale
+            score = score + torch.gather(query @ keys.transpose(-1, -2), -1, c2p_index) / scale
         if "p2c" in self.pos_att_type:
             project = self.query_proj if self.share_att_key else self.pos_query_proj
             queries = self.transpose_for_scores(project(rows), heads)
-            p2c_score = torch.gather(key_layer @ queries.transpose(-1, -2), -1, p2c_index) / scale
+            p2c_score = torch.gather(key @ queries.transpose(-1, -2), -1, p2c_index) / scale
             score = score + p2c_score.transpose(-1, -2)
         return score
 

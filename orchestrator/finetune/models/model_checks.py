@@ -25,15 +25,21 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
     Raises:
         UsageError: There are such weights.
     """
-    _check_shapes(model, name, loading_info["mismatched_keys"], has_head)
+    base = _base_modules(model)
+    for key, file_shape, model_shape in sorted(loading_info["mismatched_keys"]):
+        if not has_head or key.partition(".")[0] in base:
+            sizes = f"of size {list(file_shape)}, and its config.json asks for {list(model_shape)}"
+            raise _wrong_weights_error(name, f"{key} {sizes}")
     _check_block_count(model, name, loading_info["unexpected_keys"])
     lacking = [] if has_head else sorted(loading_info["missing_keys"])
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        raise UsageError(
-            f"Model {name!r}: its files hold no weights for {lacking[0]}{more}: they belong to another "
-            "model; put config.json and weights of one model there."
-        )
+        raise _wrong_weights_error(name, f"no weights for {lacking[0]}{more}")
+
+
+def _wrong_weights_error(name: str, found: str) -> UsageError:
+    remedy = "put config.json and weights of one model there"
+    return UsageError(f"Model {name!r}: its files hold {found}; {remedy}.")
 
 
 def _base_modules(model: Any) -> set[str]:
@@ -44,29 +50,6 @@ def _base_modules(model: Any) -> set[str]:
     from transformers import PreTrainedModel
 
     return {child for child, module in model.named_children() if isinstance(module, PreTrainedModel)}
-
-
-def _check_shapes(
-    model: Any, name: str, mismatched_keys: Iterable[tuple[str, Any, Any]], has_head: bool
-) -> None:
-    """Refuse weights whose shape in the files differs from the configuration, except those of a head.
-
-    Args:
-        model: The loaded transformers model.
-        name: The model's name, for the error.
-        mismatched_keys: The key, the shape in the files and the shape in the model of each such weight.
-        has_head: Whether the model has a head.
-
-    Raises:
-        UsageError: There is such a weight.
-    """
-    base = _base_modules(model)
-    for key, file_shape, model_shape in sorted(mismatched_keys):
-        if not has_head or key.partition(".")[0] in base:
-            raise UsageError(
-                f"Model {name!r}: its files hold {key} of size {list(file_shape)}, and its config.json "
-                f"asks for {list(model_shape)}; put config.json and weights of one model there."
-            )
 
 
 def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) -> None:
@@ -87,10 +70,8 @@ def _check_block_count(model: Any, name: str, unexpected_keys: Iterable[str]) ->
             for key in sorted(unexpected_keys):
                 number = key.removeprefix(f"{module_name}.").partition(".")[0]
                 if key.startswith(f"{module_name}.") and number.isdecimal() and int(number) >= len(module):
-                    raise UsageError(
-                        f"Model {name!r}: its files hold {key}, and its config.json asks for {len(module)} "
-                        f"blocks in {module_name}; put config.json and weights of one model there."
-                    )
+                    blocks = f"{len(module)} blocks in {module_name}"
+                    raise _wrong_weights_error(name, f"{key}, and its config.json asks for {blocks}")
 
 
 def check_finite(model: Any, name: str) -> None:
@@ -144,9 +125,8 @@ def attends_to_future_tokens(base_model: BaseModel) -> bool:
     import torch
 
     count = base_model.model.config.get_text_config().vocab_size
-    first = torch.arange(
-        1, 1 + min(8, max_learned_positions(base_model.model) or 8), device=base_model.device
-    )
+    length = min(8, max_learned_positions(base_model.model) or 8)
+    first = torch.arange(1, 1 + length, device=base_model.device)
     second = torch.cat([first[:-1], first[-1:] + 1])
     with torch.no_grad():
         logits = base_model.model(input_ids=torch.stack([first, second]) % count, use_cache=False).logits
@@ -227,14 +207,10 @@ def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str,
     if model.config.is_encoder_decoder:
         raise UsageError(f"Model {name!r} is an encoder with a decoder; a head needs one or the other.")
     base = _base_modules(model)
-    head_children = [
-        child
-        for child, module in model.named_children()
-        if child not in base and next(module.parameters(), None) is not None
-    ]
-    block_prefixes = tuple(
-        f"{module_name}." for module_name, module in model.named_modules() if isinstance(module, ModuleList)
-    )
+    beside_base = [(child, module) for child, module in model.named_children() if child not in base]
+    head_children = [child for child, module in beside_base if next(module.parameters(), None) is not None]
+    block_lists = [path for path, module in model.named_modules() if isinstance(module, ModuleList)]
+    block_prefixes = tuple(f"{path}." for path in block_lists)
     uninitialized = {key.rpartition(".")[0] for key in missing_keys if key.partition(".")[0] in base}
     for module_name in sorted(uninitialized):
         module = model.get_submodule(module_name)
@@ -242,8 +218,5 @@ def find_head_names(model: Any, name: str, missing_keys: set[str]) -> tuple[str,
         kind = type(module).__name__
         # A layer inside a block belongs to the base model: its weights are missing because the file is cut.
         if kind != "Linear" or not all_missing or module_name.startswith(block_prefixes):
-            raise UsageError(
-                f"Model {name!r}: its files hold no weights for {module_name} ({kind}): they belong to "
-                "another model; put config.json and weights of one model there."
-            )
+            raise _wrong_weights_error(name, f"no weights for {module_name} ({kind})")
     return (*head_children, *sorted(uninitialized))

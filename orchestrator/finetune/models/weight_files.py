@@ -105,11 +105,9 @@ def _find_problem(path: Path, tensors: frozenset[str]) -> str:
         return "is not there"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return (
-        _find_pickle_problem(path, header)
-        if path.suffix == ".bin"
-        else _find_safetensors_problem(path, header, tensors)
-    )
+    if path.suffix == ".bin":
+        return _find_pickle_problem(path, header)
+    return _find_safetensors_problem(path, header, tensors)
 
 
 def _find_safetensors_problem(path: Path, header: bytes, tensors: frozenset[str]) -> str:

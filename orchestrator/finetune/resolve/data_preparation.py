@@ -11,12 +11,11 @@ from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, Example, Split, Task
 from orchestrator.study.configuration import Configuration
 from orchestrator.util.atomic_files import add_path_to_disk_errors
-from orchestrator.util.errors import UsageError
 
 
 def prepare_datasets(
     configurations: Sequence[Configuration],
-    base_models_folder: Path,
+    bases: Path,
     folder: Path,
     progress: Callable[[str], None],
 ) -> None:
@@ -24,7 +23,7 @@ def prepare_datasets(
 
     Args:
         configurations: The configurations; data that several of them share is prepared once.
-        base_models_folder: The store's folder of base models.
+        bases: The store's folder of base models.
         folder: The store's folder of prepared data.
         progress: Called with one line for each thing that takes time.
 
@@ -38,19 +37,16 @@ def prepare_datasets(
     distinct = {(c.task, c.model, c.batches.max_length): c for c in configurations}
     for configuration in distinct.values():
         task = tasks.get(configuration.task.name)
-        processor = loading.load_processor(configuration.model, base_models_folder, task)
+        processor = loading.load_processor(configuration.model, bases, task)
         with add_path_to_disk_errors(folder):
             prepared = dataset_cache.prepare_dataset(folder, configuration, task, processor, progress)
         if task.inputs != "image":
-            check_token_ids(configuration, base_models_folder, dataset_cache.max_token_id(prepared))
+            check_token_ids(configuration, bases, dataset_cache.max_token_id(prepared))
             longest = dataset_cache.compute_max_sequence_length(prepared, task)
             # `check_attach` has compared lengths up to the limit of a training row.
             if longest > compute_max_row_length(task, configuration.batches.max_length):
-                model, _ = loading.build_meta_model(configuration.model, base_models_folder, task)
-                try:
-                    check_positions(model, longest, task)
-                except ValueError as error:
-                    raise UsageError(f"Model {configuration.model.name!r}: {error}") from None
+                model, _ = loading.build_meta_model(configuration.model, bases, task)
+                check_positions(model, configuration.model.name, longest, task)
             report_train_overlap(task, prepared.examples, progress)
 
 

@@ -13,7 +13,7 @@ from orchestrator.util.errors import UsageError
 from variants import catalogue
 
 
-def check_attach(configurations: Sequence[Configuration], task: Task, base_models_folder: Path) -> None:
+def check_attach(configurations: Sequence[Configuration], task: Task, bases: Path) -> None:
     """Attach each configuration's variant to the base model without weights.
 
     An error that would end a lane on a GPU is found here, before any machine is requested.
@@ -23,16 +23,16 @@ def check_attach(configurations: Sequence[Configuration], task: Task, base_model
             task's texts, or it does not support dropout of its own.
     """
     from orchestrator.finetune.data.batches import compute_max_row_length
+    from orchestrator.finetune.engine.lane import variant_settings
     from orchestrator.finetune.models import attention_dropout
     from variants.attach import attach
-    from variants.base import VariantSettings
 
     for configuration in configurations:
-        variant = configuration.variant
-        settings = VariantSettings(variant.rank, variant.alpha, variant.dropout, variant.extra)
+        variant, settings = configuration.variant, variant_settings(configuration)
+        model, heads = loading.build_meta_model(configuration.model, bases, task)
+        longest = compute_max_row_length(task, configuration.batches.max_length)
+        check_positions(model, configuration.model.name, longest, task)
         try:
-            model, heads = loading.build_meta_model(configuration.model, base_models_folder, task)
-            check_positions(model, compute_max_row_length(task, configuration.batches.max_length), task)
             if configuration.base_dropout == "on":
                 attention_dropout.check_dropout_supported(model, configuration.model.name)
             attach(model, catalogue.get(variant.name), settings, variant.targets, heads)
@@ -40,33 +40,34 @@ def check_attach(configurations: Sequence[Configuration], task: Task, base_model
             raise UsageError(f"{configuration.model.name} with {variant.name}: {error}") from None
 
 
-def check_positions(model: Any, length: int, task: Task) -> None:
+def check_positions(model: Any, name: str, length: int, task: Task) -> None:
     """Check that the model has position embeddings for the longest sequence of a task.
 
     Args:
         model: The base model.
+        name: The model's name, for the error.
         length: Tokens of the longest text, or of the longest prompt with its generated answer.
-        task: The task, for the message.
+        task: The task, for the error.
 
     Raises:
-        ValueError: The model has fewer positions.
+        UsageError: The model has fewer positions.
     """
     max_positions = model_checks.max_learned_positions(model)
     if max_positions is not None and length > max_positions:
-        raise ValueError(
-            f"it has positions for {max_positions} tokens, and task {task.name!r} needs up to {length}; "
+        raise UsageError(
+            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to {length}; "
             "take another --model, or shorter texts"
         )
 
 
-def check_token_ids(configuration: Configuration, base_models_folder: Path, largest_id: int) -> None:
+def check_token_ids(configuration: Configuration, bases: Path, largest_id: int) -> None:
     """Check that the model has an embedding for the largest token id of the data.
 
     Raises:
         UsageError: It has none. On a GPU such an index would end the worker's process.
     """
     model = configuration.model
-    embedding_count = loading.read_vocab_size(model, base_models_folder)
+    embedding_count = loading.read_vocab_size(model, bases)
     if embedding_count is not None and largest_id >= embedding_count:
         raise UsageError(
             f"Model {model.name!r}: its tokenizer gives token {largest_id} for an example of task "

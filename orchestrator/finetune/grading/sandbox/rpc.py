@@ -29,22 +29,8 @@ from typing import Any
 MAX_MESSAGE_BYTES = 64 << 20
 """The size of the longest message; a longer one ends the connection."""
 
-PLAIN_TYPES: tuple[Any, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    list,
-    tuple,
-    dict,
-    set,
-    frozenset,
-    range,
-    slice,
-)
+_BYTES, _COLLECTIONS = (bytes, bytearray), (list, tuple, set, frozenset)
+PLAIN_TYPES: tuple[Any, ...] = (bool, int, float, complex, str, *_BYTES, *_COLLECTIONS, dict, range, slice)
 JSON_INT_LIMIT = 1 << 53
 """Integers from this size on are sent in hexadecimal: Python limits the number of decimal digits."""
 PLAIN_TYPES_BY_NAME = {kind.__name__: kind for kind in PLAIN_TYPES}
@@ -214,13 +200,12 @@ def _decode_error(kind: str, class_name: str, text: str) -> BaseException:
     """Return the exception to raise in the tests for one that the program raised."""
     error_class = getattr(builtins, kind, None)
     note = f"raised by the program: {class_name}: {text}"
-    if not (isinstance(error_class, type) and issubclass(error_class, Exception)) or issubclass(
-        error_class, DISALLOWED_EXCEPTIONS
-    ):
+    if not (isinstance(error_class, type) and issubclass(error_class, Exception)):
         return ProgramFailed(note)
-    if issubclass(
-        error_class, UnicodeError
-    ):  # its subclasses, and groups, cannot be made from a message alone
+    if issubclass(error_class, DISALLOWED_EXCEPTIONS):
+        return ProgramFailed(note)
+    # Subclasses of UnicodeError, and groups, cannot be made from a message alone.
+    if issubclass(error_class, UnicodeError):
         error_class = UnicodeError
     elif issubclass(error_class, ExceptionGroup):
         error_class = Exception
@@ -258,7 +243,7 @@ def _encode_plain(kind: Any, value: Any, channel: Channel) -> Any:
         return [name, value.hex()]
     if kind is complex:
         return [name, value.real.hex(), value.imag.hex()]
-    if kind in (bytes, bytearray):
+    if kind in _BYTES:
         return [name, value.decode("latin-1")]
     if kind in (range, slice):
         return [name, [_encode(part, channel) for part in (value.start, value.stop, value.step)]]

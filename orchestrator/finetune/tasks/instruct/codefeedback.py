@@ -102,7 +102,7 @@ class CodeFeedback(Task):
         return _examples(split, count)
 
     def check_can_grade(self) -> None:
-        from orchestrator.finetune.grading.code import sandbox_level
+        from orchestrator.finetune.grading.sandbox.run import sandbox_level
 
         sandbox_level()
 
@@ -110,7 +110,8 @@ class CodeFeedback(Task):
         return self.grade_all([example], [answer])[0]
 
     def grade_all(self, examples: Sequence[Example], answers: Sequence[str]) -> list[float]:
-        from orchestrator.finetune.grading.code import grade_programs, human_eval_program, mbpp_program
+        from orchestrator.finetune.grading.code import grade_programs
+        from orchestrator.finetune.grading.program_text import human_eval_program, mbpp_program
 
         programs = []
         for example, answer in zip(examples, answers, strict=True):
