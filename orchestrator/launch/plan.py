@@ -16,7 +16,7 @@ from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.search_file import VariantUsage
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve import has_layer_shapes
+from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
 from orchestrator.launch.work import StudyWork

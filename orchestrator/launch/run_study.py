@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.execution.ray import runtime
-from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets
 from orchestrator.launch import reporting, training
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.plan import print_plan, print_point_shortfall
@@ -94,7 +94,7 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
     check(work.requested)
     if work.num_to_train:
         to_prepare = [*context.templates, *work.pending]
-        resolve.prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
+        prepare_datasets(to_prepare, store.bases, store.data, context.console.print)
     if work.search is not None:
         work.search.save()
     cached = {*work.retries_exhausted, *(c.fingerprint for c in work.satisfied)}

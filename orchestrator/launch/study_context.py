@@ -14,8 +14,8 @@ from orchestrator.execution.ray import autoscaler, runtime
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import open_search
-from orchestrator.finetune import resolve
-from orchestrator.finetune.resolve import ResolvedOptions
+from orchestrator.finetune.resolve.option_names import ResolvedOptions, resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.launch.experiment import Experiment
 from orchestrator.launch.work import StudyWork, point_builder
 from orchestrator.record.mlflow.tracking_uri import resolve_uri
@@ -111,15 +111,15 @@ def resolve_study(
     tracking_uri = resolve_uri(options.tracking_uri, store)
     budget = RunBudget(options.max_hours, options.max_gpu_hours)
     default_task = experiment.default_task(options.dry_run)
-    resolved = resolve.resolve_options(options, default_task, experiment.variants, store.bases)
+    resolved = resolve_options(options, default_task, experiment.variants, store.bases)
     if runtime.running_cluster_address() is None:
         # More trainers than this machine has room for are refused before any folder is made.
         _, gpus = runtime.estimate_local_cluster().plan_trainers(
             options.trainers, options.gpus_per_worker, options.workers_per_trainer
         )
         budget.set_gpus_per_trainer(gpus * options.workers_per_trainer)
-    content = resolve.resolve_base_model(resolved.model, store.bases, None if options.plan else console.print)
-    templates = resolve.build_configuration_templates(options, resolved, content, store.bases)
+    content = resolve_base_model(resolved.model, store.bases, None if options.plan else console.print)
+    templates = build_configuration_templates(options, resolved, content, store.bases)
     is_search = requested is None and resolved.space is not None
     name = options.study or default_study_name(
         experiment.script,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from orchestrator.execution.rungs import scheduler_settings
 from orchestrator.execution.search.budget import SearchBudget
 from orchestrator.execution.search.samplers import BuildConfiguration
-from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve.templates import find_settings_error
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -97,6 +97,6 @@ def point_builder(templates: Sequence[Configuration]) -> BuildConfiguration:
 
     def build(variant: str, values: Mapping[str, Value]) -> Configuration | None:
         configuration = replace(apply_values(by_variant[variant], values), seed=0)
-        return None if resolve.find_settings_error(configuration) else configuration
+        return None if find_settings_error(configuration) else configuration
 
     return build

@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from orchestrator.execution.rungs import lane_evaluation_steps
-from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.record.schema import Evaluation, Provenance, Record
 from orchestrator.record.store import Store
 from orchestrator.study.grid import build_grid
@@ -283,9 +284,9 @@ def keep_known(
         seeds: these in place of those that `options` ask for.
     """
     store = Store(options.store_folder)
-    chosen = resolve.resolve_options(options, "letters", ("lora",), store.bases)
-    content = resolve.resolve_base_model(chosen.model, store.bases, lambda text: None)
-    templates = resolve.build_configuration_templates(options, chosen, content, store.bases)
+    chosen = resolve_options(options, "letters", ("lora",), store.bases)
+    content = resolve_base_model(chosen.model, store.bases, lambda text: None)
+    templates = build_configuration_templates(options, chosen, content, store.bases)
     found = set()
     for configuration in build_grid(templates, chosen.learning_rates, seeds or range(options.seed_count)):
         steps, metric = lane_evaluation_steps(configuration), configuration.task.metric

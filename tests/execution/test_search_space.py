@@ -14,7 +14,12 @@ from rich.console import Console
 
 from orchestrator.execution.search.budget import open_search
 from orchestrator.execution.search.samplers import draw_design
-from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import (
+    build_configuration_templates,
+    find_settings_error,
+    resolve_base_model,
+)
 from orchestrator.finetune.tasks.local.letters import Letters
 from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
@@ -43,9 +48,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(bases: Path, task: str = "letters", **options: Any) -> tuple[list[Configuration], Space | None]:
     typed = StudyOptions(task=task, model=str(bases / task), **options)
-    chosen = resolve.resolve_options(typed, "letters", ("lora", "hira"), bases)
-    content = resolve.resolve_base_model(chosen.model, bases, lambda text: None)
-    return resolve.build_configuration_templates(typed, chosen, content, bases), chosen.space
+    chosen = resolve_options(typed, "letters", ("lora", "hira"), bases)
+    content = resolve_base_model(chosen.model, bases, lambda text: None)
+    return build_configuration_templates(typed, chosen, content, bases), chosen.space
 
 
 ALL = (
@@ -78,7 +83,7 @@ def test_every_point_of_a_wide_space_is_a_configuration_that_the_variant_takes(
     for point in points:
         configuration = build(variant, point)
         assert configuration is not None
-        assert resolve.find_settings_error(configuration) is None
+        assert find_settings_error(configuration) is None
         assert configuration.optimizer.learning_rate == point["learning_rate"]
         assert Configuration.from_json(configuration.to_json()) == configuration
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from scripted import WORDS_TASK
 
-from orchestrator.finetune import resolve
 from orchestrator.finetune.data import dataset_cache
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models import loading, model_checks
+from orchestrator.finetune.resolve.data_preparation import prepare_datasets, report_train_overlap
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates, resolve_base_model
 from orchestrator.finetune.sources.base_store import suppress_transformers_logging
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Example
@@ -42,20 +44,18 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
     typed = StudyOptions(task=task, **{"model": str(bases / task)} | options)
-    chosen = resolve.resolve_options(typed, "letters", ("lora",), bases)
-    content = resolve.resolve_base_model(chosen.model, bases, lambda text: None)
-    return resolve.build_configuration_templates(typed, chosen, content, bases)
+    chosen = resolve_options(typed, "letters", ("lora",), bases)
+    content = resolve_base_model(chosen.model, bases, lambda text: None)
+    return build_configuration_templates(typed, chosen, content, bases)
 
 
 def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
     task = tasks.get(WORDS_TASK)
     said: list[str] = []
     one, other = Example("a", "b"), Example("a", "c")
-    resolve.report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
+    report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
     assert said == []
-    resolve.report_train_overlap(
-        task, {"train": [one], "validation": [one, other], "test": [one]}, said.append
-    )
+    report_train_overlap(task, {"train": [one], "validation": [one, other], "test": [one]}, said.append)
     assert [line.partition(" examples")[0] for line in said] == [
         "words_task: 1 of 2 validation",
         "words_task: 1 of 1 test",
@@ -135,10 +135,10 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     typed = StudyOptions(task="reviews", model=str(tmp_path))
-    chosen = resolve.resolve_options(typed, "letters", ("lora",), bases)
+    chosen = resolve_options(typed, "letters", ("lora",), bases)
     content = model_catalogue.prepare_base_model(str(tmp_path), bases, lambda text: None)
     with pytest.raises(UsageError, match="is an encoder with a decoder"):
-        resolve.build_configuration_templates(typed, chosen, content, bases)
+        build_configuration_templates(typed, chosen, content, bases)
 
 
 SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
@@ -147,10 +147,10 @@ SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return two functions on the model of a folder: one plans a study of `letters`, one loads weights."""
     typed = StudyOptions(task="letters", model=str(folder))
-    chosen = resolve.resolve_options(typed, "letters", ("lora",), root)
+    chosen = resolve_options(typed, "letters", ("lora",), root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
     return [
-        lambda: resolve.build_configuration_templates(typed, chosen, content, root),
+        lambda: build_configuration_templates(typed, chosen, content, root),
         lambda: loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", chosen.task),
     ]
 
@@ -263,15 +263,15 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
         typed = StudyOptions(task="reviews", model=str(folder))
-        chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
+        chosen = resolve_options(typed, "letters", ("lora",), tmp_path)
         content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
-            resolve.build_configuration_templates(typed, chosen, content, tmp_path)
+            build_configuration_templates(typed, chosen, content, tmp_path)
             continue
         with pytest.raises(
             UsageError, match=f"positions for {most - 1} tokens, .* up to {most}; take"
         ) as caught:
-            resolve.build_configuration_templates(typed, chosen, content, tmp_path)
+            build_configuration_templates(typed, chosen, content, tmp_path)
         assert "\n" not in str(caught.value)
 
 
@@ -308,7 +308,7 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
     words.save_pretrained(tmp_path / "m")
     (tmp_path / "long.py").write_text(LONG.replace("OUTPUT", output))
     (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
-    prepare = lambda: resolve.prepare_datasets([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
+    prepare = lambda: prepare_datasets([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
     if missing:
         refused(
             prepare, f"positions for {room} tokens, and task .* needs up to {needed}; take another --model"
@@ -329,7 +329,7 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
 
     shutil.copytree(bases / "letters", tmp_path / "base")
     found = resolved(bases, "letters")[0]
-    resolve.prepare_datasets([found], bases, tmp_path / "data", lambda text: None)
+    prepare_datasets([found], bases, tmp_path / "data", lambda text: None)
     kept = dataset_cache.prepare_dataset(
         tmp_path / "data",
         found,
@@ -341,12 +341,12 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     smaller = resolved(tmp_path, "letters", model=str(tmp_path / "base"))
     if not missing:
-        resolve.prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
+        prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
         return
     with pytest.raises(
         UsageError, match=f"embeddings for {config.vocab_size} tokens, from 0 on; take"
     ) as caught:
-        resolve.prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
+        prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
     assert "\n" not in str(caught.value)
 
 
@@ -355,4 +355,4 @@ def test_a_metric_that_the_answers_do_not_have_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "mine.py"
     path.write_text(source.read_text("utf-8").replace('metric = "accuracy"', 'metric = "mathews"'))
     with pytest.raises(UsageError, match="Did you mean 'matthews'"):
-        resolve.resolve_options(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)
+        resolve_options(StudyOptions(task=str(path)), "letters", ("lora",), tmp_path)

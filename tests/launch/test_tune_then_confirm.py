@@ -12,7 +12,7 @@ from synthetic import record, study
 from orchestrator.analyze import selection
 from orchestrator.analyze.comparison import ChosenPoint, TunedChoice
 from orchestrator.analyze.tuning import summarize_tuning
-from orchestrator.finetune import resolve
+from orchestrator.finetune.resolve.option_names import resolve_options
 from orchestrator.launch.tune_then_confirm import (
     TuningStage,
     chosen_configurations,
@@ -62,9 +62,9 @@ def choose(tuning: TuningStage) -> TunedChoice:
 )
 def test_whatever_can_be_tuned_can_be_confirmed(tmp_path: Path, more: dict[str, Any]) -> None:
     tune = stage(tmp_path, "lora", "pissa", confirm_seeds=7, **more).options
-    resolve.resolve_options(tune, "letters", ("lora",), tmp_path)
+    resolve_options(tune, "letters", ("lora",), tmp_path)
     confirm = confirm_options(tune, "c-confirm")
-    resolved = resolve.resolve_options(confirm, "letters", ("lora",), tmp_path)
+    resolved = resolve_options(confirm, "letters", ("lora",), tmp_path)
     assert resolved.space is None
     assert (confirm.study, confirm.seed_count, confirm.scheduler) == ("c-confirm", 7, "none")
     assert [word for word in tune.set if "weight_decay" in word] == list(confirm.set), "fixed for both stages"

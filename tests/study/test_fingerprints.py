@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.finetune import resolve
 from orchestrator.finetune.models import catalogue as model_catalogue
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -49,8 +50,8 @@ def configurations(bases: Path) -> Iterator[tuple[str, Configuration]]:
         for name, options in OPTIONS.items():
             variants = catalogue.names() if tasks.get(task).has_head else WITHOUT_HEAD
             typed = StudyOptions(task=task, variants=variants, **options)
-            chosen = resolve.resolve_options(typed, task, (), bases)
-            for configuration in resolve.build_configuration_templates(
+            chosen = resolve_options(typed, task, (), bases)
+            for configuration in build_configuration_templates(
                 typed, chosen, model_catalogue.UNPREPARED, bases
             ):
                 yield f"{task} {name} {configuration.variant.name}", configuration

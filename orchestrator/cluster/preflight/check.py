@@ -12,10 +12,10 @@ from orchestrator.cluster.preflight.check_result import CheckResult, failed_resu
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
 from orchestrator.execution.ray.runtime import Cluster
-from orchestrator.finetune import resolve
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
-from orchestrator.finetune.resolve import ResolvedOptions
+from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources import hub_data
 from orchestrator.record.mlflow.tracking_uri import redact_uri, resolve_uri
 from orchestrator.record.store import Store
@@ -56,7 +56,7 @@ class PreflightCheck:
         options = self.options = autoscaler.adapt_options(self.options)
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
-        resolved = resolve.resolve_options(
+        resolved = resolve_options(
             replace(options, model=model_catalogue.built_in_names()[0]),
             default_task,
             DEFAULT_VARIANTS,
@@ -92,7 +92,7 @@ class PreflightCheck:
         Returns:
             One configuration per variant, without learning rate and seed; None if model or data are missing.
         """
-        name = self.options.model or resolve.default_model(resolved.task)
+        name = self.options.model or default_model(resolved.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # other nodes look for it under this path
         hub_data.set_pin_folder(store.bases, add_pins=False)
@@ -100,7 +100,7 @@ class PreflightCheck:
         data_result, _ = availability.check_data(resolved.task)
         if not (self.print_result(model_result) & self.print_result(data_result)):
             return None
-        return resolve.build_configuration_templates(
+        return build_configuration_templates(
             self.options, replace(resolved, model=name), content, store.bases
         )
 

@@ -34,7 +34,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.finetune.grading.program_text import TestedProgram
+from orchestrator.finetune.grading.program_text import ProgramWithTests
 from orchestrator.finetune.grading.sandbox.run import (
     KILLED,
     TIMED_OUT,
@@ -46,7 +46,7 @@ from orchestrator.finetune.grading.sandbox.run import (
 
 
 def grade_programs(
-    programs: Sequence[TestedProgram],
+    programs: Sequence[ProgramWithTests],
     limits: ProgramLimits = ProgramLimits(),  # noqa: B008 (frozen)
 ) -> list[ProgramResult]:
     """Run programs with their tests, as many at once as there are cores; return the results in their order.

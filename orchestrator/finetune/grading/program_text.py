@@ -23,14 +23,14 @@ al. 2021, section 3.1), the end of a fenced block, and two more that start a new
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-class TestedProgram(NamedTuple):
+class ProgramWithTests(NamedTuple):
     """A program and its tests, as Python source."""
 
     program: str
     tests: str
 
 
-def human_eval_program(problem: Mapping[str, Any], completion: str) -> TestedProgram:
+def human_eval_program(problem: Mapping[str, Any], completion: str) -> ProgramWithTests:
     """Return a model's solution of a HumanEval problem with the problem's tests.
 
     The solution is either the body of the function, which continues the prompt and ends at the first of
@@ -51,10 +51,10 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> TestedPro
         start = re.search(rf"^def {re.escape(name)}\b", prompt, re.MULTILINE)
         program = prompt[: start.start() if start else 0] + complete_program
     tests = f"{prompt}\n{name} = program.{name}\n{problem['test']}\ncheck({name})"
-    return TestedProgram(program, tests)
+    return ProgramWithTests(program, tests)
 
 
-def mbpp_program(row: Mapping[str, Any], completion: str) -> TestedProgram:
+def mbpp_program(row: Mapping[str, Any], completion: str) -> ProgramWithTests:
     """Return a model's solution of an MBPP problem with the assertions in its `test_list`.
 
     The solution is the first fenced block, or everything before `[DONE]` or an assert at the margin. The
@@ -71,7 +71,7 @@ def mbpp_program(row: Mapping[str, Any], completion: str) -> TestedProgram:
     setup = [*(row.get("test_imports") or ()), str(row.get("test_setup_code") or "")]
     bindings = [f"{name} = program.{name}" for name in _builtin_named_functions(row)]
     tests = "\n".join([*setup, *bindings, *row["test_list"]])
-    return TestedProgram(_longest_valid_prefix(code), tests)
+    return ProgramWithTests(_longest_valid_prefix(code), tests)
 
 
 def _builtin_named_functions(row: Mapping[str, Any]) -> list[str]:

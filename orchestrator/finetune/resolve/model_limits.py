@@ -55,8 +55,8 @@ def check_positions(model: Any, name: str, length: int, task: Task) -> None:
     max_positions = model_checks.max_learned_positions(model)
     if max_positions is not None and length > max_positions:
         raise UsageError(
-            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to {length}; "
-            "take another --model, or shorter texts"
+            f"Model {name!r} has positions for {max_positions} tokens, and task {task.name!r} needs up to "
+            f"{length}; take another --model, or shorter texts"
         )
 
 

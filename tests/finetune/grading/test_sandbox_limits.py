@@ -13,7 +13,7 @@ import pytest
 from attempts import WIDE, assert_nothing_reached, attempt, has_ended, wait_for_process
 
 from orchestrator.finetune.grading.code import grade_programs
-from orchestrator.finetune.grading.program_text import TestedProgram
+from orchestrator.finetune.grading.program_text import ProgramWithTests
 from orchestrator.finetune.grading.sandbox import run
 from orchestrator.finetune.grading.sandbox.run import ProgramLimits, ProgramResult
 
@@ -111,7 +111,7 @@ def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
     mark = f"killed-{os.getpid()}"
     program = f"import os\ndef attempt(): os.spawnlp(os.P_WAIT, 'sleep', '{mark}', '1000')\n"
     with ThreadPoolExecutor(1) as pool:
-        results = pool.submit(grade_programs, [TestedProgram(program, "assert attempt() is None")], WIDE)
+        results = pool.submit(grade_programs, [ProgramWithTests(program, "assert attempt() is None")], WIDE)
         os.kill(wait_for_process(mark).ppid(), signal.SIGKILL)
         assert has_ended(mark)
         wait_for_process(mark).kill()
@@ -120,7 +120,7 @@ def test_a_program_that_was_killed_from_outside_is_run_again() -> None:
 
 def test_a_program_that_kills_itself_fails_when_it_is_run_again() -> None:
     program = "import os\ndef attempt(): os.kill(os.getpid(), 9)\n"
-    assert grade_programs([TestedProgram(program, "attempt()")], WIDE) == [ProgramResult(False, "killed")]
+    assert grade_programs([ProgramWithTests(program, "attempt()")], WIDE) == [ProgramResult(False, "killed")]
 
 
 def test_deeply_nested_folders_are_removed_after_the_weaker_sandbox() -> None:

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from orchestrator.finetune import resolve
 from orchestrator.finetune.models import attention_dropout, deberta
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.activation_checkpointing import enable_activation_checkpointing
 from orchestrator.finetune.models.base_model import BaseModel
+from orchestrator.finetune.resolve.option_names import resolve_options
+from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources import base_store
 from orchestrator.finetune.tasks import catalogue as tasks
 from orchestrator.finetune.tasks.base import Task
@@ -253,9 +254,9 @@ def test_a_model_without_dropout_is_refused_in_one_line(
     else:
         encoders.save(kind, folder, **more)
     typed = StudyOptions(task=task, model=str(folder), base_dropout="on")
-    chosen = resolve.resolve_options(typed, "letters", ("lora",), tmp_path)
+    chosen = resolve_options(typed, "letters", ("lora",), tmp_path)
     content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
     with pytest.raises(UsageError, match=message) as caught:
-        resolve.build_configuration_templates(typed, chosen, content, tmp_path)
+        build_configuration_templates(typed, chosen, content, tmp_path)
     assert "\n" not in str(caught.value)
     assert "Use --base-dropout off." in str(caught.value)
