@@ -42,37 +42,39 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def resolved(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
-    typed = StudyOptions(task=task, **{"model": str(bases / task)} | options)
-    chosen = resolve_options(typed, "letters", ("lora",), bases)
+def resolve_configurations(bases: Path, task: str = "reviews", **options: Any) -> list[Configuration]:
+    study_options = StudyOptions(task=task, **{"model": str(bases / task)} | options)
+    chosen = resolve_options(study_options, "letters", ("lora",), bases)
     content = resolve_base_model(chosen.model, bases, lambda text: None)
-    return build_configuration_templates(typed, chosen, content, bases)
+    return build_configuration_templates(study_options, chosen, content, bases)
 
 
 def test_examples_that_are_scored_and_trained_on_are_reported() -> None:
     task = tasks.get(WORDS_TASK)
-    said: list[str] = []
+    lines: list[str] = []
     one, other = Example("a", "b"), Example("a", "c")
-    report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, said.append)
-    assert said == []
-    report_train_overlap(task, {"train": [one], "validation": [one, other], "test": [one]}, said.append)
-    assert [line.partition(" examples")[0] for line in said] == [
+    report_train_overlap(task, {"train": [one], "validation": [other], "test": [other]}, lines.append)
+    assert lines == []
+    report_train_overlap(task, {"train": [one], "validation": [one, other], "test": [one]}, lines.append)
+    assert [line.partition(" examples")[0] for line in lines] == [
         "words_task: 1 of 2 validation",
         "words_task: 1 of 1 test",
     ]
 
 
 def test_a_hyphen_in_a_variants_name_is_an_underscore(bases: Path) -> None:
-    (one,) = resolved(bases, variants=("head-only", "head_only"))
+    (one,) = resolve_configurations(bases, variants=("head-only", "head_only"))
     assert one.variant.name == "head_only"
     with pytest.raises(UsageError, match="Did you mean 'head_only'"):
-        resolved(bases, variants=("head-onli",))
+        resolve_configurations(bases, variants=("head-onli",))
 
 
 def test_options_that_a_variant_lacks_do_not_change_its_configuration(bases: Path) -> None:
-    typed: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira", "delta_lora")}
-    usual = resolved(bases, **typed)
-    other = resolved(bases, **typed, rank=4, alpha=1.0, targets="query,value", dropout=0.1)
+    study_options: dict[str, Any] = {"variants": ("lora", "head_only", "full", "hira", "delta_lora")}
+    usual = resolve_configurations(bases, **study_options)
+    other = resolve_configurations(
+        bases, **study_options, rank=4, alpha=1.0, targets="query,value", dropout=0.1
+    )
     same = {a.variant.name: a.fingerprint == b.fingerprint for a, b in zip(usual, other, strict=True)}
     assert same == {"lora": False, "head_only": True, "full": True, "hira": False, "delta_lora": False}
     assert [c.variant.rank for c in other] == [4, 0, 0, 4, 4]
@@ -82,50 +84,50 @@ def test_options_that_a_variant_lacks_do_not_change_its_configuration(bases: Pat
 
 def test_accumulation_splits_the_batch(bases: Path) -> None:
     defaults = tasks.get("reviews").defaults
-    (one,) = resolved(bases, accumulation=4)
+    (one,) = resolve_configurations(bases, accumulation=4)
     assert one.batches == BatchConfig(defaults.batch_size // 4, 4, defaults.max_length)
-    (one,) = resolved(bases, accumulation=2, batch_size=6)
+    (one,) = resolve_configurations(bases, accumulation=2, batch_size=6)
     assert one.batches == BatchConfig(3, 2, defaults.max_length)
     with pytest.raises(UsageError, match="--accumulation 3: must divide the batch size, 32; take 2"):
-        resolved(bases, accumulation=3)
+        resolve_configurations(bases, accumulation=3)
     with pytest.raises(UsageError, match="every worker needs a row of the 2"):
-        resolved(bases, accumulation=16, workers_per_trainer=3)
+        resolve_configurations(bases, accumulation=16, workers_per_trainer=3)
 
 
 def test_a_lane_is_evaluated_as_often_as_requested_and_at_most_once_a_step(bases: Path) -> None:
-    (usual,) = resolved(bases)
+    (usual,) = resolve_configurations(bases)
     assert usual.evaluations == Reviews.defaults.evaluations
-    assert resolved(bases, evaluations=12)[0].evaluations == 12
-    assert resolved(bases, evaluations=12, steps=5)[0].evaluations == 5
+    assert resolve_configurations(bases, evaluations=12)[0].evaluations == 12
+    assert resolve_configurations(bases, evaluations=12, steps=5)[0].evaluations == 5
     with pytest.raises(UsageError, match="--evaluations 0"):
         StudyOptions(evaluations=0)
 
 
 def test_a_heads_rate_needs_a_head(bases: Path) -> None:
-    (same,) = resolved(bases)
-    (other,) = resolved(bases, head_learning_rate="1e-3")
+    (same,) = resolve_configurations(bases)
+    (other,) = resolve_configurations(bases, head_learning_rate="1e-3")
     assert (same.optimizer.head_learning_rate, other.optimizer.head_learning_rate) == (None, 1e-3)
     with pytest.raises(UsageError, match="--head-learning-rate 1e-3: task 'letters' has no head; take same"):
-        resolved(bases, task="letters", head_learning_rate="1e-3")
+        resolve_configurations(bases, task="letters", head_learning_rate="1e-3")
 
 
 def test_head_only_needs_a_head(bases: Path) -> None:
     with pytest.raises(UsageError, match="with head_only: head_only trains the task's head alone"):
-        resolved(bases, task="letters", variants=("lora", "head-only"))
+        resolve_configurations(bases, task="letters", variants=("lora", "head-only"))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 17}, "rank 17 is larger than layer bert.encoder.layer.0"),
         ({"targets": "querry"}, "Did you mean 'query'"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(
-    bases: Path, options: dict[str, Any], said: str
+    bases: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
-        resolved(bases, **options)
+    with pytest.raises(UsageError, match=message) as caught:
+        resolve_configurations(bases, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -134,34 +136,34 @@ def test_a_model_that_cannot_carry_a_head_is_refused(bases: Path, tmp_path: Path
 
     config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    typed = StudyOptions(task="reviews", model=str(tmp_path))
-    chosen = resolve_options(typed, "letters", ("lora",), bases)
+    study_options = StudyOptions(task="reviews", model=str(tmp_path))
+    chosen = resolve_options(study_options, "letters", ("lora",), bases)
     content = model_catalogue.prepare_base_model(str(tmp_path), bases, lambda text: None)
     with pytest.raises(UsageError, match="is an encoder with a decoder"):
-        build_configuration_templates(typed, chosen, content, bases)
+        build_configuration_templates(study_options, chosen, content, bases)
 
 
 SEES_ANSWER = "its tokens attend to later ones, so it would see the answer"
 
 
-def planned_and_loaded(folder: Path, root: Path) -> list[Callable[[], object]]:
+def plan_and_load_calls(folder: Path, root: Path) -> list[Callable[[], object]]:
     """Return two functions on the model of a folder: one plans a study of `letters`, one loads weights."""
-    typed = StudyOptions(task="letters", model=str(folder))
-    chosen = resolve_options(typed, "letters", ("lora",), root)
+    study_options = StudyOptions(task="letters", model=str(folder))
+    chosen = resolve_options(study_options, "letters", ("lora",), root)
     content = model_catalogue.prepare_base_model(str(folder), root, lambda text: None)
     return [
-        lambda: build_configuration_templates(typed, chosen, content, root),
+        lambda: build_configuration_templates(study_options, chosen, content, root),
         lambda: loading.load_base_model(ModelChoice(str(folder), content), root, "cpu", chosen.task),
     ]
 
 
-def refused(call: Callable[[], object], said: str) -> None:
-    with pytest.raises(UsageError, match=said) as caught:
+def assert_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-def with_an_end_token(folder: Path) -> Path:
+def add_end_token(folder: Path) -> Path:
     """Give the tokenizer of a folder, which may have none, an end token."""
     from transformers import AutoTokenizer
 
@@ -176,18 +178,18 @@ def test_an_encoder_is_refused_where_the_answer_is_the_next_tokens(kind: str, tm
     """An encoder attends in both directions and would see the answer. Plan and loader both refuse it."""
     from transformers import AutoModelForMaskedLM
 
-    folder = with_an_end_token(encoders.save(kind, tmp_path))
+    folder = add_end_token(encoders.save(kind, tmp_path))
     with suppress_transformers_logging():  # the discriminator of ELECTRA has no head for words
         AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
     # Of the last two transformers has no class for language models.
-    said = "Unrecognized configuration class" if kind in ("distilbert", "deberta") else SEES_ANSWER
-    for refuses in planned_and_loaded(folder, tmp_path / "bases"):
-        refused(refuses, said)
+    message = "Unrecognized configuration class" if kind in ("distilbert", "deberta") else SEES_ANSWER
+    for refuses in plan_and_load_calls(folder, tmp_path / "bases"):
+        assert_refused(refuses, message)
 
 
 def test_a_bert_that_is_a_decoder_may_give_the_next_tokens(tmp_path: Path) -> None:
-    folder = with_an_end_token(encoders.save("bert", tmp_path, is_decoder=True))
-    for accepts in planned_and_loaded(folder, tmp_path / "bases"):
+    folder = add_end_token(encoders.save("bert", tmp_path, is_decoder=True))
+    for accepts in plan_and_load_calls(folder, tmp_path / "bases"):
         accepts()
 
 
@@ -201,8 +203,8 @@ def test_a_decoder_whose_configuration_makes_it_attend_both_ways_is_refused(
     config = AutoConfig.from_pretrained(tmp_path / "m")
     config.is_causal = False
     config.save_pretrained(tmp_path / "m")
-    for refuses in planned_and_loaded(tmp_path / "m", tmp_path / "bases"):
-        refused(refuses, SEES_ANSWER)
+    for refuses in plan_and_load_calls(tmp_path / "m", tmp_path / "bases"):
+        assert_refused(refuses, SEES_ANSWER)
 
 
 def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_are_there(
@@ -226,7 +228,7 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     content = model_catalogue.prepare_base_model(str(tmp_path), tmp_path / "bases", lambda text: None)
-    refused(
+    assert_refused(
         lambda: loading.load_base_model(
             ModelChoice(str(tmp_path), content), tmp_path, "cpu", tasks.get("letters")
         ),
@@ -246,8 +248,8 @@ def test_a_model_that_says_nothing_of_its_attention_is_tried_when_its_weights_ar
 def test_the_positions_of_a_model_are_as_many_as_it_computes(kind: str, sizes: dict[str, int]) -> None:
     import transformers
 
-    made = {"max_position_embeddings": 12, "vocab_size": 30, "word_embed_proj_dim": 16, **sizes}
-    config = getattr(transformers, f"{kind}Config")(**made)
+    arguments = {"max_position_embeddings": 12, "vocab_size": 30, "word_embed_proj_dim": 16, **sizes}
+    config = getattr(transformers, f"{kind}Config")(**arguments)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert model_checks.max_learned_positions(model) == 12
     model(input_ids=torch.zeros((1, 12), dtype=torch.int64))
@@ -262,16 +264,16 @@ def test_a_model_with_too_few_positions_is_refused(tmp_path: Path) -> None:
         folder = encoders.save(
             "roberta" if padding else "bert", tmp_path / str(room), max_position_embeddings=room
         )
-        typed = StudyOptions(task="reviews", model=str(folder))
-        chosen = resolve_options(typed, "letters", ("lora",), tmp_path)
+        study_options = StudyOptions(task="reviews", model=str(folder))
+        chosen = resolve_options(study_options, "letters", ("lora",), tmp_path)
         content = model_catalogue.prepare_base_model(str(folder), tmp_path, lambda text: None)
         if room - padding >= most:
-            build_configuration_templates(typed, chosen, content, tmp_path)
+            build_configuration_templates(study_options, chosen, content, tmp_path)
             continue
         with pytest.raises(
             UsageError, match=f"positions for {most - 1} tokens, .* up to {most}; take"
         ) as caught:
-            build_configuration_templates(typed, chosen, content, tmp_path)
+            build_configuration_templates(study_options, chosen, content, tmp_path)
         assert "\n" not in str(caught.value)
 
 
@@ -307,10 +309,10 @@ def test_a_held_out_text_longer_than_the_positions_is_refused_before_ray_starts(
     model.save_pretrained(tmp_path / "m")
     words.save_pretrained(tmp_path / "m")
     (tmp_path / "long.py").write_text(LONG.replace("OUTPUT", output))
-    (one,) = resolved(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
+    (one,) = resolve_configurations(tmp_path, str(tmp_path / "long.py"), model=str(tmp_path / "m"))
     prepare = lambda: prepare_datasets([one], tmp_path, tmp_path / "data", lambda text: None)  # noqa: E731
     if missing:
-        refused(
+        assert_refused(
             prepare, f"positions for {room} tokens, and task .* needs up to {needed}; take another --model"
         )
         return
@@ -328,7 +330,7 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(bases / "letters", tmp_path / "base")
-    found = resolved(bases, "letters")[0]
+    found = resolve_configurations(bases, "letters")[0]
     prepare_datasets([found], bases, tmp_path / "data", lambda text: None)
     kept = dataset_cache.prepare_dataset(
         tmp_path / "data",
@@ -339,7 +341,7 @@ def test_a_token_without_an_embedding_is_refused_before_ray_starts(
     config = AutoConfig.from_pretrained(tmp_path / "base")
     config.vocab_size = dataset_cache.max_token_id(kept) + 1 - missing
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    smaller = resolved(tmp_path, "letters", model=str(tmp_path / "base"))
+    smaller = resolve_configurations(tmp_path, "letters", model=str(tmp_path / "base"))
     if not missing:
         prepare_datasets(smaller, tmp_path, tmp_path / "data", lambda text: None)
         return

@@ -65,8 +65,8 @@ def grade_programs(
     """
     sandbox_level()  # computed and cached here, so that the threads do not all compute it
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = list(pool.map(lambda each: run(*each, limits), programs))
+        results = list(pool.map(lambda each: run(each.program, each.tests, limits), programs))
     return [
-        run(*each, limits) if result.reason in (KILLED, TIMED_OUT) else result
+        run(each.program, each.tests, limits) if result.reason in (KILLED, TIMED_OUT) else result
         for each, result in zip(programs, results, strict=True)
     ]

@@ -21,7 +21,7 @@ def grade(row: Mapping[str, Any], answer: str) -> float:
 
     Args:
         row: A row of google/IFEval: `prompt`, `instruction_id_list` and `kwargs`.
-        answer: The answer.
+        answer: The generated answer.
 
     Raises:
         UsageError: lm-eval or data that it needs are not installed.

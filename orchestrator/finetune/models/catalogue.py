@@ -81,7 +81,7 @@ def prepare_base_model(name: str, root: Path, progress: Callable[[str], None] = 
     Args:
         name: The model's name.
         root: The folder of prepared models.
-        progress: Receives lines about what takes long.
+        progress: Called with one line before each step that takes long.
 
     Returns:
         The content of the model, as `find_content` does.
@@ -112,7 +112,7 @@ def prepare_task_base_model(task: Task, root: Path, progress: Callable[[str], No
     Args:
         task: The task.
         root: The folder of prepared models.
-        progress: Receives lines about what takes long.
+        progress: Called with one line before each step that takes long.
 
     Returns:
         The SHA-256 of the model's files.

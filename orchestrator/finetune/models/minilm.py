@@ -22,7 +22,7 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
 
     Args:
         folder: The folder, which exists.
-        progress: Receives a line before the download.
+        progress: Called with one line before the download.
 
     Raises:
         UsageError: pip could not download the package.

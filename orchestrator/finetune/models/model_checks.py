@@ -1,6 +1,6 @@
 """Checks that a loaded model suits its task and has the weights of its files.
 
-Where a file lacks weights, or has weights of another shape, transformers draws random ones and only warns.
+If a file lacks weights, or has weights of another shape, transformers draws random ones and only warns.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def check_weights(model: Any, name: str, loading_info: Mapping[str, Any], has_he
         model: The loaded transformers model.
         name: The model's name, for the error.
         loading_info: transformers' loading info: "mismatched_keys", "unexpected_keys" and "missing_keys".
-        has_head: Whether the model has a head. Weights of a head in the files are not used, and missing
-            weights are checked by `find_head_names`.
+        has_head: True if the model has a head. Weights of a head in the files are then not used, and
+            `find_head_names` checks for missing weights.
 
     Raises:
         UsageError: There are such weights.
@@ -118,9 +118,9 @@ def check_causal(model: Any, name: str) -> None:
 def attends_to_future_tokens(base_model: BaseModel) -> bool:
     """Return whether the last token changes a language model's logits at earlier positions.
 
-    Two rows are computed, up to eight tokens long, that differ in the last token. In the causal models that
-    were tried, their earlier logits are equal to the bit; a difference of up to 1% of that at the last
-    position counts as rounding.
+    The function compares the logits of two rows of up to eight tokens that differ in the last token. In the
+    causal models that were tried, the logits at earlier positions are equal to the bit. A difference of up to
+    1% of the difference at the last position counts as rounding.
     """
     import torch
 
@@ -170,7 +170,7 @@ def check_head_pooling(model: Any, name: str) -> None:
 def max_learned_positions(model: Any) -> int | None:
     """Return the number of learnt position embeddings of a model, with or without weights.
 
-    None if it has none, because its positions are rotary or relative.
+    The result is None for a model whose positions are rotary or relative, since it has no such embeddings.
     """
     from torch.nn import Embedding
 

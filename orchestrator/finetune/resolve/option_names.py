@@ -20,7 +20,7 @@ from variants import catalogue
 
 @dataclass(frozen=True)
 class ResolvedOptions:
-    """What the names in the options stand for, checked."""
+    """The checked values that the names in a study's options stand for."""
 
     variants: tuple[str, ...]
     task: Task
@@ -94,7 +94,7 @@ def fill_accumulation(options: StudyOptions, task: Task) -> StudyOptions:
 
 
 def variant_hyperparameters(name: str) -> Mapping[str, Value]:
-    """Return the hyperparameters that a variant has, by name; the values of rank, alpha and dropout are 0."""
+    """Return the hyperparameters of a variant with their defaults by name; rank, alpha and dropout are 0."""
     from variants.base import AdaptationScope
 
     variant = catalogue.get(name)

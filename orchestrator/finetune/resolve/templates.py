@@ -53,7 +53,7 @@ def build_configuration_templates(
 
     Args:
         options: The options of the command line.
-        resolved: What their names stand for.
+        resolved: The values that the names in the options stand for.
         base_content: The content of the base model, from `resolve_base_model`.
         bases: The store's folder of base models.
 

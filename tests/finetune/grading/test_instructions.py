@@ -12,12 +12,12 @@ from orchestrator.util.errors import UsageError
 
 def _row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
     # As on the hub: the options of every instruction have all keys, most of them null.
-    options = {key: None for _, said in instructions for key in said}
+    options = {key: None for _, arguments in instructions for key in arguments}
     return {
         "key": 1000,
         "prompt": "Write something.",
         "instruction_id_list": [name for name, _ in instructions],
-        "kwargs": [{**options, **said} for _, said in instructions],
+        "kwargs": [{**options, **arguments} for _, arguments in instructions],
     }
 
 

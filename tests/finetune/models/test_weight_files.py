@@ -47,23 +47,23 @@ def folder(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "m"))
 
 
-def one(folder: Path) -> Path:
+def weight_file(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def pop_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Remove the weight file from the folder and return its tensors."""
-    found = load_file(one(folder))
-    one(folder).unlink()
+    found = load_file(weight_file(folder))
+    weight_file(folder).unlink()
     return found
 
 
-def cut(file: Path, size: int = -1) -> None:
+def truncate(file: Path, size: int = -1) -> None:
     """Truncate a file to `size` bytes, by default to half its size."""
     os.truncate(file, file.stat().st_size // 2 if size < 0 else size)
 
 
-def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def change_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the header of a safetensors file."""
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
@@ -73,13 +73,13 @@ def with_header(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
 
 
-def one_more(header: dict[str, Any]) -> None:
+def enlarge_last_tensor(header: dict[str, Any]) -> None:
     header["lm_head.weight"]["data_offsets"][1] += 4
 
 
-def sharded(folder: Path, ending: str = "safetensors") -> Path:
+def split_into_shards(folder: Path, ending: str = "safetensors") -> Path:
     """Split the weights into two files and an index, and return the second file."""
-    found = sorted(tensors(folder).items())
+    found = sorted(pop_tensors(folder).items())
     stem = "model" if ending == "safetensors" else "pytorch_model"
     names = [f"{stem}-0000{k}-of-00002.{ending}" for k in (1, 2)]
     parts = dict(zip(names, (dict(found[::2]), dict(found[1::2])), strict=True))
@@ -93,23 +93,23 @@ def sharded(folder: Path, ending: str = "safetensors") -> Path:
     return folder / names[1]
 
 
-def indexed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Split the weights and change the index."""
-    sharded(folder)
+    split_into_shards(folder)
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
 
 
-def index_cut(folder: Path) -> None:
-    sharded(folder)
-    cut(folder / SAFE_WEIGHTS_INDEX_NAME)
+def truncate_index(folder: Path) -> None:
+    split_into_shards(folder)
+    truncate(folder / SAFE_WEIGHTS_INDEX_NAME)
 
 
-def pickled(folder: Path, **options: Any) -> Path:
+def save_with_torch(folder: Path, **options: Any) -> Path:
     """Replace the weights by a file of torch.save, and return it."""
-    torch.save(tensors(folder), folder / "pytorch_model.bin", **options)
+    torch.save(pop_tensors(folder), folder / "pytorch_model.bin", **options)
     return folder / "pytorch_model.bin"
 
 
@@ -120,85 +120,102 @@ class Planted:
         return os.mkdir, ("planted",)
 
 
-def planted(folder: Path) -> None:
-    torch.save({**tensors(folder), "more": Planted()}, folder / "pytorch_model.bin")
+def save_code_in_pickle(folder: Path) -> None:
+    torch.save({**pop_tensors(folder), "more": Planted()}, folder / "pytorch_model.bin")
 
 
 def remove_middle(folder: Path) -> None:
     """Keep the beginning of a torch.save file and its end, which lists its members, and remove the rest."""
-    file = pickled(folder)
+    file = save_with_torch(folder)
     data = file.read_bytes()
     file.write_bytes(data[:20] + data[-2000:])
 
 
-def as_folder(folder: Path) -> None:
-    one(folder).unlink()
-    one(folder).mkdir()
+def replace_by_folder(folder: Path) -> None:
+    weight_file(folder).unlink()
+    weight_file(folder).mkdir()
 
 
 GOOD: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda folder: None,
-    "shards": sharded,
-    "a file of torch.save": pickled,
-    "a file of an old torch.save": lambda folder: pickled(folder, _use_new_zipfile_serialization=False),
-    "shards of torch.save": lambda folder: sharded(folder, "bin"),
+    "shards": split_into_shards,
+    "a file of torch.save": save_with_torch,
+    "a file of an old torch.save": lambda folder: save_with_torch(
+        folder, _use_new_zipfile_serialization=False
+    ),
+    "shards of torch.save": lambda folder: split_into_shards(folder, "bin"),
     "safetensors beside rubbish that is not read": lambda folder: (folder / WEIGHTS_NAME).write_bytes(b"x"),
 }
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no file": (tensors, "has no weights (model.safetensors"),
-    "a folder": (as_folder, "has no weights"),
-    "an empty file": (lambda f: one(f).write_bytes(b""), "header too small"),
-    "a half": (lambda f: cut(one(f)), "model.safetensors: is cut"),
-    "a byte too few": (lambda f: cut(one(f), one(f).stat().st_size - 1), "model.safetensors: is cut"),
-    "a byte too many": (lambda f: one(f).open("ab").write(b"x"), "model.safetensors"),
-    "a header alone": (lambda f: cut(one(f), 500), "model.safetensors"),
-    "random bytes": (lambda f: one(f).write_bytes(bytes(range(255, 0, -1)) * 99), "header too large"),
-    "zeros": (lambda f: one(f).write_bytes(bytes(9999)), "invalid JSON"),
-    "a pickle": (lambda f: one(f).write_bytes(pickle.dumps({"a": 1})), "is a pickle"),
-    "a file of torch.save by another name": (lambda f: pickled(f).rename(one(f)), "is a pickle"),
-    "an offset too far": (lambda f: with_header(one(f), one_more), "offset"),
-    "a shard missing": (lambda f: sharded(f).unlink(), "model-00002-of-00002.safetensors: is not there"),
-    "a shard cut": (lambda f: cut(sharded(f)), "model-00002-of-00002.safetensors: is cut"),
+    "no file": (pop_tensors, "has no weights (model.safetensors"),
+    "a folder": (replace_by_folder, "has no weights"),
+    "an empty file": (lambda f: weight_file(f).write_bytes(b""), "header too small"),
+    "a half": (lambda f: truncate(weight_file(f)), "model.safetensors: is cut"),
+    "a byte too few": (
+        lambda f: truncate(weight_file(f), weight_file(f).stat().st_size - 1),
+        "model.safetensors: is cut",
+    ),
+    "a byte too many": (lambda f: weight_file(f).open("ab").write(b"x"), "model.safetensors"),
+    "a header alone": (lambda f: truncate(weight_file(f), 500), "model.safetensors"),
+    "random bytes": (lambda f: weight_file(f).write_bytes(bytes(range(255, 0, -1)) * 99), "header too large"),
+    "zeros": (lambda f: weight_file(f).write_bytes(bytes(9999)), "invalid JSON"),
+    "a pickle": (lambda f: weight_file(f).write_bytes(pickle.dumps({"a": 1})), "is a pickle"),
+    "a file of torch.save by another name": (
+        lambda f: save_with_torch(f).rename(weight_file(f)),
+        "is a pickle",
+    ),
+    "an offset too far": (lambda f: change_header(weight_file(f), enlarge_last_tensor), "offset"),
+    "a shard missing": (
+        lambda f: split_into_shards(f).unlink(),
+        "model-00002-of-00002.safetensors: is not there",
+    ),
+    "a shard cut": (lambda f: truncate(split_into_shards(f)), "model-00002-of-00002.safetensors: is cut"),
     "an index cut": (
-        index_cut,
+        truncate_index,
         "model.safetensors.index.json: not an index",
     ),
-    "an index of nothing": (lambda f: indexed(f, lambda i: i.pop("weight_map")), "weight_map"),
-    "an index of no file": (lambda f: indexed(f, lambda i: i.update(weight_map={})), "names no file"),
+    "an index of nothing": (lambda f: change_index(f, lambda i: i.pop("weight_map")), "weight_map"),
+    "an index of no file": (lambda f: change_index(f, lambda i: i.update(weight_map={})), "names no file"),
     "a list for an index": (
-        lambda f: (sharded(f), (f / SAFE_WEIGHTS_INDEX_NAME).write_text("[]")),
+        lambda f: (split_into_shards(f), (f / SAFE_WEIGHTS_INDEX_NAME).write_text("[]")),
         "not an index",
     ),
     "random bytes for torch.save's": (
-        lambda f: pickled(f).write_bytes(bytes(range(255, 0, -1)) * 99),
+        lambda f: save_with_torch(f).write_bytes(bytes(range(255, 0, -1)) * 99),
         "pytorch_model.bin: is no file of torch.save",
     ),
-    "a plain pickle": (lambda f: pickled(f).write_bytes(pickle.dumps({"a": 1})), "is no file of torch.save"),
-    "torch.save's cut": (lambda f: cut(pickled(f)), "is no file of torch.save"),
+    "a plain pickle": (
+        lambda f: save_with_torch(f).write_bytes(pickle.dumps({"a": 1})),
+        "is no file of torch.save",
+    ),
+    "torch.save's cut": (lambda f: truncate(save_with_torch(f)), "is no file of torch.save"),
     "torch.save's with a hole": (remove_middle, "pytorch_model.bin"),
-    "torch.save's with code": (planted, "mkdir"),
+    "torch.save's with code": (save_code_in_pickle, "mkdir"),
     "an index of a file elsewhere": (
-        lambda f: indexed(
+        lambda f: change_index(
             f, lambda i: i["weight_map"].update(dict.fromkeys(i["weight_map"], "../elsewhere.safetensors"))
         ),
         "'../elsewhere.safetensors' is not a file's name",
     ),
-    "torch.save's shard missing": (lambda f: sharded(f, "bin").unlink(), "pytorch_model-00002-of-00002.bin"),
+    "torch.save's shard missing": (
+        lambda f: split_into_shards(f, "bin").unlink(),
+        "pytorch_model-00002-of-00002.bin",
+    ),
 }
 
 
-def opened(folder: Path) -> Any:
+def load_with_transformers(folder: Path) -> Any:
     with suppress_transformers_logging():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("what", GOOD)
 def test_what_transformers_loads_is_accepted(what: str, folder: Path) -> None:
-    expected = load_file(one(folder))
+    expected = load_file(weight_file(folder))
     GOOD[what](folder)
     weight_files.check_weight_files(folder, "m")
-    found = opened(folder).state_dict()
+    found = load_with_transformers(folder).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -219,14 +236,16 @@ def test_what_transformers_cannot_load_is_one_line(
     assert "save_pretrained" in text
     assert "\n" not in text
     with pytest.raises(Exception):  # noqa: B017, PT011  # of many kinds
-        opened(folder)
+        load_with_transformers(folder)
     assert not (tmp_path / "planted").exists(), "code in a pickle was run"
 
 
 def test_weights_for_another_model_are_one_line(folder: Path, tmp_path: Path) -> None:
     """transformers would draw the missing weights at random and only log a warning."""
-    found = tensors(folder)
-    save_file({f"other.{name}": tensor for name, tensor in found.items()}, one(folder), {"format": "pt"})
+    found = pop_tensors(folder)
+    save_file(
+        {f"other.{name}": tensor for name, tensor in found.items()}, weight_file(folder), {"format": "pt"}
+    )
     content = model_catalogue.find_content(str(folder), tmp_path)
     assert content is not None
     with pytest.raises(UsageError, match=r"no weights for lm_head\.weight and \d+ more"):
@@ -241,9 +260,9 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the weights in their file."""
-    found = tensors(folder)
+    found = pop_tensors(folder)
     change(found)
-    save_file(found, one(folder), {"format": "pt"})
+    save_file(found, weight_file(folder), {"format": "pt"})
 
 
 def set_first_number(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], object]:
@@ -346,15 +365,15 @@ def test_only_headers_are_read(folder: Path) -> None:
     size = 64 * 2**30
     header = {"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
-    one(folder).write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(one(folder), 8 + len(text) + size)
+    weight_file(folder).write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(weight_file(folder), 8 + len(text) + size)
     weight_files.check_weight_files(folder, "m")
 
 
 def test_missing_files_in_a_hub_cache_are_accepted(folder: Path) -> None:
-    sharded(folder).unlink()
+    split_into_shards(folder).unlink()
     weight_files.check_weight_files(folder, "m", complete=False)
-    cut(folder / "model-00001-of-00002.safetensors")
+    truncate(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UsageError, match=r"model-00001-of-00002.*remove it from the cache, with the blob"):
         weight_files.check_weight_files(folder, "m", complete=False)
     for path in folder.glob("model*"):

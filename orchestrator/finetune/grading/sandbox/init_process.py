@@ -1,4 +1,4 @@
-"""The first processes of a sandbox: they isolate themselves, then start the program or its tests.
+"""The first processes of a sandbox, which isolate themselves and then start the program or its tests.
 
     launcher (outside)  ->  init process of the namespace  ->  program server, or test runner
 
@@ -29,9 +29,11 @@ of CPU time was reached."""
 
 
 def main() -> None:
-    """Isolate this process, as a JSON object on stdin says, and run the program or the tests in it.
+    """Isolate this process and run the program or the tests in it.
 
-    `run._SandboxProcess` writes the object. The exit code is that of the program, or one of this module's.
+    The settings are a JSON object on stdin, which `run._start_launcher` writes. The verdict of the tests is
+    a JSON object on stdout. The exit code is that of the program or of the tests, or a constant of this
+    module.
     """
     spec = json.load(sys.stdin)
     connection = socket.socket(fileno=spec["connection"])
@@ -137,10 +139,10 @@ def _exit_code(status: int) -> int:
 
 
 def _kill_orphans() -> None:
-    """Kill the descendants that are left, which have become children of this process.
+    """Kill the descendants that are left when there are no namespaces.
 
-    This is needed without namespaces only. Children of a killed process become children of this one, so this
-    is repeated until there are none.
+    Children of a process that has ended become children of this process, so killing is repeated until there
+    are none.
     """
     for _ in range(1000):
         with open(f"/proc/self/task/{os.getpid()}/children") as file:

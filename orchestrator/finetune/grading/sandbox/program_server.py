@@ -1,4 +1,4 @@
-"""The process of the program: it runs the program, then serves the calls of its tests until they end."""
+"""The process of the program, which runs it and then serves the calls of its tests until they end."""
 
 from __future__ import annotations
 

@@ -44,15 +44,15 @@ DISALLOWED_EXCEPTIONS = (StopIteration, StopAsyncIteration, RecursionError, Memo
 
 
 class ProgramFailed(BaseException):
-    """The program has failed, even if its tests catch this.
+    """A failure of the program that counts even if its tests catch it.
 
-    It is no `Exception`, so that a test that expects one does not catch it. A test may still catch
-    everything, which is why `Channel.failure` records it.
+    The class is not derived from `Exception`, so that a test that expects an exception does not catch it. A
+    test may still catch everything, so `Channel.failure` records the failure as well.
     """
 
 
 class Disconnected(ProgramFailed):
-    """The process at the other end of the connection has ended."""
+    """A failure of the connection: the process at its other end has ended."""
 
 
 class RemoteObject:
@@ -103,11 +103,11 @@ class Channel:
 
     Args:
         connection: The socket.
-        is_server: Whether this is the end of the program, which replies to requests and makes none.
+        is_server: True at the end of the program, which replies to requests and makes none.
 
     Attributes:
         objects: The objects of this process that were sent, by their numbers.
-        failure: How the program has failed, None if it has not.
+        failure: The first failure of the program, None if there was none.
     """
 
     def __init__(self, connection: socket.socket, is_server: bool = False) -> None:
@@ -143,7 +143,7 @@ class Channel:
         Raises:
             Disconnected: The other process has ended.
             RuntimeError: The message is too long.
-            ValueError: The message is none that `send` produces; other builtin exceptions mean the same.
+            ValueError: `send` does not produce such a message; other builtin exceptions mean the same.
         """
         (length,) = struct.unpack("<Q", self._read(8))
         if length > MAX_MESSAGE_BYTES:

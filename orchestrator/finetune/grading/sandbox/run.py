@@ -36,8 +36,8 @@ SandboxLevel = Literal["namespaces", "limits"]
 class ProgramLimits:
     """The resources that a program may use.
 
-    The limit of wall-clock time is meant for programs that sleep and is wide, since the wall-clock time of a
-    program depends on other processes on the machine.
+    The limit of wall-clock time is wide, since the wall-clock time of a program also depends on the other
+    processes of the machine. It is meant for programs that sleep.
 
     Args:
         wall_seconds: Wall-clock time.
@@ -63,8 +63,8 @@ class ProgramResult:
     """The result of a program's tests.
 
     Args:
-        passed: Whether all tests passed.
-        reason: "passed", or what failed, in one line.
+        passed: True if all tests passed.
+        reason: "passed", or one line that says what failed.
     """
 
     passed: bool
@@ -73,7 +73,7 @@ class ProgramResult:
 
 @functools.cache
 def sandbox_level() -> SandboxLevel:
-    """Return how far this machine can isolate a program.
+    """Find the strongest isolation that this machine allows.
 
     Returns:
         "namespaces" if isolation is complete. "limits" if the machine does not allow new namespaces and
@@ -119,7 +119,7 @@ def run(program: str, tests: str, limits: ProgramLimits, level: SandboxLevel | N
         program: The source of the program.
         tests: The source of its tests.
         limits: The resources of the program, and of the tests.
-        level: The kind of isolation. Default: what this machine allows.
+        level: The kind of isolation. Default: the result of `sandbox_level`.
 
     Raises:
         StudyError: Isolation failed, which says nothing about the program.

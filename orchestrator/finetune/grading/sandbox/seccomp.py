@@ -33,7 +33,7 @@ _REFUSED = (
     "shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193, semtimedop 220 192, "
     "semctl 66 191, msgget 68 186, msgsnd 69 189, msgrcv 70 188, msgctl 71 187, mq_open 240 180, "
     "memfd_create 319 279, memfd_secret 447 447, "
-    # Rings, whose system calls no filter sees.
+    # io_uring, whose requests no filter sees.
     "io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427, "
     # Administration of the machine.
     "kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, "

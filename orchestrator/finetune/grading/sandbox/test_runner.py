@@ -1,4 +1,4 @@
-"""The process of the tests: it runs them and reports whether they have come to their end.
+"""The process of the tests, which runs them and reports whether they reached their end.
 
 Functions of the program appear as `rpc.RemoteObject`; their results are plain copies. A name that the tests
 use but do not define is a builtin, a module of the standard library, or else a name of the program.
@@ -22,7 +22,7 @@ PROGRAM_ENDED = "the program ended before its tests did"
 
 
 class Program:
-    """The object that tests call `program`; its attributes are the names that the program defines.
+    """The variable `program` of the tests, whose attributes are the names that the program defines.
 
     Args:
         channel: The connection to the program.
@@ -46,7 +46,7 @@ def run_tests(connection: socket.socket, text: str) -> tuple[bool, str]:
         text: The source of the tests.
 
     Returns:
-        Whether they passed, and the reason.
+        (passed, reason), the fields of `run.ProgramResult`.
     """
     channel = Channel(connection)
     passed, reason = _run_tests(channel, text)
@@ -56,7 +56,7 @@ def run_tests(connection: socket.socket, text: str) -> tuple[bool, str]:
 
 
 def _run_tests(channel: Channel, text: str) -> tuple[bool, str]:
-    """Return (passed, reason), without failures of the program that the tests caught."""
+    """Return (passed, reason) as the tests see it: they may have caught a failure of the program."""
     try:
         raised, names = channel.receive()
         if raised != "":
