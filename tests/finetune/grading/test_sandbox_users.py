@@ -21,8 +21,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def readable() -> Iterator[tuple[str, Path]]:
-    """Return an interpreter that any user may run, and a copy of the sandbox's code that any user may
-    read."""
+    """Return an interpreter and a copy of the sandbox's code, both accessible to every user."""
     if os.getuid() != 0:
         pytest.skip("not root: the other tests ran as an ordinary user already")
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):

@@ -154,7 +154,7 @@ def test_a_causal_encoder_is_refused(tmp_path: Path) -> None:
 
 
 def train_together(members: list[Configuration], folder: Path, work: Path) -> list[Record]:
-    task_file = partial(loading.load_base_model, root=folder, device="cpu")
+    load_model = partial(loading.load_base_model, root=folder, device="cpu")
     model = ModelChoice(str(folder), base_store.content_hash(folder))
     store = Store(work)
     train(
@@ -162,7 +162,7 @@ def train_together(members: list[Configuration], folder: Path, work: Path) -> li
         store,
         lanes=len(members),
         data=work.parent / "data",
-        load_base_model=lambda choice, task: task_file(model, task=task),
+        load_base_model=lambda choice, task: load_model(model, task=task),
     )
     records = [store.get(one.fingerprint) for one in members]
     assert all(record is not None and record.state == "finished" for record in records), [

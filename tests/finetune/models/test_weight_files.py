@@ -34,7 +34,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a small model, trained for one step."""
+    """The folder of a small model that was trained for one step."""
     folder = tmp_path_factory.mktemp("base")
     with suppress_transformers_logging():
         Letters(replace(RECIPE, steps=1)).pretrain(folder, lambda text: None)
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
-    """Return a copy of that folder, which a test may change."""
+    """A copy of the folder `base`, which a test may change."""
     return Path(shutil.copytree(base, tmp_path / "m"))
 
 
@@ -210,10 +210,10 @@ def load_with_transformers(folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("what", GOOD)
-def test_what_transformers_loads_is_accepted(what: str, folder: Path) -> None:
+@pytest.mark.parametrize("case", GOOD)
+def test_what_transformers_loads_is_accepted(case: str, folder: Path) -> None:
     expected = load_file(weight_file(folder))
-    GOOD[what](folder)
+    GOOD[case](folder)
     weight_files.check_weight_files(folder, "m")
     found = load_with_transformers(folder).state_dict()
     assert found.keys() == expected.keys()
@@ -221,12 +221,12 @@ def test_what_transformers_loads_is_accepted(what: str, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("case", BAD)
 def test_what_transformers_cannot_load_is_one_line(
-    what: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    damage, message = BAD[what]
+    damage, message = BAD[case]
     damage(folder)
     with pytest.raises(UsageError) as refused:
         weight_files.check_weight_files(folder, "m")
@@ -276,7 +276,7 @@ def remove_weights(key: str) -> Callable[[dict[str, torch.Tensor]], object]:
 
 
 QUERY = "encoder.layer.1.attention.self.query"
-OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+UNFIT_WEIGHTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "wider layers": (
         "label",
         lambda f: change_config(f, intermediate_size=48),
@@ -330,13 +330,13 @@ OTHERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize("case", UNFIT_WEIGHTS)
 def test_weights_that_would_be_drawn_or_left_out_in_silence_are_one_line(
-    what: str, folder: Path, tmp_path: Path
+    case: str, folder: Path, tmp_path: Path
 ) -> None:
-    answers, damage, message = OTHERS[what]
-    task = Letters(RECIPE) if answers == "forced" else catalogue.get("reviews")
-    if answers == "label":
+    kind_of_answer, damage, message = UNFIT_WEIGHTS[case]
+    task = Letters(RECIPE) if kind_of_answer == "forced" else catalogue.get("reviews")
+    if kind_of_answer == "label":
         folder = encoders.save("bert", tmp_path / "bert")
     loading.load_base_model(ModelChoice(str(folder), content_hash(folder)), tmp_path, "cpu", task)
     damage(folder)
