@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from variants.base import AdaptationScope, InitialTensors, Variant, VariantSettings, stable_seed
+from variants.base import AdaptationScope, InitialTensors, Variant, VariantSettings
+from variants.base_dropout import LaneDropout, TableDropout
 from variants.forward_context import AdapterState
 from variants.full_finetune import FullModelParameters
 from variants.heads import LaneHead
 from variants.lane_linear import LaneLinear
 from variants.lane_tensors import LaneTensors
-from variants.module_swap import ModuleSwap
+from variants.seeds import seeded_generator
 
 LAYER_GROUP_PREFIX = "group:"
 """Starts the owner's name of a layer group's tensors, also in checkpoints."""
@@ -47,7 +49,7 @@ class AdaptedModel:
         variant: Variant,
         settings: VariantSettings,
         target_layers: Mapping[str, nn.Module],
-        heads: Mapping[str, nn.Module] | None = None,
+        heads: Mapping[str, nn.Module],
         base_dropout: bool = False,
     ) -> None:
         """Replace layers of the model, without the checks of `attach`.
@@ -63,27 +65,22 @@ class AdaptedModel:
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()
         self.state.dropout = settings.dropout
-        self._layers_by_group: dict[str, list[str]] = {}
-        for name in target_layers:
+        self.layers: dict[str, LaneLinear] = {}
+        self.layer_groups: dict[str, LaneTensors] = {}
+        for name, base in target_layers.items():
+            shared = None
             if (group := variant.layer_group(name)) is not None:
-                self._layers_by_group.setdefault(LAYER_GROUP_PREFIX + group, []).append(name)
-        self.layer_groups = {
-            name: LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
-            for name in self._layers_by_group
-        }
-        group_of = {
-            name: self.layer_groups[group] for group, names in self._layers_by_group.items() for name in names
-        }
-        self.layers = {
-            name: LaneLinear(name, base, variant, self.state, group_of.get(name))
-            for name, base in target_layers.items()
-        }
+                empty = LaneTensors(variant.mutable_buffers, variant.hook_only_buffers)
+                shared = self.layer_groups.setdefault(LAYER_GROUP_PREFIX + group, empty)
+            self.layers[name] = LaneLinear(name, base, variant, self.state, shared)
         self.heads = {
             name: LaneHead(name, base, self.state)  # type: ignore[arg-type]  # attach() admits only Linear
-            for name, base in (heads or {}).items()
+            for name, base in heads.items()
         }
-        wrappers: list[LaneLinear | LaneHead] = [*self.layers.values(), *self.heads.values()]
-        self._module_swap = ModuleSwap(model, wrappers, self.state, base_dropout)
+        self._replaced_modules: list[tuple[nn.Module, str, nn.Module]] = []
+        self._original_requires_grad: list[tuple[nn.Parameter, bool]] = []
+        self._attention_modules: list[nn.Module] = []
+        self._replace_modules(base_dropout)
         self.full_model = None
         if variant.adaptation_scope is AdaptationScope.FULL_MODEL:
             self.full_model = FullModelParameters(model, {id(head) for head in self.heads.values()})
@@ -110,13 +107,10 @@ class AdaptedModel:
             for name, layer in self.layers.items()
         }
 
-        def generator(name: str) -> torch.Generator:
-            return torch.Generator().manual_seed(stable_seed(seed, name))
-
-        initial = self.variant.init_layers(layers, settings, generator)
-        for group, names in self._layers_by_group.items():
-            members = {name: layers[name] for name in names}
-            initial[group] = self.variant.init_layer_group(members, settings, generator(group))
+        initial = self.variant.init_layers(layers, settings, partial(seeded_generator, seed))
+        for owner, shared in self.layer_groups.items():
+            members = {name: layers[name] for name, each in self.layers.items() if each.layer_group is shared}
+            initial[owner] = self.variant.init_layer_group(members, settings, seeded_generator(seed, owner))
         initial |= {name: InitialTensors(weights) for name, weights in self.init_heads(seed).items()}
         if self.full_model is not None:
             initial |= {owner: InitialTensors(copies) for owner, copies in self.full_model.init().items()}
@@ -124,19 +118,40 @@ class AdaptedModel:
 
     def init_heads(self, seed: int) -> dict[str, dict[str, Tensor]]:
         """Return the initial weights of each head for a lane with this seed."""
-        return {
-            name: head.init(torch.Generator().manual_seed(stable_seed(seed, name)))
-            for name, head in self.heads.items()
-        }
-
-    def device(self, owner: str) -> torch.device:
-        """Return the device of an owner's tensors."""
-        if owner in self.layers:
-            return self.layers[owner].base_layer.weight.device  # type: ignore[return-value]  # a Tensor
-        if owner in self._layers_by_group:
-            return self.device(self._layers_by_group[owner][0])
-        return next(self.model.parameters()).device
+        return {name: head.init(seeded_generator(seed, name)) for name, head in self.heads.items()}
 
     def detach(self) -> None:
-        """Restore the model bit for bit."""
-        self._module_swap.undo()
+        """Restore the model's own modules and flags; a second call has no effect."""
+        for parent, key, child in self._replaced_modules:
+            parent._modules[key] = child
+        for parameter, required in self._original_requires_grad:
+            parameter.requires_grad_(required)
+        for module in self._attention_modules:
+            del module.lane_dropout
+            module.training = False
+        self._replaced_modules, self._original_requires_grad, self._attention_modules = [], [], []
+
+    def _replace_modules(self, base_dropout: bool) -> None:
+        """Put the lanes' modules into the model in place of its own, and freeze its parameters."""
+        wrappers = (*self.layers.values(), *self.heads.values())
+        replacements: dict[int, nn.Module] = {id(wrapper.base_layer): wrapper for wrapper in wrappers}
+        if base_dropout:
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, nn.Dropout) and module.p > 0:
+                    is_table = isinstance(module, TableDropout)
+                    replacements[id(module)] = LaneDropout(name, module.p, self.state, is_table)
+                if hasattr(module, "is_causal"):  # an attention module of transformers
+                    module.lane_dropout = LaneDropout(f"{name}.probabilities", 0.0, self.state)
+                    module.training = True  # otherwise it passes dropout 0 to its attention function
+                    self._attention_modules.append(module)
+        # A module may have several parents (tied layers): it is replaced in all of them.
+        self._replaced_modules = [
+            (parent, key, child)
+            for parent in self.model.modules()
+            for key, child in parent._modules.items()
+            if child is not None and id(child) in replacements
+        ]
+        for parent, key, child in self._replaced_modules:
+            parent._modules[key] = replacements[id(child)]
+        self._original_requires_grad = [(each, each.requires_grad) for each in self.model.parameters()]
+        self.model.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,6 +15,7 @@ from variants.adapted_model import AdaptedModel, CalibrationTensors
 from variants.base import (
     Batching,
     CalibrationStatistic,
+    InitialTensors,
     LaneView,
     LayerView,
     UnsupportedError,
@@ -71,9 +73,7 @@ class Adapters(AdaptedModel):
         statistic = self.variant.calibration_statistic
         if statistic is not CalibrationStatistic.NONE and calibration is None:
             raise UnsupportedError(f"{self.variant.name} starts from {statistic}: calibrate first")
-        for owner, initial in self.initial_tensors(settings, seed, calibration or {}).items():
-            self.tensors_by_owner[owner].add_lane(lane, initial.trainable, initial.frozen, self.device(owner))
-        self._register_lane(lane, settings, seed)
+        self._store_lane(lane, self.initial_tensors(settings, seed, calibration or {}), settings, seed)
 
     def restore_lane(
         self,
@@ -96,19 +96,19 @@ class Adapters(AdaptedModel):
             UnsupportedError: The tensors do not fit the model, or the settings do not fit the lane group.
         """
         settings = self._validate_new_lane(lane, settings)
-        trainable_by_owner, frozen_by_owner = _group_by_owner(trainable), _group_by_owner(frozen)
-        saved = trainable_by_owner.keys() | frozen_by_owner.keys()
-        foreign, missing = sorted(saved - set(self.tensors_by_owner)), set(self.tensors_by_owner) - saved
-        if foreign or missing:
-            problem = (
-                f"layer {foreign[0]!r} is not adapted" if foreign else f"layer {min(missing)!r} is missing"
-            )
-            raise UnsupportedError(f"lane {lane}: its tensors do not fit the model: {problem}")
-        for owner, tensors in self.tensors_by_owner.items():
-            tensors.add_lane(
-                lane, trainable_by_owner.get(owner, {}), frozen_by_owner.get(owner, {}), self.device(owner)
-            )
-        self._register_lane(lane, settings, seed)
+        saved: defaultdict[str, InitialTensors] = defaultdict(lambda: InitialTensors({}))
+        for name, tensor in trainable.items():
+            owner, _, key = name.rpartition(".")
+            saved[owner].trainable[key] = tensor
+        for name, tensor in frozen.items():
+            owner, _, key = name.rpartition(".")
+            saved[owner].frozen[key] = tensor
+        owners = self.tensors_by_owner.keys()
+        problems = [f"layer {owner!r} is not adapted" for owner in sorted(saved.keys() - owners)]
+        problems += [f"layer {owner!r} is missing" for owner in sorted(owners - saved.keys())]
+        if problems:
+            raise UnsupportedError(f"lane {lane}: its tensors do not fit the model: {problems[0]}")
+        self._store_lane(lane, saved, settings, seed)
 
     def remove_lane(self, lane: str) -> None:
         """Remove a lane and its tensors."""
@@ -120,9 +120,8 @@ class Adapters(AdaptedModel):
     def trainable(self, lane: str) -> dict[str, nn.Parameter]:
         """Return a lane's parameters by "<owner>.<parameter>"."""
         self._require_lane(lane)
-        return {
-            f"{n}.{p}": t for n, own in self.tensors_by_owner.items() for p, t in own.trainable[lane].items()
-        }
+        owners = self.tensors_by_owner.items()
+        return {f"{owner}.{name}": t for owner, own in owners for name, t in own.trainable[lane].items()}
 
     def frozen(self, lane: str) -> dict[str, Tensor]:
         """Return a lane's tensors that no gradient changes, by "<owner>.<tensor>"; a checkpoint needs them.
@@ -130,9 +129,8 @@ class Adapters(AdaptedModel):
         Examples are PiSSA's A0 and B0 and AdaLoRA's mask.
         """
         self._require_lane(lane)
-        return {
-            f"{n}.{p}": t for n, own in self.tensors_by_owner.items() for p, t in own.frozen[lane].items()
-        }
+        owners = self.tensors_by_owner.items()
+        return {f"{owner}.{name}": t for owner, own in owners for name, t in own.frozen[lane].items()}
 
     def is_head(self, parameter: str) -> bool:
         """Return whether a key of `trainable` belongs to the task's head."""
@@ -162,15 +160,14 @@ class Adapters(AdaptedModel):
 
     def parameter_count(self, lane: str) -> int:
         """Return the number of trainable values of a lane, without masked ranks."""
-        total = sum(p.numel() for p in self.trainable(lane).values())
-        settings = self.lane_settings(lane)
+        settings, count = self.lane_settings(lane), 0
+        for name, parameter in self.trainable(lane).items():
+            if name.rpartition(".")[0] not in self.layers:
+                count += parameter.numel()
         for name, rank in self.ranks_in_use(lane).items():
-            layer = self.layers[name]
-            allocated = sum(p.numel() for p in layer.own_tensors.trainable[lane].values())
-            out_features, in_features = layer.frozen_layer.weight.shape
-            in_use = self.variant.parameter_count(out_features, in_features, replace(settings, rank=rank))
-            total += in_use - allocated
-        return total
+            out_features, in_features = self.layers[name].frozen_layer.weight.shape
+            count += self.variant.parameter_count(out_features, in_features, replace(settings, rank=rank))
+        return count
 
     def before_step(self, lane: str, step: int, total_steps: int, moments: Moments) -> None:
         """Run the variant's hook before an optimizer step.
@@ -198,16 +195,13 @@ class Adapters(AdaptedModel):
         if getattr(type(self.variant), hook) is getattr(Variant, hook):
             return  # the variant does not define it
         settings = self.lane_settings(lane)
-        views = {
-            name: LayerView(
-                layer.frozen_layer, layer.own_tensors.trainable[lane], layer.own_tensors.frozen[lane]
-            )
-            for name, layer in self.layers.items()
-        }
+        views = {}
+        for name, layer in self.layers.items():
+            own = layer.own_tensors
+            views[name] = LayerView(layer.frozen_layer, own.trainable[lane], own.frozen[lane])
+        view = LaneView(views, settings, self.lane_seed(lane), step, total_steps, moments)
         with torch.no_grad():
-            getattr(self.variant, hook)(
-                LaneView(views, settings, self.lane_seed(lane), step, total_steps, moments)
-            )
+            getattr(self.variant, hook)(view)
 
     @contextmanager
     def activate_lanes(
@@ -246,15 +240,10 @@ class Adapters(AdaptedModel):
             self._require_lane(lane)
         if not lanes or len(set(lanes)) != len(lanes):
             raise ValueError(f"rows of lanes {list(lanes)}: must be at least one, each once")
-        dropout_steps: tuple[int, ...] | None = None
-        if dropout_step is not None:
-            lane_steps = [dropout_step] * len(lanes) if isinstance(dropout_step, int) else dropout_step
-            dropout_steps = tuple(int(step) for step in lane_steps)
-            if len(dropout_steps) != len(lanes):
-                raise ValueError(f"{len(dropout_steps)} dropout steps for {len(lanes)} lanes")
-        context = ForwardContext(
-            tuple(lanes), dropout_steps, micro_batch, rows_per_lane, shard, attention_mask
-        )
+        steps = [dropout_step] * len(lanes) if isinstance(dropout_step, int) else dropout_step
+        if steps is not None and len(steps) != len(lanes):
+            raise ValueError(f"{len(steps)} dropout steps for {len(lanes)} lanes")
+        context = ForwardContext(tuple(lanes), steps, micro_batch, rows_per_lane, shard, attention_mask)
         full_model = self.full_model.swap_in(lanes[0]) if self.full_model is not None else nullcontext()
         with self._activate(context), full_model:
             yield context
@@ -278,9 +267,8 @@ class Adapters(AdaptedModel):
             head_weights: Head -> parameter -> value, in place of the model's own head.
             attention_mask: (rows, L), False at padding.
         """
-        with self._activate(
-            ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
-        ):
+        context = ForwardContext((), head_weights=head_weights or {}, attention_mask=attention_mask)
+        with self._activate(context):
             yield
 
     def detach(self) -> None:
@@ -318,15 +306,11 @@ class Adapters(AdaptedModel):
                 )
         return settings
 
-    def _register_lane(self, lane: str, settings: VariantSettings, seed: int) -> None:
-        self.state.settings[lane] = settings
-        self.state.seeds[lane] = seed
+    def _store_lane(
+        self, lane: str, tensors: Mapping[str, InitialTensors], settings: VariantSettings, seed: int
+    ) -> None:
+        device = next(self.model.parameters()).device
+        for owner, own in tensors.items():
+            self.tensors_by_owner[owner].add_lane(lane, own.trainable, own.frozen, device)
+        self.state.settings[lane], self.state.seeds[lane] = settings, seed
         self.state.invalidate()
-
-
-def _group_by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        owner, parameter = name.rsplit(".", 1)
-        parts.setdefault(owner, {})[parameter] = tensor
-    return parts

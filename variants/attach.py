@@ -52,7 +52,7 @@ def attach(
     }
     if variant.adaptation_scope is AdaptationScope.HEAD_ONLY and not head_layers:
         raise UnsupportedError(f"{variant.name} trains the task's head alone, and this task has none")
-    target_layers: Mapping[str, nn.Module] = {}
+    target_layers: dict[str, nn.Module] = {}
     if variant.adaptation_scope is AdaptationScope.TARGET_LAYERS:
         found = find_target_layers(model, targets)
         target_layers = {name: module for name, module in found.items() if name not in head_layers}
@@ -68,12 +68,8 @@ def attach(
 def _check_rank(variant: Variant, settings: VariantSettings, layers: Mapping[str, nn.Module]) -> None:
     if not variant.is_rank_limited_by_layer:
         return
-    limits = {
-        name: min(layer.weight.shape) // variant.singular_vectors_per_rank  # type: ignore[arg-type]  # Linear or Conv1D
-        for name, layer in layers.items()
-    }
-    tightest = min(limits, key=lambda name: limits[name])
-    if settings.rank > limits[tightest]:
-        raise UnsupportedError(
-            f"rank {settings.rank} is larger than layer {tightest} allows: at most {limits[tightest]}"
-        )
+    smaller_sides: dict[str, int] = {name: min(layer.weight.shape) for name, layer in layers.items()}  # type: ignore[arg-type]  # Linear or Conv1D
+    name, side = min(smaller_sides.items(), key=lambda item: item[1])
+    limit = side // variant.singular_vectors_per_rank
+    if settings.rank > limit:
+        raise UnsupportedError(f"rank {settings.rank} is larger than layer {name} allows: at most {limit}")

@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.batch_invariant import batch_invariant_baddbmm, batch_invariant_bmm, pad_rank_one
 from variants.errors import MergeError, UnsupportedError
@@ -30,20 +30,13 @@ from variants.initializers import lora_init, uniform_init
 from variants.lane_views import FrozenLayer, InitialTensors, LaneView, LayerView, Params
 from variants.peft_format import PeftFormat
 from variants.seeds import parameter_generator, stable_seed
-from variants.variant_settings import (
-    ExtraSettings,
-    VariantSettings,
-    float_setting,
-    int_setting,
-    positive_setting,
-)
+from variants.variant_settings import ExtraSettings, Limits, VariantSettings
 
 __all__ = [
     "AdaptationScope", "Batching", "CalibrationStatistic", "ExtraSettings", "FrozenLayer",
-    "InitialTensors", "LaneView", "LayerView", "MergeError", "Params", "UnsupportedError", "Variant",
-    "VariantSettings", "VerifiedBy", "batch_invariant_baddbmm", "batch_invariant_bmm", "float_setting",
-    "int_setting", "lora_init", "pad_rank_one", "parameter_generator", "positive_setting", "stable_seed",
-    "uniform_init",
+    "InitialTensors", "LaneView", "LayerView", "Limits", "MergeError", "Params", "UnsupportedError",
+    "Variant", "VariantSettings", "VerifiedBy", "batch_invariant_baddbmm", "batch_invariant_bmm",
+    "lora_init", "pad_rank_one", "parameter_generator", "stable_seed", "uniform_init",
 ]  # fmt: skip
 
 
@@ -90,7 +83,7 @@ class VerifiedBy(StrEnum):
     PAPER = "paper"
     """The paper's equations."""
     NONE = "none"
-    """Nothing: the variant takes part in no verdict."""
+    """Nothing."""
 
 
 class Variant(PeftFormat):
@@ -101,12 +94,6 @@ class Variant(PeftFormat):
 
     name: ClassVar[str]
     """The name on the command line, equal to the name of the file."""
-    title: ClassVar[str]
-    """The name in tables and figures."""
-    axis: ClassVar[str]
-    """What the variant changes, equal to the name of the folder."""
-    paper: ClassVar[str]
-    """arXiv id."""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.NONE
     batching: ClassVar[Batching] = Batching.BATCHED
     numerics: ClassVar[int] = 1
@@ -130,10 +117,12 @@ class Variant(PeftFormat):
     """Whether the variant defines `auxiliary_loss`."""
     extra_defaults: ClassVar[ExtraSettings] = {}
     """Hyperparameters that only this variant has, with their defaults."""
+    extra_limits: ClassVar[Mapping[str, Limits]] = {}
+    """Permitted values of those hyperparameters that are numbers; others are not checked."""
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors whose part of the update counts as part of the frozen weight (PiSSA's
     residual, ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout
-    `add_frozen_update` adds that part, and `prepare` does not get these tensors."""
+    `prepare_frozen_update` prepares that part, and `prepare` does not get these tensors."""
     dropout_on_base: ClassVar[bool] = False
     """Whether the update reads the frozen layer's output, so that dropout has to reach that output too."""
 
@@ -141,9 +130,7 @@ class Variant(PeftFormat):
         """Return the factor s in front of the update."""
         raise NotImplementedError
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         """Return one lane's initial tensors of one layer.
 
         Args:
@@ -172,14 +159,12 @@ class Variant(PeftFormat):
         """
         return {name: self.init(layer, settings, generator(name)) for name, layer in layers.items()}
 
-    def reduce_calibration(
-        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
-    ) -> dict[str, Tensor]:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
         """Reduce a layer's calibration statistic to the few small tensors that the initialization needs.
 
         Args:
             layer: The frozen layer.
-            statistic: The matrix that `calibration_statistic` names.
+            matrix: The matrix that `calibration_statistic` names.
             settings: The settings, with all defaults filled in.
         """
         raise NotImplementedError
@@ -192,7 +177,7 @@ class Variant(PeftFormat):
         return None
 
     def init_layer_group(
-        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: torch.Generator
+        self, layers: Mapping[str, FrozenLayer], settings: VariantSettings, generator: Generator
     ) -> InitialTensors:
         """Return one lane's initial tensors that the layers of a group share.
 
@@ -217,9 +202,7 @@ class Variant(PeftFormat):
         """
         return params
 
-    def forward(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
         """Return the outputs of the adapted layer, (K, N, out).
 
         Parameters come in `layer.dtype`. Cast them to `x.dtype` before a product with x, and multiply with
@@ -227,29 +210,23 @@ class Variant(PeftFormat):
 
         Args:
             x: The layer's input, (K, N, in).
-            base_output: The frozen layer's output with bias, (K, N, out).
+            base: The frozen layer's output with bias, (K, N, out).
             params: The result of `prepare`.
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
         """
         raise NotImplementedError
 
-    def add_frozen_update(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
-        """Add the frozen part of the update, which reads the input before dropout.
+    def prepare_frozen_update(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        """Compute what `forward` needs to add the frozen part of the update.
 
         It is called only in training with dropout, for layers that have tensors of `frozen_update_buffers`.
+        That call of `forward` gets the layer's input before dropout.
 
         Args:
-            x: The layer's input before dropout, (K, N, in).
-            base_output: The frozen layer's output with bias, (K, N, out).
-            params: The lanes' tensors before `prepare`, (K, ...).
+            params: The lanes' tensors, (K, ...).
             layer: The frozen layer.
             scaling: The factor s of each lane, (K, 1, 1).
-
-        Returns:
-            The `base_output` for `forward`, (K, N, out).
         """
         raise NotImplementedError
 
@@ -327,13 +304,14 @@ class Variant(PeftFormat):
         unknown = set(settings.extra) - set(self.extra_defaults)
         if unknown:
             known = ", ".join(sorted(self.extra_defaults)) or "none"
-            raise UnsupportedError(
-                f"{self.name} does not know {sorted(unknown)[0]!r}; its own settings: {known}"
-            )
+            raise UnsupportedError(f"{self.name} does not know {min(unknown)!r}; its own settings: {known}")
+        extra = {**self.extra_defaults, **settings.extra}
+        for name, limits in self.extra_limits.items():
+            limits.check(name, extra[name], self.extra_defaults[name])
         return replace(
             settings,
             rank=rank if self.uses_rank else 0,
             alpha=alpha if self.uses_alpha else None,
             dropout=dropout if self.uses_dropout else 0.0,
-            extra={**self.extra_defaults, **settings.extra},
+            extra=extra,
         )

@@ -59,11 +59,9 @@ class LaneDropout(nn.Module):
         context = self.adapter_state.get_context(self.name)
         if self.is_table:
             lane_tables = x.expand(len(context.lanes), -1, -1)
-            lane_tables = lane_tables * draw_dropout_masks(
-                lane_tables, p, self.name, replace(context, shard=None), self.adapter_state.seeds
-            )
-            return lane_tables.repeat_interleave(context.rows_per_lane or 1, dim=0)
+            unsharded = replace(context, shard=None)
+            masks = draw_dropout_masks(lane_tables, p, self.name, unsharded, self.adapter_state.seeds)
+            return (lane_tables * masks).repeat_interleave(context.rows_per_lane or 1, dim=0)
         flat = split_by_lane(x, context, self.name)
-        return (flat * draw_dropout_masks(flat, p, self.name, context, self.adapter_state.seeds)).view(
-            x.shape
-        )
+        masks = draw_dropout_masks(flat, p, self.name, context, self.adapter_state.seeds)
+        return (flat * masks).view(x.shape)

@@ -98,11 +98,8 @@ class _StatisticAccumulator:
         self.positions = 0
         self.shift: Tensor | None = None  # the first batch's mean; it reduces cancellation in the covariance
         self.shifted_sum = torch.zeros_like(self.matrix[0])
-        hook = (
-            self._accumulate_gradient
-            if statistic is CalibrationStatistic.MEAN_GRADIENT
-            else self._accumulate_inputs
-        )
+        is_gradient = statistic is CalibrationStatistic.MEAN_GRADIENT
+        hook = self._accumulate_gradient if is_gradient else self._accumulate_inputs
         self.handle = layer.base_layer.register_forward_hook(hook)
 
     def _accumulate_inputs(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

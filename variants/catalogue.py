@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     from variants.base import Variant
 
 
-@lru_cache(maxsize=1)
+@cache
 def _axis_by_name() -> dict[str, str]:
-    files = sorted(Path(__file__).parent.glob("*/*.py"))
-    return {
-        file.stem: file.parent.name
-        for file in files
-        if not file.stem.startswith("_") and file.parent.name != "testing"
-    }
+    files = Path(__file__).parent.glob("*/[!_]*.py")
+    return {file.stem: file.parent.name for file in files if file.parent.name != "testing"}
 
 
 def names() -> tuple[str, ...]:
@@ -50,17 +46,16 @@ def get(name: str) -> Variant:
 
     Raises:
         ValueError: There is no variant of this name; the message suggests the nearest name.
-        TypeError: The variant's file does not define exactly one variant with the right name and axis.
+        TypeError: The variant's file does not define exactly one variant with the right name.
     """
-    folder = axis(name)
     from variants.base import Variant
 
-    module = importlib.import_module(f"variants.{folder}.{name}")
+    module = importlib.import_module(f"variants.{axis(name)}.{name}")
     classes = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Variant) and value.__module__ == module.__name__
     ]
-    if len(classes) != 1 or classes[0].name != name or classes[0].axis != folder:
-        raise TypeError(f"{module.__name__} must define one Variant with name {name!r} and axis {folder!r}")
+    if len(classes) != 1 or classes[0].name != name:
+        raise TypeError(f"{module.__name__} must define one Variant with name {name!r}")
     return classes[0]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ class ForwardContext:
 
     lanes: tuple[str, ...]
     """K lanes; empty for the frozen base model."""
-    dropout_steps: tuple[int, ...] | None = None
+    dropout_steps: Sequence[int] | None = None
     """The optimizer step of each lane, which determines its dropout masks; None without dropout."""
     micro_batch: int = 0
     """The number of the micro-batch within the step."""

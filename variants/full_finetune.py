@@ -32,31 +32,24 @@ class FullModelParameters:
             model: The model.
             excluded_module_ids: `id` of the modules to leave out, with everything inside them.
         """
-        self.tensors: dict[str, LaneTensors] = {}
-        self._slots: dict[str, list[tuple[nn.Module, str]]] = {}
-        self._base_parameters: dict[str, nn.Parameter] = {}
         excluded = {
             id(inner) for m in model.modules() if id(m) in excluded_module_ids for inner in m.modules()
         }
-        first_names: dict[int, str] = {}
+        self._slots: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        self._names: dict[nn.Parameter, tuple[str, str]] = {}
         for path, module in model.named_modules():
             if id(module) in excluded:
                 continue
-            for key, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
+            for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 # Several modules may share a parameter (tied embeddings): the lane has one copy of it.
-                name = first_names.setdefault(id(parameter), f"{MODEL_PREFIX}{path}.{key}")
-                self._slots.setdefault(name, []).append((module, key))
-                self._base_parameters[name] = parameter
-        for name in self._base_parameters:
-            self.tensors.setdefault(name.rpartition(".")[0], LaneTensors())
+                self._slots.setdefault(parameter, []).append((module, key))
+                self._names.setdefault(parameter, (f"{MODEL_PREFIX}{path}", key))
+        self.tensors = {owner: LaneTensors() for owner, _ in self._names.values()}
 
     def init(self) -> dict[str, dict[str, torch.Tensor]]:
         """Return copies of the model's parameters, as owner -> parameter -> copy."""
         copies: dict[str, dict[str, torch.Tensor]] = {owner: {} for owner in self.tensors}
-        for name, parameter in self._base_parameters.items():
-            owner, _, key = name.rpartition(".")
+        for parameter, (owner, key) in self._names.items():
             copies[owner][key] = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         return copies
 
@@ -64,20 +57,18 @@ class FullModelParameters:
     def swap_in(self, lane: str) -> Iterator[None]:
         """Let the model compute with the lane's parameters; the backward pass has to run inside."""
         try:
-            for name, frozen in self._base_parameters.items():
-                owner, _, key = name.rpartition(".")
-                lane_parameter = self.tensors[owner].trainable[lane][key].to(frozen.dtype)
-                for module, slot in self._slots[name]:
+            for parameter, (owner, key) in self._names.items():
+                lane_parameter = self.tensors[owner].trainable[lane][key].to(parameter.dtype)
+                for module, slot in self._slots[parameter]:
                     module._parameters[slot] = lane_parameter  # type: ignore[assignment]  # not a leaf
             yield
         finally:
-            for name, frozen in self._base_parameters.items():
-                for module, slot in self._slots[name]:
-                    module._parameters[slot] = frozen
+            for parameter, slots in self._slots.items():
+                for module, slot in slots:
+                    module._parameters[slot] = parameter
 
     @torch.no_grad()
     def copy_to_model(self, lane: str) -> None:
         """Overwrite the model's parameters with the lane's."""
-        for name, frozen in self._base_parameters.items():
-            owner, _, key = name.rpartition(".")
-            frozen.copy_(self.tensors[owner].trainable[lane][key])
+        for parameter, (owner, key) in self._names.items():
+            parameter.copy_(self.tensors[owner].trainable[lane][key])

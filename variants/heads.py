@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from variants.forward_context import AdapterState, split_by_lane
 from variants.lane_tensors import LaneTensors
@@ -26,26 +26,28 @@ class LaneHead(nn.Module):
         base_layer: The replaced layer.
         adapter_state: The state that all adapted layers share.
         own_tensors: The lanes' weights and biases.
+        dtype: The dtype of the lanes' weights and biases.
     """
 
     def __init__(self, name: str, base_layer: nn.Linear, adapter_state: AdapterState) -> None:
         super().__init__()
         self.name, self.base_layer, self.adapter_state = name, base_layer, adapter_state
         self.own_tensors = LaneTensors()
+        self.dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
 
     @property
     def weight(self) -> Tensor:
         """The weight of the replaced layer, for models that read its dtype or device."""
         return self.base_layer.weight
 
-    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, generator: Generator) -> dict[str, Tensor]:
         """Draw a lane's initial weight and bias; the noise comes from the CPU."""
         weight = self.base_layer.weight
         draw = torch.empty(weight.shape, dtype=torch.float32)
         draw.normal_(0, INIT_STD, generator=parameter_generator(generator, "weight"))
-        tensors = {"weight": draw.to(weight.device, _lane_dtype(weight.dtype))}
+        tensors = {"weight": draw.to(weight.device, self.dtype)}
         if self.base_layer.bias is not None:
-            tensors["bias"] = torch.zeros_like(self.base_layer.bias, dtype=_lane_dtype(weight.dtype))
+            tensors["bias"] = torch.zeros_like(self.base_layer.bias, dtype=self.dtype)
         return tensors
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,17 +63,13 @@ class LaneHead(nn.Module):
         context.called_layers.add(self.name)
         if not context.lanes and self.name not in context.head_weights:
             return self.base_layer(x.to(self.base_layer.weight.dtype))
-        x = x.to(_lane_dtype(self.base_layer.weight.dtype))
+        x = x.to(self.dtype)
         if context.lanes:
             flat, params = split_by_lane(x, context, self.name), self.own_tensors.stack(context.lanes)
         else:
             flat = x.reshape(1, -1, x.shape[-1])
             params = {name: tensor.unsqueeze(0) for name, tensor in context.head_weights[self.name].items()}
         return _batched_linear(flat, params).view(*x.shape[:-1], -1)
-
-
-def _lane_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _batched_linear(x: Tensor, params: Mapping[str, Tensor]) -> Tensor:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.lane_views import FrozenLayer, InitialTensors
 from variants.seeds import parameter_generator
 from variants.variant_settings import VariantSettings
 
 
-def uniform_init(
-    shape: tuple[int, ...], bound: float, layer: FrozenLayer, generator: torch.Generator
-) -> Tensor:
+def uniform_init(shape: tuple[int, ...], bound: float, layer: FrozenLayer, generator: Generator) -> Tensor:
     """Draw from the uniform distribution on [-bound, bound).
 
     Args:
@@ -30,7 +28,7 @@ def uniform_init(
     return draw.to(layer.weight.device, layer.dtype)
 
 
-def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator) -> InitialTensors:
+def lora_init(layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
     """Return LoRA's initial A (rank, in) and B (out, rank); B is zero, and so is the update.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)), which is Kaiming-uniform with a = sqrt(5).

@@ -65,18 +65,13 @@ class LaneLinear(nn.Module):
             self.adapter_state.current_context.weight_reads.add(self.name)
         return self.base_layer.weight  # type: ignore[return-value]  # an nn.Module's attribute
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]  # an nn.Module's attribute
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)  # in_features, nf, and other attributes that models read
+            return getattr(self.base_layer, name)  # bias, in_features, and others that models read
 
     def lane_tensors(self, lane: str) -> dict[str, Tensor]:
         """Return the tensors of one lane in this layer by name, with those that its layer group shares."""
@@ -94,32 +89,31 @@ class LaneLinear(nn.Module):
         """
         context = self.adapter_state.get_context(self.name)
         context.called_layers.add(self.name)
-        base_output = self.base_layer(x)
+        base = self.base_layer(x)
         if not context.lanes or x.numel() == 0:
-            return base_output
+            return base
         flat = split_by_lane(x, context, self.name)
-        flat_base = base_output.reshape(len(context.lanes), -1, base_output.shape[-1])
+        flat_base = base.reshape(len(context.lanes), -1, base.shape[-1])
         if context.dropout_steps is not None and self.variant.has_auxiliary_loss and torch.is_grad_enabled():
             self._record_auxiliary_loss(flat, context)
         if context.dropout_steps is None or self.adapter_state.dropout == 0:
-            return self._apply_variant(flat, flat_base, context).view(base_output.shape)
-        dropped = flat * draw_dropout_masks(
-            flat, self.adapter_state.dropout, self.name, context, self.adapter_state.seeds
-        )
+            return self._apply_variant(flat, flat_base, context).view(base.shape)
+        state = self.adapter_state
+        dropped = flat * draw_dropout_masks(flat, state.dropout, self.name, context, state.seeds)
         if not self.variant.dropout_on_base:
-            return self._apply_variant(dropped, flat_base, context, flat).view(base_output.shape)
-        dropped_base_output = self.base_layer(dropped)
-        change = self._apply_variant(dropped, dropped_base_output, context) - dropped_base_output
-        return (flat_base + change).view(base_output.shape)
+            return self._apply_variant(dropped, flat_base, context, flat).view(base.shape)
+        dropped_base = self.base_layer(dropped)
+        change = self._apply_variant(dropped, dropped_base, context) - dropped_base
+        return (flat_base + change).view(base.shape)
 
     def _apply_variant(
-        self, x: Tensor, base_output: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None
+        self, x: Tensor, base: Tensor, context: ForwardContext, x_before_dropout: Tensor | None = None
     ) -> Tensor:
         """Compute the lanes' outputs.
 
         Args:
             x: The layer's input, after dropout if there is any, (K, N, in).
-            base_output: The frozen layer's output, (K, N, out).
+            base: The frozen layer's output, (K, N, out).
             context: The context of the call.
             x_before_dropout: The input before dropout; None if the whole update reads `x`.
 
@@ -132,17 +126,15 @@ class LaneLinear(nn.Module):
             frozen := variant.frozen_update_buffers & self.lane_tensors(lanes[0]).keys()
         ):
             stacked = self._stack_tensors(lanes)
-            base_output = variant.add_frozen_update(x_before_dropout, base_output, stacked, layer, scaling)
+            update = variant.prepare_frozen_update(stacked, layer, scaling)
+            base = variant.forward(x_before_dropout, base, update, layer, scaling)
             unfrozen = {name: tensor for name, tensor in stacked.items() if name not in frozen}
-            return variant.forward(x, base_output, variant.prepare(unfrozen, layer, scaling), layer, scaling)
+            return variant.forward(x, base, variant.prepare(unfrozen, layer, scaling), layer, scaling)
         if variant.batching == Batching.DENSE and layer.weight.numel() * len(lanes) > DENSE_RECOMPUTE_NUMEL:
-            parts = [
-                self._forward_one_lane(x[k : k + 1], base_output[k : k + 1], lane, layer)
-                for k, lane in enumerate(lanes)
-            ]
-            return torch.cat(parts)
+            parts = zip(x.split(1), base.split(1), lanes, strict=True)
+            return torch.cat([self._forward_one_lane(*part, layer) for part in parts])
         params = self._prepare_params(context, layer, scaling)
-        return variant.forward(x, base_output, params, layer, scaling)
+        return variant.forward(x, base, params, layer, scaling)
 
     def _prepare_params(self, context: ForwardContext, layer: FrozenLayer, scaling: Tensor) -> Params:
         """Prepare the lanes' parameters; without gradients only if they have changed."""
@@ -158,7 +150,7 @@ class LaneLinear(nn.Module):
             context.prepared_params[self.name] = cached
         return cached[1]
 
-    def _forward_one_lane(self, x: Tensor, base_output: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
+    def _forward_one_lane(self, x: Tensor, base: Tensor, lane: str, layer: FrozenLayer) -> Tensor:
         """Compute one lane without keeping a full-size tensor for the backward pass."""
         variant, scaling = self.variant, self.adapter_state.scaling(self.variant, (lane,), layer)
 
@@ -166,9 +158,7 @@ class LaneLinear(nn.Module):
             return variant.forward(x, base, variant.prepare(params, layer, scaling), layer, scaling)
 
         params = self._stack_tensors((lane,))
-        if not torch.is_grad_enabled():
-            return run(x, base_output, params)
-        return checkpoint(run, x, base_output, params, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, x, base, params, use_reentrant=False, preserve_rng_state=False)
 
     def _stack_tensors(self, lanes: tuple[str, ...]) -> dict[str, Tensor]:
         own = self.own_tensors.stack(lanes)
@@ -179,8 +169,7 @@ class LaneLinear(nn.Module):
         attention_mask = x.new_ones(x.shape[:3])
         if context.attention_mask is not None and context.attention_mask.numel() == attention_mask.numel():
             attention_mask = context.attention_mask.view(attention_mask.shape).to(x.dtype)
-        term = self.variant.auxiliary_loss(
-            x, attention_mask, self._stack_tensors(context.lanes), self.frozen_layer
-        )
+        params = self._stack_tensors(context.lanes)
+        term = self.variant.auxiliary_loss(x, attention_mask, params, self.frozen_layer)
         # A recomputation in the backward pass must not add the term a second time.
         context.auxiliary_losses.setdefault(self.name, term)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from variants.seeds import stable_seed
+from variants.seeds import seeded_generator
 from variants.variant_settings import VariantSettings
 
 Params = Mapping[str, Tensor]
@@ -74,4 +74,4 @@ class LaneView:
 
     def generator(self, layer: str) -> torch.Generator:
         """Return a new generator for `layer`, which differs at every step."""
-        return torch.Generator().manual_seed(stable_seed(self.seed, layer, self.step))
+        return seeded_generator(self.seed, layer, self.step)

@@ -39,16 +39,14 @@ def merge_and_detach(adapters: Adapters, lane: str) -> None:
 
 
 def _check_mergeable(adapters: Adapters, lane: str) -> None:
-    others = [other for other in adapters.lanes if other != lane]
-    if others:
-        raise MergeError(
-            f"lane {lane} cannot be merged while {others[0]} uses the same base; remove it first"
-        )
-    base_layers = {id(layer.base_layer): name for name, layer in adapters.layers.items()}
-    weights = {id(layer.base_layer.weight): name for name, layer in adapters.layers.items()}
+    for other in adapters.lanes:
+        if other != lane:
+            raise MergeError(
+                f"lane {lane} cannot be merged while {other} uses the same base; remove it first"
+            )
+    layers = {id(layer.base_layer.weight): layer for layer in adapters.layers.values()}
     for path, module in adapters.model.named_modules():
         for parameter in module._parameters.values():
-            if id(parameter) in weights and base_layers.get(id(module)) != weights[id(parameter)]:
-                raise MergeError(
-                    f"{weights[id(parameter)]} shares its weight with {path}: it cannot be merged"
-                )
+            layer = layers.get(id(parameter))
+            if layer is not None and layer.base_layer is not module:
+                raise MergeError(f"{layer.name} shares its weight with {path}: it cannot be merged")

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from variants.lane_views import FrozenLayer, InitialTensors, Params
+from variants.lane_views import InitialTensors, Params
 from variants.variant_settings import VariantSettings
+
+PEFT_FLAGS = ("use_rslora", "use_dora")
+"""Fields of PEFT's config that turn LoRA into another method."""
 
 
 class PeftFormat:
     """Mixin with the conversions to and from PEFT.
 
-    The defaults are right for a method that PEFT does not have: nothing is exported or recognized.
+    The defaults are right for a method that PEFT does not have: nothing is exported or loaded.
     """
 
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
+    peft_method: ClassVar[tuple[str, ...]] = ()
+    """PEFT's `peft_type` of the method, followed by those of `PEFT_FLAGS` that are set. A subclass that does
+    not define this attribute itself loads no adapters: what it exports, its parent class loads."""
+    peft_names: ClassVar[Mapping[str, str]] = {}
+    """Name of a layer's tensor -> PEFT's name; empty if PEFT does not have the method."""
+    peft_group_names: ClassVar[Mapping[str, str]] = {}
+    """Name of a frozen tensor of a layer group -> PEFT's name, relative to the root of PEFT's model."""
+
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
         """Return the tensors of one layer under PEFT's names.
 
         Args:
@@ -25,44 +36,27 @@ class PeftFormat:
             settings: The lane's settings.
 
         Returns:
-            None if PEFT does not have the method.
+            An empty mapping if PEFT does not have the method.
         """
-        return None
-
-    def layer_group_to_peft(self, params: Params) -> dict[str, Tensor]:
-        """Return the tensors of a layer group under PEFT's names, relative to the root of PEFT's model."""
-        return {}
+        return {peft_name: params[name] for name, peft_name in self.peft_names.items()}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         """Return the fields of PEFT's adapter_config.json that describe the result of `to_peft`."""
         raise NotImplementedError
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
-        """Return the settings that a PEFT config describes.
-
-        A subclass that does not define this method itself loads no adapters. What it exports, its parent
-        class loads.
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+        """Return the settings that a PEFT config of this method describes.
 
         Args:
             config: The content of adapter_config.json.
-
-        Returns:
-            None if the config belongs to another method.
         """
-        return None
+        raise NotImplementedError
 
-    def init_from_peft(
-        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
-    ) -> InitialTensors:
+    def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
         """Invert `to_peft`.
 
         Args:
             tensors: One layer's tensors under PEFT's names.
-            layer: The frozen layer.
             settings: The result of `settings_from_peft`.
         """
-        raise NotImplementedError
-
-    def init_layer_group_from_peft(self, tensors: Mapping[str, Tensor]) -> InitialTensors:
-        """Invert `layer_group_to_peft`."""
-        raise NotImplementedError
+        return InitialTensors({name: tensors[peft_name] for name, peft_name in self.peft_names.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
+from torch import Generator
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -13,11 +13,16 @@ def stable_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def parameter_generator(generator: torch.Generator, parameter: str) -> torch.Generator:
+def seeded_generator(*parts: int | str) -> Generator:
+    """Return a new generator on the CPU, whose seed is `stable_seed(*parts)`."""
+    return Generator().manual_seed(stable_seed(*parts))
+
+
+def parameter_generator(generator: Generator, parameter: str) -> Generator:
     """Return a generator for one parameter, independent of what was drawn from `generator` before.
 
     Args:
         generator: The generator of one lane and layer, of which only the seed is used.
         parameter: The parameter's name.
     """
-    return torch.Generator().manual_seed(stable_seed(generator.initial_seed(), parameter))
+    return seeded_generator(generator.initial_seed(), parameter)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from variants import catalogue
 from variants.adapters import Adapters
 from variants.base import InitialTensors, UnsupportedError, Variant, VariantSettings
+from variants.peft_format import PEFT_FLAGS
 from variants.targets import find_target_layers, is_conv1d
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -96,14 +97,13 @@ def save_peft(adapters: Adapters, lane: str, folder: Path, base_model_name: str)
     tensors: dict[str, Tensor] = {}
     for name, layer in adapters.layers.items():
         lane_tensors = {key: tensor.detach() for key, tensor in layer.lane_tensors(lane).items()}
-        for key, tensor in (adapters.variant.to_peft(lane_tensors, settings) or {}).items():
+        for key, tensor in adapters.variant.to_peft(lane_tensors, settings).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.contiguous().cpu()
     if not tensors:
         raise UnsupportedError(f"{adapters.variant.name} cannot be exported: PEFT does not have this method")
     for group in adapters.layer_groups.values():
-        shared = {key: tensor.detach() for key, tensor in group.lane_tensors(lane).items()}
-        for key, tensor in adapters.variant.layer_group_to_peft(shared).items():
-            tensors[f"{PEFT_ROOT}{key}"] = tensor.contiguous().cpu()
+        for key, peft_key in adapters.variant.peft_group_names.items():
+            tensors[f"{PEFT_ROOT}{peft_key}"] = group.frozen[lane][key].contiguous().cpu()
     for name, head in adapters.heads.items():
         for key, tensor in head.own_tensors.lane_tensors(lane).items():
             tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor.detach().cpu()
@@ -138,7 +138,8 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0)
     config = json.loads((folder / CONFIG_FILE).read_text())
     variant, settings = _match_variant(config, folder)
     modules = dict(model.named_modules())
-    tensors_by_module, shared = _read_peft_tensors(folder / TENSORS_FILE, modules)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    tensors_by_module, shared = _read_peft_tensors(folder / TENSORS_FILE, modules, dtype)
     saved_in_full = [f".{name}." for name in config.get("modules_to_save") or ()]
     heads = {
         name: modules[name]
@@ -156,24 +157,18 @@ def load_peft(model: nn.Module, folder: Path, lane: str = "peft", seed: int = 0)
     )
     # Not by attach(): the rank of an exported PiSSA adapter may exceed the size of a layer.
     adapters = Adapters(model, variant, variant.validate_settings(settings), target_layers, heads)
-    initial = {
-        name: variant.init_from_peft(tensors_by_module[name], layer.frozen_layer, settings)
-        for name, layer in adapters.layers.items()
-    }
-    initial |= {name: variant.init_layer_group_from_peft(shared) for name in adapters.layer_groups}
+    initial = {name: variant.init_from_peft(tensors_by_module[name], settings) for name in adapters.layers}
+    shared = {key: shared[peft_key] for key, peft_key in variant.peft_group_names.items()}
+    initial |= {name: InitialTensors({}, shared) for name in adapters.layer_groups}
     initial |= {name: InitialTensors(tensors_by_module[name]) for name in heads}
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    trainable: dict[str, Tensor] = {}
-    frozen: dict[str, Tensor] = {}
-    for name, tensors in initial.items():
-        trainable |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.trainable.items()}
-        frozen |= {f"{name}.{key}": tensor.to(dtype) for key, tensor in tensors.frozen.items()}
+    trainable = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.trainable.items()}
+    frozen = {f"{name}.{key}": t for name, each in initial.items() for key, t in each.frozen.items()}
     adapters.restore_lane(lane, trainable, frozen, settings, seed)
     return adapters
 
 
 def _read_peft_tensors(
-    file: Path, modules: Mapping[str, nn.Module]
+    file: Path, modules: Mapping[str, nn.Module], dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return module -> PEFT's name -> tensor, and the tensors that belong to no module of the base model."""
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
@@ -181,9 +176,9 @@ def _read_peft_tensors(
     for key, tensor in load_file(file).items():
         if key.startswith(PEFT_PREFIX):
             name, rest = _split_key(key.removeprefix(PEFT_PREFIX), modules)
-            tensors_by_module.setdefault(name, {})[rest] = tensor
+            tensors_by_module.setdefault(name, {})[rest] = tensor.to(dtype)
         else:
-            shared[key.removeprefix(PEFT_ROOT)] = tensor
+            shared[key.removeprefix(PEFT_ROOT)] = tensor.to(dtype)
     return tensors_by_module, shared
 
 
@@ -196,13 +191,11 @@ def _match_variant(config: Mapping[str, Any], folder: Path) -> tuple[Variant, Va
         raise UnsupportedError(
             f"{folder}: a {init_method} adapter over a changed base model; let PEFT save it as plain LoRA"
         )
+    method = (config.get("peft_type"), *(flag for flag in PEFT_FLAGS if config.get(flag)))
     for name in catalogue.names():
         variant = catalogue.get(name)
-        if "settings_from_peft" not in vars(type(variant)):
-            continue  # its parent class loads what it exports
-        settings = variant.settings_from_peft(config)
-        if settings is not None:
-            return variant, settings
+        if vars(type(variant)).get("peft_method") == method:
+            return variant, variant.settings_from_peft(config)
     raise UnsupportedError(
         f"{folder}: no variant here is PEFT's {config.get('peft_type')} with these settings"
     )

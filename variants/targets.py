@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import regex
 import torch
@@ -34,21 +33,22 @@ def find_target_layers(model: nn.Module, targets: str) -> dict[str, nn.Module]:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if targets == "blocks":
-        scope = _names_in_module_lists(model)
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        prefixes = tuple(f"{name}." if name else "" for name in lists)
+        scope = [name for name in modules if name.startswith(prefixes)]
         if not scope:
             raise UnsupportedError(
                 "targets 'blocks': the model has no ModuleList of blocks; list the layers by name"
             )
-        match_all = True
     elif targets.startswith("re:"):
-        scope, match_all = _match_pattern(modules, targets), False
+        scope = _match_pattern(modules, targets)
     else:
-        scope, match_all = _match_suffixes(modules, targets), False
+        scope = _match_suffixes(modules, targets)
     for name in scope:
-        _check_adaptable(name, modules, match_all)
+        _check_adaptable(name, modules, match_all=targets == "blocks")
     found = {name: modules[name] for name in scope if is_linear(modules[name])}
     if not found:
-        nearest = _suggest_layer(targets, (name for name, module in modules.items() if is_linear(module)))
+        nearest = _suggest_layer(targets, modules)
         raise UnsupportedError(f"targets {targets!r}: it selects no linear layer. {nearest}")
     return found
 
@@ -66,22 +66,10 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _names_in_module_lists(model: nn.Module) -> list[str]:
-    prefixes = tuple(
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    )
-    return (
-        [name for name, _ in model.named_modules() if name and name.startswith(prefixes)] if prefixes else []
-    )
-
-
-def _match_pattern(modules: dict[str, nn.Module], targets: str) -> list[str]:
+def _match_pattern(modules: Mapping[str, nn.Module], targets: str) -> list[str]:
     try:
-        re.compile(targets.removeprefix("re:"))
         pattern = regex.compile(targets.removeprefix("re:"))
-    except (re.error, regex.error) as error:
+    except regex.error as error:
         raise UnsupportedError(f"targets {targets!r}: not a regular expression ({error})") from None
     try:
         return [name for name in modules if pattern.fullmatch(name, timeout=PATTERN_TIMEOUT_SECONDS)]
@@ -92,15 +80,14 @@ def _match_pattern(modules: dict[str, nn.Module], targets: str) -> list[str]:
         ) from None
 
 
-def _match_suffixes(modules: dict[str, nn.Module], targets: str) -> list[str]:
+def _match_suffixes(modules: Mapping[str, nn.Module], targets: str) -> list[str]:
     scope: list[str] = []
     for ending in (part.strip() for part in targets.split(",")):
         fits = [name for name in modules if ending and f".{name}".endswith(f".{ending}")]
         if not fits:
-            nearest = _suggest_layer(ending, (name for name, module in modules.items() if is_linear(module)))
+            nearest = _suggest_layer(ending, modules)
             raise UnsupportedError(f"target {ending!r}: no module's name ends with it. {nearest}")
         for name in fits:
-            _check_adaptable(name, modules, match_all=False)
             if not is_linear(modules[name]):
                 kind = type(modules[name]).__name__
                 raise UnsupportedError(
@@ -110,14 +97,14 @@ def _match_suffixes(modules: dict[str, nn.Module], targets: str) -> list[str]:
     return scope
 
 
-def _suggest_layer(name: str, layers: Iterable[str]) -> str:
-    choices = sorted({end for layer in layers for end in (layer, layer.rsplit(".", 1)[-1])})
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    ends = sorted({choice for choice in choices if "." not in choice})
+def _suggest_layer(name: str, modules: Mapping[str, nn.Module]) -> str:
+    layers = [layer for layer, module in modules.items() if is_linear(module)]
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    close = difflib.get_close_matches(name, sorted({*layers, *ends}), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"The model's linear layers end in: {', '.join(ends)}."
 
 
-def _check_adaptable(name: str, modules: dict[str, nn.Module], match_all: bool) -> None:
+def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: bool) -> None:
     """Raise UnsupportedError for a module whose weights adapters cannot reach.
 
     Args:

@@ -1,4 +1,4 @@
-"""Hyperparameters of a variant and their validation."""
+"""Hyperparameters of a variant and the values that they may have."""
 
 from __future__ import annotations
 
@@ -24,56 +24,32 @@ class VariantSettings:
     """Values for the variant's `extra_defaults`."""
 
 
-def int_setting(settings: VariantSettings, name: str, minimum: int = 1) -> int:
-    """Return an extra setting that must be a whole number.
+@dataclass(frozen=True)
+class Limits:
+    """The permitted values of an extra setting that is a number."""
 
-    Args:
-        settings: The settings, with all defaults filled in.
-        name: The key in `settings.extra`.
-        minimum: The smallest permitted value.
+    minimum: float = 0.0
+    """The smallest permitted value."""
+    above: float = -math.inf
+    """A lower limit that is not permitted itself."""
+    below: float = math.inf
+    """An upper limit that is not permitted itself."""
 
-    Raises:
-        UnsupportedError: The value is not a whole number of at least `minimum`.
-    """
-    value = settings.extra[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise UnsupportedError(f"{name} {value!r}: must be a whole number of at least {minimum}")
-    return value
+    def check(self, name: str, value: float | int | str | bool, default: float | int | str | bool) -> None:
+        """Check a value; it must be a whole number if the default is an int.
 
-
-def float_setting(
-    settings: VariantSettings, name: str, minimum: float = 0.0, below: float = math.inf
-) -> float:
-    """Return an extra setting that must be a number with minimum <= value < below.
-
-    Args:
-        settings: The settings, with all defaults filled in.
-        name: The key in `settings.extra`.
-        minimum: The smallest permitted value.
-        below: The upper limit, which is not permitted itself.
-
-    Raises:
-        UnsupportedError: The value is not a number in this range.
-    """
-    value = settings.extra[name]
-    if isinstance(value, (str, bool)) or not minimum <= value < below:
-        kind, limit = ("number", f" and below {below:g}") if below < math.inf else ("finite number", "")
-        raise UnsupportedError(f"{name} {value!r}: must be a {kind} of at least {minimum:g}{limit}")
-    return float(value)
-
-
-def positive_setting(settings: VariantSettings, name: str, usual_value: str) -> float:
-    """Return an extra setting that must be a finite number above 0.
-
-    Args:
-        settings: The settings, with all defaults filled in.
-        name: The key in `settings.extra`.
-        usual_value: A remark about the usual value, which ends the error message.
-
-    Raises:
-        UnsupportedError: The value is not a finite number above 0.
-    """
-    value = settings.extra[name]
-    if isinstance(value, (str, bool)) or not math.isfinite(value) or value <= 0:
-        raise UnsupportedError(f"{name} {value!r}: must be a finite number above 0; {usual_value}")
-    return float(value)
+        Raises:
+            UnsupportedError: The value is not permitted.
+        """
+        is_whole = isinstance(default, int)
+        if (
+            isinstance(value, (str, bool))
+            or (is_whole and not isinstance(value, int))
+            or not (self.minimum <= value < self.below and value > self.above)
+        ):
+            kind = "whole number" if is_whole else "finite number" if self.below == math.inf else "number"
+            lowest = f"above {self.above:g}" if self.above > -math.inf else f"of at least {self.minimum:g}"
+            highest = f" and below {self.below:g}" if self.below < math.inf else ""
+            raise UnsupportedError(
+                f"{name} {value!r}: must be a {kind} {lowest}{highest}; the default is {default:g}"
+            )

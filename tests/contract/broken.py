@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     FrozenLayer,
@@ -24,9 +25,7 @@ from variants.optimization.dora import DoRA
 class StartsElsewhere(LoRA):
     """B starts at non-zero values without an offset (RandLoRA in the paper's code)."""
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.trainable["B"].normal_(0, 0.01, generator=parameter_generator(generator, "B"))
         return initial
@@ -35,9 +34,7 @@ class StartsElsewhere(LoRA):
 class DeadTensor(LoRA):
     """One trainable tensor never gets a gradient (LoHa with both B at zero)."""
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.trainable["C"] = torch.ones(layer.weight.shape[0], dtype=layer.dtype)
         return initial
@@ -59,9 +56,7 @@ class MergesUnscaled(LoRA):
 class RoundsTheBase(LoRA):
     """The initialization writes W, here its last bit, as a residual stored in W would at best."""
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         bits = torch.int32 if layer.weight.dtype == torch.float32 else torch.int16
         layer.weight.view(bits).bitwise_and_(-2)
         return super().init(layer, settings, generator)
@@ -70,9 +65,7 @@ class RoundsTheBase(LoRA):
 class MovesFrozen(PiSSA):
     """The hook writes a frozen tensor that is not in `mutable_buffers`."""
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.frozen["steps"] = torch.zeros(1, dtype=layer.dtype)
         return initial
@@ -85,9 +78,9 @@ class MovesFrozen(PiSSA):
 class ForgetsFrozen(LoRA):
     """The initialization draws a random tensor that is not saved."""
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    peft_names: ClassVar[Mapping[str, str]] = {}  # with an export, another law would fail too
+
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         signs = torch.randn(layer.weight.shape[0], generator=torch.Generator().manual_seed(1)).sign()
         layer.cache["signs"] = signs.to(layer.dtype)
         return super().init(layer, settings, generator)
@@ -97,9 +90,6 @@ class ForgetsFrozen(LoRA):
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         return super().delta_weight({**params, "B": _signed(params["B"], layer)}, layer, scaling)
-
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
-        return None
 
 
 def _signed(b: Tensor, layer: FrozenLayer) -> Tensor:

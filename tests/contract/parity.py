@@ -30,7 +30,7 @@ from variants.base import ExtraSettings, InitialTensors, Variant, VariantSetting
 from variants.full_finetune import MODEL_PREFIX
 from variants.targets import is_conv1d
 from variants.testing.cases import Case
-from variants.testing.rig import LaneOptimizer, attach_variant, calibrate_lane, model_output
+from variants.testing.rig import LaneOptimizer, attach_lanes, model_output
 
 RANK, ALPHA, STEPS, LEARNING_RATE, DECAY = 4, 8.0, 10, 0.01, 0.01
 
@@ -145,8 +145,7 @@ def compare_steps(variant: Variant, reference: Reference, model: str) -> Adapter
     """
     case = Case(model, model=model, dtype=torch.float64)
     settings = VariantSettings(RANK, ALPHA, extra=reference.extra)
-    adapters = attach_variant(case, variant, settings)
-    adapters.add_lane("0", settings, seed=0, calibration=calibrate_lane(case, adapters, 0))
+    adapters = attach_lanes(case, variant, 1, settings)
     reference_model, expected = (
         _peft_model(case, adapters, reference) if reference.config else _plain_model(case, adapters)
     )

@@ -18,26 +18,23 @@ import pytest
 from variants import catalogue
 from variants.baseline.lora import LoRA
 from variants.testing import CASES, LAWS, Case, NotApplicableError, applies, check_laws
-from variants.testing.laws import LANE_COUNT_LAWS
 
 
-def traits(law: str, cases: Iterable[Case]) -> set[tuple[str, object]]:
-    """Return the values in `cases` that the default run pairs with `law`."""
+def traits(cases: Iterable[Case]) -> set[tuple[str, object]]:
+    """Return the values in `cases` that the default run pairs with a law."""
     found: set[tuple[str, object]] = set()
     for case in cases:
-        found |= {("model", case.model), ("dtype", case.dtype)}
-        if law not in LANE_COUNT_LAWS:
-            found.add(("several lanes", case.lanes > 1))
+        found |= {("model", case.model), ("dtype", case.dtype), ("several lanes", case.lanes > 1)}
         if not case.is_language_model:  # the language models have fixed shapes and biases
             found |= {("tall", case.out_features > case.in_features), ("bias", case.bias)}
     return found
 
 
 @cache
-def cover(law: str, cases: tuple[Case, ...], first: Case) -> tuple[Case, ...]:
+def cover(cases: tuple[Case, ...], first: Case) -> tuple[Case, ...]:
     """Return the fewest of `cases` that include `first` and have all traits of `cases`."""
     choices = ((first, *more) for size in range(len(cases)) for more in combinations(cases, size))
-    return next(chosen for chosen in choices if traits(law, chosen) == traits(law, cases))
+    return next(chosen for chosen in choices if traits(chosen) == traits(cases))
 
 
 def applicable_cases(law: str, name: str) -> tuple[Case, ...]:
@@ -51,7 +48,7 @@ def parameters() -> Iterator[Any]:
         group = pytest.mark.xdist_group(f"laws-{name}")
         for j, law in enumerate(LAWS):
             cases = applicable_cases(law, name)
-            default = cover(law, cases, cases[(i + j) % len(cases)])
+            default = cover(cases, cases[(i + j) % len(cases)])
             for case in cases:
                 marks = [group] if case in default else [group, pytest.mark.slow]
                 yield pytest.param(name, case, law, id=f"{name}-{case.name}-{law}", marks=marks)
@@ -76,7 +73,7 @@ def test_the_default_run_is_a_pairwise_cover_and_the_slow_cases_are_the_rest_of_
     for name in names:
         for law in LAWS:
             chosen = [case for case in CASES if (name, case, law) in default]
-            assert traits(law, chosen) == traits(law, applicable_cases(law, name)), f"{name}, {law}"
+            assert traits(chosen) == traits(applicable_cases(law, name)), f"{name}, {law}"
     pairs = {(case, law) for _, case, law in product}
     assert {(case, law) for _, case, law in default} == pairs, "a case that no variant meets by default"
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from variants import catalogue
 from variants.attach import Adapters
-from variants.base import Batching, UnsupportedError
+from variants.base import Batching, UnsupportedError, VariantSettings
 from variants.testing.cases import Case
-from variants.testing.rig import NotApplicableError, attach_lanes, lane_inputs, model_output, perturb_lanes
+from variants.testing.rig import attach_lanes, lane_inputs, model_output, perturb_lanes
 
 CASE = Case("rank-one", out_features=64, in_features=48)
 
@@ -34,11 +34,9 @@ def test_lanes_of_rank_one_are_independent(name: str) -> None:
     if catalogue.get(name).batching is Batching.EXCLUSIVE:
         pytest.skip(f"{name} trains one lane at a time")
     try:
-        adapters = attach_lanes(CASE, catalogue.get(name), 3, rank=1)
-    except NotApplicableError as reason:
-        pytest.skip(str(reason))
+        adapters = attach_lanes(CASE, catalogue.get(name), 3, VariantSettings(1, 8.0))
     except UnsupportedError as refusal:
-        assert name == "lora_moe", "only a mixture of experts has no rank 1"
+        assert name in ("head_only", "lora_moe"), "only a head and a mixture of experts have no rank 1"
         pytest.skip(str(refusal))
     perturb_lanes(CASE, adapters)
     alone, grouped = gradients(adapters, ("1",)), gradients(adapters, ("0", "1", "2"))

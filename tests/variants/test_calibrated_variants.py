@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
 from variants.attach import Adapters, attach
-from variants.base import CalibrationStatistic, FrozenLayer, UnsupportedError, VariantSettings
+from variants.base import CalibrationStatistic, FrozenLayer, Params, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
 
@@ -30,10 +30,8 @@ class Gradients(LoRA):
 
     calibration_statistic = CalibrationStatistic.MEAN_GRADIENT
 
-    def reduce_calibration(
-        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
-    ) -> dict[str, Tensor]:
-        return {"matrix": statistic}
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        return {"matrix": matrix}
 
 
 class Inputs(Gradients):

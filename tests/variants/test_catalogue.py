@@ -22,10 +22,8 @@ def test_axes_and_batching_of_five_variants() -> None:
     assert set(expected) <= set(catalogue.names())
     for name, (axis, batching) in expected.items():
         variant = catalogue.get(name)
-        assert (catalogue.axis(name), variant.axis, variant.batching) == (axis, axis, batching)
+        assert (catalogue.axis(name), variant.batching) == (axis, batching)
         assert variant.verified_by == VerifiedBy.REFERENCE_IMPLEMENTATION
-        assert variant.title
-        assert variant.paper
 
 
 def test_an_unknown_name_gets_a_suggestion() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
-from torch import nn
+from torch import Generator, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
@@ -132,9 +132,7 @@ class Aardvark(LoRA):
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         return {**super().peft_config(settings), "init_lora_weights": "gaussian"}
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         return InitialTensors(
             {name: 2 * tensor for name, tensor in super().init(layer, settings, generator).trainable.items()}
         )

@@ -37,7 +37,7 @@ def train_steps(case: Case, adapters: Adapters, steps: int) -> Iterator[int]:
     """Train all lanes and yield the number of steps taken after each step."""
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
     for step in range(steps):
-        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+        train_step(case, adapters, optimizers)
         yield step + 1
 
 
@@ -56,8 +56,8 @@ def delta_weight(adapters: Adapters, name: str, lane: str = "0") -> Tensor:
 def test_a_merge_of_relora_changes_no_output(case: Case) -> None:
     adapters = attach_lanes(case, catalogue.get("relora"), 2)
     optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, 1000) for lane in adapters.lanes}
-    for step in range(5):
-        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+    for _ in range(5):
+        train_step(case, adapters, optimizers)
     before, frozen = lane_outputs(case, adapters), adapters.frozen("0")
     old = {name: tensor.clone() for name, tensor in adapters.trainable("0").items()}
     assert not any(tensor.any() for tensor in frozen.values())
@@ -76,8 +76,8 @@ def test_a_merge_of_relora_changes_no_output(case: Case) -> None:
 def test_relora_prunes_adams_moments() -> None:
     adapters = attach_lanes(RECTANGLES, catalogue.get("relora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 1000)
-    for step in range(3):
-        train_step(RECTANGLES, adapters, {"0": optimizer}, {"0": step})
+    for _ in range(3):
+        train_step(RECTANGLES, adapters, {"0": optimizer})
     parameters = adapters.trainable("0").values()
     before = [{key: moment.clone() for key, moment in optimizer.moments(p).items()} for p in parameters]
     adapters.after_step("0", 250, 1000, optimizer.moments)
@@ -103,7 +103,7 @@ def test_relora_warms_up_again_after_each_merge() -> None:
 
 @pytest.mark.parametrize("case", [RECTANGLES, LLAMA], ids=lambda case: case.name)
 def test_relora_reaches_a_higher_rank_and_can_be_merged_and_exported(case: Case, tmp_path: Path) -> None:
-    adapters = attach_lanes(case, catalogue.get("relora"), 1, rank=2)
+    adapters = attach_lanes(case, catalogue.get("relora"), 1, VariantSettings(2, 8.0))
     train(case, adapters, steps=8)
     name = next(iter(adapters.layers))
     assert torch.linalg.matrix_rank(delta_weight(adapters, name)) == 2 * 4
@@ -149,7 +149,7 @@ def test_delta_lora_equals_the_papers_stepwise_accumulation(model: str) -> None:
 
 
 def test_delta_lora_has_no_dropout() -> None:
-    adapters = attach_lanes(RECTANGLES, catalogue.get("delta_lora"), 1, dropout=0.5)
+    adapters = attach_lanes(RECTANGLES, catalogue.get("delta_lora"), 1, VariantSettings(4, 8.0, dropout=0.5))
     assert adapters.settings.dropout == 0
     train(RECTANGLES, adapters, steps=3)
     clean = attach_lanes(RECTANGLES, catalogue.get("delta_lora"), 1)
@@ -187,7 +187,7 @@ def test_adalora_prunes_the_least_important_of_all_layers() -> None:
     """A layer whose triplets are set to a high importance keeps all of them at the others' expense."""
     adapters = attach_lanes(RECTANGLES, catalogue.get("adalora"), 1)
     optimizer = LaneOptimizer(adapters, "0", 0.01, 40)
-    train_step(RECTANGLES, adapters, {"0": optimizer}, {"0": 0})
+    train_step(RECTANGLES, adapters, {"0": optimizer})
     for kind in ("importance", "uncertainty"):
         adapters.frozen("0")[f"there.1.{kind} E"].fill_(1e6)
     adapters.after_step("0", 17, 40, optimizer.moments)

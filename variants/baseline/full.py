@@ -20,9 +20,6 @@ class Full(Variant):
     """
 
     name: ClassVar[str] = "full"
-    title: ClassVar[str] = "Full fine-tuning"
-    axis: ClassVar[str] = "baseline"
-    paper: ClassVar[str] = ""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
     batching: ClassVar[Batching] = Batching.EXCLUSIVE
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.FULL_MODEL

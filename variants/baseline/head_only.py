@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from variants.base import AdaptationScope, Batching, Variant, VerifiedBy
+from variants.base import AdaptationScope, Variant, VerifiedBy
 
 
 class HeadOnly(Variant):
@@ -17,11 +17,7 @@ class HeadOnly(Variant):
     """
 
     name: ClassVar[str] = "head_only"
-    title: ClassVar[str] = "Head only"
-    axis: ClassVar[str] = "baseline"
-    paper: ClassVar[str] = ""
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
-    batching: ClassVar[Batching] = Batching.BATCHED
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.HEAD_ONLY
     uses_rank: ClassVar[bool] = False
     uses_alpha: ClassVar[bool] = False

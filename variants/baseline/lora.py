@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
-    Batching,
     FrozenLayer,
     InitialTensors,
     Params,
-    UnsupportedError,
     Variant,
     VariantSettings,
     VerifiedBy,
@@ -40,19 +38,16 @@ class LoRA(Variant):
     """
 
     name: ClassVar[str] = "lora"
-    title: ClassVar[str] = "LoRA"
-    axis: ClassVar[str] = "baseline"
-    paper: ClassVar[str] = "2106.09685"
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.REFERENCE_IMPLEMENTATION
-    batching: ClassVar[Batching] = Batching.BATCHED
+    peft_method: ClassVar[tuple[str, ...]] = ("LORA",)
+    peft_names: ClassVar[Mapping[str, str]] = {"A": "lora_A.weight", "B": "lora_B.weight"}
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset({"A0", "B0"})
 
     def scaling(self, settings: VariantSettings) -> float:
-        return _require_alpha(settings) / settings.rank
+        assert settings.alpha is not None
+        return settings.alpha / settings.rank
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         return lora_init(layer, settings, generator)
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
@@ -64,14 +59,11 @@ class LoRA(Variant):
         return torch.cat([a - a0, a0], dim=-2), torch.cat([b, b - b0], dim=-1)
 
     def frozen_factors(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Return A (..., R, in) and B (..., out, R) for the part s B A that `add_frozen_update` adds."""
+        """Return A (..., R, in) and B (..., out, R) for the part s B A of `prepare_frozen_update`."""
         return params["A0"], -params["B0"]
 
-    def add_frozen_update(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
-        a, b = pad_rank_one(*self.frozen_factors(params))
-        return LoRA.forward(self, x, base_output, {"A": a, "sB": b * scaling}, layer, scaling)
+    def prepare_frozen_update(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
+        return _scale_factors(*self.frozen_factors(params), scaling)
 
     def export_rank(self, settings: VariantSettings) -> int:
         """Return the rank of the plain LoRA over the unchanged base model that the export is.
@@ -81,16 +73,11 @@ class LoRA(Variant):
         return settings.rank
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        a, b = pad_rank_one(*self.factors(params))
-        return {"A": a, "sB": b * scaling}
+        return _scale_factors(*self.factors(params), scaling)
 
-    def forward(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
         a, b = params["A"].to(x.dtype), params["sB"].to(x.dtype)
-        return batch_invariant_baddbmm(
-            base_output, batch_invariant_bmm(x, a.transpose(1, 2)), b.transpose(1, 2)
-        )
+        return batch_invariant_baddbmm(base, batch_invariant_bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
         a, b = self.factors(params)
@@ -99,9 +86,9 @@ class LoRA(Variant):
     def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return settings.rank * (in_features + out_features)
 
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
         a, b = self.factors(params)
-        return {"lora_A.weight": a, "lora_B.weight": b}
+        return super().to_peft({**params, "A": a, "B": b}, settings)
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
         rank = self.export_rank(settings)
@@ -112,37 +99,17 @@ class LoRA(Variant):
             "r": rank,
             "lora_alpha": rank * self.scaling(settings) if has_own_scaling else settings.alpha,
             "lora_dropout": settings.dropout,
-            "use_rslora": False,
-            "use_dora": False,
+            "use_rslora": "use_rslora" in self.peft_method,
+            "use_dora": "use_dora" in self.peft_method,
             "bias": "none",
         }
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
-        return lora_settings_from_peft(config)
-
-    def init_from_peft(
-        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
-    ) -> InitialTensors:
-        return InitialTensors({"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"]})
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
+        return VariantSettings(
+            config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
+        )
 
 
-def lora_settings_from_peft(config: Mapping[str, Any], flag: str = "") -> VariantSettings | None:
-    """Return the settings that a PEFT config describes, if it is LoRA with exactly this flag.
-
-    Args:
-        config: The content of adapter_config.json.
-        flag: "use_rslora" or "use_dora"; empty for plain LoRA.
-
-    Returns:
-        None if the config belongs to another method.
-    """
-    on = {name for name in ("use_rslora", "use_dora") if config.get(name, False)}
-    if config.get("peft_type") != "LORA" or on != ({flag} if flag else set()):
-        return None
-    return VariantSettings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0)))
-
-
-def _require_alpha(settings: VariantSettings) -> float:
-    if settings.alpha is None:
-        raise UnsupportedError("alpha None: this variant needs an alpha, a finite number above 0")
-    return settings.alpha
+def _scale_factors(a: Tensor, b: Tensor, scaling: Tensor) -> Params:
+    a, b = pad_rank_one(a, b)
+    return {"A": a, "sB": b * scaling}

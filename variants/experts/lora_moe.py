@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
-    Batching,
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Limits,
     Params,
     UnsupportedError,
     Variant,
@@ -20,8 +21,6 @@ from variants.base import (
     VerifiedBy,
     batch_invariant_baddbmm,
     batch_invariant_bmm,
-    float_setting,
-    int_setting,
     lora_init,
     parameter_generator,
     uniform_init,
@@ -60,33 +59,28 @@ class LoRAMoE(Variant):
     """
 
     name: ClassVar[str] = "lora_moe"
-    title: ClassVar[str] = "LoRAMoE"
-    axis: ClassVar[str] = "experts"
-    paper: ClassVar[str] = "2312.09979"
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
-    batching: ClassVar[Batching] = Batching.BATCHED
     has_auxiliary_loss: ClassVar[bool] = True
     extra_defaults: ClassVar[ExtraSettings] = {"experts": 8, "top_k": 0, "balance": 0.1}
+    extra_limits: ClassVar[Mapping[str, Limits]] = {
+        "experts": Limits(2), "top_k": Limits(), "balance": Limits()
+    }  # fmt: skip
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
-        int_setting(settings, "experts", 2)
         experts, top_k = _expert_count(settings), settings.extra["top_k"]
         if experts == 1:
             most = settings.extra["experts"]
             raise UnsupportedError(f"rank {settings.rank}: no number of experts from 2 to {most} divides it")
-        if int_setting(settings, "top_k", 0) > experts:
+        if int(top_k) > experts:
             raise UnsupportedError(f"top_k {top_k}: there are {experts} experts; 0 weighs all of them")
-        float_setting(settings, "balance")
         return settings
 
     def scaling(self, settings: VariantSettings) -> float:
         assert settings.alpha is not None
         return settings.alpha * _expert_count(settings) / settings.rank
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = lora_init(layer, settings, generator)
         in_features, top_k = layer.weight.shape[1], int(settings.extra["top_k"])
         noise = parameter_generator(generator, "R")
@@ -102,13 +96,11 @@ class LoRAMoE(Variant):
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
         return {**params, "sB": params["B"] * scaling}
 
-    def forward(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
         a, b, gates = params["A"].to(x.dtype), params["sB"].to(x.dtype), _gates(x, params)
         rank_gates = gates.repeat_interleave(a.shape[1] // gates.shape[2], dim=2).to(x.dtype)
         return batch_invariant_baddbmm(
-            base_output, batch_invariant_bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2)
+            base, batch_invariant_bmm(x, a.transpose(1, 2)) * rank_gates, b.transpose(1, 2)
         )
 
     def auxiliary_loss(self, x: Tensor, attention_mask: Tensor, params: Params, layer: FrozenLayer) -> Tensor:

@@ -16,10 +16,9 @@ from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Limits,
     Params,
     VariantSettings,
-    float_setting,
-    int_setting,
     stable_seed,
 )
 from variants.baseline.lora import LoRA
@@ -47,25 +46,15 @@ class EVA(LoRA):
     """
 
     name: ClassVar[str] = "eva"
-    title: ClassVar[str] = "EVA"
-    axis: ClassVar[str] = "initialization"
-    paper: ClassVar[str] = "2410.07170"
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.INPUT_COVARIANCE
     extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "rho": 2.0}
+    extra_limits: ClassVar[Mapping[str, Limits]] = {"calibration_batches": Limits(1), "rho": Limits(1)}
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        int_setting(settings, "calibration_batches")
-        float_setting(settings, "rho", minimum=1)
-        return settings
-
-    def reduce_calibration(
-        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
-    ) -> dict[str, Tensor]:
-        columns = min(_max_rank(settings), len(statistic))
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
+        columns = min(_max_rank(settings), len(matrix))
         # All layers use one seed, so that layers with the same inputs tie exactly; the first one then wins.
-        _, variance, directions = randomized_svd(statistic, columns, iterations=4, seed=stable_seed(columns))
-        total = statistic.trace().clamp_min(torch.finfo(statistic.dtype).tiny)
+        _, variance, directions = randomized_svd(matrix, columns, iterations=4, seed=stable_seed(columns))
+        total = matrix.trace().clamp_min(torch.finfo(matrix.dtype).tiny)
         return {"directions": directions[:columns], "shares": variance[:columns] / total}
 
     def init_layers(

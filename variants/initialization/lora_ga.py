@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     CalibrationStatistic,
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
+    Limits,
+    Params,
     VariantSettings,
     VerifiedBy,
-    int_setting,
-    positive_setting,
     stable_seed,
 )
 from variants.baseline.lora import LoRA
@@ -48,38 +48,29 @@ class LoRAGA(LoRA):
     """
 
     name: ClassVar[str] = "lora_ga"
-    title: ClassVar[str] = "LoRA-GA"
-    axis: ClassVar[str] = "initialization"
-    paper: ClassVar[str] = "2407.05000"
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.AUTHORS_CODE
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.MEAN_GRADIENT
     singular_vectors_per_rank: ClassVar[int] = 2
     frozen_update_buffers: ClassVar[frozenset[str]] = frozenset()
     numerics: ClassVar[int] = 2  # numerics 1 kept the signs that the SVD returned
     extra_defaults: ClassVar[ExtraSettings] = {"calibration_batches": 64, "gamma": 16.0}
-
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        int_setting(settings, "calibration_batches")
-        positive_setting(settings, "gamma", "the paper's is 16")
-        return settings
+    extra_limits: ClassVar[Mapping[str, Limits]] = {
+        "calibration_batches": Limits(1),
+        "gamma": Limits(above=0),
+    }
 
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
-    def reduce_calibration(
-        self, layer: FrozenLayer, statistic: Tensor, settings: VariantSettings
-    ) -> dict[str, Tensor]:
+    def reduce_calibration(self, layer: FrozenLayer, matrix: Tensor, settings: VariantSettings) -> Params:
         rank = settings.rank
-        u, _, vh = randomized_svd(statistic, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
+        u, _, vh = randomized_svd(matrix, 2 * rank, iterations=4, seed=stable_seed(layer.name, rank))
         signs = vh.gather(1, vh.abs().argmax(1, keepdim=True)).sign()
         u, vh = u * signs.t(), signs * vh
-        c = statistic.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
+        c = matrix.shape[0] ** 0.25 / math.sqrt(float(settings.extra["gamma"]))
         return {"A0": c * vh[:rank], "B0": c * u[:, rank : 2 * rank]}
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         like = layer.weight.device, layer.dtype
         a, b = layer.calibration["A0"].to(*like), layer.calibration["B0"].to(*like)
         return InitialTensors({"A": a, "B": b}, {"A0": a, "B0": b})

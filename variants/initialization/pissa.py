@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     ExtraSettings,
@@ -34,9 +34,6 @@ class PiSSA(LoRA):
     """
 
     name: ClassVar[str] = "pissa"
-    title: ClassVar[str] = "PiSSA"
-    axis: ClassVar[str] = "initialization"
-    paper: ClassVar[str] = "2404.02948"
     extra_defaults: ClassVar[ExtraSettings] = {"svd": "exact"}
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
@@ -48,9 +45,7 @@ class PiSSA(LoRA):
             )
         return settings
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         u, s, vh = _singular_triplets(layer, settings.rank, str(settings.extra["svd"]))
         root = (s / self.scaling(settings)).sqrt()
         b, a = u * root, root.unsqueeze(1) * vh

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
     LaneView,
+    Limits,
     Params,
     VariantSettings,
     VerifiedBy,
-    float_setting,
 )
 from variants.baseline.lora import LoRA
 
@@ -37,31 +38,21 @@ class DeltaLoRA(LoRA):
     """
 
     name: ClassVar[str] = "delta_lora"
-    title: ClassVar[str] = "Delta-LoRA"
-    axis: ClassVar[str] = "optimization"
-    paper: ClassVar[str] = "2309.02411"
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
     uses_dropout: ClassVar[bool] = False
     mutable_buffers: ClassVar[frozenset[str]] = frozenset({"before A", "before B"})
     extra_defaults: ClassVar[ExtraSettings] = {"ratio": 2.0, "start": 500 / 1562}
+    extra_limits: ClassVar[Mapping[str, Limits]] = {"ratio": Limits(), "start": Limits(below=1)}
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        float_setting(settings, "ratio")
-        float_setting(settings, "start", below=1)
-        return settings
-
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
-        initial.frozen["ratio"] = initial.trainable["A"].new_full((1, 1), float_setting(settings, "ratio"))
+        initial.frozen["ratio"] = initial.trainable["A"].new_full((1, 1), float(settings.extra["ratio"]))
         for name, tensor in initial.trainable.items():
             initial.frozen[f"before {name}"] = tensor
         return initial
 
     def after_step(self, lane: LaneView) -> None:
-        if lane.step <= round(float_setting(lane.settings, "start") * lane.total_steps) + 1:
+        if lane.step <= round(float(lane.settings.extra["start"]) * lane.total_steps) + 1:
             for view in lane.layers.values():
                 for name, tensor in view.trainable.items():
                     view.frozen[f"before {name}"].copy_(tensor)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import FrozenLayer, InitialTensors, Params, VariantSettings, pad_rank_one
-from variants.baseline.lora import LoRA, lora_settings_from_peft
+from variants.baseline.lora import LoRA
 
 
 class DoRA(LoRA):
@@ -27,14 +27,11 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
-    title: ClassVar[str] = "DoRA"
-    axis: ClassVar[str] = "optimization"
-    paper: ClassVar[str] = "2402.09353"
+    peft_method: ClassVar[tuple[str, ...]] = ("LORA", "use_dora")
+    peft_names: ClassVar[Mapping[str, str]] = {**LoRA.peft_names, "m": "lora_magnitude_vector"}
     dropout_on_base: ClassVar[bool] = True
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
         initial.trainable["m"] = _squared_row_norms(layer).sqrt()
         return initial
@@ -44,11 +41,9 @@ class DoRA(LoRA):
         gain = params["m"] / _row_norms(a, b, layer, scaling)
         return {"A": a, "sB": b * (gain.unsqueeze(2) * scaling), "more": gain.unsqueeze(1) - 1}
 
-    def forward(
-        self, x: Tensor, base_output: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor
-    ) -> Tensor:
-        unbiased = base_output if layer.bias is None else base_output - layer.bias
-        scaled = torch.addcmul(base_output, params["more"].to(x.dtype), unbiased)
+    def forward(self, x: Tensor, base: Tensor, params: Params, layer: FrozenLayer, scaling: Tensor) -> Tensor:
+        unbiased = base if layer.bias is None else base - layer.bias
+        scaled = torch.addcmul(base, params["more"].to(x.dtype), unbiased)
         return super().forward(x, scaled, params, layer, scaling)
 
     def delta_weight(self, params: Params, layer: FrozenLayer, scaling: float) -> Tensor:
@@ -61,26 +56,6 @@ class DoRA(LoRA):
 
     def parameter_count(self, out_features: int, in_features: int, settings: VariantSettings) -> int:
         return super().parameter_count(out_features, in_features, settings) + out_features
-
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
-        return {
-            "lora_A.weight": params["A"],
-            "lora_B.weight": params["B"],
-            "lora_magnitude_vector": params["m"],
-        }
-
-    def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
-        return {**super().peft_config(settings), "use_dora": True}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
-        return lora_settings_from_peft(config, "use_dora")
-
-    def init_from_peft(
-        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
-    ) -> InitialTensors:
-        initial = super().init_from_peft(tensors, layer, settings)
-        initial.trainable["m"] = tensors["lora_magnitude_vector"]
-        return initial
 
 
 def _squared_row_norms(layer: FrozenLayer) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
-from variants.base import ExtraSettings, VariantSettings, positive_setting
+from variants.base import ExtraSettings, Limits, VariantSettings
 from variants.baseline.lora import LoRA
 
 
@@ -16,15 +17,8 @@ class LoRAPlus(LoRA):
     """
 
     name: ClassVar[str] = "lora_plus"
-    title: ClassVar[str] = "LoRA+"
-    axis: ClassVar[str] = "optimization"
-    paper: ClassVar[str] = "2402.12354"
     extra_defaults: ClassVar[ExtraSettings] = {"ratio": 16.0}
-
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        positive_setting(settings, "ratio", "the paper's is 16")
-        return settings
+    extra_limits: ClassVar[Mapping[str, Limits]] = {"ratio": Limits(above=0)}
 
     def parameter_lr_scale(self, parameter: str, settings: VariantSettings) -> float:
         return float(settings.extra["ratio"]) if parameter == "B" else 1.0

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from variants.base import VariantSettings
-from variants.baseline.lora import LoRA, lora_settings_from_peft
+from variants.baseline.lora import LoRA
 
 
 class RsLoRA(LoRA):
@@ -18,15 +17,10 @@ class RsLoRA(LoRA):
     """
 
     name: ClassVar[str] = "rslora"
-    title: ClassVar[str] = "rsLoRA"
-    axis: ClassVar[str] = "optimization"
-    paper: ClassVar[str] = "2312.03732"
+    peft_method: ClassVar[tuple[str, ...]] = ("LORA", "use_rslora")
 
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * math.sqrt(settings.rank)
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
-        return {**super().peft_config(settings), "use_rslora": True, "lora_alpha": settings.alpha}
-
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
-        return lora_settings_from_peft(config, "use_rslora")
+        return {**super().peft_config(settings), "lora_alpha": settings.alpha}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     ExtraSettings,
@@ -15,10 +15,10 @@ from variants.base import (
     InitialTensors,
     LaneView,
     LayerView,
+    Limits,
     Params,
     UnsupportedError,
     VariantSettings,
-    float_setting,
     parameter_generator,
 )
 from variants.baseline.lora import LoRA
@@ -57,35 +57,30 @@ class AdaLoRA(LoRA):
     """
 
     name: ClassVar[str] = "adalora"
-    title: ClassVar[str] = "AdaLoRA"
-    axis: ClassVar[str] = "rank"
-    paper: ClassVar[str] = "2303.10512"
+    peft_method: ClassVar[tuple[str, ...]] = ("ADALORA",)
+    peft_names: ClassVar[Mapping[str, str]] = {name: f"lora_{name}" for name in "AEB"}
     has_auxiliary_loss: ClassVar[bool] = True
     hook_only_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS
     mutable_buffers: ClassVar[frozenset[str]] = AVERAGE_BUFFERS | {"mask"}
     extra_defaults: ClassVar[ExtraSettings] = {
         "initial": 1.5, "warmup": 100 / 1562, "final": 900 / 1562, "orthogonality": 0.5
     }  # fmt: skip
+    extra_limits: ClassVar[Mapping[str, Limits]] = {
+        "initial": Limits(above=1), "warmup": Limits(), "final": Limits(), "orthogonality": Limits()
+    }  # fmt: skip
 
     def validate_settings(self, settings: VariantSettings) -> VariantSettings:
         settings = super().validate_settings(settings)
-        float_setting(settings, "orthogonality")
-        if float_setting(settings, "warmup") + float_setting(settings, "final") >= 1:
+        if float(settings.extra["warmup"]) + float(settings.extra["final"]) >= 1:
             raise UnsupportedError(
                 "warmup and final: must be fractions of the total steps with a sum below 1"
-            )
-        if float_setting(settings, "initial", minimum=1) * settings.rank <= settings.rank:
-            raise UnsupportedError(
-                "initial 1: must be above 1, or there is nothing to prune; the published value is 1.5"
             )
         return settings
 
     def scaling(self, settings: VariantSettings) -> float:
         return super().scaling(settings) * settings.rank / (_initial_rank(settings) + 1e-5)
 
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         (out_features, in_features), rank = layer.weight.shape, _initial_rank(settings)
         trainable = {
             "A": _normal_init((rank, in_features), layer, parameter_generator(generator, "A")),
@@ -140,7 +135,7 @@ class AdaLoRA(LoRA):
             settings.rank if step >= _pruning_end_step(settings, total_steps) else _initial_rank(settings)
         )
 
-    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor] | None:
+    def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params["mask"], "lora_B": params["B"]}
 
     def peft_config(self, settings: VariantSettings) -> dict[str, Any]:
@@ -155,45 +150,41 @@ class AdaLoRA(LoRA):
             "bias": "none",
         }
 
-    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings | None:
-        if config.get("peft_type") != "ADALORA":
-            return None
+    def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
         rank, dropout = config["target_r"], float(config.get("lora_dropout", 0.0))
         extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
         return VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
 
-    def init_from_peft(
-        self, tensors: Mapping[str, Tensor], layer: FrozenLayer, settings: VariantSettings
-    ) -> InitialTensors:
+    def init_from_peft(self, tensors: Params, settings: VariantSettings) -> InitialTensors:
         """Invert `to_peft`; the running averages, which PEFT does not save, start at zero."""
-        trainable = {name: tensors[f"lora_{name}"] for name in "AEB"}
+        trainable = super().init_from_peft(tensors, settings).trainable
         return InitialTensors(trainable, _init_buffers(trainable, self.validate_settings(settings)))
 
 
 def _init_buffers(trainable: Mapping[str, Tensor], settings: VariantSettings) -> dict[str, Tensor]:
-    weight = torch.full_like(trainable["E"][:1], float_setting(settings, "orthogonality"))
+    weight = torch.full_like(trainable["E"][:1], float(settings.extra["orthogonality"]))
     averages = {name: torch.zeros_like(trainable[name[-1]]) for name in sorted(AVERAGE_BUFFERS)}
     return {**averages, "mask": torch.ones_like(trainable["E"]), "orthogonality": weight}
 
 
 def _initial_rank(settings: VariantSettings) -> int:
-    return math.ceil(round(float_setting(settings, "initial") * settings.rank, 6))
+    return math.ceil(round(float(settings.extra["initial"]) * settings.rank, 6))
 
 
-def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: torch.Generator) -> Tensor:
+def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: Generator) -> Tensor:
     draw = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(INIT_STD)
     return draw.to(layer.weight.device, layer.dtype)
 
 
 def _pruning_end_step(settings: VariantSettings, total_steps: int) -> int:
     """Return T - t_f, the step after which the ranks stay fixed; at least one step is scored before it."""
-    final = round(float_setting(settings, "final") * total_steps)
+    final = round(float(settings.extra["final"]) * total_steps)
     return max(2, _pruning_start_step(settings, total_steps) + 1, total_steps - final)
 
 
 def _pruning_start_step(settings: VariantSettings, total_steps: int) -> int:
     """Return t_i, the last step before pruning."""
-    return round(float_setting(settings, "warmup") * total_steps)
+    return round(float(settings.extra["warmup"]) * total_steps)
 
 
 def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:

@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from variants.base import (
     ExtraSettings,
     FrozenLayer,
     InitialTensors,
     LaneView,
+    Limits,
     Params,
     VariantSettings,
     VerifiedBy,
-    float_setting,
-    int_setting,
     lora_init,
 )
 from variants.baseline.lora import LoRA
@@ -55,33 +54,24 @@ class ReLoRA(LoRA):
     """
 
     name: ClassVar[str] = "relora"
-    title: ClassVar[str] = "ReLoRA"
-    axis: ClassVar[str] = "rank"
-    paper: ClassVar[str] = "2307.05695"
     verified_by: ClassVar[VerifiedBy] = VerifiedBy.PAPER
     mutable_buffers: ClassVar[frozenset[str]] = frozenset({"merged A", "merged B"})
     frozen_update_buffers: ClassVar[frozenset[str]] = mutable_buffers
     extra_defaults: ClassVar[ExtraSettings] = {"merges": 3, "warmup": 10 / 1562, "pruned": 0.99}
+    extra_limits: ClassVar[Mapping[str, Limits]] = {
+        "merges": Limits(1), "warmup": Limits(below=1), "pruned": Limits(below=1)
+    }  # fmt: skip
 
-    def validate_settings(self, settings: VariantSettings) -> VariantSettings:
-        settings = super().validate_settings(settings)
-        int_setting(settings, "merges")
-        float_setting(settings, "warmup", below=1)
-        float_setting(settings, "pruned", below=1)
-        return settings
-
-    def init(
-        self, layer: FrozenLayer, settings: VariantSettings, generator: torch.Generator
-    ) -> InitialTensors:
+    def init(self, layer: FrozenLayer, settings: VariantSettings, generator: Generator) -> InitialTensors:
         initial = super().init(layer, settings, generator)
-        merged_rank = settings.rank * int_setting(settings, "merges")
+        merged_rank = settings.rank * int(settings.extra["merges"])
         a, b = initial.trainable["A"], initial.trainable["B"]
         initial.frozen["merged A"] = a.new_zeros(merged_rank, a.shape[1])
         initial.frozen["merged B"] = b.new_zeros(b.shape[0], merged_rank)
         return initial
 
     def schedule_lr_scale(self, step: int, total_steps: int, settings: VariantSettings) -> float:
-        warm = max(1, math.ceil(round(float_setting(settings, "warmup") * total_steps, 9)))
+        warm = max(1, math.ceil(round(float(settings.extra["warmup"]) * total_steps, 9)))
         since = min(
             (step - merge_step for merge_step in _merge_steps(total_steps, settings) if merge_step <= step),
             default=warm,
@@ -101,7 +91,7 @@ class ReLoRA(LoRA):
             a.copy_(lora_init(view.layer, lane.settings, lane.generator(name)).trainable["A"])
             b.zero_()
             for parameter in (a, b):
-                _prune_moments(lane.moments(parameter), float_setting(lane.settings, "pruned"))
+                _prune_moments(lane.moments(parameter), float(lane.settings.extra["pruned"]))
 
     def factors(self, params: Params) -> tuple[Tensor, Tensor]:
         a, b = super().factors(params)
@@ -114,12 +104,12 @@ class ReLoRA(LoRA):
         return params["merged A"], params["merged B"]
 
     def export_rank(self, settings: VariantSettings) -> int:
-        return settings.rank * (int_setting(settings, "merges") + 1)
+        return settings.rank * (int(settings.extra["merges"]) + 1)
 
 
 def _merge_steps(total_steps: int, settings: VariantSettings) -> list[int]:
     """Return the numbers of steps after which a merge is due."""
-    parts = min(int_setting(settings, "merges") + 1, total_steps // 2)
+    parts = min(int(settings.extra["merges"]) + 1, total_steps // 2)
     return [total_steps * part // parts for part in range(1, parts)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,32 +76,23 @@ class Case:
 
 
 class Rectangles(nn.Module):
-    """Two residual blocks, each with a layer (out, in) and a layer (in, out)."""
+    """Two residual blocks, each with a layer (out, in) and a layer (in, out).
 
-    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
+    With `head` they are followed by a task's head of two layers, as RoBERTa has it.
+    """
+
+    def __init__(self, out_features: int, in_features: int, bias: bool, head: bool) -> None:
         super().__init__()
         self.there = nn.ModuleList(nn.Linear(in_features, out_features, bias=bias) for _ in range(2))
         self.back = nn.ModuleList(nn.Linear(out_features, in_features, bias=bias) for _ in range(2))
+        layers = [nn.Linear(in_features, in_features), nn.Tanh(), nn.Linear(in_features, CLASSES)]
+        self.head = nn.Sequential(*layers if head else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., in)."""
+        """Map (..., in) to (..., in), or with a head to (..., CLASSES)."""
         for there, back in zip(self.there, self.back, strict=True):
             x = x + back(torch.tanh(there(x)))
-        return x
-
-
-class RectanglesWithHead(Rectangles):
-    """`Rectangles` with a task's head of two layers, as RoBERTa has it."""
-
-    def __init__(self, out_features: int, in_features: int, bias: bool) -> None:
-        super().__init__(out_features, in_features, bias)
-        self.head = nn.Sequential(
-            nn.Linear(in_features, in_features), nn.Tanh(), nn.Linear(in_features, CLASSES)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., CLASSES)."""
-        return self.head(super().forward(x))
+        return self.head(x)
 
 
 @cache
@@ -110,33 +100,20 @@ def _prototype(model: str, out_features: int, in_features: int, bias: bool) -> n
     """Build a model in float32 on the CPU, once per process: this takes longer than a training step."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return _MODELS[model](out_features, in_features, bias)
+        if model == "llama":
+            llama = LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
+            )  # fmt: skip
+            return LlamaForCausalLM(llama)
+        if model == "gpt2":
+            gpt2 = GPT2Config(
+                vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4,
+                initializer_range=0.15, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            )  # fmt: skip
+            return GPT2LMHeadModel(gpt2)
+        return Rectangles(out_features, in_features, bias, head=model == "headed")
 
-
-def _llama(out_features: int, in_features: int, bias: bool) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15,
-        )
-    )  # fmt: skip
-
-
-def _gpt2(out_features: int, in_features: int, bias: bool) -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )
-    )  # fmt: skip
-
-
-_MODELS: dict[str, Callable[[int, int, bool], nn.Module]] = {
-    "rectangles": Rectangles,
-    "headed": RectanglesWithHead,
-    "llama": _llama,
-    "gpt2": _gpt2,
-}
 
 CASES = (
     Case("tall-bias-float32-one", out_features=40, in_features=24, bias=True, lanes=1),

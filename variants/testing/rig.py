@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from variants.adapted_model import CalibrationTensors
 from variants.adapters import Adapters
 from variants.attach import attach
-from variants.base import CalibrationStatistic, UnsupportedError, Variant, VariantSettings, stable_seed
+from variants.base import CalibrationStatistic, Variant, VariantSettings
 from variants.calibrate import calibrate
+from variants.seeds import seeded_generator
 from variants.testing.cases import ROWS, Case
+
+SETTINGS = VariantSettings(rank=4, alpha=8.0)
 
 
 class NotApplicableError(Exception):
@@ -29,8 +32,7 @@ def attach_lanes(
     case: Case,
     variant: Variant,
     lanes: int,
-    rank: int = 4,
-    dropout: float = 0.0,
+    settings: VariantSettings = SETTINGS,
     model: nn.Module | None = None,
 ) -> Adapters:
     """Attach a variant with lanes "0", "1", ... whose seeds are 0, 1, ...
@@ -39,42 +41,14 @@ def attach_lanes(
         case: The case that builds the model.
         variant: The variant.
         lanes: The number of lanes; a variant that permits fewer gets as many as it permits.
-        rank: The rank of each lane.
-        dropout: The adapters' dropout.
+        settings: The settings of each lane.
         model: A model to use in place of a new one.
-
-    Raises:
-        NotApplicableError: The variant trains only a head, and the model has none.
     """
-    settings = VariantSettings(rank=rank, alpha=8.0, dropout=dropout)
-    adapters = attach_variant(case, variant, settings, model)
+    heads = ["head"] if case.model == "headed" else []
+    adapters = attach(case.build() if model is None else model, variant, settings, heads=heads)
     for lane in range(min(lanes, adapters.max_lanes)):
-        calibration = calibrate_lane(case, adapters, lane)
-        adapters.add_lane(str(lane), settings, seed=lane, calibration=calibration)
+        adapters.add_lane(str(lane), settings, lane, calibrate_lane(case, adapters, lane))
     return adapters
-
-
-def attach_variant(
-    case: Case, variant: Variant, settings: VariantSettings, model: nn.Module | None = None
-) -> Adapters:
-    """Attach a variant without lanes.
-
-    Args:
-        case: The case that builds the model.
-        variant: The variant.
-        settings: The settings of the lane group.
-        model: A model to use in place of a new one.
-
-    Raises:
-        NotApplicableError: The variant trains only a head, and the model has none.
-    """
-    try:
-        heads = ["head"] if case.model == "headed" else []
-        return attach(case.build() if model is None else model, variant, settings, heads=heads)
-    except UnsupportedError as refusal:
-        if case.model != "headed" and "head alone" in str(refusal):
-            raise NotApplicableError(str(refusal)) from None
-        raise
 
 
 def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTensors | None:
@@ -92,15 +66,14 @@ def calibrate_lane(case: Case, adapters: Adapters, lane: int) -> CalibrationTens
 
 
 @torch.no_grad()
-def perturb_lanes(case: Case, adapters: Adapters, change: float = 0.2) -> None:
-    """Add noise to every parameter of every lane until each lane's output differs from the base model's.
+def perturb_lanes(case: Case, adapters: Adapters) -> None:
+    """Add noise to every parameter until each lane's output differs by 20 % from the base model's.
 
     The noise of a tensor depends on its name only, and not on the order in which a lane keeps its tensors.
 
     Args:
         case: The case that the adapters were attached for.
         adapters: The adapters.
-        change: The relative difference of outputs to exceed.
 
     Raises:
         AssertionError: The parameters do not affect the output.
@@ -108,11 +81,11 @@ def perturb_lanes(case: Case, adapters: Adapters, change: float = 0.2) -> None:
     base = base_outputs(case, adapters).chunk(len(adapters.lanes))
     for attempt in range(50):
         outputs = lane_outputs(case, adapters).chunk(len(base))
-        if all(relative_error(out, start) > change for out, start in zip(outputs, base, strict=True)):
+        if all(relative_error(out, start) > 0.2 for out, start in zip(outputs, base, strict=True)):
             return
         for lane in adapters.lanes:
             for name, parameter in adapters.trainable(lane).items():
-                noise = torch.Generator().manual_seed(stable_seed(99, lane, name, attempt))
+                noise = seeded_generator(99, lane, name, attempt)
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise).to(parameter))
     raise AssertionError(f"{adapters.variant.name}: a change of its parameters does not change the output")
 
@@ -125,7 +98,7 @@ def lane_outputs(case: Case, adapters: Adapters, lanes: Sequence[str] | None = N
         return model_output(adapters.model, lane_inputs(case, lanes))
 
 
-def lane_inputs(case: Case, lanes: Sequence[str], steps: Mapping[str, int] | None = None) -> Tensor:
+def lane_inputs(case: Case, lanes: Sequence[str], steps: Sequence[int] | None = None) -> Tensor:
     """Return the rows (K * ROWS, ...) of several lanes.
 
     Args:
@@ -133,7 +106,8 @@ def lane_inputs(case: Case, lanes: Sequence[str], steps: Mapping[str, int] | Non
         lanes: K lanes.
         steps: Each lane's step; 0 by default.
     """
-    return torch.cat([case.rows(int(lane), steps[lane] if steps else 0) for lane in lanes])
+    steps = steps or [0] * len(lanes)
+    return torch.cat([case.rows(int(lane), step) for lane, step in zip(lanes, steps, strict=True)])
 
 
 @torch.no_grad()
@@ -175,13 +149,12 @@ class LaneOptimizer:
         """Delete the lane's gradients."""
         self.optimizer.zero_grad()
 
-    def step(self, learning_rate: float | None = None) -> None:
-        """Take a step, at the lane's learning rate or at the given one."""
+    def step(self) -> None:
+        """Take a step."""
         adapters, taken = self.adapters, self.steps_taken
         factor = adapters.variant.schedule_lr_scale(taken, self.total_steps, self.settings)
         for group in self.optimizer.param_groups:
-            rate = self.learning_rate if learning_rate is None else learning_rate
-            group["lr"] = rate * group["scale"] * factor
+            group["lr"] = self.learning_rate * group["scale"] * factor
         adapters.before_step(self.lane, taken, self.total_steps, self.moments)
         self.optimizer.step()
         self.steps_taken += 1
@@ -193,46 +166,38 @@ class LaneOptimizer:
         return {name: state[name] for name in ("exp_avg", "exp_avg_sq") if name in state}
 
 
-def train_step(
-    case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer], steps: Mapping[str, int]
-) -> float:
+def train_step(case: Case, adapters: Adapters, optimizers: Mapping[str, LaneOptimizer]) -> None:
     """Take one optimizer step of several lanes together.
 
     Args:
         case: The case that draws the rows.
         adapters: The adapters.
         optimizers: The lanes that take part, with their optimizers.
-        steps: Each lane's own step.
-
-    Returns:
-        The sum of the lanes' losses, without auxiliary losses.
     """
-    lanes = tuple(optimizers)
+    lanes, steps = tuple(optimizers), [each.steps_taken for each in optimizers.values()]
     x = lane_inputs(case, lanes, steps)
     for optimizer in optimizers.values():
         optimizer.zero_grad()
-    with adapters.activate_lanes(lanes, [steps[lane] for lane in lanes], rows_per_lane=ROWS) as context:
+    with adapters.activate_lanes(lanes, steps, rows_per_lane=ROWS) as context:
         parts = zip(model_output(adapters.model, x).chunk(len(lanes)), x.chunk(len(lanes)), strict=True)
         losses = torch.stack([case.loss(out, rows) for out, rows in parts])
         auxiliary = context.auxiliary_loss()
         (losses if auxiliary is None else losses + auxiliary).sum().backward()
     for optimizer in optimizers.values():
         optimizer.step()
-    return losses.sum().item()
 
 
-def train(case: Case, adapters: Adapters, steps: int, learning_rate: float = 0.01) -> None:
-    """Train all lanes together for a number of steps.
+def train(case: Case, adapters: Adapters, steps: int) -> None:
+    """Train all lanes together for a number of steps, at a learning rate of 0.01.
 
     Args:
         case: The case that draws the rows.
         adapters: The adapters.
         steps: The number of optimizer steps.
-        learning_rate: The learning rate of every lane.
     """
-    optimizers = {lane: LaneOptimizer(adapters, lane, learning_rate, steps) for lane in adapters.lanes}
-    for step in range(steps):
-        train_step(case, adapters, optimizers, dict.fromkeys(optimizers, step))
+    optimizers = {lane: LaneOptimizer(adapters, lane, 0.01, steps) for lane in adapters.lanes}
+    for _ in range(steps):
+        train_step(case, adapters, optimizers)
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
