@@ -34,8 +34,8 @@ class AdaptedModel:
     Attributes:
         model: The model, with its target layers and heads replaced.
         variant: The rule by which the layers learn.
-        state: What the adapted layers share.
-        settings: What all lanes have in common (rank, dropout, extra settings).
+        state: State that the adapted layers share.
+        settings: Settings that all lanes share (rank, dropout, extra settings).
         layers: The adapted layers by dotted path.
         heads: The task's linear layers by dotted path.
         layer_groups: Tensors that several layers share, by owner.
@@ -60,7 +60,7 @@ class AdaptedModel:
             settings: Validated settings.
             target_layers: The layers to adapt by dotted path.
             heads: The task's linear layers by dotted path.
-            base_dropout: Whether training applies the model's own dropout.
+            base_dropout: True to apply the model's own dropout in training.
         """
         self.model, self.variant, self.settings = model, variant, settings
         self.state = AdapterState()

@@ -63,7 +63,7 @@ class Adapters(AdaptedModel):
             lane: The new lane's name.
             settings: Its settings, of which only alpha may differ from other lanes.
             seed: The seed of its initial tensors, dropout masks and hooks.
-            calibration: The result of `calibrate`, for a variant that needs one.
+            calibration: The result of `calibrate`; None for a variant that needs no calibration.
 
         Raises:
             UnsupportedError: The settings differ from those of the lane group, there is no room for another
@@ -223,7 +223,7 @@ class Adapters(AdaptedModel):
             dropout_step: The optimizer step of all lanes or of each lane, which determines the dropout masks;
                 None turns dropout off, for evaluation.
             micro_batch: The number of the micro-batch within the step.
-            rows_per_lane: R, if every layer is to check it.
+            rows_per_lane: R; None turns off the layers' check of their number of rows.
             shard: (first, total) if a worker computes only the rows from `first` on of the `total` rows that
                 each lane has on all workers together.
             attention_mask: (K*R, L), False at padding.

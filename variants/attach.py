@@ -31,12 +31,12 @@ def attach(
     Args:
         model: The model, without adapters.
         variant: The rule by which the layers learn.
-        settings: What all lanes have in common (rank, dropout, extra settings). The alpha is checked and
+        settings: Settings that all lanes share (rank, dropout, extra settings). The alpha is checked and
             otherwise unused.
         targets: The layers to adapt, as `find_target_layers` takes them.
         heads: Names of the modules that belong to the task. Each lane trains its own copy of every linear
             layer in them.
-        base_dropout: Whether training applies the model's own dropout, with separate masks for each lane.
+        base_dropout: True to apply the model's own dropout in training, with separate masks for each lane.
 
     Raises:
         UnsupportedError: A target does not exist or cannot be adapted, or the settings do not fit a layer.

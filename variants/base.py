@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Batching(StrEnum):
-    """How the lanes of a lane group share a computation."""
+    """Kind of computation that the lanes of a lane group share."""
 
     BATCHED = "batched"
     """One batched matrix product computes all lanes; the base model is never written."""
@@ -74,7 +74,7 @@ class CalibrationStatistic(StrEnum):
 
 
 class VerifiedBy(StrEnum):
-    """What the implementation of a variant was compared with."""
+    """Source that the implementation of a variant was compared with."""
 
     REFERENCE_IMPLEMENTATION = "reference_implementation"
     """A trusted implementation (PEFT), step for step."""
@@ -101,20 +101,21 @@ class Variant(PeftFormat):
     adaptation_scope: ClassVar[AdaptationScope] = AdaptationScope.TARGET_LAYERS
     uses_rank: ClassVar[bool] = True
     is_rank_limited_by_layer: ClassVar[bool] = True
-    """Whether the rank must not exceed the smaller side of a layer."""
+    """True if the rank must not exceed the smaller side of a layer."""
     singular_vectors_per_rank: ClassVar[int] = 1
-    """Number of singular vectors of the layer that each rank takes; divides the largest permitted rank."""
+    """Number of singular vectors of the layer that each rank takes. The limit of the rank is divided by this
+    number."""
     uses_alpha: ClassVar[bool] = True
     uses_dropout: ClassVar[bool] = True
-    """Whether dropout is part of the method; otherwise a dropout in the settings is replaced by 0."""
+    """True if dropout is part of the method; otherwise a dropout in the settings is replaced by 0."""
     calibration_statistic: ClassVar[CalibrationStatistic] = CalibrationStatistic.NONE
-    """What the initialization is computed from. If not NONE, `extra_defaults` has `calibration_batches`."""
+    """Input of the initialization. If it is not NONE, `extra_defaults` must have `calibration_batches`."""
     mutable_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that the hooks write; all others keep their initial values."""
     hook_only_buffers: ClassVar[frozenset[str]] = frozenset()
     """Names of the frozen tensors that only the hooks read."""
     has_auxiliary_loss: ClassVar[bool] = False
-    """Whether the variant defines `auxiliary_loss`."""
+    """True if the variant defines `auxiliary_loss`."""
     extra_defaults: ClassVar[ExtraSettings] = {}
     """Hyperparameters that only this variant has, with their defaults."""
     extra_limits: ClassVar[Mapping[str, Limits]] = {}
@@ -124,7 +125,7 @@ class Variant(PeftFormat):
     residual, ReLoRA's merged factors), so that dropout does not apply to it. In training with dropout
     `prepare_frozen_update` prepares that part, and `prepare` does not get these tensors."""
     dropout_on_base: ClassVar[bool] = False
-    """Whether the update reads the frozen layer's output, so that dropout has to reach that output too."""
+    """True if the update reads the frozen layer's output, to which dropout then applies too."""
 
     def scaling(self, settings: VariantSettings) -> float:
         """Return the factor s in front of the update."""
@@ -150,7 +151,7 @@ class Variant(PeftFormat):
     ) -> dict[str, InitialTensors]:
         """Return one lane's initial tensors of all layers.
 
-        A variant overrides it to distribute ranks among the layers.
+        A variant overrides this method to distribute ranks among the layers.
 
         Args:
             layers: The frozen layers by name.
@@ -189,9 +190,10 @@ class Variant(PeftFormat):
         raise NotImplementedError
 
     def prepare(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        """Compute what `forward` needs and what depends on the parameters alone.
+        """Compute the tensors for `forward` that depend on the parameters and not on the layer's input.
 
-        Training calls it at every forward pass, inside the graph; evaluation calls it once for many passes.
+        Training calls the method at every forward pass, inside the graph; evaluation calls it once for many
+        passes.
 
         Args:
             params: The lanes' tensors, (K, ...).
@@ -218,10 +220,11 @@ class Variant(PeftFormat):
         raise NotImplementedError
 
     def prepare_frozen_update(self, params: Params, layer: FrozenLayer, scaling: Tensor) -> Params:
-        """Compute what `forward` needs to add the frozen part of the update.
+        """Compute the tensors with which `forward` adds the frozen part of the update.
 
-        It is called only in training with dropout, for layers that have tensors of `frozen_update_buffers`.
-        That call of `forward` gets the layer's input before dropout.
+        The method is called only in training with dropout, for layers that have tensors of
+        `frozen_update_buffers`. `forward` is then called twice: for the frozen part with the layer's input
+        before dropout, and for the rest with the input after dropout.
 
         Args:
             params: The lanes' tensors, (K, ...).

@@ -28,10 +28,10 @@ class LaneDropout(nn.Module):
         """Create the module.
 
         Args:
-            name: The module's path in the model. The masks depend on it.
+            name: The module's path in the model, which determines the masks.
             p: The probability of a zero.
             adapter_state: The state that all adapted layers share.
-            is_table: Whether it replaces a `TableDropout`.
+            is_table: True if the module replaces a `TableDropout`.
         """
         super().__init__()
         self.name, self.p, self.adapter_state, self.is_table = name, p, adapter_state, is_table

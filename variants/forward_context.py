@@ -25,7 +25,7 @@ class ForwardContext:
     micro_batch: int = 0
     """The number of the micro-batch within the step."""
     rows_per_lane: int | None = None
-    """R, if every layer is to check it."""
+    """R; None turns off the layers' check of their number of rows."""
     shard: tuple[int, int] | None = None
     """(first, total): these rows are those from `first` on of the `total` rows that a lane has on all workers
     together. None if this worker has all of them."""

@@ -19,16 +19,16 @@ meant."""
 
 @dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """A frozen linear layer as variants see it; variants never write to it."""
+    """View of a frozen linear layer, which variants read and never write."""
 
     name: str
     """Dotted path in the model."""
     weight: Tensor
-    """(out, in), whichever way the module stores it."""
+    """(out, in), also if the module stores (in, out)."""
     bias: Tensor | None
     """(out,)"""
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What a variant derives from the frozen weight alone (an SVD, row norms); all lanes share it."""
+    """Values that a variant derives from the frozen weight alone (an SVD, row norms), shared by all lanes."""
     calibration: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """During initialization: the result of the variant's `reduce_calibration` for this layer."""
 

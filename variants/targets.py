@@ -110,7 +110,7 @@ def _check_adaptable(name: str, modules: Mapping[str, nn.Module], match_all: boo
     Args:
         name: The module's path.
         modules: All modules by path.
-        match_all: Whether the user selected every module in scope, so that modules without linear layers
+        match_all: True if the user selected every module in scope, so that modules without linear layers
             are checked too.
     """
     parents = [".".join(name.split(".")[:end]) for end in range(1, name.count(".") + 1)]

@@ -48,7 +48,7 @@ class Reference:
     names: dict[str, str] = field(default_factory=dict)
     """End of PEFT's name of a tensor -> our name."""
     residual: bool = False
-    """Whether PEFT has written the residual of the initialization into the weight (PiSSA)."""
+    """True if PEFT has written the residual of the initialization into the weight (PiSSA)."""
     extra: ExtraSettings = field(default_factory=dict)
     """Extra settings of our variant."""
     init: Callable[[PeftModel, Adapters, Case], None] | None = None

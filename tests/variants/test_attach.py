@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
 from variants.attach import Adapters, attach
@@ -13,6 +12,7 @@ from variants.base import FrozenLayer, MergeError, Params, UnsupportedError, Var
 from variants.baseline.lora import LoRA
 from variants.errors import BypassedLayerError, UnassignedRowsError
 from variants.merging import merge_and_detach
+from variants.testing import Case
 
 SETTINGS = VariantSettings(rank=2, alpha=4.0)
 
@@ -219,12 +219,7 @@ def test_restoring_a_lane_names_tensors_that_do_not_fit() -> None:
 @pytest.mark.parametrize("name", ["lora", "hira", "dora"])
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
     """The recomputation runs after activate_lanes() has ended and needs the same lanes and masks."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-        )
-    )
-    model.train()
+    model = Case("llama", model="llama").build().train()
     ids = torch.randint(0, 16, (16, 6), generator=torch.Generator().manual_seed(0))
     adapters = adapted(model, name=name, settings=VariantSettings(2, 4.0, dropout=0.3))
     randomize(adapters)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from variants import catalogue
@@ -16,6 +15,7 @@ from variants.attach import Adapters, attach
 from variants.base import CalibrationStatistic, FrozenLayer, Params, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.calibrate import calibrate
+from variants.testing import Case
 
 CALIBRATED = [
     name
@@ -23,6 +23,8 @@ CALIBRATED = [
     if catalogue.get(name).calibration_statistic is not CalibrationStatistic.NONE
 ]
 BATCHES = 3
+GPT2 = Case("gpt2", model="gpt2")
+"""A model with layers of type Conv1D, those of the attention with shape (32, 96)."""
 
 
 class Gradients(LoRA):
@@ -36,16 +38,6 @@ class Gradients(LoRA):
 
 class Inputs(Gradients):
     calibration_statistic = CalibrationStatistic.INPUT_COVARIANCE
-
-
-def gpt2() -> GPT2LMHeadModel:
-    """Return a model with layers of type Conv1D, those of the attention with shape (32, 96)."""
-    torch.manual_seed(5)
-    config = GPT2Config(
-        vocab_size=40, n_positions=8, n_embd=32, n_layer=2, n_head=4, initializer_range=0.15,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 def ids(batch: int) -> Tensor:
@@ -72,7 +64,7 @@ def calibration(adapters: Adapters, budget: int = 1 << 30) -> tuple[dict[str, di
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs(), *map(catalogue.get, CALIBRATED)])
 def test_a_small_memory_budget_takes_more_passes_with_equal_results(variant: LoRA) -> None:
-    adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
+    adapters = attach(GPT2.build(), variant, VariantSettings(3, 6.0))
     at_once, one = calibration(adapters)
     in_groups, several = calibration(adapters, budget=40_000)
     each, most = calibration(adapters, budget=1)
@@ -86,7 +78,7 @@ def test_a_small_memory_budget_takes_more_passes_with_equal_results(variant: LoR
 
 @pytest.mark.parametrize("variant", [Gradients(), Inputs()])
 def test_calibration_removes_its_hooks_and_gradients(variant: LoRA) -> None:
-    adapters = attach(gpt2(), variant, VariantSettings(3, 6.0))
+    adapters = attach(GPT2.build(), variant, VariantSettings(3, 6.0))
     calibration(adapters)
     assert not any(layer.base_layer._forward_hooks for layer in adapters.layers.values())
     assert all(parameter.grad is None for parameter in adapters.model.parameters())
@@ -94,8 +86,8 @@ def test_calibration_removes_its_hooks_and_gradients(variant: LoRA) -> None:
 
 def test_the_mean_gradient_equals_autograd_of_the_plain_model() -> None:
     """It has the shape (out, in) although the modules of this model store (in, out)."""
-    found, _ = calibration(attach(gpt2(), Gradients(), VariantSettings(3, 6.0)))
-    plain = gpt2()
+    found, _ = calibration(attach(GPT2.build(), Gradients(), VariantSettings(3, 6.0)))
+    plain = GPT2.build()
     for batch in range(BATCHES):
         (batch_loss(plain, batch) / BATCHES).backward()
     for name, tensors in found.items():
@@ -208,7 +200,7 @@ def test_lora_ga_does_not_depend_on_the_signs_of_an_svd(monkeypatch: pytest.Monk
 
 def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
     settings = VariantSettings(4, 8.0, dropout=0.5)
-    adapters = attach(gpt2(), catalogue.get("lora_ga"), settings)
+    adapters = attach(GPT2.build(), catalogue.get("lora_ga"), settings)
     adapters.add_lane("a", settings, seed=0, calibration=calibration(adapters)[0])
     with torch.no_grad():
         with adapters.disable_adapters():
@@ -218,14 +210,14 @@ def test_lora_ga_starts_at_the_base_with_dropout_too() -> None:
 
 
 def test_lora_ga_limits_the_rank_to_half_of_the_smaller_side() -> None:
-    attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(16, 8.0))
+    attach(GPT2.build(), catalogue.get("lora_ga"), VariantSettings(16, 8.0))
     with pytest.raises(UnsupportedError, match=r"rank 17 is larger than layer .* allows: at most 16"):
-        attach(gpt2(), catalogue.get("lora_ga"), VariantSettings(17, 8.0))
+        attach(GPT2.build(), catalogue.get("lora_ga"), VariantSettings(17, 8.0))
 
 
 def eva(rank: int = 3, rho: float = 2.0) -> tuple[Adapters, dict[str, dict[str, Tensor]]]:
     settings = VariantSettings(rank, 6.0, extra={"rho": rho})
-    adapters = attach(gpt2(), catalogue.get("eva"), settings)
+    adapters = attach(GPT2.build(), catalogue.get("eva"), settings)
     found, _ = calibration(adapters)
     adapters.add_lane("a", settings, seed=0, calibration=found)
     return adapters, found
@@ -233,7 +225,7 @@ def eva(rank: int = 3, rho: float = 2.0) -> tuple[Adapters, dict[str, dict[str, 
 
 def test_eva_takes_the_directions_of_largest_variance() -> None:
     """The shares of variance equal the exact eigenvalues' shares and the variance along the directions."""
-    matrices, _ = calibration(attach(gpt2(), Inputs(), VariantSettings(3, 6.0)))
+    matrices, _ = calibration(attach(GPT2.build(), Inputs(), VariantSettings(3, 6.0)))
     adapters, found = eva()
     for name, tensors in found.items():
         covariance, directions = matrices[name]["matrix"], tensors["directions"]
@@ -303,6 +295,6 @@ def test_invalid_settings_are_refused(name: str, extra: dict[str, float], messag
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_lane_without_calibration_is_refused(name: str) -> None:
-    adapters = attach(gpt2(), catalogue.get(name), VariantSettings(3, 6.0))
+    adapters = attach(GPT2.build(), catalogue.get(name), VariantSettings(3, 6.0))
     with pytest.raises(UnsupportedError, match=f"{name} starts from .*: calibrate first"):
         adapters.add_lane("a", VariantSettings(3, 6.0), seed=0)

@@ -49,18 +49,9 @@ def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | Non
         return None
     found = {}
     for name, layer in adapters.layers.items():
-        out_features, in_features = layer.frozen_layer.weight.shape
-        rows = (
-            out_features
-            if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
-            else in_features
-        )
-        matrix = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(1))
-        matrix = (
-            matrix
-            if variant.calibration_statistic is CalibrationStatistic.MEAN_GRADIENT
-            else matrix @ matrix.T
-        )
+        matrix = torch.randn(layer.frozen_layer.weight.shape, generator=torch.Generator().manual_seed(1))
+        if variant.calibration_statistic is CalibrationStatistic.INPUT_COVARIANCE:
+            matrix = matrix.T @ matrix
         found[name] = variant.reduce_calibration(layer.frozen_layer, matrix, adapters.settings)
     return found
 

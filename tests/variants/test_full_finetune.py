@@ -19,13 +19,9 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = True) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
             tie_word_embeddings=tied,
-        )
+        )  # fmt: skip
         return LlamaForCausalLM(config).to(dtype).eval()
 
 

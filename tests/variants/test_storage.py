@@ -10,29 +10,16 @@ import pytest
 import torch
 from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Generator, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from variants import catalogue
 from variants.attach import attach
 from variants.base import FrozenLayer, InitialTensors, UnsupportedError, VariantSettings
 from variants.baseline.lora import LoRA
 from variants.storage import load_lane, load_peft, save_lane, save_peft
+from variants.testing import Case
 
+LLAMA, GPT2 = Case("llama", model="llama"), Case("gpt2", model="gpt2")
 IDS = torch.randint(0, 16, (8, 5), generator=torch.Generator().manual_seed(0))
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-        )
-    ).eval()
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=16, n_layer=1, n_head=2, n_positions=8)).eval()
 
 
 def save_with_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.Tensor:
@@ -57,8 +44,8 @@ def save_with_peft(folder: Path, config: PeftConfig, base: nn.Module) -> torch.T
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_adapters_of_peft_are_loaded(tmp_path: Path, config: PeftConfig, variant: str) -> None:
-    peft_logits = save_with_peft(tmp_path, config, llama())
-    adapters = load_peft(llama(), tmp_path)
+    peft_logits = save_with_peft(tmp_path, config, LLAMA.build())
+    adapters = load_peft(LLAMA.build(), tmp_path)
     assert adapters.variant.name == variant
     with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         ours = adapters.model(IDS).logits
@@ -67,8 +54,8 @@ def test_adapters_of_peft_are_loaded(tmp_path: Path, config: PeftConfig, variant
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_adapters_on_conv1d_are_loaded(tmp_path: Path) -> None:
-    peft_logits = save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), gpt2())
-    adapters = load_peft(gpt2(), tmp_path)
+    peft_logits = save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["c_attn", "c_fc"]), GPT2.build())
+    adapters = load_peft(GPT2.build(), tmp_path)
     with torch.no_grad(), adapters.activate_lanes(["peft"], None):
         torch.testing.assert_close(adapters.model(IDS).logits, peft_logits, rtol=1e-4, atol=1e-5)
 
@@ -78,8 +65,8 @@ def test_modules_to_save_become_the_lanes_head(tmp_path: Path, variant: str) -> 
     config = LoraConfig(
         r=3, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=variant == "dora"
     )
-    peft_logits = save_with_peft(tmp_path, config, llama())
-    adapters = load_peft(llama(), tmp_path)
+    peft_logits = save_with_peft(tmp_path, config, LLAMA.build())
+    adapters = load_peft(LLAMA.build(), tmp_path)
     assert adapters.variant.name == variant
     assert list(adapters.heads) == ["lm_head"]
     assert [name for name in adapters.trainable("peft") if adapters.is_head(name)] == ["lm_head.weight"]
@@ -101,26 +88,26 @@ def test_modules_to_save_become_the_lanes_head(tmp_path: Path, variant: str) -> 
     ],
 )
 def test_unsupported_adapters_are_refused(tmp_path: Path, config: PeftConfig, message: str) -> None:
-    save_with_peft(tmp_path, config, llama())
+    save_with_peft(tmp_path, config, LLAMA.build())
     with pytest.raises(UnsupportedError, match=message):
-        load_peft(llama(), tmp_path)
+        load_peft(LLAMA.build(), tmp_path)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), llama())
+    save_with_peft(tmp_path, LoraConfig(r=3, target_modules=["q_proj"]), LLAMA.build())
     with pytest.raises(UnsupportedError, match="which the model does not have"):
-        load_peft(gpt2(), tmp_path)
+        load_peft(GPT2.build(), tmp_path)
 
 
 def test_pissa_is_exported_as_lora_of_twice_the_rank(tmp_path: Path) -> None:
     settings = VariantSettings(10, 5.0)  # twice the rank is more than the layers' 16, and still loads
-    adapters = attach(llama(), catalogue.get("pissa"), settings)
+    adapters = attach(LLAMA.build(), catalogue.get("pissa"), settings)
     adapters.add_lane("a", settings, 0)
     save_peft(adapters, "a", tmp_path, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (20, 10.0, "LORA")
     assert config["base_model_name_or_path"] == "some/base"
-    back = load_peft(llama(), tmp_path)
+    back = load_peft(LLAMA.build(), tmp_path)
     assert (back.variant.name, back.settings.rank) == ("lora", 20)
 
 
@@ -150,12 +137,12 @@ class Thirds(LoRA):
 def test_a_subclass_does_not_load_plain_lora_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_with_peft(tmp_path, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]), llama())
+    save_with_peft(tmp_path, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"]), LLAMA.build())
     known = {"aardvark": Aardvark(), **{name: catalogue.get(name) for name in catalogue.names()}}
     monkeypatch.setattr(catalogue, "names", lambda: tuple(sorted(known)))
     monkeypatch.setattr(catalogue, "get", known.__getitem__)
     assert catalogue.names()[0] < "lora"
-    assert load_peft(llama(), tmp_path).variant.name == "lora"
+    assert load_peft(LLAMA.build(), tmp_path).variant.name == "lora"
 
 
 @pytest.mark.parametrize(
@@ -172,9 +159,9 @@ def test_the_exported_alpha_gives_the_variants_scaling(name: str) -> None:
 
 
 def test_a_lane_of_another_variant_is_refused(tmp_path: Path) -> None:
-    adapters = attach(llama(), catalogue.get("lora"), VariantSettings(2))
+    adapters = attach(LLAMA.build(), catalogue.get("lora"), VariantSettings(2))
     adapters.add_lane("a", VariantSettings(2), seed=5)
     save_lane(adapters, "a", tmp_path / "a.safetensors")
-    others = attach(llama(), catalogue.get("dora"), VariantSettings(2))
+    others = attach(LLAMA.build(), catalogue.get("dora"), VariantSettings(2))
     with pytest.raises(UnsupportedError, match="holds a lane of lora, not of dora"):
         load_lane(others, "b", tmp_path / "a.safetensors")

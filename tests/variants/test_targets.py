@@ -5,21 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from variants import catalogue, targets
 from variants.attach import attach
 from variants.base import UnsupportedError, VariantSettings
 from variants.targets import find_target_layers
+from variants.testing import Case
 
 
 @pytest.fixture(scope="module")
 def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-        )
-    )
+    return Case("llama", model="llama").build()
 
 
 @pytest.fixture(scope="module")
