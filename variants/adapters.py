@@ -61,8 +61,8 @@ class Adapters(AdaptedModel):
 
         Args:
             lane: The new lane's name.
-            settings: Its settings, of which only alpha may differ from other lanes.
-            seed: The seed of its initial tensors, dropout masks and hooks.
+            settings: The lane's settings, of which only alpha may differ from those of other lanes.
+            seed: The seed of the lane's initial tensors, dropout masks and hooks.
             calibration: The result of `calibrate`; None for a variant that needs no calibration.
 
         Raises:
@@ -83,14 +83,14 @@ class Adapters(AdaptedModel):
         settings: VariantSettings,
         seed: int = 0,
     ) -> None:
-        """Add a lane that was saved, bit for bit.
+        """Add a saved lane, bit for bit.
 
         Args:
             lane: The lane's name.
-            trainable: The result of `trainable` when it was saved.
-            frozen: The result of `frozen` when it was saved.
-            settings: Its settings.
-            seed: The seed of its dropout masks and hooks.
+            trainable: The result of `trainable` when the lane was saved.
+            frozen: The result of `frozen` when the lane was saved.
+            settings: The lane's settings.
+            seed: The seed of the lane's dropout masks and hooks.
 
         Raises:
             UnsupportedError: The tensors do not fit the model, or the settings do not fit the lane group.
@@ -124,7 +124,7 @@ class Adapters(AdaptedModel):
         return {f"{owner}.{name}": t for owner, own in owners for name, t in own.trainable[lane].items()}
 
     def frozen(self, lane: str) -> dict[str, Tensor]:
-        """Return a lane's tensors that no gradient changes, by "<owner>.<tensor>"; a checkpoint needs them.
+        """Return a lane's frozen tensors by "<owner>.<tensor>"; checkpoints store them.
 
         Examples are PiSSA's A0 and B0 and AdaLoRA's mask.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
@@ -58,9 +59,8 @@ def calibrate(
             for accumulator in accumulators.values():
                 accumulator.handle.remove()
         for name, accumulator in accumulators.items():
-            tensors = adapters.variant.reduce_calibration(
-                adapters.layers[name].frozen_layer, accumulator.compute(batches), settings
-            )
+            layer = adapters.layers[name].frozen_layer
+            tensors = adapters.variant.reduce_calibration(layer, accumulator.compute(batches), settings)
             reduced[name] = {key: tensor.cpu() for key, tensor in tensors.items()}
             accumulator.matrix = torch.empty(0)
     return reduced
@@ -71,12 +71,12 @@ def _split_by_memory(adapters: Adapters, memory_budget: int) -> Iterator[list[La
     group: list[LaneLinear] = []
     size = 0
     for layer in adapters.layers.values():
-        rows, columns = _matrix_shape(layer, adapters.variant.calibration_statistic)
-        if group and size + 4 * rows * columns > memory_budget:
+        layer_size = 4 * math.prod(_matrix_shape(layer, adapters.variant.calibration_statistic))
+        if group and size + layer_size > memory_budget:
             yield group
             group, size = [], 0
         group.append(layer)
-        size += 4 * rows * columns
+        size += layer_size
     if group:
         yield group
 
@@ -90,11 +90,9 @@ class _StatisticAccumulator:
     """Accumulation of one layer's matrix in a hook of the layer, while the model runs."""
 
     def __init__(self, layer: LaneLinear, statistic: CalibrationStatistic) -> None:
-        frozen_layer = layer.frozen_layer
+        weight, dtype = layer.frozen_layer.weight, layer.frozen_layer.dtype
         self.adapter_state = layer.adapter_state
-        self.matrix = torch.zeros(
-            _matrix_shape(layer, statistic), device=frozen_layer.weight.device, dtype=frozen_layer.dtype
-        )
+        self.matrix = torch.zeros(_matrix_shape(layer, statistic), device=weight.device, dtype=dtype)
         self.positions = 0
         self.shift: Tensor | None = None  # the first batch's mean; it reduces cancellation in the covariance
         self.shifted_sum = torch.zeros_like(self.matrix[0])

@@ -41,7 +41,7 @@ class ForwardContext:
     """Module -> number of times that its masks were drawn. A model may call a module twice, and each call has
     its own masks."""
     recomputed_mask_draws: dict[str, int] | None = None
-    """The same count inside `AdapterState.checkpoint_contexts` during recomputation in the backward pass."""
+    """The count of mask draws while `AdapterState.checkpoint_contexts` recomputes a part of the model."""
     prepared_params: dict[str, tuple[list[int], Params]] = field(default_factory=dict)
     """Layer -> (versions of the parameters, result of `Variant.prepare`). It is used without gradients, where
     the same parameters serve many calls."""
@@ -91,9 +91,10 @@ class AdapterState:
         )
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Return contexts for a part of the model that starts now, and for its recomputation in backward.
+        """Return the two context managers that gradient checkpointing needs for a part of the model.
 
-        The recomputation draws the same masks as the first computation.
+        The first is for the computation of the part, which starts right after this call, and the second for
+        the recomputation in the backward pass, which then draws the same masks.
         """
         context = self.current_context or self.last_context
         return nullcontext(), nullcontext() if context is None else _count_recomputed_draws(

@@ -26,7 +26,7 @@ class FullModelParameters:
     """
 
     def __init__(self, model: nn.Module, excluded_module_ids: set[int]) -> None:
-        """List the parameters.
+        """Find the parameters and the modules that use them.
 
         Args:
             model: The model.

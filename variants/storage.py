@@ -21,7 +21,7 @@ from variants.peft_format import PEFT_FLAGS
 from variants.targets import find_target_layers, is_conv1d
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""Names of the files in a folder of PEFT's."""
+"""Names of the files that PEFT writes for an adapter."""
 PEFT_ROOT = "base_model."
 """Prefix of the names of all tensors in PEFT's file."""
 PEFT_PREFIX = f"{PEFT_ROOT}model."

@@ -21,11 +21,9 @@ def gradients(adapters: Adapters, lanes: tuple[str, ...]) -> dict[str, Tensor]:
         for parameter in adapters.trainable(lane).values():
             parameter.grad = None
     with adapters.activate_lanes(lanes, None) as context:
-        loss, extra = (
-            model_output(adapters.model, lane_inputs(CASE, lanes)).square().sum(),
-            context.auxiliary_loss(),
-        )
-        (loss if extra is None else loss + extra.sum()).backward()
+        loss = model_output(adapters.model, lane_inputs(CASE, lanes)).square().sum()
+        auxiliary = context.auxiliary_loss()
+        (loss if auxiliary is None else loss + auxiliary.sum()).backward()
     return {n: p.grad.clone() for n, p in adapters.trainable("1").items() if p.grad is not None}
 
 

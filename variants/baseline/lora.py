@@ -66,9 +66,9 @@ class LoRA(Variant):
         return _scale_factors(*self.frozen_factors(params), scaling)
 
     def export_rank(self, settings: VariantSettings) -> int:
-        """Return the rank of the plain LoRA over the unchanged base model that the export is.
+        """Return the rank of the exported adapter, a plain LoRA over the unchanged base model.
 
-        It exceeds the trained rank if there are frozen factors besides (as PEFT advises for PiSSA).
+        The rank exceeds the trained rank if the lane has frozen factors too (PEFT exports PiSSA in this way).
         """
         return settings.rank
 
@@ -105,9 +105,7 @@ class LoRA(Variant):
         }
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
-        return VariantSettings(
-            config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
-        )
+        return VariantSettings(config["r"], float(config["lora_alpha"]), float(config.get("lora_dropout", 0)))
 
 
 def _scale_factors(a: Tensor, b: Tensor, scaling: Tensor) -> Params:

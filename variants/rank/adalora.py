@@ -151,7 +151,7 @@ class AdaLoRA(LoRA):
         }
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
-        rank, dropout = config["target_r"], float(config.get("lora_dropout", 0.0))
+        rank, dropout = config["target_r"], float(config.get("lora_dropout", 0))
         extra = {"initial": config["init_r"] / rank, "orthogonality": config.get("orth_reg_weight", 0.5)}
         return VariantSettings(rank, float(config["lora_alpha"]), dropout, extra)
 

@@ -53,4 +53,4 @@ class HiRA(LoRA):
         return {"peft_type": "HIRA", "r": settings.rank, "hira_dropout": settings.dropout}
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
-        return VariantSettings(config["r"], None, float(config.get("hira_dropout", 0.0)))
+        return VariantSettings(config["r"], None, float(config.get("hira_dropout", 0)))

@@ -100,7 +100,7 @@ class VeRA(LoRA):
         }
 
     def settings_from_peft(self, config: Mapping[str, Any]) -> VariantSettings:
-        return VariantSettings(config["r"], None, float(config.get("vera_dropout", 0.0)), {"rank_factor": 1})
+        return VariantSettings(config["r"], None, float(config.get("vera_dropout", 0)), {"rank_factor": 1})
 
 
 def _vera_rank(settings: VariantSettings) -> int:
