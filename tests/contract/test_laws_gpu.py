@@ -28,13 +28,14 @@ def gradients(case: Case, adapters: Adapters, lanes: tuple[str, ...]) -> dict[st
     """Return the gradients of lane "1" after one backward pass of these lanes together."""
     x = lane_inputs(case, lanes)
     with adapters.activate_lanes(lanes, 0):
-        out = model_output(adapters.model, x).chunk(len(lanes))
-    torch.stack([case.loss(o, r) for o, r in zip(out, x.chunk(len(lanes)), strict=True)]).sum().backward()
-    own = adapters.trainable("1")
-    got = {name: p.grad.clone() for name, p in own.items() if p.grad is not None}
-    for parameter in own.values():
+        outputs = model_output(adapters.model, x).chunk(len(lanes))
+    parts = zip(outputs, x.chunk(len(lanes)), strict=True)
+    torch.stack([case.loss(output, rows) for output, rows in parts]).sum().backward()
+    parameters = adapters.trainable("1")
+    found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    for parameter in parameters.values():
         parameter.grad = None
-    return got
+    return found
 
 
 def check_lanes_agree(name: str, case: Case) -> None:

@@ -38,8 +38,8 @@ def adapted(name: str = "lora") -> Adapters:
 
 def validated_settings(name: str) -> VariantSettings:
     variant = catalogue.get(name)
-    few = {"calibration_batches": 1} if "calibration_batches" in variant.extra_defaults else {}
-    return variant.validate_settings(VariantSettings(rank=4, alpha=8.0, dropout=0.25, extra=few))
+    extra = {"calibration_batches": 1} if "calibration_batches" in variant.extra_defaults else {}
+    return variant.validate_settings(VariantSettings(rank=4, alpha=8.0, dropout=0.25, extra=extra))
 
 
 def random_calibration(adapters: Adapters) -> dict[str, dict[str, Tensor]] | None:
@@ -126,20 +126,22 @@ def test_dropout_does_not_apply_to_the_frozen_update(name: str) -> None:
     adapters = attach(model, catalogue.get(name), settings)
     adapters.add_lane("0", settings, seed=0, calibration=random_calibration(adapters))
     (layer,) = adapters.layers.values()
-    lane = layer.own_tensors.lane_tensors("0")
+    tensors = layer.own_tensors.lane_tensors("0")
     with torch.no_grad():
-        for number, tensor in enumerate(lane.values()):
+        for number, tensor in enumerate(tensors.values()):
             tensor.normal_(generator=torch.Generator().manual_seed(number))
-    a0, b0 = (lane["merged A"], lane["merged B"]) if "merged A" in lane else (lane["A0"], -lane["B0"])
+    if "merged A" in tensors:
+        a0, b0 = tensors["merged A"], tensors["merged B"]
+    else:
+        a0, b0 = tensors["A0"], -tensors["B0"]
     scaling = adapters.variant.scaling(settings)
     x = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
-    with torch.no_grad(), adapters.activate_lanes(["0"], 3) as rows:
+    with torch.no_grad(), adapters.activate_lanes(["0"], 3) as context:
         found = model(x)
-        rows.mask_draws.clear()  # so that the same masks are drawn again
-        dropped = (
-            x.unsqueeze(0) * draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, rows, {"0": 0})
-        )[0]
+        context.mask_draws.clear()  # so that the same masks are drawn again
+        masks = draw_dropout_masks(x.unsqueeze(0), settings.dropout, layer.name, context, {"0": 0})
+        dropped = x * masks[0]
     assert (dropped == 0).float().mean() > 0.1
     frozen = layer.base_layer.weight + scaling * b0 @ a0
-    expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ lane["A"].T @ lane["B"].T
+    expected = x @ frozen.T + layer.base_layer.bias + scaling * dropped @ tensors["A"].T @ tensors["B"].T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -24,14 +24,14 @@ def layer() -> FrozenLayer:
     return FrozenLayer("layer", weight, None)
 
 
-def stacked_tensors(variant_settings: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
+def stacked_tensors(lane_settings: VariantSettings, count: int = 2, seed: int = 2) -> dict[str, Tensor]:
     """Return tensors (K, ...) with a non-zero B and a router whose gates differ."""
     noise = torch.Generator().manual_seed(seed)
     initial = [
-        VARIANT.init(layer(), variant_settings, torch.Generator().manual_seed(lane)) for lane in range(count)
+        VARIANT.init(layer(), lane_settings, torch.Generator().manual_seed(lane)) for lane in range(count)
     ]
-    every = [{**start.trainable, **start.frozen} for start in initial]
-    stacked = {name: torch.stack([each[name] for each in every]) for name in every[0]}
+    by_lane = [{**tensors.trainable, **tensors.frozen} for tensors in initial]
+    stacked = {name: torch.stack([tensors[name] for tensors in by_lane]) for name in by_lane[0]}
     stacked["B"] = torch.randn(stacked["B"].shape, generator=noise)
     stacked["R"] = stacked["R"] * 8
     return stacked
@@ -41,18 +41,18 @@ def inputs(count: int = 2) -> Tensor:
     return torch.randn(count, 7, IN, generator=torch.Generator().manual_seed(4))
 
 
-def compute(x: Tensor, params: dict[str, Tensor], variant_settings: VariantSettings) -> Tensor:
-    scaling = torch.full((len(x), 1, 1), VARIANT.scaling(variant_settings))
+def compute(x: Tensor, params: dict[str, Tensor], lane_settings: VariantSettings) -> Tensor:
+    scaling = torch.full((len(x), 1, 1), VARIANT.scaling(lane_settings))
     prepared = VARIANT.prepare(params, layer(), scaling)
     return VARIANT.forward(x, x @ layer().weight.T, prepared, layer(), scaling)
 
 
 def compute_with_loop(
-    x: Tensor, params: dict[str, Tensor], lane: int, variant_settings: VariantSettings
+    x: Tensor, params: dict[str, Tensor], lane: int, lane_settings: VariantSettings
 ) -> Tensor:
     """Compute one expert after the other, as in the authors' code; with `top_k` only the kept gates count."""
-    experts, top_k = params["R"].shape[1], int(variant_settings.extra["top_k"])
-    each = variant_settings.rank // experts
+    experts, top_k = params["R"].shape[1], int(lane_settings.extra["top_k"])
+    expert_rank = lane_settings.rank // experts
     logits = x[lane] @ params["R"][lane].T
     gates = logits.softmax(-1)
     if top_k:
@@ -60,42 +60,42 @@ def compute_with_loop(
         gates = torch.zeros_like(gates).scatter(-1, kept.indices, kept.values.softmax(-1))
     y = x[lane] @ layer().weight.T
     for expert in range(experts):
-        mine = slice(expert * each, (expert + 1) * each)
-        a, b = params["A"][lane, mine], params["B"][lane, :, mine]
-        y = y + gates[:, expert, None] * (x[lane] @ a.T @ b.T) * 16.0 / each
+        ranks = slice(expert * expert_rank, (expert + 1) * expert_rank)
+        a, b = params["A"][lane, ranks], params["B"][lane, :, ranks]
+        y = y + gates[:, expert, None] * (x[lane] @ a.T @ b.T) * 16.0 / expert_rank
     return y
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16, 12])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 4])
 def test_one_matrix_product_equals_the_loop_over_experts(rank: int, top_k: int) -> None:
-    variant_settings = settings(rank, top_k=top_k)
-    x, params = inputs(), stacked_tensors(variant_settings)
-    together = compute(x, params, variant_settings)
+    lane_settings = settings(rank, top_k=top_k)
+    x, params = inputs(), stacked_tensors(lane_settings)
+    together = compute(x, params, lane_settings)
     for lane in range(2):
         torch.testing.assert_close(
-            together[lane], compute_with_loop(x, params, lane, variant_settings), rtol=1e-4, atol=1e-4
+            together[lane], compute_with_loop(x, params, lane, lane_settings), rtol=1e-4, atol=1e-4
         )
 
 
 def test_equal_gates_give_lora_of_the_full_rank() -> None:
-    variant_settings = settings(8)
-    x, params = inputs(), stacked_tensors(variant_settings)
+    lane_settings = settings(8)
+    x, params = inputs(), stacked_tensors(lane_settings)
     params["R"] = torch.zeros_like(params["R"])
     lora, scaling = catalogue.get("lora"), torch.full((2, 1, 1), 2.0)
     own = lora.prepare({"A": params["A"], "B": params["B"]}, layer(), scaling)
     expected = lora.forward(x, x @ layer().weight.T, own, layer(), scaling)
-    torch.testing.assert_close(compute(x, params, variant_settings), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compute(x, params, lane_settings), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rank", "experts"), [(2, 2), (4, 4), (7, 7), (8, 8), (9, 3), (12, 6), (16, 8)])
 def test_the_number_of_experts_divides_the_rank(rank: int, experts: int) -> None:
-    variant_settings = settings(rank)
-    params = stacked_tensors(variant_settings)
+    lane_settings = settings(rank)
+    params = stacked_tensors(lane_settings)
     assert params["R"].shape == (2, experts, IN)
     assert params["A"].shape == (2, rank, IN)
-    assert VARIANT.scaling(variant_settings) == pytest.approx(16 * experts / rank)
-    assert VARIANT.parameter_count(OUT, IN, variant_settings) == rank * (OUT + IN) + experts * IN
+    assert VARIANT.scaling(lane_settings) == pytest.approx(16 * experts / rank)
+    assert VARIANT.parameter_count(OUT, IN, lane_settings) == rank * (OUT + IN) + experts * IN
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def select_lane(params: dict[str, Tensor], lane: int) -> dict[str, Tensor]:
 def adapted(rank: int = 8, **extra: float | int) -> Adapters:
     torch.manual_seed(0)
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(48, 64)])})
-    variant_settings = settings(rank, **extra)
-    adapters = attach(model, VARIANT, variant_settings)
+    lane_settings = settings(rank, **extra)
+    adapters = attach(model, VARIANT, lane_settings)
     for lane in range(3):
-        adapters.add_lane(str(lane), variant_settings, seed=lane)
+        adapters.add_lane(str(lane), lane_settings, seed=lane)
     return adapters
 
 

@@ -98,7 +98,7 @@ class AdaLoRA(LoRA):
         return params["orthogonality"].flatten() * (norms[0] + norms[1]) / 2
 
     def before_step(self, lane: LaneView) -> None:
-        if lane.step >= _pruning_end_step(lane.settings, lane.total_steps):
+        if lane.step >= _pruning_steps(lane.settings, lane.total_steps)[1]:
             for view in lane.layers.values():
                 mask = view.frozen["mask"]
                 for name, parameter in view.trainable.items():
@@ -106,7 +106,7 @@ class AdaLoRA(LoRA):
                         parameter.grad.mul_(mask.t() if name == "B" else mask)
 
     def after_step(self, lane: LaneView) -> None:
-        pruning_end = _pruning_end_step(lane.settings, lane.total_steps)
+        pruning_end = _pruning_steps(lane.settings, lane.total_steps)[1]
         views = list(lane.layers.values())
         if lane.step < pruning_end:
             for view in views:
@@ -131,9 +131,8 @@ class AdaLoRA(LoRA):
         return int(params["mask"].sum())
 
     def rank_budget(self, layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
-        return layer_count * (
-            settings.rank if step >= _pruning_end_step(settings, total_steps) else _initial_rank(settings)
-        )
+        is_pruned = step >= _pruning_steps(settings, total_steps)[1]
+        return layer_count * (settings.rank if is_pruned else _initial_rank(settings))
 
     def to_peft(self, params: Params, settings: VariantSettings) -> dict[str, Tensor]:
         return {"lora_A": params["A"], "lora_E": params["E"] * params["mask"], "lora_B": params["B"]}
@@ -176,24 +175,22 @@ def _normal_init(shape: tuple[int, int], layer: FrozenLayer, generator: Generato
     return draw.to(layer.weight.device, layer.dtype)
 
 
-def _pruning_end_step(settings: VariantSettings, total_steps: int) -> int:
-    """Return T - t_f, the step after which the ranks stay fixed; at least one step is scored before it."""
-    final = round(float(settings.extra["final"]) * total_steps)
-    return max(2, _pruning_start_step(settings, total_steps) + 1, total_steps - final)
+def _pruning_steps(settings: VariantSettings, total_steps: int) -> tuple[int, int]:
+    """Return t_i and T - t_f: the last step before pruning, and the step after which ranks stay fixed.
 
-
-def _pruning_start_step(settings: VariantSettings, total_steps: int) -> int:
-    """Return t_i, the last step before pruning."""
-    return round(float(settings.extra["warmup"]) * total_steps)
+    At least one step is scored before T - t_f.
+    """
+    start = round(float(settings.extra["warmup"]) * total_steps)
+    return start, max(2, start + 1, total_steps - round(float(settings.extra["final"]) * total_steps))
 
 
 def _triplet_budget(layer_count: int, settings: VariantSettings, step: int, total_steps: int) -> int:
     """Return b(t), the number of triplets of all layers that are kept after `step` steps."""
-    first, pruning_end = _pruning_start_step(settings, total_steps), _pruning_end_step(settings, total_steps)
+    start, pruning_end = _pruning_steps(settings, total_steps)
     begin, end = layer_count * _initial_rank(settings), layer_count * settings.rank
-    if step <= first:
+    if step <= start:
         return begin
-    return end + int((begin - end) * (1 - (step - first) / (pruning_end - first)) ** 3)
+    return end + int((begin - end) * (1 - (step - start) / (pruning_end - start)) ** 3)
 
 
 def _distance_from_orthogonal(rows: Tensor) -> Tensor:

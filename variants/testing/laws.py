@@ -1,7 +1,7 @@
 """The laws that every variant must satisfy.
 
 A law is a function of a variant and a case. It raises AssertionError where the variant breaks the law, and
-NotApplicableError where the law says nothing about the variant.
+NotApplicableError where the law does not apply to the variant.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ LAWS: dict[str, Law] = {law.__name__: law for law in (
 
 
 def applies(law: Law, variant: Variant, case: Case) -> bool:
-    """Return whether a law says anything about a variant on a case.
+    """Return whether a law applies to a variant on a case.
 
     Fitting concerns the formula, and neither models nor rounding, so a small float32 model is enough. A
     variant that trains only a head needs a model with a head.
