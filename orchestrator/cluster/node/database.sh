@@ -21,7 +21,8 @@ is_gone() { # a server that is starting or busy is not gone
 }
 start() { # a server that runs is left alone; its error is ignored
     pg_lsclusters -h | while read -r version name _; do
-        as_root pg_ctlcluster "$version" "$name" start </dev/null || true
+        # Without the variable, by which the supervisor of this script would end the server, too.
+        as_root env -u LORA_SUPERVISOR_LOG pg_ctlcluster "$version" "$name" start </dev/null || true
     done
 }
 

@@ -1,17 +1,14 @@
-"""Client of an EC2 machine's metadata service (IMDSv2), for the notice that a spot machine is taken back.
-
-Uses the standard library only. boto3 reads credentials from the service by itself.
-"""
+"""Client of an EC2 machine's metadata service (IMDSv2), for the notice that a spot machine is taken back."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from datetime import datetime
+
+import requests
 
 from orchestrator.util import timeouts
 
@@ -51,24 +48,19 @@ def parse_notice(text: str, now: float) -> InterruptionNotice:
     try:
         data = json.loads(text)
         action = str(data.get("action", action))
-        ends_at = datetime.fromisoformat(data["time"].replace("Z", "+00:00")).timestamp()
+        ends_at = datetime.fromisoformat(data["time"]).timestamp()
     except (ValueError, KeyError, AttributeError, TypeError):
         pass
     return InterruptionNotice(action, ends_at)
 
 
 class MetadataClient:
-    """Client of the service. Keeps IMDSv2's session token and replaces it when it has expired.
+    """Client of the service. Keeps IMDSv2's session token and replaces it when it has expired."""
 
-    Args:
-        endpoint: URL of the service. Default: that of the environment, else AWS's.
-    """
-
-    def __init__(self, endpoint: str | None = None) -> None:
-        self.endpoint = (endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT).rstrip("/")
-        self._token = ""
-        # Without proxies: a proxy would ask the service of its own machine.
-        self._open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    def __init__(self) -> None:
+        self.endpoint = os.environ.get(ENDPOINT_VARIABLE, DEFAULT_ENDPOINT).rstrip("/")
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy would ask the service of its own machine
 
     def fetch_notice(self) -> InterruptionNotice | None:
         """Return the notice, or None if there is none.
@@ -76,40 +68,23 @@ class MetadataClient:
         Raises:
             MetadataUnavailableError: The service gives no valid response.
         """
-        text = self._get("/latest/meta-data/spot/instance-action")
-        return None if text is None else parse_notice(text, time.time())
-
-    def _get(self, path: str) -> str | None:
-        """Return the response's text, or None for status 404."""
-        for _ in range(2):  # a second time if the token has expired
-            self._token = self._token or self._request_token()
-            status, text = self._request("GET", path, {"X-aws-ec2-metadata-token": self._token})
-            if status == 401:
-                self._token = ""
-                continue
-            if status == 404:
-                return None
-            if status != 200:
-                raise MetadataUnavailableError(f"{self.endpoint}{path} answers {status}")
-            return text
-        raise MetadataUnavailableError(f"{self.endpoint} rejects a token that it has just issued")
-
-    def _request_token(self) -> str:
-        seconds = {"X-aws-ec2-metadata-token-ttl-seconds": str(timeouts.IMDS_TOKEN_TTL_SECONDS)}
-        status, token = self._request("PUT", "/latest/api/token", seconds)
-        if status != 200 or not token:
-            raise MetadataUnavailableError(f"{self.endpoint} gives no token ({status})")
-        return token
-
-    def _request(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-        """Send a request. Returns status and text; the text of an error is empty."""
         try:
-            request = urllib.request.Request(self.endpoint + path, method=method, headers=headers)
-            with self._open_url(request, timeout=timeouts.IMDS_REQUEST_SECONDS) as response:
-                return response.status, response.read(65536).decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            error.close()
-            return error.code, ""
-        except (OSError, ValueError) as error:  # ValueError: the endpoint is no URL
-            reason = getattr(error, "reason", error)
+            response = self._request("GET", "/latest/meta-data/spot/instance-action")
+            if response.status_code == 401:  # no token so far, or an expired one
+                lifetime = {"X-aws-ec2-metadata-token-ttl-seconds": str(timeouts.IMDS_TOKEN_TTL_SECONDS)}
+                token = self._request("PUT", "/latest/api/token", lifetime)
+                token.raise_for_status()
+                self._session.headers["X-aws-ec2-metadata-token"] = token.text
+                response = self._request("GET", "/latest/meta-data/spot/instance-action")
+            if response.status_code == 404:
+                return None
+            response.raise_for_status()
+        except requests.RequestException as error:
+            status = None if error.response is None else error.response.status_code
+            reason = f"status {status}" if status else type(error).__name__
             raise MetadataUnavailableError(f"{self.endpoint} does not answer ({reason})") from None
+        return parse_notice(response.text, time.time())
+
+    def _request(self, method: str, path: str, headers: dict[str, str] | None = None) -> requests.Response:
+        url = self.endpoint + path
+        return self._session.request(method, url, headers=headers, timeout=timeouts.IMDS_REQUEST_SECONDS)

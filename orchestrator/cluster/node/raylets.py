@@ -1,7 +1,7 @@
-"""The Ray nodes on this machine, found by their processes, and the command that drains one.
+"""The Ray nodes on this machine, found by their processes, and the command that drains a node.
 
-Uses the standard library and Linux's /proc only. Ray tells a machine's node id to drivers that join the
-cluster. On a machine that is about to end, the command line of its raylet is a faster and safer source.
+Ray tells a machine's node id to drivers that join the cluster. On a machine that is about to end, the command
+line of its raylet is a faster and safer source.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from orchestrator.util import timeouts
 
@@ -24,23 +26,18 @@ class Raylet:
     """HOST:PORT of its cluster's control service."""
 
 
-def find_local_raylets(proc_folder: Path = Path("/proc")) -> tuple[Raylet, ...]:
-    """Return the raylets of this process namespace, sorted by node id.
+def find_local_raylets() -> set[Raylet]:
+    """Return the raylets that this process sees.
 
     A machine of a cluster has one, or none while Ray is not running there.
     """
     found = set()
-    for file in proc_folder.glob("[0-9]*/cmdline"):
-        try:
-            words = file.read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # the process has ended
-            continue
-        if Path(words[0]).name != "raylet":
-            continue
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]  # a process that has ended has none
         flags = dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
-        if "--node_id" in flags and "--gcs-address" in flags:
+        if Path(words[0]).name == "raylet" and {"--node_id", "--gcs-address"} <= flags.keys():
             found.add(Raylet(flags["--node_id"], flags["--gcs-address"]))
-    return tuple(sorted(found, key=lambda raylet: raylet.node_id))
+    return found
 
 
 def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
@@ -57,16 +54,10 @@ def drain(raylet: Raylet, seconds_left: int, message: str) -> str:
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", raylet.gcs_address]
     command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", message, "--deadline-remaining-seconds", str(seconds_left)]
+    timeout = timeouts.DRAIN_TIMEOUT_SECONDS
     try:
-        completed = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=timeouts.DRAIN_TIMEOUT_SECONDS,
-            errors="replace",
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"ray drain-node: {error}"
-    output = completed.stderr.strip() or completed.stdout.strip() or "no output"
-    return "" if completed.returncode == 0 else f"ray drain-node: {output.splitlines()[-1]}"
+    output = done.stderr.strip() or done.stdout.strip() or "no output"
+    return "" if done.returncode == 0 else f"ray drain-node: {output.splitlines()[-1]}"

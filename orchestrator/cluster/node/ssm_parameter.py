@@ -14,6 +14,9 @@ from __future__ import annotations
 import os
 import sys
 
+from orchestrator.util.command import main
+from orchestrator.util.errors import StudyError
+
 PREFIX = "/lora-orchestrator/"
 
 
@@ -21,41 +24,23 @@ def read_parameter(name: str) -> str:
     """Return the value, or an empty string if there is none.
 
     Raises:
-        OSError: AWS does not answer, or refuses.
+        StudyError: AWS does not answer, or refuses.
     """
-    given = os.environ.get("LORA_" + name.upper().replace("-", "_"))
-    if given is not None:
-        return given
-    if not os.environ.get("AWS_DEFAULT_REGION"):  # not on AWS
-        return ""
+    value = os.environ.get("LORA_" + name.upper().replace("-", "_"))
+    if value is not None or not os.environ.get("AWS_DEFAULT_REGION"):  # the second: not on AWS
+        return value or ""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
+    client = boto3.client("ssm")
     try:
-        response = boto3.client("ssm").get_parameter(Name=PREFIX + name, WithDecryption=True)
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") == "ParameterNotFound":
-            return ""
-        raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
-    except BotoCoreError as error:
-        raise OSError(f"AWS parameter {PREFIX}{name}: {error}") from None
-    return str(
-        response["Parameter"]["Value"]
-    ).strip()  # a value that was read from a file ends with a newline
-
-
-def main() -> int:
-    """Print the value. Returns the exit code."""
-    if len(sys.argv) != 2:
-        print("usage: python -m orchestrator.cluster.node.ssm_parameter NAME", file=sys.stderr)
-        return 2
-    try:
-        print(read_parameter(sys.argv[1]))
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+        response = client.get_parameter(Name=PREFIX + name, WithDecryption=True)
+    except client.exceptions.ParameterNotFound:
+        return ""
+    except (BotoCoreError, ClientError) as error:
+        raise StudyError(f"AWS parameter {PREFIX}{name}: {error}") from None
+    return str(response["Parameter"]["Value"]).strip()  # a value read from a file ends with a newline
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(lambda: print(read_parameter(sys.argv[1])))

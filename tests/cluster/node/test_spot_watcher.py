@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import subprocess
 import sys
@@ -23,11 +22,7 @@ from orchestrator.cluster.node.imds import (
     parse_notice,
 )
 from orchestrator.cluster.node.raylets import Raylet
-from orchestrator.cluster.node.spot_watcher import (
-    WatcherState,
-    plan_drains,
-    poll,
-)
+from orchestrator.cluster.node.spot_watcher import SpotWatcher
 from orchestrator.util import timeouts
 
 A, B = Raylet("a" * 56, "10.0.0.1:6379"), Raylet("b" * 56, "10.0.0.1:6379")
@@ -36,30 +31,45 @@ NOW = 1_700_000_000.0
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """Return a running metadata service, whose address the environment names."""
     # A busy test process must not count as an unavailable service.
     monkeypatch.setattr(timeouts, "IMDS_REQUEST_SECONDS", LIMIT_SECONDS)
     with reserved_port() as port:
         service = Service(port)
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", service.url)
         yield service
         with suppress(OSError):
             service.close()
 
 
 class FakeRay:
-    """Stand-in for Ray: accepts or refuses to drain a node."""
+    """Stand-in for Ray: accepts or refuses to drain the node `A`, or others."""
 
-    def __init__(self, *raylets: Raylet) -> None:
-        self.raylets = raylets
+    def __init__(self) -> None:
+        self.raylets = {A}
         self.refusal = ""
-        self.requests: list[tuple[str, int]] = []
+        self.requests: list[tuple[Raylet, int]] = []
         self.log: list[str] = []
 
     def drain(self, raylet: Raylet, seconds: int, message: str) -> str:
-        self.requests.append((raylet.node_id, seconds))
+        self.requests.append((raylet, seconds))
         return self.refusal
 
-    def poll(self, state: WatcherState, service: MetadataClient) -> tuple[WatcherState, float]:
-        return poll(state, service, lambda: self.raylets, self.drain, self.log.append)
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    ray = FakeRay()
+    monkeypatch.setattr(raylets, "find_local_raylets", lambda: ray.raylets)
+    monkeypatch.setattr(raylets, "drain", ray.drain)
+    monkeypatch.setattr(spot_watcher, "log_line", ray.log.append)
+    return ray
+
+
+@pytest.fixture
+def watcher(service: Service, ray: FakeRay) -> SpotWatcher:
+    watcher = SpotWatcher()
+    assert ray.log.pop() == f"watching {service.url}"
+    return watcher
 
 
 def test_a_notice_gives_the_seconds_that_are_left() -> None:
@@ -76,113 +86,98 @@ def test_an_unreadable_response_counts_as_a_notice(text: str) -> None:
     assert parse_notice(text, NOW) == InterruptionNotice("terminate", NOW + 120)
 
 
-def test_every_node_of_the_machine_is_drained_once() -> None:
-    notice = InterruptionNotice("terminate", NOW + 90)
-    assert plan_drains(WatcherState(), None, [A], NOW) == ()
-    assert plan_drains(WatcherState(), notice, [], NOW) == ()
-    assert [(d.raylet, d.seconds_left) for d in plan_drains(WatcherState(), notice, [A, B], NOW)] == [
-        (A, 90),
-        (B, 90),
-    ]
-    known = WatcherState(frozenset({A.node_id}))
-    assert [d.raylet for d in plan_drains(known, notice, [A, B], NOW + 1)] == [B], (
-        "a Ray that was started again is a new node"
-    )
-    assert [d.seconds_left for d in plan_drains(known, notice, [B], NOW + 600)] == [0], (
-        "Ray refuses a negative time"
-    )
+def test_nothing_happens_without_a_notice(service: Service, ray: FakeRay, watcher: SpotWatcher) -> None:
+    assert watcher.poll() == timeouts.SPOT_POLL_SECONDS
+    assert (ray.requests, ray.log) == ([], [])
+    assert set(service.requested_paths) == {"/latest/meta-data/spot/instance-action"}
 
 
-def test_nothing_happens_without_a_notice(service: Service) -> None:
-    ray = FakeRay(A)
-    state, pause = ray.poll(WatcherState(), MetadataClient(service.url))
-    assert (state, pause, ray.requests, ray.log) == (WatcherState(), timeouts.SPOT_POLL_SECONDS, [], [])
-    assert service.requested_paths == ["/latest/meta-data/spot/instance-action"]
-
-
-def test_a_notice_drains_the_node_with_the_seconds_that_are_left(service: Service) -> None:
-    ray, metadata = FakeRay(A), MetadataClient(service.url)
-    at = service.give_notice(100)
-    max_seconds = int(at - time.time())
-    state, pause = ray.poll(WatcherState(), metadata)
-    min_seconds = max(0, int(at - time.time()))
-    assert pause == timeouts.DRAIN_RETRY_SECONDS
-    ((node, seconds),) = ray.requests
-    assert node == A.node_id
+def test_a_notice_drains_the_node_with_the_seconds_that_are_left(
+    service: Service, ray: FakeRay, watcher: SpotWatcher
+) -> None:
+    ends_at = service.give_notice(100)
+    max_seconds = int(ends_at - time.time())
+    assert watcher.poll() == timeouts.DRAIN_RETRY_SECONDS
+    min_seconds = max(0, int(ends_at - time.time()))
+    ((raylet, seconds),) = ray.requests
+    assert raylet == A
     assert min_seconds <= seconds <= max_seconds
-    state, _ = ray.poll(state, metadata)
+    watcher.poll()
     assert len(ray.requests) == 1, "once"
-    ray.raylets = (B,)
-    ray.poll(state, metadata)
-    assert ray.requests[-1][0] == B.node_id, "a Ray that starts after the notice is drained, too"
+    ray.raylets = {A, B}
+    service.give_notice(-100)
+    watcher.poll()
+    assert ray.requests[1:] == [(B, 0)], "a Ray that starts after the notice; it refuses a negative time"
 
 
-def test_a_refused_drain_is_repeated_and_logged_once(service: Service) -> None:
-    ray, metadata, state = FakeRay(A), MetadataClient(service.url), WatcherState()
+def test_a_refused_drain_is_repeated_and_logged_once(
+    service: Service, ray: FakeRay, watcher: SpotWatcher
+) -> None:
     service.give_notice(100)
     ray.refusal = "ray drain-node: Unauthenticated"
     for _ in range(3):
-        state, pause = ray.poll(state, metadata)
-        assert pause == timeouts.DRAIN_RETRY_SECONDS
+        assert watcher.poll() == timeouts.DRAIN_RETRY_SECONDS
     assert len(ray.requests) == 3
     assert ray.log == ["ray drain-node: Unauthenticated"]
     ray.refusal = ""
-    state, _ = ray.poll(state, metadata)
-    assert state == WatcherState(frozenset({A.node_id}))
+    for _ in range(2):
+        watcher.poll()
+    assert len(ray.requests) == 4
 
 
-def test_a_notice_without_ray_waits_for_ray(service: Service) -> None:
-    ray, metadata = FakeRay(), MetadataClient(service.url)
+def test_a_notice_without_ray_waits_for_ray(service: Service, ray: FakeRay, watcher: SpotWatcher) -> None:
     service.give_notice(100)
-    state, _ = ray.poll(WatcherState(), metadata)
+    ray.raylets = set()
+    watcher.poll()
     assert ray.log == ["a notice, and no Ray on this machine"]
-    ray.raylets = (A,)
-    ray.poll(state, metadata)
-    assert [node for node, _ in ray.requests] == [A.node_id]
+    ray.raylets = {A}
+    watcher.poll()
+    assert [raylet for raylet, _ in ray.requests] == [A]
 
 
-def test_the_watcher_continues_after_the_service_was_unavailable(service: Service) -> None:
-    ray, metadata = FakeRay(A), MetadataClient(service.url)
-    state, _ = ray.poll(WatcherState(), metadata)
+def test_the_watcher_continues_after_the_service_was_unavailable(
+    service: Service, ray: FakeRay, watcher: SpotWatcher
+) -> None:
+    watcher.poll()
     service.close()
     for _ in range(2):
-        state, pause = ray.poll(state, metadata)
-        assert pause == timeouts.SPOT_POLL_SECONDS
-    assert len(ray.log) == 1
-    assert "does not answer" in ray.log[0]
-    back = Service(service.port)  # a new server, which rejects old tokens
-    back.give_notice(60)
-    ray.poll(state, metadata)
-    back.close()
+        assert watcher.poll() == timeouts.SPOT_POLL_SECONDS
+    (line,) = ray.log
+    assert "does not answer" in line
+    restarted = Service(service.port)  # a new server, which rejects old tokens
+    restarted.give_notice(60)
+    watcher.poll()
+    restarted.close()
     assert len(ray.requests) == 1
 
 
 def test_a_token_that_has_expired_is_renewed(service: Service) -> None:
-    metadata = MetadataClient(service.url)
+    metadata = MetadataClient()
     assert metadata.fetch_notice() is None
     service.tokens.clear()
     assert metadata.fetch_notice() is None
     assert len(service.tokens) == 1
 
 
-@pytest.mark.parametrize(("status", "words"), [(403, "gives no token"), (500, "gives no token")])
-def test_a_service_that_is_switched_off_is_unavailable(service: Service, status: int, words: str) -> None:
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_service_that_is_switched_off_is_unavailable(service: Service, status: int) -> None:
     service.status = status
-    with pytest.raises(MetadataUnavailableError, match=words):
-        MetadataClient(service.url).fetch_notice()
+    with pytest.raises(MetadataUnavailableError, match=f"does not answer .status {status}"):
+        MetadataClient().fetch_notice()
 
 
 def test_a_service_that_rejects_its_tokens_is_unavailable(service: Service) -> None:
-    metadata = MetadataClient(service.url)
+    metadata = MetadataClient()
     metadata.fetch_notice()
     service.status = 401
     with pytest.raises(MetadataUnavailableError):
         metadata.fetch_notice()
 
 
-def test_an_endpoint_that_is_no_url_is_unavailable() -> None:
+def test_an_endpoint_that_is_no_url_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "nonsense")
     with pytest.raises(MetadataUnavailableError, match="nonsense"):
-        MetadataClient("nonsense").fetch_notice()
+        MetadataClient().fetch_notice()
 
 
 def test_no_proxy_is_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +213,9 @@ def test_the_reason_of_a_refused_drain_is_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_watches_until_it_is_ended(service: Service) -> None:
-    environment = {**os.environ, "AWS_EC2_METADATA_SERVICE_ENDPOINT": service.url}
     command = [sys.executable, "-m", "orchestrator.cluster.node.spot_watcher"]
     root = Path(spot_watcher.__file__).parents[3]
-    process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     until(lambda: service.requested_paths or process.poll() is not None)
     assert process.poll() is None
     process.terminate()

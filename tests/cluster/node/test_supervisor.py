@@ -42,15 +42,7 @@ class Supervised:
 
     def start(self, *options: str, arguments: tuple[str, ...] = ()) -> str:
         """Start a supervisor in the background. Returns what the command prints."""
-        command = [
-            sys.executable,
-            "-m",
-            "orchestrator.cluster.node.supervisor",
-            "server",
-            "--poll-seconds",
-            "0.2",
-            *options,
-        ]
+        command = [sys.executable, "-m", "orchestrator.cluster.node.supervisor", "server", *options]
         command += ["--", sys.executable, "-c", SERVER, *arguments]
         return subprocess.check_output(
             command, env=self.environment(), cwd=ROOT, timeout=LIMIT_SECONDS, text=True
@@ -120,41 +112,8 @@ def test_a_command_that_dies_is_restarted_and_its_children_are_ended(supervised:
     supervised.start()
     os.kill(supervised.wait_for(1), signal.SIGKILL)
     supervised.wait_for(2)
-    until(
-        lambda: len(supervised.processes()) == 3
-    )  # the supervisor, the command and its child; the first child has ended
-
-
-def test_the_command_of_a_killed_supervisor_is_ended_although_the_clock_was_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Setting the clock changes the start times that Linux gives for the machine and its processes."""
-    left = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    try:
-        with (tmp_path / "server").open("a+") as file:
-            supervisor._write_state(file, left.pid)
-        began = psutil.boot_time()
-        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: began + 3600)
-        with supervisor._take_over(tmp_path / "server"):
-            assert left.poll() == -signal.SIGTERM
-    finally:
-        left.kill()
-        left.wait()
-
-
-def test_a_process_id_from_before_the_last_boot_ends_no_process(tmp_path: Path) -> None:
-    """A process may have the same id and have started as many seconds after another boot."""
-    other = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    file = tmp_path / "server"
-    try:
-        with file.open("a+") as known:
-            supervisor._write_state(known, other.pid)
-        file.write_text(file.read_text().replace(supervisor.boot_id(), "another-boot"))
-        with supervisor._take_over(file):
-            assert other.poll() is None
-    finally:
-        other.kill()
-        other.wait()
+    # The supervisor, the command and its child; the first child has ended.
+    until(lambda: len(supervised.processes()) == 3)
 
 
 def test_the_command_returns_when_the_server_answers(supervised: Supervised) -> None:
@@ -179,9 +138,7 @@ def logged(url):
         print("answered", flush=True)
     return answered
 supervisor.is_healthy = logged
-supervisor.main(
-    ["server", "--foreground", "--poll-seconds", "0.2", "--health", sys.argv[1], "--", *sys.argv[2:]]
-)
+supervisor.main(["server", "--foreground", "--health", sys.argv[1], "--", *sys.argv[2:]])
 """
 
 
@@ -194,9 +151,8 @@ def test_a_server_that_does_not_answer_any_more_is_restarted(supervised: Supervi
         os.kill(first, signal.SIGSTOP)  # it lives and does not answer; it does not react to SIGTERM either
         before = len(supervised.pids())
         supervised.wait_for(before + 1)
-        until(
-            lambda: len(supervised.processes()) == 3
-        )  # the supervisor, the server and its child; the first child has ended
+        # The supervisor, the server and its child; the first child has ended.
+        until(lambda: len(supervised.processes()) == 3)
         until(lambda: supervisor.is_healthy(url))
         assert "does not answer" in supervised.output.read_text()
 
@@ -228,13 +184,15 @@ SUPERVISE_WITH_RAY = """
 import sys
 from pathlib import Path
 from orchestrator.cluster.node import raylets, supervisor
+from orchestrator.util import timeouts
 ray, checks = map(Path, sys.argv[1:3])
 def find_local_raylets():
     with checks.open("a") as file:
         file.write(".")
     return ray.exists()
 raylets.find_local_raylets = find_local_raylets
-supervisor.main(["server", "--foreground", "--poll-seconds", "0.2", "--with-ray", "--", *sys.argv[3:]])
+timeouts.HEALTH_POLL_SECONDS = 0.2
+supervisor.main(["server", "--foreground", "--with-ray", "--", *sys.argv[3:]])
 """
 
 
