@@ -217,11 +217,11 @@ class Check(StudyOptions):
 
     def run(self) -> int:
         """Run the checks, here or on a cluster, and return the exit code."""
-        from orchestrator.cluster.preflight.check import check
+        from orchestrator.cluster.preflight.check import PreflightCheck
         from orchestrator.cluster.remote.target import run_if_remote
 
         code = run_if_remote(self) if self.on is not None else None
-        return check(self) if code is None else code
+        return PreflightCheck(self).run() if code is None else code
 
 
 _CheckArguments = grouped_arguments(Check)

@@ -19,9 +19,8 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from orchestrator.record.schema import Record
+from orchestrator.util import timeouts
 
-PLAIN_LINE_INTERVAL_SECONDS = 10.0
-"""Interval of the plain lines where there is no terminal."""
 MAX_LINE_LENGTH = 80
 
 
@@ -138,7 +137,7 @@ class Progress:
                 )
                 self._live = self._stack.enter_context(live)
             self._live.update(Text(self.status_line(), no_wrap=True, overflow="ellipsis"))
-        elif time.monotonic() - self._last_plain > PLAIN_LINE_INTERVAL_SECONDS:
+        elif time.monotonic() - self._last_plain > timeouts.PLAIN_LINE_INTERVAL_SECONDS:
             self._last_plain = time.monotonic()
             self.notify(self.status_line())
 

@@ -126,6 +126,7 @@ class _Collector:
         store = self.store
         folders = [
             store.root,
+            store.records_folder,
             store.calibration,
             store.data,
             store.bases,

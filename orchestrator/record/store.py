@@ -74,7 +74,7 @@ class Store:
         self._warned: set[str] = set()
         if create:
             atomic_files.check_writable(self.root)
-            atomic_files.make_folder(self.records_folder)
+            atomic_files.check_writable(self.records_folder)
         elif not os.path.isdir(self.records_folder):  # Path.is_dir raises OSError for a name that is too long
             raise UsageError(f"--store {self.root}: there is no store here; name an earlier study's")
 

@@ -75,7 +75,7 @@ def _probe_folder(folder: Path, error: Exception) -> None:
         raise refusal from error
 
 
-_CHECKSUM = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*')
+_CHECKSUM = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\s*\Z')
 _CHECKSUM_BYTES = 100
 
 
@@ -108,13 +108,13 @@ def verify_checksum(data: bytes) -> bytes:
     Raises:
         DamagedFileError: The checksum does not match, or another program has rewritten the file.
     """
-    start = max(0, len(data) - _CHECKSUM_BYTES)
-    found = next((m for m in _CHECKSUM.finditer(data, start) if m.end() == len(data)), None)
+    tail = data[-_CHECKSUM_BYTES:]
+    found = _CHECKSUM.search(tail)
     if found is None:
-        if b'"sha256"' in data[start:]:
+        if b'"sha256"' in tail:
             raise DamagedFileError("another program has rewritten it, so that its SHA-256 cannot be verified")
         return data
-    body = data[: found.start()]
+    body = data[: len(data) - len(found[0])]
     if hashlib.sha256(body).hexdigest().encode() != found[1]:
         raise DamagedFileError("its content is not what was written (its SHA-256 differs)")
     return body + b"}"
@@ -134,10 +134,9 @@ def temporary_file(path: Path, data: bytes) -> Iterator[Path]:
     """Write `data` to a synced temporary file in the folder of `path`, and remove it after the block."""
     name = temporary_path(path)
     try:
-        with add_path_to_disk_errors(path), name.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with add_path_to_disk_errors(path):
+            name.write_bytes(data)
+            sync_file(name)
         yield name
     finally:
         name.unlink(missing_ok=True)
@@ -260,23 +259,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder of the store.
-
-    Raises:
-        UsageError: The folder cannot be made, for example because a file has its name.
-        OSError: The disk is full or cannot be used.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if describe_disk_error(error):
-            raise
-        raise UsageError(
-            f"store {folder}: cannot be made ({error.strerror}); move what is there, or take another --store"
-        ) from None
 
 
 def check_writable(folder: Path) -> None:

@@ -25,16 +25,16 @@ _URI_SECRETS = (
 )
 
 
-def redact_secrets(text: str) -> str:
+def redact_secrets(text: str, mask: Callable[[str], str] = lambda secret: REDACTED) -> str:
     """Return `text` with stars in place of secrets.
 
     Secrets are passwords in URIs (u:***@host, ?password=***) and the values of environment variables whose
     names end like HF_TOKEN, AWS_SECRET_ACCESS_KEY or PGPASSWORD.
+
+    Args:
+        text: The text.
+        mask: Returns the replacement of a secret.
     """
-    return _redact(text, lambda secret: REDACTED)
-
-
-def _redact(text: str, mask: Callable[[str], str]) -> str:
     known = {
         value
         for name, value in os.environ.items()
@@ -77,15 +77,11 @@ def redact_process_arguments() -> None:
     """
     with suppress(OSError, ValueError, IndexError):
         line = Path("/proc/self/cmdline").read_bytes()
-        words = [_redact(os.fsdecode(word), _mask_same_length) for word in line.split(b"\0")]
-        hidden = b"\0".join(map(os.fsencode, words))
+        # Stars of the same length in bytes, because the words of a command line are adjacent.
+        mask = lambda secret: "*" * len(os.fsencode(secret))  # noqa: E731
+        hidden = b"\0".join(os.fsencode(redact_secrets(os.fsdecode(w), mask)) for w in line.split(b"\0"))
         # The process name may hold anything, so the fields are counted behind it; see proc(5), arg_start.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         first, last = int(fields[45]), int(fields[46])
         if hidden != line and first and last - first == len(hidden):
             ctypes.memmove(first, hidden, len(hidden))
-
-
-def _mask_same_length(secret: str) -> str:
-    """Return stars of the same length in bytes, because the words of a command line are adjacent."""
-    return "*" * len(os.fsencode(secret))

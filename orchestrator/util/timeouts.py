@@ -137,5 +137,9 @@ SPOT_POLL_SECONDS = 5.0
 """The spot watcher asks for a notice, as often as AWS recommends."""
 HEALTH_POLL_SECONDS = 5.0
 """The supervisor checks a command's health; also the time limit of that check."""
+PROGRESS_INTERVAL_SECONDS = 4.0
+"""The preparation of examples prints how many are done."""
+PLAIN_LINE_INTERVAL_SECONDS = 10.0
+"""A study prints its state where there is no terminal."""
 JOB_POLL_SECONDS = 0.3
 """The state of a job on a cluster's head is asked for."""

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from orchestrator.execution import progress as progress_module
-from orchestrator.execution.progress import PLAIN_LINE_INTERVAL_SECONDS, BestResult, Progress, format_duration
+from orchestrator.execution.progress import BestResult, Progress, format_duration
+from orchestrator.util import timeouts
 
 NOW = 100_000.0
 
@@ -69,7 +70,7 @@ def test_without_a_terminal_it_writes_lines_and_keeps_others_out(
         print("noise of a library")
         progress.notify("Ray started here")
         progress.refresh()
-        now.seconds += PLAIN_LINE_INTERVAL_SECONDS - 1
+        now.seconds += timeouts.PLAIN_LINE_INTERVAL_SECONDS - 1
         progress.refresh()
         now.seconds += 2
         progress.training = 1

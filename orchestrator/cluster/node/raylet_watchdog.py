@@ -39,20 +39,15 @@ def is_connection_refused(address: str) -> bool:
     return False
 
 
-def watch(raylet: Raylet, poll_seconds: float = timeouts.HEAD_POLL_SECONDS) -> None:
-    """Wait until the raylet or its head has ended, then end all processes of the node.
-
-    Args:
-        raylet: The raylet on this machine.
-        poll_seconds: Pause between two checks.
-    """
+def watch(raylet: Raylet) -> None:
+    """Wait until the raylet or its head has ended, then end all processes of the node."""
     processes: dict[int, psutil.Process] = {}
     refusals = 0
     while raylet in raylets.find_local_raylets() and refusals < MAX_REFUSALS:
         # psutil recognizes a later process with the same id as another one.
         processes.update((process.pid, process) for process in _node_processes(raylet))
         refusals = refusals + 1 if is_connection_refused(raylet.gcs_address) else 0
-        time.sleep(poll_seconds)
+        time.sleep(timeouts.HEAD_POLL_SECONDS)
     for process in processes.values():
         with suppress(psutil.Error):
             process.terminate()

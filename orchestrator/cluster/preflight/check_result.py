@@ -1,56 +1,18 @@
-"""The result of one check, and how it is printed."""
+"""Results of checks.
+
+A check returns the text of its line, or raises UsageError with value, rule and remedy in one line.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 MAX_LISTED = 3
-"""Nodes that a line names; of more nodes it gives the number."""
+"""Items that a line names; of more items it gives the number."""
 
 
-class CheckStatus(StrEnum):
-    """Outcome of a check; the value is the printed word."""
-
-    OK = "ok"
-    FAILED = "FAILED"
-    UNDETERMINED = "later"
-    """The answer depends on nodes or files that do not exist yet."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Outcome of one check."""
-
-    name: str
-    status: CheckStatus
-    text: str
-    """One line. For a failure: the value, the rule and the remedy."""
-
-    @property
-    def failed(self) -> bool:
-        """Return whether the check failed."""
-        return self.status is CheckStatus.FAILED
-
-    def format_line(self) -> str:
-        """Return the line that `check` prints."""
-        return f"{self.status:7} {self.name:9} {self.text}"
-
-
-def ok_result(name: str, text: str) -> CheckResult:
-    """Return the result of a check that passed."""
-    return CheckResult(name, CheckStatus.OK, text)
-
-
-def failed_result(name: str, text: str) -> CheckResult:
-    """Return the result of a check that failed."""
-    return CheckResult(name, CheckStatus.FAILED, text)
-
-
-def undetermined_result(name: str, text: str) -> CheckResult:
-    """Return the result of a check that cannot be decided yet."""
-    return CheckResult(name, CheckStatus.UNDETERMINED, text)
+class UndeterminedError(Exception):
+    """The result of a check depends on nodes or files that do not exist yet. The text is its line."""
 
 
 def format_node_count(count: int) -> str:

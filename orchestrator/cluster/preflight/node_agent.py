@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster.preflight import availability, clock, shared_storage
-from orchestrator.cluster.preflight.check_result import CheckResult, failed_result, shorten_list
-from orchestrator.cluster.preflight.node_info import NodeInfo, collect_node_info
+from orchestrator.cluster.preflight.check_result import shorten_list
 from orchestrator.execution.ray.errors import format_ray_error
 from orchestrator.execution.ray.runtime import Node, usable_nodes
-from orchestrator.study.configuration import ModelChoice, TaskChoice
 from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
+
+T = TypeVar("T")
 
 
 class NodeAgent:
     """The actor on a node. It requests no CPU, so that it always has room."""
 
-    def node_info(self) -> NodeInfo:
-        """Return the facts about this node."""
-        return collect_node_info()
-
-    def current_time(self) -> float:
-        """Return this node's time in seconds since the epoch."""
-        return time.time()
-
-    def write_node_file(self, folder: Path, name: str) -> shared_storage.WriteResult:
-        """See `shared_storage.write_node_file`."""
-        return shared_storage.write_node_file(folder, name)
-
-    def missing_files(self, folder: Path, names: Sequence[str]) -> list[str]:
-        """See `shared_storage.missing_files`."""
-        return shared_storage.missing_files(folder, names)
-
-    def unavailable_reason(self, model: ModelChoice | None, task: TaskChoice | None, bases: Path) -> str:
-        """See `availability.unavailable_reason`."""
-        return availability.unavailable_reason(model, task, bases)
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function on this node."""
+        return function(*arguments)
 
 
 class NodeAgents:
@@ -65,22 +47,23 @@ class NodeAgents:
             self.actors[name] = actor_class.options(scheduling_strategy=affinity).remote()
 
     def call(
-        self, method: str, arguments: Callable[[str], tuple[Any, ...]] = lambda name: ()
-    ) -> dict[str, Any]:
-        """Call a method of all agents at the same time.
+        self,
+        function: Callable[..., T],
+        arguments: Callable[[str], tuple[Any, ...]] = lambda name: (),
+        names: Iterable[str] | None = None,
+    ) -> dict[str, T]:
+        """Call a function on all nodes at the same time.
 
         Args:
-            method: Name of a method of `NodeAgent`.
+            function: The function, of a module that the nodes can import.
             arguments: Node address -> arguments of the call.
+            names: Addresses of the nodes. Default: all.
 
         Returns:
             Node address -> answer, for the nodes that responded.
         """
-        refs = {
-            name: getattr(actor, method).remote(*arguments(name))
-            for name, actor in self.actors.items()
-            if name not in self.unresponsive
-        }
+        names = [name for name in names or self.actors if name not in self.unresponsive]
+        refs = {name: self.actors[name].call.remote(function, *arguments(name)) for name in names}
         deadline = time.monotonic() + timeouts.NODE_RESPONSE_SECONDS
         answers = {}
         for name, ref in refs.items():
@@ -92,35 +75,20 @@ class NodeAgents:
                 self.unresponsive[name] = format_ray_error(error)
         return answers
 
-    def sample_clocks(self) -> Mapping[str, Sequence[clock.ClockSample]]:
-        """Return the readings of each node's clock. The nodes are read in turn, so that no answer waits."""
-        return {name: self._sample_clock(name, actor) for name, actor in self.actors.items()}
-
-    def _sample_clock(self, name: str, actor: Any) -> list[clock.ClockSample]:
-        samples: list[clock.ClockSample] = []
-        while name not in self.unresponsive and len(samples) < clock.SAMPLES_PER_NODE:
-            sent_at = time.time()
-            try:
-                node_time = ray.get(actor.current_time.remote(), timeout=timeouts.NODE_RESPONSE_SECONDS)
-            except (RayError, TimeoutError) as error:
-                self.unresponsive[name] = format_ray_error(error)
-            else:
-                samples.append(clock.ClockSample(sent_at, node_time, time.time()))
-        return samples
-
-    def check_responses(self) -> list[CheckResult]:
-        """Return a failure if nodes that Ray counts as alive do not respond; nodes that left are ignored."""
+    def check_responses(self) -> str:
+        """Raise UsageError if nodes that Ray counts as alive do not respond; nodes that left are ignored."""
         alive_node_ids = {node.id for node in usable_nodes()} if self.unresponsive else set()
-        failures = [
+        silent = [
             f"{name} ({reason})"
             for name, reason in self.unresponsive.items()
             if self.node_ids[name] in alive_node_ids
         ]
-        if not failures:
-            return []
-        advice = "install it there as here, and read Ray's logs on that node"
-        silent = shorten_list(failures)
-        return [failed_result("answers", f"this package does not run on {silent}; {advice}")]
+        if silent:
+            raise UsageError(
+                f"this package does not run on {shorten_list(silent)}; install it there as here, and read "
+                "Ray's logs on that node"
+            )
+        return ""
 
 
 @contextmanager

@@ -1,10 +1,9 @@
-"""What a node reports about itself. Runs on the node, in an actor of the check."""
+"""Description of a node, collected on the node by an actor of the check."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -23,9 +22,8 @@ _IGNORED_VERSIONS = ("cuda_driver",)
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Host, versions and free disk space of a node."""
+    """Versions and free disk space of a node."""
 
-    host: str
     versions: dict[str, str]
     """Package -> version: Python, the libraries and this package."""
     free_bytes: int
@@ -37,11 +35,9 @@ class NodeInfo:
 
 
 def collect_node_info() -> NodeInfo:
-    """Return the facts about this node."""
+    """Return the versions and the disk space of this node."""
     folder = tempfile.gettempdir()
-    return NodeInfo(
-        os.uname().nodename, node_versions(), shutil.disk_usage(folder).free, folder, load_node_types()
-    )
+    return NodeInfo(node_versions(), shutil.disk_usage(folder).free, folder, load_node_types())
 
 
 def node_versions() -> dict[str, str]:

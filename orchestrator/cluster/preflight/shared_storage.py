@@ -13,41 +13,18 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.preflight.check_result import (
-    CheckResult,
-    failed_result,
-    format_node_count,
-    ok_result,
-    shorten_list,
-)
+from orchestrator.cluster.preflight.check_result import format_node_count, shorten_list
+from orchestrator.cluster.preflight.node_agent import NodeAgents
 from orchestrator.util import atomic_files, timeouts
+from orchestrator.util.errors import UsageError
 
-CHECK_NAME = "storage"
 DRIVER_FILE = "driver"
 NETWORK_FILE_SYSTEM = re.compile(r"nfs|cifs|smb|lustre|ceph|glusterfs|beegfs|gpfs|fuse|9p|virtiofs")
 """Beginning of the name of a file system that several machines can mount."""
-
-
-@dataclass(frozen=True)
-class WriteResult:
-    """Outcome of a node's attempt to read and write in the store; the defaults mean success."""
-
-    is_driver_file_missing: bool = False
-    """Whether the node does not see the driver's file."""
-    write_error: str = ""
-    """Why the node cannot write or rename a file."""
-    link_error: str = ""
-    """Why the node cannot make a hard link."""
-
-    @property
-    def wrote_file(self) -> bool:
-        """Return whether the node has written its file."""
-        return not (self.is_driver_file_missing or self.write_error)
 
 
 @contextmanager
@@ -66,40 +43,37 @@ def create_check_folder(store: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_node_file(
-    folder: Path, name: str, timeout: float = timeouts.STORAGE_VISIBILITY_SECONDS
-) -> WriteResult:
+def write_node_file(folder: Path, name: str) -> str:
     """Look for the driver's file, then write a file and link it. Runs on a node.
 
     Args:
         folder: The folder that the driver has created.
         name: Name of the node's file.
-        timeout: Seconds to wait for the driver's file.
+
+    Returns:
+        The fault of this node, in words that follow its name; empty if there is none.
     """
-    if missing_files(folder, [DRIVER_FILE], timeout):
-        return WriteResult(is_driver_file_missing=True)
+    if missing_files(folder, [DRIVER_FILE]):
+        return "does not see it"
     try:
         atomic_files.write_atomically(folder / name, name.encode())
     except OSError as error:
-        return WriteResult(write_error=error.strerror or str(error))
+        return f"cannot write to it ({error.strerror or error})"
     try:
         atomic_files.link_if_absent(folder / name, folder / f"{name}.link")
     except OSError as error:
-        return WriteResult(link_error=error.strerror or str(error))
-    return WriteResult()
+        return f"cannot make hard links in it ({error.strerror or error})"
+    return ""
 
 
-def missing_files(
-    folder: Path, names: Sequence[str], timeout: float = timeouts.STORAGE_VISIBILITY_SECONDS
-) -> list[str]:
-    """Return the files that this machine does not see, or sees with other content.
+def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the files that this machine does not see in time, or sees with other content.
 
     Args:
         folder: The folder that the driver has created.
         names: Names of the files; each file holds its own name.
-        timeout: Seconds to wait for the files.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeouts.STORAGE_VISIBILITY_SECONDS
     while True:
         missing = [name for name in names if not _has_content(folder / name, name)]
         if not missing or time.monotonic() > deadline:
@@ -114,45 +88,45 @@ def _has_content(file: Path, content: str) -> bool:
         return False
 
 
-def check_storage(
-    store: Path, write_results: Mapping[str, WriteResult], missing_by_reader: Mapping[str, Sequence[str]]
-) -> CheckResult:
+def check_storage(agents: NodeAgents, store: Path) -> str:
+    """Let every node write a file into the store, then look from everywhere for everyone's files."""
+    with create_check_folder(store) as folder:
+        faults = agents.call(write_node_file, lambda name: (folder, name))
+        writers = [name for name, fault in faults.items() if not fault]
+        unseen = {"this machine": missing_files(folder, writers)}
+        unseen |= agents.call(missing_files, lambda name: (folder, writers if name in writers else []))
+    return summarize_storage(store, faults, unseen)
+
+
+def summarize_storage(store: Path, faults: Mapping[str, str], unseen: Mapping[str, Sequence[str]]) -> str:
     """Summarize what the nodes could read and write.
 
     Args:
         store: The store's folder.
-        write_results: Node address -> outcome of writing.
-        missing_by_reader: Reader (a node address, or "this machine") -> nodes whose files it does not see.
+        faults: Node address -> result of `write_node_file`.
+        unseen: Reader (a node address, or "this machine") -> nodes whose files it does not see.
     """
-    results = write_results.items()
-    unreadable = [node for node, result in results if result.is_driver_file_missing]
-    unwritable = [f"{node} ({result.write_error})" for node, result in results if result.write_error]
-    linkless = [f"{node} ({result.link_error})" for node, result in results if result.link_error]
-    invisible = [
-        f"{reader} does not see what {shorten_list(nodes)} wrote"
-        for reader, nodes in missing_by_reader.items()
-        if nodes
+    failures = [f"{node} {fault}" for node, fault in faults.items() if fault]
+    blind = [
+        f"{reader} does not see what {shorten_list(nodes)} wrote" for reader, nodes in unseen.items() if nodes
     ]
-    failures = [f"not seen from {shorten_list(unreadable)}"] if unreadable else []
-    failures += [f"not writable from {shorten_list(unwritable)}"] if unwritable else []
-    failures += [f"no hard links from {shorten_list(linkless)}"] if linkless else []
-    failures += invisible[:1]
-    if failures:
-        return failed_result(
-            CHECK_NAME,
-            f"{store}: {'; '.join(failures)}; every node must read and write the same folder, with renames "
-            "and hard links: mount a shared file system (NFS, EFS, Lustre) there, or change --output",
+    if failures := failures + blind[:1]:
+        raise UsageError(
+            f"{store}: {shorten_list(failures, '; ')}; every node must read and write the same folder, with "
+            "renames and hard links: mount a shared file system (NFS, EFS, Lustre) there, or change --output"
         )
-    return ok_result(
-        CHECK_NAME,
-        f"{store}: read and written from {format_node_count(len(write_results))}, "
-        "renames and hard links work",
-    )
+    count = format_node_count(len(faults))
+    return f"{store}: read and written from {count}, renames and hard links work"
 
 
-def is_shared(folder: Path) -> bool:
-    """Return whether the folder is on a file system that other machines can mount as well."""
-    folder = folder.resolve()
+def require_shared(folder: Path) -> str:
+    """Raise UsageError unless the folder is on a file system that other machines can mount as well."""
     types = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
-    file_system = next((types[parent] for parent in (folder, *folder.parents) if parent in types), "")
-    return NETWORK_FILE_SYSTEM.match(file_system) is not None
+    parents = [folder.resolve(), *folder.resolve().parents]
+    file_system = next((types[parent] for parent in parents if parent in types), "")
+    if NETWORK_FILE_SYSTEM.match(file_system) is None:
+        raise UsageError(
+            f"{folder} is on this machine's own disk, which nodes that start later do not see; put --output "
+            "on storage that all nodes mount (NFS, EFS, Lustre)"
+        )
+    return ""

@@ -10,7 +10,6 @@ address.
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import sys
@@ -21,8 +20,8 @@ from typing import Any
 from orchestrator.util.command import main
 from orchestrator.util.errors import UsageError, suggest_nearest
 
-# Keys of Ray 2.60's AWS provider that its schema lacks.
 _PROVIDER_KEYS = ("key_pair", "aws_credentials", "disable_launch_config_check", "foreground_node_launch")
+"""Keys of Ray 2.60's AWS provider that its schema lacks."""
 _SECURITY_GROUP_KEYS = ("SecurityGroupIds", "LaunchTemplate", "NetworkInterfaces")
 
 
@@ -62,6 +61,10 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     import ray.autoscaler
 
     schema = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
+    if config["provider"].get("type") == "aws":  # the schema allows every key here, for other providers
+        provider = schema["properties"]["provider"]
+        provider["properties"] |= {key: {} for key in _PROVIDER_KEYS}
+        provider["additionalProperties"] = False
     try:
         jsonschema.validate(config, schema)
     except jsonschema.ValidationError as error:
@@ -72,11 +75,6 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
             wrong = next(key for key in error.instance if key not in known)
             message = f"{wrong!r} is no key of Ray's here. {suggest_nearest(wrong, known)}"
         raise UsageError(f"{path}, {location}: {message}") from None
-    known = [*schema["properties"]["provider"]["properties"], *_PROVIDER_KEYS]
-    for key in config["provider"]:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-        if key not in known and close:  # the schema allows every key here: another provider may use it
-            raise UsageError(f"{path}, provider: {key!r} is no key of Ray's here. Did you mean {close[0]!r}?")
 
 
 def _check_worker_counts(path: Path, name: str, node_type: dict[str, Any]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from orchestrator.cluster.remote.source_digest import PROJECT_ROOT, SOURCE_FOLDERS
 from orchestrator.study.options import StudyOptions
@@ -42,10 +41,10 @@ def build_arguments(options: StudyOptions) -> list[str]:
         UsageError: An option names a file of this machine, or holds a password.
     """
     _check_options(options)
-    arguments: list[str] = []
+    defaults, arguments = type(options)(), []
     for field in fields(options):
         value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        if field.name in LOCAL_OPTIONS or value == _default_value(field):
+        if field.name in LOCAL_OPTIONS or value == getattr(defaults, field.name):
             continue
         if isinstance(value, bool):
             arguments.append(flag)
@@ -54,10 +53,6 @@ def build_arguments(options: StudyOptions) -> list[str]:
         else:
             arguments += [flag, _project_path(value) if field.name == "task" else str(value)]
     return arguments
-
-
-def _default_value(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _check_options(options: StudyOptions) -> None:
@@ -78,8 +73,6 @@ def _check_options(options: StudyOptions) -> None:
             f"--model {options.model!r} {context}: a folder of this machine, which the head does not see; "
             f"copy it (ray rsync-up {options.on} {options.model}/ /shared/models/NAME/) and give the copy."
         )
-    if options.task is not None:
-        _project_path(options.task)
 
 
 def _is_source(file: Path) -> bool:

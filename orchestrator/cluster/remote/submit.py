@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cluster.remote import cluster_file, command_line, head, source_digest
 from orchestrator.cluster.remote.jobs import JobClient
 from orchestrator.study.options import StudyOptions
+from orchestrator.util.command import EXIT_USAGE
 from orchestrator.util.errors import StudyError, UsageError
 from orchestrator.util.graceful_interrupts import EXIT_INTERRUPTED, format_command
 from orchestrator.util.status_line import print_on_own_line
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
-
-EXIT_REFUSED = 2
-"""Exit code of a command with wrong options."""
 
 
 def run_on_cluster(options: StudyOptions, path: Path) -> int:
@@ -152,7 +150,7 @@ class _RemoteStudy:
             state = f"ends on {self.cluster_name}" if self.options.stop else state
             print_on_own_line(f"detached: the study {state}")
             return EXIT_INTERRUPTED
-        if code != EXIT_REFUSED:
+        if code != EXIT_USAGE:
             self._download_results(command)
         self.jobs.delete_job(job_id)
         return code

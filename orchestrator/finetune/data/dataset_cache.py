@@ -35,7 +35,7 @@ from orchestrator.finetune.data.arrow_rows import ArrowSequence
 from orchestrator.finetune.data.batches import Row, compute_max_row_length, iter_encoded_examples
 from orchestrator.finetune.tasks.base import HELD_OUT_SPLITS, SPLITS, STORED_COUNTS_IN, Example, Split, Task
 from orchestrator.study.configuration import Configuration, TaskChoice
-from orchestrator.util import user_code
+from orchestrator.util import timeouts, user_code
 from orchestrator.util.canonical_json import canonical_json
 from orchestrator.util.errors import UsageError
 
@@ -51,7 +51,6 @@ _COUNTS_IN_OF_STORED: Mapping[str, Any] = {stored: name for name, stored in STOR
 
 FORMAT_VERSION = 2
 """Raised by hand when other content is stored for the same task. 1: token ids without the tokenizer's BOS."""
-PROGRESS_INTERVAL_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -257,7 +256,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 class _ProgressReporter:
-    """Reports how many examples are done, at most every `PROGRESS_INTERVAL_SECONDS`.
+    """Reports how many examples are done, at most every `timeouts.PROGRESS_INTERVAL_SECONDS`.
 
     Args:
         text: A line with %d for the number of examples.
@@ -269,6 +268,6 @@ class _ProgressReporter:
         self._last_report_time = time.monotonic()
 
     def __call__(self, done: int) -> None:
-        if time.monotonic() - self._last_report_time > PROGRESS_INTERVAL_SECONDS:
+        if time.monotonic() - self._last_report_time > timeouts.PROGRESS_INTERVAL_SECONDS:
             self._last_report_time = time.monotonic()
             self._progress(self._text % done)

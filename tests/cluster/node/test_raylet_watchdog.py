@@ -40,6 +40,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return results[-1]
 
     monkeypatch.setattr(raylet_watchdog, "is_connection_refused", recorded)
+    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # pause, and time-out of a connection
     return results
 
 
@@ -54,7 +55,7 @@ class Node:
         raylet = psutil.Process(self.raylet.pid)
         until(raylet.children)
         (self.child,) = raylet.children()
-        self.watcher = threading.Thread(target=raylet_watchdog.watch, args=[Raylet(NODE_ID, address), 0.1])
+        self.watcher = threading.Thread(target=raylet_watchdog.watch, args=[Raylet(NODE_ID, address)])
         self.watcher.start()
 
     def is_alive(self) -> bool:
@@ -104,9 +105,8 @@ def test_processes_that_a_raylet_leaves_behind_are_ended(node: Node, checks: lis
 
 
 def test_a_head_that_cannot_be_reached_does_not_count_as_ended(
-    head: socket.socket, node: Node, checks: list[bool], monkeypatch: pytest.MonkeyPatch
+    head: socket.socket, node: Node, checks: list[bool]
 ) -> None:
-    monkeypatch.setattr(timeouts, "HEAD_POLL_SECONDS", 0.3)  # time-out of a connection
     head.listen(0)  # with a full queue, the kernel answers no further connection
     with ExitStack() as waiting:
         with suppress(TimeoutError):  # the queue is full

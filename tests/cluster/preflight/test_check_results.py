@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import odd
 import pytest
 
-from orchestrator.cluster.preflight import (
-    availability,
-    capacity,
-    clock,
-    disk,
-    shared_storage,
-    versions,
-)
-from orchestrator.cluster.preflight.check_result import failed_result, ok_result, shorten_list
+from orchestrator.cluster.preflight import availability, capacity, nodes, shared_storage
+from orchestrator.cluster.preflight.check import PreflightCheck
+from orchestrator.cluster.preflight.check_result import UndeterminedError, shorten_list
 from orchestrator.cluster.preflight.node_info import NodeInfo
-from orchestrator.cluster.preflight.shared_storage import WriteResult
 from orchestrator.execution.ray.autoscaler import NodeType, parse_node_types
 from orchestrator.execution.ray.runtime import Cluster, Node
 from orchestrator.study.options import StudyOptions
+from orchestrator.util import timeouts
+from orchestrator.util.errors import UsageError
 
 GIB = 2**30
 STORE = Path("/shared/store")
@@ -28,36 +24,57 @@ needs_mounts = pytest.mark.skipif(not odd.can_mount(), reason="needs root and mo
 WRITE_CHECK = """
 import sys
 from pathlib import Path
-from orchestrator.cluster.preflight.shared_storage import check_storage, write_node_file
-written = {"node": write_node_file(Path(sys.argv[1]), "node-0")}
-print(check_storage(Path("/s"), written, {}).format_line())
+from orchestrator.cluster.preflight.shared_storage import write_node_file
+print(write_node_file(Path(sys.argv[1]), "node-0"))
 """
 DISK_CHECK = """
 import shutil, sys
 from pathlib import Path
-from orchestrator.cluster.preflight.disk import check_free_space
+from orchestrator.cluster.preflight.nodes import check_free_space
 from orchestrator.cluster.preflight.node_info import collect_node_info
 store = Path(sys.argv[1])
-infos = {"node": collect_node_info()}
-print(check_free_space(store, shutil.disk_usage(store).free, infos).format_line())
+try:
+    print(check_free_space(store, shutil.disk_usage(store).free, {"node": collect_node_info()}))
+except Exception as error:
+    print(type(error).__name__, error)
 """
 
 
-def test_a_line_has_status_name_and_text_and_lists_are_shortened() -> None:
-    assert ok_result("disk", "room").format_line() == "ok      disk      room"
-    assert failed_result("versions", "no").format_line() == "FAILED  versions  no"
+def fail(error: Exception) -> str:
+    raise error
+
+
+def test_a_line_has_status_name_and_text_and_lists_are_shortened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-secret-token")
+    checks = PreflightCheck(StudyOptions())
+    assert checks.report("disk", lambda: "room")
+    assert checks.report("nodes", lambda: fail(UndeterminedError("none so far")))
+    assert checks.report("answers", lambda: "")
+    assert checks.passed
+    assert not checks.report("versions", lambda: fail(UsageError("no a-secret-token")))
+    assert not checks.passed
+    assert capsys.readouterr().out.splitlines() == [
+        "ok      disk      room",
+        "later   nodes     none so far",
+        "FAILED  versions  no ***",
+    ]
     assert shorten_list(["a", "b", "c"]) == "a, b, c"
     assert shorten_list(["a", "b", "c", "d", "e"], "; ") == "a; b; c and 2 more"
 
 
 def test_different_and_missing_versions_are_failures() -> None:
     here = {"python": "3.12.1", "torch": "2.9.0"}
-    assert not versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": dict(here)}).failed
-    other = versions.check_versions(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
-    assert other.failed
-    assert "python on 10.0.0.2 is 3.11.7, here 3.12.1" in other.text
-    assert "torch on 10.0.0.2 is none, here 2.9.0" in other.text
-    assert "constraints.txt" in other.text
+    assert "on 2 nodes" in nodes.check_versions(here, {"10.0.0.1": here, "10.0.0.2": dict(here)})
+    with pytest.raises(UsageError) as refusal:
+        nodes.check_versions(here, {"10.0.0.1": here, "10.0.0.2": {"python": "3.11.7"}})
+    for words in (
+        "python on 10.0.0.2 is 3.11.7, here 3.12.1",
+        "torch on 10.0.0.2 is none, here 2.9.0",
+        "constraints.txt",
+    ):
+        assert words in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -74,29 +91,35 @@ def test_different_and_missing_versions_are_failures() -> None:
 def test_a_clock_is_wrong_by_what_the_delay_of_the_answer_cannot_explain(
     ticks: list[tuple[float, float, float]], wrong: str
 ) -> None:
-    found = clock.check_clocks({"10.0.0.1": [clock.ClockSample(*tick) for tick in ticks], "10.0.0.2": []})
-    assert found.failed == bool(wrong)
-    assert wrong in found.text
-    assert not wrong or "chrony" in found.text
+    samples = {"10.0.0.1": [nodes.ClockSample(*tick) for tick in ticks], "10.0.0.2": []}
+    if not wrong:
+        assert "on 1 node" in nodes.check_clocks(samples)
+        return
+    with pytest.raises(UsageError, match=f"{re.escape(wrong)}.*chrony"):
+        nodes.check_clocks(samples)
 
 
-def test_storage_names_the_node_and_the_files_that_it_does_not_see(tmp_path: Path) -> None:
-    fine = {"10.0.0.1": WriteResult(), "10.0.0.2": WriteResult()}
-    assert not shared_storage.check_storage(STORE, fine, {"this machine": [], "10.0.0.1": []}).failed
-    for wrote, unseen, words in (
-        (fine | {"10.0.0.2": WriteResult(is_driver_file_missing=True)}, {}, "not seen from 10.0.0.2;"),
+def test_storage_names_the_node_and_the_files_that_it_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = {"10.0.0.1": "", "10.0.0.2": ""}
+    seen: dict[str, list[str]] = {"this machine": [], "10.0.0.1": []}
+    assert "from 2 nodes" in shared_storage.summarize_storage(STORE, fine, seen)
+    for faults, unseen, words in (
+        (fine | {"10.0.0.2": "does not see it"}, seen, "10.0.0.2 does not see it;"),
         (fine, {"this machine": ["10.0.0.2"]}, "this machine does not see what 10.0.0.2 wrote;"),
         (fine, {"10.0.0.1": ["10.0.0.2"]}, "10.0.0.1 does not see what 10.0.0.2 wrote;"),
     ):
-        found = shared_storage.check_storage(STORE, wrote, unseen)
-        assert found.failed
-        assert f"{STORE}: {words} every node must" in found.text
+        with pytest.raises(UsageError, match=f"{STORE}: {words} every node must"):
+            shared_storage.summarize_storage(STORE, faults, unseen)
+    monkeypatch.setattr(timeouts, "STORAGE_VISIBILITY_SECONDS", 0.0)
     with shared_storage.create_check_folder(tmp_path) as folder:
-        assert shared_storage.write_node_file(folder, "node-0") == WriteResult()
-        assert shared_storage.missing_files(folder, ["node-0", "node-1"], timeout=0) == ["node-1"]
+        assert shared_storage.write_node_file(folder, "node-0") == ""
+        assert shared_storage.missing_files(folder, ["node-0", "node-1"]) == ["node-1"]
         (folder / "node-0").write_text("another's")
-        assert shared_storage.missing_files(folder, ["node-0"], timeout=0) == ["node-0"]
+        assert shared_storage.missing_files(folder, ["node-0"]) == ["node-0"]
     assert not list(tmp_path.iterdir())
+    assert shared_storage.write_node_file(tmp_path, "node-0") == "does not see it"
 
 
 @pytest.mark.cluster
@@ -104,23 +127,15 @@ def test_storage_names_the_node_and_the_files_that_it_does_not_see(tmp_path: Pat
 def test_a_store_that_a_node_cannot_write_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
     readonly = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-    command = [
-        "unshare",
-        "-m",
-        "bash",
-        "-c",
-        readonly,
-        str(tmp_path),
-        *odd.python(WRITE_CHECK, str(tmp_path)),
-    ]
-    said = odd.output_of(command)
-    assert said.startswith("FAILED  storage   /s: not writable from node (Read-only file system); every node")
+    command = ["unshare", "-m", "bash", "-c", readonly, str(tmp_path)]
+    fault = odd.output_of([*command, *odd.python(WRITE_CHECK, str(tmp_path))])
+    assert fault == "cannot write to it (Read-only file system)\n"
 
 
 def test_a_store_without_hard_links_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / shared_storage.DRIVER_FILE).write_text(shared_storage.DRIVER_FILE)
-    said = odd.output_of(odd.python(odd.LINKLESS + WRITE_CHECK, str(tmp_path)))
-    assert said.startswith("FAILED  storage   /s: no hard links from node (Operation not permitted); every")
+    fault = odd.output_of(odd.python(odd.LINKLESS + WRITE_CHECK, str(tmp_path)))
+    assert fault == "cannot make hard links in it (Operation not permitted)\n"
 
 
 @pytest.mark.cluster
@@ -131,16 +146,15 @@ def test_a_nearly_full_disk_is_a_failure(tmp_path: Path) -> None:
     small.mkdir()
     large.mkdir()
     store = odd.output_of(odd.mounted(small, "size=16m", odd.python(DISK_CHECK, str(small))))
-    assert f"FAILED  disk      {small} has 0.0 GiB free: at least 1 GiB" in store
+    assert f"UsageError {small} has 0.0 GiB free: at least 1 GiB" in store
     temporary = ["env", f"TMPDIR={small}", *odd.python(DISK_CHECK, str(large))]
     node = odd.output_of(odd.mounted(small, "size=16m", temporary))
-    assert f"FAILED  disk      {small} on node has 0.0 GiB free: at least 1 GiB" in node
+    assert f"UsageError {small} on node has 0.0 GiB free: at least 1 GiB" in node
 
 
 def test_disks_with_free_space_are_ok() -> None:
-    facts = NodeInfo("host", {}, 5 * GIB, "/tmp")
-    found = disk.check_free_space(STORE, 9 * GIB, {"10.0.0.1": facts})
-    assert (found.failed, found.text[:6]) == (False, "9 GiB ")
+    text = nodes.check_free_space(STORE, 9 * GIB, {"10.0.0.1": NodeInfo({}, 5 * GIB, "/tmp")})
+    assert text == "9 GiB free for the store, 5 GiB or more on every disk"
 
 
 FILE = {
@@ -199,12 +213,17 @@ def test_the_startable_nodes_of_a_cluster_file() -> None:
 def test_room_for_trainers_now_or_later(
     cluster: Cluster, options: dict[str, float], startable: tuple[NodeType, ...], status: str, words: str
 ) -> None:
-    result = capacity.check_capacity(cluster, StudyOptions(**options), startable)  # type: ignore[arg-type]  # mixed values
-    assert result.status == status, result
-    assert words in result.text
+    study = StudyOptions(**options)  # type: ignore[arg-type]  # mixed values
+    if status == "ok":
+        text = capacity.check_capacity(cluster, study, startable)
+    else:
+        with pytest.raises(UndeterminedError if status == "later" else UsageError) as raised:
+            capacity.check_capacity(cluster, study, startable)
+        text = str(raised.value)
+    assert words in text
 
 
 def test_a_node_that_cannot_read_the_model_is_a_failure() -> None:
-    assert not availability.check_availability({"10.0.0.1": "", "10.0.0.2": ""}).failed
-    found = availability.check_availability({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})
-    assert (found.failed, found.text) == (True, "from 10.0.0.2: Model 'x' is not in /x")
+    assert "from 2 nodes" in availability.check_availability({"10.0.0.1": "", "10.0.0.2": ""})
+    with pytest.raises(UsageError, match=r"^from 10\.0\.0\.2: Model 'x' is not in /x$"):
+        availability.check_availability({"10.0.0.1": "", "10.0.0.2": "Model 'x' is not in /x"})

@@ -37,6 +37,7 @@ from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.local.reviews import tokenizer as reviews_tokenizer
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
+from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 
 LENGTH = 12
@@ -307,7 +308,7 @@ def test_of_two_processes_with_one_key_one_tokenizes(tmp_path: Path) -> None:
 def test_a_long_tokenization_reports_its_progress(tmp_path: Path) -> None:
     lines: list[str] = []
     with (
-        patch.object(dataset_cache, "PROGRESS_INTERVAL_SECONDS", 0.0),
+        patch.object(timeouts, "PROGRESS_INTERVAL_SECONDS", 0.0),
         patch("orchestrator.finetune.data.batches.TOKENIZER_BATCH_SIZE", 20),
     ):
         dataset_cache.prepare_dataset(tmp_path, configuration(), Letters(), tokenizer(), lines.append)
