@@ -1,4 +1,4 @@
-"""How a command ends: its exit code and, for an error that the user can fix, one line."""
+"""Entry point of all commands: exit codes, and one line for each error that the user can fix."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _ADVICE = {
     errno.ESTALE: "mount its file system again",
     errno.ENOTCONN: "mount its file system again",
 }
-"""What the user can do about an error of a disk, by errno."""
+"""Remedies for errors of a disk: errno -> advice."""
 
 
 class UsageError(Exception):
@@ -42,7 +42,7 @@ def describe_disk_error(error: BaseException | None) -> str:
         error: Any error; its causes are searched, too.
 
     Returns:
-        A line for the user with what to do; empty if neither the error nor a cause of it is a disk's.
+        A line with the remedy for the user; empty if neither the error nor its causes are errors of a disk.
     """
     if error is None:
         return ""

@@ -1,4 +1,4 @@
-"""How a command ends on Ctrl-C or SIGTERM, also while its main thread is inside a library."""
+"""End of a command on Ctrl-C or SIGTERM, also while its main thread is inside a library."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class InterruptHandler:
         self._read_fd, self._write_fd = -1, -1
 
     def install(self) -> None:
-        """Take the signals, also from a library that has taken them since the last call."""
+        """Install the handlers, also in place of those that a library has installed since the last call."""
         if self._read_fd < 0:
             self._read_fd, self._write_fd = os.pipe()
             os.set_blocking(self._write_fd, False)
@@ -124,8 +124,8 @@ interrupt_handler = InterruptHandler()
 def exit_on_interrupt(before_exit: Callable[[], object] = lambda: None) -> Iterator[None]:
     """End the process at the first signal inside the block, whatever the main thread is doing.
 
-    For the start of Ray, which takes the signals itself and may wait for processes that the same signal has
-    ended. The command that continues is printed first.
+    Used for the start of Ray, which installs its own handlers and may wait for processes that the same signal
+    has ended. The command that continues is printed first.
 
     Args:
         before_exit: Called, and waited for, before the process ends.
@@ -150,7 +150,7 @@ def exit_on_interrupt(before_exit: Callable[[], object] = lambda: None) -> Itera
 def graceful_interrupts(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at the first signal inside the block and raise nothing, so that the work ends by itself.
 
-    The signals are taken back from libraries that are started before or inside the block.
+    Handlers that libraries have installed, before or inside the block, are replaced.
     """
     interrupt_handler.install()
     interrupt_handler.stop_gracefully = stop
@@ -164,7 +164,7 @@ def graceful_interrupts(stop: Callable[[], None]) -> Iterator[None]:
 def interrupt_main_thread() -> None:
     """Raise KeyboardInterrupt in the main thread, from another one, inside `graceful_interrupts`.
 
-    For the moment when everything is saved, but a library's loop in the main thread would take long to end.
+    Used when everything is saved, but a library's loop in the main thread would take long to end.
     """
     interrupt_handler.stop_gracefully = None
     interrupt_handler.handled_count = interrupt_handler.listener_count = 0
@@ -176,7 +176,7 @@ def interrupt_main_thread() -> None:
 def exit_with_error(message: str, before_exit: Callable[[], object] = lambda: None) -> NoReturn:
     """Print one `error:` line and end this process, with exit code 1, and all processes that it has started.
 
-    For another thread than the main one, when a call into a library blocks the main thread.
+    Called in another thread than the main one, when a call into a library blocks the main thread.
 
     Args:
         message: The line, without `error:`.
@@ -193,9 +193,9 @@ def exit_with_error(message: str, before_exit: Callable[[], object] = lambda: No
 
 
 def exit_immediately(code: int = EXIT_INTERRUPTED) -> NoReturn:
-    """End this process and all that it has started, such as those of a local Ray, without any cleanup.
+    """End this process and all processes that it has started, such as a local Ray's, without any cleanup.
 
-    Files are complete at any moment, so that none is needed.
+    No cleanup is needed, because files are complete at any moment.
     """
     try:
         import psutil

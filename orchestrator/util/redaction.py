@@ -75,10 +75,12 @@ def redact_process_arguments() -> None:
 
     Everybody on the machine can read a command line (`ps`), and Ray stores it as the entry point of a job.
     """
+
+    def mask(secret: str) -> str:  # of the same length in bytes, because the words are adjacent in memory
+        return "*" * len(os.fsencode(secret))
+
     with suppress(OSError, ValueError, IndexError):
         line = Path("/proc/self/cmdline").read_bytes()
-        # Stars of the same length in bytes, because the words of a command line are adjacent.
-        mask = lambda secret: "*" * len(os.fsencode(secret))  # noqa: E731
         hidden = b"\0".join(os.fsencode(redact_secrets(os.fsdecode(w), mask)) for w in line.split(b"\0"))
         # The process name may hold anything, so the fields are counted behind it; see proc(5), arg_start.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

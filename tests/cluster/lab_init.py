@@ -23,7 +23,7 @@ EMPTY_FOLDERS = ("/tmp", "/root", "/run", "/dev/shm")
 
 @dataclass(frozen=True)
 class Plan:
-    """What process 1 prepares before any other process runs on the machine."""
+    """Preparations by process 1 before any other process runs on the machine."""
 
     name: str
     """Host name."""

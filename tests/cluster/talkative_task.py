@@ -1,4 +1,4 @@
-"""A letters task whose code prints secrets, as a user's code may do.
+"""Letters task whose code prints secrets, as a user's code may do.
 
 Lanes with rates above 1e-2 fail with an error that has every secret of the environment, and a server's
 address with a password, as errors of database drivers have. All lanes wait for the file TEST_GO.

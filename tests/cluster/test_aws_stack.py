@@ -1,6 +1,6 @@
-"""The stack and cluster.yaml together, against moto in this process: what Ray then asks AWS for.
+"""The stack and cluster.yaml together, against moto in this process, and Ray's requests to AWS.
 
-moto enforces no rights and boots no machine; that the stack's roles suffice is not shown here.
+moto enforces no rights and boots no machine, so the tests do not show that the stack's roles are sufficient.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def ingress() -> list[tuple[str, Any]]:
-    """Of all groups but AWS's own: ports, and who may reach them."""
+    """Return the ports of all groups except AWS's default one, and the addresses that may reach them."""
     found = []
     for group in boto3.client("ec2").describe_security_groups()["SecurityGroups"]:
         for rule in group["IpPermissions"] if group["GroupName"] != "default" else ():
@@ -148,7 +148,7 @@ def test_a_parameter_is_read_from_the_environment_or_from_the_stack(monkeypatch:
 
 
 class _Loader(yaml.SafeLoader):
-    """Takes CloudFormation's !Ref and the like for what stands behind them."""
+    """YAML loader that reads the value behind CloudFormation's tags such as !Ref."""
 
 
 def _short(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:

@@ -1,4 +1,4 @@
-"""cluster.yaml: Ray's own code accepts it, mistakes in it are refused, and it keeps its promises."""
+"""cluster.yaml: acceptance by Ray's own code, refusal of mistakes, and the promises of docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_ray_refuses_mistakes(written: Path, path: tuple[str, ...], value: Any, 
     refused(written, config, words)
 
 
-# -- mistakes that Ray accepts: they would appear when machines run, or never
+# -- mistakes that Ray accepts and that would show only when machines run, or never
 
 OURS = [
     (("provider", "cache_stoped_nodes"), False, "Did you mean 'cache_stopped_nodes'?"),
@@ -226,11 +226,13 @@ def test_the_region_stands_in_two_marked_lines() -> None:
     assert TEXT.count("# REGION") == 2
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("orchestrator/cluster/*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("orchestrator/cluster/node/*.sh")), ids=lambda path: path.name
+)
 def test_scripts_are_bash_and_used(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     used_by = COMMANDS + [other.read_text() for other in script.parent.glob("*.sh")]
-    assert any(f"cluster/{script.name}" in text or f'/{script.name}"' in text for text in used_by)
+    assert any(f"node/{script.name}" in text or f'/{script.name}"' in text for text in used_by)
 
 
 # -- files that are sent to nodes

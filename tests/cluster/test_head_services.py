@@ -1,6 +1,6 @@
 """MLflow's server on PostgreSQL, started by cluster.yaml's commands on a host of the lab.
 
-What dies is restarted, nothing that was reported is lost, and no other machine can connect.
+A dead service is restarted, no reported value is lost, and no other machine can connect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lab itself: its hosts are as separate as machines, and nothing is left of them."""
+"""The lab itself: its hosts are separate like machines and leave nothing behind."""
 
 from __future__ import annotations
 

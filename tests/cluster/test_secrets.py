@@ -37,7 +37,7 @@ URI, DATABASE = "the password in --tracking-uri", "the password in an error's te
 
 @dataclass
 class Watch:
-    """A thread that reads the command lines of all processes of this machine repeatedly."""
+    """Thread that reads the command lines of all processes of this machine repeatedly."""
 
     values: Mapping[str, str]
     home: Path = Path("/nowhere")
@@ -123,9 +123,9 @@ class Study:
     said: dict[str, str]
     codes: dict[str, int]
     runs: int
-    """How many MLflow has."""
+    """Number of runs in MLflow."""
     mlflow: str
-    """All that its client tells of the study's runs."""
+    """Text of all runs and experiments that MLflow's client returns."""
     watch: Watch
 
 
@@ -193,12 +193,12 @@ def study(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def rays() -> list[Path]:
-    """Folders of this machine's Rays, those of others, too."""
+    """Return the session folders of all Rays on this machine, including those of other users."""
     return [p for p in Path(tempfile.gettempdir(), "ray").glob("session_2*") if p.is_dir()]
 
 
 def mlflow_tells(uri: str) -> tuple[int, str]:
-    """Return how many runs there are, and all that the client tells of them."""
+    """Return the number of runs, and the text of all runs and experiments that the client returns."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri, uri)
@@ -208,7 +208,7 @@ def mlflow_tells(uri: str) -> tuple[int, str]:
     return len(runs), repr(told)
 
 
-# -- what is not found, and that the search finds
+# -- results of the search, and tests of the search
 
 
 @pytest.mark.cluster
@@ -251,7 +251,7 @@ def test_no_output_and_no_mlflow_field_has_a_secret(study: Study) -> None:
 def test_no_command_line_has_a_secret(study: Study) -> None:
     assert study.watch.looked_at == set(WORDS)
     assert study.watch.others == set()
-    # What somebody types is there until the program has come to read it. That is before it does anything.
+    # A typed secret is visible until the program has read it, which it does before it starts any process.
     assert set(study.watch.course) == set(study.codes)
     for looks in study.watch.course.values():
         seen = [one for one, _ in looks]

@@ -48,32 +48,32 @@ def test_no_flipped_bit_gives_something_else(
     kind: Callable[[Path], tuple[Path, Callable[[], object]]], tmp_path: Path
 ) -> None:
     path, read = kind(tmp_path)
-    whole, right = path.read_bytes(), read()
+    original, expected = path.read_bytes(), read()
     noticed = 0
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    for place in range(len(original)):
+        path.write_bytes(original[:place] + bytes([original[place] ^ 1 << place % 8]) + original[place + 1 :])
         try:
             found = read()
         except UsageError:
             noticed += 1
             continue
-        # Where the bit was in the checksum's own name, the content before it is unchanged.
-        assert found == right, place
-    assert noticed > 0.6 * len(whole)
+        # If the bit was in the checksum's own name, the content before it is unchanged.
+        assert found == expected, place
+    assert noticed > 0.6 * len(original)
 
 
-def test_the_seal_is_over_all_before_it() -> None:
-    sealed = atomic_files.add_checksum('{\n "a": 1\n}\n')
-    assert atomic_files.verify_checksum(sealed) == b'{\n "a": 1}'
-    assert sealed.endswith(b'"}\n')
-    assert sealed.startswith(b'{\n "a": 1,"sha256":"')
+def test_the_checksum_covers_all_bytes_before_it() -> None:
+    written = atomic_files.add_checksum('{\n "a": 1\n}\n')
+    assert atomic_files.verify_checksum(written) == b'{\n "a": 1}'
+    assert written.endswith(b'"}\n')
+    assert written.startswith(b'{\n "a": 1,"sha256":"')
     with pytest.raises(atomic_files.DamagedFileError):
-        atomic_files.verify_checksum(sealed.replace(b'"a": 1', b'"a": 2'))
+        atomic_files.verify_checksum(written.replace(b'"a": 1', b'"a": 2'))
     assert atomic_files.verify_checksum(b'{"a": 1}\n') == b'{"a": 1}\n'
 
 
-def test_a_sealed_file_that_another_program_has_rewritten_is_refused(tmp_path: Path) -> None:
-    """It would pass for one of an earlier version, which has no seal, whatever its numbers are."""
+def test_a_file_with_a_checksum_that_another_program_has_rewritten_is_refused(tmp_path: Path) -> None:
+    """Without the refusal, the file would count as one of an earlier version, which has no checksum."""
     path, read = study(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
     with pytest.raises(UsageError, match="another program has rewritten it"):
@@ -81,7 +81,7 @@ def test_a_sealed_file_that_another_program_has_rewritten_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionRefusedError(111, "no"), FULL])
-def test_only_a_disks_error_gets_the_name_of_a_folder(error: OSError, tmp_path: Path) -> None:
+def test_only_an_error_of_a_disk_gets_the_name_of_a_folder(error: OSError, tmp_path: Path) -> None:
     with (
         pytest.raises(type(error), match=str(error.args[-1])) as raised,
         atomic_files.report_unwritable_folders(tmp_path),
@@ -91,7 +91,7 @@ def test_only_a_disks_error_gets_the_name_of_a_folder(error: OSError, tmp_path: 
 
 
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    """And not the temporary file beside it, of which nobody has heard."""
+    """The error does not name the temporary file beside it, which the user does not know."""
     store = Store(tmp_path / "store")
     report, parquet = tmp_path / "report.html", store.root / "records.parquet"
     for path in (report, parquet):
@@ -106,7 +106,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
-    """Two were swapped, or one was copied: under this name it would bring another study's results."""
+    """Two files were swapped, or one was copied: the name would give another study's results."""
     for name in ("a", "b"):
         StudyFile(name, "", "", (name * 64,)).write(tmp_path / name)
     (tmp_path / "a" / STUDY_FILE).write_bytes((tmp_path / "b" / STUDY_FILE).read_bytes())
@@ -116,7 +116,7 @@ def test_a_study_file_of_another_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_pointer_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
-    """Two were swapped, or one was renamed: this recipe would have another one's base."""
+    """Two files were swapped, or one was renamed: the recipe would get the base of another one."""
     for key, content in (("base.r1", "0123456789ab"), ("base.r2", "ba9876543210")):
         base_store.base_entries(tmp_path).write_entry(key, {"name": "base", "content": content}, "content")
     (tmp_path / "base.r2.json").write_bytes((tmp_path / "base.r1.json").read_bytes())

@@ -1,4 +1,4 @@
-"""What signals do to a command, with processes and signals that are real."""
+"""Signals, errors and the terminal of a command, with real processes and signals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def started():
 
 
 def _start(body: str, *words: str) -> subprocess.Popen[str]:
-    """A process whose command does what `body` says, when it has said that it has started."""
+    """Start a process that runs `body` as its command. Returns when it has printed "started"."""
     program = HEAD + "def run():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "main(run)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -38,7 +38,7 @@ def _start(body: str, *words: str) -> subprocess.Popen[str]:
 
 
 def _line(process: subprocess.Popen[str]) -> str:
-    """What it says next."""
+    """Return the next line of its output."""
     assert process.stdout is not None
     return process.stdout.readline()
 
@@ -84,8 +84,8 @@ def test_another_thread_can_interrupt_work_that_does_not_end():
     assert "Traceback" not in err
 
 
-def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
-    """Also while the main thread is in one long call of a library, where it runs no handler of a signal."""
+def test_the_second_signal_ends_the_process_and_its_children_at_once():
+    """The main thread may be in a long call of a library, in which Python runs no signal handler."""
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
     long_call = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
     process = _start(
@@ -94,14 +94,14 @@ def test_the_second_signal_ends_it_at_once_with_all_that_it_started():
     )
     (other,) = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
-    assert _line(process) == "heard\n", "the first one has been taken and ends nothing"
+    assert _line(process) == "heard\n", "the first signal ends nothing"
     process.send_signal(signal.SIGINT)
     assert _end(process) == (130, "", "")
     assert not psutil.wait_procs([other], timeout=200)[1]
 
 
-def test_signals_are_taken_back_from_a_library():
-    """As `ray.init` does with SIGTERM."""
+def test_signal_handlers_of_a_library_are_replaced():
+    """`ray.init` installs such a handler for SIGTERM."""
     body = "import signal\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"
     process = _start(f"{body}with graceful_interrupts(done.set):\n    started()\n    {LOOP}\nreturn 4")
     os.kill(process.pid, signal.SIGTERM)
@@ -131,17 +131,17 @@ Dropping()
     ids=["before Ray starts", "elsewhere"],
 )
 def test_an_interrupt_that_python_drops_is_not_lost(then):
-    """Before Ray is started it is found, elsewhere after a while."""
+    """It is found when Ray is to be started, and otherwise after a time limit."""
     process = _start(f"{DROPPED}{then}")
     process.send_signal(signal.SIGINT)
     code, out, err = _end(process)
     assert (code, out) == (130, "")
-    assert "Exception ignored in" in err, "it was dropped"
+    assert "Exception ignored in" in err, "Python has dropped it"
     assert "\ninterrupted; to go on: python -c " in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_while_ray_starts_it_ends_whatever_the_main_thread_does(number):
+def test_a_signal_while_ray_starts_ends_the_process_at_once(number):
     body = (
         "import hashlib, signal\n"
         "with exit_on_interrupt(lambda: print('closed', flush=True)):\n"
@@ -281,14 +281,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [(SWEEP, ["--dry-run", "--plan"]), (ORCHESTRATOR, ["show", "ab"])],
     ids=["study", "command"],
 )
-def test_a_terminal_shows_first_what_the_next_seconds_are_spent_on(tmp_path, script, arguments):
+def test_a_terminal_shows_a_status_line_before_slow_imports(tmp_path, script, arguments):
     """The line is printed before the first library is imported, and not with `--help`. Where stderr is no
     terminal nothing is printed: see tests/experiments/test_bad_input.py."""
     program = tmp_path / "x.py"
     program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), *arguments]))
     code, lines = Terminal(program).end()
     assert lines[0].startswith("Reading ")
-    assert code != 0, "there is no library to go on with"
+    assert code != 0, "no library can be imported"
     program.write_text(WITHOUT_LIBRARIES.format(arguments=[str(script), "--help"]))
     code, lines = Terminal(program).end()
     assert code == 0

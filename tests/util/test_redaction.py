@@ -1,4 +1,4 @@
-"""What a command line, an error and a traceback show of secrets that were typed or are in the environment."""
+"""Secrets that were typed or are in the environment, in command lines, errors and tracebacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_main(body: str, *arguments: str, **environment: str) -> tuple[str, str, list[str]]:
-    """Output, errors, and the command line that the program finds itself to have."""
+    """Run a command. Returns its output, its errors, and the words of its own command line."""
     program = "from pathlib import Path\nfrom orchestrator.util.command import main\n"
     program += "def run():\n    print(Path('/proc/self/cmdline').read_bytes())\n"
     program += f"    {body}\nmain(run)\n"
@@ -38,22 +38,21 @@ def test_a_command_line_loses_its_passwords_and_nothing_else() -> None:
 
 
 @pytest.mark.cluster
-def test_ray_keeps_the_command_without_them() -> None:
+def test_ray_stores_the_command_without_passwords() -> None:
     body = "from ray._private.utils import get_entrypoint_name as n; print(n())"
     said, _, _ = run_main(body, "--tracking-uri", "http://me:pl4nted@host")
     assert said.endswith("--tracking-uri http://me:*******@host\n")
 
 
-def test_a_bug_shows_itself_without_them() -> None:
+def test_the_traceback_of_a_bug_has_no_secret() -> None:
     value = f"pl4nted{secrets.token_hex(16)}"
     _, error, _ = run_main(f"raise OSError('no postgresql://me:{value}@h and {value}')", DB_PASSWORD=value)
-    # Where it is in the program's own text is nobody's secret: that is `python -c`, which shows no lines.
     assert error.startswith("Traceback")
     assert error.endswith("OSError: no postgresql://me:***@h and ***\n")
     assert value not in error
 
 
-def test_an_error_that_leaves_a_worker_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_worker_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     from orchestrator.execution.ray.errors import format_ray_error
     from orchestrator.finetune.failures import BrokenKind, TrainerBrokenError
     from orchestrator.util.redaction import redact_errors

@@ -1,16 +1,16 @@
-"""Keep a command running: restart it when it ends, and when it does not answer any more.
+"""Keep a command running: restart it when it ends or stops answering.
 
     python -m orchestrator.cluster.node.supervisor NAME [--health URL] [--with-ray] -- COMMAND ...
 
-The command returns at once and leaves a supervising process that belongs to no terminal. With --health it
-returns when the supervised command answers, or after minutes without an answer, so that a study that is
-started after `ray up` finds its server. A second call with the same NAME ends the former supervisor and its
-command and replaces them: `ray up` may be repeated. The output of the command is appended to
-~/.lora-orchestrator/NAME.log. With --with-ray, both end when Ray has left this machine, as after `ray down`
-where that terminates no machine.
+The program starts a supervising process in the background and returns at once. With --health, it returns when
+the supervised command answers, or after minutes without an answer: a study that is started after `ray up`
+then finds its server. A second call with the same NAME ends the former supervisor and its command and
+replaces them, so that `ray up` may be repeated. The output of the command is appended to
+~/.lora-orchestrator/NAME.log. With --with-ray, supervisor and command end when Ray has left this machine, for
+example after `ray down` with the provider `local`, which terminates no machine.
 
-systemd is missing in containers and on some machines. supervisord would restart a command that ends, but it
-checks no health, does not end with Ray, and leaves its commands behind when it is killed.
+systemd is missing in containers and on some machines. supervisord restarts a command that ends, but has no
+health check, does not end with Ray, and leaves its commands running when it is killed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Supervisor:
     health_url: str | None
     """A URL that answers while the command works. None: only the command's end leads to a restart."""
     with_ray: bool
-    """Whether to end when Ray has left this machine."""
+    """If true, the supervisor ends when Ray has left this machine."""
     _checks_without_ray: int = 0
 
     def run(self) -> None:
@@ -98,7 +98,7 @@ class Supervisor:
             )
 
     def _wait_for_command(self, child: subprocess.Popen[bytes], started: float) -> bool:
-        """Wait until the command ends or does not answer any more.
+        """Wait until the command ends or stops answering.
 
         Returns:
             Whether this process is to end, after SIGTERM or the end of Ray.

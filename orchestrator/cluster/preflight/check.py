@@ -37,7 +37,7 @@ class PreflightCheck:
 
     options: StudyOptions
     passed: bool = True
-    """Whether no check has failed so far."""
+    """True as long as no check has failed."""
     store: Store = field(init=False)
     """The store of the study, which may hold the base model."""
     content: str | None = None

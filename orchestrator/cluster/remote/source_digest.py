@@ -1,4 +1,4 @@
-"""Whether a cluster's head has the sources of this machine: a study must run the code that its user sees.
+"""Comparison of this machine's sources with those of a cluster's head, which must be the same.
 
 python -m orchestrator.cluster.remote.source_digest      prints the digest of each file of the project
 """

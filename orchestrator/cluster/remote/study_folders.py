@@ -1,4 +1,4 @@
-"""Which studies a command has written. Runs on a cluster's head, which alone knows its output folder.
+"""Look-up of the studies that a command has written. Runs on a cluster's head, which knows the output folder.
 
 python -m orchestrator.cluster.remote.study_folders COMMAND      prints their folders
 """

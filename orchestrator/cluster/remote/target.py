@@ -1,4 +1,4 @@
-"""Where a command runs: on this machine, or on the head of a cluster that is up."""
+"""Choice of the machine for a command: this one, or the head of a cluster that is up."""
 
 from __future__ import annotations
 

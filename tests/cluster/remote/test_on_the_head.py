@@ -1,4 +1,4 @@
-"""What a study does on a cluster's head without being told, and how a command gets there whole."""
+"""Defaults of a study on a cluster's head, and the translation of a command for the head."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPUS = {"max_workers": 8, "available_node_types": {"cpu": {"max_workers": 8, "re
 
 
 @pytest.mark.parametrize(
-    ("announced", "typed", "gpus", "seconds"),
+    ("cluster_file", "typed", "gpus", "seconds"),
     [
         (GPUS, StudyOptions(), 1.0, 1800.0),
         (GPUS, StudyOptions(gpus_per_worker=0.5, trainer_timeout=60.0), 0.5, 60.0),
@@ -41,7 +41,7 @@ CPUS = {"max_workers": 8, "available_node_types": {"cpu": {"max_workers": 8, "re
     ],
 )
 def test_a_study_waits_for_gpu_nodes_that_the_autoscaler_can_start(
-    announced: object,
+    cluster_file: object,
     typed: StudyOptions,
     gpus: float | None,
     seconds: float | None,
@@ -50,10 +50,10 @@ def test_a_study_waits_for_gpu_nodes_that_the_autoscaler_can_start(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "10.77.0.2:6379")
-    if announced:
-        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(announced))
-    suited = autoscaler.adapt_options(typed)
-    assert (suited.gpus_per_worker, suited.trainer_timeout) == (gpus, seconds)
+    if cluster_file:
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(cluster_file))
+    adapted = autoscaler.adapt_options(typed)
+    assert (adapted.gpus_per_worker, adapted.trainer_timeout) == (gpus, seconds)
 
 
 def test_results_go_where_the_head_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_mlflow_s_own_variable_is_the_default_and_its_password_is_not_kept(
     assert resolve_uri(None, store) == one
     assert resolve_uri(other, store) == other
     assert study_uri(other, store) == other
-    assert study_uri("", store) == default_uri(store), "the study has said nothing else"
+    assert study_uri("", store) == default_uri(store), "the study names no server"
     secret = "http://user:pl4nted@localhost:9"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
     assert study_uri("http://user:***@localhost:9", store) == secret
@@ -85,7 +85,7 @@ def test_mlflow_s_own_variable_is_the_default_and_its_password_is_not_kept(
     assert "pl4nted" not in str(refused.value)
 
 
-def test_what_is_typed_there_means_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
     words = [
         *(
@@ -112,7 +112,7 @@ def test_what_is_typed_there_means_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     assert command_line.build_arguments(StudyOptions()) == []
 
 
-def test_options_of_a_script_s_own_and_of_the_check_are_retyped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_a_script_and_of_the_check_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("tuned", SCRIPT.with_name("tuned_comparison.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -145,7 +145,7 @@ def test_a_task_of_the_project_is_there_and_another_file_is_refused(
     assert command_line.build_arguments(StudyOptions(task="/shared/own.py")) == ["--task", "/shared/own.py"]
 
 
-def test_other_sources_are_named_and_what_is_there_alone_is_not(tmp_path: Path) -> None:
+def test_differing_sources_are_named_and_additional_files_on_the_head_are_not(tmp_path: Path) -> None:
     for path, text in (("orchestrator/a.py", "a"), ("variants/b.py", "b"), ("constraints.txt", "c")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
