@@ -66,10 +66,7 @@ def test_an_error_of_a_worker_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> 
     assert value not in str(caught.value)
     assert "KeyError: '***'" in str(caught.value)
     assert format_ray_error(caught.value) == "OSError: the hub is down"
-    with (
-        pytest.raises(TrainerBrokenError, match=r"^with \*\*\*$") as kept,
-        redact_errors(TrainerBrokenError),
-    ):
+    with pytest.raises(TrainerBrokenError, match=r"^with \*\*\*$") as kept, redact_errors(TrainerBrokenError):
         raise TrainerBrokenError(f"with {value}", BrokenKind.DEVICE_LOST)
     assert kept.value.kind is BrokenKind.DEVICE_LOST
     with pytest.raises(LookupError), redact_errors(TrainerBrokenError):

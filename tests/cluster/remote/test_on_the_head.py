@@ -87,22 +87,13 @@ def test_mlflow_s_own_variable_is_the_default_and_its_password_is_not_kept(
 
 def test_the_translated_options_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
-    words = [
-        *(
-            "--on",
-            "cluster.yaml",
-            "--output",
-            "elsewhere",
-            "--search=optuna",
-            "--space",
-            "rank=4,8",
-            "warmup=0:0.1",
-        ),
-        *("--set", "weight_decay=0.01", "--alpha", "0.1", "--gradient-checkpointing", "--max-hours", "1e-05"),
-        *("--tracking_uri", "http://127.0.0.1:5000", "--points", "40"),
-    ]
+    command = (
+        "--on cluster.yaml --output elsewhere --search=optuna --space rank=4,8 warmup=0:0.1 "
+        "--set weight_decay=0.01 --alpha 0.1 --gradient-checkpointing --max-hours 1e-05 "
+        "--tracking_uri http://127.0.0.1:5000 --points 40"
+    )
     both = (tyro.conf.FlagCreatePairsOff,)
-    typed = tyro.cli(StudyOptions, args=words, config=both)
+    typed = tyro.cli(StudyOptions, args=command.split(), config=both)
     script, *there = command_line.remote_command(typed)
     assert script == "experiments/lr_sensitivity.py"
     assert not {"--on", "--output"} & set(there)
