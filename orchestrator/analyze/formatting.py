@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 
 from orchestrator.analyze.intervals import CurveStatistic, Estimate
 from orchestrator.analyze.results import Curve, Panel
+from orchestrator.record.show import replace_options
 from orchestrator.util import redaction
 
 FEW_SEEDS_CAVEAT = "Descriptive: rates chosen on few seeds; a verdict needs fresh seeds."
@@ -143,14 +143,8 @@ def narrow_command(command: str, variant: str, rates: Sequence[float], varied: M
     options |= {
         _OPTION_OF_COLUMN[k]: [str(v)] for k, v in varied.items() if k in _OPTION_OF_COLUMN and v is not None
     }
-    words: list[str] = []
-    dropping = False
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            dropping = word.split("=")[0] in (*options, *_TWO_STAGE_OPTIONS)
-        if not dropping:
-            words.append(re.sub(r"(tuned_comparison|early_stopping)\.py$", "lr_sensitivity.py", word))
-    return shlex.join([*words, *(w for name, values in options.items() for w in (name, *values))])
+    plain_script = re.sub(r"(tuned_comparison|early_stopping)\.py(?=\s|$)", "lr_sensitivity.py", command)
+    return replace_options(plain_script, {**options, **dict.fromkeys(_TWO_STAGE_OPTIONS, ())})
 
 
 def redact_secrets(text: str) -> str:

@@ -20,7 +20,6 @@ from orchestrator.finetune.resolve.templates import has_layer_shapes
 from orchestrator.launch import cost
 from orchestrator.launch.estimate import TimeEstimate, estimate_times
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.schema import Record
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -197,7 +196,7 @@ def _single_point_command(pending: Sequence[Configuration]) -> str:
     from orchestrator.analyze import formatting
 
     point = min(pending, key=lambda c: (c.seed, c.optimizer.learning_rate))
-    command = narrow_command(format_command(sys.argv), Record(point.fingerprint, point, "failed", 0))
+    command = narrow_command(format_command(sys.argv), point)
     # The plain script, in a study of its own: a script of two stages would make its choice of this point.
     command = formatting.narrow_command(command, point.variant.name, [point.optimizer.learning_rate], {})
     pairs = pairwise(["", *shlex.split(command)])

@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rich.filesize import decimal
 
 from orchestrator.record import scratch
 from orchestrator.record.schema import FINAL_STATES
@@ -43,10 +46,8 @@ SKIP_REASONS = {
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # Names of incomplete files, of damaged records that were moved away, and of test files of the file system.
-# (`.part` and `.pointer-` are names of earlier versions.)
 _TEMPORARY = re.compile(
-    atomic_files.TEMPORARY_NAME.pattern
-    + r"|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*|\.pointer-.+|\..+\.\d+\.part"
+    atomic_files.TEMPORARY_NAME.pattern + r"|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*"
 )
 _TEMPORARY_BASE = re.compile(r"\..+-[a-z0-9_]{8}")
 
@@ -58,33 +59,29 @@ class FileTotal:
     count: int = 0
     bytes: int = 0
 
+    def add(self, size: int) -> None:
+        """Add a file of `size` bytes, or a folder with as many."""
+        self.count += 1
+        self.bytes += size
+
 
 @dataclass
 class GCReport:
     """Files that were removed (or would be) and that were kept, by kind."""
 
-    removed: dict[str, FileTotal] = field(default_factory=dict)
-    skipped: dict[str, FileTotal] = field(default_factory=dict)
+    removed: Mapping[str, FileTotal] = field(default_factory=lambda: defaultdict(FileTotal))
+    skipped: Mapping[str, FileTotal] = field(default_factory=lambda: defaultdict(FileTotal))
 
     def to_lines(self, dry_run: bool = False) -> Iterator[str]:
         """Yield the lines for the user."""
-        total = sum(pile.bytes for pile in self.removed.values())
-        yield f"{'would remove' if dry_run else 'removed'} {format_bytes(total)}"
-        for kind, pile in self.removed.items():
-            yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)})"
+        removed_bytes = sum(total.bytes for total in self.removed.values())
+        yield f"{'would remove' if dry_run else 'removed'} {decimal(removed_bytes)}"
+        for kind, total in self.removed.items():
+            yield f"  {total.count} {kind} ({decimal(total.bytes)})"
         if self.skipped:
             yield "kept"
-        for kind, pile in self.skipped.items():
-            yield f"  {pile.count} {kind} ({format_bytes(pile.bytes)}): {SKIP_REASONS[kind]}"
-
-
-def format_bytes(size: float) -> str:
-    """Return a size for display: 512 B, 1.5 kB, 20 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        for kind, total in self.skipped.items():
+            yield f"  {total.count} {kind} ({decimal(total.bytes)}): {SKIP_REASONS[kind]}"
 
 
 def collect_garbage(
@@ -106,47 +103,30 @@ def collect_garbage(
         older_than: Seconds; temporary files and checkpoints of stopped lanes that are younger are kept.
         dry_run: Remove nothing, only report.
     """
-    return _Collector(store, output, include_stopped, older_than, dry_run).run()
+    collector = _Collector(store, older_than, dry_run)
+    studies = list(read_studies(output).values())
+    collector.collect_checkpoints(studies, include_stopped)
+    collector.collect_superseded()
+    folders = [store.root, *store.root.glob("*"), *store.records_folder.glob("*"), *store.adapters.glob("*")]
+    folders += [*store.checkpoints.glob("*/*"), output, *(folder for folder, _ in studies)]
+    for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
+        collector.collect_temporary(folder)
+    collector.collect_scratch()
+    return collector.report
 
 
 @dataclass
 class _Collector:
     store: Store
-    output: Path
-    include_stopped: bool
     older_than: float
     dry_run: bool
     report: GCReport = field(default_factory=GCReport)
     now: float = field(default_factory=time.time)
 
-    def run(self) -> GCReport:
-        studies = list(read_studies(self.output).values())
-        self._collect_checkpoints(studies)
-        self._collect_superseded()
-        store = self.store
-        folders = [
-            store.root,
-            store.records_folder,
-            store.calibration,
-            store.data,
-            store.bases,
-            store.lane_capacity,
-            store.adapters,
-        ]
-        folders += [
-            *store.records_folder.glob("*"),
-            *store.checkpoints.glob("*/*"),
-            *store.adapters.glob("*"),
-        ]
-        folders += [self.output, *(folder for folder, _ in studies)]
-        for folder in dict.fromkeys(path.resolve() for path in folders if path.is_dir()):
-            self._collect_temporary(folder)
-        self._collect_scratch()
-        return self.report
-
-    def _collect_checkpoints(self, studies: Collection[tuple[Path, StudyFile]]) -> None:
+    def collect_checkpoints(self, studies: Collection[tuple[Path, StudyFile]], include_stopped: bool) -> None:
         referenced = {f for _, study in studies for f in study.configurations}
-        in_use = {f for folder, study in studies if _is_running(folder) for f in study.configurations}
+        running = [study for folder, study in studies if scratch.is_locked(folder / ".lock")]
+        in_use = {f for study in running for f in study.configurations}
         states = self.store.states()
         for folder in sorted(self.store.checkpoints.glob("*")):
             name = folder.name
@@ -157,7 +137,7 @@ class _Collector:
                 self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # whole by its first bytes only
             elif state in FINAL_STATES:
                 self._remove(ENDED_CHECKPOINTS, folder)
-            elif state == "stopped" and not self.include_stopped:
+            elif state == "stopped" and not include_stopped:
                 self._skip(STOPPED_CHECKPOINTS, folder)
             elif state == "stopped" and (name in in_use or self._is_recent(folder)):
                 self._skip(IN_USE, folder)
@@ -166,7 +146,7 @@ class _Collector:
             else:
                 self._skip(RESUMABLE_CHECKPOINTS if name in referenced else UNREFERENCED_CHECKPOINTS, folder)
 
-    def _collect_superseded(self) -> None:
+    def collect_superseded(self) -> None:
         """Remove records beside a final one, left by a process that died before it could remove them."""
         states = self.store.states()
         for path in sorted(self.store.records_folder.glob("*/*.*.json")):
@@ -174,7 +154,7 @@ class _Collector:
             if states.get(name) in FINAL_STATES and self.store.get_reusable(name) is not None:
                 self._remove(SUPERSEDED_RECORDS, path)
 
-    def _collect_temporary(self, folder: Path) -> None:
+    def collect_temporary(self, folder: Path) -> None:
         for path in sorted(folder.glob(".*")):
             is_temporary_base = (
                 folder == self.store.bases and path.is_dir() and _TEMPORARY_BASE.fullmatch(path.name)
@@ -186,7 +166,7 @@ class _Collector:
             else:
                 self._remove(TEMPORARY_FILES, path)
 
-    def _collect_scratch(self) -> None:
+    def collect_scratch(self) -> None:
         for folder in scratch.list_folders(self.store):
             if not scratch.is_on_this_host(folder):
                 self._skip(OTHER_HOST_SCRATCH, folder)
@@ -211,21 +191,10 @@ class _Collector:
         except OSError:
             self._skip(NOT_REMOVABLE, path)
             return
-        _add(self.report.removed, kind, size)
+        self.report.removed[kind].add(size)
 
     def _skip(self, kind: str, path: Path) -> None:
-        _add(self.report.skipped, kind, _size(path))
-
-
-def _add(totals: dict[str, FileTotal], kind: str, size: int) -> None:
-    total = totals.setdefault(kind, FileTotal())
-    total.count += 1
-    total.bytes += size
-
-
-def _is_running(folder: Path) -> bool:
-    """Return whether a study runs in `folder`; it holds the lock there."""
-    return scratch.is_locked(folder / ".lock")
+        self.report.skipped[kind].add(_size(path))
 
 
 def _size(path: Path) -> int:

@@ -6,14 +6,14 @@ only copied where they are missing. Of stopped and failed records the more advan
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.record.gc import format_bytes
+from rich.filesize import decimal
+from safetensors import SafetensorError, safe_open
+
 from orchestrator.record.schema import Record
 from orchestrator.record.store import Store
 from orchestrator.util import atomic_files
@@ -43,7 +43,7 @@ class MergeSummary:
         return (
             f"{self.records} records copied, {self.already_present} present already{damaged}; checkpoints of "
             f"{self.lanes} lanes, {self.bases} bases, {self.adapters} adapters, {self.calibrations} "
-            f"calibrations ({format_bytes(self.bytes)})"
+            f"calibrations ({decimal(self.bytes)})"
         )
 
 
@@ -75,7 +75,7 @@ class _Merger:
     summary: MergeSummary
 
     def run(self) -> MergeSummary:
-        unfinished = {path.name for path in _visible(self.other.checkpoints, "*") if len(path.name) == 64}
+        unfinished = {path.name for path in self.other.checkpoints.glob("[!.]*") if len(path.name) == 64}
         for name in sorted(unfinished | set(self.other.states())):
             self._merge_record(name)
             final = self.store.get_reusable(name)
@@ -86,49 +86,35 @@ class _Merger:
             theirs = self.other.get_reusable(name)
             if theirs is not None and theirs.to_json() == final.to_json():  # as JSON, since NaN is not NaN
                 self.summary.adapters += self._copy(self.other.adapters / name, self.store.adapters / name)
-        for source in _visible(self.other.calibration, "*.safetensors"):
+        for source in sorted(self.other.calibration.glob("[!.]*.safetensors")):
             self.summary.calibrations += self._copy_tensors(source, self.store.calibration / source.name)
-        bases = sorted(_visible(self.other.bases, "*"), key=Path.is_file)  # a file names folders
-        for source in bases:
+        # Folders first: a file here is an entry that names one of the folders.
+        for source in sorted(self.other.bases.glob("[!.]*"), key=Path.is_file):
             is_copied = self._copy(source, self.store.bases / source.name)
             self.summary.bases += is_copied and source.is_dir()
         return self.summary
 
     def _merge_record(self, name: str) -> None:
-        found = {kind: self._read_incoming(name, kind) for kind in ("", "stopped", "failed")}
-        final, stopped, failed = found.values()
+        paths = {kind: self.other.record_path(name, kind) for kind in ("", "stopped", "failed")}
+        found = {kind: record for kind, path in paths.items() if (record := self.other.read_record(path))}
+        self.summary.damaged += sum(kind not in found and path.exists() for kind, path in paths.items())
         is_copied = False
-        if final is not None:
-            is_copied = self.store.put(final)
+        if "" in found:
+            is_copied = self.store.put(found[""])
         elif self.store.get_reusable(name) is None:
-            if stopped is not None:
-                is_copied |= self._replace_older(
-                    name, "stopped", stopped, lambda _, r: (r.steps, r.provenance.ended)
-                )
-            if failed is not None:
-                is_copied |= self._replace_older(
-                    name, "failed", failed, lambda s, r: (s.count_failures(name), r.provenance.ended, r.steps)
-                )
-        if any(found.values()):
-            self.summary.records += is_copied
-            self.summary.already_present += not is_copied
+            for kind, record in found.items():
+                is_copied |= self._replace_older(kind, record)
+        self.summary.records += is_copied
+        self.summary.already_present += bool(found) and not is_copied
 
-    def _read_incoming(self, name: str, kind: str) -> Record | None:
-        path = self.other.record_path(name, kind)
-        record = self.other.read_record(path)
-        self.summary.damaged += record is None and path.exists()
-        return record
-
-    def _replace_older(
-        self, name: str, kind: str, incoming: Record, key: Callable[[Store, Record], tuple[float, ...]]
-    ) -> bool:
-        """Copy a stopped or failed record, byte by byte, if its key is greater than that of the local one."""
-        path = self.store.record_path(name, kind)
+    def _replace_older(self, kind: str, incoming: Record) -> bool:
+        """Copy a stopped or failed record, byte by byte, if it is more advanced than the local one."""
+        path = self.store.record_path(incoming.fingerprint, kind)
         existing = self.store.read_record(path)
-        if existing is not None and key(self.other, incoming) <= key(self.store, existing):
+        if existing is not None and _progress(self.other, incoming) <= _progress(self.store, existing):
             return False
         try:
-            data = self.other.record_path(name, kind).read_bytes()
+            data = self.other.record_path(incoming.fingerprint, kind).read_bytes()
         except FileNotFoundError:  # a running study has just replaced it
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,21 +123,26 @@ class _Merger:
 
     def _merge_checkpoints(self, name: str) -> None:
         """Copy the checkpoints whose step is higher than that of every local checkpoint of the lane."""
-        furthest = max(map(_step, _checkpoints(self.store, name)), default=-1)
+        # step-00000010.safetensors: the names have the order of the steps.
+        local = (self.store.checkpoints / name).glob("*/step-*.safetensors")
+        furthest = max((path.name for path in local), default="")
         is_copied = False
-        for path in _checkpoints(self.other, name):
-            if _step(path) > furthest:
+        for path in sorted((self.other.checkpoints / name).glob("*/step-*.safetensors")):
+            if path.name > furthest:
                 target = self.store.checkpoints / name / path.parent.name / path.name
                 is_copied |= self._copy_tensors(path, target)
         self.summary.lanes += is_copied
 
     def _copy_tensors(self, source: Path, target: Path) -> bool:
         """Copy a safetensors file, or skip it with a warning if it is incomplete."""
-        if _is_complete(source):
-            return self._copy(source, target)
-        self.summary.damaged += 1
-        _log.warning("%s is damaged: skipped", source)
-        return False
+        try:
+            with safe_open(source, "numpy"):  # compares the file's length with its header
+                pass
+        except (OSError, SafetensorError):
+            self.summary.damaged += 1
+            _log.warning("%s is damaged: skipped", source)
+            return False
+        return self._copy(source, target)
 
     def _copy(self, source: Path, target: Path) -> bool:
         """Copy a file or a folder as a whole, unless the target exists. Return whether it was copied."""
@@ -160,16 +151,12 @@ class _Merger:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft = atomic_files.temporary_path(target)
         try:
-            copy = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy(source, draft)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, draft)
             files = [path for path in (draft, *draft.rglob("*")) if path.is_file()]
             for path in files:
                 atomic_files.sync_file(path)
             size = sum(path.stat().st_size for path in files)
-            if draft.is_dir():
-                draft.rename(target)
-            elif not atomic_files.link_if_absent(draft, target):
-                return False
+            draft.rename(target)
         except OSError as error:
             # Another process was faster, or a study that uses the other store has just removed the source.
             if target.exists() or (isinstance(error, FileNotFoundError) and not source.exists()):
@@ -182,28 +169,8 @@ class _Merger:
         return True
 
 
-def _visible(folder: Path, pattern: str) -> Iterator[Path]:
-    return (path for path in sorted(folder.glob(pattern)) if not path.name.startswith("."))
-
-
-def _checkpoints(store: Store, fingerprint: str) -> list[Path]:
-    files = sorted((store.checkpoints / fingerprint).glob("*/step-*.safetensors"))
-    return [path for path in files if path.stem[5:].isdecimal()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.stem[5:])
-
-
-def _is_complete(path: Path) -> bool:
-    """Return whether a safetensors file is as long as its header says."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size:
-                return False
-            header = json.loads(file.read(length))
-            ends = [about["data_offsets"][1] for key, about in header.items() if key != "__metadata__"]
-            return path.stat().st_size == 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+def _progress(store: Store, record: Record) -> tuple[float, ...]:
+    """Return the key by which the more advanced of two stopped, or two failed, records is kept."""
+    if record.state == "stopped":
+        return record.steps, record.provenance.ended
+    return store.count_failures(record.fingerprint), record.provenance.ended, record.steps

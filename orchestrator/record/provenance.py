@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from orchestrator.record.schema import Provenance
 
@@ -18,41 +19,17 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _SOURCES = ("orchestrator", "variants", "experiments")
 
 
-def current_provenance(
-    device: str,
-    *,
-    lane_group_size: int = 1,
-    workers: int = 1,
-    attempt: int = 0,
-    resumed_from: tuple[int, ...] = (),
-    started: float = 0.0,
-    ended: float = 0.0,
-) -> Provenance:
+def current_provenance(device: str, **fields: Any) -> Provenance:
     """Return the provenance of a lane that this process trains.
 
     No library is imported for its version.
 
     Args:
         device: Name of the device.
-        lane_group_size: Lanes in the lane group.
-        workers: Workers of the trainer.
-        attempt: Number of the attempt, from 0.
-        resumed_from: Steps at which the lane continued after interruptions.
-        started: Start of the lane, in seconds since the epoch.
-        ended: End of the lane, in seconds since the epoch.
+        **fields: Other fields of `Provenance`: lane_group_size, workers, attempt, resumed_from, started, ended.
     """
-    return Provenance(
-        commit=current_commit(),
-        versions=package_versions(),
-        device=device,
-        host=socket.gethostname(),
-        lane_group_size=lane_group_size,
-        workers=workers,
-        attempt=attempt,
-        resumed_from=resumed_from,
-        started=started,
-        ended=ended,
-    )
+    host, versions = socket.gethostname(), package_versions()
+    return Provenance(commit=current_commit(), versions=versions, device=device, host=host, **fields)
 
 
 @lru_cache(maxsize=1)
@@ -80,13 +57,8 @@ def read_commit(repository: Path) -> str:
 
 def _git(repository: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(repository), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
+        command = ["git", "-C", str(repository), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

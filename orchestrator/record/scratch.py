@@ -28,9 +28,7 @@ def scratch_folder(store: Store) -> Iterator[Path]:
     name = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     folder = store.root / "scratch" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(
-        _lock_file(folder)
-    ):  # taken before the folder exists, which therefore never looks abandoned
+    with FileLock(_lock_file(folder)):  # before the folder exists, which therefore never looks abandoned
         folder.mkdir()
         try:
             yield folder

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,17 +38,14 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
             "any more; its study's command trains it again"
         )
     studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
-    lines = [
-        *_format_header(record, store.count_failures(fingerprint)),
-        *_format_scores(record),
-        *_format_cost(record),
-    ]
+    header = _format_header(record, store.count_failures(fingerprint))
+    lines = [*header, *_format_scores(record), *_format_cost(record)]
     if record.traceback:
         lines += ["", record.traceback.rstrip()]
     return "\n".join([*lines, "", *_format_rerun(record, studies, output)])
 
 
-def narrow_command(command: str, record: Record) -> str:
+def narrow_command(command: str, configuration: Configuration) -> str:
     """Narrow a study's command to one of its configurations.
 
     Variant, learning rate and seeds are replaced, and a search by the values that it has found. All other
@@ -55,49 +53,55 @@ def narrow_command(command: str, record: Record) -> str:
 
     Args:
         command: The study's command.
-        record: The record of the configuration.
+        configuration: The configuration to be trained.
     """
-    configuration = record.configuration
-    kept: list[str] = []
-    typed: dict[str, list[str]] = {option: [] for option in _REPLACED_OPTIONS}
+    return replace_options(
+        command,
+        {
+            "--variants": [configuration.variant.name],
+            "--learning-rates": [repr(configuration.optimizer.learning_rate)],
+            "--seeds": [str(configuration.seed + 1)],
+            "--set": [
+                *_select_fixed_values(_option_values(command, "--set"), configuration),
+                *_format_found_values(_option_values(command, "--space"), configuration),
+            ],
+            **dict.fromkeys(("--search", "--sampler", "--points", "--space"), ()),
+        },
+    )
+
+
+def replace_options(command: str, replacements: Mapping[str, Sequence[str]]) -> str:
+    """Give some options of a command other values, behind the options that stay.
+
+    Args:
+        command: The command.
+        replacements: Option to its new values; an option without values is removed.
+    """
+    kept = [word for option, word in _words_by_option(command) if option not in replacements]
+    return shlex.join([*kept, *(w for o, values in replacements.items() if values for w in (o, *values))])
+
+
+def _words_by_option(command: str) -> Iterator[tuple[str, str]]:
+    """Yield each word of a command with the option that it belongs to; the first words belong to ""."""
     option = ""
     for word in shlex.split(command):
         if word.startswith("--"):
-            option, given, value = word.partition("=")
-            option = option.replace("_", "-")
-            if option in typed and given:
-                typed[option].append(value)
-        elif option in typed:
-            typed[option].append(word)
-        if option not in typed:
-            kept.append(word)
-    chosen = {
-        "--variants": [configuration.variant.name],
-        "--learning-rates": [repr(configuration.optimizer.learning_rate)],
-        "--seeds": [str(configuration.seed + 1)],
-        "--set": [
-            *_select_fixed_values(typed["--set"], configuration),
-            *_format_found_values(typed["--space"], configuration),
-        ],
-    }
-    return shlex.join([*kept, *(part for o, values in chosen.items() if values for part in (o, *values))])
+            option = word.partition("=")[0].replace("_", "-")
+        yield option, word
 
 
-_REPLACED_OPTIONS = (
-    *("--variants", "--learning-rates", "--seeds", "--set"),
-    *("--search", "--sampler", "--points", "--space"),
-)
+def _option_values(command: str, wanted: str) -> list[str]:
+    """Return the values of an option in a command, after the option or behind its equals sign."""
+    words = [word for option, word in _words_by_option(command) if option == wanted]
+    values = [word.partition("=")[2] if word.startswith("--") else word for word in words]
+    return [value for value in values if value]
 
 
 def _select_fixed_values(words: list[str], configuration: Configuration) -> list[str]:
     """Return the fixed values except the learning rate and those of other variants."""
-    keys = [(word, word.partition("=")[0].replace("-", "_")) for word in words]
+    parts = [(word, word.partition("=")[0].replace("-", "_").rpartition(".")) for word in words]
     variants = ("", configuration.variant.name)
-    return [
-        w
-        for w, key in keys
-        if key.rpartition(".")[0] in variants and key.rpartition(".")[2] != "learning_rate"
-    ]
+    return [word for word, (variant, _, name) in parts if variant in variants and name != "learning_rate"]
 
 
 def _format_found_values(space: list[str], configuration: Configuration) -> list[str]:
@@ -119,8 +123,8 @@ def _format_header(record: Record, failures: int) -> Iterator[str]:
     if record.reason:
         yield f"reason       {record.reason}"
     yield ""
-    pairs = [f"{k} {_shorten(v)}" for k, v in configuration.to_columns().items() if v is not None]
-    yield from _wrap_pairs(pairs)
+    columns = configuration.to_columns().items()
+    yield _wrap_pairs([f"{name} {_shorten(value)}" for name, value in columns if value is not None])
 
 
 def _format_scores(record: Record) -> Iterator[str]:
@@ -153,12 +157,9 @@ def _format_cost(record: Record) -> Iterator[str]:
         yield f"made         {ended:%Y-%m-%d %H:%M:%S} UTC on {provenance.host}"
     yield f"with         {provenance.device}, commit {provenance.commit}"
     if provenance.versions:
-        yield from _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
-    resumed = (
-        f", resumed from step {', '.join(map(str, provenance.resumed_from))}"
-        if provenance.resumed_from
-        else ""
-    )
+        yield _wrap_pairs([f"{k} {v}" for k, v in provenance.versions.items()])
+    steps = ", ".join(map(str, provenance.resumed_from))
+    resumed = f", resumed from step {steps}" if steps else ""
     group = f"{provenance.lane_group_size} lanes, {provenance.workers} workers"
     yield f"             attempt {provenance.attempt}{resumed}, {group}"
 
@@ -166,19 +167,17 @@ def _format_cost(record: Record) -> Iterator[str]:
 def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
     if not studies:
         yield f"No study under {output} asks for it, so there is no command to run it again."
-    for study in studies[:1]:
-        yield f"To run it again (study {study.name}):"
-        yield f"  {narrow_command(study.command, record)}"
+    else:
+        yield f"To run it again (study {studies[0].name}):"
+        yield f"  {narrow_command(studies[0].command, record.configuration)}"
 
 
-def _wrap_pairs(pairs: list[str], indent: str = "             ") -> Iterator[str]:
-    line = indent
-    for pair in pairs:
-        if len(line) + len(pair) > 78 and line.strip():
-            yield line.rstrip().rstrip(",") + ","
-            line = indent
-        line += pair + ", "
-    yield line.rstrip().rstrip(",")
+def _wrap_pairs(pairs: Sequence[str]) -> str:
+    """Return the pairs in indented lines of at most 78 columns, which break between pairs only."""
+    text = ", ".join(pair.replace(" ", "\0") for pair in pairs)
+    indent = " " * 13
+    lines = textwrap.wrap(text, 78, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 def _shorten(value: object) -> str:

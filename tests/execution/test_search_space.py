@@ -25,7 +25,6 @@ from orchestrator.finetune.tasks.local.reviews import Reviews
 from orchestrator.finetune.tasks.pretraining import Recipe
 from orchestrator.launch.plan import print_plan
 from orchestrator.launch.work import StudyWork, point_builder
-from orchestrator.record.schema import Record
 from orchestrator.record.show import narrow_command
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
@@ -197,8 +196,7 @@ def test_the_command_for_one_point_is_that_point_without_the_search(bases: Path,
     assert configuration is not None
     asked = f"--variants {' '.join(names)} --search=qmc --points 4 --set {' '.join(fixed)}"
     command = f"python x.py --task letters {asked} --space {' '.join(words)} --lr-schedule cosine"
-    record = Record(configuration.fingerprint, configuration, "finished", 60)
-    again = shlex.split(narrow_command(command, record))[2:]
+    again = shlex.split(narrow_command(command, configuration))[2:]
     assert "--search" not in " ".join(again)
     typed = tyro.cli(StudyOptions, args=again)
     (template,), none = resolved(

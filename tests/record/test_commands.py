@@ -251,9 +251,9 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_narrowing_keeps_what_it_does_not_know(make_record):
-    record = make_record(seed=4, rate=3e-5)
+    configuration = make_record(seed=4, rate=3e-5).configuration
     command = "python x.py --seeds=3 --study 'my study' --learning_rates 1e-5 1e-4 --plan"
-    assert narrow_command(command, record) == (
+    assert narrow_command(command, configuration) == (
         "python x.py --study 'my study' --plan --variants lora --learning-rates 3e-05 --seeds 5"
     )
 
