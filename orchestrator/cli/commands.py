@@ -82,9 +82,10 @@ class Report(StoreLocation):
     def run(self) -> int:
         """Write the report and return the exit code."""
         from orchestrator.analyze.report import write_report
-        from orchestrator.record.mlflow.tracking_uri import redact_uri, study_uri
+        from orchestrator.record.mlflow.tracking_uri import study_uri
         from orchestrator.record.store import Store
         from orchestrator.record.study_file import find_study
+        from orchestrator.util.redaction import redact_secrets
 
         store = Store(self.store_folder, create=False)
         folder, study = find_study(self.output, self.study)
@@ -93,7 +94,7 @@ class Report(StoreLocation):
             raise UsageError(
                 f"study {study.name!r}: no record of it in {store.root}; run it: {study.command}"
             )
-        write_report(study, records, folder, redact_uri(study_uri(study.tracking_uri, store)))
+        write_report(study, records, folder, redact_secrets(study_uri(study.tracking_uri, store)))
         print(f"{folder / 'report.html'}: {len(records)} of {len(study.configurations)} configurations")
         return 0
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.run_budget import RunBudget
 from orchestrator.launch.study_context import StudyContext
 from orchestrator.launch.work import StudyWork
-from orchestrator.record.mlflow.tracking_uri import redact_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.schema import MAX_FAILURES
 from orchestrator.record.study_file import PLOT_FILES, REPORT_FILES, StudyFile
 from orchestrator.util import timeouts
 from orchestrator.util.command import EXIT_LIMIT_REACHED
 from orchestrator.util.graceful_interrupts import graceful_interrupts
+from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from orchestrator.record.mlflow.writer import MlflowWriter
@@ -101,7 +101,7 @@ def _write_report(context: StudyContext, study: StudyFile) -> None:
     folder = context.folder
     records = [record for f in study.configurations if (record := context.store.get(f)) is not None]
     write_parquet(context.store)
-    uri = redact_uri(context.tracking_uri)
+    uri = redact_secrets(context.tracking_uri)
     summary = write_report(study, records, folder, uri)
     picture = next(file for name in PLOT_FILES if (file := folder / name).exists())
     context.console.print(render_summary(summary))

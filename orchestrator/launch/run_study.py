@@ -18,7 +18,7 @@ from orchestrator.launch.plan import print_plan, print_point_shortfall
 from orchestrator.launch.study_context import StudyContext, resolve_study
 from orchestrator.launch.work import StudyWork
 from orchestrator.record import scratch
-from orchestrator.record.mlflow.tracking_uri import configured_uri, redact_uri
+from orchestrator.record.mlflow.tracking_uri import configured_uri
 from orchestrator.record.provenance import current_commit
 from orchestrator.record.schema import Record
 from orchestrator.record.study_file import StudyFile
@@ -27,6 +27,7 @@ from orchestrator.study.options import StudyOptions
 from orchestrator.util import atomic_files
 from orchestrator.util.errors import UsageError, describe_disk_error
 from orchestrator.util.graceful_interrupts import format_command
+from orchestrator.util.redaction import redact_secrets
 
 
 def run_study(
@@ -101,7 +102,7 @@ def _begin_run(context: StudyContext, check: Callable[[Sequence[Configuration]],
     study = replace(
         study.with_configurations([c.fingerprint for c in work.requested], cached),
         command=command,
-        tracking_uri=redact_uri(configured_uri(context.options.tracking_uri)),
+        tracking_uri=redact_secrets(configured_uri(context.options.tracking_uri)),
         searched=study.searched or work.search is not None,
         baseline=experiment.baseline,
         margin=experiment.margin,

@@ -18,7 +18,7 @@ from orchestrator.finetune.models.catalogue import UNPREPARED
 from orchestrator.finetune.resolve.option_names import ResolvedOptions, default_model, resolve_options
 from orchestrator.finetune.resolve.templates import build_configuration_templates
 from orchestrator.finetune.sources import hub_data
-from orchestrator.record.mlflow.tracking_uri import redact_uri, resolve_uri
+from orchestrator.record.mlflow.tracking_uri import resolve_uri
 from orchestrator.record.store import Store
 from orchestrator.study.configuration import Configuration
 from orchestrator.study.options import StudyOptions
@@ -73,7 +73,7 @@ class PreflightCheck:
         with remove_created_folders(options.output, options.store_folder):
             if not self.report("storage", self.open_store):
                 return 1
-            self.report("tracking", lambda: redact_uri(resolve_uri(options.tracking_uri, self.store)))
+            self.report("tracking", lambda: redact_secrets(resolve_uri(options.tracking_uri, self.store)))
             configuration = self.check_model_and_data(resolved)
             if ray_cluster.running_cluster_address() is None:
                 self.check_cluster(configuration)

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.record.mlflow import run_content
-from orchestrator.record.mlflow.tracking_uri import find_damage, redact_uri, sqlite_path
+from orchestrator.record.mlflow.tracking_uri import find_damage, sqlite_path
 from orchestrator.record.schema import Record
 from orchestrator.util import atomic_files
+from orchestrator.util.redaction import redact_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -256,7 +257,7 @@ class MlflowLogger:
     def _raise_if_damaged(self, every_page: bool = False) -> None:
         """Raise TrackingDamagedError if MLflow's SQLite file is damaged. `every_page`: see `find_damage`."""
         if self._database is not None and (why := find_damage(self._database, every_page)):
-            raise TrackingDamagedError(redact_uri(f"{self.tracking_uri}: the file is damaged ({why})"))
+            raise TrackingDamagedError(redact_secrets(f"{self.tracking_uri}: the file is damaged ({why})"))
 
     def _delete_run(self, run_id: str) -> None:
         """Delete a child run, in a database permanently, with its artifacts.
@@ -282,7 +283,7 @@ class MlflowLogger:
             self._raise_if_damaged(every_page=True)
             if _is_unavailable(error):
                 first = _first_line(error)
-                raise TrackingUnavailableError(redact_uri(f"{self.tracking_uri}: {first}")) from error
+                raise TrackingUnavailableError(redact_secrets(f"{self.tracking_uri}: {first}")) from error
             raise
 
 

@@ -14,10 +14,11 @@ from itertools import count
 from pathlib import Path
 
 from orchestrator.record.mlflow.log import ARTIFACTS_FOLDER
-from orchestrator.record.mlflow.tracking_uri import redact_uri, sqlite_path
+from orchestrator.record.mlflow.tracking_uri import sqlite_path
 from orchestrator.record.scratch import is_locked
 from orchestrator.record.study_file import StudyFile
 from orchestrator.util.errors import UsageError
+from orchestrator.util.redaction import redact_secrets
 
 JOURNAL_SUFFIXES = ("-journal", "-wal", "-shm")
 """Suffixes of SQLite's journals, which are moved too: SQLite would apply old ones to the new database."""
@@ -46,7 +47,7 @@ def archive_databases(studies: Mapping[str, tuple[Path, StudyFile]], uris: Mappi
                     f"--rebuild: study {name!r} is running and logs to {database}; wait for its end"
                 )
     if not studies_by_database:
-        others = ", ".join(sorted({redact_uri(uri) for uri in uris.values()})) or "there is no study"
+        others = ", ".join(sorted({redact_secrets(uri) for uri in uris.values()})) or "there is no study"
         raise UsageError(
             f"--rebuild: it rebuilds SQLite files, and no study logs to one ({others}); leave it out"
         )

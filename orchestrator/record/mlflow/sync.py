@@ -7,10 +7,11 @@ from pathlib import Path
 
 from orchestrator.record.mlflow.log import MlflowLogger, TrackingDamagedError, TrackingUnavailableError
 from orchestrator.record.mlflow.rebuild import archive_databases
-from orchestrator.record.mlflow.tracking_uri import check_uri, redact_uri, sqlite_path, study_uri
+from orchestrator.record.mlflow.tracking_uri import check_uri, sqlite_path, study_uri
 from orchestrator.record.parquet import write_parquet
 from orchestrator.record.store import Store
 from orchestrator.record.study_file import REPORT_FILES, StudyFile, read_studies
+from orchestrator.util.redaction import redact_secrets
 
 
 def sync_projections(
@@ -76,5 +77,5 @@ def _sync_study(store: Store, study: StudyFile, log: MlflowLogger, report: Seque
     log.finish_study(parent, "FINISHED" if num_records == len(study.configurations) else "KILLED", report)
     return (
         f"{study.name}: {num_records} of {len(study.configurations)} configurations in "
-        f"{redact_uri(log.tracking_uri)}, {num_written} of them written now"
+        f"{redact_secrets(log.tracking_uri)}, {num_written} of them written now"
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import tempfile
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from pathlib import Path
-from urllib.parse import quote, urlsplit
 
 from orchestrator.record.store import Store
 from orchestrator.util import timeouts
@@ -62,7 +63,9 @@ def study_uri(stored_uri: str, store: Store) -> str:
         store: The store, for the default.
     """
     variable = configured_uri(None)
-    return variable if variable and redact_uri(variable) == stored_uri else stored_uri or default_uri(store)
+    if variable and redact_secrets(variable) == stored_uri:
+        return variable
+    return stored_uri or default_uri(store)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -81,7 +84,7 @@ def find_damage(database: Path, every_page: bool = False) -> str:
     Returns:
         SQLite's message in one line; empty if the file is whole, missing, or locked.
     """
-    uri = f"file:{quote(str(database.resolve()))}?mode=ro"
+    uri = f"{database.resolve().as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(uri, timeout=0, uri=True)) as opened:
             opened.execute("select count(*) from sqlite_master").fetchone()
@@ -92,11 +95,6 @@ def find_damage(database: Path, every_page: bool = False) -> str:
     return "" if found == "ok" else " ".join(found.split())
 
 
-def redact_uri(uri: str) -> str:
-    """Return the URI without its password, for messages and files."""
-    return redact_secrets(uri)
-
-
 def check_uri(uri: str) -> None:
     """Check a tracking URI.
 
@@ -105,28 +103,22 @@ def check_uri(uri: str) -> None:
             be written or is damaged.
     """
     if REDACTED in uri:
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: passwords are not stored; give the option with the password"
-        )
+        raise _refusal(uri, "passwords are not stored; give the option with the password")
     scheme, colon, rest = uri.partition("://")
     scheme = scheme.split("+")[0]  # postgresql+psycopg2
     if not colon or scheme == "file":
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: must start with sqlite:///, http://, https:// or a "
-            f"database's scheme; take {_suggest_uri(rest or uri)}"
-        )
+        start = "must start with sqlite:///, http://, https:// or a database's scheme"
+        raise _refusal(uri, f"{start}; take {_suggest_uri(rest or uri)}")
     if scheme not in SCHEMES:
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: unknown scheme {scheme!r}. "
-            f"{suggest_nearest(scheme, SCHEMES)}"
-        )
+        raise _refusal(uri, f"unknown scheme {scheme!r}. {suggest_nearest(scheme, SCHEMES)}")
     if scheme == "sqlite":
         _check_sqlite(uri)
-    elif scheme in DATABASES:
-        _run_with_timeout(uri, lambda: _check_database(uri))
     else:
-        _check_host(uri)
-        _run_with_timeout(uri, lambda: _check_health(uri))
+        _run_with_timeout(uri, _check_database if scheme in DATABASES else _check_health)
+
+
+def _refusal(uri: str, problem: str) -> UsageError:
+    return UsageError(f"--tracking-uri {redact_secrets(uri)!r}: {problem}")
 
 
 def _suggest_uri(uri: str) -> str:
@@ -139,9 +131,7 @@ def _suggest_uri(uri: str) -> str:
 def _check_sqlite(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None or not path.name:
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: names no file; take sqlite:///folder/mlflow.db"
-        )
+        raise _refusal(uri, "names no file; take sqlite:///folder/mlflow.db")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -149,33 +139,20 @@ def _check_sqlite(uri: str) -> None:
         with suppress(FileNotFoundError), path.open("r+b"):
             pass
     except OSError as error:
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: the file and its folder must be writable "
-            f"({error.strerror or error}); name another file"
-        ) from error
+        problem = f"the file and its folder must be writable ({error.strerror or error})"
+        raise _refusal(uri, f"{problem}; name another file") from error
     if why := find_damage(path):
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: the file is damaged ({why}); "
-            "name another file, or, if studies of this --output log to it, create it again from the "
-            "records: python -m orchestrator sync --rebuild, with the same --output and --store"
+        remedy = (
+            "name another file, or, if studies of this --output log to it, create it again from the records: "
+            "python -m orchestrator sync --rebuild, with the same --output and --store"
         )
-
-
-def _check_host(uri: str) -> None:
-    try:
-        parts = urlsplit(uri)
-        fine = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number, or an unfinished [IPv6] address
-        fine = False
-    if not fine:
-        raise UsageError(f"--tracking-uri {redact_uri(uri)!r}: must be like http://host:5000")
+        raise _refusal(uri, f"the file is damaged ({why}); {remedy}")
 
 
 def _check_health(uri: str) -> None:
+    server = re.sub("//[^/]*@", "//", uri).rstrip("/")  # urllib takes no user and password
     try:
-        parts = urlsplit(uri)
-        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=timeouts.TRACKING_SERVER_SECONDS).close()
+        urllib.request.urlopen(f"{server}/health", timeout=timeouts.TRACKING_SERVER_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code >= 500:  # with a lower code it is up: it requires a login, or a proxy hides /health
             raise
@@ -188,29 +165,22 @@ def _check_database(uri: str) -> None:
     create_engine(uri).connect().close()
 
 
-def _run_with_timeout(uri: str, attempt: Callable[[], None]) -> None:
-    """Run `attempt` in a thread, because name look-up and connecting may block beyond their time-outs."""
-    ended: list[Exception | None] = []
+def _run_with_timeout(uri: str, attempt: Callable[[str], object]) -> None:
+    """Call `attempt(uri)` in a thread, because a look-up of a name may block beyond any time-out."""
+    answer = Future[object]()
 
     def run() -> None:
         try:
-            attempt()
-            ended.append(None)
-        except Exception as error:  # any error becomes one line for the user
-            ended.append(error)
+            answer.set_result(attempt(uri))
+        except Exception as error:
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeouts.TRACKING_SERVER_SECONDS + 1)
-    error = ended[0] if ended else TimeoutError("no answer in time")
-    if isinstance(error, ModuleNotFoundError):
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: needs the Python package {error.name!r}; install it"
-        )
-    if error is not None:
-        plain = isinstance(error, urllib.error.HTTPError)  # its `reason` lacks the number
-        reason = str((not plain and getattr(error, "reason", None)) or error or type(error).__name__)
-        raise UsageError(
-            f"--tracking-uri {redact_uri(uri)!r}: cannot be reached ({redact_uri(reason.splitlines()[0])}); "
-            "start that server or leave the option out"
-        ) from error
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer.result(timeouts.TRACKING_SERVER_SECONDS + 1)
+    except ModuleNotFoundError as error:
+        raise _refusal(uri, f"needs the Python package {error.name!r}; install it") from None
+    except Exception as error:  # any error becomes one line for the user
+        reason = redact_secrets(str(error) or "no answer in time").splitlines()[0]
+        remedy = "start that server, name one as in http://host:5000, or leave the option out"
+        raise _refusal(uri, f"cannot be reached ({reason}); {remedy}") from error

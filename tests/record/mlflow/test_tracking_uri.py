@@ -13,13 +13,13 @@ from orchestrator.record.mlflow.tracking_uri import (
     check_uri,
     default_uri,
     find_damage,
-    redact_uri,
     sqlite_path,
 )
 from orchestrator.record.store import Store
 from orchestrator.util import timeouts
 from orchestrator.util.errors import UsageError
 from orchestrator.util.graceful_interrupts import format_command
+from orchestrator.util.redaction import redact_secrets
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)  # a tenth of a second in all
     answered = threading.Event()
     with pytest.raises(UsageError, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):
-        tracking_uri._run_with_timeout("http://slow:5000", answered.wait)
+        tracking_uri._run_with_timeout("http://slow:5000", lambda uri: answered.wait())
     answered.set()
 
 
@@ -162,5 +162,5 @@ def test_a_database_without_its_driver_or_without_a_server():
     ],
 )
 def test_what_is_shown_of_a_uri(uri: str, words: str) -> None:
-    assert redact_uri(uri) == words
+    assert redact_secrets(uri) == words
     assert format_command(["a b", uri]).startswith("python 'a b' ")
