@@ -66,13 +66,10 @@ class StudyFile:
             requested: Fingerprints of the configurations.
             cached: Fingerprints that the store has; the new ones among them count as reused.
         """
-        requested, cached, present = list(dict.fromkeys(requested)), set(cached), set(self.configurations)
-        added = tuple(f for f in requested if f not in present)
-        return replace(
-            self,
-            configurations=self.configurations + added,
-            reused=self.reused + tuple(f for f in added if f in cached),
-        )
+        cached, present = set(cached), set(self.configurations)
+        added = tuple(f for f in dict.fromkeys(requested) if f not in present)
+        reused = self.reused + tuple(f for f in added if f in cached)
+        return replace(self, configurations=self.configurations + added, reused=reused)
 
     def with_look(self, seeds: int) -> StudyFile:
         """Return this study after a verdict with `seeds` seeds. The same number again is no new look."""
@@ -81,10 +78,8 @@ class StudyFile:
     def write(self, folder: Path) -> None:
         """Write study.json in a folder; a reader sees the old file or the new one."""
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        atomic_files.write_atomically(
-            folder / STUDY_FILE, atomic_files.add_checksum(json.dumps(data, indent=1))
-        )
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=1)
+        atomic_files.write_atomically(folder / STUDY_FILE, atomic_files.add_checksum(text))
 
     @classmethod
     def read(cls, folder: Path) -> StudyFile | None:
@@ -114,11 +109,13 @@ class StudyFile:
         if data is None:
             return None
         version = data.pop("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
-            raise _newer_version_error(path, f"schema_version {version}")
-        unknown = sorted(data.keys() - {field.name for field in fields(cls)})
+        unknown = [f"schema_version {version}"] if version != SCHEMA_VERSION else []
+        unknown += [f"field {name!r}" for name in sorted(data.keys() - {field.name for field in fields(cls)})]
         if unknown:
-            raise _newer_version_error(path, f"field {unknown[0]!r}")
+            raise UsageError(
+                f"{path}: {unknown[0]} is unknown to this program, so a newer version of it has written "
+                "the file; update the program, or choose another --study"
+            )
         text = json.dumps(data).encode()
         study: StudyFile = atomic_files.parse_json(text, cls, str(path), "a study", remedy)
         odd = [name for name in study.configurations if not name.isalnum()]
@@ -127,13 +124,6 @@ class StudyFile:
                 f"{path}: not a study (configurations: {quote_value(odd[0])} is no fingerprint); {remedy}"
             )
         return replace(study, command=translate_command(study.command))
-
-
-def _newer_version_error(path: Path, what: str) -> UsageError:
-    return UsageError(
-        f"{path}: {what} is unknown to this program, so a newer version of it has written the file; "
-        "update the program, or choose another --study"
-    )
 
 
 def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
@@ -148,11 +138,8 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
     for path in sorted(output.glob(f"*/{STUDY_FILE}")):
         study = StudyFile._read(path.parent)
         if study is not None and study.name != path.parent.name:
-            _log.warning(
-                "%s is of the study %s: left out until the folder has this name",
-                path,
-                quote_value(study.name),
-            )
+            name = quote_value(study.name)
+            _log.warning("%s is of the study %s: left out until the folder has this name", path, name)
         elif study is not None:
             found[study.name] = (path.parent, study)
     return found

@@ -31,12 +31,7 @@ ARTIFACTS_FOLDER = "mlflow-artifacts"
 _METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
 # Errors that the same request will have again.
-_PERMANENT_ERROR_CODES = (
-    "INVALID_PARAMETER_VALUE",
-    "BAD_REQUEST",
-    "RESOURCE_ALREADY_EXISTS",
-    "INVALID_STATE",
-)
+_PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 _MLFLOW_ENVIRONMENT = {
     # MLflow repeats a failed request for minutes, also `create_run`, which makes two runs if only the answer
     # was lost. Our callers try again themselves, after reading which runs exist.
@@ -78,16 +73,14 @@ class MlflowLogger:
     MLflow has.
 
     Args:
-        tracking_uri: The tracking URI.
-        artifact_root: Folder of the artifacts; None: a folder beside a SQLite file, or the server's choice.
+        tracking_uri: The tracking URI. Artifacts are in a folder beside a SQLite file, or where the server
+            keeps them.
     """
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
+    def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
         self._database = sqlite_path(tracking_uri)
-        if artifact_root is None and self._database is not None:
-            artifact_root = self._database.parent / ARTIFACTS_FOLDER
-        self._artifact_root = artifact_root
+        self._artifact_root = self._database.parent / ARTIFACTS_FOLDER if self._database else None
         self._study_descriptions: dict[str, tuple[str, Mapping[str, str]]] = {}
         self._studies: dict[str, _StudyRun] = {}
 
@@ -112,7 +105,7 @@ class MlflowLogger:
         study: str,
         records: Iterable[Record],
         reused: Set[str] = frozenset(),
-        artifacts: Mapping[str, Path] | None = None,
+        adapters: Path | None = None,
     ) -> int:
         """Write the child run of each record, if it is missing or differs. Call `ensure_study` first.
 
@@ -124,7 +117,8 @@ class MlflowLogger:
             study: Name of the study.
             records: The records.
             reused: Fingerprints whose new child gets the tag `reused_from`.
-            artifacts: Fingerprint to a folder that is logged as artifact "adapter".
+            adapters: A folder with adapters in subfolders named by fingerprints, which are logged as artifact
+                "adapter".
 
         Returns:
             The number of children that were written.
@@ -136,8 +130,8 @@ class MlflowLogger:
             with self._convert_errors():
                 if study not in self._studies:
                     self._studies[study] = self._open_study(study)
-                folder = (artifacts or {}).get(record.fingerprint)
-                written += self._log_record(study, record, record.fingerprint in reused, folder)
+                adapter = adapters / record.fingerprint if adapters else None
+                written += self._log_record(study, record, record.fingerprint in reused, adapter)
         return written
 
     def finish_study(
@@ -155,7 +149,7 @@ class MlflowLogger:
                 self._client.log_artifact(parent_run_id, str(path))
             self._client.set_terminated(parent_run_id, status)
 
-    def _log_record(self, study: str, record: Record, reused: bool, folder: Path | None) -> bool:
+    def _log_record(self, study: str, record: Record, reused: bool, adapter: Path | None) -> bool:
         study_run = self._studies[study]
         child = study_run.children.get(record.fingerprint)
         if child is not None and not _is_up_to_date(child, record):
@@ -171,17 +165,12 @@ class MlflowLogger:
             child = _ChildRun(run.info.run_id, tags["record"], is_complete=False)
             study_run.children[record.fingerprint] = child
         metrics, params = run_content.metrics(record), run_content.params(record)
-        for first in range(0, max(1, len(metrics)), _METRICS_PER_CALL):
-            self._client.log_batch(
-                child.run_id,
-                metrics=metrics[first : first + _METRICS_PER_CALL],
-                params=params[:_PARAMS_PER_CALL] if first == 0 else (),
-            )
-        for first in range(_PARAMS_PER_CALL, len(params), _PARAMS_PER_CALL):
-            self._client.log_batch(child.run_id, params=params[first : first + _PARAMS_PER_CALL])
+        while metrics or params:
+            self._client.log_batch(child.run_id, metrics[:_METRICS_PER_CALL], params[:_PARAMS_PER_CALL])
+            metrics, params = metrics[_METRICS_PER_CALL:], params[_PARAMS_PER_CALL:]
         self._client.log_inputs(child.run_id, run_content.datasets(record))
-        if folder is not None and folder.is_dir():
-            self._client.log_artifacts(child.run_id, str(folder), "adapter")
+        if adapter is not None and adapter.is_dir():
+            self._client.log_artifacts(child.run_id, str(adapter), "adapter")
         self._client.set_terminated(child.run_id, run_content.STATUS[record.state], end)
         child.is_complete, child.latest_metrics = True, run_content.latest_metrics(record)
         return True
@@ -254,11 +243,6 @@ class MlflowLogger:
             _create_database(self._database)
         return MlflowClient(self.tracking_uri, self.tracking_uri)
 
-    def _raise_if_damaged(self, every_page: bool = False) -> None:
-        """Raise TrackingDamagedError if MLflow's SQLite file is damaged. `every_page`: see `find_damage`."""
-        if self._database is not None and (why := find_damage(self._database, every_page)):
-            raise TrackingDamagedError(redact_secrets(f"{self.tracking_uri}: the file is damaged ({why})"))
-
     def _delete_run(self, run_id: str) -> None:
         """Delete a child run, in a database permanently, with its artifacts.
 
@@ -280,10 +264,11 @@ class MlflowLogger:
         except Exception as error:
             # A request whose answer was lost may have been executed: the next call reads what exists.
             self._studies.clear()
-            self._raise_if_damaged(every_page=True)
+            uri = redact_secrets(self.tracking_uri)
+            if self._database is not None and (why := find_damage(self._database, every_page=True)):
+                raise TrackingDamagedError(f"{uri}: the file is damaged ({why})") from error
             if _is_unavailable(error):
-                first = _first_line(error)
-                raise TrackingUnavailableError(redact_secrets(f"{self.tracking_uri}: {first}")) from error
+                raise TrackingUnavailableError(redact_secrets(f"{uri}: {_first_line(error)}")) from error
             raise
 
 
@@ -328,5 +313,5 @@ def _is_unavailable(error: Exception) -> bool:
     from sqlalchemy.exc import SQLAlchemyError
 
     if isinstance(error, MlflowException):
-        return error.error_code not in _PERMANENT_ERROR_CODES
+        return error.error_code not in _PERMANENT_ERRORS
     return isinstance(error, OSError | SQLAlchemyError)  # errors of `requests` are OSErrors

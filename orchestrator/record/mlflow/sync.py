@@ -68,12 +68,9 @@ def sync_projections(
 def _sync_study(store: Store, study: StudyFile, log: MlflowLogger, report: Sequence[Path]) -> str:
     parent = log.ensure_study(study.name, study.question, {"command": study.command})
     num_records = num_written = 0
-    for fingerprint in study.configurations:
-        record = store.get(fingerprint)
-        if record is not None:
-            folders = {fingerprint: store.adapters / fingerprint}
-            num_written += log.log_records(study.name, [record], frozenset(study.reused), folders)
-            num_records += 1
+    for record in filter(None, map(store.get, study.configurations)):
+        num_written += log.log_records(study.name, [record], frozenset(study.reused), store.adapters)
+        num_records += 1
     log.finish_study(parent, "FINISHED" if num_records == len(study.configurations) else "KILLED", report)
     return (
         f"{study.name}: {num_records} of {len(study.configurations)} configurations in "

@@ -40,7 +40,7 @@ class MlflowWriter:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         self._logger, self._store, self._study = log, store, study
-        self._log_adapters, self._tags = log_adapters, dict(tags or {})
+        self._adapters, self._tags = store.adapters if log_adapters else None, dict(tags or {})
         self._reused = frozenset(study.reused)
         self._condition = threading.Condition()
         self._queue: dict[str, None] = {}  # an ordered set
@@ -127,11 +127,10 @@ class MlflowWriter:
 
     def _log_one(self, fingerprint: str) -> None:
         """Log the current record. A record that MLflow refuses is put aside, so that the others go on."""
-        artifacts = {fingerprint: self._store.adapters / fingerprint} if self._log_adapters else None
         try:
             record = self._store.get(fingerprint)
             if record is not None:
-                self._logger.log_records(self._study.name, [record], self._reused, artifacts)
+                self._logger.log_records(self._study.name, [record], self._reused, self._adapters)
             self._rejected.discard(fingerprint)
         except TrackingUnavailableError:
             self.put(fingerprint)

@@ -226,13 +226,14 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
 
 def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, make_record, tmp_path):
     """The child of the torn record is deleted permanently, with its artifacts."""
-    (tmp_path / "adapter_config.json").write_text("{}")
     first = make_record()
+    (tmp_path / first.fingerprint).mkdir()
+    (tmp_path / first.fingerprint / "adapter_config.json").write_text("{}")
     again = replace(first, provenance=replace(first.provenance, ended=2e9))
     for record in (first, again):
         log = MlflowLogger(uri)
         log.ensure_study(study, "")
-        assert log.log_records(study, [record], artifacts={record.fingerprint: tmp_path}) == 1
+        assert log.log_records(study, [record], adapters=tmp_path) == 1
     child = _runs(uri, study)[1][first.fingerprint]
     assert child.info.end_time == 2_000_000_000_000
     root = sqlite_path(uri).parent / "mlflow-artifacts" / study
@@ -276,14 +277,13 @@ def test_a_deleted_experiment_comes_back(uri, study, make_record):
 
 
 def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
-    adapter = tmp_path / "adapter"
+    with_one, without = make_record(seed=0), make_record(seed=1)
+    adapter = tmp_path / with_one.fingerprint
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    with_one, without = make_record(seed=0), make_record(seed=1)
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
-    folders = {with_one.fingerprint: adapter, without.fingerprint: tmp_path / "none"}
-    log.log_records(study, [with_one, without], artifacts=folders)
+    log.log_records(study, [with_one, without], adapters=tmp_path)
     children = _runs(uri, study)[1]
     client = MlflowClient(uri, uri)
     paths = [f.path for f in client.list_artifacts(children[with_one.fingerprint].info.run_id, "adapter")]
