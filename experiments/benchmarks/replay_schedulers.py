@@ -17,13 +17,17 @@ seconds.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from markdown_table import markdown_table
 
 from orchestrator.util.command import main
 
@@ -34,15 +38,7 @@ if TYPE_CHECKING:
     from orchestrator.record.schema import Record
     from orchestrator.study.configuration import Configuration
 
-TRAINERS, LANES_PER_TRAINER = 2, 4  # those of a dry run on two cores
-
-_EARLIER_KEYS = {
-    "here": "without_ray",
-    "guess": "loss_window",
-    "away": "grid_distance",
-    "lost": "score_loss",
-    "best": "best_rate",
-}
+TRAINERS = 2  # the number in a dry run on two cores
 
 
 @dataclass(frozen=True)
@@ -77,29 +73,19 @@ def run() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     full_records = _full_grid_records(options)
     file = options.output / "replays.json"
-    rows: list[dict[str, Any]] = _read_rows(file)
-    replayed = {(row["rates"], row["scheduler"], row["evaluations"], row["without_ray"]) for row in rows}
+    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    replayed = {(row["evaluations"], row["rates"], row["scheduler"], row["without_ray"]) for row in rows}
     stored_evaluations = max(record.configuration.evaluations for record in full_records)
+    wanted = product(options.evaluations or (stored_evaluations,), options.rates, options.schedulers)
     with nullcontext() if options.without_ray else ray_cluster.connect() as cluster:
-        for evaluations in options.evaluations or (stored_evaluations,):
-            for rates in options.rates:
-                for scheduler in options.schedulers:
-                    if (rates, scheduler, evaluations, options.without_ray) not in replayed:
-                        rows.append(_replay(options, cluster, full_records, rates, scheduler, evaluations))
-                        file.write_text(json.dumps(rows, indent=1) + "\n")
-                        print(_format_row(rows[-1]), flush=True)
+        for evaluations, rates, scheduler in wanted:
+            if (evaluations, rates, scheduler, options.without_ray) not in replayed:
+                rows.append(_replay(options, cluster, full_records, rates, scheduler, evaluations))
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+                print(*_summary_cells(rows[-1]), flush=True)
     text = _markdown(rows)
     (options.output / "replays.md").write_text(text)
     print(text)
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    """Return the replays that `file` holds, under today's names; none if there is no file."""
-
-    def rename(values: dict[str, Any]) -> dict[str, Any]:
-        return {_EARLIER_KEYS.get(key, key): value for key, value in values.items()}
-
-    return json.loads(file.read_text(), object_hook=rename) if file.exists() else []
 
 
 def _full_grid_records(options: Options) -> list[Record]:
@@ -145,8 +131,7 @@ def _replay(
         from simulated_curves import SimulationPlan
 
         plan = SimulationPlan(str(options.store.resolve()), stored_evaluations, options.loss_window)
-        folder = options.output / f"{rates}-{scheduler}-{evaluations}"
-        steps, records = _train(configurations, scheduler, cluster, plan, folder)
+        steps, records = _train(configurations, scheduler, cluster, plan, options.output)
     return {
         "rates": rates,
         "scheduler": scheduler,
@@ -168,6 +153,7 @@ def _simulate(
 ) -> tuple[int, list[Record]]:
     """Apply the scheduler in this process. Returns the steps and the records of the study."""
     from simulated_schedulers import simulate_scheduler
+    from simulated_training import LANES_PER_TRAINER
 
     from orchestrator.study.grid import training_order
 
@@ -187,21 +173,17 @@ def _train(
     scheduler: str,
     cluster: Cluster,
     plan: SimulationPlan,
-    folder: Path,
+    output: Path,
 ) -> tuple[int, list[Record]]:
-    """Run the study on the cluster, with a store in `folder`. Returns its steps and its records."""
-    import shutil
-
-    from simulated_training import PoolSize, train_simulated
+    """Run the study on the cluster, with a temporary store. Returns its steps and its records."""
+    from simulated_training import train_simulated
 
     from orchestrator.record.store import Store
 
-    shutil.rmtree(folder, ignore_errors=True)  # of a replay that was interrupted
-    store, pool_size = Store(folder), PoolSize(TRAINERS, LANES_PER_TRAINER)
-    steps = train_simulated(configurations, scheduler, cluster, pool_size, store, plan)
-    records = [record for c in configurations if (record := store.get(c.fingerprint)) is not None]
-    shutil.rmtree(folder)
-    return steps, records
+    with tempfile.TemporaryDirectory(dir=output) as folder:  # on storage that all nodes see
+        store = Store(folder)
+        steps = train_simulated(configurations, scheduler, cluster, TRAINERS, 0.0, store, plan)
+        return steps, list(store.records())
 
 
 def _summarize_variants(
@@ -223,24 +205,16 @@ def _summarize_variants(
     def curves(records: Sequence[Record]) -> dict[str, Any]:
         return {curve.variant: curve for panel in summarize(records).panels for curve in panel.curves}
 
-    def steps(records: Sequence[Record]) -> Mapping[str, int]:
-        counts: Counter[str] = Counter()
-        for record in records:
-            counts[record.configuration.variant.name] += record.steps
-        return counts
+    def steps(records: Sequence[Record], variant: str) -> int:
+        return sum(record.steps for record in records if record.configuration.variant.name == variant)
 
-    full_curves, replayed_curves, full_steps, replayed_steps = (
-        curves(full_records),
-        curves(replayed_records),
-        steps(full_records),
-        steps(replayed_records),
-    )
+    replayed_curves = curves(replayed_records)
     summaries = {}
-    for variant, curve in full_curves.items():
+    for variant, curve in curves(full_records).items():
         chosen = replayed_curves[variant].best_rate if variant in replayed_curves else None
         means = {point.learning_rate: point.validation.mean for point in curve.points}
         summaries[variant] = {
-            "share": replayed_steps[variant] / full_steps[variant],
+            "share": steps(replayed_records, variant) / steps(full_records, variant),
             "best_rate": curve.best_rate,
             "chosen": chosen,
             "grid_distance": None if chosen is None else grid.index(chosen) - grid.index(curve.best_rate),
@@ -250,53 +224,46 @@ def _summarize_variants(
     return summaries
 
 
-def _count_within_one_point(row: Mapping[str, Any]) -> str:
-    distances = [variant["grid_distance"] for variant in row["variants"].values()]
+def _summary_cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    variants = row["variants"].values()
+    distances = [variant["grid_distance"] for variant in variants]
     near = sum(distance is not None and abs(distance) <= 1 for distance in distances)
-    return f"{near} of {len(distances)}"
-
-
-def _format_row(row: Mapping[str, Any]) -> str:
-    near = _count_within_one_point(row)
-    losses = [
-        variant["score_loss"] for variant in row["variants"].values() if variant["score_loss"] is not None
-    ]
+    losses = [variant["score_loss"] for variant in variants if variant["score_loss"] is not None]
     return (
-        f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {row['share']:.0%} | {near} "
-        f"| {sum(losses) / len(losses):.3f} | {max(losses):.3f} | {row['seconds']} |"
+        *_labels(row),
+        f"{row['share']:.1%}",
+        f"{near} of {len(distances)}",
+        f"{sum(losses) / len(losses):.3f}",
+        f"{max(losses):.3f}",
+        row["seconds"],
     )
+
+
+def _labels(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["evaluations"], row["rates"], row["scheduler"]
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return two Markdown tables: one row per replay, then the variants of each replay."""
-    ordered = sorted(rows, key=lambda row: (row["evaluations"], row["rates"], row["scheduler"]))
-    lines = [
-        "| evaluations | rates | scheduler | steps | within one point | mean score loss | worst | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *map(_format_row, ordered),
-        "",
-        "Of each variant: share of the steps, and distance from the full grid's best rate in grid points.",
-        "",
-    ]
+    ordered = sorted(rows, key=_labels)
+    labels = ("evaluations", "rates", "scheduler")
     names = sorted({name for row in rows for name in row["variants"]})
-    lines += [
-        f"| evaluations | rates | scheduler | {' | '.join(names)} |",
-        f"| --- | --- | --- | {' | '.join(['---'] * len(names))} |",
+    header = (*labels, "steps", "within one point", "mean score loss", "worst", "seconds")
+    choices = [
+        (*_labels(row), *(_format_choice(row["variants"].get(name)) for name in names)) for row in ordered
     ]
-    for row in ordered:
-        cells = [_format_cell(row["variants"].get(name)) for name in names]
-        lines.append(f"| {row['evaluations']} | {row['rates']} | {row['scheduler']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return (
+        f"{markdown_table(header, map(_summary_cells, ordered))}\n\n"
+        "Of each variant: share of the steps, and distance from the full grid's best rate in grid points.\n\n"
+        f"{markdown_table((*labels, *names), choices)}\n"
+    )
 
 
-def _format_cell(variant: Mapping[str, Any] | None) -> str:
+def _format_choice(variant: Mapping[str, Any] | None) -> str:
     if variant is None or variant["grid_distance"] is None:
         return "none"
-    return (
-        f"{variant['share']:.0%}, {variant['away']:+d}"
-        if variant["grid_distance"]
-        else f"{variant['share']:.0%}, 0"
-    )
+    distance = variant["grid_distance"]
+    return f"{variant['share']:.0%}, {f'{distance:+d}' if distance else '0'}"
 
 
 if __name__ == "__main__":

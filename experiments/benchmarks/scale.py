@@ -20,10 +20,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from markdown_table import markdown_table
 
 from orchestrator.util.command import main
 
@@ -55,12 +57,7 @@ class Options:
     scheduler: str = "none"
     """Early stopping: none, asha, median, hyperband."""
     nodes: int = 2
-    gpus_per_node: int = 1
-    """Fake GPUs of each node; each GPU gets a trainer."""
-    lanes_per_trainer: int = 4
-    steps: int = 20
-    evaluations: int = 2
-    seconds_per_step: float = 0.01
+    """Nodes beside the head, with one fake GPU each; each GPU gets a trainer."""
 
 
 def run() -> int:
@@ -69,28 +66,18 @@ def run() -> int:
 
     options = tyro.cli(Options, description=__doc__)
     options.output.mkdir(parents=True, exist_ok=True)
-    if len(options.sizes) == 1:
-        _write_result(options, _measure_study(options, options.sizes[0]))
-        return 0
-    for size in options.sizes:
-        option_values = {k: v for k, v in asdict(options).items() if k != "sizes"}
-        arguments = [part for k, v in option_values.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-        subprocess.run([sys.executable, __file__, "--sizes", str(size), *arguments], check=True)
-    rows = [json.loads(_result_file(options, size).read_text()) for size in options.sizes]
-    print(format_table(rows))
+    files = [options.output / f"{size}-{options.scheduler}.json" for size in options.sizes]
+    if len(files) == 1:
+        files[0].write_text(json.dumps(_measure_study(options, options.sizes[0]), indent=1) + "\n")
+    else:
+        shared = [f"--{name}={getattr(options, name)}" for name in ("output", "scheduler", "nodes")]
+        for size in options.sizes:
+            subprocess.run([sys.executable, __file__, "--sizes", str(size), *shared], check=True)
+    print(format_table([json.loads(file.read_text()) for file in files]))
     return 0
 
 
-def _result_file(options: Options, size: int) -> Path:
-    return options.output / f"{size}-{options.scheduler}.json"
-
-
-def _write_result(options: Options, row: dict[str, Any]) -> None:
-    _result_file(options, row["configurations"]).write_text(json.dumps(row, indent=1) + "\n")
-    print(format_table([row]), flush=True)
-
-
-def build_configurations(size: int, steps: int, evaluations: int) -> list[Configuration]:
+def build_configurations(size: int) -> list[Configuration]:
     """Return `size` configurations: five variants, at most twenty learning rates, as many seeds as needed.
 
     Raises:
@@ -118,9 +105,9 @@ def build_configurations(size: int, steps: int, evaluations: int) -> list[Config
             TaskChoice("simulated", "0", 100, 100, 100, "exact_match", 0.0),
             ModelChoice("none", "0"),
             OptimizerConfig(1.0),
-            LRSchedule(steps),
+            LRSchedule(20),
             BatchConfig(1),
-            evaluations=evaluations,
+            evaluations=2,
         )
         for name in VARIANTS
     ]
@@ -137,32 +124,17 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
     from orchestrator.record.store import Store
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    configurations = build_configurations(size, options.steps, options.evaluations)
+    configurations = build_configurations(size)
     folder = options.output / f"store-{size}-{options.scheduler}"
     shutil.rmtree(folder, ignore_errors=True)  # a study does not train what its store holds
     store = Store(folder)
-    gib = 2**30
-    cluster = RayCluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "num_gpus": 0,
-            "memory": 40 * gib,
-            "object_store_memory": gib // 5,
-        },
-    )
+    memory = {"memory": 40 * 2**30, "object_store_memory": 2**30 // 5}
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, **memory})
     try:
         for _ in range(options.nodes):
-            cluster.add_node(
-                num_cpus=options.gpus_per_node + 1,
-                num_gpus=options.gpus_per_node,
-                memory=40 * gib,
-                object_store_memory=gib // 5,
-            )
+            cluster.add_node(num_cpus=2, num_gpus=1, **memory)
         ray.init(address=cluster.address, namespace="scale", log_to_driver=False, logging_level=logging.ERROR)
-        head_node: Any = cluster.head_node
-        head_pid = head_node.all_processes["raylet"][0].process.pid
-        sampler = MemorySampler(psutil.Process(), head_pid)
+        sampler = MemorySampler(psutil.Process())
         sampler.start()
         row = _run_study(options, configurations, store)
         sampler.stop.set()
@@ -176,7 +148,7 @@ def _measure_study(options: Options, size: int) -> dict[str, Any]:
 def _run_study(options: Options, configurations: Sequence[Configuration], store: Any) -> dict[str, Any]:
     import ray
     from simulated_curves import SimulationPlan
-    from simulated_training import PoolSize, train_simulated
+    from simulated_training import train_simulated
 
     from orchestrator.execution.ray.runtime import Cluster, Node
 
@@ -186,11 +158,9 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
         namespace="scale",
         local=False,
     )
-    trainers = options.nodes * options.gpus_per_node
     started, cpu, loop_cpu = time.monotonic(), time.process_time(), time.thread_time()
-    plan = SimulationPlan(seconds_per_step=options.seconds_per_step)
-    pool_size = PoolSize(trainers, options.lanes_per_trainer, gpus_per_worker=1.0)
-    steps = train_simulated(configurations, options.scheduler, cluster, pool_size, store, plan)
+    plan = SimulationPlan(seconds_per_step=0.01)
+    steps = train_simulated(configurations, options.scheduler, cluster, options.nodes, 1.0, store, plan)
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     loop_cpu = time.thread_time() - loop_cpu
     records = list(store.records())
@@ -205,14 +175,11 @@ def _run_study(options: Options, configurations: Sequence[Configuration], store:
         "records": len(records),
         "states": {state: sum(r.state == state for r in records) for state in {r.state for r in records}},
         "scheduler": options.scheduler,
-        "trainers": trainers,
-        "lanes_per_trainer": options.lanes_per_trainer,
         "steps": steps,
         "seconds": seconds,
         "busy_seconds": last - first,
         "driver_cpu_seconds": cpu,
         "loop_cpu_seconds": loop_cpu,
-        "results": reports + len(records),
         "results_per_second": (reports + len(records)) / (last - first),
         "broker_calls_per_second": (trainer_calls + trial_calls) / (last - first),
         "broker_call_seconds": sum(one["seconds"] for one in calls) / max(1, trainer_calls),
@@ -225,16 +192,13 @@ class MemorySampler(threading.Thread):
 
     Args:
         driver: The process of the study; Ray's processes are its descendants.
-        head_raylet: Process id of the head node's raylet.
     """
 
-    def __init__(self, driver: psutil.Process, head_raylet: int) -> None:
+    def __init__(self, driver: psutil.Process) -> None:
         super().__init__(daemon=True)
-        self.driver, self.head_raylet = driver, head_raylet
-        self.stop = threading.Event()
+        self.driver, self.stop = driver, threading.Event()
         self.rss_before = self.rss_peak = driver.memory_info().rss
         self.largest_sizes: dict[str, list[float]] = {}
-        self.processes_on_head: dict[str, int] = {}
         self.broker_cpu = 0.0
 
     def run(self) -> None:
@@ -250,21 +214,19 @@ class MemorySampler(threading.Thread):
         import psutil
 
         found: dict[str, list[float]] = defaultdict(list)
-        head: dict[str, int] = defaultdict(int)
         for process in self.driver.children(recursive=True):
             try:
                 title = process.cmdline()[:1]
                 role = next((r for name, r in ROLES.items() if title and name in title[0]), None)
                 if role is not None:
                     found[role].append(process.memory_full_info().pss)
-                    head[role] += process.ppid() == self.head_raylet
                     if role == "broker":
                         self.broker_cpu = max(self.broker_cpu, sum(process.cpu_times()[:2]))
             except (psutil.Error, IndexError):
                 continue
         for role, sizes in found.items():
             if sum(sizes) > sum(self.largest_sizes.get(role, [])):
-                self.largest_sizes[role], self.processes_on_head[role] = sizes, head[role]
+                self.largest_sizes[role] = sizes
 
     def summary(self) -> dict[str, Any]:
         """Return the measurements for the result file; the sizes are in MiB."""
@@ -275,7 +237,6 @@ class MemorySampler(threading.Thread):
             "driver_mib_peak": self.rss_peak / mib,
             "process_mib": each,
             "processes": {role: len(sizes) for role, sizes in self.largest_sizes.items()},
-            "processes_on_head": self.processes_on_head,
             "broker_cpu_seconds": self.broker_cpu,
         }
 
@@ -283,33 +244,32 @@ class MemorySampler(threading.Thread):
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table with one row per size.
 
-    The columns "more" give the cost of each additional configuration compared with the row before, which
-    excludes the cost of starting.
+    An increment is the cost of each configuration beyond those of the row before; it does not include the
+    cost of starting.
     """
-    lines = [
-        "| configurations | seconds | training | results/s | driver's CPU, ms each | more, ms each "
-        "| of it Tune's loop | driver's peak, MiB | more, KiB each | broker calls/s | a call, ms "
-        "| broker's CPU, ms each | broker, MiB |",
-        "| --- " * 13 + "|",
-    ]
-    before: dict[str, Any] | None = None
-    for row in rows:
-        size = row["configurations"]
-        more = ("", "", "")
-        if before is not None:
-            new = size - before["configurations"]
-            keys = ("driver_cpu_seconds", "loop_cpu_seconds", "driver_mib_peak")
-            cpu, loop, memory = (row[key] - before[key] for key in keys)
-            more = (f"{1000 * cpu / new:.1f}", f"{1000 * loop / new:.1f}", f"{1024 * memory / new:.0f}")
-        lines.append(
-            f"| {size} | {row['seconds']:.0f} | {row['busy_seconds']:.0f} | {row['results_per_second']:.1f} "
-            f"| {1000 * row['driver_cpu_seconds'] / size:.1f} | {more[0]} | {more[1]} "
-            f"| {row['driver_mib_peak']:.0f} | {more[2]} | {row['broker_calls_per_second']:.0f} "
-            f"| {1000 * row['broker_call_seconds']:.1f} | {1000 * row['broker_cpu_seconds'] / size:.1f} "
-            f"| {row['process_mib'].get('broker', 0):.0f} |"
-        )
-        before = row
-    return "\n".join(lines)
+    import pandas
+
+    runs = pandas.json_normalize(rows)
+    added = runs[["configurations", "driver_cpu_seconds", "loop_cpu_seconds", "driver_mib_peak"]].diff()
+    table = pandas.DataFrame(
+        {
+            "configurations": runs["configurations"],
+            "elapsed, s": runs["seconds"],
+            "training, s": runs["busy_seconds"],
+            "results/s": runs["results_per_second"],
+            "driver CPU, ms per configuration": 1000 * runs["driver_cpu_seconds"] / runs["configurations"],
+            "increment, ms": 1000 * added["driver_cpu_seconds"] / added["configurations"],
+            "of it Tune's loop, ms": 1000 * added["loop_cpu_seconds"] / added["configurations"],
+            "driver's peak, MiB": runs["driver_mib_peak"],
+            "increment, KiB": 1024 * added["driver_mib_peak"] / added["configurations"],
+            "broker calls/s": runs["broker_calls_per_second"],
+            "a call, ms": 1000 * runs["broker_call_seconds"],
+            "broker CPU, ms per configuration": 1000 * runs["broker_cpu_seconds"] / runs["configurations"],
+            "broker, MiB": runs.get("process_mib.broker", 0.0),
+        }
+    )
+    cells = table.round(1).astype(object).where(table.notna(), "")
+    return markdown_table(list(table), cells.itertuples(index=False))
 
 
 if __name__ == "__main__":

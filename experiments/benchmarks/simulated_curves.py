@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.finetune.engine.lane_state import evaluation_steps
@@ -45,10 +45,6 @@ class SimulationPlan:
         """Return the plan in the folder of `store`. Raises OSError when there is none."""
         return cls(**json.loads((store.root / PLAN_FILE).read_text()))
 
-    def stored_configuration(self, configuration: Configuration) -> Configuration:
-        """Return the configuration whose record is replayed for `configuration`."""
-        return replace(configuration, evaluations=self.evaluations or configuration.evaluations)
-
 
 @dataclass(frozen=True)
 class SimulatedCurve:
@@ -67,39 +63,30 @@ class SimulatedCurve:
     """Split -> results of its examples after the last step."""
 
 
-def curve_from_record(record: Record) -> SimulatedCurve:
-    """Return the curve that `record` holds."""
+def replayed_curve(record: Record, configuration: Configuration, loss_window: int) -> SimulatedCurve:
+    """Return the curve that a record holds.
+
+    Args:
+        record: The record of the same training, with the same or another number of evaluations.
+        configuration: The configuration to be simulated.
+        loss_window: See `SimulationPlan`. The metric of an added validation loss is the task's floor, because
+            no score is known.
+    """
+    losses = [step.loss for step in record.curve]
+    scores = {(e.step, e.split): e.scores for e in record.evaluations}
+    for step in evaluation_steps(configuration.lr_schedule.steps, configuration.evaluations):
+        if loss_window and step <= len(losses):
+            loss = statistics.fmean(losses[max(0, step - loss_window) : step])
+            estimate = {"loss": loss, configuration.task.metric: configuration.task.floor}
+            scores.setdefault((step, "validation"), estimate)
     return SimulatedCurve(
-        losses=[step.loss for step in record.curve],
+        losses=losses,
         gradient_norms=[step.gradient_norm for step in record.curve],
-        scores={(e.step, e.split): e.scores for e in record.evaluations},
+        scores=scores,
         untrained=record.baseline_scores,
         tokens_per_step=record.cost.tokens // max(1, len(record.curve)),
         items=record.items,
     )
-
-
-def add_estimated_losses(
-    curve: SimulatedCurve, configuration: Configuration, loss_window: int
-) -> SimulatedCurve:
-    """Add a validation loss at each step at which `configuration` is evaluated and `curve` has none.
-
-    Args:
-        curve: The curve of a record with fewer evaluations.
-        configuration: The configuration to be simulated.
-        loss_window: The added loss is the mean training loss of this many steps before the evaluation.
-
-    Returns:
-        The curve with the added losses. Their metric is the task's floor, because no score is known.
-    """
-    due = evaluation_steps(configuration.lr_schedule.steps, configuration.evaluations)
-    scores = dict(curve.scores)
-    for step in due:
-        if step <= len(curve.losses):
-            loss = statistics.fmean(curve.losses[max(0, step - loss_window) : step])
-            estimate = {"loss": loss, configuration.task.metric: configuration.task.floor}
-            scores.setdefault((step, "validation"), estimate)
-    return replace(curve, scores=scores)
 
 
 def synthetic_curve(configuration: Configuration) -> SimulatedCurve:

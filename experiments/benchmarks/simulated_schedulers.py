@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from simulated_curves import add_estimated_losses, curve_from_record
+from simulated_curves import replayed_curve
 
 from orchestrator.execution.rungs import lane_evaluation_steps
 from orchestrator.execution.tune.early_stopping import PerVariantScheduler
@@ -44,21 +44,11 @@ def reported_losses(
     Returns:
         (step, validation loss) of each evaluation; a diverged lane ends with the worst possible loss.
     """
-    curve = curve_from_record(record)
-    curve = add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
-    reports = [
-        (step, curve.scores[step, "validation"]["loss"])
-        for step in lane_evaluation_steps(configuration)
-        if step <= record.steps
-    ]
+    curve, steps = replayed_curve(record, configuration, loss_window), lane_evaluation_steps(configuration)
+    reports = [(step, curve.scores[step, "validation"]["loss"]) for step in steps if step <= record.steps]
     if record.state == "diverged":
-        last_step = reports[-1][0] if reports else 0
-        reports.append(
-            (
-                next((step for step in lane_evaluation_steps(configuration) if step > last_step), last_step),
-                WORST_LOSS,
-            )
-        )
+        last = reports[-1][0] if reports else 0
+        reports.append((next((step for step in steps if step > last), last), WORST_LOSS))
     return reports
 
 

@@ -13,19 +13,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from simulated_curves import (
-    SimulatedCurve,
-    SimulationPlan,
-    add_estimated_losses,
-    curve_from_record,
-    synthetic_curve,
-)
+from simulated_curves import SimulatedCurve, SimulationPlan, replayed_curve, synthetic_curve
 
 from orchestrator.finetune.engine import loop
 from orchestrator.finetune.engine.checkpoint import Checkpoint
@@ -40,6 +34,8 @@ from variants import catalogue
 
 if TYPE_CHECKING:
     from orchestrator.execution.ray.runtime import Cluster
+
+LANES_PER_TRAINER = 4  # the number in a dry run on two cores
 
 
 class _SimulatedAdapters:
@@ -132,14 +128,12 @@ class SimulatedEngine(Engine):
         """
         if self.store is None:
             return synthetic_curve(configuration)
-        replayed = self.plan.stored_configuration(configuration)
-        record = self.store.get_reusable(replayed.fingerprint)
+        evaluations = self.plan.evaluations or configuration.evaluations
+        stored = replace(configuration, evaluations=evaluations).fingerprint
+        record = self.store.get_reusable(stored)
         if record is None:
-            raise LookupError(
-                f"{self.plan.store} holds no complete curve of {replayed.fingerprint[:12]} to replay"
-            )
-        curve, loss_window = curve_from_record(record), self.plan.loss_window
-        return add_estimated_losses(curve, configuration, loss_window) if loss_window else curve
+            raise LookupError(f"{self.plan.store} holds no complete curve of {stored[:12]} to replay")
+        return replayed_curve(record, configuration, self.plan.loss_window)
 
     def add_lane(self, lane: Lane, checkpoint: Checkpoint | None) -> None:
         """Start the lane, or restore it from `checkpoint`. Replaces the lane group if its key differs."""
@@ -196,33 +190,20 @@ def run(source: LaneSource | None, store: Any, load_base_model: Callable[..., An
         UsageError: The store that the plan names does not exist.
     """
     counting_source = CountingSource(source) if source is not None else None
+    make_engine = partial(SimulatedEngine, SimulationPlan.read(store))
     try:
-        loop.run(
-            counting_source,
-            store,
-            load_base_model,
-            make_engine=partial(SimulatedEngine, SimulationPlan.read(store)),
-            **options,
-        )
+        loop.run(counting_source, store, load_base_model, make_engine=make_engine, **options)
     finally:
         if counting_source is not None:
             counting_source.write(store)
-
-
-@dataclass(frozen=True)
-class PoolSize:
-    """Number and size of the trainers of a simulated study."""
-
-    trainers: int
-    lanes_per_trainer: int
-    gpus_per_worker: float = 0.0
 
 
 def train_simulated(
     configurations: Sequence[Configuration],
     scheduler: str,
     cluster: Cluster,
-    pool_size: PoolSize,
+    num_trainers: int,
+    gpus_per_worker: float,
     store: Store,
     plan: SimulationPlan,
 ) -> int:
@@ -232,7 +213,8 @@ def train_simulated(
         configurations: The configurations of the study.
         scheduler: The early stopping: none, asha, median or hyperband.
         cluster: The connected cluster.
-        pool_size: Number and size of the trainers.
+        num_trainers: Number of trainers, each of one worker and `LANES_PER_TRAINER` lanes.
+        gpus_per_worker: GPUs that Ray reserves for each worker.
         store: The store that receives the records.
         plan: The source of the curves.
 
@@ -257,27 +239,20 @@ def train_simulated(
     scratch = store.root / "scratch"
     scratch.mkdir(exist_ok=True)
     _wait_for_previous_broker()
-    lanes = pool_size.lanes_per_trainer
     spec = TrainerSpec(
-        lanes_per_trainer=lanes,
-        gpus_per_worker=pool_size.gpus_per_worker,
+        LANES_PER_TRAINER,
+        gpus_per_worker,
         store=str(store.root),
         scratch=str(scratch),
         device="cpu",
         train_loop=f"{__name__}:{run.__name__}",
     )
+    order = training_order(configurations, LANES_PER_TRAINER)
     console = Console(file=sys.stderr, highlight=False)
     with Progress(store.root, len(configurations), 0, console) as progress:
-        context = SessionContext(
-            scheduler,
-            cluster,
-            PoolConfig(pool_size.trainers, spec),
-            store,
-            scratch,
-            progress,
-            RunBudget(),
-        )
-        return train(context, submission_order(scheduler, [], training_order(configurations, lanes), lanes))
+        pool = PoolConfig(num_trainers, spec)
+        context = SessionContext(scheduler, cluster, pool, store, scratch, progress, RunBudget())
+        return train(context, submission_order(scheduler, [], order, LANES_PER_TRAINER))
 
 
 def _wait_for_previous_broker() -> None:
