@@ -19,7 +19,6 @@ from orchestrator.util.command import main
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
     options = parse_options(__doc__, EarlyStoppingOptions)
-    assert isinstance(options, EarlyStoppingOptions)
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.stop_then_complete import run_early_stopping_comparison
 

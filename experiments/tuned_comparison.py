@@ -20,7 +20,6 @@ from orchestrator.util.command import main
 def run() -> int:
     """Run the study of the command line, and return the exit code."""
     options = parse_options(__doc__, ComparisonOptions)
-    assert isinstance(options, ComparisonOptions)
     from orchestrator.launch.experiment import Experiment
     from orchestrator.launch.tune_then_confirm import run_tuned_comparison
 

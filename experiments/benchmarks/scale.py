@@ -27,12 +27,21 @@ from typing import TYPE_CHECKING, Any
 
 from markdown_table import markdown_table
 
+from orchestrator.study.configuration import (
+    BatchConfig,
+    Configuration,
+    LRSchedule,
+    ModelChoice,
+    OptimizerConfig,
+    TaskChoice,
+    VariantChoice,
+)
+from orchestrator.study.grid import build_grid
 from orchestrator.util.command import main
+from orchestrator.util.errors import UsageError
 
 if TYPE_CHECKING:
     import psutil
-
-    from orchestrator.study.configuration import Configuration
 
 VARIANTS = ("lora", "rslora", "dora", "hira", "pissa")
 MAX_RATES = 20
@@ -83,18 +92,6 @@ def build_configurations(size: int) -> list[Configuration]:
     Raises:
         UsageError: `size` is not a multiple of variants times rates.
     """
-    from orchestrator.study.configuration import (
-        BatchConfig,
-        Configuration,
-        LRSchedule,
-        ModelChoice,
-        OptimizerConfig,
-        TaskChoice,
-        VariantChoice,
-    )
-    from orchestrator.study.grid import build_grid
-    from orchestrator.util.errors import UsageError
-
     rate_count = min(MAX_RATES, max(1, size // len(VARIANTS)))
     unit = rate_count * len(VARIANTS)
     if size < unit or size % unit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,20 +76,11 @@ def to_row(record: Record) -> dict[str, Any]:
         columns[f"{split}_score"] = record.score(split)
         columns[f"untrained_{split}_score"] = record.baseline_scores.get(split, {}).get(metric)
     columns |= {"state": record.state, "reason": record.reason, "steps": record.steps}
+    columns |= {"seconds": cost.train_seconds + cost.evaluate_seconds, **asdict(cost)}
+    columns |= asdict(provenance)
     columns |= {
-        "seconds": cost.train_seconds + cost.evaluate_seconds,
-        "train_seconds": cost.train_seconds,
-        "evaluate_seconds": cost.evaluate_seconds,
-        "tokens": cost.tokens,
-        "trainable_parameters": cost.trainable_parameters,
-        "commit": provenance.commit,
-        "device": provenance.device,
-        "host": provenance.host,
         "versions": json.dumps(dict(provenance.versions), sort_keys=True),
-        "pack_lanes": provenance.lane_group_size,
-        "workers": provenance.workers,
-        "attempt": provenance.attempt,
-        "resumed_from": list(provenance.resumed_from),
+        "pack_lanes": columns.pop("lane_group_size"),
         "started": round(provenance.started * 1000),
         "ended": round(provenance.ended * 1000),
         "scheduler": record.stopping_settings,

@@ -25,7 +25,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from orchestrator.record.schema import FINAL_STATES, SCHEMA_VERSION, Record, RecordState
 from orchestrator.util import atomic_files
@@ -174,21 +174,21 @@ class Store:
         """
         found: dict[str, dict[str, RecordState]] = {}
         seen: dict[_Stamp, RecordState | None] = {}
-        for entry in self._scan_files():
-            match = _NAME.fullmatch(entry.name)
+        for path in self.records_folder.glob("[0-9a-f][0-9a-f]/*"):
+            match = _NAME.fullmatch(path.name)
             if match is None:
-                if not entry.name.startswith("."):  # temporary files, and files of the file system
-                    self._skip_file(Path(entry.path), "is not a record")
+                if not path.name.startswith("."):  # temporary files, and files of the file system
+                    self._skip_file(path, "is not a record")
                 continue
-            if entry.path != str(self.record_path(match[1], match[2] or "")):
-                self._skip_file(Path(entry.path), f"belongs in {self.records_folder / match[1][:2]}")
+            if path != self.record_path(match[1], match[2] or ""):
+                self._skip_file(path, f"belongs in {self.records_folder / match[1][:2]}")
                 continue
             try:
-                status = entry.stat()
+                status = path.stat()
             except FileNotFoundError:  # a stopped record that a final one has just replaced
                 continue
-            stamp = (entry.path, status.st_mtime_ns, status.st_size)
-            seen[stamp] = self._states[stamp] if stamp in self._states else self._read_state(Path(entry.path))
+            stamp = (str(path), status.st_mtime_ns, status.st_size)
+            seen[stamp] = self._states[stamp] if stamp in self._states else self._read_state(path)
             state = seen[stamp]
             if state is not None:
                 found.setdefault(match[1], {})[match[2] or ""] = state
@@ -227,12 +227,6 @@ class Store:
             raise ValueError(f"not a fingerprint: {fingerprint!r}")
         return self.records_folder / fingerprint[:2] / f"{fingerprint}{'.' + kind if kind else ''}.json"
 
-    def _scan_files(self) -> Iterator[os.DirEntry[str]]:
-        for shard in sorted(self.records_folder.glob("[0-9a-f][0-9a-f]")):
-            if shard.is_dir():
-                with os.scandir(shard) as entries:
-                    yield from entries
-
     def _read_state(self, path: Path) -> RecordState | None:
         """Return the state in a file's first bytes, if the file has a whole record's end; else parse it."""
         try:
@@ -243,12 +237,9 @@ class Store:
         except OSError:  # missing or empty: `read_record` tells these apart
             head, whole = None, False
         if head and whole and int(head[1]) == SCHEMA_VERSION:
-            fingerprint, state = head[2].decode(), head[3].decode()
-            if (
-                state in get_args(RecordState)
-                and path.name == fingerprint + _SUFFIXES[cast(RecordState, state)]
-            ):
-                return cast(RecordState, state)
+            state = cast(RecordState, head[3].decode())
+            if path.name == f"{head[2].decode()}{_SUFFIXES.get(state)}":
+                return state
         record = self.read_record(path)
         return record.state if record else None
 
