@@ -258,7 +258,7 @@ def test_a_model_with(what: str, tmp_path: Path, base: Path, run: Run) -> None:
     run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *said)
 
 
-def test_a_model_whose_name_is_too_long(run: Run) -> None:
+def test_a_model_name_that_is_too_long_is_refused(run: Run) -> None:
     run(SWEEP, *DRY, "--model", "a" * 5000).assert_refused("Unknown model")
 
 
@@ -352,7 +352,7 @@ def test_a_changed_base_model_is_an_error_of_one_line(tmp_path: Path, base: Path
 
 
 @pytest.mark.parametrize("name", ["s/.lock", "store/bases"])
-def test_something_else_with_the_name_of_a_file_is_an_error_of_one_line(
+def test_a_folder_or_file_in_place_of_the_other_is_an_error_of_one_line(
     name: str, tmp_path: Path, base: Path, run: Run
 ) -> None:
     path = tmp_path / "results" / name

@@ -177,12 +177,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_one_line_and_exit_code_2(what: str, run: Run) -> None:
+def test_a_wrong_value_is_refused_in_one_line(what: str, run: Run) -> None:
     arguments, said = BAD[what]
     run(SWEEP, *arguments).assert_refused(*said)
 
 
-def test_the_real_process_ends_so_too(tmp_path: Path) -> None:
+def test_a_process_with_a_wrong_value_exits_with_code_2_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(SWEEP), *DRY, "--rank", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -197,7 +197,7 @@ def test_the_real_process_ends_so_too(tmp_path: Path) -> None:
         (("--lr-schedule", "cosin"), "cosine"),
     ],
 )
-def test_an_option_that_does_not_exist_or_parse_names_the_right_one(
+def test_an_unknown_or_unparsable_option_is_refused_with_the_right_one(
     arguments: tuple[str, ...], said: str, run: Run
 ) -> None:
     done = run(SWEEP, "--dry-run", *arguments)
@@ -226,7 +226,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_plan_says_what_would_be_trained_and_starts_nothing(tmp_path: Path, run: Run) -> None:
+def test_a_plan_prints_what_would_be_trained_and_starts_nothing(tmp_path: Path, run: Run) -> None:
     done = run(SWEEP, *DRY)
     assert done.returncode == 0, done.stderr
     assert "105, of them 0 known" in done.stdout
@@ -241,7 +241,7 @@ def test_a_dry_run_takes_another_task(run: Run) -> None:
     assert "105, of them 0 known" in done.stdout
 
 
-def test_the_early_stopping_plan_is_that_of_both_studies(tmp_path: Path, run: Run) -> None:
+def test_the_plan_of_early_stopping_shows_both_studies(tmp_path: Path, run: Run) -> None:
     done = run(SWEEP.with_name("early_stopping.py"), *DRY, "--steps", "120")
     assert done.returncode == 0, done.stderr
     assert "Early stopping  asha loss=min first=40 eta=4" in done.stdout

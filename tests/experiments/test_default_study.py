@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_without_the_hub_one_line_says_what_to_set(
+def test_an_unreachable_hub_is_refused_in_one_line(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -37,7 +37,7 @@ def test_without_the_hub_one_line_says_what_to_set(
     )
 
 
-def test_folders_of_ones_own_are_planned_in_full(
+def test_local_folders_are_planned_in_full(
     data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
@@ -54,7 +54,7 @@ def test_folders_of_ones_own_are_planned_in_full(
     assert lines["Steps"] == f"at most {165 * 1562}"
 
 
-def test_what_a_plan_cannot_check_is_said(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_prints_what_it_cannot_check(data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_DATA", str(data))
     monkeypatch.setenv("COLUMNS", "200")
     done = run(SWEEP, "--plan", "--targets", "q_porj")

@@ -44,7 +44,7 @@ def test_every_record_of_an_earlier_study_is_read(results: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_an_earlier_study_asks_for_nothing_that_is_known(results: Path, name: str, run: Run) -> None:
+def test_an_earlier_study_is_not_trained_again(results: Path, name: str, run: Run) -> None:
     command = shlex.split(find_study(results, name)[1].command)
     ended = run(ROOT / command[1], *command[2:], "--plan")
     assert ended.returncode == 0, ended.stderr

@@ -32,6 +32,6 @@ def test_the_command_in_an_earlier_study_file_is_read_with_the_new_names(tmp_pat
     )
 
 
-def test_a_command_with_todays_names_is_left_as_it_is() -> None:
+def test_a_command_with_current_names_is_left_unchanged() -> None:
     command = "python x.py --trainers 2 --space 'rank=4,8' --study 'a --seatsbelt'"
     assert translate_command(command) == command

@@ -27,7 +27,7 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
         (STOPPED, ("--scheduler", "none"), ["--scheduler none", "asha"]),
     ],
 )
-def test_one_line_and_exit_code_2(
+def test_a_wrong_value_is_refused_in_one_line(
     script: Path, arguments: tuple[str, ...], said: list[str], run: Run
 ) -> None:
     run(script, *DRY, *arguments).assert_refused(*said)
@@ -42,14 +42,14 @@ def test_a_plan_shows_the_size_of_both_stages_and_starts_nothing(tmp_path: Path,
     assert not list(tmp_path.glob("results/*/study.json"))
 
 
-def test_a_search_tunes_too(run: Run) -> None:
+def test_a_search_can_tune(run: Run) -> None:
     done = run(TUNED, *DRY, "--search", "qmc", "--points", "8", "--variants", "pissa")
     assert done.returncode == 0, done.stderr
     assert "16, of them 0 known" in done.stdout
     assert "2 variants at their chosen points x 10 fresh seeds, 20 configurations" in done.stdout
 
 
-def test_the_help_shows_what_early_stopping_takes(run: Run) -> None:
+def test_the_help_of_early_stopping_names_the_refused_options(run: Run) -> None:
     done = run(STOPPED, "--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.replace("│", " ").split())
@@ -63,7 +63,7 @@ def kept_choice(results: Path, text: str) -> None:
     (folder / "choice.json").write_text(text)
 
 
-def test_a_file_that_is_no_choice_is_one_line(tmp_path: Path, run: Run) -> None:
+def test_an_invalid_choice_file_is_refused_in_one_line(tmp_path: Path, run: Run) -> None:
     kept_choice(tmp_path / "results", '{"configurations": [], "variants": {"lora": {"rate": 0.01}}}')
     run(TUNED, *DRY).assert_refused("choice.json: not a choice (points: ")
 

@@ -75,7 +75,7 @@ def _states(uri: str, study: str) -> list[str]:
     return sorted(r.data.tags["state"] for r in runs if "fingerprint" in r.data.tags)
 
 
-def test_a_damaged_database_is_named_and_made_again_from_the_records(results, run):
+def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
     database = results / "results/store/mlflow.db"
     uri = empty_database(database)
     store = Store(results / "results/store")
@@ -110,7 +110,7 @@ def test_a_damaged_database_is_named_and_made_again_from_the_records(results, ru
     assert "0 of them written now" in run(ORCHESTRATOR, "sync").stdout
 
 
-def test_what_is_not_made_again(results, run):
+def test_rebuild_refuses_a_running_study_and_a_server(results, run):
     """`--rebuild` refuses a database that a running study writes to, and a server's."""
     database = results / "results/store/mlflow.db"
     empty_database(database)
@@ -126,7 +126,7 @@ def test_what_is_not_made_again(results, run):
     assert database.read_bytes() == before
 
 
-def test_show_tells_all_about_one_record(results, make_record):
+def test_show_prints_one_record(results, make_record):
     """As a process of its own, which a user starts."""
     record = make_record(seed=0)
     command = [sys.executable, "-m", "orchestrator", "show", record.fingerprint[:10]]
@@ -183,13 +183,13 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(run, results, arguments, mess
 
 @pytest.mark.parametrize("name", ["loop", "x" * 5000, "file"], ids=["loop", "long", "file"])
 @pytest.mark.parametrize("command", [("gc", "--store"), ("sync", "--store"), ("merge",)])
-def test_a_store_that_is_none_is_one_line(run, results, command, name):
+def test_a_path_without_a_store_is_refused_in_one_line(run, results, command, name):
     (results / "loop").symlink_to("loop")
     (results / "file").touch()
     run(ORCHESTRATOR, *command, name).assert_refused(f"{name}: there is no store here")
 
 
-def test_what_the_file_system_refuses_is_one_line_and_exit_code_1(run, results):
+def test_an_error_of_the_file_system_is_one_line_and_exit_code_1(run, results):
     (results / "results/store/records.parquet").mkdir()
     done = run(ORCHESTRATOR, "sync")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -205,7 +205,7 @@ def test_a_wrong_option_is_exit_code_2_without_a_traceback(run):
         assert "Traceback" not in done.stderr
 
 
-def test_a_study_file_that_is_none_is_named(run, results):
+def test_an_invalid_study_file_is_named(run, results):
     (results / "results/rates/study.json").write_text('{"name": 3}')
     run(ORCHESTRATOR, "sync").assert_refused("results/rates/study.json: not a study")
 
@@ -219,7 +219,7 @@ def test_a_study_file_of_a_newer_program_is_refused(run, results, newer):
     run(ORCHESTRATOR, "sync").assert_refused("rates/study.json", *newer, "update the program")
 
 
-def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
+def test_a_study_file_without_a_version_has_version_1(tmp_path):
     study = StudyFile("old", "Why?", "python x.py", ("a",))
     study.write(tmp_path / "old")
     file = tmp_path / "old" / "study.json"
@@ -234,7 +234,7 @@ def test_a_study_file_without_a_version_is_of_the_first(tmp_path):
     ("raised", "code", "message"),
     [(UsageError("x: too big"), 2, "error: x: too big\n"), (SystemExit(7), 7, "")],
 )
-def test_how_a_command_ends(raised, code, message, capsys):
+def test_errors_become_exit_codes(raised, code, message, capsys):
     def command() -> int:
         raise raised
 
@@ -243,14 +243,14 @@ def test_how_a_command_ends(raised, code, message, capsys):
     assert (ended.value.code, capsys.readouterr().err) == (code, message)
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     text = "from orchestrator.util.command import main\nmain(lambda: print('x' * 1_000_000))"
     command = f'"{sys.executable}" -c "{text}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
 
 
-def test_narrowing_keeps_what_it_does_not_know(make_record):
+def test_narrowing_a_command_keeps_its_other_options(make_record):
     configuration = make_record(seed=4, rate=3e-5).configuration
     command = "python x.py --seeds=3 --study 'my study' --learning_rates 1e-5 1e-4 --plan"
     assert narrow_command(command, configuration) == (
@@ -258,7 +258,7 @@ def test_narrowing_keeps_what_it_does_not_know(make_record):
     )
 
 
-def test_a_study_that_grows_remembers_what_it_found(tmp_path):
+def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     study = StudyFile("s", "", "x").with_configurations(["a", "b", "a"], cached=["a"])
     assert (study.configurations, study.reused) == (("a", "b"), ("a",))
     # The second time its own results are known: they are not reused ones.

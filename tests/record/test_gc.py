@@ -52,7 +52,7 @@ def _counts(piles: dict[str, gc.FileTotal]) -> dict[str, int]:
     return {kind: pile.count for kind, pile in piles.items()}
 
 
-def test_checkpoints_go_with_a_final_record_and_only_then(store, tmp_path, make_record):
+def test_checkpoints_are_removed_only_after_a_final_record(store, tmp_path, make_record):
     output = tmp_path / "results"
     folders = {}
     for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
@@ -106,7 +106,7 @@ def test_a_stopped_lane_that_may_be_in_use_stays(store, tmp_path, make_record):
     assert (output / "rates" / ".lock").exists()
 
 
-def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, make_record):
+def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_record):
     output, hexes = tmp_path / "results", "0123456789abcdef" * 2
     record = make_record(seed=1)
     store.put(record)
@@ -150,7 +150,7 @@ def test_temporary_files_of_every_writer_go_when_they_are_old(store, tmp_path, m
 
 
 @pytest.mark.parametrize("writer", ["report", "parquet", "record", "study", "pointer", "adapters of a merge"])
-def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, make_record, writer):
+def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_path, make_record, writer):
     output, record = tmp_path / "results", make_record(seed=1)
     other = Store(tmp_path / "other")
     other.put(record)
@@ -185,7 +185,7 @@ def test_what_a_writer_leaves_that_dies_before_it_renames_goes(store, tmp_path, 
     assert {path for path in output.rglob("*") if path.is_file()} == before
 
 
-def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_record):
+def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):
     """The writer died between the two."""
     store.put(make_record(seed=1, state="stopped"))
     (stopped,) = store.records_folder.glob("*/*.stopped.json")
@@ -196,7 +196,7 @@ def test_a_record_that_a_final_one_has_replaced_goes(store, tmp_path, make_recor
     assert list(store.states().values()) == ["finished"]
 
 
-def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, tmp_path):
+def test_only_scratch_folders_of_dead_processes_on_this_host_are_removed(store, tmp_path):
     host = os.uname().nodename
     dead = _file(store.root / "scratch" / f"{host}-12-0123abcd" / "tune" / "x").parents[1]
     lock = _file(dead.with_name(f"{dead.name}.lock"))
@@ -213,7 +213,7 @@ def test_scratch_of_the_dead_goes_and_of_the_living_and_of_others_stays(store, t
     assert there == [False, False, True, True, True]
 
 
-def test_the_command_says_what_it_did(run, store, make_record):
+def test_the_command_prints_what_it_removes(run, store, make_record):
     record = make_record(seed=1)
     store.put(record)
     _checkpoint(store, record.fingerprint)
@@ -228,7 +228,7 @@ def test_the_command_says_what_it_did(run, store, make_record):
     run(ORCHESTRATOR, "gc", "--output", "elsewhere").assert_refused("no store here")
 
 
-def test_a_record_with_a_flipped_bit_ends_no_lane(store, tmp_path, make_record):
+def test_the_checkpoint_beside_a_damaged_record_stays(store, tmp_path, make_record):
     """It counts as none: the lane goes on from its checkpoint, an early stop beside it is what is known."""
     record = make_record(seed=1)
     store.put(make_record(seed=1, state="stopped"))

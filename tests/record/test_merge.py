@@ -221,7 +221,7 @@ def _outcome(store: Store) -> dict[str, tuple[str, int, int]]:
 
 @settings(max_examples=settings.default.max_examples // 5)  # six joined stores each
 @given(writes=_WRITES, data=st.data())
-def test_any_split_merged_in_any_order_is_the_whole(tmp_path_factory, make_record, writes, data):
+def test_any_split_merged_in_any_order_gives_the_same_store(tmp_path_factory, make_record, writes, data):
     root = tmp_path_factory.mktemp("stores")
     parts = [Store(root / f"part{i}") for i in range(3)]
     records = [

@@ -19,7 +19,7 @@ def store(tmp_path) -> Store:
     return Store(tmp_path)
 
 
-def test_one_row_a_configuration_with_every_hyperparameter(store, make_record):
+def test_each_configuration_has_one_row_with_every_hyperparameter(store, make_record):
     made = [make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))]
     for record in made:
         store.put(record)
@@ -49,7 +49,7 @@ def test_one_row_a_configuration_with_every_hyperparameter(store, make_record):
     assert rows[made[2].fingerprint]["test_loss"] is None
 
 
-def test_types_do_not_depend_on_what_is_there(store, make_record):
+def test_column_types_do_not_depend_on_the_records(store, make_record):
     empty = pq.read_schema(write_parquet(store))
     store.put(make_record(state="failed", evaluations=(), baseline_scores={}))
     one = pq.read_schema(write_parquet(store))

@@ -16,7 +16,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path):
+def test_the_commit_is_marked_dirty_if_a_source_differs(tmp_path):
     source = tmp_path / "orchestrator" / "__init__.py"
     source.parent.mkdir()
     source.write_text("")
@@ -36,7 +36,7 @@ def test_the_commit_and_whether_the_sources_differ_from_it(tmp_path):
     assert provenance.read_commit(tmp_path) == f"{head}-dirty"
 
 
-def test_current_names_versions_without_importing_them():
+def test_provenance_has_versions_without_importing_the_packages():
     code = (
         "import sys; from orchestrator.record.provenance import current_provenance\n"
         "p = current_provenance('cpu', lane_group_size=3, workers=2, attempt=1, resumed_from=(5,),"
@@ -49,7 +49,7 @@ def test_current_names_versions_without_importing_them():
     assert done.stdout.strip() == f"{version('torch')} {sys.version.split()[0]} 3 2 1\n(5,)"
 
 
-def test_the_nvidia_driver_is_read_from_where_linux_tells_it(tmp_path):
+def test_the_version_of_the_nvidia_driver_is_read_from_proc(tmp_path):
     file = tmp_path / "version"
     file.write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"

@@ -48,14 +48,14 @@ def left(store: Store) -> list[str]:
     return sorted(path.name for path in (store.root / "scratch").iterdir())
 
 
-def test_a_study_that_ends_leaves_nothing(store: Store, driver: tuple[subprocess.Popen[str], Path]) -> None:
+def test_the_folder_goes_with_the_study(store: Store, driver: tuple[subprocess.Popen[str], Path]) -> None:
     process, folder = driver
     assert folder.is_dir()
     process.communicate("")
     assert left(store) == []
 
 
-def test_what_a_killed_driver_left_goes_with_the_next_command(
+def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
     store: Store, driver: tuple[subprocess.Popen[str], Path]
 ) -> None:
     process, folder = driver
@@ -66,7 +66,7 @@ def test_what_a_killed_driver_left_goes_with_the_next_command(
     assert left(store) == []
 
 
-def test_that_of_a_living_driver_stays_whatever_its_number_says(
+def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
     store: Store, driver: tuple[subprocess.Popen[str], Path]
 ) -> None:
     """Of another container with this one's name: the number in the folder's name is nobody's here."""
@@ -81,13 +81,13 @@ def test_that_of_a_living_driver_stays_whatever_its_number_says(
     assert scratch.is_in_use(folder)
 
 
-def test_two_of_one_process_number_have_folders_of_their_own(store: Store) -> None:
+def test_two_scratch_folders_of_one_process_differ(store: Store) -> None:
     with scratch.scratch_folder(store) as one, scratch.scratch_folder(store) as other:
         assert one != other
     assert left(store) == []
 
 
-def test_names_that_are_not_ours_are_left_alone(store: Store) -> None:
+def test_folders_with_other_names_are_left_alone(store: Store) -> None:
     host = os.uname().nodename
     names = sorted([f"{host}-foo", f"{host}-", f"{host}-12-0123abcd.lock", "another-12-0123abcd", "notes"])
     for name in names:

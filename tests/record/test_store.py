@@ -26,7 +26,7 @@ def _file(store: Store, record: Record, kind: str = "") -> Path:
     return store.records_folder / record.fingerprint[:2] / f"{record.fingerprint}{kind}.json"
 
 
-def test_a_record_comes_back_as_it_was_with_what_is_not_finite(store, make_record):
+def test_a_stored_record_is_read_unchanged_with_nan_and_infinities(store, make_record):
     for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
         record = make_record(state=state, seed=seed)
         assert store.put(record)
@@ -45,7 +45,7 @@ def test_the_first_final_record_stays(store, make_record):
     assert [f.name for f in _file(store, first).parent.iterdir()] == [f"{first.fingerprint}.json"]
 
 
-def test_which_record_meets_which_request(store, make_record):
+def test_a_stopped_record_is_reusable_with_equal_settings_only(store, make_record):
     stopped = make_record(state="stopped")
     fingerprint = stopped.fingerprint
     assert store.get_reusable(fingerprint, "asha 4") is None
@@ -60,12 +60,12 @@ def test_which_record_meets_which_request(store, make_record):
     assert {store.get_reusable(fingerprint, s).state for s in ("", "asha 2", "asha 4")} == {"diverged"}
 
 
-def test_a_stopped_record_without_a_scheduler_meets_nothing(store, make_record):
+def test_a_stopped_record_is_not_reusable_without_early_stopping(store, make_record):
     store.put(make_record(state="stopped", stopping_settings=""))
     assert store.get_reusable(make_record().fingerprint) is None
 
 
-def test_failures_are_counted_until_it_ends_otherwise(store, make_record):
+def test_failures_are_counted_until_another_record_is_stored(store, make_record):
     fingerprint = make_record().fingerprint
     counts = [store.count_failures(fingerprint)]
     for _ in range(3):
@@ -89,7 +89,7 @@ def test_states_and_records_agree(store, make_record):
     assert [r.fingerprint for r in store.records()] == sorted(expected)
 
 
-def test_states_sees_what_another_process_has_changed(store, make_record):
+def test_states_sees_changes_of_another_process(store, make_record):
     store.put(make_record(state="stopped"))
     assert list(store.states().values()) == ["stopped"]
     Store(store.root).put(make_record(state="finished"))
@@ -174,7 +174,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
             read()
 
 
-def test_no_flipped_bit_makes_another_record(store, make_record, caplog):
+def test_a_flipped_bit_never_changes_a_record(store, make_record, caplog):
     """With a bit flipped, in every third byte in turn, the record is skipped with a warning or unchanged."""
     record = make_record()
     whole = _text_of(store, record).encode()
@@ -200,7 +200,7 @@ def test_a_damaged_record_does_not_keep_its_configuration_from_being_recorded(st
     assert repr(store.get(record.fingerprint)) == repr(record)
 
 
-def test_a_record_of_an_earlier_version_has_no_seal_and_is_read(store, make_record):
+def test_a_record_of_an_earlier_version_without_checksum_is_read(store, make_record):
     record = make_record()
     data = json.loads(_text_of(store, record))
     del data["sha256"]
@@ -225,7 +225,7 @@ def test_find_by_prefix(store, make_record):
         store.resolve_prefix("lora")
 
 
-def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
+def test_an_unusable_folder_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/store")):
         with pytest.raises(UsageError) as caught:
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_nothing_is_left_when_the_disk_refuses(store, make_record, monkeypatch):
+def test_a_full_disk_leaves_no_file(store, make_record, monkeypatch):
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -259,7 +259,7 @@ def _race(root: Path, barrier, wins, number: int, records: list[Record]) -> None
             wins.put((index, number))
 
 
-def test_of_several_processes_exactly_one_wins(store, make_record):
+def test_one_of_several_writing_processes_wins(store, make_record):
     """Also where a torn file is in the way, as it is for every second record."""
     records = [make_record(seed=seed) for seed in range(60)]
     for record in records[::2]:

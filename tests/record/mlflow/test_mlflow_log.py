@@ -52,7 +52,7 @@ def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
     return parent, by_fingerprint
 
 
-def test_a_child_says_what_its_record_says(uri, study, make_record):
+def test_a_child_run_has_the_content_of_its_record(uri, study, make_record):
     record = make_record(extra={"ratio": 16})
     log = MlflowLogger(uri)
     parent_id = log.ensure_study(study, "Which rate is best?", {"task": "letters"})
@@ -97,7 +97,7 @@ def test_a_child_says_what_its_record_says(uri, study, make_record):
     assert {t.key: t.value for t in train.tags} == {"mlflow.data.context": "training"}
 
 
-def test_what_is_not_finite_is_a_gap(uri, study, make_record):
+def test_values_that_are_not_finite_are_logged_as_nan(uri, study, make_record):
     record = make_record(state="diverged")
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
@@ -113,7 +113,7 @@ def test_what_is_not_finite_is_a_gap(uri, study, make_record):
     assert all(map(math.isnan, values[-2:]))  # infinity would be drawn as 1.8e308
 
 
-def test_the_states_and_their_status(uri, study, make_record):
+def test_the_status_of_a_child_follows_from_the_state(uri, study, make_record):
     made = {
         t: make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))
     }
@@ -142,7 +142,7 @@ def test_logging_again_changes_nothing(uri, study, make_record):
     }
 
 
-def test_a_reused_result_says_so(uri, study, make_record):
+def test_a_reused_record_is_tagged(uri, study, make_record):
     old, new = make_record(seed=0), make_record(seed=1)
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
@@ -174,7 +174,7 @@ def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
     log.log_records(study, [record])
 
 
-def test_what_a_killed_driver_left_is_completed(uri, study, make_record):
+def test_an_incomplete_child_of_a_killed_driver_is_completed(uri, study, make_record):
     record = make_record(steps=1000)  # five calls
     stopped = PROCESSES.Event()
     process = PROCESSES.Process(target=_log, args=(uri, study, record, stopped))
@@ -199,7 +199,7 @@ def test_what_a_killed_driver_left_is_completed(uri, study, make_record):
     assert len(child.inputs.dataset_inputs) == 3
 
 
-def test_names_that_mlflow_does_not_take(uri, study, make_record):
+def test_names_that_mlflow_refuses_are_changed(uri, study, make_record):
     record = make_record(
         extra={"ratio/a%": 2},
         evaluations=(Evaluation(5, "validation", {"../hits@10": 0.5, "exact_match": 0.1}),),
@@ -224,7 +224,7 @@ def test_a_newer_record_replaces_its_child(uri, study, make_record):
         assert len(history) == steps
 
 
-def test_a_record_that_was_torn_and_trained_again_leaves_one_child(uri, study, make_record, tmp_path):
+def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, make_record, tmp_path):
     """The child of the torn record is deleted permanently, with its artifacts."""
     first = make_record()
     (tmp_path / first.fingerprint).mkdir()
@@ -291,19 +291,19 @@ def test_an_adapter_is_kept_as_artifact(uri, study, make_record, tmp_path):
     assert client.list_artifacts(children[without.fingerprint].info.run_id) == []
 
 
-def test_a_study_has_to_be_opened_first(uri, make_record):
+def test_logging_before_ensure_study_is_an_error(uri, make_record):
     with pytest.raises(ValueError, match="ensure_study"):
         MlflowLogger(uri).log_records("never opened", [make_record()])
 
 
-def test_a_database_that_cannot_be_opened_is_down_not_a_crash(tmp_path):
+def test_an_unreadable_database_counts_as_unavailable(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(TrackingUnavailableError, match="not a database"):
         MlflowLogger(f"sqlite:///{tmp_path}/mlflow.db").ensure_study("a", "")
 
 
 @pytest.mark.slow
-def test_processes_that_meet_a_fresh_database_at_once_make_one_and_say_nothing(tmp_path):
+def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
     """Two interpreters, which import everything first and then wait for each other."""
     code = (
         "import sys, mlflow.store.tracking.sqlalchemy_store\n"
@@ -343,7 +343,7 @@ def _make(uri: str, stopped: Event) -> None:
 
 
 @pytest.mark.slow
-def test_a_driver_killed_while_it_makes_the_database(tmp_path):
+def test_a_driver_killed_while_it_creates_the_database_leaves_none(tmp_path):
     uri, stopped = f"sqlite:///{tmp_path}/mlflow.db", PROCESSES.Event()
     process = PROCESSES.Process(target=_make, args=(uri, stopped))
     process.start()

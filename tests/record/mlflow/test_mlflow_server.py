@@ -120,7 +120,7 @@ def _children(uri: str, study: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make_record, run):
+def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path, make_record, run):
     output = tmp_path / "results"
     store = Store(output / "store")
     records = [make_record(seed=s, state="diverged" if s % 5 == 0 else "finished") for s in range(12)]
@@ -180,7 +180,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(server, tmp_path, make
     assert artifacts == ["adapter/adapter_config.json"]
 
 
-def test_a_record_takes_four_requests_and_a_known_one_none(proxy, make_record):
+def test_a_record_takes_four_requests_and_a_logged_one_none(proxy, make_record):
     """So that a hundred of them take seconds."""
     log, records = MlflowLogger(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
     log.ensure_study("counted", "")
@@ -217,9 +217,7 @@ def files_with(word: str, folder: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("restored")
-def test_a_password_is_used_and_is_in_no_file_and_in_nothing_that_is_printed(
-    server, tmp_path, make_record, monkeypatch, capfd
-):
+def test_a_password_is_used_but_never_written_or_printed(server, tmp_path, make_record, monkeypatch, capfd):
     """By a study whose configurations are all known, and by `sync`."""
     uri = server.uri.replace("://", f"://me:{PLANTED}@")
     masked = server.uri.replace("://", "://me:***@")

@@ -37,7 +37,7 @@ from orchestrator.util.redaction import redact_secrets
         ("http://[::1", "http://host:5000"),
     ],
 )
-def test_a_malformed_uri_is_one_line_with_the_right_choice(uri, hint):
+def test_a_malformed_uri_is_refused_with_a_suggestion(uri, hint):
     with pytest.raises(UsageError) as caught:
         check_uri(uri)
     text = str(caught.value)
@@ -46,7 +46,7 @@ def test_a_malformed_uri_is_one_line_with_the_right_choice(uri, hint):
     assert "\n" not in text
 
 
-def test_a_sqlite_file_that_cannot_be_written(tmp_path):
+def test_a_sqlite_file_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for path in (tmp_path / "file" / "mlflow.db", tmp_path, tmp_path / "loop", "/proc/here/mlflow.db"):
@@ -55,7 +55,7 @@ def test_a_sqlite_file_that_cannot_be_written(tmp_path):
     check_uri(f"sqlite:///{tmp_path}/new/folder/mlflow.db")
 
 
-def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
+def test_a_damaged_sqlite_file_is_refused_with_the_command_that_rebuilds_it(tmp_path):
     """All pages are read on request only; a file that another program has locked is not damaged."""
     file = tmp_path / "my runs#1.db"
     with closing(sqlite3.connect(file)) as database:
@@ -78,7 +78,7 @@ def test_a_damaged_sqlite_file_is_refused_with_what_makes_it_again(tmp_path):
     assert find_damage(file, every_page=True)
 
 
-def test_the_default_is_a_file_in_the_store(tmp_path, monkeypatch):
+def test_the_default_uri_is_a_file_in_the_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = default_uri(Store("results/store"))
     assert sqlite_path(uri) == tmp_path / "results" / "store" / "mlflow.db"
@@ -92,7 +92,7 @@ def patient(monkeypatch):
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_server_that_is_not_there():
+def test_a_refused_connection_is_reported():
     with socket.socket() as bound:  # so that nobody else listens there; it does not listen either
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(UsageError, match=r"cannot be reached .*refused") as caught:
@@ -100,7 +100,7 @@ def test_a_server_that_is_not_there():
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_accepts_and_says_nothing(monkeypatch):
+def test_a_server_that_never_answers_times_out(monkeypatch):
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 0.3)
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,
@@ -109,7 +109,7 @@ def test_a_server_that_accepts_and_says_nothing(monkeypatch):
         check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
-def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
+def test_a_check_that_blocks_is_abandoned(monkeypatch):
     """Looking up a name may block longer than any time-out of a connection says."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)  # a tenth of a second in all
     answered = threading.Event()
@@ -120,7 +120,7 @@ def test_an_attempt_that_does_not_end_is_not_waited_for(monkeypatch):
 
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(("code", "fine"), [(200, True), (401, True), (404, True), (502, False)])
-def test_what_a_server_answers(code, fine):
+def test_the_status_code_tells_if_a_server_is_up(code, fine):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(code)
@@ -161,6 +161,6 @@ def test_a_database_without_its_driver_or_without_a_server():
         ("sqlite:////folder/a:b@c.db", "sqlite:////folder/a:b@c.db"),
     ],
 )
-def test_what_is_shown_of_a_uri(uri: str, words: str) -> None:
+def test_passwords_in_uris_are_redacted(uri: str, words: str) -> None:
     assert redact_secrets(uri) == words
     assert format_command(["a b", uri]).startswith("python 'a b' ")

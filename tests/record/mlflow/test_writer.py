@@ -31,7 +31,7 @@ def _runs(uri: str, name: str):
     return client.search_runs([client.get_experiment_by_name(name).experiment_id])
 
 
-def test_it_logs_what_is_put_and_ends_the_parent(uri, store, make_record):
+def test_queued_records_are_logged_and_the_parent_run_ends(uri, store, make_record):
     records = [make_record(seed=s) for s in range(5)]
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("all", "Why?", "x"), tags={"task": "letters"})
     for record in records:
@@ -49,7 +49,7 @@ def test_a_study_without_records_has_a_parent(uri, store):
     assert [r.info.status for r in _runs(uri, "none")] == ["FINISHED"]
 
 
-def test_the_newest_state_is_what_is_logged(uri, store, make_record):
+def test_the_newest_state_is_logged(uri, store, make_record):
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("newest", "", "x"))
     for state in ("failed", "stopped", "finished"):
         store.put(make_record(state=state))
@@ -59,7 +59,7 @@ def test_the_newest_state_is_what_is_logged(uri, store, make_record):
     assert states == ["finished"]
 
 
-def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_record):
+def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     records = [make_record(seed=s) for s in range(4)]
     for record in records:
         store.put(record)
@@ -89,7 +89,7 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(uri, store, make_r
     assert [r.info.status for r in _runs(uri, "picky")] == ["FINISHED"] * 5
 
 
-def test_a_record_that_breaks_the_server_does_not_hold_up_the_others(uri, store, make_record):
+def test_a_record_that_fails_like_an_outage_does_not_delay_the_others(uri, store, make_record):
     # No database keeps such a step, and MLflow reports it like an outage.
     broken = make_record(seed=0, curve=(StepMetrics(2**70, 1.0, 1.0, 1.0),))
     fine = [make_record(seed=s) for s in (1, 2)]
@@ -137,7 +137,7 @@ def holding() -> Iterator[Holding]:
     server.server_close()
 
 
-def test_a_database_damaged_during_a_study_differs_from_one_that_is_down(tmp_path, store, make_record):
+def test_a_database_damaged_during_a_study_is_told_from_an_outage(tmp_path, store, make_record):
     database = tmp_path / "mlflow.db"
     writer = MlflowWriter(MlflowLogger(empty_database(database)), store, StudyFile("damaged", "", "x"))
     records = [make_record(seed=seed) for seed in range(2)]
