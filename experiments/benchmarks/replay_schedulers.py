@@ -1,4 +1,4 @@
-r"""Early stopping against the full grid: what it costs, and whether it chooses the same learning rate.
+r"""Compare early stopping with the full grid: the optimizer steps, and the chosen learning rates.
 
     python experiments/lr_sensitivity.py --dry-run --output full --study full --seeds 5 --evaluations 12 \
         --learning-rates 1e-4:7.6e-1:8 \

@@ -1,4 +1,4 @@
-"""Cost of the driver, the broker and the trainers: a real study in which only the training is simulated.
+"""Measure the cost of driver, broker and trainers in a real study whose training is simulated.
 
     python experiments/benchmarks/scale.py --sizes 100 1000 5000 --output scale
 

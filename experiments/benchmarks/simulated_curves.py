@@ -24,7 +24,7 @@ UNTRAINED_LOSS = 2.5
 
 @dataclass(frozen=True)
 class SimulationPlan:
-    """Where the curves of a simulation come from, and how long its steps take."""
+    """The source of a simulation's curves, and the duration of its steps."""
 
     store: str = ""
     """Folder of the records whose curves are replayed. Empty: synthetic curves."""

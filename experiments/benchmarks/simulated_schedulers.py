@@ -1,8 +1,8 @@
 """Early stopping applied to stored curves in this process, without a Ray cluster.
 
 The study's own wrapper of Tune's schedulers receives one result after another; the lanes take turns, one
-evaluation each. A replay takes a second. Hyperband pauses trials, which this simulation cannot: use
-replay_schedulers.py without `--without-ray` for it.
+evaluation each. A replay takes a second. Hyperband pauses trials, which this simulation cannot do: for
+hyperband, use replay_schedulers.py without `--without-ray`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ SKIP_REASONS = {
 """Kinds of things that are kept, with the reason."""
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-# Names of incomplete files, of damaged records that were moved away, and of test files of the file system.
+# Names of incomplete files, of damaged records that were moved aside, and of test files that show if a folder
+# can be written.
 _TEMPORARY = re.compile(
     atomic_files.TEMPORARY_NAME.pattern + r"|\..+\.torn|\.probe-.+|\.check-[0-9a-f]{32}|\.mlflow\.db\.new.*"
 )
@@ -134,7 +135,7 @@ class _Collector:
                 continue
             state = states.get(name)
             if state in FINAL_STATES and self.store.get_reusable(name) is None:
-                self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # whole by its first bytes only
+                self._skip(DAMAGED_RECORD_CHECKPOINTS, folder)  # only its first bytes are whole
             elif state in FINAL_STATES:
                 self._remove(ENDED_CHECKPOINTS, folder)
             elif state == "stopped" and not include_stopped:

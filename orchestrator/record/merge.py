@@ -50,11 +50,11 @@ class MergeSummary:
 def merge_stores(store: Store, other: Store) -> MergeSummary:
     """Copy into `store` what `other` has and `store` lacks.
 
-    Of records, that is a final one where there is none (the first one stays), the longer of two stopped ones,
-    and the failed one with more failures. Other files are checkpoints of unfinished lanes that are further
-    than all in `store`, base models, calibrations, and the adapters of copied records. Repeating the call
-    changes nothing, and the order in which several stores are merged does not change any state. Damaged files
-    are skipped with a warning.
+    A final record is copied if `store` has none. Of two stopped records the one with more steps is kept, of
+    two failed records the one with more failures. Checkpoints of an unfinished lane are copied if they are
+    further than all that `store` has. Base models, calibrations and the adapters of copied records are copied
+    if they are missing. Repeating the call changes nothing, and the order in which several stores are merged
+    does not change any state. Damaged files are skipped with a warning.
 
     Args:
         store: The store that is extended.

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 """Version of the record's JSON, to be raised when a field changes its meaning."""
 
 MAX_FAILURES = 3
-"""A failed configuration is tried again until it has failed so often."""
+"""The number of failures after which a configuration is not trained again."""
 
 RecordState = Literal["finished", "diverged", "stopped", "failed"]
 FINAL_STATES = ("finished", "diverged")

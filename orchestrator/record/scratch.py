@@ -1,7 +1,7 @@
 """Scratch folders for Ray Tune's and Ray Train's own files, on the storage that all nodes share.
 
     root/scratch/<host>-<process>-<eight hex digits>/       folder of a running study
-    root/scratch/<host>-<process>-<eight hex digits>.lock   locked while its driver lives
+    root/scratch/<host>-<process>-<eight hex digits>.lock   locked while its driver runs
 
 A study removes its folder at the end. The folder of a killed study is removed by the next command on that
 host, or by gc.
@@ -44,16 +44,17 @@ def list_folders(store: Store) -> list[Path]:
 def is_on_this_host(folder: Path) -> bool:
     """Return whether the folder belongs to this host.
 
-    Only then `is_in_use` is right: a shared file system may keep locks for each machine separately.
+    `is_in_use` is valid for such folders only, because a shared file system may keep the locks of each
+    machine separately.
     """
     return re.fullmatch(rf"{re.escape(os.uname().nodename)}-\d+-[0-9a-f]{{8}}", folder.name) is not None
 
 
 def is_in_use(folder: Path) -> bool:
-    """Return whether the folder's driver lives.
+    """Return whether the driver of the folder is running.
 
-    A lock tells, and not the process number: two containers with one name and one storage number their
-    processes separately.
+    The lock decides, not the process number: two containers may have the same host name and storage, but they
+    number their processes separately.
     """
     return is_locked(_lock_file(folder))
 

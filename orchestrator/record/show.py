@@ -28,14 +28,14 @@ def format_record(store: Store, output: Path, prefix: str) -> str:
         prefix: First digits of the fingerprint.
 
     Raises:
-        UsageError: No fingerprint, or several, start so, or the record's file is damaged.
+        UsageError: No fingerprint, or more than one, begins with `prefix`, or the record's file is damaged.
     """
     fingerprint = store.resolve_prefix(prefix)
     record = store.get(fingerprint)
     if record is None:  # `resolve_prefix` reads the first bytes of files only
         raise UsageError(
-            f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} holds no whole record of it "
-            "any more; its study's command trains it again"
+            f"fingerprint {prefix!r}: {store.records_folder / fingerprint[:2]} no longer holds a "
+            "whole record of it; its study's command trains it again"
         )
     studies = [s for _folder, s in read_studies(output).values() if fingerprint in s.configurations]
     header = _format_header(record, store.count_failures(fingerprint))
@@ -166,9 +166,9 @@ def _format_cost(record: Record) -> Iterator[str]:
 
 def _format_rerun(record: Record, studies: list[StudyFile], output: Path) -> Iterator[str]:
     if not studies:
-        yield f"No study under {output} asks for it, so there is no command to run it again."
+        yield f"No study under {output} requests this configuration, so no command trains it again."
     else:
-        yield f"To run it again (study {studies[0].name}):"
+        yield f"To train it again (study {studies[0].name}):"
         yield f"  {narrow_command(studies[0].command, record.configuration)}"
 
 

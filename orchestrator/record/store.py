@@ -1,4 +1,4 @@
-"""The store: one JSON file per record, named by the configuration's fingerprint; all else is derived from it.
+"""The store: one JSON file per record, named by the fingerprint of the configuration.
 
     root/records/<first two hex digits>/<fingerprint>.json           finished or diverged, created exclusively
                                        /<fingerprint>.stopped.json   stopped early, replaced by a later one
@@ -6,14 +6,14 @@
     root/checkpoints/<fingerprint>/<attempt>/    lanes in training     root/bases/      base models
     root/adapters/<fingerprint>/                 adapters that --save-adapters keeps
     root/evidence/                               calibrations, for initializations from gradients or inputs
-    root/data/                                   examples and token ids of tasks, see finetune/prepared.py
-    root/limits/                                 how many lanes there was memory for, see limits.py
+    root/data/                                   examples and token ids of tasks (dataset_cache.py)
+    root/limits/                                 how many lanes fit into memory (lane_capacity.py)
 
 Any number of processes on any number of machines may write at once. A file is written under a temporary name
 in its folder and synced. A final record is then linked: link() fails if the name is taken, so the first one
 wins, whatever its state. Other records are renamed. So a reader never sees a part of a record that this class
-has written. A full disk, an editor or a copy can still damage a file: it is skipped with one warning, and its
-configuration counts as not trained.
+has written. A full disk, an editor or a copy can still damage a file: such a file is skipped with a warning,
+and its configuration counts as not trained.
 """
 
 from __future__ import annotations
@@ -214,10 +214,12 @@ class Store:
         if not found:
             near = [f[:12] for f in self.find_by_prefix(prefix[:2])][:5]
             hint = f"nearest: {', '.join(near)}" if near else f"{len(self.states())} records are there"
-            raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} starts so; {hint}")
+            raise UsageError(f"fingerprint {prefix!r}: no record in {self.root} begins with it; {hint}")
         length = next(n for n in range(12, 65) if len({f[:n] for f in found}) == len(found))
         some = ", ".join(f[:length] for f in found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UsageError(f"fingerprint {prefix!r}: {len(found)} records start so, give more digits: {some}")
+        raise UsageError(
+            f"fingerprint {prefix!r}: {len(found)} records begin with it, give more digits: {some}"
+        )
 
     # -- files
 
@@ -279,8 +281,9 @@ class Store:
         if not path.name.startswith(f"{record.fingerprint}."):
             self._skip_file(path, f"holds the record of another configuration ({record.fingerprint[:12]})")
             return None
-        if path.name != record.fingerprint + _SUFFIXES[record.state]:
-            self._skip_file(path, f"has not the name of a {record.state} record (*{_SUFFIXES[record.state]})")
+        suffix = _SUFFIXES[record.state]
+        if path.name != record.fingerprint + suffix:
+            self._skip_file(path, f"does not have the name of a {record.state} record (*{suffix})")
             return None
         return record
 

@@ -36,8 +36,8 @@ class StudyFile:
     """The content of study.json.
 
     `command` is the command line of the study, without passwords and with today's option names. `reused` are
-    the configurations that the store had already when the study first requested them; they are kept so that
-    the list stays right after a crash and in later runs.
+    the configurations that the store had already when the study first requested them. They are stored here,
+    so that the list stays right after a crash and in later runs.
     """
 
     name: str
@@ -56,7 +56,7 @@ class StudyFile:
     searched: bool = False
     """Whether a search chose the points, so that they form no grid and no curve."""
     looks: tuple[int, ...] = ()
-    """Numbers of seeds, ascending, at which a verdict was read in a study with fresh seeds. With more seeds
+    """Numbers of seeds, ascending, at which a study with fresh seeds has shown a verdict. If seeds are added
     after such a look, the error rate of 5 % no longer holds exactly."""
 
     def with_configurations(self, requested: Iterable[str], cached: Iterable[str]) -> StudyFile:
@@ -95,7 +95,7 @@ class StudyFile:
         study = cls._read(folder)
         if study is not None and study.name != folder.name:
             raise UsageError(
-                f"{folder / STUDY_FILE}: is of the study {quote_value(study.name)}, not "
+                f"{folder / STUDY_FILE}: belongs to the study {quote_value(study.name)}, not "
                 f"{quote_value(folder.name)}; give the folder its name back, or delete the file and run the "
                 "study's command again"
             )
@@ -139,7 +139,7 @@ def read_studies(output: Path) -> dict[str, tuple[Path, StudyFile]]:
         study = StudyFile._read(path.parent)
         if study is not None and study.name != path.parent.name:
             name = quote_value(study.name)
-            _log.warning("%s is of the study %s: left out until the folder has this name", path, name)
+            _log.warning("%s belongs to the study %s: left out until the folder has this name", path, name)
         elif study is not None:
             found[study.name] = (path.parent, study)
     return found

@@ -1,5 +1,8 @@
-"""Whatever is wrong with what a user types is one line (value, rule, nearest right choice) and exit code 2,
-before Ray starts. The scripts run in this process, but for those tests that say otherwise."""
+"""Wrong values of options are refused before Ray starts, in one line with exit code 2.
+
+The line has the value, the rule and the nearest right choice. The scripts run in this process unless a test
+says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ BAD = {
         ["--trainers 4000", "take --trainers "],
     ),
     "a GPU where there is none": ((*DRY, "--gpus-per-worker", "1"), ["--gpus-per-worker 1", "0 GPUs"]),
-    # The base is not there yet: its shapes are known all the same.
+    # The base model is not prepared yet, but the shapes of its layers are known.
     "unknown target": ((*DRY, "--targets", "q_porj"), ["'q_porj'", "Did you mean 'q_proj'?"]),
     "unknown target of an encoder": (
         (*DRY, "--task", "reviews", "--targets", "qery"),
@@ -209,7 +212,7 @@ def test_an_unknown_or_unparsable_option_is_refused_with_the_right_one(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    """In a fresh interpreter, so that no other test has imported anything: help has to answer at once."""
+    """A fresh interpreter is used, because other tests have imported much. Help has to appear at once."""
     probe = (
         "import runpy, sys\n"
         "for script in sys.argv[1:]:\n"

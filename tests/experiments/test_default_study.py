@@ -1,4 +1,4 @@
-"""The default study's plan: with the hub out of reach one line, with folders of one's own the whole of it."""
+"""The plan of the default study, without the hub and with local folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from in_process import SWEEP, Run
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many rows as the study takes."""
+    """Write as many rows as the study takes."""
     root = tmp_path_factory.mktemp("data")
     rows = []
     for number in range(27_500):

@@ -1,4 +1,4 @@
-"""Option names of earlier versions: a typed one names the new one, a kept command is translated."""
+"""Option names of earlier versions: refused when typed, translated in stored commands."""
 
 from __future__ import annotations
 

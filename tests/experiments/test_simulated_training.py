@@ -1,4 +1,4 @@
-"""Simulated training: the real loop follows prepared curves, and a real study runs on top of it."""
+"""Simulated training: the real loop, and a real study, follow prepared curves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scripts with two stages refuse, and what they plan, before Ray starts."""
+"""The scripts with two stages before Ray starts: refused values, and plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `python -m orchestrator` says and does, in this process but for the tests that say otherwise."""
+"""The commands of `python -m orchestrator`, run in this process unless a test says otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMAND = (
 
 @pytest.fixture
 def results(tmp_path, make_record) -> Path:
-    """Two studies over one store: four records, of which the second study asks for one and a missing one."""
+    """Write four records and two studies. The second study requests one of the records and a missing one."""
     store = Store(tmp_path / "results" / "store")
     made = [make_record(seed=s, state=t) for s, t in enumerate(("finished", "diverged", "stopped", "failed"))]
     for record in made:
@@ -79,8 +79,8 @@ def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
     database = results / "results/store/mlflow.db"
     uri = empty_database(database)
     store = Store(results / "results/store")
-    of_both = find_study(results / "results", "second")[1].configurations[0]
-    adapter = store.adapters / of_both
+    shared_fingerprint = find_study(results / "results", "second")[1].configurations[0]
+    adapter = store.adapters / shared_fingerprint
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (results / "results/rates/report.html").write_text("<html>")
@@ -100,10 +100,10 @@ def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
     assert done.stdout.count("4 of them written now") == 1
     assert _states(uri, "rates") == ["diverged", "failed", "finished", "stopped"]
     assert _states(uri, "second") == ["finished"]
-    aside = database.with_name("mlflow.db.old-2")
-    assert f"{aside}: the old mlflow.db" in done.stdout
-    assert (aside / "mlflow.db").read_bytes() == cut
-    assert {p.name for p in aside.iterdir()} == {"mlflow.db", "mlflow.db-journal", "mlflow-artifacts"}
+    archive = database.with_name("mlflow.db.old-2")
+    assert f"{archive}: the old mlflow.db" in done.stdout
+    assert (archive / "mlflow.db").read_bytes() == cut
+    assert {p.name for p in archive.iterdir()} == {"mlflow.db", "mlflow.db-journal", "mlflow-artifacts"}
     assert not old.exists()
     artifacts = [p.name for p in database.with_name("mlflow-artifacts").rglob("*") if p.is_file()]
     assert sorted(artifacts) == ["adapter_config.json", "adapter_config.json", "report.html"]
@@ -111,7 +111,7 @@ def test_a_damaged_database_is_named_and_rebuilt_from_the_records(results, run):
 
 
 def test_rebuild_refuses_a_running_study_and_a_server(results, run):
-    """`--rebuild` refuses a database that a running study writes to, and a server's."""
+    """A running study may write to its database, and `sync` cannot create a server's database again."""
     database = results / "results/store/mlflow.db"
     empty_database(database)
     before = database.read_bytes()
@@ -127,7 +127,7 @@ def test_rebuild_refuses_a_running_study_and_a_server(results, run):
 
 
 def test_show_prints_one_record(results, make_record):
-    """As a process of its own, which a user starts."""
+    """Run the command in a new process, as a user does."""
     record = make_record(seed=0)
     command = [sys.executable, "-m", "orchestrator", "show", record.fingerprint[:10]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=results)
@@ -143,7 +143,7 @@ def test_show_prints_one_record(results, make_record):
         ["20", "test", "0.2000", "0.4500", "0.6000"],
     ]
     again = "python experiments/lr_sensitivity.py --dry-run --variants lora --learning-rates 0.001 --seeds 1"
-    assert done.stdout.rstrip().endswith(f"To run it again (study rates):\n  {again}")
+    assert done.stdout.rstrip().endswith(f"To train it again (study rates):\n  {again}")
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if "lr_sensitivity" not in line)
 
 
@@ -166,7 +166,7 @@ def test_report_of_a_study(run, results):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "0" * 20), "results/store starts so"),
+        (("show", "0" * 20), "results/store begins with it"),
         (("show", "lora"), "hexadecimal"),
         (("show",), "name at least one fingerprint"),
         (("show", "ab", "--output", "nowhere"), "no store here"),
@@ -261,7 +261,7 @@ def test_narrowing_a_command_keeps_its_other_options(make_record):
 def test_a_growing_study_keeps_its_list_of_reused_configurations(tmp_path):
     study = StudyFile("s", "", "x").with_configurations(["a", "b", "a"], cached=["a"])
     assert (study.configurations, study.reused) == (("a", "b"), ("a",))
-    # The second time its own results are known: they are not reused ones.
+    # The results of the study itself are known now, but they are not reused ones.
     study = study.with_configurations(["a", "b", "c", "d"], cached=["a", "b", "d"])
     assert (study.configurations, study.reused) == (("a", "b", "c", "d"), ("a", "d"))
     study.write(tmp_path / "s")

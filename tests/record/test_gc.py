@@ -1,9 +1,10 @@
-"""What a crash left, and what gc makes of it."""
+"""Garbage collection of the files that crashes leave in a store."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,8 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "results" / "store")
 
 
-def _counts(piles: dict[str, gc.FileTotal]) -> dict[str, int]:
-    return {kind: pile.count for kind, pile in piles.items()}
+def _counts(totals: Mapping[str, gc.FileTotal]) -> dict[str, int]:
+    return {kind: total.count for kind, total in totals.items()}
 
 
 def test_checkpoints_are_removed_only_after_a_final_record(store, tmp_path, make_record):
@@ -59,10 +60,13 @@ def test_checkpoints_are_removed_only_after_a_final_record(store, tmp_path, make
         record = make_record(seed=seed, state=state)
         store.put(record)
         folders[state] = _checkpoint(store, record.fingerprint)
-    training, nobodys = make_record(seed=8).fingerprint, make_record(seed=9).fingerprint
+    training, other = make_record(seed=8).fingerprint, make_record(seed=9).fingerprint
     failed = folders["failed"].name
     StudyFile("rates", "", "", (training, failed)).write(output / "rates")
-    folders["training"], folders["nobody's"] = _checkpoint(store, training), _checkpoint(store, nobodys)
+    folders["training"], folders["unreferenced"] = (
+        _checkpoint(store, training),
+        _checkpoint(store, other),
+    )
     foreign = store.checkpoints / "notes"
     foreign.mkdir()
 
@@ -81,7 +85,7 @@ def test_checkpoints_are_removed_only_after_a_final_record(store, tmp_path, make
     }
     assert {name for name, folder in folders.items() if folder.exists()} == before - {"finished", "diverged"}
     assert foreign.exists()
-    assert collect_garbage(store, output).removed == {}, "once is enough"
+    assert collect_garbage(store, output).removed == {}, "a second call finds nothing"
 
     assert _counts(collect_garbage(store, output, include_stopped=True).removed) == {
         gc.STOPPED_CHECKPOINTS: 1
@@ -132,7 +136,7 @@ def test_old_temporary_files_of_every_writer_are_removed(store, tmp_path, make_r
     for path in old:
         _age(path, LONG_AGO)
     kept = [
-        _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # of somebody who writes it at this moment
+        _file(shard / f".{'e' * 64}.json.{hexes}", age=5),  # a process may be writing it now
         _file(shard / ".lock"),
         _file(store.bases / ".letters-base.lock"),
         _file(store.data / ".letters.lock"),
@@ -169,14 +173,14 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
     StudyFile("s", "", "").write(output / "s")
     before = {path for path in output.rglob("*") if path.is_file()}
     if (child := os.fork()) == 0:
-        if "merge" not in writer:  # its records come first
+        if "merge" not in writer:  # a merge links records before it copies adapters
             os.replace = os.link = lambda *names: os._exit(0)
         setattr(Path, "rename", lambda *names: os._exit(0))  # noqa: B010
         write()
         os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0, "it renames nothing"
+    assert os.waitpid(child, 0)[1] == 0, "the writer has not renamed a file"
     left = {path for path in output.rglob("*") if path.is_file()} - before
-    assert left, "it has left nothing to be cleared"
+    assert left, "the writer has left no temporary file"
     for path in left:
         _age(path, LONG_AGO)
         _age(path.parent, LONG_AGO)
@@ -186,7 +190,7 @@ def test_files_of_a_writer_that_dies_before_its_rename_are_removed(store, tmp_pa
 
 
 def test_a_record_beside_a_final_one_is_removed(store, tmp_path, make_record):
-    """The writer died between the two."""
+    """The writer died after it had written the final record, before it removed the other one."""
     store.put(make_record(seed=1, state="stopped"))
     (stopped,) = store.records_folder.glob("*/*.stopped.json")
     data = stopped.read_bytes()
@@ -229,7 +233,7 @@ def test_the_command_prints_what_it_removes(run, store, make_record):
 
 
 def test_the_checkpoint_beside_a_damaged_record_stays(store, tmp_path, make_record):
-    """It counts as none: the lane goes on from its checkpoint, an early stop beside it is what is known."""
+    """The damaged record counts as missing; the checkpoint and the stopped record beside it are needed."""
     record = make_record(seed=1)
     store.put(make_record(seed=1, state="stopped"))
     (stopped,) = store.records_folder.glob("*/*.stopped.json")

@@ -1,4 +1,4 @@
-"""Merging of stores gives the same as one store would have, in any order."""
+"""Merging of stores: the result is that of one store, in any order."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_new_records_are_copied_and_local_ones_stay(stores, make_record):
     files = _files(here)
     again = merge_stores(here, there)
     assert (again.records, again.already_present) == (0, 4)
-    assert _files(here) == files, "doing it again changes nothing"
+    assert _files(here) == files, "a second merge changes nothing"
 
 
 def test_the_longer_stopped_and_the_more_often_failed_record_is_kept(stores, make_record):
@@ -135,11 +135,11 @@ def test_unfinished_lanes_continue_from_the_furthest_checkpoint(stores, make_rec
 
 def test_a_lane_that_has_ended_elsewhere_keeps_no_local_checkpoint(stores, make_record):
     here, there = stores
-    came, was = make_record(seed=1), make_record(seed=2)
-    there.put(came)
-    here.put(was)
-    there.put(was)
-    for record in (came, was):
+    copied, present = make_record(seed=1), make_record(seed=2)
+    there.put(copied)
+    here.put(present)
+    there.put(present)
+    for record in (copied, present):
         _checkpoint(here, record.fingerprint, 10)
     merge_stores(here, there)
     assert list(here.checkpoints.iterdir()) == []
@@ -155,17 +155,17 @@ def test_bases_calibrations_and_adapters_of_copied_records_are_copied(stores, ma
         store.calibration.mkdir()
         save_file({"a": np.zeros(2)}, store.calibration / f"{text}.safetensors")
     (there.bases / ".b-abcdefgh").mkdir()  # incomplete
-    came, other = make_record(seed=1), make_record(seed=2, reason="theirs")
-    there.put(came)
+    copied, other = make_record(seed=1), make_record(seed=2, reason="theirs")
+    there.put(copied)
     there.put(other)
     here.put(make_record(seed=2, reason="mine"))
-    for one in (came, other):
+    for one in (copied, other):
         (there.adapters / one.fingerprint).mkdir(parents=True)
         (there.adapters / one.fingerprint / "adapter_config.json").write_text("{}")
     summary = merge_stores(here, there)
     assert (summary.bases, summary.calibrations, summary.adapters) == (1, 1, 1)
-    assert (here.adapters / came.fingerprint / "adapter_config.json").read_text() == "{}"
-    assert not (here.adapters / other.fingerprint).exists(), "it is not the adapter of the record that stayed"
+    assert (here.adapters / copied.fingerprint / "adapter_config.json").read_text() == "{}"
+    assert not (here.adapters / other.fingerprint).exists(), "it belongs to the record that was not copied"
     assert sorted(p.name for p in here.bases.iterdir()) == ["b-1", "b-mine", "b-theirs", "b.recipe.json"]
     assert (here.bases / "b.recipe.json").read_text() == "mine"
     files = _files(here)

@@ -45,7 +45,7 @@ def test_each_configuration_has_one_row_with_every_hyperparameter(store, make_re
     }
     assert rows[made[0].fingerprint]["validation_accuracy"] == pytest.approx(20 / 30)
     assert rows[made[0].fingerprint]["test_loss"] == 0.2
-    assert rows[made[2].fingerprint]["validation_loss"] == 0.1  # where it was when it was stopped
+    assert rows[made[2].fingerprint]["validation_loss"] == 0.1  # of the last evaluation before the stop
     assert rows[made[2].fingerprint]["test_loss"] is None
 
 
@@ -62,7 +62,7 @@ def test_column_types_do_not_depend_on_the_records(store, make_record):
     assert empty.field("resumed_from").type == pa.list_(pa.int64())
     assert pa.null() not in more.types
     assert more.metadata[b"record_schema_version"] == b"1"
-    # The configuration's columns are all stated, so that none of them is left to chance.
+    # All columns of a configuration have a fixed type.
     assert set(make_record().configuration.to_columns()) <= set(empty.names)
 
 

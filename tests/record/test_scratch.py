@@ -1,4 +1,4 @@
-"""Scratch folders: a lock shows whether the driver lives, and no other folder is removed."""
+"""Scratch folders: a lock shows if the driver is running, and no other folder is removed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def driver(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process that has a scratch folder until its standard input ends."""
+    """Start a process that keeps a scratch folder until its standard input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(store.root)],
         stdin=subprocess.PIPE,
@@ -44,7 +44,7 @@ def driver(store: Store) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     process.wait()
 
 
-def left(store: Store) -> list[str]:
+def folder_names(store: Store) -> list[str]:
     return sorted(path.name for path in (store.root / "scratch").iterdir())
 
 
@@ -52,7 +52,7 @@ def test_the_folder_goes_with_the_study(store: Store, driver: tuple[subprocess.P
     process, folder = driver
     assert folder.is_dir()
     process.communicate("")
-    assert left(store) == []
+    assert folder_names(store) == []
 
 
 def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
@@ -63,18 +63,18 @@ def test_the_folder_of_a_killed_driver_is_removed_by_the_next_command(
     process.wait()
     assert (folder / "tune").exists()
     scratch.remove_stale_folders(store)
-    assert left(store) == []
+    assert folder_names(store) == []
 
 
 def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
     store: Store, driver: tuple[subprocess.Popen[str], Path]
 ) -> None:
-    """Of another container with this one's name: the number in the folder's name is nobody's here."""
+    """A container with this host's name may have made it: no process here has the number in its name."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     _, made = driver
     folder = made.with_name(f"{os.uname().nodename}-{gone.pid}-0123abcd")
-    for suffix in ("", ".lock"):  # a lock is the file's, not the name's
+    for suffix in ("", ".lock"):  # the lock belongs to the file, whatever its name is
         made.with_name(made.name + suffix).rename(folder.with_name(folder.name + suffix))
     scratch.remove_stale_folders(store)
     assert (folder / "tune").exists()
@@ -84,7 +84,7 @@ def test_the_folder_of_a_running_driver_stays_even_if_no_process_has_its_number(
 def test_two_scratch_folders_of_one_process_differ(store: Store) -> None:
     with scratch.scratch_folder(store) as one, scratch.scratch_folder(store) as other:
         assert one != other
-    assert left(store) == []
+    assert folder_names(store) == []
 
 
 def test_folders_with_other_names_are_left_alone(store: Store) -> None:
@@ -93,4 +93,4 @@ def test_folders_with_other_names_are_left_alone(store: Store) -> None:
     for name in names:
         (store.root / "scratch" / name).mkdir(parents=True)
     scratch.remove_stale_folders(store)
-    assert left(store) == names
+    assert folder_names(store) == names

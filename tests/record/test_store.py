@@ -31,7 +31,7 @@ def test_a_stored_record_is_read_unchanged_with_nan_and_infinities(store, make_r
         record = make_record(state=state, seed=seed)
         assert store.put(record)
         back = store.get(record.fingerprint)
-        assert repr(back) == repr(record)  # NaN is not equal to itself, its spelling is
+        assert repr(back) == repr(record)  # compared as text, because NaN is not equal to itself
     assert math.isnan(store.get(make_record(seed=1).fingerprint).curve[-1].loss)
 
 
@@ -84,7 +84,7 @@ def test_states_and_records_agree(store, make_record):
         store.put(record)
         expected[record.fingerprint] = state
     assert store.states() == expected
-    assert store.states() == expected  # from what is remembered
+    assert store.states() == expected  # this time from memory
     assert {r.fingerprint: r.state for r in store.records()} == expected
     assert [r.fingerprint for r in store.records()] == sorted(expected)
 
@@ -97,7 +97,7 @@ def test_states_sees_changes_of_another_process(store, make_record):
 
 
 def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, caplog):
-    """The rest of a file is not parsed, and a file that has not changed is not opened."""
+    """Check that the rest of a file is not parsed, and that an unchanged file is not opened again."""
     expected = {}
     for seed, state in enumerate(("finished", "diverged", "stopped", "failed")):
         record = make_record(seed=seed, state=state)
@@ -110,11 +110,11 @@ def test_states_reads_the_head_of_a_record_and_only_once(store, make_record, cap
     _overwrite(files, lambda file, text: "?" * len(text))
     assert store.states() == expected
     assert not caplog.messages
-    assert Store(store.root).states() == {}, "the folder would appear"
+    assert Store(store.root).states() == {}, "a new store reads the files"
 
 
 def _overwrite(files: list[Path], change: Callable[[Path, str], str]) -> None:
-    """Another text of the same length, with the time of the old one."""
+    """Replace the text of each file by one of the same length, and keep the modification time."""
     for file in files:
         status = file.stat()
         file.write_text(change(file, file.read_text()))
@@ -175,7 +175,7 @@ def test_an_unknown_schema_version_is_named(store, make_record):
 
 
 def test_a_flipped_bit_never_changes_a_record(store, make_record, caplog):
-    """With a bit flipped, in every third byte in turn, the record is skipped with a warning or unchanged."""
+    """Flip a bit of every third byte in turn: the record is skipped with a warning, or unchanged."""
     record = make_record()
     whole = _text_of(store, record).encode()
     path = _file(store, record)
@@ -217,9 +217,9 @@ def test_find_by_prefix(store, make_record):
     first = [r.fingerprint for r in made if r.fingerprint[0] == wanted[0]]
     assert store.find_by_prefix(wanted[0]) == sorted(first)
     assert len(first) > 1
-    with pytest.raises(UsageError, match=rf"{len(first)} records start so.*{sorted(first)[0][:12]}"):
+    with pytest.raises(UsageError, match=rf"{len(first)} records begin with it.*{sorted(first)[0][:12]}"):
         store.resolve_prefix(wanted[0])
-    with pytest.raises(UsageError, match=r"no record in .* starts so"):
+    with pytest.raises(UsageError, match=r"no record in .* begins with it"):
         store.resolve_prefix("0" * 30)
     with pytest.raises(UsageError, match="hexadecimal"):
         store.resolve_prefix("lora")
@@ -253,14 +253,14 @@ def _race(root: Path, barrier, wins, number: int, records: list[Record]) -> None
     store = Store(root)
     for index, record in enumerate(records):
         barrier.wait()
-        # Every process has another state and another number of steps: the file tells who won.
+        # Each process writes its own state and number of steps, so that the file shows which process won.
         mine = replace(record, steps=number, state="finished" if number % 2 else "diverged")
         if store.put(mine):
             wins.put((index, number))
 
 
 def test_one_of_several_writing_processes_wins(store, make_record):
-    """Also where a torn file is in the way, as it is for every second record."""
+    """Let four processes write each record; every second one has an incomplete file in its place."""
     records = [make_record(seed=seed) for seed in range(60)]
     for record in records[::2]:
         _file(store, record).parent.mkdir(exist_ok=True)
@@ -298,7 +298,7 @@ def test_the_file_is_plain_json_without_nan(store, make_record):
     ("state", "name"), [("stopped", ""), ("failed", ""), ("finished", ".stopped"), ("stopped", ".failed")]
 )
 def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record, caplog, state, name):
-    """A lane that was stopped or has failed would count as trained to its end."""
+    """Under the name of a final record, a stopped or failed lane would count as trained to its end."""
     record = make_record(state=state)
     store.put(record)
     (path,) = store.records_folder.glob("*/*.json")
@@ -307,7 +307,7 @@ def test_a_record_under_the_name_of_another_state_is_skipped(store, make_record,
     assert again.get_reusable(record.fingerprint) is None
     assert again.get(record.fingerprint) is None
     assert again.states() == {}
-    assert f"has not the name of a {state} record" in caplog.text
+    assert f"does not have the name of a {state} record" in caplog.text
     assert again.put(make_record(state="diverged"))
     assert list(Store(store.root).states().values()) == ["diverged"]
 

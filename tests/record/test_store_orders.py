@@ -1,4 +1,4 @@
-"""Random orders of writes: what the store keeps is what its rules say, whatever came when."""
+"""The store keeps the right records after writes in random orders."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen
             record = make_record(seed=seed, state=state, steps=20 + number)
             fingerprint = record.fingerprint
             before = model.get(fingerprint)
-            taken = before is not None and before[0] in FINAL
-            assert store.put(record) is not taken
-            if not taken:
+            has_final = before is not None and before[0] in FINAL
+            assert store.put(record) is not has_final
+            if not has_final:
                 model[fingerprint] = (state, record.steps)
                 failures[fingerprint] = failures.get(fingerprint, 0) + 1 if state == "failed" else 0
             if reopen:
@@ -36,7 +36,7 @@ def test_a_final_record_is_never_lost_or_overwritten(make_record, writes, reopen
             assert store.states() == {f: s for f, (s, _) in model.items()}
             kept = store.get(fingerprint)
             assert (kept.state, kept.steps) == model[fingerprint]
-            met = store.get_reusable(fingerprint)
-            assert (met is not None) == (model[fingerprint][0] in FINAL)
+            reusable = store.get_reusable(fingerprint)
+            assert (reusable is not None) == (model[fingerprint][0] in FINAL)
             assert store.count_failures(fingerprint) == failures[fingerprint]
         assert {r.fingerprint: (r.state, r.steps) for r in store.records()} == model

@@ -1,4 +1,4 @@
-"""MLflow as a projection of the store, written by one process (the driver), which can be rebuilt at any time.
+"""MLflow runs as a projection of the store: only the driver writes them, and they can be rebuilt any time.
 
 A study is an experiment of the same name with one parent run; its configurations are child runs. There is one
 experiment per study because MLflow's charts and tables show an experiment: they show the curves and
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ARTIFACTS_FOLDER = "mlflow-artifacts"
 _METRICS_PER_CALL = 1000
 _PARAMS_PER_CALL = 100
-# Errors that the same request will have again.
+# Codes of errors that the same request would cause again.
 _PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 _MLFLOW_ENVIRONMENT = {
     # MLflow repeats a failed request for minutes, also `create_run`, which makes two runs if only the answer

@@ -23,7 +23,7 @@ _MAX_DIGEST_LENGTH = 36  # characters; MLflow's limit
 
 
 def record_version(record: Record) -> str:
-    """Return a text that differs between two records of one configuration; an old child has another one."""
+    """Return a text that tells a record from the earlier and later ones of its configuration."""
     return f"{record.state} attempt {record.provenance.attempt} ended {record.provenance.ended:.3f}"
 
 

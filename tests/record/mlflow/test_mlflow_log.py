@@ -1,4 +1,4 @@
-"""Against a real MLflow on SQLite."""
+"""MlflowLogger with a real MLflow on SQLite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from orchestrator.record.schema import Evaluation, Record
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory) -> str:
-    """One database for all tests; each test has a study of its own."""
+    """Create one database for all tests; each test has a study of its own."""
     return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
 
 
@@ -38,7 +38,7 @@ def study(request) -> str:
 
 
 def _runs(uri: str, study: str) -> tuple[Run, dict[str, Run]]:
-    """The study's parent and its children by fingerprint; each must be there once, deleted ones included."""
+    """Return the parent run and the children by fingerprint. Deleted runs count: each may exist only once."""
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name(study).experiment_id
     runs = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=1000)
@@ -156,7 +156,7 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 
 def _stop_at(statement: str, times: int, stopped: Event) -> None:
-    """Stop this process for good when it is about to execute such a statement for that time, and say so."""
+    """Halt this process before it executes a statement for the given time, and set `stopped`."""
     numbers = count(1)
 
     @event.listens_for(Engine, "before_cursor_execute")
@@ -167,7 +167,7 @@ def _stop_at(statement: str, times: int, stopped: Event) -> None:
 
 
 def _log(uri: str, study: str, record: Record, stopped: Event) -> None:
-    """Stops in the middle of a transaction, when a thousand of its metrics are there."""
+    """Log a record, and halt in the middle of a transaction, when a thousand metrics are there."""
     _stop_at("INSERT INTO metrics", 3, stopped)
     log = MlflowLogger(uri)
     log.ensure_study(study, "")
@@ -241,7 +241,7 @@ def test_a_configuration_trained_again_after_damage_has_one_child(uri, study, ma
 
 
 def test_a_child_with_another_value_than_its_record_is_written_again(uri, study, make_record):
-    """As after a flipped bit in the database, which SQLite does not notice."""
+    """A flipped bit in the database, which SQLite does not notice, may have changed the value."""
     record = make_record()
     for changed, written in ((False, 1), (False, 0), (True, 1), (False, 0)):
         if changed:
@@ -304,7 +304,7 @@ def test_an_unreadable_database_counts_as_unavailable(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
-    """Two interpreters, which import everything first and then wait for each other."""
+    """Start two interpreters that import everything first and then wait for each other."""
     code = (
         "import sys, mlflow.store.tracking.sqlalchemy_store\n"
         "from pathlib import Path\n"
@@ -337,7 +337,7 @@ def test_two_processes_that_create_the_database_at_once_share_it(tmp_path):
 
 
 def _make(uri: str, stopped: Event) -> None:
-    """Stops in the middle of the database's migrations."""
+    """Create the database, and halt in the middle of its migrations."""
     _stop_at("UPDATE alembic_version", 10, stopped)
     MlflowLogger(uri).ensure_study("first", "")
 

@@ -1,4 +1,4 @@
-"""Against a real MLflow server, which one test kills in the middle and starts again."""
+"""Logging to a real MLflow server, which one test kills and starts again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from orchestrator.util.errors import UsageError
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However busy the machine is, an answer that comes is waited for."""
+    """Wait long enough for every answer, however busy the machine is."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
     monkeypatch.setattr(timeouts, "MLFLOW_FLUSH_SECONDS", 240.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "240")
@@ -46,16 +46,18 @@ def _server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_server: Server) -> Server:
-    """One that runs, whatever the test before has done to it."""
+    """Start the server again if the test before has killed it."""
     if _server.process is None:
         _server.start()
     return _server
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to `target` and keeps in `asked` how their paths end. The answer to the next request
-    whose path ends in `lose` is lost: the server has done what it was asked to, and the client sees the
-    connection end."""
+    """A server that passes requests on to `target`, and keeps the last two parts of their paths in `asked`.
+
+    The answer to the next request whose path ends in `lose` is lost: `target` has executed the request, and
+    the client sees the connection end.
+    """
 
     daemon_threads = True
 
@@ -108,7 +110,7 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 def _children(uri: str, study: str) -> dict[str, str]:
-    """fingerprint -> status; asserts that each child is there once, under the one parent."""
+    """Return fingerprint -> status. Each child must exist once, under the only parent."""
     client = MlflowClient(uri, uri)
     runs = client.search_runs([client.get_experiment_by_name(study).experiment_id], max_results=1000)
     (parent,) = [r for r in runs if r.data.tags.get("role") == "study"]
@@ -141,7 +143,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
 
     for name in names[5:8]:
         writer.put(name)
-    server.kill()  # with some of these under way, or none
+    server.kill()  # some of these may be under way
     for name in names[8:10]:
         writer.put(name)
     wait(lambda: writer.error, "the writer has not noticed")
@@ -149,7 +151,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
     with pytest.raises(TrackingUnavailableError, match="127"):
         MlflowLogger(server.uri).ensure_study("rates", "")
 
-    # Down until the end: the driver is not kept, and `sync` says that it cannot fill the gap yet.
+    # While the server is down, closing does not wait, and `sync` refuses to start.
     late = MlflowWriter(MlflowLogger(server.uri), store, study)
     for name in names[10:]:
         late.put(name)
@@ -167,7 +169,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
         assert f"rates: 12 of 12 configurations in {server.uri}, {written} of them" in done.stdout
     assert _children(server.uri, "rates") == {"parent": "FINISHED", **dict.fromkeys(names, "FINISHED")}
 
-    # Infinities and NaN survive the way over HTTP as gaps, and artifacts come to where the server keeps them.
+    # Infinities and NaN arrive over HTTP as NaN, and artifacts arrive where the server keeps them.
     client = MlflowClient(server.uri, server.uri)
     experiment = [client.get_experiment_by_name("rates").experiment_id]
     (diverged,) = client.search_runs(experiment, f"tags.fingerprint = '{names[0]}'")
@@ -181,7 +183,7 @@ def test_a_server_that_is_killed_and_restarted_misses_no_record(server, tmp_path
 
 
 def test_a_record_takes_four_requests_and_a_logged_one_none(proxy, make_record):
-    """So that a hundred of them take seconds."""
+    """A hundred records then take seconds."""
     log, records = MlflowLogger(proxy.uri), [make_record(seed=s, steps=60) for s in range(3)]
     log.ensure_study("counted", "")
     proxy.asked.clear()
@@ -201,7 +203,7 @@ def test_a_lost_answer_makes_no_second_child(server, proxy, make_record, lose):
     with pytest.raises(TrackingUnavailableError):
         log.log_records(study, records)
     assert proxy.lost == 1
-    # The lost update had been made; what the other requests had begun is completed.
+    # The lost update had been executed; after the other requests the child is completed now.
     assert log.log_records(study, records) == (1 if lose == "runs/update" else 2)
     children = _children(server.uri, study)
     assert children == {"parent": "RUNNING", **{r.fingerprint: "FINISHED" for r in records}}
@@ -218,7 +220,7 @@ def files_with(word: str, folder: Path) -> list[Path]:
 
 @pytest.mark.usefixtures("restored")
 def test_a_password_is_used_but_never_written_or_printed(server, tmp_path, make_record, monkeypatch, capfd):
-    """By a study whose configurations are all known, and by `sync`."""
+    """Check a study whose configurations are all known, and `sync`."""
     uri = server.uri.replace("://", f"://me:{PLANTED}@")
     masked = server.uri.replace("://", "://me:***@")
     monkeypatch.setattr(sys, "argv", ["study.py", "--dry-run", f"--tracking-uri={uri}"])

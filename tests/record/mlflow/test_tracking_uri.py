@@ -56,7 +56,7 @@ def test_a_sqlite_file_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_damaged_sqlite_file_is_refused_with_the_command_that_rebuilds_it(tmp_path):
-    """All pages are read on request only; a file that another program has locked is not damaged."""
+    """All pages are read only with `every_page`. A file that another program has locked is not damaged."""
     file = tmp_path / "my runs#1.db"
     with closing(sqlite3.connect(file)) as database:
         database.execute("create table runs (words text)")
@@ -87,7 +87,7 @@ def test_the_default_uri_is_a_file_in_the_store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """However busy the machine is, an answer that comes is waited for."""
+    """Wait long enough for every answer, however busy the machine is."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", 240.0)
 
 
@@ -110,7 +110,7 @@ def test_a_server_that_never_answers_times_out(monkeypatch):
 
 
 def test_a_check_that_blocks_is_abandoned(monkeypatch):
-    """Looking up a name may block longer than any time-out of a connection says."""
+    """The look-up of a name may block longer than the time-out of the connection."""
     monkeypatch.setattr(timeouts, "TRACKING_SERVER_SECONDS", -0.9)  # a tenth of a second in all
     answered = threading.Event()
     with pytest.raises(UsageError, match=r"'http://slow:5000': cannot be reached \(no answer in time\)"):

@@ -64,7 +64,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
     for record in records:
         store.put(record)
     MlflowLogger(uri).ensure_study("picky", "")
-    # Somebody wrote into a child that was left half done: MLflow never lets a parameter be changed.
+    # An incomplete child has another value of a parameter, and MLflow lets nobody change a parameter.
     client = MlflowClient(uri, uri)
     experiment = client.get_experiment_by_name("picky").experiment_id
     tags = {
@@ -90,7 +90,7 @@ def test_a_refused_record_does_not_delay_the_others(uri, store, make_record):
 
 
 def test_a_record_that_fails_like_an_outage_does_not_delay_the_others(uri, store, make_record):
-    # No database keeps such a step, and MLflow reports it like an outage.
+    # No database can store such a step, and MLflow reports this error like an outage.
     broken = make_record(seed=0, curve=(StepMetrics(2**70, 1.0, 1.0, 1.0),))
     fine = [make_record(seed=s) for s in (1, 2)]
     writer = MlflowWriter(MlflowLogger(uri), store, StudyFile("broken", "", "x"))
@@ -105,7 +105,7 @@ def test_a_record_that_fails_like_an_outage_does_not_delay_the_others(uri, store
 
 
 class Holding(ThreadingHTTPServer):
-    """Takes every request and answers none before `released` is set."""
+    """A server that accepts every request and answers none before `released` is set."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Hold)
@@ -164,6 +164,6 @@ def test_neither_put_nor_close_waits_for_an_answer(store, make_record, holding, 
         writer.put(record)
     assert writer.pending_count == 1
     assert writer.close(0.1) == 1
-    assert writer._thread.is_alive(), "it still waits for the answer"
+    assert writer._thread.is_alive(), "the thread still waits for the answer"
     holding.released.set()
     writer._thread.join()
