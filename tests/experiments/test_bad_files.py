@@ -172,11 +172,11 @@ TASK_FILES: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("what", TASK_FILES)
-def test_a_task_file_that(what: str, tmp_path: Path, run: Run) -> None:
-    text, said = TASK_FILES[what]
+@pytest.mark.parametrize("case", TASK_FILES)
+def test_an_invalid_task_file_is_refused(case: str, tmp_path: Path, run: Run) -> None:
+    text, expected = TASK_FILES[case]
     (tmp_path / "my.py").write_text(text)
-    run(SWEEP, *DRY, "--task", "my.py").assert_refused("my.py", *said)
+    run(SWEEP, *DRY, "--task", "my.py").assert_refused("my.py", *expected)
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop", "long name"])
@@ -248,14 +248,14 @@ MODELS: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("what", MODELS)
-def test_a_model_with(what: str, tmp_path: Path, base: Path, run: Run) -> None:
+@pytest.mark.parametrize("case", MODELS)
+def test_an_invalid_model_is_refused(case: str, tmp_path: Path, base: Path, run: Run) -> None:
     folder = shutil.copytree(base, tmp_path / "m")
-    spoil, said = MODELS[what]
+    spoil, expected = MODELS[case]
     spoil(folder)
     # A plan needs no tokenizer.
-    plan = () if "tokenizer" in what else ("--plan",)
-    run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *said)
+    plan = () if "tokenizer" in case else ("--plan",)
+    run(SWEEP, "--dry-run", *plan, "--model", "m").assert_refused("Model 'm'", *expected)
 
 
 def test_a_model_name_that_is_too_long_is_refused(run: Run) -> None:
@@ -334,11 +334,11 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("what", STORED)
-def test_an_invalid_file_of_the_store_is_named(what: str, tmp_path: Path, base: Path, run: Run) -> None:
-    command, spoil, said = STORED[what]
+@pytest.mark.parametrize("case", STORED)
+def test_an_invalid_file_of_the_store_is_named(case: str, tmp_path: Path, base: Path, run: Run) -> None:
+    command, spoil, expected = STORED[case]
     path = spoil(tmp_path / "results")
-    run(*command, *(() if "pointer" in what else ("--model", str(base)))).assert_refused(path.name, *said)
+    run(*command, *(() if "pointer" in case else ("--model", str(base)))).assert_refused(path.name, *expected)
 
 
 def test_a_changed_base_model_is_an_error_of_one_line(tmp_path: Path, base: Path, run: Run) -> None:

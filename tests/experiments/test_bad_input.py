@@ -179,10 +179,10 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_wrong_value_is_refused_in_one_line(what: str, run: Run) -> None:
-    arguments, said = BAD[what]
-    run(SWEEP, *arguments).assert_refused(*said)
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_value_is_refused_in_one_line(case: str, run: Run) -> None:
+    arguments, expected = BAD[case]
+    run(SWEEP, *arguments).assert_refused(*expected)
 
 
 def test_a_process_with_a_wrong_value_exits_with_code_2_and_one_line(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_process_with_a_wrong_value_exits_with_code_2_and_one_line(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (("--outptu", "x"), "--output"),
         (("--rank", "eight"), "--rank"),
@@ -201,12 +201,12 @@ def test_a_process_with_a_wrong_value_exits_with_code_2_and_one_line(tmp_path: P
     ],
 )
 def test_an_unknown_or_unparsable_option_is_refused_with_the_right_one(
-    arguments: tuple[str, ...], said: str, run: Run
+    arguments: tuple[str, ...], expected: str, run: Run
 ) -> None:
     done = run(SWEEP, "--dry-run", *arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr
-    assert said in done.stderr
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert max(map(len, done.stderr.splitlines())) <= 80
 

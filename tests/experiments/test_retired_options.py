@@ -14,9 +14,9 @@ from orchestrator.study.retired_options import RETIRED_OPTIONS, translate_comman
 
 @pytest.mark.parametrize("option", RETIRED_OPTIONS)
 def test_a_retired_option_is_refused_with_its_new_name(option: str, run: Run) -> None:
-    said = f"{option} is called {RETIRED_OPTIONS[option]} now"
-    run(SWEEP, "--dry-run", option, "1").assert_refused(said)
-    run(ORCHESTRATOR, "check", f"{option.replace('-', '_').replace('__', '--')}=1").assert_refused(said)
+    expected = f"{option} is called {RETIRED_OPTIONS[option]} now"
+    run(SWEEP, "--dry-run", option, "1").assert_refused(expected)
+    run(ORCHESTRATOR, "check", f"{option.replace('-', '_').replace('__', '--')}=1").assert_refused(expected)
 
 
 def test_the_command_in_an_earlier_study_file_is_read_with_the_new_names(tmp_path: Path) -> None:

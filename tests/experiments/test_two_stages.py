@@ -12,7 +12,7 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "said"),
+    ("script", "arguments", "expected"),
     [
         (TUNED, ("--confirm-seeds", "1"), ["--confirm-seeds 1", "2 or more", "take 10"]),
         (TUNED, ("--confirm-seeds", "1000000000"), ["--confirm-seeds 1000000000", "take 10000"]),
@@ -28,9 +28,9 @@ TUNED, STOPPED = SWEEP.with_name("tuned_comparison.py"), SWEEP.with_name("early_
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(
-    script: Path, arguments: tuple[str, ...], said: list[str], run: Run
+    script: Path, arguments: tuple[str, ...], expected: list[str], run: Run
 ) -> None:
-    run(script, *DRY, *arguments).assert_refused(*said)
+    run(script, *DRY, *arguments).assert_refused(*expected)
 
 
 def test_a_plan_shows_the_size_of_both_stages_and_starts_nothing(tmp_path: Path, run: Run) -> None:
