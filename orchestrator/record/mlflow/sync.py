@@ -39,23 +39,18 @@ def sync_projections(
         name: tracking_uri or study_uri(study.tracking_uri, store) for name, (_, study) in studies.items()
     }
     for uri in set(uris.values()):
-        if not (rebuild and sqlite_path(uri)):  # a file is checked after it was created again
+        if not (rebuild and sqlite_path(uri)):  # the logger creates a file again
             check_uri(uri)
     for folder in archive_databases(studies, uris) if rebuild else ():
         old = folder.name.rpartition(".")[0]
         notify(f"{folder}: the old {old}; delete it unless you have logged runs of your own there")
     path = write_parquet(store)
     notify(f"{path}: {len(store.states())} records")
-    logs: dict[str, MlflowLogger] = {}
+    logs = {uri: MlflowLogger(uri) for uri in set(uris.values())}
     for name, (folder, study) in studies.items():
-        uri = uris[name]
-        if uri not in logs:
-            if rebuild:
-                check_uri(uri)
-            logs[uri] = MlflowLogger(uri)
         try:
             report = [file for each in REPORT_FILES if (file := folder / each).exists()] if rebuild else []
-            notify(_sync_study(store, study, logs[uri], report))
+            notify(_sync_study(store, study, logs[uris[name]], report))
         except TrackingDamagedError as damaged:
             notify(f"{study.name}: MLflow cannot be used ({damaged}); run this command again with --rebuild")
             return 1
